@@ -1,0 +1,59 @@
+# Targets: quickstart, test, check, apprentice, clean. Every one creates .venv from the newest Python >= 3.11 it finds (PYTHON=... chooses).
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+  command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+# Exact pins of this Python; EXTRAS=cuda or tpu adds the accelerator's packages.
+CONSTRAINTS = constraints/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+EXTRAS ?=
+# Parity tests compare with torch. PARITY=0 leaves torch out (on Linux the default wheel is large); those tests then report themselves as skipped.
+PARITY ?= 1
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+
+comma := ,
+INSTALLED := $(VENV)/.installed-base$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
+DEV := $(VENV)/.installed-dev-$(PARITY)
+
+help:
+	@echo "make quickstart   install, then improve programs for a bundled competition on this machine's CPU (under 10 minutes)"
+	@echo "make test         the default tests;  make check   ruff, pyright"
+	@echo "make apprentice   train the small model again"
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".$(if $(EXTRAS),[$(EXTRAS)])"
+	@touch $@
+
+$(DEV): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev$(if $(filter 1,$(PARITY)),$(comma)parity)]"
+	@touch $@
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m discover_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+test: $(DEV)
+	$(BIN)/python -m pytest -m "not slow and not accelerator" $(ARGS)
+
+test-slow: $(DEV)
+	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+apprentice: $(INSTALLED)
+	$(BIN)/python -m discover_jax.apprentice.train --out=runs/apprentice
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+.PHONY: help install quickstart test test-slow check apprentice clean
