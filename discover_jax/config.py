@@ -1,0 +1,220 @@
+"""Every setting of a run: default, unit, meaning, and what is allowed. Files in configs/ only override.
+
+`default_config()` builds a locked ConfigDict from the table below, so that a misspelt key is an error at once.
+`validate(config)` checks each value against its row and then the rules that join several settings, and says what to do.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from discover_jax.exceptions import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table: `low` and `high` are inclusive; `choices` lists what is allowed; `unit` is empty for pure numbers and names."""
+
+    default: Any
+    meaning: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+_GIB_MAX = 1 << 20
+
+SETTINGS: dict[str, Any] = {
+    "name": Setting("", "name of the run, shown in logs; the default folder is runs/<name>"),
+    "seed": Setting(0, "seed of every random draw of the run", low=0, high=2**31 - 1),
+    "groups": Setting(16, "groups in a step, each built on one parent program", low=1, high=4096),
+    "group_size": Setting(8, "rollouts in a group; they share one prompt", low=1, high=4096),
+    "task": {
+        "competition": Setting("spaceship-titanic", "id of a built-in competition, or path of a .py file that defines COMPETITION"),
+        "raw": Setting("", "path of the competition's raw data (CSV or zip); empty for a competition that brings its own"),
+        "reward": Setting(
+            "grade",
+            "which rows make the reward: the private answers (as the report) or rows held out of the public table",
+            choices=("grade", "holdout"),
+        ),
+        "holdout_fraction": Setting(0.2, "part of the public training rows that `holdout` keeps back", low=0.01, high=0.9),
+    },
+    "model": {
+        "weights": Setting(
+            "apprentice", "`apprentice` for the small model that ships with the project, or the path of a checkpoint folder"
+        ),
+        "tokenizer": Setting("", "folder of the tokenizer's files; empty for the weights' own folder"),
+        "dtype": Setting("bfloat16", "type of activations and of weights that are not MXFP4", choices=("bfloat16", "float32")),
+        "experts": Setting(
+            "packed",
+            "`packed` keeps the experts in MXFP4 on the device; `dense` expands them once at load (small models on a CPU)",
+            choices=("packed", "dense"),
+        ),
+    },
+    "lora": {
+        "attention_rank": Setting(32, "rank of the adapter on q, k, v and o; 0 leaves them out", low=0, high=1024),
+        "expert_rank": Setting(
+            8, "rank of the adapter on each expert's two matrices (rank 32 / 4 active experts); 0: none", low=0, high=1024
+        ),
+        "head_rank": Setting(32, "rank of the adapter on the output head; 0: none", low=0, high=1024),
+        "alpha": Setting(32.0, "an adapter's product is scaled by alpha / rank", low=1e-3, high=1e4),
+    },
+    "prompt": {
+        "style": Setting(
+            "full", "`full` describes the competition; `brief` is the short form that the apprentice knows", choices=("full", "brief")
+        ),
+        "reasoning_effort": Setting("medium", "asked of the model in the system message (full style)", choices=("low", "medium", "high")),
+    },
+    "sampling": {
+        "temperature": Setting(1.0, "logits are divided by it; the update uses the same", low=0.01, high=10.0),
+        "max_new_tokens": Setting(26_000, "budget of a rollout", unit="tokens", low=1, high=131_072),
+        "max_prompt_tokens": Setting(8_192, "longest prompt", unit="tokens", low=1, high=131_072),
+        "slots": Setting(128, "rollouts decoded at once; finished slots are refilled", low=1, high=4096),
+    },
+    "execution": {
+        "seconds": Setting(300.0, "time limit of a program, from its own start", unit="s", low=0.1, high=86_400),
+        "cores": Setting(2, "CPU cores leased to a program", low=1, high=1024),
+        "memory_gib": Setting(4.0, "memory limit of a program", unit="GiB", low=0.25, high=_GIB_MAX),
+        "workers": Setting(0, "programs at once; 0: as many as the machine's cores allow", low=0, high=4096),
+        "backend": Setting(
+            "bubblewrap",
+            "how programs are isolated; the unsafe one is for trusted programs only and needs allow_weaker",
+            choices=("bubblewrap", "unsafe-subprocess"),
+        ),
+        "allow_weaker": Setting(False, "accept an isolation weaker than bubblewrap's; the summary of the run then says so"),
+    },
+    "reuse": {
+        "sampler": Setting("greedy", "which states become parents: the best mostly, or always the empty seed", choices=("greedy", "fixed")),
+        "epsilon": Setting(0.125, "greedy: probability of a uniformly random kept state instead of the best", low=0.0, high=1.0),
+        "capacity": Setting(1000, "states kept for reuse (the journal keeps all)", low=1, high=1_000_000),
+    },
+    "train": {
+        "steps": Setting(10, "steps of the run", low=1, high=1_000_000),
+        "advantage": Setting("entropic", "estimator of advantages within a group", choices=("entropic", "mean_baseline")),
+        "beta": Setting(2.0, "entropic: inverse temperature of the weights exp(beta * reward)", low=0.0, high=1e6),
+        "loss": Setting("importance_sampling", "policy-gradient loss of a token", choices=("importance_sampling",)),
+        "reduction": Setting("sum", "how token losses make the batch's loss", choices=("sum", "token_mean", "sequence_mean")),
+        "learning_rate": Setting(4e-5, "Adam's step", low=0.0, high=10.0),
+        "adam_b1": Setting(0.9, "Adam's decay of the first moment", low=0.0, high=0.999999),
+        "adam_b2": Setting(0.95, "Adam's decay of the second moment", low=0.0, high=0.999999),
+        "adam_eps": Setting(1e-8, "Adam's epsilon", low=0.0, high=1.0),
+        "max_grad_norm": Setting(0.0, "gradients are scaled down to this global norm; 0: never", low=0.0, high=1e9),
+        "row_tokens": Setting(0, "length of a packed row of the update; 0: longest prompt + budget of a rollout", unit="tokens", low=0),
+        "rows": Setting(1, "packed rows in a microbatch", low=1, high=65_536),
+        "resume_from": Setting("", "folder of a finished run whose last adapter, optimiser and archive this run starts from"),
+    },
+    "checkpoint": {
+        "keep": Setting(2, "latest checkpoints kept", low=1, high=10_000),
+        "every": Setting(0, "also keep each checkpoint whose step is a multiple of this; 0: none", low=0, high=1_000_000),
+    },
+    "mesh": {
+        "data": Setting(1, "mesh axis over which rollouts are spread", low=1, high=65_536),
+        "expert": Setting(1, "mesh axis over which experts are spread", low=1, high=65_536),
+        "tensor": Setting(1, "mesh axis over which heads and the vocabulary are spread", low=1, high=65_536),
+    },
+}
+
+
+def _rows(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    for key, entry in table.items():
+        if isinstance(entry, Setting):
+            yield prefix + key, entry
+        else:
+            yield from _rows(entry, f"{prefix}{key}.")
+
+
+def settings() -> dict[str, Setting]:
+    """All settings by their dotted names, in the table's order."""
+    return dict(_rows(SETTINGS))
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A config with every default, locked: assigning to an unknown key is an error."""
+
+    def build(table: dict[str, Any]) -> dict[str, Any]:
+        return {key: entry.default if isinstance(entry, Setting) else build(entry) for key, entry in table.items()}
+
+    config = ml_collections.ConfigDict(build(SETTINGS))
+    return config.lock()
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config (ConfigDict or nested dict) as one dict from dotted names to values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict | ml_collections.ConfigDict | ml_collections.FrozenConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _check_value(name: str, value: Any, row: Setting) -> str | None:
+    """What is wrong with a value, or None."""
+    kind = type(row.default)
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        return f"config.{name} = {value!r} is a {type(value).__name__}; it must be a {kind.__name__} ({row.meaning})."
+    if row.choices and value not in row.choices:
+        return f"config.{name} = {value!r} is not known; allowed: {', '.join(row.choices)} ({row.meaning})."
+    # `not (a <= b)` rather than `a > b`, so that NaN is refused too.
+    unit = f" {row.unit}" if row.unit else ""
+    if row.low is not None and not row.low <= value:
+        return f"config.{name} = {value!r} is too small; the least is {row.low}{unit} ({row.meaning})."
+    if row.high is not None and not value <= row.high:
+        return f"config.{name} = {value!r} is too large; the most is {row.high}{unit} ({row.meaning})."
+    return None
+
+
+def _contradictions(config: Any) -> Iterator[str]:
+    """Rules that join several settings."""
+    if config.execution.backend == "unsafe-subprocess" and not config.execution.allow_weaker:
+        yield (
+            "config.execution.backend = 'unsafe-subprocess' runs the model's programs without isolation. Set"
+            " config.execution.allow_weaker=True as well if you accept that, or use 'bubblewrap'."
+        )
+    if not (config.lora.attention_rank or config.lora.expert_rank or config.lora.head_rank):
+        yield "all ranks in config.lora are 0, so there is nothing to train; set one, or use discover_jax.search for a run without training."
+    if config.group_size == 1:
+        yield "config.group_size = 1: a group of one has no other rollouts to compare with, so its advantage is always 0; use 2 or more."
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    if config.train.row_tokens and config.train.row_tokens < longest:
+        yield (
+            f"config.train.row_tokens = {config.train.row_tokens} is shorter than the longest rollout: max_prompt_tokens + max_new_tokens ="
+            f" {longest}. Set it to 0 or to at least {longest}."
+        )
+    if config.model.weights == "apprentice" and config.prompt.style != "brief":
+        yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to a larger model's folder."
+    if config.reuse.sampler == "fixed" and config.train.resume_from:
+        yield (
+            "config.reuse.sampler = 'fixed' never looks at the archive that config.train.resume_from brings along; use 'greedy', or start fresh."
+        )
+
+
+def validate(config: Any) -> ml_collections.FrozenConfigDict:
+    """Checks a whole config and freezes it.
+
+    Args:
+      config: what a file in configs/ returned, with the command line's overrides.
+
+    Raises:
+      ConfigError: naming every wrong setting at once, each with what is allowed.
+    """
+    known = settings()
+    given = flatten(config)
+    problems = []
+    for name in given.keys() - known.keys():
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        problems.append(f"config.{name} is not a setting" + (f"; did you mean config.{close[0]}?" if close else "."))
+    for name in known.keys() - given.keys():
+        problems.append(f"config.{name} is missing; start from discover_jax.config.default_config(), which has every setting.")
+    problems += [p for name, row in known.items() if name in given and (p := _check_value(name, given[name], row))]
+    if not problems:  # the joint rules assume that each value alone is sound
+        problems = list(_contradictions(config))
+    if problems:
+        raise ConfigError("The config cannot be used:\n" + "\n".join(f"  - {p}" for p in sorted(problems)))
+    return ml_collections.FrozenConfigDict(config)
