@@ -18,7 +18,7 @@ Cost: a step of run 3 samples 128 rollouts of up to 26,000 tokens and runs 128 p
 The default argument is `apprentice`, which any machine can run.
 """
 
-from configs.quickstart import apprentice_on_cpu
+from discover_jax.apprentice.preset import apprentice_on_cpu
 from discover_jax.config import default_config
 from discover_jax.exceptions import ConfigError
 

@@ -178,7 +178,7 @@ def _contradictions(config: Any) -> Iterator[str]:
             " config.execution.allow_weaker=True as well if you accept that, or use 'bubblewrap'."
         )
     if not (config.lora.attention_rank or config.lora.expert_rank or config.lora.head_rank):
-        yield "all ranks in config.lora are 0, so there is nothing to train; set one, or use discover_jax.search for a run without training."
+        yield "all ranks in config.lora are 0: nothing to train. Set one, or use discover_jax.search for a run without training."
     if config.group_size == 1:
         yield "config.group_size = 1: a group of one has no other rollouts to compare with, so its advantage is always 0; use 2 or more."
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
@@ -188,10 +188,11 @@ def _contradictions(config: Any) -> Iterator[str]:
             f" {longest}. Set it to 0 or to at least {longest}."
         )
     if config.model.weights == "apprentice" and config.prompt.style != "brief":
-        yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to a larger model's folder."
+        yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to another folder."
     if config.reuse.sampler == "fixed" and config.train.resume_from:
         yield (
-            "config.reuse.sampler = 'fixed' never looks at the archive that config.train.resume_from brings along; use 'greedy', or start fresh."
+            "config.reuse.sampler = 'fixed' never looks at the archive that config.train.resume_from brings along;"
+            " use 'greedy', or start fresh."
         )
 
 

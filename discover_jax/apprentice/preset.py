@@ -1,0 +1,17 @@
+"""Settings that the small model needs: its prompt, its lengths, a CPU's number format, and a learning rate that fits its size."""
+
+import ml_collections
+
+
+def apprentice_on_cpu(config: ml_collections.ConfigDict) -> None:
+    """Sets, in place, what every run of the apprentice on a CPU shares."""
+    config.model.weights = "apprentice"
+    config.model.dtype = "float32"
+    config.model.experts = "dense"
+    config.prompt.style = "brief"
+    config.sampling.max_prompt_tokens = 640
+    config.sampling.max_new_tokens = 512
+    config.sampling.slots = 64
+    config.train.rows = 4
+    config.train.learning_rate = 1e-3
+    config.execution.seconds = 60.0
