@@ -1,0 +1,75 @@
+"""The command line that main and search share: `--config=FILE[:ARG]`, overrides `--config.x.y=v`, and `--workdir=DIR`.
+
+Errors that the user can mend end the program with one message on standard error and exit code 2, without a traceback.
+"""
+
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from discover_jax import config as settings
+from discover_jax.exceptions import ConfigError, DiscoverError
+
+USER_ERROR = 2
+"""Exit code of an error that the message tells how to mend."""
+
+
+def _check_arguments(argv: list[str]) -> None:
+    """Refuses a missing or failing config file and misspelt overrides before the parser meets them, since it would answer with a traceback."""
+    given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
+    if not given or "=" not in given[-1]:
+        raise ConfigError("No config was given. Use --config=configs/quickstart.py, or another file of configs/.")
+    path, *argument = given[-1].split("=", 1)[1].split(":", 1)
+    if not Path(path).is_file():
+        here = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise ConfigError(f"The config file {path!r} does not exist (looked in {os.getcwd()}). Known here: {', '.join(here) or 'none'}.")
+    # The parser would bury an error raised in the file under its own; called once before, the file speaks for itself.
+    runpy.run_path(path)["get_config"](*argument)
+    known = settings.settings()
+    for override in argv:
+        if override.startswith("--config."):
+            name = override.removeprefix("--config.").split("=")[0]
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"Did you mean --config.{close[0]}?" if close else f"Known settings: {', '.join(known)}."
+                raise ConfigError(f"--config.{name} is not a setting. {hint}")
+
+
+def launch(run: Callable[[Any, Path], None]) -> None:
+    """Parses the command line, validates the config and calls `run(config, workdir)`.
+
+    Raises:
+      SystemExit: with code 2 after an error that the user can mend, 130 after Ctrl-C.
+    """
+    config_flag = config_flags.DEFINE_config_file("config", help_string="FILE[:ARG] of configs/; override with --config.NAME=VALUE")
+    workdir_flag = flags.DEFINE_string(
+        "workdir", None, "the run's folder; an existing one with the same config resumes (runs/<config.name>)"
+    )
+
+    def parse(argv: list[str]) -> list[str]:
+        if any(a.startswith(("--help", "-help", "-h")) for a in argv):
+            return app.parse_flags_with_usage(argv)
+        _check_arguments(argv)
+        return flags.FLAGS(argv)
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
+        config = settings.validate(config_flag.value)
+        run(config, Path(workdir_flag.value or f"runs/{config.name}"))
+
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except (DiscoverError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
