@@ -22,7 +22,7 @@ USER_ERROR = 2
 
 
 def _check_arguments(argv: list[str]) -> None:
-    """Refuses a missing or failing config file and misspelt overrides before the parser meets them, since it would answer with a traceback."""
+    """Refuses a missing config file and misspelt overrides before the parser meets them: it would answer with a traceback."""
     given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
     if not given or "=" not in given[-1]:
         raise ConfigError("No config was given. Use --config=configs/quickstart.py, or another file of configs/.")
