@@ -1,0 +1,120 @@
+"""Tokenizers behind one small interface: SentencePiece for the apprentice, `tokenizer.json` (through transformers) for gpt-oss.
+
+Both keep ordinary text and the chat format's special tokens apart: `encode` never yields a special id, whatever the text says, so that
+a program or a dataset that contains "<|end|>" cannot end a message. Special ids are had by name alone, from `special`.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from discover_jax.exceptions import TokenizerError
+
+# Names of OpenAI's harmony chat format (o200k_harmony). A tokenizer without all of them cannot serve.
+SPECIAL_TOKENS = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+)
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What prompts, parsing and the trainer of the apprentice need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; every id is in [0, vocab_size)."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text. Never a special id; `decode(encode(text)) == text` for any text that UTF-8 can hold."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ordinary ids; bytes that are not UTF-8 become U+FFFD. Special ids and ids outside the vocabulary give no text."""
+        ...
+
+    def special(self, name: str) -> int:
+        """Id of one of SPECIAL_TOKENS. Raises TokenizerError for any other name."""
+        ...
+
+
+# SentencePiece writes a space as this mark, and would decode the mark itself, where it occurs in a text, as a space.
+_SPACE_MARK = "\u2581"
+_ROUND_TRIP_PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model whose special tokens are control pieces. Can be pickled.
+
+    The model must keep text as it is: trained with `byte_fallback=True`, `normalization_rule_name="identity"`, `add_dummy_prefix=False`,
+    `remove_extra_whitespaces=False`, and SPECIAL_TOKENS as `control_symbols`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads `path`, a `tokenizer.model`.
+
+        Raises:
+          TokenizerError: the file is missing or broken, lacks a special token, or changes text on its way through.
+        """
+        import sentencepiece
+
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise TokenizerError(f"There is no SentencePiece model at {self._path}. Give the folder that holds `tokenizer.model`.")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self._path))
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"{self._path} is not a SentencePiece model ({error}). Copy or train it again.") from error
+        self._special: dict[str, int] = {}
+        for name in SPECIAL_TOKENS:
+            index = self._model.piece_to_id(name)
+            # An absent piece has the id of the unknown piece; a user-defined one would match in ordinary text.
+            if self._model.id_to_piece(index) != name or not self._model.is_control(index):
+                raise TokenizerError(
+                    f"{self._path} has no control piece {name!r}, which the chat format needs. Train the model with"
+                    f" control_symbols={list(SPECIAL_TOKENS)}."
+                )
+            self._special[name] = index
+        self._byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        if self.decode(self.encode(_ROUND_TRIP_PROBE)) != _ROUND_TRIP_PROBE:
+            raise TokenizerError(
+                f"{self._path} changes text: {_ROUND_TRIP_PROBE!r} comes back as {self.decode(self.encode(_ROUND_TRIP_PROBE))!r}. Train it"
+                ' with byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False.'
+            )
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self._path,)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        first, *rest = text.split(_SPACE_MARK)
+        ids = self._model.encode(first)
+        for part in rest:
+            ids += self._byte_ids
+            ids += self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        size = self._model.vocab_size()
+        return self._model.decode([int(i) for i in ids if 0 <= i < size and not self._model.is_control(int(i))])
+
+    def special(self, name: str) -> int:
+        return _lookup(self._special, name)
+
+
+def _lookup(table: dict[str, int], name: str) -> int:
+    if name not in table:
+        raise TokenizerError(f"{name!r} is not a special token of the chat format; those are {', '.join(SPECIAL_TOKENS)}.")
+    return table[name]
