@@ -1,0 +1,93 @@
+"""The config table: the report's values, and errors that name every wrong setting."""
+
+import runpy
+
+import pytest
+
+from discover_jax import config as settings
+from discover_jax.exceptions import ConfigError
+
+
+def _load(path, *argument):
+    return runpy.run_path(path)["get_config"](*argument)
+
+
+@pytest.mark.parametrize(("run", "shape"), [("run1", (2, 2, 10)), ("run2", (4, 2, 10)), ("run3", (16, 8, 17)), ("run4", (16, 8, 6))])
+def test_the_reports_runs_have_the_reports_values(run, shape):
+    config = settings.validate(_load("configs/spaceship.py", run))
+    assert (config.groups, config.group_size, config.train.steps) == shape
+    # Section 5.1 and 5.2 of the report, typed in again by hand.
+    expected = {
+        "lora.attention_rank": 32,
+        "train.learning_rate": 4e-5,
+        "train.adam_b1": 0.9,
+        "train.adam_b2": 0.95,
+        "train.advantage": "entropic",
+        "train.beta": 2.0,
+        "train.loss": "importance_sampling",
+        "sampling.max_new_tokens": 26_000,
+        "sampling.temperature": 1.0,
+        "task.competition": "spaceship-titanic",
+        "task.reward": "grade",
+        "execution.seconds": 300,
+        "execution.cores": 2,
+        "reuse.sampler": "greedy",
+        "reuse.epsilon": 0.125,
+    }
+    flat = settings.flatten(config)
+    assert {name: flat[name] for name in expected} == expected
+    assert bool(flat["train.resume_from"]) == (run == "run4")
+
+
+@pytest.mark.parametrize("argument", [("configs/quickstart.py",), ("configs/spaceship.py",), ("configs/spaceship.py", "apprentice")])
+def test_shipped_configs_are_valid(argument):
+    settings.validate(_load(*argument))
+
+
+def test_every_setting_has_a_meaning_and_a_default_within_its_bounds():
+    config = settings.default_config()
+    config.prompt.style = "brief"  # the default weights are the apprentice, which knows only this style
+    settings.validate(config)
+    assert all(row.meaning for row in settings.settings().values())
+
+
+def test_unknown_key_is_refused_with_the_nearest_name():
+    config = settings.default_config()
+    with pytest.raises(AttributeError):
+        config.train.step = 3
+    with config.unlocked():
+        config.train.step = 3
+    with pytest.raises(ConfigError, match=r"config\.train\.step is not a setting; did you mean config\.train\.steps"):
+        settings.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train.steps", 0, "too small"),
+        ("train.learning_rate", float("nan"), "too small"),
+        ("reuse.epsilon", 1.5, "too large"),
+        ("task.reward", "luck", "allowed: grade, holdout"),
+        ("seed", True, "must be a int"),
+        ("execution.backend", "unsafe-subprocess", "allow_weaker"),
+        ("group_size", 1, "group of one"),
+        ("train.row_tokens", 16, "longest rollout"),
+        ("prompt.style", "full", "brief"),
+    ],
+)
+def test_bad_values_and_contradictions_say_what_is_allowed(name, value, message):
+    config = _load("configs/quickstart.py")
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(ConfigError, match=message) as error:
+        settings.validate(config)
+    assert name in str(error.value)
+
+
+def test_all_problems_are_named_at_once():
+    config = _load("configs/quickstart.py")
+    config.groups, config.train.steps = 0, 0
+    with pytest.raises(ConfigError) as error:
+        settings.validate(config)
+    assert "config.groups" in str(error.value)
+    assert "config.train.steps" in str(error.value)
