@@ -39,3 +39,7 @@ class RunError(DiscoverError, RuntimeError):
 
 class CapacityError(DiscoverError, ValueError):
     """A prompt or a rollout is longer than the context that the sampler or the update was built for."""
+
+
+class LearningError(DiscoverError, ValueError):
+    """Rewards, advantages, rollouts or gradients from which no sound update can be computed: not finite, or of unequal lengths."""

@@ -1,0 +1,56 @@
+"""Log-probabilities and entropies of the policy at packed tokens, without ever holding logits for all of them.
+
+At 201,088 words a row of 26k tokens would have 21 GB of float32 logits. So places are scanned in chunks, and the backward pass
+computes each chunk's logits again.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from discover_jax.learning.packing import Batch
+
+
+def token_logprobs(
+    model: Any, frozen: Any, lora: Any, batch: Batch, *, temperature: float, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of p at every place, p being the distribution that is sampled from: softmax(logits / temperature).
+
+    Differentiable in `lora` through the log-probabilities; the entropies are statistics and have no gradient.
+
+    Args:
+      model: a `discover_jax.models.gpt_oss.Model`.
+      frozen, lora: its parameters.
+      batch: arrays [B, T].
+      temperature: of sampling, above 0.
+      chunk_tokens: places whose logits exist at once, all rows together (at least one place of each row).
+
+    Returns:
+      logprobs_BT, entropy_BT: float32, entropy in nats; meaningless at padding.
+    """
+    hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    rows, length = batch.tokens_BT.shape
+    # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh's data axis.
+    chunk = min(length, max(1, chunk_tokens // rows))
+    chunks = -(-length // chunk)
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        padded = jnp.pad(x_BT, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x_BT.ndim - 2))
+        return jnp.moveaxis(padded.reshape(rows, chunks, chunk, *x_BT.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def of_chunk(hidden_and_targets: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_BtD, targets_Bt = hidden_and_targets
+        scaled_BtV = model.logits(frozen, lora, hidden_BtD).astype(jnp.float32) / temperature
+        log_total_Bt = jax.nn.logsumexp(scaled_BtV, axis=-1)
+        logprobs_Bt = jnp.take_along_axis(scaled_BtV, targets_Bt[..., None], axis=-1)[..., 0] - log_total_Bt
+        constant_BtV, constant_Bt = jax.lax.stop_gradient((scaled_BtV, log_total_Bt))
+        entropy_Bt = constant_Bt - jnp.sum(jnp.exp(constant_BtV - constant_Bt[..., None]) * constant_BtV, axis=-1)
+        return logprobs_Bt, entropy_Bt
+
+    def join(x_CBt: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_CBt, 0, 1).reshape(rows, chunks * chunk)[:, :length]
+
+    logprobs_CBt, entropy_CBt = jax.lax.map(of_chunk, (split(hidden_BTD), split(jnp.asarray(batch.targets_BT))))
+    return join(logprobs_CBt), join(entropy_CBt)

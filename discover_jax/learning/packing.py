@@ -1,0 +1,133 @@
+"""Packing: several rollouts in one row of fixed length, kept apart by segment ids, and rows in batches of one shape.
+
+A rollout with P prompt and T generated tokens takes P + T - 1 places of a row: place j holds token j and is asked for token j + 1.
+The last token is never an input and the first never a target. Rows are filled first-fit, longest rollout first: never more
+than 11/9 of the fewest possible rows plus one (the classical bound of first-fit decreasing), and a function of the lengths alone.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from discover_jax.exceptions import CapacityError, ConfigError, LearningError
+from discover_jax.types import Rollout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rollouts; all arrays [B rows, T places].
+
+    Attributes:
+      tokens_BT: int32, inputs; 0 at padding.
+      targets_BT: int32, the token that follows each input within its rollout; 0 at padding.
+      positions_BT: int32, place of the input in its rollout, from 0; 0 at padding.
+      segments_BT: int32, 1, 2, ... for the rollouts of a row in order; 0 for padding.
+      mask_BT: bool, True where the target is a token that the policy chose: only these bear loss or statistics.
+      sampler_logprobs_BT: float32, log-probability of the target under the sampler; 0 where masked.
+      advantages_BT: float32, the rollout's advantage; 0 where masked.
+    """
+
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray
+    mask_BT: np.ndarray
+    sampler_logprobs_BT: np.ndarray
+    advantages_BT: np.ndarray
+
+
+def _empty(rows: int, row_tokens: int) -> Batch:
+    shape = (rows, row_tokens)
+    dtypes = {"mask_BT": np.bool_, "sampler_logprobs_BT": np.float32, "advantages_BT": np.float32}
+    return Batch(**{field.name: np.zeros(shape, dtypes.get(field.name, np.int32)) for field in dataclasses.fields(Batch)})
+
+
+def _places(rollout: Rollout) -> int:
+    return len(rollout.prompt_tokens_P) + len(rollout.tokens_T) - 1
+
+
+def _check(rollout: Rollout, row_tokens: int) -> None:
+    name = f"Rollout {rollout.index} of group {rollout.group}"
+    lengths = len(rollout.tokens_T), len(rollout.logprobs_T), len(rollout.chosen_T)
+    if len(set(lengths)) > 1:
+        raise LearningError(f"{name} has {lengths[0]} tokens, {lengths[1]} log-probabilities and {lengths[2]} flags; they must be as many.")
+    if len(rollout.prompt_tokens_P) == 0:
+        raise LearningError(f"{name} has an empty prompt, so its first token has no probability; prompts need at least one token.")
+    if not np.isfinite(rollout.logprobs_T[rollout.chosen_T]).all():
+        raise LearningError(f"{name} has log-probabilities that are not finite: the sampler's logits overflowed or were NaN.")
+    if _places(rollout) > row_tokens:
+        raise CapacityError(
+            f"{name} has {len(rollout.prompt_tokens_P)} prompt and {len(rollout.tokens_T)} generated tokens and takes {_places(rollout)}"
+            f" places; a row of the update has {row_tokens}. Set config.train.row_tokens to 0 or to the longest prompt plus the budget"
+            " of a rollout."
+        )
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of indices into `lengths`, each of total length at most `capacity`; equal lengths keep their order.
+
+    Every length must be at most `capacity`.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fit = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+        if fit is None:
+            fit = len(bins)
+            bins.append([])
+            room.append(capacity)
+        bins[fit].append(index)
+        room[fit] -= lengths[index]
+    return bins
+
+
+def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: int, rows: int) -> list[Batch]:
+    """Rollouts and their advantages as batches of one shape [rows, row_tokens]; the last is filled up with empty rows.
+
+    Rollouts without a chosen token have nothing to say and are left out. No rollouts give no batches.
+
+    Args:
+      rollouts: those that take part in the update.
+      advantages: one finite number for each rollout.
+      row_tokens: places of a row; one compiled shape needs this to be the same in every step.
+      rows: rows of a microbatch.
+
+    Raises:
+      CapacityError: a rollout is longer than a row.
+      ConfigError: `row_tokens` or `rows` is below 1.
+      LearningError: lengths disagree, a prompt is empty, or an advantage or log-probability is not finite in float32.
+    """
+    if row_tokens < 1 or rows < 1:
+        raise ConfigError(f"row_tokens = {row_tokens} and rows = {rows} cannot be packed; both must be at least 1.")
+    with np.errstate(over="ignore"):
+        advantage_of = np.asarray(advantages, np.float64).astype(np.float32)
+    if advantage_of.shape != (len(rollouts),):
+        raise LearningError(f"{len(rollouts)} rollouts came with advantages of shape {advantage_of.shape}; give one for each.")
+    if not np.isfinite(advantage_of).all():
+        raise LearningError(f"Advantages {np.asarray(advantages)[~np.isfinite(advantage_of)].tolist()} are not finite in float32.")
+    for rollout in rollouts:
+        _check(rollout, row_tokens)
+
+    kept = [(rollout, advantage) for rollout, advantage in zip(rollouts, advantage_of, strict=True) if rollout.chosen_T.any()]
+    bins = first_fit_decreasing([_places(rollout) for rollout, _ in kept], row_tokens)
+    batches = [_empty(rows, row_tokens) for _ in range(-(-len(bins) // rows))]
+    for number, members in enumerate(bins):
+        batch, row, start = batches[number // rows], number % rows, 0
+        for segment, member in enumerate(members, start=1):
+            rollout, advantage = kept[member]
+            tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
+            end = start + _places(rollout)
+            batch.tokens_BT[row, start:end] = tokens[:-1]
+            batch.targets_BT[row, start:end] = tokens[1:]
+            batch.positions_BT[row, start:end] = np.arange(end - start)
+            batch.segments_BT[row, start:end] = segment
+            generated = slice(end - len(rollout.tokens_T), end)
+            batch.mask_BT[row, generated] = rollout.chosen_T
+            batch.sampler_logprobs_BT[row, generated] = np.where(rollout.chosen_T, rollout.logprobs_T, 0.0)
+            batch.advantages_BT[row, generated] = np.where(rollout.chosen_T, advantage, 0.0)
+            start = end
+    return batches

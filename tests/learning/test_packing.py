@@ -1,0 +1,144 @@
+"""Packing: what goes in comes out once, in place, and nothing else; for any rollouts."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from discover_jax.exceptions import CapacityError, ConfigError, LearningError
+from discover_jax.learning.packing import first_fit_decreasing, pack
+from discover_jax.types import Rollout, StopReason
+
+
+def make_rollout(prompt, tokens, chosen=None, logprobs=None, group=0, index=0):
+    chosen = np.ones(len(tokens), bool) if chosen is None else np.asarray(chosen, bool)
+    logprobs = np.full(len(tokens), -1.0) if logprobs is None else logprobs
+    return Rollout(
+        group=group,
+        index=index,
+        prompt_tokens_P=np.asarray(prompt, np.int32),
+        tokens_T=np.asarray(tokens, np.int32),
+        logprobs_T=np.where(chosen, logprobs, 0).astype(np.float32),
+        chosen_T=chosen,
+        stop=StopReason.STOP_TOKEN,
+    )
+
+
+@st.composite
+def rollouts_strategy(draw):
+    """Rollouts of at most 24 places whose tokens are all different, so that each can be traced."""
+    shapes = draw(st.lists(st.tuples(st.integers(1, 8), st.lists(st.booleans(), min_size=1, max_size=16)), max_size=12))
+    rollouts, token = [], 1
+    for index, (prompt, chosen) in enumerate(shapes):
+        ids = np.arange(token, token + prompt + len(chosen))
+        token += len(ids)
+        rollouts.append(make_rollout(ids[:prompt], ids[prompt:], chosen, -ids[prompt:] / 7.0, index=index))
+    return rollouts
+
+
+@settings(max_examples=150)
+@given(rollouts_strategy(), st.integers(24, 60), st.integers(1, 4))
+def test_every_chosen_token_appears_once_with_its_own_data(rollouts, row_tokens, rows):
+    advantages = [index + 0.5 for index in range(len(rollouts))]
+    batches = pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)
+    found = []
+    for batch in batches:
+        assert batch.tokens_BT.shape == (rows, row_tokens)
+        for b, t in zip(*np.nonzero(batch.mask_BT), strict=True):
+            found.append((batch.targets_BT[b, t], batch.sampler_logprobs_BT[b, t], batch.advantages_BT[b, t]))
+        assert (batch.advantages_BT[~batch.mask_BT] == 0).all()
+        assert (batch.sampler_logprobs_BT[~batch.mask_BT] == 0).all()
+    expected = [
+        (token, logprob, np.float32(advantage))
+        for rollout, advantage in zip(rollouts, advantages, strict=True)
+        for token, logprob in zip(rollout.tokens_T[rollout.chosen_T], rollout.logprobs_T[rollout.chosen_T], strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+@settings(max_examples=150)
+@given(rollouts_strategy(), st.integers(24, 60), st.integers(1, 4))
+def test_segments_hold_whole_sequences_shifted_by_one(rollouts, row_tokens, rows):
+    batches = pack(rollouts, np.ones(len(rollouts)), row_tokens=row_tokens, rows=rows)
+    sequences = []
+    for batch in batches:
+        for b in range(rows):
+            segments_T = batch.segments_BT[b]
+            used = np.count_nonzero(segments_T)
+            assert (np.diff(segments_T[:used]) >= 0).all()  # contiguous, and numbered in order from 1
+            assert sorted(set(segments_T[:used])) == list(range(1, segments_T.max() + 1))
+            for array in (batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.segments_BT, batch.mask_BT):
+                assert not array[b, used:].any()  # padding
+            for segment in range(1, segments_T.max() + 1):
+                at = segments_T == segment
+                np.testing.assert_array_equal(batch.positions_BT[b, at], np.arange(at.sum()))
+                np.testing.assert_array_equal(batch.tokens_BT[b, at][1:], batch.targets_BT[b, at][:-1])
+                sequences.append((*batch.tokens_BT[b, at], batch.targets_BT[b, at][-1]))
+    expected = [(*r.prompt_tokens_P, *r.tokens_T) for r in rollouts if r.chosen_T.any()]
+    assert sorted(sequences) == sorted(expected)
+
+
+def test_mask_by_hand():
+    """Prompt 5 6 7, answer 8 9 with 8 forced: inputs 5 6 7 8, targets 6 7 8 9, only the last place bears loss."""
+    (batch,) = pack([make_rollout([5, 6, 7], [8, 9], [False, True], [0.0, -2.0])], [3.0], row_tokens=6, rows=1)
+    np.testing.assert_array_equal(batch.tokens_BT, [[5, 6, 7, 8, 0, 0]])
+    np.testing.assert_array_equal(batch.targets_BT, [[6, 7, 8, 9, 0, 0]])
+    np.testing.assert_array_equal(batch.positions_BT, [[0, 1, 2, 3, 0, 0]])
+    np.testing.assert_array_equal(batch.segments_BT, [[1, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.mask_BT, [[False, False, False, True, False, False]])
+    np.testing.assert_array_equal(batch.sampler_logprobs_BT, [[0, 0, 0, -2, 0, 0]])
+    np.testing.assert_array_equal(batch.advantages_BT, [[0, 0, 0, 3, 0, 0]])
+    assert {name: array.dtype.name for name, array in vars(batch).items()} == {
+        "tokens_BT": "int32",
+        "targets_BT": "int32",
+        "positions_BT": "int32",
+        "segments_BT": "int32",
+        "mask_BT": "bool",
+        "sampler_logprobs_BT": "float32",
+        "advantages_BT": "float32",
+    }
+
+
+def test_first_fit_decreasing_by_hand():
+    assert first_fit_decreasing([3, 5, 2, 4, 2, 3], 8) == [[1, 0], [3, 5], [2, 4]]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 120))
+def test_bins_are_a_partition_within_its_bound(lengths, capacity):
+    bins = first_fit_decreasing(lengths, capacity)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in members) <= capacity for members in bins)
+    fewest = -(-sum(lengths) // capacity)  # at least this many; no more than one bin can be at most half full
+    assert len(bins) <= 2 * fewest + 1
+
+
+def test_no_rollouts_give_no_batches():
+    assert pack([], [], row_tokens=8, rows=2) == []
+    assert pack([make_rollout([1], [2], [False])], [1.0], row_tokens=8, rows=2) == []
+
+
+def test_a_rollout_may_fill_a_row_but_not_exceed_it():
+    rollout = make_rollout([1, 2, 3], [4, 5, 6], group=4, index=7)
+    (batch,) = pack([rollout], [1.0], row_tokens=5, rows=1)
+    assert (batch.segments_BT == 1).all()
+    with pytest.raises(CapacityError, match=r"Rollout 7 of group 4 has 3 prompt and 3 generated .* 5 places; a row of the update has 4"):
+        pack([rollout], [1.0], row_tokens=4, rows=1)
+
+
+def test_bad_input_is_refused():
+    good = make_rollout([1], [2, 3])
+    with pytest.raises(LearningError, match=r"1 rollouts came with advantages of shape \(2,\)"):
+        pack([good], [1.0, 2.0], row_tokens=8, rows=1)
+    for bad in (np.nan, np.inf, 1e39):
+        with pytest.raises(LearningError, match="not finite in float32"):
+            pack([good], [bad], row_tokens=8, rows=1)
+    with pytest.raises(LearningError, match="empty prompt"):
+        pack([make_rollout([], [2, 3])], [1.0], row_tokens=8, rows=1)
+    with pytest.raises(LearningError, match="log-probabilities that are not finite"):
+        pack([make_rollout([1], [2, 3], logprobs=[-1.0, -np.inf])], [1.0], row_tokens=8, rows=1)
+    ragged = Rollout(0, 0, np.ones(1, np.int32), np.ones(2, np.int32), np.zeros(3, np.float32), np.ones(2, bool), StopReason.MAX_TOKENS)
+    with pytest.raises(LearningError, match="as many"):
+        pack([ragged], [1.0], row_tokens=8, rows=1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        pack([good], [1.0], row_tokens=8, rows=0)
