@@ -55,6 +55,11 @@ def _metrics(statistics: Sequence[Statistics]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}
 
 
+def _norm(tree: Any) -> jax.Array:
+    """Euclidean norm over all leaves together."""
+    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.float32(0)))
+
+
 def _chosen(batches: Sequence[Batch]) -> int:
     return sum(int(np.count_nonzero(batch.mask_BT)) for batch in batches)
 
@@ -113,8 +118,8 @@ class Update:
             return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
 
         self._accumulate = jax.jit(accumulate, donate_argnums=0)
-        self._apply = jax.jit(apply, donate_argnums=(0, 1))
-        self._norm = jax.jit(optax.global_norm)
+        self._apply = jax.jit(apply, donate_argnums=0)
+        self._norm = jax.jit(_norm)
         self._forward = jax.jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> tuple[Any, dict[str, float]]:

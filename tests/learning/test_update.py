@@ -1,0 +1,237 @@
+"""The update on a bigram policy, whose gradient has a closed form: dL/dlogits = -ratio A (onehot(target) - p) / temperature."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from discover_jax.exceptions import ConfigError, LearningError
+from discover_jax.learning.packing import pack
+from discover_jax.learning.train_state import adam, init_train_state
+from discover_jax.learning.update import Update
+from discover_jax.types import Rollout, StopReason
+
+VOCAB = 7
+TEMPERATURE = 1.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """The logits of the next token are row `token` of frozen + lora: the model's interface with nothing inside."""
+
+    def hidden(self, frozen, lora, tokens_BT, positions_BT, segments_BT):
+        return jax.nn.one_hot(tokens_BT, VOCAB)
+
+    def logits(self, frozen, lora, hidden_xD):
+        return hidden_xD @ (frozen if lora is None else frozen + lora["table"])
+
+
+def make_rollouts(seed, count=9):
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for index in range(count):
+        prompt, length = rng.integers(1, 5), rng.integers(1, 12)
+        chosen = rng.random(length) < 0.8
+        chosen[0] = True
+        rollouts.append(
+            Rollout(
+                group=0,
+                index=index,
+                prompt_tokens_P=rng.integers(0, VOCAB, prompt).astype(np.int32),
+                tokens_T=rng.integers(0, VOCAB, length).astype(np.int32),
+                logprobs_T=np.where(chosen, -rng.uniform(0.5, 3, length), 0).astype(np.float32),
+                chosen_T=chosen,
+                stop=StopReason.STOP_TOKEN,
+            )
+        )
+    return rollouts, rng.normal(size=count)
+
+
+@pytest.fixture
+def tables():
+    rng = np.random.default_rng(5)
+    return jnp.asarray(rng.normal(size=(VOCAB, VOCAB)), jnp.float32), jnp.asarray(0.3 * rng.normal(size=(VOCAB, VOCAB)), jnp.float32)
+
+
+def by_hand(table, rollouts, advantages, reduction):
+    """Loss, gradient and statistics in float64, token by token."""
+    table = np.asarray(table, np.float64)
+    tokens = sum(int(r.chosen_T.sum()) for r in rollouts)
+    loss, gradient, gaps, entropies = 0.0, np.zeros_like(table), [], []
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        weight = {"sum": 1.0, "token_mean": 1 / tokens, "sequence_mean": 1 / (len(rollouts) * rollout.chosen_T.sum())}[reduction]
+        before = rollout.prompt_tokens_P[-1]
+        for token, logprob, chosen in zip(rollout.tokens_T, rollout.logprobs_T, rollout.chosen_T, strict=True):
+            if chosen:
+                p = np.exp(table[before] / TEMPERATURE)
+                p /= p.sum()
+                gap = np.log(p[token]) - logprob
+                loss -= weight * np.exp(gap) * advantage
+                gradient[before] -= weight * np.exp(gap) * advantage * (np.eye(VOCAB)[token] - p) / TEMPERATURE
+                gaps.append(gap)
+                entropies.append(-(p * np.log(p)).sum())
+            before = token
+    return loss, gradient, np.array(gaps), np.array(entropies)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean", "sequence_mean"])
+@pytest.mark.parametrize(("row_tokens", "rows", "chunk_tokens"), [(16, 1, 1024), (16, 2, 5), (40, 3, 12), (200, 1, 7)])
+def test_gradient_and_metrics_equal_the_closed_form(tables, reduction, row_tokens, rows, chunk_tokens):
+    """Whatever the packing, the number of microbatches and the chunks of the log-probabilities."""
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(1)
+    loss, expected, gaps, entropies = by_hand(frozen + table, rollouts, advantages, reduction)
+    update = Update(Bigram(), adam(), reduction=reduction, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
+    batches = pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)
+    gradient, metrics = update.gradient(frozen, {"table": table}, batches)
+    np.testing.assert_allclose(gradient["table"], expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+    assert metrics == pytest.approx(
+        {
+            "loss": loss,
+            "logprob_gap/mean": np.abs(gaps).mean(),
+            "logprob_gap/max": np.abs(gaps).max(),
+            "ratio/min": np.exp(gaps.min()),
+            "ratio/max": np.exp(gaps.max()),
+            "entropy": entropies.mean(),
+            "grad_norm": np.linalg.norm(expected),
+            "tokens": len(gaps),
+        },
+        rel=2e-5,
+    )
+
+
+def test_order_and_company_of_rollouts_do_not_matter(tables):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(2)
+    update = Update(Bigram(), adam(), temperature=TEMPERATURE)
+    whole, _ = update.gradient(frozen, {"table": table}, pack(rollouts, advantages, row_tokens=20, rows=2))
+    order = np.random.default_rng(0).permutation(len(rollouts))
+    shuffled, _ = update.gradient(frozen, {"table": table}, pack([rollouts[i] for i in order], advantages[order], row_tokens=20, rows=2))
+    one_by_one = sum(
+        np.asarray(update.gradient(frozen, {"table": table}, pack([r], [a], row_tokens=20, rows=2))[0]["table"])
+        for r, a in zip(rollouts, advantages, strict=True)
+    )
+    np.testing.assert_allclose(shuffled["table"], whole["table"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one_by_one, whole["table"], rtol=1e-5, atol=1e-6)
+
+
+def test_three_adam_steps_by_hand(tables):
+    """Kingma and Ba's formula in float64, with the report's settings but a larger rate."""
+    frozen, table = tables
+    rate, b1, b2, eps = 1e-2, 0.9, 0.95, 1e-8
+    optimizer = adam(rate, b1=b1, b2=b2, eps=eps)
+    update = Update(Bigram(), optimizer, temperature=TEMPERATURE)
+    state = init_train_state({"table": jnp.array(table)}, optimizer)
+    expected, m, v = np.asarray(table, np.float64), 0.0, 0.0
+    for step in range(1, 4):
+        rollouts, advantages = make_rollouts(10 + step)
+        _, gradient, _, _ = by_hand(np.asarray(frozen, np.float64) + expected, rollouts, advantages, "sum")
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        expected = expected - rate * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + eps)
+        state, metrics = update.update(frozen, state, pack(rollouts, advantages, row_tokens=24, rows=1))
+        assert int(state.step) == step
+        assert metrics["update/skipped"] == 0
+    np.testing.assert_allclose(state.lora["table"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_scales_what_adam_sees_and_nothing_else(tables):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(3)
+    batches = pack(rollouts, advantages, row_tokens=24, rows=1)
+    optimizer = adam(max_grad_norm=0.5)
+    update = Update(Bigram(), optimizer, temperature=TEMPERATURE)
+    gradient, before = update.gradient(frozen, {"table": table}, batches)
+    state, metrics = update.update(frozen, init_train_state({"table": jnp.array(table)}, optimizer), batches)
+    assert metrics["grad_norm"] == before["grad_norm"] > 0.5  # logged as it was
+    (mu,) = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state) if ".mu" in jax.tree_util.keystr(path)]
+    np.testing.assert_allclose(mu, 0.1 * np.asarray(gradient["table"]) * 0.5 / before["grad_norm"], rtol=1e-5)
+
+
+def test_zero_batches_leave_the_state_and_say_so(tables):
+    frozen, table = tables
+    optimizer = adam()
+    update = Update(Bigram(), optimizer)
+    state = init_train_state({"table": jnp.array(table)}, optimizer)
+    for batches in ([], [dataclasses.replace(b, mask_BT=b.mask_BT & False) for b in pack(*make_rollouts(4), row_tokens=24, rows=1)]):
+        after, metrics = update.update(frozen, state, batches)
+        assert after is state
+        assert metrics == {"tokens": 0.0, "update/skipped": 1.0}
+    np.testing.assert_array_equal(state.lora["table"], table)  # still alive: nothing was donated
+    assert int(state.step) == 0
+    assert update.measure(frozen, state.lora, []) == {}
+
+
+def test_one_program_serves_any_number_of_microbatches(tables):
+    frozen, table = tables
+    optimizer = adam()
+    update = Update(Bigram(), optimizer)
+    state = init_train_state({"table": jnp.array(table)}, optimizer)
+    counts = set()
+    for seed, count in ((1, 2), (2, 9), (3, 17)):
+        batches = pack(*make_rollouts(seed, count), row_tokens=24, rows=1)
+        counts.add(len(batches))
+        state, _ = update.update(frozen, state, batches)
+    assert len(counts) == 3
+    assert update._accumulate._cache_size() == 1
+    assert update._apply._cache_size() == 1
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_changes_nothing(tables):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(6)
+    bad = dataclasses.replace(rollouts[0], logprobs_T=np.where(rollouts[0].chosen_T, -1e4, 0).astype(np.float32))
+    optimizer = adam()
+    state = init_train_state({"table": jnp.array(table)}, optimizer)
+    with pytest.raises(LearningError, match=r"optimiser step 0 is not finite.*ratios .* to inf"):
+        Update(Bigram(), optimizer).update(frozen, state, pack([bad, *rollouts[1:]], advantages, row_tokens=24, rows=1))
+    np.testing.assert_array_equal(state.lora["table"], table)
+
+
+def _sizes_of_last_axis(jaxpr, width):
+    """Sizes of all intermediate arrays, in inner programs too, whose last axis has this width."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if shape and shape[-1] == width:
+                yield int(np.prod(shape))
+        for inner in jaxprs_in_params(equation.params):
+            yield from _sizes_of_last_axis(inner, width)
+
+
+def test_logits_of_all_places_never_exist(tables):
+    """With 64-place chunks of a 1,000-place row, neither pass has an array of more than 64 x vocabulary logits."""
+    wide = 11  # words; the model's width is VOCAB = 7
+    frozen = jnp.ones((VOCAB, wide))
+    batches = pack(*make_rollouts(9), row_tokens=1000, rows=1)
+    for chunk_tokens, largest in ((64, 64 * wide), (1000, 1000 * wide)):
+        update = Update(Bigram(), adam(), chunk_tokens=chunk_tokens)
+        lora = {"table": jnp.zeros((VOCAB, wide))}
+        jaxpr = jax.make_jaxpr(update._accumulate)(lora, lora, frozen, batches[0], np.ones((1, 1000), np.float32))
+        assert max(_sizes_of_last_axis(jaxpr.jaxpr, wide)) == largest
+
+
+def test_measure_equals_the_update_and_needs_no_adapter(tables):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(8)
+    batches = pack(rollouts, advantages, row_tokens=24, rows=1)
+    update = Update(Bigram(), adam(), temperature=TEMPERATURE)
+    _, metrics = update.gradient(frozen, {"table": table}, batches)
+    measured = update.measure(frozen, {"table": table}, batches)
+    assert measured == pytest.approx({key: value for key, value in metrics.items() if key not in ("loss", "grad_norm")}, rel=1e-6)
+    _, _, gaps, _ = by_hand(frozen, rollouts, advantages, "sum")
+    assert update.measure(frozen, None, batches)["logprob_gap/mean"] == pytest.approx(np.abs(gaps).mean(), rel=1e-5)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match=r"loss 'ppo2' is not known"):
+        Update(Bigram(), adam(), loss="ppo2")
+    with pytest.raises(ConfigError, match=r"reduction 'mean' is not known"):
+        Update(Bigram(), adam(), reduction="mean")
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="temperature"):
+            Update(Bigram(), adam(), temperature=temperature)
+    with pytest.raises(ConfigError, match="chunk_tokens"):
+        Update(Bigram(), adam(), chunk_tokens=0)
