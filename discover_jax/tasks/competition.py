@@ -1,0 +1,122 @@
+"""What a competition is: its tables, its metric, and how a score becomes a reward. One small file defines one."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from discover_jax.exceptions import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How predictions are compared with the answers.
+
+    Attributes:
+      name: as prompts and summaries show it.
+      higher_is_better: its direction.
+      function: (answers_R, predictions_R) -> score, any function of scikit-learn's shape. R rows, in the answers' order.
+        It may raise on predictions that it cannot judge: the submission is then invalid, with the error's text as the reason.
+      proportion: True if the score is a share of rows that were right, as accuracy is; its interval is then binomial.
+    """
+
+    name: str
+    higher_is_better: bool
+    function: Callable[[np.ndarray, np.ndarray], float]
+    proportion: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """From a score in the metric's direction to a reward, higher is better; `of_higher` says which direction it takes."""
+
+    function: Callable[[float], float]
+    of_higher: bool
+
+
+TRANSFORMS: Mapping[str, Transform] = {
+    "identity": Transform(lambda score: score, of_higher=True),
+    "negate": Transform(lambda score: -score, of_higher=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """A published score to compare with: `name` says what it is."""
+
+    name: str
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Competition:
+    """The definition of a competition.
+
+    Attributes:
+      id: short name: letters, digits, dot, dash, underscore.
+      description: for the full prompt: the story, the columns, what to predict. The files and the metric are listed by the prompt itself.
+      id_column, target: column that names a row, and column to predict; the submission has both.
+      metric: how predictions are compared with the answers.
+      prepare: (raw, public, private) -> None. Reads `raw` (the path in config.task.raw; None if it is empty) and writes public/train.csv
+        (with the target), public/test.csv (without), public/sample_submission.csv, and private/test.csv (the answers: at least id and
+        target).
+        Raises DataError if the raw data are missing or not the right ones.
+      failure_reward: reward of a program that failed; must be below that of the sample submission.
+      transform: name in TRANSFORMS, from score to reward: "identity" if higher is better, "negate" if lower is.
+      prepared_md5: expected MD5 of prepared files, such as {"public/train.csv": "564a..."}; empty: not checked.
+      thresholds: published scores to compare with, for summaries; never invented.
+      thresholds_note: what they are, and how far the comparison holds.
+
+    Raises:
+      ConfigError: a value is not allowed, or direction and transform contradict each other.
+    """
+
+    id: str
+    description: str
+    id_column: str
+    target: str
+    metric: Metric
+    prepare: Callable[[Path | None, Path, Path], None]
+    failure_reward: float = 0.0
+    transform: str = "identity"
+    prepared_md5: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    thresholds: tuple[Threshold, ...] = ()
+    thresholds_note: str = ""
+
+    def __post_init__(self):
+        def refuse(problem: str) -> ConfigError:
+            return ConfigError(f"Competition {self.id!r}: {problem}")
+
+        if not isinstance(self.id, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.id):
+            raise refuse("the id must be a word of letters, digits, '.', '-' and '_', since folders are named by it.")
+        for name in ("description", "id_column", "target"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise refuse(f"{name} = {value!r} must be a text that is not empty.")
+        if self.id_column == self.target:
+            raise refuse(f"id_column and target are both {self.target!r}; they must be two columns.")
+        if not isinstance(self.metric, Metric):
+            raise refuse(f"metric = {self.metric!r} must be a Metric, such as discover_jax.tasks.metrics.ACCURACY.")
+        if self.transform not in TRANSFORMS:
+            raise refuse(f"transform = {self.transform!r} is not known; allowed: {', '.join(TRANSFORMS)}.")
+        if TRANSFORMS[self.transform].of_higher != self.metric.higher_is_better:
+            fits = [name for name, transform in TRANSFORMS.items() if transform.of_higher == self.metric.higher_is_better]
+            raise refuse(
+                f"transform = {self.transform!r} does not fit {self.metric.name}, of which {self.direction} is better: a reward is"
+                f" higher-is-better. Use {' or '.join(map(repr, fits))}."
+            )
+        if not math.isfinite(self.failure_reward):
+            raise refuse(f"failure_reward = {self.failure_reward!r} must be finite, since advantages are computed from it.")
+
+    @property
+    def direction(self) -> str:
+        """ "higher" or "lower": which scores are better."""
+        return "higher" if self.metric.higher_is_better else "lower"
+
+    def reward(self, score: float) -> float:
+        """The reward of a score: higher is better."""
+        return TRANSFORMS[self.transform].function(score)

@@ -1,0 +1,1 @@
+"""The competitions that come with the project, a module each."""
