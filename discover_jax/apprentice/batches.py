@@ -1,0 +1,133 @@
+"""Batches of packed documents, drawn endlessly by several processes; the i-th batch depends on the seed and i alone."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import queue
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from discover_jax.apprentice.corpus import draw_document, encode
+from discover_jax.exceptions import CapacityError
+from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Several documents a row; all arrays are int32 [B rows, T tokens].
+
+    Attributes:
+      tokens_BT: inputs; `pad_id` where nothing is.
+      targets_BT: the token after each.
+      positions_BT: place of a token within its document, from 0.
+      segments_BT: which of its row's documents a token belongs to, from 1; 0 is padding.
+      mask_BT: 1 where the target belongs to the reply, 0 elsewhere: only replies bear loss.
+    """
+
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray
+    mask_BT: np.ndarray
+
+
+# A row counts as full once this many documents in a row found no place in any row.
+_PATIENCE = 8
+
+
+def draw_batch(tokenizer: Tokenizer, *, rows: int, row_tokens: int, seed: int, index: int) -> Batch:
+    """Packs documents into rows, each where it leaves the least space, until several in a row fit nowhere.
+
+    Raises:
+      CapacityError: a document is longer than a row.
+    """
+    rng = random.Random(f"batch {seed} {index}")
+    pad = tokenizer.special("<|endoftext|>")
+    arrays = {field.name: np.zeros((rows, row_tokens), np.int32) for field in dataclasses.fields(Batch)}
+    batch = Batch(**arrays)
+    batch.tokens_BT[:] = pad
+    batch.targets_BT[:] = pad
+    used_B = np.zeros(rows, np.int64)
+    documents_B = np.zeros(rows, np.int64)
+    misses = 0
+    while misses < _PATIENCE:
+        ids, prompt_length = encode(draw_document(rng), tokenizer)
+        length = len(ids) - 1
+        if length > row_tokens:
+            raise CapacityError(f"A document of {length} tokens does not fit a row of {row_tokens}. Make rows longer.")
+        fits_B = used_B + length <= row_tokens
+        if not fits_B.any():
+            misses += 1
+            continue
+        misses = 0
+        row = int(np.argmax(np.where(fits_B, used_B, -1)))
+        span = slice(used_B[row], used_B[row] + length)
+        documents_B[row] += 1
+        batch.tokens_BT[row, span] = ids[:-1]
+        batch.targets_BT[row, span] = ids[1:]
+        batch.positions_BT[row, span] = np.arange(length)
+        batch.segments_BT[row, span] = documents_B[row]
+        batch.mask_BT[row, span] = np.arange(1, length + 1) >= prompt_length
+        used_B[row] += length
+    return batch
+
+
+@contextlib.contextmanager
+def batch_stream(tokenizer_path: Path, *, rows: int, row_tokens: int, seed: int, workers: int) -> Iterator[Callable[[], Batch]]:
+    """A function that returns the next batch, drawn ahead of time by `workers` processes that end with the context.
+
+    The order does not depend on the number of workers.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    queues = [context.Queue(maxsize=4) for _ in range(workers)]
+    processes = [
+        context.Process(
+            target=_work, args=(out, stop, str(tokenizer_path), rows, row_tokens, seed, first, workers), daemon=True, name=f"corpus-{first}"
+        )
+        for first, out in enumerate(queues)
+    ]
+    for process in processes:
+        process.start()
+    taken = 0
+
+    def next_batch() -> Batch:
+        nonlocal taken
+        worker = taken % workers
+        while True:
+            try:
+                batch = queues[worker].get(timeout=5)
+            except queue.Empty:
+                if not processes[worker].is_alive():
+                    raise RuntimeError(
+                        f"Corpus process {worker} ended with code {processes[worker].exitcode}; its error is above."
+                    ) from None
+                continue
+            taken += 1
+            return batch
+
+    try:
+        yield next_batch
+    finally:
+        stop.set()
+        for out, process in zip(queues, processes, strict=True):
+            out.cancel_join_thread()
+            process.terminate()
+            process.join()
+
+
+def _work(out, stop, tokenizer_path: str, rows: int, row_tokens: int, seed: int, first: int, workers: int) -> None:
+    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    index = first
+    while not stop.is_set():
+        batch = draw_batch(tokenizer, rows=rows, row_tokens=row_tokens, seed=seed, index=index)
+        while not stop.is_set():
+            try:
+                out.put(batch, timeout=1)
+                break
+            except queue.Full:
+                continue
+        index += workers
