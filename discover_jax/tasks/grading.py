@@ -101,11 +101,10 @@ def _align(submission: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.n
     found = submission[id_column].to_numpy().tolist()
     if found != expected:
         raise _InvalidSubmission(_describe_ids(id_column, found, expected))
-    predictions = submission[target]
-    missing = int(predictions.isna().sum())
+    predictions_R = np.asarray(submission[target])
+    missing = int(pd.isna(predictions_R).sum())
     if missing:
-        raise _InvalidSubmission(f"{missing:,} of the {len(predictions):,} predictions in column {target!r} are missing.")
-    predictions_R = predictions.to_numpy()
+        raise _InvalidSubmission(f"{missing:,} of the {len(predictions_R):,} predictions in column {target!r} are missing.")
     if np.issubdtype(predictions_R.dtype, np.number) and not np.isfinite(predictions_R).all():
         raise _InvalidSubmission(f"Column {target!r} holds infinite values.")
     return answers.table[target].to_numpy()[order_R], predictions_R, answers.private_R[order_R]

@@ -147,15 +147,15 @@ def _hold_out(definition: Competition, public: Path, private: Path, fraction: fl
     """Moves a random part of the training rows to the test table; their answers go to private/holdout.csv. Cells keep their text."""
     id_column, target = definition.id_column, definition.target
     train, test, sample = (read_text_table((public / name).read_bytes()) for name in _PUBLIC_TABLES)
-    ids = pd.concat([train[id_column], test[id_column]])
+    ids = [*train[id_column], *test[id_column]]
     problem = None
-    if ids.duplicated().any():
+    if len(set(ids)) < len(ids):
         problem = "ids repeat within train.csv and test.csv"
     elif absent := set(test.columns) - set(train.columns):
         problem = f"train.csv lacks columns of test.csv ({', '.join(sorted(absent))})"
     elif len(train) < 2:
         problem = "train.csv has fewer than two rows"
-    elif (train[target] == "").any():
+    elif "" in set(train[target]):
         problem = "train.csv has rows without a target"
     if problem:
         raise ConfigError(f"Competition {definition.id!r} cannot use the reward `holdout`: {problem}. Use config.task.reward = 'grade'.")
@@ -163,18 +163,18 @@ def _hold_out(definition: Competition, public: Path, private: Path, fraction: fl
     count = min(max(1, math.floor(fraction * len(train) + 0.5)), len(train) - 1)
     held_R = np.zeros(len(train), bool)
     held_R[random.permutation(len(train))[:count]] = True
-    held = train[held_R]
+    held = train.loc[held_R]
     order_R = random.permutation(len(test) + count)
 
     grown = pd.concat([test, held[list(test.columns)]]).iloc[order_R]
     # The held-out rows get the sample's first row beside their id: samples are constant as a rule.
     rest = {column: sample[column].iloc[0] for column in sample.columns if column != id_column}
-    grown_sample = pd.concat([sample, held[[id_column]].assign(**rest)[list(sample.columns)]])
+    grown_sample = pd.concat([sample, held.loc[:, [id_column]].assign(**rest)[list(sample.columns)]])
     grown_sample = grown_sample.set_index(id_column).loc[grown[id_column]].reset_index()[list(sample.columns)]
-    train[~held_R].to_csv(public / "train.csv", index=False, lineterminator="\n")
+    train.loc[~held_R].to_csv(public / "train.csv", index=False, lineterminator="\n")
     grown.to_csv(public / "test.csv", index=False, lineterminator="\n")
     grown_sample.to_csv(public / "sample_submission.csv", index=False, lineterminator="\n")
-    held[[id_column, target]].to_csv(private / "holdout.csv", index=False, lineterminator="\n")
+    held.loc[:, [id_column, target]].to_csv(private / "holdout.csv", index=False, lineterminator="\n")
 
 
 def _checksums(root: Path) -> dict[str, str]:

@@ -1,4 +1,114 @@
-"""Prompts: what one group of rollouts is asked, built from the task and the parent program."""
+"""Prompts: what one group of rollouts is asked, built from the task and the parent program.
+
+Two styles: `full` for gpt-oss (sections 4.1 and 4.2 of the report) and `brief` for the apprentice, which knows no other.
+Texts depend on their arguments alone, so that a resumed run asks what the unbroken run would have asked.
+"""
+
+import dataclasses
+import importlib.metadata
+import logging
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from discover_jax.exceptions import CapacityError, ConfigError
+from discover_jax.text import harmony
+from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.types import Attempt, Outcome, Prompt, State
+
+STYLES = ("full", "brief")
+REASONING_EFFORTS = ("low", "medium", "high")
+
+# What programs may want to import, by distribution; those that are installed are named in the full prompt.
+_PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
+
+IDEAS = (
+    "feature engineering from what the columns mean",
+    "handling of missing values and categories",
+    "other models",
+    "ensemble methods",
+    "tuning by cross-validation on the training rows",
+    "thresholds on predicted probabilities",
+)
+
+
+class _MetricLike(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+
+
+class _FileLike(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows(self) -> int | None: ...
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+
+class TaskLike(Protocol):
+    """What a prompt tells of a task; `discover_jax.tasks.task.Task` has it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def metric(self) -> _MetricLike: ...
+    @property
+    def files(self) -> Sequence[_FileLike]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSettings:
+    """How prompts are written.
+
+    Attributes:
+      style: "full" or "brief"; the brief style uses nothing else but `max_tokens`.
+      max_tokens: longest prompt, in tokens.
+      reasoning_effort: "low", "medium" or "high".
+      date: "current date" of the system message, pinned.
+      seconds, cores, memory_gib: limits of a program, as the prompt states them.
+      packages: what a program may import, as the prompt states it; see `installed_packages`.
+      ideas: offered when a program is to be improved.
+      stdout_chars, error_chars: at most so much of the parent's output's end, and of an error's end.
+    """
+
+    style: str
+    max_tokens: int
+    reasoning_effort: str = "medium"
+    date: str = "2025-08-05"
+    seconds: float = 300.0
+    cores: int = 2
+    memory_gib: float = 4.0
+    packages: tuple[str, ...] = ("numpy", "pandas", "scipy", "scikit-learn")
+    ideas: tuple[str, ...] = IDEAS
+    stdout_chars: int = 2000
+    error_chars: int = 800
+
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ConfigError(f"config.prompt.style = {self.style!r} is not known; allowed: {', '.join(STYLES)}.")
+        if self.reasoning_effort not in REASONING_EFFORTS:
+            allowed = ", ".join(REASONING_EFFORTS)
+            raise ConfigError(f"config.prompt.reasoning_effort = {self.reasoning_effort!r} is not known; allowed: {allowed}.")
+        if self.max_tokens < 1:
+            raise ConfigError(f"config.sampling.max_prompt_tokens = {self.max_tokens} must be at least 1.")
+
+
+def installed_packages() -> tuple[str, ...]:
+    """Those packages for tables and models that this Python has, with their versions: programs run in the same one."""
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name.removesuffix('-cpu')} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(dict.fromkeys(found))
 
 
 def brief_text(competition_id: str, metric: str, higher_is_better: bool, previous: tuple[str, float] | None) -> str:
@@ -10,8 +120,155 @@ def brief_text(competition_id: str, metric: str, higher_is_better: bool, previou
       higher_is_better: its direction.
       previous: code and score (in the metric's own direction) of the parent program; None for a first attempt.
     """
-    head = f"competition: {competition_id}\nmetric: {metric}, {'higher' if higher_is_better else 'lower'} is better\n"
+    head = f"competition: {competition_id}\nmetric: {metric}, {_direction(higher_is_better)} is better\n"
     if previous is None:
         return head + "write run()"
     code, score = previous
     return f"{head}previous score: {score:.4f}\n```python\n{code}\n```\nimprove run()"
+
+
+def build_prompt(
+    task: TaskLike, parent: State, recent_failures: Sequence[Attempt], settings: PromptSettings, tokenizer: Tokenizer, group: int
+) -> Prompt:
+    """The prompt of one group.
+
+    If it is too long, the parent's output is shortened first, then the error; the prompt marks what was left out, and the log says how much.
+    The parent's program is never cut.
+
+    Args:
+      task: what is to be solved.
+      parent: the state to build on; the seed for a first attempt.
+      recent_failures: the last attempts on this parent, oldest first, if all of them failed; otherwise empty. The last error is shown.
+      settings: style and limits.
+      tokenizer: of the model that is asked.
+      group: number of the group within its step.
+
+    Raises:
+      CapacityError: it is longer than `settings.max_tokens` even so. See `program_fits`.
+    """
+    if settings.style == "brief":
+        return _finish([harmony.Message("user", _brief(task, parent))], settings, tokenizer, parent, group)
+    output = _tail(parent.stdout, settings.stdout_chars)
+    error = _tail(_error(recent_failures), settings.error_chars)
+    messages: list[harmony.Message] = []
+    for shown_output, shown_error in [(cut, error) for cut in _cuts(output)] + [("", cut) for cut in _cuts(error)]:
+        messages = [
+            harmony.system_message(settings.reasoning_effort, settings.date),
+            harmony.developer_message(_contract(settings)),
+            harmony.Message("user", _request(task, parent, shown_output, shown_error, settings)),
+        ]
+        if len(harmony.render(messages, tokenizer)) <= settings.max_tokens:
+            if (shown_output, shown_error) != (output, error):
+                logging.getLogger(__name__).info(
+                    f"Prompt of group {group}, built on {parent.id}, shortened to {settings.max_tokens:,} tokens: the output shown, from"
+                    f" {len(output):,} to {len(shown_output):,} characters; the error, from {len(error):,} to {len(shown_error):,}."
+                )
+            break
+    return _finish(messages, settings, tokenizer, parent, group)
+
+
+def program_fits(task: TaskLike, state: State, settings: PromptSettings, tokenizer: Tokenizer) -> bool:
+    """Whether a state can be a parent: whether a prompt with its program, without output and error, has at most `settings.max_tokens`."""
+    try:
+        build_prompt(task, dataclasses.replace(state, stdout=""), (), settings, tokenizer, group=0)
+    except CapacityError:
+        return False
+    return True
+
+
+def _finish(messages: list[harmony.Message], settings: PromptSettings, tokenizer: Tokenizer, parent: State, group: int) -> Prompt:
+    tokens_P = np.asarray(harmony.render(messages, tokenizer), np.int32)
+    if len(tokens_P) > settings.max_tokens:
+        raise CapacityError(
+            f"The prompt of group {group}, built on state {parent.id!r} with a program of {len(parent.code):,} characters, has"
+            f" {len(tokens_P):,} tokens; config.sampling.max_prompt_tokens allows {settings.max_tokens:,}. Raise it to at least {len(tokens_P):,}."
+        )
+    return Prompt(group=group, parent_id=parent.id, text=harmony.render_text(messages), tokens_P=tokens_P)
+
+
+def _brief(task: TaskLike, parent: State) -> str:
+    previous = None if parent.score is None else (parent.code, parent.score)
+    return brief_text(task.id, task.metric.name, task.metric.higher_is_better, previous)
+
+
+def _contract(settings: PromptSettings) -> str:
+    """What a program must do, and what it may use: the same for every competition."""
+    return f"""\
+You write Python programs that solve competitions in machine learning. Answer with exactly one Python code block. It must define a
+function `run()` without arguments that returns the submission as a pandas DataFrame, with the columns and the ids of sample_submission.csv.
+
+- Read the data by relative paths: `data/train.csv`, `data/test.csv`, `data/sample_submission.csv`. They cannot be written to.
+- The program is run once, in a fresh process: the code block is executed, then `run()` is called. Include all imports.
+- Limits: {settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network.
+- Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
+- What the program prints is kept: print validation scores that would help to improve it further.
+- A program that fails, runs out of time or returns an invalid submission scores nothing."""
+
+
+def _request(task: TaskLike, parent: State, output: str, error: str, settings: PromptSettings) -> str:
+    """The competition, the parent program and what came of it."""
+    direction = _direction(task.metric.higher_is_better)
+    parts = [
+        f"# Competition: {task.id}\n\n{task.description}",
+        "# Files in `data/`\n\n" + "\n".join(map(_describe_file, task.files)),
+        f"# Evaluation\n\nSubmissions are scored by {task.metric.name} on the rows of test.csv; {direction} is better.",
+    ]
+    if parent.score is not None:
+        parts.append(
+            f"# Your last program\n\nHere is the last code we ran:\n\n{_fenced(parent.code, 'python')}\n\n"
+            f"Previous score: {parent.score:.5f} ({task.metric.name}, {direction} is better)"
+        )
+    if output:
+        parts.append(f"The end of what it printed:\n\n{_fenced(output)}")
+    if error:
+        subject = "The last attempt to improve it failed" if parent.score is not None else "The last attempt failed"
+        parts.append(f"{subject}:\n\n{_fenced(error)}")
+    if parent.score is None:
+        parts.append("Write a program that scores as well as you can make it.")
+    else:
+        parts.append(
+            f"You are iteratively improving your solution. Consider: {', '.join(settings.ideas)}.\n"
+            "Unless you make a meaningful improvement, you will not be rewarded. Answer with the whole new program."
+        )
+    return "\n\n".join(parts)
+
+
+def _describe_file(file: _FileLike) -> str:
+    if file.rows is None:
+        return f"- {file.name}"
+    return f"- {file.name}: {file.rows:,} rows, {len(file.columns)} columns: {', '.join(file.columns)}"
+
+
+def _error(recent_failures: Sequence[Attempt]) -> str:
+    """How the last of the failures ended, with what it said."""
+    if not recent_failures:
+        return ""
+    last = recent_failures[-1]
+    if last.outcome is Outcome.FORMAT_ERROR and not last.detail:
+        return "The answer held no Python code block."
+    return f"{last.outcome.value.replace('_', ' ')}\n{last.detail}".strip()
+
+
+def _tail(text: str, limit: int) -> str:
+    """The end of a text in at most `limit` characters, the mark of what is missing included; empty if the limit leaves no room for it."""
+    mark = "[...]\n"
+    text = text.strip("\n")
+    if len(text) <= limit:
+        return text
+    return mark + text[len(text) - limit + len(mark) :] if limit > 2 * len(mark) else ""
+
+
+def _cuts(text: str) -> list[str]:
+    """A text's end: whole, three quarters, half, a quarter, nothing."""
+    return [_tail(text, len(text) * quarters // 4) for quarters in (4, 3, 2, 1, 0)]
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A Markdown block whose fence is longer than any within the text."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _direction(higher_is_better: bool) -> str:
+    return "higher" if higher_is_better else "lower"

@@ -118,3 +118,75 @@ def _lookup(table: dict[str, int], name: str) -> int:
     if name not in table:
         raise TokenizerError(f"{name!r} is not a special token of the chat format; those are {', '.join(SPECIAL_TOKENS)}.")
     return table[name]
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, such as gpt-oss's, through transformers. Can be pickled."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads `path`, a `tokenizer.json`.
+
+        Raises:
+          TokenizerError: the file is missing or broken, lacks a special token, takes ordinary text for one, or changes text.
+        """
+        from transformers import PreTrainedTokenizerFast
+
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise TokenizerError(f"There is no tokenizer at {self._path}. Give the folder that holds `tokenizer.json`.")
+        try:
+            self._model = PreTrainedTokenizerFast(tokenizer_file=str(self._path))
+        except Exception as error:  # the parser, written in Rust, raises Exception itself
+            raise TokenizerError(f"{self._path} is not a tokenizer that transformers reads ({error}). Copy it again.") from error
+        added = self._model.get_added_vocab()
+        missing = [name for name in SPECIAL_TOKENS if name not in added]
+        if missing:
+            raise TokenizerError(
+                f"{self._path} lacks the special tokens {', '.join(missing)}, which the chat format needs. Use gpt-oss's tokenizer.json."
+            )
+        self._special = {name: added[name] for name in SPECIAL_TOKENS}
+        self._added_ids = frozenset(added.values())
+        self._size = max(self._model.get_vocab().values()) + 1
+        for text in [*added, _ROUND_TRIP_PROBE]:
+            ids = self.encode(text)
+            if self._added_ids & set(ids) or self.decode(ids) != text:
+                raise TokenizerError(
+                    f"{self._path} cannot keep the ordinary text {text!r}: it becomes {ids} and comes back as {self.decode(ids)!r}. Use a"
+                    " byte-level tokenizer whose added tokens are all marked as special."
+                )
+
+    def __reduce__(self):
+        return HuggingFaceTokenizer, (self._path,)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        # split_special_tokens: the names of special tokens in a text are text.
+        return self._model.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ordinary = [int(i) for i in ids if 0 <= i < self._size and int(i) not in self._added_ids]
+        return str(self._model.decode(ordinary, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def special(self, name: str) -> int:
+        return _lookup(self._special, name)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder: its `tokenizer.model` if there is one (the apprentice), else its `tokenizer.json` (gpt-oss).
+
+    Raises:
+      TokenizerError: there is neither, or it does not fit (see the classes).
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(folder / "tokenizer.model")
+    if (folder / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(folder / "tokenizer.json")
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
+    raise TokenizerError(
+        f"There is no tokenizer in {folder}: looked for tokenizer.model (SentencePiece) and tokenizer.json (Hugging Face); found: {there}."
+        " Copy one of them there, or set config.model.tokenizer to the folder that holds it."
+    )

@@ -33,7 +33,7 @@ def _prepare(raw: Path | None, public: Path, private: Path) -> None:
     train, test = table[:_TRAIN_ROWS], table[_TRAIN_ROWS:]
     train.to_csv(public / "train.csv", index=False, lineterminator="\n")
     test.drop(columns="even").to_csv(public / "test.csv", index=False, lineterminator="\n")
-    test[["id", "even"]].assign(even=False).to_csv(public / "sample_submission.csv", index=False, lineterminator="\n")
+    test.loc[:, ["id", "even"]].assign(even=False).to_csv(public / "sample_submission.csv", index=False, lineterminator="\n")
     test.to_csv(private / "test.csv", index=False, lineterminator="\n")
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 from discover_jax.tasks.competition import Competition, Threshold
 from discover_jax.tasks.metrics import ACCURACY
 from discover_jax.tasks.raw import read_raw
@@ -36,10 +38,10 @@ def _prepare(raw: Path | None, public: Path, private: Path) -> None:
         contents="train.csv of Kaggle's Spaceship Titanic, 8,693 rows and 14 columns",
         origin="Download it with your own Kaggle account from https://www.kaggle.com/competitions/spaceship-titanic/data.",
     )
-    train, test = train_test_split(read_table(data), test_size=0.1, random_state=0)
+    train, test = map(pd.DataFrame, train_test_split(read_table(data), test_size=0.1, random_state=0))
     train.to_csv(public / "train.csv", index=False, lineterminator="\n")
     test.drop(columns="Transported").to_csv(public / "test.csv", index=False, lineterminator="\n")
-    test[["PassengerId", "Transported"]].assign(Transported=False).to_csv(
+    test.loc[:, ["PassengerId", "Transported"]].assign(Transported=False).to_csv(
         public / "sample_submission.csv", index=False, lineterminator="\n"
     )
     test.to_csv(private / "test.csv", index=False, lineterminator="\n")

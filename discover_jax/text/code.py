@@ -1,0 +1,71 @@
+"""Taking the program out of an answer: its last fenced Python block."""
+
+import re
+
+# Three or more backticks or tildes alone on a line, or followed by an info string; an info string after backticks has none in it.
+_FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)$")
+_PYTHON = {"python", "python3", "py", "py3"}
+
+
+def extract_program(final: str, truncated: bool) -> str | None:
+    """The program in an answer, or None if it holds none.
+
+    It is the last block fenced as Python (```python, ```py, any case, or ~~~). If no block says that it is Python, the last one without a
+    language that defines `run` is taken. Fences follow CommonMark: a block ends at a fence of the same sign, at least as long, with nothing
+    after it; so a longer fence may hold shorter ones. Two liberties, since models write so: any indentation, which is taken off the block;
+    and a ```python line within an open Python block starts it anew.
+
+    Args:
+      final: the answer's text.
+      truncated: whether the token budget cut the answer. Only then is a block that nobody closed taken.
+    """
+    labelled = unlabelled = None
+    for language, code in _blocks(final.replace("\r\n", "\n"), truncated):
+        if not code.strip():
+            continue
+        if language in _PYTHON:
+            labelled = code
+        elif not language and re.search(r"^\s*def run\b", code, re.MULTILINE):
+            unlabelled = code
+    return labelled if labelled is not None else unlabelled
+
+
+def _blocks(text: str, truncated: bool) -> list[tuple[str, str]]:
+    """(language in lower case, content) of each fenced block, in order."""
+    blocks: list[tuple[str, str]] = []
+    opening: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in text.split("\n"):
+        fence = _FENCE.match(line)
+        if opening is None:
+            if fence:
+                opening, lines = fence, []
+        elif fence and _closes(fence, opening):
+            blocks.append((_language(opening), _dedent(lines, opening)))
+            opening = None
+        elif fence and _language(fence) in _PYTHON and _language(opening) in _PYTHON and fence["fence"] == opening["fence"]:
+            opening, lines = fence, []
+        else:
+            lines.append(line)
+    if opening is not None and truncated:
+        # The cut may have fallen within the closing fence.
+        if lines and lines[-1].strip() and not lines[-1].strip().strip("`") and len(lines[-1].strip()) < len(opening["fence"]):
+            lines.pop()
+        blocks.append((_language(opening), _dedent(lines, opening)))
+    return blocks
+
+
+def _closes(fence: re.Match[str], opening: re.Match[str]) -> bool:
+    return not fence["info"].strip() and fence["fence"][0] == opening["fence"][0] and len(fence["fence"]) >= len(opening["fence"])
+
+
+def _language(opening: re.Match[str]) -> str:
+    """First word of the info string: "Python" of ```Python title="x", "python" of ```{python}."""
+    words = re.split(r"[\s,;:]+", opening["info"].strip().strip("{}."))
+    return words[0].lower()
+
+
+def _dedent(lines: list[str], opening: re.Match[str]) -> str:
+    """The block's text without the indentation of its opening fence, nor blank lines around it."""
+    indent = len(opening["indent"])
+    return "\n".join(line[min(indent, len(line) - len(line.lstrip(" \t"))) :] for line in lines).strip("\n")
