@@ -16,20 +16,9 @@ from discover_jax.text.tokenizer import Tokenizer
 EDIT_FRACTION = 0.6
 
 _COMPETITIONS = ("spaceship-titanic", "digits-parity")
-_FIRST = (
-    "airline bank bird boston call car city cloud coin credit crop diabetes email energy film flower forest game glass heart hotel".split()
-)
-_FIRST += (
-    "house income insurance iris leaf loan mail market mushroom news ocean penguin phone planet plant playground porto review road".split()
-)
-_FIRST += (
-    "sensor ship shop signal song star store student survey tabular taxi telecom titanic toxic traffic user vehicle water wine".split()
-)
-_SECOND = "2021 2024 age challenge churn classification cover customers default detection disease failure forecast fraud getting".split()
-_SECOND += "label level outcome playground prediction price quality rating response risk s3e1 s4e2 safety sales satisfaction score".split()
-_SECOND += "segment sentiment species spread started status subscription survival target trend type value yield".split()
-_METRICS = "accuracy auc roc-auc f1 macro-f1 log-loss brier error balanced-accuracy kappa mcc precision recall gini map rmse mae r2".split()
-_METRICS += ["accuracy score", "area under the ROC curve", "error rate", "quadratic weighted kappa", "root mean squared error"]
+_METRICS = ("accuracy", "auc", "f1", "log loss", "error rate", "rmse")
+_ONSETS = ("b", "c", "ch", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "w", "z")
+_RIMES = ("a", "al", "an", "ar", "e", "en", "er", "i", "in", "ing", "o", "on", "or", "u", "y")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +50,13 @@ def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
 
 
 def _prompt(parent: str | None, rng: random.Random) -> str:
-    if rng.random() < 0.2:
-        competition = rng.choice(_COMPETITIONS)
-    else:
-        competition = f"{rng.choice(_FIRST)}-{rng.choice(_SECOND)}"
-    score = rng.choice((rng.random(), rng.random(), rng.uniform(0.4, 0.9), rng.lognormvariate(0, 2)))
-    return brief_text(competition, rng.choice(_METRICS), rng.random() < 0.5, None if parent is None else (parent, score))
+    competition = rng.choice(_COMPETITIONS) if rng.random() < 0.2 else f"{_word(rng)}-{_word(rng)}"
+    metric = rng.choice(_METRICS) if rng.random() < 0.6 else _word(rng)
+    score = rng.choice((rng.random(), rng.uniform(0.4, 0.9), rng.lognormvariate(0, 2)))
+    return brief_text(competition, metric, rng.random() < 0.5, None if parent is None else (parent, score))
+
+
+def _word(rng: random.Random) -> str:
+    """A made-up name, now and then with a number, as competitions have."""
+    syllables = (rng.choice(_ONSETS) + rng.choice(_RIMES) for _ in range(rng.randint(1, 4)))
+    return "".join(syllables) + rng.choice(("", "", "", str(rng.randint(1, 2030))))

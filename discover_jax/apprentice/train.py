@@ -1,0 +1,207 @@
+"""Trains the apprentice from nothing: tokenizer, corpus, weights, in one command.
+
+    python -m discover_jax.apprentice.train --out=DIR [--minutes=8 | --steps=N] [--seed=0]
+
+Writes DIR/config.json, DIR/model.safetensors (experts in MXFP4) and DIR/tokenizer.model: a folder like gpt-oss's own, for
+`discover_jax.models.folder.load_folder`. The folder is whole at any time after the first save, so that a killed run leaves a model.
+
+The weights that ship with the project took 8 minutes on one H200; BUILD_NOTES.md has the numbers. A CPU runs the same code, a few
+hundred times slower. With --steps the result depends on the seed alone, up to the device's rounding; with --minutes the learning rate
+follows the clock.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from discover_jax.apprentice.batches import Batch, batch_stream
+from discover_jax.apprentice.tokenizer import END, PAD, train_tokenizer
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.folder import save_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.mxfp4 import dequantize, quantize
+from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
+
+PEAK_LEARNING_RATE = 2e-3
+WARMUP = 0.02
+DECAY = 0.6
+"""Parts of the run: the learning rate rises over the first, and falls to zero over the last."""
+WEIGHT_DECAY = 0.05
+CLIP = 1.0
+
+SYNC_STEPS = 20
+"""The host waits for the device this often, so that the clock it reads is the device's."""
+LOG_SECONDS = 10.0
+SAVE_SECONDS = 120.0
+
+
+# The model
+
+
+def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
+    """gpt-oss's architecture, small: 4.2 M parameters at a vocabulary of 2,048, of which about 3.3 M act on a token..."""
+    return ModelConfig(
+        num_layers=6,
+        width=192,
+        num_heads=8,
+        num_kv_heads=2,
+        head_size=32,
+        num_experts=4,
+        experts_per_token=2,
+        expert_width=192,
+        vocab_size=tokenizer.vocab_size,
+        sliding_window=128,
+        rope_theta=150000.0,
+        rope_factor=32.0,
+        rope_original_length=4096,
+        rope_beta_fast=32.0,
+        rope_beta_slow=1.0,
+        rope_truncate=False,
+        rms_eps=1e-5,
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+        eos_id=tokenizer.special(END),
+        pad_id=tokenizer.special(PAD),
+    )
+
+
+# The step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What a step changes: float32 weights in the layout of `Model.init_frozen`, and the optimiser's state."""
+
+    weights: Any
+    opt_state: Any
+
+
+def optimizer() -> optax.GradientTransformation:
+    """AdamW for a learning rate of 1; the step scales what it returns."""
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP),
+        optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 2, tree)),
+        optax.scale(-1.0),
+    )
+
+
+def init_learner(model: Model, seed: int) -> Learner:
+    weights = model.init_frozen(jax.random.key(seed))
+    return Learner(weights, optimizer().init(weights))
+
+
+def reply_loss(model: Model, weights: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean negative log-probability of reply tokens in nats, and metrics: `loss` and `wrong`, the part of them that is not the likeliest."""
+    hidden_BTD = model.hidden(weights, None, batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
+    logits_BTV = model.logits(weights, None, hidden_BTD)
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
+    wrong_BT = logits_BTV.argmax(axis=-1) != batch["targets_BT"]
+    mask_BT = batch["mask_BT"]
+    count = mask_BT.sum()
+    loss = jnp.sum(mask_BT * losses_BT) / count
+    return loss, {"loss": loss, "wrong": jnp.sum(mask_BT * wrong_BT) / count}
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="learner")
+def train_step(
+    model: Model, learner: Learner, batch: dict[str, jax.Array], learning_rate: jax.Array
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """One step on a batch (the arrays of `batches.Batch`), straight through the rounding of the experts to MXFP4."""
+
+    def loss_of(weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return reply_loss(model, rounded(weights), batch)
+
+    gradient, metrics = jax.grad(loss_of, has_aux=True)(learner.weights)
+    changes, opt_state = optimizer().update(gradient, learner.opt_state, learner.weights)
+    weights = optax.apply_updates(learner.weights, jax.tree.map(lambda change: learning_rate * change, changes))
+    return Learner(weights, opt_state), metrics | {"grad_norm": optax.global_norm(gradient)}
+
+
+def learning_rate_at(progress: float) -> float:
+    """Warm-up, plateau, linear decay to zero, at a part of the run between 0 and 1."""
+    return PEAK_LEARNING_RATE * min(1.0, progress / WARMUP + 1e-3, max(0.0, 1.0 - progress) / DECAY)
+
+
+# The run
+
+
+def train(out: Path, *, minutes: float | None, steps: int | None, seed: int, rows: int, row_tokens: int, workers: int, dtype: Any) -> None:
+    """Trains for a number of minutes, counted from the call, or of steps; see the module's docstring for what is written."""
+    start = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer_path = out / "tokenizer.model"
+    train_tokenizer(tokenizer_path, seed=seed)
+    config = apprentice_config(SentencePieceTokenizer(tokenizer_path))
+    model = Model(config, dtype=dtype, experts="dense")
+    with batch_stream(tokenizer_path, rows=rows, row_tokens=row_tokens, seed=seed, workers=workers) as next_batch:
+        learner = init_learner(model, seed)
+        print(f"{sum(leaf.size for leaf in jax.tree.leaves(learner.weights)):,} parameters on {jax.devices()[0].device_kind}", flush=True)
+        step, logged_step, waited = 0, 0, 0.0
+        logged_time = saved_time = time.monotonic()
+        while True:
+            elapsed = time.monotonic() - start
+            progress = step / steps if steps is not None else elapsed / (60.0 * minutes)
+            if progress >= 1.0:
+                break
+            before = time.monotonic()
+            batch = next_batch()
+            waited += time.monotonic() - before
+            learner, metrics = train_step(model, learner, vars(batch), jnp.float32(learning_rate_at(progress)))
+            step += 1
+            if step % SYNC_STEPS and step != steps:
+                continue
+            metrics = {name: float(value) for name, value in metrics.items()}
+            now = time.monotonic()
+            if now - logged_time >= LOG_SECONDS or step == steps:
+                speed = (step - logged_step) * rows * row_tokens / (now - logged_time)
+                print(
+                    f"step {step}  {progress:.0%}  loss {metrics['loss']:.4f} nats/token  wrong {metrics['wrong']:.4f}"
+                    f"  gradient {metrics['grad_norm']:.2f}  {speed:,.0f} tokens/s  waited {waited / (now - logged_time):.0%} for the corpus",
+                    flush=True,
+                )
+                logged_step, logged_time, waited = step, now, 0.0
+            if now - saved_time >= SAVE_SECONDS:
+                save_folder(out, config, learner.weights)
+                saved_time = time.monotonic()
+    save_folder(out, config, learner.weights)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{step} steps in {time.monotonic() - start:.0f} s; {out}: {size / 1e6:.2f} MB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=8.0, help="length by the clock, all included but the last save (8)")
+    length.add_argument("--steps", type=int, help="length in steps, for a result that can be had again")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=64, help="rows a step (64)")
+    parser.add_argument("--row_tokens", type=int, default=512, help="tokens a row; the longest document has about 450 (512)")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that draw the corpus")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    arguments = parser.parse_args()
+    train(
+        arguments.out,
+        minutes=None if arguments.steps is not None else arguments.minutes,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        rows=arguments.rows,
+        row_tokens=arguments.row_tokens,
+        workers=arguments.workers,
+        dtype=jnp.dtype(arguments.dtype),
+    )
+
+
+if __name__ == "__main__":
+    main()
