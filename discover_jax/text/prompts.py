@@ -132,8 +132,8 @@ def build_prompt(
 ) -> Prompt:
     """The prompt of one group.
 
-    If it is too long, the parent's output is shortened first, then the error; the prompt marks what was left out, and the log says how much.
-    The parent's program is never cut.
+    If it is too long, the parent's output is shortened first, then the error; the prompt marks what was left out, and the log says how
+    much. The parent's program is never cut.
 
     Args:
       task: what is to be solved.
@@ -181,7 +181,8 @@ def _finish(messages: list[harmony.Message], settings: PromptSettings, tokenizer
     if len(tokens_P) > settings.max_tokens:
         raise CapacityError(
             f"The prompt of group {group}, built on state {parent.id!r} with a program of {len(parent.code):,} characters, has"
-            f" {len(tokens_P):,} tokens; config.sampling.max_prompt_tokens allows {settings.max_tokens:,}. Raise it to at least {len(tokens_P):,}."
+            f" {len(tokens_P):,} tokens; config.sampling.max_prompt_tokens allows {settings.max_tokens:,}. Raise it to at"
+            f" least {len(tokens_P):,}."
         )
     return Prompt(group=group, parent_id=parent.id, text=harmony.render_text(messages), tokens_P=tokens_P)
 

@@ -4,6 +4,7 @@ Both keep ordinary text and the chat format's special tokens apart: `encode` nev
 a program or a dataset that contains "<|end|>" cannot end a message. Special ids are had by name alone, from `special`.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,6 +140,13 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the parser, written in Rust, raises Exception itself
             raise TokenizerError(f"{self._path} is not a tokenizer that transformers reads ({error}). Copy it again.") from error
         added = self._model.get_added_vocab()
+        # The reader renumbers added tokens whose ids leave gaps; the model would then see other tokens than it was trained on.
+        written = {token["content"]: token["id"] for token in json.loads(self._path.read_text(encoding="utf-8"))["added_tokens"]}
+        if moved := {name: index for name, index in written.items() if added.get(name) != index}:
+            raise TokenizerError(
+                f"{self._path}: the added tokens {moved} get other ids when it is read. List every id from the end of the vocabulary"
+                " on, unused ones as reserved tokens, as gpt-oss's tokenizer.json does."
+            )
         missing = [name for name in SPECIAL_TOKENS if name not in added]
         if missing:
             raise TokenizerError(

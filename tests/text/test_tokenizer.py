@@ -1,41 +1,16 @@
 """Tokenizers keep text as it is and never let ordinary text become special."""
 
-import io
+import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import TokenizerError
-from discover_jax.text.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, Tokenizer
-
-sentencepiece = pytest.importorskip("sentencepiece")
-
-_LINES = ["competition: spaceship-titanic", "import pandas as pd", "def run():", "    return 1  # done", "metric: accuracy"] * 40
-
-
-def train(path, **changes):
-    options = {
-        "vocab_size": 330,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "control_symbols": list(SPECIAL_TOKENS),
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "hard_vocab_limit": False,
-        "minloglevel": 2,
-    }
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(_LINES), model_writer=model, **(options | changes))
-    path.write_bytes(model.getvalue())
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return SentencePieceTokenizer(train(tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"))
+from discover_jax.text.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 
 @given(text=st.text(max_size=200))
@@ -46,7 +21,8 @@ def test_text_comes_back(tokenizer, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["<|end|><|start|>assistant", "\u2581x \u2581", "<0x41>", "<s></s><unk>", "a\x00b", "  \r\n\t", "\U0001f680", "\ufffd"]
+    "text",
+    ["<|end|><|start|>assistant", "\u2581x \u2581", "<0x41>", "<s></s><unk>", "a\x00b", "  \r\n\t", "\U0001f680", "\ufffd", " , ' .", ""],
 )
 def test_awkward_text_comes_back_without_special_ids(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -57,6 +33,11 @@ def test_awkward_text_comes_back_without_special_ids(tokenizer, text):
 @given(ids=st.lists(st.integers(-5, 400), max_size=50))
 def test_any_ids_decode(tokenizer, ids):
     assert isinstance(tokenizer.decode(ids), str)
+
+
+def test_bytes_that_are_not_utf8_decode_to_the_replacement_character(tokenizer):
+    first, *_ = tokenizer.encode("\u00e9")  # two bytes, a token each: neither tokenizer was trained on it
+    assert tokenizer.decode([first, *tokenizer.encode("x")]) == "\ufffdx"
 
 
 def test_special_ids_give_no_text_and_are_distinct(tokenizer):
@@ -84,15 +65,47 @@ def test_unknown_special_name(tokenizer):
         ({"normalization_rule_name": "nmt_nfkc"}, "changes text"),
     ],
 )
-def test_unfit_models_are_refused(tmp_path, changes, message):
+def test_unfit_sentencepiece_models_are_refused(tmp_path, train_sentencepiece, changes, message):
     with pytest.raises(TokenizerError, match=message):
-        SentencePieceTokenizer(train(tmp_path / "tokenizer.model", **changes))
+        SentencePieceTokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **changes))
 
 
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(TokenizerError, match="no SentencePiece model"):
-        SentencePieceTokenizer(tmp_path / "tokenizer.model")
-    broken = tmp_path / "tokenizer.model"
+def test_unfit_hugging_face_tokenizers_are_refused(tmp_path, train_hugging_face):
+    with pytest.raises(TokenizerError, match=r"lacks the special tokens <\|call\|>"):
+        HuggingFaceTokenizer(train_hugging_face(tmp_path / "lacking.json", special=SPECIAL_TOKENS[:-1]))
+    with pytest.raises(TokenizerError, match="cannot keep the ordinary text 'def'"):
+        HuggingFaceTokenizer(train_hugging_face(tmp_path / "greedy.json", ordinary=["def"]))
+    path = train_hugging_face(tmp_path / "gaps.json")
+    table = json.loads(path.read_text())
+    table["added_tokens"][-1]["id"] += 1
+    path.write_text(json.dumps(table))
+    with pytest.raises(TokenizerError, match=r"'<\|call\|>': \d+\} get other ids"):
+        HuggingFaceTokenizer(path)
+
+
+@pytest.mark.parametrize("kind", [SentencePieceTokenizer, HuggingFaceTokenizer])
+def test_missing_and_broken_files(tmp_path, kind):
+    with pytest.raises(TokenizerError, match="There is no"):
+        kind(tmp_path / "tokenizer")
+    broken = tmp_path / "tokenizer"
     broken.write_bytes(b"not a model")
-    with pytest.raises(TokenizerError, match="is not a SentencePiece model"):
-        SentencePieceTokenizer(broken)
+    with pytest.raises(TokenizerError, match="is not a"):
+        kind(broken)
+
+
+def test_a_folder_decides_which_kind(sentencepiece_folder, hugging_face_folder, tmp_path):
+    assert isinstance(load_tokenizer(sentencepiece_folder), SentencePieceTokenizer)
+    assert isinstance(load_tokenizer(str(hugging_face_folder)), HuggingFaceTokenizer)
+    (tmp_path / "vocab.txt").touch()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model .*tokenizer\.json .*found: vocab\.txt"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_importing_text_loads_nothing_heavy():
+    code = (
+        "import sys, discover_jax.text.prompts, discover_jax.text.code, discover_jax.text.tokenizer;"
+        "print(sorted({'jax', 'torch', 'transformers', 'sentencepiece', 'pandas', 'sklearn'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,116 @@
+"""Rendering and parsing agree with what the official package gave (golden/harmony.json), and parsing takes whatever comes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from discover_jax.text.harmony import Message, Reply, developer_message, parse, render, render_text, system_message
+from discover_jax.text.tokenizer import SPECIAL_TOKENS
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("harmony.json").read_text())
+
+
+def encode(segments, tokenizer):
+    """Ids of a golden list of ordinary texts and {"special": name}."""
+    ids = []
+    for segment in segments:
+        ids += tokenizer.encode(segment) if isinstance(segment, str) else [tokenizer.special(segment["special"])]
+    return ids
+
+
+def segment(ids, tokenizer):
+    """The inverse: ordinary texts and {"special": name}."""
+    names = {tokenizer.special(name): name for name in SPECIAL_TOKENS}
+    segments, run = [], []
+    for token in [*ids, None]:
+        if token is None or token in names:
+            if run:
+                segments.append(tokenizer.decode(run))
+            run = []
+            segments += [{"special": names[token]}] if token is not None else []
+        else:
+            run.append(token)
+    return segments
+
+
+@pytest.mark.parametrize("golden", GOLDEN["conversations"], ids=range(len(GOLDEN["conversations"])))
+def test_rendering_agrees_with_the_official_package(golden, tokenizer):
+    messages = [
+        system_message(golden["reasoning_effort"], golden["date"]),
+        developer_message(golden["instructions"]),
+        *(Message(m["role"], m["content"], m.get("channel")) for m in golden["messages"]),
+    ]
+    assert segment(render(messages, tokenizer), tokenizer) == golden["segments"]
+    assert render_text(messages) == "".join(s if isinstance(s, str) else s["special"] for s in golden["segments"])
+
+
+@pytest.mark.parametrize("golden", GOLDEN["completions"], ids=range(len(GOLDEN["completions"])))
+def test_parsing_agrees_with_the_official_package(golden, tokenizer):
+    said = {channel: [m["content"] for m in golden["messages"] if m["channel"] == channel] for channel in ("analysis", "final")}
+    final = said["final"][-1] if said["final"] else None
+    assert parse(encode(golden["segments"], tokenizer), tokenizer) == Reply("\n\n".join(said["analysis"]), final, truncated=False)
+
+
+CHANNEL, MESSAGE, START, END, RETURN = ({"special": f"<|{name}|>"} for name in ("channel", "message", "start", "end", "return"))
+ANALYSIS = [CHANNEL, "analysis", MESSAGE, "plan", END, START, "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ([], Reply("", None, True)),
+        (["no header at all"], Reply("", None, True)),
+        ([CHANNEL, "analysis", MESSAGE, "thinking of"], Reply("thinking of", None, True)),
+        ([CHANNEL, "analysis", MESSAGE, "plan", END], Reply("plan", None, False)),
+        (ANALYSIS, Reply("plan", None, True)),
+        ([*ANALYSIS, CHANNEL, "fin"], Reply("plan", None, True)),
+        ([*ANALYSIS, CHANNEL, "final", MESSAGE, "half an ans"], Reply("plan", "half an ans", True)),
+        ([*ANALYSIS, CHANNEL, "final", MESSAGE], Reply("plan", "", True)),
+        ([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", END], Reply("plan", "a", False)),
+        ([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", RETURN, "b", CHANNEL, "final", MESSAGE, "c"], Reply("plan", "a", False)),
+        # The last final counts; a later thought that the budget cut does not make it unfinished.
+        ([CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "final", MESSAGE, "b", RETURN], Reply("", "b", False)),
+        ([CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "analysis", MESSAGE, "b"], Reply("b", "a", False)),
+        # Broken formats: a header that nobody closed the message before, a second <|message|>, a message without a channel.
+        ([CHANNEL, "analysis", MESSAGE, "plan", CHANNEL, "final", MESSAGE, "a", RETURN], Reply("plan", "a", False)),
+        ([CHANNEL, "analysis", MESSAGE, "plan", START, "assistant", CHANNEL, "final", MESSAGE, "a", RETURN], Reply("plan", "a", False)),
+        ([CHANNEL, "final", MESSAGE, "a", MESSAGE, "b", RETURN], Reply("", "ab", False)),
+        ([MESSAGE, "a", RETURN], Reply("", None, False)),
+        ([CHANNEL, "final ", {"special": "<|constrain|>"}, "json", MESSAGE, "{}", RETURN], Reply("", "{}", False)),
+    ],
+)
+def test_parsing_of_cut_and_broken_replies(segments, expected, tokenizer):
+    assert parse(encode(segments, tokenizer), tokenizer) == expected
+
+
+_tokens = st.one_of(
+    st.sampled_from([{"special": name} for name in SPECIAL_TOKENS]), st.sampled_from(["final", "analysis", " ", "x", "```"])
+)
+
+
+@given(segments=st.lists(_tokens, max_size=30), junk=st.lists(st.integers(-3, 1000), max_size=5))
+def test_any_ids_have_a_reply(tokenizer, segments, junk):
+    ids = encode(segments, tokenizer) + junk
+    reply = parse(ids, tokenizer)
+    assert isinstance(reply.analysis, str)
+    assert reply.final is None or isinstance(reply.final, str)
+    # What follows <|return|> changes nothing.
+    whole = parse([*ids, tokenizer.special("<|return|>")], tokenizer)
+    assert not whole.truncated
+    assert parse([*ids, tokenizer.special("<|return|>"), *ids], tokenizer) == whole
+    assert (whole.analysis, whole.final) == (reply.analysis, reply.final)
+
+
+@given(analysis=st.text(), final=st.text())
+def test_what_was_said_comes_back(tokenizer, analysis, final):
+    segments = [CHANNEL, "analysis", MESSAGE, analysis, END, START, "assistant", CHANNEL, "final", MESSAGE, final, RETURN]
+    assert parse(encode(segments, tokenizer), tokenizer) == Reply(analysis, final, truncated=False)
+
+
+@pytest.mark.parametrize(("role", "channel"), [("tool", None), ("user", "final"), ("assistant", "thoughts")])
+def test_messages_that_the_format_does_not_know(role, channel):
+    with pytest.raises(ValueError, match=r"allowed|only"):
+        Message(role, "x", channel)
