@@ -43,3 +43,7 @@ class CapacityError(DiscoverError, ValueError):
 
 class LearningError(DiscoverError, ValueError):
     """Rewards, advantages, rollouts or gradients from which no sound update can be computed: not finite, or of unequal lengths."""
+
+
+class GradingError(DiscoverError, RuntimeError):
+    """The grading of a submission failed by itself, which is the task's fault and never the program's."""

@@ -1,0 +1,108 @@
+"""Before the first program: a probe goes through the real launch path and must find that the isolation holds."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import SandboxError
+from discover_jax.execution.bubblewrap import WRITABLE, Host
+from discover_jax.execution.sandbox import Plan, Sandbox
+from discover_jax.types import Outcome
+
+
+def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Iterator[str]:
+    """Each thing that the probe could do or see and must not."""
+    if found["seen"]:
+        yield f"programs can see {', '.join(found['seen'])}: move the run's folder out of /usr and out of Python's own folders"
+    for name in ("write_data", "write_root", "write_python"):
+        if found[name] not in ("EROFS", "EACCES", "EPERM"):
+            yield f"{name} ended with {found[name]} instead of being refused"
+    if found["write_core_pattern"] == "done":
+        yield "programs can open /proc/sys/kernel/core_pattern for writing"
+    if not found["read_data"]:
+        yield f"the data folder {plan.public} is empty inside"
+    if found["socket"] not in ("EPERM", "EACCES"):
+        yield f"a network socket ended with {found['socket']} instead of being refused"
+    if set(found["interfaces"]) - {"lo"}:
+        yield f"network interfaces are visible: {found['interfaces']}"
+    if found["capabilities"] != ["0000000000000000"]:
+        yield f"programs keep capabilities: {found['capabilities']}"
+    if found["no_new_privs"] != "1" or found["seccomp"] != "2":
+        yield f"no_new_privs is {found['no_new_privs']} (must be 1), seccomp is {found['seccomp']} (must be 2)"
+    if found["uid"] == 0 or 0 in host_uids:
+        yield f"programs run as root (uid inside {found['uid']}, on the host {sorted(host_uids)})"
+    if max(found["pids"]) > 64:
+        yield f"other processes are visible: {found['pids']}"
+    if found["descriptors"]:
+        yield f"descriptors of the host are open inside: {found['descriptors']}"
+    if found["accelerators"]:
+        yield f"accelerators are visible: {found['accelerators']}"
+    if found["cpus"] != sorted(plan.cores):
+        yield f"CPUs {found['cpus']} instead of the lease {sorted(plan.cores)}"
+    if len(found["packages"]) < 2:
+        yield "numpy or pandas cannot be found inside: install both into the environment that runs this"
+
+
+def hidden_paths(host: Host, public: Path, cache_dir: Path) -> list[Path]:
+    """What programs must not see of the run: what lies beside the public folder (the answers), and the cache.
+
+    A neighbour that holds a folder which is visible by intention (this environment's Python, in a run folder beside it) is left out.
+    """
+    visible = [Path(path) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/dev", *WRITABLE, *host.roots)]
+    beside = [path for path in public.parent.iterdir() if path != public]
+    return [path for path in (*beside, cache_dir) if not any(path == folder or path in folder.parents for folder in visible)]
+
+
+def check(plan: Plan, hidden: Iterable[Path]) -> None:
+    """Launches the probe and judges what it found. Takes about 0.1 s.
+
+    Args:
+      plan: of any slot.
+      hidden: existing paths that programs must not see, such as the answers.
+
+    Raises:
+      SandboxError: the sandbox cannot start here, or does not hold; with the remedy.
+    """
+    sandbox = None
+    try:
+        sandbox = Sandbox(plan, Path(__file__).with_name("probe.py"), {"hidden": [str(path) for path in hidden if path.exists()]})
+        sandbox.wait_ready()
+        with open(f"/proc/{sandbox.pid}/status") as file:
+            uids = {int(uid) for line in file if line.startswith("Uid:") for uid in line.split()[1:]}
+        execution = sandbox.run("")
+    except SandboxError as error:
+        raise SandboxError(f"bubblewrap cannot isolate programs on this machine. {error} {_remedy(str(error))}") from error
+    finally:
+        if sandbox is not None:
+            sandbox.close()
+    if execution.outcome is not Outcome.OK or execution.csv is None:
+        raise SandboxError(f"The sandbox's check ended with {execution.outcome.value}: {execution.detail} {execution.stdout[-1500:]}")
+    violations = list(_violations(json.loads(execution.csv), plan, uids))
+    if violations:
+        raise SandboxError("The sandbox does not hold, so no program was run:\n" + "\n".join(f"  - {line}" for line in violations))
+
+
+def _remedy(said: str) -> str:
+    """What to do about a launch that failed, by what the tools said."""
+    weaker = (
+        "for programs that you trust, execution.backend='unsafe-subprocess' with execution.allow_weaker=True runs them without isolation."
+    )
+    if "mount proc" in said:
+        return f"This container masks /proc: start it with `--security-opt systempaths=unconfined` (docker, podman). Or, {weaker}"
+    if "unshare the mount namespace" in said:
+        return (
+            "Python or the data lie below a folder that only root may enter, and this container may not bind them elsewhere: install"
+            " Python under /opt or /usr/local and keep the run's folder outside of root's home, or start the container with"
+            f" `--cap-add SYS_ADMIN`. Or, {weaker}"
+        )
+    if any(sign in said for sign in ("namespace", "uid map", "Operation not permitted", "No permissions", "RTM_NEWADDR")):
+        return (
+            "The kernel or the container forbids user namespaces. In docker or podman: `--security-opt seccomp=unconfined`. On Ubuntu:"
+            " `sysctl kernel.apparmor_restrict_unprivileged_userns=0`. On Debian: `sysctl kernel.unprivileged_userns_clone=1`. Everywhere:"
+            f" user.max_user_namespaces must not be 0. Or, {weaker}"
+        )
+    if os.geteuid() == 0 and "Permission denied" in said:
+        return "Something that the sandbox needs cannot be read by an unprivileged uid: chmod -R o+rX the folder that is named."
+    return f"Or, {weaker}"

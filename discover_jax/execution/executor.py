@@ -1,0 +1,331 @@
+"""The pool: takes programs, gives futures of verdicts. One thread and one worker process a slot; equal programs share one execution."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import queue
+import sys
+import threading
+import types
+from collections.abc import Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol, Self
+
+from discover_jax.exceptions import ConfigError, RunError, SandboxError
+from discover_jax.execution import bubblewrap, canary, memory, sandbox, worker
+from discover_jax.execution.cache import VerdictCache, packages
+from discover_jax.execution.limits import GIB, Limits
+from discover_jax.types import Grade, Verdict
+
+_TRIES = 3  # a fault of the host is tried again twice, each time in a fresh sandbox
+_GRACE_SECONDS = 600.0  # on top of a program's own time, for warming up and grading; then the worker counts as hung
+_start_lock = threading.Lock()
+
+
+class GradedTask(Protocol):
+    """What the executor needs of a task; it must be picklable. `fingerprint` covers the data and all settings that decide a grade."""
+
+    @property
+    def public_dir(self) -> Path: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def grade(self, csv: bytes) -> Grade: ...
+
+
+@dataclasses.dataclass
+class _Job:
+    key: str
+    program: str
+    futures: list[Future[Verdict]]
+    running: bool = False
+
+
+def lease_cores(cpus: Sequence[int], cores: int, workers: int | None) -> list[tuple[int, ...]]:
+    """CPUs of each slot: `cores` each, no CPU in two slots unless more are asked for than there are.
+
+    Args:
+      cpus: those that this process may use.
+      cores: wanted for each slot.
+      workers: number of slots; None or 0: as many as fit, at least one.
+    """
+    cpus = sorted(cpus)
+    slots = workers or max(1, len(cpus) // cores)
+    size = min(cores, len(cpus))
+    return [tuple(sorted(cpus[(slot * size + offset) % len(cpus)] for offset in range(size))) for slot in range(slots)]
+
+
+@contextlib.contextmanager
+def _without_main_module():
+    """Hides the main script while a process is spawned, which would import it again, and jax with it."""
+    with _start_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Worker:
+    """The main process's end of one worker process."""
+
+    def __init__(self, plan: sandbox.Plan, task_bytes: bytes) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection: Connection
+        self._connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=worker.main, args=(theirs, plan, task_bytes, os.getpid()), name=f"execution-{plan.slot}", daemon=True
+        )
+        with _without_main_module():
+            self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def ask(self, program: str, seconds: float) -> Verdict | Exception:
+        """The worker's reply to a program; a SandboxError if the worker ended or did not reply within `seconds`."""
+        try:
+            self._connection.send(program)
+            if self._connection in (ready := wait([self._connection, self._process.sentinel], seconds)):
+                return self._connection.recv()
+        except (EOFError, OSError):  # the connection broke: the worker ended
+            ready = [self._process.sentinel]
+        if not ready:
+            return SandboxError(f"The worker process {self.pid} did not reply within {seconds:.0f} s and was ended.")
+        self._process.join(5)
+        return SandboxError(f"The worker process {self.pid} ended unexpectedly (exit code {self._process.exitcode}).")
+
+    def interrupt(self) -> None:
+        """Asks the process to end; whoever waits for its reply is told that it did. For other threads than the one that asks."""
+        self._process.terminate()
+
+    def stop(self) -> None:
+        """Ends the process, and so its sandboxes."""
+        self._connection.close()
+        self._process.terminate()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class Executor:
+    """Runs programs in sandboxes and grades their submissions. A context manager; `close` ends everything."""
+
+    def __init__(
+        self,
+        task: GradedTask,
+        limits: Limits,
+        *,
+        workers: int | None = None,
+        cache_dir: Path | str,
+        backend: str = "bubblewrap",
+        allow_weaker: bool = False,
+    ) -> None:
+        """Checks that isolation holds here, then starts the workers without waiting for them.
+
+        Args:
+          task: gives the data that programs see (public_dir) and grades what they return.
+          limits: of each program.
+          workers: programs at once; None or 0: as many as the machine's cores allow.
+          cache_dir: folder of verdicts, which later executors and runs may share.
+          backend: "bubblewrap", or "unsafe-subprocess" for programs that are trusted.
+          allow_weaker: accept a backend that isolates less than bubblewrap.
+
+        Raises:
+          ConfigError: a setting is not allowed.
+          SandboxError: bubblewrap cannot start or does not isolate; with the reason and the remedy.
+          RunError: the cache cannot be kept.
+        """
+        if backend not in sandbox.BACKENDS:
+            raise ConfigError(f"backend = {backend!r} is not known; allowed: {', '.join(sandbox.BACKENDS)}.")
+        if backend != "bubblewrap" and not allow_weaker:
+            raise ConfigError(
+                f"backend = {backend!r} runs programs without isolation: they can read the answers, write files and use the network. Pass"
+                " allow_weaker=True (execution.allow_weaker) if you accept that, or use 'bubblewrap'."
+            )
+        if workers is not None and workers < 0:
+            raise ConfigError(f"workers = {workers}: must be positive, or 0 or None for as many as the cores allow.")
+        public, cache_dir = Path(task.public_dir).resolve(), Path(cache_dir).resolve()
+        host = bubblewrap.inspect_host() if backend == "bubblewrap" else None
+        cgroups = memory.find_cgroups()
+        if cgroups is not None:
+            memory.remove_stale(cgroups)
+        self._cpus = len(os.sched_getaffinity(0))
+        leases = lease_cores(sorted(os.sched_getaffinity(0)), limits.cores, workers)
+        self._plans = [sandbox.Plan(backend, host, cgroups, public, limits, slot, cores) for slot, cores in enumerate(leases)]
+        if host is not None:
+            canary.check(self._plans[0], canary.hidden_paths(host, public, cache_dir))
+        settings = {"task": task.fingerprint, "limits": dataclasses.asdict(limits), "backend": backend, "packages": packages()}
+        self._cache = VerdictCache(cache_dir, settings)
+        self._task_bytes = pickle.dumps(task)
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._closed = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._in_flight: dict[str, _Job] = {}
+        self._workers: list[_Worker | None] = [None] * len(self._plans)
+        # Threads that last as long as their workers: the kernel ends a worker when the thread that started it ends.
+        self._threads = [
+            threading.Thread(target=self._serve, args=(plan,), name=f"execution-{plan.slot}", daemon=True) for plan in self._plans
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, program: str) -> Future[Verdict]:
+        """Queues a program; returns at once.
+
+        A program that was run before with the same data and settings is answered from the cache, and one that waits or runs now is not run
+        twice; both are marked by `execution.cached`.
+
+        Returns:
+          A future of the verdict. It raises SandboxError if the host failed three times, GradingError if the task's grading failed,
+          RunError if the verdict could not be kept.
+
+        Raises:
+          SandboxError: the executor is closed.
+        """
+        future: Future[Verdict] = Future()
+        key = self._cache.key(program)
+        with self._lock:
+            if self._closed:
+                raise SandboxError("The executor is closed; programs can be submitted only before close().")
+            if (job := self._in_flight.get(key)) is not None:
+                if job.running:
+                    future.set_running_or_notify_cancel()
+                job.futures.append(future)
+                return future
+            if (verdict := self._cache.get(key)) is None:
+                self._in_flight[key] = job = _Job(key, program, [future])
+                self._jobs.put(job)
+                return future
+        future.set_result(verdict)
+        return future
+
+    def describe(self) -> str:
+        """One line for summaries: how programs are isolated and bounded, and what is weaker than it could be."""
+        plan = self._plans[0]
+        if plan.host is None:
+            parts = ["unsafe-subprocess: NO ISOLATION, programs can read the answers and use the network"]
+        else:
+            parts = [plan.host.version + (", one unprivileged uid a slot" if plan.host.root else ", under this user's uid")]
+        bound = f"{self._limits.memory_bytes / GIB:g} GiB"
+        if plan.cgroups is not None:
+            parts.append(f"memory: {bound} by {plan.cgroups.describe()}")
+        else:
+            parts.append(f"memory: best effort ({bound} a process, and the sum looked at 10 times a second; no writable control group)")
+        cores = f"{len(self._plans)} x {len(plan.cores)} cores"
+        if len(plan.cores) < self._limits.cores:
+            cores += f" (fewer than the {self._limits.cores} asked for: this machine has {self._cpus})"
+        if len(self._plans) * len(plan.cores) > self._cpus:
+            cores += f" (shared: this machine has {self._cpus})"
+        return "; ".join([*parts, cores, f"{self._limits.seconds:g} s"])
+
+    def close(self) -> None:
+        """Ends workers and sandboxes. Programs that wait are cancelled; those that run end in SandboxError. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            waiting = [job for job in self._in_flight.values() if not job.running]
+            for job in waiting:
+                del self._in_flight[job.key]
+            workers = [w for w in self._workers if w is not None]
+        for job in waiting:
+            for future in job.futures:
+                future.cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for process in workers:
+            process.interrupt()
+        for thread in self._threads:
+            thread.join()
+        cgroups = self._plans[0].cgroups
+        if cgroups is not None:
+            memory.remove_stale(cgroups)
+
+    def _begin(self, job: _Job) -> bool:
+        """Marks a job as running; False if nobody waits for it any more."""
+        with self._lock:
+            if self._in_flight.get(job.key) is not job:
+                return False
+            job.futures = [future for future in job.futures if future.set_running_or_notify_cancel()]
+            job.running = bool(job.futures)
+            if not job.running:
+                del self._in_flight[job.key]
+            return job.running
+
+    def _finish(self, job: _Job, reply: Verdict | Exception) -> None:
+        if isinstance(reply, Verdict):
+            try:
+                self._cache.put(job.key, reply)
+            except RunError as error:
+                reply = error
+        with self._lock:
+            del self._in_flight[job.key]
+        for index, future in enumerate(job.futures):
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            elif index == 0:
+                future.set_result(reply)
+            else:
+                future.set_result(dataclasses.replace(reply, execution=dataclasses.replace(reply.execution, cached=True)))
+
+    def _serve(self, plan: sandbox.Plan) -> None:
+        """One slot's thread: starts its worker, hands it programs, replaces it when it ends."""
+        try:
+            with contextlib.suppress(OSError):  # no process to be had now: the first program tries again and tells why
+                self._worker(plan)
+            while (job := self._jobs.get()) is not None:
+                if self._begin(job):
+                    self._finish(job, self._execute(plan, job.program))
+        finally:
+            self._drop(plan)
+
+    def _worker(self, plan: sandbox.Plan) -> _Worker | None:
+        """The slot's worker, started if there is none; None once the executor is closed."""
+        current = self._workers[plan.slot]
+        if current is None:
+            current = _Worker(plan, self._task_bytes)
+            with self._lock:
+                self._workers[plan.slot] = current
+                if self._closed:
+                    return None
+        return current
+
+    def _drop(self, plan: sandbox.Plan) -> None:
+        with self._lock:
+            current, self._workers[plan.slot] = self._workers[plan.slot], None
+        if current is not None:
+            current.stop()
+
+    def _execute(self, plan: sandbox.Plan, program: str) -> Verdict | Exception:
+        reply: Verdict | Exception = SandboxError("no try was made")
+        for _ in range(_TRIES):
+            try:
+                current = None if self._closed else self._worker(plan)
+            except OSError as error:
+                reply = SandboxError(f"A worker process could not be started: {error}.")
+                continue
+            if current is None:
+                break
+            reply = current.ask(program, self._limits.seconds + _GRACE_SECONDS)
+            if not isinstance(reply, SandboxError):
+                return reply
+            self._drop(plan)
+        if self._closed:
+            return SandboxError("The executor was closed while the program ran.")
+        return SandboxError(f"A program could not be run: {_TRIES} tries failed, each in a fresh sandbox. The last: {reply}")

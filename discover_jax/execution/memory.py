@@ -1,0 +1,177 @@
+"""Bounds the memory of a sandbox: a control group (v1 or v2) where one can be made, else the processes' own limits and a look now and then.
+
+Only a control group bounds everything together: anonymous and shared memory, the files of the scratch folder, all processes. A group is
+made below the one that this process is in, so that limits set on us from outside keep holding.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+_PREFIX = "discover_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cgroups:
+    """Where groups can be made: `version` 1 or 2, and the parent folders (in v2 both are the same; `pids` may be missing in v1)."""
+
+    version: int
+    memory: Path
+    pids: Path | None
+
+    def describe(self) -> str:
+        return f"control group v{self.version}"
+
+
+def _own_folder(controller: str) -> Path | None:
+    """The folder of this process's group in a v1 hierarchy ("memory", "pids") or in v2 ("")."""
+    own = None
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            own = path
+    if own is None:
+        return None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        root, mount_point = before.split()[3:5]
+        kind, _, options = after.split(maxsplit=2)
+        if (controller and kind == "cgroup" and controller in options.split(",")) or (not controller and kind == "cgroup2"):
+            relative = os.path.relpath(own, root)
+            return None if relative.startswith("..") else Path(mount_point, relative)
+    return None
+
+
+def _can_make_groups(folder: Path, needed: str) -> bool:
+    """Tries it: makes a group, looks for the file that bounds, and takes it away again."""
+    probe = folder / f"{_PREFIX}-{os.getpid()}-probe"
+    try:
+        probe.mkdir()
+    except OSError:  # no permission, read-only, or not a hierarchy that we may divide: the caller falls back and says so
+        return False
+    try:
+        return os.access(probe / needed, os.W_OK)
+    finally:
+        probe.rmdir()
+
+
+def find_cgroups() -> Cgroups | None:
+    """Where this process can make groups that bound memory; None if nowhere."""
+    memory, pids = _own_folder("memory"), _own_folder("pids")
+    if memory and _can_make_groups(memory, "memory.limit_in_bytes"):
+        return Cgroups(1, memory, pids if pids and _can_make_groups(pids, "pids.max") else None)
+    unified = _own_folder("")
+    if unified is None:
+        return None
+    with contextlib.suppress(OSError):  # fails where processes sit in the parent group; then the probe below finds no memory.max
+        (unified / "cgroup.subtree_control").write_text("+memory +pids")
+    if _can_make_groups(unified, "memory.max"):
+        return Cgroups(2, unified, unified)
+    return None
+
+
+def _end_processes(folder: Path) -> None:
+    """Kills what is left in a group."""
+    for pid in (folder / "cgroup.procs").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def remove_stale(cgroups: Cgroups) -> None:
+    """Removes groups whose maker is gone, such as one that was killed, with what is left in them."""
+    for parent in {cgroups.memory, cgroups.pids} - {None}:
+        for folder in parent.glob(f"{_PREFIX}-*"):
+            match = re.fullmatch(rf"{_PREFIX}-(\d+)-.*", folder.name)
+            if match and not os.path.exists(f"/proc/{match[1]}"):
+                with contextlib.suppress(OSError):  # another run does the same at this moment, or a process is still ending
+                    _end_processes(folder)
+                    folder.rmdir()
+
+
+class Group:
+    """One control group for one sandbox; made at once, removed by `remove`."""
+
+    def __init__(self, cgroups: Cgroups, name: str, memory_bytes: int, processes: int) -> None:
+        """Makes the group. Raises OSError if it cannot be made."""
+        self._version = cgroups.version
+        folder_name = f"{_PREFIX}-{os.getpid()}-{name}"
+        self._memory = cgroups.memory / folder_name
+        parents = {cgroups.memory, cgroups.pids} - {None}
+        self._folders = [parent / folder_name for parent in parents]
+        for folder in self._folders:
+            folder.mkdir()
+        if cgroups.version == 1:
+            self._write("memory.limit_in_bytes", memory_bytes)
+            self._write("memory.memsw.limit_in_bytes", memory_bytes, optional=True)  # absent without accounting of swap
+        else:
+            self._write("memory.max", memory_bytes)
+            self._write("memory.swap.max", 0, optional=True)
+            self._write("memory.oom.group", 1)
+        if cgroups.pids:
+            (cgroups.pids / folder_name / "pids.max").write_text(str(processes + 16))  # bubblewrap's own, and what waits to be reaped
+
+    def _write(self, name: str, value: int, optional: bool = False) -> None:
+        path = self._memory / name
+        if not optional or path.exists():
+            path.write_text(str(value))
+
+    @property
+    def procs_files(self) -> list[str]:
+        """Files into which a process writes "0" to join."""
+        return [str(folder / "cgroup.procs") for folder in self._folders]
+
+    def exceeded(self) -> bool:
+        """Whether the kernel has ended a process of this group for want of memory."""
+        text = (self._memory / ("memory.oom_control" if self._version == 1 else "memory.events")).read_text()
+        match = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+        return match is not None and int(match[1]) > 0
+
+    def remove(self) -> None:
+        """Removes the group, for which its processes must have ended. Waits a moment for the kernel to notice."""
+        for folder in self._folders:
+            for _ in range(100):
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:
+                    break
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                    time.sleep(0.01)
+                else:
+                    break
+
+
+def _children(pid: int) -> list[int]:
+    children = []
+    with contextlib.suppress(OSError):  # ended meanwhile
+        for task in os.listdir(f"/proc/{pid}/task"):
+            children += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return children
+
+
+def tree_bytes(pid: int) -> int:
+    """Memory that a process and its descendants hold now, in bytes, pages that they share counted once (PSS)."""
+    total, waiting = 0, [pid]
+    while waiting:
+        process = waiting.pop()
+        waiting += _children(process)
+        with contextlib.suppress(OSError):  # ended meanwhile
+            match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
+            total += int(match[1]) * 1024 if match else 0
+    return total
+
+
+def folder_bytes(pid: int, folders: tuple[str, ...]) -> int:
+    """Memory that files in a sandbox's folders in memory hold, as seen through one of its processes."""
+    total = 0
+    for folder in folders:
+        with contextlib.suppress(OSError):  # the process ended meanwhile, or its root is not ours to see
+            usage = os.statvfs(f"/proc/{pid}/root{folder}")
+            total += (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+    return total

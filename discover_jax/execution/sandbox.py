@@ -1,0 +1,427 @@
+"""One sandbox with a life: started, warmed, given one program, ended. And what the end is called.
+
+Everything that comes out of it is hostile: the output is drained and cut, the answer bounded and only parsed as `KIND LENGTH` and bytes.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from discover_jax.exceptions import SandboxError
+from discover_jax.execution import bubblewrap, memory
+from discover_jax.execution.limits import GIB, Limits
+from discover_jax.types import Execution, Outcome
+
+PRELOAD = (
+    "sklearn.compose",
+    "sklearn.ensemble",
+    "sklearn.impute",
+    "sklearn.linear_model",
+    "sklearn.model_selection",
+    "sklearn.pipeline",
+    "sklearn.preprocessing",
+    "xgboost",
+)
+BACKENDS = ("bubblewrap", "unsafe-subprocess")
+_WARM_SECONDS = 180.0  # imports take 2 s; a cold disk or a crowded machine much longer
+_END_SECONDS = 20.0
+_TICK_SECONDS = 0.1
+_HEADER_BYTES = 64
+_DETAIL_CHARACTERS = 2000
+_CLAIMS = {
+    outcome.value: outcome for outcome in (Outcome.EXCEPTION, Outcome.INVALID_SUBMISSION, Outcome.OUT_OF_MEMORY, Outcome.RESULT_TOO_BIG)
+}
+_counter = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the sandboxes of one slot are made.
+
+    Attributes:
+      backend: one of BACKENDS.
+      host: what bubblewrap needs; None for the unsafe backend.
+      cgroups: where to bound memory; None: best effort.
+      public: folder that programs see as data/.
+      limits: of one program.
+      slot, cores: which slot, and the CPUs that are leased to it.
+    """
+
+    backend: str
+    host: bubblewrap.Host | None
+    cgroups: memory.Cgroups | None
+    public: Path
+    limits: Limits
+    slot: int
+    cores: tuple[int, ...]
+
+
+class HeadAndTail:
+    """Keeps the first and the last bytes of a stream of any length."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = limit // 2
+        self._head, self._tail = bytearray(), bytearray()
+        self.total = 0
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 4 * self._half:
+            del self._tail[: -self._half]
+
+    def text(self) -> str:
+        """What was kept, with a line that says how much was left out."""
+        left_out = self.total - len(self._head) - self._half
+        if left_out <= 0:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        head, tail = self._head.decode("utf-8", "replace"), self._tail[-self._half :].decode("utf-8", "replace")
+        return f"{head}\n... {left_out} bytes left out ...\n{tail}"
+
+
+def _own_limits(plan: Plan) -> dict[str, int]:
+    """Limits that a process inside sets on itself, before the program."""
+    limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": plan.limits.file_bytes}
+    if plan.backend == "bubblewrap":  # counted within the sandbox's user namespace; outside of one it would count the user's whole session
+        limits["RLIMIT_NPROC"] = plan.limits.processes
+    if plan.cgroups is None:
+        limits["RLIMIT_AS"] = plan.limits.memory_bytes
+    return limits
+
+
+def _pipe() -> tuple[int, int]:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    return reader, writer
+
+
+class Sandbox:
+    """One sandbox. `wait_ready`, then `run` once, then `close`; `close` is allowed at any time and twice."""
+
+    def __init__(self, plan: Plan, script: Path, options: dict) -> None:
+        """Starts `script options` in a sandbox; returns without waiting for it.
+
+        Args:
+          plan: how it is made.
+          script: Python file to run inside.
+          options: its argument, as JSON, to which `result_fd` and `rlimits` are added.
+
+        Raises:
+          SandboxError: it cannot be started.
+        """
+        self._plan = plan
+        self._group: memory.Group | None = None
+        self._folder: str | None = None
+        self._process: subprocess.Popen | None = None
+        self._child_pid: int | None = None  # on the host, of the process that is pid 1 inside
+        self._child: int | None = None  # its descriptor
+        self._descriptors: set[int] = set()
+        self._output = HeadAndTail(plan.limits.stdout_bytes)
+        self._answer = bytearray()
+        try:
+            self._start(script, options)
+        except OSError as error:
+            self.close()
+            raise SandboxError(f"A sandbox could not be started: {error}.") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _own(self, *descriptors: int) -> None:
+        self._descriptors.update(descriptors)
+
+    def _shut(self, *descriptors: int) -> None:
+        for descriptor in descriptors:
+            if descriptor in self._descriptors:
+                self._descriptors.remove(descriptor)
+                os.close(descriptor)
+
+    def _memory_file(self, name: str) -> int:
+        descriptor = os.memfd_create(name)
+        self._own(descriptor)
+        return descriptor
+
+    def _start(self, script: Path, options: dict) -> None:
+        plan, limits = self._plan, self._plan.limits
+        self._output_reader, output_writer = _pipe()
+        self._answer_reader, answer_writer = _pipe()
+        self._status_reader, status_writer = _pipe()
+        program_reader, self._program_writer = os.pipe()
+        self._own(self._output_reader, output_writer, self._answer_reader, answer_writer)
+        self._own(self._status_reader, status_writer, program_reader, self._program_writer)
+        text = json.dumps({**options, "result_fd": answer_writer, "rlimits": _own_limits(plan)})
+        keep = [answer_writer]
+        folder = None
+        if plan.backend == "bubblewrap":
+            assert plan.host is not None
+            # Made first, so that their numbers are known; filled below.
+            filter_fd, args_fd = self._memory_file("filter"), self._memory_file("args")
+            command = bubblewrap.command(
+                plan.host,
+                script=str(script),
+                options=text,
+                public=plan.public,
+                limits=limits,
+                cores=len(plan.cores),
+                slot=plan.slot,
+                filter_fd=filter_fd,
+                args_fd=args_fd,
+                status_fd=status_writer,
+            )
+            for descriptor, content in ((filter_fd, command.filter), (args_fd, command.arguments)):
+                os.pwrite(descriptor, content, 0)  # leaves the offset, which bubblewrap shares, at the start
+            keep += [filter_fd, args_fd, status_writer]
+            argv, stage, uid = list(command.argv), command.stage, command.uid
+        else:
+            self._folder = folder = tempfile.mkdtemp(prefix="discover_jax-unsafe-")
+            os.symlink(plan.public, os.path.join(folder, "data"))
+            variables = [f"{name}={value}" for name, value in bubblewrap.environment(len(plan.cores), folder).items()]
+            argv = ["/usr/bin/env", *variables, sys.executable, "-P", "-s", str(script), text]
+            stage, uid = {}, None
+        if plan.cgroups is not None:
+            self._group = memory.Group(plan.cgroups, f"{plan.slot}-{next(_counter)}", limits.memory_bytes, limits.processes)
+        launch = {
+            "parent": os.getpid(),
+            "cgroup_procs": self._group.procs_files if self._group else [],
+            "cpus": plan.cores,
+            "stage": stage,
+            "uid": uid,
+            "rlimits": {"RLIMIT_CORE": 0},
+            "keep": keep,
+            "argv": argv,
+        }
+        launcher = Path(bubblewrap.launcher.__file__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(launcher), json.dumps(launch)],
+            stdin=program_reader,
+            stdout=output_writer,
+            stderr=output_writer,
+            env={},
+            cwd=folder or "/",
+            pass_fds=keep,
+            start_new_session=True,
+        )
+        self._exit = os.pidfd_open(self._process.pid)
+        self._own(self._exit)
+        self._shut(output_writer, status_writer, program_reader, *keep)
+
+    def _read_output(self) -> bool:
+        """Takes what has been printed so far; False at the end of the stream."""
+        return self._drain(self._output_reader, self._output.add)
+
+    def _read_answer(self) -> bool:
+        return self._drain(self._answer_reader, self._answer.extend)
+
+    @staticmethod
+    def _drain(descriptor: int, take) -> bool:
+        try:
+            data = os.read(descriptor, 1 << 18)
+        except BlockingIOError:
+            return True
+        take(data)
+        return bool(data)
+
+    def _failed(self, what: str) -> SandboxError:
+        while self._read_output_left():
+            pass
+        said = self._output.text().strip()
+        return SandboxError(f"A sandbox could not be used: {what}." + (f" It said: {said[-1500:]}" if said else ""))
+
+    def _read_output_left(self) -> bool:
+        before = self._output.total
+        self._read_output()
+        return self._output.total > before
+
+    def wait_ready(self) -> None:
+        """Waits until the imports inside are done.
+
+        Raises:
+          SandboxError: it ended before, said something else, or took too long.
+        """
+        deadline = time.monotonic() + _WARM_SECONDS
+        while not self._answer.endswith(b"\n"):
+            poll = select.poll()
+            for descriptor in (self._answer_reader, self._output_reader, self._exit):
+                poll.register(descriptor, select.POLLIN)
+            events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if not events:
+                raise self._failed(f"it was not ready within {_WARM_SECONDS:.0f} s")
+            if self._output_reader in events:
+                self._read_output()
+            if self._answer_reader in events:
+                self._read_answer()
+            if self._exit in events and not self._answer.endswith(b"\n"):
+                raise self._failed("it ended before it was ready")
+        if self._answer != b"ready\n":
+            raise self._failed(f"it said {bytes(self._answer[:80])!r} instead of being ready")
+        self._answer.clear()
+        self._output = HeadAndTail(self._plan.limits.stdout_bytes)
+        if self._plan.backend == "bubblewrap" and not self._find_child(_END_SECONDS):
+            raise self._failed("bubblewrap did not tell its child's pid")
+
+    def _find_child(self, seconds: float) -> bool:
+        """Waits for bubblewrap to tell the pid of pid 1 inside; False if it ended before."""
+        if self._child is None and select.select([self._status_reader, self._exit], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError, ProcessLookupError):  # it told nothing; or what it told of has ended already
+                match = re.search(rb'"child-pid":\s*(\d+)', os.read(self._status_reader, 4096))
+                if match is not None:
+                    self._child_pid = int(match[1])
+                    self._child = os.pidfd_open(self._child_pid)
+                    self._own(self._child)
+        return self._child is not None
+
+    @property
+    def pid(self) -> int:
+        """Host pid of the process that is pid 1 inside (of the only process, for the unsafe backend); known once it is ready."""
+        assert self._process is not None
+        return self._child_pid or self._process.pid
+
+    def _over_memory(self) -> bool:
+        if self._group is not None:
+            return self._group.exceeded()
+        used = memory.tree_bytes(self.pid)
+        if self._child_pid:
+            used += memory.folder_bytes(self._child_pid, bubblewrap.WRITABLE)
+        return used > self._plan.limits.memory_bytes
+
+    def _watch(self, deadline: float) -> tuple[Outcome, str] | None:
+        """Reads until the program ends by itself (None) or must be ended, and says why."""
+        limits = self._plan.limits
+        poll = select.poll()
+        for descriptor in (self._answer_reader, self._output_reader, self._exit):
+            poll.register(descriptor, select.POLLIN)
+        next_look = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= deadline:
+                return Outcome.TIMEOUT, f"it did not end within {limits.seconds:g} s"
+            if now >= next_look:
+                next_look = now + _TICK_SECONDS
+                if self._over_memory():
+                    return Outcome.OUT_OF_MEMORY, f"it used more than {limits.memory_bytes / GIB:.2f} GiB of memory"
+            events = dict(poll.poll(min(deadline - now, next_look - now) * 1000 + 1))
+            if self._output_reader in events and not self._read_output():
+                poll.unregister(self._output_reader)
+            if self._answer_reader in events and not self._read_answer():
+                poll.unregister(self._answer_reader)
+            if self._output.total > limits.flood_bytes:
+                return Outcome.OUTPUT_FLOOD, f"it printed more than {limits.flood_bytes} bytes"
+            if len(self._answer) > limits.result_bytes + _HEADER_BYTES:
+                return Outcome.RESULT_TOO_BIG, f"the submission is longer than {limits.result_bytes} bytes of CSV"
+            if self._exit in events and not (events.keys() & {self._output_reader, self._answer_reader}):
+                return None  # ended, and nothing left to read
+
+    def run(self, program: str) -> Execution:
+        """Runs a program; it is the sandbox's only one. Blocks until everything in the sandbox has ended.
+
+        Raises:
+          SandboxError: the sandbox was gone before the program could begin, or could not be ended.
+        """
+        started = time.monotonic()
+        try:
+            data = program.encode("utf-8", "replace")
+            while data:
+                data = data[os.write(self._program_writer, data) :]
+        except BrokenPipeError as error:
+            raise self._failed("it ended while it waited for a program") from error
+        self._shut(self._program_writer)
+        end = self._watch(started + self._plan.limits.seconds)
+        seconds = time.monotonic() - started
+        over_memory = self._group is not None and self._group.exceeded()
+        code = self._kill()
+        if end is None and over_memory:
+            end = Outcome.OUT_OF_MEMORY, f"it used more than {self._plan.limits.memory_bytes / GIB:.2f} GiB of memory"
+        csv = None
+        if end is None:
+            outcome, csv, detail = self._claim(code)
+        else:
+            outcome, detail = end
+        return Execution(outcome, csv, self._clean(self._output.text()), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
+
+    def _claim(self, code: int) -> tuple[Outcome, bytes | None, str]:
+        """What the program says of itself, as (outcome, csv, detail); `code` is the exit status as a shell gives it."""
+        if code == 0:
+            header, newline, payload = bytes(self._answer).partition(b"\n")
+            match = re.fullmatch(rb"([a-z_]{1,32}) (\d{1,12})", header) if newline else None
+            if match and int(match[2]) == len(payload):
+                kind = match[1].decode()
+                if kind == "csv":
+                    if len(payload) > self._plan.limits.result_bytes:
+                        return Outcome.RESULT_TOO_BIG, None, f"the submission is longer than {self._plan.limits.result_bytes} bytes of CSV"
+                    return Outcome.OK, payload, ""
+                if kind in _CLAIMS:
+                    return _CLAIMS[kind], None, payload[: 4 * _DETAIL_CHARACTERS].decode("utf-8", "replace")
+            return Outcome.EXCEPTION, None, "the process ended before run() returned"
+        if code > 128:
+            with contextlib.suppress(ValueError):  # not the number of a signal: an ordinary exit code after all
+                return Outcome.KILLED, None, f"the process died by {signal.Signals(code - 128).name}"
+        return Outcome.EXCEPTION, None, f"the process exited with code {code} before run() returned"
+
+    def _clean(self, text: str) -> str:
+        """Takes out what differs from machine to machine or from run to run: folders and addresses."""
+        folders = [bubblewrap.SCRATCH, self._folder, *(self._plan.host.roots if self._plan.host else ())]
+        for folder in sorted(filter(None, folders), key=len, reverse=True):
+            text = text.replace(folder + "/", "")
+        return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)
+
+    def _kill(self) -> int:
+        """Ends every process of the sandbox and returns the outermost one's exit status, as a shell gives it.
+
+        The end of pid 1 inside is the end of its whole process namespace, daemons included; bubblewrap's outer process may end before it.
+        """
+        process = self._process
+        assert process is not None
+        with contextlib.suppress(ProcessLookupError):  # ended already
+            if self._plan.backend == "bubblewrap":
+                # Not the outer process first: one that ends while it still prepares its child would leave the child waiting for ever.
+                if self._find_child(_END_SECONDS):
+                    assert self._child is not None
+                    signal.pidfd_send_signal(self._child, signal.SIGKILL)
+                else:
+                    process.kill()
+            else:  # what left the process group lives on: one reason why this backend is called unsafe
+                os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _END_SECONDS
+        try:
+            if self._child is not None and not select.select([self._child], [], [], _END_SECONDS)[0]:
+                raise subprocess.TimeoutExpired("pid 1 of the sandbox", _END_SECONDS)
+            code = process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise self._failed(f"it did not end within {_END_SECONDS:.0f} s of being killed") from error
+        if self._child is not None:
+            with contextlib.suppress(ChildProcessError):  # bubblewrap's outer process, or init, has collected it
+                os.waitid(os.P_PIDFD, self._child, os.WEXITED)
+        return code if code >= 0 else 128 - code
+
+    def close(self) -> None:
+        """Ends what still runs and gives back descriptors, control group and folder."""
+        if self._process is not None:
+            self._kill()
+            self._process = None
+        self._shut(*list(self._descriptors))
+        if self._group is not None:
+            self._group.remove()
+            self._group = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def start(plan: Plan) -> Sandbox:
+    """A sandbox that warms up for one program."""
+    harness = Path(__file__).with_name("harness.py")
+    return Sandbox(plan, harness, {"preload": PRELOAD, "result_bytes": plan.limits.result_bytes})

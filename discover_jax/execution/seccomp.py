@@ -1,0 +1,160 @@
+"""The system call filter of the sandbox, as the BPF bytes that bubblewrap's --seccomp reads.
+
+Everything is allowed but what a numeric program never needs and attacks do (see `_DENIED`): those fail with EPERM. clone3 fails with
+ENOSYS, because its flags lie in memory, where a filter cannot see them; the C library then falls back to clone, whose flags are checked.
+A call through another architecture's table (32-bit on a 64-bit kernel) ends the process.
+
+Numbers: Linux' arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64). Layout of the data that the
+program sees (struct seccomp_data): nr at 0, arch at 4, args[i] at 16 + 8 i, low word first on both architectures.
+"""
+
+import dataclasses
+import platform
+import struct
+
+from discover_jax.exceptions import SandboxError
+
+# BPF opcodes (linux/bpf_common.h): load word at absolute offset, jumps on a constant, return a constant.
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_EPERM, _ENOSYS = 1, 38
+_NR, _ARCH, _ARGS = 0, 4, 16
+
+# All CLONE_NEW* flags that clone takes: mount, cgroup, uts, ipc, user, pid, net (linux/sched.h).
+_NAMESPACE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
+_AF_UNIX = 1
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C  # push characters into the terminal's input
+
+# Name -> (x86_64, aarch64) number; None where the architecture has no such call.
+_DENIED: dict[str, tuple[int | None, int | None]] = {
+    # other processes' memory and descriptors
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "pidfd_getfd": (438, 438),
+    "kcmp": (312, 272),
+    # kernel machinery with a history of holes
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "fanotify_init": (300, 262),
+    # mounts and namespaces
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "open_tree_attr": (467, 467),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "open_by_handle_at": (304, 265),
+    # the machine itself
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "syslog": (103, 116),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "personality": (135, 92),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "modify_ldt": (154, None),
+    # the lease of cores is exclusive: a program may not move to its neighbours' cores
+    "sched_setaffinity": (203, 122),
+}
+_CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+    column: int
+    audit: int  # AUDIT_ARCH_* of linux/audit.h
+
+
+_ARCHITECTURES = {"x86_64": _Architecture(0, 0xC000003E), "aarch64": _Architecture(1, 0xC00000B7)}
+
+
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("<HBBI", code, if_true, if_false, value)
+
+
+def _load_argument(index: int) -> bytes:
+    return _instruction(_LOAD, _ARGS + 8 * index)
+
+
+def filter_program(machine: str | None = None) -> bytes:
+    """The filter as an array of struct sock_filter.
+
+    Args:
+      machine: "x86_64" or "aarch64"; None for this one.
+
+    Raises:
+      SandboxError: no table for this architecture.
+    """
+    machine = machine or platform.machine()
+    if machine not in _ARCHITECTURES:
+        raise SandboxError(
+            f"The sandbox has no system call filter for the architecture {machine!r}; it has one for {', '.join(_ARCHITECTURES)}."
+            " Run on one of these, or accept a weaker backend by name (execution.backend and execution.allow_weaker)."
+        )
+    arch = _ARCHITECTURES[machine]
+    column = arch.column
+    deny, allow = _instruction(_RETURN, _ERRNO | _EPERM), _instruction(_RETURN, _ALLOW)
+    parts = [
+        _instruction(_LOAD, _ARCH),
+        _instruction(_JUMP_EQUAL, arch.audit, if_true=1),
+        _instruction(_RETURN, _KILL_PROCESS),
+        _instruction(_LOAD, _NR),
+    ]
+    if machine == "x86_64":  # numbers from 0x40000000 are the x32 table, which the list below would miss
+        parts += [_instruction(_JUMP_GREATER_EQUAL, 0x40000000, if_false=1), deny]
+    for numbers in _DENIED.values():
+        if (number := numbers[column]) is not None:
+            parts += [_instruction(_JUMP_EQUAL, number, if_false=1), deny]
+    parts += [_instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1), _instruction(_RETURN, _ERRNO | _ENOSYS)]
+    # Each of these blocks is skipped unless the number matches, and always returns if it does.
+    parts += [
+        _instruction(_JUMP_EQUAL, _CLONE[column], if_false=4),
+        _load_argument(0),
+        _instruction(_JUMP_ANY_BIT, _NAMESPACE_FLAGS, if_false=1),
+        deny,
+        allow,
+    ]
+    parts += [
+        _instruction(_JUMP_EQUAL, _SOCKET[column], if_false=4),
+        _load_argument(0),
+        _instruction(_JUMP_EQUAL, _AF_UNIX, if_true=1),
+        deny,
+        allow,
+    ]
+    parts += [
+        _instruction(_JUMP_EQUAL, _IOCTL[column], if_false=5),
+        _load_argument(1),
+        _instruction(_JUMP_EQUAL, _TIOCSTI, if_true=1),
+        _instruction(_JUMP_EQUAL, _TIOCLINUX, if_false=1),
+        deny,
+        allow,
+    ]
+    parts.append(allow)
+    return b"".join(parts)
