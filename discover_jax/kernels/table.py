@@ -1,0 +1,36 @@
+"""The one table of accelerator kernels: (operation, platform) -> implementation. The reference in plain JAX is the entry that always works."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.kernels.experts import mix_reference
+
+REFERENCE = "reference"
+
+KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("experts", REFERENCE): mix_reference,
+}
+
+
+@functools.cache
+def _entry(operation: str, platform: str) -> Callable[..., Any]:
+    if (operation, REFERENCE) not in KERNELS:
+        known = sorted({name for name, _ in KERNELS})
+        raise ConfigError(f"No kernel computes {operation!r}; known operations: {', '.join(known)}.")
+    chosen = platform if (operation, platform) in KERNELS else REFERENCE
+    logging.info("kernel of %s on %s: %s", operation, platform, chosen)  # once: the result is cached
+    return KERNELS[operation, chosen]
+
+
+def choose(operation: str) -> Callable[..., Any]:
+    """The implementation of an operation for the default platform; which one it is, is logged once.
+
+    Raises:
+      ConfigError: no such operation.
+    """
+    return _entry(operation, jax.default_backend())

@@ -1,0 +1,142 @@
+"""Sizes and constants of a gpt-oss model, and the ranks of the adapter on it; to and from Hugging Face's config.json."""
+
+import dataclasses
+from typing import Any
+
+from discover_jax.exceptions import ConfigError, WeightsError
+
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_width": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "sliding_window": "sliding_window",
+    "rms_eps": "rms_norm_eps",
+    "swiglu_limit": "swiglu_limit",
+    "eos_id": "eos_token_id",
+    "pad_id": "pad_token_id",
+}
+_HF_ROPE_NAMES = {
+    "rope_factor": "factor",
+    "rope_original_length": "original_max_position_embeddings",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+    "rope_truncate": "truncate",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of gpt-oss, every size free. Defaults are the constants that the published models share.
+
+    Attributes:
+      num_layers: even; layers alternate between a sliding window (even ones) and all keys (odd ones).
+      sliding_window: keys that a sliding layer sees, the query's own included.
+      rope_*: YaRN; `rope_truncate` rounds the bounds of its ramp (the published models do not).
+      swiglu_limit, swiglu_alpha: clamp and slope of the experts' activation.
+    """
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    num_experts: int
+    experts_per_token: int
+    expert_width: int
+    vocab_size: int
+    sliding_window: int = 128
+    rope_theta: float = 150_000.0
+    rope_factor: float = 32.0
+    rope_original_length: int = 4096
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = False
+    rms_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    eos_id: int = 200_002
+    pad_id: int = 199_999
+
+    def __post_init__(self):
+        problems = []
+        if self.num_layers < 2 or self.num_layers % 2:
+            problems.append(f"num_layers = {self.num_layers}: layers come in pairs (sliding, full), so it must be even and at least 2")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.head_size % 2:
+            problems.append(f"head_size = {self.head_size}: rotary embedding turns halves, so it must be even")
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            problems.append(f"experts_per_token = {self.experts_per_token} must lie between 1 and num_experts = {self.num_experts}")
+        if problems:
+            raise ConfigError("This model cannot be built: " + "; ".join(problems) + ".")
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_layers // 2
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
+        """From the content of a config.json.
+
+        Raises:
+          WeightsError: another architecture, or a size that is missing.
+        """
+        if config.get("model_type") != "gpt_oss":
+            raise WeightsError(f"config.json says model_type = {config.get('model_type')!r}; only 'gpt_oss' is supported.")
+        # transformers 5 writes rope_parameters; earlier versions rope_scaling beside rope_theta.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", "yarn") != "yarn":
+            raise WeightsError(f"config.json says rope_type = {rope['rope_type']!r}; gpt-oss uses 'yarn'.")
+        missing = [hf for hf in _HF_NAMES.values() if hf not in config and hf not in ("swiglu_limit", "rms_norm_eps", "pad_token_id")]
+        if missing:
+            raise WeightsError(f"config.json lacks {', '.join(missing)}; take the file that came with the weights.")
+        pattern = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
+        if config.get("layer_types", pattern) != pattern:
+            raise WeightsError("config.json has layer_types that do not alternate sliding_attention, full_attention as gpt-oss's do.")
+        values = {ours: config[hf] for ours, hf in _HF_NAMES.items() if config.get(hf) is not None}
+        values |= {ours: rope[hf] for ours, hf in _HF_ROPE_NAMES.items() if rope.get(hf) is not None}
+        theta = rope.get("rope_theta", config.get("rope_theta"))
+        if theta is not None:
+            values["rope_theta"] = theta
+        if isinstance(values.get("eos_id"), list):
+            values["eos_id"] = values["eos_id"][0]
+        return cls(**values)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a config.json that `transformers` reads as the same model, experts in MXFP4."""
+        return {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            **{hf: getattr(self, ours) for ours, hf in _HF_NAMES.items()},
+            "rope_theta": self.rope_theta,
+            "rope_scaling": {"rope_type": "yarn", **{hf: getattr(self, ours) for ours, hf in _HF_ROPE_NAMES.items()}},
+            "max_position_embeddings": int(self.rope_factor * self.rope_original_length),
+            "layer_types": ["sliding_attention", "full_attention"] * self.num_pairs,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "quantization_config": {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            },
+        }
+
+
+GPT_OSS_120B = ModelConfig(36, 2880, 64, 8, 64, 128, 4, 2880, 201_088)
+GPT_OSS_20B = ModelConfig(24, 2880, 64, 8, 64, 32, 4, 2880, 201_088)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Ranks of the adapter; 0 leaves a target out. Each product B A is scaled by alpha / rank."""
+
+    attention_rank: int = 32
+    expert_rank: int = 8
+    head_rank: int = 32
+    alpha: float = 32.0

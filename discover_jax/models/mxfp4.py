@@ -1,0 +1,59 @@
+"""MXFP4: four-bit floats in blocks of 32 that share a power-of-two scale, as the OCP microscaling format and gpt-oss's files have it.
+
+A packed matrix [..., out, in] is `blocks` uint8 [..., out, in/32, 16], the low nibble being the even element, and `scales` uint8
+[..., out, in/32]: value = FP4[nibble] * 2^(scale - 127). bfloat16 holds every such product exactly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 32
+_MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+_FP4 = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+_MIDPOINTS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
+_BIAS = 127
+
+
+def dequantise(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+    """[..., out, in/32, 16] and [..., out, in/32] uint8 to [..., out, in]; exact in bfloat16 and float32."""
+    nibbles = jnp.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*scales.shape, BLOCK)
+    values = jnp.take(jnp.asarray(_FP4), nibbles.astype(jnp.int32), axis=0)
+    scaled = values * jnp.exp2(scales.astype(jnp.float32) - _BIAS)[..., None]
+    return scaled.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK).astype(dtype)
+
+
+def _round(blocks: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices of the nearest magnitudes at 2^exponent, and the values they stand for; ties go to the smaller one."""
+    scale = jnp.exp2(exponent)
+    index = jnp.searchsorted(jnp.asarray(_MIDPOINTS), jnp.abs(blocks) / scale)
+    return index, jnp.sign(blocks) * jnp.asarray(_MAGNITUDES)[index] * scale
+
+
+def _nearest(weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Blocks of 32, indices of magnitudes, values, and exponents of the closest representation.
+
+    Candidates are the exponent at which the largest magnitude falls in [4, 8), where 6 may cut it, and the next one, where nothing is
+    cut; the one with the smaller squared error wins.
+    """
+    blocks = weights.astype(jnp.float32).reshape(*weights.shape[:-1], -1, BLOCK)
+    largest = jnp.abs(blocks).max(axis=-1, keepdims=True)
+    low = jnp.clip(jnp.floor(jnp.log2(jnp.maximum(largest, 1e-30))) - 2, -_BIAS, _BIAS - 1)
+    (index_low, values_low), (index_high, values_high) = _round(blocks, low), _round(blocks, low + 1)
+    error_low, error_high = (jnp.square(v - blocks).sum(axis=-1, keepdims=True) for v in (values_low, values_high))
+    pick = error_high < error_low
+    return blocks, jnp.where(pick, index_high, index_low), jnp.where(pick, values_high, values_low), jnp.where(pick, low + 1, low)
+
+
+def quantise(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., out, in] to `blocks` and `scales`; `in` must be a multiple of 32. Values that MXFP4 holds exactly come back unchanged."""
+    blocks, index, _, exponent = _nearest(weights)
+    nibbles = (index | jnp.where(blocks < 0, 8, 0)).astype(jnp.uint8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), (exponent[..., 0] + _BIAS).astype(jnp.uint8)
+
+
+def fake_quantise(weights: jax.Array) -> jax.Array:
+    """`dequantise(*quantise(weights))`, with the gradient of the identity (straight-through)."""
+    values = jax.lax.stop_gradient(_nearest(weights)[2].reshape(weights.shape).astype(weights.dtype))
+    # In this order, since weights - weights is exactly zero: the forward value is the rounded one to the last bit.
+    return values + (weights - jax.lax.stop_gradient(weights))

@@ -1,0 +1,97 @@
+"""Where parameters are declared: each once, with shape, type, logical axes and initialisation; every tree derives from that."""
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from discover_jax.models.sharding import sharding_for
+
+Tree = dict[str, Any]
+"""Nested dicts with arrays (or their abstract stand-ins) as leaves."""
+
+
+class Frozen(nnx.Variable):
+    """A base weight: never trained."""
+
+
+class Lora(nnx.Variable):
+    """An adapter's weight: float32, trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Declare:
+    """Declares parameters of one module; `pairs` is the leading axis of those that are stacked over pairs of layers, or 0."""
+
+    dtype: Any
+    pairs: int = 0
+
+    def _variable(self, kind: type[nnx.Variable], shape: tuple[int, ...], axes: tuple[str, ...], init: str, dtype: Any) -> nnx.Variable:
+        if len(shape) != len(axes):
+            raise AssertionError(f"{len(shape)} sizes but {len(axes)} logical axes: {shape}, {axes}")
+        if self.pairs:
+            shape, axes = (self.pairs, *shape), ("pairs", *axes)
+        return kind(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
+
+    def weight(self, shape: tuple[int, ...], axes: tuple[str, ...], init: str = "fan_in", dtype: Any = None) -> nnx.Variable:
+        """A frozen weight. `init`: "fan_in" (normal, variance 1 / last axis), "embedding" (normal, 0.02), "ones", "zeros", or for
+        packed MXFP4 "blocks" (random bytes) and "scales" (constant, so that a fan_in of the unpacked axis has about unit gain)."""
+        return self._variable(Frozen, shape, axes, init, self.dtype if dtype is None else dtype)
+
+    def lora(self, shape: tuple[int, ...], axes: tuple[str, ...], init: str) -> nnx.Variable:
+        """An adapter's weight, "fan_in" for A and "zeros" for B, so that the policy starts as the base."""
+        return self._variable(Lora, shape, axes, init, jnp.float32)
+
+
+def _draw(key: jax.Array, variable: nnx.Variable) -> jax.Array:
+    struct, init = variable.get_value(), variable.get_metadata()["init"]
+    if init == "ones":
+        return jnp.ones(struct.shape, struct.dtype)
+    if init == "zeros":
+        return jnp.zeros(struct.shape, struct.dtype)
+    if init == "blocks":
+        return jax.random.bits(key, struct.shape, jnp.uint8)
+    if init == "scales":
+        # Random nibbles have variance 7.33 (mean square of 0, .5, 1, 1.5, 2, 3, 4, 6); 32 values share a scale.
+        return jnp.full(struct.shape, 127 + round(math.log2((struct.shape[-1] * 32 * 7.33) ** -0.5)), jnp.uint8)
+    scale = 0.02 if init == "embedding" else struct.shape[-1] ** -0.5
+    return (scale * jax.random.normal(key, struct.shape, jnp.float32)).astype(struct.dtype)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _map(function: Any, state: nnx.State) -> Tree:
+    """`function(path, variable)` over a state's variables, as nested dicts."""
+    mapped = jax.tree_util.tree_map_with_path(lambda path, leaf: function(jax.tree_util.keystr(path), leaf), state, is_leaf=_is_variable)
+    return nnx.to_pure_dict(mapped)
+
+
+def abstract_tree(state: nnx.State, mesh: Mesh | None) -> Tree:
+    """Shapes and types, with shardings if there is a mesh."""
+
+    def struct(_: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+        value = variable.get_value()
+        if mesh is None:
+            return value
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding_for(variable.get_metadata()["axes"], value.shape, mesh))
+
+    return _map(struct, state)
+
+
+def init_tree(state: nnx.State, key: jax.Array, mesh: Mesh | None) -> Tree:
+    """Random values; each parameter's draw depends on the key and its own path alone."""
+
+    def draw(path: str, variable: nnx.Variable) -> jax.Array:
+        value = _draw(jax.random.fold_in(key, zlib.crc32(path.encode())), variable)
+        if mesh is None:
+            return value
+        return jax.lax.with_sharding_constraint(value, sharding_for(variable.get_metadata()["axes"], value.shape, mesh))
+
+    return _map(draw, state)

@@ -1,0 +1,75 @@
+"""Logical axes of arrays to axes of the mesh: one table for all parameters, caches and batches."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from discover_jax.exceptions import ShardingError
+
+MESH_AXES = ("data", "expert", "tensor")
+
+# A logical axis that is not named here is replicated by being None.
+RULES: dict[str, str | None] = {
+    "batch": "data",
+    "experts": "expert",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "expert_width": "tensor",
+    "pairs": None,
+    "width": None,
+    "rank": None,
+    "head_size": None,
+    "positions": None,
+    "blocks": None,
+}
+
+
+def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
+    """The mesh over the first data * expert * tensor devices.
+
+    Raises:
+      ShardingError: there are fewer devices.
+    """
+    shape = (data, expert, tensor)
+    devices = jax.devices()
+    if (needed := int(np.prod(shape))) > len(devices):
+        raise ShardingError(
+            f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor); {len(devices)} are there. Lower one."
+        )
+    return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES)
+
+
+def spec_for(axes: Sequence[str]) -> PartitionSpec:
+    """Partition of an array with these logical axes.
+
+    Raises:
+      ShardingError: an axis is not in the table, or two axes of the array fall on the same mesh axis.
+    """
+    taken: dict[str, str] = {}
+    for axis in axes:
+        if axis not in RULES:
+            raise ShardingError(f"Logical axis {axis!r} is not in the table; known: {', '.join(RULES)}.")
+        mesh_axis = RULES[axis]
+        if mesh_axis is not None and mesh_axis in taken:
+            raise ShardingError(f"Logical axes {taken[mesh_axis]!r} and {axis!r} of one array both fall on mesh axis {mesh_axis!r}.")
+        if mesh_axis is not None:
+            taken[mesh_axis] = axis
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Sharding of an array on a mesh.
+
+    Raises:
+      ShardingError: see `spec_for`; or a size that its mesh axis does not divide.
+    """
+    spec = spec_for(axes)
+    for axis, size, mesh_axis in zip(axes, shape, spec, strict=True):
+        if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            raise ShardingError(
+                f"Axis {axis!r} of size {size} cannot be split over mesh axis {mesh_axis!r} of size {mesh.shape[mesh_axis]}; choose a divisor."
+            )
+    return NamedSharding(mesh, spec)
