@@ -1,5 +1,6 @@
 """Preparing a task: the competition's tables are written once, checked, and found again by their checksums."""
 
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from discover_jax.exceptions import ConfigError, DataError
+from discover_jax.exceptions import ConfigError, DataError, DiscoverError
 from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.loading import load_competition, locate_competition
 from discover_jax.tasks.tables import read_text_table
@@ -93,7 +94,7 @@ def _build(definition: Competition, raw: Path | None, folder: Path, settings: di
     try:
         public.mkdir(parents=True)
         private.mkdir(mode=0o700)
-        definition.prepare(raw, public, private)
+        _run_prepare(definition, raw, public, private)
         _check_tables(definition, public, private)
         for name, expected in definition.prepared_md5.items():
             found = hashlib.md5((work / name).read_bytes(), usedforsecurity=False).hexdigest()
@@ -112,6 +113,21 @@ def _build(definition: Competition, raw: Path | None, folder: Path, settings: di
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _run_prepare(definition: Competition, raw: Path | None, public: Path, private: Path) -> None:
+    try:
+        definition.prepare(raw, public, private)
+    except DiscoverError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        given = f"raw data {raw}" if raw else "no raw data (config.task.raw is empty)"
+        raise DataError(
+            f"Competition {definition.id!r}: its prepare() failed with {given}: {type(error).__name__}: {error}. Check the path in"
+            " config.task.raw, then the competition's file."
+        ) from error
 
 
 def _check_tables(definition: Competition, public: Path, private: Path) -> None:
