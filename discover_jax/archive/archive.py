@@ -1,0 +1,92 @@
+"""The states kept for reuse, best first: a bounded view over the journal, which keeps everything."""
+
+import bisect
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.types import Attempt, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """At most `capacity` states, from the highest value to the lowest, no two with the same code. The seed is never among them.
+
+    Among equal values the one added earlier comes first; of two states with the same code the one added earlier stays, so that
+    a lineage points to where a program was first found. States are added one after another: how they are batched makes no difference.
+    """
+
+    states: tuple[State, ...]
+    capacity: int
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ConfigError(f"An archive of capacity {self.capacity} cannot keep anything; it must be at least 1.")
+
+    def add(self, states: Iterable[State]) -> "Archive":
+        """The archive with more states, of which the best `capacity` are kept.
+
+        Raises:
+          RunError: a state without a value, such as the seed.
+        """
+        kept = list(self.states)
+        codes = {state.code for state in kept}
+        for state in states:
+            if state.value is None:
+                raise RunError(f"State {state.id!r} has no value, so it cannot be kept. Only graded programs go into the archive.")
+            if state.code in codes:
+                continue
+            kept.insert(bisect.bisect_right(kept, -state.value, key=_descending), state)
+            codes.add(state.code)
+            if len(kept) > self.capacity:
+                codes.remove(kept.pop().code)
+        return Archive(tuple(kept), self.capacity)
+
+    @property
+    def best(self) -> State | None:
+        """The state of the highest value, or None if there is none yet."""
+        return self.states[0] if self.states else None
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The states, best first, as rows that JSON can hold; `from_json` reads them."""
+        return [dataclasses.asdict(state) for state in self.states]
+
+    @staticmethod
+    def from_json(rows: Iterable[dict[str, Any]], capacity: int) -> "Archive":
+        """The archive of `to_json`; a smaller capacity drops the worst.
+
+        Raises:
+          RunError: a row is no state.
+        """
+        try:
+            states = [State(**row) for row in rows]
+        except TypeError as error:
+            raise RunError(
+                f"A row of the archive cannot be read: {error}. The checkpoint was made by another version or altered."
+            ) from error
+        return Archive((), capacity).add(states)
+
+
+def _descending(state: State) -> float:
+    assert state.value is not None, "add() lets no such state in"
+    return -state.value
+
+
+def lineage(attempts: Iterable[Attempt], id: str) -> list[State]:
+    """The ancestors of a state and the state itself, oldest first, without the seed.
+
+    Args:
+      attempts: rows of the journal; each ancestor must be among them, or the list starts below the one that is not
+        (a run which took over another run's archive does not have that run's journal).
+      id: of the state; empty list if no attempt with a score has it.
+    """
+    states = {attempt.id: state for attempt in attempts if (state := attempt.state()) is not None}
+    chain: list[State] = []
+    current = states.get(id)
+    while current is not None:
+        chain.append(current)
+        if len(chain) > len(states):
+            raise RunError(f"The ancestors of {id!r} run in a circle, so the journal was altered. Put the original back.")
+        current = states.get(current.parent_id) if current.parent_id is not None else None
+    return chain[::-1]

@@ -1,0 +1,159 @@
+"""The journal of a run: one JSON line for every attempt, only ever appended to.
+
+Rows hold no clock and their fields keep one order, so that a run which was broken off and resumed leaves the same bytes as an unbroken one.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import RunError
+from discover_jax.types import Attempt, Outcome, StopReason
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Attempt))
+_ENUMS = {"outcome": Outcome, "stop": StopReason}
+
+
+def to_json(attempt: Attempt) -> str:
+    """One row, without the line's end: the fields of `Attempt` in their order, enums by value.
+
+    Raises:
+      RunError: a number is not finite, which no reader of the journal could be expected to take.
+    """
+    row = {name: getattr(attempt, name) for name in _FIELDS}
+    for name in _ENUMS:
+        row[name] = row[name].value
+    try:
+        # ASCII only: text from a program may hold lone surrogates, which UTF-8 cannot carry.
+        return json.dumps(row, ensure_ascii=True, allow_nan=False)
+    except ValueError as error:
+        raise RunError(
+            f"Attempt {attempt.id} cannot be journalled ({error}): score {attempt.score}, private_score {attempt.private_score}, reward"
+            f" {attempt.reward}. Each must be finite or, for a score, None; the task's metric or reward is at fault."
+        ) from error
+
+
+def from_json(line: str) -> Attempt:
+    """The attempt of one row.
+
+    Raises:
+      RunError: the text is no JSON, lacks a field, or has one too many.
+    """
+    try:
+        row: Any = json.loads(line)
+        if not isinstance(row, dict) or row.keys() != set(_FIELDS):
+            raise ValueError(f"its fields are {sorted(row) if isinstance(row, dict) else type(row).__name__}, not {sorted(_FIELDS)}")
+        return Attempt(**{name: _ENUMS[name](value) if name in _ENUMS else value for name, value in row.items()})
+    except ValueError as error:
+        raise RunError(f"A row of the journal cannot be read: {error}.") from error
+
+
+class Journal:
+    """The file itself. One process writes it at a time (see `workdir`)."""
+
+    def __init__(self, path: Path):
+        """Opens the journal at `path`, or an empty one if there is none yet. Nothing is written before the first `append`."""
+        self._path = Path(path)
+
+    @property
+    def position(self) -> int:
+        """Length of the file, bytes: what a checkpoint remembers and `truncate` goes back to."""
+        try:
+            return self._path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def append(self, attempts: Sequence[Attempt]) -> None:
+        """Adds rows, by one write, and returns once they are on the disk.
+
+        Raises:
+          RunError: the disk is full or fails. What the journal held before is then still there, and part rows are taken back if possible.
+        """
+        data = "".join(to_json(attempt) + "\n" for attempt in attempts).encode()
+        before = self.position
+        try:
+            _append_bytes(self._path, data)
+        except OSError as error:
+            raise RunError(
+                f"{len(attempts)} rows ({len(data)} bytes) could not be written to the journal {self._path} ({error}). The {before} bytes"
+                " from before are safe. Free some space, then start the same command again: it resumes at the last checkpoint."
+            ) from error
+
+    def truncate(self, position: int) -> None:
+        """Goes back to `position`, bytes. What lay behind it is appended to journal.discarded.jsonl first, so that nothing is lost.
+
+        Raises:
+          RunError: the journal is shorter than `position`, `position` is not at the start of a row, or the disk fails.
+        """
+        size = self.position
+        if not 0 <= position <= size:
+            raise RunError(
+                f"The journal {self._path} has {size} bytes, but the checkpoint was made when it had {position}: rows were deleted."
+                " Put the whole journal back, or start a new run in another folder."
+            )
+        if position == size:
+            return
+        try:
+            with self._path.open("r+b") as file:
+                if position:
+                    file.seek(position - 1)
+                    if file.read(1) != b"\n":
+                        raise RunError(
+                            f"Byte {position} of the journal {self._path} is not the start of a row, so the journal was edited since the"
+                            " checkpoint. Put the original back, or start a new run in another folder."
+                        )
+                file.seek(position)
+                dropped = file.read()
+                # A torn row gets its line's end, so that the next rows put there stay readable.
+                _append_bytes(self._path.with_name("journal.discarded.jsonl"), dropped if dropped.endswith(b"\n") else dropped + b"\n")
+                file.truncate(position)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"The journal {self._path} could not be cut back to {position} bytes ({error}). It still has its rows."
+            ) from error
+
+    def read(self) -> list[Attempt]:
+        """All rows, oldest first. A last line without its end was torn by a kill and is left out.
+
+        Raises:
+          RunError: another line is broken; the message gives its number, from 1.
+        """
+        try:
+            lines = self._path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunError(f"The journal {self._path} cannot be read ({error}).") from error
+        attempts = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                attempts.append(from_json(line.decode()))
+            except (RunError, UnicodeDecodeError) as error:
+                raise RunError(
+                    f"Line {number} of the journal {self._path} is broken: {error} Put the original back, or start a new run in"
+                    " another folder."
+                ) from error
+        return attempts
+
+
+def _append_bytes(path: Path, data: bytes) -> None:
+    """Appends by one write and syncs; on failure cuts the file back to what it was."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            view = memoryview(data)
+            while view:  # one write in practice; the kernel may take less when the disk is nearly full
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to tell; a torn row is cut off at the next start
+                os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)

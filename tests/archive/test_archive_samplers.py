@@ -1,0 +1,123 @@
+"""Properties of the archive under random histories, lineages, and how often each sampler picks what."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from discover_jax.archive.archive import Archive, lineage
+from discover_jax.archive.samplers import SAMPLERS, step_rng
+from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
+
+
+def state(number: int, code: str, value: float) -> State:
+    return State(id=f"s{number}", parent_id="seed", code=code, value=value, score=value, stdout="", step=0, adapter_step=0)
+
+
+@st.composite
+def histories(draw):
+    """States in order of their making; a program always has the same value, as graded programs do."""
+    codes = draw(st.lists(st.sampled_from("abcdefghij"), max_size=30))
+    values = {code: draw(st.sampled_from([0.0, 0.25, 0.5, 0.75])) for code in sorted(set(codes))}
+    return [state(number, code, values[code]) for number, code in enumerate(codes)]
+
+
+@given(histories(), st.integers(1, 6), st.lists(st.integers(1, 7), min_size=1))
+def test_archive_properties(history, capacity, sizes):
+    whole = Archive((), capacity).add(history)
+    batched, rest, turn = Archive((), capacity), list(history), 0
+    while rest:
+        size = sizes[turn % len(sizes)]
+        batched, rest, turn = batched.add(rest[:size]), rest[size:], turn + 1
+    assert batched == whole
+    # An independent statement of what is kept: first finds, stably sorted by value.
+    firsts = list({s.code: s for s in reversed(history)}.values())
+    expected = sorted(sorted(firsts, key=lambda s: int(s.id[1:])), key=lambda s: -s.value)[:capacity]
+    assert list(whole.states) == expected
+    assert whole.best == (expected[0] if expected else None)
+    assert Archive.from_json(json.loads(json.dumps(whole.to_json())), capacity) == whole
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(-1, 1)), max_size=40), st.integers(1, 4))
+def test_archive_of_noisy_values(pairs, capacity):
+    """Programs whose value differs from run to run, too, keep the archive bounded, sorted and free of duplicates."""
+    archive, bests = Archive((), capacity), []
+    for number, (code, value) in enumerate(pairs):
+        archive = archive.add([state(number, code, value)])
+        bests.append(archive.states[0].value)
+        assert len(archive.states) <= capacity
+        assert len({s.code for s in archive.states}) == len(archive.states)
+        assert [s.value for s in archive.states] == sorted((s.value for s in archive.states), reverse=True)
+    assert bests == sorted(bests)
+
+
+def test_archive_refuses():
+    with pytest.raises(RunError, match="no value"):
+        Archive((), 3).add([SEED])
+    with pytest.raises(ConfigError, match="at least 1"):
+        Archive((), 0)
+    with pytest.raises(RunError, match="cannot be read"):
+        Archive.from_json([{"id": "x"}], 3)
+
+
+def attempt(id: str, parent: str, outcome: Outcome = Outcome.OK) -> Attempt:
+    return Attempt(
+        id=id,
+        parent_id=parent,
+        step=int(id[0]),
+        group=0,
+        index=0,
+        code=f"# {id}",
+        outcome=outcome,
+        detail="",
+        stdout="",
+        score=0.5,
+        private_score=None,
+        reward=0.5,
+        adapter_step=0,
+        tokens=1,
+        stop=StopReason.STOP_TOKEN,
+    )
+
+
+def test_lineage():
+    rows = [attempt("0a", "seed"), attempt("0b", "seed"), attempt("1a", "0a"), attempt("1b", "0a", Outcome.TIMEOUT), attempt("2a", "1a")]
+    assert [s.id for s in lineage(rows, "2a")] == ["0a", "1a", "2a"]
+    assert [s.id for s in lineage(iter(rows), "0b")] == ["0b"]
+    assert lineage(rows, "1b") == []
+    assert lineage(rows, "nothing") == []
+    assert [s.id for s in lineage(rows[2:], "2a")] == ["1a", "2a"]
+    with pytest.raises(RunError, match="circle"):
+        lineage([*rows[1:], attempt("0a", "2a")], "2a")
+
+
+def test_greedy_frequencies():
+    """Each kept state but the best with probability epsilon / n; the rest is the best's. Bounds are 5 standard deviations."""
+    archive = Archive((), 10).add(state(n, f"code {n}", n / 10) for n in range(4))
+    draws, epsilon = 20_000, 0.125
+    picked = SAMPLERS["greedy"](archive, draws, step_rng(7, 3), epsilon=epsilon)
+    for rank, kept in enumerate(archive.states):
+        p = epsilon / 4 + (1 - epsilon if rank == 0 else 0)
+        assert abs(picked.count(kept) / draws - p) < 5 * np.sqrt(p * (1 - p) / draws)
+
+
+def test_greedy_extremes():
+    archive = Archive((), 10).add(state(n, f"code {n}", n / 10) for n in range(4))
+    assert SAMPLERS["greedy"](archive, 50, step_rng(0, 0), epsilon=0.0) == [archive.best] * 50
+    assert set(SAMPLERS["greedy"](archive, 200, step_rng(0, 0), epsilon=1.0)) == set(archive.states)
+    assert SAMPLERS["greedy"](Archive((), 10), 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
+    assert SAMPLERS["fixed"](archive, 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    archive = Archive((), 100).add(state(n, f"code {n}", n / 100) for n in range(100))
+
+    def draw(seed, step):
+        return SAMPLERS["greedy"](archive, 20, step_rng(seed, step), epsilon=1.0)
+
+    assert draw(1, 2) == draw(1, 2)
+    assert draw(1, 2) != draw(2, 1)
+    assert draw(1, 2) != draw(1, 3)
