@@ -1,0 +1,184 @@
+"""The folder of a run: made, resumed, or refused; and writing files into it so that no reader ever sees half of one."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import RunError
+
+_CONFIG, _LOCK = "config.json", ".lock"
+_ABSENT = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Where everything of a run lies. The folders exist.
+
+    Attributes:
+      path: the folder itself.
+      journal_path: journal.jsonl, see `archive.journal`.
+      metrics_path: metrics.jsonl, see `metrics`.
+      rollouts_dir: one file a step, see `rollouts`.
+      checkpoints_dir: see `checkpoints`.
+      best_dir: made by `best` as soon as there is a best program.
+      task_dir: the prepared task.
+      cache_dir: verdicts of programs.
+      resumed: whether the folder already held this run.
+    """
+
+    path: Path
+    journal_path: Path
+    metrics_path: Path
+    rollouts_dir: Path
+    checkpoints_dir: Path
+    best_dir: Path
+    task_dir: Path
+    cache_dir: Path
+    resumed: bool
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that after a kill or a power cut it holds either its old bytes or all the new ones.
+
+    Raises:
+      RunError: the disk is full or fails; the old file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error}). What was there before is unchanged. Free some space or check the folder's permissions,"
+            " then start the same command again: it resumes at the last checkpoint."
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames and deletions in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_workdir(path: Path, config: dict[str, Any], kind: str) -> Iterator[Workdir]:
+    """Opens the folder of a run, for one process at a time; leaving the context lets the next one in.
+
+    Args:
+      path: made if it does not exist.
+      config: every setting by its dotted name, as `config.flatten` gives it; values that JSON can hold.
+      kind: "train" or "search".
+
+    Raises:
+      RunError: the folder belongs to another run (each difference is listed), is no run's, is in use, or cannot be written.
+    """
+    path = Path(path).absolute()
+    given = json.loads(json.dumps({"kind": kind, "config": config}))  # as it would come back: tuples as lists
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.is_dir() and not (path / _CONFIG).exists():
+                _refuse_strangers(path)
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(path))
+            workdir = _prepare(path, given)
+        except OSError as error:
+            raise RunError(
+                f"The run folder {path} cannot be used ({error}). Free some space, or name another folder by --workdir."
+            ) from error
+        yield workdir
+
+
+def _prepare(path: Path, given: dict[str, Any]) -> Workdir:
+    """Compares or writes the config and makes the folders, with the lock held."""
+    resumed = (path / _CONFIG).exists()
+    if resumed:
+        _compare(path, given)
+    else:
+        write_atomic(path / _CONFIG, (json.dumps(given, indent=2) + "\n").encode())
+    workdir = Workdir(
+        path=path,
+        journal_path=path / "journal.jsonl",
+        metrics_path=path / "metrics.jsonl",
+        rollouts_dir=path / "rollouts",
+        checkpoints_dir=path / "checkpoints",
+        best_dir=path / "best",
+        task_dir=path / "task",
+        cache_dir=path / "cache",
+        resumed=resumed,
+    )
+    for folder in (workdir.rollouts_dir, workdir.checkpoints_dir, workdir.task_dir, workdir.cache_dir):
+        folder.mkdir(exist_ok=True)
+    return workdir
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Refuses a folder that holds something and is no run's. What a kill during the folder's first second leaves is fine."""
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in (_LOCK, f".{_CONFIG}.tmp"))
+    if strangers:
+        listed = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+        raise RunError(
+            f"The folder {path} is not empty and holds no run (there is no {_CONFIG}): {listed}. Name an empty or new folder by --workdir."
+        )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds the folder; the kernel lets go of it when the process ends, however it ends."""
+    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise RunError(
+                f"The run folder {path} is in use by another process{f' (id {holder})' if holder else ''}. Wait for it to end, or name"
+                " another folder by --workdir."
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _compare(path: Path, given: dict[str, Any]) -> None:
+    """Refuses a folder that was made by another command."""
+    try:
+        found = json.loads((path / _CONFIG).read_bytes())
+        found_all = {"kind": found["kind"], **found["config"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path / _CONFIG} cannot be read as a run's config ({error!r}), so the run cannot be resumed. Put the original back, or name"
+            " another folder by --workdir."
+        ) from error
+    given_all = {"kind": given["kind"], **given["config"]}
+    # By what JSON makes of them, so that True is not 1 and 1 is not 1.0: the type of a setting matters.
+    names = [name for name in {**found_all, **given_all} if _shown(found_all, name) != _shown(given_all, name)]
+    if names:
+        differences = "\n".join(f"  - {name}: folder has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
+        raise RunError(
+            f"The folder {path} holds a run with another config:\n{differences}\nGive the folder's values to resume that run, or name"
+            " another folder by --workdir to start a new one."
+        )
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    value = values.get(name, _ABSENT)
+    return "no such setting" if value is _ABSENT else json.dumps(value)

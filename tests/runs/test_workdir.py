@@ -1,0 +1,128 @@
+"""The run folder: made, resumed, refused, locked; atomic files on a disk that fails."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from discover_jax.exceptions import RunError
+from discover_jax.runs import workdir as workdir_module
+from discover_jax.runs.workdir import open_workdir, write_atomic
+
+CONFIG = {"seed": 0, "train.steps": 10, "lora.alpha": 32.0, "execution.allow_weaker": False, "name": "ä"}
+
+
+def test_new_then_resumed(tmp_path):
+    path = tmp_path / "runs" / "a"
+    with open_workdir(path, CONFIG, "train") as first:
+        assert not first.resumed
+        assert first.journal_path == path / "journal.jsonl"
+        for folder in (first.rollouts_dir, first.checkpoints_dir, first.task_dir, first.cache_dir):
+            assert folder.is_dir()
+        assert not first.best_dir.exists()
+    assert json.loads((path / "config.json").read_text()) == {"kind": "train", "config": CONFIG}
+    before = (path / "config.json").read_bytes()
+    with open_workdir(path, CONFIG, "train") as second:
+        assert second.resumed
+    assert (path / "config.json").read_bytes() == before
+
+
+def test_every_difference_is_named(tmp_path):
+    with open_workdir(tmp_path / "a", CONFIG, "train"):
+        pass
+    other = {"seed": 1, "lora.alpha": 32.0, "execution.allow_weaker": 0, "name": "ä", "groups": 4}
+    with pytest.raises(RunError) as caught, open_workdir(tmp_path / "a", other, "search"):
+        pass
+    message = str(caught.value)
+    for line in (
+        'kind: folder has "train", given "search"',
+        "seed: folder has 0, given 1",
+        "train.steps: folder has 10, given no such setting",
+        "execution.allow_weaker: folder has false, given 0",
+        "groups: folder has no such setting, given 4",
+    ):
+        assert line in message
+    assert "lora.alpha" not in message
+    assert "--workdir" in message
+
+
+def test_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match=r"holds no run.*thesis\.tex"), open_workdir(tmp_path, CONFIG, "train"):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_kill_at_the_start_leaves(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.tmp").write_text("{")
+    with open_workdir(tmp_path, CONFIG, "train") as opened:
+        assert not opened.resumed
+
+
+def test_broken_config_file(tmp_path):
+    with open_workdir(tmp_path / "a", CONFIG, "train"):
+        pass
+    (tmp_path / "a" / "config.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"), open_workdir(tmp_path / "a", CONFIG, "train"):
+        pass
+
+
+def test_path_is_a_file(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(RunError, match="cannot be used"), open_workdir(tmp_path / "a", CONFIG, "train"):
+        pass
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = """
+import json, pathlib, sys
+from discover_jax.runs.workdir import open_workdir
+with open_workdir(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), "train"):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "a"), json.dumps(CONFIG)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        message = rf"in use by another process \(id {holder.pid}\)"
+        with pytest.raises(RunError, match=message), open_workdir(tmp_path / "a", CONFIG, "train"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with open_workdir(tmp_path / "a", CONFIG, "train") as opened:  # kill -9 lets go of the lock
+        assert opened.resumed
+
+
+def test_errors_inside_the_context_pass_through(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mine"), open_workdir(tmp_path / "a", CONFIG, "train"):
+        raise FileNotFoundError("mine")
+    with open_workdir(tmp_path / "a", CONFIG, "train"):
+        pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "x.json"
+    write_atomic(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if call == "fsync":
+            patch.setattr(workdir_module.os, "fsync", full)
+        else:
+            patch.setattr(workdir_module.Path, "replace", full)
+        with pytest.raises(RunError, match=r"No space left on device.*unchanged"):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.json"]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
