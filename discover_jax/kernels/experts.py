@@ -41,8 +41,8 @@ def mix_reference(
 ) -> jax.Array:
     """sum_e weights[t, e] * down_e(act(gate_up_e(x_t))), [T, D] in x's type, summed in float32.
 
-    Every expert sees every row, one expert after another: experts / active times the needed arithmetic, but exact for any routing, and only one
-    expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels.
+    Every expert sees every row, one expert after another: experts / active times the needed arithmetic, but exact for any routing, and
+    only one expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels.
     """
 
     def add(total_TD: jax.Array, one: tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[jax.Array, None]:

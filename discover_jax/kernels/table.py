@@ -1,4 +1,4 @@
-"""The one table of accelerator kernels: (operation, platform) -> implementation. The reference in plain JAX is the entry that always works."""
+"""The one table of accelerator kernels: (operation, platform) -> implementation. The plain-JAX reference is the entry that always works."""
 
 import functools
 from collections.abc import Callable

@@ -74,8 +74,8 @@ def _open(path: Path) -> tuple[ModelConfig, _Folder]:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError as error:
         raise WeightsError(
-            f"No weights at {str(path)!r}: it has no config.json. Set config.model.weights to a folder with config.json and *.safetensors, or to"
-            " 'apprentice' for the small model that ships with the project."
+            f"No weights at {str(path)!r}: it has no config.json. Set config.model.weights to a folder with config.json and *.safetensors,"
+            " or to 'apprentice' for the small model that ships with the project."
         ) from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path / 'config.json'} cannot be read: {error}. Fetch the folder again.") from error

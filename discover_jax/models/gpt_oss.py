@@ -34,7 +34,7 @@ class Model:
     """
 
     config: ModelConfig
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009 - frozen
     dtype: Any = jnp.float32
     experts: str = "dense"
     mesh: Mesh | None = None
@@ -86,7 +86,8 @@ class Model:
         c = self.config
         full = (c.num_pairs, batch, c.num_kv_heads, capacity, c.head_size)
         ring = (c.num_pairs, batch, c.num_kv_heads, c.sliding_window, c.head_size)
-        return Cache(*(jnp.zeros(shape, self.dtype) for shape in (full, full, ring, ring)), jnp.zeros(batch, jnp.int32))
+        full_k, full_v, ring_k, ring_v = (jnp.zeros(shape, self.dtype) for shape in (full, full, ring, ring))
+        return Cache(full_k, full_v, ring_k, ring_v, jnp.zeros(batch, jnp.int32))
 
     def prefill(
         self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, lengths_B: jax.Array, capacity: int
@@ -114,9 +115,9 @@ class Model:
             padding = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
             return (*(jnp.pad(x_BKTH, padding) for x_BKTH in full), *rings)
 
-        hidden_BTD, kept = self._forward(frozen, lora, tokens_BT, positions_BT, segments_BT, keep=keep)
+        hidden_BTD, (full_k, full_v, ring_k, ring_v) = self._forward(frozen, lora, tokens_BT, positions_BT, segments_BT, keep=keep)
         last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-        return last_BD, Cache(*kept, lengths_B.astype(jnp.int32))
+        return last_BD, Cache(full_k, full_v, ring_k, ring_v, lengths_B.astype(jnp.int32))
 
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads one more token a row, at position `cache.lengths_B`, which must be below the capacity.
@@ -149,8 +150,9 @@ class Model:
             return (x_BTD, full_k, full_v, ring_k, ring_v), None
 
         carry = (x_BTD, cache.full_k_LBKSH, cache.full_v_LBKSH, cache.ring_k_LBKWH, cache.ring_v_LBKWH)
-        (x_BTD, *kept), _ = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen["pairs"], (lora or {}).get("pairs", {})))
-        return rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps), Cache(*kept, cache.lengths_B + 1)
+        carry, _ = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen["pairs"], (lora or {}).get("pairs", {})))
+        x_BTD, full_k, full_v, ring_k, ring_v = carry
+        return rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps), Cache(full_k, full_v, ring_k, ring_v, cache.lengths_B + 1)
 
     # Inside
 

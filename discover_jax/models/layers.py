@@ -1,7 +1,7 @@
 """The layers of gpt-oss as flax.nnx modules: projections with adapters, attention with sinks, the mixture of experts.
 
-Modules hold declarations (see parameters) until `Model` binds arrays to them. Every adapter is applied unmerged: y = x W^T + b + (alpha / rank)
-(x A^T) B^T.
+Modules hold declarations (see parameters) until `Model` binds arrays to them. Every adapter is applied unmerged:
+y = x W^T + b + (alpha / rank) (x A^T) B^T.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,8 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     devices = jax.devices()
     if (needed := int(np.prod(shape))) > len(devices):
         raise ShardingError(
-            f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor); {len(devices)} are there. Lower one."
+            f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor);"
+            f" {len(devices)} are there. Lower one."
         )
     return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES)
 
@@ -70,6 +71,7 @@ def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> Named
     for axis, size, mesh_axis in zip(axes, shape, spec, strict=True):
         if mesh_axis is not None and size % mesh.shape[mesh_axis]:
             raise ShardingError(
-                f"Axis {axis!r} of size {size} cannot be split over mesh axis {mesh_axis!r} of size {mesh.shape[mesh_axis]}; choose a divisor."
+                f"Axis {axis!r} of size {size} cannot be split over mesh axis {mesh_axis!r} of size {mesh.shape[mesh_axis]};"
+                " choose a divisor."
             )
     return NamedSharding(mesh, spec)

@@ -216,8 +216,8 @@ class Sampler:
 
     def _empty(self, rows: int, capacity: int) -> _Slots:
         hidden = jnp.zeros((rows, self._model.config.width), self._model.dtype)
-        numbers = (jnp.zeros(rows, jnp.int32) for _ in range(3))  # three buffers, since each is donated
-        return _Slots(self._model.init_cache(rows, capacity), hidden, *numbers, jnp.zeros(rows, bool))
+        groups, indices, counts = (jnp.zeros(rows, jnp.int32) for _ in range(3))  # three buffers, since each is donated
+        return _Slots(self._model.init_cache(rows, capacity), hidden, groups, indices, counts, jnp.zeros(rows, bool))
 
     def _refill(self, slots: _Slots, open_B: list[_Open | None], queue, prompts, prompt_hidden, prompt_cache):
         """Gives every free slot the next rollout of the queue."""

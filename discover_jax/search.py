@@ -1,0 +1,15 @@
+"""The baseline: the same prompts, reuse and grading, but no update. `python -m discover_jax.search --config=configs/quickstart.py`."""
+
+from pathlib import Path
+from typing import Any
+
+from discover_jax import cli, main
+
+
+def run(config: Any, folder: Path) -> None:
+    """Runs or resumes a search; see `main.run`."""
+    main.run(config, folder, learn=False)
+
+
+if __name__ == "__main__":
+    cli.launch(run)
