@@ -160,7 +160,9 @@ class Executor:
             memory.remove_stale(cgroups)
         self._cpus = len(os.sched_getaffinity(0))
         leases = lease_cores(sorted(os.sched_getaffinity(0)), limits.cores, workers)
-        self._plans = [sandbox.Plan(backend, host, cgroups, public, limits, slot, cores) for slot, cores in enumerate(leases)]
+        self._plans = [
+            sandbox.Plan(backend, host, cgroups, public, limits, slot, cores, sandbox.PRELOAD) for slot, cores in enumerate(leases)
+        ]
         if host is not None:
             canary.check(self._plans[0], canary.hidden_paths(host, public, cache_dir))
         settings = {"task": task.fingerprint, "limits": dataclasses.asdict(limits), "backend": backend, "packages": packages()}

@@ -56,6 +56,7 @@ class Plan:
       public: folder that programs see as data/.
       limits: of one program.
       slot, cores: which slot, and the CPUs that are leased to it.
+      preload: modules that a sandbox imports before it is ready, besides numpy and pandas.
     """
 
     backend: str
@@ -65,6 +66,7 @@ class Plan:
     limits: Limits
     slot: int
     cores: tuple[int, ...]
+    preload: tuple[str, ...] = PRELOAD
 
 
 class HeadAndTail:
@@ -424,4 +426,4 @@ class Sandbox:
 def start(plan: Plan) -> Sandbox:
     """A sandbox that warms up for one program."""
     harness = Path(__file__).with_name("harness.py")
-    return Sandbox(plan, harness, {"preload": PRELOAD, "result_bytes": plan.limits.result_bytes})
+    return Sandbox(plan, harness, {"preload": plan.preload, "result_bytes": plan.limits.result_bytes})

@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 def _die_with(parent: int) -> None:
     """Asks the kernel to kill this process when the thread that started it ends; leaves if that has happened already.
 
-    And to be handed the orphans of its sandboxes: an init process that does not collect them, as in many containers, would let them pile up.
+    And to be handed the orphans of its sandboxes: an init that does not collect them, as in many containers, would let them pile up.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:

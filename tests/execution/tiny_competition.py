@@ -1,0 +1,66 @@
+"""A competition of a few rows, small enough to work out by hand, in a module that worker processes can import."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from discover_jax.types import Grade
+
+ANSWERS = [1, 0, 1, 1]
+GOOD = """
+import pandas as pd
+def run():
+    frame = pd.read_csv("data/sample_submission.csv")
+    frame["y"] = [1, 0, 1, 0]
+    return frame
+"""
+GOOD_SCORE = 0.75  # three of the four answers
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyTask:
+    public_dir: Path
+    fingerprint: str = "tiny-1"
+
+    def grade(self, csv: bytes) -> Grade:
+        def invalid(reason: str) -> Grade:
+            return Grade(False, reason, None, None)
+
+        try:
+            frame = pd.read_csv(io.BytesIO(csv))
+        except Exception as error:
+            return invalid(f"not a CSV: {error}")
+        if list(frame.columns) != ["id", "y"] or frame["id"].tolist() != [10, 11, 12, 13]:
+            return invalid(f"wrong columns or ids: {list(frame.columns)}")
+        answers = pd.read_csv(self.public_dir.parent / "private" / "answers.csv")
+        score = float((answers["y"] == frame["y"]).mean())
+        return Grade(True, "", score, score)
+
+
+class BrokenGrading(TinyTask):
+    def grade(self, csv: bytes) -> Grade:
+        raise ZeroDivisionError("metric")
+
+
+class CannotBeUnpickled(TinyTask):
+    def __reduce__(self):
+        return (os._exit, (7,))
+
+
+def make(folder: Path, kind: type[TinyTask] = TinyTask) -> TinyTask:
+    """Writes the competition's files below `folder`."""
+    public, private = folder / "public", folder / "private"
+    public.mkdir(parents=True)
+    private.mkdir()
+    pd.DataFrame({"id": range(10), "x": range(10), "y": [0, 1] * 5}).to_csv(public / "train.csv", index=False)
+    pd.DataFrame({"id": [10, 11, 12, 13], "x": range(4)}).to_csv(public / "test.csv", index=False)
+    pd.DataFrame({"id": [10, 11, 12, 13], "y": 0}).to_csv(public / "sample_submission.csv", index=False)
+    pd.DataFrame({"id": [10, 11, 12, 13], "y": ANSWERS}).to_csv(private / "answers.csv", index=False)
+    # Open to everybody, so that it is the sandbox that protects the files, not their modes.
+    public.chmod(0o777)
+    for file in public.iterdir():
+        file.chmod(0o666)
+    return kind(public)
