@@ -18,6 +18,7 @@ from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
 from discover_jax.learning.packing import Batch
 from discover_jax.learning.train_state import TrainState
+from discover_jax.models.sharding import sharding_for
 
 Statistics = dict[str, jax.Array]
 
@@ -97,6 +98,7 @@ class Update:
             raise ConfigError(f"chunk_tokens = {chunk_tokens!r} cannot be used; it must be at least 1.")
         token_loss = LOSSES[loss]
         self._weights = REDUCTIONS[reduction]
+        self._mesh = model.mesh
 
         def forward(lora: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Statistics]:
             logprobs_BT, entropy_BT = token_logprobs(model, frozen, lora, batch, temperature=temperature, chunk_tokens=chunk_tokens)
@@ -122,12 +124,19 @@ class Update:
         self._norm = jax.jit(_norm)
         self._forward = jax.jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
+    def _place(self, arrays: Any) -> Any:
+        """Arrays [B, T] with their rows spread over the mesh's data axis, if there is a mesh."""
+        mesh = self._mesh
+        if mesh is None:
+            return arrays
+        return jax.tree.map(lambda x_BT: jax.device_put(x_BT, sharding_for(("batch", "positions"), x_BT.shape, mesh)), arrays)
+
     def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> tuple[Any, dict[str, float]]:
         """Gradient of the reduced loss in `lora`, and the metrics of `update` but for `update/skipped`; needs a chosen token."""
         gradient = jax.tree.map(jnp.zeros_like, lora)
         statistics = []
         for batch, weights_BT in zip(batches, self._weights(batches), strict=True):
-            gradient, of_batch = self._accumulate(gradient, lora, frozen, batch, weights_BT)
+            gradient, of_batch = self._accumulate(gradient, lora, frozen, *self._place((batch, weights_BT)))
             statistics.append(of_batch)
         norm, statistics = jax.device_get((self._norm(gradient), statistics))
         return gradient, _metrics(statistics) | {"grad_norm": float(norm)}
@@ -147,6 +156,7 @@ class Update:
 
         Raises:
           LearningError: loss or gradient is not finite; `state` is untouched and still valid.
+          ShardingError: the rows of a batch do not divide by the mesh's data axis.
         """
         if _chosen(batches) == 0:
             return state, {"tokens": 0.0, "update/skipped": 1.0}
@@ -167,4 +177,4 @@ class Update:
         """
         if _chosen(batches) == 0:
             return {}
-        return _metrics(jax.device_get([self._forward(lora, frozen, batch) for batch in batches]))
+        return _metrics(jax.device_get([self._forward(lora, frozen, self._place(batch)) for batch in batches]))

@@ -1,0 +1,228 @@
+"""The whole update against an independent autograd: torch on transformers' GptOssForCausalLM with the adapter merged into its weights."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.learning.logprobs import token_logprobs
+from discover_jax.learning.packing import pack
+from discover_jax.learning.train_state import adam, init_train_state
+from discover_jax.learning.update import Update
+from discover_jax.models.config import LoraConfig
+from discover_jax.models.folder import load_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.types import Rollout, StopReason
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TEMPERATURE = 1.3
+VOCAB = 61
+LORA = LoraConfig(attention_rank=3, expert_rank=2, head_rank=4, alpha=5.0)
+MATRICES = {
+    **{f"self_attn.{name}_proj.weight": ("attention", name) for name in "qkvo"},
+    **{f"mlp.experts.{name}_proj": ("experts", name) for name in ("gate_up", "down")},
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A random gpt-oss in float32, eager in attention and experts, with a window of 8 that rollouts outgrow."""
+    config = transformers.GptOssConfig(
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).to(torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "sinks" in name:
+                parameter.normal_(0, 0.3)
+    return model.requires_grad_(False)
+
+
+class Case(NamedTuple):
+    model: Model
+    frozen: dict
+    lora: dict
+    rollouts: list[Rollout]
+    advantages: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def case(reference, tmp_path_factory):
+    """The same weights in JAX, an adapter whose B is not zero (or A would have no gradient), and rollouts with ratios around 1."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    reference.save_pretrained(folder)
+    config, frozen = load_folder(folder)
+    model = Model(config, LORA)
+    rng = np.random.default_rng(1)
+    lora = jax.tree.map(lambda leaf: jnp.asarray(0.15 * rng.normal(size=leaf.shape), leaf.dtype), model.abstract_lora())
+    rollouts = []
+    for index, (prompt, length) in enumerate([(5, 14), (11, 20), (3, 1), (9, 7), (4, 22)]):
+        tokens = rng.integers(3, VOCAB, prompt + length).astype(np.int32)
+        chosen = np.arange(length) % 6 != 3  # some tokens are forced
+        with torch.no_grad():
+            logprobs = torch_logprobs(reference, torch_leaves(lora), tokens, prompt).numpy() + 0.3 * rng.normal(size=length)
+        rollouts.append(
+            Rollout(0, index, tokens[:prompt], tokens[prompt:], np.float32(np.where(chosen, logprobs, 0)), chosen, StopReason.MAX_TOKENS)
+        )
+    return Case(model, frozen, lora, rollouts, rng.normal(size=len(rollouts)).astype(np.float32))
+
+
+def torch_leaves(lora):
+    """Hugging Face name of a weight -> its A and B as torch leaves; our stacked pairs are unstacked into layers."""
+    leaves = {"lm_head.weight": lora["head"]}
+    for kind, layers in lora["pairs"].items():
+        for name, (block, matrix) in MATRICES.items():
+            of_pair = layers[block][matrix]
+            for pair in range(of_pair["lora_a"].shape[0]):
+                layer = 2 * pair + ("sliding", "full").index(kind)
+                leaves[f"model.layers.{layer}.{name}"] = {part: array[pair] for part, array in of_pair.items()}
+    return {
+        name: {part: torch.tensor(np.asarray(array), requires_grad=True) for part, array in parts.items()} for name, parts in leaves.items()
+    }
+
+
+def torch_logprobs(reference, leaves, tokens, prompt):
+    """Log-probabilities of the generated tokens of one rollout, alone in its batch, with W + (alpha / rank) B A for every weight."""
+    merged = {}
+    for name, weight in reference.named_parameters():
+        if name in leaves:
+            a, b = leaves[name]["lora_a"], leaves[name]["lora_b"]
+            product = LORA.alpha / a.shape[-2] * (b @ a)
+            weight = weight + (product.transpose(-1, -2) if "experts" in name else product)  # experts are stored [E, in, out]
+        merged[name] = weight
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logits = torch.func.functional_call(reference, merged, (), {"input_ids": ids[None, :-1], "use_cache": False}).logits[0]
+    logprobs = torch.log_softmax(logits / TEMPERATURE, dim=-1)
+    return logprobs[torch.arange(len(ids) - 1), ids[1:]][prompt - 1 :]
+
+
+def torch_loss(reference, leaves, case):
+    """sum over chosen tokens of -exp(logp - logp_sampler) A."""
+    total = torch.zeros(())
+    for rollout, advantage in zip(case.rollouts, case.advantages, strict=True):
+        tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
+        gap = torch_logprobs(reference, leaves, tokens, len(rollout.prompt_tokens_P)) - torch.tensor(rollout.logprobs_T)
+        total = total - (torch.exp(gap) * float(advantage))[torch.tensor(rollout.chosen_T)].sum()
+    return total
+
+
+@pytest.fixture(scope="module")
+def update(case):
+    return Update(case.model, adam(), temperature=TEMPERATURE, chunk_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def batches(case):
+    """Several microbatches, of which some rows hold several rollouts."""
+    batches = pack(case.rollouts, case.advantages, row_tokens=48, rows=1)
+    assert len(batches) > 1
+    assert max(batch.segments_BT.max() for batch in batches) > 1
+    return batches
+
+
+def assert_close(ours, theirs, tolerance):
+    """Each leaf within a relative distance (Euclidean); all leaves compared."""
+    ours, theirs = jax.tree_util.tree_leaves_with_path(ours), jax.tree_util.tree_leaves_with_path(theirs)
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        norm = np.linalg.norm(b)
+        assert norm > 1e-4, path  # every matrix takes part, so that the comparison means something
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= tolerance * norm, path
+
+
+def as_numpy(leaves, of):
+    return {name: {part: of(leaf).detach().numpy().astype(np.float64) for part, leaf in parts.items()} for name, parts in leaves.items()}
+
+
+def renamed(tree):
+    """A tree of ours in the order and form of `torch_leaves`, as numpy."""
+    return as_numpy(torch_leaves(tree), lambda leaf: leaf)
+
+
+def test_gradient_equals_torch(reference, case, update, batches):
+    """All of it: packing, segments, temperature, loss, every adapter."""
+    leaves = torch_leaves(case.lora)
+    loss = torch_loss(reference, leaves, case)
+    loss.backward()
+    gradient, metrics = update.gradient(case.frozen, case.lora, batches)
+    expected = as_numpy(leaves, lambda leaf: leaf.grad)
+    assert_close(renamed(gradient), expected, 1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(expected))), rel=1e-5)
+    assert metrics["ratio/min"] < 0.8 < 1.2 < metrics["ratio/max"]
+
+
+def test_adam_step_equals_torch(reference, case, update, batches):
+    """Report's settings. Adam divides a gradient by its size, so only entries well above its rounding error are compared one by one."""
+    leaves = torch_leaves(case.lora)
+    torch_loss(reference, leaves, case).backward()
+    before = as_numpy(leaves, lambda leaf: leaf)
+    gradients = as_numpy(leaves, lambda leaf: leaf.grad)
+    torch.optim.Adam(jax.tree.leaves(leaves), lr=4e-5, betas=(0.9, 0.95), eps=1e-8).step()
+    theirs = as_numpy(leaves, lambda leaf: leaf)
+
+    state = init_train_state(jax.tree.map(jnp.array, case.lora), adam())  # a copy, since the update frees it
+    state, _ = update.update(case.frozen, state, batches)
+    compared = total = 0
+    for a, b, start, gradient in zip(*map(jax.tree.leaves, (renamed(state.lora), theirs, before, gradients)), strict=True):
+        clear = np.abs(gradient) > 1e-3 * np.abs(gradient).max()
+        np.testing.assert_allclose(a[clear], b[clear], rtol=0, atol=1e-7)  # the step is 4e-5, and float32 near 0.5 resolves 6e-8
+        assert np.abs(a - start).max() == pytest.approx(4e-5, rel=5e-3)
+        compared, total = compared + clear.sum(), total + clear.size
+    assert compared > 0.8 * total
+
+
+def test_packing_microbatches_and_order_do_not_change_the_gradient(case, update, batches):
+    expected = renamed(update.gradient(case.frozen, case.lora, batches)[0])
+    for row_tokens, rows in ((48, 1), (30, 5)):  # the same shape in another order; one microbatch with a rollout a row
+        packed = pack(case.rollouts[::-1], case.advantages[::-1], row_tokens=row_tokens, rows=rows)
+        gradient, _ = update.gradient(case.frozen, case.lora, packed)
+        assert_close(renamed(gradient), expected, 1e-5)
+    one_by_one = [pack([r], [a], row_tokens=48, rows=1) for r, a in zip(case.rollouts, case.advantages, strict=True)]
+    parts = [renamed(update.gradient(case.frozen, case.lora, batch)[0]) for batch in one_by_one]
+    assert_close(jax.tree.map(lambda *leaves: sum(leaves), *parts), expected, 1e-5)
+
+
+def test_no_leak_between_rollouts_of_a_row(case):
+    """Every token of one rollout is changed: the log-probabilities of its neighbours in the row stay, its own change."""
+    (batch,) = pack(case.rollouts, case.advantages, row_tokens=128, rows=1)
+    assert batch.segments_BT.max() == len(case.rollouts)
+    run = jax.jit(lambda batch: token_logprobs(case.model, case.frozen, case.lora, batch, temperature=TEMPERATURE, chunk_tokens=32)[0])
+    before = np.asarray(run(batch))
+    for segment in range(1, len(case.rollouts) + 1):
+        hit = batch.segments_BT == segment
+        changed = type(batch)(**vars(batch) | {"tokens_BT": np.where(hit, (batch.tokens_BT + 7) % VOCAB, batch.tokens_BT)})
+        after = np.asarray(run(changed))
+        others = (batch.segments_BT > 0) & ~hit
+        np.testing.assert_array_equal(after[others], before[others])
+        assert np.abs(after[hit] - before[hit]).min() > 0
