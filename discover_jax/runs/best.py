@@ -1,0 +1,93 @@
+"""best/: the best program of a run with its submission, its grade, and how it came about."""
+
+import difflib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import RunError
+from discover_jax.runs.workdir import sync_folder
+from discover_jax.types import State
+
+
+def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade: dict[str, Any]) -> None:
+    """Replaces the whole folder: built beside it under another name, then swapped in by renaming.
+
+    A kill between the two renames leaves best/ absent and the old one beside it, as `.best.old`; the next call, which a resumed run
+    makes, puts things right.
+
+    Args:
+      best_dir: the folder; need not exist.
+      lineage: ancestors of the best state and the state itself, oldest first, as `archive.lineage` gives them.
+      submission: bytes of its submission, CSV.
+      grade: score and whatever belongs to it; what JSON can hold.
+
+    Raises:
+      RunError: an empty lineage, or a disk that is full or fails; the old folder is then still there.
+    """
+    if not lineage:
+        raise RunError(f"There is no lineage to write to {best_dir}: the best program's id is not in the journal.")
+    best_dir = Path(best_dir)
+    new, old = best_dir.with_name(f".{best_dir.name}.new"), best_dir.with_name(f".{best_dir.name}.old")
+    try:
+        _remove(new)
+        (new / "lineage").mkdir(parents=True)
+        _write(new / "solution.py", _text(lineage[-1].code))
+        _write(new / "submission.csv", submission)
+        _write(new / "grade.json", _json(grade))
+        for number, state in enumerate(lineage):
+            _write(new / "lineage" / f"{number:02d}-{state.id}.py", _text(state.code))
+        _write(new / "lineage" / "lineage.json", _json([_row(state) for state in lineage]))
+        _write(new / "lineage" / "lineage.diff", _text(_diffs(lineage)))
+        sync_folder(new / "lineage")
+        sync_folder(new)
+        if best_dir.exists():
+            _remove(old)
+            best_dir.rename(old)
+        new.rename(best_dir)
+        sync_folder(best_dir.parent)
+        _remove(old)
+    except OSError as error:
+        raise RunError(
+            f"The best program could not be written to {best_dir} ({error}); it is in the journal. Free some space, then start the same"
+            " command again."
+        ) from error
+
+
+def _row(state: State) -> dict[str, Any]:
+    return {"id": state.id, "parent": state.parent_id, "score": state.score, "step": state.step}
+
+
+def _diffs(lineage: list[State]) -> str:
+    """What each state changed in the one before it, as unified diffs; the oldest is compared with nothing."""
+    parts = []
+    before: State | None = None
+    for state in lineage:
+        old_code, old_name = (before.code, f"{before.id}.py") if before is not None else ("", "/dev/null")
+        lines = difflib.unified_diff(old_code.splitlines(), state.code.splitlines(), old_name, f"{state.id}.py", lineterm="")
+        parts.append(f"# {state.id}: score {state.score}, step {state.step}\n" + "".join(line + "\n" for line in lines))
+        before = state
+    return "\n".join(parts)
+
+
+def _text(text: str) -> bytes:
+    """A program's bytes; lone surrogates, which UTF-8 cannot carry, become question marks."""
+    return (text if text.endswith("\n") else text + "\n").encode(errors="replace")
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

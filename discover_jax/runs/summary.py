@@ -1,0 +1,68 @@
+"""The row of metrics that sums a step up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from discover_jax.exceptions import RunError
+from discover_jax.types import Attempt, Outcome, State
+
+
+def step_row(
+    step: int,
+    attempts: Sequence[Attempt],
+    *,
+    best: State | None,
+    timings: dict[str, float],
+    advantage_metrics: dict[str, float],
+    update_metrics: dict[str, float],
+) -> dict[str, Any]:
+    """One row for `MetricsWriter.write`; `metrics.SCHEMA` says what each name means.
+
+    Args:
+      step: from 0.
+      attempts: all rollouts of the step, at least one.
+      best: the best state of the run after this step.
+      timings: measured by the caller: `time/...` in seconds, `programs/...`; `sample/tokens_per_s` is worked out here.
+      advantage_metrics: `advantage/...`, as the learning part gives them; `groups/constant_frac` is taken from there if given.
+      update_metrics: as `Update.update` or `Update.measure` gives them.
+
+    Raises:
+      RunError: no attempts.
+    """
+    if not attempts:
+        raise RunError(f"Step {step} has no attempts to sum up.")
+    rewards = np.array([attempt.reward for attempt in attempts], np.float64)
+    programs = [attempt.code for attempt in attempts if attempt.code is not None]
+    tokens = sum(attempt.tokens for attempt in attempts)
+    outcomes = [attempt.outcome for attempt in attempts]
+    row: dict[str, Any] = {
+        "step": step,
+        "reward/mean": float(rewards.mean()),
+        "reward/max": float(rewards.max()),
+        "reward/min": float(rewards.min()),
+        "best/score": best.score if best is not None else None,
+        "rollouts/count": len(attempts),
+        "rollouts/valid_frac": outcomes.count(Outcome.OK) / len(attempts),
+        "rollouts/distinct_frac": len(set(programs)) / len(programs) if programs else None,
+        "groups/constant_frac": _constant_frac(attempts),
+        "tokens/mean": tokens / len(attempts),
+        **{f"outcome/{outcome.value}": outcomes.count(outcome) for outcome in Outcome},
+        "logprob_gap/mean": None,
+        "time/sample_s": None,
+        "time/execute_s": None,
+        "time/update_s": None,
+    }
+    row |= timings
+    if row["time/sample_s"]:
+        row["sample/tokens_per_s"] = tokens / row["time/sample_s"]
+    return row | advantage_metrics | update_metrics
+
+
+def _constant_frac(attempts: Sequence[Attempt]) -> float:
+    """Fraction of groups whose rewards are all equal."""
+    groups: dict[int, set[float]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.group, set()).add(attempt.reward)
+    return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
