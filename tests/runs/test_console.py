@@ -1,0 +1,87 @@
+"""Plain lines: what they say, how often, no control codes. The terminal's bars: finished steps stay, bars go."""
+
+import io
+
+import rich.console
+
+from discover_jax.runs.console import NullConsole, PlainConsole, TerminalConsole, make_console, step_line
+from discover_jax.types import State
+
+ROW = {
+    "step": 2,
+    "reward/mean": 0.52,
+    "reward/max": 0.7,
+    "rollouts/valid_frac": 0.875,
+    "outcome/ok": 14,
+    "outcome/exception": 1,
+    "outcome/format_error": 4,
+    "outcome/out_of_memory": 0,
+    "time/step_s": 12.34,
+}
+
+
+def best(score: float) -> State:
+    return State("a", "seed", "x", score, score, "", 0, 0)
+
+
+def test_step_line():
+    line = step_line(ROW, best(0.71), 0.7, 10)
+    expected = "step  3/10  mean 0.5200  max 0.7000  best 0.7100 (+0.0100)  valid  88%  12.3 s  4 format error, 1 exception"
+    assert line == expected
+    assert "(-0.0100)" in step_line(ROW, best(0.69), 0.7, 10)  # a metric where lower is better
+    assert "(first)" in step_line(ROW, best(0.69), None, 10)
+    assert "(" not in step_line(ROW, best(0.7), 0.7, 10)
+    assert "best none yet" in step_line(ROW, None, None, 10)
+    columns = {step_line(ROW, *args, 10).index("valid") for args in [(best(0.71), 0.7), (best(0.7), None), (best(0.7), 0.7), (None, None)]}
+    assert len(columns) == 1
+
+
+def test_plain_progress_is_rare():
+    lines, now = [], [100.0]
+    console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
+    console.start("title", ["a", "b"])
+    console.step(2, 10)
+    console.phase("sampling")
+    for second in range(1, 13):
+        now[0] = 100.0 + second
+        console.progress(second, 16, second // 2, 16, 1234.5)
+    console.step_done(ROW, best(0.71), 0.7)
+    console.note("careful")
+    console.finish(["done"])
+    console.close()
+    assert lines[:3] == ["title", "  a", "  b"]
+    assert lines[3:5] == [f"    sampling: rollouts {n}/16  programs {n // 2}/16  1,234 tokens/s" for n in (5, 10)]
+    assert lines[5].startswith("step  3/10  mean 0.5200")
+    assert lines[6:] == ["note: careful", "done"]
+
+
+def test_plain_without_a_terminal(capsys):
+    console = make_console()
+    assert isinstance(console, PlainConsole)
+    console.note("[bold] stays as it is")
+    assert capsys.readouterr().out == "note: [bold] stays as it is\n"
+
+
+def test_terminal():
+    file = io.StringIO()
+    console = TerminalConsole(rich.console.Console(file=file, force_terminal=True, width=100, highlight=False))
+    console.start("title", ["[red]a"])
+    console.phase("loading")
+    console.progress(0, 1, 0, 1, 0.0)
+    console.step(2, 10)
+    console.phase("sampling")
+    console.progress(3, 16, 1, 16, 50.0)
+    console.step_done(ROW, best(0.71), 0.7)
+    console.finish(["done", "/a/long/path/" * 20])
+    console.close()
+    text = file.getvalue()
+    for part in ("title", "[red]a", "step  3/10  mean 0.5200", "done", "/a/long/path/" * 20):
+        assert part in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_null_console_is_a_console():
+    console = NullConsole()
+    console.step(0, 1)
+    console.step_done(ROW, None, None)
+    console.close()
