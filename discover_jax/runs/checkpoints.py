@@ -26,23 +26,26 @@ class Checkpoints:
       directory: made if needed. What a kill left of an unfinished checkpoint is deleted.
       keep: how many of the latest stay.
       every: checkpoints whose step is a multiple of this stay, too; 0: none.
+      read_only: only look at checkpoints, those of another run, say: nothing there is written or deleted.
 
     Raises:
       RunError: the folder cannot be used.
     """
 
-    def __init__(self, directory: Path, keep: int, every: int):
+    def __init__(self, directory: Path, keep: int, every: int, *, read_only: bool = False):
         self._directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=every or None,
             enable_async_checkpointing=False,
-            create=True,
+            create=not read_only,
+            read_only=read_only,
         )
         try:
             # Orbax's own cleaning overlooks a folder that was killed right after it was made.
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished)
+                if not read_only:
+                    shutil.rmtree(unfinished)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
             raise RunError(f"The folder of checkpoints {self._directory} cannot be used ({error}).") from error

@@ -68,12 +68,12 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "grad_norm": ("", "Euclidean norm of the gradient, before any clipping"),
     "update/skipped": ("", "1 if every group was constant, so that there was nothing to learn from; else 0"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),
-    "programs/seconds": ("s", "running times of the step's programs, added up; one that was not run again counts as when it ran"),
-    "programs/cached_frac": ("fraction", "programs whose verdict was taken from an identical earlier one; null if there was no program"),
+    "programs/seconds": ("s", "running times of the programs that ran for this step, added up; cached ones do not count"),
+    "programs/cached_frac": ("fraction", "programs whose verdict was taken from an identical earlier one"),
     "time/sample_s": ("s", "from the first prompt to the last rollout; programs run meanwhile"),
     "time/execute_s": ("s", "waited for programs after the last rollout was written"),
     "time/update_s": ("s", "advantages, packing and the optimiser's step; 0 in a search"),
-    "time/checkpoint_s": ("s", "writing the checkpoint of the step before: a row is on the disk before its own step's checkpoint"),
+    "time/checkpoint_s": ("s", "writing journal, best/, rollouts and checkpoint"),
     "time/step_s": ("s", "the whole step"),
 }
 """Name -> (unit, meaning), in the order of a row."""

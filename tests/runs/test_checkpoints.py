@@ -63,6 +63,19 @@ def test_what_is_kept(tmp_path):
     assert checkpoints.restore(3, None)[1] == {"step": 3}
 
 
+def test_read_only_touches_nothing(tmp_path):
+    writer = Checkpoints(tmp_path, keep=3, every=0)
+    for step in (1, 2, 3):
+        writer.save(step, train_state(float(step)), HOST)
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()  # the other run is just writing it
+    before = sorted(tmp_path.rglob("*"))
+    reader = Checkpoints(tmp_path, keep=1, every=0, read_only=True)
+    assert reader.latest() == 3
+    assert_equal(reader.restore(3, train_state(0.0))[0], train_state(3.0))
+    reader.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_refusals(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2, every=0)
     checkpoints.save(5, train_state(1.0), HOST)
