@@ -229,6 +229,9 @@ class Executor:
             parts.append(f"memory: {bound} by {plan.cgroups.describe()}")
         else:
             parts.append(f"memory: best effort ({bound} a process, and the sum looked at 10 times a second; no writable control group)")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if len(self._plans) * self._limits.memory_bytes > machine:
+            parts[-1] += f" (all {len(self._plans)} together could want more than this machine's {machine / GIB:.0f} GiB)"
         cores = f"{len(self._plans)} x {len(plan.cores)} cores"
         if len(plan.cores) < self._limits.cores:
             cores += f" (fewer than the {self._limits.cores} asked for: this machine has {self._cpus})"
@@ -293,7 +296,11 @@ class Executor:
                 self._worker(plan)
             while (job := self._jobs.get()) is not None:
                 if self._begin(job):
-                    self._finish(job, self._execute(plan, job.program))
+                    try:
+                        reply = self._execute(plan, job.program)
+                    except Exception as error:  # a fault of this class itself: whoever waits for the program must hear of it
+                        reply = error
+                    self._finish(job, reply)
         finally:
             self._drop(plan)
 

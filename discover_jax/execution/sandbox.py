@@ -21,6 +21,7 @@ from pathlib import Path
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import bubblewrap, memory
 from discover_jax.execution.limits import GIB, Limits
+from discover_jax.execution.output import HeadAndTail, normalised
 from discover_jax.types import Execution, Outcome
 
 PRELOAD = (
@@ -67,31 +68,6 @@ class Plan:
     slot: int
     cores: tuple[int, ...]
     preload: tuple[str, ...] = PRELOAD
-
-
-class HeadAndTail:
-    """Keeps the first and the last bytes of a stream of any length."""
-
-    def __init__(self, limit: int) -> None:
-        self._half = limit // 2
-        self._head, self._tail = bytearray(), bytearray()
-        self.total = 0
-
-    def add(self, data: bytes) -> None:
-        self.total += len(data)
-        room = self._half - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 4 * self._half:
-            del self._tail[: -self._half]
-
-    def text(self) -> str:
-        """What was kept, with a line that says how much was left out."""
-        left_out = self.total - len(self._head) - self._half
-        if left_out <= 0:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        head, tail = self._head.decode("utf-8", "replace"), self._tail[-self._half :].decode("utf-8", "replace")
-        return f"{head}\n... {left_out} bytes left out ...\n{tail}"
 
 
 def _own_limits(plan: Plan) -> dict[str, int]:
@@ -373,11 +349,7 @@ class Sandbox:
         return Outcome.EXCEPTION, None, f"the process exited with code {code} before run() returned"
 
     def _clean(self, text: str) -> str:
-        """Takes out what differs from machine to machine or from run to run: folders and addresses."""
-        folders = [bubblewrap.SCRATCH, self._folder, *(self._plan.host.roots if self._plan.host else ())]
-        for folder in sorted(filter(None, folders), key=len, reverse=True):
-            text = text.replace(folder + "/", "")
-        return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)
+        return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._plan.host.roots if self._plan.host else ())])
 
     def _kill(self) -> int:
         """Ends every process of the sandbox and returns the outermost one's exit status, as a shell gives it.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution import Limits, bubblewrap, lease_cores, memory
-from discover_jax.execution.sandbox import HeadAndTail
+from discover_jax.execution.output import HeadAndTail, normalised
 
 
 @given(cpus=st.sets(st.integers(0, 300), min_size=1, max_size=40), cores=st.integers(1, 8))
@@ -42,6 +42,11 @@ def test_head_and_tail_of_any_stream(chunks, limit):
     else:
         head, tail = whole[:half].decode("utf-8", "replace"), whole[len(whole) - half :].decode("utf-8", "replace")
         assert kept.text() == f"{head}\n... {len(whole) - 2 * half} bytes left out ...\n{tail}"
+
+
+def test_normalised_text():
+    text = "/a/b/lib/x.py:3: <f at 0x7f00deadbeef> /sandbox/solution.py 0xff"
+    assert normalised(text, ["/a", None, "/a/b", "/sandbox"]) == "lib/x.py:3: <f at 0x...> solution.py 0xff"
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"seconds": math.nan}, {"seconds": math.inf}, {"cores": -1}, {"memory_bytes": 1.5}])

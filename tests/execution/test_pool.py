@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import multiprocessing
 import os
 import shutil
@@ -12,11 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from tiny_competition import GOOD, GOOD_SCORE, BrokenGrading, CannotBeUnpickled, make
 
 from discover_jax.exceptions import ConfigError, GradingError, RunError, SandboxError
 from discover_jax.execution import Executor, Limits
+from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Outcome
 
 LIMITS = Limits(seconds=60, cores=1)
@@ -60,6 +63,34 @@ def test_duplicates_in_flight_share_one_execution_and_later_ones_the_cache(task,
             verdict = pool.submit(program).result(60)
             assert not verdict.execution.cached
             assert verdict.execution.stdout != verdicts[0].execution.stdout
+
+
+DIGITS = """
+import pandas as pd
+from sklearn.neighbors import KNeighborsClassifier
+def run():
+    train, test = pd.read_csv("data/train.csv"), pd.read_csv("data/test.csv")
+    submission = pd.read_csv("data/sample_submission.csv")
+    row, target = submission.columns
+    features = train.columns.drop([row, target])
+    submission[target] = KNeighborsClassifier(3).fit(train[features], train[target]).predict(test[features])
+    return submission
+"""
+
+
+def test_real_competition(tmp_path):
+    """The embedded competition, scored once more here from the answers' file."""
+    task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
+    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
+        verdict = pool.submit(DIGITS).result(120)
+        assert verdict.outcome is Outcome.OK, verdict.execution
+        submitted = pd.read_csv(io.BytesIO(verdict.execution.csv or b""))
+        answers = pd.read_csv(task.folder / "private" / "test.csv")
+        score = float((submitted["even"].to_numpy() == answers["even"].to_numpy()).mean())
+        assert score > 0.9
+        assert verdict.grade.score == pytest.approx(score, abs=1e-5)
+        cheat = "import pandas as pd\nfrom sklearn.datasets import load_digits\ndef run():\n    return load_digits(as_frame=True).frame\n"
+        assert pool.submit(cheat).result(120).outcome is Outcome.EXCEPTION
 
 
 def test_damaged_cache_entry_is_run_again(task, tmp_path):
@@ -174,10 +205,11 @@ def test_describe_names_the_backend_and_what_is_weaker(task, pool, tmp_path):
     assert "memory: " in pool.describe()
     assert "2 x 1 cores" in pool.describe()
     many = len(os.sched_getaffinity(0)) + 1
-    limits = dataclasses.replace(LIMITS, cores=many)
+    limits = dataclasses.replace(LIMITS, cores=many, memory_bytes=1 << 50)
     with Executor(task, limits, cache_dir=tmp_path, backend="unsafe-subprocess", allow_weaker=True) as unsafe:
         assert "NO ISOLATION" in unsafe.describe()
         assert f"fewer than the {many} asked for" in unsafe.describe()
+        assert "could want more than this machine's" in unsafe.describe()
         assert unsafe.submit(GOOD).result(60).grade.score == GOOD_SCORE
 
 

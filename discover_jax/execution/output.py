@@ -1,0 +1,41 @@
+"""What is kept of a program's output, and how it is made the same on every machine and in every run."""
+
+import re
+from collections.abc import Iterable
+
+
+class HeadAndTail:
+    """Keeps the first and the last bytes of a stream of any length."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = limit // 2
+        self._head, self._tail = bytearray(), bytearray()
+        self.total = 0
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        if len(self._tail) > 4 * self._half:
+            del self._tail[: -self._half]
+
+    def text(self) -> str:
+        """What was kept, with a line that says how much was left out."""
+        left_out = self.total - len(self._head) - self._half
+        if left_out <= 0:
+            return (self._head + self._tail).decode("utf-8", "replace")
+        head, tail = self._head.decode("utf-8", "replace"), self._tail[-self._half :].decode("utf-8", "replace")
+        return f"{head}\n... {left_out} bytes left out ...\n{tail}"
+
+
+def normalised(text: str, folders: Iterable[str | None]) -> str:
+    """Takes out what differs between machines and runs, so that a resumed run sees what an unbroken one did: folders and addresses.
+
+    Args:
+      text: what a program printed, or its traceback.
+      folders: their names are taken out, so that the paths below them become relative; None is passed over.
+    """
+    for folder in sorted(filter(None, folders), key=len, reverse=True):
+        text = text.replace(folder + "/", "")
+    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)
