@@ -41,7 +41,8 @@ def test_round_trip(tmp_path):
     writer.save(2, train_state(2.0), HOST | {"seed": 4})
     reader = Checkpoints(tmp_path / "c", keep=2, every=0)
     assert reader.latest() == 2
-    restored, host = reader.restore(2, jax.eval_shape(lambda: train_state(0.0)))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train_state(0.0))
+    restored, host = reader.restore(2, shapes)
     assert_equal(restored, train_state(2.0))
     assert host == HOST | {"seed": 4}
     restored, host = reader.restore(1, train_state(0.0))
