@@ -293,7 +293,7 @@ def test_killed_main_process_leaves_nothing_running(tmp_path, moment):
 @pytest.mark.skipif(os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "mount", "setpriv"))), reason="needs root and util-linux")
 def test_ordinary_user_can_run_programs(tmp_path):
     """The same as an unprivileged uid, for which folders that only root may enter (a Python in root's home) are bound around first."""
-    needed = sorted({sys.prefix, sys.base_prefix, str(REPOSITORY)})
+    needed = sorted({sys.prefix, sys.base_prefix, str(REPOSITORY / "discover_jax"), str(Path(__file__).parent)})
     closed = sorted({str(p) for path in needed for p in Path(path).parents if not p.stat().st_mode & 0o001})
     outermost = [path for path in closed if not any(path.startswith(other + "/") for other in closed)]
     lines = ["set -e"]
@@ -303,7 +303,7 @@ def test_ordinary_user_can_run_programs(tmp_path):
     for index, path in enumerate(needed, start=3):
         if any(path.startswith(other + "/") for other in outermost):
             lines.append(f"mkdir -p '{path}'; mount --no-canonicalize --rbind /proc/self/fd/{index} '{path}'")
-    lines.append('exec setpriv --reuid 60599 --regid 60599 --clear-groups "$@" 3<&- 4<&- 5<&-')
+    lines.append('exec setpriv --reuid 60599 --regid 60599 --clear-groups "$@" 3<&- 4<&- 5<&- 6<&-')
     program = (
         "import os, tempfile\nfrom pathlib import Path\nfrom tiny_competition import GOOD, make\n"
         "from discover_jax.execution import Executor, Limits\nassert os.getuid() == 60599\n"
