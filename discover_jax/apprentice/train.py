@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from discover_jax.apprentice.batches import Batch, batch_stream
+from discover_jax.apprentice.batches import batch_stream
 from discover_jax.apprentice.tokenizer import END, PAD, train_tokenizer
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.folder import save_folder
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.mxfp4 import dequantize, quantize
+from discover_jax.models.mxfp4 import fake_quantise
 from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
 PEAK_LEARNING_RATE = 2e-3
@@ -48,7 +47,7 @@ SAVE_SECONDS = 120.0
 
 
 def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
-    """gpt-oss's architecture, small: 4.2 M parameters at a vocabulary of 2,048, of which about 3.3 M act on a token..."""
+    """gpt-oss's architecture, small: 4.2 M parameters at a vocabulary of 2,048."""
     return ModelConfig(
         num_layers=6,
         width=192,
@@ -59,16 +58,6 @@ def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
         experts_per_token=2,
         expert_width=192,
         vocab_size=tokenizer.vocab_size,
-        sliding_window=128,
-        rope_theta=150000.0,
-        rope_factor=32.0,
-        rope_original_length=4096,
-        rope_beta_fast=32.0,
-        rope_beta_slow=1.0,
-        rope_truncate=False,
-        rms_eps=1e-5,
-        swiglu_limit=7.0,
-        swiglu_alpha=1.702,
         eos_id=tokenizer.special(END),
         pad_id=tokenizer.special(PAD),
     )
@@ -91,7 +80,7 @@ def optimizer() -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(CLIP),
         optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
-        optax.add_decayed_weights(WEIGHT_DECAY, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 2, tree)),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), tree)),
         optax.scale(-1.0),
     )
 
@@ -101,8 +90,29 @@ def init_learner(model: Model, seed: int) -> Learner:
     return Learner(weights, optimizer().init(weights))
 
 
+def rounded(weights: Any) -> Any:
+    """The weights as `save_folder` will store them, experts in MXFP4 and the rest in bfloat16, with the gradient of the identity."""
+
+    def round_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        if [key.key for key in path[-2:]] in (["gate_up", "weight"], ["down", "weight"]):
+            return fake_quantise(leaf)
+        stored = jax.lax.stop_gradient(leaf.astype(jnp.bfloat16).astype(leaf.dtype))
+        return stored + (leaf - jax.lax.stop_gradient(leaf))
+
+    return jax.tree_util.tree_map_with_path(round_leaf, weights)
+
+
+def _is_matrix(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of the frozen tree is a matrix of a projection or an expert, rather than a bias, a norm's scale, or the embedding."""
+    return path[-1].key == "weight"
+
+
 def reply_loss(model: Model, weights: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean negative log-probability of reply tokens in nats, and metrics: `loss` and `wrong`, the part of them that is not the likeliest."""
+    """Mean negative log-probability of reply tokens, in nats.
+
+    Returns:
+      The loss, and metrics: `loss` and `wrong`, the part of reply tokens that are not the likeliest.
+    """
     hidden_BTD = model.hidden(weights, None, batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
     logits_BTV = model.logits(weights, None, hidden_BTD)
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
@@ -125,7 +135,7 @@ def train_step(
     gradient, metrics = jax.grad(loss_of, has_aux=True)(learner.weights)
     changes, opt_state = optimizer().update(gradient, learner.opt_state, learner.weights)
     weights = optax.apply_updates(learner.weights, jax.tree.map(lambda change: learning_rate * change, changes))
-    return Learner(weights, opt_state), metrics | {"grad_norm": optax.global_norm(gradient)}
+    return Learner(weights, opt_state), metrics | {"grad_norm": optax.tree.norm(gradient)}
 
 
 def learning_rate_at(progress: float) -> float:
@@ -137,13 +147,13 @@ def learning_rate_at(progress: float) -> float:
 
 
 def train(out: Path, *, minutes: float | None, steps: int | None, seed: int, rows: int, row_tokens: int, workers: int, dtype: Any) -> None:
-    """Trains for a number of minutes, counted from the call, or of steps; see the module's docstring for what is written."""
+    """Trains for `steps`, or if that is None for `minutes` counted from the call; see the module's docstring for what is written."""
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.model"
     train_tokenizer(tokenizer_path, seed=seed)
     config = apprentice_config(SentencePieceTokenizer(tokenizer_path))
-    model = Model(config, dtype=dtype, experts="dense")
+    model = Model(config, dtype=dtype, experts="dense", remat=False)
     with batch_stream(tokenizer_path, rows=rows, row_tokens=row_tokens, seed=seed, workers=workers) as next_batch:
         learner = init_learner(model, seed)
         print(f"{sum(leaf.size for leaf in jax.tree.leaves(learner.weights)):,} parameters on {jax.devices()[0].device_kind}", flush=True)
@@ -165,9 +175,10 @@ def train(out: Path, *, minutes: float | None, steps: int | None, seed: int, row
             now = time.monotonic()
             if now - logged_time >= LOG_SECONDS or step == steps:
                 speed = (step - logged_step) * rows * row_tokens / (now - logged_time)
+                waiting = waited / (now - logged_time)
                 print(
                     f"step {step}  {progress:.0%}  loss {metrics['loss']:.4f} nats/token  wrong {metrics['wrong']:.4f}"
-                    f"  gradient {metrics['grad_norm']:.2f}  {speed:,.0f} tokens/s  waited {waited / (now - logged_time):.0%} for the corpus",
+                    f"  gradient {metrics['grad_norm']:.2f}  {speed:,.0f} tokens/s  waited {waiting:.0%} for the corpus",
                     flush=True,
                 )
                 logged_step, logged_time, waited = step, now, 0.0
@@ -193,7 +204,7 @@ def main() -> None:
     arguments = parser.parse_args()
     train(
         arguments.out,
-        minutes=None if arguments.steps is not None else arguments.minutes,
+        minutes=arguments.minutes,
         steps=arguments.steps,
         seed=arguments.seed,
         rows=arguments.rows,

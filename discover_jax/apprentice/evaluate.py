@@ -1,0 +1,174 @@
+"""Measures an apprentice: what part of its programs run and grade, how they differ, how edits keep to their parents.
+
+    python -m discover_jax.apprentice.evaluate [--weights=DIR] [--competition=spaceship-titanic --raw=train.csv] [--samples=256] [--seed=0]
+
+Half of the samples are first attempts. The other half are edits of parents: programs from the first half that ran. No weights change.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from discover_jax.execution.executor import Executor
+from discover_jax.execution.limits import Limits
+from discover_jax.models.folder import load_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.sampling.sampler import Sampler
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.tasks.task import Task
+from discover_jax.text import harmony
+from discover_jax.text.code import extract_program
+from discover_jax.text.prompts import PromptSettings, build_prompt
+from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
+from discover_jax.types import SEED, Outcome, Rollout, State, StopReason, Verdict
+
+WEIGHTS = Path(__file__).parent / "weights"
+MAX_PROMPT_TOKENS = 640
+MAX_NEW_TOKENS = 512
+PARENTS = 16
+NEAR = 0.85
+"""Two programs are near each other if their lines match at least this much, by `difflib`'s ratio."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A program and what became of it; `code` is None if the rollout holds none."""
+
+    parent: State
+    code: str | None
+    verdict: Verdict | None
+    tokens: int
+
+    @property
+    def score(self) -> float | None:
+        return self.verdict.grade.score if self.verdict is not None and self.verdict.outcome is Outcome.OK else None
+
+
+def similarity(first: str, second: str) -> float:
+    """Part of the lines of two programs that match, in order, from 0 to 1."""
+    return difflib.SequenceMatcher(None, first.split("\n"), second.split("\n"), autojunk=False).ratio()
+
+
+def program_of(rollout: Rollout, tokenizer: Tokenizer) -> str | None:
+    """The program that a rollout wrote, or None."""
+    reply = harmony.parse(rollout.tokens_T.tolist(), tokenizer)
+    if reply.final is None:
+        return None
+    return extract_program(reply.final, rollout.stop is StopReason.MAX_TOKENS)
+
+
+def report(sampled: Sequence[Sampled]) -> str:
+    """One line of numbers for people."""
+    scores = [s.score for s in sampled if s.score is not None]
+    codes = [s.code for s in sampled if s.code is not None]
+    line = (
+        f"{len(sampled)} samples: {len(scores) / len(sampled):.1%} run and grade, {len(set(codes))} distinct programs,"
+        f" {np.mean([s.tokens for s in sampled]):.0f} tokens each"
+    )
+    if not scores:
+        return line
+    quartiles = ", ".join(f"{q:.4f}" for q in np.percentile(scores, (25, 50, 75)))
+    return f"{line}; score mean {np.mean(scores):.4f}, quartiles {quartiles}, best {max(scores):.4f}, worst {min(scores):.4f}"
+
+
+def sample_programs(
+    model: Model, frozen: object, tokenizer: Tokenizer, task: Task, parents: Sequence[State], *, samples: int, seed: int, step: int
+) -> list[tuple[State, Rollout]]:
+    """At temperature 1, `samples` rollouts in equal groups, one for each parent."""
+    sampler = Sampler(
+        model,
+        slots=min(64, samples),
+        max_prompt_tokens=MAX_PROMPT_TOKENS,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=1.0,
+        stop_ids=(tokenizer.special("<|return|>"),),
+    )
+    settings = PromptSettings(style="brief", max_tokens=MAX_PROMPT_TOKENS)
+    prompts = [build_prompt(task, parent, (), settings, tokenizer, group) for group, parent in enumerate(parents)]
+    rollouts = sampler.sample(frozen, None, prompts, samples // len(parents), seed=seed, step=step)
+    return [(parents[rollout.group], rollout) for rollout in rollouts]
+
+
+def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, executor: Executor) -> list[Sampled]:
+    """Runs and grades what the rollouts wrote, in the order given."""
+    codes = [program_of(rollout, tokenizer) for _, rollout in pairs]
+    futures = [None if code is None else executor.submit(code) for code in codes]
+    return [
+        Sampled(parent, code, None if future is None else future.result(), len(rollout.tokens_T))
+        for (parent, rollout), code, future in zip(pairs, codes, futures, strict=True)
+    ]
+
+
+def choose_parents(fresh: Sequence[Sampled], count: int) -> list[State]:
+    """The first `count` distinct programs that ran, as states."""
+    first_of = {s.code: s for s in reversed(fresh) if s.score is not None}
+    chosen = [s for s in fresh if s.score is not None and first_of[s.code] is s][:count]
+    return [State(f"parent-{i}", SEED.id, s.code or "", s.score, s.score, stdout="", step=0, adapter_step=0) for i, s in enumerate(chosen)]
+
+
+def evaluate(weights: Path, competition: str, raw: Path | None, samples: int, seed: int) -> None:
+    """Samples, runs, grades and prints; see the module's docstring."""
+    tokenizer = load_tokenizer(weights)
+    config, frozen = load_folder(weights)
+    model = Model(config)
+    half = max(1, samples // 2)
+    with tempfile.TemporaryDirectory() as name:
+        task = prepare_task(competition, raw=None if raw is None else str(raw), reward="grade", folder=Path(name) / "task")
+        with Executor(task, Limits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
+            started = time.monotonic()
+            pairs = sample_programs(model, frozen, tokenizer, task, [SEED], samples=half, seed=seed, step=0)
+            sampled_after = time.monotonic()
+            fresh = run_programs(pairs, tokenizer, executor)
+            print(f"first attempts: {report(fresh)}")
+            print(f"  sampled in {sampled_after - started:.0f} s, run in {time.monotonic() - sampled_after:.0f} s")
+            parents = choose_parents(fresh, min(PARENTS, half))
+            if not parents:
+                print("no program ran, so there is no parent to edit")
+                _print_failures(fresh)
+                return
+            pairs = sample_programs(model, frozen, tokenizer, task, parents, samples=half, seed=seed, step=1)
+            edits = run_programs(pairs, tokenizer, executor)
+    print(f"edits of {len(parents)} parents: {report(edits)}")
+    to_parent = [similarity(s.parent.code, s.code) for s in edits if s.code is not None]
+    to_others = [similarity(a.code, b.code) for a, b in itertools.pairwise(parents)]
+    print(
+        f"  {sum(r >= NEAR for r in to_parent) / len(edits):.1%} are near their parent (lines match by {NEAR} or more), mean"
+        f" {np.mean(to_parent):.3f}; {sum(s.code == s.parent.code for s in edits)} are its copy"
+    )
+    if to_others:
+        near = np.mean([r >= NEAR for r in to_others])
+        print(f"  for comparison, {near:.1%} of unrelated parents are near each other, mean {np.mean(to_others):.3f}")
+    print(f"all: {report([*fresh, *edits])}")
+    _print_failures([*fresh, *edits])
+
+
+def _print_failures(sampled: Sequence[Sampled], shown: int = 8) -> None:
+    failures = [s for s in sampled if s.score is None]
+    for failure in failures[:shown]:
+        if failure.verdict is None:
+            print("  failed: no program in the answer")
+        else:
+            detail = failure.verdict.grade.reason or failure.verdict.execution.detail
+            print(f"  failed: {failure.verdict.outcome.value}: {detail.strip().splitlines()[-1][:200] if detail.strip() else ''}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the apprentice's folder (the one that ships)")
+    parser.add_argument("--competition", default="digits-parity", help="a built-in id or a .py file (digits-parity)")
+    parser.add_argument("--raw", type=Path, help="the competition's raw data, if it needs any")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    evaluate(arguments.weights, arguments.competition, arguments.raw, arguments.samples, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
