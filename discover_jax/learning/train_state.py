@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +36,36 @@ def adam(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer) if max_grad_norm > 0 else optimizer
 
 
+def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and types of a state, as a checkpoint is restored into: moments laid out over the mesh like the adapter, scalars everywhere.
+
+    Args:
+      lora: an adapter, or its `Model.abstract_lora()`; without a mesh nothing is said of layouts.
+      optimizer: of the run.
+    """
+    lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_mesh(leaf)), lora)
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(lora) if leaf.sharding is not None]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+
+    def moment(leaf: Any, of_lora: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of_lora.sharding)
+
+    def scalar(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    opt_state = jax.eval_shape(optimizer.init, lora)
+    opt_state = optax.tree_utils.tree_map_params(optimizer, moment, opt_state, lora, transform_non_params=scalar)
+    return TrainState(lora, opt_state, scalar(jax.ShapeDtypeStruct((), jnp.int32)))
+
+
 def init_train_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 of `lora`. The state takes the adapter's buffers over: the first update frees them, so keep a copy if you need one."""
-    return TrainState(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
+    state = TrainState(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(lora, optimizer))
+    # Scalars that stayed on one device would make the second update compile anew, as the first one returns them on all.
+    return jax.device_put(state, shardings) if jax.tree.leaves(shardings) else state
+
+
+def _on_mesh(leaf: Any) -> NamedSharding | None:
+    sharding = leaf.sharding
+    return sharding if isinstance(sharding, NamedSharding) else None

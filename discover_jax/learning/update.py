@@ -17,7 +17,7 @@ from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
 from discover_jax.learning.packing import Batch
-from discover_jax.learning.train_state import TrainState
+from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.sharding import sharding_for
 
 Statistics = dict[str, jax.Array]
@@ -119,8 +119,12 @@ class Update:
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
             return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
 
-        self._accumulate = jax.jit(accumulate, donate_argnums=0)
-        self._apply = jax.jit(apply, donate_argnums=0)
+        # Without a mesh the leaves are None, which leaves layouts free; with one, results must come back exactly as they went in, or
+        # every program would be compiled twice.
+        state = abstract_train_state(model.abstract_lora(), optimizer)
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+        self._accumulate = jax.jit(accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
+        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=layouts)
         self._norm = jax.jit(_norm)
         self._forward = jax.jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 

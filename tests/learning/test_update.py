@@ -24,6 +24,9 @@ class Bigram:
 
     mesh: None = None
 
+    def abstract_lora(self):
+        return {"table": jax.ShapeDtypeStruct((VOCAB, VOCAB), jnp.float32)}
+
     def hidden(self, frozen, lora, tokens_BT, positions_BT, segments_BT):
         return jax.nn.one_hot(tokens_BT, VOCAB)
 
