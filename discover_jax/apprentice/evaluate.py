@@ -11,7 +11,7 @@ import difflib
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,22 +78,28 @@ def report(sampled: Sequence[Sampled]) -> str:
     return f"{line}; score mean {np.mean(scores):.4f}, quartiles {quartiles}, best {max(scores):.4f}, worst {min(scores):.4f}"
 
 
-def sample_programs(
-    model: Model, frozen: object, tokenizer: Tokenizer, task: Task, parents: Sequence[State], *, samples: int, seed: int, step: int
-) -> list[tuple[State, Rollout]]:
-    """At temperature 1, `samples` rollouts in equal groups, one for each parent."""
+Sample = Callable[[Sequence[State], int, int], Sequence[tuple[State, Rollout]]]
+"""(parents, samples, step) -> rollouts in equal groups, one for each parent."""
+
+
+def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, slots: int, seed: int) -> Sample:
+    """The apprentice at temperature 1."""
     sampler = Sampler(
         model,
-        slots=min(64, samples),
+        slots=slots,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0,
         stop_ids=(tokenizer.special("<|return|>"),),
     )
     settings = PromptSettings(style="brief", max_tokens=MAX_PROMPT_TOKENS)
-    prompts = [build_prompt(task, parent, (), settings, tokenizer, group) for group, parent in enumerate(parents)]
-    rollouts = sampler.sample(frozen, None, prompts, samples // len(parents), seed=seed, step=step)
-    return [(parents[rollout.group], rollout) for rollout in rollouts]
+
+    def sample(parents: Sequence[State], samples: int, step: int) -> list[tuple[State, Rollout]]:
+        prompts = [build_prompt(task, parent, (), settings, tokenizer, group) for group, parent in enumerate(parents)]
+        rollouts = sampler.sample(frozen, None, prompts, max(1, samples // len(parents)), seed=seed, step=step)
+        return [(parents[rollout.group], rollout) for rollout in rollouts]
+
+    return sample
 
 
 def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, executor: Executor) -> list[Sampled]:
@@ -108,66 +114,67 @@ def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, e
 
 def choose_parents(fresh: Sequence[Sampled], count: int) -> list[State]:
     """The first `count` distinct programs that ran, as states."""
-    first_of = {s.code: s for s in reversed(fresh) if s.score is not None}
-    chosen = [s for s in fresh if s.score is not None and first_of[s.code] is s][:count]
-    return [State(f"parent-{i}", SEED.id, s.code or "", s.score, s.score, stdout="", step=0, adapter_step=0) for i, s in enumerate(chosen)]
+    scores = {s.code: s.score for s in fresh if s.code is not None and s.score is not None}
+    return [
+        State(f"parent-{i}", SEED.id, code, score, score, stdout="", step=0, adapter_step=0)
+        for i, (code, score) in enumerate(itertools.islice(scores.items(), count))
+    ]
 
 
-def evaluate(weights: Path, competition: str, raw: Path | None, samples: int, seed: int) -> None:
-    """Samples, runs, grades and prints; see the module's docstring."""
-    tokenizer = load_tokenizer(weights)
-    config, frozen = load_folder(weights)
-    model = Model(config)
+def measure(sample: Sample, tokenizer: Tokenizer, executor: Executor, samples: int) -> tuple[list[Sampled], list[Sampled]]:
+    """Samples first attempts and edits, runs and grades them, and prints what came of it. Returns both; no edits if nothing ran."""
     half = max(1, samples // 2)
-    with tempfile.TemporaryDirectory() as name:
-        task = prepare_task(competition, raw=None if raw is None else str(raw), reward="grade", folder=Path(name) / "task")
-        with Executor(task, Limits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
-            started = time.monotonic()
-            pairs = sample_programs(model, frozen, tokenizer, task, [SEED], samples=half, seed=seed, step=0)
-            sampled_after = time.monotonic()
-            fresh = run_programs(pairs, tokenizer, executor)
-            print(f"first attempts: {report(fresh)}")
-            print(f"  sampled in {sampled_after - started:.0f} s, run in {time.monotonic() - sampled_after:.0f} s")
-            parents = choose_parents(fresh, min(PARENTS, half))
-            if not parents:
-                print("no program ran, so there is no parent to edit")
-                _print_failures(fresh)
-                return
-            pairs = sample_programs(model, frozen, tokenizer, task, parents, samples=half, seed=seed, step=1)
-            edits = run_programs(pairs, tokenizer, executor)
-    print(f"edits of {len(parents)} parents: {report(edits)}")
-    to_parent = [similarity(s.parent.code, s.code) for s in edits if s.code is not None]
-    to_others = [similarity(a.code, b.code) for a, b in itertools.pairwise(parents)]
-    print(
-        f"  {sum(r >= NEAR for r in to_parent) / len(edits):.1%} are near their parent (lines match by {NEAR} or more), mean"
-        f" {np.mean(to_parent):.3f}; {sum(s.code == s.parent.code for s in edits)} are its copy"
-    )
-    if to_others:
-        near = np.mean([r >= NEAR for r in to_others])
-        print(f"  for comparison, {near:.1%} of unrelated parents are near each other, mean {np.mean(to_others):.3f}")
-    print(f"all: {report([*fresh, *edits])}")
+    started = time.monotonic()
+    pairs = sample([SEED], half, 0)
+    sampled = time.monotonic()
+    fresh = run_programs(pairs, tokenizer, executor)
+    print(f"first attempts: {report(fresh)}")
+    print(f"  sampled in {sampled - started:.0f} s, run in {time.monotonic() - sampled:.0f} s")
+    edits: list[Sampled] = []
+    if parents := choose_parents(fresh, min(PARENTS, half)):
+        edits = run_programs(sample(parents, half, 1), tokenizer, executor)
+        print(f"edits of {len(parents)} parents: {report(edits)}")
+        _print_nearness(edits, parents)
+        print(f"all: {report([*fresh, *edits])}")
     _print_failures([*fresh, *edits])
+    return fresh, edits
+
+
+def _print_nearness(edits: Sequence[Sampled], parents: Sequence[State]) -> None:
+    nearness = [similarity(s.parent.code, s.code) for s in edits if s.code is not None]
+    near = sum(r >= NEAR for r in nearness) / len(edits)
+    copies = sum(s.code == s.parent.code for s in edits)
+    mean = np.mean(nearness) if nearness else 0.0
+    print(f"  {near:.1%} are near their parent ({NEAR:.0%} of lines match, or more), mean {mean:.3f}; {copies} are its copy")
+    unrelated = [similarity(a.code, b.code) for a, b in itertools.pairwise(parents)]
+    if unrelated:
+        print(f"  of unrelated programs, {np.mean([r >= NEAR for r in unrelated]):.1%} are near each other, mean {np.mean(unrelated):.3f}")
 
 
 def _print_failures(sampled: Sequence[Sampled], shown: int = 8) -> None:
-    failures = [s for s in sampled if s.score is None]
-    for failure in failures[:shown]:
+    for failure in [s for s in sampled if s.score is None][:shown]:
         if failure.verdict is None:
             print("  failed: no program in the answer")
         else:
-            detail = failure.verdict.grade.reason or failure.verdict.execution.detail
-            print(f"  failed: {failure.verdict.outcome.value}: {detail.strip().splitlines()[-1][:200] if detail.strip() else ''}")
+            lines = (failure.verdict.grade.reason or failure.verdict.execution.detail).strip().splitlines()
+            print(f"  failed: {failure.verdict.outcome.value}: {lines[-1][:200] if lines else ''}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the apprentice's folder (the one that ships)")
     parser.add_argument("--competition", default="digits-parity", help="a built-in id or a .py file (digits-parity)")
-    parser.add_argument("--raw", type=Path, help="the competition's raw data, if it needs any")
+    parser.add_argument("--raw", help="the competition's raw data, if it needs any")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    evaluate(arguments.weights, arguments.competition, arguments.raw, arguments.samples, arguments.seed)
+    tokenizer = load_tokenizer(arguments.weights)
+    config, frozen = load_folder(arguments.weights)
+    with tempfile.TemporaryDirectory() as name:
+        task = prepare_task(arguments.competition, raw=arguments.raw, reward="grade", folder=Path(name) / "task")
+        sample = policy(Model(config), frozen, tokenizer, task, slots=min(64, arguments.samples), seed=arguments.seed)
+        with Executor(task, Limits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
+            measure(sample, tokenizer, executor, arguments.samples)
 
 
 if __name__ == "__main__":

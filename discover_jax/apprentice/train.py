@@ -146,7 +146,7 @@ def learning_rate_at(progress: float) -> float:
 # The run
 
 
-def train(out: Path, *, minutes: float | None, steps: int | None, seed: int, rows: int, row_tokens: int, workers: int, dtype: Any) -> None:
+def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int, row_tokens: int, workers: int, dtype: Any) -> None:
     """Trains for `steps`, or if that is None for `minutes` counted from the call; see the module's docstring for what is written."""
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def test_saving_loses_nothing(model, batch, tmp_path):
     learner = train.init_learner(model, seed=0)
     for _ in range(3):
         learner, _ = train.train_step(model, learner, batch, jnp.float32(1e-2))
-    trained, _ = reply_loss(model, train.rounded(learner.weights), batch)
+    trained, _ = reply_loss(model, jax.jit(train.rounded)(learner.weights), batch)
     unrounded, _ = reply_loss(model, learner.weights, batch)
     save_folder(tmp_path, model.config, learner.weights)
     config, loaded = load_folder(tmp_path)

@@ -1,0 +1,108 @@
+"""The evaluation's numbers, on replies taken from the corpus itself, run by the real executor."""
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from discover_jax.apprentice import corpus, evaluate, programs
+from discover_jax.execution.executor import Executor
+from discover_jax.execution.limits import Limits
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.text.tokenizer import SentencePieceTokenizer
+from discover_jax.types import Rollout, StopReason
+
+SHIPPED = Path(corpus.__file__).parent / "weights" / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return SentencePieceTokenizer(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    task = prepare_task("digits-parity", raw=None, reward="grade", folder=folder / "task")
+    with Executor(task, Limits(seconds=60.0), workers=1, cache_dir=folder / "cache") as executor:
+        yield executor
+
+
+def _rollout(plan, code, group, index, tokenizer, cut=0):
+    ids, prompt_length = corpus.encode(corpus.Document("p", plan, code), tokenizer)
+    tokens = np.asarray(ids[prompt_length : len(ids) - cut], np.int32)
+    stop = StopReason.MAX_TOKENS if cut else StopReason.STOP_TOKEN
+    chosen = np.ones(len(tokens), bool)
+    return Rollout(group, index, np.asarray(ids[:prompt_length], np.int32), tokens, np.zeros(len(tokens), np.float32), chosen, stop)
+
+
+def _corpus_policy(tokenizer, seed):
+    """Samples as a perfect apprentice would: fresh programs first, then true edits of each parent."""
+    rng = random.Random(seed)
+    drawn = {}
+
+    def sample(parents, samples, step):
+        pairs = []
+        for group, parent in enumerate(parents):
+            for index in range(max(1, samples // len(parents))):
+                program = programs.sample(rng) if parent.is_seed else programs.mutate(drawn[parent.code], rng)[0]
+                code = programs.render(program)
+                drawn[code] = program
+                pairs.append((parent, _rollout("plan", code, group, index, tokenizer)))
+        return pairs
+
+    return sample
+
+
+def test_a_perfect_apprentice_measures_as_such(tokenizer, executor, capsys):
+    fresh, edits = evaluate.measure(_corpus_policy(tokenizer, seed=4), tokenizer, executor, samples=8)
+    assert len(fresh) == len(edits) == 4
+    assert all(s.score is not None for s in [*fresh, *edits])
+    assert {s.parent.code for s in edits} == {s.code for s in fresh}
+    said = capsys.readouterr().out
+    assert "first attempts: 4 samples: 100.0% run and grade, 4 distinct programs" in said
+    assert "100.0% are near their parent" in said
+    assert "0 are its copy" in said
+    assert "all: 8 samples: 100.0% run and grade" in said
+
+
+def test_failures_are_counted_and_named(tokenizer, executor, capsys):
+    code = "def run():\n    raise ValueError('no such luck')"
+
+    def sample(parents, samples, step):
+        return [(parents[0], _rollout("plan", code, 0, 0, tokenizer)), (parents[0], _rollout("plan", code, 0, 1, tokenizer, cut=12))]
+
+    fresh, edits = evaluate.measure(sample, tokenizer, executor, samples=4)
+    assert [s.score for s in fresh] == [None, None]
+    assert edits == []
+    said = capsys.readouterr().out
+    assert "0.0% run and grade" in said
+    assert "exception" in said
+    assert "no such luck" in said
+
+
+def test_nearness_tells_edits_from_strangers():
+    rng = random.Random(1)
+    drawn = [programs.sample(rng) for _ in range(200)]
+    codes = [programs.render(p) for p in drawn]
+    edits = [evaluate.similarity(code, programs.render(programs.mutate(p, rng)[0])) for p, code in zip(drawn, codes, strict=True)]
+    strangers = [evaluate.similarity(a, b) for a, b in itertools.pairwise(codes)]
+    assert min(edits) >= evaluate.NEAR > max(strangers)
+
+
+def test_parents_are_distinct_programs_that_ran(tokenizer, executor):
+    fresh = evaluate.run_programs(
+        [
+            (evaluate.SEED, _rollout("plan", code, 0, i, tokenizer))
+            for i, code in enumerate(["def run():\n    return 1", *[programs.render(programs.sample(random.Random(s))) for s in (5, 5, 6)]])
+        ],
+        tokenizer,
+        executor,
+    )
+    parents = evaluate.choose_parents(fresh, 5)
+    assert [p.code for p in parents] == [fresh[1].code, fresh[3].code]
+    assert [p.score for p in parents] == [fresh[1].score, fresh[3].score]
+    assert all(not p.is_seed for p in parents)
+    assert len(evaluate.choose_parents(fresh, 1)) == 1
