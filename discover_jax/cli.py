@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from discover_jax import config as settings
@@ -57,7 +57,10 @@ def launch(run: Callable[[Any, Path], None]) -> None:
         if any(a.startswith(("--help", "-help", "-h")) for a in argv):
             return app.parse_flags_with_usage(argv)
         _check_arguments(argv)
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if not flags.FLAGS["verbosity"].present:  # libraries talk a lot at absl's default, INFO
+            logging.set_verbosity(logging.WARNING)
+        return rest
 
     def main(argv: list[str]) -> None:
         if len(argv) > 1:

@@ -30,10 +30,10 @@ from discover_jax.policy import Policy, load_policy
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console, make_console
-from discover_jax.runs.metrics import MetricsWriter
+from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import step_row
-from discover_jax.runs.workdir import Workdir, open_workdir
+from discover_jax.runs.workdir import Workdir, open_workdir, write_atomic
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
@@ -128,8 +128,10 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         metrics.truncate(stand.step)
         train_state, archive, last_children = stand.train_state, stand.archive, stand.last_children
         last_step = stand.first_step + config.train.steps
-        first_rows: list[dict[str, Any]] = metrics.read()
+        rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
         console.start(_title(config, task, learn), _opening_lines(config, workdir, task, executor, policy, stand))
+
+        checkpoint_seconds: float | None = None
 
         for step in range(stand.step, last_step):
             console.step(step, last_step)
@@ -203,16 +205,16 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             if archive.best is not None and archive.best != previous:
                 _write_best(config, workdir, task, journal, archive.best, verdicts)
             write_rollouts(workdir.rollouts_dir, step, _rollout_rows(places, rollouts, prompts, attempts, advantages, verdicts, policy))
-            checkpoints.save(step, train_state, _host_state(stand, archive, journal))
             saved = time.monotonic()
 
+            # The row comes before the checkpoint: a kill between the two repeats the step, and `truncate` then drops the row.
             timings = {
                 "time/sample_s": sampled - started,
                 "time/execute_s": executed - sampled,
                 "time/update_s": updated - executed,
-                "time/checkpoint_s": saved - updated,
+                "time/save_s": saved - updated,
+                "time/checkpoint_s": checkpoint_seconds,
                 "time/step_s": saved - started,
-                "sample/tokens_per_s": speed,
                 "programs/seconds": sum(v.execution.seconds for v in verdicts.values() if not v.execution.cached),
                 "programs/cached_frac": sum(v.execution.cached for v in verdicts.values()) / max(len(verdicts), 1),
             }
@@ -225,10 +227,12 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 update_metrics=update_metrics,
             )
             metrics.write(row)
-            first_rows.append(row)
+            checkpoints.save(step, train_state, _host_state(stand, archive, journal))
+            checkpoint_seconds = time.monotonic() - saved
+            rows.append(row)
             console.step_done(row, archive.best, previous.score if previous is not None else None)
 
-        console.finish(_closing_lines(workdir, task, archive.best, first_rows, learn))
+        console.finish(_closing_lines(workdir, task, archive.best, rows, learn))
 
 
 # ---------------------------------------------------------------------- starting and resuming
@@ -254,23 +258,22 @@ class _Stand:
 
 def _restore(config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: Journal, fresh: TrainState | None) -> _Stand:
     """From the folder's last checkpoint; else from `train.resume_from`; else from nothing."""
-    abstract = jax.eval_shape(lambda: fresh) if fresh is not None else None
     if (latest := checkpoints.latest()) is not None:
-        train_state, host = checkpoints.restore(latest, abstract)
+        train_state, host = checkpoints.restore(latest, fresh)
         first_step, origin = host["first_step"], f"resumed after step {latest}"
     elif config.train.resume_from:
         source = Path(config.train.resume_from).expanduser()
-        earlier = Checkpoints(source / "checkpoints", keep=1_000_000, every=0) if (source / "checkpoints").is_dir() else None
+        earlier = Checkpoints(source / "checkpoints", keep=1, every=0, read_only=True) if (source / "checkpoints").is_dir() else None
         if earlier is None or (latest := earlier.latest()) is None:
             raise RunError(
                 f"config.train.resume_from = {str(source)!r} holds no checkpoint. Give the folder of a run that finished at least one step,"
                 " or leave it empty to start from nothing."
             )
-        train_state, host = earlier.restore(latest, abstract)
+        train_state, host = earlier.restore(latest, fresh)
         first_step, origin = latest + 1, f"goes on from step {latest} of {source}"
         # The journal comes along, so that the lineage of every program can still be told.
         rows = (source / "journal.jsonl").read_bytes()[: host["journal_position"]]
-        workdir.write_atomic(workdir.journal_path, rows)
+        write_atomic(workdir.journal_path, rows)
     else:
         journal.truncate(0)
         return _Stand(0, 0, fresh, Archive((), config.reuse.capacity), {}, "fresh")

@@ -73,8 +73,9 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "time/sample_s": ("s", "from the first prompt to the last rollout; programs run meanwhile"),
     "time/execute_s": ("s", "waited for programs after the last rollout was written"),
     "time/update_s": ("s", "advantages, packing and the optimiser's step; 0 in a search"),
-    "time/checkpoint_s": ("s", "writing journal, best/, rollouts and checkpoint"),
-    "time/step_s": ("s", "the whole step"),
+    "time/save_s": ("s", "writing journal, best/ and rollouts"),
+    "time/checkpoint_s": ("s", "writing the checkpoint of the step before; null in the first step of a start"),
+    "time/step_s": ("s", "the step up to this row, so without its own checkpoint"),
 }
 """Name -> (unit, meaning), in the order of a row."""
 

@@ -14,7 +14,7 @@ def step_row(
     attempts: Sequence[Attempt],
     *,
     best: State | None,
-    timings: dict[str, float],
+    timings: dict[str, float | None],
     advantage_metrics: dict[str, float],
     update_metrics: dict[str, float],
 ) -> dict[str, Any]:

@@ -105,14 +105,14 @@ class Task:
         """Number of rows behind a `Grade.score`."""
         return self.holdout_rows or self.private_rows
 
-    def grade(self, submission: bytes) -> Grade:
+    def grade(self, csv: bytes) -> Grade:
         """The verdict on a submission's CSV bytes. Whatever the bytes, it is a Grade and no exception.
 
         Raises:
           DataError: the answers on this machine are missing or were altered.
         """
         answers = _load_answers(self.folder / "private", self.answers_digests, self.competition.id_column, self.competition.target)
-        return grading.grade(submission, answers, self.metric)
+        return grading.grade(csv, answers, self.metric)
 
     def reward(self, score: float) -> float:
         """The reward of a score, higher is better."""
