@@ -1,0 +1,219 @@
+"""The model against itself: cached decoding, packing, adapters, packed weights, and the constants of the published sizes."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.exceptions import CapacityError, ConfigError, ShardingError, WeightsError
+from discover_jax.models.cache import put_rows, take_rows, with_capacity
+from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, LoraConfig, ModelConfig
+from discover_jax.models.folder import load_folder, save_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.rope import yarn_frequencies, yarn_ramp
+from discover_jax.models.sharding import make_mesh, spec_for
+
+CONFIG = ModelConfig(
+    num_layers=4,
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    num_experts=4,
+    experts_per_token=2,
+    expert_width=32,
+    vocab_size=97,
+    sliding_window=8,
+    eos_id=1,
+    pad_id=0,
+)
+MODEL = Model(CONFIG, LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=8.0))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return _shaken(MODEL.init_frozen(jax.random.key(0)), 0.2)
+
+
+@pytest.fixture(scope="module")
+def lora():
+    """An adapter that does something: B is zero at the start."""
+    return _shaken(MODEL.init_lora(jax.random.key(1)), 0.2)
+
+
+def _shaken(tree, scale):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    return jax.tree.unflatten(structure, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def _tokens(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None):
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    if segments_BT is None:
+        segments_BT = jnp.ones_like(positions_BT)
+    return model.logits(frozen, lora, model.hidden(frozen, lora, tokens_BT, positions_BT, segments_BT))
+
+
+_prefill = jax.jit(MODEL.prefill, static_argnums=4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
+    """Rows of different lengths, shorter and longer than the window, decoded well past it."""
+    lora = lora if adapted else None
+    tokens_BT = _tokens(3, 40)
+    expected = _logits(MODEL, frozen, lora, tokens_BT)
+    lengths_B = jnp.array([1, 7, 19])
+    hidden_BD, cache = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, 40)
+    decode = jax.jit(lambda tokens_B, cache: MODEL.decode(frozen, lora, tokens_B, cache))
+    for step in range(20):
+        at_B = np.asarray(lengths_B) + step
+        got = MODEL.logits(frozen, lora, hidden_BD)
+        np.testing.assert_allclose(got, expected[np.arange(3), at_B - 1], atol=1e-4, rtol=0)
+        hidden_BD, cache = decode(tokens_BT[np.arange(3), at_B], cache)
+    assert cache.lengths_B.tolist() == [21, 27, 39]
+
+
+def test_cache_rows_move_and_grow(frozen):
+    tokens_BT = _tokens(2, 12)
+    _, cache = _prefill(frozen, None, tokens_BT, jnp.array([12, 5]), 16)
+    moved = put_rows(MODEL.init_cache(3, 16), jnp.array([2, 0, 3]), take_rows(cache, jnp.array([1, 0, 0])))  # place 3 does not exist
+    moved = with_capacity(with_capacity(moved, 32), 20)
+    hidden_BD, _ = MODEL.decode(frozen, None, jnp.array([5, 0, 5]), moved)
+    expected = _logits(MODEL, frozen, None, np.concatenate([tokens_BT[:1], [[5]]], axis=1))[0, -1]
+    np.testing.assert_allclose(MODEL.logits(frozen, None, hidden_BD)[0], expected, atol=1e-4, rtol=0)
+    expected = _logits(MODEL, frozen, None, np.concatenate([tokens_BT[1:, :5], [[5]]], axis=1))[0, -1]
+    np.testing.assert_allclose(MODEL.logits(frozen, None, hidden_BD)[2], expected, atol=1e-4, rtol=0)
+
+
+def test_prompt_longer_than_the_cache_is_refused(frozen):
+    with pytest.raises(CapacityError, match="max_prompt_tokens"):
+        MODEL.prefill(frozen, None, _tokens(1, 9), jnp.array([9]), 8)
+
+
+def test_packed_sequences_do_not_see_each_other(frozen, lora):
+    first, second = _tokens(1, 15, seed=1), _tokens(1, 11, seed=2)
+    packed = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
+    positions = np.concatenate([np.arange(15), np.arange(11), np.zeros(4, int)])[None]
+    segments = np.repeat([1, 2, 0], [15, 11, 4])[None]
+    got = _logits(MODEL, frozen, lora, packed, jnp.asarray(positions), jnp.asarray(segments))
+    np.testing.assert_allclose(got[:, :15], _logits(MODEL, frozen, lora, first), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got[:, 15:26], _logits(MODEL, frozen, lora, second), atol=1e-4, rtol=0)
+    assert np.isfinite(got).all()
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(frozen, lora):
+    tokens_BT = _tokens(2, 20)
+    base = _logits(MODEL, frozen, None, tokens_BT)
+    np.testing.assert_array_equal(_logits(MODEL, frozen, MODEL.init_lora(jax.random.key(1)), tokens_BT), base)
+    assert np.abs(_logits(MODEL, frozen, lora, tokens_BT) - base).max() > 0.1
+
+
+def test_unmerged_adapter_equals_merged_weights(frozen, lora):
+    """W + alpha / rank B A, worked out here by hand for every target."""
+
+    def merge(base, adapter):
+        merged = dict(base)
+        for name, value in adapter.items():
+            if isinstance(value, dict):
+                merged[name] = merge(base[name], value)
+        if "lora_a" in adapter:
+            rank = adapter["lora_a"].shape[-2]
+            merged["weight"] = base["weight"] + 8.0 / rank * adapter["lora_b"] @ adapter["lora_a"]
+        return merged
+
+    tokens_BT = _tokens(2, 20)
+    expected = _logits(MODEL, merge(frozen, lora), None, tokens_BT)
+    np.testing.assert_allclose(_logits(MODEL, frozen, lora, tokens_BT), expected, atol=2e-3, rtol=1e-4)
+
+
+def test_rank_zero_leaves_a_target_out():
+    model = Model(CONFIG, LoraConfig(attention_rank=4, expert_rank=0, head_rank=0))
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(model.abstract_lora())}
+    assert len(names) == 2 * 4 * 2  # two kinds of layers, four projections, A and B
+    assert all("attention" in name for name in names)
+
+
+def test_remat_changes_memory_and_not_numbers(frozen, lora):
+    tokens_BT = _tokens(1, 12)
+
+    def loss(lora, model):
+        return jnp.sum(jnp.sin(_logits(model, frozen, lora, tokens_BT)))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    kept, recomputed = gradient(lora, dataclasses.replace(MODEL, remat=False)), gradient(lora, MODEL)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), kept, recomputed)
+
+
+def test_published_sizes_have_the_published_numbers_of_parameters():
+    """116.8 B and 20.9 B parameters (model card), counted from the abstract trees: no array is made."""
+    for config, billions in ((GPT_OSS_120B, 116.8), (GPT_OSS_20B, 20.9)):
+        tree = Model(config, dtype=jnp.bfloat16, experts="dense").abstract_frozen()
+        assert sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e9 == pytest.approx(billions, abs=0.05)
+    packed = Model(GPT_OSS_120B, dtype=jnp.bfloat16, experts="packed").abstract_frozen()
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(packed))
+    assert size == pytest.approx(65_248_815_744, rel=1e-3)  # the published checkpoint
+    attention = Model(GPT_OSS_120B, LoraConfig(32, 0, 0)).abstract_lora()
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(attention)) / 1e6 == pytest.approx(23.9, abs=0.05)
+
+
+def test_yarn_has_the_published_constants():
+    low, high = yarn_ramp(GPT_OSS_120B)
+    assert (low, high) == (pytest.approx(8.0928, abs=1e-4), pytest.approx(17.3980, abs=1e-4))
+    frequencies, factor = yarn_frequencies(GPT_OSS_120B)
+    assert factor == pytest.approx(1.346574, abs=1e-6)
+    assert frequencies[8] == pytest.approx(150_000 ** (-16 / 64), rel=1e-6)  # below the ramp: untouched
+    assert frequencies[18] == pytest.approx(150_000 ** (-36 / 64) / 32, rel=1e-6)  # above it: stretched 32 times
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 3}, {"num_heads": 3}, {"experts_per_token": 5}, {"head_size": 15}])
+def test_impossible_sizes_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_axes_that_collide_are_named():
+    with pytest.raises(ShardingError, match=r"'heads'.*'vocab'.*'tensor'"):
+        spec_for(("heads", "vocab"))
+    with pytest.raises(ShardingError, match="not in the table"):
+        spec_for(("colour",))
+    with pytest.raises(ShardingError, match="devices"):
+        make_mesh(data=len(jax.devices()) + 1)
+
+
+def test_damaged_folders_are_named(tmp_path, frozen):
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load_folder(tmp_path / "nowhere")
+    save_folder(tmp_path, CONFIG, frozen)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(WeightsError, match="llama"):
+        load_folder(tmp_path)
+
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 6, "layer_types": config["layer_types"] + config["layer_types"][:2]})
+    )
+    with pytest.raises(WeightsError, match=r"model\.layers\.[45]\..*incomplete"):
+        load_folder(tmp_path)
+
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 98}))
+    with pytest.raises(WeightsError, match=r"\(97, 64\).*\(98, 64\)|shape"):
+        load_folder(tmp_path)
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(WeightsError, match="damaged"):
+        load_folder(tmp_path)

@@ -1,0 +1,64 @@
+"""MXFP4: against the format's definition written out slowly, and quantisation's promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from discover_jax.models.mxfp4 import dequantise, fake_quantise, quantise
+
+_VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def _slow(blocks, scales):
+    """Byte by byte: low nibble first, bit 3 is the sign, times 2^(scale - 127)."""
+    out = np.zeros((*scales.shape, 32))
+    for place in np.ndindex(*scales.shape):
+        for i, byte in enumerate(blocks[place]):
+            for j, nibble in enumerate((byte & 15, byte >> 4)):
+                value = _VALUES[nibble & 7] * (-1 if nibble & 8 else 1)
+                out[(*place, 2 * i + j)] = value * 2.0 ** (int(scales[place]) - 127)
+    return out.reshape(*scales.shape[:-1], -1)
+
+
+def test_dequantise_follows_the_definition_and_bfloat16_is_exact():
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 3, 2, 16)).astype(np.uint8)
+    scales = rng.integers(100, 150, (2, 3, 2)).astype(np.uint8)
+    expected = _slow(blocks, scales)
+    np.testing.assert_array_equal(dequantise(blocks, scales, jnp.float32), expected)
+    np.testing.assert_array_equal(np.asarray(dequantise(blocks, scales, jnp.bfloat16), np.float64), expected)
+
+
+def test_exact_values_come_back_unchanged():
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 256, (4, 5, 3, 16)).astype(np.uint8)
+    blocks[..., 0] = (blocks[..., 0] & 0xF0) | 7  # a 6 in each block, so that its scale is determined
+    scales = rng.integers(90, 160, (4, 5, 3)).astype(np.uint8)
+    weights = dequantise(blocks, scales, jnp.float32)
+    np.testing.assert_array_equal(dequantise(*quantise(weights), jnp.float32), weights)
+
+
+def test_rounding_is_no_worse_than_any_single_scale_of_the_usual_rule():
+    weights = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32)
+    got = np.asarray(dequantise(*quantise(weights), jnp.float32))
+    blocks = weights.reshape(8, 2, 32)
+    exponent = np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True))) - 2
+    grid = np.array([s * v for v in _VALUES for s in (1, -1)])
+    usual = grid[np.abs(blocks[..., None] / 2.0 ** exponent[..., None] - grid).argmin(-1)] * 2.0**exponent
+    assert np.square(got - weights).sum() <= np.square(usual.reshape(8, 64) - weights).sum() + 1e-6
+    assert np.square(got - weights).mean() < 0.02
+
+
+def test_zeros_and_extremes():
+    weights = jnp.stack([jnp.zeros(32), jnp.full(32, 1e-40), jnp.full(32, 1e30)])
+    restored = dequantise(*quantise(weights), jnp.float32)
+    assert np.isfinite(restored).all()
+    np.testing.assert_array_equal(restored[0], 0)
+    np.testing.assert_allclose(restored[2], 1e30, rtol=0.25)
+
+
+def test_fake_quantisation_is_the_round_trip_with_the_gradient_of_the_identity():
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(3, 64)).astype(np.float32)) * 0.037
+    np.testing.assert_array_equal(fake_quantise(weights), dequantise(*quantise(weights), jnp.float32))
+    gradient = jax.grad(lambda w: jnp.sum(fake_quantise(w) * jnp.arange(64)))(weights)
+    np.testing.assert_array_equal(gradient, np.broadcast_to(np.arange(64), (3, 64)))

@@ -1,0 +1,121 @@
+"""The model against `transformers`' GptOssForCausalLM, both reading the same folder from disk."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.folder import load_folder, save_folder
+from discover_jax.models.gpt_oss import Model
+
+torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
+transformers = pytest.importorskip("transformers")
+
+_SMALL = ModelConfig(
+    num_layers=2,
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    num_experts=4,
+    experts_per_token=2,
+    expert_width=32,
+    vocab_size=97,
+    sliding_window=16,
+    eos_id=1,
+    pad_id=0,
+)
+CONFIGS = {
+    "grouped": _SMALL,
+    "every expert active": dataclasses.replace(_SMALL, num_experts=3, experts_per_token=3),
+    "one expert active, four layers": dataclasses.replace(_SMALL, num_layers=4, num_experts=8, experts_per_token=1),
+    "one key head": dataclasses.replace(_SMALL, num_heads=8, num_kv_heads=1, head_size=16, width=96, expert_width=64),
+    "no grouping, wide experts": dataclasses.replace(_SMALL, num_kv_heads=4, expert_width=128, swiglu_limit=0.5),
+    "other rotary constants": dataclasses.replace(
+        _SMALL, rope_theta=10_000.0, rope_factor=4.0, rope_original_length=32, rope_beta_fast=8.0, head_size=64
+    ),
+    "rounded ramp": dataclasses.replace(_SMALL, rope_truncate=True, rope_original_length=64, rope_factor=2.0, rms_eps=1e-3),
+    "published window": dataclasses.replace(_SMALL, sliding_window=128, num_layers=4),
+}
+
+
+def random_folder(path, config, seed):
+    """A folder of random weights with experts in MXFP4; every parameter is moved away from its neutral value."""
+    model = Model(config, experts="packed")
+    frozen = model.init_frozen(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(frozen)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [x if x.dtype == jnp.uint8 else x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    save_folder(path, config, jax.tree.unflatten(tree, leaves))
+
+
+def reference(path):
+    """transformers' model of the folder in float32; dequantised by transformers itself."""
+    return transformers.GptOssForCausalLM.from_pretrained(
+        path, quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def reference_logits(model, tokens_BT):
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens_BT))).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, frozen, tokens_BT):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden_BTD = model.hidden(frozen, None, tokens_BT, positions_BT, jnp.ones_like(positions_BT))
+    return model.logits(frozen, None, hidden_BTD)
+
+
+def random_tokens(config, rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(tmp_path, name):
+    config = CONFIGS[name]
+    random_folder(tmp_path, config, seed=len(name))
+    tokens_BT = random_tokens(config, 2, 3 * config.sliding_window + 5 if config.sliding_window < 64 else 200)
+    expected = reference_logits(reference(tmp_path), tokens_BT)
+    assert expected.std() > 0.5  # otherwise agreement would say little
+    for experts in ("packed", "dense"):
+        read, frozen = load_folder(tmp_path, experts=experts)
+        assert read == config
+        np.testing.assert_allclose(logits(Model(read, experts=experts), frozen, tokens_BT), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 130])
+def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
+    config = CONFIGS["published window"]
+    random_folder(tmp_path, config, seed=3)
+    tokens_BT = random_tokens(config, 1, length)
+    _, frozen = load_folder(tmp_path)
+    np.testing.assert_allclose(
+        logits(Model(config), frozen, tokens_BT), reference_logits(reference(tmp_path), tokens_BT), atol=1e-4, rtol=0
+    )
+
+
+def test_folder_of_dequantised_experts_reads_alike(tmp_path):
+    """transformers writes such a folder: [E, in, out] in its own type."""
+    random_folder(tmp_path / "mxfp4", _SMALL, seed=5)
+    model = reference(tmp_path / "mxfp4")
+    model.save_pretrained(tmp_path / "plain")
+    tokens_BT = random_tokens(_SMALL, 2, 40)
+    config, frozen = load_folder(tmp_path / "plain")
+    np.testing.assert_allclose(logits(Model(config), frozen, tokens_BT), reference_logits(model, tokens_BT), atol=1e-4, rtol=0)
+
+
+def test_the_shipped_apprentice_reads_alike():
+    """The weights that ship are an ordinary gpt-oss folder: transformers computes the same."""
+    from discover_jax.policy import APPRENTICE
+
+    config, frozen = load_folder(APPRENTICE)
+    tokens_BT = random_tokens(config, 1, 180)
+    np.testing.assert_allclose(
+        logits(Model(config), frozen, tokens_BT), reference_logits(reference(APPRENTICE), tokens_BT), atol=2e-4, rtol=0
+    )
