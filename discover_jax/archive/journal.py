@@ -151,9 +151,19 @@ def _append_bytes(path: Path, data: bytes) -> None:
             while view:  # one write in practice; the kernel may take less when the disk is nearly full
                 view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
+            if before == 0:  # the file may be new, and its name must survive a power cut, too
+                _sync_folder(path.parent)
         except OSError:
             with contextlib.suppress(OSError):  # the first error is the one to tell; a torn row is cut off at the next start
                 os.ftruncate(descriptor, before)
             raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

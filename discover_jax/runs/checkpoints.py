@@ -4,8 +4,12 @@ Orbax writes a checkpoint under a temporary name and renames it when all of it i
 either the whole checkpoint or none.
 """
 
+import contextlib
+import gc
+import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,10 @@ from discover_jax.learning.train_state import TrainState
 
 # Orbax reports each save on some ten lines, which would tear the console's display.
 logging.getLogger("absl").setLevel(logging.WARNING)
+
+_ROOM_PER_ARRAY = 4096
+_ROOM_BESIDES = 2**20
+"""Bytes asked for beside the arrays' own: names, shardings, block sizes."""
 
 
 class Checkpoints:
@@ -53,6 +61,9 @@ class Checkpoints:
     def save(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:
         """Writes a checkpoint and then drops those that are not to be kept. On return it is complete.
 
+        After an error the process should end: orbax may still be writing other arrays of the checkpoint that failed, and only the next
+        process can clear its remains away.
+
         Args:
           step: number of steps done; above that of every earlier checkpoint.
           train_state: adapter and optimiser; None for a search without training.
@@ -68,13 +79,23 @@ class Checkpoints:
         if latest is not None and step <= latest:
             raise RunError(f"Checkpoint {step} would not come after the latest one, {latest}, in {self._directory}.")
         try:
-            self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
-            self._manager.check_for_errors()
+            self._check_room(train_state, host)
+            with _quiet():
+                self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
+                self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a failing disk as ValueError
             raise RunError(
                 f"Checkpoint {step} could not be written to {self._directory}: {error}\nThe checkpoints before it are untouched. Free some"
                 f" space, then start the same command again: it resumes at {'the beginning' if latest is None else f'step {latest}'}."
             ) from error
+
+    def _check_room(self, train_state: TrainState | None, host: dict[str, Any]) -> None:
+        """Refuses to begin a checkpoint that cannot be ended: one error with numbers instead of one for every array."""
+        leaves = jax.tree.leaves(train_state)
+        needed = sum(leaf.nbytes + _ROOM_PER_ARRAY for leaf in leaves) + len(json.dumps(host)) + _ROOM_BESIDES
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(f"it needs about {needed / 1e6:,.1f} MB, but the disk has only {free / 1e6:,.1f} MB free.")
 
     def latest(self) -> int | None:
         """Step of the last complete checkpoint, or None."""
@@ -95,18 +116,37 @@ class Checkpoints:
           RunError: there is no such checkpoint, or it holds arrays of other names or shapes.
         """
         parts: dict[str, Any] = {"host": ocp.args.JsonRestore()}
-        if abstract_train_state is not None:
-            abstract = jax.tree.map(_abstract, abstract_train_state)
-            parts["train_state"] = ocp.args.StandardRestore(abstract)
+        if step not in (steps := sorted(self._manager.all_steps())):
+            raise RunError(f"There is no checkpoint {step} in {self._directory}; complete ones: {steps}.")
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
+            if abstract_train_state is not None:
+                self._check_layout(step, abstract_train_state)
+                parts["train_state"] = ocp.args.StandardRestore(jax.tree.map(_abstract, abstract_train_state))
+            with _quiet():
+                restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"Checkpoint {step} in {self._directory} cannot be restored: {error}\nComplete checkpoints there:"
-                f" {sorted(self._manager.all_steps())}. If it is among them, it was made with another model or other adapter ranks, or"
-                " was altered."
+                f"Checkpoint {step} in {self._directory} cannot be restored: {error}\nIt was altered, or made by another version. Complete"
+                f" checkpoints there: {steps}; delete the folder of a broken one to go back to the one before."
             ) from error
         return restored.get("train_state"), restored["host"]
+
+    def _check_layout(self, step: int, wanted: TrainState) -> None:
+        """Compares names, types and shapes before orbax does, which would tell of the first difference only, and in its own terms."""
+        folder: Any = self._directory / str(step) / "train_state"  # orbax names a path type of its own, but takes this one
+        if not folder.is_dir():
+            raise RunError(f"Checkpoint {step} in {self._directory} holds no adapter: a search made it. Give the folder of a training run.")
+        found_all, wanted_all = _layout(ocp.StandardCheckpointHandler().metadata(folder).tree), _layout(wanted)
+        names = [name for name in wanted_all | found_all if found_all.get(name) != wanted_all.get(name)]
+        if names:
+            differences = "\n".join(
+                f"  - {name}: checkpoint has {found_all.get(name, 'none')}, this run {wanted_all.get(name, 'none')}" for name in names[:5]
+            )
+            raise RunError(
+                f"Checkpoint {step} in {self._directory} was made with another model, other adapter ranks or another optimiser;"
+                f" {len(names)} arrays differ:\n{differences}{f'{chr(10)}  - ...' if len(names) > 5 else ''}\nGive this run the settings of"
+                " that one, or do not start from its checkpoint."
+            )
 
     def close(self) -> None:
         """Lets go of orbax's threads; the checkpoints stay."""
@@ -114,4 +154,31 @@ class Checkpoints:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+    """Shape, type and place of a leaf; without a place of its own it goes to the first device."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _layout(tree: Any) -> dict[str, str]:
+    """Name of each array -> its type and shape, as in "lora/head/A" -> "float32[5, 2]"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax and asyncio from logging a traceback for every array of a failure: the error that is raised tells it once."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except BaseException:
+        gc.collect()  # futures whose error nobody asked for log it when they are collected
+        raise
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -3,6 +3,8 @@
 Steps are counted from 1 here, as people do; metrics, journal and folders count from 0.
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,11 +13,16 @@ import rich.console
 import rich.progress
 import rich.text
 
+from discover_jax.exceptions import RunError
 from discover_jax.types import Outcome, State
 
 
 class Console(Protocol):
-    """How a run reports on itself. Nothing here fails a run or changes its results."""
+    """How a run reports on itself. Nothing here changes a run's results.
+
+    Every method but `close` may raise RunError when standard output can no longer be written: it was a pipe whose reader ended, or a
+    file on a full disk.
+    """
 
     def start(self, title: str, lines: list[str]) -> None:
         """Says what is about to run, once."""
@@ -53,9 +60,29 @@ class Console(Protocol):
 def make_console() -> Console:
     """Bars if standard output is a terminal that can move its cursor, else plain lines."""
     console = rich.console.Console(highlight=False)
-    if console.is_terminal and not console.is_dumb_terminal:
+    # Asked of the stream itself: rich takes FORCE_COLOR for a terminal, too, and would draw bars into a log file.
+    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return TerminalConsole(console)
     return PlainConsole()
+
+
+def _print_line(text: str) -> None:
+    """Prints and flushes, so that a log can be followed.
+
+    Raises:
+      RunError: standard output cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is left in the stream's buffer would fail once more when the interpreter ends; it goes nowhere instead.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise RunError(
+            f"Standard output can no longer be written ({error}), so the run stops. Nothing of it is lost: the same command resumes at the"
+            " last checkpoint."
+        ) from error
 
 
 def step_line(row: dict[str, Any], best: State | None, previous_best: float | None, steps: int) -> str:
@@ -112,7 +139,7 @@ class PlainConsole:
     """Lines without control codes; of progress at most one in `interval` seconds."""
 
     def __init__(self, write: Callable[[str], None] | None = None, interval: float = 5.0, clock: Callable[[], float] = time.monotonic):
-        self._write = write if write is not None else lambda text: print(text, flush=True)
+        self._write = write if write is not None else _print_line
         self._interval = interval
         self._clock = clock
         self._last = clock()

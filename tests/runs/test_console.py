@@ -1,6 +1,10 @@
 """Plain lines: what they say, how often, no control codes. The terminal's bars: finished steps stay, bars go."""
 
 import io
+import os
+import pty
+import subprocess
+import sys
 
 import rich.console
 
@@ -60,6 +64,57 @@ def test_plain_without_a_terminal(capsys):
     assert isinstance(console, PlainConsole)
     console.note("[bold] stays as it is")
     assert capsys.readouterr().out == "note: [bold] stays as it is\n"
+
+
+_SAY = """
+import sys
+from discover_jax.exceptions import RunError
+from discover_jax.runs.console import make_console
+try:
+    console = make_console()
+    console.start(type(console).__name__, ["x" * 100] * 2000)
+    console.step(0, 1)
+    console.close()
+except RunError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_colour_by_force_draws_no_bars_into_a_pipe():
+    said = subprocess.run([sys.executable, "-c", _SAY], env=os.environ | {"FORCE_COLOR": "1"}, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("PlainConsole\n")
+    assert "\x1b" not in said.stdout
+
+
+def test_a_real_terminal_gets_bars():
+    ours, theirs = pty.openpty()
+    speaker = subprocess.Popen([sys.executable, "-c", _SAY], env=os.environ | {"TERM": "xterm"}, stdout=theirs)
+    os.close(theirs)
+    text = b""
+    try:
+        while data := os.read(ours, 65536):
+            text += data
+    except OSError:  # Linux's way to say that the other side was closed
+        pass
+    os.close(ours)
+    assert speaker.wait() == 0
+    assert b"TerminalConsole" in text
+    assert text.rindex(b"\x1b[?25h") > text.rindex(b"\x1b[?25l")
+
+
+def test_standard_output_that_fails():
+    with open("/dev/full", "w") as full:
+        said = subprocess.run([sys.executable, "-c", _SAY], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert said.returncode == 1
+    assert said.stderr.count("\n") == 1
+    assert "Standard output can no longer be written ([Errno 28]" in said.stderr
+    speaker = subprocess.Popen([sys.executable, "-c", _SAY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert speaker.stdout is not None
+    speaker.stdout.close()
+    _, stderr = speaker.communicate()
+    assert speaker.returncode == 1
+    assert stderr.count("\n") == 1
+    assert "Broken pipe" in stderr
 
 
 def test_terminal():
