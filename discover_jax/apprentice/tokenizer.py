@@ -11,6 +11,8 @@ VOCAB_SIZE = 2048
 PAD = "<|endoftext|>"
 END = "<|return|>"
 DOCUMENTS = 3000
+_ASCII = "".join(map(chr, range(33, 127)))
+"""Every printable character has a piece of its own, so that programs from elsewhere do not fall to bytes."""
 
 
 def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, documents: int = DOCUMENTS) -> None:
@@ -36,8 +38,7 @@ def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, docu
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            # Every printable ASCII character has a piece of its own, so that programs from elsewhere do not fall to bytes.
-            required_chars="".join(map(chr, range(33, 127))),
+            required_chars=_ASCII,
             split_by_whitespace=False,
             split_by_unicode_script=False,
             split_by_number=False,
@@ -53,6 +54,7 @@ def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, docu
 def _lines(seed: int, documents: int) -> Iterator[str]:
     """Text as the trainer needs it: one line at a time, with the line break before it, since the trainer drops one at the end."""
     rng = random.Random(f"tokenizer {seed}")
+    yield from _ASCII  # some versions of the trainer stop at a required character that no text has
     for _ in range(documents):
         document = draw_document(rng)
         yield from ("user", "assistant", "analysis", "final")

@@ -158,10 +158,12 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
         learner = init_learner(model, seed)
         print(f"{sum(leaf.size for leaf in jax.tree.leaves(learner.weights)):,} parameters on {jax.devices()[0].device_kind}", flush=True)
         step, logged_step, waited = 0, 0, 0.0
-        logged_time = saved_time = time.monotonic()
+        begun = logged_time = saved_time = time.monotonic()
         while True:
-            elapsed = time.monotonic() - start
-            progress = step / steps if steps is not None else elapsed / (60.0 * minutes)
+            if steps is not None:
+                progress = step / steps
+            else:
+                progress = (time.monotonic() - begun) / max(1e-9, start + 60.0 * minutes - begun) if step else 0.0
             if progress >= 1.0:
                 break
             before = time.monotonic()
@@ -169,6 +171,10 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
             waited += time.monotonic() - before
             learner, metrics = train_step(model, learner, vars(batch), jnp.float32(learning_rate_at(progress)))
             step += 1
+            if step == 1:  # compilation is over: the clock that the learning rate follows begins, lest it miss the warm-up
+                jax.block_until_ready(metrics)
+                begun = logged_time = time.monotonic()
+                logged_step, waited = 1, 0.0
             if step % SYNC_STEPS and step != steps:
                 continue
             metrics = {name: float(value) for name, value in metrics.items()}

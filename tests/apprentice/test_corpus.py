@@ -113,6 +113,11 @@ def test_tokenizer_is_a_function_of_the_seed(tmp_path):
     assert models[0] == models[1] != models[2]
 
 
+def test_the_shipped_tokenizer_can_be_had_again(tmp_path):
+    train_tokenizer(tmp_path / "tokenizer.model", seed=0)
+    assert (tmp_path / "tokenizer.model").read_bytes() == SHIPPED.read_bytes()
+
+
 def test_batches_hold_whole_documents(tokenizer):
     batch = batches.draw_batch(tokenizer, rows=6, row_tokens=512, seed=3, index=7)
     assert batch.tokens_BT.shape == (6, 512)
