@@ -132,8 +132,8 @@ def settings() -> dict[str, Setting]:
     return dict(_rows(SETTINGS))
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """A config with every default, locked: assigning to an unknown key is an error."""
+def default_config() -> Any:
+    """A ConfigDict with every default, locked: assigning to an unknown key is an error. Typed Any, since its attributes are its keys."""
 
     def build(table: dict[str, Any]) -> dict[str, Any]:
         return {key: entry.default if isinstance(entry, Setting) else build(entry) for key, entry in table.items()}

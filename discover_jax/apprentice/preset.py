@@ -1,9 +1,9 @@
 """Settings that the small model needs: its prompt, its lengths, a CPU's number format, and a learning rate that fits its size."""
 
-import ml_collections
+from typing import Any
 
 
-def apprentice_on_cpu(config: ml_collections.ConfigDict) -> None:
+def apprentice_on_cpu(config: Any) -> None:
     """Sets, in place, what every run of the apprentice on a CPU shares."""
     config.model.weights = "apprentice"
     config.model.dtype = "float32"
