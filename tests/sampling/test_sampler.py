@@ -1,0 +1,176 @@
+"""The sampler, on a Markov chain whose probabilities are known exactly, and on a small gpt-oss."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from discover_jax.exceptions import CapacityError, ConfigError
+from discover_jax.models.cache import Cache
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.gpt_oss import Model
+from discover_jax.sampling.sampler import Sampler
+from discover_jax.types import Prompt, StopReason
+
+STOP = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A model whose next token depends on the last one alone: `frozen` is the table of logits [V, V]; the cache only counts."""
+
+    vocab: int = 5
+    width: int = 1
+    dtype: type = jnp.float32
+
+    @property
+    def config(self):
+        return self
+
+    def init_cache(self, batch, capacity):
+        full, ring = jnp.zeros((1, batch, 1, capacity, 1)), jnp.zeros((1, batch, 1, 1, 1))
+        return Cache(full, full + 0, ring, ring + 0, jnp.zeros(batch, jnp.int32))
+
+    def prefill(self, frozen, lora, tokens_BT, lengths_B, capacity):
+        last_B = jnp.take_along_axis(tokens_BT, lengths_B[:, None] - 1, axis=1)
+        return last_B.astype(jnp.float32), dataclasses.replace(self.init_cache(len(tokens_BT), capacity), lengths_B=lengths_B)
+
+    def decode(self, frozen, lora, tokens_B, cache):
+        return tokens_B[:, None].astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + 1)
+
+    def logits(self, frozen, lora, hidden_BD):
+        return frozen[hidden_BD[:, 0].astype(jnp.int32)]
+
+
+CHAIN = Chain()
+LOGITS = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
+LOGITS[:, STOP] -= 1.0
+
+
+def _sampler(model=CHAIN, **settings):
+    defaults = {"slots": 8, "max_prompt_tokens": 16, "max_new_tokens": 20, "temperature": 1.0, "stop_ids": (STOP,), "launch_steps": 4}
+    return Sampler(model, **(defaults | settings))
+
+
+def _prompts(count, length=3):
+    return [Prompt(group, "seed", "", np.full(length, 1 + group % 4, np.int32)) for group in range(count)]
+
+
+def _by_place(rollouts):
+    return {(r.group, r.index): r for r in rollouts}
+
+
+def test_every_rollout_comes_once_and_ends_as_it_should():
+    rollouts = list(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=0, step=0))
+    assert collections.Counter((r.group, r.index) for r in rollouts) == {(g, i): 1 for g in range(5) for i in range(7)}
+    ends = collections.Counter(r.stop for r in rollouts)
+    assert set(ends) == {StopReason.STOP_TOKEN, StopReason.MAX_TOKENS}
+    for r in rollouts:
+        assert STOP not in r.tokens_T[:-1]
+        assert (r.tokens_T[-1] == STOP) == (r.stop is StopReason.STOP_TOKEN)
+        assert len(r.tokens_T) == 20 if r.stop is StopReason.MAX_TOKENS else len(r.tokens_T) <= 20
+        assert r.chosen_T.all()
+        assert len(r.logprobs_T) == len(r.tokens_T) == len(r.chosen_T)
+        np.testing.assert_array_equal(r.prompt_tokens_P, _prompts(5)[r.group].tokens_P)
+
+
+@pytest.mark.parametrize("settings", [{"slots": 35}, {"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64}, {"slots": 1}])
+def test_slots_and_launches_do_not_change_what_is_drawn(settings):
+    expected = _by_place(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
+    got = _by_place(_sampler(**settings).sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
+    assert got.keys() == expected.keys()
+    for place, rollout in got.items():
+        np.testing.assert_array_equal(rollout.tokens_T, expected[place].tokens_T)
+        np.testing.assert_allclose(rollout.logprobs_T, expected[place].logprobs_T, atol=1e-6)
+
+
+def test_seed_step_group_and_index_each_decide():
+    def draw(**change):
+        arguments = {"seed": 0, "step": 0} | change
+        return [tuple(r.tokens_T) for r in _by_place(_sampler().sample(LOGITS, None, _prompts(1), 8, **arguments)).values()]
+
+    assert draw() == draw()
+    assert draw() != draw(seed=1)
+    assert draw() != draw(step=1)
+    assert len(set(draw())) > 4  # the members of a group differ
+
+
+def test_frequencies_and_log_probabilities_are_the_chains():
+    temperature = 0.7
+    rollouts = list(_sampler(slots=64, temperature=temperature, launch_steps=16).sample(LOGITS, None, _prompts(4), 250, seed=1, step=0))
+    expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))
+    counts = np.zeros((5, 5))
+    for r in rollouts:
+        before = np.concatenate([r.prompt_tokens_P[-1:], r.tokens_T[:-1]])
+        np.testing.assert_allclose(r.logprobs_T, expected[before, r.tokens_T], atol=1e-5)
+        np.add.at(counts, (before, r.tokens_T), 1)
+    for state in range(1, 5):
+        assert counts[state].sum() > 500
+        assert stats.chisquare(counts[state], np.exp(expected[state]) * counts[state].sum()).pvalue > 1e-4
+
+
+def test_short_rollouts_come_before_long_ones_are_done():
+    """Handing on early is what lets programs run meanwhile: nothing finished may wait for the slowest."""
+    seen = []
+    sampler = _sampler(launch_steps=1)
+    rollouts = list(sampler.sample(LOGITS, None, _prompts(2), 4, seed=0, step=0, on_progress=seen.append))
+    lengths = [len(r.tokens_T) for r in rollouts]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 2
+    assert seen[-1].finished == seen[-1].total == 8
+    assert seen[-1].tokens == sum(lengths)
+    assert [p.finished for p in seen] == sorted(p.finished for p in seen)
+
+
+def test_nothing_is_compiled_again_in_later_steps():
+    sampler = _sampler()
+    list(sampler.sample(LOGITS, None, _prompts(5), 7, seed=0, step=0))
+    compiled = sampler.compilations
+    for step in range(1, 4):
+        list(sampler.sample(LOGITS, None, _prompts(5), 7, seed=0, step=step))
+    assert sampler.compilations == compiled
+
+
+@pytest.mark.parametrize("change", [{"slots": 0}, {"temperature": 0.0}, {"stop_ids": ()}, {"max_new_tokens": 0}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ConfigError):
+        _sampler(**change)
+
+
+def test_prompts_that_do_not_fit_are_refused_at_the_call():
+    with pytest.raises(CapacityError, match="17 tokens"):
+        _sampler().sample(LOGITS, None, _prompts(1, 17), 1, seed=0, step=0)
+    with pytest.raises(CapacityError, match="0 tokens"):
+        _sampler().sample(LOGITS, None, _prompts(1, 0), 1, seed=0, step=0)
+    assert list(_sampler().sample(LOGITS, None, [], 3, seed=0, step=0)) == []
+
+
+def test_log_probabilities_equal_a_full_forward_of_gpt_oss():
+    """Prompts of different lengths around the sliding window, rollouts past it, slots refilled, an adapter that does something."""
+    config = ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, 61, sliding_window=16, eos_id=1, pad_id=0)
+    model = Model(config, LoraConfig(4, 2, 4))
+    frozen = model.init_frozen(jax.random.key(0))
+    lora = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), model.init_lora(jax.random.key(1)))
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(g, "seed", "", rng.integers(2, 61, n).astype(np.int32)) for g, n in enumerate((3, 15, 16, 17, 40))]
+    sampler = _sampler(model, slots=4, max_prompt_tokens=40, max_new_tokens=24, stop_ids=(1,), launch_steps=8)
+
+    @functools.partial(jax.jit)
+    def logprobs(tokens_1T):
+        positions = jnp.arange(tokens_1T.shape[1])[None]
+        hidden = model.hidden(frozen, lora, tokens_1T, positions, jnp.ones_like(positions))
+        return jax.nn.log_softmax(model.logits(frozen, lora, hidden))[0]
+
+    rollouts = list(sampler.sample(frozen, lora, prompts, 2, seed=0, step=0))
+    assert len(rollouts) == 10
+    for r in rollouts:
+        tokens = np.zeros((1, 64), np.int32)  # causal: what comes after does not matter, and one shape is compiled
+        start, end = len(r.prompt_tokens_P), len(r.prompt_tokens_P) + len(r.tokens_T)
+        tokens[0, :end] = np.concatenate([r.prompt_tokens_P, r.tokens_T])
+        expected = np.asarray(logprobs(tokens))[np.arange(start - 1, end - 1), r.tokens_T]
+        np.testing.assert_allclose(r.logprobs_T, expected, atol=1e-4)
