@@ -1,0 +1,64 @@
+"""kill -9 before any file operation of a run, or midway through a write, then again while it resumes: it ends as if nothing had been."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from discover_jax.archive.journal import Journal
+from discover_jax.runs.checkpoints import Checkpoints
+
+_SCRIPT = Path(__file__).with_name("killed_run.py")
+
+
+def books(folder: Path) -> dict[str, bytes]:
+    """Every file that a run leaves, but for checkpoints, whose bytes hold the time, and for what was set aside while resuming."""
+    skipped = ("checkpoints", ".lock", "journal.discarded.jsonl")
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.relative_to(folder).parts[0] not in skipped}
+
+
+def check(root: Path, moments: list[int]) -> None:
+    ended = subprocess.run([sys.executable, str(_SCRIPT), str(root), *map(str, moments)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    _, *lines = ended.stdout.splitlines()
+    expected = books(root / "unbroken")
+    assert {"journal.jsonl", "metrics.jsonl", "config.json", "best/solution.py", "rollouts/step-000002.jsonl"} <= expected.keys()
+    attempts = Journal(root / "unbroken" / "journal.jsonl").read()
+    assert len({attempt.step for attempt in attempts}) == 3
+    host = Checkpoints(root / "unbroken" / "checkpoints", keep=2, every=0, read_only=True).restore(2, None)[1]
+    assert len(lines) == len(moments)
+    for moment, line in zip(moments, lines, strict=True):
+        folder = root / str(moment)
+        assert line.split()[:2] == [str(moment), "True"], "the first start was to be killed"
+        assert line.split()[3] == "True"
+        assert books(folder) == expected, f"killed before file operation {moment}"
+        checkpoints = Checkpoints(folder / "checkpoints", keep=2, every=0, read_only=True)
+        assert checkpoints.latest() == 2
+        assert checkpoints.restore(2, None)[1] == host
+        # What was set aside is in the journal by now, since the steps were done again; torn rows aside.
+        discarded = folder / "journal.discarded.jsonl"
+        for row in discarded.read_text().splitlines() if discarded.exists() else []:
+            try:
+                id = json.loads(row)["id"]
+            except ValueError:
+                continue
+            assert id in {attempt.id for attempt in attempts}
+
+
+def operations(root: Path) -> int:
+    """How many file operations the unbroken run does; about 310."""
+    ended = subprocess.run([sys.executable, str(_SCRIPT), str(root)], capture_output=True, text=True, check=True)
+    return int(ended.stdout.split()[1])
+
+
+def test_killed_at_some_moments(tmp_path):
+    count = operations(tmp_path / "count")
+    check(tmp_path, [count * part // 6 + 3 for part in range(6)])
+
+
+@pytest.mark.slow
+def test_killed_at_every_moment(tmp_path):
+    check(tmp_path, list(range(1, operations(tmp_path / "count") + 1)))
