@@ -13,5 +13,5 @@ def apprentice_on_cpu(config: Any) -> None:
     config.sampling.max_new_tokens = 512
     config.sampling.slots = 64
     config.train.rows = 4
-    config.train.learning_rate = 1e-3
+    config.train.learning_rate = 2e-3
     config.execution.seconds = 60.0
