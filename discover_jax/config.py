@@ -187,6 +187,8 @@ def _contradictions(config: Any) -> Iterator[str]:
             f"config.train.row_tokens = {config.train.row_tokens} is shorter than the longest rollout: max_prompt_tokens + max_new_tokens ="
             f" {longest}. Set it to 0 or to at least {longest}."
         )
+    if (mesh := (config.mesh.data, config.mesh.expert, config.mesh.tensor)) != (1, 1, 1):
+        yield f"config.mesh = {mesh[0]} x {mesh[1]} x {mesh[2]} (data x expert x tensor): runs use one device so far; leave all three at 1."
     if config.model.weights == "apprentice" and config.prompt.style != "brief":
         yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to another folder."
     if config.reuse.sampler == "fixed" and config.train.resume_from:
