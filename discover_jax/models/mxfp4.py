@@ -15,17 +15,27 @@ _MIDPOINTS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 _BIAS = 127
 
 
+def _power_of_two(exponents: jax.Array) -> jax.Array:
+    """2^exponent in float32 for integers of any dtype from -127 to 127, to the last bit: XLA's exp2 is off by an ulp on some CPUs.
+
+    128, which E8M0 reserves for NaN, gives infinity.
+    """
+    exponents = exponents.astype(jnp.int32)
+    bits = jnp.where(exponents > -_BIAS, (exponents + _BIAS) << 23, 1 << 22)  # the smallest of them is subnormal
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def dequantise(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
     """[..., out, in/32, 16] and [..., out, in/32] uint8 to [..., out, in]; exact in bfloat16 and float32."""
     nibbles = jnp.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*scales.shape, BLOCK)
     values = jnp.take(jnp.asarray(_FP4), nibbles.astype(jnp.int32), axis=0)
-    scaled = values * jnp.exp2(scales.astype(jnp.float32) - _BIAS)[..., None]
+    scaled = values * _power_of_two(scales.astype(jnp.int32) - _BIAS)[..., None]
     return scaled.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK).astype(dtype)
 
 
 def _round(blocks: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Indices of the nearest magnitudes at 2^exponent, and the values they stand for; ties go to the smaller one."""
-    scale = jnp.exp2(exponent)
+    scale = _power_of_two(exponent)
     index = jnp.searchsorted(jnp.asarray(_MIDPOINTS), jnp.abs(blocks) / scale)
     return index, jnp.sign(blocks) * jnp.asarray(_MAGNITUDES)[index] * scale
 
@@ -38,7 +48,8 @@ def _nearest(weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.A
     """
     blocks = weights.astype(jnp.float32).reshape(*weights.shape[:-1], -1, BLOCK)
     largest = jnp.abs(blocks).max(axis=-1, keepdims=True)
-    low = jnp.clip(jnp.floor(jnp.log2(jnp.maximum(largest, 1e-30))) - 2, -_BIAS, _BIAS - 1)
+    # frexp gives the exponent of [1/2, 1), one above the logarithm's floor, and exactly.
+    low = jnp.clip(jnp.frexp(largest)[1] - 3, -_BIAS, _BIAS - 1)
     (index_low, values_low), (index_high, values_high) = _round(blocks, low), _round(blocks, low + 1)
     error_low, error_high = (jnp.square(v - blocks).sum(axis=-1, keepdims=True) for v in (values_low, values_high))
     pick = error_high < error_low

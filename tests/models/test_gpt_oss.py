@@ -37,13 +37,13 @@ MODEL = Model(CONFIG, LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, a
 
 @pytest.fixture(scope="module")
 def frozen():
-    return _shaken(MODEL.init_frozen(jax.random.key(0)), 0.2)
+    return _shaken(jax.jit(MODEL.init_frozen)(jax.random.key(0)), 0.05)
 
 
 @pytest.fixture(scope="module")
 def lora():
     """An adapter that does something: B is zero at the start."""
-    return _shaken(MODEL.init_lora(jax.random.key(1)), 0.2)
+    return _shaken(jax.jit(MODEL.init_lora)(jax.random.key(1)), 0.2)
 
 
 def _shaken(tree, scale):
