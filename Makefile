@@ -39,8 +39,9 @@ install: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/python -m discover_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
+# One worker a core; the tests of a file stay together, since they share what is dear to set up.
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not slow and not accelerator" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not accelerator" -n auto --dist loadfile $(ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)

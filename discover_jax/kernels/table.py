@@ -8,11 +8,13 @@ import jax
 from absl import logging
 
 from discover_jax.exceptions import ConfigError
+from discover_jax.kernels.attention import cached_attention_reference
 from discover_jax.kernels.experts import mix_reference
 
 REFERENCE = "reference"
 
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("cached_attention", REFERENCE): cached_attention_reference,
     ("experts", REFERENCE): mix_reference,
 }
 

@@ -39,10 +39,13 @@ def take_rows(cache: Cache, rows_R: jax.Array) -> Cache:
 
 
 def put_rows(cache: Cache, rows_R: jax.Array, other: Cache) -> Cache:
-    """The cache with row `rows_R[r]` replaced by row r of `other`; places outside the cache are dropped. Capacities must agree."""
+    """The cache with row `rows_R[r]` replaced by row r of `other`; rows outside the cache are dropped.
+
+    `other` may have the smaller capacity: what lies behind its places is then left as it was, and its lengths say that it is not in use.
+    """
 
     def put(into: jax.Array, new: jax.Array) -> jax.Array:
-        return into.at[:, rows_R].set(new, mode="drop")
+        return into.at[:, rows_R, :, : new.shape[3]].set(new, mode="drop")
 
     return Cache(
         put(cache.full_k_LBKSH, other.full_k_LBKSH),

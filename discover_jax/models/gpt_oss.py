@@ -129,15 +129,14 @@ class Model:
         positions_B1, rows_B = cache.lengths_B[:, None], jnp.arange(tokens_B.shape[0])
         places_B = cache.lengths_B % c.sliding_window
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(self.dtype)
-        seen_full = jnp.arange(cache.capacity) <= positions_B1
-        # After the write, place w holds position p - (p - w) mod W of a row at position p; a ring not yet full has places without one.
-        seen_ring = positions_B1 - (positions_B1 - jnp.arange(c.sliding_window)) % c.sliding_window >= 0
+        counts_full = cache.lengths_B + 1
+        counts_ring = jnp.minimum(counts_full, c.sliding_window)  # after the write; a ring fills from its first place
 
-        def read(layer: Layer, x_BTD: jax.Array, keys: jax.Array, values: jax.Array, pair: jax.Array, places: jax.Array, seen: jax.Array):
+        def read(layer: Layer, x_BTD: jax.Array, keys: jax.Array, values: jax.Array, pair: jax.Array, places: jax.Array, counts: jax.Array):
             q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, positions_B1, adapted=adapted)
             keys = keys.at[pair, rows_B, :, places].set(k_B1KH[:, 0])
             values = values.at[pair, rows_B, :, places].set(v_B1KH[:, 0])
-            x_BTD += layer.attention.attend(q, keys[pair], values[pair], seen[:, None], adapted=adapted)
+            x_BTD += layer.attention.attend_cached(q, keys, values, pair, counts, adapted=adapted)
             return x_BTD + layer.experts(x_BTD, adapted=adapted), keys, values
 
         # The caches travel as the loop's carry, so that each step writes one place instead of copying them.
@@ -145,8 +144,8 @@ class Model:
             x_BTD, full_k, full_v, ring_k, ring_v = carry
             index, frozen_pair, lora_pair = parameters
             pair = self._bind_pair(frozen_pair, lora_pair)
-            x_BTD, ring_k, ring_v = read(pair.sliding, x_BTD, ring_k, ring_v, index, places_B, seen_ring)
-            x_BTD, full_k, full_v = read(pair.full, x_BTD, full_k, full_v, index, cache.lengths_B, seen_full)
+            x_BTD, ring_k, ring_v = read(pair.sliding, x_BTD, ring_k, ring_v, index, places_B, counts_ring)
+            x_BTD, full_k, full_v = read(pair.full, x_BTD, full_k, full_v, index, cache.lengths_B, counts_full)
             return (x_BTD, full_k, full_v, ring_k, ring_v), None
 
         carry = (x_BTD, cache.full_k_LBKSH, cache.full_v_LBKSH, cache.ring_k_LBKWH, cache.ring_v_LBKWH)

@@ -92,6 +92,14 @@ class Attention(nnx.Module):
         out = out_BKRH.reshape(b, c.num_kv_heads, groups, t, c.head_size).transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
         return self.o(out, adapted=adapted)
 
+    def attend_cached(
+        self, q_B1NH: jax.Array, keys_LBKSH: jax.Array, values_LBKSH: jax.Array, pair: jax.Array, counts_B: jax.Array, *, adapted: bool
+    ) -> jax.Array:
+        """The same for one query a row that sees the first `counts_B` places of one of a stack of caches: [B, 1, D]."""
+        read: Callable = table.choose("cached_attention")
+        out_BNH = read(q_B1NH[:, 0], keys_LBKSH, values_LBKSH, pair, counts_B, self.sinks[...])
+        return self.o(out_BNH.reshape(*q_B1NH.shape[:2], -1), adapted=adapted)
+
 
 class ExpertMatrix(nnx.Module):
     """One matrix of every expert, [E, out, in], packed in MXFP4 or dense, with bias and adapter."""

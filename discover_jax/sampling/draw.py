@@ -1,4 +1,6 @@
-"""Drawing tokens: which one, and how likely it was. The draw of a token depends on (seed, step, group, index, t) alone."""
+"""Drawing tokens: which one, and how likely it was. The draw of a token depends on (seed, step, group, index, t) and its logits alone."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,28 @@ def rollout_keys(seed: jax.Array, step: jax.Array, groups_B: jax.Array, indices_
 def draw_tokens(keys_B: jax.Array, counts_B: jax.Array, logits_BV: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
     """A token a row from softmax(logits / temperature), and its log-probability under that distribution.
 
+    The vocabulary is cut into about sqrt(V) blocks: first a block is drawn by its mass, then a token within it, both by Gumbel-max. The
+    product of the two probabilities is the token's own, and a row needs about 2 sqrt(V) random numbers instead of V, which were a fifth
+    of a decoded token's time on a CPU.
+
     Args:
       keys_B: of the rollouts.
       counts_B: int32, tokens that each rollout has so far.
-      logits_BV: float32.
+      logits_BV: float32; -inf for tokens that must not be drawn.
       temperature: above 0.
 
     Returns:
       int32 tokens [B] and float32 log-probabilities [B].
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperature, axis=-1)
-    tokens_B = jax.vmap(lambda key, count, row: jax.random.categorical(jax.random.fold_in(key, count), row))(keys_B, counts_B, logprobs_BV)
-    tokens_B = tokens_B.astype(jnp.int32)
+    vocab = logprobs_BV.shape[-1]
+    block = 1 << round(math.log2(vocab) / 2)
+
+    def draw(key: jax.Array, count: jax.Array, logprobs_V: jax.Array) -> jax.Array:
+        key_of_block, key_of_token = jax.random.split(jax.random.fold_in(key, count))
+        padded = jnp.pad(logprobs_V, (0, -vocab % block), constant_values=-jnp.inf).reshape(-1, block)
+        chosen = jax.random.categorical(key_of_block, jax.nn.logsumexp(padded, axis=-1))
+        return chosen * block + jax.random.categorical(key_of_token, padded[chosen])
+
+    tokens_B = jax.vmap(draw)(keys_B, counts_B, logprobs_BV).astype(jnp.int32)
     return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]

@@ -1,8 +1,11 @@
 """The sampler: prompts in, rollouts out as they finish. One decode batch of slots, refilled at once; it knows nothing of text.
 
-A group's prompt is read once and its cache rows are copied to the group's rollouts. Decoding runs in launches of a fixed number of tokens
-inside one jitted loop; between launches the host takes out what finished and refills the slots from a queue in fixed order. Scheduling
-depends on tokens only, never on the clock, so a resumed run repeats it.
+A group's prompt is read once and its cache rows are copied to the group's rollouts. Decoding runs in launches: one jitted loop of up to a
+fixed number of tokens, which ends early once enough rows are finished. Between launches the host takes out what finished and refills the
+slots from a queue in fixed order. Scheduling depends on tokens only, never on the clock, so a resumed run repeats it.
+
+Compiled shapes are few: a prefill for each bucket of prompt lengths, and a decode loop for each batch size (the slots, and their halves
+for the tail). The cache always has its full capacity; attention stops at the longest row (see kernels.attention).
 """
 
 import collections
@@ -18,14 +21,12 @@ import numpy as np
 from absl import logging
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.models.cache import Cache, put_rows, take_rows, with_capacity
+from discover_jax.models.cache import Cache, put_rows, take_rows
 from discover_jax.sampling.draw import draw_tokens, rollout_keys
 from discover_jax.types import Prompt, Rollout, StopReason
 
 PROMPT_BUCKET = 128
 """Prompts are padded to a multiple of this, so that few shapes are compiled."""
-CACHE_BUCKET = 256
-"""The cache grows with its longest row by this many places, so that early tokens do not attend to empty places."""
 PROMPT_ROWS = 8
 """Prompts read at once."""
 FEWEST_ROWS = 8
@@ -65,10 +66,11 @@ class _Slots:
 
 @dataclasses.dataclass
 class _Open:
-    """A rollout in the making, on the host."""
+    """A rollout in the making, on the host: the place of its prompt, its index in the group, and what it has so far."""
 
-    group: int
+    place: int
     index: int
+    count: int = 0
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
 
@@ -87,7 +89,7 @@ class Sampler:
       max_new_tokens: budget of a rollout; the stop token counts.
       temperature: logits are divided by it.
       stop_ids: tokens that end a rollout.
-      launch_steps: tokens decoded between two looks of the host.
+      launch_steps: at most so many tokens a row are decoded between two looks of the host.
 
     Raises:
       ConfigError: a number out of range.
@@ -119,13 +121,14 @@ class Sampler:
         self._temperature = temperature
         self._stop_ids = tuple(int(token) for token in stop_ids)
         self._launch_steps = launch_steps
+        self._capacity = _round_up(max_prompt_tokens + max_new_tokens, PROMPT_BUCKET)
         self.compilations = 0
         """Programs compiled so far: it must not grow after the first steps of a run."""
 
         self._read = jax.jit(self._counted(self._read_prompts, "prefill"), static_argnames="capacity")
         self._launch = jax.jit(self._counted(self._decode_launch, "decode"), donate_argnames="slots")
         self._fill = jax.jit(self._counted(self._fill_slots, "fill"), donate_argnames="slots")
-        self._shape = jax.jit(self._counted(self._reshape_slots, "reshape"), static_argnames="capacity")
+        self._take = jax.jit(self._counted(self._take_slots, "take"))
 
     def sample(
         self,
@@ -142,14 +145,18 @@ class Sampler:
 
         Args:
           frozen, lora: weights; `lora` may be None.
-          prompts: one for each group, in any order of group numbers.
+          prompts: one for each group, in any order of group numbers; rollouts are begun in the order given.
           group_size: rollouts of a prompt.
           seed, step: fold into every draw.
           on_progress: called after each launch.
 
         Raises:
           CapacityError: a prompt is empty or longer than `max_prompt_tokens`.
+          ConfigError: two prompts have one group number, so that their rollouts would draw alike.
         """
+        groups = [prompt.group for prompt in prompts]
+        if len(set(groups)) != len(groups):
+            raise ConfigError(f"The sampler was given prompts of groups {groups}; each group number may occur once. Number them apart.")
         for prompt in prompts:
             if not 1 <= len(prompt.tokens_P) <= self._max_prompt:
                 raise CapacityError(
@@ -158,28 +165,38 @@ class Sampler:
                 )
         return self._run(frozen, lora, list(prompts), group_size, seed, step, on_progress)
 
-    def _run(self, frozen, lora, prompts: list[Prompt], group_size: int, seed: int, step: int, on_progress) -> Iterator[Rollout]:
+    def _run(
+        self,
+        frozen: Any,
+        lora: Any,
+        prompts: list[Prompt],
+        group_size: int,
+        seed: int,
+        step: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Iterator[Rollout]:
         start, tokens, finished = time.monotonic(), 0, 0
         total = len(prompts) * group_size
         if not total:
             return
-        queue = collections.deque((row, index) for row in range(len(prompts)) for index in range(group_size))
+        queue = collections.deque((place, index) for place in range(len(prompts)) for index in range(group_size))
         prompt_hidden, prompt_cache = self._read_all(frozen, lora, prompts)
-        rows = min(self._slots, total)
-        open_B: list[_Open | None] = [None] * rows
-        slots = self._empty(rows, prompt_cache.capacity)
+        open_B: list[_Open | None] = [None] * min(self._slots, total)
+        slots = self._empty(len(open_B))
         seed_array, step_array = jnp.uint32(seed), jnp.uint32(step)
         while queue or any(open_B):
-            slots, open_B = self._refill(slots, open_B, queue, prompts, prompt_hidden, prompt_cache)
-            slots, open_B = self._fit(slots, open_B, queue, prompts)
-            before_B = np.asarray(slots.counts_B)
-            slots, tokens_BT, logprobs_BT = self._launch(frozen, lora, slots, seed_array, step_array)
-            alive_B, after_B, tokens_BT, logprobs_BT = jax.device_get((slots.alive_B, slots.counts_B, tokens_BT, logprobs_BT))
+            slots = self._refill(slots, open_B, queue, prompts, prompt_hidden, prompt_cache)
+            if not queue:
+                slots, open_B = self._shrink(slots, open_B)
+            enough = jnp.int32(self._live_rows_that_end_a_launch(len(open_B), waiting=bool(queue)))
+            slots, drawn = self._launch(frozen, lora, slots, seed_array, step_array, enough)
+            alive_B, counts_B, tokens_BT, logprobs_BT = jax.device_get((slots.alive_B, slots.counts_B, *drawn))
             done = []
             for row, rollout in enumerate(open_B):
                 if rollout is None:
                     continue
-                new = int(after_B[row] - before_B[row])
+                new = int(counts_B[row]) - rollout.count
+                rollout.count += new
                 rollout.tokens.append(tokens_BT[row, :new])
                 rollout.logprobs.append(logprobs_BT[row, :new])
                 tokens += new
@@ -193,10 +210,9 @@ class Sampler:
 
     # The host's side
 
-    def _read_all(self, frozen, lora, prompts: list[Prompt]) -> tuple[jax.Array, Cache]:
+    def _read_all(self, frozen: Any, lora: Any, prompts: list[Prompt]) -> tuple[jax.Array, Cache]:
         """The stream at the end of every prompt, and a cache with a row for each."""
         length = _round_up(max(len(prompt.tokens_P) for prompt in prompts), PROMPT_BUCKET)
-        capacity = _round_up(length, CACHE_BUCKET)
         parts = []
         for first in range(0, len(prompts), PROMPT_ROWS):
             chunk = prompts[first : first + PROMPT_ROWS]
@@ -205,7 +221,7 @@ class Sampler:
             for row, prompt in enumerate(chunk):
                 tokens_RP[row, : len(prompt.tokens_P)] = prompt.tokens_P
                 lengths_R[row] = len(prompt.tokens_P)
-            parts.append(self._read(frozen, lora, tokens_RP, lengths_R, capacity=capacity))
+            parts.append(self._read(frozen, lora, tokens_RP, lengths_R, capacity=length))
         hidden = jnp.concatenate([hidden for hidden, _ in parts])
         caches = [cache for _, cache in parts]
         fields = {
@@ -214,45 +230,53 @@ class Sampler:
         }
         return hidden, Cache(**fields)
 
-    def _empty(self, rows: int, capacity: int) -> _Slots:
+    def _empty(self, rows: int) -> _Slots:
         hidden = jnp.zeros((rows, self._model.config.width), self._model.dtype)
         groups, indices, counts = (jnp.zeros(rows, jnp.int32) for _ in range(3))  # three buffers, since each is donated
-        return _Slots(self._model.init_cache(rows, capacity), hidden, groups, indices, counts, jnp.zeros(rows, bool))
+        return _Slots(self._model.init_cache(rows, self._capacity), hidden, groups, indices, counts, jnp.zeros(rows, bool))
 
-    def _refill(self, slots: _Slots, open_B: list[_Open | None], queue, prompts, prompt_hidden, prompt_cache):
-        """Gives every free slot the next rollout of the queue."""
+    def _refill(
+        self,
+        slots: _Slots,
+        open_B: list[_Open | None],
+        queue: collections.deque[tuple[int, int]],
+        prompts: list[Prompt],
+        prompt_hidden: jax.Array,
+        prompt_cache: Cache,
+    ) -> _Slots:
+        """Gives every free slot the next rollout of the queue, and notes it in `open_B`."""
         free = [row for row, rollout in enumerate(open_B) if rollout is None][: len(queue)]
         if not free:
-            return slots, open_B
-        # Padded to the batch so that one shape is compiled: places past the end are dropped.
-        rows = len(open_B)
-        targets, sources, groups, indices = (np.zeros(rows, np.int32) for _ in range(4))
-        targets[:] = rows
-        open_B = list(open_B)
-        for place, row in enumerate(free):
-            source, index = queue.popleft()
-            group = prompts[source].group
-            targets[place], sources[place], groups[place], indices[place] = row, source, group, index
-            open_B[row] = _Open(source, index)
-        return self._fill(slots, targets, sources, groups, indices, prompt_hidden, prompt_cache), open_B
+            return slots
+        # Padded to the batch so that one shape is compiled: rows past the end are dropped.
+        rows_B = np.full(len(open_B), len(open_B), np.int32)
+        places_B, groups_B, indices_B = (np.zeros(len(open_B), np.int32) for _ in range(3))
+        for i, row in enumerate(free):
+            place, index = queue.popleft()
+            rows_B[i], places_B[i], groups_B[i], indices_B[i] = row, place, prompts[place].group, index
+            open_B[row] = _Open(place, index)
+        return self._fill(slots, rows_B, places_B, groups_B, indices_B, prompt_hidden, prompt_cache)
 
-    def _fit(self, slots: _Slots, open_B: list[_Open | None], queue, prompts: list[Prompt]):
-        """Halves the batch when the tail is short enough, and grows the cache to what the next launch may need."""
+    def _shrink(self, slots: _Slots, open_B: list[_Open | None]) -> tuple[_Slots, list[_Open | None]]:
+        """Halves the batch for as long as its live rows fit."""
         live = [row for row, rollout in enumerate(open_B) if rollout is not None]
         rows = len(open_B)
-        while not queue and rows // 2 >= max(FEWEST_ROWS, len(live)):
+        while rows // 2 >= max(FEWEST_ROWS, len(live)):
             rows //= 2
-        longest = max(len(prompts[rollout.group].tokens_P) + sum(map(len, rollout.tokens)) for rollout in open_B if rollout is not None)
-        needed = min(longest + self._launch_steps, self._max_prompt + self._max_new)
-        capacity = max(slots.cache.capacity, _round_up(needed, CACHE_BUCKET))
-        if rows == len(open_B) and capacity == slots.cache.capacity:
+        if rows == len(open_B):
             return slots, open_B
-        keep = list(range(len(open_B))) if rows == len(open_B) else (live + [r for r in range(len(open_B)) if r not in live])[:rows]
-        return self._shape(slots, np.asarray(keep, np.int32), capacity=capacity), [open_B[row] for row in keep]
+        keep_R = (live + [row for row, rollout in enumerate(open_B) if rollout is None])[:rows]
+        return self._take(slots, np.asarray(keep_R, np.int32)), [open_B[row] for row in keep_R]
+
+    def _live_rows_that_end_a_launch(self, rows: int, *, waiting: bool) -> int:
+        """A launch ends early when no more rows than this are live: a quarter can be refilled, or in the tail the batch can be halved."""
+        if waiting:
+            return rows - max(1, rows // 4)
+        return rows // 2 if rows // 2 >= FEWEST_ROWS else 0
 
     def _close(self, rollout: _Open, prompts: list[Prompt]) -> Rollout:
         tokens_T = np.concatenate(rollout.tokens).astype(np.int32)
-        prompt = prompts[rollout.group]
+        prompt = prompts[rollout.place]
         return Rollout(
             group=prompt.group,
             index=rollout.index,
@@ -279,51 +303,58 @@ class Sampler:
     def _read_prompts(self, frozen, lora, tokens_RP: jax.Array, lengths_R: jax.Array, capacity: int) -> tuple[jax.Array, Cache]:
         return self._model.prefill(frozen, lora, tokens_RP, lengths_R, capacity)
 
-    def _fill_slots(self, slots: _Slots, targets, sources, groups, indices, prompt_hidden, prompt_cache: Cache) -> _Slots:
-        new = take_rows(with_capacity(prompt_cache, slots.cache.capacity), sources)
-
-        def put(into: jax.Array, values) -> jax.Array:
-            return into.at[targets].set(values, mode="drop")
+    def _fill_slots(
+        self,
+        slots: _Slots,
+        rows_R: jax.Array,
+        places_R: jax.Array,
+        groups_R: jax.Array,
+        indices_R: jax.Array,
+        prompt_hidden: jax.Array,
+        prompt_cache: Cache,
+    ) -> _Slots:
+        def put(into: jax.Array, values: jax.Array | int | bool) -> jax.Array:
+            return into.at[rows_R].set(values, mode="drop")
 
         return _Slots(
-            cache=put_rows(slots.cache, targets, new),
-            hidden_BD=put(slots.hidden_BD, prompt_hidden[sources]),
-            groups_B=put(slots.groups_B, groups),
-            indices_B=put(slots.indices_B, indices),
+            cache=put_rows(slots.cache, rows_R, take_rows(prompt_cache, places_R)),
+            hidden_BD=put(slots.hidden_BD, prompt_hidden[places_R]),
+            groups_B=put(slots.groups_B, groups_R),
+            indices_B=put(slots.indices_B, indices_R),
             counts_B=put(slots.counts_B, 0),
             alive_B=put(slots.alive_B, True),
         )
 
-    def _reshape_slots(self, slots: _Slots, keep_R: jax.Array, capacity: int) -> _Slots:
+    def _take_slots(self, slots: _Slots, keep_R: jax.Array) -> _Slots:
         rest = {field.name: getattr(slots, field.name)[keep_R] for field in dataclasses.fields(_Slots) if field.name != "cache"}
-        return _Slots(cache=with_capacity(take_rows(slots.cache, keep_R), capacity), **rest)
+        return _Slots(cache=take_rows(slots.cache, keep_R), **rest)
 
-    def _decode_launch(self, frozen, lora, slots: _Slots, seed: jax.Array, step: jax.Array) -> tuple[_Slots, jax.Array, jax.Array]:
-        """Up to `launch_steps` tokens for every live row: the slots, tokens [B, steps] and their log-probabilities.
-
-        A row's new tokens come first in its line; how many there are is the growth of its count.
-        """
+    def _decode_launch(
+        self, frozen: Any, lora: Any, slots: _Slots, seed: jax.Array, step: jax.Array, enough: jax.Array
+    ) -> tuple[_Slots, tuple[jax.Array, jax.Array]]:
+        """Up to `launch_steps` tokens for every live row, until only `enough` rows are live: the slots, and tokens and log-probabilities
+        [B, launch_steps]. A row's new tokens come first in its line; how many there are is the growth of its count."""
         keys_B = rollout_keys(seed, step, slots.groups_B, slots.indices_B)
         stop_ids = jnp.asarray(self._stop_ids, jnp.int32)
         rows = slots.alive_B.shape[0]
         tokens_TB = jnp.zeros((self._launch_steps, rows), jnp.int32)
         logprobs_TB = jnp.zeros((self._launch_steps, rows), jnp.float32)
 
-        def going(carry) -> jax.Array:
+        def going(carry: tuple[jax.Array, _Slots, jax.Array, jax.Array]) -> jax.Array:
             i, slots, *_ = carry
-            return (i < self._launch_steps) & slots.alive_B.any()
+            return (i < self._launch_steps) & (slots.alive_B.sum() > enough)
 
-        def one(carry):
+        def one(carry: tuple[jax.Array, _Slots, jax.Array, jax.Array]) -> tuple[jax.Array, _Slots, jax.Array, jax.Array]:
             i, slots, tokens_TB, logprobs_TB = carry
             logits_BV = self._model.logits(frozen, lora, slots.hidden_BD)
             tokens_B, logprobs_B = draw_tokens(keys_B, slots.counts_B, logits_BV, self._temperature)
             counts_B = slots.counts_B + slots.alive_B
             stopped_B = (tokens_B[:, None] == stop_ids).any(axis=-1) | (counts_B >= self._max_new)
             hidden_BD, cache = self._model.decode(frozen, lora, tokens_B, slots.cache)
-            # A row that is finished stays where it is: its next write falls on the same place.
-            cache = dataclasses.replace(cache, lengths_B=jnp.where(slots.alive_B, cache.lengths_B, slots.cache.lengths_B))
+            # A finished row goes back to length 0: it may write there as it likes, and attention need not read as far as it had come.
+            cache = dataclasses.replace(cache, lengths_B=jnp.where(slots.alive_B & ~stopped_B, cache.lengths_B, 0))
             slots = dataclasses.replace(slots, cache=cache, hidden_BD=hidden_BD, counts_B=counts_B, alive_B=slots.alive_B & ~stopped_B)
             return i + 1, slots, tokens_TB.at[i].set(tokens_B), logprobs_TB.at[i].set(logprobs_B)
 
         _, slots, tokens_TB, logprobs_TB = jax.lax.while_loop(going, one, (jnp.int32(0), slots, tokens_TB, logprobs_TB))
-        return slots, tokens_TB.T, logprobs_TB.T
+        return slots, (tokens_TB.T, logprobs_TB.T)

@@ -1,0 +1,157 @@
+"""Whole runs with the apprentice on the bundled competition, as a user starts them: train, search, kill -9, resume, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_SMALL = (
+    "--config=configs/quickstart.py",
+    "--config.groups=2",
+    "--config.group_size=3",
+    "--config.sampling.slots=6",
+    "--config.sampling.max_prompt_tokens=512",
+    "--config.sampling.max_new_tokens=384",
+    "--config.train.rows=1",
+)
+
+
+# As users have it: without the flags that tests/conftest.py sets.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def _command(workdir: Path, *extra: str, module: str = "main") -> list[str]:
+    return [sys.executable, "-m", f"discover_jax.{module}", *_SMALL, f"--workdir={workdir}", *extra]
+
+
+def _run(workdir: Path, *extra: str, module: str = "main", code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(_command(workdir, *extra, module=module), capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = _run(workdir, "--config.train.steps=3")
+    assert "best program" in done.stdout
+    assert "\x1b" not in done.stdout  # piped: plain lines
+    return workdir
+
+
+def test_a_run_leaves_what_the_readme_says(unbroken):
+    metrics = _rows(unbroken / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    required = {"reward/mean", "reward/max", "best/score", "rollouts/valid_frac", "groups/constant_frac", "logprob_gap/mean"}
+    required |= {"time/sample_s", "time/execute_s", "time/update_s"}
+    assert all(required <= row.keys() for row in metrics)
+    assert all(row["logprob_gap/mean"] < 1e-5 for row in metrics)  # one model samples and trains
+    journal = _rows(unbroken / "journal.jsonl")
+    assert len(journal) == 3 * 2 * 3
+    best = max((row for row in journal if row["score"] is not None), key=lambda row: row["score"])
+    grade = json.loads((unbroken / "best" / "grade.json").read_text())
+    assert grade["score"] == best["score"] == metrics[-1]["best/score"]
+    assert (unbroken / "best" / "solution.py").read_text().rstrip() == best["code"].rstrip()
+    assert (unbroken / "best" / "submission.csv").read_text().startswith("id,even")
+    assert len(list((unbroken / "rollouts").iterdir())) == 3
+    assert json.loads((unbroken / "config.json").read_text())
+
+
+def test_best_grade_is_what_the_task_says_of_the_submission(unbroken):
+    from discover_jax.tasks.prepare import prepare_task
+
+    task = prepare_task("digits-parity", raw=None, reward="grade", folder=unbroken / "task")
+    grade = json.loads((unbroken / "best" / "grade.json").read_text())
+    assert task.grade((unbroken / "best" / "submission.csv").read_bytes()).score == grade["score"]
+
+
+def test_kill_9_and_resume_gives_the_journal_of_the_unbroken_run(unbroken, tmp_path):
+    """Killed while sampling or running programs of the second step, and again soon after its restart."""
+    workdir = tmp_path / "run"
+    for until in (lambda: _lines(workdir / "metrics.jsonl") >= 1, lambda: True):
+        process = subprocess.Popen(
+            _command(workdir, "--config.train.steps=3"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=_ENVIRONMENT,
+        )
+        deadline = time.monotonic() + 300
+        while not until():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(4.0)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    _run(workdir, "--config.train.steps=3")
+    assert (workdir / "journal.jsonl").read_bytes() == (unbroken / "journal.jsonl").read_bytes()
+    timeless = [
+        [{k: v for k, v in row.items() if k in ("step", "reward/mean", "loss", "best/score")} for row in _rows(w / "metrics.jsonl")]
+        for w in (workdir, unbroken)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_finished_run_starts_again_without_doing_anything(unbroken):
+    before = (unbroken / "journal.jsonl").read_bytes()
+    done = _run(unbroken, "--config.train.steps=3")
+    assert "resumed after step" in done.stdout
+    assert (unbroken / "journal.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_with_the_differences(unbroken):
+    done = _run(unbroken, "--config.train.steps=3", "--config.seed=5", code=2)
+    assert "seed" in done.stderr
+    assert "5" in done.stderr
+    assert "Traceback" not in done.stderr
+    _run(unbroken, "--config.train.steps=3", module="search", code=2)
+
+
+def test_a_second_run_goes_on_from_the_first(unbroken, tmp_path):
+    """As the report's run 4 goes on from run 3: adapter, optimiser, archive, journal and the count of steps come along."""
+    done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
+    assert "goes on from step 2" in done.stdout
+    journal = _rows(tmp_path / "next" / "journal.jsonl")
+    assert journal[:18] == _rows(unbroken / "journal.jsonl")
+    assert {row["step"] for row in journal[18:]} == {3}
+    assert all(row["adapter_step"] >= 2 for row in journal[18:])
+    done = _run(tmp_path / "none", "--config.train.steps=1", "--config.train.resume_from=/nowhere", code=2)
+    assert "holds no checkpoint" in done.stderr
+
+
+def test_search_samples_the_same_first_step_and_never_learns(unbroken, tmp_path):
+    _run(tmp_path / "search", "--config.train.steps=2", module="search")
+    ours, theirs = _rows(tmp_path / "search" / "journal.jsonl"), _rows(unbroken / "journal.jsonl")
+    assert [row["code"] for row in ours[:6]] == [row["code"] for row in theirs[:6]]
+    assert all(row["adapter_step"] == 0 for row in ours)
+    metrics = _rows(tmp_path / "search" / "metrics.jsonl")
+    assert metrics[0].keys() >= {"logprob_gap/mean", "time/update_s", "update/skipped"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--config.task.competition=spaceship-titanic", "--config.task.raw=/nowhere/train.csv"), "/nowhere/train.csv"),
+        (("--config.task.competition=spaceship-titanic",), "raw"),
+        (("--config.task.competition=spaceship",), "spaceship-titanic"),
+        (("--config.model.weights=/nowhere",), "/nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_clear_error_and_leave_nothing_broken(tmp_path, extra, message):
+    done = _run(tmp_path / "run", "--config.train.steps=1", *extra, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
