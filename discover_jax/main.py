@@ -6,6 +6,7 @@ advantages, update, archive, checkpoint. `discover_jax.search` is the same loop 
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import jax
 
 from discover_jax import cli
 from discover_jax import config as settings
-from discover_jax.archive.archive import Archive, lineage
+from discover_jax.archive.archive import Archive, best_of, lineage
 from discover_jax.archive.journal import Journal
 from discover_jax.archive.samplers import SAMPLERS, step_rng
 from discover_jax.exceptions import RunError
@@ -126,7 +127,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         train_state = init_train_state(policy.init_lora(config.seed), optimizer) if learn else None
         stand = _restore(config, workdir, checkpoints, journal, train_state)
         metrics.truncate(stand.step)
-        train_state, archive, last_children = stand.train_state, stand.archive, stand.last_children
+        train_state, archive, best, last_children = stand.train_state, stand.archive, stand.best, stand.last_children
         last_step = stand.first_step + config.train.steps
         rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
         console.start(_title(config, task, learn), _opening_lines(config, workdir, task, executor, policy, stand))
@@ -196,14 +197,19 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
 
             # ---------------------------------------------------------- archive, journal, best/, checkpoint
             console.phase("saving")
-            previous = archive.best
-            states = [state for attempt in attempts if (state := attempt.state()) is not None]
-            # A program too long for a prompt cannot become a parent; it stays in the journal, and best/ may still hold it.
-            archive = archive.add(state for state in states if program_fits(task, state, prompt_settings, policy.tokenizer))
+            states = _states(attempts)
+            fitting = [state for state in states if program_fits(task, state, prompt_settings, policy.tokenizer)]
+            if len(fitting) < len(states):
+                console.note(
+                    f"{len(states) - len(fitting)} programs are too long for a prompt of {prompt_settings.max_tokens:,} tokens, so they are"
+                    " not reused as parents; the journal and best/ take them all the same."
+                )
+            archive = archive.add(fitting)
             last_children |= _by_parent(attempts)
             journal.append(attempts)
-            if archive.best is not None and archive.best != previous:
-                _write_best(config, workdir, task, journal, archive.best, verdicts)
+            previous, best = best, best_of([best, *states] if best is not None else states)
+            if best is not None and best != previous:
+                _write_best(config, workdir, task, journal, best, verdicts)
             write_rollouts(workdir.rollouts_dir, step, _rollout_rows(places, rollouts, prompts, attempts, advantages, verdicts, policy))
             saved = time.monotonic()
 
@@ -221,7 +227,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             row = step_row(
                 step,
                 attempts,
-                best=archive.best,
+                best=best,
                 timings=timings,
                 advantage_metrics=advantage_metrics(advantages),
                 update_metrics=update_metrics,
@@ -230,9 +236,9 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             checkpoints.save(step, train_state, _host_state(stand, archive, journal))
             checkpoint_seconds = time.monotonic() - saved
             rows.append(row)
-            console.step_done(row, archive.best, previous.score if previous is not None else None)
+            console.step_done(row, best, previous.score if previous is not None else None)
 
-        console.finish(_closing_lines(workdir, task, archive.best, rows, learn))
+        console.finish(_closing_lines(workdir, task, best, rows, learn))
 
 
 # ---------------------------------------------------------------------- starting and resuming
@@ -245,6 +251,8 @@ class _Stand:
     Attributes:
       first_step: number of the run's first step: not 0 for a run that goes on from another one's.
       step: the next step.
+      archive: of the states that may become parents.
+      best: the best state of the journal, be it fit for a prompt or not.
       last_children: for each parent, the attempts of the last step that used it.
     """
 
@@ -252,6 +260,7 @@ class _Stand:
     step: int
     train_state: TrainState | None
     archive: Archive
+    best: State | None
     last_children: dict[str, list[Attempt]]
     origin: str
 
@@ -260,7 +269,7 @@ def _restore(config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: J
     """From the folder's last checkpoint; else from `train.resume_from`; else from nothing."""
     if (latest := checkpoints.latest()) is not None:
         train_state, host = checkpoints.restore(latest, fresh)
-        first_step, origin = host["first_step"], f"resumed after step {latest}"
+        first_step, origin = host["first_step"], f"resumed after step {latest + 1}"
     elif config.train.resume_from:
         source = Path(config.train.resume_from).expanduser()
         earlier = Checkpoints(source / "checkpoints", keep=1, every=0, read_only=True) if (source / "checkpoints").is_dir() else None
@@ -270,22 +279,20 @@ def _restore(config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: J
                 " or leave it empty to start from nothing."
             )
         train_state, host = earlier.restore(latest, fresh)
-        first_step, origin = latest + 1, f"goes on from step {latest} of {source}"
+        first_step, origin = latest + 1, f"goes on from step {latest + 1} of {source}"
         # The journal comes along, so that the lineage of every program can still be told.
         rows = (source / "journal.jsonl").read_bytes()[: host["journal_position"]]
         write_atomic(workdir.journal_path, rows)
     else:
         journal.truncate(0)
-        return _Stand(0, 0, fresh, Archive((), config.reuse.capacity), {}, "fresh")
+        return _Stand(0, 0, fresh, Archive((), config.reuse.capacity), None, {}, "fresh")
     journal.truncate(host["journal_position"])
     archive = Archive.from_json(host["archive"], config.reuse.capacity)
+    attempts = list(journal.read())
     last_children: dict[str, list[Attempt]] = {}
-    by_step: dict[int, list[Attempt]] = {}
-    for attempt in journal.read():
-        by_step.setdefault(attempt.step, []).append(attempt)
-    for attempts in by_step.values():
-        last_children |= _by_parent(attempts)
-    return _Stand(first_step, latest + 1, train_state, archive, last_children, origin)
+    for _, of_step in itertools.groupby(attempts, key=lambda attempt: attempt.step):
+        last_children |= _by_parent(list(of_step))
+    return _Stand(first_step, latest + 1, train_state, archive, best_of(_states(attempts)), last_children, origin)
 
 
 def _host_state(stand: _Stand, archive: Archive, journal: Journal) -> dict[str, Any]:
@@ -302,6 +309,10 @@ def _cache_compilations() -> None:
 
 
 # ---------------------------------------------------------------------- parts of a step
+
+
+def _states(attempts: Sequence[Attempt]) -> list[State]:
+    return [state for attempt in attempts if (state := attempt.state()) is not None]
 
 
 def _by_parent(attempts: Sequence[Attempt]) -> dict[str, list[Attempt]]:
@@ -455,7 +466,7 @@ def _closing_lines(workdir: Workdir, task: Task, best: State | None, rows: Seque
     interval = task.score_interval(best.score)
     between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f} ({task.score_rows:,} rows)" if interval else ""
     lines = [
-        f"{'After training' if learn else 'After search'}, steps {first['step']} to {last['step']}:",
+        f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
         f"mean reward  {first['reward/mean']:.4f} -> {last['reward/mean']:.4f}   ({last['reward/mean'] - first['reward/mean']:+.4f})",
         f"best {name}  {first['best/score']:.4f} -> {best.score:.4f}   ({best.score - first['best/score']:+.4f}){between}",
         f"best program {workdir.best_dir / 'solution.py'}",

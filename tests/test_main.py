@@ -124,7 +124,7 @@ def test_another_config_is_refused_with_the_differences(unbroken):
 def test_a_second_run_goes_on_from_the_first(unbroken, tmp_path):
     """As the report's run 4 goes on from run 3: adapter, optimiser, archive, journal and the count of steps come along."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
-    assert "goes on from step 2" in done.stdout
+    assert "goes on from step 3" in done.stdout
     journal = _rows(tmp_path / "next" / "journal.jsonl")
     assert journal[:18] == _rows(unbroken / "journal.jsonl")
     assert {row["step"] for row in journal[18:]} == {3}
@@ -155,3 +155,12 @@ def test_mistakes_end_in_one_clear_error_and_leave_nothing_broken(tmp_path, extr
     done = _run(tmp_path / "run", "--config.train.steps=1", *extra, code=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(tmp_path):
+    done = _run(tmp_path / "run", "--config.train.steps=2", "--config.sampling.max_prompt_tokens=48", module="search")
+    assert "too long for a prompt of 48 tokens" in done.stdout
+    journal = _rows(tmp_path / "run" / "journal.jsonl")
+    assert {row["parent_id"] for row in journal} == {"seed"}
+    grade = json.loads((tmp_path / "run" / "best" / "grade.json").read_text())
+    assert grade["score"] == max(row["score"] for row in journal if row["score"] is not None)

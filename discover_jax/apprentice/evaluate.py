@@ -23,11 +23,10 @@ from discover_jax.models.gpt_oss import Model
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
-from discover_jax.text import harmony
-from discover_jax.text.code import extract_program
 from discover_jax.text.prompts import PromptSettings, build_prompt
+from discover_jax.text.reply import program_of
 from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
-from discover_jax.types import SEED, Outcome, Rollout, State, StopReason, Verdict
+from discover_jax.types import SEED, Outcome, Rollout, State, Verdict
 
 WEIGHTS = Path(__file__).parent / "weights"
 MAX_PROMPT_TOKENS = 640
@@ -54,14 +53,6 @@ class Sampled:
 def similarity(first: str, second: str) -> float:
     """Part of the lines of two programs that match, in order, from 0 to 1."""
     return difflib.SequenceMatcher(None, first.split("\n"), second.split("\n"), autojunk=False).ratio()
-
-
-def program_of(rollout: Rollout, tokenizer: Tokenizer) -> str | None:
-    """The program that a rollout wrote, or None."""
-    reply = harmony.parse(rollout.tokens_T.tolist(), tokenizer)
-    if reply.final is None:
-        return None
-    return extract_program(reply.final, rollout.stop is StopReason.MAX_TOKENS)
 
 
 def report(sampled: Sequence[Sampled]) -> str:

@@ -15,3 +15,4 @@ def apprentice_on_cpu(config: Any) -> None:
     config.train.rows = 4
     config.train.learning_rate = 2e-3
     config.execution.seconds = 60.0
+    config.execution.cores = 1  # most of its programs use one core for most of their time

@@ -43,11 +43,6 @@ class Archive:
                 codes.remove(kept.pop().code)
         return Archive(tuple(kept), self.capacity)
 
-    @property
-    def best(self) -> State | None:
-        """The state of the highest value, or None if there is none yet."""
-        return self.states[0] if self.states else None
-
     def to_json(self) -> list[dict[str, Any]]:
         """The states, best first, as rows that JSON can hold; `from_json` reads them."""
         return [dataclasses.asdict(state) for state in self.states]
@@ -69,8 +64,13 @@ class Archive:
 
 
 def _descending(state: State) -> float:
-    assert state.value is not None, "add() lets no such state in"
+    assert state.value is not None, "only graded programs are compared"
     return -state.value
+
+
+def best_of(states: Iterable[State]) -> State | None:
+    """The state of the highest value, the first of equals; None if there are none. All must have values."""
+    return min(states, key=_descending, default=None)
 
 
 def lineage(attempts: Iterable[Attempt], id: str) -> list[State]:

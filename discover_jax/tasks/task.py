@@ -130,13 +130,13 @@ class Task:
     def disclosure(self) -> Disclosure:
         if self.reward_source == "grade":
             text = (
-                f"Reward: the private answers ({self.private_rows:,} rows), which are also the rows that scores are reported on. The search"
+                f"Rewards come from the private answers ({self.private_rows:,} rows), which scores are reported on, too. The search"
                 " optimised on the graded rows, so its best score is no estimate for unseen data."
             )
         else:
             text = (
-                f"Reward: {self.holdout_rows:,} rows held out of the public training table, which programs see without their labels. The"
-                f" score on the private answers ({self.private_rows:,} rows) is for the record only: no prompt, reward or choice saw it."
+                f"Rewards come from {self.holdout_rows:,} rows held out of the public training table, which programs see without labels."
+                f" The score on the private answers ({self.private_rows:,} rows) is for the record only: no prompt, reward or choice saw it."
             )
         return Disclosure(self.reward_source, self.score_rows, self.private_rows, text)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from discover_jax.archive.archive import Archive, lineage
+from discover_jax.archive.archive import Archive, best_of, lineage
 from discover_jax.archive.journal import Journal
 from discover_jax.archive.samplers import SAMPLERS, step_rng
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
@@ -74,19 +74,21 @@ def run(folder: Path) -> None:
             state, first, archive, position = restored, latest + 1, Archive.from_json(host["archive"], 4), host["journal_position"]
         journal.truncate(position)
         metrics.truncate(first)
+        best = best_of([s for a in journal.read() if (s := a.state()) is not None])
         for step in range(first, STEPS):
             parents = SAMPLERS["greedy"](archive, GROUPS, step_rng(5, step), epsilon=0.5)
             attempts = attempts_of(step, parents, float(state.lora["number"][0]))
             mean = float(np.mean([a.reward for a in attempts]))
             state = TrainState({"number": state.lora["number"] * 0.5 + mean}, state.opt_state, state.step + 1)
-            previous = archive.best
-            archive = archive.add(s for a in attempts if (s := a.state()) is not None)
+            states = [s for a in attempts if (s := a.state()) is not None]
+            archive = archive.add(states)
+            previous, best = best, best_of([best, *states] if best is not None else states)
             journal.append(attempts)
-            if archive.best is not None and archive.best != previous:
-                grade = {"score": archive.best.score, "step": step}
-                write_best(workdir.best_dir, lineage=lineage(journal.read(), archive.best.id), submission=b"id,y\n", grade=grade)
+            if best is not None and best != previous:
+                grade = {"score": best.score, "step": step}
+                write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade)
             write_rollouts(workdir.rollouts_dir, step, [{"id": a.id, "score": a.score} for a in attempts])
-            metrics.write(step_row(step, attempts, best=archive.best, timings={}, advantage_metrics={}, update_metrics={}))
+            metrics.write(step_row(step, attempts, best=best, timings={}, advantage_metrics={}, update_metrics={}))
             checkpoints.save(step, state, {"archive": archive.to_json(), "journal_position": journal.position})
         checkpoints.close()
 
