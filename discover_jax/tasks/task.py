@@ -136,7 +136,7 @@ class Task:
         else:
             text = (
                 f"Rewards come from {self.holdout_rows:,} rows held out of the public training table, which programs see without labels."
-                f" The score on the private answers ({self.private_rows:,} rows) is for the record only: no prompt, reward or choice saw it."
+                f" The score on the private answers ({self.private_rows:,} rows) is only recorded: no prompt, reward or choice saw it."
             )
         return Disclosure(self.reward_source, self.score_rows, self.private_rows, text)
 
