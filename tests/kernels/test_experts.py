@@ -1,0 +1,84 @@
+"""Routing, activation and mixture against plain loops in float64; and the table that chooses kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.kernels import table
+from discover_jax.kernels.experts import gated, mix_reference, route
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """One matrix [E, in, out] of every expert, without bias or adapter."""
+
+    weights: jax.Array
+
+    def arrays(self, *, adapted):
+        return {"weights": self.weights}
+
+    def apply(self, x_Ti, one):
+        return x_Ti @ one["weights"]
+
+
+def _act(h, limit, alpha):
+    gate, up = np.minimum(h[0::2], limit), np.clip(h[1::2], -limit, limit)
+    return (up + 1) * gate / (1 + np.exp(-alpha * gate))
+
+
+def test_the_activation_clamps_the_gate_above_and_the_rest_on_both_sides():
+    h = np.array([[-20.0, -20.0, 20.0, 20.0, 1.0, -0.5]], np.float32)
+    np.testing.assert_allclose(gated(h, limit=7.0, alpha=1.702)[0], _act(h[0].astype(np.float64), 7.0, 1.702), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("active", [1, 2, 5])
+def test_routing_is_a_softmax_over_the_largest(active):
+    logits = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
+    weights = np.asarray(route(logits, active))
+    for row, out in zip(logits.astype(np.float64), weights, strict=True):
+        top = np.argsort(row)[-active:]
+        expected = np.zeros(5)
+        expected[top] = np.exp(row[top]) / np.exp(row[top]).sum()
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_ties_still_choose_exactly_as_many_experts():
+    weights = np.asarray(route(np.zeros((3, 6), np.float32), 2))
+    assert ((weights > 0).sum(axis=1) == 2).all()
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("skew", [0.0, 50.0])
+def test_the_mixture_drops_no_token_however_uneven_the_routing(skew):
+    rng = np.random.default_rng(1)
+    tokens, width, hidden, experts = 40, 6, 10, 4
+    x = rng.normal(size=(tokens, width))
+    up, down = rng.normal(size=(experts, width, 2 * hidden)), rng.normal(size=(experts, hidden, width))
+    logits = rng.normal(size=(tokens, experts)) + skew * np.arange(experts)  # a large skew sends every token to the same two
+    weights = np.asarray(route(logits, 2))
+    out = jax.jit(lambda x, w, up, down: mix_reference(x, w, Dense(up), Dense(down), adapted=False, limit=7.0, alpha=1.702))(
+        *(jnp.asarray(a, jnp.float32) for a in (x, weights, up, down))
+    )
+    expected = np.zeros((tokens, width))
+    for t, e in np.ndindex(tokens, experts):
+        expected[t] += weights[t, e] * (_act(x[t] @ up[e], 7.0, 1.702) @ down[e])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_takes_the_platforms_kernel_if_there_is_one(monkeypatch):
+    assert table.choose("experts") is mix_reference
+
+    def fast(): ...
+
+    monkeypatch.setitem(table.KERNELS, ("experts", jax.default_backend()), fast)
+    table._entry.cache_clear()
+    try:
+        assert table.choose("experts") is fast
+    finally:
+        table._entry.cache_clear()
+    with pytest.raises(ConfigError, match="cached_attention, experts"):
+        table.choose("convolution")
