@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
             "`packed` keeps the experts in MXFP4 on the device; `dense` expands them once at load (small models on a CPU)",
             choices=("packed", "dense"),
         ),
+        "remat": Setting(True, "the update computes activations again instead of keeping them: less memory, about a third more time"),
     },
     "lora": {
         "attention_rank": Setting(32, "rank of the adapter on q, k, v and o; 0 leaves them out", low=0, high=1024),

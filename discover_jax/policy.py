@@ -46,5 +46,5 @@ def load_policy(config: Any) -> Policy:
     folder = weights_folder(config)
     tokenizer = load_tokenizer(Path(config.model.tokenizer).expanduser() if config.model.tokenizer else folder)
     sizes, frozen = load_folder(folder, dtype=config.model.dtype, experts=config.model.experts)
-    model = Model(sizes, LoraConfig(**config.lora), dtype=config.model.dtype, experts=config.model.experts)
+    model = Model(sizes, LoraConfig(**config.lora), dtype=config.model.dtype, experts=config.model.experts, remat=config.model.remat)
     return Policy(model, frozen, tokenizer)
