@@ -28,6 +28,25 @@ _HF_ROPE_NAMES = {
     "rope_beta_slow": "beta_slow",
     "rope_truncate": "truncate",
 }
+# config.json beside the original layout; sizes that it lacks are constants of gpt-oss.
+_ORIGINAL_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "num_experts": "num_experts",
+    "experts_per_token": "experts_per_token",
+    "expert_width": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "sliding_window": "sliding_window",
+    "swiglu_limit": "swiglu_limit",
+    "rope_theta": "rope_theta",
+    "rope_factor": "rope_scaling_factor",
+    "rope_original_length": "initial_context_length",
+    "rope_beta_fast": "rope_ntk_beta",
+    "rope_beta_slow": "rope_ntk_alpha",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +100,34 @@ class ModelConfig:
         return self.num_layers // 2
 
     @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "ModelConfig":
+        """From the content of a config.json, Hugging Face's or the original one.
+
+        Raises:
+          WeightsError: another architecture, or a size that is missing.
+        """
+        # The original one names no architecture; these two names occur together in no other model's.
+        original = "model_type" not in config and {"rope_scaling_factor", "num_experts"} <= config.keys()
+        return cls.from_original(config) if original else cls.from_hf(config)
+
+    @classmethod
+    def from_original(cls, config: dict[str, Any]) -> "ModelConfig":
+        """From the config.json of gpt-oss's original layout.
+
+        Raises:
+          WeightsError: a size is missing.
+        """
+        optional = ("swiglu_limit", "rope_theta", "rope_ntk_beta", "rope_ntk_alpha", "initial_context_length")
+        missing = [name for name in _ORIGINAL_NAMES.values() if name not in config and name not in optional]
+        if missing:
+            raise WeightsError(f"config.json lacks {', '.join(missing)}; take the file that came with the weights.")
+        return cls(**{ours: config[name] for ours, name in _ORIGINAL_NAMES.items() if name in config})
+
+    def to_original(self) -> dict[str, Any]:
+        """The content of a config.json of the original layout; it has no place for eos_id, pad_id and a rounded ramp."""
+        return {name: getattr(self, ours) for ours, name in _ORIGINAL_NAMES.items()}
+
+    @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
         """From the content of a config.json.
 
@@ -130,6 +177,7 @@ class ModelConfig:
 
 GPT_OSS_120B = ModelConfig(36, 2880, 64, 8, 64, 128, 4, 2880, 201_088)
 GPT_OSS_20B = ModelConfig(24, 2880, 64, 8, 64, 32, 4, 2880, 201_088)
+SHAPES = {"gpt-oss-120b": GPT_OSS_120B, "gpt-oss-20b": GPT_OSS_20B}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Checkpoint folders in Hugging Face's layout: config.json and *.safetensors, experts in MXFP4 or dequantised."""
+"""Checkpoint folders: config.json and *.safetensors, in any layout of `models.layouts`, read and written a tensor at a time."""
 
 import dataclasses
+import functools
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,89 +15,179 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
+from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Layout, Place, layout_of, places_of
 from discover_jax.models.mxfp4 import dequantise, quantise
 from discover_jax.models.parameters import Tree
 
-_SINGLE = {
-    ("embedding",): "model.embed_tokens.weight",
-    ("norm",): "model.norm.weight",
-    ("head", "weight"): "lm_head.weight",
-}
-# Within a layer; {expert matrices} apart, since they come in two forms.
-_LAYER = {
-    ("attention", "norm"): "input_layernorm.weight",
-    ("attention", "sinks"): "self_attn.sinks",
-    **{("attention", name, kind): f"self_attn.{name}_proj.{kind}" for name in "qkvo" for kind in ("weight", "bias")},
-    ("experts", "norm"): "post_attention_layernorm.weight",
-    ("experts", "router", "weight"): "mlp.router.weight",
-    ("experts", "router", "bias"): "mlp.router.bias",
-    ("experts", "gate_up", "bias"): "mlp.experts.gate_up_proj_bias",
-    ("experts", "down", "bias"): "mlp.experts.down_proj_bias",
-}
-_MATRICES = ("gate_up", "down")
+SHARD_BYTES = 1 << 30
+"""A file is closed when it holds so much; a tensor is never cut."""
+
+OnProgress = Callable[[int, int], None]
+"""(bytes done, bytes in all) of what this process reads or writes."""
+
+_INDEX = "model.safetensors.index.json"
 _KINDS = ("sliding", "full")
+_FLOATS = ("BF16", "F16", "F32")
+_SHOWN = 5
+
+
+# ---------------------------------------------------------------------- what lies in a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What a file says of one of its tensors."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-    """Where each tensor of a folder lies."""
-
     path: Path
-    file_of: dict[str, str]
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor, checked against the shape that the config demands."""
-        if name not in self.file_of:
-            raise WeightsError(
-                f"{self.path} has no tensor {name!r} (it has {len(self.file_of)} others). The download is incomplete, or this is another"
-                " architecture; fetch the folder again."
-            )
-        file = self.path / self.file_of[name]
-        try:
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                found = tuple(opened.get_slice(name).get_shape())
-                if found != shape:
-                    raise WeightsError(
-                        f"Tensor {name!r} in {file} has shape {found}; config.json demands {shape}. They do not belong together."
-                    )
-                return opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"Tensor {name!r} cannot be read from {file}: {error}. The file is damaged or missing; fetch it again."
-            ) from error
+    config: ModelConfig
+    layout: Layout
+    headers: dict[str, _Header]
 
 
-def _open(path: Path) -> tuple[ModelConfig, _Folder]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}. Fetch the folder again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no JSON object. Fetch the folder again.")
+    return content
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder itself, or its `original/` where only that has weights, as the published repositories can be fetched."""
+    path = Path(path)
+    if not any(path.glob("*.safetensors")) and any((path / "original").glob("*.safetensors")):
+        return path / "original"
+    return path
+
+
+def _open(path: Path) -> _Folder:
+    """Lists a folder from its files' headers, which also shows truncated files, before anything large is read."""
+    path = find_folder(path)
+    if not (path / "config.json").exists():
         raise WeightsError(
             f"No weights at {str(path)!r}: it has no config.json. Set config.model.weights to a folder with config.json and *.safetensors,"
             " or to 'apprentice' for the small model that ships with the project."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path / 'config.json'} cannot be read: {error}. Fetch the folder again.") from error
-    index = path / "model.safetensors.index.json"
-    try:
-        if index.exists():
-            file_of = dict(json.loads(index.read_text())["weight_map"])
-        else:
-            file_of = {}
-            for file in sorted(path.glob("*.safetensors")):
-                with safetensors.safe_open(file, framework="numpy") as opened:
-                    file_of |= dict.fromkeys(opened.keys(), file.name)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"The tensors of {path} cannot be listed: {error}. A file is damaged or missing; fetch the folder again."
-        ) from error
-    if not file_of:
+        )
+    config = ModelConfig.from_json(_read_json(path / "config.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
         raise WeightsError(f"{path} has a config.json but no *.safetensors; fetch the weights too.")
-    return ModelConfig.from_hf(config), _Folder(path, file_of)
+    for index in sorted(path.glob("*.index.json")):
+        named = _read_json(index).get("weight_map", {}).values()
+        absent = sorted({str(name) for name in named} - {file.name for file in files})
+        if absent:
+            raise WeightsError(
+                f"{path} lacks {len(absent)} of the {len(set(named))} files that {index.name} names: {', '.join(absent[:_SHOWN])}."
+                " The download is incomplete; fetch them."
+            )
+    headers: dict[str, _Header] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    part = opened.get_slice(name)
+                    headers[name] = _Header(file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            size = file.stat().st_size
+            raise WeightsError(
+                f"{file} ({size:,} bytes) cannot be read: {error}. The file is damaged or truncated; fetch it again."
+            ) from error
+    layout = layout_of(headers)
+    if layout is None:
+        raise WeightsError(
+            f"The tensors of {path} have no names of a gpt-oss checkpoint (it has {len(headers)}, such as"
+            f" {', '.join(sorted(headers)[:3])}). Take a folder of gpt-oss-20b or -120b."
+        )
+    return _Folder(path, config, layout, headers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Rows of one tensor on disk, as they are wanted: `shape` is the parameter's, [E, in, out] on disk where `transposed`."""
+
+    header: _Header
+    name: str
+    shape: tuple[int, ...]
+    first_row: int
+    transposed: bool
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of the parameter; only its bytes are read."""
+        ranges = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)]
+        ranges[0] = slice(ranges[0].start + self.first_row, ranges[0].stop + self.first_row)
+        if self.transposed:
+            ranges[-1], ranges[-2] = ranges[-2], ranges[-1]
+        try:
+            with safetensors.safe_open(self.header.file, framework="numpy") as opened:
+                array = opened.get_slice(self.name)[tuple(ranges)]
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"Tensor {self.name!r} cannot be read from {self.header.file}: {error}. The file is damaged or missing; fetch it again."
+            ) from error
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+
+def _check(folder: _Folder, shapes: dict[Place, jax.ShapeDtypeStruct]) -> dict[tuple[Place, int | None], _Stored]:
+    """Every parameter's place on disk.
+
+    Raises:
+      WeightsError: tensors are missing or of another shape or type; names the first few and counts the rest.
+    """
+    stored: dict[tuple[Place, int | None], _Stored] = {}
+    missing, wrong = [], []
+    known = set()
+    for name, places, layer in folder.layout.tensors(folder.config.num_layers):
+        known.add(name)
+        rows = [shapes[place].shape[0] for place in places]
+        shape = (sum(rows), *shapes[places[0]].shape[1:])
+        transposed = folder.layout.is_transposed(places[0])
+        if transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        types = ("U8",) if shapes[places[0]].dtype == jnp.uint8 else _FLOATS
+        header = folder.headers.get(name)
+        if header is None:
+            missing.append(name)
+            continue
+        if header.shape != shape:
+            wrong.append(f"{name} in {header.file.name} has shape {header.shape}, and config.json demands {shape}")
+        elif header.dtype not in types:
+            wrong.append(f"{name} in {header.file.name} is {header.dtype}, and must be {' or '.join(types)}")
+        first = 0
+        for place, count in zip(places, rows, strict=True):
+            stored[place, layer] = _Stored(header, name, shapes[place].shape, first, transposed)
+            first += count
+    if missing:
+        raise WeightsError(
+            f"{folder.path} lacks {len(missing)} tensors, such as {', '.join(missing[:_SHOWN])} (it has {len(folder.headers)}). The"
+            " download is incomplete, or config.json belongs to another model; fetch the folder again."
+        )
+    if wrong:
+        raise WeightsError(
+            f"{folder.path} has {len(wrong)} tensors that do not fit: {'; '.join(wrong[:_SHOWN])}. The files do not belong together; fetch"
+            " the folder again."
+        )
+    if unknown := sorted(folder.headers.keys() - known):
+        logging.warning("%s: %d tensors are not used, such as %s", folder.path, len(unknown), ", ".join(unknown[:_SHOWN]))
+    return stored
+
+
+# ---------------------------------------------------------------------- reading
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -103,102 +196,212 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises:
       WeightsError: there is no readable config.json of a gpt-oss model.
     """
-    return _open(Path(path))[0]
+    return _open(Path(path)).config
 
 
-def load_folder(path: str | Path, *, dtype: Any = jnp.float32, experts: str = "dense") -> tuple[ModelConfig, Tree]:
-    """Reads a folder as the frozen tree of `Model(config, dtype=dtype, experts=experts)`.
+def load_folder(
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    experts: str = "dense",
+    mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[ModelConfig, Tree]:
+    """Reads a folder as the frozen tree of `Model(config, dtype=dtype, experts=experts, mesh=mesh)`.
+
+    All names, shapes and types are checked before anything is read. Then one tensor of one layer at a time goes from disk to the devices,
+    and of it only what this process's devices hold, so that the host needs room for one such tensor (twice for a moment).
 
     Raises:
       WeightsError: a file or tensor is missing, damaged, or of another shape or type; the message names it.
     """
-    config, folder = _open(Path(path))
-    model = Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=experts)
-    packed_on_disk = any(name.endswith("gate_up_proj_blocks") for name in folder.file_of)
+    folder = _open(Path(path))
+    config, layout = folder.config, folder.layout
+    if layout.transposed and experts == "packed":
+        raise WeightsError(
+            f"{folder.path} holds dequantised experts; they are not packed again, which would lose digits. Set"
+            " config.model.experts='dense', or use the MXFP4 checkpoint."
+        )
+    wanted = Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
+    form = "dense" if layout.transposed else "packed"
+    on_disk = Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=form, mesh=mesh).abstract_frozen()
+    # Of a layer's parameters the shape and sharding are those of the stack without its first axis.
+    structs = {
+        place: struct if place in layout.singles.values() else _without_first_axis(struct) for place, struct in places_of(on_disk).items()
+    }
+    stored = _check(folder, structs)
+    progress = _Progress(sum(_local_bytes(structs[place]) for place, _ in stored), on_progress)
+
+    def read(place: Place, layer: int | None) -> jax.Array:
+        struct, source = structs[place], stored[place, layer]
+        array = jax.make_array_from_callback(
+            struct.shape, _sharding(struct), lambda index: source.read(index or ()).astype(struct.dtype, copy=False)
+        )
+        progress.add(_local_bytes(struct))
+        return array
 
     def leaf(path: tuple[str, ...], struct: jax.ShapeDtypeStruct) -> jax.Array:
-        if path in _SINGLE:
-            return jnp.asarray(folder.read(_SINGLE[path], struct.shape), struct.dtype)
-        _, kind, *inside = path  # pairs, sliding or full, ...
-        layers = range(_KINDS.index(kind), config.num_layers, 2)
-        prefixes = [f"model.layers.{layer}." for layer in layers]
-        place, shape = tuple(inside), struct.shape[1:]
-        if place in _LAYER:
-            return jnp.asarray(np.stack([folder.read(prefix + _LAYER[place], shape) for prefix in prefixes]), struct.dtype)
-        read = _matrix_reader(folder, packed_on_disk)
-        return jnp.stack([read(prefix, inside[1], inside[2], shape, struct.dtype) for prefix in prefixes])
+        if path[0] != "pairs":
+            return read(path, None)
+        _, kind, *inside = path
+        place, layers = tuple(inside), range(_KINDS.index(kind), config.num_layers, 2)
+        if place in structs:
+            parts = (read(place, layer) for layer in layers)
+        else:  # a dense matrix from its MXFP4 form
+            blocks, scales = ((*place[:-1], name) for name in ("blocks", "scales"))
+            parts = (_dequantise(read(blocks, layer), read(scales, layer), dtype) for layer in layers)
+        return _stack(struct, parts)
 
-    return config, _map_with_path(leaf, model.abstract_frozen())
-
-
-def _matrix_reader(folder: _Folder, packed_on_disk: bool) -> Callable[..., jax.Array]:
-    """A function (prefix, matrix, form wanted, shape wanted, dtype) -> array, for the form on disk."""
-
-    def packed(prefix: str, matrix: str, form: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        name = f"{prefix}mlp.experts.{matrix}_proj_"
-        if form != "weight":
-            array = folder.read(name + form, shape)
-            if array.dtype != np.uint8:
-                raise WeightsError(f"Tensor {name + form!r} of {folder.path} is {array.dtype}; MXFP4 is uint8.")
-            return jnp.asarray(array)
-        blocks = folder.read(name + "blocks", (*shape[:-1], shape[-1] // 32, 16))
-        scales = folder.read(name + "scales", (*shape[:-1], shape[-1] // 32))
-        return dequantise(jnp.asarray(blocks), jnp.asarray(scales), dtype)
-
-    def plain(prefix: str, matrix: str, form: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        name = f"{prefix}mlp.experts.{matrix}_proj"
-        if form != "weight":
-            raise WeightsError(
-                f"{folder.path} holds dequantised experts ({name}); they are not packed again, which would lose digits. Set"
-                " config.model.experts='dense', or use the MXFP4 checkpoint."
-            )
-        experts, out, into = shape
-        return jnp.asarray(folder.read(name, (experts, into, out)).swapaxes(1, 2), dtype)  # on disk [E, in, out]
-
-    return packed if packed_on_disk else plain
+    return config, jax.tree_util.tree_map_with_path(lambda path, struct: leaf(tuple(key.key for key in path), struct), wanted)
 
 
-def _map_with_path(function: Callable[[tuple[str, ...], Any], Any], tree: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(tuple(key.key for key in path), leaf), tree)
+def _sharding(struct: jax.ShapeDtypeStruct) -> Sharding:
+    return struct.sharding if struct.sharding is not None else SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _tensors(config: ModelConfig, frozen: Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a checkpoint by its Hugging Face name: bfloat16, and experts as MXFP4 `blocks` and `scales`."""
-
-    def bf16(array: jax.Array) -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(array, dtype=ml_dtypes.bfloat16))
-
-    for path, name in _SINGLE.items():
-        yield name, bf16(_at(frozen, path))
-    for layer in range(config.num_layers):
-        tree, pair = frozen["pairs"][_KINDS[layer % 2]], layer // 2
-        for path, name in _LAYER.items():
-            yield f"model.layers.{layer}.{name}", bf16(_at(tree, path)[pair])
-        for matrix in _MATRICES:
-            arrays = tree["experts"][matrix]
-            blocks, scales = (arrays["blocks"][pair], arrays["scales"][pair]) if "blocks" in arrays else quantise(arrays["weight"][pair])
-            name = f"model.layers.{layer}.mlp.experts.{matrix}_proj_"
-            yield name + "blocks", np.asarray(blocks)
-            yield name + "scales", np.asarray(scales)
+def _without_first_axis(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = struct.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype, sharding=sharding)
 
 
-def _at(tree: Tree, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+def _local_bytes(struct: jax.ShapeDtypeStruct) -> int:
+    """Bytes of the distinct parts of an array that this process's devices hold."""
+    indices = _sharding(struct).addressable_devices_indices_map(struct.shape).values()
+    parts = {tuple(part.indices(size)[:2] for part, size in zip(index or (), struct.shape, strict=True)) for index in indices}
+    return sum(math.prod(stop - start for start, stop in part) for part in parts) * struct.dtype.itemsize
 
 
-def save_folder(path: str | Path, config: ModelConfig, frozen: Tree) -> None:
-    """Writes config.json and model.safetensors, each replaced at once, in bfloat16 with experts in MXFP4.
+def _stack(struct: jax.ShapeDtypeStruct, parts: Iterator[jax.Array]) -> jax.Array:
+    """The parts as one array on the devices, each written in place: there is never a second copy of the stack."""
+    stack = jnp.zeros(struct.shape, struct.dtype, device=_sharding(struct))
+    for place, part in enumerate(parts):
+        stack = _put(stack, part, place)
+    return stack
+
+
+_dequantise = jax.jit(dequantise, static_argnums=2)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, part: jax.Array, place: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), place, 0)
+
+
+class _Progress:
+    def __init__(self, total: int, report: OnProgress | None):
+        self._done, self._total, self._report = 0, total, report
+
+    def add(self, amount: int) -> None:
+        self._done += amount
+        if self._report is not None:
+            self._report(self._done, self._total)
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: str = HUGGINGFACE.name) -> None:
+    """Writes a frozen tree as a folder, see `write_folder`.
+
+    Args:
+      frozen: of a `Model` of that config, packed or dense; dense experts are rounded to the nearest MXFP4.
+    """
+    leaves_of = {kind: places_of(frozen, kind) for kind in _KINDS}
+
+    @functools.lru_cache(maxsize=1)
+    def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
+        weight = leaves_of[_KINDS[layer % 2]]["experts", matrix, "weight"][layer // 2]
+        return dict(zip(("blocks", "scales"), quantise(weight), strict=True))
+
+    def tensor(place: Place, layer: int | None) -> np.ndarray:
+        leaves = leaves_of[_KINDS[(layer or 0) % 2]]
+        if layer is None:
+            return np.asarray(leaves[place])
+        if place not in leaves:
+            return np.asarray(packed(place[1], layer)[place[2]])
+        return np.asarray(leaves[place][layer // 2])
+
+    write_folder(path, config, tensor, layout=layout)
+
+
+def write_folder(
+    path: str | Path,
+    config: ModelConfig,
+    tensor: Callable[[Place, int | None], np.ndarray],
+    *,
+    layout: str = HUGGINGFACE.name,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Writes config.json and safetensors: bfloat16, and experts in MXFP4. Each file is replaced at once, config.json last.
 
     Args:
       path: the folder; made if it is not there. Other files in it stay.
-      frozen: of a `Model` of that config, packed or dense; dense experts are rounded to the nearest MXFP4.
+      tensor: (place, layer or None) -> the parameter; called once for each, in the order of the file.
+      layout: a name in `layouts.LAYOUTS`.
+
+    Raises:
+      WeightsError: an unknown layout, a folder that holds other weights already, or a disk without room.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    data = safetensors.numpy.save(dict(_tensors(config, frozen)), metadata={"format": "pt"})
-    for name, content in (("model.safetensors", data), ("config.json", json.dumps(config.to_hf(), indent=2).encode() + b"\n")):
-        temporary = path / (name + ".writing")
-        temporary.write_bytes(content)
-        temporary.replace(path / name)
+    if layout not in LAYOUTS:
+        raise WeightsError(f"Layout {layout!r} is not known; allowed: {', '.join(LAYOUTS)}.")
+    chosen, path = LAYOUTS[layout], Path(path)
+    shapes = places_of(Model(config, LoraConfig(0, 0, 0), dtype=jnp.bfloat16, experts="packed").abstract_frozen())
+    shapes |= {place: _without_first_axis(struct) for place, struct in shapes.items() if place not in chosen.singles.values()}
+    shards: list[list[tuple[str, tuple[Place, ...], int | None]]] = []
+    room, total = 0, 0
+    for entry in chosen.tensors(config.num_layers):
+        size = sum(math.prod(shapes[place].shape) * shapes[place].dtype.itemsize for place in entry[1])
+        if not shards or size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(entry)
+        room, total = room - size, total + size
+
+    names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    _prepare(path, {*names, _INDEX} if len(shards) > 1 else {*names}, total)
+    progress = _Progress(total, on_progress)
+    for name, shard in zip(names, shards, strict=True):
+        arrays = {}
+        for entry, places, layer in shard:
+            parts = [tensor(place, layer) for place in places]
+            parts = [part if part.dtype == np.uint8 else part.astype(ml_dtypes.bfloat16, copy=False) for part in parts]
+            arrays[entry] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        _replace(path / name, lambda file, arrays=arrays: safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"}))
+        progress.add(sum(array.nbytes for array in arrays.values()))
+    if len(shards) > 1:
+        file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
+        _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+    _write_json(path / "config.json", config.to_hf() if chosen is HUGGINGFACE else config.to_original())
+
+
+def _prepare(path: Path, names: set[str], total: int) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        others = {file.name for pattern in ("*.safetensors", "*.index.json") for file in path.glob(pattern)} - names
+        if others:
+            raise WeightsError(
+                f"{path} holds other weights already: {', '.join(sorted(others)[:_SHOWN])}. Choose another folder, or delete them."
+            )
+        # What is replaced stays until its successor is written, so its room does not count.
+        if (free := shutil.disk_usage(path).free) < total:
+            raise WeightsError(f"{path} has room for {free:,} bytes, and the weights are {total:,}. Free some space, or choose another.")
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be used for weights: {error}.") from error
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise WeightsError(f"{path} could not be written: {error}. Free some space, or choose another folder.") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    _replace(path, lambda file: file.write_text(text))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.folder import load_folder, save_folder
+from discover_jax.models.folder import load_folder
 from discover_jax.models.gpt_oss import Model
+from discover_jax.models.synthetic import write_synthetic
 
 torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
 transformers = pytest.importorskip("transformers")
@@ -43,22 +44,6 @@ CONFIGS = {
 }
 
 
-def random_folder(path, config, seed):
-    """A folder of random weights with experts in MXFP4; biases, norms and sinks are moved away from their neutral values.
-
-    Gains stay near 1: a network of larger random weights is chaotic, and then float32's rounding alone exceeds 1e-4.
-    """
-    model = Model(config, experts="packed")
-    frozen = jax.jit(model.init_frozen)(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(frozen)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-
-    def shaken(x, key):
-        return x + 0.3 * jax.random.normal(key, x.shape) if x.dtype != jnp.uint8 and float(x.std()) == 0 else x
-
-    save_folder(path, config, jax.tree.unflatten(tree, list(map(shaken, leaves, keys))))
-
-
 def reference(path):
     """transformers' model of the folder in float32; dequantised by transformers itself, and in its plainest code throughout."""
     return transformers.GptOssForCausalLM.from_pretrained(
@@ -89,7 +74,7 @@ def random_tokens(config, rows, length, seed=0):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(tmp_path, name):
     config = CONFIGS[name]
-    random_folder(tmp_path, config, seed=len(name))
+    write_synthetic(tmp_path, config, seed=len(name))
     tokens_BT = random_tokens(config, 2, 3 * config.sliding_window + 5 if config.sliding_window < 64 else 200)
     expected = reference_logits(reference(tmp_path), tokens_BT)
     assert expected.std() > 0.5  # otherwise agreement would say little
@@ -102,7 +87,7 @@ def test_logits_equal_transformers(tmp_path, name):
 @pytest.mark.parametrize("length", [127, 128, 129, 130])
 def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
     config = CONFIGS["published window"]
-    random_folder(tmp_path, config, seed=3)
+    write_synthetic(tmp_path, config, seed=3)
     tokens_BT = random_tokens(config, 1, length)
     _, frozen = load_folder(tmp_path)
     np.testing.assert_allclose(
@@ -112,7 +97,7 @@ def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
 
 def test_folder_of_dequantised_experts_reads_alike(tmp_path):
     """transformers writes such a folder: [E, in, out] in its own type."""
-    random_folder(tmp_path / "mxfp4", _SMALL, seed=5)
+    write_synthetic(tmp_path / "mxfp4", _SMALL, seed=5)
     model = reference(tmp_path / "mxfp4")
     # A model that was never packed: one that was is saved with dense tensors under the names of packed ones (transformers 5.23).
     plain = transformers.GptOssForCausalLM(model.config)

@@ -1,0 +1,121 @@
+"""Names of a checkpoint's tensors, in the layouts in which gpt-oss is published and saved.
+
+A *place* is where a parameter lies in the frozen tree (`Model.abstract_frozen`): ("embedding",), or within a layer
+("attention", "q", "weight"), the layer being told apart.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Place = tuple[str, ...]
+
+MATRICES = ("gate_up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way of naming and arranging tensors on disk.
+
+    Attributes:
+      singles: name -> place, of tensors that exist once.
+      layers: name within a layer -> places, whose rows lie one below the other in that tensor.
+      prefix: of a layer's names, with `{layer}` in it.
+      file: name of a shard, with `{number}` and `{count}`, of a folder of more than one.
+      transposed: the experts' matrices are dense and lie as [E, in, out]; they are [E, out, in] in the tree.
+    """
+
+    name: str
+    singles: Mapping[str, Place]
+    layers: Mapping[str, tuple[Place, ...]]
+    prefix: str
+    file: str
+    transposed: bool = False
+
+    def tensors(self, num_layers: int) -> Iterable[tuple[str, tuple[Place, ...], int | None]]:
+        """Every tensor of a model, in the order of the layers: name, places, and the layer or None."""
+        singles = [(name, (place,), None) for name, place in self.singles.items()]
+        yield singles[0]
+        for layer in range(num_layers):
+            for name, places in self.layers.items():
+                yield self.prefix.format(layer=layer) + name, places, layer
+        yield from singles[1:]
+
+    def is_transposed(self, place: Place) -> bool:
+        """Whether this parameter's last two axes change places on disk."""
+        return self.transposed and place[0] == "experts" and place[1] in MATRICES and place[-1] == "weight"
+
+
+_ATTENTION = {f"self_attn.{name}_proj.{kind}": (("attention", name, kind),) for name in "qkvo" for kind in ("weight", "bias")}
+_HF_LAYERS = {
+    "input_layernorm.weight": (("attention", "norm"),),
+    **_ATTENTION,
+    "self_attn.sinks": (("attention", "sinks"),),
+    "post_attention_layernorm.weight": (("experts", "norm"),),
+    "mlp.router.weight": (("experts", "router", "weight"),),
+    "mlp.router.bias": (("experts", "router", "bias"),),
+    **{f"mlp.experts.{matrix}_proj_bias": (("experts", matrix, "bias"),) for matrix in MATRICES},
+}
+_HF_SINGLES = {"model.embed_tokens.weight": ("embedding",), "model.norm.weight": ("norm",), "lm_head.weight": ("head", "weight")}
+_HF = {"singles": _HF_SINGLES, "prefix": "model.layers.{layer}.", "file": "model-{number:05d}-of-{count:05d}.safetensors"}
+
+HUGGINGFACE = Layout(
+    "huggingface",
+    layers=_HF_LAYERS
+    | {f"mlp.experts.{matrix}_proj_{form}": (("experts", matrix, form),) for matrix in MATRICES for form in ("blocks", "scales")},
+    **_HF,
+)
+HUGGINGFACE_DENSE = Layout(
+    "huggingface, dequantised",
+    layers=_HF_LAYERS | {f"mlp.experts.{matrix}_proj": (("experts", matrix, "weight"),) for matrix in MATRICES},
+    transposed=True,
+    **_HF,
+)
+ORIGINAL = Layout(
+    "original",
+    singles={"embedding.weight": ("embedding",), "norm.scale": ("norm",), "unembedding.weight": ("head", "weight")},
+    layers={
+        "attn.norm.scale": (("attention", "norm"),),
+        **{f"attn.qkv.{kind}": tuple(("attention", name, kind) for name in "qkv") for kind in ("weight", "bias")},
+        **{f"attn.out.{kind}": (("attention", "o", kind),) for kind in ("weight", "bias")},
+        "attn.sinks": (("attention", "sinks"),),
+        "mlp.norm.scale": (("experts", "norm"),),
+        **{f"mlp.gate.{kind}": (("experts", "router", kind),) for kind in ("weight", "bias")},
+        **{
+            f"mlp.mlp{number}_weight.{form}": (("experts", matrix, form),)
+            for number, matrix in enumerate(MATRICES, 1)
+            for form in ("blocks", "scales")
+        },
+        **{f"mlp.mlp{number}_bias": (("experts", matrix, "bias"),) for number, matrix in enumerate(MATRICES, 1)},
+    },
+    prefix="block.{layer}.",
+    file="model--{number:05d}-of-{count:05d}.safetensors",
+)
+LAYOUTS = {layout.name: layout for layout in (HUGGINGFACE, ORIGINAL)}
+"""Layouts that can be written; a folder of dequantised experts is only read."""
+
+
+def layout_of(names: Iterable[str]) -> Layout | None:
+    """The layout whose names these are, or None."""
+    names = set(names)
+    if "embedding.weight" in names:
+        return ORIGINAL
+    if "model.embed_tokens.weight" not in names:
+        return None
+    return HUGGINGFACE_DENSE if any(name.endswith("mlp.experts.gate_up_proj") for name in names) else HUGGINGFACE
+
+
+def places_of(tree: dict[str, Any], kind: str = "sliding") -> dict[Place, Any]:
+    """The leaves of a frozen tree by place, those of layers being the stacks of its "sliding" or its "full" layers."""
+    flat: dict[Place, Any] = {}
+
+    def walk(node: Any, place: Place) -> None:
+        if isinstance(node, dict):
+            for key, child in node.items():
+                walk(child, (*place, key))
+        else:
+            flat[place] = node
+
+    walk({name: node for name, node in tree.items() if name != "pairs"}, ())
+    walk(tree["pairs"][kind], ())
+    return flat

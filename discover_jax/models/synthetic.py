@@ -1,0 +1,103 @@
+"""Random checkpoints of any shape and layout, for tests, benchmarks and rehearsals without the published weights.
+
+    python -m discover_jax.models.synthetic --shape=gpt-oss-20b --out=DIR [--layout=original] [--layers=4] [--seed=0]
+
+The weights are drawn so that activations neither vanish nor overflow, and norms, biases and sinks are not neutral, so that leaving one out
+shows. A parameter's values depend on the seed and its place alone: both layouts of one seed hold the same model.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from discover_jax.exceptions import ConfigError, DiscoverError
+from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
+from discover_jax.models.folder import OnProgress, write_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Place, places_of
+
+_MEAN_SQUARE = 7.33 * 1.75
+"""Of the 16 values of a random nibble (0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives), times that of 1/2, 1 and 2 for the scale."""
+
+
+def shape_of(name: str, layers: int = 0) -> ModelConfig:
+    """A published shape, cut to `layers` if that is above 0.
+
+    Raises:
+      ConfigError: no such shape, or an odd or negative number of layers.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"No model has the shape {name!r}; known: {', '.join(SHAPES)}.")
+    return dataclasses.replace(SHAPES[name], num_layers=layers) if layers else SHAPES[name]
+
+
+def write_synthetic(
+    path: str | Path, config: ModelConfig, *, seed: int = 0, layout: str = HUGGINGFACE.name, on_progress: OnProgress | None = None
+) -> None:
+    """Writes a random checkpoint; the host holds one file's tensors at a time.
+
+    Raises:
+      WeightsError: see `write_folder`.
+    """
+    abstract = Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen()
+    structs = places_of(abstract)
+
+    def tensor(place: Place, layer: int | None) -> np.ndarray:
+        shape = structs[place].shape if layer is None else structs[place].shape[1:]
+        return _draw(np.random.default_rng([seed, zlib.crc32("/".join(place).encode()), 0 if layer is None else layer + 1]), place, shape)
+
+    write_folder(path, config, tensor, layout=layout, on_progress=on_progress)
+
+
+def _draw(rng: np.random.Generator, place: Place, shape: tuple[int, ...]) -> np.ndarray:
+    if place[-1] == "blocks":
+        return np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
+    if place[-1] == "scales":
+        # A sum over the input has about unit gain; neighbouring scales differ, so that a mistaken order shows.
+        usual = 127 + round(math.log2((shape[-1] * 32 * _MEAN_SQUARE) ** -0.5))
+        return rng.integers(usual - 1, usual + 1, shape, np.uint8, endpoint=True)
+    values = rng.standard_normal(shape, np.float32)
+    if place[-1] == "norm":
+        values = 1 + 0.1 * values
+    elif place[-1] == "bias":
+        values *= 0.1
+    elif place == ("embedding",):
+        values *= 0.02
+    elif place[-1] == "weight":
+        values *= shape[-1] ** -0.5
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shape", required=True, help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--layout", default=HUGGINGFACE.name, help=f"one of {', '.join(LAYOUTS)} ({HUGGINGFACE.name})")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has (all)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        seconds = max(time.monotonic() - started, 1e-9)
+        print(f"{done / 1e9:6.1f} of {total / 1e9:.1f} GB, {done / 1e9 / seconds:.2f} GB/s", flush=True)
+
+    try:
+        config = shape_of(arguments.shape, arguments.layers)
+        write_synthetic(arguments.out, config, seed=arguments.seed, layout=arguments.layout, on_progress=show)
+    except DiscoverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(f"{arguments.shape} with {config.num_layers} layers, {arguments.layout} layout: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

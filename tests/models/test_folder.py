@@ -1,0 +1,283 @@
+"""Checkpoint folders: layouts, shards, what is read of them, and what is said of damaged ones."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from discover_jax.exceptions import ConfigError, WeightsError
+from discover_jax.models import folder as folders
+from discover_jax.models import synthetic
+from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
+from discover_jax.models.folder import load_folder, read_config, save_folder
+from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ORIGINAL
+from discover_jax.models.synthetic import write_synthetic
+
+# Every size differs from every other, and eos and pad are the published ones, which the original layout takes for granted.
+CONFIG = ModelConfig(
+    num_layers=4,
+    width=96,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=8,
+    num_experts=5,
+    experts_per_token=2,
+    expert_width=64,
+    vocab_size=37,
+    sliding_window=16,
+    rope_theta=10_000.0,
+)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    write_synthetic(path, CONFIG, seed=3, layout=request.param)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def _assert_equal(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), first, second)
+
+
+def test_both_layouts_of_a_seed_hold_the_same_model(folder, tmp_path):
+    write_synthetic(tmp_path, CONFIG, seed=3)
+    for experts in ("packed", "dense"):
+        config, tree = load_folder(folder, dtype="bfloat16", experts=experts)
+        assert config == CONFIG
+        _assert_equal(tree, load_folder(tmp_path, dtype="bfloat16", experts=experts)[1])
+    write_synthetic(tmp_path, CONFIG, seed=4)
+    other = load_folder(tmp_path, dtype="bfloat16")[1]
+    assert not np.array_equal(other["embedding"].astype(jnp.float32), tree["embedding"].astype(jnp.float32))
+
+
+def test_values_are_those_of_the_file(folder):
+    """Two tensors followed by hand: rows of the fused projection or its part, and layer 3 as the second full layer."""
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.numpy.load_file(file).items()}
+    _, tree = load_folder(folder, dtype="float32", experts="packed")
+    k3 = tree["pairs"]["full"]["attention"]["k"]["weight"][1]
+    assert k3.shape == (16, 96)
+    original = "embedding.weight" in tensors
+    expected = tensors["block.3.attn.qkv.weight"][48:64] if original else tensors["model.layers.3.self_attn.k_proj.weight"]
+    np.testing.assert_array_equal(k3, expected.astype(np.float32))
+    name = "block.2.mlp.mlp2_weight.scales" if original else "model.layers.2.mlp.experts.down_proj_scales"
+    np.testing.assert_array_equal(tree["pairs"]["sliding"]["experts"]["down"]["scales"][1], tensors[name])
+
+
+def test_shards_change_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "SHARD_BYTES", 50_000)
+    layout = ORIGINAL if (json.loads((folder / "config.json").read_text())).get("model_type") is None else HUGGINGFACE
+    write_synthetic(tmp_path, CONFIG, seed=3, layout=layout.name)
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == layout.file.format(number=1, count=len(files))
+    _assert_equal(load_folder(tmp_path)[1], load_folder(folder)[1])
+
+
+@pytest.mark.parametrize("experts", ["packed", "dense"])
+def test_saving_what_was_loaded_gives_it_back(folder, tmp_path, experts):
+    """Dense experts are rounded to MXFP4, which loses nothing of values that came from it."""
+    config, tree = load_folder(folder, dtype="bfloat16", experts=experts)
+    for layout in LAYOUTS:
+        save_folder(tmp_path / layout, config, tree, layout=layout)
+        _assert_equal(load_folder(tmp_path / layout, dtype="bfloat16", experts="dense")[1], load_folder(folder, dtype="bfloat16")[1])
+
+
+def test_the_original_folder_is_found_inside_a_repository(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "repository" / "original")
+    (tmp_path / "repository" / "config.json").write_text("{}")
+    assert read_config(tmp_path / "repository") == CONFIG
+
+
+def test_configs_of_both_layouts_keep_every_size():
+    for config in (GPT_OSS_20B, GPT_OSS_120B, CONFIG):
+        assert ModelConfig.from_json(config.to_original()) == config
+        assert ModelConfig.from_json(config.to_hf()) == config
+    with pytest.raises(WeightsError, match="lacks head_dim"):
+        ModelConfig.from_json({k: v for k, v in CONFIG.to_original().items() if k != "head_dim"})
+
+
+def test_progress_counts_the_bytes_that_are_read(folder):
+    seen = []
+    load_folder(folder, dtype="bfloat16", experts="packed", on_progress=lambda *counts: seen.append(counts))
+    done, total = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == total[0] == total[-1]
+    size = sum(array.nbytes for file in folder.glob("*.safetensors") for array in safetensors.numpy.load_file(file).values())
+    assert total[0] == size
+
+
+def test_a_folder_that_is_not_there_or_is_another_models(tmp_path, copy):
+    with pytest.raises(WeightsError, match=r"config\.json.*'apprentice'"):
+        load_folder(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    with pytest.raises(WeightsError, match=r"no \*\.safetensors"):
+        load_folder(tmp_path)
+    safetensors.numpy.save_file({"transformer.wte.weight": np.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"no names of a gpt-oss checkpoint.*transformer\.wte"):
+        load_folder(tmp_path)
+    for content, message in (({"model_type": "llama"}, "llama"), ({}, "gpt_oss"), ([], "no JSON object")):
+        (copy / "config.json").write_text(json.dumps(content))
+        with pytest.raises(WeightsError, match=message):
+            load_folder(copy)
+
+
+def _edit(path, change):
+    """Rewrites the folder's one file with other tensors."""
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+
+
+def test_missing_tensors_are_named_and_counted(copy):
+    def drop(tensors):
+        for name in [name for name in tensors if (".3." in name and "sinks" in name) or ("norm" in name and ".1." in name)]:
+            del tensors[name]
+
+    _edit(copy, drop)
+    with pytest.raises(WeightsError, match=r"lacks 3 tensors.*(layers|block)\.1\..*norm.*incomplete"):
+        load_folder(copy)
+
+
+def test_wrong_shapes_and_types_are_named_before_anything_is_read(copy, monkeypatch):
+    def change(tensors):
+        for name, array in list(tensors.items()):
+            if name.endswith("scales") and ".2." in name:
+                tensors[name] = array.astype(np.int32)
+            if name in ("norm.scale", "model.norm.weight"):
+                tensors[name] = array[:-1]
+
+    _edit(copy, change)
+    monkeypatch.setattr(folders, "_stack", lambda *_: pytest.fail("something was read"))
+    with pytest.raises(WeightsError) as caught:
+        load_folder(copy)
+    text = str(caught.value)
+    assert "3 tensors that do not fit" in text
+    assert "(95,)" in text
+    assert "(96,)" in text
+    assert "I32, and must be U8" in text
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_files_are_named(copy, keep):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:keep])
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*damaged or truncated"):
+        load_folder(copy)
+
+
+def test_missing_shards_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "SHARD_BYTES", 50_000)
+    write_synthetic(tmp_path, CONFIG)
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(WeightsError, match=f"lacks 1 of .*{lost.name}.*incomplete"):
+        load_folder(tmp_path)
+
+
+def test_dequantised_experts_are_not_packed_again(tmp_path):
+    pytest.importorskip("torch", reason="such folders are written by transformers")
+    write_synthetic(tmp_path / "mxfp4", CONFIG)
+    tensors = {}
+    _, tree = load_folder(tmp_path / "mxfp4")
+    for name, array in safetensors.numpy.load_file(tmp_path / "mxfp4" / "model.safetensors").items():
+        if not name.endswith(("blocks", "scales")):
+            tensors[name] = array
+    for layer in range(4):
+        for matrix in ("gate_up", "down"):
+            weight = tree["pairs"][("sliding", "full")[layer % 2]]["experts"][matrix]["weight"][layer // 2]
+            tensors[f"model.layers.{layer}.mlp.experts.{matrix}_proj"] = np.ascontiguousarray(weight.swapaxes(1, 2))
+    (tmp_path / "dense").mkdir()
+    safetensors.numpy.save_file(tensors, tmp_path / "dense" / "model.safetensors")
+    shutil.copy(tmp_path / "mxfp4" / "config.json", tmp_path / "dense")
+    _assert_equal(load_folder(tmp_path / "dense")[1], tree)
+    with pytest.raises(WeightsError, match=r"experts='dense'"):
+        load_folder(tmp_path / "dense", experts="packed")
+
+
+def test_writing_refuses_what_it_cannot_do_well(tmp_path, monkeypatch):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match="other weights already: model-00001"):
+        write_synthetic(tmp_path, CONFIG)
+    with pytest.raises(WeightsError, match="allowed: huggingface, original"):
+        write_synthetic(tmp_path, CONFIG, layout="gguf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10))
+    with pytest.raises(WeightsError, match="room for 10 bytes"):
+        write_synthetic(tmp_path / "full", CONFIG)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match="cannot be used"):
+        write_synthetic(tmp_path / "file", CONFIG)
+
+
+def test_the_command_writes_a_shape(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(synthetic.SHAPES, "small", CONFIG)
+    monkeypatch.setattr(sys, "argv", ["synthetic", "--shape=small", f"--out={tmp_path}", "--layers=2", "--layout=original"])
+    synthetic.main()
+    assert "2 layers, original layout" in capsys.readouterr().out
+    assert read_config(tmp_path) == dataclasses.replace(CONFIG, num_layers=2)
+    monkeypatch.setattr(sys, "argv", ["synthetic", "--shape=gpt-4", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit):
+        synthetic.main()
+    assert "known: gpt-oss-120b, gpt-oss-20b, small" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="even"):
+        synthetic.shape_of("gpt-oss-20b", 3)
+
+
+def test_each_device_gets_its_part_and_no_more_is_read():
+    """On a mesh of four CPU devices, in a process of its own: equal values, and reads that are parts."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", _ON_A_MESH], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "equal"
+
+
+_ON_A_MESH = """
+import dataclasses, tempfile
+import jax, numpy as np
+from discover_jax.models import folder as folders
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.folder import load_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import make_mesh
+from discover_jax.models.synthetic import write_synthetic
+
+config = ModelConfig(2, 64, 4, 2, 16, 6, 2, 64, 32, sliding_window=8)
+mesh = make_mesh(expert=2, tensor=2)
+read, largest = folders._Stored.read, {}
+
+def noted(self, index):
+    array = read(self, index)
+    largest[self.name] = max(largest.get(self.name, 0), array.size / np.prod(self.shape))
+    return array
+
+for layout in ("huggingface", "original"):
+    with tempfile.TemporaryDirectory() as path:
+        write_synthetic(path, config, seed=1, layout=layout)
+        for experts in ("packed", "dense"):
+            _, whole = load_folder(path, experts=experts)
+            folders._Stored.read, largest = noted, {}
+            _, parts = load_folder(path, experts=experts, mesh=mesh)
+            folders._Stored.read = read
+            wanted = Model(config, experts=experts, mesh=mesh).abstract_frozen()
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, parts)
+            jax.tree.map(lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else 1 / 0, parts, wanted)
+            assert all(part <= 0.25 for name, part in largest.items() if "mlp1_weight.blocks" in name or "gate_up_proj_blocks" in name)
+            assert len(largest) > 20
+print("equal")
+"""
