@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from discover_jax.exceptions import ConfigError
+from discover_jax.models.config import SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,11 @@ SETTINGS: dict[str, Any] = {
     },
     "model": {
         "weights": Setting(
-            "apprentice", "`apprentice` for the small model that ships with the project, or the path of a checkpoint folder"
+            "apprentice",
+            "path of a checkpoint folder, `apprentice` for the small model that ships with the project, or `random` for weights of"
+            " model.shape drawn on the devices (rehearsals and benchmarks)",
         ),
+        "shape": Setting("", "sizes of `random` weights; empty for all others", choices=("", *SHAPES)),
         "tokenizer": Setting("", "folder of the tokenizer's files; empty for the weights' own folder"),
         "dtype": Setting("bfloat16", "type of activations and of weights that are not MXFP4", choices=("bfloat16", "float32")),
         "experts": Setting(
@@ -190,6 +194,13 @@ def _contradictions(config: Any) -> Iterator[str]:
         )
     if (mesh := (config.mesh.data, config.mesh.expert, config.mesh.tensor)) != (1, 1, 1):
         yield f"config.mesh = {mesh[0]} x {mesh[1]} x {mesh[2]} (data x expert x tensor): runs use one device so far; leave all three at 1."
+    if (config.model.weights == "random") != bool(config.model.shape):
+        yield (
+            f"config.model.weights = {config.model.weights!r} with config.model.shape = {config.model.shape!r}: weights='random' needs a"
+            f" shape ({', '.join(SHAPES)}), and only it."
+        )
+    if config.model.weights == "random" and not config.model.tokenizer:
+        yield "config.model.weights = 'random' brings no tokenizer: set config.model.tokenizer to a folder that has one."
     if config.model.weights == "apprentice" and config.prompt.style != "brief":
         yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to another folder."
     if config.reuse.sampler == "fixed" and config.train.resume_from:

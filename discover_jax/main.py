@@ -87,7 +87,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         allow_weaker=config.execution.allow_weaker,
     ) as executor:
         # -------------------------------------------------------------- the policy, and the jitted functions that sample and learn
-        policy = load_policy(config)
+        policy = load_policy(config, console.loading)
         sampler = Sampler(
             policy.model,
             slots=config.sampling.slots,

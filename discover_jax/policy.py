@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from discover_jax.models.config import LoraConfig
-from discover_jax.models.folder import load_folder
+from discover_jax.exceptions import TokenizerError
+from discover_jax.models.config import SHAPES, LoraConfig
+from discover_jax.models.folder import OnProgress, load_folder, read_config
 from discover_jax.models.gpt_oss import Model
 from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,19 +33,34 @@ class Policy:
         return self.model.init_lora(jax.random.key(seed))
 
 
-def weights_folder(config: Any) -> Path:
-    """Where the weights lie: the shipped folder for `apprentice`, else the path as given."""
-    return APPRENTICE if config.model.weights == "apprentice" else Path(config.model.weights).expanduser()
+def weights_folder(config: Any) -> Path | None:
+    """Where the weights lie: the shipped folder for `apprentice`, none for `random`, else the path as given."""
+    named = {"apprentice": APPRENTICE, "random": None}
+    return named[config.model.weights] if config.model.weights in named else Path(config.model.weights).expanduser()
 
 
-def load_policy(config: Any) -> Policy:
-    """Reads tokenizer and weights.
+def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
+    """Reads tokenizer and weights, or draws random weights on the devices, a function of the seed.
+
+    Args:
+      config: validated.
+      on_progress: called with the bytes read so far and in all.
 
     Raises:
-      WeightsError, TokenizerError: a folder is missing or damaged; the message says what to do.
+      WeightsError, TokenizerError: a folder is missing or damaged, or the two do not belong together; the message says what to do.
     """
     folder = weights_folder(config)
-    tokenizer = load_tokenizer(Path(config.model.tokenizer).expanduser() if config.model.tokenizer else folder)
-    sizes, frozen = load_folder(folder, dtype=config.model.dtype, experts=config.model.experts)
-    model = Model(sizes, LoraConfig(**config.lora), dtype=config.model.dtype, experts=config.model.experts, remat=config.model.remat)
-    return Policy(model, frozen, tokenizer)
+    tokenizer_folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else folder
+    assert tokenizer_folder is not None, "validate() demands one for random weights"
+    tokenizer = load_tokenizer(tokenizer_folder)
+    sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise TokenizerError(
+            f"The tokenizer of {tokenizer_folder} has {tokenizer.vocab_size:,} ids, and the model knows {sizes.vocab_size:,}. They do not"
+            " belong together: set config.model.tokenizer to the folder that came with the weights."
+        )
+    form = {"dtype": config.model.dtype, "experts": config.model.experts}
+    model = Model(sizes, LoraConfig(**config.lora), remat=config.model.remat, **form)
+    if folder is None:
+        return Policy(model, model.init_frozen(jax.random.key(config.seed)), tokenizer)
+    return Policy(model, load_folder(folder, on_progress=on_progress, **form)[1], tokenizer)

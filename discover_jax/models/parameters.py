@@ -54,6 +54,14 @@ def _draw(key: jax.Array, variable: nnx.Variable) -> jax.Array:
         return jnp.ones(struct.shape, struct.dtype)
     if init == "zeros":
         return jnp.zeros(struct.shape, struct.dtype)
+    if variable.get_metadata()["axes"][0] == "pairs":
+        # One pair after another: drawing takes some multiple of the memory of what is drawn, and a stack may fill the device.
+        one = jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype)
+        return jax.lax.map(lambda pair: _draw_one(jax.random.fold_in(key, pair), one, init), jnp.arange(struct.shape[0]))
+    return _draw_one(key, struct, init)
+
+
+def _draw_one(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str) -> jax.Array:
     if init == "blocks":
         return jax.random.bits(key, struct.shape, jnp.uint8)
     if init == "scales":

@@ -28,6 +28,10 @@ class Console(Protocol):
         """Says what is about to run, once."""
         ...
 
+    def loading(self, done: int, total: int) -> None:
+        """The weights are being read: bytes so far, of all that this process reads."""
+        ...
+
     def step(self, step: int, steps: int) -> None:
         """A step begins: `step` from 0, of `steps` in the whole run."""
         ...
@@ -126,6 +130,7 @@ class NullConsole:
     """Says nothing; for tests and for use as a library."""
 
     def start(self, title: str, lines: list[str]) -> None: ...
+    def loading(self, done: int, total: int) -> None: ...
     def step(self, step: int, steps: int) -> None: ...
     def phase(self, name: str) -> None: ...
     def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None: ...
@@ -151,6 +156,10 @@ class PlainConsole:
         for line in lines:
             self._write(f"  {line}")
 
+    def loading(self, done: int, total: int) -> None:
+        if self._due():
+            self._write(f"    reading weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
     def step(self, step: int, steps: int) -> None:
         self._steps = steps
         self._last = self._clock()
@@ -159,9 +168,7 @@ class PlainConsole:
         self._phase = name
 
     def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None:
-        now = self._clock()
-        if now - self._last >= self._interval:
-            self._last = now
+        if self._due():
             text = _progress_text(rollouts_done, rollouts_total, programs_done, programs_total, tokens_per_s)
             self._write(f"    {self._phase}: {text}" if self._phase else f"    {text}")
 
@@ -176,6 +183,14 @@ class PlainConsole:
             self._write(line)
 
     def close(self) -> None: ...
+
+    def _due(self) -> bool:
+        """Whether the last line of progress is long enough ago; if so, the next one is written now."""
+        now = self._clock()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
 
 
 class TerminalConsole:
@@ -195,11 +210,22 @@ class TerminalConsole:
             transient=True,
         )
         self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._weights: rich.progress.TaskID | None = None
 
     def start(self, title: str, lines: list[str]) -> None:
         self._print(rich.text.Text(title, style="bold"))
         for line in lines:
             self._print(rich.text.Text(f"  {line}"))
+
+    def loading(self, done: int, total: int) -> None:
+        if self._weights is None:
+            self._weights = self._run.add_task("weights", total=None, note="")
+            self._run.start()
+        self._run.update(self._weights, completed=done // 10**6, total=total // 10**6, note="MB", refresh=True)
+        if done >= total:
+            self._run.remove_task(self._weights)
+            self._run.stop()
+            self._weights = None
 
     def step(self, step: int, steps: int) -> None:
         self._steps = steps

@@ -41,7 +41,7 @@ def frozen():
 @pytest.fixture(scope="module")
 def lora():
     """An adapter that does something: B is zero at the start."""
-    return _shaken(MODEL.init_lora(jax.random.key(1)), 0.2)
+    return _shaken(MODEL.init_lora(jax.random.key(1)), 0.08)
 
 
 def _shaken(tree, scale):

@@ -43,6 +43,11 @@ def test_step_line():
 def test_plain_progress_is_rare():
     lines, now = [], [100.0]
     console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
+    console.loading(0, 13_761_264_768)
+    now[0] += 5.0
+    console.loading(2_000_000_000, 13_761_264_768)
+    now[0] = 100.0
+    assert lines.pop() == "    reading weights: 2.0 of 13.8 GB"
     console.start("title", ["a", "b"])
     console.step(2, 10)
     console.phase("sampling")
@@ -120,6 +125,8 @@ def test_standard_output_that_fails():
 def test_terminal():
     file = io.StringIO()
     console = TerminalConsole(rich.console.Console(file=file, force_terminal=True, width=100, highlight=False))
+    for done in (0, 7_000_000_000, 13_761_264_768):
+        console.loading(done, 13_761_264_768)
     console.start("title", ["[red]a"])
     console.phase("loading")
     console.progress(0, 1, 0, 1, 0.0)
@@ -130,7 +137,7 @@ def test_terminal():
     console.finish(["done", "/a/long/path/" * 20])
     console.close()
     text = file.getvalue()
-    for part in ("title", "[red]a", "step  3/10  mean 0.5200", "done", "/a/long/path/" * 20):
+    for part in ("7000/13761", "title", "[red]a", "step  3/10  mean 0.5200", "done", "/a/long/path/" * 20):
         assert part in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
 
