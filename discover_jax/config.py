@@ -77,6 +77,10 @@ SETTINGS: dict[str, Any] = {
     "sampling": {
         "temperature": Setting(1.0, "logits are divided by it; the update uses the same", low=0.01, high=10.0),
         "max_new_tokens": Setting(26_000, "budget of a rollout", unit="tokens", low=1, high=131_072),
+        "thinking_tokens": Setting(
+            0, "two phases: a rollout that has not begun its answer after so many is made to; 0: off", unit="tokens", low=0, high=131_072
+        ),
+        "thinking_closing": Setting("\n\nThe time to think is over; I write the program now.", "with these words, which it did not choose"),
         "max_prompt_tokens": Setting(8_192, "longest prompt", unit="tokens", low=1, high=131_072),
         "slots": Setting(128, "rollouts decoded at once; finished slots are refilled", low=1, high=4096),
     },

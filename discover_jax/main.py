@@ -35,9 +35,10 @@ from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import step_row
 from discover_jax.runs.workdir import Workdir, open_workdir, write_atomic
-from discover_jax.sampling.sampler import Sampler
+from discover_jax.sampling.sampler import Sampler, SecondPhase
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
+from discover_jax.text.harmony import answer_forced, answer_opening
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
 from discover_jax.text.reply import program_of
 from discover_jax.types import Attempt, Outcome, Prompt, Rollout, State, Verdict
@@ -95,6 +96,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
             stop_ids=policy.stop_ids,
+            second_phase=_second_phase(config, policy),
         )
         optimizer = adam(
             config.train.learning_rate,
@@ -221,6 +223,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 "time/save_s": saved - updated,
                 "time/checkpoint_s": checkpoint_seconds,
                 "time/step_s": saved - started,
+                "sample/forced_frac": sum(not r.chosen_T.all() for r in rollouts.values()) / total,
                 "programs/seconds": sum(v.execution.seconds for v in verdicts.values() if not v.execution.cached),
                 "programs/cached_frac": sum(v.execution.cached for v in verdicts.values()) / max(len(verdicts), 1),
             }
@@ -309,6 +312,13 @@ def _cache_compilations() -> None:
 
 
 # ---------------------------------------------------------------------- parts of a step
+
+
+def _second_phase(config: Any, policy: Policy) -> SecondPhase | None:
+    if not config.sampling.thinking_tokens:
+        return None
+    forced = answer_forced(config.sampling.thinking_closing, policy.tokenizer)
+    return SecondPhase(config.sampling.thinking_tokens, answer_opening(policy.tokenizer), forced)
 
 
 def _states(attempts: Sequence[Attempt]) -> list[State]:
@@ -473,7 +483,7 @@ def _closing_lines(workdir: Workdir, task: Task, best: State | None, rows: Seque
         task.disclosure.text,
     ]
     if task.thresholds:
-        known = ", ".join(f"{threshold.name} {threshold.score:.4f}" for threshold in task.thresholds)
+        known = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
         lines.append(f"leaderboard  {known}. {task.thresholds_note}")
     return lines
 

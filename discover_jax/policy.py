@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from discover_jax.exceptions import TokenizerError
-from discover_jax.models.config import SHAPES, LoraConfig
+from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
 from discover_jax.models.folder import OnProgress, load_folder, read_config
 from discover_jax.models.gpt_oss import Model
 from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +39,23 @@ def weights_folder(config: Any) -> Path | None:
     return named[config.model.weights] if config.model.weights in named else Path(config.model.weights).expanduser()
 
 
+def check_tokenizer(config: Any, sizes: ModelConfig) -> Tokenizer:
+    """The tokenizer of the config, which must fit a model of these sizes.
+
+    Raises:
+      TokenizerError: it is missing or damaged, or has ids that the model does not know.
+    """
+    folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else weights_folder(config)
+    assert folder is not None, "validate() demands a tokenizer for random weights"
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise TokenizerError(
+            f"The tokenizer of {folder} has {tokenizer.vocab_size:,} ids, and the model knows {sizes.vocab_size:,}. They do not belong"
+            " together: set config.model.tokenizer to the folder that came with the weights."
+        )
+    return tokenizer
+
+
 def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
     """Reads tokenizer and weights, or draws random weights on the devices, a function of the seed.
 
@@ -50,15 +67,8 @@ def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
       WeightsError, TokenizerError: a folder is missing or damaged, or the two do not belong together; the message says what to do.
     """
     folder = weights_folder(config)
-    tokenizer_folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else folder
-    assert tokenizer_folder is not None, "validate() demands one for random weights"
-    tokenizer = load_tokenizer(tokenizer_folder)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
-    if tokenizer.vocab_size > sizes.vocab_size:
-        raise TokenizerError(
-            f"The tokenizer of {tokenizer_folder} has {tokenizer.vocab_size:,} ids, and the model knows {sizes.vocab_size:,}. They do not"
-            " belong together: set config.model.tokenizer to the folder that came with the weights."
-        )
+    tokenizer = check_tokenizer(config, sizes)
     form = {"dtype": config.model.dtype, "experts": config.model.experts}
     model = Model(sizes, LoraConfig(**config.lora), remat=config.model.remat, **form)
     if folder is None:

@@ -199,6 +199,20 @@ def read_config(path: str | Path) -> ModelConfig:
     return _open(Path(path)).config
 
 
+def check_folder(path: str | Path) -> tuple[ModelConfig, int]:
+    """The sizes of the model in a folder and the bytes of its tensors, after all of `load_folder`'s checks of names, shapes and types.
+
+    Raises:
+      WeightsError: see `load_folder`.
+    """
+    folder = _open(Path(path))
+    form = "dense" if folder.layout.transposed else "packed"
+    structs = _structs(folder, Model(folder.config, LoraConfig(0, 0, 0), experts=form))
+    stored = _check(folder, structs)
+    sizes = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
+    return folder.config, sum(math.prod(entry.shape) * sizes[entry.header.dtype] for entry in stored.values())
+
+
 def load_folder(
     path: str | Path,
     *,
@@ -224,11 +238,7 @@ def load_folder(
         )
     wanted = Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
     form = "dense" if layout.transposed else "packed"
-    on_disk = Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=form, mesh=mesh).abstract_frozen()
-    # Of a layer's parameters the shape and sharding are those of the stack without its first axis.
-    structs = {
-        place: struct if place in layout.singles.values() else _without_first_axis(struct) for place, struct in places_of(on_disk).items()
-    }
+    structs = _structs(folder, Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=form, mesh=mesh))
     stored = _check(folder, structs)
     progress = _Progress(sum(_local_bytes(structs[place]) for place, _ in stored), on_progress)
 
@@ -253,6 +263,14 @@ def load_folder(
         return _stack(struct, parts)
 
     return config, jax.tree_util.tree_map_with_path(lambda path, struct: leaf(tuple(key.key for key in path), struct), wanted)
+
+
+def _structs(folder: _Folder, model: Model) -> dict[Place, jax.ShapeDtypeStruct]:
+    """Each parameter as it is read; a layer's has the shape and sharding of the stack without its first axis."""
+    singles = folder.layout.singles.values()
+    return {
+        place: struct if place in singles else _without_first_axis(struct) for place, struct in places_of(model.abstract_frozen()).items()
+    }
 
 
 def _sharding(struct: jax.ShapeDtypeStruct) -> Sharding:

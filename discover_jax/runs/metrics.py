@@ -67,6 +67,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "entropy": ("nats", "mean entropy of the policy at the sampled tokens"),
     "grad_norm": ("", "Euclidean norm of the gradient, before any clipping"),
     "update/skipped": ("", "1 if every group was constant, so that there was nothing to learn from; else 0"),
+    "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),
     "programs/seconds": ("s", "running times of the programs that ran for this step, added up; cached ones do not count"),
     "programs/cached_frac": ("fraction", "programs whose verdict was taken from an identical earlier one"),

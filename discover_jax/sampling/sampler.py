@@ -43,6 +43,32 @@ class Progress:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class SecondPhase:
+    """Makes a rollout that thinks too long begin its answer. Forced tokens are not the policy's choice and bear no log-probability.
+
+    Attributes:
+      after: tokens of the first phase; a rollout that has not begun its answer by then is given the forced tokens, then goes on freely.
+      opening: tokens in a row with which an answer begins; the first of them is not among the others.
+      forced: what is given; it ends in `opening` and holds no stop token.
+
+    Raises:
+      ConfigError: one of these does not hold.
+    """
+
+    after: int
+    opening: tuple[int, ...]
+    forced: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.after < 1:
+            raise ConfigError(f"A first phase of {self.after} tokens leaves nothing to sample; it must be at least 1.")
+        if not self.opening or self.opening[0] in self.opening[1:]:
+            raise ConfigError(f"The opening {self.opening} of an answer must not be empty nor repeat its first token.")
+        if self.forced[-len(self.opening) :] != self.opening:
+            raise ConfigError(f"The forced tokens {self.forced} must end in the opening {self.opening} of an answer.")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Slots:
@@ -54,6 +80,8 @@ class _Slots:
       groups_B, indices_B: int32, which rollout a row belongs to.
       counts_B: int32, tokens generated.
       alive_B: bool, False for rows that are finished or empty.
+      opened_B: int32, how many tokens of `SecondPhase.opening` came last; it stays when all came. Always 0 without a second phase.
+      forcing_B: bool, whether the last token was forced and the next one may be.
     """
 
     cache: Cache
@@ -62,6 +90,8 @@ class _Slots:
     indices_B: jax.Array
     counts_B: jax.Array
     alive_B: jax.Array
+    opened_B: jax.Array
+    forcing_B: jax.Array
 
 
 @dataclasses.dataclass
@@ -73,6 +103,7 @@ class _Open:
     count: int = 0
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    chosen: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -89,10 +120,11 @@ class Sampler:
       max_new_tokens: budget of a rollout; the stop token counts.
       temperature: logits are divided by it.
       stop_ids: tokens that end a rollout.
+      second_phase: for rollouts that think too long; None: they may spend their whole budget.
       launch_steps: at most so many tokens a row are decoded between two looks of the host.
 
     Raises:
-      ConfigError: a number out of range.
+      ConfigError: a number out of range, or a second phase that does not fit into the budget.
     """
 
     def __init__(
@@ -104,6 +136,7 @@ class Sampler:
         max_new_tokens: int,
         temperature: float,
         stop_ids: Sequence[int],
+        second_phase: SecondPhase | None = None,
         launch_steps: int = 32,
     ):
         numbers = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens, "launch_steps": launch_steps}
@@ -114,6 +147,15 @@ class Sampler:
             raise ConfigError(f"temperature = {temperature!r} cannot be used by the sampler; it must be above 0.")
         if not stop_ids:
             raise ConfigError("The sampler was given no stop token, so every rollout would spend its whole budget; give at least one.")
+        if second_phase is not None:
+            if (needed := second_phase.after + len(second_phase.forced) + 1) > max_new_tokens:
+                raise ConfigError(
+                    f"A first phase of {second_phase.after} tokens and {len(second_phase.forced)} forced ones leave no room for an answer"
+                    f" in max_new_tokens = {max_new_tokens}; it must be at least {needed}, or the first phase shorter."
+                )
+            if forbidden := set(second_phase.forced) & set(stop_ids):
+                raise ConfigError(f"The forced tokens hold the stop tokens {sorted(forbidden)}, so that no answer could follow them.")
+        self._second_phase = second_phase
         self._model = model
         self._slots = slots
         self._max_prompt = max_prompt_tokens
@@ -190,7 +232,7 @@ class Sampler:
                 slots, open_B = self._shrink(slots, open_B)
             enough = jnp.int32(self._live_rows_that_end_a_launch(len(open_B), waiting=bool(queue)))
             slots, drawn = self._launch(frozen, lora, slots, seed_array, step_array, enough)
-            alive_B, counts_B, tokens_BT, logprobs_BT = jax.device_get((slots.alive_B, slots.counts_B, *drawn))
+            alive_B, counts_B, tokens_BT, logprobs_BT, chosen_BT = jax.device_get((slots.alive_B, slots.counts_B, *drawn))
             done = []
             for row, rollout in enumerate(open_B):
                 if rollout is None:
@@ -199,6 +241,7 @@ class Sampler:
                 rollout.count += new
                 rollout.tokens.append(tokens_BT[row, :new])
                 rollout.logprobs.append(logprobs_BT[row, :new])
+                rollout.chosen.append(chosen_BT[row, :new])
                 tokens += new
                 if not alive_B[row]:
                     done.append(self._close(rollout, prompts))
@@ -232,8 +275,10 @@ class Sampler:
 
     def _empty(self, rows: int) -> _Slots:
         hidden = jnp.zeros((rows, self._model.config.width), self._model.dtype)
-        groups, indices, counts = (jnp.zeros(rows, jnp.int32) for _ in range(3))  # three buffers, since each is donated
-        return _Slots(self._model.init_cache(rows, self._capacity), hidden, groups, indices, counts, jnp.zeros(rows, bool))
+        # A buffer for each, since each is donated.
+        groups, indices, counts, opened = (jnp.zeros(rows, jnp.int32) for _ in range(4))
+        alive, forcing = (jnp.zeros(rows, bool) for _ in range(2))
+        return _Slots(self._model.init_cache(rows, self._capacity), hidden, groups, indices, counts, alive, opened, forcing)
 
     def _refill(
         self,
@@ -283,7 +328,7 @@ class Sampler:
             prompt_tokens_P=np.asarray(prompt.tokens_P, np.int32),
             tokens_T=tokens_T,
             logprobs_T=np.concatenate(rollout.logprobs).astype(np.float32),
-            chosen_T=np.ones(len(tokens_T), bool),
+            chosen_T=np.concatenate(rollout.chosen),
             stop=StopReason.STOP_TOKEN if int(tokens_T[-1]) in self._stop_ids else StopReason.MAX_TOKENS,
         )
 
@@ -323,38 +368,72 @@ class Sampler:
             indices_B=put(slots.indices_B, indices_R),
             counts_B=put(slots.counts_B, 0),
             alive_B=put(slots.alive_B, True),
+            opened_B=put(slots.opened_B, 0),
+            forcing_B=put(slots.forcing_B, False),
         )
 
     def _take_slots(self, slots: _Slots, keep_R: jax.Array) -> _Slots:
         rest = {field.name: getattr(slots, field.name)[keep_R] for field in dataclasses.fields(_Slots) if field.name != "cache"}
         return _Slots(cache=take_rows(slots.cache, keep_R), **rest)
 
+    def _force(self, slots: _Slots, tokens_B: jax.Array, logprobs_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Puts forced tokens in the place of drawn ones: tokens, log-probabilities, `opened_B` and `forcing_B` after them, each [B]."""
+        phase = self._second_phase
+        if phase is None:
+            return tokens_B, logprobs_B, slots.opened_B, slots.forcing_B
+        forced, opening = (jnp.asarray(ids, jnp.int32) for ids in (phase.forced, phase.opening))
+        since_B = slots.counts_B - phase.after
+        forcing_B = (slots.forcing_B | ((since_B == 0) & (slots.opened_B < len(opening)))) & (since_B < len(forced))
+        tokens_B = jnp.where(forcing_B, forced.at[since_B].get(mode="clip"), tokens_B)
+        # What follows the opening in a row: its next token, or, if another one came, its first.
+        next_B = jnp.where(
+            tokens_B == opening.at[slots.opened_B].get(mode="clip"), slots.opened_B + 1, (tokens_B == opening[0]).astype(jnp.int32)
+        )
+        opened_B = jnp.where(slots.opened_B == len(opening), slots.opened_B, next_B)
+        return tokens_B, jnp.where(forcing_B, 0.0, logprobs_B), opened_B, forcing_B
+
     def _decode_launch(
         self, frozen: Any, lora: Any, slots: _Slots, seed: jax.Array, step: jax.Array, enough: jax.Array
-    ) -> tuple[_Slots, tuple[jax.Array, jax.Array]]:
-        """Up to `launch_steps` tokens for every live row, until only `enough` rows are live: the slots, and tokens and log-probabilities
-        [B, launch_steps]. A row's new tokens come first in its line; how many there are is the growth of its count."""
+    ) -> tuple[_Slots, tuple[jax.Array, jax.Array, jax.Array]]:
+        """Up to `launch_steps` tokens for every live row, until only `enough` rows are live: the slots, and tokens, log-probabilities and
+        whether they were chosen, [B, launch_steps]. A row's new tokens come first in its line; how many is the growth of its count."""
         keys_B = rollout_keys(seed, step, slots.groups_B, slots.indices_B)
         stop_ids = jnp.asarray(self._stop_ids, jnp.int32)
         rows = slots.alive_B.shape[0]
         tokens_TB = jnp.zeros((self._launch_steps, rows), jnp.int32)
         logprobs_TB = jnp.zeros((self._launch_steps, rows), jnp.float32)
+        chosen_TB = jnp.ones((self._launch_steps, rows), bool)
 
-        def going(carry: tuple[jax.Array, _Slots, jax.Array, jax.Array]) -> jax.Array:
-            i, slots, *_ = carry
+        def going(carry: tuple[jax.Array, _Slots, tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+            i, slots, _ = carry
             return (i < self._launch_steps) & (slots.alive_B.sum() > enough)
 
-        def one(carry: tuple[jax.Array, _Slots, jax.Array, jax.Array]) -> tuple[jax.Array, _Slots, jax.Array, jax.Array]:
-            i, slots, tokens_TB, logprobs_TB = carry
+        def one(
+            carry: tuple[jax.Array, _Slots, tuple[jax.Array, jax.Array, jax.Array]],
+        ) -> tuple[jax.Array, _Slots, tuple[jax.Array, jax.Array, jax.Array]]:
+            i, slots, (tokens_TB, logprobs_TB, chosen_TB) = carry
             logits_BV = self._model.logits(frozen, lora, slots.hidden_BD)
             tokens_B, logprobs_B = draw_tokens(keys_B, slots.counts_B, logits_BV, self._temperature)
+            tokens_B, logprobs_B, opened_B, forcing_B = self._force(slots, tokens_B, logprobs_B)
             counts_B = slots.counts_B + slots.alive_B
             stopped_B = (tokens_B[:, None] == stop_ids).any(axis=-1) | (counts_B >= self._max_new)
             hidden_BD, cache = self._model.decode(frozen, lora, tokens_B, slots.cache)
             # A finished row goes back to length 0: it may write there as it likes, and attention need not read as far as it had come.
             cache = dataclasses.replace(cache, lengths_B=jnp.where(slots.alive_B & ~stopped_B, cache.lengths_B, 0))
-            slots = dataclasses.replace(slots, cache=cache, hidden_BD=hidden_BD, counts_B=counts_B, alive_B=slots.alive_B & ~stopped_B)
-            return i + 1, slots, tokens_TB.at[i].set(tokens_B), logprobs_TB.at[i].set(logprobs_B)
+            slots = _Slots(
+                cache=cache,
+                hidden_BD=hidden_BD,
+                groups_B=slots.groups_B,
+                indices_B=slots.indices_B,
+                counts_B=counts_B,
+                alive_B=slots.alive_B & ~stopped_B,
+                opened_B=opened_B,
+                forcing_B=forcing_B,
+            )
+            drawn = tokens_TB.at[i].set(tokens_B), logprobs_TB.at[i].set(logprobs_B), chosen_TB.at[i].set(~forcing_B)
+            return i + 1, slots, drawn
 
-        _, slots, tokens_TB, logprobs_TB = jax.lax.while_loop(going, one, (jnp.int32(0), slots, tokens_TB, logprobs_TB))
-        return slots, (tokens_TB.T, logprobs_TB.T)
+        _, slots, (tokens_TB, logprobs_TB, chosen_TB) = jax.lax.while_loop(
+            going, one, (jnp.int32(0), slots, (tokens_TB, logprobs_TB, chosen_TB))
+        )
+        return slots, (tokens_TB.T, logprobs_TB.T, chosen_TB.T)

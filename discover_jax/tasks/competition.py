@@ -68,6 +68,7 @@ class Competition:
       failure_reward: reward of a program that failed; must be below that of the sample submission.
       transform: name in TRANSFORMS, from score to reward: "identity" if higher is better, "negate" if lower is.
       prepared_md5: expected MD5 of prepared files, such as {"public/train.csv": "564a..."}; empty: not checked.
+      sample_score: known score of the sample submission on the private answers, for the doctor; None: not known.
       thresholds: published scores to compare with, for summaries; never invented.
       thresholds_note: what they are, and how far the comparison holds.
 
@@ -84,6 +85,7 @@ class Competition:
     failure_reward: float = 0.0
     transform: str = "identity"
     prepared_md5: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sample_score: float | None = None
     thresholds: tuple[Threshold, ...] = ()
     thresholds_note: str = ""
 

@@ -111,8 +111,18 @@ class Task:
         Raises:
           DataError: the answers on this machine are missing or were altered.
         """
-        answers = _load_answers(self.folder / "private", self.answers_digests, self.competition.id_column, self.competition.target)
-        return grading.grade(csv, answers, self.metric)
+        return grading.grade(csv, self._answers(), self.metric)
+
+    def answers_as_submission(self) -> bytes:
+        """The answers as a submission, which cannot be beaten; for checks of the grader. Never for programs.
+
+        Raises:
+          DataError: see `grade`.
+        """
+        return self._answers().table.to_csv(index=False).encode()
+
+    def _answers(self) -> grading.Answers:
+        return _load_answers(self.folder / "private", self.answers_digests, self.competition.id_column, self.competition.target)
 
     def reward(self, score: float) -> float:
         """The reward of a score, higher is better."""

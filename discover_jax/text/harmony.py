@@ -101,6 +101,17 @@ def render_text(messages: Sequence[Message]) -> str:
     return "".join(text for text, _ in _pieces(messages))
 
 
+def answer_opening(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids with which an answer begins: <|channel|>final<|message|>."""
+    return tokenizer.special("<|channel|>"), *tokenizer.encode("final"), tokenizer.special("<|message|>")
+
+
+def answer_forced(closing: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends a thinking that is still going on, and begins the answer: `closing`, <|end|><|start|>assistant and the answer's opening."""
+    start = tokenizer.special("<|end|>"), tokenizer.special("<|start|>")
+    return *tokenizer.encode(closing), *start, *tokenizer.encode("assistant"), *answer_opening(tokenizer)
+
+
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Reply:
     """What the ids that follow <|start|>assistant say. Any sequence of ids has a Reply; what breaks the format is skipped.
 

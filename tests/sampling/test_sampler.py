@@ -14,7 +14,7 @@ from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.models.cache import Cache
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.sampling.sampler import Sampler
+from discover_jax.sampling.sampler import Sampler, SecondPhase
 from discover_jax.types import Prompt, StopReason
 
 STOP = 0
@@ -148,6 +148,75 @@ def test_prompts_that_do_not_fit_are_refused_at_the_call():
     with pytest.raises(CapacityError, match="0 tokens"):
         _sampler().sample(LOGITS, None, _prompts(1, 0), 1, seed=0, step=0)
     assert list(_sampler().sample(LOGITS, None, [], 3, seed=0, step=0)) == []
+
+
+PHASE = SecondPhase(after=6, opening=(3, 4), forced=(2, 2, 1, 3, 4))
+
+
+def _first_opening(tokens):
+    """Index after the first (3, 4) in a row, or None."""
+    return next((t + 2 for t in range(len(tokens) - 1) if tuple(tokens[t : t + 2]) == (3, 4)), None)
+
+
+def test_a_second_phase_is_forced_exactly_on_those_who_have_not_begun_to_answer():
+    free = _by_place(_sampler(max_new_tokens=30).sample(LOGITS, None, _prompts(8), 6, seed=2, step=0))
+    forced = _by_place(_sampler(max_new_tokens=30, second_phase=PHASE).sample(LOGITS, None, _prompts(8), 6, seed=2, step=0))
+    seen = collections.Counter()
+    for place, r in forced.items():
+        before = free[place].tokens_T
+        begun = _first_opening(before[:6]) is not None
+        if len(before) <= 6 or begun:
+            seen["left alone"] += 1
+            np.testing.assert_array_equal(r.tokens_T, before)
+            assert r.chosen_T.all()
+            continue
+        seen["forced"] += 1
+        np.testing.assert_array_equal(r.tokens_T[:6], before[:6])
+        assert tuple(r.tokens_T[6:11]) == PHASE.forced
+        np.testing.assert_array_equal(np.flatnonzero(~r.chosen_T), np.arange(6, 11))
+        assert (r.logprobs_T[6:11] == 0).all()
+        assert len(r.tokens_T) > 11
+        # What follows is drawn freely, and from the distribution after the forced tokens.
+        table = special.log_softmax(LOGITS, axis=1)
+        np.testing.assert_allclose(r.logprobs_T[11:], table[r.tokens_T[10:-1], r.tokens_T[11:]], atol=1e-5)
+    assert min(seen["left alone"], seen["forced"]) > 5
+
+
+def test_an_opening_that_comes_in_two_tries_counts():
+    """3, 3, 4: the first token of the opening comes twice. The chain is made to write it."""
+    logits = np.full((5, 5), -40.0, np.float32)
+    for now, then in ((1, 3), (3, 4), (4, 4)):
+        logits[now, then] = 0.0
+    logits[3, 3] = 0.0
+    sampler = _sampler(max_new_tokens=30, second_phase=SecondPhase(8, (3, 4), (1, 3, 4)))
+    for r in sampler.sample(logits, None, [Prompt(0, "seed", "", np.full(3, 1, np.int32))], 40, seed=0, step=0):
+        begun = _first_opening(r.tokens_T[:8]) is not None
+        assert r.chosen_T.all() == begun
+
+
+@pytest.mark.parametrize("settings", [{"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64, "slots": 64}])
+def test_a_second_phase_depends_on_neither_slots_nor_launches(settings):
+    options = {"max_new_tokens": 24, "second_phase": PHASE}
+    expected = _by_place(_sampler(**options).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
+    got = _by_place(_sampler(**options | settings).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
+    for place, r in expected.items():
+        np.testing.assert_array_equal(got[place].tokens_T, r.tokens_T)
+        np.testing.assert_array_equal(got[place].chosen_T, r.chosen_T)
+        np.testing.assert_allclose(got[place].logprobs_T, r.logprobs_T, atol=1e-6)
+
+
+def test_impossible_second_phases_are_refused():
+    for change, message in (
+        ({"after": 0}, "at least 1"),
+        ({"opening": (3, 3), "forced": (3, 3)}, "repeat"),
+        ({"forced": (1, 2)}, "must end in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(PHASE, **change)
+    with pytest.raises(ConfigError, match="at least 12"):
+        _sampler(max_new_tokens=11, second_phase=PHASE)
+    with pytest.raises(ConfigError, match="stop tokens"):
+        _sampler(second_phase=dataclasses.replace(PHASE, forced=(STOP, 3, 4)))
 
 
 def test_log_probabilities_equal_a_full_forward_of_gpt_oss():

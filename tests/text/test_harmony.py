@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discover_jax.text.harmony import Message, Reply, developer_message, parse, render, render_text, system_message
+from discover_jax.text.harmony import (
+    Message,
+    Reply,
+    answer_forced,
+    answer_opening,
+    developer_message,
+    parse,
+    render,
+    render_text,
+    system_message,
+)
 from discover_jax.text.tokenizer import SPECIAL_TOKENS
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("harmony.json").read_text())
@@ -114,3 +124,16 @@ def test_what_was_said_comes_back(tokenizer, analysis, final):
 def test_messages_that_the_format_does_not_know(role, channel):
     with pytest.raises(ValueError, match=r"allowed|only"):
         Message(role, "x", channel)
+
+
+def test_an_answer_that_is_forced_after_unfinished_thinking_is_parsed_as_one(tokenizer):
+    thinking = [
+        tokenizer.special("<|channel|>"),
+        *tokenizer.encode("analysis"),
+        tokenizer.special("<|message|>"),
+        *tokenizer.encode("Let me s"),
+    ]
+    forced = answer_forced("\n\nEnough.", tokenizer)
+    assert forced[-len(answer_opening(tokenizer)) :] == answer_opening(tokenizer)
+    answer = [*tokenizer.encode("```python\npass\n```"), tokenizer.special("<|return|>")]
+    assert parse([*thinking, *forced, *answer], tokenizer) == Reply("Let me s\n\nEnough.", "```python\npass\n```", truncated=False)

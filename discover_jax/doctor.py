@@ -1,0 +1,222 @@
+"""Looks at everything that a run needs before it starts: `python -m discover_jax.doctor --config=configs/spaceship.py:run3 ...`.
+
+Takes the command line of main. Prints a line for each thing, `ok` or `FIX` with what to do; the exit code is 0 if all are ok, else 1.
+Nothing is written but to a temporary folder, and no weights are read beyond their files' headers.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from packaging.requirements import Requirement
+
+from discover_jax import cli
+from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError, WeightsError
+from discover_jax.execution.executor import Executor
+from discover_jax.execution.limits import GIB, Limits
+from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
+from discover_jax.models.folder import check_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.policy import check_tokenizer, weights_folder
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.tasks.task import Task
+from discover_jax.types import Outcome
+
+_PROGRAM = """import pandas as pd
+
+
+def run():
+    return pd.read_csv("data/sample_submission.csv")
+"""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was looked at, whether it is as it should be (None: not looked at), and what was found or what to do."""
+
+    name: str
+    ok: bool | None
+    text: str
+
+
+def examine(config: Any, workdir: Path) -> Iterator[Finding]:
+    """Looks at one thing after another, the quick ones first; what depends on a thing that is broken is left out, and says so.
+
+    Args:
+      config: validated.
+      workdir: the run's folder, which need not exist.
+    """
+
+    def look(name: str, check: Callable[..., tuple[str, T]], *arguments: Any) -> Iterator[Finding]:
+        """Yields the finding; the check's own result is this generator's value, None if it failed or could not be made."""
+        if any(argument is None for argument in arguments):
+            yield Finding(name, None, "not looked at, since something above is to be mended first")
+            return None
+        try:
+            text, result = check(*arguments)
+        except DiscoverError as error:
+            yield Finding(name, False, str(error))
+            return None
+        yield Finding(name, True, text)
+        return result
+
+    yield from look("packages", _packages)
+    yield from look("devices", _devices)
+    sizes = yield from look("weights", _weights, config)
+    yield from look("tokenizer", _tokenizer, config, sizes)
+    yield from look("disk", _disk, config, sizes, workdir)
+    with tempfile.TemporaryDirectory(prefix="discover_jax-doctor-") as name:
+        task = yield from look("data", _data, config, Path(name))
+        score = yield from look("grader", _grader, task)
+        yield from look("sandbox", _sandbox, config, task, score, Path(name))
+
+
+def _packages() -> tuple[str, None]:
+    try:
+        wanted = [Requirement(line) for line in importlib.metadata.requires("discover_jax") or []]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError("discover_jax is not installed in this Python. Run `pip install -e .` in its folder, or `make`.") from error
+    problems, found = [], []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{requirement} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} is {version}, and must be {requirement.specifier}")
+        if requirement.name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers"):
+            found.append(f"{requirement.name} {version}")
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}. Install with the versions of constraints/, as the Makefile does.")
+    return f"Python {platform.python_version()}, {', '.join(found)}", None
+
+
+def _devices() -> tuple[str, None]:
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # a backend that was asked for by JAX_PLATFORMS and cannot start
+        raise ConfigError(f"jax finds no device: {error}") from error
+    backend = jax.default_backend()
+    if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
+        for path, extra in (("/dev/nvidia0", "cuda"), ("/dev/accel0", "tpu")):
+            if os.path.exists(path):
+                raise ConfigError(f"{path} is here, but jax only sees the CPU. Install the extra: pip install 'discover_jax[{extra}]'.")
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    each = f", {memory / GIB:.0f} GiB each for jax" if memory else ""
+    return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {jax.process_count()} process(es){each}", None
+
+
+def _weights(config: Any) -> tuple[str, ModelConfig]:
+    folder = weights_folder(config)
+    if folder is None:
+        sizes = SHAPES[config.model.shape]
+        return f"random, of {config.model.shape}'s shape: no programs worth running will come of them", sizes
+    sizes, size = check_folder(folder)
+    if config.model.experts == "packed" and sizes.width % 32:
+        raise WeightsError(f"Width {sizes.width} is no multiple of 32, so MXFP4 cannot hold it. Set config.model.experts='dense'.")
+    return f"{folder}: {sizes.num_layers} layers, {sizes.num_experts} experts, {size / 1e6:,.0f} MB, all tensors there", sizes
+
+
+def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
+    tokenizer = check_tokenizer(config, sizes)
+    return f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids, has the chat format's special tokens", None
+
+
+def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
+    place = Path(os.path.abspath(workdir))
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK) or not place.is_dir():
+        raise RunError(f"{workdir} cannot be written (looked at {place}). Choose another --workdir.")
+    adapter = Model(sizes, LoraConfig(**config.lora)).abstract_lora()
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter))
+    # float32 values and Adam's two moments; one checkpoint more than are kept exists while the newest is written.
+    needed = 12 * parameters * (config.checkpoint.keep + 1) + (1 << 30)
+    free = shutil.disk_usage(place).free
+    text = f"{free / 1e9:.0f} GB free at {place}; checkpoints of {12 * parameters / 1e6:,.0f} MB, {config.checkpoint.keep} kept"
+    if free < needed:
+        raise RunError(
+            f"{text}: about {needed / 1e9:.0f} GB are wanted. Free some, lower config.checkpoint.keep, or choose another --workdir."
+        )
+    return text, None
+
+
+def _data(config: Any, folder: Path) -> tuple[str, Task]:
+    task = prepare_task(
+        config.task.competition,
+        raw=config.task.raw,
+        reward=config.task.reward,
+        folder=folder / "task",
+        holdout_fraction=config.task.holdout_fraction,
+        seed=config.seed,
+    )
+    checked = "as MLE-bench's checksums demand" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
+    return f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}", task
+
+
+def _grader(task: Task) -> tuple[str, float]:
+    """Three submissions whose verdict is known: the sample, the answers themselves, and one that lacks a row."""
+    sample = (task.public_dir / "sample_submission.csv").read_bytes()
+    grade, perfect = task.grade(sample), task.grade(task.answers_as_submission())
+    if grade.score is None or grade.private_score is None or perfect.score is None:
+        raise DataError(f"The sample submission or the answers are invalid as submissions: {grade.reason or perfect.reason}")
+    known = task.competition.sample_score
+    if known is not None and not math.isclose(grade.private_score, known, abs_tol=1e-5):
+        raise DataError(f"The sample submission scores {grade.private_score:.5f}; it is known to score {known:.5f}.")
+    if task.reward(perfect.score) <= task.reward(grade.score):
+        raise DataError(
+            f"The answers score {perfect.score:.5f}, no better than the sample's {grade.score:.5f}: the metric is the wrong way."
+        )
+    if task.grade(sample[: sample.rstrip().rfind(b"\n") + 1]).valid:
+        raise DataError("A submission that lacks its last row counts as valid.")
+    return f"sample {grade.score:.5f}, the answers themselves {perfect.score:.5f}, a table that lacks a row is refused", grade.score
+
+
+def _sandbox(config: Any, task: Task, score: float, folder: Path) -> tuple[str, None]:
+    settings = config.execution
+    limits = Limits(seconds=settings.seconds, cores=settings.cores, memory_bytes=int(settings.memory_gib * GIB))
+    with Executor(
+        task, limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
+    ) as executor:
+        verdict = executor.submit(_PROGRAM).result()
+        text = executor.describe()
+    if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
+        raise RunError(
+            f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
+            f" ok and {score} were expected. {verdict.execution.detail or verdict.grade.reason}"
+        )
+    return f"the canary found no way out; {text}", None
+
+
+def run(config: Any, workdir: Path) -> None:
+    """Prints the findings.
+
+    Raises:
+      SystemExit: with code 1 if something is to be mended.
+    """
+    ok = True
+    for finding in examine(config, workdir):
+        mark = {True: "ok", False: "FIX", None: "--"}[finding.ok]
+        print(f"{mark:<3}  {finding.name:<10} {finding.text}", flush=True)
+        ok = ok and finding.ok is True
+    print("Everything is ready." if ok else "Mend what FIX says, then look again.")
+    if not ok:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.launch(run)

@@ -1,0 +1,131 @@
+"""The doctor on a machine where all is well, and with one thing after another broken."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from discover_jax import doctor
+from discover_jax.config import validate
+from discover_jax.models import folder as folders
+from discover_jax.models.synthetic import write_synthetic
+from discover_jax.policy import APPRENTICE
+from discover_jax.tasks.task import Task
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["packages", "devices", "weights", "tokenizer", "disk", "data", "grader", "sandbox"]
+
+
+def _findings(tmp_path, **changes):
+    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return {finding.name: finding for finding in doctor.examine(validate(config), tmp_path / "run")}
+
+
+def test_all_is_well_here(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "discover_jax.doctor", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:-1]] == [["ok", name] for name in NAMES]
+    assert lines[-1] == "Everything is ready."
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_depends_on_something_broken_is_left_out_and_the_exit_code_tells(tmp_path):
+    command = ["--config=configs/spaceship.py:run1", f"--config.model.weights={tmp_path / 'nowhere'}"]
+    done = subprocess.run([sys.executable, "-m", "discover_jax.doctor", *command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    marks = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()[:-1]}
+    assert marks["weights"] == marks["data"] == "FIX"
+    assert marks["tokenizer"] == marks["disk"] == marks["grader"] == marks["sandbox"] == "--"
+    assert str(tmp_path / "nowhere") in done.stdout
+
+
+def test_weights_and_tokenizer_that_do_not_belong_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
+    sizes = folders.read_config(APPRENTICE)
+    write_synthetic(tmp_path / "small", dataclasses.replace(sizes, num_layers=2, vocab_size=512))
+    found = _findings(tmp_path, model__weights=str(tmp_path / "small"), model__tokenizer=str(APPRENTICE))
+    assert found["weights"].ok
+    assert found["tokenizer"].ok is False
+    assert "2,048 ids, and the model knows 512" in found["tokenizer"].text
+    found = _findings(tmp_path, model__weights=str(tmp_path / "small"))
+    assert "no tokenizer in" in found["tokenizer"].text
+
+    shutil.copytree(APPRENTICE, tmp_path / "broken")
+    config = json.loads((tmp_path / "broken" / "config.json").read_text())
+    (tmp_path / "broken" / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
+    found = _findings(tmp_path, model__weights=str(tmp_path / "broken"))
+    assert "tensors that do not fit" in found["weights"].text
+
+
+def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10**8))
+    found = _findings(tmp_path)
+    assert found["disk"].ok is False
+    assert "about 1 GB are wanted" in found["disk"].text
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "cannot be written" in _findings(tmp_path)["disk"].text
+
+
+def test_a_grader_that_is_wrong_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
+    grade = Task.grade
+    monkeypatch.setattr(Task, "grade", lambda self, csv: dataclasses.replace(grade(self, csv), private_score=0.25))
+    found = _findings(tmp_path)
+    assert "scores 0.25000; it is known to score 0.50459" in found["grader"].text
+    assert found["sandbox"].ok is None
+    monkeypatch.setattr(Task, "grade", lambda self, csv: grade(self, (self.public_dir / "sample_submission.csv").read_bytes()))
+    assert "no better than the sample's" in _findings(tmp_path)["grader"].text
+
+
+def test_a_sandbox_that_gives_another_score_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_PROGRAM", "def run():\n    raise ValueError('no')\n")
+    found = _findings(tmp_path)
+    assert found["sandbox"].ok is False
+    assert "exception" in found["sandbox"].text
+    assert "ValueError: no" in found["sandbox"].text
+
+
+def test_packages_that_are_missing_or_old_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
+    version = importlib.metadata.version
+
+    def other(name):
+        if name == "optax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1.0" if name == "jax" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", other)
+    text = _findings(tmp_path)["packages"].text
+    assert "optax" in text
+    assert "is missing" in text
+    assert "jax is 0.1.0, and must be >=0.10.2" in text
+
+
+@pytest.mark.parametrize(("present", "extra"), [("/dev/nvidia0", "cuda"), ("/dev/accel0", "tpu")])
+def test_an_accelerator_that_jax_does_not_see_is_named(tmp_path, monkeypatch, present, extra):
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path == present or exists(path))
+    if doctor.jax.default_backend() != "cpu":
+        pytest.skip("jax sees an accelerator here")
+    assert f"discover_jax[{extra}]" in _findings(tmp_path)["devices"].text
