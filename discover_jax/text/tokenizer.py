@@ -1,6 +1,6 @@
-"""Tokenizers behind one small interface: SentencePiece for the apprentice, `tokenizer.json` (through transformers) for gpt-oss.
+"""Tokenizers behind one small interface: SentencePiece for the apprentice; for gpt-oss `tokenizer.json`, or its ranks.
 
-Both keep ordinary text and the chat format's special tokens apart: `encode` never yields a special id, whatever the text says, so that
+All keep ordinary text and the chat format's special tokens apart: `encode` never yields a special id, whatever the text says, so that
 a program or a dataset that contains "<|end|>" cannot end a message. Special ids are had by name alone, from `special`.
 """
 
@@ -24,6 +24,10 @@ SPECIAL_TOKENS = (
     "<|message|>",
     "<|call|>",
 )
+
+RANKS_FILE = "o200k_base.tiktoken"
+_O200K_SIZE = 201_088  # the model's; the package numbers one reserved token more
+_RANKS_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"
 
 
 @runtime_checkable
@@ -182,19 +186,74 @@ class HuggingFaceTokenizer:
         return _lookup(self._special, name)
 
 
+class O200kTokenizer:
+    """gpt-oss's tokenizer from its ranks, the published file o200k_base.tiktoken, through openai-harmony. Can be pickled."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads `path`, an `o200k_base.tiktoken`.
+
+        Raises:
+          TokenizerError: openai-harmony is not installed, or the file is missing or altered.
+        """
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise TokenizerError(f"There are no ranks at {self._path}. Give the folder that holds `{RANKS_FILE}`.")
+        try:
+            import openai_harmony
+        except ImportError as error:
+            raise TokenizerError(
+                f"{self._path} is read by openai-harmony, which is not installed. Run pip install 'discover_jax[harmony]', or give the"
+                " folder of gpt-oss's tokenizer.json."
+            ) from error
+        # The package finds the file by this variable, and would download it without; it checks the file's own checksum.
+        before = os.environ.get(_RANKS_VARIABLE)
+        os.environ[_RANKS_VARIABLE] = str(self._path.parent)
+        try:
+            self._model = openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+        except openai_harmony.HarmonyError as error:
+            raise TokenizerError(f"{self._path} is not o200k_base.tiktoken as it is published ({error}). Fetch it again.") from error
+        finally:
+            del os.environ[_RANKS_VARIABLE]
+            if before is not None:
+                os.environ[_RANKS_VARIABLE] = before
+        self._special = {name: self._model.encode(name, allowed_special="all")[0] for name in SPECIAL_TOKENS}
+        self._special_ids = frozenset(self._model.encode(name, allowed_special="all")[0] for name in self._model.special_tokens_set)
+
+    def __reduce__(self):
+        return O200kTokenizer, (self._path,)
+
+    @property
+    def vocab_size(self) -> int:
+        return _O200K_SIZE
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        size = self.vocab_size
+        return self._model.decode([int(i) for i in ids if 0 <= i < size and int(i) not in self._special_ids])
+
+    def special(self, name: str) -> int:
+        return _lookup(self._special, name)
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder: its `tokenizer.model` if there is one (the apprentice), else its `tokenizer.json` (gpt-oss).
+    """The tokenizer of a checkpoint's folder: the first there is of `tokenizer.model` (the apprentice), `tokenizer.json` (gpt-oss), and
+    `o200k_base.tiktoken` (gpt-oss's published ranks).
 
     Raises:
-      TokenizerError: there is neither, or it does not fit (see the classes).
+      TokenizerError: there is none, or it does not fit (see the classes).
     """
     folder = Path(folder)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder / "tokenizer.model")
     if (folder / "tokenizer.json").is_file():
         return HuggingFaceTokenizer(folder / "tokenizer.json")
+    if (folder / RANKS_FILE).is_file():
+        return O200kTokenizer(folder / RANKS_FILE)
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
     raise TokenizerError(
-        f"There is no tokenizer in {folder}: looked for tokenizer.model (SentencePiece) and tokenizer.json (Hugging Face); found: {there}."
+        f"There is no tokenizer in {folder}: looked for tokenizer.model (SentencePiece), tokenizer.json (Hugging Face) and {RANKS_FILE};"
+        f" found: {there}."
         " Copy one of them there, or set config.model.tokenizer to the folder that holds it."
     )
