@@ -44,12 +44,12 @@ CONFIGS = {
 }
 
 
-def reference(path):
-    """transformers' model of the folder in float32; dequantised by transformers itself, and in its plainest code throughout."""
+def reference(path, dtype=torch.float32):
+    """transformers' model of the folder; dequantised by transformers itself, and in its plainest code throughout."""
     return transformers.GptOssForCausalLM.from_pretrained(
         path,
         quantization_config=transformers.Mxfp4Config(dequantize=True),
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         experts_implementation="eager",
     ).eval()
@@ -57,7 +57,7 @@ def reference(path):
 
 def reference_logits(model, tokens_BT):
     with torch.no_grad():
-        return model(torch.tensor(np.asarray(tokens_BT))).logits.numpy()
+        return model(torch.tensor(np.asarray(tokens_BT))).logits.float().numpy()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,6 +65,21 @@ def logits(model, frozen, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     hidden_BTD = model.hidden(frozen, None, tokens_BT, positions_BT, jnp.ones_like(positions_BT))
     return model.logits(frozen, None, hidden_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(model, frozen, tokens_BT, lengths_B, capacity):
+    return model.prefill(frozen, None, tokens_BT, lengths_B, capacity)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(model, frozen, tokens_B, cache):
+    return model.decode(frozen, None, tokens_B, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def head(model, frozen, hidden_BD):
+    return model.logits(frozen, None, hidden_BD)
 
 
 def random_tokens(config, rows, length, seed=0):
@@ -86,13 +101,32 @@ def test_logits_equal_transformers(tmp_path, name):
 
 @pytest.mark.parametrize("length", [127, 128, 129, 130])
 def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
+    """The prompt read at once, and its last two tokens and two more one by one from the cache."""
     config = CONFIGS["published window"]
     write_synthetic(tmp_path, config, seed=3)
-    tokens_BT = random_tokens(config, 1, length)
-    _, frozen = load_folder(tmp_path)
-    np.testing.assert_allclose(
-        logits(Model(config), frozen, tokens_BT), reference_logits(reference(tmp_path), tokens_BT), atol=1e-4, rtol=0
-    )
+    tokens_BT = random_tokens(config, 1, length + 2)
+    expected = reference_logits(reference(tmp_path), tokens_BT)
+    _, frozen = load_folder(tmp_path, experts="packed")
+    model = Model(config, experts="packed")
+    np.testing.assert_allclose(logits(model, frozen, tokens_BT), expected, atol=1e-4, rtol=0)
+    hidden_BD, cache = prefill(model, frozen, tokens_BT[:, :-4], jnp.array([length - 2]), 256)
+    for place in range(length - 2, length + 2):
+        np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, place - 1], atol=1e-4, rtol=0)
+        hidden_BD, cache = decode(model, frozen, tokens_BT[:, place], cache)
+    np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["grouped", "every expert active"])
+def test_bfloat16_costs_no_more_accuracy_than_it_costs_transformers(tmp_path, name):
+    config = CONFIGS[name]
+    write_synthetic(tmp_path, config, seed=11)
+    tokens_BT = random_tokens(config, 4, 150)
+    exact = reference_logits(reference(tmp_path), tokens_BT)
+    theirs = reference_logits(reference(tmp_path, torch.bfloat16), tokens_BT)
+    _, frozen = load_folder(tmp_path, dtype="bfloat16", experts="packed")
+    ours = logits(Model(config, dtype="bfloat16", experts="packed"), frozen, tokens_BT)
+    our_error, their_error = (np.sqrt(np.mean(np.square(np.asarray(got) - exact))) for got in (ours, theirs))
+    assert 0 < our_error <= their_error
 
 
 def test_folder_of_dequantised_experts_reads_alike(tmp_path):
