@@ -33,7 +33,7 @@ from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console, make_console
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
-from discover_jax.runs.summary import step_row
+from discover_jax.runs.summary import closing_lines, step_row
 from discover_jax.runs.workdir import Workdir, open_workdir, write_atomic
 from discover_jax.sampling.sampler import Sampler, SecondPhase
 from discover_jax.tasks.prepare import prepare_task
@@ -132,7 +132,8 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         train_state, archive, best, last_children = stand.train_state, stand.archive, stand.best, stand.last_children
         last_step = stand.first_step + config.train.steps
         rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
-        console.start(_title(config, task, learn), _opening_lines(config, workdir, task, executor, policy, stand))
+        title = f"{config.name}: {task.id}, {'test-time training' if learn else 'search without training'}"
+        console.start(title, _opening_lines(config, workdir, task, executor, policy, stand))
 
         checkpoint_seconds: float | None = None
 
@@ -241,7 +242,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             rows.append(row)
             console.step_done(row, best, previous.score if previous is not None else None)
 
-        console.finish(_closing_lines(workdir, task, best, rows, learn))
+        console.finish(closing_lines(task, best, rows, workdir=workdir, learn=learn))
 
 
 # ---------------------------------------------------------------------- starting and resuming
@@ -296,6 +297,18 @@ def _restore(config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: J
     for _, of_step in itertools.groupby(attempts, key=lambda attempt: attempt.step):
         last_children |= _by_parent(list(of_step))
     return _Stand(first_step, latest + 1, train_state, archive, best_of(_states(attempts)), last_children, origin)
+
+
+def _opening_lines(config: Any, workdir: Workdir, task: Task, executor: Executor, policy: Policy, stand: _Stand) -> list[str]:
+    sizes = policy.model.config
+    where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+    return [
+        f"model    {config.model.weights}: {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts, {where}",
+        f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {stand.origin}",
+        f"programs {executor.describe()}",
+        f"reward   {task.disclosure.text}",
+        f"folder   {workdir.path}",
+    ]
 
 
 def _host_state(stand: _Stand, archive: Archive, journal: Journal) -> dict[str, Any]:
@@ -447,45 +460,6 @@ def _write_best(config: Any, workdir: Workdir, task: Task, journal: Journal, bes
         "seed": config.seed,
     }
     write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=verdict.execution.csv or b"", grade=grade)
-
-
-# ---------------------------------------------------------------------- what people see
-
-
-def _title(config: Any, task: Task, learn: bool) -> str:
-    return f"{config.name}: {task.id}, {'test-time training' if learn else 'search without training'}"
-
-
-def _opening_lines(config: Any, workdir: Workdir, task: Task, executor: Executor, policy: Policy, stand: _Stand) -> list[str]:
-    sizes = policy.model.config
-    where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
-    return [
-        f"model    {config.model.weights}: {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts, {where}",
-        f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {stand.origin}",
-        f"programs {executor.describe()}",
-        f"reward   {task.disclosure.text}",
-        f"folder   {workdir.path}",
-    ]
-
-
-def _closing_lines(workdir: Workdir, task: Task, best: State | None, rows: Sequence[dict[str, Any]], learn: bool) -> list[str]:
-    if not rows or best is None or best.score is None:
-        return ["No program has scored yet.", f"Everything is in {workdir.path}"]
-    first, last = rows[0], rows[-1]
-    name = task.metric.name
-    interval = task.score_interval(best.score)
-    between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f} ({task.score_rows:,} rows)" if interval else ""
-    lines = [
-        f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
-        f"mean reward  {first['reward/mean']:.4f} -> {last['reward/mean']:.4f}   ({last['reward/mean'] - first['reward/mean']:+.4f})",
-        f"best {name}  {first['best/score']:.4f} -> {best.score:.4f}   ({best.score - first['best/score']:+.4f}){between}",
-        f"best program {workdir.best_dir / 'solution.py'}",
-        task.disclosure.text,
-    ]
-    if task.thresholds:
-        known = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
-        lines.append(f"leaderboard  {known}. {task.thresholds_note}")
-    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The row of metrics that sums a step up."""
+"""What sums a step up: its row of metrics; and a run: its last lines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from discover_jax.exceptions import RunError
+from discover_jax.runs.workdir import Workdir
+from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt, Outcome, State
 
 
@@ -66,3 +68,29 @@ def _constant_frac(attempts: Sequence[Attempt]) -> float:
     for attempt in attempts:
         groups.setdefault(attempt.group, set()).add(attempt.reward)
     return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
+
+
+def closing_lines(task: Task, best: State | None, rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool) -> list[str]:
+    """What a run came to, for people: how the mean and the best moved, where the best program lies, and how its score was chosen.
+
+    Args:
+      best: the best state of the run; None if no program scored.
+      rows: of metrics, all steps so far.
+    """
+    if not rows or best is None or best.score is None:
+        return ["No program has scored yet.", f"Everything is in {workdir.path}"]
+    first, last = rows[0], rows[-1]
+    name = task.metric.name
+    interval = task.score_interval(best.score)
+    between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f} ({task.score_rows:,} rows)" if interval else ""
+    lines = [
+        f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
+        f"mean reward  {first['reward/mean']:.4f} -> {last['reward/mean']:.4f}   ({last['reward/mean'] - first['reward/mean']:+.4f})",
+        f"best {name}  {first['best/score']:.4f} -> {best.score:.4f}   ({best.score - first['best/score']:+.4f}){between}",
+        f"best program {workdir.best_dir / 'solution.py'}",
+        task.disclosure.text,
+    ]
+    if task.thresholds:
+        known = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
+        lines.append(f"leaderboard  {known}. {task.thresholds_note}")
+    return lines
