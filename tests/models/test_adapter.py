@@ -1,0 +1,432 @@
+"""Adapters in peft's format: logits and gradients against peft over transformers, the round trip, refusals, and the command."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from discover_jax import config as settings
+from discover_jax.exceptions import RunError, WeightsError
+from discover_jax.learning.train_state import adam, init_train_state
+from discover_jax.models.adapter import CONFIG, WEIGHTS, load_peft, read_lora_config, save_peft
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.export_adapter import export_adapter
+from discover_jax.models.folder import load_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.synthetic import write_synthetic
+from discover_jax.runs.checkpoints import Checkpoints
+
+SMALL = ModelConfig(
+    num_layers=4,
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    num_experts=4,
+    experts_per_token=2,
+    expert_width=96,
+    vocab_size=97,
+    sliding_window=16,
+    eos_id=1,
+    pad_id=0,
+)
+LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=6.0)
+RANKS = {
+    "three ranks": LORA,
+    "one rank": LoraConfig(4, 4, 4, alpha=4.0),
+    "attention alone": LoraConfig(5, 0, 0, alpha=2.5),
+    "experts alone": LoraConfig(0, 3, 0, alpha=8.0),
+    "head alone": LoraConfig(0, 0, 2, alpha=1.0),
+    "attention and head": LoraConfig(2, 0, 6),
+}
+GROUPS = {"attention_rank": "self_attn", "expert_rank": "mlp.experts", "head_rank": "lm_head"}
+
+
+def random_lora(lora: LoraConfig, seed=0, config=SMALL):
+    """Every weight drawn, B too: products of about a tenth of the base's."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, struct):
+        fan_in = struct.shape[-1] ** -0.5
+        scale = fan_in if path[-1].key == "lora_a" else 0.1 / (lora.alpha * fan_in)
+        return jnp.asarray(scale * rng.standard_normal(struct.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, Model(config, lora).abstract_lora())
+
+
+def random_tokens(rows=2, length=40, seed=0):
+    return np.random.default_rng(seed).integers(0, SMALL.vocab_size, (rows, length)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, frozen, lora, tokens_BT):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden_BTD = model.hidden(frozen, lora, tokens_BT, positions_BT, jnp.ones_like(positions_BT))
+    return model.logits(frozen, lora, hidden_BTD)
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+# ---------------------------------------------------------------------- against peft
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    reason = "needs torch and peft (make test installs them; PARITY=0 leaves them out)"
+    return pytest.importorskip("torch", reason=reason), pytest.importorskip("transformers"), pytest.importorskip("peft", reason=reason)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder of base weights, and what we read from it."""
+    path = tmp_path_factory.mktemp("base")
+    write_synthetic(path, SMALL, seed=1)
+    return path, load_folder(path)[1]
+
+
+@pytest.fixture
+def reference(libraries, base):
+    """transformers' model of the same folder; anew for each test, since peft puts its wrappers into it."""
+    torch, transformers, _ = libraries
+    return transformers.GptOssForCausalLM.from_pretrained(
+        base[0],
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
+
+
+def torch_logits(torch, model, tokens_BT):
+    with torch.no_grad():
+        return model(torch.tensor(tokens_BT)).logits.numpy()
+
+
+@pytest.mark.filterwarnings("error:.*(rank_pattern|missing adapter keys|unexpected keys)")
+@pytest.mark.parametrize("name", RANKS)
+def test_peft_computes_the_same_logits_from_what_we_save(tmp_path, libraries, base, reference, name):
+    torch, _, peft = libraries
+    lora = random_lora(RANKS[name], seed=len(name))
+    save_peft(tmp_path, lora, SMALL, RANKS[name], str(base[0]))
+    tokens_BT = random_tokens()
+    plain = torch_logits(torch, reference, tokens_BT)
+    model = peft.PeftModel.from_pretrained(reference, tmp_path)
+    adapted = torch_logits(torch, model, tokens_BT)
+    assert np.abs(adapted - plain).max() > 0.1  # otherwise agreement would say nothing of the adapter
+    ours = logits(Model(SMALL, RANKS[name]), base[1], lora, tokens_BT)
+    np.testing.assert_allclose(ours, adapted, atol=1e-4, rtol=0)
+    merged = torch_logits(torch, model.merge_and_unload(), tokens_BT)  # docs/adapters.md recommends it
+    np.testing.assert_allclose(ours, merged, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
+@pytest.mark.parametrize("name", RANKS)
+def test_we_compute_the_same_logits_from_what_peft_saves(tmp_path, libraries, base, reference, name):
+    """An adapter that never was ours: named, configured, drawn and saved by peft. With the head it saves a copy of the base's head, too."""
+    torch, _, peft = libraries
+    lora = RANKS[name]
+    modules = {f"{letter}_proj": lora.attention_rank for letter in "qkvo"} | {"lm_head": lora.head_rank}
+    parameters = {f"mlp.experts.{matrix}_proj": lora.expert_rank for matrix in ("down", "gate_up")}
+    options = peft.LoraConfig(
+        r=64,
+        lora_alpha=lora.alpha,
+        rank_pattern={target: rank for target, rank in (modules | parameters).items() if rank},
+        target_modules=[target for target, rank in modules.items() if rank],
+        target_parameters=[target for target, rank in parameters.items() if rank],
+    )
+    model = peft.get_peft_model(reference, options).eval()
+    torch.manual_seed(len(name))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_A" in parameter_name:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif "lora_B" in parameter_name:
+                parameter.normal_(std=0.2 / lora.alpha)
+    model.save_pretrained(tmp_path)
+    tokens_BT = random_tokens()
+    expected = torch_logits(torch, model, tokens_BT)
+    with model.disable_adapter():
+        assert np.abs(expected - torch_logits(torch, model, tokens_BT)).max() > 0.1
+    assert read_lora_config(tmp_path, SMALL) == lora
+    ours = Model(SMALL, lora)
+    np.testing.assert_allclose(logits(ours, base[1], load_peft(tmp_path, ours), tokens_BT), expected, atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_torch(tmp_path, libraries, base, reference):
+    """Of a scalar of the logits with respect to every adapter weight, matched by the names under which both sides save them."""
+    torch, _, peft = libraries
+    model, lora, tokens_BT = Model(SMALL, LORA), random_lora(LORA, seed=7), random_tokens(seed=7)
+    weights_BTV = np.random.default_rng(8).standard_normal((*tokens_BT.shape, SMALL.vocab_size)).astype(np.float32) / tokens_BT.size
+    save_peft(tmp_path / "lora", lora, SMALL, LORA, "base")
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "lora", is_trainable=True)
+    loss = (theirs(torch.tensor(tokens_BT)).logits * torch.tensor(weights_BTV)).sum()
+    loss.backward()
+    expected = {
+        name.replace(".default", ""): parameter.grad.numpy() for name, parameter in theirs.named_parameters() if parameter.requires_grad
+    }
+    value, gradients = jax.value_and_grad(lambda lora: jnp.vdot(logits(model, base[1], lora, tokens_BT), weights_BTV))(lora)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-4)
+    save_peft(tmp_path / "gradients", gradients, SMALL, LORA, "base")
+    ours = safetensors.numpy.load_file(tmp_path / "gradients" / WEIGHTS)
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.abs(gradient).max() > 1e-4, name
+        np.testing.assert_allclose(ours[name], gradient, atol=1e-4 * np.abs(gradient).max(), rtol=0, err_msg=name)
+
+
+# ---------------------------------------------------------------------- the format by itself
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_round_trip_is_exact(tmp_path, name):
+    lora, model = random_lora(RANKS[name]), Model(SMALL, RANKS[name])
+    save_peft(tmp_path, lora, SMALL, RANKS[name], "base")
+    assert read_lora_config(tmp_path, SMALL) == RANKS[name]
+    read = load_peft(tmp_path, model)
+    assert_identical(read, lora)
+    save_peft(tmp_path / "again", read, SMALL, RANKS[name], "base")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    assert (tmp_path / "again" / CONFIG).read_bytes() == (tmp_path / CONFIG).read_bytes()
+
+
+@pytest.mark.parametrize("left_out", GROUPS)
+def test_rank_0_leaves_a_target_out(tmp_path, left_out):
+    ranks = dataclasses.replace(LORA, **{left_out: 0})
+    save_peft(tmp_path, random_lora(ranks), SMALL, ranks, "base")
+    names = safetensors.numpy.load_file(tmp_path / WEIGHTS).keys()
+    for rank, part in GROUPS.items():
+        assert any(part in name for name in names) == (rank != left_out)
+    content = json.loads((tmp_path / CONFIG).read_text())
+    targets = [*content["target_modules"], *(content["target_parameters"] or [])]
+    wanted = {"attention_rank": ["q_proj", "k_proj", "v_proj", "o_proj"], "head_rank": ["lm_head"]}
+    wanted["expert_rank"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert sorted(targets) == sorted(target for rank, some in wanted.items() if rank != left_out for target in some)
+
+
+def test_read_onto_a_mesh(tmp_path):
+    """Laid out as the model wants it; four devices are simulated in another process."""
+    even = dataclasses.replace(SMALL, vocab_size=98)
+    save_peft(tmp_path, random_lora(LORA, config=even), even, LORA, "base")
+    code = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from discover_jax.models.adapter import load_peft
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import make_mesh
+config, lora = eval(sys.argv[2]), eval(sys.argv[3])
+model = Model(config, lora, mesh=make_mesh(1, 2, 2))
+spread, plain = load_peft(sys.argv[1], model), load_peft(sys.argv[1], Model(config, lora))
+for a, b, struct in zip(*map(jax.tree.leaves, (spread, plain, model.abstract_lora())), strict=True):
+    assert a.sharding == struct.sharding, (a.sharding, struct.sharding)
+    np.testing.assert_array_equal(a, b)
+print("equal")
+"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path, repr(even), repr(LORA)], capture_output=True, text=True)
+    assert ended.stdout == "equal\n", ended.stderr
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_peft(tmp_path, random_lora(LORA), SMALL, LORA, "base")
+    return tmp_path
+
+
+def change_config(path, **changes):
+    file = path / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_tensors(path, change):
+    arrays = safetensors.numpy.load_file(path / WEIGHTS)
+    change(arrays)
+    safetensors.numpy.save_file(arrays, path / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_rslora": True}, r"use_rslora = True.*plain LoRA"),
+        ({"use_dora": True}, "use_dora = True"),
+        ({"bias": "lora_only"}, "bias = 'lora_only'"),
+        ({"lora_bias": True, "modules_to_save": ["embed_tokens"]}, r"lora_bias = True; modules_to_save = \['embed_tokens'\]"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices = \[3\]"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config"),
+        ({"some_later_variant": {"on": True}}, "some_later_variant"),
+        ({"peft_type": "LOHA"}, r"peft_type = 'LOHA' \(allowed: 'LORA'\)"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'.*changes the base weights"),
+        ({"rank_pattern": {"k_proj": 3}}, r"different ranks of attention targets: 2 \(model.layers.0.self_attn.q_proj\), 3 \(.*k_proj\)"),
+        (
+            {"alpha_pattern": {r"layers\.2\.mlp\.experts\.down_proj": 1}},
+            r"different alphas: 6 .*, 1 \(model.layers.2.mlp.experts.down_proj",
+        ),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern = {'\\(': 3}, which cannot be read"),
+        ({"r": None}, "None among the ranks of expert targets"),
+        ({"lora_alpha": "much"}, "'much' among the alphas"),
+    ],
+)
+def test_configs_that_cannot_be_represented(saved, changes, message):
+    change_config(saved, **changes)
+    with pytest.raises(WeightsError, match=message):
+        load_peft(saved, Model(SMALL, LORA))
+
+
+def test_other_targets_are_named(saved):
+    router = "base_model.model.model.layers.1.mlp.router.lora_A.weight"
+    change_tensors(saved, lambda arrays: arrays.update({router: np.zeros((2, 64), np.float32)}))
+    with pytest.raises(WeightsError, match=r"1 tensors that have no adapter here, such as .*layers.1.mlp.router.lora_A.*Possible targets"):
+        load_peft(saved, Model(SMALL, LORA))
+
+
+@pytest.mark.parametrize("part", ["layers.3.self_attn.k_proj", "layers.0.mlp.experts.base_layer", "lm_head.lora_B"])
+def test_missing_tensors_are_named(saved, part):
+    change_tensors(saved, lambda arrays: [arrays.pop(name) for name in list(arrays) if part in name])
+    with pytest.raises(WeightsError, match=rf"lacks \d tensors, such as .*{part}"):
+        load_peft(saved, Model(SMALL, LORA))
+
+
+def test_wrong_shapes_and_types_are_named(saved):
+    def change(arrays):
+        gate_up = "base_model.model.model.layers.1.mlp.experts.base_layer"
+        for half in "AB":
+            a, b = f"{gate_up}.lora_{half}.weight", f"{gate_up.removesuffix('.base_layer')}.lora_{half}.weight"
+            arrays[a], arrays[b] = arrays[b], arrays[a]
+        arrays["base_model.model.lm_head.lora_A.weight"] = arrays["base_model.model.lm_head.lora_A.weight"].astype(np.float64)
+
+    change_tensors(saved, change)
+    with pytest.raises(
+        WeightsError, match=r"5 tensors that do not fit: .*base_layer.lora_A.weight has shape \(8, 96\), and \(8, 64\)"
+    ) as caught:
+        load_peft(saved, Model(SMALL, LORA))
+    assert "lm_head.lora_A.weight is F64, and must be F32 or BF16 or F16" in str(caught.value)
+
+
+def test_an_adapter_of_another_model_is_refused(saved):
+    with pytest.raises(
+        WeightsError, match=r"holds an adapter with LoraConfig\(attention_rank=4.*and the model has LoraConfig\(attention_rank=32"
+    ):
+        load_peft(saved, Model(SMALL))
+    with pytest.raises(WeightsError, match="have no adapter here"):
+        load_peft(saved, Model(dataclasses.replace(SMALL, num_layers=2), LORA))
+    with pytest.raises(WeightsError, match="lacks 24 tensors"):
+        load_peft(saved, Model(dataclasses.replace(SMALL, num_layers=6), LORA))
+    with pytest.raises(WeightsError, match="has shape"):
+        load_peft(saved, Model(dataclasses.replace(SMALL, num_experts=8), LORA))
+
+
+def test_damaged_folders_are_named(saved):
+    model = Model(SMALL, LORA)
+    whole = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(whole[:-10])
+    with pytest.raises(WeightsError, match="damaged or truncated"):
+        load_peft(saved, model)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(WeightsError, match=r"has no adapter_model.safetensors; adapter_model.bin is not read"):
+        load_peft(saved, model)
+    (saved / CONFIG).write_text("[]")
+    with pytest.raises(WeightsError, match="no JSON object"):
+        load_peft(saved, model)
+    with pytest.raises(WeightsError, match=r"nowhere.adapter_config.json cannot be read.*Give a folder as `peft` saves it"):
+        load_peft(saved / "nowhere", model)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(WeightsError, match="All ranks of this adapter are 0"):
+        save_peft(tmp_path / "a", {}, SMALL, LoraConfig(0, 0, 0), "base")
+    other = dataclasses.replace(LORA, head_rank=2)
+    with pytest.raises(WeightsError, match=r"2 arrays differ: head/lora_a is \(3, 64\), not \(2, 64\); head/lora_b"):
+        save_peft(tmp_path / "a", random_lora(LORA), SMALL, other, "base")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match="cannot be used for an adapter"):
+        save_peft(tmp_path / "file", random_lora(LORA), SMALL, LORA, "base")
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def make_run(path, weights, *, max_grad_norm=0.0, steps=(0, 1, 2), **changes):
+    """What a training run leaves behind: config.json, and checkpoints with an adapter each."""
+    config = settings.default_config()
+    config.model.weights = str(weights)
+    config.lora.update(dataclasses.asdict(LORA))
+    config.train.max_grad_norm = max_grad_norm
+    flat = settings.flatten(config) | changes
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"kind": "train", "config": flat}))
+    checkpoints = Checkpoints(path / "checkpoints", keep=3, every=0)
+    for step in steps:
+        checkpoints.save(step, init_train_state(random_lora(LORA, seed=step), adam(max_grad_norm=max_grad_norm)), {"step": step})
+    checkpoints.close()
+    return path
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "discover_jax.models.export_adapter", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_the_command_exports_a_checkpoint(tmp_path, base):
+    run = make_run(tmp_path / "run", base[0], max_grad_norm=1.0)
+    before = sorted(run.rglob("*"))
+    ended = command(f"--run={run}", f"--out={tmp_path / 'latest'}")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"checkpoint 2 of {run}: ranks 4 (attention), 2 (experts), 3 (head), alpha 6: {tmp_path / 'latest'}\n"
+    assert_identical(load_peft(tmp_path / "latest", Model(SMALL, LORA)), random_lora(LORA, seed=2))
+    assert json.loads((tmp_path / "latest" / CONFIG).read_text())["base_model_name_or_path"] == str(base[0])
+    ended = command(f"--run={run}", "--step=0", f"--out={tmp_path / 'first'}", "--base=openai/gpt-oss-20b")
+    assert ended.returncode == 0, ended.stderr
+    assert_identical(load_peft(tmp_path / "first", Model(SMALL, LORA)), random_lora(LORA, seed=0))
+    assert json.loads((tmp_path / "first" / CONFIG).read_text())["base_model_name_or_path"] == "openai/gpt-oss-20b"
+    assert sorted(run.rglob("*")) == before  # the run may be going on: nothing in it is touched
+    ended = command(f"--run={run}", "--step=7", f"--out={tmp_path / 'none'}")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: There is no checkpoint 7")
+    assert "Traceback" not in ended.stderr
+
+
+def test_runs_without_an_adapter_are_refused(tmp_path, base):
+    with pytest.raises(RunError, match="no folder of a run"):
+        export_adapter(tmp_path, tmp_path / "out")
+    run = make_run(tmp_path / "none yet", base[0], steps=())
+    with pytest.raises(RunError, match="no complete checkpoint yet"):
+        export_adapter(run, tmp_path / "out")
+    (run / "checkpoints").rmdir()
+    with pytest.raises(RunError, match="no checkpoints yet"):
+        export_adapter(run, tmp_path / "out")
+    search = make_run(tmp_path / "search", base[0], steps=())
+    Checkpoints(search / "checkpoints", keep=1, every=0).save(0, None, {})
+    with pytest.raises(RunError, match="a search made it"):
+        export_adapter(search, tmp_path / "out")
+    moved = make_run(tmp_path / "moved", tmp_path / "elsewhere", steps=(0,))
+    with pytest.raises(WeightsError, match="sizes of the model are read from the weights"):
+        export_adapter(moved, tmp_path / "out")
+    drawn = make_run(tmp_path / "drawn", "random", steps=(), **{"model.shape": "gpt-oss-20b"})
+    with pytest.raises(RunError, match="random weights"):
+        export_adapter(drawn, tmp_path / "out")
+    older = make_run(tmp_path / "older", base[0], steps=(0,))
+    content = json.loads((older / "config.json").read_text())
+    del content["config"]["train.max_grad_norm"]
+    (older / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"lacks a setting.*max_grad_norm"):
+        export_adapter(older, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
