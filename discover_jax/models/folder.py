@@ -29,12 +29,16 @@ from discover_jax.models.parameters import Tree
 SHARD_BYTES = 1 << 30
 """A file is closed when it holds so much; a tensor is never cut."""
 
+READ_BYTES = 1 << 27
+"""So much of a tensor is read at once."""
+
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all) of what this process reads or writes."""
 
 _INDEX = "model.safetensors.index.json"
 _KINDS = ("sliding", "full")
 _FLOATS = ("BF16", "F16", "F32")
+_ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _SHOWN = 5
 
 
@@ -48,6 +52,10 @@ class _Header:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return _ITEMSIZES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +141,26 @@ class _Stored:
         ranges[0] = slice(ranges[0].start + self.first_row, ranges[0].stop + self.first_row)
         if self.transposed:
             ranges[-1], ranges[-2] = ranges[-2], ranges[-1]
+        # A tensor is read in parts, since the mapped pages of what is read count as this process's memory until the file is closed.
+        count = ranges[0].stop - ranges[0].start
+        row_bytes = self.header.itemsize * math.prod(part.stop - part.start for part in ranges[1:])
+        rows = max(1, READ_BYTES // max(row_bytes, 1))
         try:
-            with safetensors.safe_open(self.header.file, framework="numpy") as opened:
-                array = opened.get_slice(self.name)[tuple(ranges)]
+            whole = None
+            for first in range(0, count, rows):
+                last = min(first + rows, count)
+                with safetensors.safe_open(self.header.file, framework="numpy") as opened:
+                    part = opened.get_slice(self.name)[(slice(ranges[0].start + first, ranges[0].start + last), *ranges[1:])]
+                if whole is None:
+                    whole = part if last == count else np.empty((count, *part.shape[1:]), part.dtype)
+                if whole is not part:
+                    whole[first:last] = part
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"Tensor {self.name!r} cannot be read from {self.header.file}: {error}. The file is damaged or missing; fetch it again."
             ) from error
-        return array.swapaxes(-1, -2) if self.transposed else array
+        assert whole is not None, "no parameter is empty"
+        return whole.swapaxes(-1, -2) if self.transposed else whole
 
 
 def _check(folder: _Folder, shapes: dict[Place, jax.ShapeDtypeStruct]) -> dict[tuple[Place, int | None], _Stored]:
@@ -209,8 +229,7 @@ def check_folder(path: str | Path) -> tuple[ModelConfig, int]:
     form = "dense" if folder.layout.transposed else "packed"
     structs = _structs(folder, Model(folder.config, LoraConfig(0, 0, 0), experts=form))
     stored = _check(folder, structs)
-    sizes = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
-    return folder.config, sum(math.prod(entry.shape) * sizes[entry.header.dtype] for entry in stored.values())
+    return folder.config, sum(math.prod(entry.shape) * entry.header.itemsize for entry in stored.values())
 
 
 def load_folder(

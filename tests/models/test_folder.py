@@ -90,6 +90,13 @@ def test_shards_change_nothing(folder, tmp_path, monkeypatch):
     _assert_equal(load_folder(tmp_path)[1], load_folder(folder)[1])
 
 
+@pytest.mark.parametrize("size", [1, 1000, 5000])
+def test_reading_in_parts_changes_nothing(folder, monkeypatch, size):
+    expected = load_folder(folder, experts="packed")[1]
+    monkeypatch.setattr(folders, "READ_BYTES", size)
+    _assert_equal(load_folder(folder, experts="packed")[1], expected)
+
+
 @pytest.mark.parametrize("experts", ["packed", "dense"])
 def test_saving_what_was_loaded_gives_it_back(folder, tmp_path, experts):
     """Dense experts are rounded to MXFP4, which loses nothing of values that came from it."""
