@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.folder import replace_file
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.parameters import Tree
 
@@ -167,8 +168,8 @@ def save_peft(path: str | Path, lora_tree: Tree, model_config: ModelConfig, lora
     except OSError as error:
         raise WeightsError(f"{path} cannot be used for an adapter: {error}. Choose another folder.") from error
     content = json.dumps(_peft_config(lora_config, base_name), indent=2) + "\n"
-    _replace(path / WEIGHTS, functools.partial(safetensors.numpy.save_file, arrays, metadata={"format": "pt"}))
-    _replace(path / CONFIG, lambda file: file.write_text(content))
+    replace_file(path / WEIGHTS, functools.partial(safetensors.numpy.save_file, arrays, metadata={"format": "pt"}))
+    replace_file(path / CONFIG, lambda file: file.write_text(content))
 
 
 def _check_tree(lora_tree: Tree, model_config: ModelConfig, lora_config: LoraConfig) -> None:
@@ -217,16 +218,6 @@ def _peft_config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise WeightsError(f"{path} could not be written: {error}. Free some space, or choose another folder.") from error
 
 
 # ---------------------------------------------------------------------- reading

@@ -406,7 +406,7 @@ def write_folder(
             parts = [tensor(place, layer) for place in places]
             parts = [part if part.dtype == np.uint8 else part.astype(ml_dtypes.bfloat16, copy=False) for part in parts]
             arrays[entry] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
-        _replace(path / name, lambda file, arrays=arrays: safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"}))
+        replace_file(path / name, lambda file, arrays=arrays: safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"}))
         progress.add(sum(array.nbytes for array in arrays.values()))
     if len(shards) > 1:
         file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
@@ -429,7 +429,12 @@ def _prepare(path: Path, names: set[str], total: int) -> None:
         raise WeightsError(f"{path} cannot be used for weights: {error}.") from error
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replaces a file at once by what `write` puts into the path that it is given.
+
+    Raises:
+      WeightsError: it cannot be written; the old file is then still there.
+    """
     temporary = path.with_name(path.name + ".writing")
     try:
         write(temporary)
@@ -441,4 +446,4 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    _replace(path, lambda file: file.write_text(text))
+    replace_file(path, lambda file: file.write_text(text))
