@@ -16,5 +16,5 @@ def get_config():
     apprentice_on_cpu(config)
     config.groups = 4
     config.group_size = 8
-    config.train.steps = 8
+    config.train.steps = 6
     return config
