@@ -168,7 +168,8 @@ def test_disclosure(tmp_path, write_competition):
     assert "optimised on the graded rows" in grade.text
     holdout = prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "b").disclosure
     assert (holdout.reward, holdout.rows, holdout.private_rows) == ("holdout", 20, 40)
-    assert "held out of the public training table" in holdout.text and "is only recorded" in holdout.text
+    assert "held out of the public training table" in holdout.text
+    assert "is only recorded" in holdout.text
 
 
 def test_a_task_works_in_another_process(tmp_path, write_competition):
