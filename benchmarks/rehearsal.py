@@ -4,9 +4,9 @@
     python benchmarks/rehearsal.py --folder=DIR                             # a checkpoint's, published or synthetic
     python benchmarks/rehearsal.py --shape=gpt-oss-20b --layers=2 ...       # a rehearsal of the rehearsal
 
-Prints one JSON object: bytes of weights, adapter and optimiser, seconds and the device's peak memory after each phase (the peak never
-falls, so a phase that needs less than the one before shows that one's), tokens a second, and the log-probability gap between sampler and
-update, which says whether both compute the same model. Advantages are made up: +1 and -1 in turn.
+Prints one JSON object: what a dry run predicts, bytes of weights, adapter and optimiser, seconds and the device's peak memory after each
+phase (the peak never falls, so a phase that needs less than the one before shows that one's), tokens a second, and the log-probability
+gap between sampler and update, which says whether both compute the same model. Advantages are made up: +1 and -1 in turn.
 """
 
 import argparse
@@ -18,19 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from discover_jax.config import default_config
+from discover_jax.dry_run import needs
+from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.learning.packing import pack
-from discover_jax.learning.train_state import adam, init_train_state
-from discover_jax.learning.update import Update
-from discover_jax.models.config import LoraConfig
+from discover_jax.learning.train_state import init_train_state
+from discover_jax.machines import find_machine, take_gpu_memory
 from discover_jax.models.folder import load_folder, read_config
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
-from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 class _Clock:
@@ -58,36 +55,39 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens of a rollout")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch, each of one prompt and its rollout")
     arguments = parser.parse_args()
-    config = read_config(arguments.folder) if arguments.folder else shape_of(arguments.shape, arguments.layers)
-    model = Model(config, LoraConfig(), dtype=arguments.dtype, experts="packed")
+    take_gpu_memory()
+    config = default_config()
+    config.model.dtype = arguments.dtype
+    config.groups, config.group_size = arguments.groups, arguments.group_size
+    config.sampling.slots = total = arguments.groups * arguments.group_size
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
+    config.train.rows = arguments.rows
+    sizes = read_config(arguments.folder) if arguments.folder else shape_of(arguments.shape, arguments.layers)
     out: dict[str, Any] = vars(arguments) | {
         "folder": str(arguments.folder),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
+    found = needs(config, sizes, find_machine("", 1), on_program=lambda _: None)
+    predicted = {phase: max(need.total for need in found if need.phase == phase) for phase in ("sampling", "update")}
+    out["predicted"] = {f"{need.phase}/{need.program}": need.parts | {"total": need.total} for need in found}
+
+    model = build_model(config, sizes)
     clock = _Clock()
     if arguments.folder:
         frozen = load_folder(arguments.folder, dtype=arguments.dtype, experts="packed")[1]
     else:
         frozen = model.init_frozen(jax.random.key(0))
-    out["weights"] = clock.look(frozen) | {"bytes": _bytes(frozen)}
-    optimizer = adam(4e-5)
+    out["weights"] = clock.look(frozen) | {"bytes": local_bytes(frozen)}
+    optimizer = build_optimizer(config)
     state = init_train_state(model.init_lora(jax.random.key(1)), optimizer)
-    out["adapter"] = clock.look(state) | {"bytes": _bytes(state.lora), "optimiser_bytes": _bytes(state.opt_state)}
+    out["adapter"] = clock.look(state) | {"bytes": local_bytes(state.lora), "optimiser_bytes": local_bytes(state.opt_state)}
 
-    total = arguments.groups * arguments.group_size
     # The last id stops, so that almost every rollout spends its budget.
-    sampler = Sampler(
-        model,
-        slots=total,
-        max_prompt_tokens=arguments.prompt,
-        max_new_tokens=arguments.new,
-        temperature=1.0,
-        stop_ids=(config.vocab_size - 1,),
-    )
+    sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     rng = np.random.default_rng(0)
     prompts = [
-        Prompt(group, "seed", "", rng.integers(0, config.vocab_size - 1, arguments.prompt).astype(np.int32))
+        Prompt(group, "seed", "", rng.integers(0, sizes.vocab_size - 1, arguments.prompt).astype(np.int32))
         for group in range(arguments.groups)
     ]
     for name in ("sample_with_compilation", "sample"):
@@ -95,15 +95,18 @@ def main() -> None:
         out[name] = clock.look(()) | {"tokens": sum(len(r.tokens_T) for r in rollouts)}
     out["sample"]["tokens_per_s"] = round(out["sample"]["tokens"] / out["sample"]["seconds"], 2)
 
-    update = Update(model, optimizer)
+    update = build_update(config, model, optimizer)
     advantages = [1.0 if i % 2 else -1.0 for i in range(total)]
-    batches = pack(rollouts, advantages, row_tokens=arguments.prompt + arguments.new, rows=arguments.rows)
+    batches = pack(rollouts, advantages, row_tokens=row_tokens(config), rows=arguments.rows)
     for name in ("update_with_compilation", "update"):
         state, metrics = update.update(frozen, state, batches)
         out[name] = clock.look(state) | {"tokens": sum(r.prompt_tokens_P.size + r.tokens_T.size for r in rollouts)}
         # Of the first update: the second one's adapter is another than the sampler's.
         out.setdefault("logprob_gap", {key: value for key, value in metrics.items() if key.startswith("logprob_gap")})
     out["update"]["tokens_per_s"] = round(out["update"]["tokens"] / out["update"]["seconds"], 2)
+    for phase, name in (("sampling", "sample"), ("update", "update")):
+        if peak := out[name]["peak_bytes"]:
+            out[name]["predicted_of_peak"] = round(predicted[phase] / peak, 4)
     print(json.dumps(out))
 
 

@@ -16,7 +16,10 @@ from ml_collections import config_flags
 
 from discover_jax import config as settings
 from discover_jax.exceptions import ConfigError, DiscoverError
+from discover_jax.machines import NAMES, take_gpu_memory
 
+DOES_NOT_FIT = 1
+"""Exit code of a dry run whose verdict is that memory does not suffice."""
 USER_ERROR = 2
 """Exit code of an error that the message tells how to mend."""
 
@@ -42,8 +45,13 @@ def _check_arguments(argv: list[str]) -> None:
                 raise ConfigError(f"--config.{name} is not a setting. {hint}")
 
 
-def launch(run: Callable[[Any, Path], None]) -> None:
+def launch(run: Callable[[Any, Path], None], dry_run: Callable[[Any, str], bool] | None = None) -> None:
     """Parses the command line, validates the config and calls `run(config, workdir)`.
+
+    Args:
+      run: what the command does.
+      dry_run: for commands that know `--dry_run`: called in its place with the config and the name given by `--machine`; says whether
+        everything fits, else the exit code is 1.
 
     Raises:
       SystemExit: with code 2 after an error that the user can mend, 130 after Ctrl-C.
@@ -52,6 +60,12 @@ def launch(run: Callable[[Any, Path], None]) -> None:
     workdir_flag = flags.DEFINE_string(
         "workdir", None, "the run's folder; an existing one with the same config resumes (runs/<config.name>)"
     )
+    dry_flag = machine_flag = None
+    if dry_run is not None:
+        dry_flag = flags.DEFINE_bool(
+            "dry_run", False, "load nothing; print the config and the memory that a device will need, and whether it fits"
+        )
+        machine_flag = flags.DEFINE_string("machine", "", f"of the dry run: {NAMES}; empty: the one that this runs on")
 
     def parse(argv: list[str]) -> list[str]:
         if any(a.startswith(("--help", "-help", "-h")) for a in argv):
@@ -63,8 +77,16 @@ def launch(run: Callable[[Any, Path], None]) -> None:
         return rest
 
     def main(argv: list[str]) -> None:
+        take_gpu_memory()
         if len(argv) > 1:
             raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
+        machine = machine_flag.value if machine_flag is not None else ""
+        if dry_run is not None and dry_flag is not None and dry_flag.value:
+            if not dry_run(settings.validate(config_flag.value, for_run=False), machine):
+                sys.exit(DOES_NOT_FIT)
+            return
+        if machine:
+            raise ConfigError(f"--machine={machine!r} only goes with --dry_run: a run takes the devices that are here.")
         config = settings.validate(config_flag.value)
         run(config, Path(workdir_flag.value or f"runs/{config.name}"))
 

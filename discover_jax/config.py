@@ -196,15 +196,11 @@ def _contradictions(config: Any) -> Iterator[str]:
             f"config.train.row_tokens = {config.train.row_tokens} is shorter than the longest rollout: max_prompt_tokens + max_new_tokens ="
             f" {longest}. Set it to 0 or to at least {longest}."
         )
-    if (mesh := (config.mesh.data, config.mesh.expert, config.mesh.tensor)) != (1, 1, 1):
-        yield f"config.mesh = {mesh[0]} x {mesh[1]} x {mesh[2]} (data x expert x tensor): runs use one device so far; leave all three at 1."
     if (config.model.weights == "random") != bool(config.model.shape):
         yield (
             f"config.model.weights = {config.model.weights!r} with config.model.shape = {config.model.shape!r}: weights='random' needs a"
             f" shape ({', '.join(SHAPES)}), and only it."
         )
-    if config.model.weights == "random" and not config.model.tokenizer:
-        yield "config.model.weights = 'random' brings no tokenizer: set config.model.tokenizer to a folder that has one."
     if config.model.weights == "apprentice" and config.prompt.style != "brief":
         yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to another folder."
     if config.reuse.sampler == "fixed" and config.train.resume_from:
@@ -214,11 +210,20 @@ def _contradictions(config: Any) -> Iterator[str]:
         )
 
 
-def validate(config: Any) -> ml_collections.FrozenConfigDict:
+def _obstacles(config: Any) -> Iterator[str]:
+    """Rules for a run, which a dry run can do without."""
+    if (mesh := (config.mesh.data, config.mesh.expert, config.mesh.tensor)) != (1, 1, 1):
+        yield f"config.mesh = {mesh[0]} x {mesh[1]} x {mesh[2]} (data x expert x tensor): runs use one device so far; leave all three at 1."
+    if config.model.weights == "random" and not config.model.tokenizer:
+        yield "config.model.weights = 'random' brings no tokenizer: set config.model.tokenizer to a folder that has one."
+
+
+def validate(config: Any, *, for_run: bool = True) -> ml_collections.FrozenConfigDict:
     """Checks a whole config and freezes it.
 
     Args:
       config: what a file in configs/ returned, with the command line's overrides.
+      for_run: False for a dry run, which may ask about things that no run can have yet.
 
     Raises:
       ConfigError: naming every wrong setting at once, each with what is allowed.
@@ -233,7 +238,7 @@ def validate(config: Any) -> ml_collections.FrozenConfigDict:
         problems.append(f"config.{name} is missing; start from discover_jax.config.default_config(), which has every setting.")
     problems += [p for name, row in known.items() if name in given and (p := _check_value(name, given[name], row))]
     if not problems:  # the joint rules assume that each value alone is sound
-        problems = list(_contradictions(config))
+        problems = [*_contradictions(config), *(_obstacles(config) if for_run else ())]
     if problems:
         raise ConfigError("The config cannot be used:\n" + "\n".join(f"  - {p}" for p in sorted(problems)))
     return ml_collections.FrozenConfigDict(config)

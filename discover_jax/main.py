@@ -15,17 +15,18 @@ from typing import Any
 
 import jax
 
-from discover_jax import cli
+from discover_jax import cli, dry_run
 from discover_jax import config as settings
 from discover_jax.archive.archive import Archive, best_of, lineage
 from discover_jax.archive.journal import Journal
 from discover_jax.archive.samplers import SAMPLERS, step_rng
+from discover_jax.engine import build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.exceptions import RunError
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB, Limits
 from discover_jax.learning.advantages import advantage_metrics, estimate_groups
 from discover_jax.learning.packing import pack
-from discover_jax.learning.train_state import TrainState, adam, init_train_state
+from discover_jax.learning.train_state import TrainState, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy, load_policy
 from discover_jax.runs.best import write_best
@@ -35,7 +36,7 @@ from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import closing_lines, step_row
 from discover_jax.runs.workdir import Workdir, open_workdir, write_atomic
-from discover_jax.sampling.sampler import Sampler, SecondPhase
+from discover_jax.sampling.sampler import SecondPhase
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
 from discover_jax.text.harmony import answer_forced, answer_opening
@@ -89,29 +90,9 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
     ) as executor:
         # -------------------------------------------------------------- the policy, and the jitted functions that sample and learn
         policy = load_policy(config, console.loading)
-        sampler = Sampler(
-            policy.model,
-            slots=config.sampling.slots,
-            max_prompt_tokens=config.sampling.max_prompt_tokens,
-            max_new_tokens=config.sampling.max_new_tokens,
-            temperature=config.sampling.temperature,
-            stop_ids=policy.stop_ids,
-            second_phase=_second_phase(config, policy),
-        )
-        optimizer = adam(
-            config.train.learning_rate,
-            b1=config.train.adam_b1,
-            b2=config.train.adam_b2,
-            eps=config.train.adam_eps,
-            max_grad_norm=config.train.max_grad_norm,
-        )
-        update = Update(
-            policy.model,
-            optimizer,
-            loss=config.train.loss,
-            reduction=config.train.reduction,
-            temperature=config.sampling.temperature,
-        )
+        sampler = build_sampler(config, policy.model, policy.stop_ids, _second_phase(config, policy))
+        optimizer = build_optimizer(config)
+        update = build_update(config, policy.model, optimizer)
         prompt_settings = PromptSettings(
             style=config.prompt.style,
             max_tokens=config.sampling.max_prompt_tokens,
@@ -391,7 +372,6 @@ def _learn(
     advantages: Sequence[Any],
 ) -> tuple[TrainState | None, dict[str, float]]:
     """The update on the groups that carry a signal; where nothing is learned, the log-probability gap is measured all the same."""
-    row_tokens = config.train.row_tokens or config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
     value_of = {
         (group, index): float(value)
         for group, estimated in enumerate(advantages)
@@ -400,9 +380,9 @@ def _learn(
     }
     learned = [rollout for rollout in rollouts if (rollout.group, rollout.index) in value_of]
     if train_state is not None and learned:
-        batches = pack(learned, [value_of[r.group, r.index] for r in learned], row_tokens=row_tokens, rows=config.train.rows)
+        batches = pack(learned, [value_of[r.group, r.index] for r in learned], row_tokens=row_tokens(config), rows=config.train.rows)
         return update.update(policy.frozen, train_state, batches)
-    batches = pack(rollouts, [0.0] * len(rollouts), row_tokens=row_tokens, rows=config.train.rows)
+    batches = pack(rollouts, [0.0] * len(rollouts), row_tokens=row_tokens(config), rows=config.train.rows)
     lora = train_state.lora if train_state is not None else None
     return train_state, update.measure(policy.frozen, lora, batches) | {"update/skipped": 1.0}
 
@@ -463,4 +443,4 @@ def _write_best(config: Any, workdir: Workdir, task: Task, journal: Journal, bes
 
 
 if __name__ == "__main__":
-    cli.launch(run)
+    cli.launch(run, dry_run.run)

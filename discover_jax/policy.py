@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from discover_jax.engine import build_model
 from discover_jax.exceptions import TokenizerError
-from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
+from discover_jax.models.config import SHAPES, ModelConfig
 from discover_jax.models.folder import OnProgress, load_folder, read_config
 from discover_jax.models.gpt_oss import Model
 from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -69,8 +70,7 @@ def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
     folder = weights_folder(config)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
     tokenizer = check_tokenizer(config, sizes)
-    form = {"dtype": config.model.dtype, "experts": config.model.experts}
-    model = Model(sizes, LoraConfig(**config.lora), remat=config.model.remat, **form)
+    model = build_model(config, sizes)
     if folder is None:
         return Policy(model, model.init_frozen(jax.random.key(config.seed)), tokenizer)
-    return Policy(model, load_folder(folder, on_progress=on_progress, **form)[1], tokenizer)
+    return Policy(model, load_folder(folder, on_progress=on_progress, dtype=config.model.dtype, experts=config.model.experts)[1], tokenizer)

@@ -1,9 +1,10 @@
 """The baseline: the same prompts, reuse and grading, but no update. `python -m discover_jax.search --config=configs/quickstart.py`."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from discover_jax import cli, main
+from discover_jax import cli, dry_run, main
 
 
 def run(config: Any, folder: Path) -> None:
@@ -12,4 +13,4 @@ def run(config: Any, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch(run)
+    cli.launch(run, functools.partial(dry_run.run, learn=False))

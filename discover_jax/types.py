@@ -6,6 +6,7 @@ Nothing here imports jax, so that the workers which run programs start quickly.
 
 import dataclasses
 import enum
+from typing import Any
 
 import numpy as np
 
@@ -201,3 +202,19 @@ class Attempt:
             step=self.step,
             adapter_step=self.adapter_step,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function of a run on abstract arguments, lowered but not compiled: what a dry run asks the compiler about.
+
+    Attributes:
+      name: as people know it: "prefill", "decode".
+      lowered: a `jax.stages.Lowered`.
+      live: abstract arrays that lie on the device while it runs, arguments or not, by what they are ("cache"); beside them the weights,
+        the adapter and the optimiser's memory lie there.
+    """
+
+    name: str
+    lowered: Any
+    live: dict[str, Any]

@@ -1,7 +1,9 @@
 """The one table of accelerator kernels: (operation, platform) -> implementation. The plain-JAX reference is the entry that always works."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,10 +31,23 @@ def _entry(operation: str, platform: str) -> Callable[..., Any]:
     return KERNELS[operation, chosen]
 
 
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Within it, `choose` takes another platform than the default one: functions are lowered for a machine that is not here."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
 def choose(operation: str) -> Callable[..., Any]:
-    """The implementation of an operation for the default platform; which one it is, is logged once.
+    """The implementation of an operation for the platform; which one it is, is logged once.
 
     Raises:
       ConfigError: no such operation.
     """
-    return _entry(operation, jax.default_backend())
+    return _entry(operation, _platform.get() or jax.default_backend())

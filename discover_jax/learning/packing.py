@@ -40,7 +40,8 @@ class Batch:
     advantages_BT: np.ndarray
 
 
-def _empty(rows: int, row_tokens: int) -> Batch:
+def empty_batch(rows: int, row_tokens: int) -> Batch:
+    """Rows of padding alone."""
     shape = (rows, row_tokens)
     dtypes = {"mask_BT": np.bool_, "sampler_logprobs_BT": np.float32, "advantages_BT": np.float32}
     return Batch(**{field.name: np.zeros(shape, dtypes.get(field.name, np.int32)) for field in dataclasses.fields(Batch)})
@@ -114,7 +115,7 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
 
     kept = [(rollout, advantage) for rollout, advantage in zip(rollouts, advantage_of, strict=True) if rollout.chosen_T.any()]
     bins = first_fit_decreasing([_places(rollout) for rollout, _ in kept], row_tokens)
-    batches = [_empty(rows, row_tokens) for _ in range(-(-len(bins) // rows))]
+    batches = [empty_batch(rows, row_tokens) for _ in range(-(-len(bins) // rows))]
     for number, members in enumerate(bins):
         batch, row, start = batches[number // rows], number % rows, 0
         for segment, member in enumerate(members, start=1):

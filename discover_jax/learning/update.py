@@ -5,7 +5,7 @@ the sum. Weights of the reduction are computed over all microbatches beforehand 
 how rollouts are packed nor on how many microbatches there are, up to the order of float32 sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ import optax
 from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
-from discover_jax.learning.packing import Batch
+from discover_jax.learning.packing import Batch, empty_batch
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.sharding import sharding_for
+from discover_jax.types import Program
 
 Statistics = dict[str, jax.Array]
 
@@ -182,3 +183,31 @@ class Update:
         if _chosen(batches) == 0:
             return {}
         return _metrics(jax.device_get([self._forward(lora, frozen, self._place(batch)) for batch in batches]))
+
+    def programs(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[Program]:
+        """The programs of `update` for microbatches of that shape, to be compiled without being run.
+
+        Args:
+          frozen, state: abstract, laid out as the real ones will be.
+          rows, row_tokens: of a microbatch.
+
+        Raises:
+          ShardingError: the rows do not divide by the mesh's data axis.
+        """
+        batch, weights_BT = self._abstract_batch(rows, row_tokens)
+        live = {"gradient": state.lora}
+        yield Program("gradient", self._accumulate.lower(state.lora, state.lora, frozen, batch, weights_BT), live)
+        yield Program("apply", self._apply.lower(state, state.lora), live)
+
+    def measuring_programs(self, frozen: Any, lora: Any, rows: int, row_tokens: int) -> Iterator[Program]:
+        """The one program of `measure`; see `programs`. `lora` may be None."""
+        yield Program("measure", self._forward.lower(lora, frozen, self._abstract_batch(rows, row_tokens)[0]), {})
+
+    def _abstract_batch(self, rows: int, row_tokens: int) -> tuple[Batch, jax.ShapeDtypeStruct]:
+        """A microbatch and its weights, laid out as `_place` does."""
+        sharding = None if self._mesh is None else sharding_for(("batch", "positions"), (rows, row_tokens), self._mesh)
+
+        def struct(dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, row_tokens), dtype, sharding=sharding)
+
+        return jax.tree.map(lambda x_BT: struct(x_BT.dtype), empty_batch(1, 1)), struct(jnp.float32)

@@ -15,6 +15,7 @@ from discover_jax.models.cache import Cache
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.layers import GptOss, Layer, Pair, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
+from discover_jax.models.sharding import sharding_for
 
 EXPERTS = ("packed", "dense")
 
@@ -88,6 +89,22 @@ class Model:
         ring = (c.num_pairs, batch, c.num_kv_heads, c.sliding_window, c.head_size)
         full_k, full_v, ring_k, ring_v = (jnp.zeros(shape, self.dtype) for shape in (full, full, ring, ring))
         return Cache(full_k, full_v, ring_k, ring_v, jnp.zeros(batch, jnp.int32))
+
+    def abstract_cache(self, batch: int, capacity: int, axis: str = "batch") -> Cache:
+        """Shapes and types of a cache, with shardings if there is a mesh; `axis` is the logical axis of its rows.
+
+        Raises:
+          ShardingError: rows or heads do not divide by their mesh axis.
+        """
+        cache, mesh = jax.eval_shape(lambda: self.init_cache(batch, capacity)), self.mesh
+        if mesh is None:
+            return cache
+
+        def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            axes = (axis,) if leaf.ndim == 1 else ("pairs", axis, "kv_heads", "positions", "head_size")
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, mesh))
+
+        return jax.tree.map(lay_out, cache)
 
     def prefill(
         self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, lengths_B: jax.Array, capacity: int

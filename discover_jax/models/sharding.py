@@ -1,6 +1,8 @@
 """Logical axes of arrays to axes of the mesh: one table for all parameters, caches and batches."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ MESH_AXES = ("data", "expert", "tensor")
 # A logical axis that is not named here is replicated by being None.
 RULES: dict[str, str | None] = {
     "batch": "data",
+    "prompts": None,  # few, and each is read by rollouts all over the mesh
     "experts": "expert",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -27,14 +30,14 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
-    """The mesh over the first data * expert * tensor devices.
+def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over the first data * expert * tensor of the devices, by default jax's own.
 
     Raises:
       ShardingError: there are fewer devices.
     """
     shape = (data, expert, tensor)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if (needed := int(np.prod(shape))) > len(devices):
         raise ShardingError(
             f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor);"
@@ -59,6 +62,16 @@ def spec_for(axes: Sequence[str]) -> PartitionSpec:
         if mesh_axis is not None:
             taken[mesh_axis] = axis
     return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of abstract ones; those without a sharding are whole on it."""
+
+    def of(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(of(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> NamedSharding:

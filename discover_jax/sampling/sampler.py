@@ -22,8 +22,9 @@ from absl import logging
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.models.cache import Cache, put_rows, take_rows
+from discover_jax.models.sharding import sharding_for
 from discover_jax.sampling.draw import draw_tokens, rollout_keys
-from discover_jax.types import Prompt, Rollout, StopReason
+from discover_jax.types import Program, Prompt, Rollout, StopReason
 
 PROMPT_BUCKET = 128
 """Prompts are padded to a multiple of this, so that few shapes are compiled."""
@@ -251,6 +252,34 @@ class Sampler:
                 on_progress(Progress(finished, total, tokens, time.monotonic() - start))
             yield from done
 
+    def programs(self, frozen: Any, lora: Any, prompts: int, rollouts: int) -> Iterator[Program]:
+        """The programs of one call of `sample`, for the longest prompts that it takes, to be compiled without being run.
+
+        Args:
+          frozen, lora: abstract weights, laid out as the real ones will be.
+          prompts, rollouts: of the call.
+
+        Raises:
+          ShardingError: slots or heads do not divide by their axes of the model's mesh.
+        """
+        length = _round_up(self._max_prompt, PROMPT_BUCKET)
+        rows, at_once = min(self._slots, rollouts), min(PROMPT_ROWS, prompts)
+        hidden = jax.ShapeDtypeStruct((prompts, self._model.config.width), self._model.dtype)
+        of_prompts = hidden, self._model.abstract_cache(_round_up(prompts, at_once), length, "prompts")
+        slots = self._abstract_slots(rows)
+
+        def ids(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        reading = self._read.lower(frozen, lora, ids(at_once, length), ids(at_once), capacity=length)
+        yield Program("prefill", reading, {"cache": of_prompts})
+        filling = self._fill.lower(slots, *(ids(rows) for _ in range(4)), *of_prompts)
+        yield Program("fill", filling, {"cache": (slots, of_prompts)})
+        decoding = self._launch.lower(frozen, lora, slots, ids(dtype=jnp.uint32), ids(dtype=jnp.uint32), ids())
+        yield Program("decode", decoding, {"cache": (slots, of_prompts)})
+        if (fewer := rows // 2) >= FEWEST_ROWS:
+            yield Program("shrink", self._take.lower(slots, ids(fewer)), {"cache": (slots, of_prompts)})
+
     # The host's side
 
     def _read_all(self, frozen: Any, lora: Any, prompts: list[Prompt]) -> tuple[jax.Array, Cache]:
@@ -279,6 +308,19 @@ class Sampler:
         groups, indices, counts, opened = (jnp.zeros(rows, jnp.int32) for _ in range(4))
         alive, forcing = (jnp.zeros(rows, bool) for _ in range(2))
         return _Slots(self._model.init_cache(rows, self._capacity), hidden, groups, indices, counts, alive, opened, forcing)
+
+    def _abstract_slots(self, rows: int) -> _Slots:
+        """Shapes of `_empty`, laid out over the model's mesh if it has one."""
+        slots, mesh = jax.eval_shape(lambda: self._empty(rows)), self._model.mesh
+        if mesh is None:
+            return slots
+
+        def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            axes = ("batch", "width")[: leaf.ndim]
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, mesh))
+
+        rest: dict[str, Any] = {f.name: lay_out(getattr(slots, f.name)) for f in dataclasses.fields(_Slots) if f.name != "cache"}
+        return _Slots(cache=self._model.abstract_cache(rows, self._capacity), **rest)
 
     def _refill(
         self,

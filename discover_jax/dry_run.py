@@ -1,0 +1,242 @@
+"""What a run will need of each device's memory, before it starts: `python -m discover_jax.main --config=... --dry_run`.
+
+Nothing is loaded or computed. The run's own jitted functions are lowered on abstract arrays and compiled for the machine; the compiler
+tells what each needs beside its arguments. `--machine=h200`, or a slice of TPUs such as `--machine=v5e:4x4`, asks about machines that are
+not here.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from discover_jax import config as settings
+from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, row_tokens
+from discover_jax.kernels import table
+from discover_jax.learning.train_state import abstract_train_state
+from discover_jax.machines import Machine, find_machine
+from discover_jax.models.config import SHAPES, ModelConfig
+from discover_jax.models.folder import read_config
+from discover_jax.models.sharding import local_bytes, make_mesh
+from discover_jax.policy import weights_folder
+from discover_jax.types import Program
+
+PARTS = ("weights", "adapter", "optimiser", "gradient", "cache", "activations")
+_BAR = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one program needs on one device.
+
+    Attributes:
+      phase, program: "sampling" or "update", and the program's name within it.
+      parts: bytes of each of `PARTS`; activations are all that the compiler adds to the arguments.
+      complaint: of the compiler, if it refused the program for its size; activations are then what it named, or 0.
+    """
+
+    phase: str
+    program: str
+    parts: dict[str, int]
+    complaint: str = ""
+
+    @property
+    def total(self) -> int:
+        """All parts together, bytes."""
+        return sum(self.parts.values())
+
+
+def needs(
+    config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool = True, on_program: Callable[[str], None] = print
+) -> list[Need]:
+    """What every program of a step needs on one device, in the order of a step.
+
+    Args:
+      config: validated.
+      sizes: of the model.
+      machine: to compile for.
+      learn: False for a search, which has no adapter and measures instead of updating.
+      on_program: called with a line before each compilation, which may take a minute.
+
+    Raises:
+      ShardingError: something does not divide by its axis of the mesh.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
+    model = build_model(config, sizes, mesh)
+    optimizer = build_optimizer(config)
+    # Which tokens stop a rollout makes no difference here.
+    sampler = build_sampler(config, model, stop_ids=(0,))
+    update = build_update(config, model, optimizer)
+    frozen = model.abstract_frozen()
+    state = abstract_train_state(model.abstract_lora(), optimizer) if learn else None
+    lora = state.lora if state is not None else None
+    resident = {
+        "weights": local_bytes(frozen),
+        "adapter": local_bytes(lora),
+        "optimiser": local_bytes(state.opt_state) if state is not None else 0,
+    }
+    rows, length = config.train.rows, row_tokens(config)
+
+    def programs() -> Iterator[tuple[str, Program]]:
+        for program in sampler.programs(frozen, lora, config.groups, config.groups * config.group_size):
+            yield "sampling", program
+        if state is not None:
+            for program in update.programs(frozen, state, rows, length):
+                yield "update", program
+        else:
+            for program in update.measuring_programs(frozen, lora, rows, length):
+                yield "measuring", program
+
+    found = []
+    with table.lowering_for(machine.platform):
+        for phase, program in programs():
+            on_program(f"compiling {phase}: {program.name}")
+            live = {name: local_bytes(arrays) for name, arrays in program.live.items()}
+            activations, complaint = _compile(program, machine)
+            parts = dict.fromkeys(PARTS, 0) | resident | live | {"activations": activations}
+            found.append(Need(phase, program.name, parts, complaint))
+    return found
+
+
+def _compile(program: Program, machine: Machine) -> tuple[int, str]:
+    """Bytes beside the arguments, and the compiler's complaint if it gave up."""
+    try:
+        compiled = program.lowered.compile(compiler_options=machine.options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        complaint = str(error).split("\n")[0]
+        named = re.search(r"required[^()]*\(([\d.]+)([KMGT])\)|[Uu]sed ([\d.]+)([KMGT])", complaint)
+        if named is None:
+            return 0, complaint
+        number, unit = (named[1], named[2]) if named[1] else (named[3], named[4])
+        return int(float(number) * 1024 ** ("KMGT".index(unit) + 1)), complaint
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes, ""
+
+
+def run(config: Any, machine_name: str, *, learn: bool = True) -> bool:
+    """Prints the resolved config, the table, and a verdict; True if everything fits.
+
+    Args:
+      config: validated.
+      machine_name: see `machines.find_machine`.
+      learn: False for a search.
+
+    Raises:
+      DiscoverError: the config, the weights' config.json or the machine's name cannot be used.
+    """
+    folder = weights_folder(config)
+    sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
+    mesh = (config.mesh.data, config.mesh.expert, config.mesh.tensor)
+    machine = find_machine(machine_name, math.prod(mesh))
+    print("\n".join(["config (* differs from the default)", *_config_lines(config), ""]))
+    found = needs(config, sizes, machine, learn=learn, on_program=lambda line: print(line, flush=True))
+    print("\n".join(["", *report(config, sizes, machine, found)]))
+    return all(_fits(need, machine) for need in found)
+
+
+def _config_lines(config: Any) -> list[str]:
+    rows = settings.settings()
+    return [
+        f"  {'*' if value != rows[name].default else ' '} {name} = {value!r}{' ' + rows[name].unit if rows[name].unit else ''}"
+        for name, value in settings.flatten(config).items()
+    ]
+
+
+def _fits(need: Need, machine: Machine) -> bool:
+    return not need.complaint and need.total <= machine.memory
+
+
+def report(config: Any, sizes: ModelConfig, machine: Machine, found: list[Need]) -> list[str]:
+    """The table, the picture and the verdict, as lines."""
+    mesh = f"data {config.mesh.data} x expert {config.mesh.expert} x tensor {config.mesh.tensor}"
+    lines = [
+        f"model    {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts",
+        f"machine  {machine.name}; mesh {mesh}",
+        f"memory   {_gb(machine.memory)} GB a device ({machine.note})",
+        "figures  " + ("from the machine's own compiler" if machine.exact else _estimate(machine)),
+        "",
+        f"GB (10^9 bytes) on one device while a program runs; {_LETTERS_LEGEND}",
+    ]
+    lines.append(f"{'phase':<10}{'program':<10}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}")
+    phases = list(dict.fromkeys(need.phase for need in found))
+    peaks = {phase: max((n for n in found if n.phase == phase), key=lambda n: (bool(n.complaint), n.total)) for phase in phases}
+    for need in found:
+        parts = "".join(f"{_gb(need.parts[part]) if need.parts[part] else '-':>12}" for part in PARTS)
+        mark = " <- peak" if need is peaks[need.phase] else ""
+        lines.append(f"{need.phase:<10}{need.program:<10}{parts}{_gb(need.total):>10}{mark}")
+    lines.append("")
+    for phase, need in peaks.items():
+        lines.append(
+            f"{phase:<10}|{_bar(need, machine)}| {_gb(need.total)} of {_gb(machine.memory)} GB ({need.total / machine.memory:.0%})"
+        )
+    lines.append("")
+    for need in peaks.values():
+        if need.complaint:
+            lines.append(f"The compiler refused {need.phase}, {need.program}: {need.complaint}")
+    if all(_fits(need, machine) for need in found):
+        spare = min(machine.memory - need.total for need in found)
+        lines.append(f"It fits, with {_gb(spare)} GB to spare on each device.")
+    else:
+        lines += [line for phase, need in peaks.items() if not _fits(need, machine) for line in _advice(config, sizes, machine, need)]
+    return lines
+
+
+_LETTERS = dict(zip(PARTS, "waogc#", strict=True))
+_LETTERS_LEGEND = ", ".join(f"{letter} {part}" for part, letter in _LETTERS.items())
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _bar(need: Need, machine: Machine) -> str:
+    """The parts in proportion to the memory; what does not fit runs over the end."""
+    bar, end = "", 0.0
+    for part in PARTS:
+        end += need.parts[part] / machine.memory * _BAR
+        bar += _LETTERS[part] * (round(min(end, 2 * _BAR)) - len(bar))
+    return bar[:_BAR].ljust(_BAR, ".") if len(bar) <= _BAR else bar[:_BAR] + "|" + bar[_BAR:] + ("..." if end > 2 * _BAR else "")
+
+
+def _estimate(machine: Machine) -> str:
+    extra = "cuda" if machine.platform == "gpu" else "tpu"
+    return (
+        "estimates of the CPU's compiler, which computes bfloat16 in float32: activations up to twice too high. For exact ones install the"
+        f" machine's compiler: pip install 'discover_jax[{extra}]'; it needs no {machine.platform.upper()}"
+    )
+
+
+def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> Iterator[str]:
+    """What to turn so that a phase fits, the largest part first."""
+    over = f", {_gb(need.total - machine.memory)} GB too much" if need.total > machine.memory else ""
+    yield f"The {need.phase} does not fit{over}. What takes most, and what to turn:"
+    slots = min(config.sampling.slots, config.groups * config.group_size)
+    length = row_tokens(config)
+    prompt, new = config.sampling.max_prompt_tokens, config.sampling.max_new_tokens
+    ranks = ", ".join(f"{name} = {config.lora[name]}" for name in ("expert_rank", "attention_rank", "head_rank"))
+    remat = "" if config.model.remat else "; config.model.remat=True keeps less"
+    activations = {
+        "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}: prompts are read whole",
+        "gradient": f"rows of {length:,} tokens (longest prompt and rollout), config.train.rows = {config.train.rows} at once{remat}",
+    }
+    knobs = {
+        "weights": "; ".join(
+            ["config.model.experts='packed'"] * (config.model.experts != "packed")
+            + ["config.model.dtype='bfloat16'"] * (config.model.dtype != "bfloat16")
+            + [f"more devices: config.mesh.expert = {config.mesh.expert} spreads the experts"]
+        ),
+        **dict.fromkeys(("adapter", "optimiser", "gradient"), f"config.lora: {ranks}; the experts' is the largest by far"),
+        "cache": f"config.sampling.slots: {slots} rollouts at once, {_gb(need.parts['cache'] / slots)} GB each; or fewer tokens"
+        f" (max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,})",
+        "activations": activations.get(
+            need.program, activations["gradient"] if need.phase != "sampling" else f"config.sampling.slots = {slots}"
+        ),
+    }
+    for part in sorted(PARTS, key=lambda part: -need.parts[part]):
+        if need.parts[part] > 0.1 * need.total:
+            yield f"  {part:<12}{_gb(need.parts[part]):>8} GB  {knobs[part]}"
