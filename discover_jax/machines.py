@@ -126,8 +126,6 @@ def find_machine(name: str, devices: int) -> Machine:
     if not name:
         return _this_machine(devices)
     jax.config.update("jax_platforms", "cpu")
-    # The compilers complain at length about programs that do not fit, which is what was asked, and about the missing hardware.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if name in _GPUS:
         return _gpus(_GPUS[name], devices)
     if match := _SLICE.fullmatch(name):

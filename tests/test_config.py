@@ -92,3 +92,15 @@ def test_all_problems_are_named_at_once():
         settings.validate(config)
     assert "config.groups" in str(error.value)
     assert "config.train.steps" in str(error.value)
+
+
+def test_a_dry_run_may_ask_about_meshes_and_weights_that_no_run_takes():
+    config = _load("configs/spaceship.py")
+    config.mesh.expert, config.model.weights, config.model.shape = 8, "random", "gpt-oss-120b"
+    assert settings.validate(config, for_run=False).mesh.expert == 8
+    with pytest.raises(ConfigError, match="one device") as error:
+        settings.validate(config)
+    assert "brings no tokenizer" in str(error.value)
+    config.group_size = 1
+    with pytest.raises(ConfigError, match="group of one"):
+        settings.validate(config, for_run=False)

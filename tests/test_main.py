@@ -164,3 +164,55 @@ def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(
     assert {row["parent_id"] for row in journal} == {"seed"}
     grade = json.loads((tmp_path / "run" / "best" / "grade.json").read_text())
     assert grade["score"] == max(row["score"] for row in journal if row["score"] is not None)
+
+
+@pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
+def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, tmp_path):
+    """What the run learned, on the program that it found best: in our model, in peft over transformers, and read from what peft saved."""
+    torch = pytest.importorskip("torch", reason="needs torch and peft (make test installs them; PARITY=0 leaves them out)")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    import jax
+    import numpy as np
+
+    from discover_jax import config as settings
+    from discover_jax.engine import build_optimizer
+    from discover_jax.learning.train_state import abstract_train_state
+    from discover_jax.models.adapter import load_peft
+    from discover_jax.policy import APPRENTICE, load_policy
+    from discover_jax.runs.checkpoints import Checkpoints
+
+    out = tmp_path / "adapter"
+    command = [sys.executable, "-m", "discover_jax.models.export_adapter", f"--run={unbroken}", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+    config = settings.default_config()
+    config.update_from_flattened_dict(json.loads((unbroken / "config.json").read_text())["config"])
+    policy = load_policy(config)
+    checkpoints = Checkpoints(unbroken / "checkpoints", keep=1, every=0, read_only=True)
+    wanted = abstract_train_state(policy.model.abstract_lora(), build_optimizer(config))
+    state, _ = checkpoints.restore(2, wanted)
+    checkpoints.close()
+    assert state is not None
+    tokens_BT = np.array([policy.tokenizer.encode((unbroken / "best" / "solution.py").read_text())], np.int32)
+
+    @jax.jit
+    def ours(lora):
+        hidden_BTD = policy.model.hidden(policy.frozen, lora, tokens_BT, np.arange(tokens_BT.size)[None], np.ones_like(tokens_BT))
+        return policy.model.logits(policy.frozen, lora, hidden_BTD)
+
+    def theirs(model):
+        with torch.no_grad():
+            return model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
+
+    base = transformers.GptOssForCausalLM.from_pretrained(
+        APPRENTICE, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    plain = theirs(base)
+    adapted = peft.PeftModel.from_pretrained(base, out).eval()
+    trained = ours(state.lora)
+    moved = np.abs(trained - plain).max()
+    assert moved > 0.05  # three updates: what is compared is more than the base model
+    np.testing.assert_allclose(trained, theirs(adapted), atol=2e-4, rtol=0)
+    adapted.save_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(trained, ours(load_peft(tmp_path / "again", policy.model)))

@@ -78,6 +78,9 @@ def test_the_table_takes_the_platforms_kernel_if_there_is_one(monkeypatch):
     table._entry.cache_clear()
     try:
         assert table.choose("experts") is fast
+        with table.lowering_for("of another make"):
+            assert table.choose("experts") is mix_reference
+        assert table.choose("experts") is fast
     finally:
         table._entry.cache_clear()
     with pytest.raises(ConfigError, match="cached_attention, experts"):

@@ -1,0 +1,243 @@
+"""What a dry run says, against real arrays, the process's measured memory, and the command line as a user meets it."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from discover_jax import dry_run
+from discover_jax.config import default_config
+from discover_jax.engine import build_model, build_optimizer
+from discover_jax.learning.train_state import init_train_state
+from discover_jax.machines import Machine, find_machine
+from discover_jax.models.config import ModelConfig
+
+_SIZES = ModelConfig(2, 64, 4, 2, 16, 4, 2, 64, 512, sliding_window=8)
+_SMALL = (
+    "--config=configs/quickstart.py",
+    "--config.sampling.max_prompt_tokens=64",
+    "--config.sampling.max_new_tokens=64",
+    "--config.train.rows=1",
+    "--dry_run",
+)
+
+
+def _config():
+    config = default_config()
+    config.groups, config.group_size, config.sampling.slots = 2, 3, 4
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens, config.train.rows = 24, 40, 2
+    config.lora.expert_rank = config.lora.attention_rank = config.lora.head_rank = 8
+    return config
+
+
+def _needs(config, **options):
+    return dry_run.needs(config, _SIZES, find_machine("", 1), on_program=lambda _: None, **options)
+
+
+def _bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return _needs(_config())
+
+
+def test_weights_adapter_and_optimiser_are_those_of_real_arrays(found):
+    config = _config()
+    model = build_model(config, _SIZES)
+    state = init_train_state(model.init_lora(jax.random.key(0)), build_optimizer(config))
+    expected = {"weights": _bytes(model.init_frozen(jax.random.key(0))), "adapter": _bytes(state.lora)}
+    expected["optimiser"] = _bytes(state.opt_state)
+    assert [{part: need.parts[part] for part in expected} for need in found] == [expected] * len(found)
+    assert expected["weights"] > 0 < expected["adapter"] < expected["optimiser"]
+
+
+def test_a_cache_holds_keys_and_values_of_every_slot(found):
+    # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer keeps a ring of 8 places, the other one all of
+    # them: 40 new ones beside the prompt's, which its group shares and the prompts' own cache holds.
+    (decode,) = (need for need in found if need.program == "decode")
+    of_place = 2 * 2 * 16 * 2
+    least = 4 * (8 + 40) * of_place
+    assert least <= decode.parts["cache"] < 6 * least
+
+
+def test_the_phases_and_programs_of_a_step_come_in_its_order(found):
+    assert [(need.phase, need.program) for need in found] == [
+        ("sampling", "prefill"),
+        ("sampling", "fill"),
+        ("sampling", "decode"),
+        ("update", "gradient"),
+        ("update", "apply"),
+    ]
+    assert all(need.total == sum(need.parts.values()) > 0 for need in found)
+
+
+def test_a_search_only_measures_and_more_rows_need_more():
+    config = _config()
+    before = _needs(config, learn=False)
+    assert {need.phase for need in before} == {"sampling", "measuring"}
+    assert all(need.parts["adapter"] == need.parts["optimiser"] == need.parts["gradient"] == 0 for need in before)
+    config.train.rows *= 3
+    after = _needs(config, learn=False)
+    assert after[:-1] == before[:-1]
+    assert after[-1].parts["activations"] > 1.5 * before[-1].parts["activations"]
+
+
+# What the process's memory grows by while the gradient is computed, against the prediction. The peak is reset after compilation.
+_MEASURED = """
+import jax, numpy as np
+from discover_jax import dry_run
+from discover_jax.config import default_config
+from discover_jax.engine import build_model, build_optimizer, build_update, row_tokens
+from discover_jax.learning.packing import pack
+from discover_jax.machines import find_machine
+from discover_jax.models.config import ModelConfig
+from discover_jax.types import Rollout, StopReason
+
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+sizes = ModelConfig(2, 128, 4, 2, 32, 4, 2, 128, 24_000, sliding_window=8)
+config = default_config()
+config.model.dtype = "float32"
+config.groups, config.group_size, config.train.rows = 1, 4, 4
+config.sampling.max_prompt_tokens = config.sampling.max_new_tokens = 256
+needs = dry_run.needs(config, sizes, find_machine("", 1), on_program=lambda _: None)
+(need,) = (need for need in needs if need.program == "gradient")
+model = build_model(config, sizes)
+frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
+update = build_update(config, model, build_optimizer(config))
+ones = np.ones(256, np.int32)
+rollouts = [Rollout(0, i, ones, ones, np.float32(-ones), ones > 0, StopReason.MAX_TOKENS) for i in range(4)]
+batches = pack(rollouts, [1.0, -1.0, 1.0, -1.0], row_tokens=row_tokens(config), rows=4)
+jax.block_until_ready(update.gradient(frozen, lora, batches))  # compiles
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
+jax.block_until_ready(update.gradient(frozen, lora, batches))
+print(memory("VmHWM") - before, need.parts["activations"])
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory can be reset on Linux only")
+def test_the_activations_are_what_the_process_grows_by():
+    # glibc keeps freed memory unless told otherwise: then the second call would not grow.
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", _MEASURED], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    measured, predicted = map(int, done.stdout.split())
+    assert predicted > 100e6
+    # Matrix products of the CPU's library pack operands into memory of their own, which its compiler does not know of.
+    assert 0.6 * measured < predicted < 1.1 * measured
+
+
+def _report(found, machine, **changes):
+    config = _config()
+    for name, value in changes.items():
+        config.train[name] = value
+    return "\n".join(dry_run.report(config, _SIZES, machine, found))
+
+
+def test_the_verdict_names_what_to_turn(found):
+    machine = find_machine("", 1)
+    assert "It fits" in _report(found, machine)
+    tight = dataclasses.replace(machine, memory=max(n.total for n in found) - 1)
+    text = _report(found, tight)
+    assert "It fits" not in text
+    assert re.search(r"The update does not fit, .* GB too much", text)
+    assert "config.train.rows = 2" in text
+    assert "The sampling does not fit" not in text
+
+
+def test_a_compilers_refusal_is_shown_and_does_not_fit(found):
+    refused = [*found[:-2], dataclasses.replace(found[-2], complaint="RESOURCE_EXHAUSTED: Ran out of memory. Used 9G of 8G")]
+    text = _report(refused, find_machine("", 1))
+    assert "Used 9G of 8G" in text
+    assert "It fits" not in text
+
+
+def test_an_estimate_says_that_it_is_one(found):
+    here = find_machine("", 1)
+    absent = Machine("8 x NVIDIA H200", here.devices, here.memory, "", "gpu", exact=False)
+    assert "estimates of the CPU's compiler" in _report(found, absent)
+    assert "discover_jax[cuda]" in _report(found, absent)
+    assert "machine's own compiler" in _report(found, here)
+
+
+def _command(*arguments, module="main"):
+    command = [sys.executable, "-m", f"discover_jax.{module}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_config_table_and_verdict_and_leaves_nothing(tmp_path):
+    done = _command(*_SMALL, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "  * sampling.max_new_tokens = 64 tokens" in done.stdout
+    assert re.search(r"^update +gradient( +[\d.-]+){7} <- peak$", done.stdout, re.MULTILINE)
+    assert "It fits" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_ends_with_code_1():
+    # More rows than a v5e's memory takes; a slice that is not here.
+    rows = ("--config.train.rows=256", "--config.sampling.max_new_tokens=512")
+    done = _command(*_SMALL, *rows, "--machine=v5e:2x4")
+    assert done.returncode == 1, done.stderr
+    assert "The update does not fit" in done.stdout
+    assert "config.train.rows = 256" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+_SPREAD = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import local_bytes, make_mesh
+
+model = Model(ModelConfig(2, 64, 4, 2, 16, 4, 2, 64, 512), LoraConfig(8, 8, 8, 8.0), mesh=make_mesh(data=2, expert=2, tensor=2))
+abstract = model.abstract_frozen(), model.abstract_lora()
+real = jax.tree.map(lambda leaf: jax.device_put(jax.numpy.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract)
+held = [sum(shard.data.nbytes for leaf in jax.tree.leaves(real) for shard in leaf.addressable_shards if shard.device == device)
+        for device in jax.devices()]
+print(local_bytes(abstract), *held, sum(leaf.nbytes for leaf in jax.tree.leaves(real)))
+"""
+
+
+def test_the_bytes_of_a_mesh_are_what_each_device_holds():
+    done = subprocess.run([sys.executable, "-c", _SPREAD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    predicted, *held, whole = map(int, done.stdout.split())
+    assert held == [predicted] * 8
+    assert whole / 8 < predicted < whole / 2
+
+
+def test_a_mesh_of_a_machine_that_is_not_here_can_be_asked_about():
+    spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=2")
+    done = _command(*_SMALL, *spread, "--machine=h200", module="search")
+    assert done.returncode == 0, done.stderr
+    assert "8 x NVIDIA H200; mesh data 2 x expert 4 x tensor 1" in done.stdout
+    assert re.search(r"^measuring", done.stdout, re.MULTILINE)
+    assert "optimiser" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--machine=h300", "--dry_run"), "allowed: a100, h100, h200, b200"),
+        (("--machine=h200",), "only goes with --dry_run"),
+        (("--config.mesh.data=4", "--dry_run"), "config.mesh asks for 4 devices, and 1 are here"),
+        (("--config.mesh.data=16", "--machine=v5e:2x4", "--dry_run"), "v5e:2x4 has 8"),
+    ],
+)
+def test_machines_that_cannot_be_asked_about_are_refused(arguments, message):
+    done = _command("--config=configs/quickstart.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
