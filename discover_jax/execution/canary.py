@@ -71,7 +71,9 @@ def check(plan: Plan, hidden: Iterable[Path]) -> None:
         sandbox.wait_ready()
         with open(f"/proc/{sandbox.pid}/status") as file:
             uids = {int(uid) for line in file if line.startswith("Uid:") for uid in line.split()[1:]}
+        inside = _namespace(sandbox.pid)
         execution = sandbox.run("")
+        survivors = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if inside is not None and _namespace(pid) == inside]
     except SandboxError as error:
         raise SandboxError(f"bubblewrap cannot isolate programs on this machine. {error} {_remedy(str(error))}") from error
     finally:
@@ -80,8 +82,20 @@ def check(plan: Plan, hidden: Iterable[Path]) -> None:
     if execution.outcome is not Outcome.OK or execution.csv is None:
         raise SandboxError(f"The sandbox's check ended with {execution.outcome.value}: {execution.detail} {execution.stdout[-1500:]}")
     violations = list(_violations(json.loads(execution.csv), plan, uids))
+    if survivors:
+        violations.append(f"a daemon outlived the sandbox (pids {survivors} on the host)")
     if violations:
         raise SandboxError("The sandbox does not hold, so no program was run:\n" + "\n".join(f"  - {line}" for line in violations))
+
+
+def _namespace(pid: int) -> int | None:
+    """Which pid namespace a process of the host runs in; None if it has ended (collected or not), or is not ours to look at."""
+    try:
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            return None
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return None
 
 
 def _remedy(said: str) -> str:

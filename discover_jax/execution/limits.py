@@ -6,6 +6,9 @@ import math
 from discover_jax.exceptions import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+CORE_BYTES = 1
+"""Of a core dump. Not 0: where core dumps go to a program of the host (core_pattern begins with a pipe, as Ubuntu's apport and systemd's
+have it), the kernel ignores a limit of 0, and the host's root would parse what a hostile process left; at 1 it makes none at all."""
 
 
 @dataclasses.dataclass(frozen=True)

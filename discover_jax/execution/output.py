@@ -32,10 +32,14 @@ class HeadAndTail:
 def normalised(text: str, folders: Iterable[str | None]) -> str:
     """Takes out what differs between machines and runs, so that a resumed run sees what an unbroken one did: folders and addresses.
 
+    And control characters, with which a program could write over the terminal of whoever looks at its output.
+
     Args:
       text: what a program printed, or its traceback.
       folders: their names are taken out, so that the paths below them become relative; None is passed over.
     """
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(folder + "/", "")
+    text = re.sub(r"\r\n?", "\n", text)
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
     return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)

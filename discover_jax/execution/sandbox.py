@@ -20,7 +20,7 @@ from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import bubblewrap, memory
-from discover_jax.execution.limits import GIB, Limits
+from discover_jax.execution.limits import CORE_BYTES, GIB, Limits
 from discover_jax.execution.output import HeadAndTail, normalised
 from discover_jax.types import Execution, Outcome
 
@@ -72,7 +72,7 @@ class Plan:
 
 def _own_limits(plan: Plan) -> dict[str, int]:
     """Limits that a process inside sets on itself, before the program."""
-    limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": plan.limits.file_bytes}
+    limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": plan.limits.file_bytes}
     if plan.backend == "bubblewrap":  # counted within the sandbox's user namespace; outside of one it would count the user's whole session
         limits["RLIMIT_NPROC"] = plan.limits.processes
     if plan.cgroups is None:
@@ -177,7 +177,7 @@ class Sandbox:
             "cpus": plan.cores,
             "stage": stage,
             "uid": uid,
-            "rlimits": {"RLIMIT_CORE": 0},
+            "rlimits": {"RLIMIT_CORE": CORE_BYTES},
             "keep": keep,
             "argv": argv,
         }

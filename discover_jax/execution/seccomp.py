@@ -2,6 +2,7 @@
 
 Everything is allowed but what a numeric program never needs and attacks do (see `_DENIED`): those fail with EPERM. clone3 fails with
 ENOSYS, because its flags lie in memory, where a filter cannot see them; the C library then falls back to clone, whose flags are checked.
+The limit on core dumps cannot be changed: see limits.CORE_BYTES.
 A call through another architecture's table (32-bit on a 64-bit kernel) ends the process.
 
 Numbers: Linux' arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64). Layout of the data that the
@@ -45,6 +46,14 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "fanotify_init": (300, 262),
+    # what all users of a machine share: the number of asynchronous contexts, of watches of this uid, the disks' write-back
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    # memory that not even the kernel can look at
+    "memfd_secret": (447, 447),
     # mounts and namespaces
     "mount": (165, 40),
     "umount2": (166, 39),
@@ -84,6 +93,8 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "sched_setaffinity": (203, 122),
 }
 _CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
+_SETRLIMIT, _PRLIMIT = (160, 164), (302, 261)
+_RLIMIT_CORE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +110,8 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
     return struct.pack("<HBBI", code, if_true, if_false, value)
 
 
-def _load_argument(index: int) -> bytes:
-    return _instruction(_LOAD, _ARGS + 8 * index)
+def _load_argument(index: int, *, high: bool = False) -> bytes:
+    return _instruction(_LOAD, _ARGS + 8 * index + 4 * high)
 
 
 def filter_program(machine: str | None = None) -> bytes:
@@ -153,6 +164,25 @@ def filter_program(machine: str | None = None) -> bytes:
         _load_argument(1),
         _instruction(_JUMP_EQUAL, _TIOCSTI, if_true=1),
         _instruction(_JUMP_EQUAL, _TIOCLINUX, if_false=1),
+        deny,
+        allow,
+    ]
+    parts += [
+        _instruction(_JUMP_EQUAL, _SETRLIMIT[column], if_false=4),
+        _load_argument(0),
+        _instruction(_JUMP_EQUAL, _RLIMIT_CORE, if_false=1),
+        deny,
+        allow,
+    ]
+    # prlimit also reads limits; then its third argument, the address of new ones, is 0 in both halves.
+    parts += [
+        _instruction(_JUMP_EQUAL, _PRLIMIT[column], if_false=8),
+        _load_argument(1),
+        _instruction(_JUMP_EQUAL, _RLIMIT_CORE, if_false=5),
+        _load_argument(2),
+        _instruction(_JUMP_EQUAL, 0, if_false=2),
+        _load_argument(2, high=True),
+        _instruction(_JUMP_EQUAL, 0, if_true=1),
         deny,
         allow,
     ]

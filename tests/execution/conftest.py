@@ -10,22 +10,10 @@ import pytest
 # Worker processes import the competition by name, from the same path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_competition import TinyTask, make
+from tiny_competition import LIMITS, TinyTask, make
 
-from discover_jax.execution import Executor, Limits, bubblewrap, memory, sandbox
+from discover_jax.execution import Executor, bubblewrap, memory, sandbox
 from discover_jax.types import Verdict
-
-MIB = 1 << 20
-LIMITS = Limits(
-    seconds=60,
-    cores=1,
-    memory_bytes=900 * MIB,
-    scratch_bytes=64 * MIB,
-    result_bytes=MIB,
-    flood_bytes=4 * MIB,
-    stdout_bytes=8192,
-    processes=64,
-)
 
 
 @pytest.fixture(scope="session", autouse=True)

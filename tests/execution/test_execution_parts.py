@@ -47,6 +47,8 @@ def test_head_and_tail_of_any_stream(chunks, limit):
 def test_normalised_text():
     text = "/a/b/lib/x.py:3: <f at 0x7f00deadbeef> /sandbox/solution.py 0xff"
     assert normalised(text, ["/a", None, "/a/b", "/sandbox"]) == "lib/x.py:3: <f at 0x...> solution.py 0xff"
+    # What would move a terminal's cursor or change its colours is made visible and harmless.
+    assert normalised("a\r\nb\rc\t\x1b[2J\x00\x9b", []) == "a\nb\nc\t\ufffd[2J\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"seconds": math.nan}, {"seconds": math.inf}, {"cores": -1}, {"memory_bytes": 1.5}])

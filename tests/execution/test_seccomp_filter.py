@@ -13,6 +13,7 @@ AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 I386, ARM = 0x40000003, 0x40000028
 # name -> numbers on x86_64 and aarch64, from the kernel's tables
 NUMBERS = {"read": (0, 63), "execve": (59, 221), "ptrace": (101, 117), "mount": (165, 40), "bpf": (321, 280), "io_uring_setup": (425, 425)}
+SETRLIMIT, PRLIMIT = (160, 164), (302, 261)
 CLONE, CLONE3, SOCKET, IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
 
 
@@ -59,6 +60,9 @@ def test_filter(machine, column):
     assert [ask(SOCKET, family, 1) for family in (1, 2, 10, 16, 17, 40)] == [ALLOW] + [EPERM] * 5
     assert ask(SOCKET, 1 << 32 | 2, 1) == EPERM  # the kernel looks at the low word only
     assert [ask(IOCTL, 0, request) for request in (0x5401, 0x5412, 0x541C, 1 << 32 | 0x5412)] == [ALLOW, EPERM, EPERM, EPERM]
+    # RLIMIT_CORE is 4, RLIMIT_AS 9; prlimit with a null pointer only reads.
+    assert [ask(SETRLIMIT, limit, 1) for limit in (4, 9)] == [EPERM, ALLOW]
+    assert [ask(PRLIMIT, 0, *rest) for rest in ((4, 0), (4, 1), (4, 1 << 32), (9, 1))] == [ALLOW, EPERM, EPERM, ALLOW]
     for other in (I386, ARM, *(set(AUDIT.values()) - {audit})):
         assert verdict(program, other, 0) == KILL
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from discover_jax.execution.limits import MIB, Limits
 from discover_jax.types import Grade
 
 ANSWERS = [1, 0, 1, 1]
@@ -18,6 +19,16 @@ def run():
     return frame
 """
 GOOD_SCORE = 0.75  # three of the four answers
+LIMITS = Limits(
+    seconds=60,
+    cores=1,
+    memory_bytes=900 * MIB,
+    scratch_bytes=64 * MIB,
+    result_bytes=MIB,
+    flood_bytes=4 * MIB,
+    stdout_bytes=8192,
+    processes=64,
+)
 
 
 @dataclasses.dataclass(frozen=True)

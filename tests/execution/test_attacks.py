@@ -1,0 +1,245 @@
+"""What a hostile program tries, one attack a test, through the real launch path; after each a neighbour runs and is scored as ever.
+
+The attacks that only ask whether something is refused are in test_isolation.py, the ways in which a program can end in test_outcomes.py.
+Everything here is submitted to one pool at once, each attack followed by a neighbour in the other slot, since they mostly wait.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from tiny_competition import GOOD, GOOD_SCORE, LIMITS
+
+from discover_jax.execution import Executor
+from discover_jax.types import Outcome, Verdict
+
+_REFUSED = ("EPERM", "EACCES", "EROFS", "ENOENT", "EINVAL")
+_HELPERS = """
+import ctypes, errno, mmap, os, resource, signal, socket, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*numbers):
+    ctypes.set_errno(0)
+    result = libc.syscall(*map(ctypes.c_long, numbers))
+    return "done" if result >= 0 else errno.errorcode[ctypes.get_errno()]
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "done"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """A program, how it may end, and what it must have said (a pattern that its output and the reason together contain)."""
+
+    program: str
+    ends: tuple[Outcome, ...]
+    said: str = ""
+
+
+def _body(text: str) -> str:
+    """A program whose run() is these lines."""
+    return _HELPERS + "def run():\n" + "".join(f"    {line}\n" for line in text.strip("\n").split("\n"))
+
+
+def _says(expression: str, said: str) -> Attack:
+    """It prints what came of something and goes on to a valid submission."""
+    return Attack(_HELPERS + f"print('found', {expression})\n" + GOOD, (Outcome.OK,), f"found ({said})")
+
+
+_ANY_REFUSAL = "|".join(_REFUSED)
+_X86 = platform.machine() == "x86_64"
+
+ATTACKS = {
+    # --- against memory
+    "anonymous memory": Attack(_body("hold = []\nwhile True:\n    hold.append(bytearray(b'x') * 50_000_000)"), (Outcome.OUT_OF_MEMORY,)),
+    "shared anonymous memory": Attack(
+        _body("m = mmap.mmap(-1, 2 << 30)\nfor at in range(0, 2 << 30, 4096):\n    m[at] = 1"), (Outcome.OUT_OF_MEMORY,)
+    ),
+    "memory of a memfd": Attack(
+        _body("for _ in range(40):\n    fd = os.memfd_create('x')\n    os.write(fd, b'x' * (50 << 20))\ntime.sleep(30)"),
+        (Outcome.OUT_OF_MEMORY,),
+    ),
+    "memory of many processes": Attack(
+        _body(
+            "for _ in range(20):\n    if os.fork() == 0:\n        hold = b'x' * (100 << 20)\n        time.sleep(30)\n"
+            "        os._exit(0)\ntime.sleep(30)"
+        ),
+        (Outcome.OUT_OF_MEMORY,),
+    ),
+    "files in scratch, /tmp and /dev/shm": _says(
+        "[attempt(lambda: open(path, 'wb').write(bytes(300 << 20))) for path in ('big', '/tmp/big', '/dev/shm/big')]",
+        re.escape("['ENOSPC', 'ENOSPC', 'ENOSPC']"),
+    ),
+    "a sparse file of a terabyte": _says("attempt(lambda: os.truncate(os.open('s', os.O_CREAT | os.O_RDWR), 1 << 40))", "EFBIG"),
+    "a million empty files": Attack(
+        _body("for number in range(1_000_000):\n    os.close(os.open(f'f{number}', os.O_CREAT))\nraise RuntimeError('all made')"),
+        (Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY),
+    ),
+    "folders ten thousand deep": _says("[(os.mkdir('d'), os.chdir('d')) for _ in range(10_000)] and os.chdir('/sandbox')", "None"),
+    "protecting itself from the killer of those who use too much memory": _says(
+        "attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000'))", _ANY_REFUSAL
+    ),
+    # --- against processes
+    "threads without end": Attack(
+        _body("while True:\n    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()"),
+        (Outcome.EXCEPTION,),
+        "can't start new thread",
+    ),
+    "killing pid 1 and everybody": _says("[attempt(lambda: os.kill(1, 9)), attempt(lambda: os.kill(-1, 9))]", r"\['(done|EPERM)'"),
+    "stopping itself": Attack(_body("os.kill(os.getpid(), signal.SIGSTOP)"), (Outcome.TIMEOUT,)),
+    "writing into the memory of pid 1": _says(
+        "attempt(lambda: os.pwrite(os.open('/proc/1/mem', os.O_RDWR), b'x', 4096))", "EACCES|EPERM|EIO"
+    ),
+    "real-time priority": _says("attempt(lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50)))", "EPERM"),
+    "a better nice value": _says("attempt(lambda: os.setpriority(os.PRIO_PROCESS, 0, -10))", "EACCES|EPERM"),
+    "recursion that smashes the stack": Attack(
+        _body("sys.setrecursionlimit(10**9)\nf = lambda x: f(repr([x]) and x)\nf(0)"),
+        (Outcome.KILLED, Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY),  # newer interpreters keep pure Python's frames on the heap
+    ),
+    "threads that go on after run()": Attack(
+        "import threading\ndef spin():\n    while True:\n        pass\nthreading.Thread(target=spin).start()\n" + GOOD, (Outcome.OK,)
+    ),
+    "an exit handler that never ends": Attack("import atexit, time\natexit.register(time.sleep, 60)\n" + GOOD, (Outcome.OK,)),
+    # --- against the kernel's tables
+    "descriptors without end": Attack(
+        _body("hold = []\nwhile True:\n    hold.append(os.open('/dev/null', 0))"), (Outcome.EXCEPTION,), "Too many"
+    ),
+    "buffers of pipes": Attack(
+        _body(
+            "import fcntl\nfor _ in range(400):\n    r, w = os.pipe()\n    os.set_blocking(w, False)\n"
+            "    attempt(lambda: fcntl.fcntl(w, 1031, 1 << 20))\n"
+            "    attempt(lambda: os.write(w, bytes(1 << 20)))\nraise RuntimeError('filled')"
+        ),
+        (Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY),
+    ),
+    "watches, asynchronous contexts and write-back": _says(
+        f"[{', '.join(f'call({number}, 0)' for number in ((294, 206, 162, 306, 447) if _X86 else (26, 0, 81, 267, 447)))}]",
+        re.escape(str(["EPERM"] * 5)),
+    ),
+    "the limit on core dumps": _says(
+        f"[resource.getrlimit(resource.RLIMIT_CORE)[0], call({160 if _X86 else 164}, 4, 0), call({302 if _X86 else 261}, 0, 4, 8, 0)]",
+        r"\[[01], 'EPERM', 'EPERM'\]",
+    ),
+    "pseudo-terminals": _says("attempt(os.openpty)", "done|" + _ANY_REFUSAL),
+    "magic keys, the clock and the host's name": _says(
+        "[attempt(lambda: os.write(os.open('/proc/sysrq-trigger', os.O_WRONLY), b'b')), attempt(lambda: time.clock_settime(0, 0.0)),"
+        " attempt(lambda: socket.sethostname('x'))]",
+        rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]",
+    ),
+    "devices made by itself": _says("attempt(lambda: os.mknod('disk', 0o60666, os.makedev(8, 0)))", "EPERM"),
+    "becoming another user through a file's mode": _says(
+        "(os.close(os.open('s', os.O_CREAT)), os.chmod('s', 0o6777)) and attempt(lambda: os.chown('s', 0, 0))", "EPERM|EINVAL"
+    ),
+    # --- towards the host
+    "a socket of the host by its abstract name": _says(
+        "attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0discover-jax-test'))", "ECONNREFUSED"
+    ),
+    "the host's folders through /proc": _says(
+        "[attempt(lambda: os.listdir(path)) for path in ('/proc/1/root/etc', '/proc/self/root/root', '/proc/1/cwd/home')]",
+        rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]|.*'ENOENT'\]",
+    ),
+    "links out of the scratch": Attack(
+        _body("os.symlink('/etc/shadow', 'link')\nos.rename('solution.py', 'old')\nos.symlink('/etc/passwd', 'solution.py')\n1 / 0"),
+        (Outcome.EXCEPTION,),
+        "ZeroDivisionError",
+    ),
+    # --- against what comes back
+    "closing the way back": Attack(_body("os.closerange(3, 1024)\nreturn 1"), (Outcome.EXCEPTION, Outcome.KILLED)),
+    "answering, then hanging": Attack(
+        _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv 5\\nid,y\\n'))\ntime.sleep(60)"), (Outcome.TIMEOUT,)
+    ),
+    "a length that overflows": Attack(
+        _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv 99999999999999999999\\n'))\nos._exit(0)"),
+        (Outcome.EXCEPTION,),
+    ),
+    "numbers of a hundred thousand digits": Attack(
+        "import pandas as pd\ndef run():\n    return pd.DataFrame({'id': ['1' * 100_000] * 4, 'y': ['9' * 100_000] * 4})\n",
+        (Outcome.INVALID_SUBMISSION,),
+    ),
+    "an object that lies about its class": Attack(
+        "import pandas as pd\nclass L:\n    __class__ = pd.DataFrame\n    def to_csv(self, *a, **k):\n        return 'id,y'\n"
+        "def run():\n    return L()\n",
+        (Outcome.INVALID_SUBMISSION,),
+        "returned L, not a pandas.DataFrame",
+    ),
+    "a frame with a method of its own": Attack(
+        GOOD.replace("return frame", "object.__setattr__(frame, 'to_csv', lambda *a, **k: open('/proc/self/mem'))\n    return frame"),
+        (Outcome.OK,),
+    ),
+    "the harness's own modules replaced": Attack(
+        "import sys\nfor name in ('io', 'os', 'traceback', 'linecache', 'contextlib', 'builtins'):\n    sys.modules[name] = None\n"
+        "def run():\n    1 / 0\n",
+        (Outcome.EXCEPTION,),
+    ),
+    "escape sequences for whoever looks": Attack(
+        "print('\\x1b[2J\\x1b]0;title\\x07', flush=True)\ndef run():\n    raise ValueError('\\x1b[31mred\\x9b')\n",
+        (Outcome.EXCEPTION,),
+        "ValueError: \N{REPLACEMENT CHARACTER}\\[31mred",
+    ),
+    "tracing every line": Attack("import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\n" + GOOD, (Outcome.OK,)),
+    "ten megabytes of source": Attack(f"x = '{'a' * 10_000_000}'\n" + GOOD, (Outcome.OK,)),
+    "brackets a hundred thousand deep": Attack("x = " + "(" * 100_000 + "\n" + GOOD, (Outcome.EXCEPTION,), "too many nested"),
+}
+if _X86:
+    # int 0x80 with the number of getpid: a system call through the 32-bit table, which the filter does not cover but ends.
+    ATTACKS["system calls of another architecture"] = Attack(
+        _body(
+            "code = mmap.mmap(-1, 4096, prot=7)\ncode.write(bytes.fromhex('b814000000cd80c3'))\n"
+            "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()"
+        ),
+        (Outcome.KILLED,),
+        "SIGSYS",
+    )
+
+
+@pytest.fixture(scope="module")
+def attacked(task, tmp_path_factory):
+    """A pool as the tests share it, but with little patience."""
+    limits = dataclasses.replace(LIMITS, seconds=15)
+    with Executor(task, limits, workers=2, cache_dir=tmp_path_factory.mktemp("attacks")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def ends(attacked) -> dict[str, tuple[Verdict, Verdict]]:
+    """What became of each attack, and of its neighbour."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0discover-jax-test")
+        listener.listen()
+        futures = {name: (attacked.submit(a.program), attacked.submit(f"{GOOD}# beside {name}\n")) for name, a in ATTACKS.items()}
+        return {name: (attack.result(timeout=300), neighbour.result(timeout=300)) for name, (attack, neighbour) in futures.items()}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_ends_as_it_should_and_its_neighbour_is_scored(ends, name):
+    attack, (verdict, neighbour) = ATTACKS[name], ends[name]
+    told = f"{verdict.execution.stdout}\n{verdict.execution.detail}\n{verdict.grade.reason}"
+    assert verdict.outcome in attack.ends, told
+    assert re.search(attack.said, told), told
+    assert (neighbour.outcome, neighbour.grade.score) == (Outcome.OK, GOOD_SCORE)
+    # An attack earns what its submission is worth, and that is nothing unless it returned the good one.
+    assert verdict.grade.score == (GOOD_SCORE if Outcome.OK in attack.ends else None)
+
+
+def test_nothing_of_the_attacks_is_left(ends, attacked, plan):
+    assert ends
+    assert attacked.submit(f"{GOOD}# after everything\n").result(timeout=60).grade.score == GOOD_SCORE
+    names = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                names.append(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    # Each slot keeps one sandbox warm: an outer bubblewrap, the one inside, and the harness.
+    mine = [name for name in names if b"/harness.py" in name]
+    assert len(mine) <= 3 * 2 * 2, mine
+    if plan.cgroups is not None:
+        groups = [folder for folder in plan.cgroups.memory.glob("discover_jax-*") if folder.is_dir()]
+        assert len(groups) <= 4, groups
