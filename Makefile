@@ -20,6 +20,7 @@ DEV := $(VENV)/.installed-dev-$(PARITY)
 help:
 	@echo "make quickstart   install, then improve programs for a bundled competition on this machine's CPU (under 10 minutes)"
 	@echo "make test         the default tests;  make check   ruff, pyright"
+	@echo "make test-sandbox  the sandbox's tests alone, as root also as an ordinary user"
 	@echo "make apprentice   train the small model again"
 
 $(BIN)/python:
@@ -46,6 +47,11 @@ test: $(DEV)
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
+# The attacks and faults alone; as root a second time as an ordinary user, for whom the sandbox is made otherwise.
+test-sandbox: $(DEV)
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/execution $(ARGS)
+	if [ "$$(id -u)" = 0 ]; then $(BIN)/python tests/execution/ordinary_user.py -- $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/execution $(ARGS); fi
+
 check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,4 +63,4 @@ apprentice: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install quickstart test test-slow check apprentice clean
+.PHONY: help install quickstart test test-slow test-sandbox check apprentice clean

@@ -199,6 +199,7 @@ def command(
     options: str,
     public: Path,
     limits: Limits,
+    memory_bounded: bool,
     cores: int,
     slot: int,
     filter_fd: int,
@@ -211,6 +212,7 @@ def command(
       script: path of the Python file to run inside; it appears there as /harness.py.
       options: its one argument.
       public: folder that appears as data/ in the working directory, read-only.
+      memory_bounded: whether a control group bounds its memory.
       cores: cores leased to this slot.
       slot: which slot; as root it decides the uid.
       filter_fd, args_fd, status_fd: descriptors, as bubblewrap will find them, for --seccomp, --args and --json-status-fd.
@@ -259,7 +261,7 @@ def command(
         # -P and -s: neither the working directory nor a home's packages come before the real ones.
         argv=(source(host.bwrap), "--args", str(args_fd), "--", host.python, "-P", "-s", _HARNESS, options),
         arguments=b"".join(argument.encode() + b"\0" for argument in args),
-        filter=seccomp.filter_program(),
+        filter=seccomp.filter_program(unseen_memory=memory_bounded),
         stage=stage,
         uid=_FIRST_UID + slot % _UIDS if host.root else None,
     )

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import os
 import pickle
 import queue
+import signal
 import sys
 import threading
 import types
@@ -20,11 +22,13 @@ from discover_jax.exceptions import ConfigError, RunError, SandboxError
 from discover_jax.execution import bubblewrap, canary, memory, sandbox, worker
 from discover_jax.execution.cache import VerdictCache, packages
 from discover_jax.execution.limits import GIB, Limits
-from discover_jax.types import Grade, Verdict
+from discover_jax.types import Grade, Outcome, Verdict
 
 _TRIES = 3  # a fault of the host is tried again twice, each time in a fresh sandbox
-_GRACE_SECONDS = 600.0  # on top of a program's own time, for warming up and grading; then the worker counts as hung
+GRACE_SECONDS = 600.0
+"""On top of a program's own time, for warming up and grading; then a worker counts as hung."""
 _start_lock = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 class GradedTask(Protocol):
@@ -90,16 +94,30 @@ class _Worker:
         return self._process.pid
 
     def ask(self, program: str, seconds: float) -> Verdict | Exception:
-        """The worker's reply to a program; a SandboxError if the worker ended or did not reply within `seconds`."""
+        """The worker's reply to a program; a SandboxError if the worker ended or did not reply within `seconds`, for which it is ended.
+
+        A timer does that rather than a limit on waiting: a process that was stopped may hang amid taking the program or sending its reply.
+        """
+        hung = threading.Event()
+
+        def end() -> None:
+            hung.set()
+            self._process.kill()  # its sandboxes die with it
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
         try:
             self._connection.send(program)
-            if self._connection in (ready := wait([self._connection, self._process.sentinel], seconds)):
+            if self._connection in wait([self._connection, self._process.sentinel]):
                 return self._connection.recv()
         except (EOFError, OSError):  # the connection broke: the worker ended
-            ready = [self._process.sentinel]
-        if not ready:
-            return SandboxError(f"The worker process {self.pid} did not reply within {seconds:.0f} s and was ended.")
+            pass
+        finally:
+            timer.cancel()
         self._process.join(5)
+        if hung.is_set():
+            return SandboxError(f"The worker process {self.pid} did not reply within {seconds:g} s and was ended.")
         return SandboxError(f"The worker process {self.pid} ended unexpectedly (exit code {self._process.exitcode}).")
 
     def interrupt(self) -> None:
@@ -128,6 +146,7 @@ class Executor:
         cache_dir: Path | str,
         backend: str = "bubblewrap",
         allow_weaker: bool = False,
+        grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         """Checks that isolation holds here, then starts the workers without waiting for them.
 
@@ -138,6 +157,8 @@ class Executor:
           cache_dir: folder of verdicts, which later executors and runs may share.
           backend: "bubblewrap", or "unsafe-subprocess" for programs that are trusted.
           allow_weaker: accept a backend that isolates less than bubblewrap.
+          grace_seconds: a worker that takes so much longer than a program's own time limit is hung: it is ended and replaced, and its
+            program is tried again.
 
         Raises:
           ConfigError: a setting is not allowed.
@@ -169,6 +190,7 @@ class Executor:
         self._cache = VerdictCache(cache_dir, settings)
         self._task_bytes = pickle.dumps(task)
         self._limits = limits
+        self._grace_seconds = grace_seconds
         self._lock = threading.Lock()
         self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -322,19 +344,35 @@ class Executor:
             current.stop()
 
     def _execute(self, plan: sandbox.Plan, program: str) -> Verdict | Exception:
+        """A program's verdict, or the error of the last of `_TRIES`; each but the last fault is told by the log."""
         reply: Verdict | Exception = SandboxError("no try was made")
-        for _ in range(_TRIES):
+        for number in range(1, _TRIES + 1):
             try:
                 current = None if self._closed else self._worker(plan)
+                if current is None:
+                    return SandboxError("The executor was closed while the program ran.")
+                reply = current.ask(program, self._limits.seconds + self._grace_seconds)
             except OSError as error:
                 reply = SandboxError(f"A worker process could not be started: {error}.")
-                continue
-            if current is None:
-                break
-            reply = current.ask(program, self._limits.seconds + _GRACE_SECONDS)
-            if not isinstance(reply, SandboxError):
+            if isinstance(reply, SandboxError):
+                fault = str(reply)
+                self._drop(plan)
+            elif isinstance(reply, Verdict) and _killed_perhaps_from_outside(reply):
+                fault = f"A program's sandbox was ended by {signal.SIGKILL.name}, by the program itself or from outside."
+            else:
                 return reply
-            self._drop(plan)
+            if number < _TRIES and not self._closed:
+                _log.warning("%s The program runs again (try %d of %d).", fault, number + 1, _TRIES)
+        if isinstance(reply, Verdict):
+            return reply
         if self._closed:
             return SandboxError("The executor was closed while the program ran.")
         return SandboxError(f"A program could not be run: {_TRIES} tries failed, each in a fresh sandbox. The last: {reply}")
+
+
+def _killed_perhaps_from_outside(verdict: Verdict) -> bool:
+    """Whether a program died by SIGKILL, which it can send to itself, and then does so in every try.
+
+    Else the host did it, an administrator or the kernel short of memory, which must not become the program's verdict.
+    """
+    return verdict.outcome is Outcome.KILLED and verdict.execution.detail.endswith(signal.SIGKILL.name)

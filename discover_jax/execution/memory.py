@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 _PREFIX = "discover_jax"
+_HOST = f"{_PREFIX}-host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Cgroups:
     pids: Path | None
 
     def describe(self) -> str:
-        return f"control group v{self.version}"
+        moved = self.version == 2 and (self.memory / _HOST).is_dir()
+        return f"control group v{self.version}" + (f" (below {self.memory}, whose processes moved to {_HOST} in it)" if moved else "")
 
 
 def _own_folder(controller: str) -> Path | None:
@@ -65,14 +67,54 @@ def find_cgroups() -> Cgroups | None:
     memory, pids = _own_folder("memory"), _own_folder("pids")
     if memory and _can_make_groups(memory, "memory.limit_in_bytes"):
         return Cgroups(1, memory, pids if pids and _can_make_groups(pids, "pids.max") else None)
-    unified = _own_folder("")
-    if unified is None:
+    own = _own_folder("")
+    if own is None:
         return None
-    with contextlib.suppress(OSError):  # fails where processes sit in the parent group; then the probe below finds no memory.max
-        (unified / "cgroup.subtree_control").write_text("+memory +pids")
-    if _can_make_groups(unified, "memory.max"):
-        return Cgroups(2, unified, unified)
+    if own.name == _HOST:  # an earlier run made it, see _divide
+        own = own.parent
+    folder = _nearest_with_memory(own)
+    if folder is None:
+        return None
+    _divide(folder, move=folder == own)
+    if _can_make_groups(folder, "memory.max"):
+        return Cgroups(2, folder, folder)
     return None
+
+
+def _nearest_with_memory(own: Path) -> Path | None:
+    """The group, ours or above it, that has the memory controller; limits that hold for us are set there or further up."""
+    for folder in (own, *own.parents):
+        try:
+            controllers = (folder / "cgroup.controllers").read_text().split()
+        except OSError:  # above the hierarchy's root, or hidden from us
+            return None
+        if "memory" in controllers:
+            return folder
+    return None
+
+
+def _divide(folder: Path, *, move: bool) -> None:
+    """Lets groups below a v2 group bound memory and processes, if that is allowed; `_can_make_groups` sees whether it was.
+
+    Only a group without processes of its own may be divided (the kernel's "no internal processes" rule). With `move`, for the group that
+    we are in, all who are in it move to a group below, which sets no limits; those of their old group, now above, keep holding.
+    """
+    control = folder / "cgroup.subtree_control"
+    for _ in range(10):  # processes may start while others move
+        try:
+            control.write_text("+memory +pids")
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or not move:
+                return
+        host = folder / _HOST
+        try:
+            host.mkdir(exist_ok=True)
+            for pid in (folder / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    (host / "cgroup.procs").write_text(pid)
+        except OSError:  # some process there is not ours to move
+            return
 
 
 def _end_processes(folder: Path) -> None:

@@ -153,6 +153,7 @@ class Sandbox:
                 options=text,
                 public=plan.public,
                 limits=limits,
+                memory_bounded=plan.cgroups is not None,
                 cores=len(plan.cores),
                 slot=plan.slot,
                 filter_fd=filter_fd,

@@ -92,6 +92,8 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     # the lease of cores is exclusive: a program may not move to its neighbours' cores
     "sched_setaffinity": (203, 122),
 }
+# Memory that belongs to no process while nobody maps it: only a control group sees it.
+_UNSEEN_MEMORY: dict[str, tuple[int | None, int | None]] = {"memfd_create": (319, 279), "shmget": (29, 194)}
 _CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
 _SETRLIMIT, _PRLIMIT = (160, 164), (302, 261)
 _RLIMIT_CORE = 4
@@ -114,11 +116,12 @@ def _load_argument(index: int, *, high: bool = False) -> bytes:
     return _instruction(_LOAD, _ARGS + 8 * index + 4 * high)
 
 
-def filter_program(machine: str | None = None) -> bytes:
+def filter_program(machine: str | None = None, *, unseen_memory: bool = True) -> bytes:
     """The filter as an array of struct sock_filter.
 
     Args:
       machine: "x86_64" or "aarch64"; None for this one.
+      unseen_memory: False where no control group bounds memory: what could hold it unseen is then denied, too.
 
     Raises:
       SandboxError: no table for this architecture.
@@ -140,7 +143,7 @@ def filter_program(machine: str | None = None) -> bytes:
     ]
     if machine == "x86_64":  # numbers from 0x40000000 are the x32 table, which the list below would miss
         parts += [_instruction(_JUMP_GREATER_EQUAL, 0x40000000, if_false=1), deny]
-    for numbers in _DENIED.values():
+    for numbers in (_DENIED if unseen_memory else _DENIED | _UNSEEN_MEMORY).values():
         if (number := numbers[column]) is not None:
             parts += [_instruction(_JUMP_EQUAL, number, if_false=1), deny]
     parts += [_instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1), _instruction(_RETURN, _ERRNO | _ENOSYS)]

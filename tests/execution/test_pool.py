@@ -5,7 +5,6 @@ import dataclasses
 import io
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ordinary_user
 import pandas as pd
 import pytest
 from tiny_competition import GOOD, GOOD_SCORE, BrokenGrading, CannotBeUnpickled, make
@@ -290,30 +290,20 @@ def test_killed_main_process_leaves_nothing_running(tmp_path, moment):
     assert (tmp_path / "imports").read_text() == f"imported by {main.pid}\n"  # workers do not import the main script, nor jax with it
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "mount", "setpriv"))), reason="needs root and util-linux")
+@pytest.mark.skipif(not ordinary_user.possible(), reason="needs root and util-linux")
 def test_ordinary_user_can_run_programs(tmp_path):
-    """The same as an unprivileged uid, for which folders that only root may enter (a Python in root's home) are bound around first."""
-    needed = sorted({sys.prefix, sys.base_prefix, str(REPOSITORY / "discover_jax"), str(Path(__file__).parent)})
-    closed = sorted({str(p) for path in needed for p in Path(path).parents if not p.stat().st_mode & 0o001})
-    outermost = [path for path in closed if not any(path.startswith(other + "/") for other in closed)]
-    lines = ["set -e"]
-    for index, path in enumerate(needed, start=3):
-        lines.append(f"exec {index}< '{path}'")
-    lines += [f"mount -t tmpfs -o mode=755 tmpfs '{path}'" for path in outermost]
-    for index, path in enumerate(needed, start=3):
-        if any(path.startswith(other + "/") for other in outermost):
-            lines.append(f"mkdir -p '{path}'; mount --no-canonicalize --rbind /proc/self/fd/{index} '{path}'")
-    lines.append('exec setpriv --reuid 60599 --regid 60599 --clear-groups "$@" 3<&- 4<&- 5<&- 6<&-')
+    """The whole folder can be run so: `make test-sandbox`."""
     program = (
         "import os, tempfile\nfrom pathlib import Path\nfrom tiny_competition import GOOD, make\n"
-        "from discover_jax.execution import Executor, Limits\nassert os.getuid() == 60599\n"
+        f"from discover_jax.execution import Executor, Limits\nassert os.getuid() == {ordinary_user.UID}\n"
         "with tempfile.TemporaryDirectory() as name:\n  folder = Path(name)\n"
         "  with Executor(make(folder / 'c'), Limits(seconds=20, cores=1), workers=1, cache_dir=folder / 'cache') as pool:\n"
         "    print(pool.describe())\n    v = pool.submit(GOOD).result(60)\n    print(v.outcome, v.grade.score)\n"
     )
-    shell = ["unshare", "-m", "--propagation", "private", "sh", "-c", "\n".join(lines), "sh"]
-    environment = {"PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}", "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run([*shell, sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, cwd="/")
+    environment = ordinary_user.environment("/nonexistent")
+    environment["PYTHONPATH"] += f":{Path(__file__).parent}"
+    command = ordinary_user.command([sys.executable, "-c", program])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd="/")
     assert result.returncode == 0, result.stderr
     assert "under this user's uid; memory: " in result.stdout
     assert result.stdout.endswith("Outcome.OK 0.75\n")

@@ -67,6 +67,13 @@ def test_filter(machine, column):
         assert verdict(program, other, 0) == KILL
 
 
+def test_memory_that_belongs_to_no_process_is_denied_where_no_control_group_bounds_it():
+    memfd_create, shmget = 319, 29
+    for bounded, expected in ((True, ALLOW), (False, EPERM)):
+        program = filter_program("x86_64", unseen_memory=bounded)
+        assert [verdict(program, AUDIT["x86_64"], number, 0) for number in (memfd_create, shmget)] == [expected] * 2
+
+
 def test_x32_table_is_closed():
     program = filter_program("x86_64")
     assert verdict(program, AUDIT["x86_64"], 0x40000000 | 101) == EPERM
