@@ -32,6 +32,7 @@ from discover_jax.policy import Policy, load_policy
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console, make_console
+from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import closing_lines, step_row
@@ -108,7 +109,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         metrics = MetricsWriter(workdir.metrics_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every)
         train_state = init_train_state(policy.init_lora(config.seed), optimizer) if learn else None
-        stand = _restore(config, workdir, checkpoints, journal, train_state)
+        stand = _restore(config, workdir, checkpoints, journal, train_state, console)
         metrics.truncate(stand.step)
         train_state, archive, best, last_children = stand.train_state, stand.archive, stand.best, stand.last_children
         last_step = stand.first_step + config.train.steps
@@ -218,7 +219,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 update_metrics=update_metrics,
             )
             metrics.write(row)
-            checkpoints.save(step, train_state, _host_state(stand, archive, journal))
+            checkpoints.save(step, train_state, HostState.of(stand.first_step, archive, journal).to_json())
             checkpoint_seconds = time.monotonic() - saved
             rows.append(row)
             console.step_done(row, best, previous.score if previous is not None else None)
@@ -250,11 +251,15 @@ class _Stand:
     origin: str
 
 
-def _restore(config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: Journal, fresh: TrainState | None) -> _Stand:
-    """From the folder's last checkpoint; else from `train.resume_from`; else from nothing."""
-    if (latest := checkpoints.latest()) is not None:
-        train_state, host = checkpoints.restore(latest, fresh)
-        first_step, origin = host["first_step"], f"resumed after step {latest + 1}"
+def _restore(
+    config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: Journal, fresh: TrainState | None, console: Console
+) -> _Stand:
+    """From the folder's last whole checkpoint; else from `train.resume_from`; else from nothing."""
+    if (found := checkpoints.resume(fresh, console.note)) is not None:
+        latest, train_state, row = found
+        host = HostState.from_json(row, latest)
+        first_step, origin = host.first_step, f"resumed after step {latest + 1}"
+        attempts = journal.resume(host.journal_position, host.journal_sha256)
     elif config.train.resume_from:
         source = Path(config.train.resume_from).expanduser()
         earlier = Checkpoints(source / "checkpoints", keep=1, every=0, read_only=True) if (source / "checkpoints").is_dir() else None
@@ -263,21 +268,32 @@ def _restore(config: Any, workdir: Workdir, checkpoints: Checkpoints, journal: J
                 f"config.train.resume_from = {str(source)!r} holds no checkpoint. Give the folder of a run that finished at least one step,"
                 " or leave it empty to start from nothing."
             )
-        train_state, host = earlier.restore(latest, fresh)
+        train_state, row = earlier.restore(latest, fresh)
+        host = HostState.from_json(row, latest)
         first_step, origin = latest + 1, f"goes on from step {latest + 1} of {source}"
         # The journal comes along, so that the lineage of every program can still be told.
-        rows = (source / "journal.jsonl").read_bytes()[: host["journal_position"]]
+        rows, attempts = Journal(source / "journal.jsonl").check(host.journal_position, host.journal_sha256)
+        _refuse_lost_checkpoints(workdir, journal, first_step)
         write_atomic(workdir.journal_path, rows)
     else:
+        _refuse_lost_checkpoints(workdir, journal, 0)
         journal.truncate(0)
         return _Stand(0, 0, fresh, Archive((), config.reuse.capacity), None, {}, "fresh")
-    journal.truncate(host["journal_position"])
-    archive = Archive.from_json(host["archive"], config.reuse.capacity)
-    attempts = list(journal.read())
+    archive = Archive.from_json(host.archive, config.reuse.capacity)
     last_children: dict[str, list[Attempt]] = {}
     for _, of_step in itertools.groupby(attempts, key=lambda attempt: attempt.step):
         last_children |= _by_parent(list(of_step))
     return _Stand(first_step, latest + 1, train_state, archive, best_of(_states(attempts)), last_children, origin)
+
+
+def _refuse_lost_checkpoints(workdir: Workdir, journal: Journal, first_step: int) -> None:
+    """Without a checkpoint a run can have got no further than into its first step; to begin again would set all the others aside."""
+    last = max((attempt.step for attempt in journal.read()), default=first_step)
+    if last > first_step:
+        raise RunError(
+            f"The journal {workdir.journal_path} goes up to step {last + 1}, but there is no checkpoint in {workdir.checkpoints_dir}: they"
+            " were deleted. Put them back to resume the run, or start a new one in another folder (--workdir)."
+        )
 
 
 def _opening_lines(config: Any, workdir: Workdir, task: Task, executor: Executor, policy: Policy, stand: _Stand) -> list[str]:
@@ -290,11 +306,6 @@ def _opening_lines(config: Any, workdir: Workdir, task: Task, executor: Executor
         f"reward   {task.disclosure.text}",
         f"folder   {workdir.path}",
     ]
-
-
-def _host_state(stand: _Stand, archive: Archive, journal: Journal) -> dict[str, Any]:
-    """What a checkpoint holds beside the train state. Random draws are folded from (seed, step), so there is no generator to save."""
-    return {"first_step": stand.first_step, "archive": archive.to_json(), "journal_position": journal.position, "tracker_ids": {}}
 
 
 def _cache_compilations() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.records import from_row
 from discover_jax.types import Attempt, State
 
 
@@ -55,8 +56,8 @@ class Archive:
           RunError: a row is no state.
         """
         try:
-            states = [State(**row) for row in rows]
-        except TypeError as error:
+            states = [from_row(State, row) for row in rows]
+        except (ValueError, TypeError) as error:
             raise RunError(
                 f"A row of the archive cannot be read: {error}. The checkpoint was made by another version or altered."
             ) from error

@@ -5,17 +5,18 @@ Rows hold no clock and their fields keep one order, so that a run which was brok
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from discover_jax.exceptions import RunError
-from discover_jax.types import Attempt, Outcome, StopReason
+from discover_jax.records import from_row, parse_json
+from discover_jax.types import Attempt
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Attempt))
-_ENUMS = {"outcome": Outcome, "stop": StopReason}
+_ENUMS = ("outcome", "stop")
 
 
 def to_json(attempt: Attempt) -> str:
@@ -41,13 +42,10 @@ def from_json(line: str) -> Attempt:
     """The attempt of one row.
 
     Raises:
-      RunError: the text is no JSON, lacks a field, or has one too many.
+      RunError: the text is no JSON, lacks a field, has one too many, or holds something else than a field may be.
     """
     try:
-        row: Any = json.loads(line)
-        if not isinstance(row, dict) or row.keys() != set(_FIELDS):
-            raise ValueError(f"its fields are {sorted(row) if isinstance(row, dict) else type(row).__name__}, not {sorted(_FIELDS)}")
-        return Attempt(**{name: _ENUMS[name](value) if name in _ENUMS else value for name, value in row.items()})
+        return from_row(Attempt, parse_json(line))
     except ValueError as error:
         raise RunError(f"A row of the journal cannot be read: {error}.") from error
 
@@ -58,6 +56,7 @@ class Journal:
     def __init__(self, path: Path):
         """Opens the journal at `path`, or an empty one if there is none yet. Nothing is written before the first `append`."""
         self._path = Path(path)
+        self._sha256 = None  # of the whole file, kept up to date from the first time that it is asked for
 
     @property
     def position(self) -> int:
@@ -66,6 +65,16 @@ class Journal:
             return self._path.stat().st_size
         except FileNotFoundError:
             return 0
+
+    def digest(self) -> str:
+        """SHA-256 of the rows, in hexadecimal: what a checkpoint remembers, so that `resume` sees every change that was made since.
+
+        Raises:
+          RunError: the file cannot be read.
+        """
+        if self._sha256 is None:
+            self._sha256 = hashlib.sha256(self._bytes())
+        return self._sha256.hexdigest()
 
     def append(self, attempts: Sequence[Attempt]) -> None:
         """Adds rows, by one write, and returns once they are on the disk.
@@ -82,6 +91,36 @@ class Journal:
                 f"{len(attempts)} rows ({len(data)} bytes) could not be written to the journal {self._path} ({error}). The {before} bytes"
                 " from before are safe. Free some space, then start the same command again: it resumes at the last checkpoint."
             ) from error
+        if self._sha256 is not None:
+            self._sha256.update(data)
+
+    def check(self, position: int, sha256: str) -> tuple[bytes, list[Attempt]]:
+        """The first `position` bytes and their rows, once they have proved to be those of which a checkpoint remembers the SHA-256.
+
+        Raises:
+          RunError: rows were deleted, a row is broken (the message gives its line, from 1), or something was altered.
+        """
+        data = self._bytes()
+        size, head = len(data), data[:position]
+        if not 0 <= position <= size:
+            raise RunError(self._too_short(position, size))
+        attempts = self._parse(head)
+        if hashlib.sha256(head).hexdigest() != sha256:
+            raise RunError(
+                f"The journal {self._path} was altered since the checkpoint was made: of its lines 1 to {len(attempts)}, each of which can"
+                " be read, at least one is not what the run wrote. Put the original back, or start a new run in another folder."
+            )
+        return head, attempts
+
+    def resume(self, position: int, sha256: str) -> list[Attempt]:
+        """Goes back to a checkpoint: `check`, then `truncate`. The rows that stay.
+
+        Raises:
+          RunError: see there; the journal is then as it was.
+        """
+        _, attempts = self.check(position, sha256)
+        self.truncate(position)
+        return attempts
 
     def truncate(self, position: int) -> None:
         """Goes back to `position`, bytes. What lay behind it is appended to journal.discarded.jsonl first, so that nothing is lost.
@@ -91,10 +130,7 @@ class Journal:
         """
         size = self.position
         if not 0 <= position <= size:
-            raise RunError(
-                f"The journal {self._path} has {size} bytes, but the checkpoint was made when it had {position}: rows were deleted."
-                " Put the whole journal back, or start a new run in another folder."
-            )
+            raise RunError(self._too_short(position, size))
         if position == size:
             return
         try:
@@ -111,6 +147,7 @@ class Journal:
                 # A torn row gets its line's end, so that the next rows put there stay readable.
                 _append_bytes(self._path.with_name("journal.discarded.jsonl"), dropped if dropped.endswith(b"\n") else dropped + b"\n")
                 file.truncate(position)
+                self._sha256 = None
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(
@@ -123,14 +160,20 @@ class Journal:
         Raises:
           RunError: another line is broken; the message gives its number, from 1.
         """
+        return self._parse(self._bytes())
+
+    def _bytes(self) -> bytes:
         try:
-            lines = self._path.read_bytes().split(b"\n")
+            return self._path.read_bytes()
         except FileNotFoundError:
-            return []
+            return b""
         except OSError as error:
             raise RunError(f"The journal {self._path} cannot be read ({error}).") from error
+
+    def _parse(self, data: bytes) -> list[Attempt]:
+        """The rows of whole lines."""
         attempts = []
-        for number, line in enumerate(lines[:-1], start=1):
+        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
             try:
                 attempts.append(from_json(line.decode()))
             except (RunError, UnicodeDecodeError) as error:
@@ -139,6 +182,12 @@ class Journal:
                     " another folder."
                 ) from error
         return attempts
+
+    def _too_short(self, position: int, size: int) -> str:
+        return (
+            f"The journal {self._path} has {size} bytes, but the checkpoint was made when it had {position}: rows were deleted."
+            " Put the whole journal back, or start a new run in another folder."
+        )
 
 
 def _append_bytes(path: Path, data: bytes) -> None:

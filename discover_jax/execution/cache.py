@@ -148,8 +148,8 @@ class VerdictCache:
             )
         if status.st_mode & _OTHERS_WRITE:
             raise RunError(
-                f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o}), who could put verdicts there that become rewards."
-                f" {self._remedy()} If you trust what is in it: chmod -R go-w {self._folder}"
+                f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o}), who could put verdicts there that become"
+                f" rewards. {self._remedy()} If you trust what is in it: chmod -R go-w {self._folder}"
             )
 
     def _remedy(self) -> str:

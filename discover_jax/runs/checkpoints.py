@@ -1,19 +1,22 @@
 """Checkpoints: each is one atomic step that holds everything a run needs to go on.
 
 Orbax writes a checkpoint under a temporary name and renames it when all of it is there, so that a kill at any moment leaves
-either the whole checkpoint or none.
+either the whole checkpoint or none. What happens to it later, a torn file or a flipped bit, shows by checksums of the content: each array
+has one, and so has the host's part, which holds them all. Nothing is unpickled.
 """
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from discover_jax.exceptions import RunError
@@ -72,7 +75,7 @@ class Checkpoints:
         Raises:
           RunError: the disk is full or fails; the earlier checkpoints are untouched.
         """
-        parts: dict[str, Any] = {"host": ocp.args.JsonSave(host)}
+        parts: dict[str, Any] = {"host": ocp.args.JsonSave(_seal(host, train_state))}
         if train_state is not None:
             parts["train_state"] = ocp.args.StandardSave(train_state)
         latest = self.latest()
@@ -113,7 +116,7 @@ class Checkpoints:
           The train state (None if left out) and the host's part.
 
         Raises:
-          RunError: there is no such checkpoint, or it holds arrays of other names or shapes.
+          RunError: there is no such checkpoint, it is damaged, or it holds arrays of other names or shapes.
         """
         parts: dict[str, Any] = {"host": ocp.args.JsonRestore()}
         if step not in (steps := sorted(self._manager.all_steps())):
@@ -124,12 +127,73 @@ class Checkpoints:
                 parts["train_state"] = ocp.args.StandardRestore(jax.tree.map(_abstract, abstract_train_state))
             with _quiet():
                 restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            train_state = restored.get("train_state")
+            return train_state, _open(restored["host"], train_state)
+        except RunError:
+            raise
+        except Exception as error:  # what orbax raises for a damaged file depends on which file it is, and where
             raise RunError(
-                f"Checkpoint {step} in {self._directory} cannot be restored: {error}\nIt was altered, or made by another version. Complete"
-                f" checkpoints there: {steps}; delete the folder of a broken one to go back to the one before."
+                f"Checkpoint {step} in {self._directory} cannot be restored: {_short(error)}\nIt was damaged or altered, or made by another"
+                f" version. Complete checkpoints there: {steps}; delete the folder of a broken one to go back to the one before."
             ) from error
-        return restored.get("train_state"), restored["host"]
+
+    def resume(
+        self, abstract_train_state: TrainState | None, note: Callable[[str], None]
+    ) -> tuple[int, TrainState | None, dict[str, Any]] | None:
+        """Restores the latest checkpoint that is whole. Damaged ones after it are set aside, beside the folder, and told of.
+
+        Args:
+          abstract_train_state: see `restore`.
+          note: told, of each checkpoint that is set aside, what is wrong with it and where it is now.
+
+        Returns:
+          The step, the train state and the host's part; None if there are no checkpoints, damaged or not.
+
+        Raises:
+          RunError: there are some, but none can be restored; all stay where they are.
+        """
+        complete = self._manager.all_steps()
+        faults: dict[int, str] = {}
+        for step in sorted((int(entry.name) for entry in self._directory.iterdir() if entry.name.isdigit()), reverse=True):
+            if step not in complete:
+                faults[step] = "files of it were deleted"
+                continue
+            try:
+                train_state, host = self.restore(step, abstract_train_state)
+            except RunError as error:
+                faults[step] = str(error)
+                continue
+            for damaged, fault in faults.items():
+                place = self._set_aside(damaged)
+                note(
+                    f"Checkpoint {damaged} is damaged, so the run goes back to checkpoint {step} and does the steps after it again. It was"
+                    f" moved to {place}. What is wrong with it: {fault}"
+                )
+            return step, train_state, host
+        if faults:
+            told = "\n".join(f"  - checkpoint {step}: {fault}" for step, fault in faults.items())
+            raise RunError(
+                f"None of the checkpoints in {self._directory} can be restored, so the run cannot go on:\n{told}\nPut them back from a"
+                " copy, or start a new run in another folder (--workdir). The journal and best/ in this one stay as they are."
+            )
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way of the next one of its step."""
+        folder = self._directory.with_name(f"{self._directory.name}.damaged")
+        try:
+            folder.mkdir(exist_ok=True)
+            number = 1
+            while (place := folder / f"{step}-{number}").exists():
+                number += 1
+            (self._directory / str(step)).rename(place)
+            self._manager.reload()
+        except OSError as error:
+            raise RunError(
+                f"The damaged checkpoint {step} in {self._directory} could not be moved to {folder} ({error}). Move it yourself, then"
+                " start the same command again: it goes on from the checkpoint before."
+            ) from error
+        return place
 
     def _check_layout(self, step: int, wanted: TrainState) -> None:
         """Compares names, types and shapes before orbax does, which would tell of the first difference only, and in its own terms."""
@@ -151,6 +215,60 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of orbax's threads; the checkpoints stay."""
         self._manager.close()
+
+
+def _seal(host: dict[str, Any], train_state: TrainState | None) -> dict[str, Any]:
+    """The host's part as it is stored: with the arrays' checksums, and one of its own over everything."""
+    content = {"host": host, "arrays": _checksums(train_state)}
+    return {**content, "sha256": _sha256(content)}
+
+
+def _open(sealed: Any, train_state: TrainState | None) -> dict[str, Any]:
+    """The host's part of `_seal`, once it has proved to be that, and the restored arrays to be those.
+
+    Raises:
+      ValueError: what was altered.
+    """
+    if not isinstance(sealed, dict) or sealed.keys() != {"host", "arrays", "sha256"}:
+        raise ValueError("its host's part is no object of host, arrays and sha256.")
+    content = {"host": sealed["host"], "arrays": sealed["arrays"]}
+    if not isinstance(content["host"], dict) or not isinstance(content["arrays"], dict):
+        raise ValueError("its host's part holds something else than objects.")
+    if sealed["sha256"] != _sha256(content):
+        raise ValueError("the checksum of its host's part is another.")
+    if train_state is not None:
+        found = _checksums(train_state)
+        changed = sorted(name for name in found | content["arrays"] if found.get(name) != content["arrays"].get(name))
+        if changed:
+            raise ValueError(f"the checksums of {len(changed)} arrays are others: {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}.")
+    return content["host"]
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(tree: Any) -> dict[str, str]:
+    """SHA-256 of each array by its name; the same however the array is spread over devices."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): hashlib.sha256(_host_bytes(leaf)).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _host_bytes(leaf: jax.Array) -> memoryview:
+    """An array's bytes in its own order. Put together from its parts: a conversion of the whole would be kept in memory beside it."""
+    values = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            values[shard.index] = np.asarray(shard.data)
+    return values.reshape(-1).view(np.uint8).data
+
+
+def _short(error: Exception) -> str:
+    """The beginning of an error's text: orbax's can go on for pages."""
+    text = str(error).strip() or repr(error)
+    return text if len(text) <= 600 else text[:600] + " ..."
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

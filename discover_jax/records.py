@@ -1,0 +1,90 @@
+"""JSON from disk as the dataclasses that it claims to be. Nothing in it is believed: types, sizes and names are checked, nothing is run.
+
+For files that somebody may have altered or made up: journal, checkpoints, cached verdicts. (None of them is ever unpickled.)
+"""
+
+import dataclasses
+import enum
+import json
+import math
+import types
+import typing
+from typing import Any, TypeVar
+
+_LARGEST = 2**53  # integers beyond it are not the same in every reader of JSON, and no count of a run comes near it
+_SHOWN = 60
+
+T = TypeVar("T")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; strict: no NaN or Infinity, which Python's reader would take.
+
+    Raises:
+      ValueError: it is no JSON, or nested so deeply that reading it would exhaust the stack.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def from_row(kind: type[T], row: Any) -> T:
+    """The dataclass of a row: one entry for each field and no more, each of the field's type. Enums are given by their values.
+
+    Numbers must be finite, whole ones at most 2**53 in magnitude; a whole number may stand for a float, but True is no number.
+
+    Args:
+      kind: a dataclass whose fields are str, int, float, bool or enums, or one of them or None.
+      row: a value of `parse_json`.
+
+    Raises:
+      ValueError: naming the field, what it holds and what it must be.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {_show(row)}, not an object with the fields {names}")
+    missing, unknown = [name for name in names if name not in row], [name for name in row if name not in names]
+    if missing or unknown:
+        raise ValueError(f"its fields are not {names}: missing {missing}, unknown {[name[:_SHOWN] for name in unknown[:5]]}")
+    return kind(**{name: _value(name, row[name], hints[name]) for name in names})
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_sound(value):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool) and _is_sound(value):
+            return value
+        if kind in (str, bool) and isinstance(value, kind):
+            return value
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str) and value in (member.value for member in kind):
+            return kind(value)
+    allowed = " or ".join("null" if kind is type(None) else _describe(kind) for kind in kinds)
+    raise ValueError(f"its field {name!r} is {_show(value)}; it must be {allowed}")
+
+
+def _is_sound(number: float) -> bool:
+    return abs(number) <= _LARGEST if isinstance(number, int) else math.isfinite(number)
+
+
+def _describe(kind: type) -> str:
+    if issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in kind)
+    return {float: "a finite number", int: "a whole number of at most 2**53", str: "a text", bool: "true or false"}[kind]
+
+
+def _show(value: Any) -> str:
+    """A value as an error tells of it: a huge integer cannot even be written out."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST:
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -1,0 +1,64 @@
+"""What a checkpoint holds beside the train state: where the run stands, as JSON, read back with distrust."""
+
+import dataclasses
+from typing import Any
+
+from discover_jax.archive.archive import Archive
+from discover_jax.archive.journal import Journal
+from discover_jax.exceptions import RunError
+from discover_jax.records import from_row
+
+
+@dataclasses.dataclass(frozen=True)
+class HostState:
+    """Random draws are folded from (seed, step), so there is no generator to keep.
+
+    Attributes:
+      first_step: number of the run's first step: not 0 for a run that goes on from another one's.
+      journal_position: length of the journal, bytes.
+      journal_sha256: of these bytes.
+      archive: the states that may become parents, as `Archive.to_json` gives them.
+    """
+
+    first_step: int
+    journal_position: int
+    journal_sha256: str
+    archive: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, first_step: int, archive: Archive, journal: Journal) -> "HostState":
+        """Of a run whose journal holds all that it did so far."""
+        return cls(first_step, journal.position, journal.digest(), archive.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """For `from_json`; JSON can hold it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, row: Any, step: int) -> "HostState":
+        """The host state of the checkpoint of a step.
+
+        Raises:
+          RunError: a field is missing, unknown, or of another type; or a number cannot be.
+        """
+        try:
+            if not isinstance(row, dict) or not isinstance(row.get("archive"), list):
+                raise ValueError("its archive is no list")
+            numbers = from_row(_Numbers, {name: value for name, value in row.items() if name != "archive"})
+            if not 0 <= numbers.first_step <= step:
+                raise ValueError(f"its first_step is {numbers.first_step}, which is not between 0 and {step}")
+            if numbers.journal_position < 0:
+                raise ValueError(f"its journal_position is {numbers.journal_position}")
+        except ValueError as error:
+            raise RunError(
+                f"Checkpoint {step} does not say where the run stands: {error}. It was altered, or made by another version; delete its"
+                " folder to go back to the one before."
+            ) from error
+        return cls(**dataclasses.asdict(numbers), archive=row["archive"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    first_step: int
+    journal_position: int
+    journal_sha256: str
