@@ -19,7 +19,7 @@ _HOST = f"{_PREFIX}-host"
 
 @dataclasses.dataclass(frozen=True)
 class Cgroups:
-    """Where groups can be made: `version` 1 or 2, and the parent folders (in v2 both are the same; `pids` may be missing in v1)."""
+    """Where groups can be made: `version` 1 or 2, and the parent folders (in v2 both are the same; `pids` may be missing)."""
 
     version: int
     memory: Path
@@ -75,26 +75,28 @@ def find_cgroups() -> Cgroups | None:
     folder = _nearest_with_memory(own)
     if folder is None:
         return None
-    _divide(folder, move=folder == own)
+    wanted = [name for name in ("memory", "pids") if name in _controllers(folder)]
+    _divide(folder, wanted, move=folder == own)
     if _can_make_groups(folder, "memory.max"):
-        return Cgroups(2, folder, folder)
+        return Cgroups(2, folder, folder if "pids" in wanted else None)
     return None
+
+
+def _controllers(folder: Path) -> list[str]:
+    """Controllers that a v2 group may hand to those below it; empty above the hierarchy's root, or where it is hidden from us."""
+    try:
+        return (folder / "cgroup.controllers").read_text().split()
+    except OSError:
+        return []
 
 
 def _nearest_with_memory(own: Path) -> Path | None:
     """The group, ours or above it, that has the memory controller; limits that hold for us are set there or further up."""
-    for folder in (own, *own.parents):
-        try:
-            controllers = (folder / "cgroup.controllers").read_text().split()
-        except OSError:  # above the hierarchy's root, or hidden from us
-            return None
-        if "memory" in controllers:
-            return folder
-    return None
+    return next((folder for folder in (own, *own.parents) if "memory" in _controllers(folder)), None)
 
 
-def _divide(folder: Path, *, move: bool) -> None:
-    """Lets groups below a v2 group bound memory and processes, if that is allowed; `_can_make_groups` sees whether it was.
+def _divide(folder: Path, controllers: list[str], *, move: bool) -> None:
+    """Hands a v2 group's controllers to those below it, if that is allowed; `_can_make_groups` sees whether it was.
 
     Only a group without processes of its own may be divided (the kernel's "no internal processes" rule). With `move`, for the group that
     we are in, all who are in it move to a group below, which sets no limits; those of their old group, now above, keep holding.
@@ -102,7 +104,7 @@ def _divide(folder: Path, *, move: bool) -> None:
     control = folder / "cgroup.subtree_control"
     for _ in range(10):  # processes may start while others move
         try:
-            control.write_text("+memory +pids")
+            control.write_text(" ".join(f"+{name}" for name in controllers))
             return
         except OSError as error:
             if error.errno != errno.EBUSY or not move:
