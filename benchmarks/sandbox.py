@@ -60,18 +60,24 @@ def _processes() -> set[int]:
 
 
 def _held() -> dict[str, int]:
-    """Everything that a sandbox could leave behind."""
-    cgroups = memory.find_cgroups()
-    groups = list(cgroups.memory.glob("discover_jax-[0-9]*")) if cgroups else []
+    """What this process holds that a sandbox could leave behind."""
     return {
         "processes": len(_processes() - _trackers()),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "control_groups": len(groups),
-        "temporary_files": len([name for name in os.listdir(tempfile.gettempdir()) if name.startswith("discover_jax")]),
-        "shared_memory": len(os.listdir("/dev/shm")),
+        "temporary_files": len(os.listdir(tempfile.gettempdir())),
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
         "threads": len(os.listdir("/proc/self/task")),
     }
+
+
+def _groups(workers: set[int]) -> int:
+    """Control groups that workers have made and not removed."""
+    cgroups = memory.find_cgroups()
+    return sum(len(list(cgroups.memory.glob(f"discover_jax-{pid}-*"))) for pid in workers) if cgroups else 0
+
+
+def _workers() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children() if child.pid}
 
 
 def _trackers() -> set[int]:
@@ -86,7 +92,7 @@ def _trackers() -> set[int]:
 
 def _resident() -> int:
     """Bytes that this process and the workers hold."""
-    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
+    pids = [os.getpid(), *_workers()]
     found = (re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()) for pid in pids)
     return sum(1024 * int(match[1]) for match in found if match)
 
@@ -102,12 +108,14 @@ def main() -> int:
     limits = Limits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB)
     kinds = list(itertools.islice(itertools.cycle(PROGRAMS), arguments.programs))
     with tempfile.TemporaryDirectory() as name:
+        tempfile.tempdir = str(Path(name) / "temporary")  # its own, so that what others put beside it does not count
+        os.mkdir(tempfile.tempdir)
         task = prepare_task("digits-parity", raw=None, reward="grade", folder=Path(name) / "task")
         with Executor(task, limits, workers=1, cache_dir=Path(name) / "first") as pool:  # starts what stays, such as the tracker
             pool.submit(_QUICK).result()
-        before, began, resident = _held(), time.monotonic(), 0
+        before, began, resident = _held() | {"control_groups": 0}, time.monotonic(), 0
         with Executor(task, limits, workers=arguments.workers or None, cache_dir=Path(name) / "cache") as pool:
-            described, slots = pool.describe(), len(multiprocessing.active_children()) or 1
+            described = pool.describe()
             futures: list[Future[Verdict]] = [pool.submit(f"{PROGRAMS[kind][0]}# {index}\n") for index, kind in enumerate(kinds)]
             verdicts = []
             for index, future in enumerate(futures):
@@ -116,8 +124,8 @@ def main() -> int:
                     resident = _resident()
                 if index % 50 == 49:
                     print(f"{index + 1}/{len(futures)} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            seconds, growth, slots = time.monotonic() - began, _resident() - resident, len(multiprocessing.active_children())
-        after = _held()
+            seconds, growth, workers = time.monotonic() - began, _resident() - resident, _workers()
+        after = _held() | {"control_groups": _groups(workers)}
     wrong = collections.Counter(
         f"{kind}: {verdict.outcome.value}"
         for kind, verdict in zip(kinds, verdicts, strict=True)
@@ -128,11 +136,11 @@ def main() -> int:
         **vars(arguments),
         "sandbox": described,
         "limits": dataclasses.asdict(limits),
-        "slots": slots,
+        "slots": len(workers),
         "seconds": round(seconds, 1),
         "programs_per_minute": round(60 * len(kinds) / seconds, 1),
         "own_s": round(own / len(kinds), 3),
-        "overhead_s": round((slots * seconds - own) / len(kinds), 3),
+        "overhead_s": round((len(workers) * seconds - own) / len(kinds), 3),
         "growth_bytes": growth,
         "wrong": dict(wrong),
         "left": {key: after[key] - before[key] for key in before if after[key] > before[key]},
