@@ -35,7 +35,9 @@ SETTINGS: dict[str, Any] = {
     "groups": Setting(16, "groups in a step, each built on one parent program", low=1, high=4096),
     "group_size": Setting(8, "rollouts in a group; they share one prompt", low=1, high=4096),
     "task": {
-        "competition": Setting("spaceship-titanic", "id of a built-in competition, or path of a .py file that defines COMPETITION"),
+        "competition": Setting(
+            "spaceship-titanic", "id of a built-in competition, or path of a .py file that defines COMPETITION; or mlebench:ID"
+        ),
         "raw": Setting("", "path of the competition's raw data (CSV or zip); empty for a competition that brings its own"),
         "reward": Setting(
             "grade",
@@ -43,6 +45,18 @@ SETTINGS: dict[str, Any] = {
             choices=("grade", "holdout"),
         ),
         "holdout_fraction": Setting(0.2, "part of the public training rows that `holdout` keeps back", low=0.01, high=0.9),
+        "holdout_folds": Setting(
+            1,
+            "holdout: 2 or more cross-validate over all training rows instead; each program runs once for each fold, and once more for its"
+            " submission",
+            low=1,
+            high=100,
+        ),
+        "grader": Setting(
+            "native",
+            "who grades: this project, by MLE-bench's rules, or the grader of the installed package `mlebench`",
+            choices=("native", "mlebench"),
+        ),
     },
     "model": {
         "weights": Setting(
@@ -185,6 +199,11 @@ def _contradictions(config: Any) -> Iterator[str]:
         yield (
             "config.execution.backend = 'unsafe-subprocess' runs the model's programs without isolation. Set"
             " config.execution.allow_weaker=True as well if you accept that, or use 'bubblewrap'."
+        )
+    if config.task.holdout_folds > 1 and config.task.reward != "holdout":
+        yield (
+            f"config.task.holdout_folds = {config.task.holdout_folds} with config.task.reward = {config.task.reward!r}: folds are parts of"
+            " the reward 'holdout'. Set config.task.reward='holdout', or leave the folds at 1."
         )
     if not (config.lora.attention_rank or config.lora.expert_rank or config.lora.head_rank):
         yield "all ranks in config.lora are 0: nothing to train. Set one, or use discover_jax.search for a run without training."

@@ -32,6 +32,7 @@ from discover_jax.policy import Policy, load_policy
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console, make_console
+from discover_jax.runs.disclosure import write_disclosure
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
@@ -78,6 +79,8 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         reward=config.task.reward,
         folder=workdir.task_dir,
         holdout_fraction=config.task.holdout_fraction,
+        holdout_folds=config.task.holdout_folds,
+        grader=config.task.grader,
         seed=config.seed,
     )
     limits = Limits(seconds=config.execution.seconds, cores=config.execution.cores, memory_bytes=int(config.execution.memory_gib * GIB))
@@ -89,6 +92,9 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         backend=config.execution.backend,
         allow_weaker=config.execution.allow_weaker,
     ) as executor:
+        search = {"learned": learn, "advantage": config.train.advantage if learn else None, "reuse": config.reuse.sampler}
+        write_disclosure(workdir, task, search=search, isolation=executor.describe(), isolated=executor.isolated)
+
         # -------------------------------------------------------------- the policy, and the jitted functions that sample and learn
         policy = load_policy(config, console.loading)
         sampler = build_sampler(config, policy.model, policy.stop_ids, _second_phase(config, policy))
@@ -224,7 +230,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             rows.append(row)
             console.step_done(row, best, previous.score if previous is not None else None)
 
-        console.finish(closing_lines(task, best, rows, workdir=workdir, learn=learn))
+        console.finish(closing_lines(task, best, _private_score(journal, best), rows, workdir=workdir, learn=learn))
 
 
 # ---------------------------------------------------------------------- starting and resuming
@@ -431,10 +437,16 @@ def _rollout_rows(
     return rows
 
 
+def _private_score(journal: Journal, best: State | None) -> float | None:
+    """For the record: read from the journal when all choices have been made."""
+    return next((attempt.private_score for attempt in journal.read() if best is not None and attempt.id == best.id), None)
+
+
 def _write_best(config: Any, workdir: Workdir, task: Task, journal: Journal, best: State, verdicts: dict[tuple[int, int], Verdict]) -> None:
     """The bundle of a program that this step found."""
     verdict = verdicts[tuple(int(part) for part in best.id.split("-")[1:])]  # type: ignore[index]
     assert best.score is not None
+    private_score = verdict.grade.private_score
     grade = {
         "id": best.id,
         "competition": task.id,
@@ -443,8 +455,10 @@ def _write_best(config: Any, workdir: Workdir, task: Task, journal: Journal, bes
         "score": best.score,
         "rows": task.score_rows,
         "interval_95": task.score_interval(best.score),
-        "private_score": verdict.grade.private_score,
+        "private_score": private_score,
         "private_rows": task.private_rows,
+        "private_interval_95": None if private_score is None else task.private_score_interval(private_score),
+        "grader": task.disclosure.grader,
         "chosen_by": task.disclosure.text,
         "step": best.step,
         "adapter_step": best.adapter_step,

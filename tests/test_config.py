@@ -68,6 +68,8 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("train.learning_rate", float("nan"), "too small"),
         ("reuse.epsilon", 1.5, "too large"),
         ("task.reward", "luck", "allowed: grade, holdout"),
+        ("task.holdout_folds", 5, "folds are parts of the reward 'holdout'"),
+        ("task.grader", "kaggle", "allowed: native, mlebench"),
         ("seed", True, "must be a int"),
         ("execution.backend", "unsafe-subprocess", "allow_weaker"),
         ("group_size", 1, "group of one"),

@@ -32,13 +32,18 @@ _log = logging.getLogger(__name__)
 
 
 class GradedTask(Protocol):
-    """What the executor needs of a task; it must be picklable. `fingerprint` covers the data and all settings that decide a grade."""
+    """What the executor needs of a task; it must be picklable.
+
+    A program runs once for each of `public_dirs`, in their order, as long as its submissions are valid; `grade` judges the submission of
+    one run, `combine` makes one grade of all. `fingerprint` covers the data and all settings that decide a grade.
+    """
 
     @property
-    def public_dir(self) -> Path: ...
+    def public_dirs(self) -> Sequence[Path]: ...
     @property
     def fingerprint(self) -> str: ...
-    def grade(self, csv: bytes) -> Grade: ...
+    def grade(self, csv: bytes, run: int) -> Grade: ...
+    def combine(self, grades: Sequence[Grade]) -> Grade: ...
 
 
 @dataclasses.dataclass
@@ -151,7 +156,7 @@ class Executor:
         """Checks that isolation holds here, then starts the workers without waiting for them.
 
         Args:
-          task: gives the data that programs see (public_dir) and grades what they return.
+          task: gives the data that programs see (public_dirs) and grades what they return.
           limits: of each program.
           workers: programs at once; None or 0: as many as the machine's cores allow.
           cache_dir: folder of verdicts, which later executors and runs may share.
@@ -174,7 +179,7 @@ class Executor:
             )
         if workers is not None and workers < 0:
             raise ConfigError(f"workers = {workers}: must be positive, or 0 or None for as many as the cores allow.")
-        public, cache_dir = Path(task.public_dir).resolve(), Path(cache_dir).resolve()
+        public, cache_dir = Path(task.public_dirs[0]).resolve(), Path(cache_dir).resolve()
         host = bubblewrap.inspect_host() if backend == "bubblewrap" else None
         cgroups = memory.find_cgroups()
         if cgroups is not None:
@@ -190,6 +195,7 @@ class Executor:
         self._cache = VerdictCache(cache_dir, settings)
         self._task_bytes = pickle.dumps(task)
         self._limits = limits
+        self._runs = len(task.public_dirs)
         self._grace_seconds = grace_seconds
         self._lock = threading.Lock()
         self._closed = False
@@ -239,6 +245,11 @@ class Executor:
         future.set_result(verdict)
         return future
 
+    @property
+    def isolated(self) -> bool:
+        """Whether programs run in sandboxes; False for the unsafe backend."""
+        return self._plans[0].host is not None
+
     def describe(self) -> str:
         """One line for summaries: how programs are isolated and bounded, and what is weaker than it could be."""
         plan = self._plans[0]
@@ -259,7 +270,7 @@ class Executor:
             cores += f" (fewer than the {self._limits.cores} asked for: this machine has {self._cpus})"
         if len(self._plans) * len(plan.cores) > self._cpus:
             cores += f" (shared: this machine has {self._cpus})"
-        return "; ".join([*parts, cores, f"{self._limits.seconds:g} s"])
+        return "; ".join([*parts, cores, f"{self._limits.seconds:g} s" + (f" each of {self._runs} runs" if self._runs > 1 else "")])
 
     def close(self) -> None:
         """Ends workers and sandboxes. Programs that wait are cancelled; those that run end in SandboxError. Idempotent."""
@@ -351,7 +362,7 @@ class Executor:
                 current = None if self._closed else self._worker(plan)
                 if current is None:
                     return SandboxError("The executor was closed while the program ran.")
-                reply = current.ask(program, self._limits.seconds + self._grace_seconds)
+                reply = current.ask(program, self._runs * (self._limits.seconds + self._grace_seconds))
             except OSError as error:
                 reply = SandboxError(f"A worker process could not be started: {error}.")
             if isinstance(reply, SandboxError):

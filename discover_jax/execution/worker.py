@@ -4,10 +4,12 @@ It never executes a candidate's code and does not import jax. It dies with the m
 """
 
 import ctypes
+import dataclasses
 import os
 import pickle
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,8 +38,8 @@ def _leave(*_: object) -> None:
     sys.exit(0)
 
 
-def judge(task: Any, execution: Execution) -> Verdict:
-    """Grades an execution's submission, if there is one.
+def judge(task: Any, execution: Execution, run: int) -> Verdict:
+    """Grades the submission of one of a program's runs, if there is one.
 
     Raises:
       GradingError: the task's grading itself failed, which no submission should be able to bring about.
@@ -45,7 +47,7 @@ def judge(task: Any, execution: Execution) -> Verdict:
     if execution.outcome is not Outcome.OK or execution.csv is None:
         return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
     try:
-        grade = task.grade(execution.csv)
+        grade = task.grade(execution.csv, run)
     except Exception as error:
         raise GradingError(
             f"Grading a submission of {len(execution.csv)} bytes failed: {type(error).__name__}: {error}. An invalid submission must be"
@@ -54,12 +56,22 @@ def judge(task: Any, execution: Execution) -> Verdict:
     return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
 
+def _combined(task: Any, verdicts: Sequence[Verdict]) -> Verdict:
+    """A program's verdict from those of its runs: that of the one which failed; or all scores together, and the last run's submission."""
+    first, last = verdicts[0], verdicts[-1]
+    seconds = sum(verdict.execution.seconds for verdict in verdicts)
+    if last.outcome is not Outcome.OK:
+        return dataclasses.replace(last, execution=dataclasses.replace(last.execution, seconds=seconds))
+    execution = dataclasses.replace(last.execution, seconds=seconds, stdout=first.execution.stdout)
+    return Verdict(Outcome.OK, task.combine([verdict.grade for verdict in verdicts]), execution)
+
+
 def main(connection: Connection, plan: sandbox.Plan, task_bytes: bytes, parent: int) -> None:
     """Serves programs until the connection closes: receives a str, sends a Verdict or an error of this project.
 
     Args:
       connection: to the main process.
-      plan: how this slot's sandboxes are made.
+      plan: how this slot's sandboxes are made, for the first of a program's runs; others see another folder.
       task_bytes: the pickled task; unpickled here, while the first sandbox warms up.
       parent: pid of the main process.
     """
@@ -67,11 +79,12 @@ def main(connection: Connection, plan: sandbox.Plan, task_bytes: bytes, parent: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the main process decides what it means
     signal.signal(signal.SIGTERM, _leave)
     os.sched_setaffinity(0, plan.cores)
-    spare: sandbox.Sandbox | None = None
+    spares: dict[int, sandbox.Sandbox | None] = {}  # by run; while a program runs, the sandbox that comes next warms up on the same cores
     running: sandbox.Sandbox | None = None
     try:
-        spare = _start(plan)
+        spares[0] = _start(plan)
         task = pickle.loads(task_bytes)
+        plans = [dataclasses.replace(plan, public=shown.resolve()) for shown in task.public_dirs]
         while True:
             try:
                 program = connection.recv()
@@ -79,19 +92,26 @@ def main(connection: Connection, plan: sandbox.Plan, task_bytes: bytes, parent: 
                 return
             reply: Verdict | Exception
             try:
-                running, spare = spare or sandbox.start(plan), None
-                running.wait_ready()
-                spare = _start(plan)  # warms up while this program runs, on the same cores
-                execution = running.run(program)
-                running.close()
-                reply = judge(task, execution)
+                verdicts: list[Verdict] = []
+                for run, plan in enumerate(plans):
+                    running = spares.pop(run, None) or sandbox.start(plan)
+                    running.wait_ready()
+                    following = (run + 1) % len(plans)
+                    spares[following] = spares.get(following) or _start(plans[following])
+                    execution = running.run(program)
+                    running.close()
+                    verdicts.append(judge(task, execution, run))
+                    if verdicts[-1].outcome is not Outcome.OK:
+                        break
+                spares[0] = spares.get(0) or _start(plans[0])
+                reply = _combined(task, verdicts)
             except (SandboxError, GradingError) as error:
                 reply = error
             if running is not None:
                 running.close()
             connection.send(reply)
     finally:
-        for box in (running, spare):
+        for box in (running, *spares.values()):
             if box is not None:
                 box.close()
 

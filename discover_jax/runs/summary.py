@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from discover_jax.exceptions import RunError
+from discover_jax.runs.disclosure import weaker_isolation
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt, Outcome, State
@@ -70,27 +71,46 @@ def _constant_frac(attempts: Sequence[Attempt]) -> float:
     return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
 
 
-def closing_lines(task: Task, best: State | None, rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool) -> list[str]:
+def closing_lines(
+    task: Task, best: State | None, private_score: float | None, rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool
+) -> list[str]:
     """What a run came to, for people: how the mean and the best moved, where the best program lies, and how its score was chosen.
 
     Args:
       best: the best state of the run; None if no program scored.
+      private_score: its score on the private answers; None if it has none there.
       rows: of metrics, all steps so far.
+
+    Raises:
+      RunError: disclosure.json cannot be read.
     """
+    weaker = weaker_isolation(workdir)
+    warning = [f"WEAKER ISOLATION: {weaker}. What programs did to this machine, and what they read, is not known."] if weaker else []
     if not rows or best is None or best.score is None:
-        return ["No program has scored yet.", f"Everything is in {workdir.path}"]
+        return ["No program has scored yet.", f"Everything is in {workdir.path}", *warning]
     first, last = rows[0], rows[-1]
     name = task.metric.name
-    interval = task.score_interval(best.score)
-    between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f} ({task.score_rows:,} rows)" if interval else ""
+    between = _of_rows(task.score_interval(best.score), task.score_rows)
     lines = [
         f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
         f"mean reward  {first['reward/mean']:.4f} -> {last['reward/mean']:.4f}   ({last['reward/mean'] - first['reward/mean']:+.4f})",
         f"best {name}  {first['best/score']:.4f} -> {best.score:.4f}   ({best.score - first['best/score']:+.4f}){between}",
+    ]
+    if task.disclosure.reward == "holdout":
+        known = "none"
+        if private_score is not None:
+            known = f"{private_score:.4f}{_of_rows(task.private_score_interval(private_score), task.private_rows)}"
+        lines.append(f"its private {name}  {known}; this chose nothing")
+    thresholds = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
+    return [
+        *lines,
         f"best program {workdir.best_dir / 'solution.py'}",
         task.disclosure.text,
+        "leaderboard  " + ". ".join(part for part in (thresholds or "unavailable", task.thresholds_note) if part),
+        *warning,
     ]
-    if task.thresholds:
-        known = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
-        lines.append(f"leaderboard  {known}. {task.thresholds_note}")
-    return lines
+
+
+def _of_rows(interval: tuple[float, float] | None, rows: int) -> str:
+    between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+    return f"{between} ({rows:,} rows)"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from discover_jax.exceptions import ConfigError
 
@@ -59,7 +60,8 @@ class Competition:
     Attributes:
       id: short name: letters, digits, dot, dash, underscore.
       description: for the full prompt: the story, the columns, what to predict. The files and the metric are listed by the prompt itself.
-      id_column, target: column that names a row, and column to predict; the submission has both.
+      id_column, target: column that names a row, and column to predict; the submission has both. Both empty if `judge` alone knows what a
+        submission looks like.
       metric: how predictions are compared with the answers.
       prepare: (raw, public, private) -> None. Reads `raw` (the path in config.task.raw; None if it is empty) and writes public/train.csv
         (with the target), public/test.csv (without), public/sample_submission.csv, and private/test.csv (the answers: at least id and
@@ -70,7 +72,10 @@ class Competition:
       prepared_md5: expected MD5 of prepared files, such as {"public/train.csv": "564a..."}; empty: not checked.
       sample_score: known score of the sample submission on the private answers, for the doctor; None: not known.
       thresholds: published scores to compare with, for summaries; never invented.
-      thresholds_note: what they are, and how far the comparison holds.
+      thresholds_note: what they are, and how far the comparison holds; or why there are none.
+      judge: (submission, answers) -> score, both whole tables: takes the place of metric.function and of the rules on rows and columns. May
+        raise on a submission that it cannot judge, as metric.function may. MLE-bench's own graders are such functions.
+      judge_version: whose it is and which one; grades by another are not taken for its own.
 
     Raises:
       ConfigError: a value is not allowed, or direction and transform contradict each other.
@@ -88,6 +93,8 @@ class Competition:
     sample_score: float | None = None
     thresholds: tuple[Threshold, ...] = ()
     thresholds_note: str = ""
+    judge: Callable[[pd.DataFrame, pd.DataFrame], float] | None = None
+    judge_version: str = ""
 
     def __post_init__(self):
         def refuse(problem: str) -> ConfigError:
@@ -95,11 +102,12 @@ class Competition:
 
         if not isinstance(self.id, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.id):
             raise refuse("the id must be a word of letters, digits, '.', '-' and '_', since folders are named by it.")
-        for name in ("description", "id_column", "target"):
+        columns = () if self.judge is not None and (self.id_column, self.target) == ("", "") else ("id_column", "target")
+        for name in ("description", *columns):
             value: Any = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise refuse(f"{name} = {value!r} must be a text that is not empty.")
-        if self.id_column == self.target:
+        if columns and self.id_column == self.target:
             raise refuse(f"id_column and target are both {self.target!r}; they must be two columns.")
         if not isinstance(self.metric, Metric):
             raise refuse(f"metric = {self.metric!r} must be a Metric, such as discover_jax.tasks.metrics.ACCURACY.")

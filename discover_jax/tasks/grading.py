@@ -5,11 +5,12 @@ import dataclasses
 import io
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
-from discover_jax.tasks.competition import Metric
+from discover_jax.tasks.competition import Competition, Metric
 from discover_jax.tasks.tables import read_table
 from discover_jax.types import Grade
 
@@ -22,46 +23,66 @@ _MAX_REASON = 500
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a submission is compared with.
+    """What a submission is compared with: it must have all of these rows.
 
     Attributes:
-      id_column, target: names of the two columns of `table`.
-      table: one row an answer.
-      private_R: bool, True for the rows of the private answers, False for those held out of the public table.
+      id_column, target: names of the two columns that count; both empty where a competition's `judge` alone knows what counts.
+      private: the private answers, one row each.
+      held_out: answers of rows held out of the training table; None if there are none.
+      private_counts: False if the private answers are for the record only. Then nothing but `Grade.private_score` depends on what they
+        say: neither the score, nor whether the submission is valid, nor the reason.
     """
 
     id_column: str
     target: str
-    table: pd.DataFrame
-    private_R: np.ndarray
-
-    @property
-    def has_holdout(self) -> bool:
-        return not bool(self.private_R.all())
+    private: pd.DataFrame
+    held_out: pd.DataFrame | None = None
+    private_counts: bool = True
 
 
 class _InvalidSubmission(Exception):
     """Carries the reason to `grade`; never leaves this module."""
 
 
-def grade(submission: bytes, answers: Answers, metric: Metric) -> Grade:
+def grade(submission: bytes, answers: Answers, competition: Competition) -> Grade:
     """The verdict on a submission. Never raises, whatever the bytes: they come from a program that nobody trusts.
 
     In MLE-bench's order, a submission is rejected unless it has as many rows as the answers, a target column, an id column, and the same
-    ids (in any order). Other columns are ignored. Then the metric must accept its values. Scores are rounded to 5 places.
+    ids (in any order). Other columns are ignored. Then the metric must accept its values. Scores are rounded to 5 places. A competition's
+    `judge`, where it has one, sees the private answers' rows as they were submitted, and decides by itself.
 
     Args:
       submission: a CSV file.
-      answers: private answers and, for the reward `holdout`, the held-out rows; the submission must have all of them.
-      metric: applied to the two kinds of rows apart.
+      answers: the two kinds of rows are scored apart.
+      competition: its metric or its judge.
+
+    Returns:
+      A Grade. Its score is None for a valid submission, too, if the private answers do not count and no others are there.
     """
     try:
-        answers_R, predictions_R, private_R = _align(_parse(submission), answers)
-        private_score = _score(metric, answers_R[private_R], predictions_R[private_R])
-        score = _score(metric, answers_R[~private_R], predictions_R[~private_R]) if answers.has_holdout else private_score
+        table = _parse(submission)
+        if competition.judge is None:
+            kinds = _aligned(table, answers, competition.metric)
+        else:
+            kinds = _whole(table, answers, competition.judge, competition.metric.name)
+        score = kinds.held_out() if answers.held_out is not None else None
+        private_score = None
+        try:
+            private_score = kinds.private()
+        except _InvalidSubmission:
+            if answers.private_counts:
+                raise
     except _InvalidSubmission as invalid:
         return Grade(valid=False, reason=str(invalid)[:_MAX_REASON], score=None, private_score=None)
-    return Grade(valid=True, reason="", score=score, private_score=private_score)
+    return Grade(valid=True, reason="", score=private_score if answers.private_counts else score, private_score=private_score)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kinds:
+    """A submission's scores on each kind of rows, computed when asked for; each may raise _InvalidSubmission."""
+
+    private: Callable[[], float]
+    held_out: Callable[[], float]
 
 
 def _parse(submission: bytes) -> pd.DataFrame:
@@ -81,23 +102,57 @@ def _parse(submission: bytes) -> pd.DataFrame:
         raise _InvalidSubmission(f"The submission is not a CSV table: {str(error).strip()}.") from error
 
 
-def _align(submission: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Answers, predictions, and which are private, all in the order of the sorted ids."""
+def _aligned(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _Kinds:
+    """The metric, on each kind's rows in the order of their ids."""
     id_column, target = answers.id_column, answers.target
-    if len(submission) != len(answers.table):
-        raise _InvalidSubmission(
-            f"The submission has {len(submission):,} rows; it must have {len(answers.table):,}, one for each row of test.csv."
-        )
+    predictions = _sorted(submission, answers)[target]
+
+    def score_on(table: pd.DataFrame) -> float:
+        ordered = table.sort_values(id_column, kind="stable")
+        mine_R = predictions.index.isin(ordered[id_column].to_numpy())
+        return _score(metric.name, lambda: metric.function(ordered[target].to_numpy(), predictions.to_numpy()[mine_R]))
+
+    return _kinds(answers, score_on)
+
+
+def _whole(submission: pd.DataFrame, answers: Answers, judge: Callable[[pd.DataFrame, pd.DataFrame], float], name: str) -> _Kinds:
+    """The judge, on the submission as it is; where it has two kinds of rows, on each kind's."""
+    if answers.held_out is None:
+        return _kinds(
+            answers, lambda table: _score(name, lambda: judge(submission.copy(), table.copy()))
+        )  # copies: a judge may change them
+    rows = _sorted(submission, answers)
+
+    def score_on(table: pd.DataFrame) -> float:
+        mine = rows.loc[rows.index.isin(table[answers.id_column].to_numpy())].reset_index(drop=True)
+        return _score(name, lambda: judge(mine, table.copy()))
+
+    return _kinds(answers, score_on)
+
+
+def _kinds(answers: Answers, score_on: Callable[[pd.DataFrame], float]) -> _Kinds:
+    def held_out() -> float:
+        assert answers.held_out is not None, "asked for only where there are such rows"
+        return score_on(answers.held_out)
+
+    return _Kinds(private=lambda: score_on(answers.private), held_out=held_out)
+
+
+def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
+    """The submission in the order of its ids, which are its index, too; once it has proved to have the right rows and columns."""
+    id_column, target = answers.id_column, answers.target
+    ids = pd.Series(pd.concat([answers.private[id_column], *([] if answers.held_out is None else [answers.held_out[id_column]])]))
+    if len(submission) != len(ids):
+        raise _InvalidSubmission(f"The submission has {len(submission):,} rows; it must have {len(ids):,}, one for each row of test.csv.")
     for column in (target, id_column):
         if column not in submission.columns:
             listed = ", ".join(map(str, submission.columns[:20]))
             raise _InvalidSubmission(f"The submission has no column {column!r}; its columns are: {listed}.")
-    order_R = np.argsort(answers.table[id_column].to_numpy(), kind="stable")
     try:
         submission = submission.sort_values(id_column, kind="stable")
     except TypeError as error:
         raise _InvalidSubmission(f"The ids in column {id_column!r} are of several types: {error}.") from error
-    expected = answers.table[id_column].to_numpy()[order_R].tolist()
+    expected = ids.sort_values(kind="stable").tolist()
     found = submission[id_column].to_numpy().tolist()
     if found != expected:
         raise _InvalidSubmission(_describe_ids(id_column, found, expected))
@@ -107,7 +162,7 @@ def _align(submission: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.n
         raise _InvalidSubmission(f"{missing:,} of the {len(predictions_R):,} predictions in column {target!r} are missing.")
     if np.issubdtype(predictions_R.dtype, np.number) and not np.isfinite(predictions_R).all():
         raise _InvalidSubmission(f"Column {target!r} holds infinite values.")
-    return answers.table[target].to_numpy()[order_R], predictions_R, answers.private_R[order_R]
+    return submission.set_index(id_column, drop=False)
 
 
 def _describe_ids(id_column: str, found: list, expected: list) -> str:
@@ -122,13 +177,13 @@ def _describe_ids(id_column: str, found: list, expected: list) -> str:
     return "; ".join(parts) + "."
 
 
-def _score(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray) -> float:
+def _score(name: str, compute: Callable[[], float]) -> float:
     try:
-        score = float(metric.function(answers_R, predictions_R))
+        score = float(compute())
     except Exception as error:  # whatever a metric raises on values that it cannot judge is the reason
         raise _InvalidSubmission(
-            f"{metric.name} cannot be computed from these predictions: {str(error) or type(error).__name__}."
+            f"{name} cannot be computed from these predictions: {str(error).rstrip('.') or type(error).__name__}."
         ) from error
     if not math.isfinite(score):
-        raise _InvalidSubmission(f"{metric.name} of these predictions is {score}.")
+        raise _InvalidSubmission(f"{name} of these predictions is {score}.")
     return round(score, 5)

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 from discover_jax.exceptions import ConfigError, DataError
+from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
 
 _BUILT_IN = {
@@ -23,15 +24,15 @@ def locate_competition(competition: str) -> tuple[str, str]:
     """Where a competition's definition lies, so that another process can load the very same.
 
     Args:
-      competition: id of a built-in competition, or path of a .py file.
+      competition: id of a built-in competition, path of a .py file, or "mlebench:ID".
 
     Returns:
-      The id and "" for a built-in competition; the file's absolute path and the sha256 of its bytes otherwise.
+      The file's absolute path and the sha256 of its bytes; for the other two `competition` itself and "".
 
     Raises:
       ConfigError: there is no such competition and no such file.
     """
-    if competition in _BUILT_IN:
+    if competition in _BUILT_IN or competition.startswith(mle_bench.PREFIX):
         return competition, ""
     path = Path(competition).expanduser()
     if path.is_file() and path.suffix == ".py":
@@ -45,8 +46,8 @@ def locate_competition(competition: str) -> tuple[str, str]:
         close = difflib.get_close_matches(competition, _BUILT_IN, n=1)
         problem = f"no built-in competition has that id{f'; did you mean {close[0]!r}?' if close else '.'}"
     raise ConfigError(
-        f"config.task.competition = {competition!r}: {problem} Allowed: {', '.join(sorted(_BUILT_IN))}, or the path of a .py file that"
-        " defines COMPETITION (docs/competitions.md shows one)."
+        f"config.task.competition = {competition!r}: {problem} Allowed: {', '.join(sorted(_BUILT_IN))}, the path of a .py file that"
+        " defines COMPETITION (docs/competitions.md shows one), or 'mlebench:ID' for one of the installed mlebench's."
     )
 
 
@@ -60,6 +61,8 @@ def load_competition(source: str, digest: str) -> Competition:
     """
     if source in _BUILT_IN:
         return importlib.import_module(_BUILT_IN[source]).COMPETITION
+    if source.startswith(mle_bench.PREFIX):
+        return mle_bench.mlebench_competition(source.removeprefix(mle_bench.PREFIX))
     path = Path(source)
     try:
         code = path.read_bytes()

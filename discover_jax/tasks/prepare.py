@@ -13,20 +13,30 @@ import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError
+from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.loading import load_competition, locate_competition
 from discover_jax.tasks.tables import read_text_table
-from discover_jax.tasks.task import Task, TaskFile
+from discover_jax.tasks.task import Split, Task, TaskFile
 
 REWARDS = ("grade", "holdout")
+GRADERS = ("native", "mlebench")
 _RECORD = "prepared.json"
 # Raised when the rules of preparing or grading change, so that earlier folders and cached grades are not taken for the same.
-_FORMAT = 1
+_FORMAT = 2
 _PUBLIC_TABLES = ("train.csv", "test.csv", "sample_submission.csv")
 
 
 def prepare_task(
-    competition: str, *, raw: str | os.PathLike[str] | None, reward: str, folder: Path, holdout_fraction: float = 0.2, seed: int = 0
+    competition: str,
+    *,
+    raw: str | os.PathLike[str] | None,
+    reward: str,
+    folder: Path,
+    holdout_fraction: float = 0.2,
+    holdout_folds: int = 1,
+    grader: str = "native",
+    seed: int = 0,
 ) -> Task:
     """Prepares a competition in `folder`, or finds it prepared there and checks every file.
 
@@ -34,12 +44,15 @@ def prepare_task(
     checksums, written with the rest in one rename). A prepared folder needs the raw data no more.
 
     Args:
-      competition: id of a built-in competition, or path of a .py file that defines COMPETITION.
+      competition: id of a built-in competition, path of a .py file that defines COMPETITION, or "mlebench:ID".
       raw: path of the raw data; None or "" if there are none.
       reward: "grade": the private answers make the score. "holdout": rows drawn from the training table do: they leave train.csv and join
         test.csv without their label, shuffled in, and their ids join sample_submission.csv.
       folder: empty or not there yet, or prepared before with the same settings.
       holdout_fraction: part of the training rows that "holdout" takes.
+      holdout_folds: 1, or into how many folds "holdout" parts all training rows instead. Each is held out in one run of a program, in a
+        folder fold-N/ of its own; one more run, on the whole public/, makes the submission.
+      grader: "native", or "mlebench" for the installed package's grader of this competition.
       seed: of the draw and the shuffle of "holdout".
 
     Raises:
@@ -50,24 +63,39 @@ def prepare_task(
         raise ConfigError(f"config.task.reward = {reward!r} is not known; allowed: {', '.join(REWARDS)}.")
     if reward == "holdout" and not 0.0 < holdout_fraction < 1.0:
         raise ConfigError(f"config.task.holdout_fraction = {holdout_fraction!r} must lie between 0 and 1, both excluded.")
+    if holdout_folds < 1 or (holdout_folds > 1 and reward != "holdout"):
+        raise ConfigError(
+            f"config.task.holdout_folds = {holdout_folds!r} with config.task.reward = {reward!r}: it is 1, or for `holdout` 2 or more."
+        )
+    if grader not in GRADERS:
+        raise ConfigError(f"config.task.grader = {grader!r} is not known; allowed: {', '.join(GRADERS)}.")
     source, digest = locate_competition(competition)
     definition = load_competition(source, digest)
-    settings = _settings(definition, digest, reward, holdout_fraction, seed)
+    if grader == "mlebench":
+        definition = mle_bench.with_its_grader(definition)
+    if reward == "holdout" and not definition.id_column:
+        raise ConfigError(
+            f"Competition {definition.id!r} has no reward `holdout`, since its table of answers is known to its grader alone. Use"
+            " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
+        )
+    settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, seed)
     folder = Path(os.path.abspath(folder))
     try:
         if not (folder / _RECORD).exists():
             _build(definition, Path(raw).expanduser() if raw else None, folder, settings)
         record = _read_record(folder, settings)
-        task = _task(source, digest, folder, record)
+        task = _task(source, digest, grader, folder, record)
     except OSError as error:
         raise DataError(f"The task cannot be prepared in {folder}: {error}. Free some space, or choose another folder.") from error
     _check_sample(task)
     return task
 
 
-def _settings(definition: Competition, digest: str, reward: str, fraction: float, seed: int) -> dict[str, Any]:
+def _settings(definition: Competition, digest: str, reward: str, fraction: float, folds: int, seed: int) -> dict[str, Any]:
     """Everything beside the data that a grade depends on."""
-    holdout = {"holdout_fraction": fraction, "seed": seed} if reward == "holdout" else {}
+    holdout: dict[str, Any] = {}
+    if reward == "holdout":
+        holdout = {"holdout_folds": folds, "seed": seed} if folds > 1 else {"holdout_fraction": fraction, "seed": seed}
     return {
         "format": _FORMAT,
         "competition": definition.id,
@@ -78,6 +106,7 @@ def _settings(definition: Competition, digest: str, reward: str, fraction: float
         "higher_is_better": definition.metric.higher_is_better,
         "transform": definition.transform,
         "failure_reward": definition.failure_reward,
+        "judge": definition.judge_version,
         "reward": reward,
         **holdout,
     }
@@ -103,9 +132,11 @@ def _build(definition: Competition, raw: Path | None, folder: Path, settings: di
                     f"{definition.id}: the prepared {name} has MD5 {found}, expected {expected}, though the raw data are right. The"
                     f" installed pandas ({pd.__version__}) or scikit-learn prepares it otherwise; install the versions in constraints/."
                 )
-        if settings["reward"] == "holdout":
-            _hold_out(definition, public, private, settings["holdout_fraction"], settings["seed"])
-        record = {"settings": settings, "files": _checksums(work), "tables": _describe_tables(public)}
+        if "holdout_folds" in settings:
+            _make_folds(definition, work, settings["holdout_folds"], settings["seed"])
+        elif settings["reward"] == "holdout":
+            _hold_out_part(definition, work, settings["holdout_fraction"], settings["seed"])
+        record = {"settings": settings, "files": _checksums(work), "tables": _describe_tables(work / _shown(settings)[0])}
         (work / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         _set_modes(work)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +167,11 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
     def refuse(problem: str) -> ConfigError:
         return ConfigError(f"Competition {definition.id!r}: its prepare() {problem} docs/competitions.md says what it must write.")
 
+    if not definition.id_column:  # only its judge knows more
+        for path in (public / "sample_submission.csv", private / "test.csv"):
+            if not path.is_file():
+                raise refuse(f"did not write {path.parent.name}/{path.name}.")
+        return
     tables = {}
     for path in [*(public / name for name in _PUBLIC_TABLES), private / "test.csv"]:
         name = f"{path.parent.name}/{path.name}"
@@ -159,43 +195,73 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
         raise refuse("wrote private/test.csv with answers missing.")
 
 
-def _hold_out(definition: Competition, public: Path, private: Path, fraction: float, seed: int) -> None:
-    """Moves a random part of the training rows to the test table; their answers go to private/holdout.csv. Cells keep their text."""
-    id_column, target = definition.id_column, definition.target
-    train, test, sample = (read_text_table((public / name).read_bytes()) for name in _PUBLIC_TABLES)
-    ids = [*train[id_column], *test[id_column]]
+def _hold_out_part(definition: Competition, work: Path, fraction: float, seed: int) -> None:
+    """Holds a random part of the training rows out of public/; their answers go to private/holdout.csv."""
+    random = np.random.RandomState(seed)  # its stream is frozen by numpy's policy
+    rows = _holdable_rows(definition, work / "public")
+    count = min(max(1, math.floor(fraction * rows + 0.5)), rows - 1)
+    held_R = np.zeros(rows, bool)
+    held_R[random.permutation(rows)[:count]] = True
+    _hold_out(definition, work / "public", work / "private" / "holdout.csv", held_R, random)
+
+
+def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> None:
+    """Parts the training rows at random into folds of equal size but for one row: fold-N/ is public/ with fold N held out."""
+    random = np.random.RandomState(seed)
+    rows = _holdable_rows(definition, work / "public")
+    if folds > rows:
+        raise ConfigError(f"config.task.holdout_folds = {folds}: {definition.id!r} has only {rows} training rows; use fewer folds.")
+    fold_R = random.permutation(np.arange(rows) % folds)
+    for fold in range(folds):
+        folder = work / f"fold-{fold + 1}"
+        shutil.copytree(work / "public", folder)
+        _hold_out(definition, folder, work / "private" / f"{folder.name}.csv", fold_R == fold, random)
+
+
+def _holdable_rows(definition: Competition, public: Path) -> int:
+    """Number of training rows, once the tables have proved to be fit for the reward `holdout`."""
+    id_column = definition.id_column
+    train, test = (read_text_table((public / name).read_bytes()) for name in _PUBLIC_TABLES[:2])
     problem = None
-    if len(set(ids)) < len(ids):
-        problem = "ids repeat within train.csv and test.csv"
-    elif absent := set(test.columns) - set(train.columns):
+    if absent := set(test.columns) - set(train.columns):
         problem = f"train.csv lacks columns of test.csv ({', '.join(sorted(absent))})"
+    elif len(set(ids := [*train[id_column], *test[id_column]])) < len(ids):
+        problem = "ids repeat within train.csv and test.csv"
+    elif "" in ids:
+        problem = "train.csv has rows without an id"
     elif len(train) < 2:
         problem = "train.csv has fewer than two rows"
-    elif "" in set(train[target]):
+    elif "" in set(train[definition.target]):
         problem = "train.csv has rows without a target"
     if problem:
         raise ConfigError(f"Competition {definition.id!r} cannot use the reward `holdout`: {problem}. Use config.task.reward = 'grade'.")
-    random = np.random.RandomState(seed)  # its stream is frozen by numpy's policy
-    count = min(max(1, math.floor(fraction * len(train) + 0.5)), len(train) - 1)
-    held_R = np.zeros(len(train), bool)
-    held_R[random.permutation(len(train))[:count]] = True
-    held = train.loc[held_R]
-    order_R = random.permutation(len(test) + count)
+    return len(train)
 
-    grown = pd.concat([test, held[list(test.columns)]]).iloc[order_R]
+
+def _hold_out(definition: Competition, shown: Path, answers: Path, held_R: np.ndarray, random: np.random.RandomState) -> None:
+    """Moves training rows of the folder `shown` to its test table, shuffled in; their answers go to `answers`. Cells keep their text."""
+    id_column, target = definition.id_column, definition.target
+    train, test, sample = (read_text_table((shown / name).read_bytes()) for name in _PUBLIC_TABLES)
+    held = train.loc[held_R]
+    grown = pd.concat([test, held[list(test.columns)]]).iloc[random.permutation(len(test) + len(held))]
     # The held-out rows get the sample's first row beside their id: samples are constant as a rule.
     rest = {column: sample[column].iloc[0] for column in sample.columns if column != id_column}
     grown_sample = pd.concat([sample, held.loc[:, [id_column]].assign(**rest)[list(sample.columns)]])
     grown_sample = grown_sample.set_index(id_column).loc[grown[id_column]].reset_index()[list(sample.columns)]
-    train.loc[~held_R].to_csv(public / "train.csv", index=False, lineterminator="\n")
-    grown.to_csv(public / "test.csv", index=False, lineterminator="\n")
-    grown_sample.to_csv(public / "sample_submission.csv", index=False, lineterminator="\n")
-    held.loc[:, [id_column, target]].to_csv(private / "holdout.csv", index=False, lineterminator="\n")
+    train.loc[~held_R].to_csv(shown / "train.csv", index=False, lineterminator="\n")
+    grown.to_csv(shown / "test.csv", index=False, lineterminator="\n")
+    grown_sample.to_csv(shown / "sample_submission.csv", index=False, lineterminator="\n")
+    held.loc[:, [id_column, target]].to_csv(answers, index=False, lineterminator="\n")
+
+
+def _shown(settings: dict[str, Any]) -> list[str]:
+    """Names of the folders that programs see, one for each of their runs."""
+    return [*(f"fold-{fold + 1}" for fold in range(settings.get("holdout_folds", 0))), "public"]
 
 
 def _checksums(root: Path) -> dict[str, str]:
-    """sha256 of every file of public/ and private/, by path relative to `root`."""
-    paths = sorted(path for part in ("public", "private") for path in (root / part).rglob("*") if path.is_file())
+    """sha256 of every file in the folders of `root`, by path relative to it."""
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.parent != root)
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -213,7 +279,7 @@ def _describe_tables(public: Path) -> list[dict[str, Any]]:
 
 
 def _set_modes(work: Path) -> None:
-    """public/ for all to read, whatever the umask; private/ for the owner alone."""
+    """What programs see is for all to read, whatever the umask; private/ is the owner's alone."""
     for path in [work, *work.rglob("*")]:
         mine = path.name == _RECORD or work / "private" in (path, *path.parents)
         path.chmod((0o700 if mine else 0o755) if path.is_dir() else (0o600 if mine else 0o644))
@@ -241,28 +307,37 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _task(source: str, digest: str, folder: Path, record: dict[str, Any]) -> Task:
-    answers = [name for name in ("test.csv", "holdout.csv") if f"private/{name}" in record["files"]]
-    if record["settings"]["reward"] == "grade":
-        answers = ["test.csv"]
-    rows = {name: len(read_text_table((folder / "private" / name).read_bytes())) for name in answers}
-    fingerprint = json.dumps({"settings": record["settings"], "files": record["files"]}, sort_keys=True)
+def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str, Any]) -> Task:
+    settings, files = record["settings"], record["files"]
+
+    def rows(name: str) -> int:
+        return len(read_text_table((folder / "private" / name).read_bytes()))
+
+    def split(shown: str) -> Split:
+        answers = [("test.csv", files["private/test.csv"])]
+        held_out = "holdout.csv" if shown == "public" else f"{shown}.csv"
+        if f"private/{held_out}" not in files or settings["reward"] == "grade":
+            return Split(shown, tuple(answers))
+        return Split(shown, (*answers, (held_out, files[f"private/{held_out}"])), rows(held_out))
+
+    fingerprint = json.dumps({"settings": settings, "files": files}, sort_keys=True)
     return Task(
         source=source,
         source_digest=digest,
+        grader=grader,
         folder=folder,
-        reward_source=record["settings"]["reward"],
+        reward_source=settings["reward"],
         files=tuple(TaskFile(table["name"], table["rows"], tuple(table["columns"])) for table in record["tables"]),
-        private_rows=rows["test.csv"],
-        holdout_rows=rows.get("holdout.csv", 0),
-        answers_digests=tuple((name, record["files"][f"private/{name}"]) for name in answers),
+        private_rows=rows("test.csv"),
+        splits=tuple(split(shown) for shown in _shown(settings)),
         fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
     )
 
 
 def _check_sample(task: Task) -> None:
     """The sample submission must be gradable and better than a failure: otherwise the metric or the failure reward is wrong."""
-    grade = task.grade((task.public_dir / "sample_submission.csv").read_bytes())
+    grades = [task.grade((shown / "sample_submission.csv").read_bytes(), run) for run, shown in enumerate(task.public_dirs)]
+    grade = next((grade for grade in grades if not grade.valid), None) or task.combine(grades)
     if grade.score is None:
         raise ConfigError(f"Competition {task.id!r}: its own sample_submission.csv cannot be graded: {grade.reason}")
     reward = task.reward(grade.score)

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import DataError
-from discover_jax.tasks import grading
+from discover_jax.tasks import grading, mle_bench
 from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks.interval import score_interval
 from discover_jax.tasks.loading import load_competition
@@ -27,19 +27,38 @@ class TaskFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Split:
+    """One of the runs of which a program's verdict is made: what it sees, and what it is graded on.
+
+    Attributes:
+      folder: name, in the task's folder, of the one folder that the program sees.
+      answers: (file in private/, sha256) of the private answers, and of the held-out rows' where there are some.
+      held_out_rows: number of the latter.
+    """
+
+    folder: str
+    answers: tuple[tuple[str, str], ...]
+    held_out_rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Disclosure:
     """What signal reached the search; every table and plot of its scores must say so.
 
     Attributes:
       reward: "grade" or "holdout".
       rows: number of rows behind the score that the search saw.
+      runs: how often each program runs for one verdict.
       private_rows: number of rows of the private answers.
+      grader: who grades.
       text: the same in a sentence or two.
     """
 
     reward: str
     rows: int
+    runs: int
     private_rows: int
+    grader: str
     text: str
 
 
@@ -49,27 +68,29 @@ class Task:
 
     Attributes:
       source, source_digest: where the competition's definition lies (see `locate_competition`).
-      folder: holds public/ and private/.
+      grader: "native" or "mlebench".
+      folder: holds public/, private/, and a folder for each fold of a cross-validation.
       reward_source: "grade" or "holdout".
-      files: what is in public/.
-      private_rows, holdout_rows: answers of each kind; holdout_rows is 0 for "grade".
-      answers_digests: (file in private/, sha256) of each file of answers, private answers first.
+      files: what a program sees (in its first run).
+      private_rows: number of private answers.
+      splits: a program's runs, in their order. The last one's submission is the program's own.
       fingerprint: hash of the data and of every setting that a grade depends on: equal fingerprints grade alike.
     """
 
     source: str
     source_digest: str
+    grader: str
     folder: Path
     reward_source: str
     files: tuple[TaskFile, ...]
     private_rows: int
-    holdout_rows: int
-    answers_digests: tuple[tuple[str, str], ...]
+    splits: tuple[Split, ...]
     fingerprint: str
 
     @property
     def competition(self) -> Competition:
-        return load_competition(self.source, self.source_digest)
+        competition = load_competition(self.source, self.source_digest)
+        return mle_bench.with_its_grader(competition) if self.grader == "mlebench" else competition
 
     @property
     def id(self) -> str:
@@ -96,33 +117,69 @@ class Task:
         return self.competition.thresholds_note
 
     @property
+    def public_dirs(self) -> tuple[Path, ...]:
+        """For each run of a program the one folder that it may see."""
+        return tuple(self.folder / split.folder for split in self.splits)
+
+    @property
     def public_dir(self) -> Path:
-        """The one folder that programs may see."""
-        return self.folder / "public"
+        """The folder that a program sees in its last run, which makes its submission."""
+        return self.public_dirs[-1]
+
+    @property
+    def held_out_rows(self) -> int:
+        """Number of rows that are held out in one run or another; 0 for the reward `grade`."""
+        return sum(split.held_out_rows for split in self.splits)
 
     @property
     def score_rows(self) -> int:
         """Number of rows behind a `Grade.score`."""
-        return self.holdout_rows or self.private_rows
+        return self.held_out_rows or self.private_rows
 
-    def grade(self, csv: bytes) -> Grade:
-        """The verdict on a submission's CSV bytes. Whatever the bytes, it is a Grade and no exception.
+    def grade(self, csv: bytes, run: int = -1) -> Grade:
+        """The verdict on the submission of one of a program's runs. Whatever the bytes, it is a Grade and no exception.
+
+        Args:
+          csv: the submission.
+          run: index into `splits`; by default the last, which for most tasks is the only one.
 
         Raises:
           DataError: the answers on this machine are missing or were altered.
         """
-        return grading.grade(csv, self._answers(), self.metric)
+        return grading.grade(csv, self._answers(run), self.competition)
+
+    def combine(self, grades: Sequence[Grade]) -> Grade:
+        """The grade of a program from the valid grades of all its runs, in the order of `splits`.
+
+        The score is the mean over the runs that have held-out rows, weighted by their number: for a score that is a mean over rows, such as
+        accuracy or log loss, the same as the score of all held-out rows together. The private score is that of the last run.
+
+        Raises:
+          ValueError: there is not one valid grade for each run.
+        """
+        if len(grades) != len(self.splits) or not all(grade.valid for grade in grades):
+            raise ValueError(f"{len(grades)} grades, some perhaps invalid, for {len(self.splits)} runs: each must have a valid one.")
+        if len(grades) == 1:
+            return grades[0]
+        scored = [(grade.score, split.held_out_rows) for grade, split in zip(grades, self.splits, strict=True) if grade.score is not None]
+        score = sum(score * rows for score, rows in scored) / sum(rows for _, rows in scored)
+        return Grade(valid=True, reason="", score=round(score, 5), private_score=grades[-1].private_score)
 
     def answers_as_submission(self) -> bytes:
-        """The answers as a submission, which cannot be beaten; for checks of the grader. Never for programs.
+        """The answers as a submission of the last run, which cannot be beaten; for checks of the grader. Never for programs.
 
         Raises:
           DataError: see `grade`.
         """
-        return self._answers().table.to_csv(index=False).encode()
+        answers = self._answers(-1)
+        table = answers.private if answers.held_out is None else pd.concat([answers.private, answers.held_out])
+        return (table[[answers.id_column, answers.target]] if answers.id_column else table).to_csv(index=False).encode()
 
-    def _answers(self) -> grading.Answers:
-        return _load_answers(self.folder / "private", self.answers_digests, self.competition.id_column, self.competition.target)
+    def _answers(self, run: int) -> grading.Answers:
+        split, competition = self.splits[run], self.competition
+        training = self.folder / split.folder / "train.csv" if split.held_out_rows else None
+        counts = self.reward_source == "grade"
+        return _load_answers(self.folder / "private", split.answers, competition.id_column, competition.target, training, counts)
 
     def reward(self, score: float) -> float:
         """The reward of a score, higher is better."""
@@ -144,16 +201,30 @@ class Task:
                 " optimised on the graded rows, so its best score is no estimate for unseen data."
             )
         else:
-            text = (
-                f"Rewards come from {self.holdout_rows:,} rows held out of the public training table, which programs see without labels."
-                f" The score on the private answers ({self.private_rows:,} rows) is only recorded: no prompt, reward or choice saw it."
+            folds = len(self.splits) - 1
+            source = (
+                f"{folds}-fold cross-validation over the public training table ({self.score_rows:,} rows): in a run for each fold programs"
+                " see its rows without labels, and in one more the whole table, for the submission"
+                if folds
+                else f"{self.score_rows:,} rows held out of the public training table, which programs see without labels"
             )
-        return Disclosure(self.reward_source, self.score_rows, self.private_rows, text)
+            text = (
+                f"Rewards come from {source}. The score on the private answers ({self.private_rows:,} rows) is only recorded: no prompt,"
+                " reward or choice saw it."
+            )
+        grader = "native" if self.competition.judge is None else self.competition.judge_version
+        return Disclosure(self.reward_source, self.score_rows, len(self.splits), self.private_rows, grader, text)
 
 
-@functools.lru_cache(maxsize=8)
-def _load_answers(private: Path, digests: tuple[tuple[str, str], ...], id_column: str, target: str) -> grading.Answers:
-    """Reads and checks the answers, once a process."""
+@functools.lru_cache(maxsize=128)
+def _load_answers(
+    private: Path, digests: tuple[tuple[str, str], ...], id_column: str, target: str, training: Path | None, private_counts: bool
+) -> grading.Answers:
+    """Reads and checks the answers, once a process.
+
+    Args:
+      training: the training table which the held-out rows come from; None if there are none.
+    """
     parts = []
     for name, digest in digests:
         path = private / name
@@ -163,8 +234,17 @@ def _load_answers(private: Path, digests: tuple[tuple[str, str], ...], id_column
             raise DataError(f"The answers {path} cannot be read ({error}). Delete {private.parent} to prepare the task again.") from error
         if hashlib.sha256(data).hexdigest() != digest:
             raise DataError(f"The answers {path} changed since they were prepared. Delete {private.parent} to prepare the task again.")
-        parts.append(read_text_table(data)[[id_column, target]])
-    # Joined as text first, so that types are inferred over all rows at once, as they are in a submission.
-    table = read_table(pd.concat(parts).to_csv(index=False).encode())
-    private_R = np.arange(len(table)) < len(parts[0])
-    return grading.Answers(id_column=id_column, target=target, table=table, private_R=private_R)
+        parts.append(data)
+    answers = read_table(parts[0])
+    if training is None:
+        return grading.Answers(id_column, target, answers, private_counts=private_counts)
+    held_out = read_text_table(parts[1])
+    # pandas infers types. A label's comes from all labels of the training table that it was taken from, and not from private ones; an id's
+    # from all ids together, as in a submission.
+    labels = pd.concat([read_text_table(training.read_bytes())[target], held_out[target]])
+    ids = pd.concat([read_text_table(parts[0])[id_column], held_out[id_column]])
+    typed_labels, typed_ids = (read_table(column.to_csv(index=False).encode()).iloc[:, 0] for column in (labels, ids))
+    held_out = pd.DataFrame({id_column: typed_ids.to_numpy()[len(answers) :], target: typed_labels.to_numpy()[-len(held_out) :]})
+    return grading.Answers(
+        id_column, target, answers.assign(**{id_column: typed_ids.to_numpy()[: len(answers)]}), held_out, private_counts=private_counts
+    )

@@ -1,10 +1,13 @@
 """A tiny competition with a boolean target, and the user's own copy of Kaggle's table where there is one."""
 
 import os
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for submission_table
 
 _SOURCE = """
 from pathlib import Path

@@ -58,7 +58,7 @@ def test_built_in_competitions():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spaceship_titanic", r"did you mean 'spaceship-titanic'\?.*Allowed: digits-parity, spaceship-titanic, or the path"),
+        ("spaceship_titanic", r"did you mean 'spaceship-titanic'\?.*Allowed: digits-parity, spaceship-titanic, the path"),
         ("boats", "no built-in competition has that id"),
         ("", "no built-in competition has that id"),
         ("absent/boats.py", "there is no such file"),

@@ -114,7 +114,7 @@ def test_holdout_moves_rows_unchanged(tmp_path, write_competition, seed):
     path = write_competition()
     whole = prepare_task(path, raw=None, reward="grade", folder=tmp_path / "whole")
     task = prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "task", holdout_fraction=0.25, seed=seed)
-    assert (task.holdout_rows, task.private_rows, task.score_rows) == (25, 40, 25)
+    assert (task.held_out_rows, task.private_rows, task.score_rows) == (25, 40, 25)
     old = {name: text_table(whole.public_dir / name) for name in ("train.csv", "test.csv", "sample_submission.csv")}
     new = {name: text_table(task.public_dir / name) for name in old}
     assert [len(new[name]) for name in old] == [75, 65, 65]

@@ -85,7 +85,7 @@ def test_other_forms_of_the_same_data(spaceship_raw, task, tmp_path, form):
 def test_holdout_of_the_real_table(spaceship_raw, tmp_path):
     task = prepare(spaceship_raw, tmp_path, reward="holdout")
     assert [file.rows for file in task.files] == [6258, 2435, 2435]
-    assert (task.holdout_rows, task.private_rows) == (1565, 870)
+    assert (task.held_out_rows, task.private_rows) == (1565, 870)
     assert task.grade((task.public_dir / "sample_submission.csv").read_bytes()).private_score == 0.50345
 
 
