@@ -88,11 +88,11 @@ def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_grader_that_is_wrong_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     grade = Task.grade
-    monkeypatch.setattr(Task, "grade", lambda self, csv: dataclasses.replace(grade(self, csv), private_score=0.25))
+    monkeypatch.setattr(Task, "grade", lambda self, csv, run=-1: dataclasses.replace(grade(self, csv, run), private_score=0.25))
     found = _findings(tmp_path)
     assert "scores 0.25000; it is known to score 0.50459" in found["grader"].text
     assert found["sandbox"].ok is None
-    monkeypatch.setattr(Task, "grade", lambda self, csv: grade(self, (self.public_dir / "sample_submission.csv").read_bytes()))
+    monkeypatch.setattr(Task, "grade", lambda self, csv, run=-1: grade(self, (self.public_dir / "sample_submission.csv").read_bytes()))
     assert "no better than the sample's" in _findings(tmp_path)["grader"].text
 
 

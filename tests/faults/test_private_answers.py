@@ -1,0 +1,78 @@
+"""Two whole runs with the reward `holdout` that differ in their private answers alone: nothing but the private scores may differ."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from phrase_model import write_phrase_model
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """Side by side, to save time."""
+    root = tmp_path_factory.mktemp("private")
+    write_phrase_model(root / "weights")
+    other = root / "other.csv"
+    pd.DataFrame({"id": range(30, 100), "y": [(n // 3) % 2 for n in range(30, 100)]}).to_csv(other, index=False)
+    command = [sys.executable, str(HERE / "tiny_main.py"), f"--config={HERE / 'phrase_config.py'}:{root / 'weights'}"]
+    command += ["--config.task.reward=holdout", "--config.task.holdout_fraction=0.5", "--config.train.steps=3"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    processes = [
+        subprocess.Popen([*command, f"--workdir={root / name}", *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        for name, extra in (("ours", []), ("altered", [f"--config.task.raw={other}"]))
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output.decode()
+    return root / "ours", root / "altered"
+
+
+def rows(path: Path, *without: str) -> list[dict]:
+    return [{key: value for key, value in json.loads(line).items() if key not in without} for line in path.read_text().splitlines()]
+
+
+def test_the_private_answers_do_differ(runs):
+    ours, altered = ([row["private_score"] for row in rows(run / "journal.jsonl")] for run in runs)
+    assert any(score is not None for score in ours)
+    assert ours != altered
+
+
+def test_journal_and_metrics_are_the_same(runs):
+    """Programs, scores, rewards, parents, adapters: everything but the private score."""
+    ours, altered = (rows(run / "journal.jsonl", "private_score") for run in runs)
+    assert len({row["reward"] for row in ours}) > 1
+    assert max(row["adapter_step"] for row in ours) > 0
+    assert ours == altered
+    ours, altered = ([{k: v for k, v in row.items() if not _clocked(k)} for row in rows(run / "metrics.jsonl")] for run in runs)
+    assert ours == altered
+
+
+def _clocked(name: str) -> bool:
+    return name.startswith("time/") or name in ("sample/tokens_per_s", "programs/seconds")
+
+
+def test_prompts_replies_and_advantages_are_the_same(runs):
+    for step in range(3):
+        ours, altered = (rows(run / "rollouts" / f"step-{step:06d}.jsonl", "seconds") for run in runs)
+        assert any(row["prompt"] for row in ours)
+        assert ours == altered
+
+
+def test_the_best_program_is_the_same(runs):
+    ours, altered = runs
+    for name in ("solution.py", "submission.csv", "lineage/lineage.diff"):
+        assert (ours / "best" / name).read_bytes() == (altered / "best" / name).read_bytes()
+    mine, theirs = (json.loads((run / "best" / "grade.json").read_text()) for run in runs)
+    assert (mine["rows"], mine["private_rows"]) == (15, 70)
+    for name in ("private_score", "private_interval_95"):
+        del mine[name], theirs[name]
+    assert mine == theirs
