@@ -9,11 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError, LearningError
-from discover_jax.learning.advantages import ESTIMATORS, advantage_metrics, entropic, estimate_groups, is_constant, mean_baseline
+from discover_jax.learning.advantages import (
+    ESTIMATORS,
+    advantage_metrics,
+    entropic,
+    entropic_adaptive,
+    entropic_loo,
+    estimate_groups,
+    is_constant,
+    mean_baseline,
+)
 
 REPORT_SCORES = [0.60, 0.55, 0.92, 0.58, 0.61, 0.57, 0.59, 0.62]
 finite = st.floats(allow_nan=False, allow_infinity=False)
 moderate = st.floats(-100, 100)
+# Sixteenths: shifts by such numbers, and products with powers of two, are exact, so that any change of a result is the estimator's doing.
+lattice = st.lists(st.integers(-64, 64).map(lambda n: n / 16), min_size=1, max_size=20)
 
 
 def test_entropic_of_the_reports_scores():
@@ -55,11 +66,144 @@ def test_entropic_never_overflows(rewards, beta):
     assert np.argmax(values) in np.flatnonzero(values == values[np.argmax(rewards)])
 
 
-@given(st.lists(moderate, min_size=2, max_size=20), moderate)
+@given(lattice, st.integers(-(2**20), 2**20))
 def test_a_shift_of_all_rewards_changes_nothing(rewards, shift):
-    shifted = np.asarray(rewards) + shift
+    for name, estimate in ESTIMATORS.items():
+        ours, before = estimate(np.asarray(rewards) + shift), estimate(rewards)
+        np.testing.assert_allclose(ours.values_K, before.values_K, rtol=0, atol=1e-8 if name == "mean_baseline" else 0)
+        assert (ours.beta, ours.saturated, ours.ties) == (before.beta, before.saturated, before.ties)
+
+
+@given(lattice, st.randoms(use_true_random=False))
+def test_the_order_of_a_group_does_not_matter(rewards, random):
+    order = random.sample(range(len(rewards)), len(rewards))
     for estimate in ESTIMATORS.values():
-        np.testing.assert_allclose(estimate(shifted).values_K, estimate(rewards).values_K, rtol=1e-9, atol=1e-9)
+        ours, before = estimate(np.asarray(rewards)[order]), estimate(rewards)
+        # A KL that is within rounding of ln 2 may end the search one halving apart: 2^-60 of the bracket.
+        assert ours.beta == before.beta or ours.beta == pytest.approx(before.beta, rel=1e-12)
+        assert (ours.saturated, ours.ties) == (before.saturated, before.ties)
+        np.testing.assert_allclose(ours.values_K, before.values_K[order], rtol=1e-8, atol=1e-8)
+
+
+@given(lattice)
+def test_equal_rewards_get_equal_advantages_and_better_ones_no_less(rewards):
+    rewards = np.sort(rewards)
+    for estimate in ESTIMATORS.values():
+        values = estimate(rewards).values_K
+        assert (np.diff(values) >= -1e-9 * np.abs(values[1:])).all()
+        for reward in set(rewards):
+            same = values[rewards == reward]
+            np.testing.assert_allclose(same, same[0], rtol=1e-12, atol=1e-12)
+
+
+def loo_by_loops(rewards, beta):
+    """Each rollout against the others, summed exactly."""
+    weights = [math.exp(beta * (r - max(rewards))) for r in rewards]
+    means = [math.fsum(w for j, w in enumerate(weights) if j != i) / (len(weights) - 1) for i in range(len(weights))]
+    return [w / (mean + 1e-12) - 1 for w, mean in zip(weights, means, strict=True)]
+
+
+@given(st.lists(moderate, min_size=2, max_size=20), st.floats(0, 5))
+def test_entropic_loo_equals_the_naive_formula(rewards, beta):
+    result = entropic_loo(rewards, beta=beta)
+    np.testing.assert_allclose(result.values_K, loo_by_loops(rewards, beta), rtol=1e-9, atol=1e-9)
+    assert result.beta == beta
+    assert result.ties == rewards.count(max(rewards))
+
+
+def test_entropic_loo_by_hand():
+    """r = (0, 0, ln 4 / beta): weights 1/4, 1/4, 1; the others' means 5/8, 5/8, 1/4; so A = -3/5, -3/5, 3."""
+    for beta in (0.5, 2.0, 7.0):
+        result = entropic_loo([0.0, 0.0, math.log(4) / beta], beta=beta)
+        np.testing.assert_allclose(result.values_K, [-0.6, -0.6, 3.0], atol=1e-10)  # the formula's 1e-12 shows
+        assert not result.saturated
+
+
+def test_entropic_loo_says_when_its_constant_decides():
+    result = entropic_loo([0.0, 0.0, 100.0], beta=2.0)
+    np.testing.assert_allclose(result.values_K, [-1, -1, 1e12], rtol=1e-9)
+    assert result.saturated
+    assert not entropic_loo([0.0, 0.0, 13.0], beta=2.0).saturated  # exp(-26) is 5e-12
+
+
+@pytest.mark.parametrize(
+    ("rewards", "beta", "advantages"),
+    [
+        ([0, 1, 2, 3], 1.44586, {0: -0.9696, 1: -0.8667, 2: -0.3387, 3: 8.8654}),
+        ([0] * 7 + [1], 2.46539, {7: 10.768}),
+        ([0] * 63 + [1], 3.35988, {63: 27.7857}),
+    ],
+)
+def test_entropic_adaptive_vectors_of_the_spec(rewards, beta, advantages):
+    result = entropic_adaptive(rewards)
+    assert result.beta == pytest.approx(beta, abs=5e-6)
+    assert not result.saturated
+    assert result.ties == 1
+    for place, value in advantages.items():
+        assert result.values_K[place] == pytest.approx(value, abs=5e-4 if value > 9 else 5e-5)
+
+
+@pytest.mark.parametrize("best", [1.0, 1.0 + 1e-9, 1e300])
+@pytest.mark.parametrize("ties", [4, 5, 7])
+def test_half_a_group_of_ties_saturates(ties, best):
+    """Spec: four 1 and four 0 give 1.3333 and -1. At beta = 2^20 only the best weigh: Z = (ties - 1) / 7 for them, ties / 7 for others."""
+    result = entropic_adaptive([best] * ties + [0.0] * (8 - ties))
+    assert result.saturated
+    assert result.beta == 2.0**20
+    assert result.ties == ties
+    np.testing.assert_allclose(result.values_K, [7 / (ties - 1) - 1] * ties + [-1] * (8 - ties), atol=1e-9)
+
+
+@given(st.lists(moderate, min_size=3, max_size=20))
+def test_entropic_adaptive_solves_its_equation_or_says_that_it_did_not(rewards):
+    result = entropic_adaptive(rewards)
+    if 2 * rewards.count(max(rewards)) >= len(rewards):
+        assert result.saturated
+        return
+    weights = [math.exp(result.beta * (r - max(rewards))) for r in rewards]
+    total = math.fsum(weights)
+    kl = math.fsum(w / total * math.log(w / total * len(rewards)) for w in weights if w)
+    assert result.saturated == (abs(kl - math.log(2)) > 1e-9)
+    if max(rewards) - min(rewards) > 1e-3 and sorted(rewards)[len(rewards) // 2] < max(rewards) - 1e-3:
+        assert not result.saturated  # nothing but ties, real or in effect, keeps it from solving at this scale
+    np.testing.assert_allclose(result.values_K, loo_by_loops(rewards, result.beta), rtol=1e-9, atol=1e-9)
+
+
+@given(lattice, st.integers(-10, 10))
+def test_entropic_adaptive_does_not_care_about_the_unit_of_the_reward(rewards, power):
+    ours, before = entropic_adaptive(np.asarray(rewards) * 2.0**power), entropic_adaptive(rewards)
+    assert ours.saturated == before.saturated
+    np.testing.assert_allclose(ours.values_K, before.values_K, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["entropic_loo", "entropic_adaptive"])
+@given(st.lists(finite, min_size=1, max_size=20))
+def test_leave_one_out_never_overflows(name, rewards):
+    result = ESTIMATORS[name](rewards)
+    assert np.isfinite(result.values_K).all()
+    assert result.values_K.min() >= -1
+    assert result.values_K.max() <= 1e12
+    assert result.beta is not None
+    assert math.isfinite(result.beta)
+    assert result.values_K[np.argmax(rewards)] == pytest.approx(result.values_K.max())
+
+
+@pytest.mark.parametrize("spread", [1e300, 1e-300, 5e-324, 2.0**-40])
+def test_spreads_beyond_the_search_are_reported(spread):
+    """Far apart: beta ends at the last halving, 2^-60, and only the best weighs. Close together: 2^20, and all weigh alike."""
+    result = entropic_adaptive([0.0] * 5 + [spread])
+    assert result.saturated
+    assert result.beta == (2.0**-60 if spread > 1 else 2.0**20)
+    np.testing.assert_allclose(result.values_K, [-1] * 5 + [1e12] if spread > 1 else np.zeros(6), rtol=1e-9, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_a_group_of_one_has_no_advantage(name):
+    result = ESTIMATORS[name]([0.7])
+    np.testing.assert_array_equal(result.values_K, [0.0])
+    assert not result.saturated
+    if name == "entropic_adaptive":
+        assert result.beta == 0.0
 
 
 @given(st.lists(moderate, min_size=1, max_size=20))
@@ -90,8 +234,9 @@ def test_rewards_of_another_shape_are_refused(bad):
 
 @pytest.mark.parametrize("beta", [-1.0, math.nan, math.inf])
 def test_impossible_beta_is_refused(beta):
-    with pytest.raises(ConfigError, match="beta"):
-        entropic([0.0, 1.0], beta=beta)
+    for estimate in (entropic, entropic_loo):
+        with pytest.raises(ConfigError, match="beta"):
+            estimate([0.0, 1.0], beta=beta)
 
 
 def test_constant_groups():
@@ -104,7 +249,8 @@ def test_constant_groups():
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_constant_rewards_have_no_advantage(name):
-    np.testing.assert_allclose(ESTIMATORS[name]([0.7] * 6).values_K, np.zeros(6), atol=1e-15)
+    # The leave-one-out formula's constant leaves -1e-12. Constant groups take part in no update anyway.
+    np.testing.assert_allclose(ESTIMATORS[name]([0.7] * 6).values_K, np.zeros(6), atol=2e-12)
 
 
 def test_unknown_estimator_lists_the_known_ones():
@@ -123,3 +269,9 @@ def test_groups_of_a_step():
     assert metrics == pytest.approx({"groups/constant_frac": 1 / 3, "advantage/mean": 0, "advantage/min": -1, "advantage/max": 2})
     assert advantage_metrics(estimate_groups([[0.0, 1.0]], "entropic", beta=3.0))["advantage/beta"] == 3.0
     assert advantage_metrics([None, None]) == {"groups/constant_frac": 1.0}
+    groups = estimate_groups([[0, 1, 2, 3], [1, 1, 0, 0], [7, 7]], "entropic_adaptive")
+    metrics = advantage_metrics(groups)
+    assert metrics["advantage/beta"] == pytest.approx((1.44586 + 2**20) / 2)
+    assert metrics["advantage/saturated_frac"] == 0.5
+    assert metrics["advantage/tied_frac"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert "advantage/tied_frac" not in advantage_metrics(estimate_groups([[0.0, 1.0]], "entropic"))
