@@ -5,6 +5,7 @@ For files that somebody may have altered or made up: journal, checkpoints, cache
 
 import dataclasses
 import enum
+import functools
 import json
 import math
 import types
@@ -39,20 +40,27 @@ def from_row(kind: type[T], row: Any) -> T:
     Numbers must be finite, whole ones at most 2**53 in magnitude; a whole number may stand for a float, but True is no number.
 
     Args:
-      kind: a dataclass whose fields are str, int, float, bool or enums, or one of them or None.
+      kind: a dataclass whose fields are str, int, float, bool or enums, or one of them or None; of a list only that it is one is checked.
       row: a value of `parse_json`.
 
     Raises:
       ValueError: naming the field, what it holds and what it must be.
     """
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    hints = _hints(kind)
+    names = list(hints)
     if not isinstance(row, dict):
         raise ValueError(f"it is {_show(row)}, not an object with the fields {names}")
     missing, unknown = [name for name in names if name not in row], [name for name in row if name not in names]
     if missing or unknown:
         raise ValueError(f"its fields are not {names}: missing {missing}, unknown {[name[:_SHOWN] for name in unknown[:5]]}")
     return kind(**{name: _value(name, row[name], hints[name]) for name in names})
+
+
+@functools.cache  # a journal has many rows
+def _hints(kind: type) -> dict[str, Any]:
+    """The type of each field, in their order."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _value(name: str, value: Any, hint: Any) -> Any:
@@ -68,6 +76,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
             return value
         if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str) and value in (member.value for member in kind):
             return kind(value)
+        if typing.get_origin(kind) is list and isinstance(value, list):
+            return value
     allowed = " or ".join("null" if kind is type(None) else _describe(kind) for kind in kinds)
     raise ValueError(f"its field {name!r} is {_show(value)}; it must be {allowed}")
 
@@ -77,6 +87,8 @@ def _is_sound(number: float) -> bool:
 
 
 def _describe(kind: type) -> str:
+    if typing.get_origin(kind) is list:
+        return "a list"
     if issubclass(kind, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in kind)
     return {float: "a finite number", int: "a whole number of at most 2**53", str: "a text", bool: "true or false"}[kind]

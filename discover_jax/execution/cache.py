@@ -178,14 +178,14 @@ def _decode(key: str, data: bytes) -> Verdict:
     if not isinstance(file, dict) or file.keys() != {"sha256", "verdict"}:
         raise ValueError("it is no object of sha256 and verdict")
     row = file["verdict"]
-    if file["sha256"] != _checksum(key, row):
-        raise ValueError("its checksum is another")
     if not isinstance(row, dict) or row.keys() != {"outcome", "grade", "execution"}:
         raise ValueError("its verdict is no object of outcome, grade and execution")
     ran = from_row(_Ran, row["execution"])
     csv = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
     execution = Execution(ran.outcome, csv, ran.stdout, ran.detail, ran.seconds, cached=True)
     verdict = Verdict(Outcome(row["outcome"]), from_row(Grade, row["grade"]), execution)
+    if file["sha256"] != _checksum(key, row):  # only now, when it is known that the row holds nothing that cannot be written again
+        raise ValueError("its checksum is another")
     scored = verdict.grade.valid and verdict.grade.score is not None and csv is not None and ran.outcome is Outcome.OK
     if (verdict.outcome is Outcome.OK) != scored:
         raise ValueError(f"its outcome {verdict.outcome.value!r} contradicts its grade or its execution")

@@ -27,6 +27,8 @@ from discover_jax.types import Grade, Outcome, Verdict
 _TRIES = 3  # a fault of the host is tried again twice, each time in a fresh sandbox
 GRACE_SECONDS = 600.0
 """On top of a program's own time, for warming up and grading; then a worker counts as hung."""
+_LEAVING_SECONDS = 5.0
+"""For a worker that was asked to end, in which it ends its sandboxes."""
 _start_lock = threading.Lock()
 _log = logging.getLogger(__name__)
 
@@ -126,17 +128,20 @@ class _Worker:
         return SandboxError(f"The worker process {self.pid} ended unexpectedly (exit code {self._process.exitcode}).")
 
     def interrupt(self) -> None:
-        """Asks the process to end; whoever waits for its reply is told that it did. For other threads than the one that asks."""
+        """Asks the process to end, and returns at once; whoever waits for its reply is told that it ended. Any thread may call it."""
         self._process.terminate()
 
-    def stop(self) -> None:
-        """Ends the process, and so its sandboxes."""
-        self._connection.close()
-        self._process.terminate()
-        self._process.join(5)
-        if self._process.is_alive():
+    def end(self) -> None:
+        """Ends the process, and so its sandboxes. Any thread may call it."""
+        self.interrupt()
+        if not wait([self._process.sentinel], _LEAVING_SECONDS):  # it hangs, or was stopped
             self._process.kill()
-            self._process.join()
+
+    def stop(self) -> None:
+        """Ends the process and lets go of it."""
+        self._connection.close()
+        self.end()
+        self._process.join()
 
 
 class Executor:
@@ -289,6 +294,8 @@ class Executor:
             self._jobs.put(None)
         for process in workers:
             process.interrupt()
+        for process in workers:
+            process.end()
         for thread in self._threads:
             thread.join()
         cgroups = self._plans[0].cgroups

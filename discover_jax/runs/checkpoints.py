@@ -154,7 +154,8 @@ class Checkpoints:
         """
         complete = self._manager.all_steps()
         faults: dict[int, str] = {}
-        for step in sorted((int(entry.name) for entry in self._directory.iterdir() if entry.name.isdigit()), reverse=True):
+        there = (int(entry.name) for entry in self._directory.iterdir() if entry.name.isascii() and entry.name.isdigit())
+        for step in sorted(there, reverse=True):
             if step not in complete:
                 faults[step] = "files of it were deleted"
                 continue

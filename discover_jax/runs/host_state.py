@@ -17,7 +17,7 @@ class HostState:
       first_step: number of the run's first step: not 0 for a run that goes on from another one's.
       journal_position: length of the journal, bytes.
       journal_sha256: of these bytes.
-      archive: the states that may become parents, as `Archive.to_json` gives them.
+      archive: the states that may become parents, as `Archive.to_json` gives them and `Archive.from_json` checks them.
     """
 
     first_step: int
@@ -42,23 +42,14 @@ class HostState:
           RunError: a field is missing, unknown, or of another type; or a number cannot be.
         """
         try:
-            if not isinstance(row, dict) or not isinstance(row.get("archive"), list):
-                raise ValueError("its archive is no list")
-            numbers = from_row(_Numbers, {name: value for name, value in row.items() if name != "archive"})
-            if not 0 <= numbers.first_step <= step:
-                raise ValueError(f"its first_step is {numbers.first_step}, which is not between 0 and {step}")
-            if numbers.journal_position < 0:
-                raise ValueError(f"its journal_position is {numbers.journal_position}")
+            state = from_row(cls, row)
+            if not 0 <= state.first_step <= step:
+                raise ValueError(f"its first_step is {state.first_step}, which is not between 0 and {step}")
+            if state.journal_position < 0:
+                raise ValueError(f"its journal_position is {state.journal_position}")
         except ValueError as error:
             raise RunError(
                 f"Checkpoint {step} does not say where the run stands: {error}. It was altered, or made by another version; delete its"
                 " folder to go back to the one before."
             ) from error
-        return cls(**dataclasses.asdict(numbers), archive=row["archive"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbers:
-    first_step: int
-    journal_position: int
-    journal_sha256: str
+        return state

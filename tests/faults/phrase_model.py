@@ -1,0 +1,128 @@
+"""A gpt-oss checkpoint whose weights are made by hand, and its tokenizer: it writes small programs of ten tokens that really run.
+
+Each piece of the tokenizer is a phrase of a program. Embeddings are one-hot and attention and experts are nearly silent, so that the head
+alone decides: it gives each token the probabilities of the phrases that may follow it. What it writes is a sentence of this grammar, with
+scores that differ; training moves the odds. A step costs milliseconds, though everything around it is as in any run.
+"""
+
+import io
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import sentencepiece
+
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.folder import write_folder
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.layouts import Place, places_of
+from discover_jax.text.prompts import brief_text
+from discover_jax.text.tokenizer import SPECIAL_TOKENS
+
+_HEAD = '```python\nimport time\nimport pandas as pd\n\n\ndef run():\n    frame = pd.read_csv("data/sample_submission.csv")\n'
+_ADJECTIVES = tuple(f"    # {word}" for word in ("red", "old", "shy", "tall", "wise", "calm", "keen", "odd"))
+_NOUNS = tuple(f" {word}\n" for word in ("fox", "owl", "elk", "hen", "bee", "cod", "emu", "yak"))
+_WAIT = "    time.sleep(0.2)\n"
+_COLUMN = '    frame["y"] = (frame["id"] % '
+_MODULI = ("2 < ", "3 < ", "5 < ", "7 < ")
+_BOUNDS = ("1)", "2)", "3)", "4)")
+_RETURN = ".astype(int)\n    return frame\n```"
+_RAISE = ".astype(int)\n    return frame.rows\n```"
+_ASKED = brief_text("remainders", "accuracy", True, None).removesuffix("write run()")
+_PHRASES = (
+    *("assistant", "final", "user", _ASKED, "write run()", "previous score: ", "\nimprove run()"),
+    *(_HEAD, *_ADJECTIVES, *_NOUNS, _WAIT, _COLUMN, *_MODULI, *_BOUNDS, _RETURN, _RAISE),
+)
+_FOLLOWERS: dict[tuple[str, ...], dict[str, float]] = {
+    ("assistant",): {"<|channel|>": 1},
+    ("<|channel|>",): {"final": 1},
+    ("final",): {"<|message|>": 1},
+    ("<|message|>",): {_HEAD: 0.95, "<|return|>": 0.05},  # now and then a reply without a program
+    (_HEAD,): dict.fromkeys(_ADJECTIVES, 1 / 8),
+    _ADJECTIVES: dict.fromkeys(_NOUNS, 1 / 8),
+    _NOUNS: {_WAIT: 1},
+    (_WAIT,): {_COLUMN: 1},
+    (_COLUMN,): dict.fromkeys(_MODULI, 1 / 4),
+    _MODULI: dict.fromkeys(_BOUNDS, 1 / 4),
+    _BOUNDS: {_RETURN: 0.9, _RAISE: 0.1},
+    (_RETURN, _RAISE): {"<|return|>": 1},
+}
+_NEVER = -20.0
+"""Logit of what the grammar does not allow: once in a million tokens or so."""
+
+
+def write_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Writes `path`: the phrases, and bytes for all other text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab", "b a"]),  # the trainer wants a text, with a space in it
+        model_writer=model,
+        model_type="char",
+        vocab_size=1000,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        control_symbols=list(SPECIAL_TOKENS),
+        user_defined_symbols=[phrase.replace(" ", "\u2581") for phrase in _PHRASES],
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def write_phrase_model(folder: Path) -> None:
+    """Writes config.json, model.safetensors and tokenizer.model into `folder`, which is made."""
+    folder.mkdir(parents=True)
+    pieces = write_tokenizer(folder / "tokenizer.model")
+
+    def id_of(phrase: str) -> int:
+        index = pieces.piece_to_id(phrase.replace(" ", "\u2581"))
+        assert index != 0, f"the tokenizer has no piece for {phrase!r}"
+        return index
+
+    vocabulary = pieces.vocab_size()
+    config = ModelConfig(
+        num_layers=2,
+        width=-(-vocabulary // 32) * 32,  # room for one-hot embeddings, in MXFP4's blocks
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=16,
+        num_experts=2,
+        experts_per_token=1,
+        expert_width=32,
+        vocab_size=vocabulary,
+        sliding_window=32,
+        eos_id=id_of("<|return|>"),
+        pad_id=id_of("<|endoftext|>"),
+    )
+    logits = np.full((vocabulary, config.width), _NEVER, np.float32)
+    for before, followers in _FOLLOWERS.items():
+        for phrase in before:
+            for follower, probability in followers.items():
+                logits[id_of(follower), id_of(phrase)] = math.log(probability)
+    structs = places_of(Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen())
+    rng = np.random.default_rng(0)
+
+    def tensor(place: Place, layer: int | None) -> np.ndarray:
+        shape = structs[place].shape if layer is None else structs[place].shape[1:]
+        if place == ("embedding",):
+            values = 100.0 * np.eye(*shape)
+        elif place == ("head", "weight"):
+            values = logits / math.sqrt(config.width)  # the final norm makes sqrt(width) of the one-hot's 1
+        elif place[-1] == "norm":
+            values = np.ones(shape)
+        elif place[-1] in ("blocks", "scales"):
+            return np.full(shape, 0 if place[-1] == "blocks" else 120, np.uint8)
+        else:
+            values = 0.01 * rng.standard_normal(shape)
+        return values.astype(ml_dtypes.bfloat16)
+
+    write_folder(folder, config, tensor)

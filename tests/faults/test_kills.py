@@ -1,0 +1,190 @@
+"""kill -9 of the main process, of workers and of sandboxed programs at random moments of a real run: it ends as if nothing had been."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tiny_run import STEPS, command, environment, results, unbroken
+
+SECONDS = {"starting": 4.0, "sampling": 0.4, "running programs": 0.8, "learning": 0.2, "saving": 0.15}
+"""How long each phase of the run lasts, about; a moment is drawn within."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """Who is to die, in the next such phase, `delay` seconds after its beginning."""
+
+    victim: str  # "main", "worker" or "sandbox"
+    phase: str
+    delay: float
+
+
+def draw_kills(victims: Sequence[str], seed: int) -> list[Kill]:
+    """One kill for each victim. Only the main process is killed while it starts: it is what has nothing to fall back on then."""
+    rng = random.Random(seed)
+    kills = []
+    for victim in victims:
+        phase = rng.choice([name for name in SECONDS if victim == "main" or name != "starting"])
+        kills.append(Kill(victim, phase, rng.uniform(0, SECONDS[phase])))
+    return kills
+
+
+class Start:
+    """One start of the run: its process, and the phase that it has announced last."""
+
+    def __init__(self, root: Path, workdir: Path, steps: int, log: Path):
+        self._log = log.open("w")
+        self.process = subprocess.Popen(
+            command(root, workdir, steps), env=environment(root), stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self._news = threading.Condition()
+        self._phases = ["starting"]  # all that it went through
+        self._ended = False
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("phase "):
+                with self._news:
+                    self._phases.append(line.removeprefix("phase ").strip())
+                    self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def await_phase(self, name: str, seconds: float = 120) -> bool:
+        """Waits for the next phase of this name to begin (for "starting", it has begun); False if the run ends before."""
+        if name == "starting":
+            return True
+        with self._news:
+            seen = len(self._phases)
+            assert self._news.wait_for(lambda: name in self._phases[seen:] or self._ended, seconds), f"no phase {name!r} any more"
+            return name in self._phases[seen:]
+
+    @property
+    def phase(self) -> str:
+        return self._phases[-1]
+
+    def end(self, signal_number: int | None = None) -> int:
+        """Waits for the process, after sending it a signal if one is given; its exit code."""
+        if signal_number is not None:
+            self.process.send_signal(signal_number)
+        code = self.process.wait(300)
+        self._reader.join()
+        self._log.close()
+        return code
+
+
+def children() -> dict[int, list[int]]:
+    """The pids of all processes' children, oldest first."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                found.setdefault(int(fields[1]), []).append((int(fields[19]), int(name)))
+    return {parent: [pid for _, pid in sorted(pids)] for parent, pids in found.items()}
+
+
+def worker_pids(main: int) -> list[int]:
+    def is_worker(pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
+    return [pid for pid in children().get(main, []) if is_worker(pid)]
+
+
+def sandbox_pids(main: int) -> list[int]:
+    """The oldest sandbox of each worker, which runs a program if any does: bubblewrap's two processes, and the program's."""
+    tree = children()
+    found = []
+    for worker in worker_pids(main):
+        process = next(iter(tree.get(worker, [])), None)
+        while process is not None:
+            found.append(process)
+            process = next(iter(tree.get(process, [])), None)
+    return found
+
+
+def strike(start: Start, kill: Kill, rng: random.Random) -> str | None:
+    """Kills as it is told; the phase in which that was, or None if there was nobody to kill just then."""
+    if not start.await_phase(kill.phase):
+        return None
+    time.sleep(kill.delay)
+    phase, main = start.phase, start.process.pid
+    if kill.victim == "main":
+        assert start.end(signal.SIGKILL) == -signal.SIGKILL, "the run was over before it could be killed"
+        return phase
+    find = worker_pids if kill.victim == "worker" else sandbox_pids
+    if not (pids := find(main)):
+        return None
+    pid = rng.choice(pids)
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself
+        descriptor = os.pidfd_open(pid)
+        try:
+            if pid in find(main):  # and its number is not another process's by now
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                return phase
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counter[tuple[str, str]]:
+    """Strikes a run, lets it end, and compares it with the unbroken one. How often who was killed in which phase."""
+    expected = results(unbroken(root, steps))
+    workdir, logs = folder / "run", (folder / f"start-{number}.txt" for number in itertools.count())
+    struck: Counter[tuple[str, str]] = Counter()
+    rng = random.Random(0)
+    start = Start(root, workdir, steps, next(logs))
+    for kill in kills:
+        while (phase := strike(start, kill, rng)) is None:
+            assert start.process.poll() is None, f"the run ended after {struck.total()} of {len(kills)} kills"
+        struck[kill.victim, phase] += 1
+        if kill.victim == "main":
+            start = Start(root, workdir, steps, next(logs))
+    assert start.end() == 0, [path.read_text() for path in folder.glob("start-*.txt")]
+    said = "".join(path.read_text() for path in folder.glob("start-*.txt"))
+    print(f"killed: {dict(struck)}; programs run again: {said.count('The program runs again')}")
+    assert "Traceback" not in said
+    # What was killed with its program was noticed, and tried again.
+    assert "The program runs again" in said
+    found = results(workdir)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == value, name
+    assert not (workdir / "checkpoints.damaged").exists()
+    return struck
+
+
+def test_some_kills(root, tmp_path):
+    """A sandbox while its program runs, a worker, and the main process while it saves and at a random moment."""
+    kills = [
+        Kill("sandbox", "running programs", 0.1),
+        Kill("worker", "running programs", 0.1),
+        Kill("main", "saving", 0.02),
+        *draw_kills(["main"], seed=1),
+    ]
+    assert check(root, tmp_path, STEPS, kills).total() == 4
+
+
+@pytest.mark.slow
+def test_thirty_kills(root, tmp_path):
+    victims = random.Random(2).choices(["main", "worker", "sandbox"], k=30)
+    struck = check(root, tmp_path, 40, draw_kills(victims, seed=3))
+    assert struck.total() == 30
+    assert {victim for victim, _ in struck} == {"main", "worker", "sandbox"}
+    assert {phase for victim, phase in struck if victim == "main"} >= {"starting", "running programs", "saving"}

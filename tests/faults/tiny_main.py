@@ -1,0 +1,22 @@
+"""`discover_jax.main` as users start it, but for two things: sandboxes preload no more than pandas, which saves each a second of importing,
+and each phase of a step is announced by a line `phase NAME`, so that a test can strike in it.
+"""
+
+import functools
+
+from discover_jax import cli, dry_run, main
+from discover_jax.execution import sandbox
+from discover_jax.runs.console import PlainConsole
+
+
+class Announcing(PlainConsole):
+    """Lines without control codes, and one more for each phase."""
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        print(f"phase {name}", flush=True)
+
+
+if __name__ == "__main__":
+    sandbox.PRELOAD = ()
+    cli.launch(functools.partial(main.run, console=Announcing()), dry_run.run)

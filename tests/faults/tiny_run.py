@@ -1,0 +1,79 @@
+"""The run that the faults strike: how it is started, and what of its folder must be the same whatever struck it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from phrase_model import write_phrase_model
+
+from discover_jax.runs.metrics import read_metrics
+
+STEPS = 4
+_HERE = Path(__file__).parent
+_CONFIG = _HERE / "phrase_config.py"
+# Measured times, and what depends on whether a program ran in this start of the run or was answered from the cache.
+_TIMED_METRICS = ("time/", "programs/", "sample/tokens_per_s")
+_TIMED_ROLLOUTS = ("seconds", "cached")
+
+
+def command(root: Path, workdir: Path, steps: int = STEPS) -> list[str]:
+    """Starts the run in `workdir`, or resumes it; `root` as in `environment`."""
+    config = f"--config={_CONFIG}:{root / 'model'}"
+    return [sys.executable, str(_HERE / "tiny_main.py"), config, f"--config.train.steps={steps}", f"--workdir={workdir}"]
+
+
+def environment(root: Path) -> dict[str, str]:
+    """That of all runs whose model and compiled programs lie in `root`."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def unbroken(root: Path, steps: int = STEPS) -> Path:
+    """The folder of a run that nothing struck. Several test processes may ask for it: the first makes it, the others wait."""
+    root.mkdir(exist_ok=True)
+    workdir = root / f"unbroken-{steps}"
+    with _locked(root / "lock"):
+        if not (root / "model").exists():
+            write_phrase_model(root / "model.part")
+            (root / "model.part").rename(root / "model")
+        if not workdir.exists():
+            shutil.rmtree(root / "part", ignore_errors=True)
+            done = subprocess.run(command(root, root / "part", steps), env=environment(root), capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (root / "part").rename(workdir)
+    return workdir
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def results(workdir: Path) -> dict[str, Any]:
+    """What a run leaves behind, but for times: journal and best/ as bytes, metrics and rollouts as rows, arrays as SHA-256."""
+    found: dict[str, Any] = {"journal.jsonl": (workdir / "journal.jsonl").read_bytes()}
+    for path in (workdir / "best").rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(workdir))] = path.read_bytes()
+    found["metrics"] = [_without(row, _TIMED_METRICS) for row in read_metrics(workdir / "metrics.jsonl")]
+    for path in (workdir / "rollouts").iterdir():
+        found[path.name] = [_without(json.loads(line), _TIMED_ROLLOUTS) for line in path.read_text().splitlines()]
+    last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    found["last checkpoint"] = json.loads((last / "host" / "metadata").read_bytes())  # with the SHA-256 of each array, and of all
+    return found
+
+
+def _without(row: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith(prefixes)}
