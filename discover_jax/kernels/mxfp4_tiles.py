@@ -1,0 +1,115 @@
+"""MXFP4 laid out for the tensor cores: every bit of a weight lies where unpacking it to bfloat16 is a shift and a mask.
+
+A tile holds ROWS x COLUMNS = 16 x 64 weights as 128 words of 32 bits, in the order in which the lanes of a warp hold the left operand of an
+`mma.m16n8k16`: lane (g, q) owns four words, for rows g and g + 8 of both blocks of 32 columns, and each word holds the eight weights
+16 i + 4 q + (0..3), i = 0, 1, of its block. Eight weights are four pairs, one for each half of the word; BITS says where a pair's bits lie.
+In bfloat16 the four bits are the sign, the two lowest bits of the exponent and the highest of the mantissa (bits 15, 8, 7, 6), which
+stands for the value times 2^-126, exactly (0.5 becomes subnormal). So:
+
+    pair 0: (w << 6) & M      pair 2: rotate_right(w, 4) & M            M = 0x81c081c0
+    pair 1: (w << 2) & M      pair 3: (w & 0x81808180) | ((w >> 8) & 0x00400040)
+
+Scales are bytes, one for 32 columns of a row, four to a word (rows g and g + 8, first and second block): the exponent of the factor
+2^(scale - 1 - SHIFT) in bfloat16, by which unpacked pairs are multiplied; results are multiplied by 2^SHIFT at the end. The shift keeps
+factors and products within bfloat16.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from discover_jax.exceptions import ConfigError
+
+ROWS, COLUMNS = 16, 64
+BLOCK = 32
+SHIFT = 32
+LOWEST, HIGHEST = 34, 160
+"""Scales that can be laid out: weights between 2^-93 and 2^33, exactly."""
+
+BITS = ((0, 1, 2, 9), (4, 5, 6, 13), (10, 11, 12, 19), (14, 7, 8, 15))
+"""For each pair the places of its lower weight's bits (from the mantissa's to the sign) in a word; the upper weight's are 16 further on."""
+
+_EXPONENT = 126 - SHIFT  # added to a scale: the exponent field of 2^(scale - 1 - SHIFT), which is scale - 1 - SHIFT + 127
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "paired"))
+def _lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool) -> tuple[jax.Array, jax.Array]:
+    def one(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        packed, exponents = arrays
+        out, groups, _ = packed.shape
+        nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(out, groups * BLOCK)
+        if paired:  # even and odd rows come half a tile each
+            nibbles, exponents = (
+                x.reshape(out // rows, rows // 2, 2, -1).swapaxes(1, 2).reshape(out, -1) for x in (nibbles, exponents)
+            )
+        # rows: tile, m16, h, g; columns: k64, block, i, q, j, half
+        nibbles = nibbles.reshape(out // rows, rows // ROWS, 2, 8, groups // 2, 2, 2, 4, 2, 2).astype(jnp.uint32)
+        words = jnp.zeros((*nibbles.shape[:6], 4), jnp.uint32)
+        for pair, places in enumerate(BITS):
+            for half in range(2):
+                weights = nibbles[..., pair // 2, :, pair % 2, half]
+                for bit, place in enumerate(places):
+                    words |= ((weights >> bit) & 1) << ((place + 16 * half) % 32)
+        # tile m16 h g k64 block q -> tile k64 m16 g q block h
+        words = words.transpose(0, 4, 1, 3, 6, 5, 2).reshape(out // rows, groups // 2, rows // ROWS, 128)
+        exponents = (exponents.astype(jnp.uint32) + _EXPONENT).reshape(out // rows, rows // ROWS, 2, 8, groups // 2, 2)
+        shifts = (8 * (2 * jnp.arange(2)[None, :] + jnp.arange(2)[:, None])).astype(jnp.uint32)  # [h, block]
+        factors = jnp.sum(exponents << shifts[:, None, None, :], axis=(2, 5), dtype=jnp.uint32)  # tile m16 g k64
+        return (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (words, factors.transpose(0, 3, 1, 2)))
+
+    return jax.lax.map(lambda arrays: tuple(one(arrays)), (blocks, scales))
+
+
+def lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Packed experts as tiles; done once, when weights are loaded. The bytes are as many as before.
+
+    Args:
+      blocks, scales: uint8 [E, out, in/32, 16] and [E, out, in/32], see models.mxfp4.
+      rows: rows of a slab, which lie together for each 64 columns: a multiple of 16 (32 if paired) that divides `out`.
+      paired: the rows alternate between two matrices (gate, up); the first half of each slab has even rows, the second their odd partners.
+
+    Returns:
+      words int32 [E, out/rows, in/64, rows/16, 128] and factors int32 [E, out/rows, in/64, rows/16, 8].
+
+    Raises:
+      ConfigError: sizes that do not divide, or scales out of LOWEST to HIGHEST.
+    """
+    out, groups = scales.shape[-2:]
+    if out % rows or rows % (2 * ROWS if paired else ROWS) or groups % 2:
+        raise ConfigError(
+            f"A matrix of {out} rows and {groups * BLOCK} columns cannot be laid out in slabs of {rows} x {COLUMNS}: sizes must be multiples."
+            " Use the reference kernel for such a model."
+        )
+    lowest, highest = int(scales.min()), int(scales.max())
+    if lowest < LOWEST or highest > HIGHEST:
+        raise ConfigError(
+            f"MXFP4 scales lie between {lowest} and {highest}; tiles hold {LOWEST} to {HIGHEST} (2^{LOWEST - 127} to 2^{HIGHEST - 127})."
+            " Check the checkpoint, or use the reference kernel."
+        )
+    return _lay_out(blocks, scales, rows=rows, paired=paired)
+
+
+def unpack(words: np.ndarray, factors: np.ndarray, *, paired: bool = False) -> np.ndarray:
+    """The inverse, float32 [E, out, in], by the formulas above in numpy: for tests, and to read tiles without an accelerator."""
+    experts, slabs, columns, m16, _ = words.shape
+    words = np.ascontiguousarray(words).view(np.uint32).reshape(experts, slabs, columns, m16, 8, 4, 2, 2)  # g q block h
+    mask = np.uint32(0x81C081C0)
+    pairs = np.stack(
+        [
+            (words << 6) & mask,
+            (words << 2) & mask,
+            ((words >> 4) | (words << 28)) & mask,
+            (words & np.uint32(0x81808180)) | ((words >> 8) & np.uint32(0x00400040)),
+        ],
+        axis=-1,
+    )
+    halves = np.stack([pairs << 16, pairs & np.uint32(0xFFFF0000)], axis=-1).view(np.float32)  # bfloat16 is the upper half of float32
+    values = halves.astype(np.float64).reshape(*words.shape, 2, 2, 2)  # E slab k64 m16 g q block h i j half
+    exponents = np.ascontiguousarray(factors).view(np.uint8).reshape(experts, slabs, columns, m16, 8, 2, 2).astype(np.int64)  # block h
+    scaled = np.ldexp(values, exponents[:, :, :, :, :, None, :, :, None, None, None] - 127 + SHIFT)
+    matrix = scaled.transpose(0, 1, 3, 7, 4, 2, 6, 8, 5, 9, 10).reshape(experts, slabs, m16 * ROWS, columns * COLUMNS)
+    if paired:
+        matrix = matrix.reshape(experts, slabs, 2, m16 * ROWS // 2, -1).swapaxes(2, 3)
+    return matrix.reshape(experts, slabs * m16 * ROWS, -1).astype(np.float32)
