@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,49 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """From a score in the metric's direction to a reward, higher is better; `of_higher` says which direction it takes."""
+    """From a score to a reward, higher is better.
 
-    function: Callable[[float], float]
-    of_higher: bool
+    Attributes:
+      function: (score, higher_is_better) -> reward, growing with how good the score is.
+      directions: values of Metric.higher_is_better that it can be used with.
+      at_least: lowest score that it is defined for.
+      in_group: whether advantages are computed from the ranks of rewards within their group instead of the rewards themselves.
+    """
+
+    function: Callable[[float, bool], float]
+    directions: tuple[bool, ...]
+    at_least: float = -math.inf
+    in_group: bool = False
+
+
+_SMALLEST = 1e-12
+"""Scores below it are taken for it by `log`, so that a perfect error of 0 has a finite reward."""
+
+
+def _signed(score: float, higher: bool) -> float:
+    return score if higher else -score
+
+
+def _log(score: float, higher: bool) -> float:
+    return _signed(math.log(max(score, _SMALLEST)), higher)
 
 
 TRANSFORMS: Mapping[str, Transform] = {
-    "identity": Transform(lambda score: score, of_higher=True),
-    "negate": Transform(lambda score: -score, of_higher=False),
+    "identity": Transform(_signed, (True,)),
+    "negate": Transform(_signed, (False,)),
+    "inverse": Transform(lambda score, _: 1.0 / (1.0 + score), (False,), at_least=0.0),
+    "log": Transform(_log, (True, False), at_least=0.0),
+    "rank_in_group": Transform(_signed, (True, False), in_group=True),
 }
+"""By the name in Competition.transform. `identity` is the report's reward. `inverse`, 1 / (1 + score), lies in (0, 1]. `log`, of which the
+sign follows the direction, makes equal ratios of scores equal differences of rewards, whatever the metric's scale. `rank_in_group` keeps
+the scale out of the update altogether."""
+
+
+def ranks(rewards_K: Sequence[float]) -> list[float]:
+    """Ranks of a group's rewards, from 0 for the lowest to 1 for the highest, equals sharing their mean; 0 for a group of one."""
+    others = max(len(rewards_K) - 1, 1)
+    return [(sum(r < mine for r in rewards_K) + (sum(r == mine for r in rewards_K) - 1) / 2) / others for mine in rewards_K]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +101,8 @@ class Competition:
         target).
         Raises DataError if the raw data are missing or not the right ones.
       failure_reward: reward of a program that failed; must be below that of the sample submission.
-      transform: name in TRANSFORMS, from score to reward: "identity" if higher is better, "negate" if lower is.
+      transform: name in TRANSFORMS, from score to reward: "identity" if higher is better; "negate" if lower is, or "log" or "inverse" where
+        scores have no bound that rewards could be compared with.
       prepared_md5: expected MD5 of prepared files, such as {"public/train.csv": "564a..."}; empty: not checked.
       sample_score: known score of the sample submission on the private answers, for the doctor; None: not known.
       thresholds: published scores to compare with, for summaries; never invented.
@@ -113,8 +147,8 @@ class Competition:
             raise refuse(f"metric = {self.metric!r} must be a Metric, such as discover_jax.tasks.metrics.ACCURACY.")
         if self.transform not in TRANSFORMS:
             raise refuse(f"transform = {self.transform!r} is not known; allowed: {', '.join(TRANSFORMS)}.")
-        if TRANSFORMS[self.transform].of_higher != self.metric.higher_is_better:
-            fits = [name for name, transform in TRANSFORMS.items() if transform.of_higher == self.metric.higher_is_better]
+        if self.metric.higher_is_better not in TRANSFORMS[self.transform].directions:
+            fits = [name for name, transform in TRANSFORMS.items() if self.metric.higher_is_better in transform.directions]
             raise refuse(
                 f"transform = {self.transform!r} does not fit {self.metric.name}, of which {self.direction} is better: a reward is"
                 f" higher-is-better. Use {' or '.join(map(repr, fits))}."
@@ -128,5 +162,19 @@ class Competition:
         return "higher" if self.metric.higher_is_better else "lower"
 
     def reward(self, score: float) -> float:
-        """The reward of a score: higher is better."""
-        return TRANSFORMS[self.transform].function(score)
+        """The reward of a score: higher is better, and never worse than a failure's.
+
+        Raises:
+          ConfigError: the transform is not defined for the score.
+        """
+        transform = TRANSFORMS[self.transform]
+        if score < transform.at_least:
+            raise ConfigError(
+                f"Competition {self.id!r}: {self.metric.name} {score} has no reward, since the transform {self.transform!r} takes scores"
+                f" of at least {transform.at_least:g}. Use another transform."
+            )
+        return max(transform.function(score, self.metric.higher_is_better), self.failure_reward)
+
+    def signals(self, rewards_K: Sequence[float]) -> list[float]:
+        """What advantages are computed from: the rewards of a group, or their ranks if the transform says so."""
+        return ranks(rewards_K) if TRANSFORMS[self.transform].in_group else list(rewards_K)

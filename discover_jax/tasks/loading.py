@@ -15,6 +15,8 @@ from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
 
 _BUILT_IN = {
+    "breast-cancer": "discover_jax.tasks.competitions.breast_cancer",
+    "diabetes": "discover_jax.tasks.competitions.diabetes",
     "digits-parity": "discover_jax.tasks.competitions.digits_parity",
     "spaceship-titanic": "discover_jax.tasks.competitions.spaceship_titanic",
 }

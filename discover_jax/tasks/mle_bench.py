@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError, DataError
-from discover_jax.tasks.competition import TRANSFORMS, Competition, Metric, Threshold
+from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks.tables import read_table
 
 PREFIX = "mlebench:"
@@ -73,7 +73,6 @@ def mlebench_competition(
             " docs/competitions.md shows, and give its path as config.task.competition."
         )
     name = theirs.grader.name
-    plain = next(name for name, known in TRANSFORMS.items() if known.of_higher == higher)
     return Competition(
         id=id,
         description=theirs.description,
@@ -82,7 +81,7 @@ def mlebench_competition(
         metric=Metric(name, higher_is_better=higher, function=_no_function, proportion=proportion),
         prepare=functools.partial(_prepare, id),
         failure_reward=failure_reward,
-        transform=plain if transform is None else transform,
+        transform=("identity" if higher else "negate") if transform is None else transform,
         thresholds=thresholds,
         thresholds_note=note,
         judge=_judge(theirs),

@@ -185,6 +185,10 @@ class Task:
         """The reward of a score, higher is better."""
         return self.competition.reward(score)
 
+    def signals(self, rewards_K: Sequence[float]) -> list[float]:
+        """What advantages are computed from, for the rewards of a group."""
+        return self.competition.signals(rewards_K)
+
     def score_interval(self, score: float) -> tuple[float, float] | None:
         """95% interval of a `Grade.score`, or None where the metric has none."""
         return score_interval(self.metric, score, self.score_rows)

@@ -1,13 +1,18 @@
 """A competition's definition is checked when it is made, and found by id or by file."""
 
+import math
 import pickle
 
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError, DataError
-from discover_jax.tasks.competition import TRANSFORMS, Competition
+from discover_jax.tasks.competition import TRANSFORMS, Competition, ranks
 from discover_jax.tasks.loading import load_competition, locate_competition
 from discover_jax.tasks.metrics import ACCURACY, RMSE
+from discover_jax.tasks.prepare import prepare_task
 
 GOOD = {
     "id": "boats",
@@ -27,8 +32,8 @@ GOOD = {
         ({"description": " "}, "description = ' '"),
         ({"target": "key"}, "both 'key'"),
         ({"metric": "accuracy"}, r"must be a Metric, such as discover_jax\.tasks\.metrics\.ACCURACY"),
-        ({"transform": "square"}, "allowed: identity, negate"),
-        ({"transform": "negate"}, "does not fit accuracy, of which higher is better.*Use 'identity'"),
+        ({"transform": "square"}, "allowed: identity, negate, inverse, log, rank_in_group"),
+        ({"transform": "negate"}, "does not fit accuracy, of which higher is better.*Use 'identity' or 'log'"),
         ({"metric": RMSE}, "of which lower is better.*Use 'negate'"),
         ({"failure_reward": float("-inf")}, "must be finite"),
     ],
@@ -39,11 +44,65 @@ def test_definitions_that_are_not_allowed(changes, message):
         Competition(**(GOOD | changes))
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_rewards_rise_as_scores_get_better(name):
-    transform = TRANSFORMS[name]
-    better, worse = (0.9, 0.2) if transform.of_higher else (0.2, 0.9)
-    assert transform.function(better) > transform.function(worse)
+@pytest.mark.parametrize(("name", "higher"), [(name, higher) for name, t in TRANSFORMS.items() for higher in t.directions])
+@given(scores=st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=5, unique=True))
+def test_rewards_rise_as_scores_get_better(name, higher, scores):
+    metric = ACCURACY if higher else RMSE
+    competition = Competition(**(GOOD | {"metric": metric, "transform": name, "failure_reward": -1e7}))
+    rewards = [competition.reward(score) for score in sorted(scores, reverse=not higher)]
+    assert rewards == sorted(rewards)
+    assert math.isfinite(competition.reward(0.0))
+    signals = competition.signals(rewards)
+    assert all((a < b) <= (x <= y) for a, b, x, y in zip(rewards, rewards[1:], signals, signals[1:], strict=False))
+
+
+def test_transforms_by_hand():
+    def reward(transform, score, metric=RMSE, failure=-100.0):
+        return Competition(**(GOOD | {"metric": metric, "transform": transform, "failure_reward": failure})).reward(score)
+
+    assert reward("negate", 3.5) == -3.5
+    assert reward("inverse", 3.0) == 0.25
+    assert reward("log", math.e) == pytest.approx(-1.0)
+    assert reward("log", math.e, ACCURACY) == pytest.approx(1.0)
+    # Halving an error is worth the same at every scale.
+    assert reward("log", 40.0) - reward("log", 80.0) == pytest.approx(reward("log", 0.04) - reward("log", 0.08))
+    # Never worse than a failure, however bad.
+    assert reward("negate", 1e9) == -100.0
+    with pytest.raises(ConfigError, match=r"takes scores of at least 0\. Use another"):
+        reward("inverse", -0.5)
+
+
+def test_ranks_in_a_group():
+    assert ranks([5.0, -3.0, 8.0]) == [0.5, 0.0, 1.0]
+    assert ranks([1.0, 1.0, 0.0, 2.0, 0.0]) == [0.625, 0.625, 0.125, 1.0, 0.125]
+    assert ranks([7.0]) == [0.0]
+    assert ranks([2.0, 2.0]) == [0.5, 0.5]
+    competition = Competition(**(GOOD | {"transform": "rank_in_group"}))
+    assert competition.signals([0.1, 0.9]) == competition.signals([1e-9, 2e9]) == [0.0, 1.0]
+    assert Competition(**GOOD).signals([0.1, 0.9]) == [0.1, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "model"), [("breast-cancer", "log loss", 0.101), ("diabetes", "root mean squared error", 52.54534)]
+)
+def test_competitions_beyond_accuracy(tmp_path, name, metric, model):
+    """A linear model by hand does better than the sample, which does better than a failure."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    task = prepare_task(name, raw=None, reward="grade", folder=tmp_path / "task")
+    assert (task.metric.name, task.metric.higher_is_better) == (metric, False)
+    train, test = (pd.read_csv(task.public_dir / f"{part}.csv") for part in ("train", "test"))
+    target = task.competition.target
+    assert target not in test.columns
+    features = [column for column in test.columns if column != "id"]
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.3) if name == "breast-cancer" else Ridge())
+    pipeline.fit(train[features], train[target])
+    predicted = pipeline.predict_proba(test[features])[:, 1] if name == "breast-cancer" else pipeline.predict(test[features])
+    grade = task.grade(test[["id"]].assign(**{target: predicted}).to_csv(index=False).encode())
+    assert grade.score == pytest.approx(model, rel=0.01)
+    assert task.reward(grade.score) > task.reward(task.competition.sample_score) > task.failure_reward
 
 
 def test_built_in_competitions():
@@ -58,7 +117,10 @@ def test_built_in_competitions():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spaceship_titanic", r"did you mean 'spaceship-titanic'\?.*Allowed: digits-parity, spaceship-titanic, the path"),
+        (
+            "spaceship_titanic",
+            r"did you mean 'spaceship-titanic'\?.*Allowed: breast-cancer, diabetes, digits-parity, spaceship-titanic, the path",
+        ),
         ("boats", "no built-in competition has that id"),
         ("", "no built-in competition has that id"),
         ("absent/boats.py", "there is no such file"),
