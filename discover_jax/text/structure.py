@@ -1,0 +1,118 @@
+"""The structure of programs: which are the same but for names, layout and comments, and how far apart two are.
+
+Programs are parsed, never run. What cannot be parsed is compared as text.
+"""
+
+import ast
+import collections
+import hashlib
+import warnings
+from collections.abc import Iterator
+
+_SKIPPED_FIELDS = ("ctx", "type_comment", "kind", "type_ignores")
+
+
+def structure_key(code: str) -> str:
+    """Equal for programs that are the same up to layout, comments, docstrings, the order of imports and of keyword arguments, and the names
+    that a program gives to its own variables, functions and arguments. Constants and the names of others (modules, methods) count.
+    """
+    tree = _parse(code)
+    text = "\n".join(line.strip() for line in code.splitlines()) if tree is None else "\n".join(_lines(tree))
+    return hashlib.sha256(f"{tree is None}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def structure_parts(code: str) -> collections.Counter[str]:
+    """The parts of a program's tree, counted: for each node its kind, its names and constants, and the kinds of what it holds."""
+    tree = _parse(code)
+    return collections.Counter(code.split() if tree is None else (line.strip() for line in _lines(tree)))
+
+
+def structure_distance(first: collections.Counter[str], second: collections.Counter[str]) -> float:
+    """Part of two programs that they do not share, from 0 (the same parts) to 1 (none in common).
+
+    1 - 2 |A n B| / (|A| + |B|) over the multisets of `structure_parts`: Dice's dissimilarity.
+    """
+    total = first.total() + second.total()
+    return 1.0 - 2.0 * (first & second).total() / total if total else 0.0
+
+
+def _parse(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of doubtful escapes and comparisons, which are the program's affair
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # no program, null bytes, too deep
+        return None
+
+
+def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, int, list[ast.AST]]]:
+    """All nodes with depth and children, parents first, in the order of `_children`; without recursion, since programs can be deep."""
+    stack: list[tuple[ast.AST, int]] = [(tree, 0)]
+    while stack:
+        node, depth = stack.pop()
+        children = _children(node)
+        yield node, depth, children
+        stack += reversed([(child, depth + 1) for child in children])
+
+
+def _own_names(tree: ast.Module) -> dict[str, str]:
+    """New names for what the program names itself, numbered as they come; `run` is named by the contract."""
+    names: dict[str, str] = {}
+    for node, _, _ in _nodes(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.alias) and node.asname:
+            name = node.asname
+        else:
+            continue
+        if name != "run":
+            names.setdefault(name, f"_{len(names)}")
+    return names
+
+
+def _lines(tree: ast.Module) -> list[str]:
+    """One line a node, indented by depth: its kind, its own names and constants, and the kinds of its children."""
+    names = _own_names(tree)
+    lines = []
+    for node, depth, children in _nodes(tree):
+        label = [type(node).__name__, *_values(node, names), "(", *(type(child).__name__ for child in children), ")"]
+        lines.append(" " * depth + " ".join(label))
+    return lines
+
+
+def _children(node: ast.AST) -> list[ast.AST]:
+    """What a node holds, where order means nothing in one order, and without docstrings."""
+    children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
+    if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if ast.get_docstring(node, clean=False) is not None:
+            children.remove(node.body[0])
+        imports = [child for child in children if isinstance(child, ast.Import | ast.ImportFrom)]
+        children = [*sorted(imports, key=_imported), *(child for child in children if child not in imports)]
+    elif isinstance(node, ast.ImportFrom | ast.Import):
+        children = sorted(children, key=lambda child: child.name if isinstance(child, ast.alias) else "")
+    elif isinstance(node, ast.Call):
+        keywords = sorted((child for child in children if isinstance(child, ast.keyword)), key=lambda keyword: keyword.arg or "")
+        children = [*(child for child in children if not isinstance(child, ast.keyword)), *keywords]
+    return children
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> tuple[str, list[str]]:
+    module = f"{'.' * node.level}{node.module or ''}" if isinstance(node, ast.ImportFrom) else ""
+    return module, sorted(alias.name for alias in node.names)
+
+
+def _values(node: ast.AST, names: dict[str, str]) -> list[str]:
+    """Names and constants of a node itself."""
+    found = []
+    for field, value in ast.iter_fields(node):
+        if field in _SKIPPED_FIELDS or value is None or isinstance(value, ast.AST | list):
+            continue
+        own = field in ("id", "name", "asname") or (field == "arg" and isinstance(node, ast.arg))
+        found.append(f"{field}={names.get(value, value) if own and isinstance(value, str) else repr(value)}")
+    if isinstance(node, ast.Global | ast.Nonlocal):
+        found += [names.get(name, name) for name in node.names]
+    return found
