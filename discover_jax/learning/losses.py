@@ -1,27 +1,119 @@
 """Policy-gradient losses of single tokens, and reductions of token losses to the loss of a batch."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from discover_jax.exceptions import ConfigError
 from discover_jax.learning.packing import Batch
 from discover_jax.learning.tables import Table
 
-TokenLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(logp_theta, logp_sampler, advantage), all of one shape, float32 -> loss of each token, same shape.
 
-Whatever reshapes the advantage of a token (a KL penalty, say) is done before, so losses need not know of it.
-"""
+@dataclasses.dataclass(frozen=True)
+class RatioLimits:
+    """How far a token's ratio rho = p_theta / p_sampler may go, for the losses that limit it.
+
+    Attributes:
+      clip_low, clip_high: of `ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+      truncate: of `truncated_importance_sampling`: the largest ratio.
+
+    Raises:
+      ConfigError: a number is out of range.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    truncate: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, highest in (("clip_low", 1.0), ("clip_high", math.inf), ("truncate", math.inf)):
+            value = getattr(self, name)
+            if not 0 < value <= highest or math.isinf(value):
+                allowed = f"above 0{'' if math.isinf(highest) else f' and at most {highest:g}'}"
+                raise ConfigError(f"{name} = {value!r} cannot limit the ratios of a loss; it must be {allowed}.")
 
 
-def importance_sampling(logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array) -> jax.Array:
+DEFAULT_LIMITS = RatioLimits()
+
+
+class TokenLoss(Protocol):
+    """(logp_theta, logp_sampler, advantage), all of one shape, float32 -> loss of each token, same shape.
+
+    Every loss takes `limits`, so that the table's entries can be exchanged. Whatever reshapes the advantage of a token (a KL penalty, say)
+    is done before, so losses need not know of it.
+    """
+
+    def __call__(
+        self, logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS
+    ) -> jax.Array: ...
+
+
+def importance_sampling(
+    logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS
+) -> jax.Array:
     """-exp(logp_theta - logp_sampler) A, unclipped: an unbiased policy gradient for tokens that another version of the policy drew."""
+    del limits
     return -jnp.exp(logp_theta - logp_sampler) * advantage
 
 
-LOSSES: Table[TokenLoss] = Table("loss", {"importance_sampling": importance_sampling})
+def truncated_importance_sampling(
+    logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS
+) -> jax.Array:
+    """-min(rho, c) A logp_theta with the cut ratio as a constant: its gradient is -min(rho, c) A grad logp_theta.
+
+    So a token beyond c = `limits.truncate` still pushes, with weight c; below c the gradient is that of `importance_sampling`. This is the
+    truncation of importance weights (Ionides 2008) as V-trace (arXiv 1802.01561) and CISPO (arXiv 2506.13585) apply it to policy gradients;
+    cutting rho in -rho A itself would silence the token instead. The loss's value means little; its gradient is what counts.
+    """
+    weight = jnp.minimum(jnp.exp(logp_theta - logp_sampler), limits.truncate)
+    return -jax.lax.stop_gradient(weight) * advantage * logp_theta
+
+
+def ppo(logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS) -> jax.Array:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (Schulman et al., arXiv 1707.06347, equation 7)."""
+    # The smaller branch, chosen on the logarithms: a ratio that overflows where the clipped branch rules leaves no NaN in the gradient.
+    gap = logp_theta - logp_sampler
+    limited = jnp.where(advantage > 0, jnp.minimum(gap, jnp.log1p(limits.clip_high)), jnp.maximum(gap, jnp.log1p(-limits.clip_low)))
+    return -jnp.exp(limited) * advantage
+
+
+def reinforce(logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS) -> jax.Array:
+    """-A logp_theta (report, section 4.3), which takes the tokens as its own: `importance_sampling` with every ratio taken for 1."""
+    del logp_sampler, limits
+    return -advantage * logp_theta
+
+
+LOSSES: Table[TokenLoss] = Table(
+    "loss",
+    {
+        "importance_sampling": importance_sampling,
+        "truncated_importance_sampling": truncated_importance_sampling,
+        "ppo": ppo,
+        "reinforce": reinforce,
+    },
+)
+
+
+def _truncated(ratio: jax.Array, advantage: jax.Array, limits: RatioLimits) -> jax.Array:
+    del advantage
+    return ratio > limits.truncate
+
+
+def _clipped(ratio: jax.Array, advantage: jax.Array, limits: RatioLimits) -> jax.Array:
+    """Where the clipped branch is the smaller one, so that the token has no gradient."""
+    return jnp.where(advantage > 0, ratio > 1.0 + limits.clip_high, (ratio < 1.0 - limits.clip_low) & (advantage < 0))
+
+
+LIMITED: dict[str, Callable[[jax.Array, jax.Array, RatioLimits], jax.Array]] = {
+    "truncated_importance_sampling": _truncated,
+    "ppo": _clipped,
+}
+"""For the losses that limit ratios: (ratio, advantage, limits) -> bool, the tokens on which the limit acts."""
 
 
 def _sum(batches: Sequence[Batch]) -> list[np.ndarray]:

@@ -132,3 +132,30 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
             batch.advantages_BT[row, generated] = np.where(rollout.chosen_T, advantage, 0.0)
             start = end
     return batches
+
+
+def pack_substeps(
+    rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, substeps: int, row_tokens: int, rows: int
+) -> list[list[Batch]]:
+    """The batches of each of several optimiser steps that share the rollouts: every rollout is used once, in one of them.
+
+    As in the reference code, the rollouts are cut in their order into as equal parts as possible, of which the first may have one more;
+    given group by group, groups stay whole where their number divides by `substeps`. A part is a function of the rollouts alone, so neither
+    packing nor microbatches nor devices change what an optimiser step sees. Fewer usable rollouts than substeps make fewer substeps, and
+    none make none.
+
+    Args:
+      rollouts, advantages, row_tokens, rows: as for `pack`.
+      substeps: optimiser steps, at least 1; with 1, `pack` of everything.
+
+    Raises:
+      CapacityError, ConfigError, LearningError: as `pack`; ConfigError for fewer than one substep, too.
+    """
+    if substeps < 1:
+        raise ConfigError(f"substeps = {substeps} is no number of optimiser steps; it must be at least 1.")
+    values = np.asarray(advantages, np.float64)
+    if values.shape != (len(rollouts),):
+        raise LearningError(f"{len(rollouts)} rollouts came with advantages of shape {values.shape}; give one for each.")
+    usable = [index for index, rollout in enumerate(rollouts) if rollout.chosen_T.any()]
+    parts = [part for part in np.array_split(np.asarray(usable, np.int64), substeps) if part.size]
+    return [pack([rollouts[i] for i in part], values[part], row_tokens=row_tokens, rows=rows) for part in parts]

@@ -2,7 +2,8 @@
 
 All microbatches of a run have one shape, so two programs are compiled: one that adds a microbatch's gradient, one that applies
 the sum. Weights of the reduction are computed over all microbatches beforehand (see losses), so the result depends neither on
-how rollouts are packed nor on how many microbatches there are, up to the order of float32 sums.
+how rollouts are packed nor on how many microbatches there are, up to the order of float32 sums. A third program, compiled only where
+the KL to the base is wanted, reads the microbatches with the adapter left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ import numpy as np
 import optax
 
 from discover_jax.exceptions import ConfigError, LearningError
+from discover_jax.learning.kl import shape_advantages
 from discover_jax.learning.logprobs import token_logprobs
-from discover_jax.learning.losses import LOSSES, REDUCTIONS
+from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCTIONS, RatioLimits
 from discover_jax.learning.packing import Batch, empty_batch
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.sharding import sharding_for
@@ -54,7 +56,26 @@ def _metrics(statistics: Sequence[Statistics]) -> dict[str, float]:
     }
     if "loss" in stacked:
         metrics["loss"] = stacked["loss"].sum()
+    if "limited" in stacked:
+        metrics["ratio/limited_frac"] = stacked["limited"].sum() / tokens
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _joined(substeps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of several optimiser steps as one row; of one, as they are."""
+    if len(substeps) == 1:
+        return substeps[0]
+    tokens = [row["tokens"] for row in substeps]
+    # From the second substep on, the trainer's weights are no longer the sampler's: only the first can tell whether the two agree.
+    joined = {"tokens": sum(tokens), **{name: substeps[0][name] for name in ("logprob_gap/mean", "logprob_gap/max")}}
+    for name in substeps[0].keys() - joined.keys():
+        values = [row[name] for row in substeps]
+        if name in ("ratio/min", "ratio/max"):
+            joined[name] = min(values) if name == "ratio/min" else max(values)
+        else:
+            of_tokens = name in ("entropy", "ratio/limited_frac")
+            joined[name] = float(np.average(values, weights=tokens if of_tokens else None))
+    return joined
 
 
 def _norm(tree: Any) -> jax.Array:
@@ -76,9 +97,12 @@ class Update:
       reduction: a name in REDUCTIONS.
       temperature: of the sampler; log-probabilities are those of the distribution that was sampled from.
       chunk_tokens: places of a microbatch whose logits exist at once.
+      limits: of the losses that limit ratios.
+      kl_coefficient: lambda of the penalty on the KL to the base model (see kl.py); 0: none.
+      measure_kl: logs the KL to the base even without a penalty, which costs one more forward pass a microbatch.
 
     Raises:
-      ConfigError: an unknown name, or a number that is not above 0.
+      ConfigError: an unknown name, or a number out of range.
     """
 
     def __init__(
@@ -90,6 +114,9 @@ class Update:
         reduction: str = "sum",
         temperature: float = 1.0,
         chunk_tokens: int = 1024,
+        limits: RatioLimits = DEFAULT_LIMITS,
+        kl_coefficient: float = 0.0,
+        measure_kl: bool = False,
     ):
         if not temperature > 0:
             raise ConfigError(
@@ -97,8 +124,12 @@ class Update:
             )
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens = {chunk_tokens!r} cannot be used; it must be at least 1.")
-        token_loss = LOSSES[loss]
+        if not 0 <= kl_coefficient < float("inf"):
+            raise ConfigError(f"kl_coefficient = {kl_coefficient!r} cannot be used; it must be a finite number of at least 0.")
+        token_loss, limited = LOSSES[loss], LIMITED.get(loss)
         self._weights = REDUCTIONS[reduction]
+        self._kl_coefficient = kl_coefficient
+        self._knows_kl = measure_kl or kl_coefficient > 0
         self._mesh = model.mesh
 
         def forward(lora: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Statistics]:
@@ -109,12 +140,20 @@ class Update:
             logprobs_BT, statistics = forward(lora, frozen, batch)
             # Where masked the ratio is set to 1 before the loss, so that no overflow at padding can reach a gradient.
             sampler_BT, advantages_BT = jnp.asarray(batch.sampler_logprobs_BT), jnp.asarray(batch.advantages_BT)
-            losses_BT = token_loss(jnp.where(batch.mask_BT, logprobs_BT, sampler_BT), sampler_BT, advantages_BT)
-            return jnp.sum(weights_BT * losses_BT), statistics
+            logprobs_BT = jnp.where(batch.mask_BT, logprobs_BT, sampler_BT)
+            if limited is not None:
+                ratios_BT = jnp.exp(jax.lax.stop_gradient(logprobs_BT) - sampler_BT)
+                statistics["limited"] = (batch.mask_BT & limited(ratios_BT, advantages_BT, limits)).sum(dtype=jnp.int32)
+            return jnp.sum(weights_BT * token_loss(logprobs_BT, sampler_BT, advantages_BT, limits)), statistics
 
         def accumulate(gradient: Any, lora: Any, frozen: Any, batch: Batch, weights_BT: jax.Array) -> tuple[Any, Statistics]:
             (value, statistics), new = jax.value_and_grad(weighted_loss, has_aux=True)(lora, frozen, batch, weights_BT)
             return jax.tree.map(jnp.add, gradient, new), statistics | {"loss": value}
+
+        def base_gap(frozen: Any, batch: Batch) -> jax.Array:
+            # In the distribution that was sampled from, so at the same temperature.
+            base_BT, _ = token_logprobs(model, frozen, None, batch, temperature=temperature, chunk_tokens=chunk_tokens)
+            return jnp.where(batch.mask_BT, batch.sampler_logprobs_BT - base_BT, 0.0)
 
         def apply(state: TrainState, gradient: Any) -> TrainState:
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
@@ -126,6 +165,7 @@ class Update:
         layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
         self._accumulate = jax.jit(accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=layouts)
+        self._base_gap = jax.jit(base_gap)
         self._norm = jax.jit(_norm)
         self._forward = jax.jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
@@ -137,7 +177,11 @@ class Update:
         return jax.tree.map(lambda x_BT: jax.device_put(x_BT, sharding_for(("batch", "positions"), x_BT.shape, mesh)), arrays)
 
     def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> tuple[Any, dict[str, float]]:
-        """Gradient of the reduced loss in `lora`, and the metrics of `update` but for `update/skipped`; needs a chosen token."""
+        """Gradient of the reduced loss in `lora`, of the advantages as they stand in the batches; needs a chosen token.
+
+        Returns:
+          A tree like `lora`, and the metrics of `update` but for `kl_base/mean` and `update/skipped`.
+        """
         gradient = jax.tree.map(jnp.zeros_like, lora)
         statistics = []
         for batch, weights_BT in zip(batches, self._weights(batches), strict=True):
@@ -146,43 +190,81 @@ class Update:
         norm, statistics = jax.device_get((self._norm(gradient), statistics))
         return gradient, _metrics(statistics) | {"grad_norm": float(norm)}
 
+    def shape(self, frozen: Any, substeps: Sequence[Sequence[Batch]]) -> tuple[list[list[Batch]], dict[str, float]]:
+        """All batches of a step, their advantages reshaped by the KL to the base, and `kl_base/mean`; as they are if no KL is wanted.
+
+        The mean that the penalty is measured from is over the chosen tokens of all substeps together, as in the reference code.
+        """
+        if not self._knows_kl:
+            return [list(batches) for batches in substeps], {}
+        batches = [batch for batches in substeps for batch in batches]
+        shaped, mean = shape_advantages(batches, self._base_gaps(frozen, batches), self._kl_coefficient)
+        remaining = iter(shaped)
+        return [[next(remaining) for _ in batches] for batches in substeps], {"kl_base/mean": mean}
+
+    def _base_gaps(self, frozen: Any, batches: Sequence[Batch]) -> list[np.ndarray]:
+        return jax.device_get([self._base_gap(frozen, self._place(batch)) for batch in batches])
+
     def update(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
-        """One optimiser step on all batches together. The buffers of `state` are donated: use only the returned one afterwards.
+        """One optimiser step on all batches together: `update_in_substeps` with one."""
+        return self.update_in_substeps(frozen, state, [batches])
+
+    def update_in_substeps(
+        self, frozen: Any, state: TrainState, substeps: Sequence[Sequence[Batch]]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One optimiser step after another, each on batches of its own. The buffers of `state` are donated: use only the returned one.
 
         Args:
           frozen: base weights.
-          state: adapter and optimiser before the step.
-          batches: from `pack`, all of one shape; none (every group constant) leaves the state as it is.
+          state: adapter and optimiser before the first step.
+          substeps: from `pack_substeps`; batches are all of one shape. Substeps without a chosen token are left out, and if none is left
+            (every group constant) the state stays as it is.
 
         Returns:
-          The new state, and host floats measured on the weights before the step, over chosen tokens: `loss`, `logprob_gap/mean` and `/max`
-          (|trainer - sampler|, nats), `ratio/min` and `/max` (trainer / sampler), `entropy` (nats a token), `grad_norm` (before any
-          clipping), `tokens`, `update/skipped`. A skipped update has only `tokens` = 0 and `update/skipped` = 1, and `state` stays valid.
+          The new state, and host floats over chosen tokens, measured on the weights before each optimiser step: `loss`, `logprob_gap/mean`
+          and `/max` (|trainer - sampler|, nats), `ratio/min` and `/max` (trainer / sampler), `ratio/limited_frac` (tokens on which a limit
+          of the loss acts; only for losses that have one), `entropy` (nats a token), `grad_norm` (before any clipping), `tokens`,
+          `kl_base/mean` (mean of sampler - base, nats a token; if wanted), `update/skipped`. Of several substeps: sum of tokens, extremes
+          of ratios, means over tokens of entropy and limited_frac, means over substeps of loss and grad_norm, and the log-probability gap
+          of the first one, whose weights are the sampler's. A skipped update has only `tokens` = 0 and `update/skipped` = 1, and `state`
+          stays valid.
 
         Raises:
-          LearningError: loss or gradient is not finite; `state` is untouched and still valid.
+          LearningError: loss or gradient is not finite, or the base model's log-probabilities are not. In the first substep `state` is
+            untouched and still valid; later it is lost, and the last checkpoint is what remains.
           ShardingError: the rows of a batch do not divide by the mesh's data axis.
         """
-        if _chosen(batches) == 0:
+        substeps = [batches for batches in substeps if _chosen(batches)]
+        if not substeps:
             return state, {"tokens": 0.0, "update/skipped": 1.0}
+        substeps, kl_metrics = self.shape(frozen, substeps)
+        rows = []
+        for batches in substeps:
+            state, metrics = self._optimizer_step(frozen, state, batches)
+            rows.append(metrics)
+        return state, _joined(rows) | kl_metrics | {"update/skipped": 0.0}
+
+    def _optimizer_step(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         gradient, metrics = self.gradient(frozen, state.lora, batches)
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             raise LearningError(
                 f"The gradient of optimiser step {int(state.step)} is not finite: loss {metrics['loss']}, norm {metrics['grad_norm']},"
                 f" ratios {metrics['ratio/min']} to {metrics['ratio/max']}, log-probability gap at most {metrics['logprob_gap/max']}."
-                " Nothing was changed. Ratios far from 1 mean that sampler and trainer disagree; otherwise look for rewards or weights"
+                " It was not applied. Ratios far from 1 mean that sampler and trainer disagree; otherwise look for rewards or weights"
                 " out of scale."
             )
-        return self._apply(state, gradient), metrics | {"update/skipped": 0.0}
+        return self._apply(state, gradient), metrics
 
     def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> dict[str, float]:
-        """The log-probability gap, ratios, entropy and tokens of `update`, without gradient or change; empty if no token was chosen.
+        """The log-probability gap, ratios, entropy, tokens and KL of `update`, without gradient or change; empty if no token was chosen.
 
-        For rollouts that take part in no update: those of constant groups, or of a search without training. `lora` may be None.
+        For rollouts that take part in no update: those of constant groups, or of a search without training. `lora` may be None: the policy
+        then is the base model, and its KL is not measured.
         """
         if _chosen(batches) == 0:
             return {}
-        return _metrics(jax.device_get([self._forward(lora, frozen, self._place(batch)) for batch in batches]))
+        metrics = _metrics(jax.device_get([self._forward(lora, frozen, self._place(batch)) for batch in batches]))
+        return metrics | self.shape(frozen, [batches])[1] if lora is not None else metrics
 
     def programs(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[Program]:
         """The programs of `update` for microbatches of that shape, to be compiled without being run.
@@ -195,13 +277,21 @@ class Update:
           ShardingError: the rows do not divide by the mesh's data axis.
         """
         batch, weights_BT = self._abstract_batch(rows, row_tokens)
+        yield from self._base_programs(frozen, batch)
         live = {"gradient": state.lora}
         yield Program("gradient", self._accumulate.lower(state.lora, state.lora, frozen, batch, weights_BT), live)
         yield Program("apply", self._apply.lower(state, state.lora), live)
 
     def measuring_programs(self, frozen: Any, lora: Any, rows: int, row_tokens: int) -> Iterator[Program]:
-        """The one program of `measure`; see `programs`. `lora` may be None."""
-        yield Program("measure", self._forward.lower(lora, frozen, self._abstract_batch(rows, row_tokens)[0]), {})
+        """The programs of `measure`; see `programs`. `lora` may be None."""
+        batch, _ = self._abstract_batch(rows, row_tokens)
+        yield Program("measure", self._forward.lower(lora, frozen, batch), {})
+        if lora is not None:
+            yield from self._base_programs(frozen, batch)
+
+    def _base_programs(self, frozen: Any, batch: Batch) -> Iterator[Program]:
+        if self._knows_kl:
+            yield Program("base", self._base_gap.lower(frozen, batch), {})
 
     def _abstract_batch(self, rows: int, row_tokens: int) -> tuple[Batch, jax.ShapeDtypeStruct]:
         """A microbatch and its weights, laid out as `_place` does."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.learning.losses import LOSSES, REDUCTIONS, importance_sampling
+from discover_jax.learning.losses import LIMITED, LOSSES, REDUCTIONS, RatioLimits, importance_sampling, ppo, truncated_importance_sampling
 from discover_jax.learning.packing import pack
 from discover_jax.types import Rollout, StopReason
 
@@ -20,8 +20,66 @@ def test_importance_sampling_by_hand():
     assert importance_sampling(np.float32(0), np.float32(-10), np.float32(1)) == pytest.approx(-np.exp(10), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope", "limited"),
+    [  # the slope in logp_theta; clip to [0.9, 1.3], truncation at 1.5
+        (1.0, 2.0, {"truncated_importance_sampling": -2.0, "ppo": -2.0, "reinforce": -2.0}, set()),
+        (1.2, -2.0, {"truncated_importance_sampling": 2.4, "ppo": 2.4, "reinforce": 2.0}, set()),
+        (1.4, 2.0, {"truncated_importance_sampling": -2.8, "ppo": 0.0, "reinforce": -2.0}, {"ppo"}),
+        (1.4, -2.0, {"truncated_importance_sampling": 2.8, "ppo": 2.8, "reinforce": 2.0}, set()),
+        (0.8, 2.0, {"truncated_importance_sampling": -1.6, "ppo": -1.6, "reinforce": -2.0}, set()),
+        (0.8, -2.0, {"truncated_importance_sampling": 1.6, "ppo": 0.0, "reinforce": 2.0}, {"ppo"}),
+        (3.0, 2.0, {"truncated_importance_sampling": -3.0, "ppo": 0.0, "reinforce": -2.0}, {"ppo", "truncated_importance_sampling"}),
+        (3.0, -2.0, {"truncated_importance_sampling": 3.0, "ppo": 6.0, "reinforce": 2.0}, {"truncated_importance_sampling"}),
+        (3.0, 0.0, {"truncated_importance_sampling": 0.0, "ppo": 0.0, "reinforce": 0.0}, {"truncated_importance_sampling"}),
+    ],
+)
+def test_slopes_and_limits_by_hand(ratio, advantage, slope, limited):
+    limits = RatioLimits(clip_low=0.1, clip_high=0.3, truncate=1.5)
+    theta, sampler = np.float32(np.log(0.2 * ratio)), np.float32(np.log(0.2))
+    for name, expected in slope.items():
+        found = jax.grad(lambda theta, name=name: LOSSES[name](theta, sampler, np.float32(advantage), limits))(theta)
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+    acts = {name for name, acts_on in LIMITED.items() if acts_on(np.float32(ratio), np.float32(advantage), limits)}
+    assert acts == limited
+
+
+def test_values_by_hand():
+    """Ratio 3 at logp_theta = log 0.6, with the default limits: ppo's is clipped to 1.2; truncation and reinforce weigh log 0.6."""
+    for advantage, clipped in ((2.0, -2.4), (-2.0, 6.0)):
+        at = np.float32(np.log(0.6)), np.float32(np.log(0.2)), np.float32(advantage)
+        assert ppo(*at) == pytest.approx(clipped, rel=1e-6)
+        assert LOSSES["reinforce"](*at) == pytest.approx(-advantage * np.log(0.6), rel=1e-6)
+        assert truncated_importance_sampling(*at) == pytest.approx(-2 * advantage * np.log(0.6), rel=1e-6)
+
+
+def test_at_ratio_one_all_losses_have_one_gradient():
+    logp, advantages = np.log(np.linspace(0.05, 0.95, 7)).astype(np.float32), np.linspace(-2, 3, 7).astype(np.float32)
+    for loss in LOSSES.values():
+        slopes = jax.grad(lambda theta, loss=loss: loss(theta, logp, advantages).sum())(logp)
+        np.testing.assert_allclose(slopes, -advantages, rtol=1e-6)
+
+
+def test_a_ratio_that_overflows_is_cut():
+    """exp(200) is infinite in float32; the truncated weight is 2, ppo's clipped branch silent."""
+    at = np.float32(0), np.float32(-200), np.float32(1)
+    assert jax.grad(truncated_importance_sampling)(*at) == -2.0
+    assert jax.grad(ppo)(*at) == 0.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"clip_low": 0.0}, {"clip_low": 1.1}, {"clip_high": -0.2}, {"clip_high": float("inf")}, {"truncate": 0.0}, {"truncate": float("nan")}],
+)
+def test_limits_are_checked(bad):
+    with pytest.raises(ConfigError, match=f"{next(iter(bad))} = .* above 0"):
+        RatioLimits(**bad)
+
+
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ConfigError, match=r"loss 'dpo' is not known; allowed: importance_sampling"):
+    with pytest.raises(
+        ConfigError, match=r"loss 'dpo' is not known; allowed: importance_sampling, ppo, reinforce, truncated_importance_sampling"
+    ):
         LOSSES["dpo"]
     with pytest.raises(ConfigError, match=r"reduction 'mean' is not known; allowed: sequence_mean, sum, token_mean"):
         REDUCTIONS["mean"]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import CapacityError, ConfigError, LearningError
-from discover_jax.learning.packing import first_fit_decreasing, pack
+from discover_jax.learning.packing import first_fit_decreasing, pack, pack_substeps
 from discover_jax.types import Rollout, StopReason
 
 
@@ -142,3 +142,41 @@ def test_bad_input_is_refused():
         pack([ragged], [1.0], row_tokens=8, rows=1)
     with pytest.raises(ConfigError, match="at least 1"):
         pack([good], [1.0], row_tokens=8, rows=0)
+
+
+def _tokens_of(batches):
+    return sorted(int(t) for batch in batches for t in batch.targets_BT[batch.mask_BT])
+
+
+@settings(max_examples=100)
+@given(rollouts_strategy(), st.integers(1, 5), st.integers(24, 60), st.integers(1, 4))
+def test_substeps_share_the_rollouts_in_order_and_evenly(rollouts, substeps, row_tokens, rows):
+    advantages = [index + 0.5 for index in range(len(rollouts))]
+    parts = pack_substeps(rollouts, advantages, substeps=substeps, row_tokens=row_tokens, rows=rows)
+    usable = [r for r in rollouts if r.chosen_T.any()]
+    assert len(parts) == min(substeps, len(usable))
+    start, sizes = 0, []
+    for batches in parts:
+        advantages_here = {float(a) for b in batches for a in b.advantages_BT[b.mask_BT]}
+        members = usable[start : start + len(advantages_here)]
+        assert _tokens_of(batches) == sorted(int(t) for r in members for t in r.tokens_T[r.chosen_T])
+        assert advantages_here == {r.index + 0.5 for r in members}
+        start += len(members)
+        sizes.append(len(members))
+    assert start == len(usable)
+    assert sizes == sorted(sizes, reverse=True)
+    assert not sizes or sizes[0] - sizes[-1] <= 1
+
+
+def test_substeps_of_whole_groups():
+    """Four groups of three in two substeps: groups 0 and 1, then 2 and 3."""
+    rollouts = [make_rollout([1], [10 * group + index], group=group, index=index) for group in range(4) for index in range(3)]
+    parts = pack_substeps(rollouts, np.ones(12), substeps=2, row_tokens=4, rows=2)
+    assert [_tokens_of(batches) for batches in parts] == [[0, 1, 2, 10, 11, 12], [20, 21, 22, 30, 31, 32]]
+
+
+def test_substeps_refuse():
+    with pytest.raises(ConfigError, match="at least 1"):
+        pack_substeps([make_rollout([1], [2])], [1.0], substeps=0, row_tokens=4, rows=1)
+    with pytest.raises(LearningError, match="1 rollouts came with advantages"):
+        pack_substeps([make_rollout([1], [2])], [1.0, 2.0], substeps=1, row_tokens=4, rows=1)

@@ -1,4 +1,7 @@
-"""The update on a bigram policy, whose gradient has a closed form: dL/dlogits = -ratio A (onehot(target) - p) / temperature."""
+"""The update on a bigram policy, whose gradient has a closed form: dL/dlogits = slope (onehot(target) - p) / temperature.
+
+The slope of the loss in the token's log-probability is -ratio A for importance sampling, and `SLOPES` for the others.
+"""
 
 import dataclasses
 
@@ -9,13 +12,21 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from discover_jax.exceptions import ConfigError, LearningError
-from discover_jax.learning.packing import pack
+from discover_jax.learning.losses import RatioLimits
+from discover_jax.learning.packing import pack, pack_substeps
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.types import Rollout, StopReason
 
 VOCAB = 7
 TEMPERATURE = 1.7
+LIMITS = RatioLimits(clip_low=0.1, clip_high=0.3, truncate=1.5)
+SLOPES = {
+    "importance_sampling": lambda ratio, a: -ratio * a,
+    "truncated_importance_sampling": lambda ratio, a: -min(ratio, 1.5) * a,
+    "ppo": lambda ratio, a: 0.0 if (a > 0 and ratio > 1.3) or (a < 0 and ratio < 0.9) else -ratio * a,
+    "reinforce": lambda ratio, a: -a,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +72,25 @@ def tables():
     return jnp.asarray(rng.normal(size=(VOCAB, VOCAB)), jnp.float32), jnp.asarray(0.3 * rng.normal(size=(VOCAB, VOCAB)), jnp.float32)
 
 
-def by_hand(table, rollouts, advantages, reduction):
-    """Loss, gradient and statistics in float64, token by token."""
+def by_hand(table, rollouts, advantages, reduction, loss_name="importance_sampling"):
+    """Importance sampling's loss, the named loss's gradient, and statistics, in float64, token by token.
+
+    Advantages are one number for each rollout, or an array with one for each of its tokens.
+    """
     table = np.asarray(table, np.float64)
     tokens = sum(int(r.chosen_T.sum()) for r in rollouts)
     loss, gradient, gaps, entropies = 0.0, np.zeros_like(table), [], []
     for rollout, advantage in zip(rollouts, advantages, strict=True):
         weight = {"sum": 1.0, "token_mean": 1 / tokens, "sequence_mean": 1 / (len(rollouts) * rollout.chosen_T.sum())}[reduction]
         before = rollout.prompt_tokens_P[-1]
-        for token, logprob, chosen in zip(rollout.tokens_T, rollout.logprobs_T, rollout.chosen_T, strict=True):
+        of_token = np.broadcast_to(advantage, len(rollout.tokens_T))
+        for token, logprob, chosen, a in zip(rollout.tokens_T, rollout.logprobs_T, rollout.chosen_T, of_token, strict=True):
             if chosen:
                 p = np.exp(table[before] / TEMPERATURE)
                 p /= p.sum()
                 gap = np.log(p[token]) - logprob
-                loss -= weight * np.exp(gap) * advantage
-                gradient[before] -= weight * np.exp(gap) * advantage * (np.eye(VOCAB)[token] - p) / TEMPERATURE
+                loss -= weight * np.exp(gap) * a
+                gradient[before] += weight * SLOPES[loss_name](np.exp(gap), a) * (np.eye(VOCAB)[token] - p) / TEMPERATURE
                 gaps.append(gap)
                 entropies.append(-(p * np.log(p)).sum())
             before = token
@@ -106,6 +121,144 @@ def test_gradient_and_metrics_equal_the_closed_form(tables, reduction, row_token
         },
         rel=2e-5,
     )
+
+
+@pytest.mark.parametrize("loss", sorted(SLOPES))
+@pytest.mark.parametrize(("row_tokens", "rows"), [(16, 2), (200, 1)])
+def test_every_loss_has_its_slope_whatever_the_packing(tables, loss, row_tokens, rows):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(1)
+    update = Update(Bigram(), adam(), loss=loss, limits=LIMITS, temperature=TEMPERATURE)
+    batches = pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)
+    gradient, metrics = update.gradient(frozen, {"table": table}, batches)
+    _, expected, gaps, _ = by_hand(frozen + table, rollouts, advantages, "sum", loss)
+    np.testing.assert_allclose(gradient["table"], expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+    of_token = np.concatenate([np.full(r.chosen_T.sum(), a) for r, a in zip(rollouts, advantages, strict=True)])
+    ratios = np.exp(gaps)
+    limited = {
+        "truncated_importance_sampling": (ratios > 1.5).mean(),
+        "ppo": (((of_token > 0) & (ratios > 1.3)) | ((of_token < 0) & (ratios < 0.9))).mean(),
+    }
+    assert metrics.get("ratio/limited_frac") == (pytest.approx(limited[loss]) if loss in limited else None)
+    if loss in limited:
+        assert 0 < limited[loss] < 1
+
+
+def base_gaps(frozen, rollouts):
+    """logp_sampler - logp_base of every token, 0 where it was forced, in float64."""
+    table, gaps = np.asarray(frozen, np.float64) / TEMPERATURE, []
+    for r in rollouts:
+        before = np.concatenate([r.prompt_tokens_P[-1:], r.tokens_T[:-1]])
+        logp = table[before, r.tokens_T] - np.log(np.exp(table[before]).sum(axis=1))
+        gaps.append(np.where(r.chosen_T, r.logprobs_T - logp, 0.0))
+    return gaps
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_kl_shaping_equals_the_closed_form(tables, reduction):
+    """The base is the table without the adapter; the mean is over all tokens of all microbatches."""
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(1)
+    gaps = base_gaps(frozen, rollouts)
+    mean = sum(gap.sum() for gap in gaps) / sum(r.chosen_T.sum() for r in rollouts)
+    shaped = [a + 0.7 * (mean - gap) for a, gap in zip(advantages, gaps, strict=True)]
+    loss, expected, _, _ = by_hand(frozen + table, rollouts, shaped, reduction)
+    update = Update(Bigram(), adam(), reduction=reduction, temperature=TEMPERATURE, kl_coefficient=0.7)
+    for row_tokens, rows in ((16, 1), (16, 2), (200, 1)):
+        (batches,), kl_metrics = update.shape(frozen, [pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)])
+        assert kl_metrics == {"kl_base/mean": pytest.approx(mean, rel=1e-5)}
+        gradient, metrics = update.gradient(frozen, {"table": table}, batches)
+        assert metrics["loss"] == pytest.approx(loss, rel=2e-5)
+        np.testing.assert_allclose(gradient["table"], expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
+
+
+def test_the_kl_can_be_measured_alone(tables):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(1)
+    batches = pack(rollouts, advantages, row_tokens=24, rows=1)
+    gaps = base_gaps(frozen, rollouts)
+    mean = sum(gap.sum() for gap in gaps) / sum(r.chosen_T.sum() for r in rollouts)
+    results = []
+    for measure_kl in (False, True):
+        update = Update(Bigram(), adam(), temperature=TEMPERATURE, measure_kl=measure_kl)
+        measured = update.measure(frozen, {"table": table}, batches)
+        state, metrics = update.update(frozen, init_train_state({"table": jnp.array(table)}, adam()), batches)
+        assert metrics.get("kl_base/mean") == measured.get("kl_base/mean") == (pytest.approx(mean, rel=1e-5) if measure_kl else None)
+        assert "kl_base/mean" not in update.measure(frozen, None, batches)
+        results.append((state.lora["table"], {name: value for name, value in metrics.items() if name != "kl_base/mean"}))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize(("row_tokens", "rows"), [(16, 1), (40, 3)])
+def test_substeps_are_adam_steps_on_parts_in_turn(tables, row_tokens, rows):
+    """ppo with a KL whose mean is over the whole batch, three substeps of three rollouts; Adam by hand in float64, as above."""
+    frozen, table = tables
+    rate, b1, b2, eps = 1e-2, 0.9, 0.95, 1e-8
+    rollouts, advantages = make_rollouts(1)
+    gaps = base_gaps(frozen, rollouts)
+    mean = sum(gap.sum() for gap in gaps) / sum(r.chosen_T.sum() for r in rollouts)
+    shaped = [a + 0.1 * (mean - gap) for a, gap in zip(advantages, gaps, strict=True)]
+    expected, m, v, seen = np.asarray(table, np.float64), 0.0, 0.0, []
+    for step in range(1, 4):
+        part = slice(3 * (step - 1), 3 * step)
+        _, gradient, log_ratios, entropies = by_hand(np.asarray(frozen, np.float64) + expected, rollouts[part], shaped[part], "sum", "ppo")
+        seen.append((np.linalg.norm(gradient), log_ratios, entropies))
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        expected = expected - rate * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + eps)
+
+    optimizer = adam(rate, b1=b1, b2=b2, eps=eps)
+    update = Update(Bigram(), optimizer, loss="ppo", limits=LIMITS, temperature=TEMPERATURE, kl_coefficient=0.1)
+    parts = pack_substeps(rollouts, advantages, substeps=3, row_tokens=row_tokens, rows=rows)
+    state, metrics = update.update_in_substeps(frozen, init_train_state({"table": jnp.array(table)}, optimizer), parts)
+    assert int(state.step) == 3
+    np.testing.assert_allclose(state.lora["table"], expected, rtol=1e-5, atol=1e-6)
+    norms, log_ratios, entropies = zip(*seen, strict=True)
+    everything = np.concatenate(log_ratios)
+    of_metrics = {
+        "tokens": everything.size,
+        "logprob_gap/mean": np.abs(log_ratios[0]).mean(),  # of the first substep alone: only its weights are the sampler's
+        "logprob_gap/max": np.abs(log_ratios[0]).max(),
+        "ratio/min": np.exp(everything.min()),
+        "ratio/max": np.exp(everything.max()),
+        "entropy": np.concatenate(entropies).mean(),
+        "grad_norm": np.mean(norms),
+        "kl_base/mean": mean,
+        "update/skipped": 0.0,
+    }
+    assert {name: metrics[name] for name in of_metrics} == pytest.approx(of_metrics, rel=1e-4)
+    assert metrics.keys() - of_metrics.keys() == {"loss", "ratio/limited_frac"}
+
+
+def test_a_substep_with_nothing_to_learn_makes_no_step(tables):
+    frozen, table = tables
+    optimizer = adam()
+    update = Update(Bigram(), optimizer)
+    parts = pack_substeps(*make_rollouts(4), substeps=2, row_tokens=24, rows=1)
+    empty = [dataclasses.replace(batch, mask_BT=batch.mask_BT & False) for batch in parts[0]]
+    state, metrics = update.update_in_substeps(
+        frozen, init_train_state({"table": jnp.array(table)}, optimizer), [parts[0], empty, [], parts[1]]
+    )
+    assert int(state.step) == 2
+    assert metrics["update/skipped"] == 0
+
+
+def test_programs_of_a_dry_run_are_those_that_run(tables):
+    frozen, table = tables
+    batches = pack(*make_rollouts(4), row_tokens=24, rows=2)
+    state = init_train_state({"table": jnp.array(table)}, adam())
+    for options, names in (({}, ["gradient", "apply"]), ({"kl_coefficient": 0.1}, ["base", "gradient", "apply"])):
+        update = Update(Bigram(), adam(), **options)
+        programs = list(update.programs(frozen, state, rows=2, row_tokens=24))
+        assert [program.name for program in programs] == names
+        for program in programs:
+            program.lowered.compile()
+        lora = {"table": table}
+        with_adapter = [program.name for program in update.measuring_programs(frozen, lora, rows=2, row_tokens=24)]
+        assert with_adapter == ["measure", "base"][: 1 + bool(options)]
+        assert [program.name for program in update.measuring_programs(frozen, None, rows=2, row_tokens=24)] == ["measure"]
+        update.measure(frozen, lora, batches)
+        assert update._base_gap._cache_size() == bool(options)
 
 
 def test_order_and_company_of_rollouts_do_not_matter(tables):
@@ -240,3 +393,6 @@ def test_settings_are_checked():
             Update(Bigram(), adam(), temperature=temperature)
     with pytest.raises(ConfigError, match="chunk_tokens"):
         Update(Bigram(), adam(), chunk_tokens=0)
+    for coefficient in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="kl_coefficient"):
+            Update(Bigram(), adam(), kl_coefficient=coefficient)

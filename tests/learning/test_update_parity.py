@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from discover_jax.learning.logprobs import token_logprobs
+from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.learning.update import Update
@@ -126,13 +127,23 @@ def torch_logprobs(reference, leaves, tokens, prompt):
     return logprobs[torch.arange(len(ids) - 1), ids[1:]][prompt - 1 :]
 
 
-def torch_loss(reference, leaves, case):
-    """sum over chosen tokens of -exp(logp - logp_sampler) A."""
+LIMITS = RatioLimits(clip_low=0.1, clip_high=0.15, truncate=1.2)
+TORCH_LOSSES = {
+    "importance_sampling": lambda logp, sampler, a: -torch.exp(logp - sampler) * a,
+    "truncated_importance_sampling": lambda logp, sampler, a: -torch.exp(logp - sampler).clamp(max=1.2).detach() * a * logp,
+    "ppo": lambda logp, sampler, a: -torch.minimum(torch.exp(logp - sampler) * a, torch.exp(logp - sampler).clamp(0.9, 1.15) * a),
+    "reinforce": lambda logp, sampler, a: -a * logp,
+}
+
+
+def torch_loss(reference, leaves, case, loss="importance_sampling", advantages=None):
+    """sum over chosen tokens of a loss: by default -exp(logp - logp_sampler) A. Advantages are by rollout, or arrays by token."""
     total = torch.zeros(())
-    for rollout, advantage in zip(case.rollouts, case.advantages, strict=True):
+    for rollout, advantage in zip(case.rollouts, case.advantages if advantages is None else advantages, strict=True):
         tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
-        gap = torch_logprobs(reference, leaves, tokens, len(rollout.prompt_tokens_P)) - torch.tensor(rollout.logprobs_T)
-        total = total - (torch.exp(gap) * float(advantage))[torch.tensor(rollout.chosen_T)].sum()
+        logp = torch_logprobs(reference, leaves, tokens, len(rollout.prompt_tokens_P))
+        of_token = torch.tensor(np.broadcast_to(np.float32(advantage), rollout.tokens_T.shape).copy())
+        total = total + TORCH_LOSSES[loss](logp, torch.tensor(rollout.logprobs_T), of_token)[torch.tensor(rollout.chosen_T)].sum()
     return total
 
 
@@ -180,6 +191,39 @@ def test_gradient_equals_torch(reference, case, update, batches):
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(expected))), rel=1e-5)
     assert metrics["ratio/min"] < 0.8 < 1.2 < metrics["ratio/max"]
+
+
+@pytest.mark.parametrize(
+    "loss", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("truncated_importance_sampling", "reinforce"))]
+)
+def test_gradients_of_the_other_losses_equal_torch(reference, case, batches, loss):
+    leaves = torch_leaves(case.lora)
+    value = torch_loss(reference, leaves, case, loss)
+    value.backward()
+    update = Update(case.model, adam(), loss=loss, limits=LIMITS, temperature=TEMPERATURE, chunk_tokens=20)
+    gradient, metrics = update.gradient(case.frozen, case.lora, batches)
+    assert_close(renamed(gradient), as_numpy(leaves, lambda leaf: leaf.grad), 1e-5)
+    assert metrics["loss"] == pytest.approx(float(value.detach()), rel=1e-5)
+    assert metrics.get("ratio/limited_frac", 0.5) == pytest.approx(0.5, abs=0.4)  # limits act on some tokens and not on others
+
+
+def test_kl_shaping_equals_torch(reference, case, update, batches):
+    """The base model is the same one without its adapter, at the sampler's temperature."""
+    gaps = []
+    for rollout in case.rollouts:
+        tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
+        with torch.no_grad():
+            base = torch_logprobs(reference, {}, tokens, len(rollout.prompt_tokens_P)).numpy()
+        gaps.append(rollout.logprobs_T - base)
+    mean = np.concatenate([gap[r.chosen_T] for gap, r in zip(gaps, case.rollouts, strict=True)]).mean()
+    leaves = torch_leaves(case.lora)
+    torch_loss(reference, leaves, case, advantages=[a + 0.3 * (mean - g) for a, g in zip(case.advantages, gaps, strict=True)]).backward()
+    shaping = Update(case.model, adam(), temperature=TEMPERATURE, chunk_tokens=20, kl_coefficient=0.3)
+    (shaped,), metrics = shaping.shape(case.frozen, [batches])
+    assert metrics["kl_base/mean"] == pytest.approx(mean, rel=1e-4)
+    assert abs(mean) > 0.01  # the adapter of this case is far from zero
+    gradient, _ = update.gradient(case.frozen, case.lora, shaped)  # as `shaping`'s own, already compiled
+    assert_close(renamed(gradient), as_numpy(leaves, lambda leaf: leaf.grad), 1e-5)
 
 
 def test_adam_step_equals_torch(reference, case, update, batches):
