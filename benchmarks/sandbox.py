@@ -111,10 +111,10 @@ def main() -> int:
         tempfile.tempdir = str(Path(name) / "temporary")  # its own, so that what others put beside it does not count
         os.mkdir(tempfile.tempdir)
         task = prepare_task("digits-parity", raw=None, reward="grade", folder=Path(name) / "task")
-        with Executor(task, limits, workers=1, cache_dir=Path(name) / "first") as pool:  # starts what stays, such as the tracker
+        with Executor([task], limits, workers=1, cache_dir=Path(name) / "first") as pool:  # starts what stays, such as the tracker
             pool.submit(_QUICK).result()
         before, began, resident = _held() | {"control_groups": 0}, time.monotonic(), 0
-        with Executor(task, limits, workers=arguments.workers or None, cache_dir=Path(name) / "cache") as pool:
+        with Executor([task], limits, workers=arguments.workers or None, cache_dir=Path(name) / "cache") as pool:
             described = pool.describe()
             futures: list[Future[Verdict]] = [pool.submit(f"{PROGRAMS[kind][0]}# {index}\n") for index, kind in enumerate(kinds)]
             verdicts = []

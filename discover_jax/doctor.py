@@ -190,7 +190,7 @@ def _sandbox(config: Any, task: Task, score: float, folder: Path) -> tuple[str, 
     settings = config.execution
     limits = Limits(seconds=settings.seconds, cores=settings.cores, memory_bytes=int(settings.memory_gib * GIB))
     with Executor(
-        task, limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
+        [task], limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
     ) as executor:
         verdict = executor.submit(_PROGRAM).result()
         text = executor.describe()

@@ -85,7 +85,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
     )
     limits = Limits(seconds=config.execution.seconds, cores=config.execution.cores, memory_bytes=int(config.execution.memory_gib * GIB))
     with Executor(
-        task,
+        [task],
         limits,
         workers=config.execution.workers,
         cache_dir=workdir.cache_dir,

@@ -51,6 +51,7 @@ class GradedTask(Protocol):
 @dataclasses.dataclass
 class _Job:
     key: str
+    task: int
     program: str
     futures: list[Future[Verdict]]
     running: bool = False
@@ -85,12 +86,12 @@ def _without_main_module():
 class _Worker:
     """The main process's end of one worker process."""
 
-    def __init__(self, plan: sandbox.Plan, task_bytes: bytes) -> None:
+    def __init__(self, plan: sandbox.Plan, tasks_bytes: bytes) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection: Connection
         self._connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(
-            target=worker.main, args=(theirs, plan, task_bytes, os.getpid()), name=f"execution-{plan.slot}", daemon=True
+            target=worker.main, args=(theirs, plan, tasks_bytes, os.getpid()), name=f"execution-{plan.slot}", daemon=True
         )
         with _without_main_module():
             self._process.start()
@@ -100,9 +101,10 @@ class _Worker:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def ask(self, program: str, seconds: float) -> Verdict | Exception:
-        """The worker's reply to a program; a SandboxError if the worker ended or did not reply within `seconds`, for which it is ended.
+    def ask(self, task: int, program: str, seconds: float) -> Verdict | Exception:
+        """The worker's reply to a program for the task of that index.
 
+        A SandboxError if the worker ended, or did not reply within `seconds`, for which it is ended.
         A timer does that rather than a limit on waiting: a process that was stopped may hang amid taking the program or sending its reply.
         """
         hung = threading.Event()
@@ -115,7 +117,7 @@ class _Worker:
         timer.daemon = True
         timer.start()
         try:
-            self._connection.send(program)
+            self._connection.send((task, program))
             if self._connection in wait([self._connection, self._process.sentinel]):
                 return self._connection.recv()
         except (EOFError, OSError):  # the connection broke: the worker ended
@@ -149,7 +151,7 @@ class Executor:
 
     def __init__(
         self,
-        task: GradedTask,
+        tasks: Sequence[GradedTask],
         limits: Limits,
         *,
         workers: int | None = None,
@@ -161,7 +163,7 @@ class Executor:
         """Checks that isolation holds here, then starts the workers without waiting for them.
 
         Args:
-          task: gives the data that programs see (public_dirs) and grades what they return.
+          tasks: at least one; each gives the data that programs see (public_dirs) and grades what they return.
           limits: of each program.
           workers: programs at once; None or 0: as many as the machine's cores allow.
           cache_dir: folder of verdicts, which later executors and runs may share.
@@ -184,7 +186,9 @@ class Executor:
             )
         if workers is not None and workers < 0:
             raise ConfigError(f"workers = {workers}: must be positive, or 0 or None for as many as the cores allow.")
-        public, cache_dir = Path(task.public_dirs[0]).resolve(), Path(cache_dir).resolve()
+        if not tasks:
+            raise ConfigError("An executor was given no task, so there is nothing that programs could be run for.")
+        publics, cache_dir = [Path(task.public_dirs[0]).resolve() for task in tasks], Path(cache_dir).resolve()
         host = bubblewrap.inspect_host() if backend == "bubblewrap" else None
         cgroups = memory.find_cgroups()
         if cgroups is not None:
@@ -192,15 +196,17 @@ class Executor:
         self._cpus = len(os.sched_getaffinity(0))
         leases = lease_cores(sorted(os.sched_getaffinity(0)), limits.cores, workers)
         self._plans = [
-            sandbox.Plan(backend, host, cgroups, public, limits, slot, cores, sandbox.PRELOAD) for slot, cores in enumerate(leases)
+            sandbox.Plan(backend, host, cgroups, publics[0], limits, slot, cores, sandbox.PRELOAD) for slot, cores in enumerate(leases)
         ]
         if host is not None:
-            canary.check(self._plans[0], canary.hidden_paths(host, public, cache_dir))
-        settings = {"task": task.fingerprint, "limits": dataclasses.asdict(limits), "backend": backend, "packages": packages()}
-        self._cache = VerdictCache(cache_dir, settings)
-        self._task_bytes = pickle.dumps(task)
+            hidden = {path for public in publics for path in canary.hidden_paths(host, public, cache_dir)}
+            for public in publics:
+                canary.check(dataclasses.replace(self._plans[0], public=public), sorted(hidden))
+        settings = {"limits": dataclasses.asdict(limits), "backend": backend, "packages": packages()}
+        self._caches = [VerdictCache(cache_dir, {"task": task.fingerprint, **settings}) for task in tasks]
+        self._tasks_bytes = pickle.dumps(list(tasks))
         self._limits = limits
-        self._runs = len(task.public_dirs)
+        self._runs = [len(task.public_dirs) for task in tasks]
         self._grace_seconds = grace_seconds
         self._lock = threading.Lock()
         self._closed = False
@@ -220,11 +226,15 @@ class Executor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, program: str) -> Future[Verdict]:
+    def submit(self, program: str, task: int = 0) -> Future[Verdict]:
         """Queues a program; returns at once.
 
         A program that was run before with the same data and settings is answered from the cache, and one that waits or runs now is not run
         twice; both are marked by `execution.cached`.
+
+        Args:
+          program: Python source that defines `run()`.
+          task: index of the task that it is for.
 
         Returns:
           A future of the verdict. It raises SandboxError if the host failed three times, GradingError if the task's grading failed,
@@ -234,7 +244,7 @@ class Executor:
           SandboxError: the executor is closed.
         """
         future: Future[Verdict] = Future()
-        key = self._cache.key(program)
+        key = self._caches[task].key(program)
         with self._lock:
             if self._closed:
                 raise SandboxError("The executor is closed; programs can be submitted only before close().")
@@ -243,8 +253,8 @@ class Executor:
                     future.set_running_or_notify_cancel()
                 job.futures.append(future)
                 return future
-            if (verdict := self._cache.get(key)) is None:
-                self._in_flight[key] = job = _Job(key, program, [future])
+            if (verdict := self._caches[task].get(key)) is None:
+                self._in_flight[key] = job = _Job(key, task, program, [future])
                 self._jobs.put(job)
                 return future
         future.set_result(verdict)
@@ -275,7 +285,9 @@ class Executor:
             cores += f" (fewer than the {self._limits.cores} asked for: this machine has {self._cpus})"
         if len(self._plans) * len(plan.cores) > self._cpus:
             cores += f" (shared: this machine has {self._cpus})"
-        return "; ".join([*parts, cores, f"{self._limits.seconds:g} s" + (f" each of {self._runs} runs" if self._runs > 1 else "")])
+        return "; ".join(
+            [*parts, cores, f"{self._limits.seconds:g} s" + (f" each of {max(self._runs)} runs" if max(self._runs) > 1 else "")]
+        )
 
     def close(self) -> None:
         """Ends workers and sandboxes. Programs that wait are cancelled; those that run end in SandboxError. Idempotent."""
@@ -316,7 +328,7 @@ class Executor:
     def _finish(self, job: _Job, reply: Verdict | Exception) -> None:
         if isinstance(reply, Verdict):
             try:
-                self._cache.put(job.key, reply)
+                self._caches[job.task].put(job.key, reply)
             except RunError as error:
                 reply = error
         with self._lock:
@@ -337,7 +349,7 @@ class Executor:
             while (job := self._jobs.get()) is not None:
                 if self._begin(job):
                     try:
-                        reply = self._execute(plan, job.program)
+                        reply = self._execute(plan, job.task, job.program)
                     except Exception as error:  # a fault of this class itself: whoever waits for the program must hear of it
                         reply = error
                     self._finish(job, reply)
@@ -348,7 +360,7 @@ class Executor:
         """The slot's worker, started if there is none; None once the executor is closed."""
         current = self._workers[plan.slot]
         if current is None:
-            current = _Worker(plan, self._task_bytes)
+            current = _Worker(plan, self._tasks_bytes)
             with self._lock:
                 self._workers[plan.slot] = current
                 if self._closed:
@@ -361,7 +373,7 @@ class Executor:
         if current is not None:
             current.stop()
 
-    def _execute(self, plan: sandbox.Plan, program: str) -> Verdict | Exception:
+    def _execute(self, plan: sandbox.Plan, task: int, program: str) -> Verdict | Exception:
         """A program's verdict, or the error of the last of `_TRIES`; each but the last fault is told by the log."""
         reply: Verdict | Exception = SandboxError("no try was made")
         for number in range(1, _TRIES + 1):
@@ -369,7 +381,7 @@ class Executor:
                 current = None if self._closed else self._worker(plan)
                 if current is None:
                     return SandboxError("The executor was closed while the program ran.")
-                reply = current.ask(program, self._runs * (self._limits.seconds + self._grace_seconds))
+                reply = current.ask(task, program, self._runs[task] * (self._limits.seconds + self._grace_seconds))
             except OSError as error:
                 reply = SandboxError(f"A worker process could not be started: {error}.")
             if isinstance(reply, SandboxError):

@@ -66,45 +66,46 @@ def _combined(task: Any, verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict(Outcome.OK, task.combine([verdict.grade for verdict in verdicts]), execution)
 
 
-def main(connection: Connection, plan: sandbox.Plan, task_bytes: bytes, parent: int) -> None:
-    """Serves programs until the connection closes: receives a str, sends a Verdict or an error of this project.
+def main(connection: Connection, plan: sandbox.Plan, tasks_bytes: bytes, parent: int) -> None:
+    """Serves programs until the connection closes: receives (index of the task, program), sends a Verdict or an error of this project.
 
     Args:
       connection: to the main process.
-      plan: how this slot's sandboxes are made, for the first of a program's runs; others see another folder.
-      task_bytes: the pickled task; unpickled here, while the first sandbox warms up.
+      plan: how this slot's sandboxes are made, for the first run of the first task's programs; others see another folder.
+      tasks_bytes: the pickled tasks; unpickled here, while the first sandbox warms up.
       parent: pid of the main process.
     """
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the main process decides what it means
     signal.signal(signal.SIGTERM, _leave)
     os.sched_setaffinity(0, plan.cores)
-    spares: dict[int, sandbox.Sandbox | None] = {}  # by run; while a program runs, the sandbox that comes next warms up on the same cores
+    # By task and run. While a program runs, the sandbox that probably comes next warms up on the same cores.
+    spares: dict[tuple[int, int], sandbox.Sandbox | None] = {}
     running: sandbox.Sandbox | None = None
     try:
-        spares[0] = _start(plan)
-        task = pickle.loads(task_bytes)
-        plans = [dataclasses.replace(plan, public=shown.resolve()) for shown in task.public_dirs]
+        spares[0, 0] = _start(plan)
+        tasks = pickle.loads(tasks_bytes)
+        plans = [[dataclasses.replace(plan, public=shown.resolve()) for shown in task.public_dirs] for task in tasks]
         while True:
             try:
-                program = connection.recv()
+                number, program = connection.recv()
             except EOFError:
                 return
             reply: Verdict | Exception
             try:
                 verdicts: list[Verdict] = []
-                for run, plan in enumerate(plans):
-                    running = spares.pop(run, None) or sandbox.start(plan)
+                for run, plan in enumerate(plans[number]):
+                    running = spares.pop((number, run), None) or sandbox.start(plan)
                     running.wait_ready()
-                    following = (run + 1) % len(plans)
-                    spares[following] = spares.get(following) or _start(plans[following])
+                    following = (run + 1) % len(plans[number])
+                    spares[number, following] = spares.get((number, following)) or _start(plans[number][following])
                     execution = running.run(program)
                     running.close()
-                    verdicts.append(judge(task, execution, run))
+                    verdicts.append(judge(tasks[number], execution, run))
                     if verdicts[-1].outcome is not Outcome.OK:
                         break
-                spares[0] = spares.get(0) or _start(plans[0])
-                reply = _combined(task, verdicts)
+                spares[number, 0] = spares.get((number, 0)) or _start(plans[number][0])
+                reply = _combined(tasks[number], verdicts)
             except (SandboxError, GradingError) as error:
                 reply = error
             if running is not None:

@@ -26,7 +26,7 @@ def tokenizer():
 def executor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=folder / "task")
-    with Executor(task, Limits(seconds=60.0), workers=1, cache_dir=folder / "cache") as executor:
+    with Executor([task], Limits(seconds=60.0), workers=1, cache_dir=folder / "cache") as executor:
         yield executor
 
 

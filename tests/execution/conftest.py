@@ -34,7 +34,7 @@ def pool(task: TinyTask, tmp_path_factory: pytest.TempPathFactory):
     """Two slots of one core each."""
     # What the environment of a training host may hold; no program may see it.
     os.environ["DISCOVER_TEST_SECRET"] = "hunter2"
-    with Executor(task, LIMITS, workers=2, cache_dir=tmp_path_factory.mktemp("cache")) as executor:
+    with Executor([task], LIMITS, workers=2, cache_dir=tmp_path_factory.mktemp("cache")) as executor:
         yield executor
     del os.environ["DISCOVER_TEST_SECRET"]
 

@@ -209,7 +209,7 @@ if _X86:
 def attacked(task, tmp_path_factory):
     """A pool as the tests share it, but with little patience."""
     limits = dataclasses.replace(LIMITS, seconds=15)
-    with Executor(task, limits, workers=2, cache_dir=tmp_path_factory.mktemp("attacks")) as pool:
+    with Executor([task], limits, workers=2, cache_dir=tmp_path_factory.mktemp("attacks")) as pool:
         yield pool
 
 

@@ -38,7 +38,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 def test_duplicates_in_flight_share_one_execution_and_later_ones_the_cache(task, tmp_path):
     """The program prints a random number from the kernel: equal output means that it ran once."""
     program = "import os\nprint(os.urandom(8).hex())\n" + GOOD
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path) as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
         verdicts = [future.result(60) for future in [pool.submit(program) for _ in range(4)]]
         assert [v.execution.cached for v in verdicts] == [False, True, True, True]
         assert len({v.execution.stdout for v in verdicts}) == 1
@@ -46,7 +46,7 @@ def test_duplicates_in_flight_share_one_execution_and_later_ones_the_cache(task,
         again = pool.submit(program)
         assert again.done()  # no sandbox was needed
         assert time.monotonic() - began < 0.1
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path) as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
         from_disk = pool.submit(program).result(60)
         assert from_disk.execution.cached
         assert from_disk.execution.stdout == verdicts[0].execution.stdout
@@ -59,7 +59,7 @@ def test_duplicates_in_flight_share_one_execution_and_later_ones_the_cache(task,
         (dataclasses.replace(task, fingerprint="tiny-2"), LIMITS),
         (task, dataclasses.replace(LIMITS, seconds=61)),
     ):
-        with Executor(other_task, other_limits, workers=1, cache_dir=tmp_path) as pool:
+        with Executor([other_task], other_limits, workers=1, cache_dir=tmp_path) as pool:
             verdict = pool.submit(program).result(60)
             assert not verdict.execution.cached
             assert verdict.execution.stdout != verdicts[0].execution.stdout
@@ -81,7 +81,7 @@ def run():
 def test_real_competition(tmp_path):
     """The embedded competition, scored once more here from the answers' file."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         verdict = pool.submit(DIGITS).result(120)
         assert verdict.outcome is Outcome.OK, verdict.execution
         submitted = pd.read_csv(io.BytesIO(verdict.execution.csv or b""))
@@ -94,7 +94,7 @@ def test_real_competition(tmp_path):
 
 
 def test_damaged_cache_entry_is_run_again(task, tmp_path):
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path) as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
         pool.submit(GOOD).result(60)
         (entry,) = tmp_path.glob("*/*.json")
         entry.write_bytes(entry.read_bytes()[:40])
@@ -106,7 +106,7 @@ def test_full_disk_is_one_clear_error(task, tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path) as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
         monkeypatch.setattr("discover_jax.execution.cache.os.replace", no_space)
         with pytest.raises(RunError, match=r"No space left on device[\s\S]*Make room"):
             pool.submit(GOOD).result(60)
@@ -126,7 +126,7 @@ def run():
 """
     found = []
     for name in ("a", "b"):
-        with Executor(task, LIMITS, workers=1, cache_dir=tmp_path / name) as pool:
+        with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / name) as pool:
             verdict = pool.submit(program).result(60)
             found.append((verdict.outcome, verdict.grade, verdict.execution.stdout, verdict.execution.detail))
     assert found[0] == found[1]
@@ -141,7 +141,7 @@ def worker_pids() -> set[int]:
 
 def test_crashed_worker_is_replaced_and_its_program_runs_again(task, tmp_path):
     others = worker_pids()
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path) as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
         pool.submit(GOOD).result(60)
         (old,) = worker_pids() - others
         future = pool.submit("import time\ntime.sleep(1)\n" + GOOD)
@@ -155,7 +155,7 @@ def test_crashed_worker_is_replaced_and_its_program_runs_again(task, tmp_path):
 def test_host_faults_are_never_verdicts(tmp_path):
     """A worker that dies each time: the caller gets an error, nothing is cached."""
     task = make(tmp_path / "competition", CannotBeUnpickled)
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         with pytest.raises(SandboxError, match=r"3 tries failed[\s\S]*exit code 7"):
             pool.submit(GOOD).result(60)
         assert list((tmp_path / "cache").iterdir()) == []
@@ -163,7 +163,7 @@ def test_host_faults_are_never_verdicts(tmp_path):
 
 def test_failing_metric_is_an_error_of_its_own(tmp_path):
     task = make(tmp_path / "competition", BrokenGrading)
-    with Executor(task, LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
+    with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         with pytest.raises(GradingError, match="ZeroDivisionError: metric"):
             pool.submit(GOOD).result(60)
         assert pool.submit("def run():\n    1 / 0\n").result(60).outcome is Outcome.EXCEPTION
@@ -171,7 +171,7 @@ def test_failing_metric_is_an_error_of_its_own(tmp_path):
 
 def test_close_cancels_what_waits_ends_what_runs_and_may_be_repeated(task, tmp_path):
     others = worker_pids()
-    pool = Executor(task, LIMITS, workers=1, cache_dir=tmp_path)
+    pool = Executor([task], LIMITS, workers=1, cache_dir=tmp_path)
     running = pool.submit("import time\ntime.sleep(50)\n")
     assert wait_for(running.running, 30)
     waiting, dropped = pool.submit(GOOD), pool.submit(GOOD + "# dropped\n")
@@ -190,14 +190,14 @@ def test_close_cancels_what_waits_ends_what_runs_and_may_be_repeated(task, tmp_p
 
 def test_settings_are_checked(task, tmp_path):
     with pytest.raises(ConfigError, match="backend = 'docker' is not known"):
-        Executor(task, LIMITS, cache_dir=tmp_path, backend="docker")
+        Executor([task], LIMITS, cache_dir=tmp_path, backend="docker")
     with pytest.raises(ConfigError, match="allow_weaker"):
-        Executor(task, LIMITS, cache_dir=tmp_path, backend="unsafe-subprocess")
+        Executor([task], LIMITS, cache_dir=tmp_path, backend="unsafe-subprocess")
     with pytest.raises(ConfigError, match="workers"):
-        Executor(task, LIMITS, cache_dir=tmp_path, workers=-1)
+        Executor([task], LIMITS, cache_dir=tmp_path, workers=-1)
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be kept"):
-        Executor(task, LIMITS, cache_dir=tmp_path / "file" / "cache")
+        Executor([task], LIMITS, cache_dir=tmp_path / "file" / "cache")
 
 
 def test_describe_names_the_backend_and_what_is_weaker(task, pool, tmp_path):
@@ -206,7 +206,7 @@ def test_describe_names_the_backend_and_what_is_weaker(task, pool, tmp_path):
     assert "2 x 1 cores" in pool.describe()
     many = len(os.sched_getaffinity(0)) + 1
     limits = dataclasses.replace(LIMITS, cores=many, memory_bytes=1 << 50)
-    with Executor(task, limits, cache_dir=tmp_path, backend="unsafe-subprocess", allow_weaker=True) as unsafe:
+    with Executor([task], limits, cache_dir=tmp_path, backend="unsafe-subprocess", allow_weaker=True) as unsafe:
         assert "NO ISOLATION" in unsafe.describe()
         assert f"fewer than the {many} asked for" in unsafe.describe()
         assert "could want more than this machine's" in unsafe.describe()
@@ -222,7 +222,7 @@ from tiny_competition import make
 from discover_jax.execution import Executor, Limits
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    pool = Executor(make(folder / "competition"), Limits(seconds=60, cores=1), workers=1, cache_dir=folder / "cache")
+    pool = Executor([make(folder / "competition")], Limits(seconds=60, cores=1), workers=1, cache_dir=folder / "cache")
     future = pool.submit("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\nprint('x', flush=True)\\ntime.sleep(60)\\n")
     while not future.running():
         time.sleep(0.01)
@@ -297,7 +297,7 @@ def test_ordinary_user_can_run_programs(tmp_path):
         "import os, tempfile\nfrom pathlib import Path\nfrom tiny_competition import GOOD, make\n"
         f"from discover_jax.execution import Executor, Limits\nassert os.getuid() == {ordinary_user.UID}\n"
         "with tempfile.TemporaryDirectory() as name:\n  folder = Path(name)\n"
-        "  with Executor(make(folder / 'c'), Limits(seconds=20, cores=1), workers=1, cache_dir=folder / 'cache') as pool:\n"
+        "  with Executor([make(folder / 'c')], Limits(seconds=20, cores=1), workers=1, cache_dir=folder / 'cache') as pool:\n"
         "    print(pool.describe())\n    v = pool.submit(GOOD).result(60)\n    print(v.outcome, v.grade.score)\n"
     )
     environment = ordinary_user.environment("/nonexistent")
@@ -307,3 +307,19 @@ def test_ordinary_user_can_run_programs(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "under this user's uid; memory: " in result.stdout
     assert result.stdout.endswith("Outcome.OK 0.75\n")
+
+
+def test_several_tasks_in_one_pool(tmp_path):
+    """Each program sees its own task's data alone and is graded by its own answers; verdicts are kept apart."""
+    tasks = [make(tmp_path / name) for name in ("first", "second")]
+    marked = tasks[1].public_dir / "train.csv"
+    marked.write_text(marked.read_text().replace("x", "z", 1))
+    tasks[1] = dataclasses.replace(tasks[1], fingerprint="tiny-2")
+    program = GOOD.replace('frame["y"]', 'print(open("data/train.csv").readline())\n    frame["y"]')
+    with Executor(tasks, LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
+        verdicts = [pool.submit(program, task).result(120) for task in (0, 1, 0, 1)]
+    assert [verdict.execution.stdout.strip() for verdict in verdicts] == ["id,x,y", "id,z,y"] * 2
+    assert [verdict.execution.cached for verdict in verdicts] == [False, False, True, True]
+    assert {verdict.grade.score for verdict in verdicts} == {GOOD_SCORE}
+    with pytest.raises(ConfigError, match="no task"):
+        Executor([], LIMITS, cache_dir=tmp_path / "cache")

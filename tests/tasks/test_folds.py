@@ -173,7 +173,7 @@ def test_a_program_runs_once_a_fold_and_sees_one_fold_at_a_time(folded, tmp_path
     """It answers with the labels that it finds: none of the held-out ones is among them, so its score is exactly 0."""
     elsewhere = str(folded.public_dirs[1] / "train.csv")
     assert Path(elsewhere).exists()
-    with Executor(folded, _LIMITS, workers=1, cache_dir=tmp_path / "cache") as executor:
+    with Executor([folded], _LIMITS, workers=1, cache_dir=tmp_path / "cache") as executor:
         verdict = executor.submit(_LOOKUP.replace("ELSEWHERE", repr(elsewhere))).result(300)
         failure = executor.submit(_FAILS_LATER).result(300)
         again = executor.submit(_LOOKUP.replace("ELSEWHERE", repr(elsewhere))).result(300)
