@@ -71,26 +71,29 @@ def matmul(
     words_ptr,  # int32 [E, slabs, K/64, M16, 128]
     factors_ptr,  # int32 [E, slabs, K/64, M16, 8]
     bias_ptr,  # [E, OUT]
-    source_ptr,  # int32 [R]: the row of x of each routed row, these being sorted by expert
-    target_ptr,  # int32 [R]: the row of the output
+    slots_ptr,  # int32 [R]: the place of each sorted row among the tokens' choices; row slot // SHARE of x, row slot of everything else
     weight_ptr,  # float32 [R], if not GATED
-    low_ptr,  # float32 [R, RANK]: rows times the adapter's A, with its scale
+    low_ptr,  # float32 [SPLIT, R, RANK]: parts of rows times the adapter's A, with its scale
     lora_b_ptr,  # [E, OUT, RANK]
     blocks_ptr,  # int32 [3, blocks]: expert, first row and number of rows of each block of rows
-    blocks,
+    blocks,  # how many
+    routed,  # R
     out_ptr,
     K: tl.constexpr,
     OUT: tl.constexpr,
     M16: tl.constexpr,  # tiles of 16 rows in a slab
+    PARTS: tl.constexpr,  # slabs of a program
     N: tl.constexpr,  # rows of a block
     STEP: tl.constexpr,  # tiles of 64 columns an iteration; divides K/64
     STAGES: tl.constexpr,
     GATED: tl.constexpr,  # rows of a slab are gates and ups: write act [R, OUT/2]; else write weight * result [R, OUT]
+    SHARE: tl.constexpr,  # routed rows of a row of x
     RANK: tl.constexpr,  # of the adapter, 0 for none
+    SPLIT: tl.constexpr,  # parts of low
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
 ):
-    slab, block = tl.program_id(0), tl.program_id(1)
+    cut, block = tl.program_id(0), tl.program_id(1)
     rows = tl.load(blocks_ptr + 2 * blocks + block)
     if rows == 0:
         return
@@ -100,80 +103,95 @@ def matmul(
     row = tl.load(blocks_ptr + blocks + block) + n
     M: tl.constexpr = 16 * M16
     KT: tl.constexpr = K // COLUMNS
+    SLAB: tl.constexpr = KT * M16  # tiles
 
-    first = (expert * (OUT // M) + slab) * KT * M16
+    first = (expert * (OUT // M) + cut * PARTS) * SLAB
     words_at = words_ptr + first * 128 + tl.arange(0, M16)[:, None] * 128 + tl.arange(0, 128)[None, :]
     factors_at = factors_ptr + first * 8 + tl.arange(0, M16)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    source = tl.load(source_ptr + row, mask=live, other=0)
-    x_at = x_ptr + source.to(tl.int64)[None, :] * K + tl.arange(0, COLUMNS)[:, None]
-    sums = tl.zeros([M, N], tl.float32)
+    slot = tl.load(slots_ptr + row, mask=live, other=0)
+    x_at = x_ptr + (slot // SHARE).to(tl.int64)[None, :] * K + tl.arange(0, COLUMNS)[:, None]
+    sums = ()
+    for _ in tl.static_range(PARTS):
+        sums = sums + (tl.zeros([M, N], tl.float32),)
     for _ in tl.range(0, KT, STEP, num_stages=STAGES):
         for j in tl.static_range(STEP):
-            words = tl.load(words_at + j * M16 * 128, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
-            factors = tl.load(factors_at + j * M16 * 8, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
             x = tl.load(x_at + j * COLUMNS)
-            sums = _dot(_unpack(words, factors, M16), x, sums)
+            added = ()
+            for part in tl.static_range(PARTS):
+                tile = part * SLAB + j * M16
+                words = tl.load(words_at + tile * 128, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
+                factors = tl.load(factors_at + tile * 8, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
+                added = added + (_dot(_unpack(words, factors, M16), x, sums[part]),)
+            sums = added
         words_at += STEP * M16 * 128
         factors_at += STEP * M16 * 8
         x_at += STEP * COLUMNS
 
+    target = slot.to(tl.int64)
     m = tl.arange(0, M)
-    if GATED:
-        out = slab * M + 2 * (m % (M // 2)) + m // (M // 2)
-    else:
-        out = slab * M + m
-    sums = sums * UNSHIFT + tl.load(bias_ptr + expert * OUT + out).to(tl.float32)[:, None]
-    if RANK > 0:
-        PADDED: tl.constexpr = RANK if RANK > 16 else 16
-        r = tl.arange(0, PADDED)
-        b = tl.load(lora_b_ptr + (expert * OUT + out)[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-        low = tl.load(low_ptr + row[None, :] * RANK + r[:, None], mask=live[None, :] & (r < RANK)[:, None], other=0.0)
-        sums = _dot(b.to(tl.bfloat16), low.to(tl.bfloat16), sums)
-    target = tl.load(target_ptr + row, mask=live, other=0).to(tl.int64)
-    if GATED:
-        gate, up = tl.split(sums.reshape(2, M // 2, N).permute(1, 2, 0))
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        activated = (up + 1.0) * gate / (1.0 + tl.exp(-ALPHA * gate))
-        half = slab * (M // 2) + tl.arange(0, M // 2)
-        tl.store(out_ptr + target[None, :] * (OUT // 2) + half[:, None], activated.to(tl.bfloat16), mask=live[None, :])
-    else:
-        weight = tl.load(weight_ptr + row, mask=live, other=0.0)
-        tl.store(out_ptr + target[None, :] * OUT + out[:, None], sums * weight[None, :], mask=live[None, :])
+    for part in tl.static_range(PARTS):
+        slab = cut * PARTS + part
+        if GATED:
+            out = slab * M + 2 * (m % (M // 2)) + m // (M // 2)
+        else:
+            out = slab * M + m
+        full = sums[part] * UNSHIFT + tl.load(bias_ptr + expert * OUT + out).to(tl.float32)[:, None]
+        if RANK > 0:
+            PADDED: tl.constexpr = RANK if RANK > 16 else 16
+            r = tl.arange(0, PADDED)
+            b = tl.load(lora_b_ptr + (expert * OUT + out)[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+            low = tl.zeros([PADDED, N], tl.float32)
+            for i in tl.static_range(SPLIT):
+                low += tl.load(
+                    low_ptr + (i * routed + slot)[None, :] * RANK + r[:, None], mask=live[None, :] & (r < RANK)[:, None], other=0.0
+                )
+            full = _dot(b.to(tl.bfloat16), low.to(tl.bfloat16), full)
+        if GATED:
+            gate, up = tl.split(full.reshape(2, M // 2, N).permute(1, 2, 0))
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            activated = (up + 1.0) * gate / (1.0 + tl.exp(-ALPHA * gate))
+            half = slab * (M // 2) + tl.arange(0, M // 2)
+            tl.store(out_ptr + target[None, :] * (OUT // 2) + half[:, None], activated.to(tl.bfloat16), mask=live[None, :])
+        else:
+            weight = tl.load(weight_ptr + slot, mask=live, other=0.0)
+            tl.store(out_ptr + target[None, :] * OUT + out[:, None], full * weight[None, :], mask=live[None, :])
 
 
 @triton.jit
 def times_a(
     x_ptr,  # bf16 [rows of x, K]
     lora_a_ptr,  # [E, RANK, K]
-    source_ptr,  # int32 [R]
+    slots_ptr,  # int32 [R], as above
     blocks_ptr,  # int32 [3, blocks]
     blocks,
-    low_ptr,  # float32 [R, RANK]
+    routed,
+    low_ptr,  # float32 [SPLIT, R, RANK]
     K: tl.constexpr,
     N: tl.constexpr,
-    STEP: tl.constexpr,  # columns an iteration, a power of two
-    STAGES: tl.constexpr,
+    SHARE: tl.constexpr,
     RANK: tl.constexpr,
+    SPLIT: tl.constexpr,  # parts of the columns; divides K/64
     SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """SCALE * x A^T of each routed row with its expert's adapter."""
-    block = tl.program_id(0)
+    """SCALE * x A^T of each routed row with its expert's adapter, in SPLIT parts that are to be added."""
+    part, block = tl.program_id(0), tl.program_id(1)
     rows = tl.load(blocks_ptr + 2 * blocks + block)
     if rows == 0:
         return
     expert = tl.load(blocks_ptr + block).to(tl.int64)
     PADDED: tl.constexpr = RANK if RANK > 16 else 16
-    n, r, k = tl.arange(0, N), tl.arange(0, PADDED), tl.arange(0, STEP)
+    WIDTH: tl.constexpr = K // SPLIT
+    n, r, k = tl.arange(0, N), tl.arange(0, PADDED), tl.arange(0, COLUMNS)
     live = n < rows
-    row = tl.load(blocks_ptr + blocks + block) + n
-    source = tl.load(source_ptr + row, mask=live, other=0).to(tl.int64)
+    slot = tl.load(slots_ptr + tl.load(blocks_ptr + blocks + block) + n, mask=live, other=0)
+    a_at = lora_a_ptr + (expert * RANK + r)[:, None] * K + part * WIDTH + k[None, :]
+    x_at = x_ptr + (slot // SHARE).to(tl.int64)[None, :] * K + part * WIDTH + k[:, None]
     sums = tl.zeros([PADDED, N], tl.float32)
-    for start in tl.range(0, K, STEP, num_stages=STAGES):
-        inside = start + k < K
-        a = tl.load(
-            lora_a_ptr + (expert * RANK + r)[:, None] * K + (start + k)[None, :], mask=(r < RANK)[:, None] & inside[None, :], other=0.0
-        )
-        x = tl.load(x_ptr + source[None, :] * K + (start + k)[:, None], mask=live[None, :] & inside[:, None], other=0.0)
-        sums = _dot(a.to(tl.bfloat16), x, sums)
-    tl.store(low_ptr + row[None, :] * RANK + r[:, None], sums * SCALE, mask=live[None, :] & (r < RANK)[:, None])
+    for _ in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
+        a = tl.load(a_at, mask=(r < RANK)[:, None], other=0.0)
+        sums = _dot(a.to(tl.bfloat16), tl.load(x_at), sums)
+        a_at += COLUMNS
+        x_at += COLUMNS
+    tl.store(low_ptr + (part * routed + slot)[None, :] * RANK + r[:, None], sums * SCALE, mask=live[None, :] & (r < RANK)[:, None])

@@ -41,9 +41,7 @@ def _lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool) -
         out, groups, _ = packed.shape
         nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(out, groups * BLOCK)
         if paired:  # even and odd rows come half a tile each
-            nibbles, exponents = (
-                x.reshape(out // rows, rows // 2, 2, -1).swapaxes(1, 2).reshape(out, -1) for x in (nibbles, exponents)
-            )
+            nibbles, exponents = (x.reshape(out // rows, rows // 2, 2, -1).swapaxes(1, 2).reshape(out, -1) for x in (nibbles, exponents))
         # rows: tile, m16, h, g; columns: k64, block, i, q, j, half
         nibbles = nibbles.reshape(out // rows, rows // ROWS, 2, 8, groups // 2, 2, 2, 4, 2, 2).astype(jnp.uint32)
         words = jnp.zeros((*nibbles.shape[:6], 4), jnp.uint32)

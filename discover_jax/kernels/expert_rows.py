@@ -1,0 +1,54 @@
+"""Routed rows made compact: sorted by expert, in blocks that never mix experts. Plain JAX, exact for any routing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Blocks(NamedTuple):
+    """Routed rows sorted by expert, in blocks that never mix experts.
+
+    Attributes:
+      slots: int32 [R], for each sorted row its place t X + x among the tokens' choices.
+      blocks: int32 [3, most]: expert, first row and number of rows of each block; beyond the last used one, no rows.
+    """
+
+    slots: jax.Array
+    blocks: jax.Array
+
+
+def most_blocks(rows: int, experts: int, block: int) -> int:
+    """The most blocks that `rows` routed rows can need: one begun for each expert that has any, and one more for each `block` rows."""
+    hit = min(rows, experts)
+    return hit + (rows - hit) // block
+
+
+def sort_rows(index_TX: jax.Array, experts: int, block: int) -> Blocks:
+    """Counting sort by expert, stable, as comparisons of all pairs: a few small reductions, where a general sort takes longer.
+
+    Args:
+      index_TX: int32, the experts of each token.
+      experts: how many there are.
+      block: rows of a block.
+    """
+    index_R = index_TX.reshape(-1)
+    rows = index_R.shape[0]
+    keys_R = index_R * rows + jnp.arange(rows)
+    if rows <= 2048:
+        place_R = jnp.sum(keys_R[:, None] > keys_R[None, :], axis=1)
+        slots = jnp.zeros(rows, jnp.int32).at[place_R].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
+    else:
+        slots = jnp.argsort(index_R, stable=True).astype(jnp.int32)
+    numbers = jnp.arange(experts)
+    first_E = jnp.sum(index_R[None, :] < numbers[:, None], axis=1)
+    count_E = jnp.sum(index_R[None, :] == numbers[:, None], axis=1)
+    needed_E = -(-count_E // block)
+    end_E = jnp.sum(jnp.where(numbers[None, :] <= numbers[:, None], needed_E[None, :], 0), axis=1)
+    block_b = jnp.arange(most_blocks(rows, experts, block))
+    expert_b = jnp.minimum(jnp.sum(end_E[None, :] <= block_b[:, None], axis=1), experts - 1)
+    before_b = (block_b - (end_E - needed_E)[expert_b]) * block
+    return Blocks(
+        slots,
+        jnp.stack([expert_b, first_E[expert_b] + before_b, jnp.clip(count_E[expert_b] - before_b, 0, block)]).astype(jnp.int32),
+    )
