@@ -74,6 +74,7 @@ class Rollout:
         0 where `chosen_T` is False.
       chosen_T: bool, False for tokens that were forced and so bear neither loss nor statistics.
       stop: why it ended.
+      temperature: that it was sampled at.
     """
 
     group: int
@@ -83,6 +84,7 @@ class Rollout:
     logprobs_T: np.ndarray
     chosen_T: np.ndarray
     stop: StopReason
+    temperature: float = 1.0
 
 
 class Outcome(enum.Enum):

@@ -12,7 +12,7 @@ def rollout_keys(seed: jax.Array, step: jax.Array, groups_B: jax.Array, indices_
     return jax.vmap(lambda group, index: jax.random.fold_in(jax.random.fold_in(base, group), index))(groups_B, indices_B)
 
 
-def draw_tokens(keys_B: jax.Array, counts_B: jax.Array, logits_BV: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+def draw_tokens(keys_B: jax.Array, counts_B: jax.Array, logits_BV: jax.Array, temperatures_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A token a row from softmax(logits / temperature), and its log-probability under that distribution.
 
     The vocabulary is cut into about sqrt(V) blocks: first a block is drawn by its mass, then a token within it, both by Gumbel-max. The
@@ -23,12 +23,12 @@ def draw_tokens(keys_B: jax.Array, counts_B: jax.Array, logits_BV: jax.Array, te
       keys_B: of the rollouts.
       counts_B: int32, tokens that each rollout has so far.
       logits_BV: float32; -inf for tokens that must not be drawn.
-      temperature: above 0.
+      temperatures_B: float32, above 0.
 
     Returns:
       int32 tokens [B] and float32 log-probabilities [B].
     """
-    logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperature, axis=-1)
+    logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperatures_B[:, None], axis=-1)
     vocab = logprobs_BV.shape[-1]
     block = 1 << round(math.log2(vocab) / 2)
 

@@ -79,6 +79,7 @@ class _Slots:
       cache: of everything read so far.
       hidden_BD: the stream at each row's last token, from which the next one is drawn.
       groups_B, indices_B: int32, which rollout a row belongs to.
+      temperatures_B: float32, that it is sampled at.
       counts_B: int32, tokens generated.
       alive_B: bool, False for rows that are finished or empty.
       opened_B: int32, how many tokens of `SecondPhase.opening` came last; it stays when all came. Always 0 without a second phase.
@@ -89,6 +90,7 @@ class _Slots:
     hidden_BD: jax.Array
     groups_B: jax.Array
     indices_B: jax.Array
+    temperatures_B: jax.Array
     counts_B: jax.Array
     alive_B: jax.Array
     opened_B: jax.Array
@@ -101,6 +103,7 @@ class _Open:
 
     place: int
     index: int
+    temperature: float
     count: int = 0
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -120,6 +123,7 @@ class Sampler:
       max_prompt_tokens: longest prompt.
       max_new_tokens: budget of a rollout; the stop token counts.
       temperature: logits are divided by it.
+      temperature_spread: the rollouts of a group get temperatures from (1 - spread) to (1 + spread) times that, evenly in their order.
       stop_ids: tokens that end a rollout.
       second_phase: for rollouts that think too long; None: they may spend their whole budget.
       launch_steps: at most so many tokens a row are decoded between two looks of the host.
@@ -136,6 +140,7 @@ class Sampler:
         max_prompt_tokens: int,
         max_new_tokens: int,
         temperature: float,
+        temperature_spread: float = 0.0,
         stop_ids: Sequence[int],
         second_phase: SecondPhase | None = None,
         launch_steps: int = 32,
@@ -146,6 +151,8 @@ class Sampler:
                 raise ConfigError(f"{name} = {value!r} cannot be used by the sampler; it must be at least 1.")
         if not temperature > 0:
             raise ConfigError(f"temperature = {temperature!r} cannot be used by the sampler; it must be above 0.")
+        if not 0 <= temperature_spread < 1:
+            raise ConfigError(f"temperature_spread = {temperature_spread!r} cannot be used by the sampler; it must be from 0 to below 1.")
         if not stop_ids:
             raise ConfigError("The sampler was given no stop token, so every rollout would spend its whole budget; give at least one.")
         if second_phase is not None:
@@ -161,7 +168,7 @@ class Sampler:
         self._slots = slots
         self._max_prompt = max_prompt_tokens
         self._max_new = max_new_tokens
-        self._temperature = temperature
+        self._temperature, self._spread = temperature, temperature_spread
         self._stop_ids = tuple(int(token) for token in stop_ids)
         self._launch_steps = launch_steps
         self._capacity = _round_up(max_prompt_tokens + max_new_tokens, PROMPT_BUCKET)
@@ -222,7 +229,10 @@ class Sampler:
         total = len(prompts) * group_size
         if not total:
             return
-        queue = collections.deque((place, index) for place in range(len(prompts)) for index in range(group_size))
+        temperatures_K = self._temperatures(group_size)
+        queue = collections.deque(
+            _Open(place, index, temperature) for place in range(len(prompts)) for index, temperature in enumerate(temperatures_K)
+        )
         prompt_hidden, prompt_cache = self._read_all(frozen, lora, prompts)
         open_B: list[_Open | None] = [None] * min(self._slots, total)
         slots = self._empty(len(open_B))
@@ -273,7 +283,7 @@ class Sampler:
 
         reading = self._read.lower(frozen, lora, ids(at_once, length), ids(at_once), capacity=length)
         yield Program("prefill", reading, {"cache": of_prompts})
-        filling = self._fill.lower(slots, *(ids(rows) for _ in range(4)), *of_prompts)
+        filling = self._fill.lower(slots, *(ids(rows) for _ in range(4)), ids(rows, dtype=jnp.float32), *of_prompts)
         yield Program("fill", filling, {"cache": (slots, of_prompts)})
         decoding = self._launch.lower(frozen, lora, slots, ids(dtype=jnp.uint32), ids(dtype=jnp.uint32), ids())
         yield Program("decode", decoding, {"cache": (slots, of_prompts)})
@@ -281,6 +291,11 @@ class Sampler:
             yield Program("shrink", self._take.lower(slots, ids(fewer)), {"cache": (slots, of_prompts)})
 
     # The host's side
+
+    def _temperatures(self, group_size: int) -> list[float]:
+        """Of the rollouts of a group, in float32's precision, so that sampler and update divide by the same numbers."""
+        places_K = np.linspace(-1.0, 1.0, group_size) if group_size > 1 else np.zeros(1)
+        return (self._temperature * (1.0 + self._spread * places_K)).astype(np.float32).tolist()
 
     def _read_all(self, frozen: Any, lora: Any, prompts: list[Prompt]) -> tuple[jax.Array, Cache]:
         """The stream at the end of every prompt, and a cache with a row for each."""
@@ -307,7 +322,8 @@ class Sampler:
         # A buffer for each, since each is donated.
         groups, indices, counts, opened = (jnp.zeros(rows, jnp.int32) for _ in range(4))
         alive, forcing = (jnp.zeros(rows, bool) for _ in range(2))
-        return _Slots(self._model.init_cache(rows, self._capacity), hidden, groups, indices, counts, alive, opened, forcing)
+        temperatures = jnp.ones(rows, jnp.float32)
+        return _Slots(self._model.init_cache(rows, self._capacity), hidden, groups, indices, temperatures, counts, alive, opened, forcing)
 
     def _abstract_slots(self, rows: int) -> _Slots:
         """Shapes of `_empty`, laid out over the model's mesh if it has one."""
@@ -326,7 +342,7 @@ class Sampler:
         self,
         slots: _Slots,
         open_B: list[_Open | None],
-        queue: collections.deque[tuple[int, int]],
+        queue: collections.deque[_Open],
         prompts: list[Prompt],
         prompt_hidden: jax.Array,
         prompt_cache: Cache,
@@ -338,11 +354,12 @@ class Sampler:
         # Padded to the batch so that one shape is compiled: rows past the end are dropped.
         rows_B = np.full(len(open_B), len(open_B), np.int32)
         places_B, groups_B, indices_B = (np.zeros(len(open_B), np.int32) for _ in range(3))
+        temperatures_B = np.ones(len(open_B), np.float32)
         for i, row in enumerate(free):
-            place, index = queue.popleft()
-            rows_B[i], places_B[i], groups_B[i], indices_B[i] = row, place, prompts[place].group, index
-            open_B[row] = _Open(place, index)
-        return self._fill(slots, rows_B, places_B, groups_B, indices_B, prompt_hidden, prompt_cache)
+            rollout = open_B[row] = queue.popleft()
+            rows_B[i], places_B[i], groups_B[i], indices_B[i] = row, rollout.place, prompts[rollout.place].group, rollout.index
+            temperatures_B[i] = rollout.temperature
+        return self._fill(slots, rows_B, places_B, groups_B, indices_B, temperatures_B, prompt_hidden, prompt_cache)
 
     def _shrink(self, slots: _Slots, open_B: list[_Open | None]) -> tuple[_Slots, list[_Open | None]]:
         """Halves the batch for as long as its live rows fit."""
@@ -372,6 +389,7 @@ class Sampler:
             logprobs_T=np.concatenate(rollout.logprobs).astype(np.float32),
             chosen_T=np.concatenate(rollout.chosen),
             stop=StopReason.STOP_TOKEN if int(tokens_T[-1]) in self._stop_ids else StopReason.MAX_TOKENS,
+            temperature=rollout.temperature,
         )
 
     # The device's side
@@ -397,6 +415,7 @@ class Sampler:
         places_R: jax.Array,
         groups_R: jax.Array,
         indices_R: jax.Array,
+        temperatures_R: jax.Array,
         prompt_hidden: jax.Array,
         prompt_cache: Cache,
     ) -> _Slots:
@@ -408,6 +427,7 @@ class Sampler:
             hidden_BD=put(slots.hidden_BD, prompt_hidden[places_R]),
             groups_B=put(slots.groups_B, groups_R),
             indices_B=put(slots.indices_B, indices_R),
+            temperatures_B=put(slots.temperatures_B, temperatures_R),
             counts_B=put(slots.counts_B, 0),
             alive_B=put(slots.alive_B, True),
             opened_B=put(slots.opened_B, 0),
@@ -455,7 +475,7 @@ class Sampler:
         ) -> tuple[jax.Array, _Slots, tuple[jax.Array, jax.Array, jax.Array]]:
             i, slots, (tokens_TB, logprobs_TB, chosen_TB) = carry
             logits_BV = self._model.logits(frozen, lora, slots.hidden_BD)
-            tokens_B, logprobs_B = draw_tokens(keys_B, slots.counts_B, logits_BV, self._temperature)
+            tokens_B, logprobs_B = draw_tokens(keys_B, slots.counts_B, logits_BV, slots.temperatures_B)
             tokens_B, logprobs_B, opened_B, forcing_B = self._force(slots, tokens_B, logprobs_B)
             counts_B = slots.counts_B + slots.alive_B
             stopped_B = (tokens_B[:, None] == stop_ids).any(axis=-1) | (counts_B >= self._max_new)
@@ -467,6 +487,7 @@ class Sampler:
                 hidden_BD=hidden_BD,
                 groups_B=slots.groups_B,
                 indices_B=slots.indices_B,
+                temperatures_B=slots.temperatures_B,
                 counts_B=counts_B,
                 alive_B=slots.alive_B & ~stopped_B,
                 opened_B=opened_B,

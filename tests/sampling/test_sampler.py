@@ -114,6 +114,19 @@ def test_frequencies_and_log_probabilities_are_the_chains():
         assert stats.chisquare(counts[state], np.exp(expected[state]) * counts[state].sum()).pvalue > 1e-4
 
 
+def test_temperatures_are_spread_over_a_group():
+    """Each rollout tells its own temperature, and has the log-probabilities of that one."""
+    rollouts = list(_sampler(temperature=0.8, temperature_spread=0.5).sample(LOGITS, None, _prompts(3), 5, seed=1, step=0))
+    expected = np.linspace(0.4, 1.2, 5)
+    for r in rollouts:
+        assert r.temperature == pytest.approx(expected[r.index])
+        before = np.concatenate([r.prompt_tokens_P[-1:], r.tokens_T[:-1]])
+        log_softmax = special.log_softmax(LOGITS.astype(np.float64) / expected[r.index], axis=1)
+        np.testing.assert_allclose(r.logprobs_T, log_softmax[before, r.tokens_T], atol=1e-5)
+    alone = list(_sampler(temperature=0.8, temperature_spread=0.5).sample(LOGITS, None, _prompts(3), 1, seed=1, step=0))
+    assert {r.temperature for r in alone} == {pytest.approx(0.8)}
+
+
 def test_short_rollouts_come_before_long_ones_are_done():
     """Handing on early is what lets programs run meanwhile: nothing finished may wait for the slowest."""
     seen = []
@@ -136,7 +149,9 @@ def test_nothing_is_compiled_again_in_later_steps():
     assert sampler.compilations == compiled
 
 
-@pytest.mark.parametrize("change", [{"slots": 0}, {"temperature": 0.0}, {"stop_ids": ()}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "change", [{"slots": 0}, {"temperature": 0.0}, {"stop_ids": ()}, {"max_new_tokens": 0}, {"temperature_spread": 1.0}]
+)
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ConfigError):
         _sampler(**change)
