@@ -1,0 +1,115 @@
+"""What advantages are computed from: a group's rewards, with a bonus for programs unlike the others, and without what is there twice.
+
+Both are off by default, as in the report. They work against the collapse of a group into one program, after which it teaches nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.text.structure import structure_distance, structure_key, structure_parts
+from discover_jax.types import Attempt, Outcome
+
+DUPLICATES = ("keep", "drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Diversity:
+    """How a group's rewards are seen by the estimator.
+
+    Attributes:
+      novelty_bonus: added to the signal of a program that scored, times its distance (0 to 1) to the nearest other one of the group that
+        did. In the reward's unit; 0: none.
+      duplicates: "keep", or "drop": of the programs of a group that are the same but for names and layout the first alone counts, for the
+        baseline and for the update.
+
+    Raises:
+      ConfigError: a value is not allowed.
+    """
+
+    novelty_bonus: float = 0.0
+    duplicates: str = "keep"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.novelty_bonus < float("inf"):
+            raise ConfigError(f"novelty_bonus = {self.novelty_bonus!r} must be a finite number of at least 0.")
+        if self.duplicates not in DUPLICATES:
+            raise ConfigError(f"duplicates = {self.duplicates!r} is not known; allowed: {', '.join(DUPLICATES)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Signals:
+    """Of one group.
+
+    Attributes:
+      values_K: float64, what the estimator is given for each rollout.
+      counts_K: bool, False for rollouts that are left out of baseline and update.
+    """
+
+    values_K: np.ndarray
+    counts_K: np.ndarray
+
+
+def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[float]], list[float]], diversity: Diversity) -> Signals:
+    """The signals of a group.
+
+    Args:
+      attempts_K: of one group, in order.
+      transform: from the group's rewards to what is compared, as `Task.signals`.
+      diversity: bonus and duplicates.
+    """
+    values_K = np.asarray(transform([attempt.reward for attempt in attempts_K]), np.float64)
+    counts_K = np.ones(len(attempts_K), bool)
+    if diversity.novelty_bonus:
+        values_K = values_K + diversity.novelty_bonus * _novelty(attempts_K)
+    if diversity.duplicates == "drop":
+        counts_K = ~_repeated(attempts_K)
+    return Signals(values_K, counts_K)
+
+
+def diversity_metrics(groups: Sequence[Sequence[Attempt]]) -> dict[str, float | None]:
+    """How different the programs of a step are, for `metrics.SCHEMA`.
+
+    Args:
+      groups: the attempts of each group.
+    """
+    programs = [[attempt for attempt in group if attempt.code is not None] for group in groups]
+    count = sum(map(len, programs))
+    distances = [value for group in programs for value in _distances(group)[np.triu_indices(len(group), k=1)].tolist()]
+    distinct = len({structure_key(attempt.code or "") for group in programs for attempt in group})
+    return {
+        "diversity/duplicate_frac": sum(int(_repeated(group).sum()) for group in programs) / count if count else None,
+        "diversity/distinct_frac": distinct / count if count else None,
+        "diversity/distance": float(np.mean(distances)) if distances else None,
+    }
+
+
+def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
+    """bool [K]: whether a program equals an earlier one of the group in structure. Rollouts without a program never do."""
+    seen: set[str] = set()
+    repeated_K = np.zeros(len(attempts_K), bool)
+    for index, attempt in enumerate(attempts_K):
+        if attempt.code is not None:
+            key = structure_key(attempt.code)
+            repeated_K[index] = key in seen
+            seen.add(key)
+    return repeated_K
+
+
+def _novelty(attempts_K: Sequence[Attempt]) -> np.ndarray:
+    """float64 [K]: distance to the nearest other program of the group that scored; 0 for failures, and for one that scored alone."""
+    scored = [index for index, attempt in enumerate(attempts_K) if attempt.outcome is Outcome.OK]
+    novelty_K = np.zeros(len(attempts_K))
+    if len(scored) > 1:
+        distances = _distances([attempts_K[index] for index in scored])
+        np.fill_diagonal(distances, np.inf)
+        novelty_K[scored] = distances.min(axis=1)
+    return novelty_K
+
+
+def _distances(attempts: Sequence[Attempt]) -> np.ndarray:
+    """float64 [K, K]: structural distances between programs."""
+    parts = [structure_parts(attempt.code or "") for attempt in attempts]
+    return np.array([[structure_distance(a, b) for b in parts] for a in parts]).reshape(len(parts), len(parts))

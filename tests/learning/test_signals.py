@@ -1,0 +1,72 @@
+"""Signals of a group: rewards as they are by default; bonus and duplicates by hand on small programs."""
+
+import numpy as np
+import pytest
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.learning.signals import Diversity, diversity_metrics, group_signals
+from discover_jax.text.structure import structure_distance, structure_parts
+from discover_jax.types import Attempt, Outcome, StopReason
+
+A, B, C = "def run():\n    return 1", "def run():\n    return 2", "def run():\n    for i in range(9):\n        print(i)\n    return i"
+RENAMED_C = C.replace("i)", "k)").replace("i in", "k in").replace("return i", "return k")
+
+
+def attempt(index, code, reward=0.5, outcome=Outcome.OK):
+    score = reward if outcome is Outcome.OK else None
+    fields = {"detail": "", "stdout": "", "private_score": None, "adapter_step": 0, "tokens": 3, "stop": StopReason.STOP_TOKEN}
+    return Attempt(f"0-0-{index}", "seed", 0, 0, index, code=code, outcome=outcome, score=score, reward=reward, **fields)
+
+
+GROUP = [
+    attempt(0, A, 0.5),
+    attempt(1, C, 0.75),
+    attempt(2, RENAMED_C, 0.75),
+    attempt(3, None, 0.0, Outcome.FORMAT_ERROR),
+    attempt(4, B, 0.0, Outcome.EXCEPTION),
+    attempt(5, None, 0.0, Outcome.FORMAT_ERROR),
+]
+
+
+def test_by_default_they_are_the_rewards():
+    signals = group_signals(GROUP, list, Diversity())
+    assert signals.values_K.tolist() == [0.5, 0.75, 0.75, 0.0, 0.0, 0.0]
+    assert signals.counts_K.all()
+
+
+def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
+    """Copies of each other get none; a failure gets none, and is nobody's neighbour."""
+    signals = group_signals(GROUP, list, Diversity(novelty_bonus=0.2))
+    distance = structure_distance(structure_parts(A), structure_parts(C))
+    assert 0.3 < distance < 1.0
+    np.testing.assert_allclose(signals.values_K, [0.5 + 0.2 * distance, 0.75, 0.75, 0.0, 0.0, 0.0])
+    assert group_signals([GROUP[0], GROUP[4]], list, Diversity(novelty_bonus=0.2)).values_K.tolist() == [0.5, 0.0]
+
+
+def test_dropped_duplicates_are_those_after_the_first():
+    signals = group_signals(GROUP, list, Diversity(duplicates="drop"))
+    assert signals.counts_K.tolist() == [True, True, False, True, True, True]  # rollouts without a program are no copies of each other
+
+
+def test_the_task_s_transform_comes_first():
+    signals = group_signals(GROUP, lambda rewards: [10 * reward for reward in rewards], Diversity(novelty_bonus=0.2))
+    assert signals.values_K[1] == 7.5
+    assert 5.0 < signals.values_K[0] < 5.2
+
+
+def test_metrics_of_a_step():
+    groups = [GROUP, [attempt(0, A), attempt(1, A)], []]
+    metrics = diversity_metrics(groups)
+    # Programs: A, C, C', B | A, A. Copies within their group: C', A. Structures: A, B, C.
+    assert metrics["diversity/duplicate_frac"] == pytest.approx(2 / 6)
+    assert metrics["diversity/distinct_frac"] == pytest.approx(3 / 6)
+    parts = [structure_parts(code) for code in (A, C, C, B)]
+    pairs = [structure_distance(parts[i], parts[j]) for i in range(4) for j in range(i)] + [0.0]
+    assert metrics["diversity/distance"] == pytest.approx(np.mean(pairs))
+    assert set(diversity_metrics([[attempt(0, None)]]).values()) == {None}
+
+
+@pytest.mark.parametrize("bad", [{"novelty_bonus": -0.1}, {"novelty_bonus": float("nan")}, {"duplicates": "some"}])
+def test_bad_settings(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Diversity(**bad)
