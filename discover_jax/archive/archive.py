@@ -7,7 +7,7 @@ from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.records import from_row
-from discover_jax.types import Attempt, State
+from discover_jax.types import SEED, Attempt, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,36 @@ class Archive:
             if len(kept) > self.capacity:
                 codes.remove(kept.pop().code)
         return Archive(tuple(kept), self.capacity)
+
+    def add_group(self, states: Iterable[State], *, children: int) -> "Archive":
+        """The archive after one group, with at most the `children` best children of each parent, and then the best `capacity` in all.
+
+        The seed is a parent anew for each group that starts from nothing, after the reference code, which gives each group an initial state
+        of its own: otherwise a whole search would descend from two programs. Copies of kept programs take nobody's place.
+
+        Args:
+          states: the scored programs of one group, which all have one parent.
+          children: 0 keeps them all, and is `add`.
+
+        Raises:
+          RunError: a state without a value, or states of several parents.
+        """
+        states = list(states)
+        parents = {state.parent_id for state in states}
+        if len(parents) > 1:
+            raise RunError(
+                f"States of one group have the parents {sorted(map(str, parents))}; a group is built on one parent. Add them apart."
+            )
+        if not children or not states:
+            return self.add(states)
+        unlike = Archive((), len(states)).add(states).states  # best first, without copies of each other
+        codes = {state.code for state in self.states}
+        fresh = [state for state in unlike if state.code not in codes]
+        siblings = [] if parents == {SEED.id} else [state for state in self.states if {state.parent_id} == parents]
+        best = {state.id for state in sorted([*siblings, *fresh], key=_descending)[:children]}
+        dropped = {state.id for state in siblings} - best
+        rest = tuple(state for state in self.states if state.id not in dropped)
+        return Archive(rest, self.capacity).add(state for state in fresh if state.id in best)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The states, best first, as rows that JSON can hold; `from_json` reads them."""

@@ -1,18 +1,45 @@
 """Which states the groups of a step build on."""
 
-from collections.abc import Callable
-from typing import Any
+import itertools
+import sys
+from typing import Protocol
 
 import numpy as np
 
 from discover_jax.archive.archive import Archive
+from discover_jax.archive.expansions import NO_EXPANSIONS, Expansions
+from discover_jax.exceptions import RunError
 from discover_jax.types import SEED, State
 
-Sampler = Callable[..., list[State]]
-"""function(archive, groups, rng, *, epsilon) -> one parent a group."""
+
+class Sampler(Protocol):
+    """(archive, groups, rng) -> one parent a group. Every sampler takes all the keywords, so that the table's entries can be exchanged.
+
+    Args:
+      archive: of the states that may become parents, beside the seed.
+      groups: of the step.
+      rng: of the step, see `step_rng`.
+      epsilon: of greedy.
+      exploration: c of puct.
+      expansions: of all steps before, for puct.
+    """
+
+    def __call__(
+        self,
+        archive: Archive,
+        groups: int,
+        rng: np.random.Generator,
+        *,
+        epsilon: float = 0.125,
+        exploration: float = 1.0,
+        expansions: Expansions = NO_EXPANSIONS,
+    ) -> list[State]: ...
+
 
 # Keeps these draws apart from every other use of the run's seed.
 _STREAM = 0x5A3B1E
+
+_LEAST_SCALE = 1e-6
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
@@ -20,11 +47,20 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([_STREAM, seed, step])
 
 
-def greedy(archive: Archive, groups: int, rng: np.random.Generator, *, epsilon: float) -> list[State]:
+def greedy(
+    archive: Archive,
+    groups: int,
+    rng: np.random.Generator,
+    *,
+    epsilon: float = 0.125,
+    exploration: float = 1.0,
+    expansions: Expansions = NO_EXPANSIONS,
+) -> list[State]:
     """The best state with probability 1 - epsilon, else a uniformly random one of the kept (the best among them); each group by itself.
 
     The report's default, with epsilon 0.125. An empty archive gives the seed.
     """
+    del exploration, expansions
     # Every group takes the same number of draws whatever they come to, so that epsilon changes no other group's choice.
     explore_G = rng.random(groups) < epsilon
     choice_G = rng.integers(max(len(archive.states), 1), size=groups)
@@ -33,11 +69,92 @@ def greedy(archive: Archive, groups: int, rng: np.random.Generator, *, epsilon: 
     return [archive.states[choice if explore else 0] for explore, choice in zip(explore_G, choice_G, strict=True)]
 
 
-def fixed(archive: Archive, groups: int, rng: np.random.Generator, **_: Any) -> list[State]:
+def fixed(
+    archive: Archive,
+    groups: int,
+    rng: np.random.Generator,
+    *,
+    epsilon: float = 0.125,
+    exploration: float = 1.0,
+    expansions: Expansions = NO_EXPANSIONS,
+) -> list[State]:
     """Always the empty seed, i.e. no reuse; with a search this is best-of-N."""
-    del archive, rng
+    del archive, rng, epsilon, exploration, expansions
     return [SEED] * groups
 
 
-SAMPLERS: dict[str, Sampler] = {"greedy": greedy, "fixed": fixed}
+def puct(
+    archive: Archive,
+    groups: int,
+    rng: np.random.Generator,
+    *,
+    epsilon: float = 0.125,
+    exploration: float = 1.0,
+    expansions: Expansions = NO_EXPANSIONS,
+) -> list[State]:
+    """The states of the highest `puct_scores`, no two of them ancestor and descendant while there are others (paper's default, c = 1).
+
+    A pick blocks its ancestors and descendants. When all that is left is blocked, the best of it is unblocked and a new round begins, in
+    which only new picks block; and when everything was picked, the picks are repeated in their order. So the batch is always full, and
+    the first step's groups all get the seed. Equal scores go to the higher value, then to the state found earlier; nothing is random.
+
+    The archive is best filled by `Archive.add_group` with `children=2`.
+
+    Raises:
+      RunError: `expansions` does not know a state of the archive.
+    """
+    del rng, epsilon
+    candidates = [*archive.states, SEED]
+    scores = puct_scores(archive, expansions, exploration)
+    # Archive order breaks what is left of ties; the seed has no value and comes last in it.
+    values = [-np.inf if state.value is None else state.value for state in candidates]
+    waiting = [candidates[i] for i in sorted(range(len(candidates)), key=lambda i: (-scores[i], -values[i]))]
+    ancestors = {state.id: set(expansions.ancestors(state.id)) for state in candidates}
+    picks: list[State] = []
+    while waiting and len(picks) < groups:
+        blocked: list[State] = []
+        chosen: set[str] = set()
+        above: set[str] = set()
+        for state in waiting:
+            if state.id in above or ancestors[state.id] & chosen:
+                blocked.append(state)
+            else:
+                picks.append(state)
+                chosen.add(state.id)
+                above |= ancestors[state.id]
+        waiting = blocked
+    return list(itertools.islice(itertools.cycle(picks), groups))
+
+
+def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1.0) -> list[float]:
+    """Q + c scale P sqrt(1 + T) / (1 + n) of the archive's states in their order, then of the seed (paper; reference code).
+
+    Q is the best value among a state's direct children, kept or not, or its own value while it has none. P = (N - rank) / sum (N - rank)
+    over the N candidates, rank 0 being the best. The scale is the distance between the best and the worst value in the archive, at least
+    1e-6. n and T count groups (see `Expansions`). The seed has no value: it ranks last, and without children its score is -inf.
+
+    Raises:
+      RunError: `expansions` does not know a state of the archive.
+    """
+    for state in archive.states:
+        if expansions.parents.get(state.id) != state.parent_id:
+            raise RunError(
+                f"The archive has the state {state.id!r} with the parent {state.parent_id!r}; the journal gives it"
+                f" {expansions.parents.get(state.id)!r}. The two do not belong together: puct needs all rows of the archive's journal."
+            )
+    candidates = [*archive.states, SEED]
+    values = [state.value for state in archive.states if state.value is not None]
+    scale = min(max(values[0] - values[-1], _LEAST_SCALE), sys.float_info.max) if values else _LEAST_SCALE
+    counts = expansions.counts()
+    explored = exploration * scale * (1 + expansions.total) ** 0.5
+    ranks = len(candidates) * (len(candidates) + 1) / 2
+    scores = []
+    for rank, state in enumerate(candidates):
+        known = expansions.best_children.get(state.id, state.value)
+        prior = (len(candidates) - rank) / ranks
+        scores.append(-np.inf if known is None else known + explored * prior / (1 + counts.get(state.id, 0)))
+    return scores
+
+
+SAMPLERS: dict[str, Sampler] = {"greedy": greedy, "fixed": fixed, "puct": puct}
 """By the name of config.reuse.sampler."""
