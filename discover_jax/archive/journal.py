@@ -107,8 +107,8 @@ class Journal:
         attempts = self._parse(head)
         if hashlib.sha256(head).hexdigest() != sha256:
             raise RunError(
-                f"The journal {self._path} was altered since the checkpoint was made: of its lines 1 to {len(attempts)}, each of which can"
-                " be read, at least one is not what the run wrote. Put the original back, or start a new run in another folder."
+                f"The journal {self._path} was altered since the checkpoint was made: its first {position} bytes ({len(attempts)} whole"
+                " rows) are not those that the run wrote. Put the original back, or start a new run in another folder."
             )
         return head, attempts
 

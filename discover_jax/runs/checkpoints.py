@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,24 +119,39 @@ class Checkpoints:
         Raises:
           RunError: there is no such checkpoint, it is damaged, or it holds arrays of other names or shapes.
         """
-        parts: dict[str, Any] = {"host": ocp.args.JsonRestore()}
         if step not in (steps := sorted(self._manager.all_steps())):
             raise RunError(f"There is no checkpoint {step} in {self._directory}; complete ones: {steps}.")
         try:
-            if abstract_train_state is not None:
-                self._check_layout(step, abstract_train_state)
-                parts["train_state"] = ocp.args.StandardRestore(jax.tree.map(_abstract, abstract_train_state))
-            with _quiet():
-                restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
-            train_state = restored.get("train_state")
-            return train_state, _open(restored["host"], train_state)
-        except RunError:
-            raise
-        except Exception as error:  # what orbax raises for a damaged file depends on which file it is, and where
+            return self._read(step, abstract_train_state)
+        except ValueError as error:
             raise RunError(
-                f"Checkpoint {step} in {self._directory} cannot be restored: {_short(error)}\nIt was damaged or altered, or made by another"
+                f"Checkpoint {step} in {self._directory} cannot be restored: {error}\nIt was damaged or altered, or made by another"
                 f" version. Complete checkpoints there: {steps}; delete the folder of a broken one to go back to the one before."
             ) from error
+
+    def _read(self, step: int, abstract_train_state: TrainState | None) -> tuple[TrainState | None, dict[str, Any]]:
+        """`restore`, but for the advice.
+
+        Raises:
+          RunError: it holds arrays of other names or shapes.
+          ValueError: it is damaged; what is wrong, in one line.
+        """
+        parts: dict[str, Any] = {"host": ocp.args.JsonRestore()}
+        fault = ""
+        with _quiet():
+            try:
+                if abstract_train_state is not None:
+                    self._check_layout(step, abstract_train_state)
+                    parts["train_state"] = ocp.args.StandardRestore(jax.tree.map(_abstract, abstract_train_state))
+                restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
+                train_state = restored.get("train_state")
+                return train_state, _open(restored.get("host"), train_state)
+            except RunError:
+                raise
+            except Exception as error:  # what orbax raises for a damaged file depends on which file it is, and where
+                fault = _short(error)
+            # Only here, where orbax's error is gone and with it all that it refers to, which would speak up when it is collected.
+            raise ValueError(fault)
 
     def resume(
         self, abstract_train_state: TrainState | None, note: Callable[[str], None]
@@ -160,8 +176,8 @@ class Checkpoints:
                 faults[step] = "files of it were deleted"
                 continue
             try:
-                train_state, host = self.restore(step, abstract_train_state)
-            except RunError as error:
+                train_state, host = self._read(step, abstract_train_state)
+            except (RunError, ValueError) as error:
                 faults[step] = str(error)
                 continue
             for damaged, fault in faults.items():
@@ -267,9 +283,12 @@ def _host_bytes(leaf: jax.Array) -> memoryview:
 
 
 def _short(error: Exception) -> str:
-    """The beginning of an error's text: orbax's can go on for pages."""
-    text = str(error).strip() or repr(error)
-    return text if len(text) <= 600 else text[:600] + " ..."
+    """The first line of what an error came from: orbax's own text can go on for pages."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    line = (str(cause).strip() or repr(cause)).splitlines()[0]
+    return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -290,9 +309,10 @@ def _layout(tree: Any) -> dict[str, str]:
 def _quiet() -> Iterator[None]:
     """Keeps orbax and asyncio from logging a traceback for every array of a failure: the error that is raised tells it once."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None  # coroutines that were never awaited to the end
     try:
         yield
     except BaseException:
@@ -301,3 +321,4 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        sys.unraisablehook = hook

@@ -20,6 +20,7 @@ from discover_jax.archive.samplers import SAMPLERS, step_rng
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import step_row
@@ -67,12 +68,15 @@ def run(folder: Path) -> None:
         journal, metrics = Journal(workdir.journal_path), MetricsWriter(workdir.metrics_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         state = init_train_state({"number": jnp.zeros(3)}, adam())
-        first, archive, position = 0, Archive((), 4), 0
-        if (latest := checkpoints.latest()) is not None:
-            restored, host = checkpoints.restore(latest, state)
+        first, archive = 0, Archive((), 4)
+        if (found := checkpoints.resume(state, sys.exit)) is not None:  # a kill damages none
+            latest, restored, row = found
             assert restored is not None
-            state, first, archive, position = restored, latest + 1, Archive.from_json(host["archive"], 4), host["journal_position"]
-        journal.truncate(position)
+            host = HostState.from_json(row, latest)
+            state, first, archive = restored, latest + 1, Archive.from_json(host.archive, 4)
+            journal.resume(host.journal_position, host.journal_sha256)
+        else:
+            journal.truncate(0)
         metrics.truncate(first)
         best = best_of([s for a in journal.read() if (s := a.state()) is not None])
         for step in range(first, STEPS):
@@ -89,7 +93,7 @@ def run(folder: Path) -> None:
                 write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade)
             write_rollouts(workdir.rollouts_dir, step, [{"id": a.id, "score": a.score} for a in attempts])
             metrics.write(step_row(step, attempts, best=best, timings={}, advantage_metrics={}, update_metrics={}))
-            checkpoints.save(step, state, {"archive": archive.to_json(), "journal_position": journal.position})
+            checkpoints.save(step, state, HostState.of(0, archive, journal).to_json())
         checkpoints.close()
 
 

@@ -1,0 +1,594 @@
+"""Damaged and planted files, a full disk, a jumping clock, a hanging worker: a clear message, nothing lost before the last step."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from phrase_config import get_config
+from tiny_run import environment, results, unbroken
+
+from discover_jax import config as settings
+from discover_jax import main
+from discover_jax.archive.journal import Journal
+from discover_jax.exceptions import RunError
+from discover_jax.execution import Executor, Limits, sandbox
+from discover_jax.execution.cache import VerdictCache
+from discover_jax.learning.train_state import TrainState, adam, init_train_state
+from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.console import NullConsole
+from discover_jax.runs.host_state import HostState
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.types import Execution, Grade, Outcome, Verdict
+
+
+class Noting(NullConsole):
+    """Keeps what a run says of itself."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def start(self, title: str, lines: list[str]) -> None:
+        self.notes += lines
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Iterator[Path]:
+    """The unbroken run's folder; runs of this process find the programs that it compiled."""
+    folder = unbroken(root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(root).items():
+            patch.setenv(name, value)
+        patch.setattr(sandbox, "PRELOAD", ())
+        before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compilation_cache.reset_cache()
+        yield folder
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def workdir(whole, tmp_path) -> Path:
+    """A copy of the unbroken run."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def resume(root: Path, workdir: Path) -> str:
+    """Starts the run again, in this process. What it said of itself."""
+    console = Noting()
+    main.run(settings.validate(get_config(str(root / "model"))), workdir, console=console)
+    return "\n".join(console.notes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but those that every start writes anew."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "disclosure.json"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x55
+    path.write_bytes(data)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def state_of(step: int) -> TrainState:
+    rng = np.random.default_rng(step)
+    lora = {"A": jnp.asarray(rng.normal(size=(50, 40)), jnp.float32), "B": [jnp.asarray(rng.normal(size=300), jnp.bfloat16)]}
+    return init_train_state(lora, adam())
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    writer = Checkpoints(folder, keep=2, every=0)
+    for step in (1, 2):
+        writer.save(step, state_of(step), {"step": step, "text": "y" * 100})
+    writer.close()
+    return folder
+
+
+def resumed(folder: Path) -> tuple[int, str]:
+    """Resumes; the step, which must be what was saved in it, and the notes."""
+    notes: list[str] = []
+    checkpoints = Checkpoints(folder, keep=2, every=0)
+    found = checkpoints.resume(state_of(0), notes.append)
+    assert found is not None
+    step, state, host = found
+    assert host == {"step": step, "text": "y" * 100}
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(state_of(step)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert checkpoints.latest() == step
+    checkpoints.close()
+    return step, "\n".join(notes)
+
+
+def test_every_file_of_a_checkpoint_torn_flipped_or_gone(two_checkpoints, tmp_path):
+    """Either the damage does not matter, and all is as it was saved, or the checkpoint before is taken and the damaged one set aside."""
+    rng = random.Random(0)
+    damages = {
+        "deleted": lambda path: path.unlink(),
+        "emptied": lambda path: path.write_bytes(b""),
+        "cut": lambda path: path.write_bytes(path.read_bytes()[: int(rng.uniform(0.1, 0.9) * path.stat().st_size)]),
+        "flipped": lambda path: flip(path, rng.random()),
+        "replaced": lambda path: path.write_bytes(rng.randbytes(200)),
+    }
+    names = sorted(path.relative_to(two_checkpoints) for path in (two_checkpoints / "2").rglob("*") if path.is_file())
+    assert len(names) > 10
+    turn = itertools.cycle(damages)
+    noticed = set()
+    for number, (name, damage) in enumerate((name, next(turn)) for name in names for _ in range(2)):
+        folder = tmp_path / str(number) / "checkpoints"
+        shutil.copytree(two_checkpoints, folder)
+        damages[damage](folder / name)
+        damaged = contents(folder / "2")
+        step, notes = resumed(folder)
+        if step == 2:
+            assert not notes
+            continue
+        noticed.add(name)
+        place = folder.with_name("checkpoints.damaged") / "2-1"
+        assert (
+            f"Checkpoint 2 is damaged, so the run goes back to checkpoint 1 and does the steps after it again. It was moved to {place}"
+            in notes
+        )
+        assert contents(place) == damaged
+    needed = {Path("2/host/metadata"), Path("2/train_state/_METADATA"), Path("2/train_state/manifest.ocdbt")}
+    assert noticed >= needed
+    assert len(noticed) > len(needed)
+
+
+def test_a_flipped_bit_of_an_array_is_told_by_the_array_s_name(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "c")
+    flip(largest(tmp_path / "c" / "2"))
+    step, notes = resumed(tmp_path / "c")
+    assert step == 1
+    assert "the checksums of 1 arrays are others: lora/A." in notes
+
+
+@pytest.mark.parametrize("part", ["", "host", "train_state"])
+def test_whole_folders_gone(two_checkpoints, tmp_path, part):
+    shutil.copytree(two_checkpoints, tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "2" / part)
+    if not part:
+        (tmp_path / "c" / "2").mkdir()
+    step, notes = resumed(tmp_path / "c")
+    assert step == 1
+    assert "Checkpoint 2 is damaged" in notes
+
+
+def test_a_step_is_set_aside_as_often_as_it_is_damaged(two_checkpoints, tmp_path):
+    for number in (1, 2):
+        shutil.copytree(two_checkpoints, tmp_path / "c", dirs_exist_ok=True)
+        flip(tmp_path / "c" / "2" / "host" / "metadata")
+        assert resumed(tmp_path / "c")[0] == 1
+        assert sorted(path.name for path in (tmp_path / "c.damaged").iterdir()) == [f"2-{n}" for n in range(1, number + 1)]
+
+
+def test_no_whole_checkpoint_is_an_error_that_deletes_nothing(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "c")
+    flip(largest(tmp_path / "c" / "1"))
+    (tmp_path / "c" / "2" / "host" / "metadata").unlink()
+    before = contents(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, every=0)
+    with pytest.raises(RunError, match=r"None of the checkpoints(?s:.)*checkpoint 2: (?s:.)*checkpoint 1: (?s:.)*lora/A(?s:.)*copy"):
+        checkpoints.resume(state_of(0), pytest.fail)
+    checkpoints.close()
+    assert contents(tmp_path) == before
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, mark: Path):
+        self._mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._mark),)
+
+
+def test_damaged_and_planted_files_cost_two_steps_and_change_nothing(root, whole, workdir, tmp_path):
+    """The last checkpoint and all cached verdicts are replaced by pickles with a payload, the checkpoint before has one flipped bit."""
+    payload = pickle.dumps(Payload(tmp_path / "mark"))
+    planted = [path for folder in ("cache", "checkpoints/3") for path in (workdir / folder).rglob("*") if path.is_file()]
+    assert len(planted) > 20
+    for path in planted:
+        path.write_bytes(payload)
+    flip(largest(workdir / "checkpoints" / "2"))
+    said = resume(root, workdir)
+    assert "Checkpoint 3 is damaged, so the run goes back to checkpoint 1" in said
+    assert "Checkpoint 2 is damaged, so the run goes back to checkpoint 1" in said
+    assert "resumed after step 2" in said
+    assert not (tmp_path / "mark").exists()
+    assert results(workdir) == results(whole)
+    assert {path.name for path in (workdir / "checkpoints.damaged").iterdir()} == {"2-1", "3-1"}
+    rows = {json.loads(line)["id"] for line in (workdir / "journal.discarded.jsonl").read_text().splitlines()}
+    assert rows == {attempt.id for attempt in Journal(whole / "journal.jsonl").read() if attempt.step >= 2}
+
+
+def damage_all_checkpoints(workdir: Path) -> None:
+    for folder in (workdir / "checkpoints").iterdir():
+        flip(largest(folder))
+
+
+def delete_all_checkpoints(workdir: Path) -> None:
+    for folder in (workdir / "checkpoints").iterdir():
+        shutil.rmtree(folder)
+
+
+def raise_a_reward(workdir: Path) -> None:
+    """By a digit, so that all stays in its place."""
+    path = workdir / "journal.jsonl"
+    text = path.read_text()
+    start = text.index('"reward": 0.') + len('"reward": 0.')
+    path.write_text(text[:start] + ("9" if text[start] != "9" else "8") + text[start + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_all_checkpoints, "None of the checkpoints"),
+        (delete_all_checkpoints, "goes up to step 4, but there is no checkpoint"),
+        (raise_a_reward, r"altered since the checkpoint was made: its first \d+ bytes \(24 whole rows\) are not those"),
+    ],
+)
+def test_what_cannot_be_mended_ends_in_one_error_and_stays_as_it_is(root, workdir, damage, message):
+    damage(workdir)
+    before = contents(workdir)
+    with pytest.raises(RunError, match=message):
+        resume(root, workdir)
+    assert contents(workdir) == before
+
+
+def test_a_clock_that_jumps_changes_nothing(root, whole, workdir, monkeypatch):
+    """The last step again, while the clock shows another year whenever it is asked, with files from the future and from long ago."""
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    rng = random.Random(0)
+    for path in workdir.rglob("*"):
+        os.utime(path, (moment := rng.choice([0, 4e9]), moment))
+    asked = []
+
+    def clock() -> float:
+        asked.append(rng.uniform(0, 4e9))
+        return asked[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", clock)
+        patch.setattr(time, "time_ns", lambda: int(1e9 * clock()))
+        said = resume(root, workdir)
+    assert asked  # orbax notes the time in what it writes
+    assert "resumed after step 3" in said
+    assert results(workdir) == results(whole)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["programs/cached_frac"] == 1.0
+    assert all(value is None or value >= 0 for name, value in last.items() if name.startswith("time/"))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=3, every=0, read_only=True)
+    assert checkpoints.latest() == 3
+    checkpoints.close()
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3"}
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode == 0
+    )
+    if not mounted:
+        pytest.skip("needs the right to mount; that each writer bears a full disk is tested for ordinary users, too")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path, pages: int) -> None:
+    """Leaves room for so many pages of 4 KiB."""
+    with (disk / "filler").open("wb") as file:
+        space = os.statvfs(disk)
+        file.write(bytes(max(0, space.f_bavail * space.f_frsize - 4096 * pages)))
+    space = os.statvfs(disk)
+    assert space.f_bavail * space.f_frsize == 4096 * pages
+
+
+def test_a_disk_that_fills(root, whole, small_disk):
+    """No room to begin with, then a little more each time, so that one writer after the other fails; then enough."""
+    workdir = Path(shutil.copytree(whole, small_disk / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    kept = {name: data for name, data in contents(workdir).items() if name.startswith(("checkpoints", "best", "config"))}
+    told = set()
+    for pages in (0, 1, 2, 3, 9):
+        fill(small_disk, pages)
+        with pytest.raises(RunError, match=r"Free some space(?s:.)*resumes at") as caught:
+            resume(root, workdir)
+        told.add(str(caught.value).replace(str(workdir), "RUN").partition("(")[0].partition("Free")[0])
+        assert kept.items() <= contents(workdir).items()
+    print(told)
+    assert len(told) >= 3
+    (small_disk / "filler").unlink()
+    assert "resumed after step 3" in resume(root, workdir)
+    assert results(workdir) == results(whole)
+
+
+# ---------------------------------------------------------------------- journal
+
+
+@pytest.fixture
+def stand(workdir) -> HostState:
+    """What the last checkpoint remembers of the journal."""
+    metadata = json.loads((workdir / "checkpoints" / "3" / "host" / "metadata").read_bytes())
+    return HostState.from_json(metadata["host"], 3)
+
+
+def rows_edited(edit):
+    """An edit of the journal's rows as one of the file's bytes."""
+
+    def of_bytes(data: bytes) -> bytes:
+        rows = data.splitlines(keepends=True)
+        edit(rows)
+        return b"".join(rows)
+
+    return of_bytes
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.replace(b'{"id": "0001-000-001"', b'{"id"; "0001-000-001"'), "Line 8 of the journal .* is broken"),
+        (lambda data: data.replace(b'{"id": "0001-000-001"', b'{"id": "\xff001-000-001"'), "Line 8 of the journal .* is broken"),
+        (lambda data: data.replace(b'"tokens": ', b'"tokens": NaN, "t": ', 1), "Line 1 of the journal .*NaN is no number"),
+        (lambda data: data.replace(b'"tokens": ', b'"tokens": 1' + b"0" * 5000, 1), "Line 1 of the journal .* is broken"),
+        (lambda data: data.replace(b'"tokens": ', b'"tokens": 1' + b"0" * 50, 1), "Line 1 .*'tokens' is a whole number of 1.. bits"),
+        (lambda data: data.replace(b'"reward": 0', b'"reward": ' + b"[" * 3000 + b"]" * 3000, 1), "Line 1 of the journal .* is broken"),
+        (lambda data: data.replace(b'"reward": 0.', b'"reward": 1.', 1), "altered since the checkpoint"),
+        (lambda data: data.replace(b"fox", b"owl", 1), "altered since the checkpoint"),
+        (rows_edited(lambda rows: rows.reverse()), "altered since the checkpoint"),
+        (rows_edited(lambda rows: rows.pop(3)), "rows were deleted"),
+        (rows_edited(lambda rows: rows.pop()), "rows were deleted"),
+        (rows_edited(lambda rows: rows.insert(3, rows[4])), "altered since the checkpoint"),
+        (lambda data: data[:-7], "rows were deleted"),
+        (lambda data: b"", "rows were deleted"),
+    ],
+)
+def test_a_journal_that_is_not_what_the_run_wrote(workdir, stand, damage, message):
+    path = workdir / "journal.jsonl"
+    damaged = damage(path.read_bytes())
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    with pytest.raises(RunError, match=message):
+        Journal(path).resume(stand.journal_position, stand.journal_sha256)
+    assert path.read_bytes() == damaged
+    assert not path.with_name("journal.discarded.jsonl").exists()
+
+
+@pytest.mark.parametrize("tail", [b'{"id": "0004-000', b"\x00" * 4096, b'{"id": "0004-000-000"}\n', b"\xff\n{"])
+def test_what_lies_behind_the_last_checkpoint_is_set_aside(workdir, stand, tail):
+    """Whatever it is: rows of a step that was not finished, a row that a kill tore, the zeros that some disks leave after a power cut."""
+    path = workdir / "journal.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + tail)
+    rows = Journal(path).resume(stand.journal_position, stand.journal_sha256)
+    assert len(rows) == 24
+    assert path.read_bytes() == before
+    assert path.with_name("journal.discarded.jsonl").read_bytes().rstrip(b"\n") == tail.rstrip(b"\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first_step": -1},
+        {"first_step": 4},
+        {"first_step": True},
+        {"journal_position": -1},
+        {"journal_position": 10**400},
+        {"journal_position": 1.5},
+        {"journal_sha256": None},
+        {"archive": {}},
+        {"more": 1},
+    ],
+)
+def test_a_checkpoint_that_does_not_say_where_the_run_stands(stand, change):
+    with pytest.raises(RunError, match="Checkpoint 3 does not say where the run stands"):
+        HostState.from_json(stand.to_json() | change, 3)
+    assert HostState.from_json(stand.to_json(), 3) == stand
+
+
+# ---------------------------------------------------------------------- cached verdicts
+
+
+VERDICT = Verdict(Outcome.OK, Grade(True, "", 0.5, 0.25), Execution(Outcome.OK, b"id,y\n1,0\n", "out", "", 1.5))
+
+
+@pytest.fixture
+def cache(tmp_path) -> VerdictCache:
+    return VerdictCache(tmp_path / "cache", {"task": "t"})
+
+
+@pytest.fixture
+def entry(cache, tmp_path) -> Path:
+    """The file of a verdict on the program "p"."""
+    cache.put(cache.key("p"), VERDICT)
+    (path,) = (tmp_path / "cache").glob("*/*.json")
+    found = cache.get(cache.key("p"))
+    assert found is not None
+    assert found.grade == VERDICT.grade
+    assert found.execution.cached
+    return path
+
+
+def nested(depth: int) -> bytes:
+    return b'{"sha256": "", "verdict": ' + b'{"a": ' * depth + b"1" + b"}" * depth + b"}"
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda data, mark: pickle.dumps(Payload(mark)),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": 0.9'),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": NaN'),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": Infinity'),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": 1e999'),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": ' + b"9" * 4000),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": ' + b"9" * 5000),
+        lambda data, mark: data.replace(b'"score": 0.5', b'"score": "0.5"'),
+        lambda data, mark: data.replace(b'"outcome": "ok", "grade"', b'"outcome": [], "grade"'),
+        lambda data, mark: data[:-10],
+        lambda data, mark: b"",
+        lambda data, mark: b"\xff" + data,
+        lambda data, mark: b"[]",
+        *(lambda data, mark, depth=depth: nested(depth) for depth in (100, 960, 980, 990, 1000, 100_000)),
+    ],
+)
+def test_an_altered_verdict_is_none(cache, entry, tmp_path, caplog, alter):
+    """The program runs again, which is always right, and the log tells why."""
+    data = entry.read_bytes()
+    entry.write_bytes(alter(data, tmp_path / "mark"))
+    assert entry.read_bytes() != data
+    assert cache.get(cache.key("p")) is None
+    assert f"The verdict in {entry} is damaged" in caplog.text
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_verdict_on_another_program_is_none(cache, entry, tmp_path):
+    """A file copied to the name of another program, which would give that its score."""
+    other = cache.key("q")
+    place = tmp_path / "cache" / other[:2] / f"{other}.json"
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    shutil.copy(entry, place)
+    assert cache.get(other) is None
+
+
+def test_a_forged_verdict_with_a_right_checksum_must_not_contradict_itself(cache, entry):
+    """Who can write the folder can make checksums, too; but a score without a submission never becomes a reward."""
+    from discover_jax.execution import cache as cache_module
+
+    row = json.loads(entry.read_bytes())["verdict"]
+    row["execution"]["csv"] = None
+    key = cache.key("p")
+    entry.write_text(json.dumps({"sha256": cache_module._checksum(key, row), "verdict": row}))
+    assert cache.get(key) is None
+
+
+def as_link(entry: Path) -> None:
+    entry.rename(entry.with_name("elsewhere"))
+    entry.symlink_to("elsewhere")
+
+
+def folder_as_link(entry: Path) -> None:
+    entry.parent.rename(entry.parent.with_name("elsewhere"))
+    entry.parent.symlink_to("elsewhere")
+
+
+def as_fifo(entry: Path) -> None:
+    entry.unlink()
+    os.mkfifo(entry)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (as_link, "cannot be read"),
+        (folder_as_link, "is no folder"),
+        (as_fifo, "is no ordinary file"),
+        (lambda entry: entry.chmod(0o620), "can be written by others"),
+        (lambda entry: entry.parent.chmod(0o702), "can be written by others"),
+        (lambda entry: os.truncate(entry, 2**31), "more than any verdict"),
+    ],
+)
+def test_a_verdict_that_others_may_have_put_there_ends_the_run(cache, entry, make, message):
+    make(entry)
+    with pytest.raises(RunError, match=rf"{message}(?s:.)*Delete the folder"):
+        cache.get(cache.key("p"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["file", "folder", "cache"])
+def test_another_user_s_verdicts_end_the_run(cache, entry, tmp_path, whose):
+    os.chown({"file": entry, "folder": entry.parent, "cache": tmp_path / "cache"}[whose], 60_598, -1)
+    with pytest.raises(RunError, match="belongs to another user"):
+        VerdictCache(tmp_path / "cache", {"task": "t"}).get(cache.key("p"))
+
+
+# ---------------------------------------------------------------------- workers that hang
+
+
+PROGRAM = """
+import time
+import pandas as pd
+time.sleep(0.5)
+def run():
+    return pd.read_csv("data/sample_submission.csv")
+"""
+
+
+@pytest.fixture
+def task(whole, tmp_path):
+    return prepare_task(get_config().task.competition, raw="", reward="grade", folder=tmp_path / "task")
+
+
+def stop_worker(pool: Executor, others: set[int | None]):
+    """Submits a program and, while it runs, stops the worker that waits for it. The future, and the worker."""
+    future = pool.submit(PROGRAM)
+    deadline = time.monotonic() + 60
+    while not future.running():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    return future, worker
+
+
+def test_a_worker_that_hangs_is_ended_and_its_program_runs_again(task, tmp_path, caplog):
+    others = {child.pid for child in multiprocessing.active_children()}
+    limits = Limits(seconds=4, cores=1)
+    with Executor([task], limits, workers=1, cache_dir=tmp_path / "cache", grace_seconds=3) as pool:
+        future, worker = stop_worker(pool, others)
+        verdict = future.result(120)
+        assert verdict.outcome is Outcome.OK
+        assert not worker.is_alive()
+    assert f"The worker process {worker.pid} did not reply within 7 s and was ended. The program runs again (try 2 of 3)." in caplog.text
+
+
+def test_closing_does_not_wait_for_a_worker_that_hangs(task, tmp_path, monkeypatch):
+    """Its grace would be ten minutes."""
+    monkeypatch.setattr("discover_jax.execution.executor._LEAVING_SECONDS", 0.5)
+    others = {child.pid for child in multiprocessing.active_children()}
+    pool = Executor([task], Limits(seconds=60, cores=1), workers=1, cache_dir=tmp_path / "cache")
+    future, worker = stop_worker(pool, others)
+    closing = threading.Thread(target=pool.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert not worker.is_alive()
+    assert future.exception(1) is not None
