@@ -51,7 +51,7 @@ def build_optimizer(config: Any) -> optax.GradientTransformation:
 
 def build_update(config: Any, model: Model, optimizer: optax.GradientTransformation) -> Update:
     """The update of a run."""
-    return Update(model, optimizer, loss=config.train.loss, reduction=config.train.reduction, temperature=config.sampling.temperature)
+    return Update(model, optimizer, loss=config.train.loss, reduction=config.train.reduction)
 
 
 def row_tokens(config: Any) -> int:

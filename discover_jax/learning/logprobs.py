@@ -12,18 +12,15 @@ import jax.numpy as jnp
 from discover_jax.learning.packing import Batch
 
 
-def token_logprobs(
-    model: Any, frozen: Any, lora: Any, batch: Batch, *, temperature: float, chunk_tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the entropy of p at every place, p being the distribution that is sampled from: softmax(logits / temperature).
+def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of p at every place, p being the distribution that was sampled from: softmax(logits / temperature).
 
     Differentiable in `lora` through the log-probabilities; the entropies are statistics and have no gradient.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
       frozen, lora: its parameters.
-      batch: arrays [B, T].
-      temperature: of sampling, above 0.
+      batch: arrays [B, T], each rollout's temperature among them.
       chunk_tokens: places whose logits exist at once, all rows together (at least one place of each row).
 
     Returns:
@@ -36,13 +33,14 @@ def token_logprobs(
     chunks = -(-length // chunk)
 
     def split(x_BT: jax.Array) -> jax.Array:
-        padded = jnp.pad(x_BT, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x_BT.ndim - 2))
+        # The last place's values once more, rather than zeros: a temperature must not be 0.
+        padded = jnp.pad(x_BT, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x_BT.ndim - 2), mode="edge")
         return jnp.moveaxis(padded.reshape(rows, chunks, chunk, *x_BT.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def of_chunk(hidden_and_targets: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_BtD, targets_Bt = hidden_and_targets
-        scaled_BtV = model.logits(frozen, lora, hidden_BtD).astype(jnp.float32) / temperature
+    def of_chunk(places: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_BtD, targets_Bt, temperatures_Bt = places
+        scaled_BtV = model.logits(frozen, lora, hidden_BtD).astype(jnp.float32) / temperatures_Bt[..., None]
         log_total_Bt = jax.nn.logsumexp(scaled_BtV, axis=-1)
         logprobs_Bt = jnp.take_along_axis(scaled_BtV, targets_Bt[..., None], axis=-1)[..., 0] - log_total_Bt
         constant_BtV, constant_Bt = jax.lax.stop_gradient((scaled_BtV, log_total_Bt))
@@ -52,5 +50,6 @@ def token_logprobs(
     def join(x_CBt: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_CBt, 0, 1).reshape(rows, chunks * chunk)[:, :length]
 
-    logprobs_CBt, entropy_CBt = jax.lax.map(of_chunk, (split(hidden_BTD), split(jnp.asarray(batch.targets_BT))))
+    places = split(hidden_BTD), split(jnp.asarray(batch.targets_BT)), split(jnp.asarray(batch.temperatures_BT))
+    logprobs_CBt, entropy_CBt = jax.lax.map(of_chunk, places)
     return join(logprobs_CBt), join(entropy_CBt)

@@ -29,6 +29,7 @@ class Batch:
       mask_BT: bool, True where the target is a token that the policy chose: only these bear loss or statistics.
       sampler_logprobs_BT: float32, log-probability of the target under the sampler; 0 where masked.
       advantages_BT: float32, the rollout's advantage; 0 where masked.
+      temperatures_BT: float32, that the rollout was sampled at; 1 at padding.
     """
 
     tokens_BT: np.ndarray
@@ -38,13 +39,15 @@ class Batch:
     mask_BT: np.ndarray
     sampler_logprobs_BT: np.ndarray
     advantages_BT: np.ndarray
+    temperatures_BT: np.ndarray
 
 
 def empty_batch(rows: int, row_tokens: int) -> Batch:
     """Rows of padding alone."""
     shape = (rows, row_tokens)
     dtypes = {"mask_BT": np.bool_, "sampler_logprobs_BT": np.float32, "advantages_BT": np.float32}
-    return Batch(**{field.name: np.zeros(shape, dtypes.get(field.name, np.int32)) for field in dataclasses.fields(Batch)})
+    fields = [field.name for field in dataclasses.fields(Batch) if field.name != "temperatures_BT"]
+    return Batch(**{name: np.zeros(shape, dtypes.get(name, np.int32)) for name in fields}, temperatures_BT=np.ones(shape, np.float32))
 
 
 def _places(rollout: Rollout) -> int:
@@ -56,6 +59,8 @@ def _check(rollout: Rollout, row_tokens: int) -> None:
     lengths = len(rollout.tokens_T), len(rollout.logprobs_T), len(rollout.chosen_T)
     if len(set(lengths)) > 1:
         raise LearningError(f"{name} has {lengths[0]} tokens, {lengths[1]} log-probabilities and {lengths[2]} flags; they must be as many.")
+    if not 0 < rollout.temperature < float("inf"):
+        raise LearningError(f"{name} has the temperature {rollout.temperature!r}; it must be above 0 and finite.")
     if len(rollout.prompt_tokens_P) == 0:
         raise LearningError(f"{name} has an empty prompt, so its first token has no probability; prompts need at least one token.")
     if not np.isfinite(rollout.logprobs_T[rollout.chosen_T]).all():
@@ -126,6 +131,7 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
             batch.targets_BT[row, start:end] = tokens[1:]
             batch.positions_BT[row, start:end] = np.arange(end - start)
             batch.segments_BT[row, start:end] = segment
+            batch.temperatures_BT[row, start:end] = rollout.temperature
             generated = slice(end - len(rollout.tokens_T), end)
             batch.mask_BT[row, generated] = rollout.chosen_T
             batch.sampler_logprobs_BT[row, generated] = np.where(rollout.chosen_T, rollout.logprobs_T, 0.0)

@@ -95,7 +95,6 @@ class Update:
       optimizer: an optax optimiser, e.g. `train_state.adam()`.
       loss: a name in LOSSES.
       reduction: a name in REDUCTIONS.
-      temperature: of the sampler; log-probabilities are those of the distribution that was sampled from.
       chunk_tokens: places of a microbatch whose logits exist at once.
       limits: of the losses that limit ratios.
       kl_coefficient: lambda of the penalty on the KL to the base model (see kl.py); 0: none.
@@ -112,16 +111,11 @@ class Update:
         *,
         loss: str = "importance_sampling",
         reduction: str = "sum",
-        temperature: float = 1.0,
         chunk_tokens: int = 1024,
         limits: RatioLimits = DEFAULT_LIMITS,
         kl_coefficient: float = 0.0,
         measure_kl: bool = False,
     ):
-        if not temperature > 0:
-            raise ConfigError(
-                f"temperature = {temperature!r} cannot be used by the update; it must be above 0, and equal to the sampler's."
-            )
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens = {chunk_tokens!r} cannot be used; it must be at least 1.")
         if not 0 <= kl_coefficient < float("inf"):
@@ -133,7 +127,7 @@ class Update:
         self._mesh = model.mesh
 
         def forward(lora: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Statistics]:
-            logprobs_BT, entropy_BT = token_logprobs(model, frozen, lora, batch, temperature=temperature, chunk_tokens=chunk_tokens)
+            logprobs_BT, entropy_BT = token_logprobs(model, frozen, lora, batch, chunk_tokens=chunk_tokens)
             return logprobs_BT, jax.lax.stop_gradient(_statistics(logprobs_BT, entropy_BT, batch))
 
         def weighted_loss(lora: Any, frozen: Any, batch: Batch, weights_BT: jax.Array) -> tuple[jax.Array, Statistics]:
@@ -151,8 +145,7 @@ class Update:
             return jax.tree.map(jnp.add, gradient, new), statistics | {"loss": value}
 
         def base_gap(frozen: Any, batch: Batch) -> jax.Array:
-            # In the distribution that was sampled from, so at the same temperature.
-            base_BT, _ = token_logprobs(model, frozen, None, batch, temperature=temperature, chunk_tokens=chunk_tokens)
+            base_BT, _ = token_logprobs(model, frozen, None, batch, chunk_tokens=chunk_tokens)
             return jnp.where(batch.mask_BT, batch.sampler_logprobs_BT - base_BT, 0.0)
 
         def apply(state: TrainState, gradient: Any) -> TrainState:

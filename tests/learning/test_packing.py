@@ -1,5 +1,7 @@
 """Packing: what goes in comes out once, in place, and nothing else; for any rollouts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,6 +98,7 @@ def test_mask_by_hand():
         "mask_BT": "bool",
         "sampler_logprobs_BT": "float32",
         "advantages_BT": "float32",
+        "temperatures_BT": "float32",
     }
 
 
@@ -138,6 +141,8 @@ def test_bad_input_is_refused():
     with pytest.raises(LearningError, match="log-probabilities that are not finite"):
         pack([make_rollout([1], [2, 3], logprobs=[-1.0, -np.inf])], [1.0], row_tokens=8, rows=1)
     ragged = Rollout(0, 0, np.ones(1, np.int32), np.ones(2, np.int32), np.zeros(3, np.float32), np.ones(2, bool), StopReason.MAX_TOKENS)
+    with pytest.raises(LearningError, match=r"temperature 0\.0"):
+        pack([dataclasses.replace(good, temperature=0.0)], [1.0], row_tokens=8, rows=1)
     with pytest.raises(LearningError, match="as many"):
         pack([ragged], [1.0], row_tokens=8, rows=1)
     with pytest.raises(ConfigError, match="at least 1"):

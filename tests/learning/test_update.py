@@ -61,6 +61,7 @@ def make_rollouts(seed, count=9):
                 logprobs_T=np.where(chosen, -rng.uniform(0.5, 3, length), 0).astype(np.float32),
                 chosen_T=chosen,
                 stop=StopReason.STOP_TOKEN,
+                temperature=TEMPERATURE,
             )
         )
     return rollouts, rng.normal(size=count)
@@ -104,7 +105,7 @@ def test_gradient_and_metrics_equal_the_closed_form(tables, reduction, row_token
     frozen, table = tables
     rollouts, advantages = make_rollouts(1)
     loss, expected, gaps, entropies = by_hand(frozen + table, rollouts, advantages, reduction)
-    update = Update(Bigram(), adam(), reduction=reduction, temperature=TEMPERATURE, chunk_tokens=chunk_tokens)
+    update = Update(Bigram(), adam(), reduction=reduction, chunk_tokens=chunk_tokens)
     batches = pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)
     gradient, metrics = update.gradient(frozen, {"table": table}, batches)
     np.testing.assert_allclose(gradient["table"], expected, rtol=2e-5, atol=2e-6 * np.abs(expected).max())
@@ -128,7 +129,7 @@ def test_gradient_and_metrics_equal_the_closed_form(tables, reduction, row_token
 def test_every_loss_has_its_slope_whatever_the_packing(tables, loss, row_tokens, rows):
     frozen, table = tables
     rollouts, advantages = make_rollouts(1)
-    update = Update(Bigram(), adam(), loss=loss, limits=LIMITS, temperature=TEMPERATURE)
+    update = Update(Bigram(), adam(), loss=loss, limits=LIMITS)
     batches = pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)
     gradient, metrics = update.gradient(frozen, {"table": table}, batches)
     _, expected, gaps, _ = by_hand(frozen + table, rollouts, advantages, "sum", loss)
@@ -163,7 +164,7 @@ def test_kl_shaping_equals_the_closed_form(tables, reduction):
     mean = sum(gap.sum() for gap in gaps) / sum(r.chosen_T.sum() for r in rollouts)
     shaped = [a + 0.7 * (mean - gap) for a, gap in zip(advantages, gaps, strict=True)]
     loss, expected, _, _ = by_hand(frozen + table, rollouts, shaped, reduction)
-    update = Update(Bigram(), adam(), reduction=reduction, temperature=TEMPERATURE, kl_coefficient=0.7)
+    update = Update(Bigram(), adam(), reduction=reduction, kl_coefficient=0.7)
     for row_tokens, rows in ((16, 1), (16, 2), (200, 1)):
         (batches,), kl_metrics = update.shape(frozen, [pack(rollouts, advantages, row_tokens=row_tokens, rows=rows)])
         assert kl_metrics == {"kl_base/mean": pytest.approx(mean, rel=1e-5)}
@@ -180,7 +181,7 @@ def test_the_kl_can_be_measured_alone(tables):
     mean = sum(gap.sum() for gap in gaps) / sum(r.chosen_T.sum() for r in rollouts)
     results = []
     for measure_kl in (False, True):
-        update = Update(Bigram(), adam(), temperature=TEMPERATURE, measure_kl=measure_kl)
+        update = Update(Bigram(), adam(), measure_kl=measure_kl)
         measured = update.measure(frozen, {"table": table}, batches)
         state, metrics = update.update(frozen, init_train_state({"table": jnp.array(table)}, adam()), batches)
         assert metrics.get("kl_base/mean") == measured.get("kl_base/mean") == (pytest.approx(mean, rel=1e-5) if measure_kl else None)
@@ -208,7 +209,7 @@ def test_substeps_are_adam_steps_on_parts_in_turn(tables, row_tokens, rows):
         expected = expected - rate * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + eps)
 
     optimizer = adam(rate, b1=b1, b2=b2, eps=eps)
-    update = Update(Bigram(), optimizer, loss="ppo", limits=LIMITS, temperature=TEMPERATURE, kl_coefficient=0.1)
+    update = Update(Bigram(), optimizer, loss="ppo", limits=LIMITS, kl_coefficient=0.1)
     parts = pack_substeps(rollouts, advantages, substeps=3, row_tokens=row_tokens, rows=rows)
     state, metrics = update.update_in_substeps(frozen, init_train_state({"table": jnp.array(table)}, optimizer), parts)
     assert int(state.step) == 3
@@ -264,7 +265,7 @@ def test_programs_of_a_dry_run_are_those_that_run(tables):
 def test_order_and_company_of_rollouts_do_not_matter(tables):
     frozen, table = tables
     rollouts, advantages = make_rollouts(2)
-    update = Update(Bigram(), adam(), temperature=TEMPERATURE)
+    update = Update(Bigram(), adam())
     whole, _ = update.gradient(frozen, {"table": table}, pack(rollouts, advantages, row_tokens=20, rows=2))
     order = np.random.default_rng(0).permutation(len(rollouts))
     shuffled, _ = update.gradient(frozen, {"table": table}, pack([rollouts[i] for i in order], advantages[order], row_tokens=20, rows=2))
@@ -281,7 +282,7 @@ def test_three_adam_steps_by_hand(tables):
     frozen, table = tables
     rate, b1, b2, eps = 1e-2, 0.9, 0.95, 1e-8
     optimizer = adam(rate, b1=b1, b2=b2, eps=eps)
-    update = Update(Bigram(), optimizer, temperature=TEMPERATURE)
+    update = Update(Bigram(), optimizer)
     state = init_train_state({"table": jnp.array(table)}, optimizer)
     expected, m, v = np.asarray(table, np.float64), 0.0, 0.0
     for step in range(1, 4):
@@ -300,7 +301,7 @@ def test_clipping_scales_what_adam_sees_and_nothing_else(tables):
     rollouts, advantages = make_rollouts(3)
     batches = pack(rollouts, advantages, row_tokens=24, rows=1)
     optimizer = adam(max_grad_norm=0.5)
-    update = Update(Bigram(), optimizer, temperature=TEMPERATURE)
+    update = Update(Bigram(), optimizer)
     gradient, before = update.gradient(frozen, {"table": table}, batches)
     state, metrics = update.update(frozen, init_train_state({"table": jnp.array(table)}, optimizer), batches)
     assert metrics["grad_norm"] == before["grad_norm"] > 0.5  # logged as it was
@@ -375,7 +376,7 @@ def test_measure_equals_the_update_and_needs_no_adapter(tables):
     frozen, table = tables
     rollouts, advantages = make_rollouts(8)
     batches = pack(rollouts, advantages, row_tokens=24, rows=1)
-    update = Update(Bigram(), adam(), temperature=TEMPERATURE)
+    update = Update(Bigram(), adam())
     _, metrics = update.gradient(frozen, {"table": table}, batches)
     measured = update.measure(frozen, {"table": table}, batches)
     assert measured == pytest.approx({key: value for key, value in metrics.items() if key not in ("loss", "grad_norm")}, rel=1e-6)
@@ -388,9 +389,6 @@ def test_settings_are_checked():
         Update(Bigram(), adam(), loss="ppo2")
     with pytest.raises(ConfigError, match=r"reduction 'mean' is not known"):
         Update(Bigram(), adam(), reduction="mean")
-    for temperature in (0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="temperature"):
-            Update(Bigram(), adam(), temperature=temperature)
     with pytest.raises(ConfigError, match="chunk_tokens"):
         Update(Bigram(), adam(), chunk_tokens=0)
     for coefficient in (-0.1, float("nan"), float("inf")):

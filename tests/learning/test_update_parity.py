@@ -93,7 +93,16 @@ def case(reference, tmp_path_factory):
         with torch.no_grad():
             logprobs = torch_logprobs(reference, torch_leaves(lora), tokens, prompt).numpy() + 0.3 * rng.normal(size=length)
         rollouts.append(
-            Rollout(0, index, tokens[:prompt], tokens[prompt:], np.float32(np.where(chosen, logprobs, 0)), chosen, StopReason.MAX_TOKENS)
+            Rollout(
+                0,
+                index,
+                tokens[:prompt],
+                tokens[prompt:],
+                np.float32(np.where(chosen, logprobs, 0)),
+                chosen,
+                StopReason.MAX_TOKENS,
+                TEMPERATURE,
+            )
         )
     return Case(model, frozen, lora, rollouts, rng.normal(size=len(rollouts)).astype(np.float32))
 
@@ -149,7 +158,7 @@ def torch_loss(reference, leaves, case, loss="importance_sampling", advantages=N
 
 @pytest.fixture(scope="module")
 def update(case):
-    return Update(case.model, adam(), temperature=TEMPERATURE, chunk_tokens=20)
+    return Update(case.model, adam(), chunk_tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +209,7 @@ def test_gradients_of_the_other_losses_equal_torch(reference, case, batches, los
     leaves = torch_leaves(case.lora)
     value = torch_loss(reference, leaves, case, loss)
     value.backward()
-    update = Update(case.model, adam(), loss=loss, limits=LIMITS, temperature=TEMPERATURE, chunk_tokens=20)
+    update = Update(case.model, adam(), loss=loss, limits=LIMITS, chunk_tokens=20)
     gradient, metrics = update.gradient(case.frozen, case.lora, batches)
     assert_close(renamed(gradient), as_numpy(leaves, lambda leaf: leaf.grad), 1e-5)
     assert metrics["loss"] == pytest.approx(float(value.detach()), rel=1e-5)
@@ -218,7 +227,7 @@ def test_kl_shaping_equals_torch(reference, case, update, batches):
     mean = np.concatenate([gap[r.chosen_T] for gap, r in zip(gaps, case.rollouts, strict=True)]).mean()
     leaves = torch_leaves(case.lora)
     torch_loss(reference, leaves, case, advantages=[a + 0.3 * (mean - g) for a, g in zip(case.advantages, gaps, strict=True)]).backward()
-    shaping = Update(case.model, adam(), temperature=TEMPERATURE, chunk_tokens=20, kl_coefficient=0.3)
+    shaping = Update(case.model, adam(), chunk_tokens=20, kl_coefficient=0.3)
     (shaped,), metrics = shaping.shape(case.frozen, [batches])
     assert metrics["kl_base/mean"] == pytest.approx(mean, rel=1e-4)
     assert abs(mean) > 0.01  # the adapter of this case is far from zero
@@ -261,7 +270,7 @@ def test_no_leak_between_rollouts_of_a_row(case):
     """Every token of one rollout is changed: the log-probabilities of its neighbours in the row stay, its own change."""
     (batch,) = pack(case.rollouts, case.advantages, row_tokens=128, rows=1)
     assert batch.segments_BT.max() == len(case.rollouts)
-    run = jax.jit(lambda batch: token_logprobs(case.model, case.frozen, case.lora, batch, temperature=TEMPERATURE, chunk_tokens=32)[0])
+    run = jax.jit(lambda batch: token_logprobs(case.model, case.frozen, case.lora, batch, chunk_tokens=32)[0])
     before = np.asarray(run(batch))
     for segment in range(1, len(case.rollouts) + 1):
         hit = batch.segments_BT == segment
