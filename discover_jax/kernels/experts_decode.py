@@ -12,7 +12,11 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import experts_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
+from discover_jax.kernels.experts import gated
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
+
+SPLIT = 9
+"""Parts at most into which the columns of an adapter's A are divided among programs."""
 
 _HOPPER = 90
 """Compute capability for which kernels are lowered where there is no GPU."""
@@ -38,12 +42,16 @@ class TiledMatrix(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut: slabs of a program, tiles of 64 columns an iteration, iterations in flight, warps."""
+    """How a kernel is cut: slabs of a program, tiles of 64 columns an iteration, iterations in flight, warps, programs along the columns.
+
+    Numbers that must divide the matrix's (parts, step, depth) are limits: the largest divisor up to them is taken.
+    """
 
     parts: int
     step: int
     stages: int
     warps: int
+    depth: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +76,15 @@ def _largest_divisor(number: int, most: int) -> int:
     return next(n for n in range(most, 0, -1) if number % n == 0)
 
 
-def _call(kernel: Any, *arguments: Any, out: jax.ShapeDtypeStruct, grid: tuple[int, int], warps: int, stages: int, **constants: Any) -> Any:
+def _call(
+    kernel: Any,
+    *arguments: Any,
+    out: jax.ShapeDtypeStruct,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    constants: dict[str, Any],
+) -> jax.Array:
     import jax_triton  # it imports only where jax has its GPU plugin
 
     capability = None if jax.default_backend() == "gpu" else _HOPPER
@@ -82,7 +98,7 @@ def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: 
     if matrix.lora_a is None:
         return jnp.zeros(1, jnp.float32), 1, 0
     routed, (_, rank, width) = rows.slots.shape[0], matrix.lora_a.shape
-    split = _largest_divisor(width // COLUMNS, 5)
+    split = _largest_divisor(width // COLUMNS, SPLIT)
     low = _call(
         experts_triton.times_a,
         *(x, matrix.lora_a, rows.slots, rows.blocks, rows.blocks.shape[1], routed),
@@ -90,7 +106,7 @@ def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: 
         grid=(split, rows.blocks.shape[1]),
         warps=1,
         stages=4,
-        **{"K": width, "N": block, "SHARE": share, "RANK": rank, "SPLIT": split, "SCALE": matrix.scale, "STAGES": 4},
+        constants={"K": width, "N": block, "SHARE": share, "RANK": rank, "SPLIT": split, "SCALE": matrix.scale, "STAGES": 4},
     )
     return low, split, rank
 
@@ -98,32 +114,37 @@ def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: 
 def _matmul(
     x: jax.Array,
     matrix: TiledMatrix,
-    weights_R: jax.Array,
     rows: Blocks,
     launch: Launch,
     *,
     block: int,
     share: int,
-    gated: bool,
+    paired: bool,
     limit: float,
     alpha: float,
 ) -> jax.Array:
-    """Routed rows [R, ...] of the gated activation in bfloat16, or of the weighted outputs in float32."""
+    """Routed rows times their expert's matrix: the activation in bfloat16 [R, out/2] if paired, else float32 parts [depth, R, out]."""
     _, slabs, columns, m16, _ = matrix.words.shape
     routed, count, out = rows.slots.shape[0], rows.blocks.shape[1], slabs * m16 * ROWS
-    parts, step = _largest_divisor(slabs, launch.parts), _largest_divisor(columns, launch.step)
+    parts, depth = _largest_divisor(slabs, launch.parts), _largest_divisor(columns, launch.depth)
+    step = _largest_divisor(columns // depth, launch.step)
+    gated_there = paired and depth == 1
     low, split, rank = _low(x, matrix, rows, block=block, share=share)
     lora_b = low if matrix.lora_b is None else matrix.lora_b
-    return _call(
+    activation = jax.ShapeDtypeStruct((routed, out // 2), jnp.bfloat16)
+    sums = jax.ShapeDtypeStruct((depth, routed, out), jnp.float32)
+    sizes = {"K": columns * COLUMNS, "OUT": out, "M16": m16, "N": block, "SHARE": share, "RANK": rank, "SPLIT": split}
+    cuts = {"PARTS": parts, "STEP": step, "STAGES": launch.stages, "DEPTH": depth}
+    result = _call(
         experts_triton.matmul,
-        *(x, matrix.words, matrix.factors, matrix.bias, rows.slots, weights_R, low, lora_b, rows.blocks, count, routed),
-        out=jax.ShapeDtypeStruct((routed, out // 2), jnp.bfloat16) if gated else jax.ShapeDtypeStruct((routed, out), jnp.float32),
-        grid=(slabs // parts, count),
+        *(x, matrix.words, matrix.factors, matrix.bias, rows.slots, low, lora_b, rows.blocks, count, routed),
+        out=activation if gated_there else sums,
+        grid=(slabs // parts, count, depth),
         warps=launch.warps,
         stages=launch.stages,
-        **{"K": columns * COLUMNS, "OUT": out, "M16": m16, "PARTS": parts, "N": block, "STEP": step, "STAGES": launch.stages},
-        **{"GATED": gated, "SHARE": share, "RANK": rank, "SPLIT": split, "LIMIT": limit, "ALPHA": alpha},
+        constants={**sizes, **cuts, "PAIRED": paired, "GATED": gated_there, "LIMIT": limit, "ALPHA": alpha},
     )
+    return gated(result.sum(axis=0), limit=limit, alpha=alpha).astype(jnp.bfloat16) if paired and not gated_there else result
 
 
 def mix_routed(
@@ -149,8 +170,8 @@ def mix_routed(
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0]
     chosen = chosen or plan(tokens * share, experts)
     rows = sort_rows(index_TX, experts, chosen.rows)
-    weights_R = weights_TX.reshape(-1).astype(jnp.float32)
     options = {"block": chosen.rows, "limit": limit, "alpha": alpha}
-    y_RF = _matmul(x_TD.astype(jnp.bfloat16), gate_up, weights_R, rows, chosen.gate_up, share=share, gated=True, **options)
-    out_RD = _matmul(y_RF, down, weights_R, rows, chosen.down, share=1, gated=False, **options)
-    return out_RD.reshape(tokens, share, -1).sum(axis=1).astype(x_TD.dtype)
+    y_RF = _matmul(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
+    parts_RD = _matmul(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
+    weighted = parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1]) * weights_TX.astype(jnp.float32)[..., None]
+    return weighted.sum(axis=(0, 2)).astype(x_TD.dtype)

@@ -1,7 +1,7 @@
 """Triton kernels of decoding experts: rows of one expert times its MXFP4 tiles (see mxfp4_tiles), unpacked in registers.
 
-Weights are the tensor cores' left operand and rows of activations, padded to 8 at least, the right one: decoding has few rows an expert, and
-the time goes to reading weights. One program computes one slab of outputs for one block of rows; blocks never mix experts, and those
+Weights are the tensor cores' left operand and rows of activations, padded to 8 at least, the right one: decoding has few rows an expert,
+and the time goes to reading weights. One program computes some slabs of outputs for one block of rows; blocks never mix experts, and those
 beyond the last used one end at once.
 """
 
@@ -72,7 +72,6 @@ def matmul(
     factors_ptr,  # int32 [E, slabs, K/64, M16, 8]
     bias_ptr,  # [E, OUT]
     slots_ptr,  # int32 [R]: the place of each sorted row among the tokens' choices; row slot // SHARE of x, row slot of everything else
-    weight_ptr,  # float32 [R], if not GATED
     low_ptr,  # float32 [SPLIT, R, RANK]: parts of rows times the adapter's A, with its scale
     lora_b_ptr,  # [E, OUT, RANK]
     blocks_ptr,  # int32 [3, blocks]: expert, first row and number of rows of each block of rows
@@ -86,14 +85,16 @@ def matmul(
     N: tl.constexpr,  # rows of a block
     STEP: tl.constexpr,  # tiles of 64 columns an iteration; divides K/64
     STAGES: tl.constexpr,
-    GATED: tl.constexpr,  # rows of a slab are gates and ups: write act [R, OUT/2]; else write weight * result [R, OUT]
+    PAIRED: tl.constexpr,  # the first half of a slab has its even outputs (gates), the second the odd ones (ups)
+    GATED: tl.constexpr,  # write the activation, bf16 [R, OUT/2]; else the sums, float32 [DEPTH, R, OUT], which are to be added
+    DEPTH: tl.constexpr,  # parts into which columns are divided among programs; divides K/64; 1 if GATED
     SHARE: tl.constexpr,  # routed rows of a row of x
     RANK: tl.constexpr,  # of the adapter, 0 for none
     SPLIT: tl.constexpr,  # parts of low
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
 ):
-    cut, block = tl.program_id(0), tl.program_id(1)
+    cut, block, deep = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tl.load(blocks_ptr + 2 * blocks + block)
     if rows == 0:
         return
@@ -104,16 +105,17 @@ def matmul(
     M: tl.constexpr = 16 * M16
     KT: tl.constexpr = K // COLUMNS
     SLAB: tl.constexpr = KT * M16  # tiles
+    HERE: tl.constexpr = KT // DEPTH
 
-    first = (expert * (OUT // M) + cut * PARTS) * SLAB
+    first = (expert * (OUT // M) + cut * PARTS) * SLAB + deep * HERE * M16
     words_at = words_ptr + first * 128 + tl.arange(0, M16)[:, None] * 128 + tl.arange(0, 128)[None, :]
     factors_at = factors_ptr + first * 8 + tl.arange(0, M16)[:, None] * 8 + tl.arange(0, 8)[None, :]
     slot = tl.load(slots_ptr + row, mask=live, other=0)
-    x_at = x_ptr + (slot // SHARE).to(tl.int64)[None, :] * K + tl.arange(0, COLUMNS)[:, None]
+    x_at = x_ptr + (slot // SHARE).to(tl.int64)[None, :] * K + deep * HERE * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     sums = ()
     for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros([M, N], tl.float32),)
-    for _ in tl.range(0, KT, STEP, num_stages=STAGES):
+        sums = sums + (tl.zeros([M, N], tl.float32),)  # noqa: RUF005 - Triton has no unpacking
+    for _ in tl.range(0, HERE, STEP, num_stages=STAGES):
         for j in tl.static_range(STEP):
             x = tl.load(x_at + j * COLUMNS)
             added = ()
@@ -121,7 +123,7 @@ def matmul(
                 tile = part * SLAB + j * M16
                 words = tl.load(words_at + tile * 128, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
                 factors = tl.load(factors_at + tile * 8, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
-                added = added + (_dot(_unpack(words, factors, M16), x, sums[part]),)
+                added = added + (_dot(_unpack(words, factors, M16), x, sums[part]),)  # noqa: RUF005
             sums = added
         words_at += STEP * M16 * 128
         factors_at += STEP * M16 * 8
@@ -129,22 +131,23 @@ def matmul(
 
     target = slot.to(tl.int64)
     m = tl.arange(0, M)
+    PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
+    r = tl.arange(0, PADDED)
+    if RANK > 0:
+        low = tl.zeros([PADDED, N], tl.float32)
+        for i in tl.static_range(SPLIT):
+            low += tl.load(low_ptr + (i * routed + slot)[None, :] * RANK + r[:, None], mask=live[None, :] & (r < RANK)[:, None], other=0.0)
     for part in tl.static_range(PARTS):
         slab = cut * PARTS + part
-        if GATED:
+        if PAIRED:
             out = slab * M + 2 * (m % (M // 2)) + m // (M // 2)
         else:
             out = slab * M + m
-        full = sums[part] * UNSHIFT + tl.load(bias_ptr + expert * OUT + out).to(tl.float32)[:, None]
-        if RANK > 0:
-            PADDED: tl.constexpr = RANK if RANK > 16 else 16
-            r = tl.arange(0, PADDED)
+        full = sums[part] * UNSHIFT
+        if deep == 0:
+            full += tl.load(bias_ptr + expert * OUT + out).to(tl.float32)[:, None]
+        if RANK > 0 and deep == 0:
             b = tl.load(lora_b_ptr + (expert * OUT + out)[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-            low = tl.zeros([PADDED, N], tl.float32)
-            for i in tl.static_range(SPLIT):
-                low += tl.load(
-                    low_ptr + (i * routed + slot)[None, :] * RANK + r[:, None], mask=live[None, :] & (r < RANK)[:, None], other=0.0
-                )
             full = _dot(b.to(tl.bfloat16), low.to(tl.bfloat16), full)
         if GATED:
             gate, up = tl.split(full.reshape(2, M // 2, N).permute(1, 2, 0))
@@ -154,8 +157,7 @@ def matmul(
             half = slab * (M // 2) + tl.arange(0, M // 2)
             tl.store(out_ptr + target[None, :] * (OUT // 2) + half[:, None], activated.to(tl.bfloat16), mask=live[None, :])
         else:
-            weight = tl.load(weight_ptr + slot, mask=live, other=0.0)
-            tl.store(out_ptr + target[None, :] * OUT + out[:, None], full * weight[None, :], mask=live[None, :])
+            tl.store(out_ptr + (deep * routed + target)[None, :] * OUT + out[:, None], full, mask=live[None, :])
 
 
 @triton.jit
@@ -181,7 +183,7 @@ def times_a(
     if rows == 0:
         return
     expert = tl.load(blocks_ptr + block).to(tl.int64)
-    PADDED: tl.constexpr = RANK if RANK > 16 else 16
+    PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
     WIDTH: tl.constexpr = K // SPLIT
     n, r, k = tl.arange(0, N), tl.arange(0, PADDED), tl.arange(0, COLUMNS)
     live = n < rows

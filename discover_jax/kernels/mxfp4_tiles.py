@@ -77,7 +77,7 @@ def lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool = F
     out, groups = scales.shape[-2:]
     if out % rows or rows % (2 * ROWS if paired else ROWS) or groups % 2:
         raise ConfigError(
-            f"A matrix of {out} rows and {groups * BLOCK} columns cannot be laid out in slabs of {rows} x {COLUMNS}: sizes must be multiples."
+            f"A matrix of {out} rows and {groups * BLOCK} columns cannot be laid out in slabs of {rows} x {COLUMNS}, which must divide it."
             " Use the reference kernel for such a model."
         )
     lowest, highest = int(scales.min()), int(scales.max())
