@@ -275,9 +275,12 @@ def _checksums(tree: Any) -> dict[str, str]:
 
 def _host_bytes(leaf: jax.Array) -> memoryview:
     """An array's bytes in its own order. Put together from its parts: a conversion of the whole would be kept in memory beside it."""
-    values = np.empty(leaf.shape, leaf.dtype)
-    for shard in leaf.addressable_shards:
-        if shard.replica_id == 0:
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    if len(shards) == 1 and shards[0].data.shape == leaf.shape:
+        values = np.ascontiguousarray(shards[0].data)
+    else:
+        values = np.empty(leaf.shape, leaf.dtype)
+        for shard in shards:
             values[shard.index] = np.asarray(shard.data)
     return values.reshape(-1).view(np.uint8).data
 
