@@ -14,10 +14,15 @@ def gated(h_xF2: jax.Array, *, limit: float, alpha: float) -> jax.Array:
     return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
 
 
+def route_top(logits_TE: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
+    """Each token's experts, int32 [T, X], and their weights [T, X] float32: a softmax over the largest logits."""
+    top_TX, index_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), experts_per_token)
+    return index_TX, jax.nn.softmax(top_TX, axis=-1)
+
+
 def route(logits_TE: jax.Array, experts_per_token: int) -> jax.Array:
     """Weights [T, E] float32: softmax over each token's largest logits, 0 for the other experts."""
-    top_TX, index_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), experts_per_token)
-    weights_TX = jax.nn.softmax(top_TX, axis=-1)
+    index_TX, weights_TX = route_top(logits_TE, experts_per_token)
     return jnp.sum(jax.nn.one_hot(index_TX, logits_TE.shape[-1]) * weights_TX[..., None], axis=-2)
 
 
@@ -38,12 +43,15 @@ def mix_reference(
     adapted: bool,
     limit: float,
     alpha: float,
+    active: int | None = None,
 ) -> jax.Array:
     """sum_e weights[t, e] * down_e(act(gate_up_e(x_t))), [T, D] in x's type, summed in float32.
 
     Every expert sees every row, one expert after another: experts / active times the needed arithmetic, but exact for any routing, and
-    only one expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels.
+    only one expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels. `active`, the most
+    experts that a token has weights for, means nothing here.
     """
+    del active
 
     def add(total_TD: jax.Array, one: tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[jax.Array, None]:
         weight_T, up, low = one

@@ -5,14 +5,16 @@ are float32; what is rounded to bfloat16 is the input, the activation between th
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from discover_jax.kernels import experts_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
-from discover_jax.kernels.experts import gated
+from discover_jax.kernels.experts import ExpertMatrix, gated, mix_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 
 SPLIT = 9
@@ -64,12 +66,16 @@ class Plan:
 
 
 def plan(routed: int, experts: int) -> Plan:
-    """The fastest of what was measured on an H200 for so many routed rows (benchmarks/kernels.py)."""
-    if routed <= 6 * experts:
-        return Plan(8, Launch(2, 1, 4, 2), Launch(3, 1, 4, 2))
-    if routed <= 14 * experts:
-        return Plan(16, Launch(2, 1, 4, 2), Launch(3, 1, 4, 2))
-    return Plan(32 if routed <= 64 * experts else 64, Launch(1, 1, 3, 2), Launch(1, 1, 3, 2))
+    """The fastest of what was measured on an H200 for so many routed rows at gpt-oss-120b's shape (benchmarks/kernels.py)."""
+    if routed <= experts // 8:
+        return Plan(8, Launch(1, 3, 3, 4, depth=5), Launch(1, 3, 3, 4))
+    if routed <= 2 * experts:
+        return Plan(8, Launch(1, 3, 3, 4), Launch(1, 3, 3, 4))
+    if routed <= 8 * experts:
+        return Plan(8, Launch(1, 3, 3, 2), Launch(3, 3, 3, 4))
+    if routed <= 32 * experts:
+        return Plan(16, Launch(1, 1, 4, 2), Launch(3, 1, 3, 2))
+    return Plan(32, Launch(1, 1, 3, 2), Launch(3, 1, 3, 2))
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -85,7 +91,7 @@ def _call(
     stages: int,
     constants: dict[str, Any],
 ) -> jax.Array:
-    import jax_triton  # it imports only where jax has its GPU plugin
+    import jax_triton  # pyright: ignore[reportMissingImports] - here, as it imports only where jax has its GPU plugin
 
     capability = None if jax.default_backend() == "gpu" else _HOPPER
     return jax_triton.triton_call(
@@ -158,7 +164,7 @@ def mix_routed(
     alpha: float,
     chosen: Plan | None = None,
 ) -> jax.Array:
-    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] in x's type. Without derivatives.
+    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] in x's type. It has no derivatives.
 
     Args:
       x_TD: activations; rounded to bfloat16.
@@ -175,3 +181,70 @@ def mix_routed(
     parts_RD = _matmul(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
     weighted = parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1]) * weights_TX.astype(jnp.float32)[..., None]
     return weighted.sum(axis=(0, 2)).astype(x_TD.dtype)
+
+
+def _tiled(matrix: ExpertMatrix, arrays: dict[str, jax.Array]) -> TiledMatrix:
+    return TiledMatrix(**arrays, scale=getattr(matrix, "scale", 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A matrix with other arrays than its own, so that derivatives can be taken for them."""
+
+    matrix: ExpertMatrix
+    given: dict[str, jax.Array]
+
+    def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
+        del adapted
+        return self.given
+
+    def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
+        return self.matrix.apply(x_Ti, one)
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    logging.warning("kernel of experts on gpu: reference, because %s", reason)
+
+
+def mix(
+    x_TD: jax.Array,
+    weights_TE: jax.Array,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    adapted: bool,
+    limit: float,
+    alpha: float,
+    active: int | None = None,
+) -> jax.Array:
+    """`mix_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays) and `active` is known.
+
+    Derivatives are those of the reference, which the backward pass computes anew. Where the kernels do not apply, the reference runs, and
+    the log says so once.
+
+    Args:
+      active: experts a token has weights for, at most; what `mix_reference` does not need.
+    """
+    options = {"adapted": adapted, "limit": limit, "alpha": alpha}
+    up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
+    if "words" not in up or "words" not in low or active is None:
+        _say("the experts are not laid out in tiles" if active is not None else "the number of active experts was not given")
+        return mix_reference(x_TD, weights_TE, gate_up, down, **options)
+
+    @jax.custom_vjp
+    def run(x_TD: jax.Array, weights_TE: jax.Array, up: dict[str, jax.Array], low: dict[str, jax.Array]) -> jax.Array:
+        weights_TX, index_TX = jax.lax.top_k(weights_TE, active)
+        return mix_routed(x_TD, index_TX, weights_TX, _tiled(gate_up, up), _tiled(down, low), limit=limit, alpha=alpha)
+
+    def forward(*arguments: Any) -> tuple[jax.Array, Any]:
+        return run(*arguments), arguments
+
+    def backward(arguments: Any, cotangent: jax.Array) -> Any:
+        def reference(x_TD: jax.Array, weights_TE: jax.Array, up: dict[str, jax.Array], low: dict[str, jax.Array]) -> jax.Array:
+            return mix_reference(x_TD, weights_TE, _Given(gate_up, up), _Given(down, low), **options)
+
+        return jax.vjp(reference, *arguments)[1](cotangent)
+
+    run.defvjp(forward, backward)
+    return run(x_TD, weights_TE, up, low)

@@ -5,8 +5,8 @@ and the time goes to reading weights. One program computes some slabs of outputs
 beyond the last used one end at once.
 """
 
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 COLUMNS: tl.constexpr = tl.constexpr(64)
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -133,8 +133,8 @@ def matmul(
     m = tl.arange(0, M)
     PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
     r = tl.arange(0, PADDED)
+    low = tl.zeros([PADDED, N], tl.float32)
     if RANK > 0:
-        low = tl.zeros([PADDED, N], tl.float32)
         for i in tl.static_range(SPLIT):
             low += tl.load(low_ptr + (i * routed + slot)[None, :] * RANK + r[:, None], mask=live[None, :] & (r < RANK)[:, None], other=0.0)
     for part in tl.static_range(PARTS):

@@ -18,7 +18,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from discover_jax.exceptions import ConfigError
 
@@ -55,9 +54,9 @@ def _lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool) -
         exponents = (exponents.astype(jnp.uint32) + _EXPONENT).reshape(out // rows, rows // ROWS, 2, 8, groups // 2, 2)
         shifts = (8 * (2 * jnp.arange(2)[None, :] + jnp.arange(2)[:, None])).astype(jnp.uint32)  # [h, block]
         factors = jnp.sum(exponents << shifts[:, None, None, :], axis=(2, 5), dtype=jnp.uint32)  # tile m16 g k64
-        return (jax.lax.bitcast_convert_type(x, jnp.int32) for x in (words, factors.transpose(0, 3, 1, 2)))
+        return jax.lax.bitcast_convert_type(words, jnp.int32), jax.lax.bitcast_convert_type(factors.transpose(0, 3, 1, 2), jnp.int32)
 
-    return jax.lax.map(lambda arrays: tuple(one(arrays)), (blocks, scales))
+    return jax.lax.map(one, (blocks, scales))
 
 
 def lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -89,25 +88,24 @@ def lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool = F
     return _lay_out(blocks, scales, rows=rows, paired=paired)
 
 
-def unpack(words: np.ndarray, factors: np.ndarray, *, paired: bool = False) -> np.ndarray:
-    """The inverse, float32 [E, out, in], by the formulas above in numpy: for tests, and to read tiles without an accelerator."""
+def restore(words: jax.Array, factors: jax.Array, *, paired: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `lay_out`, exactly: `blocks` and `scales` of [E, out, in]. May be called inside jit, also for one expert's slice."""
     experts, slabs, columns, m16, _ = words.shape
-    words = np.ascontiguousarray(words).view(np.uint32).reshape(experts, slabs, columns, m16, 8, 4, 2, 2)  # g q block h
-    mask = np.uint32(0x81C081C0)
-    pairs = np.stack(
-        [
-            (words << 6) & mask,
-            (words << 2) & mask,
-            ((words >> 4) | (words << 28)) & mask,
-            (words & np.uint32(0x81808180)) | ((words >> 8) & np.uint32(0x00400040)),
-        ],
-        axis=-1,
-    )
-    halves = np.stack([pairs << 16, pairs & np.uint32(0xFFFF0000)], axis=-1).view(np.float32)  # bfloat16 is the upper half of float32
-    values = halves.astype(np.float64).reshape(*words.shape, 2, 2, 2)  # E slab k64 m16 g q block h i j half
-    exponents = np.ascontiguousarray(factors).view(np.uint8).reshape(experts, slabs, columns, m16, 8, 2, 2).astype(np.int64)  # block h
-    scaled = np.ldexp(values, exponents[:, :, :, :, :, None, :, :, None, None, None] - 127 + SHIFT)
-    matrix = scaled.transpose(0, 1, 3, 7, 4, 2, 6, 8, 5, 9, 10).reshape(experts, slabs, m16 * ROWS, columns * COLUMNS)
+    words = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(experts, slabs, columns, m16, 8, 4, 2, 2)  # g q block h
+    pairs = [
+        [sum((((words >> ((place + 16 * half) % 32)) & 1) << bit for bit, place in enumerate(places)), jnp.uint32(0)) for half in range(2)]
+        for places in BITS
+    ]
+    nibbles = jnp.stack([jnp.stack(pair, axis=-1) for pair in pairs], axis=-2).astype(jnp.uint8)
+    nibbles = nibbles.reshape(*words.shape, 2, 2, 2)  # E slab k64 m16 g q block h i j half
+    # to E slab m16 h g k64 block i q j half; neighbours in a pair share a byte, the lower nibble first
+    nibbles = nibbles.transpose(0, 1, 3, 7, 4, 2, 6, 8, 5, 9, 10)
+    blocks = nibbles[..., 0] | (nibbles[..., 1] << 4)
+    rows = m16 * ROWS
+    blocks = blocks.reshape(experts, slabs, rows, 2 * columns, BLOCK // 2)
+    shifts = (8 * (2 * jnp.arange(2)[:, None] + jnp.arange(2)[None, :])).astype(jnp.uint32)  # [block, h]
+    exponents = (jax.lax.bitcast_convert_type(factors, jnp.uint32)[..., None, None] >> shifts) & 0xFF  # E slab k64 m16 g block h
+    scales = (exponents - _EXPONENT).astype(jnp.uint8).transpose(0, 1, 3, 6, 4, 2, 5).reshape(experts, slabs, rows, 2 * columns)
     if paired:
-        matrix = matrix.reshape(experts, slabs, 2, m16 * ROWS // 2, -1).swapaxes(2, 3)
-    return matrix.reshape(experts, slabs * m16 * ROWS, -1).astype(np.float32)
+        blocks, scales = (x.reshape(experts, slabs, 2, rows // 2, *x.shape[3:]).swapaxes(2, 3) for x in (blocks, scales))
+    return blocks.reshape(experts, slabs * rows, 2 * columns, BLOCK // 2), scales.reshape(experts, slabs * rows, 2 * columns)

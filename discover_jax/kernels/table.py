@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +21,37 @@ KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
     ("experts", REFERENCE): mix_reference,
 }
 
+OPTIONAL: dict[tuple[str, str], tuple[str, str]] = {("experts", "gpu"): ("discover_jax.kernels.experts_decode", "mix")}
+"""Entries that need packages of the extra `kernels`: module and function."""
+
+
+def _optional(operation: str, platform: str) -> Callable[..., Any] | None:
+    """The entry, or None, said in the log with the reason, if a package is missing."""
+    module, function = OPTIONAL[operation, platform]
+    try:
+        importlib.import_module("jax_triton")  # it also says whether jax itself is one for GPUs
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        missing = error.name or "jax_triton"
+        logging.warning(
+            "kernel of %s on %s: reference, which is many times slower, because the package %s cannot be imported (%s)."
+            " Install discover_jax[kernels].",
+            *(operation, platform, missing, error),
+        )
+        return None
+
 
 @functools.cache
 def _entry(operation: str, platform: str) -> Callable[..., Any]:
     if (operation, REFERENCE) not in KERNELS:
         known = sorted({name for name, _ in KERNELS})
         raise ConfigError(f"No kernel computes {operation!r}; known operations: {', '.join(known)}.")
+    if (operation, platform) not in KERNELS and (operation, platform) in OPTIONAL:
+        found = _optional(operation, platform)
+        if found is None:
+            return KERNELS[operation, REFERENCE]
+        logging.info("kernel of %s on %s: %s", operation, platform, platform)
+        return found
     chosen = platform if (operation, platform) in KERNELS else REFERENCE
     logging.info("kernel of %s on %s: %s", operation, platform, chosen)  # once: the result is cached
     return KERNELS[operation, chosen]
