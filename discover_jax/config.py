@@ -36,9 +36,11 @@ SETTINGS: dict[str, Any] = {
     "group_size": Setting(8, "rollouts in a group; they share one prompt", low=1, high=4096),
     "task": {
         "competition": Setting(
-            "spaceship-titanic", "id of a built-in competition, or path of a .py file that defines COMPETITION; or mlebench:ID"
+            "spaceship-titanic",
+            "id of a built-in competition, path of a .py file that defines COMPETITION, or mlebench:ID; several, separated by commas, share"
+            " the model, and groups take turns",
         ),
-        "raw": Setting("", "path of the competition's raw data (CSV or zip); empty for a competition that brings its own"),
+        "raw": Setting("", "path of the competition's raw data (CSV or zip); empty for one that brings its own; one for each of several"),
         "reward": Setting(
             "grade",
             "which rows make the reward: the private answers (as the report) or rows held out of the public table",
@@ -87,9 +89,17 @@ SETTINGS: dict[str, Any] = {
             "full", "`full` describes the competition; `brief` is the short form that the apprentice knows", choices=("full", "brief")
         ),
         "reasoning_effort": Setting("medium", "asked of the model in the system message (full style)", choices=("low", "medium", "high")),
+        "ideas": Setting(0, "full style: so many ideas for improvement are shown at a time, in turn over groups and steps; 0: all", low=0),
+        "stdout_chars": Setting(
+            2000, "full style: at most so much of the end of what the parent printed is shown", unit="characters", low=0
+        ),
+        "error_chars": Setting(800, "full style: at most so much of the end of a failed child's error is shown", unit="characters", low=0),
     },
     "sampling": {
         "temperature": Setting(1.0, "logits are divided by it; the update uses the same", low=0.01, high=10.0),
+        "temperature_spread": Setting(
+            0.0, "rollouts of a group get temperatures from (1 - spread) to (1 + spread) times that", low=0.0, high=0.99
+        ),
         "max_new_tokens": Setting(26_000, "budget of a rollout", unit="tokens", low=1, high=131_072),
         "thinking_tokens": Setting(
             0, "two phases: a rollout that has not begun its answer after so many is made to; 0: off", unit="tokens", low=0, high=131_072
@@ -111,15 +121,39 @@ SETTINGS: dict[str, Any] = {
         "allow_weaker": Setting(False, "accept an isolation weaker than bubblewrap's; the summary of the run then says so"),
     },
     "reuse": {
-        "sampler": Setting("greedy", "which states become parents: the best mostly, or always the empty seed", choices=("greedy", "fixed")),
+        "sampler": Setting(
+            "greedy",
+            "which states become parents: the best mostly, those of the highest PUCT score, or always the empty seed",
+            choices=("greedy", "puct", "fixed"),
+        ),
         "epsilon": Setting(0.125, "greedy: probability of a uniformly random kept state instead of the best", low=0.0, high=1.0),
+        "exploration": Setting(1.0, "puct: weight c of the bonus for states that were built on seldom", low=0.0, high=1e6),
+        "children": Setting(
+            0, "so many best children of each parent are kept for reuse (the paper keeps 2); 0: all", low=0, high=1_000_000
+        ),
+        "fresh": Setting(0.0, "part of a step's groups that start from nothing, whatever the sampler says", low=0.0, high=1.0),
+        "distinct": Setting(False, "groups of a step build on different parents, as far as the archive goes"),
         "capacity": Setting(1000, "states kept for reuse (the journal keeps all)", low=1, high=1_000_000),
     },
     "train": {
         "steps": Setting(10, "steps of the run", low=1, high=1_000_000),
-        "advantage": Setting("entropic", "estimator of advantages within a group", choices=("entropic", "mean_baseline")),
-        "beta": Setting(2.0, "entropic: inverse temperature of the weights exp(beta * reward)", low=0.0, high=1e6),
-        "loss": Setting("importance_sampling", "policy-gradient loss of a token", choices=("importance_sampling",)),
+        "advantage": Setting(
+            "entropic", "estimator of advantages within a group", choices=("mean_baseline", "entropic", "entropic_loo", "entropic_adaptive")
+        ),
+        "beta": Setting(2.0, "entropic, entropic_loo: inverse temperature of the weights exp(beta * reward)", low=0.0, high=1e6),
+        "loss": Setting(
+            "importance_sampling",
+            "policy-gradient loss of a token",
+            choices=("importance_sampling", "truncated_importance_sampling", "ppo", "reinforce"),
+        ),
+        "clip_low": Setting(0.2, "ppo: ratios below 1 - this are clipped", low=1e-6, high=1.0),
+        "clip_high": Setting(0.2, "ppo: ratios above 1 + this are clipped", low=1e-6, high=1e6),
+        "truncate": Setting(2.0, "truncated_importance_sampling: largest ratio", low=1e-6, high=1e6),
+        "kl_coefficient": Setting(
+            0.0, "weight of the penalty on leaving the base model, in a token's advantage (the paper: 0.1)", low=0.0, high=1e6
+        ),
+        "measure_kl": Setting(True, "log the KL to the base model even without a penalty, which costs a forward pass of the update"),
+        "num_substeps": Setting(1, "optimiser steps in a step, each on its part of the rollouts", low=1, high=4096),
         "reduction": Setting("sum", "how token losses make the batch's loss", choices=("sum", "token_mean", "sequence_mean")),
         "learning_rate": Setting(4e-5, "Adam's step", low=0.0, high=10.0),
         "adam_b1": Setting(0.9, "Adam's decay of the first moment", low=0.0, high=0.999999),
@@ -129,6 +163,19 @@ SETTINGS: dict[str, Any] = {
         "row_tokens": Setting(0, "length of a packed row of the update; 0: longest prompt + budget of a rollout", unit="tokens", low=0),
         "rows": Setting(1, "packed rows in a microbatch", low=1, high=65_536),
         "resume_from": Setting("", "folder of a finished run whose last adapter, optimiser and archive this run starts from"),
+    },
+    "diversity": {
+        "novelty_bonus": Setting(
+            0.0,
+            "added to the signal of a program that scored, times its distance (0 to 1) to the nearest other one of its group",
+            low=0.0,
+            high=1e6,
+        ),
+        "duplicates": Setting(
+            "keep",
+            "of programs of a group that are the same but for names and layout, `drop` lets the first alone count",
+            choices=("keep", "drop"),
+        ),
     },
     "checkpoint": {
         "keep": Setting(2, "latest checkpoints kept", low=1, high=10_000),
@@ -220,6 +267,32 @@ def _contradictions(config: Any) -> Iterator[str]:
             f"config.model.weights = {config.model.weights!r} with config.model.shape = {config.model.shape!r}: weights='random' needs a"
             f" shape ({', '.join(SHAPES)}), and only it."
         )
+    defaults = settings()
+    for name, value, needed in (
+        ("reuse.epsilon", config.reuse.epsilon, config.reuse.sampler == "greedy"),
+        ("reuse.exploration", config.reuse.exploration, config.reuse.sampler == "puct"),
+        ("train.beta", config.train.beta, config.train.advantage in ("entropic", "entropic_loo")),
+        ("train.clip_low", config.train.clip_low, config.train.loss == "ppo"),
+        ("train.clip_high", config.train.clip_high, config.train.loss == "ppo"),
+        ("train.truncate", config.train.truncate, config.train.loss == "truncated_importance_sampling"),
+        ("prompt.ideas", config.prompt.ideas, config.prompt.style == "full"),
+    ):
+        if value != defaults[name].default and not needed:
+            yield f"config.{name} = {value!r} has no effect with the other settings ({defaults[name].meaning}); leave it out."
+    if config.reuse.sampler == "fixed" and (config.reuse.distinct or config.reuse.fresh):
+        yield "config.reuse.sampler = 'fixed' starts every group from nothing: leave out reuse.distinct and reuse.fresh."
+    if config.train.advantage == "entropic_adaptive" and config.group_size < 3:
+        yield (
+            f"config.train.advantage = 'entropic_adaptive' with config.group_size = {config.group_size}: no beta solves its equation for"
+            " fewer than three rollouts. Use larger groups, or another estimator."
+        )
+    if config.train.num_substeps > config.groups * config.group_size:
+        yield (
+            f"config.train.num_substeps = {config.train.num_substeps} is more than a step's {config.groups * config.group_size} rollouts;"
+            " each optimiser step needs at least one."
+        )
+    if config.sampling.temperature_spread and config.sampling.temperature * (1 - config.sampling.temperature_spread) < 0.01:
+        yield (f"config.sampling.temperature_spread = {config.sampling.temperature_spread} makes temperatures below 0.01; use less.")
     if config.model.weights == "apprentice" and config.prompt.style != "brief":
         yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to another folder."
     if config.reuse.sampler == "fixed" and config.train.resume_from:

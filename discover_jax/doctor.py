@@ -27,9 +27,9 @@ from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
 from discover_jax.models.folder import check_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.policy import check_tokenizer, weights_folder
-from discover_jax.tasks.prepare import prepare_task
+from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.task import Task
-from discover_jax.types import Outcome
+from discover_jax.types import Grade, Outcome
 
 _PROGRAM = """import pandas as pd
 
@@ -77,9 +77,9 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
     yield from look("tokenizer", _tokenizer, config, sizes)
     yield from look("disk", _disk, config, sizes, workdir)
     with tempfile.TemporaryDirectory(prefix="discover_jax-doctor-") as name:
-        task = yield from look("data", _data, config, Path(name))
-        score = yield from look("grader", _grader, task)
-        yield from look("sandbox", _sandbox, config, task, score, Path(name))
+        tasks = yield from look("data", _data, config, Path(name))
+        scores = yield from look("grader", _graders, tasks)
+        yield from look("sandbox", _sandbox, config, tasks, scores, Path(name))
 
 
 def _packages() -> tuple[str, None]:
@@ -155,23 +155,25 @@ def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
     return text, None
 
 
-def _data(config: Any, folder: Path) -> tuple[str, Task]:
-    task = prepare_task(
-        config.task.competition,
-        raw=config.task.raw,
-        reward=config.task.reward,
-        folder=folder / "task",
-        holdout_fraction=config.task.holdout_fraction,
-        seed=config.seed,
-    )
-    checked = "as MLE-bench's checksums demand" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
-    return f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}", task
+def _data(config: Any, folder: Path) -> tuple[str, list[Task]]:
+    tasks = prepare_tasks(config.task, folder=folder / "task", seed=config.seed)
+    texts = []
+    for task in tasks:
+        checked = "as MLE-bench's checksums demand" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
+        texts.append(f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}")
+    return "; ".join(texts), tasks
+
+
+def _graders(tasks: list[Task]) -> tuple[str, list[float]]:
+    found = [_grader(task) for task in tasks]
+    return "; ".join(text for text, _ in found), [score for _, score in found]
 
 
 def _grader(task: Task) -> tuple[str, float]:
-    """Three submissions whose verdict is known: the sample, the answers themselves, and one that lacks a row."""
-    sample = (task.public_dir / "sample_submission.csv").read_bytes()
-    grade, perfect = task.grade(sample), task.grade(task.answers_as_submission())
+    """Three submissions whose verdict is known: the sample, the answers themselves, and one that lacks a row; for all runs of a program."""
+    samples = [(shown / "sample_submission.csv").read_bytes() for shown in task.public_dirs]
+    answers = [task.answers_as_submission(run) for run in range(len(task.splits))]
+    grade, perfect = (_combined(task, submissions) for submissions in (samples, answers))
     if grade.score is None or grade.private_score is None or perfect.score is None:
         raise DataError(f"The sample submission or the answers are invalid as submissions: {grade.reason or perfect.reason}")
     known = task.competition.sample_score
@@ -181,24 +183,30 @@ def _grader(task: Task) -> tuple[str, float]:
         raise DataError(
             f"The answers score {perfect.score:.5f}, no better than the sample's {grade.score:.5f}: the metric is the wrong way."
         )
-    if task.grade(sample[: sample.rstrip().rfind(b"\n") + 1]).valid:
+    if task.grade(samples[-1][: samples[-1].rstrip().rfind(b"\n") + 1]).valid:
         raise DataError("A submission that lacks its last row counts as valid.")
     return f"sample {grade.score:.5f}, the answers themselves {perfect.score:.5f}, a table that lacks a row is refused", grade.score
 
 
-def _sandbox(config: Any, task: Task, score: float, folder: Path) -> tuple[str, None]:
+def _combined(task: Task, submissions: list[bytes]) -> Grade:
+    grades = [task.grade(submission, run) for run, submission in enumerate(submissions)]
+    return next((grade for grade in grades if not grade.valid), None) or task.combine(grades)
+
+
+def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) -> tuple[str, None]:
     settings = config.execution
     limits = Limits(seconds=settings.seconds, cores=settings.cores, memory_bytes=int(settings.memory_gib * GIB))
     with Executor(
-        [task], limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
+        tasks, limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
     ) as executor:
-        verdict = executor.submit(_PROGRAM).result()
+        verdicts = [executor.submit(_PROGRAM, number).result() for number in range(len(tasks))]
         text = executor.describe()
-    if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
-        raise RunError(
-            f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
-            f" ok and {score} were expected. {verdict.execution.detail or verdict.grade.reason}"
-        )
+    for verdict, score in zip(verdicts, scores, strict=True):
+        if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
+            raise RunError(
+                f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
+                f" ok and {score} were expected. {verdict.execution.detail or verdict.grade.reason}"
+            )
     return f"the canary found no way out; {text}", None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
+from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.train_state import adam
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
@@ -33,6 +34,7 @@ def build_sampler(config: Any, model: Model, stop_ids: Sequence[int], second_pha
         max_prompt_tokens=config.sampling.max_prompt_tokens,
         max_new_tokens=config.sampling.max_new_tokens,
         temperature=config.sampling.temperature,
+        temperature_spread=config.sampling.temperature_spread,
         stop_ids=stop_ids,
         second_phase=second_phase,
     )
@@ -51,7 +53,15 @@ def build_optimizer(config: Any) -> optax.GradientTransformation:
 
 def build_update(config: Any, model: Model, optimizer: optax.GradientTransformation) -> Update:
     """The update of a run."""
-    return Update(model, optimizer, loss=config.train.loss, reduction=config.train.reduction)
+    return Update(
+        model,
+        optimizer,
+        loss=config.train.loss,
+        reduction=config.train.reduction,
+        limits=RatioLimits(config.train.clip_low, config.train.clip_high, config.train.truncate),
+        kl_coefficient=config.train.kl_coefficient,
+        measure_kl=config.train.measure_kl,
+    )
 
 
 def row_tokens(config: Any) -> int:

@@ -24,6 +24,7 @@ class State:
       stdout: head and tail of what the program printed, already trimmed for a prompt.
       step: the step that made it, from 0; -1 for the seed.
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.
+      task: id of the competition that it is for; empty for the seed, from which every competition's search starts.
     """
 
     id: str
@@ -34,6 +35,7 @@ class State:
     stdout: str
     step: int
     adapter_step: int
+    task: str = ""
 
     @property
     def is_seed(self) -> bool:
@@ -165,7 +167,8 @@ class Attempt:
     """One rollout with everything that became of it: a row of the journal.
 
     Attributes:
-      id, parent_id, step, group, index: where it belongs; `id` is that of the State it becomes if it has a score.
+      id, parent_id, task, step, group, index: where it belongs; `id` is that of the State it becomes if it has a score, `task` the
+        competition's.
       code: the program taken from the rollout; None when there was none.
       outcome, detail, stdout: how it ended.
       score, private_score: see Grade; None for a failure.
@@ -176,6 +179,7 @@ class Attempt:
 
     id: str
     parent_id: str
+    task: str
     step: int
     group: int
     index: int
@@ -203,6 +207,7 @@ class Attempt:
             stdout=self.stdout,
             step=self.step,
             adapter_step=self.adapter_step,
+            task=self.task,
         )
 
 

@@ -64,7 +64,7 @@ def test_a_run_leaves_what_the_readme_says(unbroken):
     assert (unbroken / "best" / "submission.csv").read_text().startswith("id,even")
     assert len(list((unbroken / "rollouts").iterdir())) == 3
     disclosure = json.loads((unbroken / "disclosure.json").read_text())
-    assert disclosure["reward"]["rows"] == grade["rows"] == 1197
+    assert disclosure["competitions"][0]["reward"]["rows"] == grade["rows"] == 1197
     assert disclosure["isolation"]["isolated"] is True
     assert disclosure["search"]["learned"] is True
     assert json.loads((unbroken / "config.json").read_text())

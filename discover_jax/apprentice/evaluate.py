@@ -86,7 +86,7 @@ def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, sl
     settings = PromptSettings(style="brief", max_tokens=MAX_PROMPT_TOKENS)
 
     def sample(parents: Sequence[State], samples: int, step: int) -> list[tuple[State, Rollout]]:
-        prompts = [build_prompt(task, parent, (), settings, tokenizer, group) for group, parent in enumerate(parents)]
+        prompts = [build_prompt(task, parent, (), settings, tokenizer, group, step) for group, parent in enumerate(parents)]
         rollouts = sampler.sample(frozen, None, prompts, max(1, samples // len(parents)), seed=seed, step=step)
         return [(parents[rollout.group], rollout) for rollout in rollouts]
 

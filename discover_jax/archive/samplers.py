@@ -1,7 +1,9 @@
 """Which states the groups of a step build on."""
 
 import itertools
+import math
 import sys
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -158,3 +160,25 @@ def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1
 
 SAMPLERS: dict[str, Sampler] = {"greedy": greedy, "fixed": fixed, "puct": puct}
 """By the name of config.reuse.sampler."""
+
+
+def mixed(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False) -> list[State]:
+    """A sampler's parents with more variety, where asked for; as many as before.
+
+    Args:
+      parents: one for each group.
+      archive: they were taken from.
+      fresh: the last groups of a step, this part of them (rounded), start from nothing.
+      distinct: a parent that an earlier group of the step has gives way to the best state of the archive that none has, as long as there
+        is one.
+    """
+    picks = list(parents)
+    if distinct:
+        others = iter([state for state in archive.states if state not in picks])
+        seen: set[str] = set()
+        for group, state in enumerate(picks):
+            if state.id in seen and (other := next(others, None)) is not None:
+                picks[group] = other
+            seen.add(picks[group].id)
+    kept = len(picks) - math.floor(fresh * len(picks) + 0.5)
+    return [*picks[:kept], *[SEED] * (len(picks) - kept)]

@@ -32,6 +32,7 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
     best_dir = Path(best_dir)
     new, old = best_dir.with_name(f".{best_dir.name}.new"), best_dir.with_name(f".{best_dir.name}.old")
     try:
+        best_dir.parent.mkdir(exist_ok=True)
         _remove(new)
         (new / "lineage").mkdir(parents=True)
         _write(new / "solution.py", _text(lineage[-1].code))

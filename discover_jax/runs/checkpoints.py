@@ -46,19 +46,20 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, every: int, *, read_only: bool = False):
         self._directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=every or None,
             enable_async_checkpointing=False,
             create=not read_only,
             read_only=read_only,
+            lightweight_initialize=True,  # the times of old checkpoints are not wanted, and their file may be damaged
         )
         try:
             # Orbax's own cleaning overlooks a folder that was killed right after it was made.
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 if not read_only:
                     shutil.rmtree(unfinished)
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = ocp.CheckpointManager(self._directory, options=self._options)
         except OSError as error:
             raise RunError(f"The folder of checkpoints {self._directory} cannot be used ({error}).") from error
 
@@ -186,6 +187,9 @@ class Checkpoints:
                     f"Checkpoint {damaged} is damaged, so the run goes back to checkpoint {step} and does the steps after it again. It was"
                     f" moved to {place}. What is wrong with it: {fault}"
                 )
+            if faults:  # orbax knows the steps that were there when it looked
+                self._manager.close()
+                self._manager = ocp.CheckpointManager(self._directory, options=self._options)
             return step, train_state, host
         if faults:
             told = "\n".join(f"  - checkpoint {step}: {fault}" for step, fault in faults.items())
@@ -204,7 +208,6 @@ class Checkpoints:
             while (place := folder / f"{step}-{number}").exists():
                 number += 1
             (self._directory / str(step)).rename(place)
-            self._manager.reload()
         except OSError as error:
             raise RunError(
                 f"The damaged checkpoint {step} in {self._directory} could not be moved to {folder} ({error}). Move it yourself, then"

@@ -3,10 +3,11 @@
 Steps are counted from 1 here, as people do; metrics, journal and folders count from 0.
 """
 
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import rich.console
@@ -15,6 +16,15 @@ import rich.text
 
 from discover_jax.exceptions import RunError
 from discover_jax.types import Outcome, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Improvement:
+    """The best state of a competition before and after a step; `name` is empty where a run has but one."""
+
+    name: str
+    best: State | None
+    previous: State | None
 
 
 class Console(Protocol):
@@ -44,8 +54,8 @@ class Console(Protocol):
         """How far the step is; may be called as often as one likes. `tokens_per_s` of all rollouts together."""
         ...
 
-    def step_done(self, row: dict[str, Any], best: State | None, previous_best: float | None) -> None:
-        """A step ended with this row of metrics; `previous_best` is the best score before it, None if there was none."""
+    def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
+        """A step ended with this row of metrics; `bests` has one entry for each competition."""
         ...
 
     def note(self, text: str) -> None:
@@ -89,14 +99,14 @@ def _print_line(text: str) -> None:
         ) from error
 
 
-def step_line(row: dict[str, Any], best: State | None, previous_best: float | None, steps: int) -> str:
+def step_line(row: dict[str, Any], bests: Sequence[Improvement], steps: int) -> str:
     """One line on a step: mean and highest reward, best score of the run and its change, valid fraction, failures by kind, seconds."""
     width = len(str(steps))
     parts = [
         f"step {row['step'] + 1:>{width}}/{steps}",
         f"mean {row['reward/mean']:.4f}",
         f"max {row['reward/max']:.4f}",
-        f"best {_best(best, previous_best)}",
+        *(f"best {best.name + ' ' if best.name else ''}{_best(best)}" for best in bests),
         f"valid {row['rollouts/valid_frac']:4.0%}",
     ]
     if row.get("time/step_s") is not None:
@@ -109,16 +119,17 @@ def step_line(row: dict[str, Any], best: State | None, previous_best: float | No
     return "  ".join(parts)
 
 
-def _best(best: State | None, previous: float | None) -> str:
+def _best(improvement: Improvement) -> str:
     """The best score with its change, at one width, so that lines stay below each other."""
+    best, previous = improvement.best, improvement.previous
     if best is None or best.score is None:
         return "none yet        "
-    if previous is None:
+    if previous is None or previous.score is None:
         change = "(first)"
-    elif best.score == previous:
+    elif best.score == previous.score:
         change = ""
     else:
-        change = f"({best.score - previous:+.4f})"
+        change = f"({best.score - previous.score:+.4f})"
     return f"{best.score:.4f} {change:<9}"
 
 
@@ -134,7 +145,7 @@ class NullConsole:
     def step(self, step: int, steps: int) -> None: ...
     def phase(self, name: str) -> None: ...
     def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None: ...
-    def step_done(self, row: dict[str, Any], best: State | None, previous_best: float | None) -> None: ...
+    def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None: ...
     def note(self, text: str) -> None: ...
     def finish(self, lines: list[str]) -> None: ...
     def close(self) -> None: ...
@@ -172,8 +183,8 @@ class PlainConsole:
             text = _progress_text(rollouts_done, rollouts_total, programs_done, programs_total, tokens_per_s)
             self._write(f"    {self._phase}: {text}" if self._phase else f"    {text}")
 
-    def step_done(self, row: dict[str, Any], best: State | None, previous_best: float | None) -> None:
-        self._write(step_line(row, best, previous_best, self._steps).rstrip())
+    def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
+        self._write(step_line(row, bests, self._steps).rstrip())
 
     def note(self, text: str) -> None:
         self._write(f"note: {text}")
@@ -248,11 +259,11 @@ class TerminalConsole:
             self._run.update(self._tasks["rollouts"], completed=rollouts_done, total=rollouts_total, note=note)
             self._run.update(self._tasks["programs"], completed=programs_done, total=programs_total)
 
-    def step_done(self, row: dict[str, Any], best: State | None, previous_best: float | None) -> None:
+    def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
         if self._tasks:
             self._run.update(self._tasks["step"], completed=row["step"] + 1, note="")
-        improved = best is not None and best.score is not None and best.score != previous_best
-        self._print(rich.text.Text(step_line(row, best, previous_best, self._steps), style="green" if improved else ""))
+        improved = any(best.best != best.previous for best in bests)
+        self._print(rich.text.Text(step_line(row, bests, self._steps), style="green" if improved else ""))
 
     def note(self, text: str) -> None:
         self._print(rich.text.Text(f"note: {text}", style="yellow"))

@@ -1,6 +1,7 @@
 """disclosure.json: what signal reached the search, who graded, and how programs were isolated; for whoever reads a run's scores."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from discover_jax.exceptions import RunError
@@ -10,7 +11,7 @@ from discover_jax.tasks.task import Task
 NAME = "disclosure.json"
 
 
-def write_disclosure(workdir: Workdir, task: Task, *, search: dict[str, Any], isolation: str, isolated: bool) -> None:
+def write_disclosure(workdir: Workdir, tasks: Sequence[Task], *, search: dict[str, Any], isolation: str, isolated: bool) -> None:
     """Writes the file at the start of a run, and again at each resumption.
 
     Args:
@@ -23,13 +24,25 @@ def write_disclosure(workdir: Workdir, task: Task, *, search: dict[str, Any], is
     """
     earlier = _read(workdir)
     lines = earlier["isolation"]["lines"] if earlier else []
-    disclosure = task.disclosure
-    competition = task.competition
     content = {
-        "competition": task.id,
+        "competitions": [_disclosed(task) for task in tasks],
+        "search": search,
+        "isolation": {
+            "isolated": isolated and (earlier["isolation"]["isolated"] if earlier else True),
+            "lines": [*lines, *([] if isolation in lines else [isolation])],
+        },
+    }
+    write_atomic(workdir.path / NAME, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _disclosed(task: Task) -> dict[str, Any]:
+    disclosure = task.disclosure
+    return {
+        "id": task.id,
         "metric": {"name": task.metric.name, "higher_is_better": task.metric.higher_is_better},
         "reward": {
             "source": disclosure.reward,
+            "transform": task.competition.transform,
             "rows": disclosure.rows,
             "runs_of_each_program": disclosure.runs,
             "private_answers_reached_the_search": disclosure.reward == "grade",
@@ -38,17 +51,11 @@ def write_disclosure(workdir: Workdir, task: Task, *, search: dict[str, Any], is
         "private_answers": {"rows": disclosure.private_rows},
         "grader": disclosure.grader,
         "leaderboard": {
-            "thresholds": {threshold.name: threshold.score for threshold in competition.thresholds} or "unavailable",
-            "note": competition.thresholds_note or "The competition's definition names none.",
-        },
-        "search": search,
-        "isolation": {
-            "isolated": isolated and (earlier["isolation"]["isolated"] if earlier else True),
-            "lines": [*lines, *([] if isolation in lines else [isolation])],
+            "thresholds": {threshold.name: threshold.score for threshold in task.thresholds} or "unavailable",
+            "note": task.thresholds_note or "The competition's definition names none.",
         },
         "task_fingerprint": task.fingerprint,
     }
-    write_atomic(workdir.path / NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def weaker_isolation(workdir: Workdir) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from discover_jax.archive.archive import Archive
 from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import RunError
 from discover_jax.records import from_row
@@ -17,7 +16,7 @@ class HostState:
       first_step: number of the run's first step: not 0 for a run that goes on from another one's.
       journal_position: length of the journal, bytes.
       journal_sha256: of these bytes.
-      archive: the states that may become parents, as `Archive.to_json` gives them and `Archive.from_json` checks them.
+      archive: the states that may become parents, of all competitions, as `Archive.to_json` gives them and `Archive.from_json` checks them.
     """
 
     first_step: int
@@ -26,9 +25,9 @@ class HostState:
     archive: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, first_step: int, archive: Archive, journal: Journal) -> "HostState":
+    def of(cls, first_step: int, archive: list[dict[str, Any]], journal: Journal) -> "HostState":
         """Of a run whose journal holds all that it did so far."""
-        return cls(first_step, journal.position, journal.digest(), archive.to_json())
+        return cls(first_step, journal.position, journal.digest(), archive)
 
     def to_json(self) -> dict[str, Any]:
         """For `from_json`; JSON can hold it."""

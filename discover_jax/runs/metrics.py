@@ -58,12 +58,18 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "advantage/max": ("", "highest advantage"),
     "advantage/beta": ("1/reward", "inverse temperature of the entropic estimator, mean over groups"),
     "advantage/saturated_frac": ("fraction", "groups in which the estimator hit its numerical limit"),
+    "advantage/tied_frac": ("fraction", "part of a group that shares its best signal, mean over groups"),
+    "diversity/duplicate_frac": ("fraction", "programs that equal an earlier one of their group but for names and layout"),
+    "diversity/distinct_frac": ("fraction", "different programs among those of the step, names and layout aside"),
+    "diversity/distance": ("", "mean structural distance of two programs of a group: 0 the same, 1 nothing in common"),
     "loss": ("", "the reduced loss before the update"),
     "tokens": ("tokens", "tokens that bear loss"),
     "logprob_gap/mean": ("nats", "mean |trainer's - sampler's log-probability| of the sampled tokens, before the update"),
     "logprob_gap/max": ("nats", "largest such difference"),
     "ratio/min": ("", "smallest probability ratio trainer / sampler of a token"),
     "ratio/max": ("", "largest probability ratio trainer / sampler of a token"),
+    "ratio/limited_frac": ("fraction", "tokens on which the limit of the loss acts"),
+    "kl_base/mean": ("nats", "mean difference of the sampler's and the base model's log-probability of a token: estimates their KL"),
     "entropy": ("nats", "mean entropy of the policy at the sampled tokens"),
     "grad_norm": ("", "Euclidean norm of the gradient, before any clipping"),
     "update/skipped": ("", "1 if every group was constant, so that there was nothing to learn from; else 0"),
@@ -79,6 +85,17 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "time/step_s": ("s", "the step up to this row, so without its own checkpoint"),
 }
 """Name -> (unit, meaning), in the order of a row."""
+
+TASK_SCHEMA: dict[str, tuple[str, str]] = {
+    "reward_mean": ("reward", "mean over the competition's rollouts of the step; null if it had none"),
+    "best_score": ("metric", "score of its best program so far"),
+}
+"""For runs with several competitions, which have task/ID/NAME for each of them; their best/score is null."""
+
+
+def _is_of_task(name: str) -> bool:
+    prefix, _, rest = name.partition("/")
+    return prefix == "task" and rest.rpartition("/")[2] in TASK_SCHEMA
 
 
 class MetricsWriter:
@@ -98,11 +115,13 @@ class MetricsWriter:
           ConfigError: a name is not in the schema, or a required one is missing.
           RunError: the disk is full or fails.
         """
-        unknown = sorted(row.keys() - SCHEMA.keys())
+        unknown = sorted(name for name in row.keys() - SCHEMA.keys() if not _is_of_task(name))
         missing = [name for name in REQUIRED if name not in row]
         if unknown or missing:
             raise ConfigError(f"A row of metrics does not fit discover_jax.runs.metrics.SCHEMA: unknown {unknown}, missing {missing}.")
-        line = json.dumps({name: _finite(row[name]) for name in SCHEMA if name in row}, allow_nan=False) + "\n"
+        line = (
+            json.dumps({name: _finite(row[name]) for name in (*SCHEMA, *filter(_is_of_task, row)) if name in row}, allow_nan=False) + "\n"
+        )
         try:
             with self._path.open("a") as file:
                 file.write(line)
@@ -168,7 +187,11 @@ def markdown() -> str:
         f"| {f'**`{name}`**' if name in REQUIRED else f'`{name}`'} | {unit} | {meaning.replace('|', chr(92) + '|')} |\n"
         for name, (unit, meaning) in SCHEMA.items()
     )
-    return head + "".join(rows)
+    of_tasks = (
+        f"| `task/ID/{name}` | {unit} | {meaning}; for each competition of a run with several, whose best/score is null |\n"
+        for name, (unit, meaning) in TASK_SCHEMA.items()
+    )
+    return head + "".join([*rows, *of_tasks])
 
 
 if __name__ == "__main__":

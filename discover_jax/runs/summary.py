@@ -1,6 +1,7 @@
 """What sums a step up: its row of metrics; and a run: its last lines."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,19 @@ def step_row(
     step: int,
     attempts: Sequence[Attempt],
     *,
-    best: State | None,
+    best: Mapping[str, State | None],
     timings: dict[str, float | None],
-    advantage_metrics: dict[str, float],
-    update_metrics: dict[str, float],
+    learning_metrics: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """One row for `MetricsWriter.write`; `metrics.SCHEMA` says what each name means.
 
     Args:
       step: from 0.
       attempts: all rollouts of the step, at least one.
-      best: the best state of the run after this step.
+      best: the best state of each competition after this step, by its id.
       timings: measured by the caller: `time/...` in seconds, `programs/...`; `sample/tokens_per_s` is worked out here.
-      advantage_metrics: `advantage/...`, as the learning part gives them; `groups/constant_frac` is taken from there if given.
-      update_metrics: as `Update.update` or `Update.measure` gives them.
+      learning_metrics: of signals, advantages and update, as the learning part gives them; `groups/constant_frac` is taken from there if
+        given.
 
     Raises:
       RunError: no attempts.
@@ -45,7 +45,7 @@ def step_row(
         "reward/mean": float(rewards.mean()),
         "reward/max": float(rewards.max()),
         "reward/min": float(rewards.min()),
-        "best/score": best.score if best is not None else None,
+        "best/score": _score(next(iter(best.values()))) if len(best) == 1 else None,
         "rollouts/count": len(attempts),
         "rollouts/valid_frac": outcomes.count(Outcome.OK) / len(attempts),
         "rollouts/distinct_frac": len(set(programs)) / len(programs) if programs else None,
@@ -60,7 +60,16 @@ def step_row(
     row |= timings
     if row["time/sample_s"]:
         row["sample/tokens_per_s"] = tokens / row["time/sample_s"]
-    return row | advantage_metrics | update_metrics
+    if len(best) > 1:
+        for id, state in best.items():
+            mine = [attempt.reward for attempt in attempts if attempt.task == id]
+            row[f"task/{id}/reward_mean"] = float(np.mean(mine)) if mine else None
+            row[f"task/{id}/best_score"] = _score(state)
+    return row | dict(learning_metrics)
+
+
+def _score(state: State | None) -> float | None:
+    return state.score if state is not None else None
 
 
 def _constant_frac(attempts: Sequence[Attempt]) -> float:
@@ -71,14 +80,20 @@ def _constant_frac(attempts: Sequence[Attempt]) -> float:
     return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
 
 
-def closing_lines(
-    task: Task, best: State | None, private_score: float | None, rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool
-) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to on one competition: its best state, None if no program scored, and that one's score on the private answers."""
+
+    task: Task
+    best: State | None
+    private_score: float | None
+
+
+def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool) -> list[str]:
     """What a run came to, for people: how the mean and the best moved, where the best program lies, and how its score was chosen.
 
     Args:
-      best: the best state of the run; None if no program scored.
-      private_score: its score on the private answers; None if it has none there.
+      results: one for each competition.
       rows: of metrics, all steps so far.
 
     Raises:
@@ -86,29 +101,47 @@ def closing_lines(
     """
     weaker = weaker_isolation(workdir)
     warning = [f"WEAKER ISOLATION: {weaker}. What programs did to this machine, and what they read, is not known."] if weaker else []
-    if not rows or best is None or best.score is None:
+    if not rows or all(_score(result.best) is None for result in results):
         return ["No program has scored yet.", f"Everything is in {workdir.path}", *warning]
     first, last = rows[0], rows[-1]
-    name = task.metric.name
-    between = _of_rows(task.score_interval(best.score), task.score_rows)
-    lines = [
+    return [
         f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
-        f"mean reward  {first['reward/mean']:.4f} -> {last['reward/mean']:.4f}   ({last['reward/mean'] - first['reward/mean']:+.4f})",
-        f"best {name}  {first['best/score']:.4f} -> {best.score:.4f}   ({best.score - first['best/score']:+.4f}){between}",
+        *(line for result in results for line in _result_lines(result, rows, workdir, alone=len(results) == 1)),
+        *warning,
+    ]
+
+
+def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workdir, *, alone: bool) -> list[str]:
+    task, best = result.task, result.best
+    prefix = "" if alone else f"task/{task.id}/"
+    rewards = _known(rows, "reward/mean" if alone else f"{prefix}reward_mean")
+    scores = _known(rows, "best/score" if alone else f"{prefix}best_score")
+    head = [] if alone else [f"{task.id}:"]
+    if best is None or best.score is None:
+        return [*head, "No program has scored yet."]
+    name = task.metric.name
+    lines = [
+        *head,
+        f"mean reward  {rewards[0]:.4f} -> {rewards[-1]:.4f}   ({rewards[-1] - rewards[0]:+.4f})",
+        f"best {name}  {scores[0]:.4f} -> {best.score:.4f}   ({best.score - scores[0]:+.4f})"
+        + _of_rows(task.score_interval(best.score), task.score_rows),
     ]
     if task.disclosure.reward == "holdout":
         known = "none"
-        if private_score is not None:
-            known = f"{private_score:.4f}{_of_rows(task.private_score_interval(private_score), task.private_rows)}"
+        if result.private_score is not None:
+            known = f"{result.private_score:.4f}{_of_rows(task.private_score_interval(result.private_score), task.private_rows)}"
         lines.append(f"its private {name}  {known}; this chose nothing")
     thresholds = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
     return [
         *lines,
-        f"best program {workdir.best_dir / 'solution.py'}",
+        f"best program {workdir.best_dir / ('' if alone else task.id) / 'solution.py'}",
         task.disclosure.text,
         "leaderboard  " + ". ".join(part for part in (thresholds or "unavailable", task.thresholds_note) if part),
-        *warning,
     ]
+
+
+def _known(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [value for row in rows if (value := row.get(name)) is not None]
 
 
 def _of_rows(interval: tuple[float, float] | None, rows: int) -> str:

@@ -91,6 +91,43 @@ def prepare_task(
     return task
 
 
+def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
+    """The tasks of a run.
+
+    Args:
+      settings: config.task; several competitions are separated by commas, and so are their raw data, in the same order.
+      folder: of the one task, or of a folder for each.
+      seed: see `prepare_task`.
+
+    Raises:
+      ConfigError: as `prepare_task`; or one competition is named twice, or there is another number of raw data than of competitions.
+      DataError: as `prepare_task`.
+    """
+    names = [name.strip() for name in settings.competition.split(",")]
+    raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
+    if len(raws) != len(names):
+        raise ConfigError(
+            f"config.task.raw = {settings.raw!r} names {len(raws)} paths for {len(names)} competitions. Give one for each, separated by"
+            " commas, and nothing between two commas where a competition brings its own data."
+        )
+    ids = [load_competition(*locate_competition(name)).id for name in names]
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition twice: {', '.join(ids)}.")
+    return [
+        prepare_task(
+            name,
+            raw=raw,
+            reward=settings.reward,
+            folder=folder if len(names) == 1 else folder / id,
+            holdout_fraction=settings.holdout_fraction,
+            holdout_folds=settings.holdout_folds,
+            grader=settings.grader,
+            seed=seed,
+        )
+        for name, raw, id in zip(names, raws, ids, strict=True)
+    ]
+
+
 def _settings(definition: Competition, digest: str, reward: str, fraction: float, folds: int, seed: int) -> dict[str, Any]:
     """Everything beside the data that a grade depends on."""
     holdout: dict[str, Any] = {}

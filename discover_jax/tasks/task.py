@@ -165,13 +165,13 @@ class Task:
         score = sum(score * rows for score, rows in scored) / sum(rows for _, rows in scored)
         return Grade(valid=True, reason="", score=round(score, 5), private_score=grades[-1].private_score)
 
-    def answers_as_submission(self) -> bytes:
-        """The answers as a submission of the last run, which cannot be beaten; for checks of the grader. Never for programs.
+    def answers_as_submission(self, run: int = -1) -> bytes:
+        """The answers as a submission of a run, by default the last; it cannot be beaten. For checks of the grader, never for programs.
 
         Raises:
           DataError: see `grade`.
         """
-        answers = self._answers(-1)
+        answers = self._answers(run)
         table = answers.private if answers.held_out is None else pd.concat([answers.private, answers.held_out])
         return (table[[answers.id_column, answers.target]] if answers.id_column else table).to_csv(index=False).encode()
 

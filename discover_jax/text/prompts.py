@@ -75,6 +75,7 @@ class PromptSettings:
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
       packages: what a program may import, as the prompt states it; see `installed_packages`.
       ideas: offered when a program is to be improved.
+      ideas_shown: so many of them at a time, in turn over groups and steps; 0: all.
       stdout_chars, error_chars: at most so much of the parent's output's end, and of an error's end.
     """
 
@@ -87,6 +88,7 @@ class PromptSettings:
     memory_gib: float = 4.0
     packages: tuple[str, ...] = ("numpy", "pandas", "scipy", "scikit-learn")
     ideas: tuple[str, ...] = IDEAS
+    ideas_shown: int = 0
     stdout_chars: int = 2000
     error_chars: int = 800
 
@@ -128,7 +130,7 @@ def brief_text(competition_id: str, metric: str, higher_is_better: bool, previou
 
 
 def build_prompt(
-    task: TaskLike, parent: State, recent_failures: Sequence[Attempt], settings: PromptSettings, tokenizer: Tokenizer, group: int
+    task: TaskLike, parent: State, recent_failures: Sequence[Attempt], settings: PromptSettings, tokenizer: Tokenizer, group: int, step: int
 ) -> Prompt:
     """The prompt of one group.
 
@@ -141,7 +143,7 @@ def build_prompt(
       recent_failures: the last attempts on this parent, oldest first, if all of them failed; otherwise empty. The last error is shown.
       settings: style and limits.
       tokenizer: of the model that is asked.
-      group: number of the group within its step.
+      group, step: number of the group within its step, and the step; ideas take turns by them.
 
     Raises:
       CapacityError: it is longer than `settings.max_tokens` even so. See `program_fits`.
@@ -150,12 +152,13 @@ def build_prompt(
         return _finish([harmony.Message("user", _brief(task, parent))], settings, tokenizer, parent, group)
     output = _tail(parent.stdout, settings.stdout_chars)
     error = _tail(_error(recent_failures), settings.error_chars)
+    ideas = _ideas(settings, group + step)
     messages: list[harmony.Message] = []
     for shown_output, shown_error in [(cut, error) for cut in _cuts(output)] + [("", cut) for cut in _cuts(error)]:
         messages = [
             harmony.system_message(settings.reasoning_effort, settings.date),
             harmony.developer_message(_contract(settings)),
-            harmony.Message("user", _request(task, parent, shown_output, shown_error, settings)),
+            harmony.Message("user", _request(task, parent, shown_output, shown_error, ideas)),
         ]
         if len(harmony.render(messages, tokenizer)) <= settings.max_tokens:
             if (shown_output, shown_error) != (output, error):
@@ -170,7 +173,9 @@ def build_prompt(
 def program_fits(task: TaskLike, state: State, settings: PromptSettings, tokenizer: Tokenizer) -> bool:
     """Whether a state can be a parent: whether a prompt with its program, without output and error, has at most `settings.max_tokens`."""
     try:
-        build_prompt(task, dataclasses.replace(state, stdout=""), (), settings, tokenizer, group=0)
+        # With all ideas, which is at least as long as with those whose turn it will be.
+        whole = dataclasses.replace(settings, ideas_shown=0)
+        build_prompt(task, dataclasses.replace(state, stdout=""), (), whole, tokenizer, group=0, step=0)
     except CapacityError:
         return False
     return True
@@ -206,7 +211,16 @@ function `run()` without arguments that returns the submission as a pandas DataF
 - A program that fails, runs out of time or returns an invalid submission scores nothing."""
 
 
-def _request(task: TaskLike, parent: State, output: str, error: str, settings: PromptSettings) -> str:
+def _ideas(settings: PromptSettings, turn: int) -> tuple[str, ...]:
+    """The ideas whose turn it is, in the order of the list."""
+    count = len(settings.ideas)
+    if not settings.ideas_shown or settings.ideas_shown >= count:
+        return settings.ideas
+    chosen = {(turn * settings.ideas_shown + offset) % count for offset in range(settings.ideas_shown)}
+    return tuple(idea for index, idea in enumerate(settings.ideas) if index in chosen)
+
+
+def _request(task: TaskLike, parent: State, output: str, error: str, ideas: tuple[str, ...]) -> str:
     """The competition, the parent program and what came of it."""
     direction = _direction(task.metric.higher_is_better)
     parts = [
@@ -228,7 +242,7 @@ def _request(task: TaskLike, parent: State, output: str, error: str, settings: P
         parts.append("Write a program that scores as well as you can make it.")
     else:
         parts.append(
-            f"You are iteratively improving your solution. Consider: {', '.join(settings.ideas)}.\n"
+            f"You are iteratively improving your solution. Consider: {', '.join(ideas)}.\n"
             "Unless you make a meaningful improvement, you will not be rewarded. Answer with the whole new program."
         )
     return "\n\n".join(parts)

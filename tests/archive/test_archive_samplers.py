@@ -67,6 +67,7 @@ def attempt(id: str, parent: str, outcome: Outcome = Outcome.OK) -> Attempt:
     return Attempt(
         id=id,
         parent_id=parent,
+        task="boats",
         step=int(id[0]),
         group=0,
         index=0,

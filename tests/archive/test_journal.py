@@ -15,6 +15,7 @@ def attempt(number: int, **changes) -> Attempt:
     base = Attempt(
         id=f"0-0-{number}",
         parent_id="seed",
+        task="boats",
         step=0,
         group=0,
         index=number,
@@ -42,7 +43,7 @@ def test_rows_come_back_equal(tmp_path):
     assert journal.read() == rows
     assert journal.position == (tmp_path / "journal.jsonl").stat().st_size
     assert [from_json(to_json(row)) for row in rows] == rows
-    assert to_json(rows[0]).startswith('{"id": "0-0-0", "parent_id": "seed", "step": 0,')
+    assert to_json(rows[0]).startswith('{"id": "0-0-0", "parent_id": "seed", "task": "boats", "step": 0,')
 
 
 def test_batches_do_not_change_the_bytes(tmp_path):

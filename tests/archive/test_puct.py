@@ -20,6 +20,7 @@ def attempt(id, parent, value, step, group, code=None) -> Attempt:
     return Attempt(
         id=id,
         parent_id=parent,
+        task="boats",
         step=step,
         group=group,
         index=0,

@@ -15,7 +15,7 @@ RENAMED_C = C.replace("i)", "k)").replace("i in", "k in").replace("return i", "r
 def attempt(index, code, reward=0.5, outcome=Outcome.OK):
     score = reward if outcome is Outcome.OK else None
     fields = {"detail": "", "stdout": "", "private_score": None, "adapter_step": 0, "tokens": 3, "stop": StopReason.STOP_TOKEN}
-    return Attempt(f"0-0-{index}", "seed", 0, 0, index, code=code, outcome=outcome, score=score, reward=reward, **fields)
+    return Attempt(f"0-0-{index}", "seed", "boats", 0, 0, index, code=code, outcome=outcome, score=score, reward=reward, **fields)
 
 
 GROUP = [

@@ -44,6 +44,7 @@ def attempts_of(step: int, parents: list, number: float) -> list[Attempt]:
                 Attempt(
                     id=f"{step:04d}-{group:03d}-{index:03d}",
                     parent_id=parent.id,
+                    task="boats",
                     step=step,
                     group=group,
                     index=index,
@@ -92,8 +93,8 @@ def run(folder: Path) -> None:
                 grade = {"score": best.score, "step": step}
                 write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade)
             write_rollouts(workdir.rollouts_dir, step, [{"id": a.id, "score": a.score} for a in attempts])
-            metrics.write(step_row(step, attempts, best=best, timings={}, advantage_metrics={}, update_metrics={}))
-            checkpoints.save(step, state, HostState.of(0, archive, journal).to_json())
+            metrics.write(step_row(step, attempts, best={"boats": best}, timings={}, learning_metrics={}))
+            checkpoints.save(step, state, HostState.of(0, archive.to_json(), journal).to_json())
         checkpoints.close()
 
 

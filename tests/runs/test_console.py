@@ -8,7 +8,7 @@ import sys
 
 import rich.console
 
-from discover_jax.runs.console import NullConsole, PlainConsole, TerminalConsole, make_console, step_line
+from discover_jax.runs.console import Improvement, NullConsole, PlainConsole, TerminalConsole, make_console, step_line
 from discover_jax.types import State
 
 ROW = {
@@ -28,15 +28,26 @@ def best(score: float) -> State:
     return State("a", "seed", "x", score, score, "", 0, 0)
 
 
+def bests(after, before):
+    return [Improvement("", after, None if before is None else best(before))]
+
+
+def test_a_step_of_several_competitions():
+    line = step_line(ROW, [Improvement("boats", best(0.71), best(0.7)), Improvement("trains", None, None)], 10)
+    assert "best boats 0.7100 (+0.0100)  best trains none yet" in line
+
+
 def test_step_line():
-    line = step_line(ROW, best(0.71), 0.7, 10)
+    line = step_line(ROW, bests(best(0.71), 0.7), 10)
     expected = "step  3/10  mean 0.5200  max 0.7000  best 0.7100 (+0.0100)  valid  88%  12.3 s  4 format error, 1 exception"
     assert line == expected
-    assert "(-0.0100)" in step_line(ROW, best(0.69), 0.7, 10)  # a metric where lower is better
-    assert "(first)" in step_line(ROW, best(0.69), None, 10)
-    assert "(" not in step_line(ROW, best(0.7), 0.7, 10)
-    assert "best none yet" in step_line(ROW, None, None, 10)
-    columns = {step_line(ROW, *args, 10).index("valid") for args in [(best(0.71), 0.7), (best(0.7), None), (best(0.7), 0.7), (None, None)]}
+    assert "(-0.0100)" in step_line(ROW, bests(best(0.69), 0.7), 10)  # a metric where lower is better
+    assert "(first)" in step_line(ROW, bests(best(0.69), None), 10)
+    assert "(" not in step_line(ROW, bests(best(0.7), 0.7), 10)
+    assert "best none yet" in step_line(ROW, bests(None, None), 10)
+    columns = {
+        step_line(ROW, bests(*args), 10).index("valid") for args in [(best(0.71), 0.7), (best(0.7), None), (best(0.7), 0.7), (None, None)]
+    }
     assert len(columns) == 1
 
 
@@ -54,7 +65,7 @@ def test_plain_progress_is_rare():
     for second in range(1, 13):
         now[0] = 100.0 + second
         console.progress(second, 16, second // 2, 16, 1234.5)
-    console.step_done(ROW, best(0.71), 0.7)
+    console.step_done(ROW, bests(best(0.71), 0.7))
     console.note("careful")
     console.finish(["done"])
     console.close()
@@ -133,7 +144,7 @@ def test_terminal():
     console.step(2, 10)
     console.phase("sampling")
     console.progress(3, 16, 1, 16, 50.0)
-    console.step_done(ROW, best(0.71), 0.7)
+    console.step_done(ROW, bests(best(0.71), 0.7))
     console.finish(["done", "/a/long/path/" * 20])
     console.close()
     text = file.getvalue()
@@ -145,5 +156,5 @@ def test_terminal():
 def test_null_console_is_a_console():
     console = NullConsole()
     console.step(0, 1)
-    console.step_done(ROW, None, None)
+    console.step_done(ROW, bests(None, None))
     console.close()

@@ -1,8 +1,10 @@
 """metrics.jsonl, its schema and page, the row that sums a step up, and rollout files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from discover_jax.exceptions import ConfigError, RunError
@@ -19,6 +21,7 @@ def attempt(group: int, index: int, reward: float, outcome: Outcome = Outcome.OK
     return Attempt(
         id=f"0-{group}-{index}",
         parent_id="seed",
+        task="boats",
         step=0,
         group=group,
         index=index,
@@ -109,10 +112,9 @@ def test_step_row():
     row = step_row(
         0,
         ATTEMPTS,
-        best=best,
+        best={"boats": best},
         timings={"time/sample_s": 4.0, "time/execute_s": 1.0, "time/update_s": 2.0, "programs/seconds": 9.0},
-        advantage_metrics=advantage_metrics(groups),
-        update_metrics={"loss": 1.5, "logprob_gap/mean": 1e-6, "update/skipped": 0.0},
+        learning_metrics=advantage_metrics(groups) | {"loss": 1.5, "logprob_gap/mean": 1e-6, "update/skipped": 0.0},
     )
     assert row.keys() <= SCHEMA.keys()
     assert set(REQUIRED) <= row.keys()
@@ -141,12 +143,27 @@ def test_step_row():
 
 def test_step_row_of_a_hopeless_step(tmp_path):
     failures = [attempt(0, n, 0.0, Outcome.FORMAT_ERROR, None) for n in range(2)]
-    row = step_row(3, failures, best=None, timings={}, advantage_metrics={}, update_metrics={"tokens": 0.0, "update/skipped": 1.0})
+    row = step_row(3, failures, best={"boats": None}, timings={}, learning_metrics={"tokens": 0.0, "update/skipped": 1.0})
     assert row["best/score"] is row["rollouts/distinct_frac"] is row["logprob_gap/mean"] is None
     assert row["groups/constant_frac"] == 1.0
     MetricsWriter(tmp_path / "m").write(row)
     with pytest.raises(RunError, match="no attempts"):
-        step_row(3, [], best=None, timings={}, advantage_metrics={}, update_metrics={})
+        step_row(3, [], best={"boats": None}, timings={}, learning_metrics={})
+
+
+def test_step_row_of_several_competitions(tmp_path):
+    """Each has its own columns; there is no best score of them all. What its rows say comes back."""
+    other = [dataclasses.replace(attempt, task="trains", reward=2.0) for attempt in ATTEMPTS]
+    best = {"boats": State("0-0-1", "seed", "y", 0.75, 0.75, "", 0, 0, "boats"), "trains": None, "planes/ä": None}
+    row = step_row(0, [*ATTEMPTS, *other], best=best, timings={}, learning_metrics={})
+    assert row["best/score"] is None
+    assert row["task/boats/best_score"] == 0.75
+    assert row["task/boats/reward_mean"] == pytest.approx(np.mean([attempt.reward for attempt in ATTEMPTS]))
+    assert (row["task/trains/reward_mean"], row["task/planes/ä/reward_mean"]) == (2.0, None)
+    MetricsWriter(tmp_path / "m").write(row)
+    assert read_metrics(tmp_path / "m") == [row]
+    with pytest.raises(ConfigError, match="task/boats/luck"):
+        MetricsWriter(tmp_path / "m").write(row | {"task/boats/luck": 1.0})
 
 
 def test_rollout_files(tmp_path):

@@ -1,0 +1,92 @@
+"""What became of rollouts: as the journal keeps it, and as rollouts/ shows it to people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from discover_jax.tasks.task import Task
+from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.types import Attempt, Outcome, Prompt, Rollout, State, Verdict
+
+STDOUT_CHARS = 4000
+"""Of a program's output, so much of the end goes into the journal."""
+
+Place = tuple[int, int]
+"""Group and index of a rollout."""
+
+
+def attempt_of(
+    task: Task, step: int, parent: State, rollout: Rollout, code: str | None, verdict: Verdict | None, adapter_step: int
+) -> Attempt:
+    """Everything that became of a rollout, as the journal keeps it.
+
+    Args:
+      task, parent: that its group was asked about.
+      code, verdict: None if the rollout holds no program.
+      adapter_step: optimiser steps that the adapter had seen.
+    """
+    common = {
+        "id": f"{step:04d}-{rollout.group:03d}-{rollout.index:03d}",
+        "parent_id": parent.id,
+        "task": task.id,
+        "step": step,
+        "group": rollout.group,
+        "index": rollout.index,
+        "code": code,
+        "adapter_step": adapter_step,
+        "tokens": len(rollout.tokens_T),
+        "stop": rollout.stop,
+    }
+    if verdict is None:
+        detail = "The reply holds no fenced Python block in its final channel."
+        outcome = Outcome.FORMAT_ERROR
+        return Attempt(**common, outcome=outcome, detail=detail, stdout="", score=None, private_score=None, reward=task.failure_reward)
+    score = verdict.grade.score if verdict.outcome is Outcome.OK else None
+    return Attempt(
+        **common,
+        outcome=verdict.outcome,
+        detail=verdict.execution.detail or verdict.grade.reason,
+        stdout=verdict.execution.stdout[-STDOUT_CHARS:],
+        score=score,
+        private_score=verdict.grade.private_score if score is not None else None,
+        reward=task.failure_reward if score is None else task.reward(score),
+    )
+
+
+def rollout_rows(
+    rollouts: Mapping[Place, Rollout],
+    prompts: Sequence[Prompt],
+    attempts: Sequence[Attempt],
+    advantages: Mapping[Place, float],
+    verdicts: Mapping[Place, Verdict],
+    tokenizer: Tokenizer,
+) -> list[dict[str, Any]]:
+    """One row a rollout for rollouts/, the prompt's text with the first of its group.
+
+    Args:
+      prompts: by group.
+      advantages: of those rollouts that take part in the update.
+      verdicts: of those that hold a program.
+    """
+    rows = []
+    for attempt in attempts:
+        place = attempt.group, attempt.index
+        rollout, verdict = rollouts[place], verdicts.get(place)
+        rows.append(
+            {
+                "id": attempt.id,
+                "parent_id": attempt.parent_id,
+                "task": attempt.task,
+                "prompt": prompts[attempt.group].text if attempt.index == 0 else None,
+                "reply": tokenizer.decode(rollout.tokens_T.tolist()),
+                "tokens": len(rollout.tokens_T),
+                "temperature": rollout.temperature,
+                "logprob_sum": float(rollout.logprobs_T.sum()),
+                "outcome": attempt.outcome.value,
+                "score": attempt.score,
+                "reward": attempt.reward,
+                "advantage": advantages.get(place),
+                "seconds": verdict.execution.seconds if verdict is not None else None,
+                "cached": verdict.execution.cached if verdict is not None else None,
+            }
+        )
+    return rows
