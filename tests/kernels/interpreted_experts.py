@@ -1,0 +1,90 @@
+"""Runs the decoding kernels in Triton's interpreter, on the CPU, and prints the relative errors against float64 as JSON.
+
+A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_experts.py
+
+The interpreter cuts float32 to bfloat16 where a GPU rounds, so errors are about twice as large as there.
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from discover_jax.kernels import experts_decode
+from discover_jax.kernels.experts_decode import Launch, Plan, TiledMatrix, mix_routed
+from discover_jax.kernels.mxfp4_tiles import lay_out
+from discover_jax.models.mxfp4 import dequantise
+
+EXPERTS, WIDTH, HIDDEN, ACTIVE, RANK, SCALE = 4, 128, 64, 2, 8, 0.5
+LIMIT, ALPHA = 7.0, 1.702
+
+
+def _torch(argument: Any) -> Any:
+    if not isinstance(argument, jax.Array):
+        return argument
+    if argument.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
+    return torch.from_numpy(np.array(argument))
+
+
+def _interpret(kernel: Any, *arguments: Any, out: jax.ShapeDtypeStruct, grid: Any, warps: int, stages: int, constants: Any) -> jax.Array:
+    dtype = torch.bfloat16 if out.dtype == jnp.bfloat16 else torch.float32
+    result = torch.full(out.shape, float("nan"), dtype=dtype)  # whatever is not written stays NaN
+    kernel[grid](*(_torch(a) for a in arguments), result, **constants)
+    return jnp.asarray(result.float().numpy(), out.dtype)
+
+
+def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adapted: bool) -> tuple[TiledMatrix, np.ndarray, np.ndarray]:
+    """Tiles, and the same in float64: adapter merged, and bias. All values are exact in bfloat16."""
+
+    def exact(*shape: int) -> np.ndarray:
+        return np.array(jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+
+    blocks = jnp.asarray(rng.integers(0, 256, (EXPERTS, out, into // 32, 16), dtype=np.uint8))
+    scales = jnp.asarray(rng.integers(120, 126, (EXPERTS, out, into // 32), dtype=np.uint8))
+    tiles = lay_out(blocks, scales, rows=128 if paired else 64, paired=paired)
+    bias, dense = exact(EXPERTS, out), np.array(dequantise(blocks, scales, jnp.float32), np.float64)
+    if not adapted:
+        return TiledMatrix(*tiles, jnp.asarray(bias)), dense, bias
+    a, b = exact(EXPERTS, RANK, into), exact(EXPERTS, out, RANK)
+    return TiledMatrix(*tiles, *(jnp.asarray(x) for x in (bias, a, b)), SCALE), dense + SCALE * b.astype(np.float64) @ a, bias
+
+
+def error(tokens: int, skew: float, adapted: bool, plan: Plan | None) -> float:
+    """Of one case; a large skew sends all tokens to the same experts."""
+    rng = np.random.default_rng(tokens)
+    gate_up, w1, b1 = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True, adapted=adapted)
+    down, w2, b2 = _matrix(rng, WIDTH, HIDDEN, paired=False, adapted=adapted)
+    x = np.array(jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.bfloat16).astype(jnp.float32))
+    index = np.argsort(rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS), axis=1)[:, :ACTIVE].astype(np.int32)
+    weights = rng.uniform(0.1, 1, size=(tokens, ACTIVE)).astype(np.float32)
+    got = mix_routed(jnp.asarray(x), jnp.asarray(index), jnp.asarray(weights), gate_up, down, limit=LIMIT, alpha=ALPHA, chosen=plan)
+    expected = np.zeros((tokens, WIDTH))
+    for t, j in np.ndindex(tokens, ACTIVE):
+        e = index[t, j]
+        h = w1[e] @ x[t] + b1[e]
+        gate, up = np.minimum(h[0::2], LIMIT), np.clip(h[1::2], -LIMIT, LIMIT)
+        expected[t] += weights[t, j] * (w2[e] @ ((up + 1) * gate / (1 + np.exp(-ALPHA * gate))) + b2[e])
+    return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
+
+
+CASES = {
+    "one token": (1, 0.0, False, None),
+    "several blocks of an expert": (21, 100.0, True, None),
+    "any routing, parts": (9, 0.0, True, Plan(8, Launch(1, 2, 2, 2), Launch(2, 1, 2, 2))),
+    "wide blocks, along the columns": (9, 0.0, True, Plan(16, Launch(1, 1, 2, 2, depth=2), Launch(1, 1, 2, 2))),
+}
+
+
+def main() -> None:
+    experts_decode._call = _interpret
+    print(json.dumps({name: error(*case) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()

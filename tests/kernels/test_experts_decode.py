@@ -1,0 +1,168 @@
+"""The decoding kernels: in Triton's interpreter on the CPU, on a GPU against float32, and what happens where they do not apply."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from discover_jax.kernels import table
+from discover_jax.kernels.experts import mix_reference, route
+from discover_jax.kernels.mxfp4_tiles import lay_out, restore
+from discover_jax.models.mxfp4 import dequantise
+
+interpreted = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
+)
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def errors():
+    script = Path(__file__).with_name("interpreted_experts.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@interpreted
+def test_the_kernels_are_right_to_the_rounding_of_bfloat16(errors):
+    assert len(errors) == 4
+    for name, error in errors.items():
+        assert error < 8e-3, name  # NaN, of an output that was not written, is not below it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled:
+    """An expert matrix in tiles, with the plain computation of one expert."""
+
+    held: dict
+    paired: bool
+    scale: float = 0.5
+
+    def arrays(self, *, adapted):
+        return {name: array for name, array in self.held.items() if adapted or not name.startswith("lora")}
+
+    def apply(self, x_Ti, one):
+        blocks, scales = restore(one["words"][None], one["factors"][None], paired=self.paired)
+        y = x_Ti @ dequantise(blocks[0], scales[0], x_Ti.dtype).T + one["bias"].astype(x_Ti.dtype)
+        if "lora_a" in one:
+            y += self.scale * ((x_Ti @ one["lora_a"].T.astype(x_Ti.dtype)) @ one["lora_b"].T.astype(x_Ti.dtype))
+        return y
+
+
+def _matrix(key, experts, out, into, paired):
+    keys = jax.random.split(key, 5)
+    blocks = jax.random.bits(keys[0], (experts, out, into // 32, 16), jnp.uint8)
+    scales = jax.random.randint(keys[1], (experts, out, into // 32), 119, 123).astype(jnp.uint8)
+    words, factors = lay_out(blocks, scales, rows=128 if paired else 64, paired=paired)
+    shapes = {"bias": (experts, out), "lora_a": (experts, 8, into), "lora_b": (experts, out, 8)}
+    rest = {name: 0.1 * jax.random.normal(k, shape) for (name, shape), k in zip(shapes.items(), keys[2:], strict=True)}
+    rest = {name: array.astype(jnp.bfloat16).astype(jnp.float32) for name, array in rest.items()}
+    return Tiled({"words": words, "factors": factors, **rest}, paired)
+
+
+EXPERTS, WIDTH, HIDDEN, ACTIVE = 8, 192, 128, 3
+OPTIONS = {"limit": 7.0, "alpha": 1.702}
+
+
+def _problem(tokens, skew):
+    keys = jax.random.split(jax.random.key(tokens), 4)
+    gate_up, down = _matrix(keys[0], EXPERTS, 2 * HIDDEN, WIDTH, True), _matrix(keys[1], EXPERTS, WIDTH, HIDDEN, False)
+    x_TD = jax.random.normal(keys[2], (tokens, WIDTH)).astype(jnp.bfloat16).astype(jnp.float32)
+    logits_TE = jax.random.normal(keys[3], (tokens, EXPERTS)) + skew * jnp.arange(EXPERTS)
+    return x_TD, route(logits_TE, ACTIVE), gate_up, down
+
+
+def _relative(got, expected):
+    return float(jnp.linalg.norm(got.astype(jnp.float32) - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.accelerator
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 2, 7, 37, 128, 1024, 4096])
+@pytest.mark.parametrize("skew", [0.0, 100.0])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_any_routing_gives_the_reference_in_float32(tokens, skew, adapted):
+    x_TD, weights_TE, gate_up, down = _problem(tokens, skew)
+    mix = table.choose("experts")
+    assert mix is not mix_reference
+    got = jax.jit(lambda x, w: mix(x, w, gate_up, down, adapted=adapted, active=ACTIVE, **OPTIONS))(x_TD, weights_TE)
+    with jax.default_matmul_precision("highest"):
+        expected = mix_reference(x_TD, weights_TE, gate_up, down, adapted=adapted, **OPTIONS)
+    assert _relative(got, expected) < 3e-3
+
+
+@pytest.mark.accelerator
+@on_gpu
+def test_inside_a_scan_the_layers_follow_each_other():
+    x_TD, weights_TE, gate_up, down = _problem(16, 0.0)
+
+    def layers(mix):
+        def layer(x, _):
+            return x + 0.1 * mix(x, weights_TE, gate_up, down, adapted=True, active=ACTIVE, **OPTIONS), None
+
+        return jax.jit(lambda x: jax.lax.scan(layer, x, length=5)[0])(x_TD)
+
+    with jax.default_matmul_precision("highest"):
+        expected = layers(mix_reference)
+    assert _relative(layers(table.choose("experts")), expected) < 5e-3
+
+
+@pytest.mark.accelerator
+@on_gpu
+def test_derivatives_are_those_of_the_reference():
+    x_TD, weights_TE, gate_up, down = _problem(16, 0.0)
+
+    def slope(mix):
+        def loss(x, lora_b):
+            changed = dataclasses.replace(gate_up, held={**gate_up.held, "lora_b": lora_b})
+            return mix(x, weights_TE, changed, down, adapted=True, active=ACTIVE, **OPTIONS).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x_TD, gate_up.held["lora_b"])
+
+    for got, expected in zip(slope(table.choose("experts")), slope(mix_reference), strict=True):
+        assert _relative(got, expected) < 1e-5
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    table._entry.cache_clear()
+    yield lines
+    table._entry.cache_clear()
+
+
+def test_a_missing_package_is_named_once_and_the_reference_runs(logged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    with table.lowering_for("gpu"):
+        assert table.choose("experts") is mix_reference
+        assert table.choose("experts") is mix_reference
+    assert len(logged) == 1
+    assert "jax_triton" in logged[0]
+    assert "discover_jax[kernels]" in logged[0]
+
+
+def test_weights_that_are_not_in_tiles_take_the_reference_and_the_log_says_so(logged):
+    pytest.importorskip("triton", reason="needs the extra `kernels`")
+    from discover_jax.kernels import experts_decode
+
+    experts_decode._say.cache_clear()
+    x_TD, weights_TE, gate_up, down = _problem(5, 0.0)
+    dense = [dataclasses.replace(m, held={k: v for k, v in m.held.items() if k != "words"}) for m in (gate_up, down)]
+    for matrix in dense:
+        object.__setattr__(matrix, "apply", lambda x, one: x[:, :1] + one["bias"])
+    for _ in range(2):
+        got = experts_decode.mix(x_TD, weights_TE, *dense, adapted=False, active=ACTIVE, **OPTIONS)
+    np.testing.assert_array_equal(got, mix_reference(x_TD, weights_TE, *dense, adapted=False, **OPTIONS))
+    assert logged == ["kernel of experts on gpu: reference, because the experts are not laid out in tiles"]
