@@ -6,7 +6,7 @@ are float32; what is rounded to bfloat16 is the input, the activation between th
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,21 @@ from discover_jax.kernels.expert_rows import Blocks, sort_rows
 from discover_jax.kernels.experts import ExpertMatrix, gated, mix_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 
-SPLIT = 9
+SPLIT = 5
 """Parts at most into which the columns of an adapter's A are divided among programs."""
 
 _HOPPER = 90
 """Compute capability for which kernels are lowered where there is no GPU."""
 
 
-class TiledMatrix(NamedTuple):
+SLAB_ROWS = {"gate_up": 128, "down": 64}
+"""Rows of slabs (mxfp4_tiles.lay_out), as both were fastest: gpt-oss's widths are 64 times an odd number, so 64 outputs are the most that
+divide them, and 64 gates lie beside their 64 ups."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "factors", "bias", "lora_a", "lora_b"], meta_fields=["scale"])
+@dataclasses.dataclass(frozen=True)
+class TiledMatrix:
     """One matrix [out, in] of every expert, packed in tiles (mxfp4_tiles.lay_out).
 
     Attributes:
@@ -117,7 +124,7 @@ def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: 
     return low, split, rank
 
 
-def _matmul(
+def multiply(
     x: jax.Array,
     matrix: TiledMatrix,
     rows: Blocks,
@@ -177,8 +184,8 @@ def mix_routed(
     chosen = chosen or plan(tokens * share, experts)
     rows = sort_rows(index_TX, experts, chosen.rows)
     options = {"block": chosen.rows, "limit": limit, "alpha": alpha}
-    y_RF = _matmul(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
-    parts_RD = _matmul(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
+    y_RF = multiply(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
+    parts_RD = multiply(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
     weighted = parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1]) * weights_TX.astype(jnp.float32)[..., None]
     return weighted.sum(axis=(0, 2)).astype(x_TD.dtype)
 
