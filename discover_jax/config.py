@@ -98,7 +98,7 @@ SETTINGS: dict[str, Any] = {
     "sampling": {
         "temperature": Setting(1.0, "logits are divided by it; the update uses the same", low=0.01, high=10.0),
         "temperature_spread": Setting(
-            0.0, "rollouts of a group get temperatures from (1 - spread) to (1 + spread) times that", low=0.0, high=0.99
+            0.0, "rollouts of a group get temperatures from (1 - spread) to (1 + spread) times that", low=0.0, high=0.95
         ),
         "max_new_tokens": Setting(26_000, "budget of a rollout", unit="tokens", low=1, high=131_072),
         "thinking_tokens": Setting(
@@ -291,8 +291,6 @@ def _contradictions(config: Any) -> Iterator[str]:
             f"config.train.num_substeps = {config.train.num_substeps} is more than a step's {config.groups * config.group_size} rollouts;"
             " each optimiser step needs at least one."
         )
-    if config.sampling.temperature_spread and config.sampling.temperature * (1 - config.sampling.temperature_spread) < 0.01:
-        yield (f"config.sampling.temperature_spread = {config.sampling.temperature_spread} makes temperatures below 0.01; use less.")
     if config.model.weights == "apprentice" and config.prompt.style != "brief":
         yield "the apprentice knows only the brief prompt: set config.prompt.style='brief', or config.model.weights to another folder."
     if config.reuse.sampler == "fixed" and config.train.resume_from:

@@ -73,6 +73,12 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("seed", True, "must be a int"),
         ("execution.backend", "unsafe-subprocess", "allow_weaker"),
         ("group_size", 1, "group of one"),
+        ("reuse.exploration", 2.0, r"reuse\.exploration = 2\.0 has no effect"),
+        ("train.clip_high", 0.3, r"train\.clip_high = 0\.3 has no effect"),
+        ("train.truncate", 5.0, r"train\.truncate = 5\.0 has no effect"),
+        ("train.num_substeps", 1000, "more than a step's 32 rollouts"),
+        ("sampling.temperature_spread", 0.99, "too large"),
+        ("prompt.ideas", 2, r"prompt\.ideas = 2 has no effect"),
         ("train.row_tokens", 16, "longest rollout"),
         ("prompt.style", "full", "brief"),
         ("mesh.expert", 2, "one device"),
@@ -106,3 +112,27 @@ def test_a_dry_run_may_ask_about_meshes_and_weights_that_no_run_takes():
     config.group_size = 1
     with pytest.raises(ConfigError, match="group of one"):
         settings.validate(config, for_run=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.advantage": "entropic_adaptive", "group_size": 2}, "no beta solves its equation"),
+        ({"train.advantage": "entropic_adaptive", "train.beta": 3.0}, r"train\.beta = 3\.0 has no effect"),
+        ({"reuse.sampler": "fixed", "reuse.distinct": True}, "starts every group from nothing"),
+        ({"reuse.sampler": "puct", "reuse.epsilon": 0.5}, r"reuse\.epsilon = 0\.5 has no effect"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(changes, message):
+    config = _load("configs/quickstart.py")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        settings.validate(config)
+
+
+def test_the_paper_s_setting():
+    config = _load("configs/spaceship.py", "paper")
+    settings.validate(config)
+    assert (config.groups, config.group_size, config.train.steps) == (8, 64, 50)
+    assert (config.train.advantage, config.train.kl_coefficient, config.reuse.sampler) == ("entropic_adaptive", 0.1, "puct")
+    assert config.sampling.thinking_tokens > 0

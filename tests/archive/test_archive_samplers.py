@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.archive.archive import Archive, best_of, lineage
-from discover_jax.archive.samplers import SAMPLERS, step_rng
+from discover_jax.archive.samplers import SAMPLERS, mixed, step_rng
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
 
@@ -122,3 +122,15 @@ def test_draws_depend_on_seed_and_step_alone():
     assert draw(1, 2) == draw(1, 2)
     assert draw(1, 2) != draw(2, 1)
     assert draw(1, 2) != draw(1, 3)
+
+
+def test_variety_among_parents():
+    """By hand: repeats give way to the best that nobody has; the last groups start from nothing."""
+    archive = Archive((), 10).add([state(n, f"code {n}", 1.0 - n / 10) for n in range(4)])
+    best, second, third, fourth = archive.states
+    assert mixed([best, best, best], archive) == [best, best, best]
+    assert mixed([best, best, third, best], archive, distinct=True) == [best, second, third, fourth]
+    assert mixed([best] * 5, archive, distinct=True) == [best, second, third, fourth, best]  # there are no more
+    assert mixed([best, second, third, best], archive, fresh=0.5) == [best, second, SEED, SEED]
+    assert mixed([best], archive, fresh=0.4) == [best]
+    assert mixed([SEED, SEED], Archive((), 10), distinct=True) == [SEED, SEED]

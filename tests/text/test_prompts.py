@@ -9,7 +9,7 @@ import pytest
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.harmony import parse
-from discover_jax.text.prompts import PromptSettings, brief_text, build_prompt, installed_packages, program_fits
+from discover_jax.text.prompts import IDEAS, PromptSettings, brief_text, build_prompt, installed_packages, program_fits
 from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
 
 
@@ -190,3 +190,22 @@ def test_installed_packages_are_those_that_can_be_imported():
     assert {"numpy", "pandas", "scikit-learn"} <= set(names)
     assert len(set(names)) == len(names)
     assert not [name for name in names if name.endswith("-cpu")]
+
+
+def test_ideas_take_turns(tokenizer):
+    """Two at a time over groups and steps: each comes, none twice before all have come; fits counts all of them."""
+    settings = dataclasses.replace(FULL, ideas_shown=2)
+
+    def shown(group, step):
+        text = build_prompt(Task(), PARENT, (), settings, tokenizer, group=group, step=step).text
+        return [idea for idea in IDEAS if idea in text]
+
+    turns = [shown(group, step) for group, step in ((0, 0), (1, 0), (2, 0))]
+    assert sorted(idea for turn in turns for idea in turn) == sorted(IDEAS)
+    assert shown(0, 1) == shown(1, 0) != shown(0, 0)
+    assert [idea for idea in IDEAS if idea in build_prompt(Task(), PARENT, (), FULL, tokenizer, group=0, step=0).text] == list(IDEAS)
+    whole = len(build_prompt(Task(), PARENT, (), FULL, tokenizer, group=0, step=0).tokens_P)
+    parent = dataclasses.replace(PARENT, stdout="")
+    bare = whole - len(tokenizer.encode(PARENT.stdout))
+    assert not program_fits(Task(), parent, dataclasses.replace(settings, max_tokens=bare - 60), tokenizer)
+    assert len(build_prompt(Task(), parent, (), settings, tokenizer, group=0, step=0).tokens_P) < bare
