@@ -1,0 +1,163 @@
+"""Which reuse and which advantages help? Runs of the apprentice at equal numbers of programs, and a table with intervals over seeds.
+
+    python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
+        [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
+
+Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted comparison
+goes on. `--diversity` compares, for the report's setting, runs with and without each means against collapse instead. With `--summary` nothing is
+run: the table is made from what is there.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REUSE = {
+    "fixed": ("--config.reuse.sampler=fixed",),
+    "greedy": (),
+    "puct": ("--config.reuse.sampler=puct", "--config.reuse.children=2"),
+}
+LEARNING = {
+    "none": None,  # search
+    "mean_baseline": ("--config.train.advantage=mean_baseline",),
+    "entropic": (),
+    "entropic_adaptive": ("--config.train.advantage=entropic_adaptive",),
+}
+DIVERSITY = {
+    "none": (),
+    "novelty": ("--config.diversity.novelty_bonus=0.1",),
+    "duplicates": ("--config.diversity.duplicates=drop",),
+    "parents": ("--config.reuse.distinct=True", "--config.reuse.fresh=0.25"),
+    "temperature": ("--config.sampling.temperature_spread=0.3",),
+    "all": (
+        "--config.diversity.novelty_bonus=0.1",
+        "--config.diversity.duplicates=drop",
+        "--config.reuse.distinct=True",
+        "--config.reuse.fresh=0.25",
+        "--config.sampling.temperature_spread=0.3",
+    ),
+}
+# Student's t, two-sided 95%, by degrees of freedom; beyond ten the normal's is near enough.
+_T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half width of its 95% interval over seeds, by Student's t."""
+    count, mean = len(values), sum(values) / len(values)
+    if count < 2:
+        return f"{mean:.4f}"
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return f"{mean:.4f} +- {(_T95[count - 1] if count <= 11 else 1.96) * spread:.4f}"
+
+
+def run(folder: Path, module: str, flags: tuple[str, ...], arguments: argparse.Namespace, seed: int) -> str:
+    """One run, unless it is there already; returns what went wrong, or nothing."""
+    if len(rows(folder)) >= arguments.steps:
+        return ""
+    command = [
+        sys.executable,
+        "-m",
+        f"discover_jax.{module}",
+        "--config=configs/quickstart.py",
+        f"--workdir={folder}",
+        f"--config.task.competition={arguments.competition}",
+        f"--config.task.raw={arguments.raw}",
+        f"--config.groups={arguments.groups}",
+        f"--config.group_size={arguments.group_size}",
+        f"--config.sampling.slots={arguments.groups * arguments.group_size}",
+        f"--config.train.steps={arguments.steps}",
+        f"--config.execution.workers={arguments.workers}",
+        f"--config.seed={seed}",
+        *flags,
+        *arguments.flag,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    return "" if done.returncode == 0 else f"{folder.name}: exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}"
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics of a run, as far as it has come."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Name of a setting -> module and flags."""
+    if arguments.diversity:
+        # At the preset's rate little collapses within a few steps; a higher one shows what the means are for.
+        harder = (f"--config.train.learning_rate={arguments.learning_rate}",) if arguments.learning_rate else ()
+        return {name: ("main", (*harder, *flags)) for name, flags in DIVERSITY.items()}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for reuse, learning in itertools.product(arguments.reuse.split(","), arguments.learning.split(",")):
+        flags = LEARNING[learning]
+        found[f"{reuse}/{learning}"] = ("search" if flags is None else "main", (*REUSE[reuse], *(flags or ())))
+    return found
+
+
+def table(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Results by setting: lists over seeds, of complete runs only."""
+    result = {}
+    for name in cells(arguments):
+        runs = [rows(arguments.out / f"{name.replace('/', '-')}-{seed}") for seed in range(arguments.seeds)]
+        runs = [run for run in runs if len(run) >= arguments.steps]
+        steps = [row for run in runs for row in run]
+        result[name] = {
+            "seeds": len(runs),
+            "best": [run[-1]["best/score"] for run in runs],
+            "last_mean": [run[-1]["reward/mean"] for run in runs],
+            "constant_frac": [sum(row["groups/constant_frac"] for row in run) / len(run) for run in runs],
+            "last_constant_frac": [run[-1]["groups/constant_frac"] for run in runs],
+            "last_distance": [run[-1]["diversity/distance"] or 0.0 for run in runs],
+            "programs": sum(row["rollouts/count"] for row in steps),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--competition", default="digits-parity")
+    parser.add_argument("--raw", default="")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--workers", type=int, default=0, help="programs at once, of each run")
+    parser.add_argument("--reuse", default=",".join(REUSE))
+    parser.add_argument("--learning", default=",".join(LEARNING))
+    parser.add_argument("--diversity", action="store_true")
+    parser.add_argument("--learning_rate", type=float, default=0.0, help="of the comparison of diversity; 0: the preset's")
+    parser.add_argument("--flag", action="append", default=[], help="another flag of the run, such as --flag=--config.execution.cores=1")
+    parser.add_argument("--summary", action="store_true", help="only the table of what is there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.summary:
+        todo = [(seed, name, *cell) for seed in range(arguments.seeds) for name, cell in cells(arguments).items()]
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+            futures = [
+                pool.submit(run, arguments.out / f"{name.replace('/', '-')}-{seed}", module, flags, arguments, seed)
+                for seed, name, module, flags in todo
+            ]
+            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                print(f"{number}/{len(futures)} {future.result()}", file=sys.stderr, flush=True)
+    found = table(arguments)
+    (arguments.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(
+        "| setting | seeds | best | mean of the last step | constant groups, last step | distance in a group, last step |\n|---|---|---|---|---|---|"
+    )
+    for name, values in found.items():
+        if values["seeds"]:
+            columns = (interval(values[key]) for key in ("best", "last_mean", "last_constant_frac", "last_distance"))
+            print(f"| {name} | {values['seeds']} | {' | '.join(columns)} |")
+
+
+if __name__ == "__main__":
+    main()
