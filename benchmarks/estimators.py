@@ -4,8 +4,8 @@
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
 
 Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted comparison
-goes on. `--diversity` compares, for the report's setting, runs with and without each means against collapse instead. With `--summary` nothing is
-run: the table is made from what is there.
+goes on. `--diversity` compares, for the report's setting, runs with and without each means against collapse instead. With `--summary`
+nothing is run: the table is made from what is there.
 """
 
 import argparse
@@ -150,9 +150,8 @@ def main() -> None:
                 print(f"{number}/{len(futures)} {future.result()}", file=sys.stderr, flush=True)
     found = table(arguments)
     (arguments.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        "| setting | seeds | best | mean of the last step | constant groups, last step | distance in a group, last step |\n|---|---|---|---|---|---|"
-    )
+    print("| setting | seeds | best | mean of the last step | constant groups, last step | distance in a group, last step |")
+    print("|---|---|---|---|---|---|")
     for name, values in found.items():
         if values["seeds"]:
             columns = (interval(values[key]) for key in ("best", "last_mean", "last_constant_frac", "last_distance"))
