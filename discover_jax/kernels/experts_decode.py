@@ -78,10 +78,10 @@ def plan(routed: int, experts: int) -> Plan:
         return Plan(8, Launch(1, 3, 3, 4, depth=5), Launch(1, 3, 3, 4))
     if routed <= 2 * experts:
         return Plan(8, Launch(1, 3, 3, 4), Launch(1, 3, 3, 4))
-    if routed <= 8 * experts:
-        return Plan(8, Launch(1, 3, 3, 2), Launch(3, 3, 3, 4))
+    if routed <= 6 * experts:
+        return Plan(8, Launch(1, 3, 3, 2), Launch(1, 3, 3, 4))
     if routed <= 32 * experts:
-        return Plan(16, Launch(1, 1, 4, 2), Launch(3, 1, 3, 2))
+        return Plan(16, Launch(1, 3, 2, 2), Launch(3, 1, 3, 2))
     return Plan(32, Launch(1, 1, 3, 2), Launch(3, 1, 3, 2))
 
 
