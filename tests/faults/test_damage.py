@@ -185,6 +185,26 @@ def test_whole_folders_gone(two_checkpoints, tmp_path, part):
     assert "Checkpoint 2 is damaged" in notes
 
 
+@pytest.mark.parametrize("text", ["[]", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": 1%s}' % ("0" * 40), "\0"])
+def test_what_orbax_notes_of_its_own_cannot_keep_a_checkpoint_from_being_opened(two_checkpoints, tmp_path, monkeypatch, text):
+    """Its time of writing, say, which nothing here needs; also not where users have no name, as in containers."""
+
+    def nobody(uid: int):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    shutil.copytree(two_checkpoints, tmp_path / "c")
+    for step in "12":
+        (tmp_path / "c" / step / "_CHECKPOINT_METADATA").write_text(text)
+    step, notes = resumed(tmp_path / "c")
+    assert step == 2
+    assert not notes
+    flip(largest(tmp_path / "c" / "2"))
+    step, notes = resumed(tmp_path / "c")
+    assert step == 1
+    assert "Checkpoint 2 is damaged" in notes
+
+
 def test_a_step_is_set_aside_as_often_as_it_is_damaged(two_checkpoints, tmp_path):
     for number in (1, 2):
         shutil.copytree(two_checkpoints, tmp_path / "c", dirs_exist_ok=True)
