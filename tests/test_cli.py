@@ -28,7 +28,7 @@ def test_overrides_and_default_folder():
     [
         ((), "No config was given"),
         (("--config=configs/nope.py",), "does not exist"),
-        (("--config=configs/spaceship.py:run9",), "allowed: run1, run2, run3, run4, apprentice"),
+        (("--config=configs/spaceship.py:run9",), "allowed: run1, run2, run3, run4, paper, apprentice"),
         (("--config=configs/quickstart.py", "--config.task.rw=x"), "Did you mean --config.task.raw?"),
         (("--config=configs/quickstart.py", "--config.train.steps=abc"), "config.train.steps"),
         (("--config=configs/quickstart.py", "--config.train.steps=0"), "too small"),

@@ -71,6 +71,7 @@ def test_the_phases_and_programs_of_a_step_come_in_its_order(found):
         ("sampling", "prefill"),
         ("sampling", "fill"),
         ("sampling", "decode"),
+        ("update", "base"),
         ("update", "gradient"),
         ("update", "apply"),
     ]
