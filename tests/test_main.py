@@ -78,6 +78,7 @@ def test_best_grade_is_what_the_task_says_of_the_submission(unbroken):
     assert task.grade((unbroken / "best" / "submission.csv").read_bytes()).score == grade["score"]
 
 
+@pytest.mark.slow  # the kills of tests/faults are quicker
 def test_kill_9_and_resume_gives_the_journal_of_the_unbroken_run(unbroken, tmp_path):
     """Killed while sampling or running programs of the second step, and again soon after its restart."""
     workdir = tmp_path / "run"
