@@ -23,8 +23,8 @@ import numpy as np
 
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import gated
-from discover_jax.kernels.experts_decode import SLAB_ROWS, Plan, TiledMatrix, mix_routed, multiply, plan
-from discover_jax.kernels.mxfp4_tiles import lay_out, restore
+from discover_jax.kernels.experts_decode import Plan, TiledMatrix, mix_routed, multiply, plan
+from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.models.mxfp4 import dequantise
 
 EXPERTS, WIDTH, HIDDEN, ACTIVE = 128, 2880, 2880, 4
@@ -60,7 +60,7 @@ def matrix(key: jax.Array, out: int, into: int, rank: int, *, paired: bool) -> T
     keys = jax.random.split(key, 5)
     blocks = jax.jit(lambda k: jax.random.bits(k, (EXPERTS, out, into // 32, 16), jnp.uint8))(keys[0])
     scales = jax.random.randint(keys[1], (EXPERTS, out, into // 32), 119, 123).astype(jnp.uint8)
-    tiles = lay_out(blocks, scales, rows=SLAB_ROWS["gate_up" if paired else "down"], paired=paired)
+    tiles = lay_out(blocks, scales, SLABS["gate_up" if paired else "down"])
     bias = jax.random.normal(keys[2], (EXPERTS, out), jnp.bfloat16)
     a = 0.02 * jax.random.normal(keys[3], (EXPERTS, rank, into), jnp.bfloat16)
     b = 0.02 * jax.random.normal(keys[4], (EXPERTS, out, rank), jnp.bfloat16)

@@ -1,54 +1,96 @@
-"""Attention of one new token a row to its cached keys: the plain-JAX reference, exact for any lengths."""
+"""Attention of new tokens to the pages of their rows' cached keys: the plain-JAX references, exact for any lengths."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK = 128
-"""Places read at once. The loop over blocks ends at the longest row, so a cache costs what is in it, not what it could hold."""
+PLACES = 512
+"""Places read at once, or one page if that is longer. The loop over them ends at the longest row, so a cache costs what is in it."""
+
+Softmax = tuple[jax.Array, jax.Array, jax.Array]
+"""A sum under way: the highest score so far and the sum of exponentials relative to it, both [B, K, R, 1], and the sum of values so
+weighted [B, K, R, H]; float32. R counts the queries of one key/value head."""
 
 
-def cached_attention_reference(
-    q_BNH: jax.Array, keys_LBKSH: jax.Array, values_LBKSH: jax.Array, layer: jax.Array, counts_B: jax.Array, sinks_N: jax.Array
+def add_block(sums: Softmax, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BRS: jax.Array) -> Softmax:
+    """The sums with S more places (online softmax; Milakov and Gimelshein, arXiv 1805.02867).
+
+    Places that no query of the row sees may hold anything, NaN too: pages are reused, and one row must not spoil another. R may be 1 in
+    `seen_BRS`.
+    """
+    highest, total, out_BKRH = sums
+    scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * q_BKRH.shape[-1] ** -0.5
+    scores = jnp.where(seen_BRS[:, None], scores, -jnp.inf)
+    v_BKSH = jnp.where(seen_BRS.any(axis=1)[:, None, :, None], v_BKSH, 0)
+    higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+    shrink, weights = jnp.exp(highest - higher), jnp.exp(scores - higher)
+    out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    return higher, total * shrink + weights.sum(axis=-1, keepdims=True), out_BKRH * shrink + out
+
+
+def prefill_attention_reference(
+    q_BTNH: jax.Array,
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_BM: jax.Array,
+    lengths_B: jax.Array,
+    sinks_N: jax.Array,
 ) -> jax.Array:
-    """o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink) over the first `counts_B` places of each row, l_j = q k_j / sqrt(H).
+    """o_t = sum_j e^{l_tj} v_j / (sum_j e^{l_tj} + e^sink) over the places j <= lengths + t of each row, l_tj = q_t k_j / sqrt(H).
 
-    The softmax is accumulated block by block (online softmax; Milakov and Gimelshein, arXiv 1805.02867), in float32, the sink being the
-    first term. One compiled program serves all lengths.
+    Summed in float32, the sink being the first term. One compiled program serves all lengths; its loop ends at the longest row.
 
     Args:
-      q_BNH: queries, heads of one key/value head being neighbours.
-      keys_LBKSH, values_LBKSH: a stack of caches.
+      q_BTNH: queries of the tokens at places `lengths + t`, heads of one key/value head being neighbours.
+      keys_LPKsH, values_LPKsH: a stack of pools of pages of s places, which hold the new tokens already.
       layer: int32 scalar, which of the stack.
-      counts_B: int32, places in use, from the first; at least 1.
+      pages_BM: int32, the page of each row's places j s to (j + 1) s - 1; entries past the last place in use mean nothing.
+      lengths_B: int32, tokens of each row before the new ones; with them at most M s.
       sinks_N: one logit a head.
 
     Returns:
-      [B, N, H] in the type of the values.
+      [B, T, N, H] in the type of the values.
     """
-    _, batch, kv_heads, capacity, size = keys_LBKSH.shape
-    block = min(BLOCK, capacity)
-    q_BKGH = q_BNH.reshape(batch, kv_heads, -1, size)
-    sinks_BKG1 = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, kv_heads, -1, 1), (*q_BKGH.shape[:3], 1))
+    _, pool, kv_heads, size, head_size = keys_LPKsH.shape
+    batch, tokens, heads, _ = q_BTNH.shape
+    groups = heads // kv_heads
+    at_once = min(max(1, PLACES // size), pages_BM.shape[1])
+    pages_BM = jnp.clip(jnp.pad(pages_BM, ((0, 0), (0, -pages_BM.shape[1] % at_once))), 0, pool - 1)
+    # The queries of one key/value head as rows of one matrix, R = G T.
+    q_BKRH = q_BTNH.reshape(batch, tokens, kv_heads, groups, head_size).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
+    last_BR = jnp.tile(lengths_B[:, None] + jnp.arange(tokens), (1, groups))  # the last place that each of them sees
 
-    def add(i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        highest, total, out_BKGH = carry
-        first = jnp.minimum(i * block, capacity - block)  # the last block may begin early, and then skips what was seen
-        places_s = first + jnp.arange(block)
-        seen_Bs = (places_s >= i * block) & (places_s < counts_B[:, None])
-        k_BKsH, v_BKsH = (
-            lax.dynamic_slice(x, (layer, 0, 0, first, 0), (1, batch, kv_heads, block, size))[0] for x in (keys_LBKSH, values_LBKSH)
+    def add(i: jax.Array | int, sums: Softmax) -> Softmax:
+        pages_Bm = lax.dynamic_slice_in_dim(pages_BM, i * at_once, at_once, axis=1)
+        k_BKSH, v_BKSH = (
+            x[layer, pages_Bm].transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, head_size) for x in (keys_LPKsH, values_LPKsH)
         )
-        scores = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKsH, preferred_element_type=jnp.float32) * size**-0.5
-        scores = jnp.where(seen_Bs[:, None, None], scores, -jnp.inf)
-        higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
-        shrink, weights = jnp.exp(highest - higher), jnp.exp(scores - higher)
-        out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v_BKsH.dtype), v_BKsH, preferred_element_type=jnp.float32)
-        return higher, total * shrink + weights.sum(axis=-1, keepdims=True), out_BKGH * shrink + out
+        places_S = i * at_once * size + jnp.arange(at_once * size)
+        return add_block(sums, q_BKRH, k_BKSH, v_BKSH, places_S <= last_BR[:, :, None])
 
-    carry = (sinks_BKG1, jnp.ones_like(sinks_BKG1), jnp.zeros(q_BKGH.shape, jnp.float32))
-    if block == capacity:
-        _, total, out_BKGH = add(0, carry)
+    sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(kv_heads, groups), tokens, axis=1)[..., None]
+    sinks_BKR1 = jnp.broadcast_to(sinks_KR1, (batch, *sinks_KR1.shape))
+    sums = (sinks_BKR1, jnp.ones_like(sinks_BKR1), jnp.zeros(q_BKRH.shape, jnp.float32))
+    blocks = pages_BM.shape[1] // at_once
+    if blocks == 1:
+        _, total, out_BKRH = add(0, sums)
     else:
-        _, total, out_BKGH = lax.fori_loop(0, -(-counts_B.max() // block), add, carry)
-    return (out_BKGH / total).reshape(q_BNH.shape).astype(values_LBKSH.dtype)
+        in_use = -(-(lengths_B.max() + tokens) // (at_once * size))
+        _, total, out_BKRH = lax.fori_loop(0, jnp.minimum(in_use, blocks), add, sums)  # padding of a chunk may lie beyond
+    out = (out_BKRH / total).reshape(batch, kv_heads, groups, tokens, head_size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q_BTNH.shape).astype(values_LPKsH.dtype)
+
+
+def paged_attention_reference(
+    q_BNH: jax.Array,
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_BM: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array,
+) -> jax.Array:
+    """The same for one token a row, [B, N, H], which sees the first `counts_B` places of its row: at least 1, at most M s."""
+    options = layer, pages_BM, counts_B - 1, sinks_N
+    return prefill_attention_reference(q_BNH[:, None], keys_LPKsH, values_LPKsH, *options)[:, 0]

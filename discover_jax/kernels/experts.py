@@ -20,14 +20,8 @@ def route_top(logits_TE: jax.Array, experts_per_token: int) -> tuple[jax.Array, 
     return index_TX, jax.nn.softmax(top_TX, axis=-1)
 
 
-def route(logits_TE: jax.Array, experts_per_token: int) -> jax.Array:
-    """Weights [T, E] float32: softmax over each token's largest logits, 0 for the other experts."""
-    index_TX, weights_TX = route_top(logits_TE, experts_per_token)
-    return jnp.sum(jax.nn.one_hot(index_TX, logits_TE.shape[-1]) * weights_TX[..., None], axis=-2)
-
-
 class ExpertMatrix(Protocol):
-    """One matrix of every expert, with bias and adapter: its arrays [E, ...], and the product of one expert's slice of them with rows."""
+    """One matrix of every expert, with bias and adapter: arrays [E, ...], and the float32 product of one expert's slice with rows."""
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]: ...
 
@@ -36,28 +30,40 @@ class ExpertMatrix(Protocol):
 
 def mix_reference(
     x_TD: jax.Array,
-    weights_TE: jax.Array,
+    index_TX: jax.Array,
+    weights_TX: jax.Array,
     gate_up: ExpertMatrix,
     down: ExpertMatrix,
     *,
+    experts: int,
     adapted: bool,
     limit: float,
     alpha: float,
-    active: int | None = None,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """sum_e weights[t, e] * down_e(act(gate_up_e(x_t))), [T, D] in x's type, summed in float32.
+    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Only the activation is rounded to x's type.
 
     Every expert sees every row, one expert after another: experts / active times the needed arithmetic, but exact for any routing, and
-    only one expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels. `active`, the most
-    experts that a token has weights for, means nothing here.
+    only one expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels.
+
+    Args:
+      x_TD: activations.
+      index_TX, weights_TX: the experts of each token, all different, and their weights.
+      gate_up, down: the matrices of all experts.
+      experts: how many there are.
+      adapted: with their adapters.
+      limit, alpha: of the activation, see `gated`.
+      layer: int32 scalar, which layer, if the matrices' arrays are those of a stack of layers, [L, E, ...].
     """
-    del active
 
     def add(total_TD: jax.Array, one: tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[jax.Array, None]:
         weight_T, up, low = one
-        out_TD = down.apply(gated(gate_up.apply(x_TD, up), limit=limit, alpha=alpha), low)
-        return total_TD + weight_T[:, None] * out_TD.astype(jnp.float32), None
+        active_TF = gated(gate_up.apply(x_TD, up), limit=limit, alpha=alpha).astype(x_TD.dtype)
+        return total_TD + weight_T[:, None] * down.apply(active_TF, low), None
 
-    slices = (weights_TE.T, gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted))
-    total_TD, _ = jax.lax.scan(add, jnp.zeros(x_TD.shape, jnp.float32), slices)
-    return total_TD.astype(x_TD.dtype)
+    weights_TE = jnp.sum(jax.nn.one_hot(index_TX, experts) * weights_TX[..., None], axis=-2)
+    up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
+    if layer is not None:
+        up, low = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), (up, low))
+    total_TD, _ = jax.lax.scan(add, jnp.zeros(x_TD.shape, jnp.float32), (weights_TE.T, up, low))
+    return total_TD

@@ -13,26 +13,20 @@ import jax.numpy as jnp
 from absl import logging
 
 from discover_jax.kernels import experts_triton
-from discover_jax.kernels.expert_rows import Blocks, sort_rows
+from discover_jax.kernels.expert_rows import Blocks
+from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import ExpertMatrix, gated, mix_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
+from discover_jax.kernels.triton_call import call_kernel
 
 SPLIT = 5
 """Parts at most into which the columns of an adapter's A are divided among programs."""
-
-_HOPPER = 90
-"""Compute capability for which kernels are lowered where there is no GPU."""
-
-
-SLAB_ROWS = {"gate_up": 128, "down": 64}
-"""Rows of slabs (mxfp4_tiles.lay_out), as both were fastest: gpt-oss's widths are 64 times an odd number, so 64 outputs are the most that
-divide them, and 64 gates lie beside their 64 ups."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "factors", "bias", "lora_a", "lora_b"], meta_fields=["scale"])
 @dataclasses.dataclass(frozen=True)
 class TiledMatrix:
-    """One matrix [out, in] of every expert, packed in tiles (mxfp4_tiles.lay_out).
+    """One matrix [out, in] of every expert, packed in tiles (mxfp4_tiles.lay_out), or of every layer's experts, with L before E.
 
     Attributes:
       words, factors: the tiles.
@@ -89,30 +83,13 @@ def _largest_divisor(number: int, most: int) -> int:
     return next(n for n in range(most, 0, -1) if number % n == 0)
 
 
-def _call(
-    kernel: Any,
-    *arguments: Any,
-    out: jax.ShapeDtypeStruct,
-    grid: tuple[int, ...],
-    warps: int,
-    stages: int,
-    constants: dict[str, Any],
-) -> jax.Array:
-    import jax_triton  # pyright: ignore[reportMissingImports] - here, as it imports only where jax has its GPU plugin
-
-    capability = None if jax.default_backend() == "gpu" else _HOPPER
-    return jax_triton.triton_call(
-        *arguments, kernel=kernel, out_shape=out, grid=grid, num_warps=warps, num_stages=stages, compute_capability=capability, **constants
-    )
-
-
 def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: int) -> tuple[jax.Array, int, int]:
     """Parts of the adapter's inner product, their number, and the rank; a placeholder and zeros without an adapter."""
     if matrix.lora_a is None:
         return jnp.zeros(1, jnp.float32), 1, 0
     routed, (_, rank, width) = rows.slots.shape[0], matrix.lora_a.shape
     split = _largest_divisor(width // COLUMNS, SPLIT)
-    low = _call(
+    low = call_kernel(
         experts_triton.times_a,
         *(x, matrix.lora_a, rows.slots, rows.blocks, rows.blocks.shape[1], routed),
         out=jax.ShapeDtypeStruct((split, routed, rank), jnp.float32),
@@ -148,7 +125,7 @@ def multiply(
     sums = jax.ShapeDtypeStruct((depth, routed, out), jnp.float32)
     sizes = {"K": columns * COLUMNS, "OUT": out, "M16": m16, "N": block, "SHARE": share, "RANK": rank, "SPLIT": split}
     cuts = {"PARTS": parts, "STEP": step, "STAGES": launch.stages, "DEPTH": depth}
-    result = _call(
+    result = call_kernel(
         experts_triton.matmul,
         *(x, matrix.words, matrix.factors, matrix.bias, rows.slots, low, lora_b, rows.blocks, count, routed),
         out=activation if gated_there else sums,
@@ -169,89 +146,58 @@ def mix_routed(
     *,
     limit: float,
     alpha: float,
+    layer: jax.Array | None = None,
     chosen: Plan | None = None,
 ) -> jax.Array:
-    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] in x's type. It has no derivatives.
+    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. It has no derivatives.
 
     Args:
       x_TD: activations; rounded to bfloat16.
       index_TX, weights_TX: the experts of each token, all different, and their weights.
       gate_up, down: `gate_up` laid out with paired rows.
       limit, alpha: of the activation, see kernels.experts.gated.
+      layer: int32 scalar, which layer, if the matrices hold a stack of layers. Its weights are read where they lie: a slice of the stack
+        as the kernels' argument would be copied first.
       chosen: how the kernels are cut, instead of `plan`'s choice.
     """
-    (tokens, share), experts = index_TX.shape, gate_up.words.shape[0]
+    (tokens, share), experts = index_TX.shape, gate_up.words.shape[0 if layer is None else 1]
     chosen = chosen or plan(tokens * share, experts)
-    rows = sort_rows(index_TX, experts, chosen.rows)
+    rows = sort_rows_of_layer(index_TX, experts, chosen.rows, 0 if layer is None else layer)
+    if layer is not None:
+        gate_up, down = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), (gate_up, down))
     options = {"block": chosen.rows, "limit": limit, "alpha": alpha}
     y_RF = multiply(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
     parts_RD = multiply(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
     weighted = parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1]) * weights_TX.astype(jnp.float32)[..., None]
-    return weighted.sum(axis=(0, 2)).astype(x_TD.dtype)
-
-
-def _tiled(matrix: ExpertMatrix, arrays: dict[str, jax.Array]) -> TiledMatrix:
-    return TiledMatrix(**arrays, scale=getattr(matrix, "scale", 0.0))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """A matrix with other arrays than its own, so that derivatives can be taken for them."""
-
-    matrix: ExpertMatrix
-    given: dict[str, jax.Array]
-
-    def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
-        del adapted
-        return self.given
-
-    def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
-        return self.matrix.apply(x_Ti, one)
+    return weighted.sum(axis=(0, 2))
 
 
 @functools.cache
 def _say(reason: str) -> None:
-    logging.warning("kernel of experts on gpu: reference, because %s", reason)
+    logging.warning("kernel of decode_experts on gpu: reference, because %s", reason)
 
 
 def mix(
     x_TD: jax.Array,
-    weights_TE: jax.Array,
+    index_TX: jax.Array,
+    weights_TX: jax.Array,
     gate_up: ExpertMatrix,
     down: ExpertMatrix,
     *,
+    experts: int,
     adapted: bool,
     limit: float,
     alpha: float,
-    active: int | None = None,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """`mix_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays) and `active` is known.
+    """`mix_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays). It has no derivatives.
 
-    Derivatives are those of the reference, which the backward pass computes anew. Where the kernels do not apply, the reference runs, and
-    the log says so once.
-
-    Args:
-      active: experts a token has weights for, at most; what `mix_reference` does not need.
+    Where they give none, the reference runs, and the log says so once.
     """
-    options = {"adapted": adapted, "limit": limit, "alpha": alpha}
+    options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer}
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
-    if "words" not in up or "words" not in low or active is None:
-        _say("the experts are not laid out in tiles" if active is not None else "the number of active experts was not given")
-        return mix_reference(x_TD, weights_TE, gate_up, down, **options)
-
-    @jax.custom_vjp
-    def run(x_TD: jax.Array, weights_TE: jax.Array, up: dict[str, jax.Array], low: dict[str, jax.Array]) -> jax.Array:
-        weights_TX, index_TX = jax.lax.top_k(weights_TE, active)
-        return mix_routed(x_TD, index_TX, weights_TX, _tiled(gate_up, up), _tiled(down, low), limit=limit, alpha=alpha)
-
-    def forward(*arguments: Any) -> tuple[jax.Array, Any]:
-        return run(*arguments), arguments
-
-    def backward(arguments: Any, cotangent: jax.Array) -> Any:
-        def reference(x_TD: jax.Array, weights_TE: jax.Array, up: dict[str, jax.Array], low: dict[str, jax.Array]) -> jax.Array:
-            return mix_reference(x_TD, weights_TE, _Given(gate_up, up), _Given(down, low), **options)
-
-        return jax.vjp(reference, *arguments)[1](cotangent)
-
-    run.defvjp(forward, backward)
-    return run(x_TD, weights_TE, up, low)
+    if "words" not in up or "words" not in low:
+        _say("the experts are not laid out in tiles")
+        return mix_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
+    tiled = (TiledMatrix(**arrays, scale=getattr(matrix, "scale", 0.0)) for matrix, arrays in ((gate_up, up), (down, low)))
+    return mix_routed(x_TD, index_TX, weights_TX, *tiled, **options)

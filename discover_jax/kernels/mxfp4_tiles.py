@@ -15,6 +15,7 @@ factors and products within bfloat16.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,53 @@ BITS = ((0, 1, 2, 9), (4, 5, 6, 13), (10, 11, 12, 19), (14, 7, 8, 15))
 _EXPONENT = 126 - SHIFT  # added to a scale: the exponent field of 2^(scale - 1 - SHIFT), which is scale - 1 - SHIFT + 127
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "paired"))
-def _lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool) -> tuple[jax.Array, jax.Array]:
-    def one(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        packed, exponents = arrays
+class Slab(NamedTuple):
+    """How a matrix is cut: rows that lie together for each 64 columns, and whether its rows alternate between two matrices (gate, up)."""
+
+    rows: int
+    paired: bool
+
+
+SLABS = {"gate_up": Slab(128, True), "down": Slab(64, False)}
+"""As both of gpt-oss's matrices were fastest: its widths are 64 times an odd number, so 64 outputs are the most that divide them, and 64
+gates lie beside their 64 ups."""
+
+
+def check_sizes(out: int, into: int, slab: Slab) -> None:
+    """That a matrix [out, in] can be laid out.
+
+    Raises:
+      ConfigError: sizes do not divide.
+    """
+    if out % slab.rows or slab.rows % (2 * ROWS if slab.paired else ROWS) or into % COLUMNS:
+        raise ConfigError(
+            f"A matrix of {out} rows and {into} columns cannot be laid out in slabs of {slab.rows} x {COLUMNS}, which must divide it."
+            " Use the reference kernel for such a model."
+        )
+
+
+def words_shape(out: int, into: int, slab: Slab) -> tuple[int, ...]:
+    """Shape of one expert's words, [out/rows, in/64, rows/16, 128]; the factors' differs in the last axis, which is 8."""
+    return out // slab.rows, into // COLUMNS, slab.rows // ROWS, 8 * ROWS
+
+
+def _split_pairs(x_oi: jax.Array, slab: Slab) -> jax.Array:
+    """Rows in the order of the tiles: if paired, the first half of each slab has even rows, the second their odd partners."""
+    if not slab.paired:
+        return x_oi
+    out = x_oi.shape[0]
+    return x_oi.reshape(out // slab.rows, slab.rows // 2, 2, -1).swapaxes(1, 2).reshape(out, -1)
+
+
+@functools.partial(jax.jit, static_argnames="slab")
+def lay_out_blocks(blocks: jax.Array, slab: Slab) -> jax.Array:
+    """The words of `lay_out`, of sizes that `check_sizes` allows."""
+
+    def one(packed: jax.Array) -> jax.Array:
         out, groups, _ = packed.shape
-        nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(out, groups * BLOCK)
-        if paired:  # even and odd rows come half a tile each
-            nibbles, exponents = (x.reshape(out // rows, rows // 2, 2, -1).swapaxes(1, 2).reshape(out, -1) for x in (nibbles, exponents))
+        nibbles = _split_pairs(jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(out, groups * BLOCK), slab)
         # rows: tile, m16, h, g; columns: k64, block, i, q, j, half
-        nibbles = nibbles.reshape(out // rows, rows // ROWS, 2, 8, groups // 2, 2, 2, 4, 2, 2).astype(jnp.uint32)
+        nibbles = nibbles.reshape(out // slab.rows, slab.rows // ROWS, 2, 8, groups // 2, 2, 2, 4, 2, 2).astype(jnp.uint32)
         words = jnp.zeros((*nibbles.shape[:6], 4), jnp.uint32)
         for pair, places in enumerate(BITS):
             for half in range(2):
@@ -50,22 +88,47 @@ def _lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool) -
                 for bit, place in enumerate(places):
                     words |= ((weights >> bit) & 1) << ((place + 16 * half) % 32)
         # tile m16 h g k64 block q -> tile k64 m16 g q block h
-        words = words.transpose(0, 4, 1, 3, 6, 5, 2).reshape(out // rows, groups // 2, rows // ROWS, 128)
-        exponents = (exponents.astype(jnp.uint32) + _EXPONENT).reshape(out // rows, rows // ROWS, 2, 8, groups // 2, 2)
+        words = words.transpose(0, 4, 1, 3, 6, 5, 2).reshape(words_shape(out, groups * BLOCK, slab))
+        return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+    return jax.lax.map(one, blocks)
+
+
+@functools.partial(jax.jit, static_argnames="slab")
+def lay_out_scales(scales: jax.Array, slab: Slab) -> jax.Array:
+    """The factors of `lay_out`, of scales that `check_scales` allows."""
+
+    def one(scales: jax.Array) -> jax.Array:
+        out, groups = scales.shape
+        exponents = _split_pairs(scales, slab).astype(jnp.uint32) + _EXPONENT
+        exponents = exponents.reshape(out // slab.rows, slab.rows // ROWS, 2, 8, groups // 2, 2)
         shifts = (8 * (2 * jnp.arange(2)[None, :] + jnp.arange(2)[:, None])).astype(jnp.uint32)  # [h, block]
         factors = jnp.sum(exponents << shifts[:, None, None, :], axis=(2, 5), dtype=jnp.uint32)  # tile m16 g k64
-        return jax.lax.bitcast_convert_type(words, jnp.int32), jax.lax.bitcast_convert_type(factors.transpose(0, 3, 1, 2), jnp.int32)
+        return jax.lax.bitcast_convert_type(factors.transpose(0, 3, 1, 2), jnp.int32)
 
-    return jax.lax.map(one, (blocks, scales))
+    return jax.lax.map(one, scales)
 
 
-def lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool = False) -> tuple[jax.Array, jax.Array]:
+def check_scales(scales: jax.Array) -> None:
+    """That tiles can hold these scales.
+
+    Raises:
+      ConfigError: one is out of LOWEST to HIGHEST.
+    """
+    lowest, highest = int(scales.min()), int(scales.max())
+    if lowest < LOWEST or highest > HIGHEST:
+        raise ConfigError(
+            f"MXFP4 scales lie between {lowest} and {highest}; tiles hold {LOWEST} to {HIGHEST} (2^{LOWEST - 127} to 2^{HIGHEST - 127})."
+            " Check the checkpoint, or use the reference kernel."
+        )
+
+
+def lay_out(blocks: jax.Array, scales: jax.Array, slab: Slab) -> tuple[jax.Array, jax.Array]:
     """Packed experts as tiles; done once, when weights are loaded. The bytes are as many as before.
 
     Args:
       blocks, scales: uint8 [E, out, in/32, 16] and [E, out, in/32], see models.mxfp4.
-      rows: rows of a slab, which lie together for each 64 columns: a multiple of 16 (32 if paired) that divides `out`.
-      paired: the rows alternate between two matrices (gate, up); the first half of each slab has even rows, the second their odd partners.
+      slab: a multiple of 16 rows (32 if paired) that divides `out`.
 
     Returns:
       words int32 [E, out/rows, in/64, rows/16, 128] and factors int32 [E, out/rows, in/64, rows/16, 8].
@@ -74,18 +137,9 @@ def lay_out(blocks: jax.Array, scales: jax.Array, *, rows: int, paired: bool = F
       ConfigError: sizes that do not divide, or scales out of LOWEST to HIGHEST.
     """
     out, groups = scales.shape[-2:]
-    if out % rows or rows % (2 * ROWS if paired else ROWS) or groups % 2:
-        raise ConfigError(
-            f"A matrix of {out} rows and {groups * BLOCK} columns cannot be laid out in slabs of {rows} x {COLUMNS}, which must divide it."
-            " Use the reference kernel for such a model."
-        )
-    lowest, highest = int(scales.min()), int(scales.max())
-    if lowest < LOWEST or highest > HIGHEST:
-        raise ConfigError(
-            f"MXFP4 scales lie between {lowest} and {highest}; tiles hold {LOWEST} to {HIGHEST} (2^{LOWEST - 127} to 2^{HIGHEST - 127})."
-            " Check the checkpoint, or use the reference kernel."
-        )
-    return _lay_out(blocks, scales, rows=rows, paired=paired)
+    check_sizes(out, groups * BLOCK, slab)
+    check_scales(scales)
+    return lay_out_blocks(blocks, slab), lay_out_scales(scales, slab)
 
 
 def restore(words: jax.Array, factors: jax.Array, *, paired: bool = False) -> tuple[jax.Array, jax.Array]:

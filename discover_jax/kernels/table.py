@@ -11,17 +11,31 @@ import jax
 from absl import logging
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.kernels.attention import cached_attention_reference
+from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
 from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
+from discover_jax.kernels.projections import project_reference
 
 REFERENCE = "reference"
 
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("cached_attention", REFERENCE): cached_attention_reference,
+    ("paged_attention", REFERENCE): paged_attention_reference,
+    ("prefill_attention", REFERENCE): prefill_attention_reference,
+    ("packed_attention", REFERENCE): packed_attention_reference,
+    ("windowed_attention", REFERENCE): windowed_attention_reference,
     ("experts", REFERENCE): mix_reference,
+    ("decode_projections", REFERENCE): project_reference,
+    ("decode_experts", REFERENCE): mix_reference,
 }
+"""`paged_attention` is of one token a row, `prefill_attention` of several; both read the cache. `packed_attention`,
+`windowed_attention` and `experts` are of whole sequences, with derivatives; `decode_experts` and `decode_projections` of one token a
+row, or of a prompt's chunk."""
 
-OPTIONAL: dict[tuple[str, str], tuple[str, str]] = {("experts", "gpu"): ("discover_jax.kernels.experts_decode", "mix")}
+OPTIONAL: dict[tuple[str, str], tuple[str, str]] = {
+    ("decode_experts", "gpu"): ("discover_jax.kernels.experts_decode", "mix"),
+    ("paged_attention", "gpu"): ("discover_jax.kernels.attention_decode", "paged_attention"),
+    ("decode_projections", "gpu"): ("discover_jax.kernels.projections_decode", "project"),
+}
 """Entries that need packages of the extra `kernels`: module and function."""
 
 
@@ -53,11 +67,13 @@ def _entry(operation: str, platform: str) -> Callable[..., Any]:
         logging.info("kernel of %s on %s: %s", operation, platform, platform)
         return found
     chosen = platform if (operation, platform) in KERNELS else REFERENCE
-    logging.info("kernel of %s on %s: %s", operation, platform, chosen)  # once: the result is cached
+    where = "several devices" if platform == REFERENCE else platform
+    logging.info("kernel of %s on %s: %s", operation, where, chosen)  # once: the result is cached
     return KERNELS[operation, chosen]
 
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=True)
 
 
 @contextlib.contextmanager
@@ -70,10 +86,20 @@ def lowering_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+@contextlib.contextmanager
+def spread_over(devices: int) -> Iterator[None]:
+    """Within it, arrays may lie on so many devices: with more than one `choose` takes the references, which XLA can split."""
+    token = _alone.set(devices == 1)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def choose(operation: str) -> Callable[..., Any]:
     """The implementation of an operation for the platform; which one it is, is logged once.
 
     Raises:
       ConfigError: no such operation.
     """
-    return _entry(operation, _platform.get() or jax.default_backend())
+    return _entry(operation, (_platform.get() or jax.default_backend()) if _alone.get() else REFERENCE)

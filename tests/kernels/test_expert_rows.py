@@ -1,4 +1,11 @@
-"""Compact rows: every routed row is in one block of its own expert, whatever the routing."""
+"""Compact rows: every routed row is in one block of its own expert, whatever the routing; and the kernel sorts as plain JAX does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +52,31 @@ def test_the_bound_on_blocks_is_reached_and_never_passed(block):
         worst = [1] * min(rows, EXPERTS)
         worst[0] += rows - len(worst)
         assert needed(worst) <= most_blocks(rows, EXPERTS, block) <= needed(worst) + 1
+
+
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
+def test_the_kernel_sorts_as_plain_jax_does():
+    script = Path(__file__).with_name("interpreted_expert_rows.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    same = json.loads(done.stdout.splitlines()[-1])
+    assert len(same) == 5
+    assert all(same.values()), same
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 9, 128, 200])
+@pytest.mark.parametrize("skew", [0.0, 100.0])
+def test_on_a_gpu_the_kernel_sorts_as_plain_jax_does(tokens, skew):
+    from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
+
+    index = jnp.asarray(_index(tokens, 3, skew), jnp.int32)
+    got = jax.jit(lambda layer: sort_rows_of_layer(index, EXPERTS, 8, layer))(jnp.int32(2))
+    expected = sort_rows(index, EXPERTS, 8)
+    used = np.asarray(expected.blocks[2]) > 0
+    np.testing.assert_array_equal(got.slots, expected.slots)
+    np.testing.assert_array_equal(got.blocks[2], expected.blocks[2])
+    np.testing.assert_array_equal(got.blocks[1][used], expected.blocks[1][used])
+    np.testing.assert_array_equal(got.blocks[0][used], expected.blocks[0][used] + 2 * EXPERTS)

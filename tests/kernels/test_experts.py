@@ -9,7 +9,7 @@ import pytest
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import gated, mix_reference, route
+from discover_jax.kernels.experts import gated, mix_reference, route_top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +38,40 @@ def test_the_activation_clamps_the_gate_above_and_the_rest_on_both_sides():
 @pytest.mark.parametrize("active", [1, 2, 5])
 def test_routing_is_a_softmax_over_the_largest(active):
     logits = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
-    weights = np.asarray(route(logits, active))
-    for row, out in zip(logits.astype(np.float64), weights, strict=True):
-        top = np.argsort(row)[-active:]
-        expected = np.zeros(5)
-        expected[top] = np.exp(row[top]) / np.exp(row[top]).sum()
-        np.testing.assert_allclose(out, expected, atol=1e-6)
+    index, weights = map(np.asarray, route_top(logits, active))
+    for row, chosen, out in zip(logits.astype(np.float64), index, weights, strict=True):
+        top = np.argsort(row)[::-1][:active]
+        np.testing.assert_array_equal(chosen, top)
+        np.testing.assert_allclose(out, np.exp(row[top]) / np.exp(row[top]).sum(), atol=1e-6)
 
 
-def test_ties_still_choose_exactly_as_many_experts():
-    weights = np.asarray(route(np.zeros((3, 6), np.float32), 2))
-    assert ((weights > 0).sum(axis=1) == 2).all()
-    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
+def test_ties_still_choose_different_experts():
+    index, weights = map(np.asarray, route_top(np.zeros((3, 6), np.float32), 2))
+    assert (index[:, 0] != index[:, 1]).all()
+    np.testing.assert_allclose(weights, 0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [None, 0, 2])
 @pytest.mark.parametrize("skew", [0.0, 50.0])
-def test_the_mixture_drops_no_token_however_uneven_the_routing(skew):
+def test_the_mixture_drops_no_token_however_uneven_the_routing(skew, layer):
     rng = np.random.default_rng(1)
     tokens, width, hidden, experts = 40, 6, 10, 4
     x = rng.normal(size=(tokens, width))
     up, down = rng.normal(size=(experts, width, 2 * hidden)), rng.normal(size=(experts, hidden, width))
     logits = rng.normal(size=(tokens, experts)) + skew * np.arange(experts)  # a large skew sends every token to the same two
-    weights = np.asarray(route(logits, 2))
-    out = jax.jit(lambda x, w, up, down: mix_reference(x, w, Dense(up), Dense(down), adapted=False, limit=7.0, alpha=1.702))(
-        *(jnp.asarray(a, jnp.float32) for a in (x, weights, up, down))
-    )
+    index, weights = map(np.asarray, route_top(logits, 2))
+    options = {"experts": experts, "adapted": False, "limit": 7.0, "alpha": 1.702}
+    stacks = [a if layer is None else np.stack([a if i == layer else rng.normal(size=a.shape) for i in range(3)]) for a in (up, down)]
+
+    @jax.jit
+    def mix(x, weights, up, down, layer):
+        return mix_reference(x, index, weights, Dense(up), Dense(down), layer=layer, **options)
+
+    out = mix(*(jnp.asarray(a, jnp.float32) for a in (x, weights, *stacks)), layer)
     expected = np.zeros((tokens, width))
-    for t, e in np.ndindex(tokens, experts):
-        expected[t] += weights[t, e] * (_act(x[t] @ up[e], 7.0, 1.702) @ down[e])
+    for t, j in np.ndindex(tokens, 2):
+        e = index[t, j]
+        expected[t] += weights[t, j] * (_act(x[t] @ up[e], 7.0, 1.702) @ down[e])
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -83,5 +89,6 @@ def test_the_table_takes_the_platforms_kernel_if_there_is_one(monkeypatch):
         assert table.choose("experts") is fast
     finally:
         table._entry.cache_clear()
-    with pytest.raises(ConfigError, match="cached_attention, experts"):
+    known = ", ".join(sorted({name for name, _ in table.KERNELS}))
+    with pytest.raises(ConfigError, match=known):
         table.choose("convolution")

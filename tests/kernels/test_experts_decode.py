@@ -15,8 +15,8 @@ import pytest
 from absl import logging
 
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import mix_reference, route
-from discover_jax.kernels.mxfp4_tiles import lay_out, restore
+from discover_jax.kernels.experts import mix_reference, route_top
+from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.models.mxfp4 import dequantise
 
 interpreted = pytest.mark.skipif(
@@ -64,7 +64,7 @@ def _matrix(key, experts, out, into, paired):
     keys = jax.random.split(key, 5)
     blocks = jax.random.bits(keys[0], (experts, out, into // 32, 16), jnp.uint8)
     scales = jax.random.randint(keys[1], (experts, out, into // 32), 119, 123).astype(jnp.uint8)
-    words, factors = lay_out(blocks, scales, rows=128 if paired else 64, paired=paired)
+    words, factors = lay_out(blocks, scales, SLABS["gate_up" if paired else "down"])
     shapes = {"bias": (experts, out), "lora_a": (experts, 8, into), "lora_b": (experts, out, 8)}
     rest = {name: 0.1 * jax.random.normal(k, shape) for (name, shape), k in zip(shapes.items(), keys[2:], strict=True)}
     rest = {name: array.astype(jnp.bfloat16).astype(jnp.float32) for name, array in rest.items()}
@@ -72,7 +72,7 @@ def _matrix(key, experts, out, into, paired):
 
 
 EXPERTS, WIDTH, HIDDEN, ACTIVE = 8, 192, 128, 3
-OPTIONS = {"limit": 7.0, "alpha": 1.702}
+OPTIONS = {"experts": EXPERTS, "limit": 7.0, "alpha": 1.702}
 
 
 def _problem(tokens, skew):
@@ -80,7 +80,7 @@ def _problem(tokens, skew):
     gate_up, down = _matrix(keys[0], EXPERTS, 2 * HIDDEN, WIDTH, True), _matrix(keys[1], EXPERTS, WIDTH, HIDDEN, False)
     x_TD = jax.random.normal(keys[2], (tokens, WIDTH)).astype(jnp.bfloat16).astype(jnp.float32)
     logits_TE = jax.random.normal(keys[3], (tokens, EXPERTS)) + skew * jnp.arange(EXPERTS)
-    return x_TD, route(logits_TE, ACTIVE), gate_up, down
+    return x_TD, *route_top(logits_TE, ACTIVE), gate_up, down
 
 
 def _relative(got, expected):
@@ -93,45 +93,45 @@ def _relative(got, expected):
 @pytest.mark.parametrize("skew", [0.0, 100.0])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_any_routing_gives_the_reference_in_float32(tokens, skew, adapted):
-    x_TD, weights_TE, gate_up, down = _problem(tokens, skew)
-    mix = table.choose("experts")
+    x_TD, index_TX, weights_TX, gate_up, down = _problem(tokens, skew)
+    mix = table.choose("decode_experts")
     assert mix is not mix_reference
-    got = jax.jit(lambda x, w: mix(x, w, gate_up, down, adapted=adapted, active=ACTIVE, **OPTIONS))(x_TD, weights_TE)
+    got = jax.jit(lambda x, index, weights: mix(x, index, weights, gate_up, down, adapted=adapted, **OPTIONS))(x_TD, index_TX, weights_TX)
     with jax.default_matmul_precision("highest"):
-        expected = mix_reference(x_TD, weights_TE, gate_up, down, adapted=adapted, **OPTIONS)
+        expected = mix_reference(x_TD, index_TX, weights_TX, gate_up, down, adapted=adapted, **OPTIONS)
     assert _relative(got, expected) < 3e-3
 
 
 @pytest.mark.accelerator
 @on_gpu
 def test_inside_a_scan_the_layers_follow_each_other():
-    x_TD, weights_TE, gate_up, down = _problem(16, 0.0)
+    x_TD, index_TX, weights_TX, gate_up, down = _problem(16, 0.0)
 
     def layers(mix):
         def layer(x, _):
-            return x + 0.1 * mix(x, weights_TE, gate_up, down, adapted=True, active=ACTIVE, **OPTIONS), None
+            return x + 0.1 * mix(x, index_TX, weights_TX, gate_up, down, adapted=True, **OPTIONS), None
 
         return jax.jit(lambda x: jax.lax.scan(layer, x, length=5)[0])(x_TD)
 
     with jax.default_matmul_precision("highest"):
         expected = layers(mix_reference)
-    assert _relative(layers(table.choose("experts")), expected) < 5e-3
+    assert _relative(layers(table.choose("decode_experts")), expected) < 5e-3
 
 
 @pytest.mark.accelerator
 @on_gpu
-def test_derivatives_are_those_of_the_reference():
-    x_TD, weights_TE, gate_up, down = _problem(16, 0.0)
-
-    def slope(mix):
-        def loss(x, lora_b):
-            changed = dataclasses.replace(gate_up, held={**gate_up.held, "lora_b": lora_b})
-            return mix(x, weights_TE, changed, down, adapted=True, active=ACTIVE, **OPTIONS).sum()
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x_TD, gate_up.held["lora_b"])
-
-    for got, expected in zip(slope(table.choose("experts")), slope(mix_reference), strict=True):
-        assert _relative(got, expected) < 1e-5
+def test_a_layer_of_a_stack_is_read_where_it_lies():
+    x_TD, index_TX, weights_TX, _, _ = _problem(16, 0.0)
+    layers = [_problem(tokens, 0.0)[3:] for tokens in (16, 17, 18)]
+    stacks = [
+        dataclasses.replace(of_layers[0], held=jax.tree.map(lambda *arrays: jnp.stack(arrays), *(m.held for m in of_layers)))
+        for of_layers in zip(*layers, strict=True)
+    ]
+    mix = table.choose("decode_experts")
+    run = jax.jit(lambda layer: mix(x_TD, index_TX, weights_TX, *stacks, adapted=True, layer=layer, **OPTIONS))
+    for i, layer in enumerate(layers):
+        expected = mix(x_TD, index_TX, weights_TX, *layer, adapted=True, **OPTIONS)
+        np.testing.assert_array_equal(run(jnp.int32(i)), expected)
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def logged(monkeypatch):
 def test_a_missing_package_is_named_once_and_the_reference_runs(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with table.lowering_for("gpu"):
-        assert table.choose("experts") is mix_reference
-        assert table.choose("experts") is mix_reference
+        assert table.choose("decode_experts") is mix_reference
+        assert table.choose("decode_experts") is mix_reference
     assert len(logged) == 1
     assert "jax_triton" in logged[0]
     assert "discover_jax[kernels]" in logged[0]
@@ -158,11 +158,11 @@ def test_weights_that_are_not_in_tiles_take_the_reference_and_the_log_says_so(lo
     from discover_jax.kernels import experts_decode
 
     experts_decode._say.cache_clear()
-    x_TD, weights_TE, gate_up, down = _problem(5, 0.0)
+    x_TD, index_TX, weights_TX, gate_up, down = _problem(5, 0.0)
     dense = [dataclasses.replace(m, held={k: v for k, v in m.held.items() if k != "words"}) for m in (gate_up, down)]
     for matrix in dense:
         object.__setattr__(matrix, "apply", lambda x, one: x[:, :1] + one["bias"])
     for _ in range(2):
-        got = experts_decode.mix(x_TD, weights_TE, *dense, adapted=False, active=ACTIVE, **OPTIONS)
-    np.testing.assert_array_equal(got, mix_reference(x_TD, weights_TE, *dense, adapted=False, **OPTIONS))
-    assert logged == ["kernel of experts on gpu: reference, because the experts are not laid out in tiles"]
+        got = experts_decode.mix(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS)
+    np.testing.assert_array_equal(got, mix_reference(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS))
+    assert logged == ["kernel of decode_experts on gpu: reference, because the experts are not laid out in tiles"]

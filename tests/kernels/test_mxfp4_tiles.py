@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.kernels.mxfp4_tiles import HIGHEST, LOWEST, SHIFT, lay_out, restore
+from discover_jax.kernels.mxfp4_tiles import HIGHEST, LOWEST, SHIFT, Slab, lay_out, restore, words_shape
 from discover_jax.models.mxfp4 import dequantise
 
 EXPERTS, OUT, INTO = 2, 192, 128
@@ -48,8 +48,9 @@ def _unpacked(words, factors, paired):
 @pytest.mark.parametrize(("rows", "paired"), [(64, False), (64, True), (96, True)])
 def test_tiles_hold_the_weights_where_the_kernels_look_for_them(rows, paired):
     blocks, scales = _packed()
-    words, factors = lay_out(blocks, scales, rows=rows, paired=paired)
+    words, factors = lay_out(blocks, scales, Slab(rows, paired))
     assert words.shape == (EXPERTS, OUT // rows, INTO // 64, rows // 16, 128)
+    assert words.shape[1:] == words_shape(OUT, INTO, Slab(rows, paired))
     assert words.nbytes + factors.nbytes == blocks.nbytes + scales.nbytes
     np.testing.assert_array_equal(_unpacked(words, factors, paired), np.asarray(dequantise(blocks, scales, jnp.float32)))
 
@@ -57,18 +58,18 @@ def test_tiles_hold_the_weights_where_the_kernels_look_for_them(rows, paired):
 @pytest.mark.parametrize("paired", [False, True])
 def test_restoring_gives_back_the_same_bytes(paired):
     packed = _packed()
-    for restored, original in zip(restore(*lay_out(*packed, rows=64, paired=paired), paired=paired), packed, strict=True):
+    for restored, original in zip(restore(*lay_out(*packed, Slab(64, paired)), paired=paired), packed, strict=True):
         np.testing.assert_array_equal(restored, original)
 
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="192 rows and 96 columns"):
-        lay_out(*_packed(into=96), rows=64)
+        lay_out(*_packed(into=96), Slab(64, False))
     with pytest.raises(ConfigError, match="slabs of 128 x 64"):
-        lay_out(*_packed(), rows=128)
+        lay_out(*_packed(), Slab(128, False))
 
 
 @pytest.mark.parametrize("scales", [(LOWEST - 1, LOWEST - 1), (HIGHEST + 1, HIGHEST + 1)])
 def test_scales_that_do_not_fit_are_refused(scales):
     with pytest.raises(ConfigError, match=f"between {scales[0]} and {scales[0]}"):
-        lay_out(*_packed(*scales), rows=64)
+        lay_out(*_packed(*scales), Slab(64, False))

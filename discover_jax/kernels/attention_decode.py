@@ -1,0 +1,123 @@
+"""Attention of one new token a row to its pages, on a GPU: each row's context is split among programs. Needs the extra `kernels`.
+
+The splits are drawn up in the kernel from the rows' own lengths: equal shares of all rows' blocks, so that one long row among short ones
+keeps no processor waiting, and one compiled program serves all lengths. A second, small kernel merges the shares exactly. Rows of one page
+at most (the rings of sliding layers) are not split, and not merged. Sums are float32; rounded to bfloat16 are the queries, the weights of
+the values, and the result, as in the reference.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from discover_jax.kernels import attention_triton
+from discover_jax.kernels.attention import paged_attention_reference
+from discover_jax.kernels.triton_call import call_kernel
+
+HEAD_SIZES = (64, 128)
+
+_PROCESSORS = 132
+"""Multiprocessors among which work is divided where there is no GPU: an H200's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the kernel is cut.
+
+    Attributes:
+      block: places of an iteration; the largest power of two that also divides the page is taken.
+      warps, stages: of a program, and its iterations in flight.
+      resident: programs that a multiprocessor runs at once, for which there should be work.
+      waves: how often as many programs as that at most.
+      least: blocks of a share at least, unless programs that could run at once would then be idle.
+    """
+
+    block: int
+    warps: int
+    stages: int
+    resident: int = 4
+    waves: int = 4
+    least: int = 8
+
+
+def plan(columns: int) -> Plan:
+    """The fastest of what was measured on an H200 at gpt-oss's heads (benchmarks/attention.py), for rows of so many pages at most."""
+    return Plan(64, 1, 2) if columns > 1 else Plan(128, 2, 1)
+
+
+def _processors() -> int:
+    return getattr(jax.local_devices()[0], "core_count", _PROCESSORS) if jax.default_backend() == "gpu" else _PROCESSORS
+
+
+def attend_pages(
+    q_BNH: jax.Array,
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_BM: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array,
+    *,
+    chosen: Plan,
+) -> jax.Array:
+    """`paged_attention_reference` by the kernels, cut as chosen; see there. For bfloat16 pools, pages of 16 n places and HEAD_SIZES."""
+    _, pool, kv_heads, size, head_size = keys_LPKsH.shape
+    (batch, heads, _), columns = q_BNH.shape, pages_BM.shape[1]
+    block = math.gcd(size, chosen.block)
+    slots = -(-_processors() * chosen.resident // kv_heads)
+    most = slots * chosen.waves
+    sizes = {"B": batch, "M": columns, "POOL": pool, "K": kv_heads, "GROUP": heads // kv_heads, "PAGE": size, "H": head_size}
+    cuts = {"BLOCK": block, "STAGES": chosen.stages, "WHOLE": columns == 1, "SLOTS": slots, "MOST": most, "LEAST": chosen.least}
+    arguments = (q_BNH.astype(jnp.bfloat16), keys_LPKsH, values_LPKsH, jnp.asarray(layer, jnp.int32), pages_BM, counts_B, sinks_N)
+    options: dict[str, Any] = {"warps": chosen.warps, "stages": chosen.stages, "constants": {**sizes, **cuts}}
+    result = jax.ShapeDtypeStruct(q_BNH.shape, jnp.bfloat16)
+    unused, spans = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((2, batch), jnp.int32)
+    if columns == 1:
+        return call_kernel(attention_triton.attend, *arguments, out=[result, unused, spans], grid=(kv_heads, batch), **options)[0]
+    shares = min(most + batch, batch * columns * (size // block))
+    parts, lse = (jax.ShapeDtypeStruct((shares, heads, *rest), jnp.float32) for rest in ((head_size,), ()))
+    merged = call_kernel(attention_triton.attend, *arguments, out=[parts, lse, spans], grid=(kv_heads, shares), **options)
+    return call_kernel(
+        attention_triton.merge,
+        *(*merged, sinks_N),
+        out=result,
+        grid=(heads, batch),
+        warps=1,
+        stages=1,
+        constants={"B": batch, "N": heads, "H": head_size, "STEP": 16},
+    )
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    logging.warning("kernel of paged_attention on gpu: reference, which is many times slower, because %s", reason)
+
+
+def paged_attention(
+    q_BNH: jax.Array,
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_BM: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array,
+) -> jax.Array:
+    """`paged_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
+    size, head_size = keys_LPKsH.shape[3:]
+    arguments = (q_BNH, keys_LPKsH, values_LPKsH, layer, pages_BM, counts_B, sinks_N)
+    reason = None
+    if keys_LPKsH.dtype != jnp.bfloat16 or values_LPKsH.dtype != jnp.bfloat16:
+        reason = f"keys and values are {keys_LPKsH.dtype} and {values_LPKsH.dtype}; it takes bfloat16"
+    elif size % 16:
+        reason = f"pages have {size} places; it takes multiples of 16"
+    elif head_size not in HEAD_SIZES:
+        reason = f"the head size is {head_size}; it takes {' or '.join(map(str, HEAD_SIZES))}"
+    if reason is not None:
+        _say(reason)
+        return paged_attention_reference(*arguments)
+    return attend_pages(*arguments, chosen=plan(pages_BM.shape[1]))

@@ -1,0 +1,148 @@
+"""Triton kernels of decoding attention: one query a row against the row's pages of keys and values, split over the context.
+
+The query heads of one key/value head, padded to 16 at least, are the rows of one matrix. Pages' tiles [places, H] stream through shared
+memory. One program computes one share of one row's blocks for one key/value head; partial results meet in `merge` by their log-sum-exp.
+Exponentials are of base 2, so scores carry log2(e).
+"""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(a, b, sums):
+    """sums + a b of bfloat16, summed in float32."""
+    if INTERPRETED:  # it takes the bits of bfloat16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums)
+
+
+@triton.jit
+def attend(
+    q_ptr,  # bf16 [B, K GROUP, H]
+    keys_ptr,  # bf16 [L, POOL, K, PAGE, H]
+    values_ptr,
+    layer_ptr,  # int32: which of L
+    pages_ptr,  # int32 [B, M]
+    counts_ptr,  # int32 [B]
+    sinks_ptr,  # [K GROUP]
+    out_ptr,  # WHOLE: bf16 [B, K GROUP, H]; else float32 [shares, K GROUP, H], each share's result by itself, without the sink
+    lse_ptr,  # not WHOLE: float32 [shares, K GROUP], log2 of the share's sum of exponentials
+    spans_ptr,  # not WHOLE: int32 [2, B], each row's first share and how many it has
+    B: tl.constexpr,
+    M: tl.constexpr,
+    POOL: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of one key/value head
+    PAGE: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,  # places of an iteration; divides PAGE
+    STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,  # one program for all of a row
+    SLOTS: tl.constexpr,  # shares that keep the GPU busy
+    MOST: tl.constexpr,  # shares wanted at most, beside one more a row
+    LEAST: tl.constexpr,  # blocks of a share, unless that leaves slots empty
+):
+    head, share = tl.program_id(0), tl.program_id(1)
+    if WHOLE:
+        row = share
+        count = tl.load(counts_ptr + row)
+        begin = 0
+        end = tl.cdiv(count, BLOCK)
+    else:
+        b = tl.arange(0, triton.next_power_of_2(B))
+        blocks = tl.cdiv(tl.load(counts_ptr + b, mask=b < B, other=0), BLOCK)
+        total = tl.sum(blocks)
+        size = tl.maximum(tl.cdiv(total, MOST), tl.minimum(LEAST, tl.cdiv(total, SLOTS)))
+        shares = tl.cdiv(blocks, size)
+        ends = tl.cumsum(shares, 0)
+        row = tl.sum((ends <= share).to(tl.int32))  # padding has the last end
+        if row >= B:
+            return
+        first = tl.sum(tl.where(b == row, ends - shares, 0))
+        of_row = tl.sum(tl.where(b == row, shares, 0))
+        count = tl.load(counts_ptr + row)
+        own = tl.cdiv(count, BLOCK)
+        begin = own * (share - first) // of_row  # as equal as they can be
+        end = own * (share - first + 1) // of_row
+        if (share == first) & (head == 0):
+            tl.store(spans_ptr + row, first)
+            tl.store(spans_ptr + B + row, of_row)
+
+    ROWS: tl.constexpr = triton.next_power_of_2(max(GROUP, 16))
+    PER_PAGE: tl.constexpr = PAGE // BLOCK
+    g, h, s = tl.arange(0, ROWS), tl.arange(0, H), tl.arange(0, BLOCK)
+    n = head * GROUP + g
+    q = tl.load(q_ptr + (row * K * GROUP + n)[:, None] * H + h[None, :], mask=(g < GROUP)[:, None], other=0.0)
+    if WHOLE:
+        highest = tl.load(sinks_ptr + n, mask=g < GROUP, other=0.0).to(tl.float32) * LOG2E
+        total = tl.full([ROWS], 1.0, tl.float32)
+    else:
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, H], tl.float32)
+    scale = H**-0.5 * LOG2E
+
+    tile = s[:, None] * H + h[None, :]
+    pool = tl.load(layer_ptr).to(tl.int64) * POOL
+    pages_at = pages_ptr + row * M
+    page = tl.load(pages_at + begin // PER_PAGE)
+    for i in tl.range(begin, end, num_stages=STAGES):
+        at = ((pool + page) * K + head) * (PAGE * H) + (i % PER_PAGE) * (BLOCK * H)
+        # The next page's number is loaded one iteration early, so that no tile waits for it.
+        page = tl.load(pages_at + tl.minimum(i + 1, end - 1) // PER_PAGE)
+        seen = s < count - i * BLOCK
+        k = tl.load(keys_ptr + at + tile)
+        # Places that are not in use may hold NaN, which a weight of zero would let through.
+        v = tl.load(values_ptr + at + tile, mask=seen[:, None], other=0.0)
+        scores = _dot(q, tl.trans(k), tl.zeros([ROWS, BLOCK], tl.float32))
+        scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        shrink = tl.exp2(highest - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = _dot(weights.to(tl.bfloat16), v, out * shrink[:, None])
+        highest = higher
+
+    out = out / total[:, None]
+    if WHOLE:
+        tl.store(out_ptr + (row * K * GROUP + n)[:, None] * H + h[None, :], out.to(tl.bfloat16), mask=(g < GROUP)[:, None])
+    else:
+        tl.store(out_ptr + (share * K * GROUP + n)[:, None] * H + h[None, :], out, mask=(g < GROUP)[:, None])
+        tl.store(lse_ptr + share * K * GROUP + n, highest + tl.log2(total), mask=g < GROUP)
+
+
+@triton.jit
+def merge(
+    parts_ptr,  # float32 [shares, N, H]
+    lse_ptr,  # float32 [shares, N]
+    spans_ptr,  # int32 [2, B]
+    sinks_ptr,  # [N]
+    out_ptr,  # bf16 [B, N, H]
+    B: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    STEP: tl.constexpr,  # shares of an iteration
+):
+    """Shares weighted by their sums of exponentials, the sink being one more share, of nothing."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    first, shares = tl.load(spans_ptr + row), tl.load(spans_ptr + B + row)
+    i, h = tl.arange(0, STEP), tl.arange(0, H)
+    highest = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+    total = 1.0
+    out = tl.zeros([H], tl.float32)
+    for begin in range(0, shares, STEP):
+        live = begin + i < shares
+        at = (first + begin + i) * N + head
+        lse = tl.load(lse_ptr + at, mask=live, other=float("-inf"))
+        parts = tl.load(parts_ptr + at[:, None] * H + h[None, :], mask=live[:, None], other=0.0)
+        higher = tl.maximum(highest, tl.max(lse, axis=0))
+        shrink = tl.exp2(highest - higher)
+        weights = tl.exp2(lse - higher)
+        total = total * shrink + tl.sum(weights, axis=0)
+        out = out * shrink + tl.sum(weights[:, None] * parts, axis=0)
+        highest = higher
+    tl.store(out_ptr + (row * N + head) * H + h, (out / total).to(tl.bfloat16))

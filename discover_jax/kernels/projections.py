@@ -1,0 +1,49 @@
+"""Several projections of the same rows, out of a stack of layers: the plain-JAX reference."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias", "lora_a", "lora_b"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One projection of every layer.
+
+    Attributes:
+      weight, bias: [L, out, in] and [L, out].
+      lora_a, lora_b: the adapter, [L, rank, in] and [L, out, rank], or None.
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+    lora_a: jax.Array | None = None
+    lora_b: jax.Array | None = None
+
+
+def project_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float) -> list[jax.Array]:
+    """y = x W^T + b + scale (x A^T) B^T of one layer, for each projection: float32 [T, out].
+
+    Products are taken in x's type and added up in float32; between an adapter's two products it is rounded to x's type.
+
+    Args:
+      x_Ti: rows.
+      stacks: the projections.
+      layer: int32 scalar, which layer.
+      scale: the adapter's alpha / rank.
+    """
+
+    def product(x: jax.Array, weight_oi: jax.Array) -> jax.Array:
+        return jnp.einsum("ti,oi->to", x, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def one(stack: Stack) -> jax.Array:
+        own = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), stack)
+        y = product(x_Ti, own.weight) + own.bias.astype(jnp.float32)
+        if own.lora_a is None:
+            return y
+        return y + product((scale * product(x_Ti, own.lora_a)).astype(x_Ti.dtype), own.lora_b)
+
+    return [one(stack) for stack in stacks]

@@ -1,0 +1,91 @@
+"""Projections in decoding, on a GPU: a layer's matrices are read where they lie in their stacks. Needs the extra `kernels`.
+
+XLA's own products inside a loop over layers are given copies of the layer's matrices, which costs as much again as reading them twice.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from discover_jax.kernels import projections_triton
+from discover_jax.kernels.projections import Stack, project_reference
+from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
+from discover_jax.kernels.triton_call import call_kernel
+
+COLUMNS = _COLUMNS.value
+MOST_ROWS = 256
+"""With more rows, arithmetic counts, and XLA's own product of a copy is faster."""
+MOST_STACKS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How the kernel is cut: outputs of a program (a limit: the largest power of two that divides), parts of the columns, stages, warps."""
+
+    outputs: int
+    parts: int
+    stages: int
+    warps: int
+
+
+def plan(rows: int, outputs: int) -> Launch:
+    """For so many rows and outputs in all."""
+    if rows <= 32:
+        return Launch(64, 3, 5, 4)
+    return Launch(128, 3, 4, 8) if outputs > 4096 else Launch(64, 3, 4, 4)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(n for n in range(most, 0, -1) if number % n == 0)
+
+
+def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
+    same = {None if stack.lora_a is None else stack.lora_a.shape[1:] for stack in stacks}
+    bfloat16 = all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((x_Ti, list(stacks))))
+    divide = x_Ti.shape[1] % COLUMNS == 0 and all(stack.weight.shape[1] % 16 == 0 for stack in stacks)
+    return bfloat16 and divide and len(same) == 1 and len(stacks) <= MOST_STACKS and len(x_Ti) <= MOST_ROWS
+
+
+def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> list[jax.Array]:
+    """`project_reference` by the kernels, for few rows in bfloat16 and widths that divide; else the reference. It has no derivatives.
+
+    Args:
+      chosen: how the kernel is cut, instead of `plan`'s choice.
+    """
+    if not _applies(x_Ti, stacks):
+        return project_reference(x_Ti, stacks, layer, scale)
+    rows, width = x_Ti.shape
+    outs = [stack.weight.shape[1] for stack in stacks]
+    chosen = chosen or plan(rows, sum(outs))
+    outputs = next(n for n in (256, 128, 64, 32, 16) if n <= chosen.outputs and all(out % n == 0 for out in outs))
+    block = min(128, max(16, 1 << (rows - 1).bit_length()))
+    blocks, layer_1 = -(-rows // block), jnp.asarray(layer, jnp.int32).reshape(1)
+    three = [stacks[min(i, len(stacks) - 1)] for i in range(MOST_STACKS)]
+    rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
+    low_parts, low, lora_b = 1, x_Ti, [x_Ti] * MOST_STACKS  # placeholders without an adapter
+    if rank:
+        low_parts, lora_b = _largest_divisor(width // COLUMNS, 5 if rows > 16 else 16), [stack.lora_b for stack in three]
+        low = call_kernel(
+            projections_triton.times_a,
+            *(x_Ti, *(stack.lora_a for stack in three), layer_1, rows),
+            out=jax.ShapeDtypeStruct((len(stacks), low_parts, rows, rank), jnp.float32),
+            grid=(len(stacks), low_parts, blocks),
+            warps=4,
+            stages=3,
+            constants={"K": width, "N": block, "RANK": rank, "PARTS": low_parts, "STAGES": 3},
+        )
+    sizes = {f"OUT{i}": outs[i] if i < len(outs) else 0 for i in range(MOST_STACKS)}
+    cuts = {"M": outputs, "N": block, "PARTS": chosen.parts, "STAGES": chosen.stages}
+    parts_PTo = call_kernel(
+        projections_triton.project,
+        *(x_Ti, *(stack.weight for stack in three), *(stack.bias for stack in three), *lora_b, low, layer_1, rows),
+        out=jax.ShapeDtypeStruct((chosen.parts, rows, sum(outs)), jnp.float32),
+        grid=(sum(outs) // outputs, chosen.parts, blocks),
+        warps=chosen.warps,
+        stages=chosen.stages,
+        constants={"K": width, **sizes, **cuts, "RANK": rank, "LOW_PARTS": low_parts, "SCALE": scale},
+    )
+    ends = [sum(outs[: i + 1]) for i in range(len(outs))]
+    return jnp.split(parts_PTo.sum(axis=0), ends[:-1], axis=1)

@@ -1,0 +1,119 @@
+"""Triton kernels of projections in decoding: few rows times one layer's matrices, which are read where they lie in their stacks.
+
+Weights are the left operand and rows, padded to 16 at least, the right one. Up to three projections of the same rows share a launch.
+"""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+COLUMNS: tl.constexpr = tl.constexpr(64)
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, sums):
+    """sums + a b of bfloat16, summed in float32."""
+    if INTERPRETED:  # it takes the bits of bfloat16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums)
+
+
+@triton.jit
+def times_a(
+    x_ptr,  # bf16 [T, K]
+    a0_ptr,  # bf16 [L, RANK, K], of each projection
+    a1_ptr,
+    a2_ptr,
+    layer_ptr,  # int32 [1]
+    rows,  # T
+    low_ptr,  # float32 [projections, PARTS, T, RANK]
+    K: tl.constexpr,
+    N: tl.constexpr,  # rows of a block
+    RANK: tl.constexpr,
+    PARTS: tl.constexpr,  # into which the columns are divided; divides K/64
+    STAGES: tl.constexpr,
+):
+    """x A^T, in parts that are to be added."""
+    which, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    a_ptr = a0_ptr
+    if which == 1:
+        a_ptr = a1_ptr
+    if which == 2:
+        a_ptr = a2_ptr
+    PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
+    WIDTH: tl.constexpr = K // PARTS
+    n, r, k = block * N + tl.arange(0, N), tl.arange(0, PADDED), tl.arange(0, COLUMNS)
+    layer = tl.load(layer_ptr).to(tl.int64)
+    a_at = a_ptr + (layer * RANK + r)[:, None] * K + part * WIDTH + k[None, :]
+    x_at = x_ptr + n[None, :] * K + part * WIDTH + k[:, None]
+    sums = tl.zeros([PADDED, N], tl.float32)
+    for _ in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
+        a = tl.load(a_at, mask=(r < RANK)[:, None], other=0.0)
+        sums = _dot(a, tl.load(x_at, mask=(n < rows)[None, :], other=0.0), sums)
+        a_at += COLUMNS
+        x_at += COLUMNS
+    low_at = low_ptr + ((which * PARTS + part) * rows + n)[None, :] * RANK + r[:, None]
+    tl.store(low_at, sums, mask=(n < rows)[None, :] & (r < RANK)[:, None])
+
+
+@triton.jit
+def project(
+    x_ptr,  # bf16 [T, K]
+    w0_ptr,  # bf16 [L, OUT, K], of each projection
+    w1_ptr,
+    w2_ptr,
+    bias0_ptr,  # [L, OUT]
+    bias1_ptr,
+    bias2_ptr,
+    b0_ptr,  # bf16 [L, OUT, RANK]
+    b1_ptr,
+    b2_ptr,
+    low_ptr,  # float32 [projections, LOW_PARTS, T, RANK]: parts of x A^T
+    layer_ptr,  # int32 [1]
+    rows,  # T
+    out_ptr,  # float32 [PARTS, T, OUT0 + OUT1 + OUT2], which are to be added
+    K: tl.constexpr,
+    OUT0: tl.constexpr,
+    OUT1: tl.constexpr,
+    OUT2: tl.constexpr,
+    M: tl.constexpr,  # outputs of a program; divides OUT0, OUT1 and OUT2
+    N: tl.constexpr,  # rows of a block
+    PARTS: tl.constexpr,  # into which the columns are divided among programs
+    STAGES: tl.constexpr,
+    RANK: tl.constexpr,  # of the adapter, 0 for none
+    LOW_PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """x W^T + b + SCALE (x A^T) B^T, in parts that are to be added."""
+    cut, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    w_ptr, bias_ptr, b_ptr, width, first, which = w0_ptr, bias0_ptr, b0_ptr, OUT0, 0, 0
+    if cut >= OUT0 // M:
+        w_ptr, bias_ptr, b_ptr, width, first, which = w1_ptr, bias1_ptr, b1_ptr, OUT1, OUT0 // M, 1
+    if cut >= (OUT0 + OUT1) // M:
+        w_ptr, bias_ptr, b_ptr, width, first, which = w2_ptr, bias2_ptr, b2_ptr, OUT2, (OUT0 + OUT1) // M, 2
+    TILES: tl.constexpr = K // COLUMNS
+    EACH: tl.constexpr = (TILES + PARTS - 1) // PARTS
+    m, n, k = tl.arange(0, M), block * N + tl.arange(0, N), tl.arange(0, COLUMNS)
+    live = n < rows
+    out = tl.load(layer_ptr).to(tl.int64) * width + (cut - first) * M + m
+    w_at = w_ptr + out[:, None] * K + part * EACH * COLUMNS + k[None, :]
+    x_at = x_ptr + n[None, :] * K + part * EACH * COLUMNS + k[:, None]
+    sums = tl.zeros([M, N], tl.float32)
+    for _ in tl.range(0, tl.minimum(EACH, TILES - part * EACH), num_stages=STAGES):
+        w = tl.load(w_at, eviction_policy="evict_first")
+        sums = _dot(w, tl.load(x_at, mask=live[None, :], other=0.0), sums)
+        w_at += COLUMNS
+        x_at += COLUMNS
+    if part == 0:
+        sums += tl.load(bias_ptr + out).to(tl.float32)[:, None]
+        if RANK > 0:
+            PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
+            r = tl.arange(0, PADDED)
+            low = tl.zeros([PADDED, N], tl.float32)
+            for i in tl.static_range(LOW_PARTS):
+                low_at = low_ptr + ((which * LOW_PARTS + i) * rows + n)[None, :] * RANK + r[:, None]
+                low += tl.load(low_at, mask=live[None, :] & (r < RANK)[:, None], other=0.0)
+            b = tl.load(b_ptr + out[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+            sums = _dot(b, (low * SCALE).to(tl.bfloat16), sums)
+    total = (part * rows + n)[None, :] * (OUT0 + OUT1 + OUT2) + (cut * M + m)[:, None]
+    tl.store(out_ptr + total, sums, mask=live[None, :])

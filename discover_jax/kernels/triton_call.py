@@ -1,0 +1,58 @@
+"""Calls Triton kernels from jitted functions, in a form that XLA can put into CUDA graphs. Needs the extra `kernels`.
+
+jax_triton 0.3 emits calls of XLA's older interface, which XLA starts one by one: for the host that takes longer than most of a decoding
+step's kernels take the GPU. jaxlib has the same call for the newer interface (FFI), by which kernels are loaded before the first run, and
+whole stretches of a program become one graph. That has been compiled, but not yet run on a GPU: DISCOVER_JAX_GPU_GRAPHS=1 turns it on.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+
+HOPPER = 90
+"""Compute capability for which kernels are lowered where there is no GPU."""
+
+_FFI_TARGET = "triton_kernel_call_ffi"
+_TYPED_FFI = 4
+"""`api_version` of a custom call."""
+
+
+@functools.cache
+def _prepare() -> Any:
+    """jax_triton, its calls lowered to the newer interface if that is wanted."""
+    import jax_triton  # pyright: ignore[reportMissingImports] - here, as it imports only where jax has its GPU plugin
+    from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
+
+    if os.environ.get("DISCOVER_JAX_GPU_GRAPHS") != "1":
+        return jax_triton
+
+    def lower(ctx: Any, *arguments: Any, **options: Any) -> Sequence[Any]:
+        results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, ctx, *arguments, **options)
+        attributes = results[0].owner.attributes
+        call = {"name": ir.StringAttr.get(options["name"]), "opaque": attributes["backend_config"]}
+        attributes["backend_config"] = ir.DictAttr.get(call)
+        attributes["call_target_name"] = ir.StringAttr.get(_FFI_TARGET)
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), _TYPED_FFI)
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
+    return jax_triton
+
+
+def call_kernel(kernel: Any, *arguments: Any, out: Any, grid: tuple[int, ...], warps: int, stages: int, constants: dict[str, Any]) -> Any:
+    """A kernel's outputs, which follow its inputs among its parameters.
+
+    Args:
+      arguments: arrays, passed as pointers, and numbers.
+      out: a ShapeDtypeStruct, or a list of them.
+      grid: programs along each axis.
+      constants: of the kernel, by name.
+    """
+    capability = None if jax.default_backend() == "gpu" else HOPPER
+    options = {"num_warps": warps, "num_stages": stages, "compute_capability": capability}
+    return _prepare().triton_call(*arguments, kernel=kernel, out_shape=out, grid=grid, **options, **constants)

@@ -1,0 +1,103 @@
+"""Runs the kernels of paged attention in Triton's interpreter, on the CPU, and prints their errors against float64 as JSON.
+
+A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_attention.py
+
+Errors are relative to the largest output. Places that are not in use hold NaN, and table entries that mean nothing are no pages: reading
+them ends the program. The interpreter cuts float32 to bfloat16 where a GPU rounds, so errors are about twice as large as there.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from discover_jax.kernels import attention_decode
+from discover_jax.kernels.attention_decode import Plan, attend_pages
+
+LAYERS, LAYER, NO_PAGE = 2, 1, 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Counts of rows, and shapes. `spare` pages a row are in the table beyond the longest row's."""
+
+    counts: tuple[int, ...]
+    chosen: Plan
+    page: int = 128
+    heads: int = 16
+    kv_heads: int = 2
+    head_size: int = 64
+    spare: int = 0
+
+
+def _torch(argument: Any) -> Any:
+    if argument.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
+    return torch.from_numpy(np.array(argument))
+
+
+def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> Any:
+    dtypes = {jnp.dtype(jnp.bfloat16): torch.bfloat16, jnp.dtype(jnp.float32): torch.float32, jnp.dtype(jnp.int32): torch.int32}
+    outs = jax.tree.leaves(out)
+    # Whatever is not written stays NaN, or no row.
+    results = [torch.full(o.shape, -(2**30) if o.dtype == jnp.int32 else float("nan"), dtype=dtypes[o.dtype]) for o in outs]
+    kernel[grid](*(_torch(a) for a in arguments), *results, **constants)
+    arrays = [
+        jnp.asarray(r.float().numpy() if r.dtype == torch.bfloat16 else r.numpy(), o.dtype) for r, o in zip(results, outs, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(out), arrays)
+
+
+def error(case: Case) -> float:
+    rng = np.random.default_rng(sum(case.counts))
+
+    def exact(*shape: int) -> np.ndarray:
+        return np.array(jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+
+    used = [-(-count // case.page) for count in case.counts]
+    pages = np.full((len(used), max(used) + case.spare), NO_PAGE, np.int32)
+    own = np.split(rng.permutation(sum(used) + 2), np.cumsum(used))
+    shape = (LAYERS, sum(used) + 2, case.kv_heads, case.page, case.head_size)
+    keys, values = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+    q, sinks = 3 * exact(len(used), case.heads, case.head_size), exact(case.heads)
+    expected = np.zeros(q.shape)
+    for b, count in enumerate(case.counts):
+        pages[b, : used[b]] = own[b]
+        k, v = exact(case.kv_heads, count, case.head_size), exact(case.kv_heads, count, case.head_size)
+        for j, page in enumerate(own[b]):
+            here = slice(j * case.page, min(count, (j + 1) * case.page))
+            keys[LAYER, page, :, : here.stop - here.start], values[LAYER, page, :, : here.stop - here.start] = k[:, here], v[:, here]
+        for n in range(case.heads):
+            kv = n // (case.heads // case.kv_heads)
+            weights = np.exp(k[kv].astype(np.float64) @ q[b, n] / np.sqrt(case.head_size))
+            expected[b, n] = weights @ v[kv] / (weights.sum() + np.exp(sinks[n]))
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, keys, values)]
+    numbers = (jnp.int32(LAYER), jnp.asarray(pages), jnp.array(case.counts, jnp.int32))
+    got = attend_pages(*low, *numbers, jnp.asarray(sinks), chosen=case.chosen)
+    return float(np.abs(np.asarray(got, np.float64) - expected).max() / np.abs(expected).max())
+
+
+# With 132 processors: `resident` and `waves` of 1 give 66 slots for two kv heads, 132 for one.
+CASES = {
+    "rings": Case((128, 1, 77), Plan(128, 1, 1)),
+    "a row in many shares": Case((700, 1, 129), Plan(32, 1, 2, resident=1, waves=1, least=2), spare=1),
+    "more places than slots": Case((2080, 33, 64), Plan(16, 1, 2, resident=1, waves=1, least=1), page=32, heads=2),
+    "fewer shares than rows' blocks": Case((300, 290, 1, 40, 16), Plan(64, 1, 2, resident=1, waves=1, least=4), page=48, heads=6),
+    "one row, large heads": Case((200,), Plan(64, 1, 2, resident=1, waves=2, least=1), page=64, heads=4, kv_heads=1, head_size=128),
+    "a group of one": Case((90, 17), Plan(16, 1, 2), page=16, heads=2),
+}
+
+
+def main() -> None:
+    attention_decode.call_kernel = _interpret
+    print(json.dumps({name: error(case) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Sorts routed rows by the kernel in Triton's interpreter, on the CPU, and prints as JSON for each case whether plain JAX sorts alike.
+
+A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_expert_rows.py
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from discover_jax.kernels import expert_rows_decode
+from discover_jax.kernels.expert_rows import sort_rows
+from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
+
+
+def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> list[jax.Array]:
+    results = [torch.full(one.shape, -7, dtype=torch.int32) for one in out]  # whatever is not written stays -7
+    kernel[grid](*(torch.from_numpy(np.array(a)) if isinstance(a, jax.Array) else a for a in arguments), *results, **constants)
+    return [jnp.asarray(result.numpy()) for result in results]
+
+
+def same(tokens: int, experts: int, share: int, block: int, skew: float, layer: int) -> bool:
+    """A large skew sends all tokens to the same experts. Blocks without rows may name any expert of the layer."""
+    rng = np.random.default_rng(tokens)
+    order = np.argsort(rng.normal(size=(tokens, experts)) + skew * np.arange(experts), axis=1)
+    index_TX = jnp.asarray(order[:, :share].astype(np.int32))
+    got, expected = sort_rows_of_layer(index_TX, experts, block, jnp.int32(layer)), sort_rows(index_TX, experts, block)
+    used = np.asarray(expected.blocks[2]) > 0
+    experts_b, *rest = np.asarray(got.blocks)
+    right = [
+        np.array_equal(got.slots, expected.slots),
+        np.array_equal(rest[1], expected.blocks[2]),
+        np.array_equal(rest[0][used], np.asarray(expected.blocks[1])[used]),
+        np.array_equal(experts_b[used], np.asarray(expected.blocks[0])[used] + layer * experts),
+        ((experts_b >= layer * experts) & (experts_b < (layer + 1) * experts)).all(),
+    ]
+    return bool(all(right))
+
+
+CASES = {
+    "one token": (1, 8, 3, 8, 0.0, 0),
+    "some tokens of a later layer": (13, 8, 2, 8, 0.0, 5),
+    "the same experts for all": (37, 12, 4, 8, 100.0, 1),
+    "full blocks": (32, 4, 4, 16, 0.0, 2),
+    "many": (128, 32, 4, 8, 0.0, 3),
+}
+
+
+def main() -> None:
+    expert_rows_decode.call_kernel = _interpret
+    print(json.dumps({name: same(*case) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Runs the kernels of projections in Triton's interpreter, on the CPU, and prints their relative errors against float64 as JSON.
+
+A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_projections.py
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from discover_jax.kernels import projections_decode
+from discover_jax.kernels.projections import Stack
+from discover_jax.kernels.projections_decode import Launch, project
+
+LAYERS, RANK, SCALE = 3, 8, 0.5
+
+
+def _torch(argument: Any) -> Any:
+    if not isinstance(argument, jax.Array):
+        return argument
+    if argument.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
+    return torch.from_numpy(np.array(argument))
+
+
+def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> jax.Array:
+    result = torch.full(out.shape, float("nan"))  # whatever is not written stays NaN
+    kernel[grid](*(_torch(a) for a in arguments), result, **constants)
+    return jnp.asarray(result.numpy())
+
+
+def error(rows: int, width: int, outs: tuple[int, ...], layer: int, adapted: bool, launch: Launch) -> float:
+    """The largest of the projections' relative errors."""
+    rng = np.random.default_rng(rows)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16)
+
+    def float64(x: jax.Array) -> np.ndarray:
+        return np.array(x.astype(jnp.float32), np.float64)
+
+    x = draw(rows, width)
+    stacks = [
+        Stack(
+            draw(LAYERS, out, width),
+            draw(LAYERS, out),
+            *((draw(LAYERS, RANK, width), draw(LAYERS, out, RANK)) if adapted else ()),
+        )
+        for out in outs
+    ]
+    worst = 0.0
+    for got, stack in zip(project(x, stacks, jnp.int32(layer), SCALE, launch), stacks, strict=True):
+        weight, bias = float64(stack.weight[layer]), float64(stack.bias[layer])
+        if stack.lora_a is not None and stack.lora_b is not None:
+            weight = weight + SCALE * float64(stack.lora_b[layer]) @ float64(stack.lora_a[layer])
+        expected = float64(x) @ weight.T + bias
+        worst = max(worst, float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected)))
+        if np.isnan(np.asarray(got)).any():
+            worst = float("nan")
+    return worst
+
+
+CASES = {
+    "one row": (1, 128, (64, 32, 32), 2, True, Launch(32, 1, 2, 4)),
+    "parts that do not divide": (9, 320, (64, 32, 32), 0, True, Launch(64, 3, 2, 4)),
+    "one projection without an adapter": (20, 192, (48,), 1, False, Launch(64, 2, 2, 4)),
+    "two blocks of rows": (130, 64, (32, 32), 1, True, Launch(32, 1, 2, 4)),
+}
+
+
+def main() -> None:
+    projections_decode.call_kernel = _interpret
+    print(json.dumps({name: error(*case) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The kernels of paged attention: in Triton's interpreter, on a GPU against float32, and what happens where they do not apply."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from discover_jax.kernels import table
+from discover_jax.kernels.attention import paged_attention_reference
+
+interpreted = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
+)
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def errors():
+    script = Path(__file__).with_name("interpreted_attention.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@interpreted
+def test_the_kernels_are_right_to_the_rounding_of_bfloat16(errors):
+    assert len(errors) == 6
+    for name, error in errors.items():
+        assert error < 1.2e-2, name  # NaN, of a place that was read or an output that was not written, is not below it
+
+
+def _problem(counts, page=128, heads=64, kv_heads=8, head_size=64, spare=1, dtype=jnp.bfloat16):
+    """Pools whose unused places hold NaN, and a table whose unused entries are no pages."""
+    rng = np.random.default_rng(len(counts))
+    used = -(-np.array(counts) // page)
+    pages = np.full((len(counts), used.max() + spare), 2**31 - 1, np.int32)
+    seen = np.zeros((used.sum() + 2, page), bool)
+    for row, own in enumerate(np.split(rng.permutation(used.sum() + 2), np.cumsum(used))[:-1]):
+        pages[row, : used[row]] = own
+        seen[own] = (np.arange(used[row] * page) < counts[row]).reshape(-1, page)
+    keys = jax.random.split(jax.random.key(len(counts)), 4)
+    pools = (jax.random.normal(k, (LAYERS, len(seen), kv_heads, page, head_size), dtype) for k in keys[:2])
+    pools = (jnp.where(seen[None, :, None, :, None], pool, jnp.nan) for pool in pools)
+    q = 3 * jax.random.normal(keys[2], (len(counts), heads, head_size), dtype)
+    return q, *pools, jnp.asarray(pages), jnp.array(counts, jnp.int32), jax.random.normal(keys[3], (heads,), dtype)
+
+
+def _float32(problem):
+    return [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in problem]
+
+
+def _attend(attend, problem, layer):
+    q, keys, values, *rest = problem
+    return jax.jit(attend)(q, keys, values, jnp.int32(layer), *rest)
+
+
+def _relative(got, expected):
+    return float(jnp.abs(got.astype(jnp.float32) - expected).max() / jnp.abs(expected).max())
+
+
+@pytest.mark.accelerator
+@on_gpu
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {"counts": [128, 1, 77, 127, 64, 65], "spare": 0},
+        {"counts": [1]},
+        {"counts": [8192]},
+        {"counts": [26000, *(range(1, 1200, 50))]},
+        {"counts": list(range(1, 4000, 31)), "spare": 40},
+        {"counts": [700, 33, 1], "page": 16, "heads": 8, "kv_heads": 8},
+        {"counts": [700, 33, 1], "page": 48, "heads": 32, "kv_heads": 1},
+        {"counts": [1000, 2, 300], "page": 256, "heads": 4, "kv_heads": 2, "head_size": 128},
+    ],
+    ids=str,
+)
+def test_any_lengths_give_the_reference_in_float32(problem):
+    problem = _problem(**problem)
+    attend = table.choose("paged_attention")
+    assert attend is not paged_attention_reference
+    with jax.default_matmul_precision("highest"):
+        expected = _attend(paged_attention_reference, _float32(problem), 2)
+    got = _attend(attend, problem, 2)
+    assert got.dtype == jnp.bfloat16
+    assert _relative(got, expected) < 6e-3
+
+
+@pytest.mark.accelerator
+@on_gpu
+def test_inside_a_scan_each_layer_is_read_where_it_lies():
+    q, *rest = _problem([300, 1, 129, 2000])
+
+    def layers(attend, q, keys, values, pages, counts, sinks):
+        def layer(q, i):
+            return attend(q, keys, values, i, pages, counts, sinks).astype(q.dtype), None
+
+        return jax.jit(lambda q: jax.lax.scan(layer, q, jnp.arange(LAYERS))[0])(q)
+
+    with jax.default_matmul_precision("highest"):
+        expected = layers(paged_attention_reference, *_float32((q, *rest)))
+    assert _relative(layers(table.choose("paged_attention"), q, *rest), expected) < 2e-2
+
+
+def test_the_kernels_lower_for_a_gpu_that_is_not_here():
+    pytest.importorskip("jax_triton", reason="needs the extra `kernels` and jax's plugin for CUDA", exc_type=ImportError)
+    for counts, calls in (([128, 5], 1), ([600, 1], 2)):
+        q, keys, values, *rest = _problem(counts, spare=0)
+        with table.lowering_for("gpu"):
+            traced = jax.jit(table.choose("paged_attention")).trace(q, keys, values, jnp.int32(0), *rest)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call") == calls
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"page": 8}, "pages have 8 places; it takes multiples of 16"),
+        ({"head_size": 32}, "the head size is 32; it takes 64 or 128"),
+        ({"dtype": jnp.float32}, "keys and values are float32 and float32; it takes bfloat16"),
+    ],
+)
+def test_shapes_that_do_not_fit_take_the_reference_and_the_log_says_so(logged, given, said):
+    pytest.importorskip("triton", reason="needs the extra `kernels`")
+    from discover_jax.kernels import attention_decode
+
+    attention_decode._say.cache_clear()
+    q, keys, values, *rest = _problem([20, 3], heads=4, kv_heads=2, **given)
+    for _ in range(2):
+        got = attention_decode.paged_attention(q, keys, values, jnp.int32(1), *rest)
+    np.testing.assert_array_equal(got, paged_attention_reference(q, keys, values, jnp.int32(1), *rest))
+    assert logged == [f"kernel of paged_attention on gpu: reference, which is many times slower, because {said}"]

@@ -1,0 +1,94 @@
+"""Projections out of stacks: the reference against numpy, the kernels in Triton's interpreter and on a GPU, and when they do not apply."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.kernels.projections import Stack, project_reference
+
+interpreted = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
+)
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+LAYERS, SCALE = 3, 0.5
+
+
+def _problem(rows, width, outs, rank, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(rows)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, dtype)
+
+    def adapter(out):
+        return (draw(LAYERS, rank, width), draw(LAYERS, out, rank)) if rank else ()
+
+    return draw(rows, width), [Stack(draw(LAYERS, out, width), draw(LAYERS, out), *adapter(out)) for out in outs]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_reference_is_the_formula_for_the_layer_asked_for(rank):
+    x, stacks = _problem(5, 12, (7, 4), rank, jnp.float32)
+    for got, stack in zip(jax.jit(project_reference)(x, stacks, jnp.int32(2), SCALE), stacks, strict=True):
+        weight, bias = np.asarray(stack.weight[2], np.float64), np.asarray(stack.bias[2])
+        if rank:
+            weight = weight + SCALE * np.asarray(stack.lora_b[2], np.float64) @ np.asarray(stack.lora_a[2], np.float64)
+        np.testing.assert_allclose(got, np.asarray(x, np.float64) @ weight.T + bias, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_the_kernels_are_right_to_the_rounding_of_bfloat16():
+    script = Path(__file__).with_name("interpreted_projections.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 4
+    for name, error in errors.items():
+        assert error < 4e-3, name  # NaN, of an output that was not written, is not below it
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "outs", "dtype"),
+    [(2, 64, (32,), jnp.float32), (2, 96, (32,), jnp.bfloat16), (2, 64, (32, 24), jnp.bfloat16), (300, 64, (32,), jnp.bfloat16)],
+)
+def test_what_the_kernels_do_not_take_goes_to_the_reference(rows, width, outs, dtype):
+    pytest.importorskip("triton", reason="needs the extra `kernels`")
+    from discover_jax.kernels.projections_decode import project
+
+    x, stacks = _problem(rows, width, outs, 4, dtype)
+    for got, expected in zip(project(x, stacks, 1, SCALE), project_reference(x, stacks, jnp.int32(1), SCALE), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_the_kernels_lower_for_a_gpu_that_is_not_here():
+    pytest.importorskip("jax_triton", reason="needs the extra `kernels` and jax's plugin for CUDA", exc_type=ImportError)
+    from discover_jax.kernels.projections_decode import project
+
+    for rank, calls in ((0, 1), (4, 2)):
+        traced = jax.jit(project, static_argnums=3).trace(*_problem(9, 128, (64, 32, 32), rank), jnp.int32(1), SCALE)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call") == calls
+
+
+@pytest.mark.accelerator
+@on_gpu
+@pytest.mark.parametrize("rows", [1, 7, 64, 128, 256])
+@pytest.mark.parametrize(("width", "outs"), [(2880, (4096, 512, 512)), (4096, (2880,)), (320, (48, 16))])
+@pytest.mark.parametrize("rank", [0, 32])
+def test_in_a_scan_the_kernels_give_the_reference(rows, width, outs, rank):
+    from discover_jax.kernels.projections_decode import project
+
+    x, stacks = _problem(rows, width, outs, rank)
+
+    def layers(multiply):
+        return jax.jit(lambda: jax.lax.scan(lambda _, i: (None, multiply(x, stacks, i, SCALE)), None, jnp.arange(LAYERS))[1])()
+
+    for got, expected in zip(layers(project), layers(project_reference), strict=True):
+        assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < 1e-3
