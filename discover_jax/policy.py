@@ -73,4 +73,4 @@ def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
     model = build_model(config, sizes)
     if folder is None:
         return Policy(model, model.init_frozen(jax.random.key(config.seed)), tokenizer)
-    return Policy(model, load_folder(folder, on_progress=on_progress, dtype=config.model.dtype, experts=config.model.experts)[1], tokenizer)
+    return Policy(model, load_folder(folder, on_progress=on_progress, dtype=config.model.dtype, experts=model.experts)[1], tokenizer)

@@ -6,6 +6,7 @@ how rollouts are packed nor on how many microbatches there are, up to the order 
 the KL to the base is wanted, reads the microbatches with the adapter left out.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCTIONS, RatioLimits
 from discover_jax.learning.packing import Batch, empty_batch
 from discover_jax.learning.train_state import TrainState, abstract_train_state
+from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import sharding_for
 from discover_jax.types import Program
 
@@ -156,11 +158,12 @@ class Update:
         # every program would be compiled twice.
         state = abstract_train_state(model.abstract_lora(), optimizer)
         layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
-        self._accumulate = jax.jit(accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
+        jit = functools.partial(jax.jit, compiler_options=EXACT_ROUNDING)
+        self._accumulate = jit(accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=layouts)
-        self._base_gap = jax.jit(base_gap)
+        self._base_gap = jit(base_gap)
         self._norm = jax.jit(_norm)
-        self._forward = jax.jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
+        self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def _place(self, arrays: Any) -> Any:
         """Arrays [B, T] with their rows spread over the mesh's data axis, if there is a mesh."""

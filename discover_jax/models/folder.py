@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
+from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Layout, Place, layout_of, places_of
@@ -247,10 +248,11 @@ def load_folder(
 
     Raises:
       WeightsError: a file or tensor is missing, damaged, or of another shape or type; the message names it.
+      ConfigError: the experts are wanted in tiles, which cannot hold them.
     """
     folder = _open(Path(path))
     config, layout = folder.config, folder.layout
-    if layout.transposed and experts == "packed":
+    if layout.transposed and experts != "dense":
         raise WeightsError(
             f"{folder.path} holds dequantised experts; they are not packed again, which would lose digits. Set"
             " config.model.experts='dense', or use the MXFP4 checkpoint."
@@ -276,6 +278,10 @@ def load_folder(
         place, layers = tuple(inside), range(_KINDS.index(kind), config.num_layers, 2)
         if place in structs:
             parts = (read(place, layer) for layer in layers)
+        elif place[-1] == "words":
+            parts = (lay_out_blocks(read((*place[:-1], "blocks"), layer), SLABS[place[1]]) for layer in layers)
+        elif place[-1] == "factors":
+            parts = (_factors(read((*place[:-1], "scales"), layer), SLABS[place[1]]) for layer in layers)
         else:  # a dense matrix from its MXFP4 form
             blocks, scales = ((*place[:-1], name) for name in ("blocks", "scales"))
             parts = (_dequantise(read(blocks, layer), read(scales, layer), dtype) for layer in layers)
@@ -321,6 +327,11 @@ def _stack(struct: jax.ShapeDtypeStruct, parts: Iterator[jax.Array]) -> jax.Arra
 _dequantise = jax.jit(dequantise, static_argnums=2)
 
 
+def _factors(scales: jax.Array, slab: Slab) -> jax.Array:
+    check_scales(scales)
+    return lay_out_scales(scales, slab)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stack: jax.Array, part: jax.Array, place: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), place, 0)
@@ -343,14 +354,20 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
     """Writes a frozen tree as a folder, see `write_folder`.
 
     Args:
-      frozen: of a `Model` of that config, packed or dense; dense experts are rounded to the nearest MXFP4.
+      frozen: of a `Model` of that config, its experts in any form; dense ones are rounded to the nearest MXFP4.
     """
     leaves_of = {kind: places_of(frozen, kind) for kind in _KINDS}
 
     @functools.lru_cache(maxsize=1)
     def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
-        weight = leaves_of[_KINDS[layer % 2]]["experts", matrix, "weight"][layer // 2]
-        return dict(zip(("blocks", "scales"), quantise(weight), strict=True))
+        leaves = leaves_of[_KINDS[layer % 2]]
+        forms = {
+            name: leaves["experts", matrix, name][layer // 2]
+            for name in ("weight", "words", "factors")
+            if ("experts", matrix, name) in leaves
+        }
+        values = quantise(forms["weight"]) if "weight" in forms else restore(**forms, paired=SLABS[matrix].paired)
+        return dict(zip(("blocks", "scales"), values, strict=True))
 
     def tensor(place: Place, layer: int | None) -> np.ndarray:
         leaves = leaves_of[_KINDS[(layer or 0) % 2]]

@@ -11,13 +11,26 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.models.cache import Cache
+from discover_jax.kernels import table
+from discover_jax.kernels.mxfp4_tiles import SLABS
+from discover_jax.models.cache import Cache, Pool
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.layers import GptOss, Layer, Pair, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
 from discover_jax.models.sharding import sharding_for
 
-EXPERTS = ("packed", "dense")
+EXPERTS = ("packed", "tiled", "dense")
+
+
+def _on_its_devices(method: Callable) -> Callable:
+    """A method of `Model` that chooses kernels for the devices of its mesh."""
+
+    @functools.wraps(method)
+    def chosen(self: "Model", *args: Any) -> Any:
+        with table.spread_over(self._devices):
+            return method(self, *args)
+
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +39,10 @@ class Model:
 
     Attributes:
       config, lora: sizes, and the adapter's ranks.
-      dtype: of activations and of weights that are not MXFP4.
-      experts: "packed" keeps the experts in MXFP4, unpacking where they are used; "dense" holds them in `dtype`.
+      dtype: of what products take and of weights that are not MXFP4. The residual stream and all sums are float32, rounded where a
+        product takes them: at the same places in sampler and update, whichever kernels compute them.
+      experts: "packed" keeps the experts in MXFP4, unpacking where they are used; "tiled" keeps the same bits where the decoding kernels
+        look for them (see kernels.mxfp4_tiles), which `mxfp4_tiles.check_sizes` must allow; "dense" holds them in `dtype`.
       mesh: devices over which parameters are laid out, or None for the default device.
       remat: recompute each pair of layers in the backward pass instead of keeping its activations.
 
@@ -64,16 +79,36 @@ class Model:
         """A fresh adapter: its products are zero, so that the policy equals the base exactly."""
         return jax.jit(lambda key: init_tree(_declared(self).lora, key, self.mesh))(key)
 
+    def cast(self, lora: Tree | None) -> Tree | None:
+        """The adapter in the model's type, to which every product rounds it anyway: what follows is the same to the last bit."""
+        return jax.tree.map(lambda x: x.astype(self.dtype), lora)
+
     # Whole sequences
 
+    @_on_its_devices
     def hidden(self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """The stream after the final norm, [B, T, D].
 
         Args:
           tokens_BT, positions_BT: int32; positions restart in each segment.
-          segments_BT: int32; a token sees earlier tokens of its own segment only; 0 is padding, whose outputs mean nothing.
+          segments_BT: int32; the tokens of a segment lie one after another, and see earlier ones of their own segment only; 0 is padding,
+            whose outputs mean nothing.
         """
-        return self._forward(frozen, lora, tokens_BT, positions_BT, segments_BT, keep=None)[0]
+        c, adapted = self.config, lora is not None
+
+        def read(layer: Layer, x_BTD: jax.Array, window: int | None) -> jax.Array:
+            q, k, v = layer.attention.project(x_BTD, positions_BT, adapted=adapted)
+            x_BTD += layer.attention.attend_packed(q, k, v, segments_BT, window, adapted=adapted)
+            return x_BTD + layer.experts(x_BTD, adapted=adapted)
+
+        def step(x_BTD: jax.Array, parameters: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
+            pair = self._bind_pair(*parameters)
+            return read(pair.full, read(pair.sliding, x_BTD, c.sliding_window), None), None
+
+        x_BTD = frozen["embedding"][tokens_BT].astype(jnp.float32)
+        parameters = (frozen["pairs"], (lora or {}).get("pairs", {}))
+        x_BTD, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, x_BTD, parameters)
+        return rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
 
     def logits(self, frozen: Tree, lora: Tree | None, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
@@ -82,129 +117,163 @@ class Model:
 
     # Token by token
 
-    def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache of `batch` rows with room for `capacity` tokens each."""
+    def init_pool(self, pages: int, page_size: int) -> Pool:
+        """Empty pages of `page_size` tokens each, for the full layers of all rows."""
         c = self.config
-        full = (c.num_pairs, batch, c.num_kv_heads, capacity, c.head_size)
-        ring = (c.num_pairs, batch, c.num_kv_heads, c.sliding_window, c.head_size)
-        full_k, full_v, ring_k, ring_v = (jnp.zeros(shape, self.dtype) for shape in (full, full, ring, ring))
-        return Cache(full_k, full_v, ring_k, ring_v, jnp.zeros(batch, jnp.int32))
+        shape = (c.num_pairs, pages, c.num_kv_heads, page_size, c.head_size)
+        return Pool(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def abstract_cache(self, batch: int, capacity: int, axis: str = "batch") -> Cache:
-        """Shapes and types of a cache, with shardings if there is a mesh; `axis` is the logical axis of its rows.
+    def init_rings(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """Empty keys and values of the sliding layers of `batch` rows."""
+        c = self.config
+        shape = (c.num_pairs, batch, c.num_kv_heads, c.sliding_window, c.head_size)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+    def init_cache(self, batch: int, capacity: int, page_size: int = 128) -> Cache:
+        """An empty cache of `batch` rows with pages of their own for at least `capacity` tokens each."""
+        each = -(-capacity // page_size)
+        pages_BM = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
+        return Cache(self.init_pool(batch * each, page_size), *self.init_rings(batch), pages_BM, jnp.zeros(batch, jnp.int32))
+
+    def abstract_pool(self, pages: int, page_size: int) -> Pool:
+        """Shapes and types of a pool, with shardings if there is a mesh.
 
         Raises:
-          ShardingError: rows or heads do not divide by their mesh axis.
+          ShardingError: heads do not divide by their mesh axis.
         """
-        cache, mesh = jax.eval_shape(lambda: self.init_cache(batch, capacity)), self.mesh
-        if mesh is None:
-            return cache
+        pool = jax.eval_shape(lambda: self.init_pool(pages, page_size))
+        if self.mesh is None:
+            return pool
+        axes = ("pairs", "pages", "kv_heads", "positions", "head_size")
+        sharding = sharding_for(axes, pool.keys_LPKsH.shape, self.mesh)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pool)
 
-        def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            axes = (axis,) if leaf.ndim == 1 else ("pairs", axis, "kv_heads", "positions", "head_size")
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, mesh))
+    @_on_its_devices
+    def prefill(self, frozen: Tree, lora: Tree | None, tokens_BC: jax.Array, counts_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads a chunk of each row's prompt, right-padded. Chunks before it were full: lengths are multiples of the page size, as is C.
 
-        return jax.tree.map(lay_out, cache)
-
-    def prefill(
-        self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, lengths_B: jax.Array, capacity: int
-    ) -> tuple[jax.Array, Cache]:
-        """Reads prompts, right-padded, each of at least one token.
+        Args:
+          frozen, lora: weights.
+          tokens_BC: the rows' next tokens.
+          counts_B: int32, how many of them are real; at least 1.
+          cache: with room for the real ones.
 
         Returns:
-          The stream after the final norm at each row's last token, [B, D], and a cache of that capacity.
+          The stream after the final norm at each row's last real token, [B, D], and the cache with the chunk.
 
         Raises:
-          CapacityError: the rows are longer than `capacity`.
+          CapacityError: C is no multiple of the page size, or more than the rows' pages hold.
         """
-        batch, length = tokens_BT.shape
-        if length > capacity:
-            raise CapacityError(f"Prompts padded to {length} tokens do not fit a cache of {capacity}; make max_prompt_tokens larger.")
-        window = self.config.sliding_window
-        positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-        # Place w of a ring holds the last position that is congruent to w; before the row's start there is none, and decode masks it.
-        places_BW = lengths_B[:, None] - 1 - (lengths_B[:, None] - 1 - jnp.arange(window)) % window
+        c, adapted = self.config, lora is not None
+        (batch, chunk), size, window = tokens_BC.shape, cache.pool.page_size, c.sliding_window
+        if chunk % size or chunk > cache.pages_BM.shape[1] * size:
+            raise CapacityError(
+                f"A chunk of {chunk} tokens cannot be read into rows of {cache.pages_BM.shape[1]} pages of {size} tokens; it must be whole"
+                " pages, and no more than a row has."
+            )
+        lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
+        positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
+        firsts_m = jnp.arange(0, chunk, size)
+        pages_Bm = jnp.take_along_axis(cache.pages_BM, (lengths_B[:, None] + firsts_m) // size, axis=1, mode="clip")
+        pages_Bm = jnp.where(firsts_m < counts_B[:, None], pages_Bm, cache.pool.pages)  # what is padding only is not written
+        # A ring's place w holds the last position that is congruent to w, if there is one.
+        held_BW, holds_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
+        # Sliding layers look at the ring as it was and at the chunk.
+        keys_at_BS = jnp.concatenate([held_BW, positions_BC], axis=1)
+        distance_BCS = positions_BC[:, :, None] - keys_at_BS[:, None]
+        sliding_BCS = (distance_BCS >= 0) & (distance_BCS < window) & (keys_at_BS >= 0)[:, None]
+        kept_BW = jnp.where(holds_BW >= lengths_B[:, None], window + holds_BW - lengths_B[:, None], jnp.arange(window))
+        (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
 
-        def keep(sliding: tuple[jax.Array, jax.Array], full: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            rows = jnp.clip(places_BW, 0)[:, None, :, None]
-            rings = [jnp.take_along_axis(x_BKTH, rows, axis=2) for x_BKTH in sliding]
-            padding = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
-            return (*(jnp.pad(x_BKTH, padding) for x_BKTH in full), *rings)
+        def paged(x_BCKH: jax.Array) -> jax.Array:
+            return x_BCKH.reshape(batch, -1, size, c.num_kv_heads, c.head_size).transpose(0, 1, 3, 2, 4)
 
-        hidden_BTD, (full_k, full_v, ring_k, ring_v) = self._forward(frozen, lora, tokens_BT, positions_BT, segments_BT, keep=keep)
-        last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-        return last_BD, Cache(full_k, full_v, ring_k, ring_v, lengths_B.astype(jnp.int32))
+        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree, tuple[jax.Array, jax.Array]]):
+            x_BCD, pool = carry
+            index, frozen_pair, lora_pair, rings = parameters
+            pair = self._bind_pair(_join(frozen_pair, frozen_stacks), _join(lora_pair, lora_stacks))
+            attention, layer = pair.sliding.attention, index if self._stacked else None
+            q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
+            keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
+            rings = tuple(jnp.take_along_axis(x, kept_BW[:, None, :, None], axis=2) for x in (keys, values))
+            x_BCD += attention.attend(q, keys, values, sliding_BCS, layer, adapted=adapted)
+            x_BCD += pair.sliding.experts.decode(x_BCD, index, adapted=adapted)
+            attention = pair.full.attention
+            q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
+            pool = Pool(
+                pool.keys_LPKsH.at[index, pages_Bm].set(paged(k), mode="drop"),
+                pool.values_LPKsH.at[index, pages_Bm].set(paged(v), mode="drop"),
+            )
+            x_BCD += attention.attend_chunk(q, pool, index, cache.pages_BM, lengths_B, layer, adapted=adapted)
+            x_BCD += pair.full.experts.decode(x_BCD, index, adapted=adapted)
+            return (x_BCD, pool), rings
 
+        x_BCD = frozen["embedding"][tokens_BC].astype(jnp.float32)
+        inputs = (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs, (cache.ring_k_LBKWH, cache.ring_v_LBKWH))
+        (x_BCD, pool), (ring_k, ring_v) = jax.lax.scan(step, (x_BCD, cache.pool), inputs)
+        x_BD = jnp.take_along_axis(x_BCD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
+        return rms_norm(x_BD, frozen["norm"], c.rms_eps, self.dtype), Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1)
+
+    @_on_its_devices
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Reads one more token a row, at position `cache.lengths_B`, which must be below the capacity.
+        """Reads one more token a row, at position `cache.lengths_B`, for which it must have a page.
+
+        A row of length 0 is empty: of its token no page takes notice, and its stream means nothing.
 
         Returns:
           The stream after the final norm [B, D], and the cache with the token.
         """
         c, adapted = self.config, lora is not None
-        positions_B1, rows_B = cache.lengths_B[:, None], jnp.arange(tokens_B.shape[0])
-        places_B = cache.lengths_B % c.sliding_window
-        x_BTD = frozen["embedding"][tokens_B][:, None].astype(self.dtype)
-        counts_full = cache.lengths_B + 1
-        counts_ring = jnp.minimum(counts_full, c.sliding_window)  # after the write; a ring fills from its first place
+        size, lengths_B, rows_B = cache.pool.page_size, cache.lengths_B, jnp.arange(tokens_B.shape[0])
+        x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
+        pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
+        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # beyond the last page: dropped
+        counts_B = lengths_B + 1
+        # Of a ring each row has one page; it fills from its first place.
+        rings = {"pages": rows_B, "places": lengths_B % c.sliding_window}
+        rings |= {"table": rows_B[:, None], "counts": jnp.minimum(counts_B, c.sliding_window)}
+        full = {"pages": pages_B, "places": lengths_B % size, "table": cache.pages_BM, "counts": counts_B}
 
-        def read(layer: Layer, x_BTD: jax.Array, keys: jax.Array, values: jax.Array, pair: jax.Array, places: jax.Array, counts: jax.Array):
-            q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, positions_B1, adapted=adapted)
-            keys = keys.at[pair, rows_B, :, places].set(k_B1KH[:, 0])
-            values = values.at[pair, rows_B, :, places].set(v_B1KH[:, 0])
-            x_BTD += layer.attention.attend_cached(q, keys, values, pair, counts, adapted=adapted)
-            return x_BTD + layer.experts(x_BTD, adapted=adapted), keys, values
+        # What is large is not sliced by the loop: a kernel would be given copies of the slices.
+        (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
+
+        def read(layer: Layer, x_BTD: jax.Array, pool: Pool, pair: jax.Array, at: dict[str, jax.Array]) -> tuple[jax.Array, Pool]:
+            stacked = pair if self._stacked else None
+            q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, lengths_B[:, None], stacked, adapted=adapted)
+            pool = Pool(
+                pool.keys_LPKsH.at[pair, at["pages"], :, at["places"]].set(k_B1KH[:, 0], mode="drop"),
+                pool.values_LPKsH.at[pair, at["pages"], :, at["places"]].set(v_B1KH[:, 0], mode="drop"),
+            )
+            x_BTD += layer.attention.attend_cached(q, pool, pair, at["table"], at["counts"], stacked, adapted=adapted)
+            return x_BTD + layer.experts.decode(x_BTD, pair, adapted=adapted), pool
 
         # The caches travel as the loop's carry, so that each step writes one place instead of copying them.
-        def step(carry: tuple[jax.Array, ...], parameters: tuple[jax.Array, Tree, Tree]):
-            x_BTD, full_k, full_v, ring_k, ring_v = carry
+        def step(carry: tuple[jax.Array, Pool, Pool], parameters: tuple[jax.Array, Tree, Tree]):
+            x_BTD, pool, ring = carry
             index, frozen_pair, lora_pair = parameters
-            pair = self._bind_pair(frozen_pair, lora_pair)
-            x_BTD, ring_k, ring_v = read(pair.sliding, x_BTD, ring_k, ring_v, index, places_B, counts_ring)
-            x_BTD, full_k, full_v = read(pair.full, x_BTD, full_k, full_v, index, cache.lengths_B, counts_full)
-            return (x_BTD, full_k, full_v, ring_k, ring_v), None
+            pair = self._bind_pair(_join(frozen_pair, frozen_stacks), _join(lora_pair, lora_stacks))
+            x_BTD, ring = read(pair.sliding, x_BTD, ring, index, rings)
+            x_BTD, pool = read(pair.full, x_BTD, pool, index, full)
+            return (x_BTD, pool, ring), None
 
-        carry = (x_BTD, cache.full_k_LBKSH, cache.full_v_LBKSH, cache.ring_k_LBKWH, cache.ring_v_LBKWH)
-        carry, _ = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen["pairs"], (lora or {}).get("pairs", {})))
-        x_BTD, full_k, full_v, ring_k, ring_v = carry
-        return rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps), Cache(full_k, full_v, ring_k, ring_v, cache.lengths_B + 1)
+        carry = (x_BTD, cache.pool, Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH))
+        (x_BTD, pool, ring), _ = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs))
+        x_BD = rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps, self.dtype)
+        return x_BD, Cache(pool, ring.keys_LPKsH, ring.values_LPKsH, cache.pages_BM, counts_B)
 
     # Inside
 
-    def _forward(
-        self,
-        frozen: Tree,
-        lora: Tree | None,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array,
-        *,
-        keep: Callable[..., tuple[jax.Array, ...]] | None,
-    ) -> tuple[jax.Array, Any]:
-        """`hidden`, and what `keep` makes of the sliding and the full layer's keys and values [B, K, T, H] of each pair, stacked."""
-        c, adapted = self.config, lora is not None
-        distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
-        full_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0) & (distance_BTT >= 0)
-        sliding_BTT = full_BTT & (distance_BTT < c.sliding_window)
+    @property
+    def _devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
 
-        def read(layer: Layer, x_BTD: jax.Array, seen_BTT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            q, k, v = layer.attention.project(x_BTD, positions_BT, adapted=adapted)
-            k_BKTH, v_BKTH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-            x_BTD += layer.attention.attend(q, k_BKTH, v_BKTH, seen_BTT, adapted=adapted)
-            return x_BTD + layer.experts(x_BTD, adapted=adapted), (k_BKTH, v_BKTH)
+    @property
+    def _stacked(self) -> bool:
+        """Whether attention's projections stay in their stacks too: their kernel runs on one device."""
+        return self._devices == 1
 
-        def step(x_BTD: jax.Array, parameters: tuple[Tree, Tree]):
-            pair = self._bind_pair(*parameters)
-            x_BTD, sliding = read(pair.sliding, x_BTD, sliding_BTT)
-            x_BTD, full = read(pair.full, x_BTD, full_BTT)
-            return x_BTD, keep(sliding, full) if keep is not None else None
-
-        if self.remat and keep is None:
-            step = jax.checkpoint(step)
-        x_BTD = frozen["embedding"][tokens_BT].astype(self.dtype)
-        x_BTD, kept = jax.lax.scan(step, x_BTD, (frozen["pairs"], (lora or {}).get("pairs", {})))
-        return rms_norm(x_BTD, frozen["norm"], c.rms_eps), kept
+    def _split(self, tree: Tree) -> tuple[Tree, Tree]:
+        return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))
 
     def _bind(self, frozen: Tree, lora: Tree | None) -> GptOss:
         """The module with these arrays; what is left out of the trees stays a declaration."""
@@ -213,6 +282,26 @@ class Model:
     def _bind_pair(self, frozen: Tree, lora: Tree) -> Pair:
         """A pair of layers with its slice of the stacked arrays; an empty `lora` leaves the adapter out."""
         return self._bind({"pairs": frozen}, {"pairs": lora} if lora else None).pairs
+
+
+def _split_matrices(tree: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
+    """The tree of pairs without the matrices of these names, and these alone."""
+    rest: Tree = {}
+    matrices: Tree = {}
+    for name, node in tree.items():
+        if name in names:
+            matrices[name] = node
+        elif isinstance(node, dict):
+            rest[name], matrices[name] = _split_matrices(node, names)
+        else:
+            rest[name] = node
+    return rest, matrices
+
+
+def _join(first: Tree, second: Tree) -> Tree:
+    """The tree with all leaves of two that have none in common."""
+    shared = {name: _join(first[name], second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **shared}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +315,7 @@ class _Declared:
 
 @functools.cache
 def _declared(model: Model) -> _Declared:
-    module = GptOss(model.config, model.lora, model.dtype, packed=model.experts == "packed")
+    module = GptOss(model.config, model.lora, model.dtype, form=model.experts)
     return _Declared(*nnx.split(module, Frozen, Lora))
 
 

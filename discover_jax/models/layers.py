@@ -4,6 +4,7 @@ Modules hold declarations (see parameters) until `Model` binds arrays to them. E
 y = x W^T + b + (alpha / rank) (x A^T) B^T.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,67 +12,112 @@ import jax.numpy as jnp
 from flax import nnx
 
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import route
+from discover_jax.kernels.experts import route_top
+from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, restore, words_shape
+from discover_jax.kernels.projections import Stack
+from discover_jax.models.cache import Pool
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.mxfp4 import BLOCK, dequantise
 from discover_jax.models.parameters import Declare
 from discover_jax.models.rope import rotate
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm in float32, scaled before the downcast."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """Root-mean-square norm in float32, scaled before the downcast to `dtype`, by default x's own."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype if dtype is None else dtype)
+
+
+def _product(x: jax.Array, weight_oi: jax.Array) -> jax.Array:
+    """x W^T in float32; the weights are taken in x's type."""
+    return jnp.einsum("...i,oi->...o", x, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _adapter_product(x: jax.Array, a_ri: jax.Array, b_or: jax.Array, scale: float) -> jax.Array:
+    """scale (x A^T) B^T in float32; between the two products it is rounded to x's type."""
+    # Seen as another x: XLA would join A to the weights in one product, and copy both for it at each use (1.2 GB for the head).
+    x = jax.lax.optimization_barrier(x)
+    return _product((scale * _product(x, a_ri)).astype(x.dtype), b_or)
 
 
 class Projection(nnx.Module):
     """x [..., in] -> [..., out], with bias and adapter where declared."""
 
-    def __init__(self, declare: Declare, out: int, into: int, axes: tuple[str, str], *, rank: int, alpha: float, bias: bool = True):
-        self.weight = declare.weight((out, into), axes)
+    def __init__(
+        self, declare: Declare, out: int, into: int, axes: tuple[str, str], *, rank: int, alpha: float, bias: bool = True, gain: float = 1.0
+    ):
+        self.weight = declare.weight((out, into), axes, gain=gain)
         self.bias = declare.weight((out,), axes[:1], "zeros") if bias else None
         self.lora_a = declare.lora((rank, into), ("rank", axes[1]), "fan_in") if rank else None
         self.lora_b = declare.lora((out, rank), (axes[0], "rank"), "zeros") if rank else None
         self.scale = alpha / rank if rank else 0.0
 
     def __call__(self, x: jax.Array, *, adapted: bool, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """`out_dtype` sets the type of sums and result, e.g. float32 for logits."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=out_dtype)
+        """In `out_dtype`, by default x's own; everything is added up in float32 and rounded once."""
+        y = _product(x, self.weight[...])
         if self.bias is not None:
-            y += self.bias[...].astype(y.dtype)
+            y += self.bias[...].astype(jnp.float32)
         if adapted and self.lora_a is not None and self.lora_b is not None:
-            low = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype))
-            y += self.scale * jnp.einsum("...r,or->...o", low, self.lora_b[...].astype(x.dtype), preferred_element_type=out_dtype)
-        return y
+            y += _adapter_product(x, self.lora_a[...], self.lora_b[...], self.scale)
+        return y.astype(x.dtype if out_dtype is None else out_dtype)
+
+
+def project_stacked(projections: list[Projection], x: jax.Array, layer: jax.Array, *, adapted: bool) -> list[jax.Array]:
+    """One layer of projections to which whole stacks are bound, of the same x [..., in]: float32 [..., out]."""
+
+    def stack(one: Projection) -> Stack:
+        assert one.bias is not None, "attention's projections have biases"
+        adapter = (one.lora_a[...], one.lora_b[...]) if adapted and one.lora_a is not None and one.lora_b is not None else ()
+        return Stack(one.weight[...], one.bias[...], *adapter)
+
+    project: Callable = table.choose("decode_projections")
+    ys = project(x.reshape(-1, x.shape[-1]), [stack(one) for one in projections], layer, projections[0].scale)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with a learned sink per head; the caller says which keys each query sees."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig):
-        self.config = config
+        self.config, self.dtype = config, declare.dtype
         d, n, k, h = config.width, config.num_heads, config.num_kv_heads, config.head_size
         options = {"rank": lora.attention_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
         self.q = Projection(declare, n * h, d, ("heads", "width"), **options)
         self.k = Projection(declare, k * h, d, ("kv_heads", "width"), **options)
         self.v = Projection(declare, k * h, d, ("kv_heads", "width"), **options)
-        self.o = Projection(declare, d, n * h, ("width", "heads"), **options)
+        self.o = Projection(declare, d, n * h, ("width", "heads"), gain=declare.branch_gain, **options)
         self.sinks = declare.weight((n,), ("heads",), "zeros")
 
-    def project(self, x_BTD: jax.Array, positions_BT: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], and keys and values [B, T, K, H]; queries and keys already turned to their positions."""
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, layer: jax.Array | None = None, *, adapted: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], and keys and values [B, T, K, H], of the stream; queries and keys already turned to their positions.
+
+        `layer` says which layer, if the projections are stacks.
+        """
         c = self.config
-        lead = x_BTD.shape[:-1]
-        x_BTD = rms_norm(x_BTD, self.norm[...], c.rms_eps)
-        q = self.q(x_BTD, adapted=adapted).reshape(*lead, c.num_heads, c.head_size)
-        k = self.k(x_BTD, adapted=adapted).reshape(*lead, c.num_kv_heads, c.head_size)
-        v = self.v(x_BTD, adapted=adapted).reshape(*lead, c.num_kv_heads, c.head_size)
+        x_BTD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype)
+        projections = [self.q, self.k, self.v]
+        if layer is None:
+            ys = [one(x_BTD, adapted=adapted) for one in projections]
+        else:
+            ys = [y.astype(self.dtype) for y in project_stacked(projections, x_BTD, layer, adapted=adapted)]
+        q, k, v = (y.reshape(*x_BTD.shape[:-1], -1, c.head_size) for y in ys)
         return rotate(q, positions_BT, c), rotate(k, positions_BT, c), v
 
-    def attend(self, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array, *, adapted: bool) -> jax.Array:
-        """Attention of queries to the keys that they see, and the output projection: [B, T, D].
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
+        seen_BTS: jax.Array,
+        layer: jax.Array | None = None,
+        *,
+        adapted: bool,
+    ) -> jax.Array:
+        """Attention of queries to the keys that they see, and the output projection: [B, T, D] float32.
 
         o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink); scores and softmax in float32.
         """
@@ -87,107 +133,180 @@ class Attention(nnx.Module):
         sinks = self.sinks[...].astype(jnp.float32).reshape(1, c.num_kv_heads, groups, 1, 1)
         highest = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
         weights = jnp.exp(scores - highest)
-        weights = (weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - highest))).astype(v_BKSH.dtype)
-        out_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights.reshape(b, c.num_kv_heads, groups * t, -1), v_BKSH)
-        out = out_BKRH.reshape(b, c.num_kv_heads, groups, t, c.head_size).transpose(0, 3, 1, 2, 4).reshape(b, t, -1)
-        return self.o(out, adapted=adapted)
+        total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - highest)
+        rows = weights.reshape(b, c.num_kv_heads, groups * t, -1).astype(v_BKSH.dtype)
+        out_BKRH = jnp.einsum("bkrs,bksh->bkrh", rows, v_BKSH, preferred_element_type=jnp.float32)
+        out = out_BKRH.reshape(b, c.num_kv_heads, groups, t, c.head_size) / total
+        return self._out(out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1), layer, adapted=adapted)
+
+    def attend_packed(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None, *, adapted: bool
+    ) -> jax.Array:
+        """The same of packed rows, to earlier keys of the query's own segment, or the last `window` of them; differentiable."""
+        if window is None:
+            out_BTNH = table.choose("packed_attention")(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...])
+        else:
+            out_BTNH = table.choose("windowed_attention")(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...], window=window)
+        return self._out(out_BTNH.reshape(*q_BTNH.shape[:2], -1), None, adapted=adapted)
 
     def attend_cached(
-        self, q_B1NH: jax.Array, keys_LBKSH: jax.Array, values_LBKSH: jax.Array, pair: jax.Array, counts_B: jax.Array, *, adapted: bool
+        self,
+        q_B1NH: jax.Array,
+        pool: Pool,
+        pair: jax.Array,
+        pages_BM: jax.Array,
+        counts_B: jax.Array,
+        layer: jax.Array | None,
+        *,
+        adapted: bool,
     ) -> jax.Array:
-        """The same for one query a row that sees the first `counts_B` places of one of a stack of caches: [B, 1, D]."""
-        read: Callable = table.choose("cached_attention")
-        out_BNH = read(q_B1NH[:, 0], keys_LBKSH, values_LBKSH, pair, counts_B, self.sinks[...])
-        return self.o(out_BNH.reshape(*q_B1NH.shape[:2], -1), adapted=adapted)
+        """The same for one query a row that sees the first `counts_B` places of the row's pages: [B, 1, D] float32."""
+        read: Callable = table.choose("paged_attention")
+        out_BNH = read(q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks[...])
+        return self._out(out_BNH.reshape(*q_B1NH.shape[:2], -1), layer, adapted=adapted)
+
+    def attend_chunk(
+        self,
+        q_BCNH: jax.Array,
+        pool: Pool,
+        pair: jax.Array,
+        pages_BM: jax.Array,
+        lengths_B: jax.Array,
+        layer: jax.Array | None,
+        *,
+        adapted: bool,
+    ) -> jax.Array:
+        """The same for the queries of positions `lengths_B + c`, each of which sees the row's places up to its own: [B, C, D] float32."""
+        read: Callable = table.choose("prefill_attention")
+        out_BCNH = read(q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks[...])
+        return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
+
+    def _out(self, out: jax.Array, layer: jax.Array | None, *, adapted: bool) -> jax.Array:
+        if layer is not None:
+            return project_stacked([self.o], out.astype(self.dtype), layer, adapted=adapted)[0]
+        return self.o(out.astype(self.dtype), adapted=adapted, out_dtype=jnp.float32)
 
 
 @jax.checkpoint
 def _times_packed(x_Ti: jax.Array, blocks: jax.Array, scales: jax.Array) -> jax.Array:
     """x W^T of a matrix in MXFP4, [T, out]. Checkpointed: the backward pass unpacks it again, or a layer's experts would all lie there
     unpacked, four times the bytes of their packed form (72 GB of temporaries in the 120b)."""
-    return x_Ti @ dequantise(blocks, scales, x_Ti.dtype).T
+    return _product(x_Ti, dequantise(blocks, scales, x_Ti.dtype))
+
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _times_tiled(x_Ti: jax.Array, words: jax.Array, factors: jax.Array, paired: bool) -> jax.Array:
+    """The same of a matrix in tiles, to the last bit."""
+    blocks, scales = restore(words[None], factors[None], paired=paired)
+    return _product(x_Ti, dequantise(blocks[0], scales[0], x_Ti.dtype))
 
 
 class ExpertMatrix(nnx.Module):
-    """One matrix of every expert, [E, out, in], packed in MXFP4 or dense, with bias and adapter."""
+    """One matrix of every expert, [E, out, in], with bias and adapter; see `Model.experts` for its forms."""
 
     def __init__(
-        self, declare: Declare, experts: int, out: int, into: int, axes: tuple[str, str], *, packed: bool, rank: int, alpha: float
+        self,
+        declare: Declare,
+        experts: int,
+        out: int,
+        into: int,
+        axes: tuple[str, str],
+        *,
+        form: str,
+        slab: Slab,
+        gain: float,
+        rank: int,
+        alpha: float,
     ):
-        if packed:
+        if form == "packed":
             self.blocks = declare.weight(
                 (experts, out, into // BLOCK, BLOCK // 2), ("experts", axes[0], "blocks", "width"), "blocks", jnp.uint8
             )
-            self.scales = declare.weight((experts, out, into // BLOCK), ("experts", axes[0], "blocks"), "scales", jnp.uint8)
+            self.scales = declare.weight((experts, out, into // BLOCK), ("experts", axes[0], "blocks"), "scales", jnp.uint8, gain)
+        elif form == "tiled":
+            shape, named = (experts, *words_shape(out, into, slab)), ("experts", axes[0], "blocks", "blocks", "blocks")
+            self.words = declare.weight(shape, named, slab, jnp.int32)
+            self.factors = declare.weight((*shape[:-1], 8), named, slab, jnp.int32, gain)
         else:
-            self.weight = declare.weight((experts, out, into), ("experts", *axes))
+            self.weight = declare.weight((experts, out, into), ("experts", *axes), gain=gain)
         self.bias = declare.weight((experts, out), ("experts", axes[0]), "zeros")
         self.lora_a = declare.lora((experts, rank, into), ("experts", "rank", axes[1]), "fan_in") if rank else None
         self.lora_b = declare.lora((experts, out, rank), ("experts", axes[0], "rank"), "zeros") if rank else None
         self.scale = alpha / rank if rank else 0.0
-        self.packed = packed
+        self.paired = slab.paired
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
-        """What `apply` needs, each with the experts as leading axis."""
-        named = {"blocks": self.blocks, "scales": self.scales} if self.packed else {"weight": self.weight}
-        named["bias"] = self.bias
-        if adapted and self.lora_a is not None and self.lora_b is not None:
-            named |= {"lora_a": self.lora_a, "lora_b": self.lora_b}
-        return {name: variable[...] for name, variable in named.items()}
+        """What `apply` needs, each with the experts as leading axis; or with layers and experts, if those of a stack are bound."""
+        adapter = ("lora_a", "lora_b") if adapted and self.lora_a is not None else ()
+        named = {name: getattr(self, name, None) for name in ("weight", "blocks", "scales", "words", "factors", "bias", *adapter)}
+        return {name: variable[...] for name, variable in named.items() if variable is not None}
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
-        """One expert, its slice of `arrays`, on every row."""
-        y = _times_packed(x_Ti, one["blocks"], one["scales"]) if self.packed else x_Ti @ one["weight"].astype(x_Ti.dtype).T
-        y += one["bias"].astype(x_Ti.dtype)
+        """One expert, its slice of `arrays`, on every row; added up in float32, and left so."""
+        if "words" in one:
+            y = _times_tiled(x_Ti, one["words"], one["factors"], self.paired)
+        elif "blocks" in one:
+            y = _times_packed(x_Ti, one["blocks"], one["scales"])
+        else:
+            y = _product(x_Ti, one["weight"])
+        y += one["bias"].astype(jnp.float32)
         if "lora_a" in one:
-            y += self.scale * ((x_Ti @ one["lora_a"].T.astype(x_Ti.dtype)) @ one["lora_b"].T.astype(x_Ti.dtype))
+            y += _adapter_product(x_Ti, one["lora_a"], one["lora_b"], self.scale)
         return y
 
 
 class Experts(nnx.Module):
     """Router and experts: sum over each token's top experts of weight * (W2 act(W1 x + b1) + b2)."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, packed: bool):
-        self.config = config
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, form: str):
+        self.config, self.dtype = config, declare.dtype
         d, e, f = config.width, config.num_experts, config.expert_width
-        options = {"packed": packed, "rank": lora.expert_rank, "alpha": lora.alpha}
+        options = {"form": form, "rank": lora.expert_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
         self.router = Projection(declare, e, d, ("experts", "width"), rank=0, alpha=0.0)
-        self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("expert_width", "width"), **options)
-        self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), **options)
+        self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("expert_width", "width"), slab=SLABS["gate_up"], gain=1.0, **options)
+        self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), slab=SLABS["down"], gain=declare.branch_gain, **options)
 
     def __call__(self, x_BTD: jax.Array, *, adapted: bool) -> jax.Array:
+        """Of whole sequences; differentiable."""
+        return self._mix(table.choose("experts"), x_BTD, adapted=adapted)
+
+    def decode(self, x_B1D: jax.Array, pair: jax.Array, *, adapted: bool) -> jax.Array:
+        """Of one token a row, where both matrices are those of a stack of pairs (see `Model.decode`)."""
+        return self._mix(table.choose("decode_experts"), x_B1D, adapted=adapted, layer=pair)
+
+    def _mix(self, mix: Callable, x_BTD: jax.Array, *, adapted: bool, layer: jax.Array | None = None) -> jax.Array:
         c = self.config
-        x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps).reshape(-1, c.width)
-        weights_TE = route(self.router(x_TD, adapted=False), c.experts_per_token)
-        mix: Callable = table.choose("experts")
-        out_TD = mix(x_TD, weights_TE, self.gate_up, self.down, adapted=adapted, limit=c.swiglu_limit, alpha=c.swiglu_alpha)
-        return out_TD.reshape(x_BTD.shape)
+        x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
+        # In float32: rounded logits would often tie, and the smallest difference between sampler and update choose other experts.
+        index_TX, weights_TX = route_top(self.router(x_TD, adapted=False, out_dtype=jnp.float32), c.experts_per_token)
+        options = {"experts": c.num_experts, "adapted": adapted, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha, "layer": layer}
+        return mix(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options).reshape(x_BTD.shape)
 
 
 class Layer(nnx.Module):
     """Attention, then experts, each added to the stream. How keys are kept is the caller's affair."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, packed: bool):
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, form: str):
         self.attention = Attention(declare, config, lora)
-        self.experts = Experts(declare, config, lora, packed=packed)
+        self.experts = Experts(declare, config, lora, form=form)
 
 
 class Pair(nnx.Module):
     """A sliding layer and a full one: the unit that is stacked and scanned."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, packed: bool):
-        self.sliding = Layer(declare, config, lora, packed=packed)
-        self.full = Layer(declare, config, lora, packed=packed)
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, form: str):
+        self.sliding = Layer(declare, config, lora, form=form)
+        self.full = Layer(declare, config, lora, form=form)
 
 
 class GptOss(nnx.Module):
-    """All parameters: embedding, stacked pairs, final norm, head."""
+    """All parameters: embedding, stacked pairs, final norm, head. `form` is of the experts' matrices, see `Model.experts`."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, *, packed: bool):
+    def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, *, form: str):
         single = Declare(dtype)
         self.embedding = single.weight((config.vocab_size, config.width), ("vocab", "width"), "embedding")
-        self.pairs = Pair(Declare(dtype, config.num_pairs), config, lora, packed=packed)
+        self.pairs = Pair(Declare(dtype, config.num_pairs), config, lora, form=form)
         self.norm = single.weight((config.width,), ("width",), "ones")
         self.head = Projection(
             single, config.vocab_size, config.width, ("vocab", "width"), rank=lora.head_rank, alpha=lora.alpha, bias=False

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS, Slab, lay_out_blocks, lay_out_scales
+from discover_jax.models.mxfp4 import BLOCK
 from discover_jax.models.sharding import sharding_for
 
 Tree = dict[str, Any]
@@ -31,17 +33,34 @@ class Declare:
     dtype: Any
     pairs: int = 0
 
-    def _variable(self, kind: type[nnx.Variable], shape: tuple[int, ...], axes: tuple[str, ...], init: str, dtype: Any) -> nnx.Variable:
+    def _variable(
+        self, kind: type[nnx.Variable], shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab, dtype: Any, gain: float = 1.0
+    ) -> nnx.Variable:
         if len(shape) != len(axes):
             raise AssertionError(f"{len(shape)} sizes but {len(axes)} logical axes: {shape}, {axes}")
         if self.pairs:
             shape, axes = (self.pairs, *shape), ("pairs", *axes)
-        return kind(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init)
+        return kind(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init, gain=gain)
 
-    def weight(self, shape: tuple[int, ...], axes: tuple[str, ...], init: str = "fan_in", dtype: Any = None) -> nnx.Variable:
-        """A frozen weight. `init`: "fan_in" (normal, variance 1 / last axis), "embedding" (normal, 0.02), "ones", "zeros", or for
-        packed MXFP4 "blocks" (random bytes) and "scales" (constant, so that a fan_in of the unpacked axis has about unit gain)."""
-        return self._variable(Frozen, shape, axes, init, self.dtype if dtype is None else dtype)
+    @property
+    def branch_gain(self) -> float:
+        """Of weights that end a branch, one of two in each layer: then the stream's variance does not grow with depth (as in GPT-2)."""
+        return (4 * self.pairs) ** -0.5
+
+    def weight(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab = "fan_in", dtype: Any = None, gain: float = 1.0
+    ) -> nnx.Variable:
+        """A frozen weight.
+
+        Args:
+          shape, axes: sizes and logical axes of one pair.
+          init: "fan_in" (normal, variance gain^2 / last axis), "embedding" (normal, variance 1), "ones", "zeros", or for packed MXFP4
+            "blocks" (random bytes) and "scales" (constant, so that a fan_in of the unpacked axis has about that gain); for tiles (`words`
+            and `factors`) their slab: they hold what `blocks` and `scales` would, for the same key.
+          dtype: instead of the module's.
+          gain: of the product, see `init`.
+        """
+        return self._variable(Frozen, shape, axes, init, self.dtype if dtype is None else dtype, gain)
 
     def lora(self, shape: tuple[int, ...], axes: tuple[str, ...], init: str) -> nnx.Variable:
         """An adapter's weight, "fan_in" for A and "zeros" for B, so that the policy starts as the base."""
@@ -49,7 +68,7 @@ class Declare:
 
 
 def _draw(key: jax.Array, variable: nnx.Variable) -> jax.Array:
-    struct, init = variable.get_value(), variable.get_metadata()["init"]
+    struct, (init, gain) = variable.get_value(), (variable.get_metadata()[name] for name in ("init", "gain"))
     if init == "ones":
         return jnp.ones(struct.shape, struct.dtype)
     if init == "zeros":
@@ -57,17 +76,23 @@ def _draw(key: jax.Array, variable: nnx.Variable) -> jax.Array:
     if variable.get_metadata()["axes"][0] == "pairs":
         # One pair after another: drawing takes some multiple of the memory of what is drawn, and a stack may fill the device.
         one = jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype)
-        return jax.lax.map(lambda pair: _draw_one(jax.random.fold_in(key, pair), one, init), jnp.arange(struct.shape[0]))
-    return _draw_one(key, struct, init)
+        return jax.lax.map(lambda pair: _draw_one(jax.random.fold_in(key, pair), one, init, gain), jnp.arange(struct.shape[0]))
+    return _draw_one(key, struct, init, gain)
 
 
-def _draw_one(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str) -> jax.Array:
+def _draw_one(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str | Slab, gain: float) -> jax.Array:
+    if isinstance(init, Slab):
+        experts, slabs, columns, m16, last = struct.shape
+        shape = (experts, slabs * m16 * ROWS, columns * COLUMNS // BLOCK)
+        if last == 8:
+            return lay_out_scales(_draw_one(key, jax.ShapeDtypeStruct(shape, jnp.uint8), "scales", gain), init)
+        return lay_out_blocks(_draw_one(key, jax.ShapeDtypeStruct((*shape, BLOCK // 2), jnp.uint8), "blocks", gain), init)
     if init == "blocks":
         return jax.random.bits(key, struct.shape, jnp.uint8)
     if init == "scales":
         # Random nibbles have variance 7.33 (mean square of 0, .5, 1, 1.5, 2, 3, 4, 6); 32 values share a scale.
-        return jnp.full(struct.shape, 127 + round(math.log2((struct.shape[-1] * 32 * 7.33) ** -0.5)), jnp.uint8)
-    scale = 0.02 if init == "embedding" else struct.shape[-1] ** -0.5
+        return jnp.full(struct.shape, 127 + round(math.log2(gain * (struct.shape[-1] * 32 * 7.33) ** -0.5)), jnp.uint8)
+    scale = 1.0 if init == "embedding" else gain * struct.shape[-1] ** -0.5
     return (scale * jax.random.normal(key, struct.shape, jnp.float32)).astype(struct.dtype)
 
 
@@ -94,9 +119,10 @@ def abstract_tree(state: nnx.State, mesh: Mesh | None) -> Tree:
 
 
 def init_tree(state: nnx.State, key: jax.Array, mesh: Mesh | None) -> Tree:
-    """Random values; each parameter's draw depends on the key and its own path alone."""
+    """Random values; each parameter's draw depends on the key and its own path alone, and tiles are drawn as what they hold."""
 
     def draw(path: str, variable: nnx.Variable) -> jax.Array:
+        path = path.replace("['words']", "['blocks']")
         value = _draw(jax.random.fold_in(key, zlib.crc32(path.encode())), variable)
         if mesh is None:
             return value

@@ -26,6 +26,7 @@ RULES: dict[str, str | None] = {
     "rank": None,
     "head_size": None,
     "positions": None,
+    "pages": None,
     "blocks": None,
 }
 

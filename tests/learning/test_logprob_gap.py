@@ -6,15 +6,18 @@ import jax
 import numpy as np
 import pytest
 
+from discover_jax.config import default_config
 from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import adam
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
+from discover_jax.policy import load_policy
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt
 
 
+@jax.default_matmul_precision("highest")  # a GPU's is lower by default
 def test_gap_between_sampler_and_trainer_is_rounding():
     """Rollouts longer than the window, from prefill and cached decode; then packed rows, the whole sequence at once."""
     model = Model(ModelConfig(2, 32, 4, 2, 16, 4, 2, 32, 53, sliding_window=8), LoraConfig(2, 2, 2, 4.0))
@@ -40,3 +43,45 @@ def test_gap_between_sampler_and_trainer_is_rounding():
     assert update.measure(frozen, other, batches)["logprob_gap/mean"] > 1e-3
     warmer = [dataclasses.replace(rollout, temperature=1.1 * rollout.temperature) for rollout in rollouts]
     assert update.measure(frozen, lora, pack(warmer, np.ones(len(warmer)), row_tokens=48, rows=1))["logprob_gap/mean"] > 1e-3
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_on_a_gpu_the_fused_experts_decode_the_model_that_the_packed_form_updates():
+    """In bfloat16 the gap is no larger than where both sides compute the experts by the reference."""
+    pytest.importorskip("jax_triton", reason="needs the extra `kernels`")
+    gaps = gaps_of_forms()
+    assert gaps["packed"] > 0
+    assert gaps["tiled"] < 1.5 * gaps["packed"] + 1e-3
+
+
+def gaps_of_forms():
+    """The mean gap between rollouts sampled with the experts in each form, and what the packed form says of them."""
+    sizes = ModelConfig(4, 256, 4, 2, 32, 8, 2, 128, 211, sliding_window=8)
+    models = {form: Model(sizes, LoraConfig(4, 8, 4, 8.0), dtype="bfloat16", experts=form) for form in ("packed", "tiled")}
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda leaf: np.float32(0.03 * rng.normal(size=leaf.shape)), models["packed"].abstract_lora())
+    prompts = [Prompt(0, "seed", "", rng.integers(0, 211, 9).astype(np.int32))]
+    update, gaps = Update(models["packed"], adam()), {}
+    for form, model in models.items():
+        sampler = Sampler(model, slots=16, max_prompt_tokens=16, max_new_tokens=64, temperature=1.0, stop_ids=[1])
+        rollouts = list(sampler.sample(model.init_frozen(jax.random.key(0)), lora, prompts, 16, seed=0, step=0))
+        batches = pack(rollouts, np.ones(len(rollouts)), row_tokens=96, rows=4)
+        gaps[form] = update.measure(models["packed"].init_frozen(jax.random.key(0)), lora, batches)["logprob_gap/mean"]
+    return gaps
+
+
+def test_in_bfloat16_the_gap_of_a_trained_model_stays_small():
+    """The apprentice, at the temperature it was trained for. Where XLA may round as it likes, the mean is 0.006."""
+    config = default_config()
+    config.model.dtype = "bfloat16"
+    policy = load_policy(config)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda leaf: np.float32(0.02 * rng.normal(size=leaf.shape)), policy.model.abstract_lora())
+    text = "Improve the program.\nimport pandas as pd\nfrom sklearn.linear_model import LogisticRegression\n"
+    prompts = [Prompt(0, "seed", "", np.asarray(policy.tokenizer.encode(text), np.int32))]
+    sampler = Sampler(policy.model, slots=16, max_prompt_tokens=128, max_new_tokens=100, temperature=1.0, stop_ids=policy.stop_ids)
+    rollouts = list(sampler.sample(policy.frozen, lora, prompts, 16, seed=0, step=0))
+    measured = Update(policy.model, adam()).measure(policy.frozen, lora, pack(rollouts, np.ones(16), row_tokens=256, rows=4))
+    assert measured["tokens"] > 1000
+    assert 1e-5 < measured["logprob_gap/mean"] < 0.003

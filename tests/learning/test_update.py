@@ -368,7 +368,7 @@ def test_logits_of_all_places_never_exist(tables):
     for chunk_tokens, largest in ((64, 64 * wide), (1000, 1000 * wide)):
         update = Update(Bigram(), adam(), chunk_tokens=chunk_tokens)
         lora = {"table": jnp.zeros((VOCAB, wide))}
-        jaxpr = jax.make_jaxpr(update._accumulate)(lora, lora, frozen, batches[0], np.ones((1, 1000), np.float32))
+        jaxpr = update._accumulate.trace(lora, lora, frozen, batches[0], np.ones((1, 1000), np.float32)).jaxpr
         assert max(_sizes_of_last_axis(jaxpr.jaxpr, wide)) == largest
 
 

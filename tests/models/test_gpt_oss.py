@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
-from discover_jax.models.cache import put_rows, take_rows, with_capacity
+from discover_jax.models.cache import Cache, copy_page, put_pages, take_pages
 from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.rope import yarn_frequencies, yarn_ramp
@@ -63,7 +63,7 @@ def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None)
     return model.logits(frozen, lora, model.hidden(frozen, lora, tokens_BT, positions_BT, segments_BT))
 
 
-_prefill = jax.jit(MODEL.prefill, static_argnums=4)
+_prefill = jax.jit(MODEL.prefill)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -73,7 +73,7 @@ def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
     tokens_BT = _tokens(3, 40)
     expected = _logits(MODEL, frozen, lora, tokens_BT)
     lengths_B = jnp.array([1, 7, 19])
-    hidden_BD, cache = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, 40)
+    hidden_BD, cache = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, MODEL.init_cache(3, 40, page_size=4))
     decode = jax.jit(lambda tokens_B, cache: MODEL.decode(frozen, lora, tokens_B, cache))
     for step in range(20):
         at_B = np.asarray(lengths_B) + step
@@ -83,21 +83,57 @@ def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
     assert cache.lengths_B.tolist() == [21, 27, 39]
 
 
-def test_cache_rows_move_and_grow(frozen):
-    tokens_BT = _tokens(2, 12)
-    _, cache = _prefill(frozen, None, tokens_BT, jnp.array([12, 5]), 16)
-    moved = put_rows(MODEL.init_cache(3, 16), jnp.array([2, 0, 3]), take_rows(cache, jnp.array([1, 0, 0])))  # place 3 does not exist
-    moved = with_capacity(with_capacity(moved, 32), 20)
-    hidden_BD, _ = MODEL.decode(frozen, None, jnp.array([5, 0, 5]), moved)
-    expected = _logits(MODEL, frozen, None, np.concatenate([tokens_BT[:1], [[5]]], axis=1))[0, -1]
-    np.testing.assert_allclose(MODEL.logits(frozen, None, hidden_BD)[0], expected, atol=1e-4, rtol=0)
-    expected = _logits(MODEL, frozen, None, np.concatenate([tokens_BT[1:, :5], [[5]]], axis=1))[0, -1]
-    np.testing.assert_allclose(MODEL.logits(frozen, None, hidden_BD)[2], expected, atol=1e-4, rtol=0)
+@pytest.mark.parametrize(("length", "chunk", "page_size"), [(37, 8, 4), (37, 20, 20), (40, 40, 8), (5, 12, 12), (33, 16, 16)])
+def test_a_prompt_may_be_read_in_chunks(frozen, lora, length, chunk, page_size):
+    """Chunks longer and shorter than the window; pages in no order; then it goes on token by token."""
+    tokens_1T = _tokens(1, 50, seed=length)
+    expected = _logits(MODEL, frozen, lora, tokens_1T)[0]
+    cache = MODEL.init_cache(1, 60, page_size)
+    cache = dataclasses.replace(cache, pages_BM=jnp.asarray(np.random.default_rng(0).permutation(cache.pool.pages)[None]))
+    hidden_BD = None
+    for first in range(0, length, chunk):
+        part = tokens_1T[:, first : min(first + chunk, length)]
+        padded = np.pad(part, ((0, 0), (0, chunk - part.shape[1])), constant_values=3)
+        hidden_BD, cache = _prefill(frozen, lora, padded, jnp.array([part.shape[1]]), cache)
+    assert cache.lengths_B.tolist() == [length]
+    decode = jax.jit(MODEL.decode)
+    for place in range(length, 50):
+        np.testing.assert_allclose(MODEL.logits(frozen, lora, hidden_BD)[0], expected[place - 1], atol=1e-4, rtol=0)
+        hidden_BD, cache = decode(frozen, lora, tokens_1T[:, place], cache)
 
 
-def test_prompt_longer_than_the_cache_is_refused(frozen):
-    with pytest.raises(CapacityError, match="max_prompt_tokens"):
-        MODEL.prefill(frozen, None, _tokens(1, 9), jnp.array([9]), 8)
+def test_rows_share_pages_and_pages_move(frozen):
+    """Two rows go on from one prompt of a full page and a begun one; the second one's pages come from a copy of the pool."""
+    tokens_1T = _tokens(1, 6)
+    _, read = _prefill(frozen, None, np.pad(tokens_1T, ((0, 0), (0, 2))), jnp.array([6]), MODEL.init_cache(1, 16, page_size=4))
+    assert read.pages_BM.tolist() == [[0, 1, 2, 3]]
+    pool = copy_page(read.pool, jnp.int32(1), jnp.int32(3))
+    elsewhere = put_pages(MODEL.init_pool(6, 4), jnp.array([5, 0, 6]), take_pages(pool, jnp.array([0, 3, 9])))  # 6 and 9 are no pages
+    np.testing.assert_array_equal(copy_page(pool, jnp.int32(0), jnp.int32(4)).keys_LPKsH, pool.keys_LPKsH)  # nor is 4 of that pool
+    ring_k, ring_v = (jnp.repeat(ring, 2, axis=1) for ring in (read.ring_k_LBKWH, read.ring_v_LBKWH))
+    for pages, pages_BM in ((pool, [[0, 1], [0, 3]]), (elsewhere, [[5, 0], [5, 0]])):
+        rows = Cache(pages, ring_k, ring_v, jnp.array(pages_BM), jnp.array([6, 6]))
+        tokens_B = np.array([5, 7]) if pages is pool else np.array([5, 5])
+        hidden_BD, after = MODEL.decode(frozen, None, tokens_B, rows)
+        for row, token in enumerate(tokens_B):
+            expected = _logits(MODEL, frozen, None, np.concatenate([tokens_1T, [[token]]], axis=1))[0, -1]
+            np.testing.assert_allclose(MODEL.logits(frozen, None, hidden_BD)[row], expected, atol=1e-4, rtol=0)
+        assert after.lengths_B.tolist() == [7, 7]
+
+
+def test_an_empty_row_writes_on_no_page(frozen):
+    cache = MODEL.init_cache(2, 8, page_size=4)
+    _, cache = _prefill(frozen, None, _tokens(2, 4), jnp.array([4, 4]), cache)
+    emptied = dataclasses.replace(cache, lengths_B=jnp.array([4, 0]))
+    _, after = MODEL.decode(frozen, None, jnp.array([5, 6]), emptied)
+    changed = np.flatnonzero((np.asarray(after.pool.keys_LPKsH) != np.asarray(cache.pool.keys_LPKsH)).any(axis=(0, 2, 3, 4)))
+    assert changed.tolist() == [1]
+
+
+@pytest.mark.parametrize(("chunk", "capacity"), [(6, 16), (12, 8)])
+def test_chunks_that_do_not_fit_are_refused(frozen, chunk, capacity):
+    with pytest.raises(CapacityError, match="whole pages"):
+        MODEL.prefill(frozen, None, _tokens(1, chunk), jnp.array([4]), MODEL.init_cache(1, capacity, page_size=4))
 
 
 def test_packed_sequences_do_not_see_each_other(frozen, lora):

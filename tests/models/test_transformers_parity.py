@@ -69,7 +69,9 @@ def logits(model, frozen, tokens_BT):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(model, frozen, tokens_BT, lengths_B, capacity):
-    return model.prefill(frozen, None, tokens_BT, lengths_B, capacity)
+    length = tokens_BT.shape[1]
+    padded_BC = jnp.pad(tokens_BT, ((0, 0), (0, -length % 16)))
+    return model.prefill(frozen, None, padded_BC, lengths_B, model.init_cache(len(tokens_BT), capacity, page_size=16))
 
 
 @functools.partial(jax.jit, static_argnums=0)
