@@ -71,7 +71,8 @@ SETTINGS: dict[str, Any] = {
         "dtype": Setting("bfloat16", "type of activations and of weights that are not MXFP4", choices=("bfloat16", "float32")),
         "experts": Setting(
             "packed",
-            "`packed` keeps the experts in MXFP4 on the device; `dense` expands them once at load (small models on a CPU)",
+            "`packed` keeps the experts in MXFP4 on the device, laid out for its kernel if there is one; `dense` expands them once at load"
+            " (small models on a CPU)",
             choices=("packed", "dense"),
         ),
         "remat": Setting(True, "the update computes activations again instead of keeping them: less memory, about a third more time"),
@@ -107,12 +108,21 @@ SETTINGS: dict[str, Any] = {
         "thinking_closing": Setting("\n\nThe time to think is over; I write the program now.", "with these words, which it did not choose"),
         "max_prompt_tokens": Setting(8_192, "longest prompt", unit="tokens", low=1, high=131_072),
         "slots": Setting(128, "rollouts decoded at once; finished slots are refilled", low=1, high=4096),
+        "cache_tokens": Setting(
+            0,
+            "tokens that the cache of keys and values holds for all slots together; 0: as many as they can need, or as the device has room"
+            " for. When it is full, the rollouts that began last wait in the host's memory",
+            unit="tokens",
+            low=0,
+            high=2**31 - 1,
+        ),
     },
     "execution": {
         "seconds": Setting(300.0, "time limit of a program, from its own start", unit="s", low=0.1, high=86_400),
         "cores": Setting(2, "CPU cores leased to a program", low=1, high=1024),
         "memory_gib": Setting(4.0, "memory limit of a program", unit="GiB", low=0.25, high=_GIB_MAX),
         "workers": Setting(0, "programs at once; 0: as many as the machine's cores allow", low=0, high=4096),
+        "cache": Setting("", "folder of verdicts that several runs on the same machine share; empty: the run's own"),
         "backend": Setting(
             "bubblewrap",
             "how programs are isolated; the unsafe one is for trusted programs only and needs allow_weaker",

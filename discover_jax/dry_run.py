@@ -65,10 +65,12 @@ def needs(
       ShardingError: something does not divide by its axis of the mesh.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
-    model = build_model(config, sizes, mesh)
+    with table.lowering_for(machine.platform):
+        model = build_model(config, sizes, mesh)
     optimizer = build_optimizer(config)
     # Which tokens stop a rollout makes no difference here.
-    sampler = build_sampler(config, model, stop_ids=(0,))
+    memory = machine.memory if machine.platform != "cpu" else None
+    sampler = build_sampler(config, model, stop_ids=(0,), memory=memory, learn=learn)
     update = build_update(config, model, optimizer)
     frozen = model.abstract_frozen()
     state = abstract_train_state(model.abstract_lora(), optimizer) if learn else None
@@ -221,7 +223,7 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
     ranks = ", ".join(f"{name} = {config.lora[name]}" for name in ("expert_rank", "attention_rank", "head_rank"))
     remat = "" if config.model.remat else "; config.model.remat=True keeps less"
     activations = {
-        "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}: prompts are read whole",
+        "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}: prompts are read in chunks",
         "gradient": f"rows of {length:,} tokens (longest prompt and rollout), config.train.rows = {config.train.rows} at once{remat}",
     }
     knobs = {
@@ -232,7 +234,7 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
         ),
         **dict.fromkeys(("adapter", "optimiser", "gradient"), f"config.lora: {ranks}; the experts' is the largest by far"),
         "cache": f"config.sampling.slots: {slots} rollouts at once, {_gb(need.parts['cache'] / slots)} GB each; or fewer tokens"
-        f" (max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,})",
+        f" (max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,}, cache_tokens = {config.sampling.cache_tokens:,})",
         "activations": activations.get(
             need.program, activations["gradient"] if need.phase != "sampling" else f"config.sampling.slots = {slots}"
         ),

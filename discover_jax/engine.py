@@ -3,15 +3,29 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
+from discover_jax.exceptions import CapacityError, ConfigError
+from discover_jax.kernels import table
+from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
 from discover_jax.learning.losses import RatioLimits
-from discover_jax.learning.train_state import adam
+from discover_jax.learning.train_state import abstract_train_state, adam
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.sampling.sampler import Sampler, SecondPhase
+from discover_jax.models.sharding import local_bytes
+from discover_jax.sampling.decoding import SecondPhase
+from discover_jax.sampling.sampler import Sampler, most_pages
+from discover_jax.sampling.schedule import PAGE
+
+_LOGITS = 4
+"""Arrays of the logits' size that drawing a token may take at once: float32 logits, log-probabilities, and those in blocks."""
+_TEMPORARY = 0.03
+"""Part of the memory that is left for what sampling needs beside that."""
 
 
 def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None) -> Model:
@@ -22,12 +36,51 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None) -> Mo
       sizes: of the weights' folder, or of `config.model.shape`.
       mesh: devices over which parameters are laid out; None for the default device.
     """
-    form = {"dtype": config.model.dtype, "experts": config.model.experts, "remat": config.model.remat}
+    experts = "tiled" if config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh) else config.model.experts
+    form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
     return Model(sizes, LoraConfig(**config.lora), mesh=mesh, **form)
 
 
-def build_sampler(config: Any, model: Model, stop_ids: Sequence[int], second_phase: SecondPhase | None = None) -> Sampler:
-    """The sampler of a run."""
+def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None) -> bool:
+    """Whether the platform has a kernel for decoding packed experts that can take this model; if it cannot, the log says why."""
+    if table.choose("decode_experts") is mix_reference:
+        return False
+    try:
+        if config.model.dtype != "bfloat16":  # it would round what the update does not
+            raise ConfigError(f"It computes in bfloat16, and config.model.dtype is {config.model.dtype!r}.")
+        if mesh is not None and mesh.size > 1:
+            raise ConfigError(f"It runs on one device, and the mesh has {mesh.size}.")
+        check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
+        check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
+    except ConfigError as reason:
+        logging.warning("kernel of decode_experts: reference, which is many times slower. %s", reason)
+        return False
+    return True
+
+
+def build_sampler(
+    config: Any,
+    model: Model,
+    stop_ids: Sequence[int],
+    second_phase: SecondPhase | None = None,
+    *,
+    memory: int | None = None,
+    learn: bool = True,
+) -> Sampler:
+    """The sampler of a run.
+
+    Args:
+      config: validated.
+      model: of `build_model`.
+      stop_ids: tokens that end a rollout.
+      second_phase: for rollouts that think too long.
+      memory: bytes that arrays may take on one device, if that is known; the cache takes no more than what the rest leaves.
+      learn: whether adapter and optimiser are there too.
+
+    Raises:
+      ConfigError: a setting that the sampler cannot work with.
+      CapacityError: there is no room for the cache of one rollout.
+    """
     return Sampler(
         model,
         slots=config.sampling.slots,
@@ -37,7 +90,36 @@ def build_sampler(config: Any, model: Model, stop_ids: Sequence[int], second_pha
         temperature_spread=config.sampling.temperature_spread,
         stop_ids=stop_ids,
         second_phase=second_phase,
+        pages=_cache_pages(config, model, memory, learn=learn),
     )
+
+
+def _cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:
+    """Pages of the cache: as set, or what the memory leaves; None where nothing limits them."""
+    if config.sampling.cache_tokens:
+        return config.sampling.cache_tokens // PAGE
+    if memory is None:
+        return None
+    rows = min(config.sampling.slots, config.groups * config.group_size)
+    state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
+    page, pages_of_1 = model.abstract_pool(1, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    taken = {
+        "weights": local_bytes(model.abstract_frozen()),
+        "adapter and optimiser": local_bytes(state),
+        "its copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
+        "rings": local_bytes(jax.eval_shape(lambda: model.init_rings(rows))),
+        "logits": _LOGITS * rows * model.config.vocab_size * 4,
+        "temporary arrays": int(_TEMPORARY * memory),
+    }
+    pages = (memory - sum(taken.values())) // local_bytes(page)
+    if pages < pages_of_1:
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
+        raise CapacityError(
+            f"Of {memory / 1e9:.1f} GB on a device, what must be there beside the cache leaves room for {max(pages, 0) * PAGE:,} tokens,"
+            f" and one rollout may need {pages_of_1 * PAGE:,} (GB: {parts}). Lower config.sampling.max_new_tokens, max_prompt_tokens or"
+            " slots, or the adapter's ranks; --dry_run shows what takes how much."
+        )
+    return pages
 
 
 def build_optimizer(config: Any) -> optax.GradientTransformation:

@@ -115,6 +115,11 @@ def take_gpu_memory() -> None:
         os.environ[_FRACTION_NAMES[0]] = str(GPU_FRACTION)
 
 
+def device_memory() -> int | None:
+    """Bytes that arrays may take on one of jax's own devices; None where it sets no limit, as on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def find_machine(name: str, devices: int) -> Machine:
     """The machine of that name with at least so many devices; an empty name means the one that this runs on.
 
@@ -140,7 +145,7 @@ def _this_machine(needed: int) -> Machine:
             f"config.mesh asks for {needed} devices, and {len(devices)} are here. Name another machine with --machine: {NAMES}."
         )
     platform = jax.default_backend()
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = device_memory()
     if limit is not None:
         note = f"as jax has it; {_FRACTION_NAMES[0]} changes that" if platform == "gpu" else "as jax has it"
     else:

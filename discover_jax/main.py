@@ -28,6 +28,7 @@ from discover_jax.learning.packing import pack, pack_substeps
 from discover_jax.learning.signals import Diversity, Signals, diversity_metrics, group_signals
 from discover_jax.learning.train_state import TrainState, init_train_state
 from discover_jax.learning.update import Update
+from discover_jax.machines import device_memory
 from discover_jax.policy import Policy, load_policy
 from discover_jax.runs.attempts import Place, attempt_of, rollout_rows
 from discover_jax.runs.best import write_best
@@ -40,7 +41,8 @@ from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.standing import Standing, restore
 from discover_jax.runs.summary import Result, closing_lines, step_row
 from discover_jax.runs.workdir import Workdir, open_workdir
-from discover_jax.sampling.sampler import SecondPhase
+from discover_jax.sampling.decoding import SecondPhase
+from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.task import Task
 from discover_jax.text.harmony import answer_forced, answer_opening
@@ -78,7 +80,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         tasks,
         limits,
         workers=config.execution.workers,
-        cache_dir=workdir.cache_dir,
+        cache_dir=config.execution.cache or workdir.cache_dir,
         backend=config.execution.backend,
         allow_weaker=config.execution.allow_weaker,
     ) as executor:
@@ -87,7 +89,8 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
 
         # -------------------------------------------------------------- the policy, and the jitted functions that sample and learn
         policy = load_policy(config, console.loading)
-        sampler = build_sampler(config, policy.model, policy.stop_ids, _second_phase(config, policy))
+        second_phase = _second_phase(config, policy)
+        sampler = build_sampler(config, policy.model, policy.stop_ids, second_phase, memory=device_memory(), learn=learn)
         optimizer = build_optimizer(config)
         update = build_update(config, policy.model, optimizer)
         prompt_settings = _prompt_settings(config)
@@ -129,8 +132,14 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             futures: dict[Place, concurrent.futures.Future[Verdict]] = {}
             total = config.groups * config.group_size
 
+            stands: list[Progress] = []
+
             def show(tokens_per_s: float, rollouts=rollouts, futures=futures, total=total) -> None:
                 console.progress(len(rollouts), total, sum(f.done() for f in futures.values()), len(futures), tokens_per_s)
+
+            def follow(progress: Progress, stands=stands, show=show) -> None:
+                stands.append(progress)
+                show(progress.tokens / max(progress.seconds, 1e-9))
 
             for rollout in sampler.sample(
                 policy.frozen,
@@ -139,7 +148,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 config.group_size,
                 seed=config.seed,
                 step=step,
-                on_progress=lambda progress: show(progress.tokens / max(progress.seconds, 1e-9)),
+                on_progress=follow,
             ):
                 place = rollout.group, rollout.index
                 rollouts[place] = rollout
@@ -201,6 +210,10 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 "time/save_s": saved - updated,
                 "time/checkpoint_s": checkpoint_seconds,
                 "time/step_s": saved - started,
+                "sample/utilisation": stands[-1].utilisation,
+                "sample/set_aside": stands[-1].set_aside,
+                "sample/cache_tokens": stands[-1].pages * PAGE,
+                "sample/compilations": sampler.compilations,
                 "sample/forced_frac": sum(not r.chosen_T.all() for r in rollouts.values()) / total,
                 "programs/seconds": sum(v.execution.seconds for v in verdicts.values() if not v.execution.cached),
                 "programs/cached_frac": sum(v.execution.cached for v in verdicts.values()) / max(len(verdicts), 1),

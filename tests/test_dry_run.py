@@ -11,7 +11,8 @@ import pytest
 
 from discover_jax import dry_run
 from discover_jax.config import default_config
-from discover_jax.engine import build_model, build_optimizer
+from discover_jax.engine import build_model, build_optimizer, build_sampler
+from discover_jax.exceptions import CapacityError
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import ModelConfig
@@ -58,19 +59,43 @@ def test_weights_adapter_and_optimiser_are_those_of_real_arrays(found):
 
 
 def test_a_cache_holds_keys_and_values_of_every_slot(found):
-    # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer keeps a ring of 8 places, the other one all of
-    # them: 40 new ones beside the prompt's, which its group shares and the prompts' own cache holds.
+    # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer keeps a ring of 8 places for each of 4 slots. The
+    # other one has pages of 128: one a slot, for 24 + 40 tokens, and one for a prompt.
     (decode,) = (need for need in found if need.program == "decode")
     of_place = 2 * 2 * 16 * 2
-    least = 4 * (8 + 40) * of_place
-    assert least <= decode.parts["cache"] < 6 * least
+    of_rows = decode.parts["cache"] - (4 * 8 + (4 + 1) * 128) * of_place
+    assert 0 < of_rows < 4 * 1024  # the stream and numbers of each row
+
+
+def test_the_cache_takes_no_more_than_the_memory_leaves():
+    config = _config()
+    config.groups, config.group_size, config.sampling.slots = 16, 16, 256
+    model = build_model(config, _SIZES)
+    state = init_train_state(model.init_lora(jax.random.key(0)), build_optimizer(config))
+    resident = _bytes(model.init_frozen(jax.random.key(0))) + _bytes(state)
+    of_page = 128 * 2 * 2 * 16 * 2
+
+    def pages(**options):
+        sampler = build_sampler(config, model, (0,), **options)
+        (program,) = (p for p in sampler.programs(model.abstract_frozen(), model.abstract_lora(), 16, 256) if p.name == "decode")
+        return program.live["cache"][0].pages
+
+    assert pages() == pages(memory=10**9) == 257
+    memory = int((resident + 256 * 512 * 4 * 4 + 100 * of_page) / 0.97)
+    assert 0 < pages(memory=memory) < 100  # the adapter's copy and the rings are there too
+    assert pages(memory=memory, learn=False) > pages(memory=memory)
+    with pytest.raises(CapacityError, match=r"weights .* adapter and optimiser"):
+        pages(memory=resident)
+    config.sampling.cache_tokens = 128 * 30 + 5
+    assert pages() == pages(memory=memory) == 30
 
 
 def test_the_phases_and_programs_of_a_step_come_in_its_order(found):
     assert [(need.phase, need.program) for need in found] == [
         ("sampling", "prefill"),
-        ("sampling", "fill"),
         ("sampling", "decode"),
+        ("sampling", "put"),
+        ("sampling", "set aside"),
         ("update", "base"),
         ("update", "gradient"),
         ("update", "apply"),

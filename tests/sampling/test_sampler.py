@@ -11,10 +11,11 @@ import pytest
 from scipy import special, stats
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.models.cache import Cache
+from discover_jax.models.cache import Pool
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.sampling.sampler import Sampler, SecondPhase
+from discover_jax.sampling.decoding import SecondPhase
+from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt, StopReason
 
 STOP = 0
@@ -32,19 +33,65 @@ class Chain:
     def config(self):
         return self
 
-    def init_cache(self, batch, capacity):
-        full, ring = jnp.zeros((1, batch, 1, capacity, 1)), jnp.zeros((1, batch, 1, 1, 1))
-        return Cache(full, full + 0, ring, ring + 0, jnp.zeros(batch, jnp.int32))
+    def init_pool(self, pages, page_size):
+        return Pool(*(jnp.zeros((1, pages, 1, page_size, 1)) for _ in range(2)))
 
-    def prefill(self, frozen, lora, tokens_BT, lengths_B, capacity):
-        last_B = jnp.take_along_axis(tokens_BT, lengths_B[:, None] - 1, axis=1)
-        return last_B.astype(jnp.float32), dataclasses.replace(self.init_cache(len(tokens_BT), capacity), lengths_B=lengths_B)
+    def init_rings(self, batch):
+        return tuple(jnp.zeros((1, batch, 1, 1, 1)) for _ in range(2))
+
+    def cast(self, lora):
+        return lora
+
+    def prefill(self, frozen, lora, tokens_BC, counts_B, cache):
+        last_B = jnp.take_along_axis(tokens_BC, counts_B[:, None] - 1, axis=1)
+        return last_B.astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_B)
 
     def decode(self, frozen, lora, tokens_B, cache):
         return tokens_B[:, None].astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + 1)
 
     def logits(self, frozen, lora, hidden_BD):
         return frozen[hidden_BD[:, 0].astype(jnp.int32)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory(Chain):
+    """A chain whose state is a sum over all tokens so far, each times a number of its position, modulo V, read from the cache.
+
+    Every token is written to its page; a page lost, mixed up or overwritten changes the state. Pages hold token + 1, as 0 is nothing.
+    """
+
+    def _state(self, cache, lengths_B):
+        held_BS = cache.pool.keys_LPKsH[0, cache.pages_BM, 0, :, 0].reshape(len(cache.pages_BM), -1)
+        places_S = jnp.arange(held_BS.shape[1])
+        seen_BS = places_S < lengths_B[:, None]
+        broken_B = (seen_BS & (held_BS < 1)).any(axis=1)
+        state_B = jnp.where(seen_BS, (held_BS - 1) * (1 + places_S % 7), 0).sum(axis=1) % self.vocab
+        return jnp.where(broken_B, jnp.nan, state_B)[:, None]
+
+    def prefill(self, frozen, lora, tokens_BC, counts_B, cache):
+        size = cache.pool.page_size
+        pages_Bm = jnp.take_along_axis(cache.pages_BM, (cache.lengths_B[:, None] + jnp.arange(0, tokens_BC.shape[1], size)) // size, 1)
+        pages_Bm = jnp.where(jnp.arange(0, tokens_BC.shape[1], size) < counts_B[:, None], pages_Bm, cache.pool.pages)
+        values = (tokens_BC + 1.0).reshape(len(tokens_BC), -1, 1, size, 1)
+        keys = cache.pool.keys_LPKsH.at[0, pages_Bm].set(values, mode="drop")
+        cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=cache.lengths_B + counts_B)
+        return self._state(cache, cache.lengths_B), cache
+
+    def decode(self, frozen, lora, tokens_B, cache):
+        size, lengths_B = cache.pool.page_size, cache.lengths_B
+        pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, 1, mode="clip")[:, 0]
+        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)
+        keys = cache.pool.keys_LPKsH.at[0, pages_B, :, lengths_B % size].set(tokens_B[:, None, None] + 1.0, mode="drop")
+        cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=lengths_B + 1)
+        return self._state(cache, cache.lengths_B), cache
+
+    @staticmethod
+    def expected(table, rollout, temperature):
+        """Log-probabilities of a rollout's tokens, worked out from the tokens alone."""
+        tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T]).astype(np.int64)
+        sums = np.cumsum(tokens * (1 + np.arange(len(tokens)) % 7)) % len(table)
+        before = sums[len(rollout.prompt_tokens_P) - 1 : -1]
+        return special.log_softmax(table.astype(np.float64) / temperature, axis=1)[before, rollout.tokens_T]
 
 
 CHAIN = Chain()
@@ -63,6 +110,59 @@ def _prompts(count, length=3):
 
 def _by_place(rollouts):
     return {(r.group, r.index): r for r in rollouts}
+
+
+def _long_prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Prompt(group, "seed", "", rng.integers(1, 5, length).astype(np.int32)) for group, length in enumerate(lengths)]
+
+
+LENGTHS = (700, 128, 1, 300, 512, 129)
+SELDOM = LOGITS - 3.5 * (np.arange(5) == STOP)  # long rollouts of very different lengths
+
+
+@pytest.mark.parametrize(("pages", "slots"), [(None, 8), (24, 8), (16, 8), (14, 8), (14, 1), (30, 30)], ids=lambda value: str(value))
+def test_pages_that_run_out_change_nothing(pages, slots):
+    """The cache holds from everything down to hardly more than one rollout; each token depends on all that it holds."""
+    settings = {"max_prompt_tokens": 700, "max_new_tokens": 300, "launch_steps": 16, "slots": slots, "pages": pages}
+    seen = []
+    sampler = _sampler(Memory(), **settings)
+    rollouts = list(sampler.sample(SELDOM, None, _long_prompts(LENGTHS), 5, seed=4, step=1, on_progress=seen.append))
+    assert sorted((r.group, r.index) for r in rollouts) == [(g, i) for g in range(6) for i in range(5)]
+    for r in rollouts:
+        np.testing.assert_allclose(r.logprobs_T, Memory.expected(SELDOM, r, 1.0), atol=1e-5)
+    assert len({len(r.tokens_T) for r in rollouts}) > 3
+    if pages is None:
+        assert seen[-1].set_aside == 0
+    else:
+        assert seen[-1].pages <= pages
+        assert (seen[-1].set_aside > 0) == (slots > 1)
+    free = _by_place(
+        _sampler(Memory(), **settings | {"pages": None, "slots": 30}).sample(SELDOM, None, _long_prompts(LENGTHS), 5, seed=4, step=1)
+    )
+    for place, r in _by_place(rollouts).items():
+        np.testing.assert_array_equal(r.tokens_T, free[place].tokens_T)
+
+
+def test_a_group_shares_its_prompts_pages():
+    """A prompt of five pages and a bit, six rollouts of up to 2 pages each, and while they begin, the prompt's own begun page."""
+    seen = []
+    sampler = _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=200, slots=6)
+    list(sampler.sample(SELDOM, None, _long_prompts([650]), 6, seed=0, step=0, on_progress=seen.append))
+    assert 5 + 6 + 1 <= seen[-1].pages <= 5 + 6 * 2 + 1
+
+
+def test_slots_are_used_until_the_tail():
+    seen = []
+    sampler = _sampler(Memory(), max_prompt_tokens=128, max_new_tokens=300, slots=4, launch_steps=8, pages=16)
+    list(sampler.sample(SELDOM, None, _long_prompts([100] * 6), 8, seed=0, step=0, on_progress=seen.append))
+    assert 0.9 <= seen[-1].utilisation <= 1
+    assert seen[-1].finished == 48
+
+
+def test_a_cache_that_does_not_hold_one_rollout_is_refused():
+    with pytest.raises(CapacityError, match=r"1,024 tokens does not hold .* 1,792"):
+        _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=300, pages=8)
 
 
 def test_every_rollout_comes_once_and_ends_as_it_should():

@@ -1,0 +1,216 @@
+"""The device's side of the sampler: the state of the decode batch, and the pure functions that advance it. The host's side is `sampler`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.models.cache import Cache, Pool
+from discover_jax.models.sharding import sharding_for
+from discover_jax.sampling.draw import draw_tokens, rollout_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondPhase:
+    """Makes a rollout that thinks too long begin its answer. Forced tokens are not the policy's choice and bear no log-probability.
+
+    Attributes:
+      after: tokens of the first phase; a rollout that has not begun its answer by then is given the forced tokens, then goes on freely.
+      opening: tokens in a row with which an answer begins; the first of them is not among the others.
+      forced: what is given; it ends in `opening` and holds no stop token.
+
+    Raises:
+      ConfigError: one of these does not hold.
+    """
+
+    after: int
+    opening: tuple[int, ...]
+    forced: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.after < 1:
+            raise ConfigError(f"A first phase of {self.after} tokens leaves nothing to sample; it must be at least 1.")
+        if not self.opening or self.opening[0] in self.opening[1:]:
+            raise ConfigError(f"The opening {self.opening} of an answer must not be empty nor repeat its first token.")
+        if self.forced[-len(self.opening) :] != self.opening:
+            raise ConfigError(f"The forced tokens {self.forced} must end in the opening {self.opening} of an answer.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of the decode batch, but for their pages: those of the whole batch, or one that comes or goes.
+
+    Attributes:
+      ring_k_LBKWH, ring_v_LBKWH, lengths_B: of the cache; a length of 0 says that the row is empty or finished.
+      hidden_BD: the stream at each row's last token, from which the next one is drawn.
+      groups_B, indices_B: int32, which rollout a row belongs to.
+      temperatures_B: float32, that it is sampled at.
+      counts_B: int32, tokens generated.
+      alive_B: bool, False for rows that are finished or empty.
+      opened_B: int32, how many tokens of `SecondPhase.opening` came last; it stays when all came. Always 0 without a second phase.
+      forcing_B: bool, whether the last token was forced and the next one may be.
+    """
+
+    ring_k_LBKWH: jax.Array
+    ring_v_LBKWH: jax.Array
+    lengths_B: jax.Array
+    hidden_BD: jax.Array
+    groups_B: jax.Array
+    indices_B: jax.Array
+    temperatures_B: jax.Array
+    counts_B: jax.Array
+    alive_B: jax.Array
+    opened_B: jax.Array
+    forcing_B: jax.Array
+
+
+Drawn = tuple[jax.Array, jax.Array, jax.Array]
+"""Tokens, log-probabilities, and whether they were chosen rather than forced."""
+
+
+def _axis(name: str) -> int:
+    return 1 if name.startswith("ring") else 0
+
+
+def take_rows(rows: Rows, places_R: jax.Array) -> Rows:
+    """These rows, in this order."""
+    taken = {field.name: jnp.take(getattr(rows, field.name), places_R, _axis(field.name)) for field in dataclasses.fields(Rows)}
+    return Rows(**taken)
+
+
+def put_row(rows: Rows, place: jax.Array, one: Rows) -> Rows:
+    """The rows with one replaced by the only row of `one`."""
+    put = {}
+    for field in dataclasses.fields(Rows):
+        into, value = getattr(rows, field.name), getattr(one, field.name)
+        put[field.name] = jax.lax.dynamic_update_index_in_dim(into, value, place, _axis(field.name))
+    return Rows(**put)
+
+
+def new_rows(
+    rings: tuple[jax.Array, jax.Array], lengths_B: Any, hidden_BD: jax.Array, groups_B: Any, indices_B: Any, temperatures_B: Any
+) -> Rows:
+    """Rows whose prompts were read and that have no tokens yet; those of length 0 are empty."""
+    ring_k, ring_v = rings
+    lengths_B, batch = jnp.asarray(lengths_B, jnp.int32), len(lengths_B)
+    return Rows(
+        ring_k_LBKWH=ring_k,
+        ring_v_LBKWH=ring_v,
+        lengths_B=lengths_B,
+        hidden_BD=hidden_BD,
+        groups_B=jnp.asarray(groups_B, jnp.int32),
+        indices_B=jnp.asarray(indices_B, jnp.int32),
+        temperatures_B=jnp.asarray(temperatures_B, jnp.float32),
+        counts_B=jnp.zeros(batch, jnp.int32),
+        alive_B=lengths_B > 0,
+        opened_B=jnp.zeros(batch, jnp.int32),
+        forcing_B=jnp.zeros(batch, bool),
+    )
+
+
+def abstract_rows(model: Any, batch: int) -> Rows:
+    """Shapes and types of so many rows of a model, laid out over its mesh if it has one."""
+
+    def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")[: leaf.ndim]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, model.mesh))
+
+    def make() -> Rows:
+        zeros = jnp.zeros(batch, jnp.int32)
+        hidden = jnp.zeros((batch, model.config.width), model.dtype)
+        return new_rows(model.init_rings(batch), zeros, hidden, zeros, zeros, zeros)
+
+    shapes, rows = jax.eval_shape(make), "batch" if batch > 1 else "prompts"
+    if model.mesh is None:
+        return shapes
+    laid_out: dict[str, Any] = {field.name: lay_out(field.name, getattr(shapes, field.name)) for field in dataclasses.fields(Rows)}
+    return Rows(**laid_out)
+
+
+def _force(phase: SecondPhase | None, rows: Rows, tokens_B: jax.Array, logprobs_B: jax.Array) -> tuple[jax.Array, ...]:
+    """Puts forced tokens in the place of drawn ones: tokens, log-probabilities, `opened_B` and `forcing_B` after them, each [B]."""
+    if phase is None:
+        return tokens_B, logprobs_B, rows.opened_B, rows.forcing_B
+    forced, opening = (jnp.asarray(ids, jnp.int32) for ids in (phase.forced, phase.opening))
+    since_B = rows.counts_B - phase.after
+    forcing_B = (rows.forcing_B | ((since_B == 0) & (rows.opened_B < len(opening)))) & (since_B < len(forced))
+    tokens_B = jnp.where(forcing_B, forced.at[since_B].get(mode="clip"), tokens_B)
+    # What follows the opening in a row: its next token, or, if another one came, its first.
+    next_B = jnp.where(
+        tokens_B == opening.at[rows.opened_B].get(mode="clip"), rows.opened_B + 1, (tokens_B == opening[0]).astype(jnp.int32)
+    )
+    opened_B = jnp.where(rows.opened_B == len(opening), rows.opened_B, next_B)
+    return tokens_B, jnp.where(forcing_B, 0.0, logprobs_B), opened_B, forcing_B
+
+
+def decode_launch(
+    model: Any,
+    frozen: Any,
+    lora: Any,
+    pool: Pool,
+    rows: Rows,
+    pages_BM: jax.Array,
+    enough: jax.Array,
+    seed: jax.Array,
+    step: jax.Array,
+    *,
+    launch_steps: int,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    second_phase: SecondPhase | None,
+) -> tuple[Pool, Rows, Drawn]:
+    """Up to `launch_steps` tokens for every live row, until only `enough` rows are live.
+
+    Args:
+      model: a `discover_jax.models.gpt_oss.Model`.
+      frozen, lora: weights; `lora` may be None.
+      pool, rows: the batch.
+      pages_BM: int32, the pages of each row, with room for `launch_steps` more tokens.
+      enough: int32.
+      seed, step: fold into every draw.
+      max_new_tokens, stop_ids: end a rollout.
+      second_phase: see there.
+
+    Returns:
+      Pool and rows, and what was drawn, each [B, launch_steps]: a row's new tokens come first in its line; how many is the growth of its
+      count.
+    """
+    lora = model.cast(lora)  # once, rather than in each layer for each token
+    keys_B = rollout_keys(seed, step, rows.groups_B, rows.indices_B)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+    shape = launch_steps, len(rows.alive_B)
+    drawn_TB = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool)
+
+    def going(carry: tuple[jax.Array, Pool, Rows, Drawn]) -> jax.Array:
+        i, _, rows, _ = carry
+        return (i < launch_steps) & (rows.alive_B.sum() > enough)
+
+    def one(carry: tuple[jax.Array, Pool, Rows, Drawn]) -> tuple[jax.Array, Pool, Rows, Drawn]:
+        i, pool, rows, drawn_TB = carry
+        tokens_B, logprobs_B = draw_tokens(keys_B, rows.counts_B, model.logits(frozen, lora, rows.hidden_BD), rows.temperatures_B)
+        tokens_B, logprobs_B, opened_B, forcing_B = _force(second_phase, rows, tokens_B, logprobs_B)
+        counts_B = rows.counts_B + rows.alive_B
+        alive_B = rows.alive_B & ~((tokens_B[:, None] == stops).any(axis=-1) | (counts_B >= max_new_tokens))
+        cache = Cache(pool, rows.ring_k_LBKWH, rows.ring_v_LBKWH, pages_BM, rows.lengths_B)
+        hidden_BD, cache = model.decode(frozen, lora, tokens_B, cache)
+        rows = dataclasses.replace(
+            rows,
+            ring_k_LBKWH=cache.ring_k_LBKWH,
+            ring_v_LBKWH=cache.ring_v_LBKWH,
+            # A finished row is empty from here on: attention need not read as far as it had come, and its pages stay as they are.
+            lengths_B=jnp.where(alive_B, cache.lengths_B, 0),
+            hidden_BD=hidden_BD,
+            counts_B=counts_B,
+            alive_B=alive_B,
+            opened_B=opened_B,
+            forcing_B=forcing_B,
+        )
+        tokens_TB, logprobs_TB, chosen_TB = drawn_TB
+        drawn_TB = tokens_TB.at[i].set(tokens_B), logprobs_TB.at[i].set(logprobs_B), chosen_TB.at[i].set(~forcing_B)
+        return i + 1, cache.pool, rows, drawn_TB
+
+    _, pool, rows, (tokens_TB, logprobs_TB, chosen_TB) = jax.lax.while_loop(going, one, (jnp.int32(0), pool, rows, drawn_TB))
+    return pool, rows, (tokens_TB.T, logprobs_TB.T, chosen_TB.T)

@@ -1,0 +1,353 @@
+"""One call of the sampler on the host: which rollout is decoded in which slot, and on which pages, from launch to launch.
+
+Between launches every live row is given the pages that it may need next, and free slots are filled from the queue, both in fixed order.
+A group's prompt is read when its first rollout begins; its full pages are shared, the rest is copied. When pages run out, the rollout that
+began last is set aside: its row and pages wait in the host's memory, bit by bit, and come back before any other begins.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from discover_jax.models.cache import Cache, Pool
+from discover_jax.sampling.decoding import Drawn, Rows, new_rows
+from discover_jax.sampling.pages import Pages
+from discover_jax.types import Prompt, Rollout, StopReason
+
+PAGE = 128
+"""Tokens a page."""
+FEWEST_ROWS = 8
+"""The decode batch is halved for the tail, down to this."""
+MOVED_PAGES = 16
+"""Pages that go to the host's memory or come back at once."""
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // PAGE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a call of `sample` stands.
+
+    Attributes:
+      finished, total: rollouts.
+      tokens: generated so far.
+      seconds: since it began.
+      utilisation: part of the slots' decoding that went to live rows, counted as long as rollouts waited for a slot; 1 if none ever did.
+      set_aside: how often a rollout was set aside because pages ran out.
+      pages: the most that were in use at once.
+    """
+
+    finished: int
+    total: int
+    tokens: int
+    seconds: float
+    utilisation: float = 1.0
+    set_aside: int = 0
+    pages: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What the schedule has the device do; see the functions of the same names in `decoding`, `models.cache` and `Model`."""
+
+    init_pool: Callable[[int, int], Pool]
+    init_rings: Callable[[int], tuple[jax.Array, jax.Array]]
+    prefill: Callable[[ArrayLike, ArrayLike, Cache], tuple[jax.Array, Cache]]
+    launch: Callable[[Pool, Rows, ArrayLike, ArrayLike], tuple[Pool, Rows, Drawn]]
+    put_row: Callable[[Pool, Rows, Rows, int, int, int], tuple[Pool, Rows]]
+    take_rows: Callable[[Rows, ArrayLike], Rows]
+    take_pages: Callable[[Pool, ArrayLike], Pool]
+    put_pages: Callable[[Pool, ArrayLike, Pool], Pool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Numbers of one sampler: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk."""
+
+    slots: int
+    pages: int
+    row_pages: int
+    new_tokens: int
+    launch_steps: int
+    chunk: int
+    width: int
+    dtype: Any
+    stop_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Prefix:
+    """A prompt that was read: the row with which its rollouts begin, and its pages."""
+
+    row: Rows
+    pages: list[int]
+
+
+@dataclasses.dataclass(eq=False)
+class _Open:
+    """A rollout in the making.
+
+    Attributes:
+      place: of its prompt.
+      index: in the group.
+      temperature: that it is sampled at.
+      began: how many rollouts began before it; -1 before it begins.
+      count: tokens so far; `tokens`, `logprobs` and `chosen` hold them by launch.
+      pages: of its prompt and its own, while it has a slot.
+      aside: row and pages while it is set aside.
+    """
+
+    place: int
+    index: int
+    temperature: float
+    began: int = -1
+    count: int = 0
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    chosen: list[np.ndarray] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    aside: tuple[Rows, list[Pool]] | None = None
+
+
+class Schedule:
+    """The state of one call.
+
+    Args:
+      programs, limits: of the sampler.
+      prompts: one a group; rollouts are begun in this order.
+      temperatures_K: of the rollouts of every group.
+    """
+
+    def __init__(self, programs: Programs, limits: Limits, prompts: Sequence[Prompt], temperatures_K: Sequence[float]):
+        self._do, self._limits, self._prompts = programs, limits, prompts
+        self._queue = collections.deque(
+            _Open(place, index, temperature) for place in range(len(prompts)) for index, temperature in enumerate(temperatures_K)
+        )
+        self._total = len(self._queue)
+        self._aside: list[_Open] = []
+        self._begun = 0
+        self._prefixes: dict[int, _Prefix] = {}
+        self._book = Pages(limits.pages)
+        self._slots: list[_Open | None] = [None] * min(limits.slots, self._total)
+        self._pool = programs.init_pool(limits.pages, PAGE)
+        self._rows = self._empty(len(self._slots))
+        self._nobody = self._empty(1)
+        self._busy = self._offered = self._set_asides = 0
+
+    def run(self, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Rollout]:
+        """Yields every rollout as soon as it is finished."""
+        start, tokens, finished = time.monotonic(), 0, 0
+        while finished < self._total:
+            self._give_pages()
+            self._fill_slots()
+            self._shrink()
+            done, new = self._decode()
+            finished, tokens = finished + len(done), tokens + new
+            if on_progress is not None:
+                utilisation = self._busy / self._offered if self._offered else 1.0
+                seconds = time.monotonic() - start
+                on_progress(Progress(finished, self._total, tokens, seconds, utilisation, self._set_asides, self._book.most_in_use))
+            yield from done
+
+    # Pages
+
+    def _length(self, rollout: _Open) -> int:
+        return len(self._prompts[rollout.place].tokens_P) + rollout.count
+
+    def _needed(self, rollout: _Open) -> int:
+        """Pages with which it can go through the next launch."""
+        return min(pages_of(self._length(rollout) + self._limits.launch_steps), self._most(rollout))
+
+    def _most(self, rollout: _Open) -> int:
+        """Pages that it can ever need."""
+        return pages_of(len(self._prompts[rollout.place].tokens_P) + self._limits.new_tokens)
+
+    def _make_room(self, count: int, keep: int = -1) -> bool:
+        """Whether there are so many free pages, if need be after prompts are forgotten that can be read again; but not `keep`'s."""
+        if self._book.free < count:
+            for place in [place for place in self._prefixes if place != keep]:
+                self._book.release(self._prefixes.pop(place).pages)
+        return self._book.free >= count
+
+    def _take(self, count: int) -> list[int]:
+        pages = self._book.take(count)
+        assert pages is not None, "room was made before"
+        return pages
+
+    def _give_pages(self) -> None:
+        """To every live row, first those that began first; at the cost of those that began last."""
+        live = sorted((rollout for rollout in self._slots if rollout is not None), key=lambda rollout: rollout.began)
+        while live:
+            missing = self._needed(live[0]) - len(live[0].pages)
+            if self._make_room(missing):
+                live.pop(0).pages += self._take(missing)
+            else:
+                self._set_aside(live.pop())
+
+    def _set_aside(self, rollout: _Open) -> None:
+        slot = self._slots.index(rollout)
+        row = self._do.take_rows(self._rows, np.array([slot], np.int32))
+        used = rollout.pages[: pages_of(self._length(rollout))]
+        parts = [self._do.take_pages(self._pool, ids) for ids in self._in_parts(used)]
+        rollout.aside = jax.device_get((row, parts))
+        self._book.release(rollout.pages)
+        rollout.pages = []
+        self._put(slot, self._nobody)
+        self._slots[slot] = None
+        self._aside = sorted([*self._aside, rollout], key=lambda rollout: rollout.began)
+        self._set_asides += 1
+
+    def _in_parts(self, pages: list[int]) -> Iterator[np.ndarray]:
+        """Their numbers in parts of one size, padded with one that is no page."""
+        for first in range(0, len(pages), MOVED_PAGES):
+            part = pages[first : first + MOVED_PAGES]
+            yield np.array(part + [self._limits.pages] * (MOVED_PAGES - len(part)), np.int32)
+
+    # Slots
+
+    def _empty(self, rows: int) -> Rows:
+        zeros = np.zeros(rows, np.int32)
+        hidden = jnp.zeros((rows, self._limits.width), self._limits.dtype)
+        return new_rows(self._do.init_rings(rows), zeros, hidden, zeros, zeros, np.ones(rows, np.float32))
+
+    def _put(self, slot: int, row: Rows, source: int = 0, target: int | None = None) -> None:
+        """Gives a slot a row, and page `target`, if one is named, the contents of `source`."""
+        target = self._limits.pages if target is None else target
+        self._pool, self._rows = self._do.put_row(self._pool, self._rows, row, slot, source, target)
+
+    def _fill_slots(self) -> None:
+        for slot, rollout in enumerate(self._slots):
+            if rollout is None and not self._fill(slot):
+                return
+
+    def _fill(self, slot: int) -> bool:
+        """Whether there was a rollout for this slot, and room for it."""
+        # A page for each live row that may grow is left free, so that what begins now need not be set aside at once.
+        spare = sum(min(1, self._most(rollout) - len(rollout.pages)) for rollout in self._slots if rollout is not None)
+        if self._aside:
+            return self._bring_back(slot, self._aside[0], spare)
+        return bool(self._queue) and self._begin(slot, self._queue[0], spare)
+
+    def _bring_back(self, slot: int, rollout: _Open, spare: int) -> bool:
+        needed = self._needed(rollout)
+        if not self._make_room(needed + spare):
+            return False
+        rollout.pages = self._take(needed)
+        assert rollout.aside is not None, "only what was set aside comes back"
+        row, parts = rollout.aside
+        used = rollout.pages[: pages_of(self._length(rollout))]
+        for ids, part in zip(self._in_parts(used), parts, strict=True):
+            self._pool = self._do.put_pages(self._pool, ids, part)
+        self._put(slot, row)
+        rollout.aside = None
+        self._slots[slot] = self._aside.pop(0)
+        return True
+
+    def _begin(self, slot: int, rollout: _Open, spare: int) -> bool:
+        place, length = rollout.place, self._length(rollout)
+        shared = length // PAGE
+        own = self._needed(rollout) - shared
+        to_read = 0 if place in self._prefixes else pages_of(length)
+        if not self._make_room(to_read + own + spare, keep=place):
+            return False
+        prefix = self._prefixes.get(place) or self._read(place)
+        rollout.pages = self._book.share(prefix.pages[:shared]) + self._take(own)
+        own_1 = {"indices_B": jnp.array([rollout.index], jnp.int32), "temperatures_B": jnp.array([rollout.temperature], jnp.float32)}
+        row = dataclasses.replace(prefix.row, **own_1)
+        begun_page = {"source": prefix.pages[shared], "target": rollout.pages[shared]} if length % PAGE else {}
+        self._put(slot, row, **begun_page)
+        rollout.began, self._begun = self._begun, self._begun + 1
+        self._slots[slot] = self._queue.popleft()
+        if not self._queue or self._queue[0].place != place:  # the last of its group
+            self._book.release(self._prefixes.pop(place).pages)
+        return True
+
+    def _read(self, place: int) -> _Prefix:
+        """Reads a prompt; there must be room for it."""
+        prompt, chunk = self._prompts[place], self._limits.chunk
+        length = len(prompt.tokens_P)
+        pages = self._take(pages_of(length))
+        pages_1M = np.zeros((1, self._limits.row_pages), np.int32)
+        pages_1M[0, : len(pages)] = pages
+        rings, hidden = self._do.init_rings(1), self._nobody.hidden_BD
+        for first in range(0, length, chunk):
+            tokens = np.asarray(prompt.tokens_P[first : first + chunk], np.int32)
+            padded_1C = np.pad(tokens, (0, chunk - len(tokens)))[None]
+            cache = Cache(self._pool, *rings, jnp.asarray(pages_1M), jnp.array([first], jnp.int32))
+            hidden, cache = self._do.prefill(padded_1C, np.array([len(tokens)], np.int32), cache)
+            self._pool, rings = cache.pool, (cache.ring_k_LBKWH, cache.ring_v_LBKWH)
+        row = new_rows(rings, np.array([length], np.int32), hidden, [prompt.group], [0], [1.0])
+        self._prefixes[place] = _Prefix(row, pages)
+        return self._prefixes[place]
+
+    def _waiting(self) -> bool:
+        return bool(self._queue or self._aside)
+
+    def _shrink(self) -> None:
+        """Halves the batch for as long as its live rows fit, once no rollout waits."""
+        live = [slot for slot, rollout in enumerate(self._slots) if rollout is not None]
+        rows = len(self._slots)
+        while not self._waiting() and rows // 2 >= max(FEWEST_ROWS, len(live)):
+            rows //= 2
+        if rows < len(self._slots):
+            keep_R = (live + [slot for slot, rollout in enumerate(self._slots) if rollout is None])[:rows]
+            self._rows = self._do.take_rows(self._rows, np.asarray(keep_R, np.int32))
+            self._slots = [self._slots[slot] for slot in keep_R]
+
+    # Decoding
+
+    def _decode(self) -> tuple[list[Rollout], int]:
+        """One launch: the rollouts that it finished, and how many tokens it generated."""
+        pages_BM = np.zeros((len(self._slots), self._limits.row_pages), np.int32)
+        live = [(slot, rollout) for slot, rollout in enumerate(self._slots) if rollout is not None]
+        waiting = self._waiting()
+        for slot, rollout in live:
+            pages_BM[slot, : len(rollout.pages)] = rollout.pages
+        self._pool, self._rows, drawn = self._do.launch(self._pool, self._rows, pages_BM, np.int32(self._enough(len(live))))
+        alive_B, counts_B, drawn_BT = jax.device_get((self._rows.alive_B, self._rows.counts_B, drawn))
+        done, grown = [], []
+        for slot, rollout in live:
+            new = int(counts_B[slot]) - rollout.count
+            grown.append(new)
+            rollout.count += new
+            for kept, x_BT in zip((rollout.tokens, rollout.logprobs, rollout.chosen), drawn_BT, strict=True):
+                kept.append(x_BT[slot, :new])
+            if not alive_B[slot]:
+                done.append(self._close(rollout))
+                self._book.release(rollout.pages)
+                self._slots[slot] = None
+        if waiting:
+            self._busy += sum(grown)
+            self._offered += len(self._slots) * max(grown)
+        return done, sum(grown)
+
+    def _enough(self, live: int) -> int:
+        """A launch ends early when no more rows than this are live: a quarter can be refilled, or in the tail the batch can be halved."""
+        if self._waiting():
+            return live - max(1, live // 4)
+        half = len(self._slots) // 2
+        return half if half >= FEWEST_ROWS else 0
+
+    def _close(self, rollout: _Open) -> Rollout:
+        tokens_T = np.concatenate(rollout.tokens).astype(np.int32)
+        prompt = self._prompts[rollout.place]
+        return Rollout(
+            group=prompt.group,
+            index=rollout.index,
+            prompt_tokens_P=np.asarray(prompt.tokens_P, np.int32),
+            tokens_T=tokens_T,
+            logprobs_T=np.concatenate(rollout.logprobs).astype(np.float32),
+            chosen_T=np.concatenate(rollout.chosen),
+            stop=StopReason.STOP_TOKEN if int(tokens_T[-1]) in self._limits.stop_ids else StopReason.MAX_TOKENS,
+            temperature=rollout.temperature,
+        )
