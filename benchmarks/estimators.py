@@ -3,9 +3,10 @@
     python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
 
-Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted comparison
-goes on. `--diversity` compares, for the report's setting, runs with and without each means against collapse instead. With `--summary`
-nothing is run: the table is made from what is there.
+Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted
+comparison goes on. Runs at once share the machine's cores evenly, each bound to its own, and all share one cache of verdicts: the first
+step's programs of a seed are the same in every cell. `--diversity` compares, for the report's setting, runs with and without each means
+against collapse instead. With `--summary` nothing is run: the table is made from what is there.
 """
 
 import argparse
@@ -14,10 +15,13 @@ import itertools
 import json
 import math
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from discover_jax.execution import lease_cores
 
 REUSE = {
     "fixed": ("--config.reuse.sampler=fixed",),
@@ -74,6 +78,7 @@ def run(folder: Path, module: str, flags: tuple[str, ...], arguments: argparse.N
         f"--config.sampling.slots={arguments.groups * arguments.group_size}",
         f"--config.train.steps={arguments.steps}",
         f"--config.execution.workers={arguments.workers}",
+        f"--config.execution.cache={(arguments.out / 'verdicts').absolute()}",
         f"--config.seed={seed}",
         *flags,
         *arguments.flag,
@@ -101,6 +106,15 @@ def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]
     return found
 
 
+def leases(jobs: int) -> queue.SimpleQueue[tuple[int, ...]]:
+    """Cores for each of the runs at once, for the threads that start them: two runs must not lease the same cores to their programs."""
+    cpus = sorted(os.sched_getaffinity(0))
+    found: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
+    for cores in lease_cores(cpus, max(1, len(cpus) // jobs), jobs):
+        found.put(cores)
+    return found
+
+
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Results by setting: lists over seeds, of complete runs only."""
     result = {}
@@ -116,6 +130,7 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
             "last_constant_frac": [run[-1]["groups/constant_frac"] for run in runs],
             "last_distance": [run[-1]["diversity/distance"] or 0.0 for run in runs],
             "programs": sum(row["rollouts/count"] for row in steps),
+            "timeouts": sum(row.get("outcome/timeout", 0) for row in steps),
         }
     return result
 
@@ -141,7 +156,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.summary:
         todo = [(seed, name, *cell) for seed in range(arguments.seeds) for name, cell in cells(arguments).items()]
-        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        cores = leases(arguments.jobs)
+        # Affinity belongs to a thread, and the run that it starts inherits it.
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
             futures = [
                 pool.submit(run, arguments.out / f"{name.replace('/', '-')}-{seed}", module, flags, arguments, seed)
                 for seed, name, module, flags in todo
