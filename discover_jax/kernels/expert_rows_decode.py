@@ -7,8 +7,9 @@ from discover_jax.kernels import expert_rows_triton
 from discover_jax.kernels.expert_rows import Blocks, most_blocks, sort_rows
 from discover_jax.kernels.triton_call import call_kernel
 
-MOST_TOKENS = 256
-"""One program holds a number for each token and expert."""
+MOST_ROWS = 2048
+"""Rows are compared with all others; a sort is faster for more."""
+OWN, STEP = 32, 64
 
 
 def _power(number: int) -> int:
@@ -18,25 +19,18 @@ def _power(number: int) -> int:
 
 def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax.Array | int) -> Blocks:
     """`sort_rows`, with `layer * experts` added to the experts of blocks, as they are numbered in a stack of layers."""
-    tokens, share = index_TX.shape
-    if tokens > MOST_TOKENS:
+    routed = index_TX.size
+    if routed > MOST_ROWS:
         rows = sort_rows(index_TX, experts, block)
         return rows._replace(blocks=rows.blocks.at[0].add(layer * experts))
-    most = most_blocks(tokens * share, experts, block)
+    most = most_blocks(routed, experts, block)
     slots, blocks = call_kernel(
         expert_rows_triton.sort,
-        *(index_TX.astype(jnp.int32), jnp.asarray(layer, jnp.int32).reshape(1), tokens, most),
-        out=[jax.ShapeDtypeStruct((tokens * share,), jnp.int32), jax.ShapeDtypeStruct((3, most), jnp.int32)],
-        grid=(1,),
-        warps=16 if tokens > 32 else 4,
+        *(index_TX.reshape(-1).astype(jnp.int32), jnp.asarray(layer, jnp.int32).reshape(1), routed, most),
+        out=[jax.ShapeDtypeStruct((routed,), jnp.int32), jax.ShapeDtypeStruct((3, most), jnp.int32)],
+        grid=(-(-routed // OWN),),
+        warps=4,
         stages=1,
-        constants={
-            "E": experts,
-            "X": share,
-            "BLOCK": block,
-            "TOKENS": _power(tokens),
-            "EXPERTS": _power(experts),
-            "MOST": _power(most),
-        },
+        constants={"E": experts, "EXPERTS": _power(experts), "BLOCK": block, "OWN": OWN, "STEP": min(STEP, _power(routed))},
     )
     return Blocks(slots, blocks)

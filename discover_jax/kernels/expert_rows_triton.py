@@ -1,6 +1,7 @@
-"""A Triton kernel that sorts routed rows by expert: `expert_rows.sort_rows` of few tokens in one launch, by one program.
+"""A Triton kernel that sorts routed rows by expert: `expert_rows.sort_rows` of few tokens in one launch.
 
-In plain JAX that is some ten small kernels, which take longer to start than to run.
+In plain JAX that is some ten small kernels, which take longer to start than to run. Each program counts the rows of every expert anew, which
+is cheaper than a second launch, and then places some rows and describes some blocks of its own.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -8,41 +9,43 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
+def _at(values, index, e):
+    """values[index], values being numbered by e."""
+    return tl.sum(tl.where(index[:, None] == e[None, :], values[None, :], 0), axis=1)
+
+
+@triton.jit
 def sort(
-    index_ptr,  # int32 [T, X]: the experts of each token, all different
+    index_ptr,  # int32 [R]: the experts of each token, all different, one token after another
     layer_ptr,  # int32 [1]: times E is added to the experts of blocks
-    tokens,  # T
-    most,  # blocks
-    slots_ptr,  # int32 [T X]
+    routed,  # R
+    most,  # blocks; not more than R
+    slots_ptr,  # int32 [R]
     blocks_ptr,  # int32 [3, most]
     E: tl.constexpr,
-    X: tl.constexpr,
-    TOKENS: tl.constexpr,  # powers of two, at least T, E and most
-    EXPERTS: tl.constexpr,
-    MOST: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two, at least E
     BLOCK: tl.constexpr,  # rows of a block
+    OWN: tl.constexpr,  # rows, and blocks, of a program
+    STEP: tl.constexpr,  # rows that are compared at once
 ):
-    t, e, b = tl.arange(0, TOKENS), tl.arange(0, EXPERTS), tl.arange(0, MOST)
-    chosen = tl.zeros([TOKENS, EXPERTS], tl.int32)
-    for x in tl.static_range(X):
-        index = tl.load(index_ptr + t * X + x, mask=t < tokens, other=EXPERTS)
-        chosen += (index[:, None] == e[None, :]).to(tl.int32)
-    counts = tl.sum(chosen, axis=0)
+    e, s, own = tl.arange(0, EXPERTS), tl.arange(0, STEP), tl.program_id(0) * OWN + tl.arange(0, OWN)
+    mine = tl.load(index_ptr + own, mask=own < routed, other=0)
+    hits = tl.zeros([STEP, EXPERTS], tl.int32)
+    earlier = tl.zeros([OWN, STEP], tl.int32)
+    for begin in range(0, routed, STEP):
+        row = begin + s
+        index = tl.load(index_ptr + row, mask=row < routed, other=EXPERTS)
+        hits += (index[:, None] == e[None, :]).to(tl.int32)
+        earlier += ((index[None, :] == mine[:, None]) & (row[None, :] < own[:, None])).to(tl.int32)
+    counts = tl.sum(hits, axis=0)
     firsts = tl.cumsum(counts, axis=0) - counts
+    tl.store(slots_ptr + _at(firsts, mine, e) + tl.sum(earlier, axis=1), own, mask=own < routed)
+
     needed = (counts + BLOCK - 1) // BLOCK
-    begins = tl.cumsum(needed, axis=0) - needed
-    places = tl.cumsum(chosen, axis=0) - chosen + firsts[None, :]
-    for x in tl.static_range(X):
-        index = tl.load(index_ptr + t * X + x, mask=t < tokens, other=EXPERTS)
-        place = tl.sum(tl.where(index[:, None] == e[None, :], places, 0), axis=1)
-        tl.store(slots_ptr + place, t * X + x, mask=t < tokens)
-    offset = tl.load(layer_ptr) * E
-    for j in range((tokens + BLOCK - 1) // BLOCK):  # an expert has a row of each token at most
-        at, begun = blocks_ptr + begins + j, j < needed
-        tl.store(at, offset + e, mask=begun)
-        tl.store(at + most, firsts + j * BLOCK, mask=begun)
-        tl.store(at + 2 * most, tl.minimum(counts - j * BLOCK, BLOCK), mask=begun)
-    rest = (b >= tl.sum(needed, axis=0)) & (b < most)
-    tl.store(blocks_ptr + b, tl.zeros([MOST], tl.int32) + offset, mask=rest)
-    tl.store(blocks_ptr + most + b, tl.zeros([MOST], tl.int32), mask=rest)
-    tl.store(blocks_ptr + 2 * most + b, tl.zeros([MOST], tl.int32), mask=rest)
+    ends = tl.cumsum(needed, axis=0)
+    expert = tl.minimum(tl.sum((ends[None, :] <= own[:, None]).to(tl.int32), axis=1), E - 1)
+    before = (own - _at(ends - needed, expert, e)) * BLOCK  # rows of the expert's blocks before this one
+    rows = tl.minimum(tl.maximum(_at(counts, expert, e) - before, 0), BLOCK)
+    tl.store(blocks_ptr + own, tl.load(layer_ptr) * E + expert, mask=own < most)
+    tl.store(blocks_ptr + most + own, _at(firsts, expert, e) + before, mask=own < most)
+    tl.store(blocks_ptr + 2 * most + own, rows, mask=own < most)

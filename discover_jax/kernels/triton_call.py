@@ -1,12 +1,12 @@
 """Calls Triton kernels from jitted functions, in a form that XLA can put into CUDA graphs. Needs the extra `kernels`.
 
 jax_triton 0.3 emits calls of XLA's older interface, which XLA starts one by one: for the host that takes longer than most of a decoding
-step's kernels take the GPU. jaxlib has the same call for the newer interface (FFI), by which kernels are loaded before the first run, and
-whole stretches of a program become one graph. That has been compiled, but not yet run on a GPU: DISCOVER_JAX_GPU_GRAPHS=1 turns it on.
+step's kernels take the GPU. jaxlib has the same call for the newer interface (FFI; jax's own Pallas uses it), by which kernels are loaded
+before the first run, and whole stretches of a program become one graph: on an H200 a step of the 120b with one row takes 4.0 instead of
+5.2 ms, with 128 rows 22.7 instead of 23.5 ms.
 """
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +24,9 @@ _TYPED_FFI = 4
 
 @functools.cache
 def _prepare() -> Any:
-    """jax_triton, its calls lowered to the newer interface if that is wanted."""
+    """jax_triton, its calls lowered to the newer interface."""
     import jax_triton  # pyright: ignore[reportMissingImports] - here, as it imports only where jax has its GPU plugin
     from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
-
-    if os.environ.get("DISCOVER_JAX_GPU_GRAPHS") != "1":
-        return jax_triton
 
     def lower(ctx: Any, *arguments: Any, **options: Any) -> Sequence[Any]:
         results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, ctx, *arguments, **options)

@@ -29,8 +29,8 @@ def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_to
     hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     rows, length = batch.tokens_BT.shape
     # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh's data axis.
-    chunk = min(length, max(1, chunk_tokens // rows))
-    chunks = -(-length // chunk)
+    chunks = -(-length // max(1, chunk_tokens // rows))
+    chunk = -(-length // chunks)  # of equal length, or the last one would be mostly padding
 
     def split(x_BT: jax.Array) -> jax.Array:
         # The last place's values once more, rather than zeros: a temperature must not be 0.

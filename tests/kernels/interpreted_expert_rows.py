@@ -48,6 +48,7 @@ CASES = {
     "the same experts for all": (37, 12, 4, 8, 100.0, 1),
     "full blocks": (32, 4, 4, 16, 0.0, 2),
     "many": (128, 32, 4, 8, 0.0, 3),
+    "several programs, experts no power of two": (100, 12, 4, 16, 0.3, 1),
 }
 
 

@@ -61,13 +61,13 @@ def test_the_kernel_sorts_as_plain_jax_does():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     same = json.loads(done.stdout.splitlines()[-1])
-    assert len(same) == 5
+    assert len(same) == 6
     assert all(same.values()), same
 
 
 @pytest.mark.accelerator
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("tokens", [1, 9, 128, 200])
+@pytest.mark.parametrize("tokens", [1, 9, 128, 200, 1000])
 @pytest.mark.parametrize("skew", [0.0, 100.0])
 def test_on_a_gpu_the_kernel_sorts_as_plain_jax_does(tokens, skew):
     from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
