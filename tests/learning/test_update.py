@@ -361,11 +361,11 @@ def _sizes_of_last_axis(jaxpr, width):
 
 
 def test_logits_of_all_places_never_exist(tables):
-    """With 64-place chunks of a 1,000-place row, neither pass has an array of more than 64 x vocabulary logits."""
+    """With chunks of at most 64 places, 16 of 63 for a row of 1,000, neither pass has an array of more than 63 x vocabulary logits."""
     wide = 11  # words; the model's width is VOCAB = 7
     frozen = jnp.ones((VOCAB, wide))
     batches = pack(*make_rollouts(9), row_tokens=1000, rows=1)
-    for chunk_tokens, largest in ((64, 64 * wide), (1000, 1000 * wide)):
+    for chunk_tokens, largest in ((64, 63 * wide), (1000, 1000 * wide)):
         update = Update(Bigram(), adam(), chunk_tokens=chunk_tokens)
         lora = {"table": jnp.zeros((VOCAB, wide))}
         jaxpr = update._accumulate.trace(lora, lora, frozen, batches[0], np.ones((1, 1000), np.float32)).jaxpr
