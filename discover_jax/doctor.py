@@ -200,14 +200,14 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
         tasks, limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
     ) as executor:
         verdicts = [executor.submit(_PROGRAM, number).result() for number in range(len(tasks))]
-        text = executor.describe()
+        text, isolated = executor.describe(), executor.isolated
     for verdict, score in zip(verdicts, scores, strict=True):
         if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
             raise RunError(
                 f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
                 f" ok and {score} were expected. {verdict.execution.detail or verdict.grade.reason}"
             )
-    return f"the canary found no way out; {text}", None
+    return f"{'the canary found no way out' if isolated else 'no canary was sent, since nothing holds programs'}; {text}", None
 
 
 def run(config: Any, workdir: Path) -> None:

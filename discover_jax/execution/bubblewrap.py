@@ -17,8 +17,6 @@ from discover_jax.execution.limits import MIB, Limits
 SCRATCH = "/sandbox"  # the program's working directory; the data lie in data/ below it
 WRITABLE = (SCRATCH, "/tmp", "/dev/shm")  # what lies there lies in memory
 _HARNESS = "/harness.py"
-# In the range that systemd and Debian leave to nobody (60578 to 61183), so that no real user's processes or files are within reach.
-_FIRST_UID, _UIDS = 60_600, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Host:
       roots: folders that the interpreter and its packages need, bound read-only at the same paths.
       links: symbolic links outside these on the way from `python` to the real interpreter: (path, target).
       masked: folders below the roots that programs must not see: this project, and data sets from which a competition may be made.
-      root: whether this process may change its uid, so that each slot gets one of its own.
+      root: whether this process may change its uid, so that each slot gets one of its own (leases.py).
     """
 
     bwrap: str
@@ -201,7 +199,7 @@ def command(
     limits: Limits,
     memory_bounded: bool,
     cores: int,
-    slot: int,
+    uid: int | None,
     filter_fd: int,
     args_fd: int,
     status_fd: int,
@@ -214,7 +212,7 @@ def command(
       public: folder that appears as data/ in the working directory, read-only.
       memory_bounded: whether a control group bounds its memory.
       cores: cores leased to this slot.
-      slot: which slot; as root it decides the uid.
+      uid: under which the program runs on the host, for root; None: under this process's own.
       filter_fd, args_fd, status_fd: descriptors, as bubblewrap will find them, for --seccomp, --args and --json-status-fd.
 
     Raises:
@@ -263,5 +261,5 @@ def command(
         arguments=b"".join(argument.encode() + b"\0" for argument in args),
         filter=seccomp.filter_program(unseen_memory=memory_bounded),
         stage=stage,
-        uid=_FIRST_UID + slot % _UIDS if host.root else None,
+        uid=uid,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution.bubblewrap import WRITABLE, Host
+from discover_jax.execution.bubblewrap import SCRATCH, WRITABLE, Host, environment
 from discover_jax.execution.sandbox import Plan, Sandbox
 from discover_jax.types import Outcome
 
@@ -33,6 +33,11 @@ def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Itera
         yield f"no_new_privs is {found['no_new_privs']} (must be 1), seccomp is {found['seccomp']} (must be 2)"
     if found["uid"] == 0 or 0 in host_uids:
         yield f"programs run as root (uid inside {found['uid']}, on the host {sorted(host_uids)})"
+    wanted, names = set(environment(len(plan.cores), SCRATCH)), set(found["environment"]) - {"PWD"}  # which bubblewrap sets itself
+    if names - wanted:
+        yield f"environment variables are visible: {sorted(names - wanted)}"
+    if wanted - names:
+        yield f"environment variables lack: {sorted(wanted - names)}"
     if max(found["pids"]) > 64:
         yield f"other processes are visible: {found['pids']}"
     if found["descriptors"]:

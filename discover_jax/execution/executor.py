@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
-from discover_jax.execution import bubblewrap, canary, memory, sandbox, worker
+from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
+from discover_jax.execution.admission import Admission
 from discover_jax.execution.cache import VerdictCache, packages
-from discover_jax.execution.limits import GIB, Limits
+from discover_jax.execution.leases import lease_cores, lease_uids
+from discover_jax.execution.limits import Limits
 from discover_jax.types import Grade, Outcome, Verdict
 
 _TRIES = 3  # a fault of the host is tried again twice, each time in a fresh sandbox
@@ -55,20 +57,6 @@ class _Job:
     program: str
     futures: list[Future[Verdict]]
     running: bool = False
-
-
-def lease_cores(cpus: Sequence[int], cores: int, workers: int | None) -> list[tuple[int, ...]]:
-    """CPUs of each slot: `cores` each, no CPU in two slots unless more are asked for than there are.
-
-    Args:
-      cpus: those that this process may use.
-      cores: wanted for each slot.
-      workers: number of slots; None or 0: as many as fit, at least one.
-    """
-    cpus = sorted(cpus)
-    slots = workers or max(1, len(cpus) // cores)
-    size = min(cores, len(cpus))
-    return [tuple(sorted(cpus[(slot * size + offset) % len(cpus)] for offset in range(size))) for slot in range(slots)]
 
 
 @contextlib.contextmanager
@@ -174,7 +162,7 @@ class Executor:
 
         Raises:
           ConfigError: a setting is not allowed.
-          SandboxError: bubblewrap cannot start or does not isolate; with the reason and the remedy.
+          SandboxError: bubblewrap cannot start or does not isolate, or not every slot can have a uid of its own; with the remedy.
           RunError: the cache cannot be kept.
         """
         if backend not in sandbox.BACKENDS:
@@ -193,23 +181,32 @@ class Executor:
         cgroups = memory.find_cgroups()
         if cgroups is not None:
             memory.remove_stale(cgroups)
-        self._cpus = len(os.sched_getaffinity(0))
-        leases = lease_cores(sorted(os.sched_getaffinity(0)), limits.cores, workers)
-        self._plans = [
-            sandbox.Plan(backend, host, cgroups, publics[0], limits, slot, cores, sandbox.PRELOAD) for slot, cores in enumerate(leases)
-        ]
-        if host is not None:
-            hidden = {path for public in publics for path in canary.hidden_paths(host, public, cache_dir)}
-            for public in publics:
-                canary.check(dataclasses.replace(self._plans[0], public=public), sorted(hidden))
         settings = {"limits": dataclasses.asdict(limits), "backend": backend, "packages": packages()}
         self._caches = [VerdictCache(cache_dir, {"task": task.fingerprint, **settings}) for task in tasks]
         self._tasks_bytes = pickle.dumps(list(tasks))
+        self._cpus = len(os.sched_getaffinity(0))
+        cores_of_slots = lease_cores(sorted(os.sched_getaffinity(0)), limits.cores, workers)
+        with contextlib.ExitStack() as held:
+            uids: Sequence[int | None] = [None] * len(cores_of_slots)
+            if host is not None and host.root:
+                uids = held.enter_context(lease_uids(len(cores_of_slots)))
+            self._plans = [
+                sandbox.Plan(backend, host, cgroups, publics[0], limits, slot, cores, uid, sandbox.PRELOAD)
+                for slot, (cores, uid) in enumerate(zip(cores_of_slots, uids, strict=True))
+            ]
+            if host is not None:
+                hidden = {path for public in publics for path in canary.hidden_paths(host, public, cache_dir)}
+                for public in publics:
+                    canary.check(dataclasses.replace(self._plans[0], public=public), sorted(hidden))
+            self._uid_leases = held.pop_all()
+        # A control group bounds each program; where there is none they wait for memory.
+        self._admission = Admission(limits.memory_bytes) if cgroups is None else None
         self._limits = limits
         self._runs = [len(task.public_dirs) for task in tasks]
         self._grace_seconds = grace_seconds
         self._lock = threading.Lock()
         self._closed = False
+        self._retries = 0
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._in_flight: dict[str, _Job] = {}
         self._workers: list[_Worker | None] = [None] * len(self._plans)
@@ -267,27 +264,13 @@ class Executor:
 
     def describe(self) -> str:
         """One line for summaries: how programs are isolated and bounded, and what is weaker than it could be."""
-        plan = self._plans[0]
-        if plan.host is None:
-            parts = ["unsafe-subprocess: NO ISOLATION, programs can read the answers and use the network"]
-        else:
-            parts = [plan.host.version + (", one unprivileged uid a slot" if plan.host.root else ", under this user's uid")]
-        bound = f"{self._limits.memory_bytes / GIB:g} GiB"
-        if plan.cgroups is not None:
-            parts.append(f"memory: {bound} by {plan.cgroups.describe()}")
-        else:
-            parts.append(f"memory: best effort ({bound} a process, and the sum looked at 10 times a second; no writable control group)")
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if len(self._plans) * self._limits.memory_bytes > machine:
-            parts[-1] += f" (all {len(self._plans)} together could want more than this machine's {machine / GIB:.0f} GiB)"
-        cores = f"{len(self._plans)} x {len(plan.cores)} cores"
-        if len(plan.cores) < self._limits.cores:
-            cores += f" (fewer than the {self._limits.cores} asked for: this machine has {self._cpus})"
-        if len(self._plans) * len(plan.cores) > self._cpus:
-            cores += f" (shared: this machine has {self._cpus})"
-        return "; ".join(
-            [*parts, cores, f"{self._limits.seconds:g} s" + (f" each of {max(self._runs)} runs" if max(self._runs) > 1 else "")]
-        )
+        return summary.describe(self._plans, self._limits, max(self._runs), self._cpus)
+
+    @property
+    def retries(self) -> int:
+        """How often a program was run again so far because of what was, or may have been, the host's fault."""
+        with self._lock:
+            return self._retries
 
     def close(self) -> None:
         """Ends workers and sandboxes. Programs that wait are cancelled; those that run end in SandboxError. Idempotent."""
@@ -313,6 +296,7 @@ class Executor:
         cgroups = self._plans[0].cgroups
         if cgroups is not None:
             memory.remove_stale(cgroups)
+        self._uid_leases.close()
 
     def _begin(self, job: _Job) -> bool:
         """Marks a job as running; False if nobody waits for it any more."""
@@ -381,7 +365,8 @@ class Executor:
                 current = None if self._closed else self._worker(plan)
                 if current is None:
                     return SandboxError("The executor was closed while the program ran.")
-                reply = current.ask(task, program, self._runs[task] * (self._limits.seconds + self._grace_seconds))
+                with self._admission.program(lambda: self._closed) if self._admission else contextlib.nullcontext():
+                    reply = current.ask(task, program, self._runs[task] * (self._limits.seconds + self._grace_seconds))
             except OSError as error:
                 reply = SandboxError(f"A worker process could not be started: {error}.")
             if isinstance(reply, SandboxError):
@@ -392,6 +377,8 @@ class Executor:
             else:
                 return reply
             if number < _TRIES and not self._closed:
+                with self._lock:
+                    self._retries += 1
                 _log.warning("%s The program runs again (try %d of %d).", fault, number + 1, _TRIES)
         if isinstance(reply, Verdict):
             return reply

@@ -57,6 +57,7 @@ class Plan:
       public: folder that programs see as data/.
       limits: of one program.
       slot, cores: which slot, and the CPUs that are leased to it.
+      uid: under which its programs run, leased to it too; None: under this process's own, for one without root's rights.
       preload: modules that a sandbox imports before it is ready, besides numpy and pandas.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     limits: Limits
     slot: int
     cores: tuple[int, ...]
+    uid: int | None
     preload: tuple[str, ...] = PRELOAD
 
 
@@ -155,7 +157,7 @@ class Sandbox:
                 limits=limits,
                 memory_bounded=plan.cgroups is not None,
                 cores=len(plan.cores),
-                slot=plan.slot,
+                uid=plan.uid,
                 filter_fd=filter_fd,
                 args_fd=args_fd,
                 status_fd=status_writer,
@@ -307,7 +309,7 @@ class Sandbox:
         """Runs a program; it is the sandbox's only one. Blocks until everything in the sandbox has ended.
 
         Raises:
-          SandboxError: the sandbox was gone before the program could begin, or could not be ended.
+          SandboxError: the sandbox was gone before the program could begin, the host ran out of memory, or it could not be ended.
         """
         started = time.monotonic()
         try:
@@ -319,7 +321,7 @@ class Sandbox:
         self._shut(self._program_writer)
         end = self._watch(started + self._plan.limits.seconds)
         seconds = time.monotonic() - started
-        over_memory = self._group is not None and self._group.exceeded()
+        over_memory = self._group is not None and self._group.exceeded()  # raises if the host took a process away, however it ended then
         code = self._kill()
         if end is None and over_memory:
             end = Outcome.OUT_OF_MEMORY, f"it used more than {self._plan.limits.memory_bytes / GIB:.2f} GiB of memory"
@@ -367,6 +369,8 @@ class Sandbox:
                     signal.pidfd_send_signal(self._child, signal.SIGKILL)
                 else:
                     process.kill()
+                if self._group is not None:  # bubblewrap's outer process too, and whatever else joined
+                    self._group.kill()
             else:  # what left the process group lives on: one reason why this backend is called unsafe
                 os.killpg(process.pid, signal.SIGKILL)
         deadline = time.monotonic() + _END_SECONDS

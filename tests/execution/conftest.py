@@ -1,6 +1,9 @@
 """The competition that the tests run programs for, and one pool that most of them share."""
 
+import contextlib
 import dataclasses
+import itertools
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -10,10 +13,10 @@ import pytest
 # Worker processes import the competition by name, from the same path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_competition import LIMITS, TinyTask, make
+from tiny_competition import GOOD, GOOD_SCORE, LIMITS, TinyTask, make
 
-from discover_jax.execution import Executor, bubblewrap, memory, sandbox
-from discover_jax.types import Verdict
+from discover_jax.execution import Executor, bubblewrap, leases, memory, sandbox
+from discover_jax.types import Execution, Outcome, Verdict
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,12 +42,51 @@ def pool(task: TinyTask, tmp_path_factory: pytest.TempPathFactory):
     del os.environ["DISCOVER_TEST_SECRET"]
 
 
+def worker_pids() -> set[int]:
+    """Of all executors of this process."""
+    return {child.pid for child in multiprocessing.active_children() if child.name.startswith("execution-") and child.pid}
+
+
 @pytest.fixture(scope="session")
-def ask(pool: Executor):
-    """Runs one program in the pool and waits."""
+def beside(pool: Executor):
+    """A context in which a good program runs in the pool too; at its end that one must have its score, and all workers must be alive."""
+    numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def neighbour():
+        workers = worker_pids()
+        future = pool.submit(f"{GOOD}# neighbour {next(numbers)}\n")
+        yield
+        verdict = future.result(timeout=120)
+        assert (verdict.outcome, verdict.grade.score, verdict.execution.cached) == (Outcome.OK, GOOD_SCORE, False), verdict.execution
+        assert workers <= worker_pids()
+
+    return neighbour
+
+
+@pytest.fixture(scope="session")
+def ask(pool: Executor, beside):
+    """Runs one program in the pool, with a neighbour, and waits."""
 
     def run(program: str) -> Verdict:
-        return pool.submit(program).result(timeout=120)
+        with beside():
+            return pool.submit(program).result(timeout=120)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_with(beside):
+    """Runs one program in one sandbox with other limits than the pool's, with a neighbour in the pool."""
+
+    def run(plan: sandbox.Plan, program: str, **limits) -> Execution:
+        with beside():
+            box = sandbox.start(dataclasses.replace(plan, limits=dataclasses.replace(plan.limits, **limits)))
+            try:
+                box.wait_ready()
+                return box.run(program)
+            finally:
+                box.close()
 
     return run
 
@@ -53,7 +95,8 @@ def ask(pool: Executor):
 def plan(task: TinyTask) -> sandbox.Plan:
     """How a single sandbox is made, for tests below the pool."""
     cores = tuple(sorted(os.sched_getaffinity(0)))[:1]
-    return sandbox.Plan("bubblewrap", bubblewrap.inspect_host(), memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, ())
+    host, uid = bubblewrap.inspect_host(), leases.UIDS[-1] if os.geteuid() == 0 else None  # the last, which no executor here comes to
+    return sandbox.Plan("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
 
 
 @pytest.fixture(scope="session")

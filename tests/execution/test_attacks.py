@@ -19,6 +19,8 @@ from tiny_competition import GOOD, GOOD_SCORE, LIMITS
 from discover_jax.execution import Executor, memory
 from discover_jax.types import Outcome, Verdict
 
+pytestmark = pytest.mark.sandbox
+
 _REFUSED = ("EPERM", "EACCES", "EROFS", "ENOENT", "EINVAL")
 _HELPERS = """
 import ctypes, errno, mmap, os, resource, signal, socket, sys, threading, time

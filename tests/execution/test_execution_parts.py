@@ -1,33 +1,14 @@
-"""Small parts of the execution: leases, limits, kept output, control groups, links to the interpreter."""
+"""Small parts of the execution: limits, kept output, links to the interpreter."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.execution import Limits, bubblewrap, lease_cores, memory
+from discover_jax.execution import Limits, bubblewrap
 from discover_jax.execution.output import HeadAndTail, normalised
-
-
-@given(cpus=st.sets(st.integers(0, 300), min_size=1, max_size=40), cores=st.integers(1, 8))
-def test_leases_are_exclusive(cpus, cores):
-    leases = lease_cores(sorted(cpus), cores, None)
-    taken = [cpu for lease in leases for cpu in lease]
-    assert len(leases) == max(1, len(cpus) // cores)
-    assert len(taken) == len(set(taken))
-    assert set(taken) <= cpus
-    assert {len(lease) for lease in leases} == {min(cores, len(cpus))}
-
-
-def test_more_workers_than_cores_share():
-    assert lease_cores([4, 5], 2, 3) == [(4, 5), (4, 5), (4, 5)]
-    assert lease_cores([0, 1, 2], 1, 2) == [(0,), (1,)]
-    assert lease_cores([0, 1, 2], 2, 2) == [(0, 1), (0, 2)]
 
 
 @given(chunks=st.lists(st.binary(max_size=30), max_size=40), limit=st.integers(2, 50))
@@ -55,45 +36,6 @@ def test_normalised_text():
 def test_limits_are_checked(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         Limits(**values)
-
-
-def test_control_group_of_version_2(tmp_path):
-    """Against files laid out as the kernel's documentation says, since a machine has writable groups of one version at most."""
-    folder = tmp_path / f"discover_jax-{os.getpid()}-0-0"
-    real_mkdir = type(tmp_path).mkdir
-
-    def mkdir_like_kernel(self, *args, **kwargs):
-        real_mkdir(self, *args, **kwargs)
-        for name in ("memory.max", "memory.swap.max", "memory.oom.group", "pids.max", "cgroup.procs"):
-            (self / name).touch()
-        (self / "memory.events").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0\n")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(tmp_path), "mkdir", mkdir_like_kernel)
-        group = memory.Group(memory.Cgroups(2, tmp_path, tmp_path), "0-0", 1 << 30, 256)
-    assert [(folder / name).read_text() for name in ("memory.max", "memory.swap.max", "memory.oom.group", "pids.max")] == [
-        str(1 << 30),
-        "0",
-        "1",
-        str(256 + 16),
-    ]
-    assert group.procs_files == [str(folder / "cgroup.procs")]
-    assert not group.exceeded()
-    (folder / "memory.events").write_text("low 0\nhigh 0\nmax 12\noom 1\noom_kill 3\noom_group_kill 1\n")
-    assert group.exceeded()
-
-
-def test_memory_of_a_process_tree_counts_children():
-    child = "data = bytearray(b'x') * 80_000_000; print(flush=True); input()"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
-    process = subprocess.Popen([sys.executable, "-S", "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"\n"
-        assert 80_000_000 <= memory.tree_bytes(process.pid) < 200_000_000
-    finally:
-        process.communicate(b"\n", timeout=10)
-    assert memory.tree_bytes(process.pid) == 0
 
 
 def test_links_on_the_way_to_the_interpreter(tmp_path):

@@ -15,6 +15,8 @@ from discover_jax.exceptions import SandboxError
 from discover_jax.execution import bubblewrap, canary
 from discover_jax.types import Outcome
 
+pytestmark = pytest.mark.sandbox
+
 # Written down again from the kernel's tables, not taken from the filter: (x86_64, aarch64).
 SYSTEM_CALLS = {
     "ptrace": (101, 117),
@@ -215,7 +217,7 @@ def test_canary_passes_here_and_sees_what_is_visible(plan, task):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root could leave programs with root's uid")
 def test_canary_refuses_programs_that_run_as_root(plan):
     with pytest.raises(SandboxError, match="run as root"):
-        canary.check(dataclasses.replace(plan, host=dataclasses.replace(plan.host, root=False)), [])
+        canary.check(dataclasses.replace(plan, uid=None, host=dataclasses.replace(plan.host, root=False)), [])
 
 
 def test_bubblewrap_that_cannot_start_is_refused_with_the_remedy(plan, tmp_path):

@@ -8,18 +8,10 @@ import time
 import pytest
 from tiny_competition import GOOD, GOOD_SCORE
 
-from discover_jax.execution import sandbox
-from discover_jax.types import Execution, Outcome
+from discover_jax.execution import Limits, sandbox
+from discover_jax.types import Outcome
 
-
-def run_with(plan: sandbox.Plan, program: str, **limits) -> Execution:
-    """One program in one sandbox with other limits than the pool's."""
-    box = sandbox.start(dataclasses.replace(plan, limits=dataclasses.replace(plan.limits, **limits)))
-    try:
-        box.wait_ready()
-        return box.run(program)
-    finally:
-        box.close()
+pytestmark = pytest.mark.sandbox
 
 
 def test_good_program_is_graded(ask):
@@ -127,6 +119,27 @@ def run():
     assert verdict.outcome is Outcome.RESULT_TOO_BIG
 
 
+RETURNS_100_MB = "import pandas as pd\ndef run():\n    return pd.DataFrame({'a': ['x' * 999] * 100_000})\n"
+WRITES_100_MB = """
+import os
+def run():
+    for fd in range(3, 64):
+        try:
+            for _ in range(100):
+                os.write(fd, bytes(1_000_000))
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.parametrize("program", [RETURNS_100_MB, WRITES_100_MB], ids=["returned", "written"])
+def test_result_of_100_megabytes_at_the_default_limit(plan, run_with, program):
+    execution = run_with(plan, program, result_bytes=Limits().result_bytes)
+    assert execution.outcome is Outcome.RESULT_TOO_BIG
+    assert execution.csv is None
+    assert str(8 << 20) in execution.detail
+
+
 def test_output_flood_is_ended(ask):
     verdict = ask("def run():\n    while True:\n        print('flood' * 1000)\n")
     assert verdict.outcome is Outcome.OUTPUT_FLOOD
@@ -149,7 +162,14 @@ def test_memory_hog_anonymous_and_files(ask):
     assert verdict.outcome is Outcome.OUT_OF_MEMORY
 
 
-def test_memory_without_a_control_group(plan):
+def test_files_in_memory_count_as_memory(plan, run_with):
+    """A scratch folder larger than the program's memory: it is the control group, where there is one, that ends it, not a full folder."""
+    fill = "with open('big', 'wb') as f:\n    for _ in range(1500):\n        f.write(b'x' * (1 << 20))\nraise RuntimeError('all written')\n"
+    execution = run_with(plan, fill, scratch_bytes=1 << 31)
+    assert (execution.outcome, execution.detail) == (Outcome.OUT_OF_MEMORY, "it used more than 0.88 GiB of memory")
+
+
+def test_memory_without_a_control_group(plan, run_with):
     """Best effort: the address space bounds one process, and the sum of several is looked at."""
     weaker = dataclasses.replace(plan, cgroups=None)
     limit = 5 << 28  # 1.25 GiB
@@ -166,7 +186,7 @@ def test_memory_without_a_control_group(plan):
     assert in_files.outcome is Outcome.OUT_OF_MEMORY
 
 
-def test_timeout_ends_daemons_that_ignore_signals(plan):
+def test_timeout_ends_daemons_that_ignore_signals(plan, beside):
     program = """
 import os, signal, time
 def run():
@@ -186,17 +206,18 @@ def run():
         time.sleep(1)
 """
     limits = dataclasses.replace(plan.limits, seconds=1.0)
-    box = sandbox.start(dataclasses.replace(plan, limits=limits))
-    try:
-        box.wait_ready()
-        inside = os.stat(f"/proc/{box.pid}/ns/pid").st_ino
-        began = time.monotonic()
-        execution = box.run(program)
-        assert execution.outcome is Outcome.TIMEOUT
-        assert execution.stdout == "ready\n"
-        assert 1.0 <= time.monotonic() - began < 4.0
-    finally:
-        box.close()
+    with beside():
+        box = sandbox.start(dataclasses.replace(plan, limits=limits))
+        try:
+            box.wait_ready()
+            inside = os.stat(f"/proc/{box.pid}/ns/pid").st_ino
+            began = time.monotonic()
+            execution = box.run(program)
+            assert execution.outcome is Outcome.TIMEOUT
+            assert execution.stdout == "ready\n"
+            assert 1.0 <= time.monotonic() - began < 4.0
+        finally:
+            box.close()
     left = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if _namespace(pid) == inside]
     assert left == []
 
@@ -208,7 +229,7 @@ def _namespace(pid: str) -> int | None:
         return None
 
 
-def test_orphan_that_holds_the_pipes_does_not_hold_up_the_run(plan):
+def test_orphan_that_holds_the_pipes_does_not_hold_up_the_run(plan, run_with):
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n    os._exit(0)\n" + GOOD
     began = time.monotonic()
     execution = run_with(plan, program)
@@ -239,7 +260,7 @@ def test_main_block_of_a_program_stays_out(ask):
     assert verdict.outcome is Outcome.OK
 
 
-def test_processes_and_threads_of_the_packages_work(full_plan, task):
+def test_processes_and_threads_of_the_packages_work(full_plan, task, run_with):
     program = """
 def double(x):
     return 2 * x
@@ -261,7 +282,7 @@ def run():  # imports here, so that the processes it spawns, which import this m
     assert task.grade(execution.csv or b"").score == 1.0
 
 
-def test_unsafe_backend_names_the_same_outcomes(plan):
+def test_unsafe_backend_names_the_same_outcomes(plan, run_with):
     unsafe = dataclasses.replace(plan, backend="unsafe-subprocess", host=None)
     assert run_with(unsafe, GOOD).outcome is Outcome.OK
     assert run_with(unsafe, "def run():\n    1 / 0\n").outcome is Outcome.EXCEPTION
