@@ -5,7 +5,6 @@ advantages, update, archive, checkpoint. `discover_jax.search` is the same loop 
 """
 
 import concurrent.futures
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,15 +30,17 @@ from discover_jax.learning.update import Update
 from discover_jax.machines import device_memory
 from discover_jax.policy import Policy, load_policy
 from discover_jax.runs.attempts import Place, attempt_of, rollout_rows
-from discover_jax.runs.best import write_best
+from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.compilations import cache_compilations
 from discover_jax.runs.console import Console, Improvement, make_console
-from discover_jax.runs.disclosure import write_disclosure
+from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
+from discover_jax.runs.source import find_source
 from discover_jax.runs.standing import Standing, restore
-from discover_jax.runs.summary import Result, closing_lines, step_row
+from discover_jax.runs.summary import Result, closing_lines, opening_lines, step_row
 from discover_jax.runs.workdir import Workdir, open_workdir
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.schedule import PAGE, Progress
@@ -63,7 +64,7 @@ def run(config: Any, folder: Path, *, learn: bool = True, console: Console | Non
     Raises:
       DiscoverError: what went wrong and what to do; the run can be resumed from its last checkpoint.
     """
-    _cache_compilations()
+    cache_compilations()
     console = console or make_console()
     try:
         with open_workdir(folder, settings.flatten(config), "train" if learn else "search") as workdir:
@@ -75,6 +76,7 @@ def run(config: Any, folder: Path, *, learn: bool = True, console: Console | Non
 def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> None:
     # ------------------------------------------------------------------ the tasks, and the workers that run programs for them
     tasks = prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed)
+    source = find_source(config, tasks, workdir)
     limits = Limits(seconds=config.execution.seconds, cores=config.execution.cores, memory_bytes=int(config.execution.memory_gib * GIB))
     with Executor(
         tasks,
@@ -85,7 +87,11 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         allow_weaker=config.execution.allow_weaker,
     ) as executor:
         search = {"learned": learn, "advantage": config.train.advantage if learn else None, "reuse": config.reuse.sampler}
-        write_disclosure(workdir, tasks, search=search, isolation=executor.describe(), isolated=executor.isolated)
+        isolation = Isolation(executor.isolated, (executor.describe(),))
+        if source is not None:
+            isolation = source.isolation.after(isolation)
+        goes_on_from = source.disclosed() if source is not None else None
+        write_disclosure(workdir, tasks, search=search, isolation=isolation, goes_on_from=goes_on_from)
 
         # -------------------------------------------------------------- the policy, and the jitted functions that sample and learn
         policy = load_policy(config, console.loading)
@@ -101,7 +107,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         metrics = MetricsWriter(workdir.metrics_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every)
         train_state = init_train_state(policy.init_lora(config.seed), optimizer) if learn else None
-        stand = restore(config, [task.id for task in tasks], workdir, checkpoints, journal, train_state, console)
+        stand = restore(config, tasks, workdir, checkpoints, journal, train_state, source, console)
         metrics.truncate(stand.step)
         train_state, frontiers = stand.train_state, dict(stand.frontiers)
         last_step = stand.first_step + config.train.steps
@@ -113,7 +119,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
 
         for step in range(stand.step, last_step):
             console.step(step, last_step)
-            started = time.monotonic()
+            started, retries = time.monotonic(), executor.retries
             adapter_step = int(train_state.step) if train_state is not None else 0
             lora = train_state.lora if train_state is not None else None
 
@@ -216,6 +222,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 "sample/compilations": sampler.compilations,
                 "sample/forced_frac": sum(not r.chosen_T.all() for r in rollouts.values()) / total,
                 "programs/seconds": sum(v.execution.seconds for v in verdicts.values() if not v.execution.cached),
+                "programs/retried": executor.retries - retries,
                 "programs/cached_frac": sum(v.execution.cached for v in verdicts.values()) / max(len(verdicts), 1),
             }
             row = step_row(
@@ -227,7 +234,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             )
             metrics.write(row)
             archived = [state for frontier in frontiers.values() for state in frontier.archive.to_json()]
-            checkpoints.save(step, train_state, HostState.of(stand.first_step, archived, journal).to_json())
+            checkpoints.save(step, train_state, HostState.of(stand.first_step, archived, stand.rewards, journal).to_json())
             checkpoint_seconds = time.monotonic() - saved
             rows.append(row)
             console.step_done(row, improved)
@@ -241,22 +248,13 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
 def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], executor: Executor, policy: Policy, stand: Standing) -> list[str]:
     sizes = policy.model.config
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
-    rewards = [f"{task.id}: {task.disclosure.text}" if len(tasks) > 1 else task.disclosure.text for task in tasks]
     return [
         f"model    {config.model.weights}: {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts, {where}",
         f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {stand.origin}",
         f"programs {executor.describe()}",
-        *(f"reward   {reward}" for reward in rewards),
+        *opening_lines([Result(task, stand.frontiers[task.id].best, None) for task in tasks], workdir),
         f"folder   {workdir.path}",
     ]
-
-
-def _cache_compilations() -> None:
-    """Keeps compiled programs between runs, unless the environment already says where or whether."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
-        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(root / "discover_jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _second_phase(config: Any, policy: Policy) -> SecondPhase | None:
@@ -343,26 +341,8 @@ def _write_best(
 ) -> None:
     """The bundle of a program that this step found: in best/, or in a folder below it where a run has several tasks."""
     verdict = verdicts[tuple(int(part) for part in best.id.split("-")[1:])]  # type: ignore[index]
-    assert best.score is not None
-    private_score = verdict.grade.private_score
-    grade = {
-        "id": best.id,
-        "competition": task.id,
-        "metric": task.metric.name,
-        "higher_is_better": task.metric.higher_is_better,
-        "score": best.score,
-        "rows": task.score_rows,
-        "interval_95": task.score_interval(best.score),
-        "private_score": private_score,
-        "private_rows": task.private_rows,
-        "private_interval_95": None if private_score is None else task.private_score_interval(private_score),
-        "grader": task.disclosure.grader,
-        "chosen_by": task.disclosure.text,
-        "step": best.step,
-        "adapter_step": best.adapter_step,
-        "seed": config.seed,
-    }
-    folder = workdir.best_dir if len(tasks) == 1 else workdir.best_dir / task.id
+    folder = bundle_dir(workdir.best_dir, task.id, alone=len(tasks) == 1)
+    grade = grade_of(task, best, verdict, config.seed)
     write_best(folder, lineage=lineage(journal.read(), best.id), submission=verdict.execution.csv or b"", grade=grade)
 
 

@@ -8,8 +8,61 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
+from discover_jax.records import parse_json
 from discover_jax.runs.workdir import sync_folder
-from discover_jax.types import State
+from discover_jax.tasks.interval import no_interval
+from discover_jax.tasks.task import Task
+from discover_jax.types import State, Verdict
+
+
+def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
+    """Where the bundle of a competition lies: best/ itself if the run has no other, else a folder of that name in it."""
+    return best_dir if alone else best_dir / competition
+
+
+def grade_of(task: Task, best: State, verdict: Verdict, seed: int) -> dict[str, Any]:
+    """What grade.json says: the scores, the rows that they are of, how sure they are, and what chose the program.
+
+    Args:
+      best: the program's state, with a score.
+      verdict: on it.
+      seed: of the run.
+    """
+    assert best.score is not None, "only graded programs are the best"
+    private_score, submission = verdict.grade.private_score, verdict.execution.csv
+    private_interval = (
+        no_interval("there is no private score") if private_score is None else task.private_score_interval(private_score, submission)
+    )
+    return {
+        "id": best.id,
+        "competition": task.id,
+        "metric": task.metric.name,
+        "higher_is_better": task.metric.higher_is_better,
+        "score": best.score,
+        "rows": task.score_rows,
+        "scored_on": task.disclosure.scored_on,
+        **task.score_interval(best.score, submission).to_json("interval_95"),
+        "private_score": private_score,
+        "private_rows": task.private_rows,
+        **private_interval.to_json("private_interval_95"),
+        "grader": task.disclosure.grader,
+        "chosen_by": task.disclosure.text,
+        "leaderboard": task.leaderboard,
+        "step": best.step,
+        "adapter_step": best.adapter_step,
+        "seed": seed,
+    }
+
+
+def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, Any], bytes] | None:
+    """grade.json and the submission of a program; None if the folder holds no whole bundle, or another program's."""
+    try:
+        grade = parse_json((folder / "grade.json").read_bytes())
+        submission = (folder / "submission.csv").read_bytes()
+    except (OSError, ValueError):  # whoever asks says that it is not there
+        return None
+    mine = isinstance(grade, dict) and (grade.get("id"), grade.get("competition")) == (best.id, competition)
+    return (grade, submission) if mine else None
 
 
 def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade: dict[str, Any]) -> None:

@@ -31,6 +31,11 @@ _ROOM_BESIDES = 2**20
 """Bytes asked for beside the arrays' own: names, shardings, block sizes."""
 
 
+def steps_in(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, damaged or not, oldest first; `Checkpoints.resume` finds something if there are any."""
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isascii() and entry.name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one folder; only one process may write there at a time (see `workdir`).
 
@@ -171,8 +176,7 @@ class Checkpoints:
         """
         complete = self._manager.all_steps()
         faults: dict[int, str] = {}
-        there = (int(entry.name) for entry in self._directory.iterdir() if entry.name.isascii() and entry.name.isdigit())
-        for step in sorted(there, reverse=True):
+        for step in reversed(steps_in(self._directory)):
             if step not in complete:
                 faults[step] = "files of it were deleted"
                 continue

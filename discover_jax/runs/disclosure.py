@@ -1,7 +1,9 @@
 """disclosure.json: what signal reached the search, who graded, and how programs were isolated; for whoever reads a run's scores."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
@@ -11,26 +13,50 @@ from discover_jax.tasks.task import Task
 NAME = "disclosure.json"
 
 
-def write_disclosure(workdir: Workdir, tasks: Sequence[Task], *, search: dict[str, Any], isolation: str, isolated: bool) -> None:
+@dataclasses.dataclass(frozen=True)
+class Isolation:
+    """How the programs behind a run's scores were isolated.
+
+    Attributes:
+      isolated: whether none of them could reach the answers.
+      lines: one for each way, as `Executor.describe` gives it, in the order of their first use.
+    """
+
+    isolated: bool
+    lines: tuple[str, ...]
+
+    def after(self, later: "Isolation") -> "Isolation":
+        """Of both together; what was weaker once stays so."""
+        return Isolation(self.isolated and later.isolated, tuple(dict.fromkeys([*self.lines, *later.lines])))
+
+
+def write_disclosure(
+    workdir: Workdir,
+    tasks: Sequence[Task],
+    *,
+    search: dict[str, Any],
+    isolation: Isolation,
+    goes_on_from: dict[str, Any] | None = None,
+) -> None:
     """Writes the file at the start of a run, and again at each resumption.
 
     Args:
       search: the settings that say how scores were used: advantage, reuse and the like; what JSON can hold.
-      isolation: one line, as `Executor.describe` gives it. A run that is resumed on another machine keeps the lines of both.
-      isolated: whether programs could not reach the answers; once False, it stays so.
+      isolation: of the programs to come, and of those of a run that this one goes on from. A run that is resumed on another machine keeps
+        the lines of both; once not isolated, it stays so.
+      goes_on_from: of that run, what JSON can hold; None if there is none, or it was told before.
 
     Raises:
       RunError: an earlier file cannot be read, or this one not written.
     """
-    earlier = _read(workdir)
-    lines = earlier["isolation"]["lines"] if earlier else []
+    earlier = _read(workdir.path)
+    if earlier is not None:
+        isolation = _isolation(earlier).after(isolation)
     content = {
         "competitions": [_disclosed(task) for task in tasks],
         "search": search,
-        "isolation": {
-            "isolated": isolated and (earlier["isolation"]["isolated"] if earlier else True),
-            "lines": [*lines, *([] if isolation in lines else [isolation])],
-        },
+        "goes_on_from": goes_on_from or (earlier or {}).get("goes_on_from"),
+        "isolation": {"isolated": isolation.isolated, "lines": list(isolation.lines)},
     }
     write_atomic(workdir.path / NAME, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -52,25 +78,29 @@ def _disclosed(task: Task) -> dict[str, Any]:
         "grader": disclosure.grader,
         "leaderboard": {
             "thresholds": {threshold.name: threshold.score for threshold in task.thresholds} or "unavailable",
-            "note": task.thresholds_note or "The competition's definition names none.",
+            "source": task.competition.thresholds_source if task.thresholds else None,
+            "note": task.competition.thresholds_note or "The competition's definition names none.",
         },
         "task_fingerprint": task.fingerprint,
     }
 
 
-def weaker_isolation(workdir: Workdir) -> str:
-    """How programs were run where that was not in a sandbox, at any time of the run; "" if they always were.
+def read_isolation(folder: Path) -> Isolation | None:
+    """How the programs of the run in a folder were isolated; None if it has no disclosure.json.
 
     Raises:
-      RunError: disclosure.json cannot be read.
+      RunError: the file cannot be read.
     """
-    content = _read(workdir)
-    assert content is not None, "written at the start of every run"
-    return "" if content["isolation"]["isolated"] else "; then ".join(content["isolation"]["lines"])
+    content = _read(folder)
+    return None if content is None else _isolation(content)
 
 
-def _read(workdir: Workdir) -> dict[str, Any] | None:
-    path = workdir.path / NAME
+def _isolation(content: dict[str, Any]) -> Isolation:
+    return Isolation(content["isolation"]["isolated"], tuple(content["isolation"]["lines"]))
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / NAME
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content["isolation"]["isolated"], bool) or not all(

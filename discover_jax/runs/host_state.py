@@ -17,17 +17,19 @@ class HostState:
       journal_position: length of the journal, bytes.
       journal_sha256: of these bytes.
       archive: the states that may become parents, of all competitions, as `Archive.to_json` gives them and `Archive.from_json` checks them.
+      rewards: which rows made the scores of each competition that the journal has rows of, as `reward_rows` gives and checks them.
     """
 
     first_step: int
     journal_position: int
     journal_sha256: str
     archive: list[dict[str, Any]]
+    rewards: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, first_step: int, archive: list[dict[str, Any]], journal: Journal) -> "HostState":
+    def of(cls, first_step: int, archive: list[dict[str, Any]], rewards: list[dict[str, Any]], journal: Journal) -> "HostState":
         """Of a run whose journal holds all that it did so far."""
-        return cls(first_step, journal.position, journal.digest(), archive)
+        return cls(first_step, journal.position, journal.digest(), archive, rewards)
 
     def to_json(self) -> dict[str, Any]:
         """For `from_json`; JSON can hold it."""

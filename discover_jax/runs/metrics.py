@@ -38,7 +38,7 @@ _OUTCOMES = {
     Outcome.OUTPUT_FLOOD: "rollouts whose program printed too much",
     Outcome.RESULT_TOO_BIG: "rollouts whose program returned too much",
     Outcome.KILLED: "rollouts whose program died by a signal",
-    Outcome.SANDBOX_ERROR: "rollouts lost to the host, after retries; never a reward",
+    Outcome.SANDBOX_ERROR: "always 0: a program that the host fails is run again (programs/retried), and if that fails, too, the run stops",
 }
 
 SCHEMA: dict[str, tuple[str, str]] = {
@@ -80,6 +80,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "sample/compilations": ("", "programs that the sampler compiled since the start; it must not grow after the first steps"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),
     "programs/seconds": ("s", "running times of the programs that ran for this step, added up; cached ones do not count"),
+    "programs/retried": ("", "how often a program of the step was run again because the host failed it, or may have"),
     "programs/cached_frac": ("fraction", "programs whose verdict was taken from an identical earlier one"),
     "time/sample_s": ("s", "from the first prompt to the last rollout; programs run meanwhile"),
     "time/execute_s": ("s", "waited for programs after the last rollout was written"),

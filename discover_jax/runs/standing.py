@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from discover_jax.archive.archive import Archive
@@ -13,7 +12,10 @@ from discover_jax.learning.train_state import TrainState
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console
 from discover_jax.runs.host_state import HostState
+from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
+from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir, write_atomic
+from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt
 
 
@@ -26,6 +28,7 @@ class Standing:
       step: the next step.
       train_state: None for a search.
       frontiers: by the competition's id.
+      rewards: which rows made the scores of the journal and will make those to come, for `HostState`.
       origin: where all that comes from, in a few words.
     """
 
@@ -33,59 +36,75 @@ class Standing:
     step: int
     train_state: TrainState | None
     frontiers: Mapping[str, Frontier]
+    rewards: list[dict[str, Any]]
     origin: str
 
 
 def restore(
     config: Any,
-    competitions: Sequence[str],
+    tasks: Sequence[Task],
     workdir: Workdir,
     checkpoints: Checkpoints,
     journal: Journal,
     fresh: TrainState | None,
+    source: Source | None,
     console: Console,
 ) -> Standing:
     """The standing of a run, its journal set back to it.
 
     Args:
       config: validated.
-      competitions: ids of the run's; what the checkpoint knows of others stays in the journal and is not used.
+      tasks: the run's; what the checkpoint knows of other competitions stays in the journal and is not used.
       fresh: the train state of a run that begins; None for a search.
+      source: see `find_source`.
       console: told of checkpoints that had to be set aside.
 
     Raises:
-      RunError: no checkpoint can be read, or journal and checkpoint do not belong together.
+      RunError: no checkpoint can be read, or journal and checkpoint do not belong together, or other rows made the checkpoint's scores.
     """
+    ids = [task.id for task in tasks]
     if (found := checkpoints.resume(fresh, console.note)) is not None:
         latest, train_state, row = found
         host = HostState.from_json(row, latest)
+        check_reward_rows(
+            host.rewards,
+            host.archive,
+            tasks,
+            what=f"Checkpoint {latest} in {workdir.checkpoints_dir}",
+            remedy="The task's folder was prepared anew from other data, or for another version of the project. Put back what there was, or"
+            " start a new run in another folder (--workdir).",
+        )
         attempts = journal.resume(host.journal_position, host.journal_sha256)
-        frontiers = _frontiers(config, competitions, host, attempts)
-        return Standing(host.first_step, latest + 1, train_state, frontiers, f"resumed after step {latest + 1}")
-    if config.train.resume_from:
-        return _go_on(config, competitions, workdir, journal, fresh)
+        frontiers = _frontiers(config, ids, host, attempts)
+        rewards = reward_rows(tasks, host.rewards)
+        return Standing(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
+    if source is not None:
+        return _go_on(config, tasks, workdir, journal, fresh, source, console)
     _refuse_lost_checkpoints(workdir, journal, 0)
     journal.truncate(0)
-    return Standing(0, 0, fresh, {id: Frontier(Archive((), config.reuse.capacity)) for id in competitions}, "fresh")
+    return Standing(0, 0, fresh, {id: Frontier(Archive((), config.reuse.capacity)) for id in ids}, reward_rows(tasks), "fresh")
 
 
-def _go_on(config: Any, competitions: Sequence[str], workdir: Workdir, journal: Journal, fresh: TrainState | None) -> Standing:
+def _go_on(
+    config: Any,
+    tasks: Sequence[Task],
+    workdir: Workdir,
+    journal: Journal,
+    fresh: TrainState | None,
+    source: Source,
+    console: Console,
+) -> Standing:
     """From the last checkpoint of the run in `train.resume_from`."""
-    source = Path(config.train.resume_from).expanduser()
-    earlier = Checkpoints(source / "checkpoints", keep=1, every=0, read_only=True) if (source / "checkpoints").is_dir() else None
-    if earlier is None or (latest := earlier.latest()) is None:
-        raise RunError(
-            f"config.train.resume_from = {str(source)!r} holds no checkpoint. Give the folder of a run that finished at least one step,"
-            " or leave it empty to start from nothing."
-        )
-    train_state, row = earlier.restore(latest, fresh)
-    host = HostState.from_json(row, latest)
+    first, host = source.step + 1, source.host
+    earlier = Checkpoints(source.path / "checkpoints", keep=1, every=0, read_only=True)
+    train_state, _ = earlier.restore(source.step, fresh)
     # The journal comes along, so that the lineage of every program can still be told.
-    rows, attempts = Journal(source / "journal.jsonl").check(host.journal_position, host.journal_sha256)
-    _refuse_lost_checkpoints(workdir, journal, latest + 1)
+    rows, attempts = Journal(source.path / "journal.jsonl").check(host.journal_position, host.journal_sha256)
+    _refuse_lost_checkpoints(workdir, journal, first)
     write_atomic(workdir.journal_path, rows)
-    frontiers = _frontiers(config, competitions, host, attempts)
-    return Standing(latest + 1, latest + 1, train_state, frontiers, f"goes on from step {latest + 1} of {source}")
+    frontiers = _frontiers(config, [task.id for task in tasks], host, attempts)
+    bring_best(source, frontiers, workdir, attempts, console)
+    return Standing(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"goes on from step {first} of {source.path}")
 
 
 def _frontiers(config: Any, competitions: Sequence[str], host: HostState, attempts: Sequence[Attempt]) -> dict[str, Frontier]:

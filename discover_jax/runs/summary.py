@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from discover_jax.exceptions import RunError
-from discover_jax.runs.disclosure import weaker_isolation
+from discover_jax.runs.best import bundle_dir, read_best
+from discover_jax.runs.disclosure import read_isolation
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt, Outcome, State
@@ -89,8 +91,26 @@ class Result:
     private_score: float | None
 
 
+def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
+    """What programs are scored on, and the best so far, where there is one: a run that is resumed, or goes on from another, begins with it.
+
+    Args:
+      results: as of `closing_lines`; private scores are not shown.
+    """
+    lines = []
+    for result in results:
+        task, best, alone = result.task, result.best, len(results) == 1
+        lines.append(f"reward   {task.disclosure.text}" if alone else f"reward   {task.id}: {task.disclosure.text}")
+        if best is not None and best.score is not None:
+            submission = _submission(best, _folder(workdir, task, alone), task)
+            name = task.metric.name if alone else f"{task.id}: {task.metric.name}"
+            lines.append(f"best     {name} {best.score:.4f}{_of_rows(task, best.score, submission)}")
+    return lines
+
+
 def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool) -> list[str]:
-    """What a run came to, for people: how the mean and the best moved, where the best program lies, and how its score was chosen.
+    """What a run came to, for people: how the mean and the best moved, where the best program lies, how its score was chosen, and how
+    programs were isolated and bounded.
 
     Args:
       results: one for each competition.
@@ -99,15 +119,19 @@ def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, 
     Raises:
       RunError: disclosure.json cannot be read.
     """
-    weaker = weaker_isolation(workdir)
-    warning = [f"WEAKER ISOLATION: {weaker}. What programs did to this machine, and what they read, is not known."] if weaker else []
+    isolation = read_isolation(workdir.path)
+    assert isolation is not None, "written at the start of every run"
+    ways = [f"programs ran in  {line}" for line in isolation.lines]
+    if not isolation.isolated:
+        weaker = "; then ".join(isolation.lines)
+        ways.append(f"WEAKER ISOLATION: {weaker}. What programs did to this machine, and what they read, is not known.")
     if not rows or all(_score(result.best) is None for result in results):
-        return ["No program has scored yet.", f"Everything is in {workdir.path}", *warning]
+        return ["No program has scored yet.", f"Everything is in {workdir.path}", *ways]
     first, last = rows[0], rows[-1]
     return [
         f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
         *(line for result in results for line in _result_lines(result, rows, workdir, alone=len(results) == 1)),
-        *warning,
+        *ways,
     ]
 
 
@@ -120,23 +144,24 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
     if best is None or best.score is None:
         return [*head, "No program has scored yet."]
     name = task.metric.name
+    folder = _folder(workdir, task, alone)
+    submission = _submission(best, folder, task)
     lines = [
         *head,
         f"mean reward  {rewards[0]:.4f} -> {rewards[-1]:.4f}   ({rewards[-1] - rewards[0]:+.4f})",
-        f"best {name}  {scores[0]:.4f} -> {best.score:.4f}   ({best.score - scores[0]:+.4f})"
-        + _of_rows(task.score_interval(best.score), task.score_rows),
+        f"best {name}  {scores[0]:.4f} -> {best.score:.4f}   ({best.score - scores[0]:+.4f}){_of_rows(task, best.score, submission)}",
     ]
     if task.disclosure.reward == "holdout":
         known = "none"
         if result.private_score is not None:
-            known = f"{result.private_score:.4f}{_of_rows(task.private_score_interval(result.private_score), task.private_rows)}"
+            interval = task.private_score_interval(result.private_score, submission)
+            known = f"{result.private_score:.4f}, {interval.text} ({task.private_rows:,} rows of the private answers)"
         lines.append(f"its private {name}  {known}; this chose nothing")
-    thresholds = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in task.thresholds)
     return [
         *lines,
-        f"best program {workdir.best_dir / ('' if alone else task.id) / 'solution.py'}",
+        f"best program {folder / 'solution.py' if submission is not None else f'{best.id} of the journal, which {folder} does not hold'}",
         task.disclosure.text,
-        "leaderboard  " + ". ".join(part for part in (thresholds or "unavailable", task.thresholds_note) if part),
+        f"leaderboard  {task.leaderboard}",
     ]
 
 
@@ -144,6 +169,15 @@ def _known(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
 
-def _of_rows(interval: tuple[float, float] | None, rows: int) -> str:
-    between = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-    return f"{between} ({rows:,} rows)"
+def _folder(workdir: Workdir, task: Task, alone: bool) -> Path:
+    return bundle_dir(workdir.best_dir, task.id, alone=alone)
+
+
+def _submission(best: State, folder: Path, task: Task) -> bytes | None:
+    found = read_best(folder, best, task.id)
+    return None if found is None else found[1]
+
+
+def _of_rows(task: Task, score: float, submission: bytes | None) -> str:
+    """How sure a best score is, and which rows it is of: what stands behind it wherever it is shown."""
+    return f", {task.score_interval(score, submission).text} ({task.disclosure.scored_on})"

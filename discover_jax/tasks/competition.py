@@ -23,12 +23,15 @@ class Metric:
       function: (answers_R, predictions_R) -> score, any function of scikit-learn's shape. R rows, in the answers' order.
         It may raise on predictions that it cannot judge: the submission is then invalid, with the error's text as the reason.
       proportion: True if the score is a share of rows that were right, as accuracy is; its interval is then binomial.
+      resampled: optional: (answers_R, predictions_R, counts_BR) -> scores_B, what `function` gives for B tables in which row r occurs
+        counts_BR[b, r] times; NaN where it gives nothing. Bootstrap intervals take a moment with it, and with `function` some seconds.
     """
 
     name: str
     higher_is_better: bool
     function: Callable[[np.ndarray, np.ndarray], float]
     proportion: bool = False
+    resampled: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Competition:
       prepared_md5: expected MD5 of prepared files, such as {"public/train.csv": "564a..."}; empty: not checked.
       sample_score: known score of the sample submission on the private answers, for the doctor; None: not known.
       thresholds: published scores to compare with, for summaries; never invented.
+      thresholds_source: where they were taken from; shown with them everywhere.
       thresholds_note: what they are, and how far the comparison holds; or why there are none.
       judge: (submission, answers) -> score, both whole tables: takes the place of metric.function and of the rules on rows and columns. May
         raise on a submission that it cannot judge, as metric.function may. MLE-bench's own graders are such functions.
@@ -126,6 +130,7 @@ class Competition:
     prepared_md5: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sample_score: float | None = None
     thresholds: tuple[Threshold, ...] = ()
+    thresholds_source: str = "from the competition's definition, not from a leaderboard on this machine"
     thresholds_note: str = ""
     judge: Callable[[pd.DataFrame, pd.DataFrame], float] | None = None
     judge_version: str = ""

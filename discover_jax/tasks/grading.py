@@ -77,6 +77,20 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
     return Grade(valid=True, reason="", score=private_score if answers.private_counts else score, private_score=private_score)
 
 
+def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Answers and predictions, as the metric takes them, of the rows of one kind, of a submission that `grade` found valid.
+
+    Raises:
+      ValueError: it is not valid.
+    """
+    table = answers.held_out if held_out else answers.private
+    assert table is not None, "asked for only where there are such rows"
+    try:
+        return _pairs(_sorted(_parse(submission), answers), table, answers)
+    except _InvalidSubmission as invalid:
+        raise ValueError(str(invalid)) from invalid
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kinds:
     """A submission's scores on each kind of rows, computed when asked for; each may raise _InvalidSubmission."""
@@ -104,15 +118,20 @@ def _parse(submission: bytes) -> pd.DataFrame:
 
 def _aligned(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _Kinds:
     """The metric, on each kind's rows in the order of their ids."""
-    id_column, target = answers.id_column, answers.target
-    predictions = _sorted(submission, answers)[target]
+    rows = _sorted(submission, answers)
 
     def score_on(table: pd.DataFrame) -> float:
-        ordered = table.sort_values(id_column, kind="stable")
-        mine_R = predictions.index.isin(ordered[id_column].to_numpy())
-        return _score(metric.name, lambda: metric.function(ordered[target].to_numpy(), predictions.to_numpy()[mine_R]))
+        answers_R, predictions_R = _pairs(rows, table, answers)
+        return _score(metric.name, lambda: metric.function(answers_R, predictions_R))
 
     return _kinds(answers, score_on)
+
+
+def _pairs(rows: pd.DataFrame, table: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+    """Answers and predictions of a table's rows, in the order of their ids; `rows` are a submission's, see `_sorted`."""
+    ordered = table.sort_values(answers.id_column, kind="stable")
+    mine_R = rows.index.isin(ordered[answers.id_column].to_numpy())
+    return ordered[answers.target].to_numpy(), rows[answers.target].to_numpy()[mine_R]
 
 
 def _whole(submission: pd.DataFrame, answers: Answers, judge: Callable[[pd.DataFrame, pd.DataFrame], float], name: str) -> _Kinds:

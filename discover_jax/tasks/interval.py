@@ -1,6 +1,13 @@
-"""How far a score can be trusted: confidence intervals for summaries."""
+"""How far a score can be trusted: confidence intervals for summaries.
 
+They are about the rows alone: how far the score of this very program may lie from that on all rows of the kind. That a search chose it as
+the best of many on the same rows is not in them.
+"""
+
+import dataclasses
 import math
+
+import numpy as np
 
 from discover_jax.tasks.competition import Metric
 
@@ -29,6 +36,88 @@ def wilson_interval(proportion: float, rows: int, z: float = _Z95) -> tuple[floa
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def score_interval(metric: Metric, score: float, rows: int) -> tuple[float, float] | None:
-    """95% interval of a score on `rows` rows; None where the score alone does not determine one (it is no proportion of rows)."""
-    return wilson_interval(score, rows) if metric.proportion else None
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A 95% interval of a score, or the reason why there is none.
+
+    Attributes:
+      bounds: lower and upper one; None if there is none.
+      method: how they were found, or why they could not be.
+    """
+
+    bounds: tuple[float, float] | None
+    method: str
+
+    @property
+    def text(self) -> str:
+        """As summaries show it."""
+        return f"95% interval {self.bounds[0]:.4f} to {self.bounds[1]:.4f}" if self.bounds else f"no interval: {self.method}"
+
+    def to_json(self, name: str) -> dict[str, list[float] | str | None]:
+        """Entries `name` and `name_method`, for best/grade.json."""
+        return {name: list(self.bounds) if self.bounds else None, f"{name}_method": self.method if self.bounds else self.text}
+
+
+def no_interval(reason: str) -> Interval:
+    return Interval(None, reason)
+
+
+def binomial_interval(score: float, rows: int) -> Interval:
+    """Of a score that is a share of rows."""
+    return Interval(wilson_interval(score, rows), "Wilson's score interval of a proportion")
+
+
+RESAMPLES = 1000
+_MIN_RESAMPLES = 200
+_MOST_ROWS = 20_000_000
+"""Of all resamples together, where each costs a call of the metric: some seconds for those of scikit-learn."""
+_CHUNK = 4_000_000
+"""Counts held in memory at once."""
+_FEWEST_SCORED = 0.95
+
+
+def bootstrap_interval(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray, *, seed: int = 0) -> Interval:
+    """The percentile bootstrap (Efron and Tibshirani 1993, chapter 13): the middle 95% of the scores of tables of as many rows, drawn from
+    these with replacement.
+
+    The same for the same arguments. Resamples without a score, those of one class, say, are left out; if more than one in twenty are, there
+    is no interval.
+
+    Args:
+      answers_R, predictions_R: as `metric.function` takes them.
+      seed: of the draws.
+    """
+    rows = len(answers_R)
+    if rows < 2:
+        return no_interval(f"{rows} row cannot be resampled")
+    scores_B = (_scores_by_counts if metric.resampled is not None else _scores_by_calls)(metric, answers_R, predictions_R, seed)
+    scored_B = scores_B[np.isfinite(scores_B)]
+    if len(scored_B) < _FEWEST_SCORED * len(scores_B):
+        return no_interval(f"{metric.name} could be computed for only {len(scored_B):,} of {len(scores_B):,} resamples of the rows")
+    low, high = np.quantile(scored_B, (0.025, 0.975)).tolist()
+    return Interval((low, high), f"percentile bootstrap over rows, {len(scores_B):,} resamples")
+
+
+def _scores_by_counts(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray, seed: int) -> np.ndarray:
+    assert metric.resampled is not None
+    rows, rng = len(answers_R), np.random.default_rng(seed)
+    parts, left = [], RESAMPLES
+    while left:
+        size = min(left, max(1, _CHUNK // rows))
+        drawn_BR = rng.integers(0, rows, (size, rows)) + rows * np.arange(size)[:, None]
+        counts_BR = np.bincount(drawn_BR.ravel(), minlength=size * rows).reshape(size, rows)
+        parts.append(metric.resampled(answers_R, predictions_R, counts_BR))
+        left -= size
+    return np.concatenate(parts)
+
+
+def _scores_by_calls(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray, seed: int) -> np.ndarray:
+    rows, rng = len(answers_R), np.random.default_rng(seed)
+    scores = []
+    for _ in range(min(RESAMPLES, max(_MIN_RESAMPLES, _MOST_ROWS // rows))):
+        drawn_R = rng.integers(0, rows, rows)
+        try:
+            scores.append(float(metric.function(answers_R[drawn_R], predictions_R[drawn_R])))
+        except Exception:  # a metric may refuse a resample, which counts as one without a score: see `bootstrap_interval`
+            scores.append(math.nan)
+    return np.array(scores)

@@ -32,7 +32,50 @@ def _root_mean_squared_error(answers_R: np.ndarray, predictions_R: np.ndarray) -
     return float(root_mean_squared_error(answers_R, predictions_R))
 
 
+# ---------------------------------------------------------------------- the same of resampled tables; docs of Metric.resampled
+
+
+def _resampled_roc_auc(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
+    """The share of pairs of a positive and a negative row that are in the right order, equals counting half (Mann and Whitney 1947)."""
+    _, classes_R = np.unique(answers_R, return_inverse=True)
+    _, places_R = np.unique(predictions_R, return_inverse=True)
+    order_R = np.argsort(places_R, kind="stable")
+    starts_V = np.flatnonzero(np.diff(places_R[order_R], prepend=-1))  # V different predictions, from the lowest
+    positive_R = classes_R[order_R] == 1
+    sorted_BR = counts_BR[:, order_R]
+    positives_BV = np.add.reduceat(sorted_BR * positive_R, starts_V, axis=1, dtype=np.float64)
+    negatives_BV = np.add.reduceat(sorted_BR * ~positive_R, starts_V, axis=1, dtype=np.float64)
+    below_BV = np.cumsum(negatives_BV, axis=1) - negatives_BV
+    pairs_B = positives_BV.sum(axis=1) * negatives_BV.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # a table of one class has no pairs, and so no score
+        return (positives_BV * (below_BV + negatives_BV / 2)).sum(axis=1) / pairs_B
+
+
+def _resampled_log_loss(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
+    """As scikit-learn's, which keeps probabilities off 0 and 1 by the precision of their type; a table of one class has none."""
+    _, classes_R = np.unique(answers_R, return_inverse=True)
+    least = np.finfo(predictions_R.dtype if predictions_R.dtype.kind == "f" else np.float64).eps
+    p_R = np.clip(predictions_R.astype(np.float64), least, 1 - least)
+    losses_R = -np.log(np.where(classes_R == 1, p_R, 1 - p_R))
+    scores_B = _means(losses_R, counts_BR)
+    shares_B = _means(classes_R, counts_BR)
+    return np.where((shares_B > 0) & (shares_B < 1), scores_B, np.nan)
+
+
+def _resampled_root_mean_squared_error(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
+    return np.sqrt(_means((answers_R.astype(np.float64) - predictions_R.astype(np.float64)) ** 2, counts_BR))
+
+
+def _means(values_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
+    return (counts_BR @ values_R.astype(np.float64)) / counts_BR.sum(axis=1)
+
+
 ACCURACY = Metric("accuracy", higher_is_better=True, function=_accuracy, proportion=True)
-ROC_AUC = Metric("area under the ROC curve", higher_is_better=True, function=_roc_auc)
-LOG_LOSS = Metric("log loss", higher_is_better=False, function=_log_loss)
-RMSE = Metric("root mean squared error", higher_is_better=False, function=_root_mean_squared_error)
+ROC_AUC = Metric("area under the ROC curve", higher_is_better=True, function=_roc_auc, resampled=_resampled_roc_auc)
+LOG_LOSS = Metric("log loss", higher_is_better=False, function=_log_loss, resampled=_resampled_log_loss)
+RMSE = Metric(
+    "root mean squared error",
+    higher_is_better=False,
+    function=_root_mean_squared_error,
+    resampled=_resampled_root_mean_squared_error,
+)

@@ -23,6 +23,7 @@ from discover_jax.exceptions import ConfigError, DataError
 from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks.tables import read_table
 
+_SOURCE = "from the leaderboard in the installed mlebench"
 PREFIX = "mlebench:"
 """Before an id in config.task.competition: one of MLE-bench's competitions, with its own preparation and grader."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -38,11 +39,10 @@ def with_its_grader(competition: Competition) -> Competition:
     """
     theirs = _theirs(competition.id)
     thresholds, note, _ = _leaderboard(theirs)
+    judged = dataclasses.replace(competition, judge=_judge(theirs), judge_version=_version(theirs))
     if not thresholds:
-        thresholds, note = competition.thresholds, competition.thresholds_note or note
-    return dataclasses.replace(
-        competition, judge=_judge(theirs), judge_version=_version(theirs), thresholds=thresholds, thresholds_note=note
-    )
+        return dataclasses.replace(judged, thresholds_note=competition.thresholds_note or note)
+    return dataclasses.replace(judged, thresholds=thresholds, thresholds_source=_SOURCE, thresholds_note=note)
 
 
 def mlebench_competition(
@@ -83,6 +83,7 @@ def mlebench_competition(
         failure_reward=failure_reward,
         transform=("identity" if higher else "negate") if transform is None else transform,
         thresholds=thresholds,
+        thresholds_source=_SOURCE,
         thresholds_note=note,
         judge=_judge(theirs),
         judge_version=_version(theirs),

@@ -368,6 +368,7 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
         private_rows=rows("test.csv"),
         splits=tuple(split(shown) for shown in _shown(settings)),
         fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
+        settings=tuple(settings.items()),
     )
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from discover_jax.exceptions import DataError
 from discover_jax.tasks import grading, mle_bench
 from discover_jax.tasks.competition import Competition, Metric, Threshold
-from discover_jax.tasks.interval import score_interval
+from discover_jax.tasks.interval import Interval, binomial_interval, bootstrap_interval, no_interval
 from discover_jax.tasks.loading import load_competition
 from discover_jax.tasks.tables import read_table, read_text_table
 from discover_jax.types import Grade
@@ -51,6 +51,7 @@ class Disclosure:
       runs: how often each program runs for one verdict.
       private_rows: number of rows of the private answers.
       grader: who grades.
+      scored_on: these rows in a few words, to stand beside each score.
       text: the same in a sentence or two.
     """
 
@@ -59,6 +60,7 @@ class Disclosure:
     runs: int
     private_rows: int
     grader: str
+    scored_on: str
     text: str
 
 
@@ -75,6 +77,7 @@ class Task:
       private_rows: number of private answers.
       splits: a program's runs, in their order. The last one's submission is the program's own.
       fingerprint: hash of the data and of every setting that a grade depends on: equal fingerprints grade alike.
+      settings: name and value of each of these settings, for people who ask why two fingerprints differ.
     """
 
     source: str
@@ -86,6 +89,7 @@ class Task:
     private_rows: int
     splits: tuple[Split, ...]
     fingerprint: str
+    settings: tuple[tuple[str, str | int | float | bool], ...]
 
     @property
     def competition(self) -> Competition:
@@ -113,8 +117,12 @@ class Task:
         return self.competition.thresholds
 
     @property
-    def thresholds_note(self) -> str:
-        return self.competition.thresholds_note
+    def leaderboard(self) -> str:
+        """The thresholds, where they come from and what they are; "unavailable" where there are none, and why if that is known."""
+        competition = self.competition
+        listed = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in competition.thresholds)
+        parts = [f"{competition.thresholds_source}: {listed}" if listed else "unavailable", competition.thresholds_note]
+        return ". ".join(part for part in parts if part)
 
     @property
     def public_dirs(self) -> tuple[Path, ...]:
@@ -189,23 +197,51 @@ class Task:
         """What advantages are computed from, for the rewards of a group."""
         return self.competition.signals(rewards_K)
 
-    def score_interval(self, score: float) -> tuple[float, float] | None:
-        """95% interval of a `Grade.score`, or None where the metric has none."""
-        return score_interval(self.metric, score, self.score_rows)
+    def score_interval(self, score: float, submission: bytes | None) -> Interval:
+        """95% interval of a `Grade.score`, or why there is none. It may take seconds: for the best program, not for every one.
 
-    def private_score_interval(self, score: float) -> tuple[float, float] | None:
-        """95% interval of a `Grade.private_score`, or None where the metric has none."""
-        return score_interval(self.metric, score, self.private_rows)
+        Args:
+          score: of a program.
+          submission: that program's own, as its last run made it; None if it is not at hand.
+
+        Raises:
+          DataError: see `grade`.
+        """
+        if self.reward_source == "holdout" and len(self.splits) > 1 and not self.metric.proportion:
+            return no_interval(
+                f"{self.metric.name} is no share of rows, so its interval needs the predictions of all {len(self.splits) - 1} folds, of"
+                " which only the last run's submission is kept"
+            )
+        return self._interval(score, submission, held_out=self.reward_source == "holdout")
+
+    def private_score_interval(self, score: float, submission: bytes | None) -> Interval:
+        """95% interval of a `Grade.private_score`; as `score_interval`."""
+        return self._interval(score, submission, held_out=False)
+
+    def _interval(self, score: float, submission: bytes | None, *, held_out: bool) -> Interval:
+        if self.metric.proportion:
+            return binomial_interval(score, self.score_rows if held_out else self.private_rows)
+        if self.competition.judge is not None:
+            return no_interval(f"{self.metric.name} is computed by {self.competition.judge_version}, which judges whole tables alone")
+        if submission is None:
+            return no_interval("the program's submission is not at hand, and a score that is no share of rows needs it")
+        grade = self.grade(submission)
+        if score != (grade.score if held_out or self.reward_source == "grade" else grade.private_score):
+            return no_interval("the submission at hand has another score, so it is another program's")
+        answers_R, predictions_R = grading.scored_rows(submission, self._answers(-1), held_out=held_out)
+        return bootstrap_interval(self.metric, answers_R, predictions_R)
 
     @property
     def disclosure(self) -> Disclosure:
         if self.reward_source == "grade":
+            scored_on = f"{self.private_rows:,} rows of the private answers"
             text = (
                 f"Rewards come from the private answers ({self.private_rows:,} rows), which scores are reported on, too. The search"
                 " optimised on the graded rows, so its best score is no estimate for unseen data."
             )
         else:
             folds = len(self.splits) - 1
+            scored_on = f"{self.score_rows:,} training rows" + (f", each held out in one of {folds} folds" if folds else " held out")
             source = (
                 f"{folds}-fold cross-validation over the public training table ({self.score_rows:,} rows): in a run for each fold programs"
                 " see its rows without labels, and in one more the whole table, for the submission"
@@ -217,7 +253,7 @@ class Task:
                 " reward or choice saw it."
             )
         grader = "native" if self.competition.judge is None else self.competition.judge_version
-        return Disclosure(self.reward_source, self.score_rows, len(self.splits), self.private_rows, grader, text)
+        return Disclosure(self.reward_source, self.score_rows, len(self.splits), self.private_rows, grader, scored_on, text)
 
 
 @functools.lru_cache(maxsize=128)

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from tiny_run import STEPS, command, environment, results, unbroken
 
+from discover_jax.runs.metrics import read_metrics
+
 SECONDS = {"starting": 2.0, "sampling": 0.02, "running programs": 1.0, "learning": 0.012, "saving": 0.15}
 """How long each phase of the run lasts, about; a moment is drawn within. The announcement itself takes a millisecond to be heard."""
 
@@ -162,8 +164,11 @@ def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counte
     said = "".join(path.read_text() for path in folder.glob("start-*.txt"))
     print(f"killed: {dict(struck)}; programs run again: {said.count('The program runs again')}")
     assert "Traceback" not in said
-    # What was killed with its program was noticed, and tried again.
+    # What was killed with its program was noticed, and tried again; and that was counted, but for steps that were done again.
     assert "The program runs again" in said
+    retried = sum(row["programs/retried"] for row in read_metrics(workdir / "metrics.jsonl"))
+    assert retried <= said.count("The program runs again")
+    assert retried == said.count("The program runs again") or any(kill.victim == "main" for kill in kills)
     found = results(workdir)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -181,6 +186,12 @@ def test_some_kills(root, tmp_path):
         *draw_kills(["main"], seed=1),
     ]
     assert check(root, tmp_path, STEPS, kills).total() == 4
+
+
+def test_programs_that_were_run_again_are_counted(root, tmp_path):
+    """In one start, so that no count is lost: the metrics have as many as the log has lines."""
+    kills = [Kill("sandbox", "running programs", 0.1), Kill("worker", "running programs", 0.1)]
+    assert check(root, tmp_path, STEPS, kills).total() == 2
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def run(folder: Path) -> None:
                 write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade)
             write_rollouts(workdir.rollouts_dir, step, [{"id": a.id, "score": a.score} for a in attempts])
             metrics.write(step_row(step, attempts, best={"boats": best}, timings={}, learning_metrics={}))
-            checkpoints.save(step, state, HostState.of(0, archive.to_json(), journal).to_json())
+            checkpoints.save(step, state, HostState.of(0, archive.to_json(), [], journal).to_json())
         checkpoints.close()
 
 

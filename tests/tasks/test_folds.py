@@ -10,6 +10,7 @@ import pytest
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution import Executor, sandbox
 from discover_jax.execution.limits import MIB, Limits
+from discover_jax.tasks.interval import wilson_interval
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Grade, Outcome
 
@@ -65,9 +66,8 @@ def test_scores_of_the_folds_are_those_of_all_rows_together(folded):
     combined = folded.combine(grades)
     assert combined.score == pytest.approx(0.93, abs=2e-5)
     assert combined.private_score == 0.9
-    interval = folded.score_interval(combined.score)
-    assert interval is not None
-    assert interval[0] < 0.93 < interval[1]
+    interval = folded.score_interval(combined.score, None)
+    assert interval.bounds == wilson_interval(combined.score, 100)
     with pytest.raises(ValueError, match="3 grades"):
         folded.combine(grades[:-1])
 

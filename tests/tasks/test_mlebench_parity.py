@@ -96,7 +96,7 @@ def test_its_own_preparation_of_a_competition(spaceship_raw, tmp_path):
     submission = pd.read_csv(ours.public_dir / "sample_submission.csv").assign(Transported=lambda table: table.index % 3 == 0)
     data = submission.to_csv(index=False).encode()
     assert theirs.grade(data) == ours.grade(data)
-    assert theirs.score_interval(0.8) == ours.score_interval(0.8)
+    assert theirs.score_interval(0.8, None) == ours.score_interval(0.8, None)
     assert theirs.disclosure.grader.startswith("mlebench ")
     with pytest.raises(ConfigError, match="has no reward `holdout`"):
         prepare_task(str(definition), raw=tmp_path / "data", reward="holdout", folder=tmp_path / "held")

@@ -194,7 +194,9 @@ def test_lower_is_better_by_negation(tmp_path, write_competition):
     score = task.grade(sample.to_csv(index=False).encode()).score
     assert score == round((pd.read_csv(task.folder / "private" / "test.csv")["sinks"].mean()) ** 0.5, 5)
     assert task.reward(score) == -score
-    assert task.score_interval(score) is None
+    low, high = task.score_interval(score, sample.to_csv(index=False).encode()).bounds
+    assert low < score < high
+    assert "not at hand" in task.score_interval(score, None).text
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path, write_competition):
