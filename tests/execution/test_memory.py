@@ -26,8 +26,6 @@ _FILES = {
     1: (
         "memory.limit_in_bytes",
         "memory.memsw.limit_in_bytes",
-        "memory.failcnt",
-        "memory.memsw.failcnt",
         "memory.oom_control",
         "cgroup.procs",
     ),
@@ -69,6 +67,11 @@ _EVENTS = "low 0\nhigh 0\nmax {}\noom {}\noom_kill {}\noom_group_kill 0\n"
 _CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
 
 
+def _most(memory: int, with_swap: int | None) -> dict[str, str | None]:
+    """The most that a group of version 1 has held; None where swap is not accounted."""
+    return {"memory.max_usage_in_bytes": f"{memory}\n", "memory.memsw.max_usage_in_bytes": None if with_swap is None else f"{with_swap}\n"}
+
+
 @pytest.mark.parametrize(
     ("version", "files", "exceeded"),
     [
@@ -77,17 +80,18 @@ _CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
         (2, {"memory.events": _EVENTS.format(12, 1, 3)}, True),
         (2, {"memory.events": _EVENTS.format(0, 0, 1)}, None),
         (2, {"memory.events": _EVENTS.format(900, 0, 1)}, None),  # pages of read files were given back at its limit; killed from above
-        (1, {"memory.oom_control": _CONTROL.format(0), "memory.failcnt": "7", "memory.memsw.failcnt": "0"}, False),
-        (1, {"memory.oom_control": _CONTROL.format(1), "memory.failcnt": "7", "memory.memsw.failcnt": "0"}, True),
-        (1, {"memory.oom_control": _CONTROL.format(1), "memory.failcnt": "0", "memory.memsw.failcnt": "7"}, True),
-        (1, {"memory.oom_control": _CONTROL.format(1), "memory.failcnt": "0", "memory.memsw.failcnt": "0"}, None),
-        (1, {"memory.oom_control": _CONTROL.format(1), "memory.failcnt": "0", "memory.memsw.failcnt": None}, None),
+        (1, {"memory.oom_control": _CONTROL.format(0), **_most(1 << 30, 1 << 30)}, False),
+        (1, {"memory.oom_control": _CONTROL.format(1), **_most(1 << 30, 1 << 30)}, True),
+        (1, {"memory.oom_control": _CONTROL.format(1), **_most((1 << 30) - 8192, 1 << 30)}, True),
+        (1, {"memory.oom_control": _CONTROL.format(1), **_most(1 << 29, 1 << 29)}, None),
+        (1, {"memory.oom_control": _CONTROL.format(1), **_most(1 << 29, None)}, None),
     ],
 )
 def test_a_kill_is_the_programs_fault_only_at_its_own_limit(tmp_path, version, files, exceeded):
     group, folder = make_group(version, tmp_path), tmp_path / f"discover_jax-{os.getpid()}-0-0"
     for name, text in files.items():
-        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+        if text is not None:
+            (folder / name).write_text(text)
     if exceeded is None:
         with pytest.raises(SandboxError, match="own limit was not reached"):
             group.exceeded()
