@@ -4,8 +4,11 @@
     python benchmarks/sandbox.py --programs=100 --preload=none
 
 Prints one JSON object. `overhead_s` is a slot's time beyond the program's own: a fresh sandbox, what it imports ahead, the kill, and
-grading. What is counted before and after must be equal in the end (`left` is empty); `growth_bytes` is what main process and workers hold
-more at the end than after a tenth of the programs. The exit code is 1 if something is left or a program ended otherwise than it should.
+grading. What the main process and each worker hold is counted when a tenth of the programs have ended and nothing runs, and again after
+the last: descriptors, threads, processes (zombies too), control groups, memory. `grown` says what is more then (of memory, only what goes
+beyond --growth_mib a process), `left` what is there after close() and was not before: processes, files in the temporary folder, mounts and
+so on, and sandboxes of this executor anywhere on the machine. The exit code is 1 if anything grew or is left, or a program ended otherwise
+than it should.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -40,61 +44,111 @@ PROGRAMS = {
     "invalid": ("import pandas as pd\ndef run():\n    return pd.DataFrame({'a': [1]})\n", Outcome.INVALID_SUBMISSION),
     "daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(600)\n" + _QUICK, Outcome.OK),
 }
+_SETTLE_SECONDS = 60.0
+
+Held = dict[str, dict[str, int]]
+"""What each process of ours holds: by the process's name ("main", "worker 0"), then by kind."""
 
 
-def _processes() -> set[int]:
-    """Living descendants of this process."""
-    parents = {}
+def _parents() -> dict[int, int]:
+    """Parent of each process on the machine, zombies included."""
+    found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # ended meanwhile
-            continue
-        if state not in "ZX":
-            parents[pid] = int(parent)
-    found, grown = {os.getpid()}, True
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
+def _descendants(pid: int, parents: dict[int, int]) -> set[int]:
+    found, grown = {pid}, True
     while grown:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
+        more = {child for child, parent in parents.items() if parent in found} - found
         found, grown = found | more, bool(more)
-    return found - {os.getpid()}
+    return found - {pid}
 
 
-def _held() -> dict[str, int]:
-    """What this process holds that a sandbox could leave behind."""
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):  # ended meanwhile
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+    return ""
+
+
+def _resident(pid: int) -> int:
+    match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return 1024 * int(match[1]) if match else 0
+
+
+def _groups(pid: int, cgroups: memory.Cgroups | None) -> int:
+    """Control groups that a worker has made and not removed."""
+    parents = {cgroups.memory, cgroups.pids or cgroups.memory} if cgroups else set()
+    return sum(len(list(parent.glob(f"discover_jax-{pid}-*"))) for parent in parents)
+
+
+def _held(workers: dict[str, int], cgroups: memory.Cgroups | None) -> Held:
+    parents, found = _parents(), {}
+    for name, pid in {"main": os.getpid(), **workers}.items():
+        below = _descendants(pid, parents)
+        if name == "main":  # the workers' are counted as theirs
+            below -= set().union(*({worker} | _descendants(worker, parents) for worker in workers.values()))
+        found[name] = {
+            "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+            "threads": len(os.listdir(f"/proc/{pid}/task")),
+            "processes": len(below),
+            "control_groups": _groups(pid, cgroups),
+            "bytes": _resident(pid),
+        }
+    return found
+
+
+def _settled(look: Callable[[], Held], enough: Callable[[Held], bool]) -> Held:
+    """What is held once it is `enough`, or after a minute: a sandbox that warms up holds other things from one moment to the next."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while not enough(found := look()) and time.monotonic() < deadline:
+        time.sleep(0.25)
+    return found
+
+
+def _growth(before: Held, after: Held, spared_bytes: int) -> dict[str, int]:
+    """What is more than before; memory that grew by no more than `spared_bytes` in a process does not count."""
+    found = {}
+    for name, kinds in after.items():
+        for kind, number in kinds.items():
+            more = number - before[name][kind]
+            if more > (spared_bytes if kind == "bytes" else 0):
+                found[f"{name} {kind}"] = more
+    return found
+
+
+def _after_close(temporary: Path, mark: str) -> dict[str, int]:
+    """What is there that a closed executor could have left. `mark`: stands in the command of each of its sandboxes, and in no other's."""
+    commands = {pid: _command(pid) for pid in _parents()}
+    below = {pid for pid in _descendants(os.getpid(), _parents()) if "resource_tracker" not in commands.get(pid, "")}  # multiprocessing's
     return {
-        "processes": len(_processes() - _trackers()),
+        "processes": len(below),
+        "sandboxes": sum(mark in command for command in commands.values()),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "temporary_files": len(os.listdir(tempfile.gettempdir())),
+        "temporary_files": len(os.listdir(temporary)),
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
         "threads": len(os.listdir("/proc/self/task")),
     }
 
 
-def _groups(workers: set[int]) -> int:
-    """Control groups that workers have made and not removed."""
-    cgroups = memory.find_cgroups()
-    return sum(len(list(cgroups.memory.glob(f"discover_jax-{pid}-*"))) for pid in workers) if cgroups else 0
+def _workers() -> dict[str, int]:
+    return {child.name: child.pid for child in multiprocessing.active_children() if child.name.startswith("execution-") and child.pid}
 
 
-def _workers() -> set[int]:
-    return {child.pid for child in multiprocessing.active_children() if child.pid}
-
-
-def _trackers() -> set[int]:
-    """multiprocessing's own helper, which stays as long as this process."""
-    found = set()
-    for pid in _processes():
-        with contextlib.suppress(OSError):  # ended meanwhile
-            if "resource_tracker" in Path(f"/proc/{pid}/cmdline").read_text():
-                found.add(pid)
+def _run(pool: Executor, kinds: list[str], first: int, total: int, began: float) -> list[tuple[Outcome, float]]:
+    """Outcome and own seconds of each; no verdict is kept, so that what the main process holds does not grow by them."""
+    futures: collections.deque[Future[Verdict]] = collections.deque(
+        pool.submit(f"{PROGRAMS[kind][0]}# {first + index}\n") for index, kind in enumerate(kinds)
+    )
+    found = []
+    while futures:
+        verdict = futures.popleft().result()
+        found.append((verdict.outcome, verdict.execution.seconds))
+        if (first + len(found)) % 50 == 0:
+            print(f"{first + len(found)}/{total} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found
-
-
-def _resident() -> int:
-    """Bytes that this process and the workers hold."""
-    pids = [os.getpid(), *_workers()]
-    found = (re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()) for pid in pids)
-    return sum(1024 * int(match[1]) for match in found if match)
 
 
 def main() -> int:
@@ -102,51 +156,66 @@ def main() -> int:
     parser.add_argument("--programs", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=0, help="slots; 0: as many as there are cores")
     parser.add_argument("--preload", choices=("all", "none"), default="all", help="what a sandbox imports ahead, besides numpy and pandas")
+    parser.add_argument("--growth_mib", type=int, default=16, help="memory by which a process may grow")
     arguments = parser.parse_args()
     if arguments.preload == "none":
         sandbox.PRELOAD = ()
-    limits = Limits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB)
+    # No other run has this bound on a result, which a sandbox is told on its command line: so its own are found wherever they end up.
+    limits = Limits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB, result_bytes=8 * MIB + os.getpid())
+    mark = f'"result_bytes": {limits.result_bytes}'
     kinds = list(itertools.islice(itertools.cycle(PROGRAMS), arguments.programs))
+    tenth = max(1, len(kinds) // 10)
     with tempfile.TemporaryDirectory() as name:
-        tempfile.tempdir = str(Path(name) / "temporary")  # its own, so that what others put beside it does not count
-        os.mkdir(tempfile.tempdir)
+        temporary = Path(name) / "temporary"  # its own, so that what others put beside it does not count; the workers', too
+        temporary.mkdir()
+        os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
         task = prepare_task("digits-parity", raw=None, reward="grade", folder=Path(name) / "task")
+        cgroups = memory.find_cgroups()
         with Executor([task], limits, workers=1, cache_dir=Path(name) / "first") as pool:  # starts what stays, such as the tracker
             pool.submit(_QUICK).result()
-        before, began, resident = _held() | {"control_groups": 0}, time.monotonic(), 0
+        before, began = _after_close(temporary, mark), time.monotonic()
         with Executor([task], limits, workers=arguments.workers or None, cache_dir=Path(name) / "cache") as pool:
-            described = pool.describe()
-            futures: list[Future[Verdict]] = [pool.submit(f"{PROGRAMS[kind][0]}# {index}\n") for index, kind in enumerate(kinds)]
-            verdicts = []
-            for index, future in enumerate(futures):
-                verdicts.append(future.result())
-                if index == len(futures) // 10:
-                    resident = _resident()
-                if index % 50 == 49:
-                    print(f"{index + 1}/{len(futures)} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            seconds, growth, workers = time.monotonic() - began, _resident() - resident, _workers()
-        after = _held() | {"control_groups": _groups(workers)}
+            described, slots = pool.describe(), len(pool._plans)
+            ends = _run(pool, kinds[:tenth], 0, len(kinds), began)
+            workers = _workers()
+
+            def look() -> Held:
+                return _held(_workers(), cgroups)
+
+            # In each worker the one sandbox that waits for the next program: bubblewrap outside and inside, and the harness.
+            early = _settled(look, lambda held: all(held[worker]["processes"] == 3 for worker in workers))
+            paused = time.monotonic()
+            ends += _run(pool, kinds[tenth:], tenth, len(kinds), began)
+            seconds = time.monotonic() - paused
+            late = _settled(look, lambda held: not _growth(early, held, 1 << 62))
+            retries, replaced = pool.retries, workers != _workers()
+        after = _after_close(temporary, mark)
+        left = {key: after[key] - before[key] for key in before if after[key] > before[key]}
+        if groups := sum(_groups(pid, cgroups) for pid in workers.values()):
+            left["control_groups"] = groups
     wrong = collections.Counter(
-        f"{kind}: {verdict.outcome.value}"
-        for kind, verdict in zip(kinds, verdicts, strict=True)
-        if verdict.outcome is not PROGRAMS[kind][1]
+        f"{kind}: {outcome.value}" for kind, (outcome, _) in zip(kinds, ends, strict=True) if outcome is not PROGRAMS[kind][1]
     )
-    own = sum(verdict.execution.seconds for verdict in verdicts)
+    timed = len(kinds) - tenth
+    own = sum(seconds for _, seconds in ends[tenth:])
     result = {
         **vars(arguments),
         "sandbox": described,
         "limits": dataclasses.asdict(limits),
-        "slots": len(workers),
+        "slots": slots,
         "seconds": round(seconds, 1),
-        "programs_per_minute": round(60 * len(kinds) / seconds, 1),
-        "own_s": round(own / len(kinds), 3),
-        "overhead_s": round((len(workers) * seconds - own) / len(kinds), 3),
-        "growth_bytes": growth,
+        "programs_per_minute": round(60 * timed / seconds, 1),
+        "own_s": round(own / timed, 3),
+        "overhead_s": round((slots * seconds - own) / timed, 3),
+        "retries": retries,
+        "held": late,
+        "growth_bytes": {name: late[name]["bytes"] - early[name]["bytes"] for name in late},
         "wrong": dict(wrong),
-        "left": {key: after[key] - before[key] for key in before if after[key] > before[key]},
+        "grown": {**_growth(early, late, arguments.growth_mib * MIB), **({"workers that were replaced": 1} if replaced else {})},
+        "left": left,
     }
     print(json.dumps(result))
-    return 1 if result["wrong"] or result["left"] else 0
+    return 1 if result["wrong"] or result["grown"] or result["left"] else 0
 
 
 if __name__ == "__main__":

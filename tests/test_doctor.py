@@ -104,6 +104,14 @@ def test_a_sandbox_that_gives_another_score_is_found(tmp_path, monkeypatch):
     assert "ValueError: no" in found["sandbox"].text
 
 
+def test_the_doctor_claims_no_canary_where_nothing_holds_programs(tmp_path):
+    found = _findings(tmp_path, execution__backend="unsafe-subprocess", execution__allow_weaker=True)
+    assert found["sandbox"].ok
+    assert found["sandbox"].text.startswith("no canary was sent, since nothing holds programs; unsafe-subprocess: NO ISOLATION")
+    found = _findings(tmp_path)
+    assert found["sandbox"].text.startswith("the canary found no way out; bubblewrap ")
+
+
 def test_packages_that_are_missing_or_old_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     version = importlib.metadata.version

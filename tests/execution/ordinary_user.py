@@ -22,7 +22,11 @@ def possible() -> bool:
 def command(argv: list[str]) -> list[str]:
     """`argv` with what has to come before it; for a process with root's rights."""
     needed = sorted(
-        {sys.prefix, sys.base_prefix, *(str(_REPOSITORY / name) for name in ("discover_jax", "tests", "benchmarks", "pyproject.toml"))}
+        {
+            sys.prefix,
+            sys.base_prefix,
+            *(str(_REPOSITORY / name) for name in ("discover_jax", "configs", "tests", "benchmarks", "pyproject.toml")),
+        }
     )
     closed = sorted({str(p) for path in needed for p in Path(path).parents if not p.stat().st_mode & 0o001})
     outermost = [path for path in closed if not any(path.startswith(other + "/") for other in closed)]

@@ -1,18 +1,80 @@
-"""The benchmark of many programs, in small: every end as expected, and nothing left behind."""
+"""The benchmark of many programs, in small: every end as expected, and nothing left behind; and that it would see what is left."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sandbox.py"
 
 
 def test_programs_of_every_kind_leave_nothing_behind():
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "sandbox.py"
-    command = [sys.executable, str(script), "--programs=36", "--preload=none"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(SCRIPT), "--programs=36", "--preload=none"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     result = json.loads(done.stdout)
-    assert (result["wrong"], result["left"]) == ({}, {})
+    assert (result["wrong"], result["grown"], result["left"]) == ({}, {}, {})
     assert done.returncode == 0, done.stderr
     assert result["programs"] == 36
+    assert {"main", "execution-0"} <= result["held"].keys()
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_sandbox", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_benchmark_sees_what_a_worker_holds(benchmark):
+    """A child of this process in the worker's place, which leaves a descriptor, a thread, a zombie and memory."""
+    leak = (
+        "import os, sys, threading, time\ninput()\nopened = os.open('/dev/null', 0)\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "if os.fork() == 0:\n    os._exit(0)\ndata = bytearray(b'x') * 40_000_000\nprint('leaked', flush=True)\ntime.sleep(60)\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-S", "-c", leak], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        time.sleep(0.5)  # until the interpreter has started
+        early = benchmark._held({"worker": worker.pid}, None)
+        assert benchmark._growth(early, early, 0) == {}
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        assert worker.stdout.readline() == "leaked\n"
+        late = benchmark._held({"worker": worker.pid}, None)
+    finally:
+        worker.kill()
+        worker.communicate()
+    found = benchmark._growth(early, late, 16 << 20)
+    assert 30_000_000 < found.pop("worker bytes") < 60_000_000
+    assert found == {"worker descriptors": 1, "worker threads": 1, "worker processes": 1}
+
+
+def test_benchmark_sees_what_is_left_after_the_end(benchmark, tmp_path):
+    """A sandbox that nobody is the parent of any more is found by its command line; its zombie child, a file and a thread of ours too."""
+    mark = f'"result_bytes": {os.getpid()}99'
+    before = benchmark._after_close(tmp_path, mark)
+    orphan = "import os, subprocess, sys\nprint(subprocess.Popen([sys.executable, '-S', '-c', 'import sys; sys.stdin.read()', sys.argv[1]]).pid, flush=True)\n"
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    with subprocess.Popen([sys.executable, "-c", orphan, mark], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        os.waitid(os.P_PID, parent.pid, os.WEXITED | os.WNOWAIT)  # ended, and not collected: a zombie
+        (tmp_path / "left").touch()
+        thread.start()
+        after = benchmark._after_close(tmp_path, mark)
+        ended.set()
+    found = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert found == {"sandboxes": 1, "processes": 1, "descriptors": 2, "temporary_files": 1, "threads": 1}

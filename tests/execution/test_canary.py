@@ -1,0 +1,131 @@
+"""What the canary judges: each fact alone, when it is not as it must be; and that nothing starts once it has found a way out."""
+
+import copy
+import io
+import json
+import multiprocessing
+import re
+import runpy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_competition import LIMITS
+
+from discover_jax.exceptions import SandboxError
+from discover_jax.execution import Executor, canary
+from discover_jax.execution.sandbox import Plan, Sandbox
+
+pytestmark = pytest.mark.sandbox
+
+
+@pytest.fixture(scope="module")
+def found(plan: Plan) -> dict[str, Any]:
+    """What the probe finds in a real sandbox."""
+    probe = Path(canary.__file__).with_name("probe.py")
+    box = Sandbox(plan, probe, {"hidden": []})
+    try:
+        box.wait_ready()
+        execution = box.run("")
+    finally:
+        box.close()
+    return json.loads(execution.csv or b"")
+
+
+def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(found, plan):
+    read: set[str] = set()
+
+    class Facts(dict):
+        def __getitem__(self, name):
+            read.add(name)
+            return super().__getitem__(name)
+
+    assert list(canary._violations(Facts(found), plan, {60600})) == []
+    assert read == set(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seen", ["/run/private"], r"programs can see /run/private: move"),
+        ("write_data", "done", "write_data ended with done"),
+        ("write_root", "done", "write_root ended with done"),
+        ("write_python", "ENOSPC", "write_python ended with ENOSPC"),
+        ("write_core_pattern", "done", "core_pattern for writing"),
+        ("read_data", 0, "is empty inside"),
+        ("socket", "ECONNREFUSED", "a network socket ended with ECONNREFUSED"),
+        ("interfaces", ["lo", "eth0"], "interfaces are visible: .*eth0"),
+        ("capabilities", ["0000000000000000", "0000000000200000"], "keep capabilities: .*200000"),
+        ("no_new_privs", "0", "no_new_privs is 0"),
+        ("seccomp", "0", "seccomp is 0"),
+        ("uid", 0, "run as root .uid inside 0"),
+        ("pids", [1, 2, 4711], "other processes are visible: .*4711"),
+        ("environment+", "AWS_SECRET_ACCESS_KEY", "variables are visible: .'AWS_SECRET_ACCESS_KEY'"),
+        ("environment-", "OMP_WAIT_POLICY", "variables lack: .'OMP_WAIT_POLICY'"),
+        ("descriptors", ["/root/weights"], "descriptors of the host are open inside: .*/root/weights"),
+        ("accelerators", ["/dev/nvidia0"], "accelerators are visible: .*nvidia0"),
+        ("cpus", [0, 1, 2, 3], r"CPUs \[0, 1, 2, 3\] instead of the lease"),
+        ("packages", ["numpy"], "numpy or pandas cannot be found"),
+    ],
+)
+def test_each_fact_alone_is_a_violation(found, plan, name, value, said):
+    facts = copy.deepcopy(found)
+    if name == "environment+":
+        facts["environment"].append(value)
+    elif name == "environment-":
+        facts["environment"].remove(value)
+    else:
+        assert facts[name] != value
+        facts[name] = value
+    (violation,) = canary._violations(facts, plan, {60600})
+    assert re.search(said, violation)
+
+
+def test_root_on_the_host_is_a_violation(found, plan):
+    (violation,) = canary._violations(found, plan, {60600, 0})
+    assert "on the host [0, 60600]" in violation
+
+
+def test_a_daemon_that_stays_is_a_violation(plan, monkeypatch):
+    """As if this process, which goes on, had been in the sandbox's pid namespace."""
+    monkeypatch.setattr(canary, "_namespace", lambda pid: 4026531836)
+    with pytest.raises(SandboxError, match=r"does not hold, so no program was run:\n  - a daemon outlived the sandbox"):
+        canary.check(plan, [])
+
+
+@pytest.fixture
+def leak(monkeypatch):
+    """A machine on which the canary finds a way out."""
+
+    def check(*_):
+        raise SandboxError("The sandbox does not hold, so no program was run:\n  - programs can see /answers")
+
+    monkeypatch.setattr(canary, "check", check)
+
+
+def _running() -> tuple[set[str], set[str]]:
+    return {child.name for child in multiprocessing.active_children()}, {thread.name for thread in threading.enumerate()}
+
+
+def test_an_executor_does_not_start_where_the_canary_finds_a_way_out(task, tmp_path, leak):
+    before = _running()
+    with pytest.raises(SandboxError, match="programs can see /answers"):
+        Executor([task], LIMITS, workers=1, cache_dir=tmp_path)
+    assert _running() == before
+
+
+def test_a_run_does_not_start_where_the_canary_finds_a_way_out(tmp_path, leak, monkeypatch):
+    """Refused before anything is noted of it, or a policy loaded."""
+    from discover_jax import main
+    from discover_jax.config import validate
+
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "quickstart.py"))["get_config"]()
+    before = _running()
+    with pytest.raises(SandboxError, match="programs can see /answers"):
+        main.run(validate(config), tmp_path / "run")
+    assert _running() == before
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
+    assert not (tmp_path / "run" / "disclosure.json").exists()
