@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -207,22 +208,33 @@ if _X86:
     )
 
 
+def _workers() -> set[int | None]:
+    """Worker processes of all executors here."""
+    return {child.pid for child in multiprocessing.active_children() if child.name.startswith("execution-")}
+
+
 @pytest.fixture(scope="module")
 def attacked(task, tmp_path_factory):
     """A pool as the tests share it, but with little patience."""
     limits = dataclasses.replace(LIMITS, seconds=15)
+    others = _workers()
     with Executor([task], limits, workers=2, cache_dir=tmp_path_factory.mktemp("attacks")) as pool:
+        while len(_workers() - others) < 2:  # so that `ends` can tell whether they lived through it
+            time.sleep(0.01)
         yield pool
 
 
 @pytest.fixture(scope="module")
 def ends(attacked) -> dict[str, tuple[Verdict, Verdict]]:
-    """What became of each attack, and of its neighbour."""
+    """What became of each attack, and of its neighbour; through all of them the workers stay the same."""
+    workers = _workers()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0discover-jax-test")
         listener.listen()
         futures = {name: (attacked.submit(a.program), attacked.submit(f"{GOOD}# beside {name}\n")) for name, a in ATTACKS.items()}
-        return {name: (attack.result(timeout=300), neighbour.result(timeout=300)) for name, (attack, neighbour) in futures.items()}
+        found = {name: (attack.result(timeout=300), neighbour.result(timeout=300)) for name, (attack, neighbour) in futures.items()}
+    assert _workers() == workers
+    return found
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -239,7 +251,7 @@ def test_attack_ends_as_it_should_and_its_neighbour_is_scored(ends, name):
 def test_nothing_of_the_attacks_is_left(ends, attacked, plan):
     assert ends
     assert attacked.submit(f"{GOOD}# after everything\n").result(timeout=60).grade.score == GOOD_SCORE
-    workers = {child.pid for child in multiprocessing.active_children() if child.name.startswith("execution-")}
+    workers = _workers()
     parents, boxes = {}, []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # ended meanwhile

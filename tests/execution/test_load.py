@@ -65,7 +65,8 @@ def test_benchmark_sees_what_is_left_after_the_end(benchmark, tmp_path):
     """A sandbox that nobody is the parent of any more is found by its command line; its zombie child, a file and a thread of ours too."""
     mark = f'"result_bytes": {os.getpid()}99'
     before = benchmark._after_close(tmp_path, mark)
-    orphan = "import os, subprocess, sys\nprint(subprocess.Popen([sys.executable, '-S', '-c', 'import sys; sys.stdin.read()', sys.argv[1]]).pid, flush=True)\n"
+    waiting = "import sys; sys.stdin.read()"
+    orphan = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-S', '-c', {waiting!r}, sys.argv[1]])\nprint(flush=True)\n"
     ended = threading.Event()
     thread = threading.Thread(target=ended.wait)
     with subprocess.Popen([sys.executable, "-c", orphan, mark], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
