@@ -336,7 +336,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
         os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False).returncode == 0
     )
     if not mounted:
-        pytest.skip("needs the right to mount; that each writer bears a full disk is tested for ordinary users, too")
+        pytest.skip(
+            "needs the right to mount a small disk, which root has and ordinary users have not. That each writer bears a full disk is"
+            " tested for them, too: checkpoints, metrics, best/ and files in tests/runs, the journal in tests/archive"
+        )
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

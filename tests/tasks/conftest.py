@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for submission_table
 _SOURCE = """
 from pathlib import Path
 import pandas as pd
-from discover_jax.tasks.competition import Competition, Metric
+from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks import metrics
 
 

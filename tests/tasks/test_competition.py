@@ -111,7 +111,26 @@ def test_built_in_competitions():
         competition = load_competition(name, "")
         assert (competition.id, competition.metric.name) == (name, "accuracy")
     assert [threshold.score for threshold in competition.thresholds] == [0.7957, 0.8027, 0.82815]
+    assert competition.thresholds_source == "from the report, not from a leaderboard on this machine"
     assert "only indicative" in competition.thresholds_note
+
+
+def test_thresholds_are_shown_with_their_source_or_are_unavailable(tmp_path, write_competition):
+    """Whoever shows them shows this line: nobody may take them for a leaderboard's that was read here."""
+    for name, fields, expected in (
+        ("none", "", "unavailable"),
+        ("why", "thresholds_note='The file is a pointer.'", "unavailable. The file is a pointer."),
+        (
+            "some",
+            "thresholds=(Threshold('best', 0.9), Threshold('median', 0.5)), thresholds_note='Of other rows.'",
+            "from the competition's definition, not from a leaderboard on this machine: best 0.9, median 0.5. Of other rows.",
+        ),
+        ("named", "thresholds=(Threshold('best', 0.9),), thresholds_source='from a paper'", "from a paper: best 0.9"),
+    ):
+        task = prepare_task(write_competition(fields=fields), raw=None, reward="grade", folder=tmp_path / name)
+        assert task.leaderboard == expected
+    for name in ("digits-parity", "breast-cancer", "diabetes"):
+        assert prepare_task(name, raw=None, reward="grade", folder=tmp_path / name).leaderboard == "unavailable"
 
 
 @pytest.mark.parametrize(

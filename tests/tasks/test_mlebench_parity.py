@@ -15,6 +15,7 @@ import submission_table
 from discover_jax.exceptions import ConfigError
 from discover_jax.tasks import grading, mle_bench
 from discover_jax.tasks.competition import Competition, Threshold
+from discover_jax.tasks.loading import load_competition
 from discover_jax.tasks.metrics import ACCURACY
 from discover_jax.tasks.prepare import prepare_task
 
@@ -146,6 +147,34 @@ def test_thresholds_come_from_a_real_leaderboard_alone(tmp_path):
     assert "9 teams" in note
     path.write_text("nothing\n1\n")
     assert mle_bench._leaderboard(_Theirs(path))[0] == ()
+
+
+class _Judged(_Theirs):
+    """Their competition, as far as `with_its_grader` looks at it."""
+
+    def __init__(self, leaderboard: Path):
+        super().__init__(leaderboard)
+        self.grader.grade_fn = _judge
+
+
+def _judge(submission, answers):
+    return 0.5
+
+
+def test_a_real_leaderboard_takes_the_place_of_the_report_s_thresholds(monkeypatch, tmp_path):
+    """And its absence is no reason to lose them: they stay, labelled."""
+    path = tmp_path / "leaderboard.csv"
+    monkeypatch.setattr(mle_bench, "_theirs", lambda id: _Judged(path))
+    ours = load_competition("spaceship-titanic", "")
+    without = mle_bench.with_its_grader(ours)
+    assert without.judge is _judge
+    assert (without.thresholds, without.thresholds_note) == (ours.thresholds, ours.thresholds_note)
+    assert without.thresholds_source == "from the report, not from a leaderboard on this machine"
+    path.write_text("teamId,score\n" + "".join(f"{n},{0.1 * n:.1f}\n" for n in range(9, 0, -1)))
+    real = mle_bench.with_its_grader(ours)
+    assert real.thresholds_source == "from the leaderboard in the installed mlebench"
+    assert [threshold.name for threshold in real.thresholds] == ["Kaggle median", "Kaggle bronze", "Kaggle silver", "Kaggle gold"]
+    assert "9 teams" in real.thresholds_note
 
 
 def test_without_the_package(monkeypatch, tmp_path):

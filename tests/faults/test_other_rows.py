@@ -1,0 +1,56 @@
+"""A whole run with the reward `holdout` cannot go on from one that private answers rewarded: nothing of that comes into its folder."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from phrase_config import get_config
+from tiny_run import unbroken
+
+from discover_jax import config as settings
+from discover_jax import main
+from discover_jax.exceptions import RunError
+from discover_jax.execution import sandbox
+from discover_jax.runs.console import NullConsole
+
+
+@pytest.fixture(scope="module")
+def graded(root) -> Path:
+    """A run whose rewards, archive and best program came from the private answers."""
+    return unbroken(root)
+
+
+def start(root: Path, workdir: Path, source: Path, **task) -> None:
+    config = get_config(str(root / "model"))
+    config.train.resume_from = str(source)
+    for name, value in task.items():
+        config.task[name] = value
+    main.run(settings.validate(config), workdir, console=NullConsole())
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+def test_holdout_does_not_go_on_from_private_scores(root, graded, tmp_path, monkeypatch, folds):
+    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(main, "load_policy", lambda *_: pytest.fail("weights were loaded before the run was refused"))
+    with pytest.raises(RunError, match=r"remainders: config\.task\.reward: there 'grade', here 'holdout'(?s:.)*resume_from empty"):
+        start(root, tmp_path / "run", graded, reward="holdout", holdout_folds=folds)
+    # The folder holds the prepared task and the config, and not a program, a score or an adapter of the other run.
+    found = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert found == {"config.json", ".lock", "task"}
+
+
+def test_a_source_whose_checkpoint_was_altered_to_say_otherwise_is_refused(root, graded, tmp_path, monkeypatch):
+    """Its record of the rows lies under the checkpoint's checksum."""
+    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    source = Path(shutil.copytree(graded, tmp_path / "source"))
+    for path in (source / "checkpoints").glob("*/host/metadata"):
+        content = json.loads(path.read_text())
+        content["host"]["rewards"] = []
+        path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="the checksum of its host's part is another"):
+        start(root, tmp_path / "run", source, reward="holdout")
