@@ -76,11 +76,17 @@ def check(plan: Plan, hidden: Iterable[Path]) -> None:
         sandbox.wait_ready()
         with open(f"/proc/{sandbox.pid}/status") as file:
             uids = {int(uid) for line in file if line.startswith("Uid:") for uid in line.split()[1:]}
-        inside = _namespace(sandbox.pid)
-        execution = sandbox.run("")
-        survivors = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if inside is not None and _namespace(pid) == inside]
+        with open(f"/proc/{sandbox.pid}/ns/pid") as held:  # while it is open, no other sandbox's namespace gets the same number
+            inside = os.fstat(held.fileno()).st_ino
+            execution = sandbox.run("")
+            survivors = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _namespace(pid) == inside]
     except SandboxError as error:
         raise SandboxError(f"bubblewrap cannot isolate programs on this machine. {error} {_remedy(str(error))}") from error
+    except OSError as error:
+        raise SandboxError(
+            f"The sandbox's check could not look at the processes that it started: {error}. It needs a /proc that shows this user's own"
+            " processes; mount one, or start the container so that it has one."
+        ) from error
     finally:
         if sandbox is not None:
             sandbox.close()

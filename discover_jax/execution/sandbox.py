@@ -369,8 +369,6 @@ class Sandbox:
                     signal.pidfd_send_signal(self._child, signal.SIGKILL)
                 else:
                     process.kill()
-                if self._group is not None:  # bubblewrap's outer process too, and whatever else joined
-                    self._group.kill()
             else:  # what left the process group lives on: one reason why this backend is called unsafe
                 os.killpg(process.pid, signal.SIGKILL)
         deadline = time.monotonic() + _END_SECONDS
@@ -381,6 +379,10 @@ class Sandbox:
         except subprocess.TimeoutExpired as error:
             process.kill()
             raise self._failed(f"it did not end within {_END_SECONDS:.0f} s of being killed") from error
+        finally:
+            # What left the tree, or hangs. Not sooner: bubblewrap's outer process has to collect its child, which else might stay a zombie.
+            if self._group is not None:
+                self._group.kill()
         if self._child is not None:
             with contextlib.suppress(ChildProcessError):  # bubblewrap's outer process, or init, has collected it
                 os.waitid(os.P_PIDFD, self._child, os.WEXITED)

@@ -210,7 +210,7 @@ def run():
         box = sandbox.start(dataclasses.replace(plan, limits=limits))
         try:
             box.wait_ready()
-            inside = os.stat(f"/proc/{box.pid}/ns/pid").st_ino
+            namespace = os.open(f"/proc/{box.pid}/ns/pid", os.O_RDONLY)  # while it is open, no other gets its number
             began = time.monotonic()
             execution = box.run(program)
             assert execution.outcome is Outcome.TIMEOUT
@@ -218,7 +218,9 @@ def run():
             assert 1.0 <= time.monotonic() - began < 4.0
         finally:
             box.close()
+    inside = os.fstat(namespace).st_ino
     left = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if _namespace(pid) == inside]
+    os.close(namespace)
     assert left == []
 
 
