@@ -50,7 +50,7 @@ test-slow: $(DEV)
 # The attacks and faults alone; as root a second time as an ordinary user, for whom the sandbox is made otherwise.
 test-sandbox: $(DEV)
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/execution $(ARGS)
-	if [ "$$(id -u)" = 0 ]; then $(BIN)/python tests/execution/ordinary_user.py -- $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider tests/execution $(ARGS); fi
+	if [ "$$(id -u)" = 0 ]; then $(BIN)/python tests/execution/ordinary_user.py -- $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile tests/execution $(ARGS); fi
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

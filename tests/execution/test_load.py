@@ -26,7 +26,7 @@ def test_programs_of_every_kind_leave_nothing_behind():
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def script():
     spec = importlib.util.spec_from_file_location("benchmark_of_the_sandbox", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -35,7 +35,7 @@ def benchmark():
     return module
 
 
-def test_benchmark_sees_what_a_worker_holds(benchmark):
+def test_benchmark_sees_what_a_worker_holds(script):
     """A child of this process in the worker's place, which leaves a descriptor, a thread, a zombie and memory."""
     leak = (
         "import os, sys, threading, time\ninput()\nopened = os.open('/dev/null', 0)\n"
@@ -47,24 +47,24 @@ def test_benchmark_sees_what_a_worker_holds(benchmark):
         assert worker.stdin is not None
         assert worker.stdout is not None
         time.sleep(0.5)  # until the interpreter has started
-        early = benchmark._held({"worker": worker.pid}, None)
-        assert benchmark._growth(early, early, 0) == {}
+        early = script._held({"worker": worker.pid}, None)
+        assert script._growth(early, early, 0) == {}
         worker.stdin.write("\n")
         worker.stdin.flush()
         assert worker.stdout.readline() == "leaked\n"
-        late = benchmark._held({"worker": worker.pid}, None)
+        late = script._held({"worker": worker.pid}, None)
     finally:
         worker.kill()
         worker.communicate()
-    found = benchmark._growth(early, late, 16 << 20)
+    found = script._growth(early, late, 16 << 20)
     assert 30_000_000 < found.pop("worker bytes") < 60_000_000
     assert found == {"worker descriptors": 1, "worker threads": 1, "worker processes": 1}
 
 
-def test_benchmark_sees_what_is_left_after_the_end(benchmark, tmp_path):
+def test_benchmark_sees_what_is_left_after_the_end(script, tmp_path):
     """A sandbox that nobody is the parent of any more is found by its command line; its zombie child, a file and a thread of ours too."""
     mark = f'"result_bytes": {os.getpid()}99'
-    before = benchmark._after_close(tmp_path, mark)
+    before = script._after_close(tmp_path, mark)
     waiting = "import sys; sys.stdin.read()"
     orphan = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-S', '-c', {waiting!r}, sys.argv[1]])\nprint(flush=True)\n"
     ended = threading.Event()
@@ -75,7 +75,7 @@ def test_benchmark_sees_what_is_left_after_the_end(benchmark, tmp_path):
         os.waitid(os.P_PID, parent.pid, os.WEXITED | os.WNOWAIT)  # ended, and not collected: a zombie
         (tmp_path / "left").touch()
         thread.start()
-        after = benchmark._after_close(tmp_path, mark)
+        after = script._after_close(tmp_path, mark)
         ended.set()
     found = {name: after[name] - before[name] for name in after if after[name] != before[name]}
     assert found == {"sandboxes": 1, "processes": 1, "descriptors": 2, "temporary_files": 1, "threads": 1}
