@@ -1,0 +1,112 @@
+"""The run that another one goes on from (`train.resume_from`): whether it may, and what comes along beside the checkpoint."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from discover_jax.archive.archive import lineage
+from discover_jax.archive.frontier import Frontier
+from discover_jax.exceptions import RunError
+from discover_jax.runs.best import bundle_dir, read_best, write_best
+from discover_jax.runs.checkpoints import Checkpoints, steps_in
+from discover_jax.runs.console import Console
+from discover_jax.runs.disclosure import Isolation, read_isolation
+from discover_jax.runs.host_state import HostState
+from discover_jax.runs.reward_rows import check_reward_rows
+from discover_jax.runs.workdir import Workdir
+from discover_jax.tasks.task import Task
+from discover_jax.types import Attempt
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run to go on from.
+
+    Attributes:
+      path: its folder.
+      step: of its last checkpoint.
+      host: the host's part of that.
+      isolation: how its programs were isolated, which the new run's scores depend on, too.
+    """
+
+    path: Path
+    step: int
+    host: HostState
+    isolation: Isolation
+
+    def disclosed(self) -> dict[str, Any]:
+        """For disclosure.json: the adapter may have learned from the answers of other competitions than the run's own."""
+        return {
+            "run": str(self.path),
+            "steps": self.step + 1,
+            "rewards": {row["task"]: row["reward"] for row in self.host.rewards},
+        }
+
+
+def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir) -> Source | None:
+    """The run in `train.resume_from`, once it is known that its scores can go on; to be called before anything slow, such as weights.
+
+    Returns:
+      None for a run that starts from nothing, or that has checkpoints of its own: it resumes from these, and needs the other run no more.
+
+    Raises:
+      RunError: there is no such run or no checkpoint of it; other rows made its scores; or it does not say how programs were isolated.
+    """
+    if not config.train.resume_from or steps_in(workdir.checkpoints_dir):
+        return None
+    path = Path(config.train.resume_from).expanduser()
+    given = f"config.train.resume_from = {str(path)!r}"
+    earlier = Checkpoints(path / "checkpoints", keep=1, every=0, read_only=True) if (path / "checkpoints").is_dir() else None
+    if earlier is None or (latest := earlier.latest()) is None:
+        raise RunError(
+            f"{given} holds no checkpoint. Give the folder of a run that finished at least one step, or leave it empty to start from"
+            " nothing."
+        )
+    try:
+        _, row = earlier.restore(latest, None)
+    finally:
+        earlier.close()
+    host = HostState.from_json(row, latest)
+    check_reward_rows(
+        host.rewards,
+        host.archive,
+        tasks,
+        what=f"The run in {given}",
+        remedy="Give this run the settings and the data of that one, or leave config.train.resume_from empty to start from nothing; name"
+        " another folder by --workdir either way.",
+    )
+    isolation = read_isolation(path)
+    if isolation is None:
+        raise RunError(
+            f"{given} has no disclosure.json, so it is not known how its programs were isolated, on which this run's scores would depend,"
+            " too. Put the file back, or leave config.train.resume_from empty to start from nothing."
+        )
+    return Source(path, latest, host, isolation)
+
+
+def bring_best(source: Source, frontiers: Mapping[str, Frontier], workdir: Workdir, attempts: Sequence[Attempt], console: Console) -> None:
+    """Writes the best/ of the programs that the source found best, so that a run which finds no better one has it, too.
+
+    Args:
+      frontiers: by competition, of the new run at its beginning.
+      attempts: rows of the journal that came along.
+      console: told where the source's best/ does not hold the best program of its journal.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    for id, frontier in frontiers.items():
+        if (best := frontier.best) is None:
+            continue
+        # The source may have had one competition or several.
+        for folder in (source.path / "best", source.path / "best" / id):
+            if (found := read_best(folder, best, id)) is not None:
+                grade, submission = found
+                into = bundle_dir(workdir.best_dir, id, alone=len(frontiers) == 1)
+                write_best(into, lineage=lineage(attempts, best.id), submission=submission, grade=grade)
+                break
+        else:
+            console.note(
+                f"The best program of {id} so far is {best.id} of {source.path}, whose best/ does not hold it; it is in the journal here."
+            )

@@ -1,0 +1,246 @@
+"""Going on from another run: what comes along, and that scores of other rows, private ones above all, never do."""
+
+import dataclasses
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.archive.archive import Archive
+from discover_jax.archive.journal import Journal
+from discover_jax.exceptions import RunError
+from discover_jax.learning.train_state import adam, init_train_state
+from discover_jax.runs.best import write_best
+from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.console import NullConsole
+from discover_jax.runs.disclosure import Isolation, read_isolation, write_disclosure
+from discover_jax.runs.host_state import HostState
+from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
+from discover_jax.runs.source import find_source
+from discover_jax.runs.standing import Standing, restore
+from discover_jax.runs.workdir import open_workdir
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.types import Attempt, Outcome, StopReason
+
+SANDBOX = Isolation(True, ("bubblewrap 0.11",))
+
+
+class Noting(NullConsole):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Prepares a task once for each of its settings."""
+
+    def prepare(name="digits-parity", reward="grade", **settings):
+        folder = tmp_path / "-".join([name, reward, *(f"{key}={value}" for key, value in settings.items())])
+        return prepare_task(name, raw=None, reward=reward, folder=folder, **settings)
+
+    return prepare
+
+
+def state_of(number):
+    return init_train_state({"A": jnp.full(3, number, jnp.float32)}, adam())
+
+
+def attempt(task, group, score, private_score):
+    return Attempt(
+        id=f"0000-{group:03d}-000",
+        parent_id="seed",
+        task=task.id,
+        step=0,
+        group=group,
+        index=0,
+        code=f"# {task.id} {score}",
+        outcome=Outcome.OK,
+        detail="",
+        stdout="",
+        score=score,
+        private_score=private_score,
+        reward=score,
+        adapter_step=0,
+        tokens=1,
+        stop=StopReason.STOP_TOKEN,
+    )
+
+
+def config_of(resume_from=""):
+    return types.SimpleNamespace(
+        train=types.SimpleNamespace(resume_from=str(resume_from)), reuse=types.SimpleNamespace(capacity=10), seed=0
+    )
+
+
+def make_run(path, tasks, isolation=SANDBOX, earlier=()):
+    """A run of one step, in which each task got a program with the score .75, and its adapter the number 7."""
+    with open_workdir(path, {}, "train") as workdir:
+        write_disclosure(workdir, tasks, search={}, isolation=isolation)
+        journal = Journal(workdir.journal_path)
+        attempts = [attempt(task, group, 0.75, 0.75) for group, task in enumerate(tasks)]
+        journal.append(attempts)
+        for row in attempts:
+            state = row.state()
+            folder = workdir.best_dir if len(tasks) == 1 else workdir.best_dir / row.task
+            write_best(folder, lineage=[state], submission=b"id\n", grade={"id": row.id, "competition": row.task, "score": 0.75})
+        archive = Archive((), 10).add(row.state() for row in attempts)
+        checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
+        checkpoints.save(0, state_of(7), HostState.of(0, archive.to_json(), reward_rows(tasks, earlier), journal).to_json())
+        checkpoints.close()
+    return path
+
+
+def go_on(path, source, tasks, console=None) -> tuple[Standing, Isolation | None]:
+    """Starts another run there, as `main` does."""
+    config = config_of(source)
+    with open_workdir(path, {}, "train") as workdir:
+        found = find_source(config, tasks, workdir)
+        isolation = SANDBOX if found is None else found.isolation.after(SANDBOX)
+        write_disclosure(workdir, tasks, search={}, isolation=isolation, goes_on_from=found and found.disclosed())
+        checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
+        journal = Journal(workdir.journal_path)
+        standing = restore(config, tasks, workdir, checkpoints, journal, state_of(0), found, console or Noting())
+        checkpoints.close()
+        return standing, read_isolation(workdir.path)
+
+
+def test_what_comes_along(tmp_path, prepare):
+    task = prepare()
+    source = make_run(tmp_path / "first", [task])
+    standing, _ = go_on(tmp_path / "next", source, [prepare()])
+    assert (standing.first_step, standing.step) == (1, 1)
+    np.testing.assert_array_equal(standing.train_state.lora["A"], [7, 7, 7])
+    frontier = standing.frontiers[task.id]
+    assert [state.score for state in frontier.archive.states] == [0.75]
+    assert frontier.best.id == "0000-000-000"
+    assert (tmp_path / "next" / "journal.jsonl").read_bytes() == (source / "journal.jsonl").read_bytes()
+    for name in ("solution.py", "submission.csv", "grade.json", "lineage/lineage.json"):
+        assert (tmp_path / "next" / "best" / name).read_bytes() == (source / "best" / name).read_bytes()
+    disclosed = json.loads((tmp_path / "next" / "disclosure.json").read_text())
+    assert disclosed["goes_on_from"] == {"run": str(source), "steps": 1, "rewards": {"digits-parity": "grade"}}
+
+
+OTHER_ROWS = [
+    ({"reward": "grade"}, {"reward": "holdout"}, ["config.task.reward: there 'grade', here 'holdout'", "holdout_fraction: there not used"]),
+    ({"reward": "holdout"}, {"reward": "grade"}, ["config.task.reward: there 'holdout', here 'grade'"]),
+    ({"reward": "holdout"}, {"reward": "holdout", "seed": 3}, ["config.seed, which draws the held-out rows: there 0, here 3"]),
+    (
+        {"reward": "holdout"},
+        {"reward": "holdout", "holdout_fraction": 0.3},
+        ["config.task.holdout_fraction: there 0.2, here 0.3"],
+    ),
+    (
+        {"reward": "holdout", "holdout_folds": 2},
+        {"reward": "holdout", "holdout_folds": 3},
+        ["config.task.holdout_folds: there 2, here 3"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("there", "here", "said"), OTHER_ROWS, ids=[" ".join(case[2][:1]) for case in OTHER_ROWS])
+def test_scores_of_other_rows_are_refused_before_anything_is_copied(tmp_path, prepare, there, here, said):
+    source = make_run(tmp_path / "first", [prepare(**there)])
+    with pytest.raises(RunError) as caught:
+        go_on(tmp_path / "next", source, [prepare(**here)])
+    for part in (*said, str(source), "leave config.train.resume_from empty", "--workdir"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "next" / "journal.jsonl").exists()
+    assert not (tmp_path / "next" / "best").exists()
+    assert not any((tmp_path / "next" / "checkpoints").iterdir())
+
+
+def test_other_data_under_the_same_settings_are_refused(tmp_path, prepare):
+    task = prepare()
+    source = make_run(tmp_path / "first", [dataclasses.replace(task, fingerprint="0" * 64)])
+    with pytest.raises(RunError, match="digits-parity: the prepared tables or the answers are others"):
+        go_on(tmp_path / "next", source, [task])
+
+
+def test_one_of_several_competitions_goes_on_alone_and_then_with_another(tmp_path, prepare):
+    """Each run remembers which rows made the scores of competitions that it does not have: its journal holds them."""
+    tasks = [prepare("digits-parity", "holdout"), prepare("diabetes", "holdout"), prepare("breast-cancer", "holdout")]
+    several = make_run(tmp_path / "several", tasks[:2])
+    standing, _ = go_on(tmp_path / "alone", several, tasks[:1])
+    assert set(standing.frontiers) == {"digits-parity"}
+    assert standing.frontiers["digits-parity"].best.task == "digits-parity"
+    grade = json.loads((tmp_path / "alone" / "best" / "grade.json").read_text())
+    assert grade["competition"] == "digits-parity"
+    assert {row["task"] for row in standing.rewards} == {"digits-parity", "diabetes"}
+
+    alone = make_run(tmp_path / "further", tasks[:1], earlier=standing.rewards)
+    joined, _ = go_on(tmp_path / "joined", alone, [tasks[0], tasks[2]])
+    assert joined.frontiers["breast-cancer"].best is None
+    assert (tmp_path / "joined" / "best" / "digits-parity" / "grade.json").exists()
+    with pytest.raises(RunError, match=r"diabetes: config\.task\.reward: there 'holdout', here 'grade'"):
+        go_on(tmp_path / "back", alone, [prepare("diabetes", "grade")])
+    go_on(tmp_path / "back too", alone, [tasks[1]])
+
+
+def test_programs_of_which_no_row_tells_the_origin_are_refused(prepare):
+    task = prepare()
+    for rows, message in (
+        ([], "has programs of it, but does not say which rows made their scores"),
+        ([{"task": task.id}], "does not say which rows made its scores: its fields are not"),
+        ([reward_rows([task])[0] | {"fingerprint": 7}], "'fingerprint' is 7; it must be a text"),
+        ([reward_rows([task])[0] | {"fingerprint": "7", "settings": [1, [2], {}, [[], 4]]}], r"\[\]: there 4, here not used"),
+    ):
+        with pytest.raises(RunError, match=message):
+            check_reward_rows(rows, [{"task": task.id}], [task], what="It", remedy="Begin anew.")
+    check_reward_rows([], [{"task": "another"}], [task], what="It", remedy="")
+
+
+def test_weaker_isolation_is_inherited(tmp_path, prepare):
+    """Along a chain of runs; and a run that does not say how its programs were isolated cannot be gone on from."""
+    task = prepare()
+    weak = Isolation(False, ("unsafe-subprocess: NO ISOLATION",))
+    source = make_run(tmp_path / "first", [task], isolation=weak)
+    _, isolation = go_on(tmp_path / "next", source, [task])
+    assert isolation == Isolation(False, (*weak.lines, *SANDBOX.lines))
+    (source / "disclosure.json").unlink()
+    with pytest.raises(RunError, match=r"has no disclosure\.json, so it is not known how"):
+        go_on(tmp_path / "third", source, [task])
+    (source / "disclosure.json").write_text("{}")
+    with pytest.raises(RunError, match=r"disclosure\.json cannot be read"):
+        go_on(tmp_path / "third", source, [task])
+
+
+def test_once_it_has_checkpoints_a_run_needs_its_source_no_more(tmp_path, prepare):
+    """And what it said of the source stays."""
+    task = prepare()
+    source = make_run(tmp_path / "first", [task], isolation=Isolation(False, ("none",)))
+    go_on(tmp_path / "next", source, [task])
+    with open_workdir(tmp_path / "next", {}, "train") as workdir:
+        journal = Journal(workdir.journal_path)
+        checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
+        checkpoints.save(1, state_of(8), HostState.of(1, [], reward_rows([task]), journal).to_json())
+        checkpoints.close()
+    source.rename(tmp_path / "gone")
+    standing, isolation = go_on(tmp_path / "next", source, [task])
+    assert (standing.first_step, standing.step) == (1, 2)
+    assert isolation == Isolation(False, ("none", *SANDBOX.lines))
+    assert json.loads((tmp_path / "next" / "disclosure.json").read_text())["goes_on_from"]["run"] == str(source)
+
+
+def test_a_task_that_was_prepared_anew_from_other_data_is_noticed_by_the_run_itself(tmp_path, prepare):
+    task = prepare()
+    path = make_run(tmp_path / "run", [task])
+    standing, _ = go_on(path, "", [task])
+    assert standing.step == 1
+    with pytest.raises(RunError, match=r"Checkpoint 0 in (?s:.)*the prepared tables or the answers are others(?s:.)*prepared anew"):
+        go_on(path, "", [dataclasses.replace(task, fingerprint="0" * 64)])
+
+
+def test_a_best_program_that_the_source_lost_is_told(tmp_path, prepare):
+    task = prepare()
+    source = make_run(tmp_path / "first", [task])
+    (source / "best" / "grade.json").write_text('{"id": "0009-000-000", "competition": "digits-parity"}')
+    console = Noting()
+    go_on(tmp_path / "next", source, [task], console)
+    assert not (tmp_path / "next" / "best").exists()
+    (note,) = console.notes
+    assert f"0000-000-000 of {source}, whose best/ does not hold it" in note
