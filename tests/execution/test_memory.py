@@ -1,5 +1,6 @@
 """Memory: control groups, whose fault a kill was, what is counted without them, and who waits until there is enough."""
 
+import collections
 import dataclasses
 import errno
 import logging
@@ -173,20 +174,20 @@ def test_folder_bytes_of_files_with_and_without_content(plan):
     box = sandbox.start(dataclasses.replace(plan, cgroups=None, limits=dataclasses.replace(plan.limits, seconds=4)))
     made = "[open(f'f{number}', 'w').close() for number in range(1000)]\ntime.sleep(1.5)\n"
     program = f"import time\n{made}open('/tmp/content', 'wb').write(bytes({8 * MIB}))\ntime.sleep(60)\n"
-    seen = set()
+    seen: collections.Counter[int] = collections.Counter()
     try:
         box.wait_ready()
         before = memory.folder_bytes(box.pid, bubblewrap.WRITABLE)
         running = threading.Thread(target=box.run, args=(program,))
         running.start()
         while running.is_alive():
-            seen.add(memory.folder_bytes(box.pid, bubblewrap.WRITABLE) - before)
+            seen[memory.folder_bytes(box.pid, bubblewrap.WRITABLE) - before] += 1
             time.sleep(0.02)
     finally:
         box.close()
-    most, *rest = sorted(seen, reverse=True)
-    assert 1000 * 960 <= max(number for number in rest if number < 4 * MIB) <= 1000 * 2000  # 960: measured as the growth of a control group
-    assert 8 * MIB + 1000 * 960 <= most <= 8 * MIB + 1000 * 2000
+    empty, whole = sorted(number for number, looks in seen.items() if looks > 3)[-2:]  # what was seen once or twice was in the making
+    assert 1000 * 960 <= empty <= 1000 * 2000  # 960: measured as the growth of a control group
+    assert 8 * MIB + 1000 * 960 <= whole <= 8 * MIB + 1000 * 2000
 
 
 def write_files(folder: Path, **texts: object) -> Path:
