@@ -57,7 +57,7 @@ def get_config(run="apprentice"):
         config.groups, config.group_size, config.train.steps = 8, 64, 50
         config.train.advantage = "entropic_adaptive"
         config.train.kl_coefficient = 0.1
-        config.reuse.sampler, config.reuse.exploration, config.reuse.children = "puct", 1.0, 2
+        config.reuse.sampler, config.reuse.exploration = "puct", 1.0  # which keeps the 2 best children of a parent
         config.sampling.thinking_tokens = 22_000
         config.task.reward, config.task.holdout_folds = "holdout", 5
         return config

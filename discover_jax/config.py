@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from discover_jax.archive.samplers import USUAL_CHILDREN, fresh_groups
 from discover_jax.exceptions import ConfigError
 from discover_jax.models.config import SHAPES
 
@@ -139,7 +140,10 @@ SETTINGS: dict[str, Any] = {
         "epsilon": Setting(0.125, "greedy: probability of a uniformly random kept state instead of the best", low=0.0, high=1.0),
         "exploration": Setting(1.0, "puct: weight c of the bonus for states that were built on seldom", low=0.0, high=1e6),
         "children": Setting(
-            0, "so many best children of each parent are kept for reuse (the paper keeps 2); 0: all", low=0, high=1_000_000
+            USUAL_CHILDREN,
+            "so many best children of each parent are kept for reuse; 0: all; -1: as the sampler is defined, 2 for puct and all for greedy",
+            low=USUAL_CHILDREN,
+            high=1_000_000,
         ),
         "fresh": Setting(0.0, "part of a step's groups that start from nothing, whatever the sampler says", low=0.0, high=1.0),
         "distinct": Setting(False, "groups of a step build on different parents, as far as the archive goes"),
@@ -161,6 +165,11 @@ SETTINGS: dict[str, Any] = {
         "truncate": Setting(2.0, "truncated_importance_sampling: largest ratio", low=1e-6, high=1e6),
         "kl_coefficient": Setting(
             0.0, "weight of the penalty on leaving the base model, in a token's advantage (the paper: 0.1)", low=0.0, high=1e6
+        ),
+        "replay_routing": Setting(
+            True,
+            "the update sends every token to the experts that the sampler chose for it (arXiv 2510.11370); rounding may make the two choose"
+            " differently otherwise, which is most of what their log-probabilities differ by",
         ),
         "measure_kl": Setting(True, "log the KL to the base model even without a penalty, which costs a forward pass of the update"),
         "num_substeps": Setting(1, "optimiser steps in a step, each on its part of the rollouts", low=1, high=4096),
@@ -250,6 +259,10 @@ def _check_value(name: str, value: Any, row: Setting) -> str | None:
     return None
 
 
+_FORCED_TOKENS = 6
+"""Of `harmony.answer_forced`, beside those of its closing words and if each of its own words is one token."""
+
+
 def _contradictions(config: Any) -> Iterator[str]:
     """Rules that join several settings."""
     if config.execution.backend == "unsafe-subprocess" and not config.execution.allow_weaker:
@@ -285,12 +298,32 @@ def _contradictions(config: Any) -> Iterator[str]:
         ("train.clip_low", config.train.clip_low, config.train.loss == "ppo"),
         ("train.clip_high", config.train.clip_high, config.train.loss == "ppo"),
         ("train.truncate", config.train.truncate, config.train.loss == "truncated_importance_sampling"),
+        ("reuse.children", config.reuse.children, config.reuse.sampler != "fixed"),
+        ("reuse.capacity", config.reuse.capacity, config.reuse.sampler != "fixed"),
         ("prompt.ideas", config.prompt.ideas, config.prompt.style == "full"),
+        ("prompt.reasoning_effort", config.prompt.reasoning_effort, config.prompt.style == "full"),
+        ("prompt.stdout_chars", config.prompt.stdout_chars, config.prompt.style == "full"),
+        ("prompt.error_chars", config.prompt.error_chars, config.prompt.style == "full"),
+        ("sampling.thinking_closing", config.sampling.thinking_closing, config.sampling.thinking_tokens > 0),
     ):
         if value != defaults[name].default and not needed:
             yield f"config.{name} = {value!r} has no effect with the other settings ({defaults[name].meaning}); leave it out."
     if config.reuse.sampler == "fixed" and (config.reuse.distinct or config.reuse.fresh):
         yield "config.reuse.sampler = 'fixed' starts every group from nothing: leave out reuse.distinct and reuse.fresh."
+    else:
+        yield from _idle_variety(config)
+    if config.train.kl_coefficient and not config.train.measure_kl:
+        yield (
+            f"config.train.kl_coefficient = {config.train.kl_coefficient} with config.train.measure_kl = False: the penalty is made of the"
+            " KL. Leave measure_kl at True, or the coefficient at 0."
+        )
+    needed = config.sampling.thinking_tokens + _FORCED_TOKENS + 1
+    if config.sampling.thinking_tokens and needed > config.sampling.max_new_tokens:
+        yield (
+            f"config.sampling.thinking_tokens = {config.sampling.thinking_tokens} with config.sampling.max_new_tokens ="
+            f" {config.sampling.max_new_tokens}: no room for an answer is left. What ends the thinking takes {_FORCED_TOKENS} tokens and"
+            f" those of thinking_closing; raise max_new_tokens to more than {needed}, or lower thinking_tokens."
+        )
     if config.train.advantage == "entropic_adaptive" and config.group_size < 3:
         yield (
             f"config.train.advantage = 'entropic_adaptive' with config.group_size = {config.group_size}: no beta solves its equation for"
@@ -308,6 +341,24 @@ def _contradictions(config: Any) -> Iterator[str]:
             "config.reuse.sampler = 'fixed' never looks at the archive that config.train.resume_from brings along;"
             " use 'greedy', or start fresh."
         )
+
+
+def _idle_variety(config: Any) -> Iterator[str]:
+    """`reuse.fresh` and `reuse.distinct` where a step's groups, or a competition's share of them, are too few for them to matter."""
+    competitions = config.task.competition.count(",") + 1
+    # Groups take turns, so a competition has one of these numbers of them in a step.
+    shares = {config.groups // competitions, -(-config.groups // competitions)} - {0}
+    of = f"config.groups = {config.groups}" + (f" for {competitions} competitions" if competitions > 1 else "")
+    fresh = config.reuse.fresh
+    if fresh and all(fresh_groups(fresh, share) == share for share in shares):
+        yield (
+            f"config.reuse.fresh = {fresh} with {of} starts every group from nothing, whatever config.reuse.sampler says. Lower it, or use"
+            " config.reuse.sampler='fixed'."
+        )
+    if fresh and all(fresh_groups(fresh, share) == 0 for share in shares):
+        yield f"config.reuse.fresh = {fresh} with {of} has no effect: it rounds to no group. Raise it, or leave it out."
+    if config.reuse.distinct and max(shares) == 1:
+        yield f"config.reuse.distinct = True with {of} has no effect: one group has no other to differ from. Leave it out."
 
 
 def _obstacles(config: Any) -> Iterator[str]:

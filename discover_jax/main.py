@@ -18,11 +18,11 @@ from discover_jax import config as settings
 from discover_jax.archive.archive import lineage
 from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.journal import Journal
-from discover_jax.archive.samplers import SAMPLERS, mixed, step_rng
+from discover_jax.archive.samplers import SAMPLERS, kept_children, mixed, step_rng
 from discover_jax.engine import build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB, Limits
-from discover_jax.learning.advantages import Advantages, advantage_metrics, estimate_groups
+from discover_jax.learning.advantages import LEAST_ROLLOUTS, Advantages, advantage_metrics, estimate_groups, is_constant
 from discover_jax.learning.packing import pack, pack_substeps
 from discover_jax.learning.signals import Diversity, Signals, diversity_metrics, group_signals
 from discover_jax.learning.train_state import TrainState, init_train_state
@@ -40,7 +40,7 @@ from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.source import find_source
 from discover_jax.runs.standing import Standing, restore
-from discover_jax.runs.summary import Result, closing_lines, opening_lines, step_row
+from discover_jax.runs.summary import Result, closing_lines, opening_lines, scale_warning, step_row
 from discover_jax.runs.workdir import Workdir, open_workdir
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.schedule import PAGE, Progress
@@ -101,6 +101,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         update = build_update(config, policy.model, optimizer)
         prompt_settings = _prompt_settings(config)
         diversity = Diversity(config.diversity.novelty_bonus, config.diversity.duplicates)
+        children = kept_children(config.reuse.sampler, config.reuse.children)
 
         # -------------------------------------------------------------- where the run stands
         journal = Journal(workdir.journal_path)
@@ -114,6 +115,8 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
         title = f"{config.name}: {', '.join(task.id for task in tasks)}, {'test-time training' if learn else 'search without training'}"
         console.start(title, _opening_lines(config, workdir, tasks, executor, policy, stand))
+        if learn and (warning := scale_warning(tasks, config.train.advantage)):
+            console.note(warning)
 
         checkpoint_seconds: float | None = None
 
@@ -126,10 +129,15 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             # ---------------------------------------------------------- select parents, write their prompts
             tasks_G = _tasks_of_groups(config, tasks, step)
             parents_G = _select_parents(config, tasks_G, frontiers, step)
+            shortened: list[str] = []
             prompts_G = [
-                build_prompt(task, parent, frontiers[task.id].failures(parent), prompt_settings, policy.tokenizer, group, step)
+                build_prompt(
+                    task, parent, frontiers[task.id].failures(parent), prompt_settings, policy.tokenizer, group, step, shortened.append
+                )
                 for group, (task, parent) in enumerate(zip(tasks_G, parents_G, strict=True))
             ]
+            if shortened:
+                console.note(_of_the_shortened(shortened, prompt_settings, config.groups))
 
             # ---------------------------------------------------------- sample; each program starts as soon as it is written
             console.phase("sampling")
@@ -183,6 +191,11 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             signals_G = [group_signals(a_K, task.signals, diversity) for a_K, task in zip(attempts_GK, tasks_G, strict=True)]
             estimated_G = estimate_groups([s.values_K[s.counts_K] for s in signals_G], config.train.advantage, beta=config.train.beta)
             advantages = _by_place(signals_G, estimated_G)
+            if learn and (too_few := _too_few(signals_G, config.train.advantage)):
+                console.note(
+                    f"{too_few} of {config.groups} groups have too few different programs for config.train.advantage ="
+                    f" {config.train.advantage!r}, which needs {LEAST_ROLLOUTS[config.train.advantage]}; they are left out of the update."
+                )
             train_state, update_metrics = _learn(config, policy, update, train_state, rollouts, advantages)
             updated = time.monotonic()
 
@@ -200,7 +213,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                         f"{len(states) - len(reusable)} programs are too long for a prompt of {prompt_settings.max_tokens:,} tokens, so"
                         " they are not reused as parents; the journal and best/ take them all the same."
                     )
-                frontiers[task.id] = previous[task.id].after(mine, reusable=reusable, children=config.reuse.children)
+                frontiers[task.id] = previous[task.id].after(mine, reusable=reusable, children=children)
                 if (best := frontiers[task.id].best) is not None and best != previous[task.id].best:
                     _write_best(config, workdir, tasks, task, journal, best, verdicts)
                 improved.append(Improvement(task.id if len(tasks) > 1 else "", best, previous[task.id].best))
@@ -216,6 +229,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 "time/save_s": saved - updated,
                 "time/checkpoint_s": checkpoint_seconds,
                 "time/step_s": saved - started,
+                "prompt/shortened": len(shortened),
                 "sample/utilisation": stands[-1].utilisation,
                 "sample/set_aside": stands[-1].set_aside,
                 "sample/cache_tokens": stands[-1].pages * PAGE,
@@ -303,6 +317,19 @@ def _select_parents(config: Any, tasks_G: Sequence[Task], frontiers: Mapping[str
         )
         of_task[id] = iter(mixed(parents, frontier.archive, fresh=config.reuse.fresh, distinct=config.reuse.distinct))
     return [next(of_task[task.id]) for task in tasks_G]
+
+
+def _of_the_shortened(shortened: Sequence[str], prompt_settings: PromptSettings, groups: int, told: int = 3) -> str:
+    """One line on all prompts of a step that were shortened; rollouts/ has their texts."""
+    others = f" And {len(shortened) - told} more." if len(shortened) > told else ""
+    count = f"{len(shortened)} of {groups} prompts were shortened to {prompt_settings.max_tokens:,} tokens"
+    return f"{count} (config.sampling.max_prompt_tokens). {' '.join(shortened[:told])}{others}"
+
+
+def _too_few(signals_G: Sequence[Signals], estimator: str) -> int:
+    """How many groups lost so many copies that the estimator has too little left to compare, though it differs."""
+    counted_G = [signals.values_K[signals.counts_K] for signals in signals_G]
+    return sum(not is_constant(counted_K) and len(counted_K) < LEAST_ROLLOUTS[estimator] for counted_K in counted_G)
 
 
 def _by_place(signals_G: Sequence[Signals], estimated_G: Sequence[Advantages | None]) -> dict[Place, float]:

@@ -5,7 +5,11 @@ import runpy
 import pytest
 
 from discover_jax import config as settings
+from discover_jax.archive.samplers import kept_children
 from discover_jax.exceptions import ConfigError
+from discover_jax.policy import APPRENTICE
+from discover_jax.text.harmony import answer_forced
+from discover_jax.text.tokenizer import load_tokenizer
 
 
 def _load(path, *argument):
@@ -79,6 +83,15 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("train.num_substeps", 1000, "more than a step's 32 rollouts"),
         ("sampling.temperature_spread", 0.99, "too large"),
         ("prompt.ideas", 2, r"prompt\.ideas = 2 has no effect"),
+        ("prompt.stdout_chars", 100, r"prompt\.stdout_chars = 100 has no effect"),
+        ("prompt.error_chars", 0, r"prompt\.error_chars = 0 has no effect"),
+        ("prompt.reasoning_effort", "low", r"prompt\.reasoning_effort = 'low' has no effect"),
+        ("sampling.thinking_closing", "Now.", r"sampling\.thinking_closing = 'Now\.' has no effect"),
+        ("sampling.thinking_tokens", 508, r"no room for an answer.*raise max_new_tokens to more than 515"),
+        ("reuse.children", -2, "too small"),
+        ("reuse.fresh", 1.0, r"starts every group from nothing.*reuse\.sampler='fixed'"),
+        ("reuse.fresh", 0.9, r"with config\.groups = 4 starts every group from nothing"),
+        ("reuse.fresh", 0.1, "rounds to no group"),
         ("train.row_tokens", 16, "longest rollout"),
         ("prompt.style", "full", "brief"),
         ("mesh.expert", 2, "one device"),
@@ -121,6 +134,12 @@ def test_a_dry_run_may_ask_about_meshes_and_weights_that_no_run_takes():
         ({"train.advantage": "entropic_adaptive", "train.beta": 3.0}, r"train\.beta = 3\.0 has no effect"),
         ({"reuse.sampler": "fixed", "reuse.distinct": True}, "starts every group from nothing"),
         ({"reuse.sampler": "puct", "reuse.epsilon": 0.5}, r"reuse\.epsilon = 0\.5 has no effect"),
+        ({"reuse.sampler": "fixed", "reuse.children": 2}, r"reuse\.children = 2 has no effect"),
+        ({"reuse.sampler": "fixed", "reuse.capacity": 10}, r"reuse\.capacity = 10 has no effect"),
+        ({"reuse.distinct": True, "groups": 1}, r"reuse\.distinct = True with config\.groups = 1 has no effect"),
+        ({"reuse.distinct": True, "groups": 3, "task.competition": "a, b, c"}, "= 3 for 3 competitions has no effect"),
+        ({"reuse.fresh": 0.5, "groups": 3, "task.competition": "a, b, c"}, "for 3 competitions starts every group from nothing"),
+        ({"train.kl_coefficient": 0.1, "train.measure_kl": False}, r"kl_coefficient = 0\.1 with config\.train\.measure_kl = False"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(changes, message):
@@ -128,6 +147,49 @@ def test_options_that_contradict_each_other_are_refused(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
         settings.validate(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reuse.sampler": "puct", "reuse.children": 0},  # the paper's rule can be left out
+        {"reuse.children": 2},  # and taken without puct
+        {"reuse.fresh": 0.25, "reuse.distinct": True},
+        {"reuse.distinct": True, "groups": 4, "task.competition": "a, b, c"},  # one of them has two groups
+        {"reuse.fresh": 0.5, "groups": 4, "task.competition": "a, b, c"},
+        {"sampling.thinking_tokens": 500, "sampling.thinking_closing": "Now."},
+        {"train.kl_coefficient": 0.0, "train.measure_kl": False},
+    ],
+)
+def test_options_that_look_odd_but_do_something_are_taken(changes):
+    config = _load("configs/quickstart.py")
+    config.update_from_flattened_dict(changes)
+    settings.validate(config)
+
+
+def test_what_forces_an_answer_takes_at_least_what_the_config_reckons_with():
+    """The exact number depends on the tokenizer; the rule must refuse nothing that would fit."""
+    tokenizer = load_tokenizer(APPRENTICE)
+    assert len(answer_forced("", tokenizer)) >= settings._FORCED_TOKENS
+
+
+@pytest.mark.parametrize("run", ["run1", "run2", "run3", "run4", "paper"])
+def test_what_this_project_adds_to_the_method_is_off_in_the_reports_and_the_papers_runs(run):
+    """Values typed in by hand, so that changed defaults are noticed, too."""
+    flat = settings.flatten(settings.validate(_load("configs/spaceship.py", run)))
+    off = {
+        "diversity.novelty_bonus": 0.0,
+        "diversity.duplicates": "keep",
+        "reuse.distinct": False,
+        "reuse.fresh": 0.0,
+        "sampling.temperature_spread": 0.0,
+        "prompt.ideas": 0,
+        "train.max_grad_norm": 0.0,
+    }
+    assert {name: flat[name] for name in off} == off
+    assert flat["train.kl_coefficient"] == (0.1 if run == "paper" else 0.0)
+    # The two best children of a parent are part of puct, and of nothing else.
+    assert kept_children(flat["reuse.sampler"], flat["reuse.children"]) == (2 if run == "paper" else 0)
 
 
 def test_the_paper_s_setting():

@@ -100,7 +100,7 @@ def puct(
     which only new picks block; and when everything was picked, the picks are repeated in their order. So the batch is always full, and
     the first step's groups all get the seed. Equal scores go to the higher value, then to the state found earlier; nothing is random.
 
-    The archive is best filled by `Archive.add_group` with `children=2`.
+    Its archive is filled by `Archive.add_group` with `children=2`, unless another number is asked for: see `kept_children`.
 
     Raises:
       RunError: `expansions` does not know a state of the archive.
@@ -161,6 +161,28 @@ def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1
 SAMPLERS: dict[str, Sampler] = {"greedy": greedy, "fixed": fixed, "puct": puct}
 """By the name of config.reuse.sampler."""
 
+USUAL_CHILDREN = -1
+"""Value of config.reuse.children that leaves the number to the sampler."""
+
+
+def kept_children(sampler: str, children: int) -> int:
+    """How many best children of a parent the archive keeps, 0 being all of them, as `Archive.add_group` takes it.
+
+    The sampler's usual number is part of puct's definition, where it is 2 (paper; reference code); the others know no such rule.
+
+    Args:
+      sampler: a name in SAMPLERS.
+      children: of the config: USUAL_CHILDREN, or a number that counts instead.
+    """
+    if children != USUAL_CHILDREN:
+        return children
+    return 2 if sampler == "puct" else 0
+
+
+def fresh_groups(fresh: float, groups: int) -> int:
+    """How many of so many groups start from nothing: the part `fresh` of them, rounded, a half upwards."""
+    return math.floor(fresh * groups + 0.5)
+
 
 def mixed(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False) -> list[State]:
     """A sampler's parents with more variety, where asked for; as many as before.
@@ -180,5 +202,5 @@ def mixed(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, dis
             if state.id in seen and (other := next(others, None)) is not None:
                 picks[group] = other
             seen.add(picks[group].id)
-    kept = len(picks) - math.floor(fresh * len(picks) + 0.5)
+    kept = len(picks) - fresh_groups(fresh, len(picks))
     return [*picks[:kept], *[SEED] * (len(picks) - kept)]

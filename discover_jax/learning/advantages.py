@@ -13,7 +13,7 @@ Here the formula counts.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -138,7 +138,8 @@ def entropic_adaptive(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advanta
     below ln 2 for every beta: such a group takes 2^20 (by that rule, since at exactly half rounding would decide). `saturated` says so, and
     also that rewards lie so close together or so far apart that the search ended with a KL off ln 2 by more than 1e-9.
 
-    Beware of groups of two: one of them is half of the group, so the better one always gets the 1e12 of `entropic_loo`.
+    Beware of groups of two: one of them is half of the group, so the better one always gets the 1e12 of `entropic_loo`. `estimate_groups`
+    therefore leaves groups of fewer than `LEAST_ROLLOUTS` out.
 
     Args:
       rewards_K: as for the others.
@@ -205,9 +206,15 @@ ESTIMATORS: Table[Estimator] = Table(
     {"mean_baseline": mean_baseline, "entropic": entropic, "entropic_loo": entropic_loo, "entropic_adaptive": entropic_adaptive},
 )
 
+LEAST_ROLLOUTS: Mapping[str, int] = {"mean_baseline": 2, "entropic": 2, "entropic_loo": 2, "entropic_adaptive": 3}
+"""By the estimator: groups of fewer rollouts carry no signal for it. One alone has nothing to be compared with; of two the better one is
+half of the group, for which no beta solves `entropic_adaptive`'s equation, and what it does then is an advantage of 1e12."""
+
 
 def estimate_groups(rewards_GK: Sequence[npt.ArrayLike], estimator: str, *, beta: float = 2.0) -> list[Advantages | None]:
-    """Advantages of each group of a step; None for a constant group, which is to be left out of the update.
+    """Advantages of each group of a step; None for one without a signal, which is to be left out of the update.
+
+    Such a group is constant, or has fewer rollouts than the estimator needs (`LEAST_ROLLOUTS`), as one may have whose copies were dropped.
 
     Args:
       rewards_GK: for each group the rewards of its rollouts; groups may differ in size.
@@ -219,19 +226,22 @@ def estimate_groups(rewards_GK: Sequence[npt.ArrayLike], estimator: str, *, beta
       LearningError: see `is_constant`.
     """
     estimate = ESTIMATORS[estimator]
-    return [None if is_constant(rewards_K) else estimate(rewards_K, beta=beta) for rewards_K in rewards_GK]
+    return [
+        None if is_constant(rewards_K) or np.size(rewards_K) < LEAST_ROLLOUTS[estimator] else estimate(rewards_K, beta=beta)
+        for rewards_K in rewards_GK
+    ]
 
 
 def advantage_metrics(groups: Sequence[Advantages | None]) -> dict[str, float]:
     """Numbers to log for the result of `estimate_groups`.
 
     Returns:
-      `groups/constant_frac` always (of all groups); `advantage/mean`, `/min`, `/max` over the rollouts of the other groups when there
+      `groups/unused_frac` always (of all groups); `advantage/mean`, `/min`, `/max` over the rollouts of the other groups when there
       is one; `advantage/beta` (mean over groups) and `advantage/saturated_frac` when the estimator has a beta; `advantage/tied_frac`, the
       part of a group that shares its best reward (mean over groups), when the estimator counts ties.
     """
     kept = [group for group in groups if group is not None]
-    metrics = {"groups/constant_frac": 1.0 - len(kept) / len(groups) if groups else 0.0}
+    metrics = {"groups/unused_frac": 1.0 - len(kept) / len(groups) if groups else 0.0}
     if kept:
         values = np.concatenate([group.values_K for group in kept])
         metrics |= {"advantage/mean": float(values.mean()), "advantage/min": float(values.min()), "advantage/max": float(values.max())}

@@ -11,6 +11,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.runs.best import bundle_dir, read_best
 from discover_jax.runs.disclosure import read_isolation
 from discover_jax.runs.workdir import Workdir
+from discover_jax.tasks.competition import TRANSFORMS
 from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt, Outcome, State
 
@@ -30,8 +31,7 @@ def step_row(
       attempts: all rollouts of the step, at least one.
       best: the best state of each competition after this step, by its id.
       timings: measured by the caller: `time/...` in seconds, `programs/...`; `sample/tokens_per_s` is worked out here.
-      learning_metrics: of signals, advantages and update, as the learning part gives them; `groups/constant_frac` is taken from there if
-        given.
+      learning_metrics: of signals, advantages and update, as the learning part gives them.
 
     Raises:
       RunError: no attempts.
@@ -106,6 +106,35 @@ def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
             name = task.metric.name if alone else f"{task.id}: {task.metric.name}"
             lines.append(f"best     {name} {best.score:.4f}{_of_rows(task, best.score, submission)}")
     return lines
+
+
+def scale_warning(tasks: Sequence[Task], advantage: str) -> str | None:
+    """What to know when several competitions share an adapter whose advantages depend on the scale of rewards; None if nothing.
+
+    Shares of rows, ranks, and logarithms each count as one scale. Other metrics have a scale of their own in each competition, as an error
+    has the unit of its target, so that two of them may differ.
+
+    Args:
+      tasks: the run's.
+      advantage: name of the estimator.
+    """
+    if advantage == "entropic_adaptive" or len({_scale(task) for task in tasks}) < 2:
+        return None
+    scales = ", ".join(f"{task.id}: {task.metric.name}, transform {task.competition.transform!r}" for task in tasks)
+    return (
+        f"Rewards of these competitions may lie on different scales ({scales}), and config.train.advantage = {advantage!r} gives advantages"
+        " that grow with them: one competition can drown the others out. 'entropic_adaptive' does not, nor do competitions with the"
+        " transform 'rank_in_group'."
+    )
+
+
+def _scale(task: Task) -> str:
+    competition = task.competition
+    if TRANSFORMS[competition.transform].in_group:
+        return "ranks"
+    if competition.transform == "log":
+        return "logarithms"
+    return "shares" if competition.metric.proportion and competition.transform == "identity" else f"that of {task.id}"
 
 
 def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool) -> list[str]:

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -129,13 +129,24 @@ def brief_text(competition_id: str, metric: str, higher_is_better: bool, previou
     return f"{head}previous score: {score:.4f}\n```python\n{code}\n```\nimprove run()"
 
 
+def _warn(shortened: str) -> None:
+    logging.getLogger(__name__).warning("A prompt was shortened. %s", shortened)
+
+
 def build_prompt(
-    task: TaskLike, parent: State, recent_failures: Sequence[Attempt], settings: PromptSettings, tokenizer: Tokenizer, group: int, step: int
+    task: TaskLike,
+    parent: State,
+    recent_failures: Sequence[Attempt],
+    settings: PromptSettings,
+    tokenizer: Tokenizer,
+    group: int,
+    step: int,
+    on_shortened: Callable[[str], None] = _warn,
 ) -> Prompt:
     """The prompt of one group.
 
-    If it is too long, the parent's output is shortened first, then the error; the prompt marks what was left out, and the log says how
-    much. The parent's program is never cut.
+    If it is too long, the parent's output is shortened first, then the error; the prompt marks what was left out, and `on_shortened` is
+    told how much. The parent's program is never cut.
 
     Args:
       task: what is to be solved.
@@ -144,6 +155,7 @@ def build_prompt(
       settings: style and limits.
       tokenizer: of the model that is asked.
       group, step: number of the group within its step, and the step; ideas take turns by them.
+      on_shortened: called, at most once, with a line on what was left out; by default a warning in the log.
 
     Raises:
       CapacityError: it is longer than `settings.max_tokens` even so. See `program_fits`.
@@ -162,9 +174,9 @@ def build_prompt(
         ]
         if len(harmony.render(messages, tokenizer)) <= settings.max_tokens:
             if (shown_output, shown_error) != (output, error):
-                logging.getLogger(__name__).info(
-                    f"Prompt of group {group}, built on {parent.id}, shortened to {settings.max_tokens:,} tokens: the output shown, from"
-                    f" {len(output):,} to {len(shown_output):,} characters; the error, from {len(error):,} to {len(shown_error):,}."
+                on_shortened(
+                    f"Group {group}, built on {parent.id}: of the output {len(shown_output):,} of {len(output):,} characters are shown, of"
+                    f" the error {len(shown_error):,} of {len(error):,}."
                 )
             break
     return _finish(messages, settings, tokenizer, parent, group)

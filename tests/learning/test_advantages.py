@@ -266,12 +266,33 @@ def test_groups_of_a_step():
     np.testing.assert_allclose(groups[0].values_K, [-0.5, 0.5])
     np.testing.assert_allclose(groups[2].values_K, [-1, -1, 2])
     metrics = advantage_metrics(groups)
-    assert metrics == pytest.approx({"groups/constant_frac": 1 / 3, "advantage/mean": 0, "advantage/min": -1, "advantage/max": 2})
+    assert metrics == pytest.approx({"groups/unused_frac": 1 / 3, "advantage/mean": 0, "advantage/min": -1, "advantage/max": 2})
     assert advantage_metrics(estimate_groups([[0.0, 1.0]], "entropic", beta=3.0))["advantage/beta"] == 3.0
-    assert advantage_metrics([None, None]) == {"groups/constant_frac": 1.0}
+    assert advantage_metrics([None, None]) == {"groups/unused_frac": 1.0}
     groups = estimate_groups([[0, 1, 2, 3], [1, 1, 0, 0], [7, 7]], "entropic_adaptive")
     metrics = advantage_metrics(groups)
     assert metrics["advantage/beta"] == pytest.approx((1.44586 + 2**20) / 2)
     assert metrics["advantage/saturated_frac"] == 0.5
     assert metrics["advantage/tied_frac"] == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert "advantage/tied_frac" not in advantage_metrics(estimate_groups([[0.0, 1.0]], "entropic"))
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_groups_too_small_for_the_estimator_have_no_signal(name):
+    """Two rollouts would get an advantage of 1e12 from entropic_adaptive, whatever their rewards."""
+    groups = estimate_groups([[0.7], [0.5, 0.500001], [0.5, 0.500001, 0.2]], name)
+    assert groups[0] is None
+    assert (groups[1] is None) == (name == "entropic_adaptive")
+    kept = [group for group in groups if group is not None]
+    assert groups[2] is not None
+    assert all(np.abs(group.values_K).max() < 1e3 for group in kept)
+    assert advantage_metrics(groups)["groups/unused_frac"] == pytest.approx(1 - len(kept) / 3)
+    with pytest.raises(LearningError, match="not finite"):
+        estimate_groups([[math.nan, 1.0]], name)
+
+
+@given(st.lists(st.lists(moderate, min_size=1, max_size=4), min_size=1, max_size=4))
+def test_no_group_of_a_step_gets_an_advantage_that_only_a_numerical_limit_made(rewards):
+    """The 1e12 of the leave-one-out formula's constant never comes out of entropic_adaptive, however few its rollouts and far apart."""
+    for group in estimate_groups(rewards, "entropic_adaptive"):
+        assert group is None or np.abs(group.values_K).max() < 1e4

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from discover_jax.exceptions import ConfigError
+from discover_jax.learning.advantages import advantage_metrics, estimate_groups
 from discover_jax.learning.signals import Diversity, diversity_metrics, group_signals
+from discover_jax.runs.summary import step_row
 from discover_jax.text.structure import structure_distance, structure_parts
 from discover_jax.types import Attempt, Outcome, StopReason
 
@@ -46,6 +48,41 @@ def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
 def test_dropped_duplicates_are_those_after_the_first():
     signals = group_signals(GROUP, list, Diversity(duplicates="drop"))
     assert signals.counts_K.tolist() == [True, True, False, True, True, True]  # rollouts without a program are no copies of each other
+
+
+@pytest.mark.parametrize(("others", "used"), [([B], False), ([B, C], True)])
+def test_copies_that_leave_too_few_are_no_signal_for_the_adaptive_estimator(others, used):
+    """Seven copies and one other program leave two that count, which would have got advantages of -1 and 1e12."""
+    group = [attempt(index, A, 0.5) for index in range(7)] + [
+        attempt(7 + index, code, 0.75 + index / 8) for index, code in enumerate(others)
+    ]
+    signals = group_signals(group, list, Diversity(duplicates="drop"))
+    assert signals.counts_K.sum() == 1 + len(others)
+    (estimated,) = estimate_groups([signals.values_K[signals.counts_K]], "entropic_adaptive")
+    assert (estimated is not None) == used
+    assert estimated is None or np.abs(estimated.values_K).max() < 100
+    assert advantage_metrics([estimated])["groups/unused_frac"] == (0.0 if used else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "diversity", "constant", "unused"),
+    [
+        ((0.5, 0.5), Diversity(), 1.0, 1.0),
+        ((0.5, 0.75), Diversity(), 0.0, 0.0),
+        ((0.5, 0.5, 0.5), Diversity(novelty_bonus=0.1), 1.0, 0.0),  # two alike and one that is not
+        ((0.5, 0.5), Diversity(novelty_bonus=0.1), 1.0, 1.0),
+        ((0.5, 0.6), Diversity(duplicates="drop"), 0.0, 1.0),  # noise made the same program's rewards differ
+    ],
+)
+def test_a_step_counts_groups_of_equal_rewards_and_groups_without_a_signal_apart(rewards, diversity, constant, unused):
+    codes = (A, A, C)
+    attempts = [attempt(index, codes[index], reward) for index, reward in enumerate(rewards)]
+    if diversity == Diversity():
+        attempts[1] = attempt(1, B, rewards[1])
+    signals = group_signals(attempts, list, diversity)
+    learning = advantage_metrics(estimate_groups([signals.values_K[signals.counts_K]], "entropic"))
+    row = step_row(0, attempts, best={"boats": None}, timings={}, learning_metrics=learning)
+    assert (row["groups/constant_frac"], row["groups/unused_frac"]) == (constant, unused)
 
 
 def test_the_task_s_transform_comes_first():

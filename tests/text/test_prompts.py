@@ -148,22 +148,32 @@ def test_a_long_prompt_loses_output_first_then_the_error_and_says_so(tokenizer, 
 
     def build(max_tokens):
         caplog.clear()
-        with caplog.at_level(logging.INFO, "discover_jax.text.prompts"):
-            prompt = build_prompt(Task(), parent, failures, dataclasses.replace(FULL, max_tokens=max_tokens), tokenizer, group=2, step=0)
+        told = []
+        settings = dataclasses.replace(FULL, max_tokens=max_tokens)
+        prompt = build_prompt(Task(), parent, failures, settings, tokenizer, group=2, step=0, on_shortened=told.append)
+        assert caplog.text == ""
+        # Who does not ask to be told finds it in the log, at the level that the command line shows.
+        with caplog.at_level(logging.WARNING):
+            assert build_prompt(Task(), parent, failures, settings, tokenizer, group=2, step=0).text == prompt.text
+        assert len(told) == ("A prompt was shortened." in caplog.text) == bool(told)
         assert len(prompt.tokens_P) <= max_tokens
-        return prompt.text, caplog.text
+        return prompt.text, "".join(told)
 
-    whole, log = build(20_000)
-    assert (whole.count("output line"), whole.count("error line"), log) == (100, 50, "")
+    whole, said = build(20_000)
+    assert (whole.count("output line"), whole.count("error line"), said) == (100, 50, "")
     size = len(build_prompt(Task(), parent, failures, FULL, tokenizer, group=0, step=0).tokens_P)
-    text, log = build(size - 1)
+    text, said = build(size - 1)
     assert 0 < text.count("output line") < 100
     assert text.count("error line") == 50
     assert "[...]\n" in text
-    assert "the output shown, from 1,199 to" in log
+    (shown,) = re.findall(r"\[\.\.\.\]\n(?:output )?[ a-z\n]+", text)
+    assert (
+        said == f"Group 2, built on s3: of the output {len(shown.rstrip()):,} of 1,199 characters are shown, of the error 559 of 559."
+    )  # its kind and 50 lines
     bare = len(build_prompt(Task(), dataclasses.replace(parent, stdout=""), (), FULL, tokenizer, group=0, step=0).tokens_P)
-    text, log = build(bare)
+    text, said = build(bare)
     assert (text.count("output line"), text.count("error line")) == (0, 0)
+    assert "of the output 0 of 1,199 characters are shown, of the error 0 of 5" in said
     assert PARENT.code in text
     with pytest.raises(CapacityError, match=rf"group 2.*'s3'.*{bare:,} tokens.*allows {bare - 1:,}"):
         build(bare - 1)
