@@ -6,10 +6,11 @@
 `decode.py` measures steps; this measures what a run waits for. Every prompt is another one. Nothing stops a rollout but its budget, unless
 `--stop_every` says after how many tokens on average: then lengths differ, slots are refilled, and a small `--cache_tokens` makes rollouts
 wait. `--contexts` tells the speed, and the floor of decode.py, at contexts passed on the way. `--measure=N` gives N of the rollouts to the
-trainer and tells how far its log-probabilities are from the sampler's (by the reference of the update, which is slow for large shapes).
+trainer and tells how far its log-probabilities are from the sampler's, along the sampler's routes and on its own.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -56,24 +57,31 @@ def speeds(seen: list[Progress], contexts: list[int], prompt: int, rollouts: int
 
 
 def gap(model: Any, frozen: Any, lora: Any, rollouts: list[Rollout]) -> dict[str, Any]:
-    """What the trainer makes of rollouts: the distribution of |trainer - sampler| in nats a token, of their ratio, and the entropy."""
+    """How far the trainer's log-probabilities are from the sampler's, along its routes and on the trainer's own; and the entropy."""
     longest = max(len(r.prompt_tokens_P) + len(r.tokens_T) for r in rollouts)
+    batches = pack(rollouts, np.ones(len(rollouts)), row_tokens=-(-longest // PAGE) * PAGE, rows=1)
+    alone = [dataclasses.replace(batch, routes_BTLX=None) for batch in batches]
     logprobs = jax.jit(functools.partial(token_logprobs, model, chunk_tokens=1024), compiler_options=EXACT_ROUNDING)
-    gaps, entropies = [], []
-    for batch in pack(rollouts, np.ones(len(rollouts)), row_tokens=-(-longest // PAGE) * PAGE, rows=1):
-        trainer_BT, entropy_BT = jax.device_get(logprobs(frozen, lora, batch))
-        gaps.append((trainer_BT - batch.sampler_logprobs_BT)[batch.mask_BT])
-        entropies.append(entropy_BT[batch.mask_BT])
-    gaps, entropies = np.concatenate(gaps).astype(np.float64), np.concatenate(entropies)
+    found: dict[str, Any] = {}
+    for name, chosen in (("sampler_routes", batches), ("own_routes", alone)):
+        results = [jax.device_get(logprobs(frozen, lora, batch)) for batch in chosen]
+        pairs = list(zip(results, chosen, strict=True))
+        found["entropy_nats"] = float(np.concatenate([entropy_BT[batch.mask_BT] for (_, entropy_BT), batch in pairs]).mean())
+        found[name] = distribution(np.concatenate([(ours_BT - batch.sampler_logprobs_BT)[batch.mask_BT] for (ours_BT, _), batch in pairs]))
+    return found
+
+
+def distribution(gaps: np.ndarray) -> dict[str, Any]:
+    """Of trainer - sampler, in nats a token, and of their ratio."""
+    gaps = gaps.astype(np.float64)
     far = np.abs(np.expm1(gaps))
     return {
         "tokens": gaps.size,
-        "entropy_nats": float(entropies.mean()),
         "mean": float(np.abs(gaps).mean()),
+        "mean_signed": float(gaps.mean()),
         "quantiles": {str(q): float(np.quantile(np.abs(gaps), q)) for q in (0.5, 0.9, 0.99, 0.999, 1)},
         "ratio_further_from_1_than": {str(limit): float((far > limit).mean()) for limit in (0.01, 0.05, 0.2)},
         "ratio_min_max": [float(np.exp(gaps.min())), float(np.exp(gaps.max()))],
-        "mean_signed": float(gaps.mean()),
     }
 
 

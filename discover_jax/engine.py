@@ -91,6 +91,7 @@ def build_sampler(
         stop_ids=stop_ids,
         second_phase=second_phase,
         pages=_cache_pages(config, model, memory, learn=learn),
+        record_routes=config.train.replay_routing,
     )
 
 
@@ -143,6 +144,7 @@ def build_update(config: Any, model: Model, optimizer: optax.GradientTransformat
         limits=RatioLimits(config.train.clip_low, config.train.clip_high, config.train.truncate),
         kl_coefficient=config.train.kl_coefficient,
         measure_kl=config.train.measure_kl,
+        routes=model.routes if config.train.replay_routing else None,
     )
 
 

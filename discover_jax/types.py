@@ -77,6 +77,8 @@ class Rollout:
       chosen_T: bool, False for tokens that were forced and so bear neither loss nor statistics.
       stop: why it ended.
       temperature: that it was sampled at.
+      routes_SLX: uint8 or uint16, the X experts that each of L layers chose for each of the S = P + T - 1 tokens that were read, by which
+        the update repeats the sampler's routing; None if they were not recorded.
     """
 
     group: int
@@ -87,6 +89,7 @@ class Rollout:
     chosen_T: np.ndarray
     stop: StopReason
     temperature: float = 1.0
+    routes_SLX: np.ndarray | None = None
 
 
 class Outcome(enum.Enum):

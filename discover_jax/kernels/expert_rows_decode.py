@@ -10,11 +10,12 @@ from discover_jax.kernels.triton_call import call_kernel
 MOST_ROWS = 2048
 """Rows are compared with all others; a sort is faster for more."""
 OWN, STEP = 32, 64
+"""Rows that a program places, and that it compares at once, at most."""
 
 
 def _power(number: int) -> int:
-    """The next power of two, and at least 16."""
-    return max(16, 1 << (number - 1).bit_length())
+    """The next power of two, and at least 2."""
+    return max(2, 1 << (number - 1).bit_length())
 
 
 def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax.Array | int) -> Blocks:
@@ -23,14 +24,14 @@ def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax
     if routed > MOST_ROWS:
         rows = sort_rows(index_TX, experts, block)
         return rows._replace(blocks=rows.blocks.at[0].add(layer * experts))
-    most = most_blocks(routed, experts, block)
+    most, own = most_blocks(routed, experts, block), min(OWN, _power(routed))
     slots, blocks = call_kernel(
         expert_rows_triton.sort,
         *(index_TX.reshape(-1).astype(jnp.int32), jnp.asarray(layer, jnp.int32).reshape(1), routed, most),
         out=[jax.ShapeDtypeStruct((routed,), jnp.int32), jax.ShapeDtypeStruct((3, most), jnp.int32)],
-        grid=(-(-routed // OWN),),
+        grid=(-(-routed // own),),
         warps=4,
         stages=1,
-        constants={"E": experts, "EXPERTS": _power(experts), "BLOCK": block, "OWN": OWN, "STEP": min(STEP, _power(routed))},
+        constants={"E": experts, "EXPERTS": _power(experts), "BLOCK": block, "OWN": own, "STEP": min(STEP, _power(routed))},
     )
     return Blocks(slots, blocks)

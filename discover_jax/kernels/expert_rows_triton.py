@@ -1,7 +1,7 @@
 """A Triton kernel that sorts routed rows by expert: `expert_rows.sort_rows` of few tokens in one launch.
 
-In plain JAX that is some ten small kernels, which take longer to start than to run. Each program counts the rows of every expert anew, which
-is cheaper than a second launch, and then places some rows and describes some blocks of its own.
+In plain JAX that is some ten small kernels, which take longer to start than to run. Each program counts the rows of every expert anew,
+which is cheaper than a second launch, and then places some rows and describes some blocks of its own.
 """
 
 import triton  # pyright: ignore[reportMissingImports]

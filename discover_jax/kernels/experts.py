@@ -20,6 +20,11 @@ def route_top(logits_TE: jax.Array, experts_per_token: int) -> tuple[jax.Array, 
     return index_TX, jax.nn.softmax(top_TX, axis=-1)
 
 
+def route_along(logits_TE: jax.Array, index_TX: jax.Array) -> jax.Array:
+    """The weights [T, X] float32 of experts that were chosen before: a softmax over their logits."""
+    return jax.nn.softmax(jnp.take_along_axis(logits_TE.astype(jnp.float32), index_TX, axis=-1), axis=-1)
+
+
 class ExpertMatrix(Protocol):
     """One matrix of every expert, with bias and adapter: arrays [E, ...], and the float32 product of one expert's slice with rows."""
 

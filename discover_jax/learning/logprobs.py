@@ -26,7 +26,8 @@ def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_to
     Returns:
       logprobs_BT, entropy_BT: float32, entropy in nats; meaningless at padding.
     """
-    hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    routes = () if batch.routes_BTLX is None else (batch.routes_BTLX,)
+    hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT, *routes)
     rows, length = batch.tokens_BT.shape
     # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh's data axis.
     chunks = -(-length // max(1, chunk_tokens // rows))

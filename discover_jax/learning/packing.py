@@ -6,7 +6,9 @@ than 11/9 of the fewest possible rows plus one (the classical bound of first-fit
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +32,8 @@ class Batch:
       sampler_logprobs_BT: float32, log-probability of the target under the sampler; 0 where masked.
       advantages_BT: float32, the rollout's advantage; 0 where masked.
       temperatures_BT: float32, that the rollout was sampled at; 1 at padding.
+      routes_BTLX: uint8 or uint16, the experts that each layer of the sampler chose for the input, 0, 1, ... at padding; None if they were
+        not recorded.
     """
 
     tokens_BT: np.ndarray
@@ -40,14 +44,27 @@ class Batch:
     sampler_logprobs_BT: np.ndarray
     advantages_BT: np.ndarray
     temperatures_BT: np.ndarray
+    routes_BTLX: np.ndarray | None = None
 
 
-def empty_batch(rows: int, row_tokens: int) -> Batch:
-    """Rows of padding alone."""
+def empty_batch(rows: int, row_tokens: int, routes: Any = None) -> Batch:
+    """Rows of padding alone; with routes of the shape [L, X] and dtype of `routes`, if that is given."""
     shape = (rows, row_tokens)
-    dtypes = {"mask_BT": np.bool_, "sampler_logprobs_BT": np.float32, "advantages_BT": np.float32}
-    fields = [field.name for field in dataclasses.fields(Batch) if field.name != "temperatures_BT"]
-    return Batch(**{name: np.zeros(shape, dtypes.get(name, np.int32)) for name in fields}, temperatures_BT=np.ones(shape, np.float32))
+    zeros = functools.partial(np.zeros, shape)
+    routes_BTLX = None
+    if routes is not None:
+        routes_BTLX = np.broadcast_to(np.arange(routes.shape[-1], dtype=routes.dtype), (*shape, *routes.shape)).copy()
+    return Batch(
+        tokens_BT=zeros(np.int32),
+        targets_BT=zeros(np.int32),
+        positions_BT=zeros(np.int32),
+        segments_BT=zeros(np.int32),
+        mask_BT=zeros(np.bool_),
+        sampler_logprobs_BT=zeros(np.float32),
+        advantages_BT=zeros(np.float32),
+        temperatures_BT=np.ones(shape, np.float32),
+        routes_BTLX=routes_BTLX,
+    )
 
 
 def _places(rollout: Rollout) -> int:
@@ -65,6 +82,8 @@ def _check(rollout: Rollout, row_tokens: int) -> None:
         raise LearningError(f"{name} has an empty prompt, so its first token has no probability; prompts need at least one token.")
     if not np.isfinite(rollout.logprobs_T[rollout.chosen_T]).all():
         raise LearningError(f"{name} has log-probabilities that are not finite: the sampler's logits overflowed or were NaN.")
+    if rollout.routes_SLX is not None and len(rollout.routes_SLX) != _places(rollout):
+        raise LearningError(f"{name} has routes of {len(rollout.routes_SLX)} tokens; they must be those of {_places(rollout)} inputs.")
     if _places(rollout) > row_tokens:
         raise CapacityError(
             f"{name} has {len(rollout.prompt_tokens_P)} prompt and {len(rollout.tokens_T)} generated tokens and takes {_places(rollout)}"
@@ -89,6 +108,15 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
         bins[fit].append(index)
         room[fit] -= lengths[index]
     return bins
+
+
+def _routes(rollouts: Sequence[Rollout]) -> jax.ShapeDtypeStruct | None:
+    """Shape [L, X] and type of the routes that all rollouts have; None if none has any."""
+    found = {None if r.routes_SLX is None else (r.routes_SLX.shape[1:], r.routes_SLX.dtype) for r in rollouts} or {None}
+    if len(found) > 1:
+        raise LearningError(f"Some rollouts have routes and others none, or others: {found}. Rollouts of one step come from one sampler.")
+    (only,) = found
+    return None if only is None else jax.ShapeDtypeStruct(*only)
 
 
 def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: int, rows: int) -> list[Batch]:
@@ -120,7 +148,8 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
 
     kept = [(rollout, advantage) for rollout, advantage in zip(rollouts, advantage_of, strict=True) if rollout.chosen_T.any()]
     bins = first_fit_decreasing([_places(rollout) for rollout, _ in kept], row_tokens)
-    batches = [empty_batch(rows, row_tokens) for _ in range(-(-len(bins) // rows))]
+    routes = _routes([rollout for rollout, _ in kept])
+    batches = [empty_batch(rows, row_tokens, routes) for _ in range(-(-len(bins) // rows))]
     for number, members in enumerate(bins):
         batch, row, start = batches[number // rows], number % rows, 0
         for segment, member in enumerate(members, start=1):
@@ -132,6 +161,8 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
             batch.positions_BT[row, start:end] = np.arange(end - start)
             batch.segments_BT[row, start:end] = segment
             batch.temperatures_BT[row, start:end] = rollout.temperature
+            if batch.routes_BTLX is not None:
+                batch.routes_BTLX[row, start:end] = rollout.routes_SLX
             generated = slice(end - len(rollout.tokens_T), end)
             batch.mask_BT[row, generated] = rollout.chosen_T
             batch.sampler_logprobs_BT[row, generated] = np.where(rollout.chosen_T, rollout.logprobs_T, 0.0)

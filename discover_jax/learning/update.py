@@ -6,6 +6,7 @@ how rollouts are packed nor on how many microbatches there are, up to the order 
 the KL to the base is wanted, reads the microbatches with the adapter left out.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -101,6 +102,7 @@ class Update:
       limits: of the losses that limit ratios.
       kl_coefficient: lambda of the penalty on the KL to the base model (see kl.py); 0: none.
       measure_kl: logs the KL to the base even without a penalty, which costs one more forward pass a microbatch.
+      routes: shape [L, X] and type of the routes that batches bring, for `programs`; None if they bring none.
 
     Raises:
       ConfigError: an unknown name, or a number out of range.
@@ -117,6 +119,7 @@ class Update:
         limits: RatioLimits = DEFAULT_LIMITS,
         kl_coefficient: float = 0.0,
         measure_kl: bool = False,
+        routes: jax.ShapeDtypeStruct | None = None,
     ):
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens = {chunk_tokens!r} cannot be used; it must be at least 1.")
@@ -127,6 +130,7 @@ class Update:
         self._kl_coefficient = kl_coefficient
         self._knows_kl = measure_kl or kl_coefficient > 0
         self._mesh = model.mesh
+        self._routes = routes
 
         def forward(lora: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Statistics]:
             logprobs_BT, entropy_BT = token_logprobs(model, frozen, lora, batch, chunk_tokens=chunk_tokens)
@@ -147,6 +151,7 @@ class Update:
             return jax.tree.map(jnp.add, gradient, new), statistics | {"loss": value}
 
         def base_gap(frozen: Any, batch: Batch) -> jax.Array:
+            batch = dataclasses.replace(batch, routes_BTLX=None)  # the base model goes its own ways
             base_BT, _ = token_logprobs(model, frozen, None, batch, chunk_tokens=chunk_tokens)
             return jnp.where(batch.mask_BT, batch.sampler_logprobs_BT - base_BT, 0.0)
 
@@ -166,11 +171,12 @@ class Update:
         self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def _place(self, arrays: Any) -> Any:
-        """Arrays [B, T] with their rows spread over the mesh's data axis, if there is a mesh."""
-        mesh = self._mesh
-        if mesh is None:
-            return arrays
-        return jax.tree.map(lambda x_BT: jax.device_put(x_BT, sharding_for(("batch", "positions"), x_BT.shape, mesh)), arrays)
+        """Arrays [B, T, ...] with their rows spread over the mesh's data axis, if there is a mesh."""
+        return jax.tree.map(lambda x: jax.device_put(x, self._layout(x)), arrays) if self._mesh is not None else arrays
+
+    def _layout(self, x: Any) -> jax.sharding.Sharding | None:
+        axes = ("batch", "positions", "layers", "choices")[: x.ndim]
+        return None if self._mesh is None else sharding_for(axes, x.shape, self._mesh)
 
     def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> tuple[Any, dict[str, float]]:
         """Gradient of the reduced loss in `lora`, of the advantages as they stand in the batches; needs a chosen token.
@@ -291,9 +297,9 @@ class Update:
 
     def _abstract_batch(self, rows: int, row_tokens: int) -> tuple[Batch, jax.ShapeDtypeStruct]:
         """A microbatch and its weights, laid out as `_place` does."""
-        sharding = None if self._mesh is None else sharding_for(("batch", "positions"), (rows, row_tokens), self._mesh)
-
-        def struct(dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, row_tokens), dtype, sharding=sharding)
-
-        return jax.tree.map(lambda x_BT: struct(x_BT.dtype), empty_batch(1, 1)), struct(jnp.float32)
+        batch = empty_batch(rows, row_tokens, self._routes)
+        batch, weights_BT = (
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._layout(x)), arrays)
+            for arrays in (batch, batch.advantages_BT)
+        )
+        return batch, weights_BT

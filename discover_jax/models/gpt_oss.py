@@ -86,27 +86,41 @@ class Model:
     # Whole sequences
 
     @_on_its_devices
-    def hidden(self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def hidden(
+        self,
+        frozen: Tree,
+        lora: Tree | None,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        routes_BTLX: jax.Array | None = None,
+    ) -> jax.Array:
         """The stream after the final norm, [B, T, D].
 
         Args:
           tokens_BT, positions_BT: int32; positions restart in each segment.
           segments_BT: int32; the tokens of a segment lie one after another, and see earlier ones of their own segment only; 0 is padding,
             whose outputs mean nothing.
+          routes_BTLX: the experts that each of L layers takes for each token, as `decode` and `prefill` return them, all X different;
+            None: each layer takes those of the largest logits. Their weights are computed either way.
         """
         c, adapted = self.config, lora is not None
 
-        def read(layer: Layer, x_BTD: jax.Array, window: int | None) -> jax.Array:
+        def read(layer: Layer, x_BTD: jax.Array, window: int | None, routes_BTX: jax.Array | None) -> jax.Array:
             q, k, v = layer.attention.project(x_BTD, positions_BT, adapted=adapted)
             x_BTD += layer.attention.attend_packed(q, k, v, segments_BT, window, adapted=adapted)
-            return x_BTD + layer.experts(x_BTD, adapted=adapted)
+            return x_BTD + layer.experts(x_BTD, routes_BTX, adapted=adapted)
 
-        def step(x_BTD: jax.Array, parameters: tuple[Tree, Tree]) -> tuple[jax.Array, None]:
-            pair = self._bind_pair(*parameters)
-            return read(pair.full, read(pair.sliding, x_BTD, c.sliding_window), None), None
+        def step(x_BTD: jax.Array, parameters: tuple[Tree, Tree, jax.Array | None]) -> tuple[jax.Array, None]:
+            *own, routes = parameters
+            pair, (first, second) = self._bind_pair(*own), (None, None) if routes is None else (routes[0], routes[1])
+            return read(pair.full, read(pair.sliding, x_BTD, c.sliding_window, first), None, second), None
 
         x_BTD = frozen["embedding"][tokens_BT].astype(jnp.float32)
-        parameters = (frozen["pairs"], (lora or {}).get("pairs", {}))
+        routes = routes_BTLX
+        if routes is not None:  # pairs, layers of a pair, B, T, X
+            routes = jnp.moveaxis(routes, 2, 0).reshape(c.num_pairs, 2, *routes.shape[:2], -1)
+        parameters = (frozen["pairs"], (lora or {}).get("pairs", {}), routes)
         x_BTD, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, x_BTD, parameters)
         return rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
 
@@ -116,6 +130,12 @@ class Model:
         return head.head(hidden, adapted=lora is not None, out_dtype=jnp.float32)
 
     # Token by token
+
+    @property
+    def routes(self) -> jax.ShapeDtypeStruct:
+        """Of the experts chosen for a token, [L, X], as `prefill` and `decode` return them."""
+        c = self.config
+        return jax.ShapeDtypeStruct((c.num_layers, c.experts_per_token), jnp.uint8 if c.num_experts <= 256 else jnp.uint16)
 
     def init_pool(self, pages: int, page_size: int) -> Pool:
         """Empty pages of `page_size` tokens each, for the full layers of all rows."""
@@ -149,7 +169,9 @@ class Model:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pool)
 
     @_on_its_devices
-    def prefill(self, frozen: Tree, lora: Tree | None, tokens_BC: jax.Array, counts_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, frozen: Tree, lora: Tree | None, tokens_BC: jax.Array, counts_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache, jax.Array]:
         """Reads a chunk of each row's prompt, right-padded. Chunks before it were full: lengths are multiples of the page size, as is C.
 
         Args:
@@ -159,7 +181,8 @@ class Model:
           cache: with room for the real ones.
 
         Returns:
-          The stream after the final norm at each row's last real token, [B, D], and the cache with the chunk.
+          The stream after the final norm at each row's last real token, [B, D], the cache with the chunk, and the experts that were
+          chosen, [B, C, L, X].
 
         Raises:
           CapacityError: C is no multiple of the page size, or more than the rows' pages hold.
@@ -197,7 +220,8 @@ class Model:
             keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
             rings = tuple(jnp.take_along_axis(x, kept_BW[:, None, :, None], axis=2) for x in (keys, values))
             x_BCD += attention.attend(q, keys, values, sliding_BCS, layer, adapted=adapted)
-            x_BCD += pair.sliding.experts.decode(x_BCD, index, adapted=adapted)
+            y_BCD, first_BCX = pair.sliding.experts.decode(x_BCD, index, adapted=adapted)
+            x_BCD += y_BCD
             attention = pair.full.attention
             q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
             pool = Pool(
@@ -205,23 +229,24 @@ class Model:
                 pool.values_LPKsH.at[index, pages_Bm].set(paged(v), mode="drop"),
             )
             x_BCD += attention.attend_chunk(q, pool, index, cache.pages_BM, lengths_B, layer, adapted=adapted)
-            x_BCD += pair.full.experts.decode(x_BCD, index, adapted=adapted)
-            return (x_BCD, pool), rings
+            y_BCD, second_BCX = pair.full.experts.decode(x_BCD, index, adapted=adapted)
+            return (x_BCD + y_BCD, pool), (*rings, self._routes_of_pair(first_BCX, second_BCX))
 
         x_BCD = frozen["embedding"][tokens_BC].astype(jnp.float32)
         inputs = (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs, (cache.ring_k_LBKWH, cache.ring_v_LBKWH))
-        (x_BCD, pool), (ring_k, ring_v) = jax.lax.scan(step, (x_BCD, cache.pool), inputs)
+        (x_BCD, pool), (ring_k, ring_v, routes) = jax.lax.scan(step, (x_BCD, cache.pool), inputs)
         x_BD = jnp.take_along_axis(x_BCD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
-        return rms_norm(x_BD, frozen["norm"], c.rms_eps, self.dtype), Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1)
+        x_BD = rms_norm(x_BD, frozen["norm"], c.rms_eps, self.dtype)
+        return x_BD, Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1), self._routes_of_token(routes)
 
     @_on_its_devices
-    def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
         """Reads one more token a row, at position `cache.lengths_B`, for which it must have a page.
 
         A row of length 0 is empty: of its token no page takes notice, and its stream means nothing.
 
         Returns:
-          The stream after the final norm [B, D], and the cache with the token.
+          The stream after the final norm [B, D], the cache with the token, and the experts that were chosen, [B, L, X].
         """
         c, adapted = self.config, lora is not None
         size, lengths_B, rows_B = cache.pool.page_size, cache.lengths_B, jnp.arange(tokens_B.shape[0])
@@ -237,7 +262,9 @@ class Model:
         # What is large is not sliced by the loop: a kernel would be given copies of the slices.
         (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
 
-        def read(layer: Layer, x_BTD: jax.Array, pool: Pool, pair: jax.Array, at: dict[str, jax.Array]) -> tuple[jax.Array, Pool]:
+        def read(
+            layer: Layer, x_BTD: jax.Array, pool: Pool, pair: jax.Array, at: dict[str, jax.Array]
+        ) -> tuple[jax.Array, Pool, jax.Array]:
             stacked = pair if self._stacked else None
             q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, lengths_B[:, None], stacked, adapted=adapted)
             pool = Pool(
@@ -245,23 +272,33 @@ class Model:
                 pool.values_LPKsH.at[pair, at["pages"], :, at["places"]].set(v_B1KH[:, 0], mode="drop"),
             )
             x_BTD += layer.attention.attend_cached(q, pool, pair, at["table"], at["counts"], stacked, adapted=adapted)
-            return x_BTD + layer.experts.decode(x_BTD, pair, adapted=adapted), pool
+            y_BTD, routes_BTX = layer.experts.decode(x_BTD, pair, adapted=adapted)
+            return x_BTD + y_BTD, pool, routes_BTX
 
         # The caches travel as the loop's carry, so that each step writes one place instead of copying them.
         def step(carry: tuple[jax.Array, Pool, Pool], parameters: tuple[jax.Array, Tree, Tree]):
             x_BTD, pool, ring = carry
             index, frozen_pair, lora_pair = parameters
             pair = self._bind_pair(_join(frozen_pair, frozen_stacks), _join(lora_pair, lora_stacks))
-            x_BTD, ring = read(pair.sliding, x_BTD, ring, index, rings)
-            x_BTD, pool = read(pair.full, x_BTD, pool, index, full)
-            return (x_BTD, pool, ring), None
+            x_BTD, ring, first_BTX = read(pair.sliding, x_BTD, ring, index, rings)
+            x_BTD, pool, second_BTX = read(pair.full, x_BTD, pool, index, full)
+            return (x_BTD, pool, ring), self._routes_of_pair(first_BTX, second_BTX)
 
         carry = (x_BTD, cache.pool, Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH))
-        (x_BTD, pool, ring), _ = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs))
+        (x_BTD, pool, ring), routes = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs))
         x_BD = rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps, self.dtype)
-        return x_BD, Cache(pool, ring.keys_LPKsH, ring.values_LPKsH, cache.pages_BM, counts_B)
+        cache = Cache(pool, ring.keys_LPKsH, ring.values_LPKsH, cache.pages_BM, counts_B)
+        return x_BD, cache, self._routes_of_token(routes)[:, 0]
 
     # Inside
+
+    def _routes_of_pair(self, first_BTX: jax.Array, second_BTX: jax.Array) -> jax.Array:
+        return jnp.stack([first_BTX, second_BTX]).astype(self.routes.dtype)
+
+    @staticmethod
+    def _routes_of_token(routes: jax.Array) -> jax.Array:
+        """Those of all pairs [pairs, 2, B, T, X] as [B, T, L, X]."""
+        return jnp.moveaxis(routes.reshape(-1, *routes.shape[2:]), 0, 2)
 
     @property
     def _devices(self) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import route_top
+from discover_jax.kernels.experts import route_along, route_top
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, restore, words_shape
 from discover_jax.kernels.projections import Stack
 from discover_jax.models.cache import Pool
@@ -267,21 +267,29 @@ class Experts(nnx.Module):
         self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("expert_width", "width"), slab=SLABS["gate_up"], gain=1.0, **options)
         self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), slab=SLABS["down"], gain=declare.branch_gain, **options)
 
-    def __call__(self, x_BTD: jax.Array, *, adapted: bool) -> jax.Array:
-        """Of whole sequences; differentiable."""
-        return self._mix(table.choose("experts"), x_BTD, adapted=adapted)
+    def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
+        """Of whole sequences; differentiable. `routes_BTX` are the experts to take; None: those of the largest logits."""
+        return self._mix(table.choose("experts"), x_BTD, routes_BTX, adapted=adapted)[0]
 
-    def decode(self, x_B1D: jax.Array, pair: jax.Array, *, adapted: bool) -> jax.Array:
-        """Of one token a row, where both matrices are those of a stack of pairs (see `Model.decode`)."""
-        return self._mix(table.choose("decode_experts"), x_B1D, adapted=adapted, layer=pair)
+    def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
+        """Of a few tokens a row, where both matrices are those of a stack of pairs (see `Model.decode`); and the experts [B, T, X]."""
+        return self._mix(table.choose("decode_experts"), x_BTD, adapted=adapted, layer=pair)
 
-    def _mix(self, mix: Callable, x_BTD: jax.Array, *, adapted: bool, layer: jax.Array | None = None) -> jax.Array:
+    def _mix(
+        self, mix: Callable, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
         # In float32: rounded logits would often tie, and the smallest difference between sampler and update choose other experts.
-        index_TX, weights_TX = route_top(self.router(x_TD, adapted=False, out_dtype=jnp.float32), c.experts_per_token)
+        logits_TE = self.router(x_TD, adapted=False, out_dtype=jnp.float32)
+        if routes_BTX is None:
+            index_TX, weights_TX = route_top(logits_TE, c.experts_per_token)
+        else:
+            index_TX = routes_BTX.reshape(-1, c.experts_per_token).astype(jnp.int32)
+            weights_TX = route_along(logits_TE, index_TX)
         options = {"experts": c.num_experts, "adapted": adapted, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha, "layer": layer}
-        return mix(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options).reshape(x_BTD.shape)
+        mixed_TD = mix(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options)
+        return mixed_TD.reshape(x_BTD.shape), index_TX.reshape(*x_BTD.shape[:-1], -1)
 
 
 class Layer(nnx.Module):

@@ -22,6 +22,8 @@ RULES: dict[str, str | None] = {
     "vocab": "tensor",
     "expert_width": "tensor",
     "pairs": None,
+    "layers": None,
+    "choices": None,
     "width": None,
     "rank": None,
     "head_size": None,

@@ -67,8 +67,8 @@ class Rows:
     forcing_B: jax.Array
 
 
-Drawn = tuple[jax.Array, jax.Array, jax.Array]
-"""Tokens, log-probabilities, and whether they were chosen rather than forced."""
+Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Tokens, log-probabilities, whether they were chosen rather than forced, and the experts that read them [..., L, X]."""
 
 
 def _axis(name: str) -> int:
@@ -161,6 +161,7 @@ def decode_launch(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     second_phase: SecondPhase | None,
+    record_routes: bool,
 ) -> tuple[Pool, Rows, Drawn]:
     """Up to `launch_steps` tokens for every live row, until only `enough` rows are live.
 
@@ -173,16 +174,19 @@ def decode_launch(
       seed, step: fold into every draw.
       max_new_tokens, stop_ids: end a rollout.
       second_phase: see there.
+      record_routes: whether the experts that read the tokens are wanted; else they are those of no layer.
 
     Returns:
-      Pool and rows, and what was drawn, each [B, launch_steps]: a row's new tokens come first in its line; how many is the growth of its
-      count.
+      Pool and rows, and what was drawn, each [B, launch_steps, ...]: a row's new tokens come first in its line; how many is the growth of
+      its count.
     """
     lora = model.cast(lora)  # once, rather than in each layer for each token
     keys_B = rollout_keys(seed, step, rows.groups_B, rows.indices_B)
     stops = jnp.asarray(stop_ids, jnp.int32)
     shape = launch_steps, len(rows.alive_B)
-    drawn_TB = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool)
+    routes = model.routes.shape if record_routes else (0, 0)
+    routes_TBLX = jnp.zeros((*shape, *routes), model.routes.dtype)
+    drawn_TB = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool), routes_TBLX
 
     def going(carry: tuple[jax.Array, Pool, Rows, Drawn]) -> jax.Array:
         i, _, rows, _ = carry
@@ -195,7 +199,7 @@ def decode_launch(
         counts_B = rows.counts_B + rows.alive_B
         alive_B = rows.alive_B & ~((tokens_B[:, None] == stops).any(axis=-1) | (counts_B >= max_new_tokens))
         cache = Cache(pool, rows.ring_k_LBKWH, rows.ring_v_LBKWH, pages_BM, rows.lengths_B)
-        hidden_BD, cache = model.decode(frozen, lora, tokens_B, cache)
+        hidden_BD, cache, routes_BLX = model.decode(frozen, lora, tokens_B, cache)
         rows = dataclasses.replace(
             rows,
             ring_k_LBKWH=cache.ring_k_LBKWH,
@@ -208,9 +212,8 @@ def decode_launch(
             opened_B=opened_B,
             forcing_B=forcing_B,
         )
-        tokens_TB, logprobs_TB, chosen_TB = drawn_TB
-        drawn_TB = tokens_TB.at[i].set(tokens_B), logprobs_TB.at[i].set(logprobs_B), chosen_TB.at[i].set(~forcing_B)
-        return i + 1, cache.pool, rows, drawn_TB
+        new_B = tokens_B, logprobs_B, ~forcing_B, routes_BLX[:, : routes[0], : routes[1]]
+        return i + 1, cache.pool, rows, jax.tree.map(lambda into_TB, new_B: into_TB.at[i].set(new_B), drawn_TB, new_B)
 
-    _, pool, rows, (tokens_TB, logprobs_TB, chosen_TB) = jax.lax.while_loop(going, one, (jnp.int32(0), pool, rows, drawn_TB))
-    return pool, rows, (tokens_TB.T, logprobs_TB.T, chosen_TB.T)
+    _, pool, rows, drawn_TB = jax.lax.while_loop(going, one, (jnp.int32(0), pool, rows, drawn_TB))
+    return pool, rows, jax.tree.map(lambda x_TB: jnp.swapaxes(x_TB, 0, 1), drawn_TB)

@@ -51,6 +51,7 @@ class Sampler:
       second_phase: for rollouts that think too long; None: they may spend their whole budget.
       launch_steps: at most so many tokens a row are decoded between two looks of the host.
       pages: of `PAGE` tokens in the cache, for all slots together; None: as many as they can ever need.
+      record_routes: rollouts tell which experts read them, for an update that repeats the sampler's routing.
 
     Raises:
       ConfigError: a number out of range, or a second phase that does not fit into the budget.
@@ -70,6 +71,7 @@ class Sampler:
         second_phase: SecondPhase | None = None,
         launch_steps: int = 32,
         pages: int | None = None,
+        record_routes: bool = True,
     ):
         numbers = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens, "launch_steps": launch_steps}
         for name, value in numbers.items():
@@ -102,6 +104,7 @@ class Sampler:
         self._stop_ids = tuple(int(token) for token in stop_ids)
         self._launch_steps = launch_steps
         self._given_pages = pages
+        self._record_routes = record_routes
         self.compilations = 0
         """Programs compiled so far: it must not grow after the first steps of a run."""
 
@@ -112,6 +115,7 @@ class Sampler:
             max_new_tokens=max_new_tokens,
             stop_ids=self._stop_ids,
             second_phase=second_phase,
+            record_routes=record_routes,
         )
         self._prefill = self._jit(model.prefill, "prefill", "cache")
         self._launch = self._jit(launch, "decode", "pool", "rows")
@@ -211,6 +215,7 @@ class Sampler:
             width=self._model.config.width,
             dtype=self._model.dtype,
             stop_ids=self._stop_ids,
+            record_routes=self._record_routes,
         )
 
     def _temperatures(self, group_size: int) -> list[float]:

@@ -62,7 +62,7 @@ class Programs:
 
     init_pool: Callable[[int, int], Pool]
     init_rings: Callable[[int], tuple[jax.Array, jax.Array]]
-    prefill: Callable[[ArrayLike, ArrayLike, Cache], tuple[jax.Array, Cache]]
+    prefill: Callable[[ArrayLike, ArrayLike, Cache], tuple[jax.Array, Cache, jax.Array]]
     launch: Callable[[Pool, Rows, ArrayLike, ArrayLike], tuple[Pool, Rows, Drawn]]
     put_row: Callable[[Pool, Rows, Rows, int, int, int], tuple[Pool, Rows]]
     take_rows: Callable[[Rows, ArrayLike], Rows]
@@ -72,7 +72,10 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Numbers of one sampler: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk."""
+    """Numbers of one sampler: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk.
+
+    `record_routes` says whether rollouts tell which experts read them.
+    """
 
     slots: int
     pages: int
@@ -83,14 +86,16 @@ class Limits:
     width: int
     dtype: Any
     stop_ids: tuple[int, ...]
+    record_routes: bool
 
 
 @dataclasses.dataclass
 class _Prefix:
-    """A prompt that was read: the row with which its rollouts begin, and its pages."""
+    """A prompt that was read: the row with which its rollouts begin, its pages, and by chunks which experts read it, if that is wanted."""
 
     row: Rows
     pages: list[int]
+    routes: list[jax.Array]
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,7 +107,8 @@ class _Open:
       index: in the group.
       temperature: that it is sampled at.
       began: how many rollouts began before it; -1 before it begins.
-      count: tokens so far; `tokens`, `logprobs` and `chosen` hold them by launch.
+      count: tokens so far; `tokens`, `logprobs`, `chosen` and `routes` hold them by launch.
+      prompt_routes: of its prompt, by chunks.
       pages: of its prompt and its own, while it has a slot.
       aside: row and pages while it is set aside.
     """
@@ -115,6 +121,8 @@ class _Open:
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     chosen: list[np.ndarray] = dataclasses.field(default_factory=list)
+    routes: list[np.ndarray] = dataclasses.field(default_factory=list)
+    prompt_routes: list[jax.Array] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     aside: tuple[Rows, list[Pool]] | None = None
 
@@ -164,9 +172,9 @@ class Schedule:
     def _length(self, rollout: _Open) -> int:
         return len(self._prompts[rollout.place].tokens_P) + rollout.count
 
-    def _needed(self, rollout: _Open) -> int:
-        """Pages with which it can go through the next launch."""
-        return min(pages_of(self._length(rollout) + self._limits.launch_steps), self._most(rollout))
+    def _needed(self, rollout: _Open, launches: int = 1) -> int:
+        """Pages with which it can go through the next launch, or through several."""
+        return min(pages_of(self._length(rollout) + launches * self._limits.launch_steps), self._most(rollout))
 
     def _most(self, rollout: _Open) -> int:
         """Pages that it can ever need."""
@@ -232,8 +240,9 @@ class Schedule:
 
     def _fill(self, slot: int) -> bool:
         """Whether there was a rollout for this slot, and room for it."""
-        # A page for each live row that may grow is left free, so that what begins now need not be set aside at once.
-        spare = sum(min(1, self._most(rollout) - len(rollout.pages)) for rollout in self._slots if rollout is not None)
+        # What live rows will need in the launch after the next is left free, so that what begins now need not be set aside at once.
+        live = [rollout for rollout in self._slots if rollout is not None]
+        spare = sum(max(0, self._needed(rollout, launches=2) - len(rollout.pages)) for rollout in live)
         if self._aside:
             return self._bring_back(slot, self._aside[0], spare)
         return bool(self._queue) and self._begin(slot, self._queue[0], spare)
@@ -266,6 +275,7 @@ class Schedule:
         row = dataclasses.replace(prefix.row, **own_1)
         begun_page = {"source": prefix.pages[shared], "target": rollout.pages[shared]} if length % PAGE else {}
         self._put(slot, row, **begun_page)
+        rollout.prompt_routes = prefix.routes
         rollout.began, self._begun = self._begun, self._begun + 1
         self._slots[slot] = self._queue.popleft()
         if not self._queue or self._queue[0].place != place:  # the last of its group
@@ -279,15 +289,17 @@ class Schedule:
         pages = self._take(pages_of(length))
         pages_1M = np.zeros((1, self._limits.row_pages), np.int32)
         pages_1M[0, : len(pages)] = pages
-        rings, hidden = self._do.init_rings(1), self._nobody.hidden_BD
+        rings, hidden, routes = self._do.init_rings(1), self._nobody.hidden_BD, []
         for first in range(0, length, chunk):
             tokens = np.asarray(prompt.tokens_P[first : first + chunk], np.int32)
             padded_1C = np.pad(tokens, (0, chunk - len(tokens)))[None]
             cache = Cache(self._pool, *rings, jnp.asarray(pages_1M), jnp.array([first], jnp.int32))
-            hidden, cache = self._do.prefill(padded_1C, np.array([len(tokens)], np.int32), cache)
+            hidden, cache, routes_1CLX = self._do.prefill(padded_1C, np.array([len(tokens)], np.int32), cache)
+            if self._limits.record_routes:
+                routes.append(routes_1CLX)
             self._pool, rings = cache.pool, (cache.ring_k_LBKWH, cache.ring_v_LBKWH)
         row = new_rows(rings, np.array([length], np.int32), hidden, [prompt.group], [0], [1.0])
-        self._prefixes[place] = _Prefix(row, pages)
+        self._prefixes[place] = _Prefix(row, pages, routes)
         return self._prefixes[place]
 
     def _waiting(self) -> bool:
@@ -320,8 +332,8 @@ class Schedule:
             new = int(counts_B[slot]) - rollout.count
             grown.append(new)
             rollout.count += new
-            for kept, x_BT in zip((rollout.tokens, rollout.logprobs, rollout.chosen), drawn_BT, strict=True):
-                kept.append(x_BT[slot, :new])
+            for kept, x_BT in zip((rollout.tokens, rollout.logprobs, rollout.chosen, rollout.routes), drawn_BT, strict=True):
+                kept.append(x_BT[slot, :new].copy())  # or all of the launch would be kept for it
             if not alive_B[slot]:
                 done.append(self._close(rollout))
                 self._book.release(rollout.pages)
@@ -350,4 +362,10 @@ class Schedule:
             chosen_T=np.concatenate(rollout.chosen),
             stop=StopReason.STOP_TOKEN if int(tokens_T[-1]) in self._limits.stop_ids else StopReason.MAX_TOKENS,
             temperature=rollout.temperature,
+            routes_SLX=self._routes(rollout) if self._limits.record_routes else None,
         )
+
+    def _routes(self, rollout: _Open) -> np.ndarray:
+        """Of the tokens of the prompt, and of its own but for the last, which nothing read."""
+        prompt = np.concatenate([np.asarray(routes_1CLX)[0] for routes_1CLX in rollout.prompt_routes])
+        return np.concatenate([prompt[: len(self._prompts[rollout.place].tokens_P)], *rollout.routes])[:-1]

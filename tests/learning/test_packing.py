@@ -90,7 +90,8 @@ def test_mask_by_hand():
     np.testing.assert_array_equal(batch.mask_BT, [[False, False, False, True, False, False]])
     np.testing.assert_array_equal(batch.sampler_logprobs_BT, [[0, 0, 0, -2, 0, 0]])
     np.testing.assert_array_equal(batch.advantages_BT, [[0, 0, 0, 3, 0, 0]])
-    assert {name: array.dtype.name for name, array in vars(batch).items()} == {
+    assert batch.routes_BTLX is None
+    assert {name: array.dtype.name for name, array in vars(batch).items() if array is not None} == {
         "tokens_BT": "int32",
         "targets_BT": "int32",
         "positions_BT": "int32",
@@ -100,6 +101,20 @@ def test_mask_by_hand():
         "advantages_BT": "float32",
         "temperatures_BT": "float32",
     }
+
+
+def test_routes_lie_with_their_inputs():
+    """Two rollouts in one row, then padding, whose experts are all different as well."""
+    rollouts = [make_rollout([5, 6], [7, 8], [True, True], [-1.0, -2.0]), make_rollout([5], [9], [True], [-1.0])]
+    routes = [np.array([[[2, 1]], [[3, 0]], [[0, 2]]], np.uint8), np.array([[[1, 3]]], np.uint8)]
+    rollouts = [dataclasses.replace(rollout, routes_SLX=own) for rollout, own in zip(rollouts, routes, strict=True)]
+    (batch,) = pack(rollouts, [1.0, 2.0], row_tokens=6, rows=1)
+    np.testing.assert_array_equal(batch.routes_BTLX[0, :, 0], [[2, 1], [3, 0], [0, 2], [1, 3], [0, 1], [0, 1]])
+    assert batch.routes_BTLX.dtype == np.uint8
+    with pytest.raises(LearningError, match="routes of 1 tokens"):
+        pack([dataclasses.replace(rollouts[0], routes_SLX=routes[1])], [1.0], row_tokens=6, rows=1)
+    with pytest.raises(LearningError, match="others none"):
+        pack([rollouts[0], dataclasses.replace(rollouts[1], routes_SLX=None)], [1.0, 2.0], row_tokens=6, rows=1)
 
 
 def test_first_fit_decreasing_by_hand():

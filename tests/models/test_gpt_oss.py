@@ -73,13 +73,13 @@ def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
     tokens_BT = _tokens(3, 40)
     expected = _logits(MODEL, frozen, lora, tokens_BT)
     lengths_B = jnp.array([1, 7, 19])
-    hidden_BD, cache = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, MODEL.init_cache(3, 40, page_size=4))
+    hidden_BD, cache, _ = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, MODEL.init_cache(3, 40, page_size=4))
     decode = jax.jit(lambda tokens_B, cache: MODEL.decode(frozen, lora, tokens_B, cache))
     for step in range(20):
         at_B = np.asarray(lengths_B) + step
         got = MODEL.logits(frozen, lora, hidden_BD)
         np.testing.assert_allclose(got, expected[np.arange(3), at_B - 1], atol=1e-4, rtol=0)
-        hidden_BD, cache = decode(tokens_BT[np.arange(3), at_B], cache)
+        hidden_BD, cache, _ = decode(tokens_BT[np.arange(3), at_B], cache)
     assert cache.lengths_B.tolist() == [21, 27, 39]
 
 
@@ -94,18 +94,46 @@ def test_a_prompt_may_be_read_in_chunks(frozen, lora, length, chunk, page_size):
     for first in range(0, length, chunk):
         part = tokens_1T[:, first : min(first + chunk, length)]
         padded = np.pad(part, ((0, 0), (0, chunk - part.shape[1])), constant_values=3)
-        hidden_BD, cache = _prefill(frozen, lora, padded, jnp.array([part.shape[1]]), cache)
+        hidden_BD, cache, _ = _prefill(frozen, lora, padded, jnp.array([part.shape[1]]), cache)
     assert cache.lengths_B.tolist() == [length]
     decode = jax.jit(MODEL.decode)
     for place in range(length, 50):
         np.testing.assert_allclose(MODEL.logits(frozen, lora, hidden_BD)[0], expected[place - 1], atol=1e-4, rtol=0)
-        hidden_BD, cache = decode(frozen, lora, tokens_1T[:, place], cache)
+        hidden_BD, cache, _ = decode(frozen, lora, tokens_1T[:, place], cache)
+
+
+def test_routes_are_those_that_reading_takes_and_can_be_taken_again(frozen, lora):
+    """Of prompts read in chunks and tokens read one by one; the whole sequence along them, then along others."""
+    tokens_1T = _tokens(1, 30, seed=5)
+    cache, read = MODEL.init_cache(1, 32, page_size=4), []
+    for first, count in ((0, 8), (8, 3)):
+        padded = np.pad(tokens_1T[:, first : first + count], ((0, 0), (0, 8 - count)))
+        _, cache, routes = _prefill(frozen, lora, padded, jnp.array([count]), cache)
+        read.append(routes[:, :count])
+    decode = jax.jit(MODEL.decode)
+    for place in range(11, 30):
+        _, cache, routes = decode(frozen, lora, tokens_1T[:, place], cache)
+        read.append(routes[:, None])
+    routes_1TLX = jnp.concatenate(read, axis=1)
+    assert routes_1TLX.shape == (1, 30, *MODEL.routes.shape)
+    assert routes_1TLX.dtype == MODEL.routes.dtype == jnp.uint8
+    positions, ones = jnp.arange(30)[None], jnp.ones((1, 30), jnp.int32)
+    along = jax.jit(MODEL.hidden)
+    free = along(frozen, lora, tokens_1T, positions, ones)
+    np.testing.assert_allclose(along(frozen, lora, tokens_1T, positions, ones, routes_1TLX), free, atol=1e-4)
+    # One other expert in the last layer, at the last token, changes that token alone; in the first layer at place 7 all from there on.
+    for place, layer in ((29, 3), (7, 0)):
+        others = set(range(CONFIG.num_experts)) - set(routes_1TLX[0, place, layer].tolist())
+        other = along(frozen, lora, tokens_1T, positions, ones, routes_1TLX.at[0, place, layer, 1].set(min(others)))
+        changed = np.abs(np.asarray(other - free)).max(axis=(0, 2)) > 1e-3
+        assert not changed[:place].any()
+        assert changed[place]
 
 
 def test_rows_share_pages_and_pages_move(frozen):
     """Two rows go on from one prompt of a full page and a begun one; the second one's pages come from a copy of the pool."""
     tokens_1T = _tokens(1, 6)
-    _, read = _prefill(frozen, None, np.pad(tokens_1T, ((0, 0), (0, 2))), jnp.array([6]), MODEL.init_cache(1, 16, page_size=4))
+    _, read, _ = _prefill(frozen, None, np.pad(tokens_1T, ((0, 0), (0, 2))), jnp.array([6]), MODEL.init_cache(1, 16, page_size=4))
     assert read.pages_BM.tolist() == [[0, 1, 2, 3]]
     pool = copy_page(read.pool, jnp.int32(1), jnp.int32(3))
     elsewhere = put_pages(MODEL.init_pool(6, 4), jnp.array([5, 0, 6]), take_pages(pool, jnp.array([0, 3, 9])))  # 6 and 9 are no pages
@@ -114,7 +142,7 @@ def test_rows_share_pages_and_pages_move(frozen):
     for pages, pages_BM in ((pool, [[0, 1], [0, 3]]), (elsewhere, [[5, 0], [5, 0]])):
         rows = Cache(pages, ring_k, ring_v, jnp.array(pages_BM), jnp.array([6, 6]))
         tokens_B = np.array([5, 7]) if pages is pool else np.array([5, 5])
-        hidden_BD, after = MODEL.decode(frozen, None, tokens_B, rows)
+        hidden_BD, after, _ = MODEL.decode(frozen, None, tokens_B, rows)
         for row, token in enumerate(tokens_B):
             expected = _logits(MODEL, frozen, None, np.concatenate([tokens_1T, [[token]]], axis=1))[0, -1]
             np.testing.assert_allclose(MODEL.logits(frozen, None, hidden_BD)[row], expected, atol=1e-4, rtol=0)
@@ -123,9 +151,9 @@ def test_rows_share_pages_and_pages_move(frozen):
 
 def test_an_empty_row_writes_on_no_page(frozen):
     cache = MODEL.init_cache(2, 8, page_size=4)
-    _, cache = _prefill(frozen, None, _tokens(2, 4), jnp.array([4, 4]), cache)
+    _, cache, _ = _prefill(frozen, None, _tokens(2, 4), jnp.array([4, 4]), cache)
     emptied = dataclasses.replace(cache, lengths_B=jnp.array([4, 0]))
-    _, after = MODEL.decode(frozen, None, jnp.array([5, 6]), emptied)
+    _, after, _ = MODEL.decode(frozen, None, jnp.array([5, 6]), emptied)
     changed = np.flatnonzero((np.asarray(after.pool.keys_LPKsH) != np.asarray(cache.pool.keys_LPKsH)).any(axis=(0, 2, 3, 4)))
     assert changed.tolist() == [1]
 

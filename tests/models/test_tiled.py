@@ -71,10 +71,10 @@ def test_prompts_are_read_and_tokens_decoded_the_same(frozen, lora):
     tokens_BT, lengths_B = _tokens(3, 14), jnp.array([10, 3, 1])
 
     def run(model, frozen, lora):
-        hidden_BD, cache = jax.jit(model.prefill)(frozen, lora, tokens_BT[:, :10], lengths_B, model.init_cache(3, 14, page_size=2))
+        hidden_BD, cache, _ = jax.jit(model.prefill)(frozen, lora, tokens_BT[:, :10], lengths_B, model.init_cache(3, 14, page_size=2))
         decode, seen = jax.jit(model.decode), [hidden_BD]
         for place in range(10, 14):
-            hidden_BD, cache = decode(frozen, lora, tokens_BT[:, place], cache)
+            hidden_BD, cache, _ = decode(frozen, lora, tokens_BT[:, place], cache)
             seen.append(hidden_BD)
         return np.asarray(jnp.stack(seen), np.float32)
 

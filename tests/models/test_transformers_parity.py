@@ -111,10 +111,10 @@ def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
     _, frozen = load_folder(tmp_path, experts="packed")
     model = Model(config, experts="packed")
     np.testing.assert_allclose(logits(model, frozen, tokens_BT), expected, atol=1e-4, rtol=0)
-    hidden_BD, cache = prefill(model, frozen, tokens_BT[:, :-4], jnp.array([length - 2]), 256)
+    hidden_BD, cache, _ = prefill(model, frozen, tokens_BT[:, :-4], jnp.array([length - 2]), 256)
     for place in range(length - 2, length + 2):
         np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, place - 1], atol=1e-4, rtol=0)
-        hidden_BD, cache = decode(model, frozen, tokens_BT[:, place], cache)
+        hidden_BD, cache, _ = decode(model, frozen, tokens_BT[:, place], cache)
     np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, -1], atol=1e-4, rtol=0)
 
 

@@ -33,6 +33,13 @@ class Chain:
     def config(self):
         return self
 
+    routes = jax.ShapeDtypeStruct((2, 3), jnp.uint8)
+
+    @staticmethod
+    def _routes(tokens):
+        """Experts that tell which token they read, in which layer."""
+        return (tokens[..., None, None] + jnp.arange(2)[:, None] * 10 + jnp.zeros(3)).astype(jnp.uint8)
+
     def init_pool(self, pages, page_size):
         return Pool(*(jnp.zeros((1, pages, 1, page_size, 1)) for _ in range(2)))
 
@@ -44,10 +51,10 @@ class Chain:
 
     def prefill(self, frozen, lora, tokens_BC, counts_B, cache):
         last_B = jnp.take_along_axis(tokens_BC, counts_B[:, None] - 1, axis=1)
-        return last_B.astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_B)
+        return last_B.astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_B), self._routes(tokens_BC)
 
     def decode(self, frozen, lora, tokens_B, cache):
-        return tokens_B[:, None].astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + 1)
+        return tokens_B[:, None].astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + 1), self._routes(tokens_B)
 
     def logits(self, frozen, lora, hidden_BD):
         return frozen[hidden_BD[:, 0].astype(jnp.int32)]
@@ -75,7 +82,7 @@ class Memory(Chain):
         values = (tokens_BC + 1.0).reshape(len(tokens_BC), -1, 1, size, 1)
         keys = cache.pool.keys_LPKsH.at[0, pages_Bm].set(values, mode="drop")
         cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=cache.lengths_B + counts_B)
-        return self._state(cache, cache.lengths_B), cache
+        return self._state(cache, cache.lengths_B), cache, self._routes(tokens_BC)
 
     def decode(self, frozen, lora, tokens_B, cache):
         size, lengths_B = cache.pool.page_size, cache.lengths_B
@@ -83,7 +90,7 @@ class Memory(Chain):
         pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)
         keys = cache.pool.keys_LPKsH.at[0, pages_B, :, lengths_B % size].set(tokens_B[:, None, None] + 1.0, mode="drop")
         cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=lengths_B + 1)
-        return self._state(cache, cache.lengths_B), cache
+        return self._state(cache, cache.lengths_B), cache, self._routes(tokens_B)
 
     @staticmethod
     def expected(table, rollout, temperature):
@@ -131,6 +138,8 @@ def test_pages_that_run_out_change_nothing(pages, slots):
     assert sorted((r.group, r.index) for r in rollouts) == [(g, i) for g in range(6) for i in range(5)]
     for r in rollouts:
         np.testing.assert_allclose(r.logprobs_T, Memory.expected(SELDOM, r, 1.0), atol=1e-5)
+        inputs_S = np.concatenate([r.prompt_tokens_P, r.tokens_T])[:-1]
+        np.testing.assert_array_equal(r.routes_SLX, Memory._routes(inputs_S))  # prompts in chunks, launches, pauses: each at its token
     assert len({len(r.tokens_T) for r in rollouts}) > 3
     if pages is None:
         assert seen[-1].set_aside == 0
@@ -142,6 +151,16 @@ def test_pages_that_run_out_change_nothing(pages, slots):
     )
     for place, r in _by_place(rollouts).items():
         np.testing.assert_array_equal(r.tokens_T, free[place].tokens_T)
+
+
+def test_routes_are_recorded_only_if_wanted():
+    without = list(_sampler(record_routes=False).sample(LOGITS, None, _prompts(2), 3, seed=0, step=0))
+    assert {r.routes_SLX for r in without} == {None}
+    recorded = list(_sampler().sample(LOGITS, None, _prompts(2), 3, seed=0, step=0))
+    for r, other in zip(recorded, without, strict=True):
+        np.testing.assert_array_equal(r.tokens_T, other.tokens_T)
+        assert r.routes_SLX.shape == (len(r.prompt_tokens_P) + len(r.tokens_T) - 1, 2, 3)
+        assert r.routes_SLX.dtype == np.uint8
 
 
 def test_a_group_shares_its_prompts_pages():
