@@ -1,0 +1,132 @@
+"""Whole prompts of a bundled competition, byte for byte as they are in golden/: first and later attempts, in both styles.
+
+After a change that is meant, `python tests/text/test_golden_prompts.py` writes them again; read the difference before it is committed.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from discover_jax.policy import APPRENTICE
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.tasks.task import Task
+from discover_jax.text.prompts import PromptSettings, build_prompt
+from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
+from discover_jax.types import SEED, Attempt, Outcome, Prompt, State, StopReason
+
+GOLDEN = Path(__file__).with_name("golden")
+CODE = """import pandas as pd
+from sklearn.linear_model import Ridge
+
+
+def run():
+    train, test = pd.read_csv("data/train.csv"), pd.read_csv("data/test.csv")
+    features = [name for name in test if name != "id"]
+    model = Ridge(alpha=1.0).fit(train[features], train["progression"])
+    for number, weight in enumerate(model.coef_):
+        print(f"weight of {features[number]}: {weight:.6f}")
+    return test[["id"]].assign(progression=model.predict(test[features]))"""
+PARENT = State(
+    id="0003-001-004",
+    parent_id="seed",
+    code=CODE,
+    value=-3.97,
+    score=53.16842,
+    stdout="".join(f"weight of s{number}: {number / 7:.6f}\n" for number in range(1, 41)) + "CV RMSE 55.1 +- 3.2\n",
+    step=3,
+    adapter_step=3,
+    task="diabetes",
+)
+# A traceback as sandboxes give it, longer than what is shown of it.
+DETAIL = (
+    "Traceback (most recent call last):\n"
+    '  File "program.py", line 9, in run\n    model.fit(train[features], train["progresion"])\n'
+    + "".join(
+        f'  File "pandas/core/frame.py", line {line}, in __getitem__\n    indexer = self.columns.get_loc(key)\n'
+        for line in range(4100, 4107)
+    )
+    + "KeyError: 'progresion'"
+)
+FAILURES = tuple(
+    Attempt(
+        id=f"0004-002-{index:03d}",
+        parent_id=PARENT.id,
+        task="diabetes",
+        step=4,
+        group=2,
+        index=index,
+        code=CODE.replace("progression", "progresion"),
+        outcome=outcome,
+        detail=detail,
+        stdout="",
+        score=None,
+        private_score=None,
+        reward=-7.0,
+        adapter_step=4,
+        tokens=300,
+        stop=StopReason.STOP_TOKEN,
+    )
+    for index, (outcome, detail) in enumerate([(Outcome.TIMEOUT, "It ran for more than 300 seconds."), (Outcome.EXCEPTION, DETAIL)])
+)
+FULL = PromptSettings(
+    style="full",
+    max_tokens=20_000,
+    date="2025-08-05",
+    packages=("numpy 2.3.1", "pandas 2.3.0", "scikit-learn 1.7.0"),
+    ideas_shown=2,
+    stdout_chars=400,
+    error_chars=500,
+)
+BRIEF = PromptSettings(style="brief", max_tokens=20_000)
+PROMPTS = {
+    "first_full": (SEED, (), FULL),
+    "later_full": (PARENT, FAILURES, FULL),
+    "first_brief": (SEED, (), BRIEF),
+    "later_brief": (PARENT, FAILURES, BRIEF),
+}
+
+
+def built(name: str, task: Task, tokenizer: Tokenizer) -> Prompt:
+    """Ideas are those of the third turn: the last two of the list."""
+    parent, failures, settings = PROMPTS[name]
+    return build_prompt(task, parent, failures, settings, tokenizer, group=1, step=4)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return prepare_task("diabetes", raw=None, reward="grade", folder=tmp_path_factory.mktemp("task") / "task")
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_those_of_the_golden_files(task, name):
+    tokenizer = load_tokenizer(APPRENTICE)
+    prompt = built(name, task, tokenizer)
+    assert prompt.text.encode() == (GOLDEN / f"{name}.txt").read_bytes()
+    # What the model reads is what people are shown; special tokens have no text.
+    assert tokenizer.decode(prompt.tokens_P.tolist()) == re.sub(r"<\|\w+\|>", "", prompt.text)
+
+
+def test_the_golden_later_prompt_shows_all_that_the_spec_asks_for():
+    """Of the file itself, so that a file written again after a mistake is noticed."""
+    text = (GOLDEN / "later_full.txt").read_text()
+    assert CODE in text
+    assert "Previous score: 53.16842 (root mean squared error, lower is better)" in text
+    assert "[...]\n" in text.split("The end of what it printed:")[1][:20]
+    assert "CV RMSE 55.1 +- 3.2\n```" in text
+    assert "The last attempt to improve it failed:\n\n```\n[...]\n" in text
+    assert "KeyError: 'progresion'\n```" in text
+    assert "It ran for more than" not in text  # of two failures the last
+    assert "Consider: tuning by cross-validation on the training rows, thresholds on predicted probabilities." in text
+    assert "meaningful improvement" in text
+    first = (GOLDEN / "first_full.txt").read_text()
+    assert "Previous score" not in first
+    assert "failed:" not in first
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare_task("diabetes", raw=None, reward="grade", folder=Path(folder) / "task")
+        for each in PROMPTS:
+            (GOLDEN / f"{each}.txt").write_bytes(built(each, prepared, load_tokenizer(APPRENTICE)).text.encode())
