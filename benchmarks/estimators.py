@@ -2,6 +2,7 @@
 
     python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
+        [--summary] [--csv=FILE]
 
 Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted
 comparison goes on. Runs at once share the machine's cores evenly, each bound to its own, and all share one cache of verdicts: the first
@@ -11,6 +12,7 @@ against collapse instead. With `--summary` nothing is run: the table is made fro
 
 import argparse
 import concurrent.futures
+import csv
 import itertools
 import json
 import math
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.execution import lease_cores
+from discover_jax.runs.metrics import read_metrics
 
 REUSE = {
     "fixed": ("--config.reuse.sampler=fixed",),
@@ -52,13 +55,14 @@ DIVERSITY = {
 _T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], *, signed: bool = False) -> str:
     """Mean and half width of its 95% interval over seeds, by Student's t."""
     count, mean = len(values), sum(values) / len(values)
+    told = f"{mean:+.4f}" if signed else f"{mean:.4f}"
     if count < 2:
-        return f"{mean:.4f}"
+        return told
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return f"{mean:.4f} +- {(_T95[count - 1] if count <= 11 else 1.96) * spread:.4f}"
+    return f"{told} +- {(_T95[count - 1] if count <= 11 else 1.96) * spread:.4f}"
 
 
 def run(folder: Path, module: str, flags: tuple[str, ...], arguments: argparse.Namespace, seed: int) -> str:
@@ -89,8 +93,7 @@ def run(folder: Path, module: str, flags: tuple[str, ...], arguments: argparse.N
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics of a run, as far as it has come."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(folder / "metrics.jsonl")
 
 
 def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -116,23 +119,61 @@ def leases(jobs: int) -> queue.SimpleQueue[tuple[int, ...]]:
 
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Results by setting: lists over seeds, of complete runs only."""
+    """Results by setting: of complete runs only, each list by seed."""
     result = {}
     for name in cells(arguments):
-        runs = [rows(arguments.out / f"{name.replace('/', '-')}-{seed}") for seed in range(arguments.seeds)]
-        runs = [run for run in runs if len(run) >= arguments.steps]
-        steps = [row for run in runs for row in run]
+        runs = {seed: rows(arguments.out / f"{name.replace('/', '-')}-{seed}") for seed in range(arguments.seeds)}
+        runs = {seed: run for seed, run in runs.items() if len(run) >= arguments.steps}
+        steps = [row for run in runs.values() for row in run]
         result[name] = {
-            "seeds": len(runs),
-            "best": [run[-1]["best/score"] for run in runs],
-            "last_mean": [run[-1]["reward/mean"] for run in runs],
-            "constant_frac": [sum(row["groups/constant_frac"] for row in run) / len(run) for run in runs],
-            "last_constant_frac": [run[-1]["groups/constant_frac"] for run in runs],
-            "last_distance": [run[-1]["diversity/distance"] or 0.0 for run in runs],
+            "seeds": list(runs),
+            "best": [run[-1]["best/score"] for run in runs.values()],
+            "last_mean": [run[-1]["reward/mean"] for run in runs.values()],
+            "last_two_mean": [sum(row["reward/mean"] for row in run[-2:]) / 2 for run in runs.values()],
+            "constant_frac": [sum(constant(row) for row in run[1:]) / (len(run) - 1) for run in runs.values()],
+            "collapsed_by": [next((i for i, row in enumerate(run, 1) if constant(row) >= 0.5), None) for run in runs.values()],
+            "distance": [sum(row["diversity/distance"] or 0.0 for row in run[-2:]) / 2 for run in runs.values()],
             "programs": sum(row["rollouts/count"] for row in steps),
-            "timeouts": sum(row.get("outcome/timeout", 0) for row in steps),
+            "valid": sum(row["outcome/ok"] for row in steps),
+            "timeouts": sum(row["outcome/timeout"] for row in steps),
         }
     return result
+
+
+def constant(row: dict[str, Any]) -> float:
+    """Part of the groups whose rewards were all equal."""
+    return row["groups/constant_frac"]
+
+
+def paired(found: dict[str, Any], name: str, other: str, key: str) -> str:
+    """The difference to another setting, seed by seed, with its interval."""
+    mine, theirs = (dict(zip(found[one]["seeds"], found[one][key], strict=True)) for one in (name, other))
+    both = sorted(mine.keys() & theirs.keys())
+    return interval([mine[seed] - theirs[seed] for seed in both], signed=True) if both else ""
+
+
+def show(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The table, as Markdown."""
+    print("Means over seeds and their 95% intervals (Student's t). Scores are those of the rows that made the rewards.\n")
+    if arguments.diversity:
+        print("| setting | seeds | best | mean of the last two steps | constant groups, steps 2 on | half of the groups constant by step |")
+    else:
+        print("| setting | seeds | best | mean of the last step | of the last two | best, to no update | last two, to no update |")
+    print("|---|---|---|---|---|---|" + ("" if arguments.diversity else "---|"))
+    for name, values in found.items():
+        if not values["seeds"]:
+            continue
+        columns = [name, str(len(values["seeds"])), interval(values["best"])]
+        if arguments.diversity:
+            columns += [interval(values["last_two_mean"]), interval(values["constant_frac"])]
+            columns.append(", ".join("never" if step is None else str(step) for step in values["collapsed_by"]))
+        else:
+            base = f"{name.split('/')[0]}/none"
+            columns += [interval(values["last_mean"]), interval(values["last_two_mean"])]
+            columns += [paired(found, name, base, key) if base in found and base != name else "" for key in ("best", "last_two_mean")]
+        print(f"| {' | '.join(columns)} |")
+    total = {key: sum(values[key] for values in found.values()) for key in ("programs", "valid", "timeouts")}
+    print(f"\n{total['programs']} programs, {total['valid'] / max(1, total['programs']):.1%} valid, {total['timeouts']} timed out.")
 
 
 def main() -> None:
@@ -151,6 +192,7 @@ def main() -> None:
     parser.add_argument("--diversity", action="store_true")
     parser.add_argument("--learning_rate", type=float, default=0.0, help="of the comparison of diversity; 0: the preset's")
     parser.add_argument("--flag", action="append", default=[], help="another flag of the run, such as --flag=--config.execution.cores=1")
+    parser.add_argument("--csv", type=Path, help="also write a row for each step of each run here")
     parser.add_argument("--summary", action="store_true", help="only the table of what is there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -167,12 +209,22 @@ def main() -> None:
                 print(f"{number}/{len(futures)} {future.result()}", file=sys.stderr, flush=True)
     found = table(arguments)
     (arguments.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("| setting | seeds | best | mean of the last step | constant groups, last step | distance in a group, last step |")
-    print("|---|---|---|---|---|---|")
-    for name, values in found.items():
-        if values["seeds"]:
-            columns = (interval(values[key]) for key in ("best", "last_mean", "last_constant_frac", "last_distance"))
-            print(f"| {name} | {values['seeds']} | {' | '.join(columns)} |")
+    if arguments.csv:
+        write_csv(arguments)
+    show(found, arguments)
+
+
+def write_csv(arguments: argparse.Namespace) -> None:
+    """A row for each step of each complete run."""
+    columns = ("reward/mean", "reward/max", "best/score", "outcome/ok", "rollouts/count", "groups/constant_frac", "diversity/distance")
+    with arguments.csv.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "seed", "step", *columns])
+        for name in cells(arguments):
+            for seed in range(arguments.seeds):
+                run = rows(arguments.out / f"{name.replace('/', '-')}-{seed}")
+                if len(run) >= arguments.steps:
+                    writer.writerows([name, seed, row["step"] + 1, *(row[column] for column in columns)] for row in run)
 
 
 if __name__ == "__main__":
