@@ -75,7 +75,7 @@ def main() -> None:
     model = build_model(config, sizes)
     clock = _Clock()
     if arguments.folder:
-        frozen = load_folder(arguments.folder, dtype=arguments.dtype, experts="packed")[1]
+        frozen = load_folder(arguments.folder, dtype=arguments.dtype, experts=model.experts)[1]
     else:
         frozen = model.init_frozen(jax.random.key(0))
     out["weights"] = clock.look(frozen) | {"bytes": local_bytes(frozen)}

@@ -1,0 +1,290 @@
+"""The mixture of experts in the update, on a GPU: grouped products of sorted rows, with derivatives. Needs the extra `kernels`.
+
+Exact for any routing and dropless: rows are sorted by expert into blocks that never mix experts, so a block's last rows are all that is
+wasted. A layer's MXFP4 is unpacked to bfloat16 where it is used, in the forward and again in the backward pass, and never kept.
+Derivatives are taken in the activations, the routing weights and the adapters; base weights have none. What is rounded to bfloat16 on the
+way forward is what the reference rounds; on the way back it is what products take, and the activation's inputs.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.kernels import experts_update_triton
+from discover_jax.kernels.expert_rows import Blocks, sort_rows
+from discover_jax.kernels.experts import ExpertMatrix
+from discover_jax.kernels.experts_decode import TiledMatrix
+from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
+from discover_jax.kernels.triton_call import call_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How the grouped product is cut: outputs of a program, iterations in flight, warps."""
+
+    outputs: int
+    stages: int = 3
+    warps: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rows of a block, and the launches of wide products, of the paired one, and of those to an adapter's rank."""
+
+    rows: int = 128
+    wide: Launch = Launch(256)
+    paired: Launch = Launch(128)
+    narrow: Launch = Launch(16, 4, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What does not change from one product of a layer to the next: the rows and their blocks, and how kernels are cut."""
+
+    rows: Blocks
+    share: int
+    plan: Plan
+    limit: float
+    alpha: float
+
+    @property
+    def routed(self) -> int:
+        return self.rows.slots.shape[0]
+
+    def product(
+        self,
+        x: jax.Array,
+        matrix: jax.Array,
+        *,
+        left: bool = False,
+        of_tokens: bool = False,
+        to_slots: bool = False,
+        exact: bool = False,
+        bias: jax.Array | None = None,
+        adapter: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Rows of `x` times their expert's matrix [E, N, K] transposed, or [E, K, N] if `left`: bfloat16 [R, N] of sorted rows.
+
+        Args:
+          of_tokens: rows of `x` are the tokens, not the sorted rows.
+          to_slots: float32 in the order of the slots.
+          exact: float32.
+          bias: [E, N].
+          adapter: rows of the rank [R, rank] float32, and the matrix [E, N, rank], or [E, rank, N] if `left`, to be added.
+        """
+        outputs = matrix.shape[2 if left else 1]
+        launch = self.plan.narrow if outputs <= 64 else self.plan.wide
+        dtype = jnp.float32 if to_slots or exact else jnp.bfloat16
+        out = jax.ShapeDtypeStruct((self.routed, outputs), dtype)
+        flags = {"LEFT": left, "SHARE": self.share if of_tokens else 0, "SCATTER": to_slots, "FLOAT": exact, "PAIRED": False}
+        return self._call(x, matrix, bias, adapter, launch, outputs, [out, jax.ShapeDtypeStruct((1,), jnp.bfloat16)], flags)[0]
+
+    def activation(
+        self, x: jax.Array, matrix: jax.Array, bias: jax.Array, adapter: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of the tokens' rows `x` and a matrix of gates and ups [E, 2 F, K]: [R, F], and what went into it [R, 2 F], both bfloat16."""
+        outputs = matrix.shape[1] // 2
+        out = [jax.ShapeDtypeStruct((self.routed, width), jnp.bfloat16) for width in (outputs, 2 * outputs)]
+        flags = {"LEFT": False, "SHARE": self.share, "SCATTER": False, "FLOAT": False, "PAIRED": True}
+        active, both = self._call(x, matrix, bias, adapter, self.plan.paired, outputs, out, flags)
+        return active, both
+
+    def _call(
+        self,
+        x: jax.Array,
+        matrix: jax.Array,
+        bias: jax.Array | None,
+        adapter: tuple[jax.Array, jax.Array] | None,
+        launch: Launch,
+        outputs: int,
+        out: list[Any],
+        flags: dict[str, Any],
+    ) -> list[jax.Array]:
+        none = jnp.zeros(1, jnp.float32)
+        low, second = adapter if adapter is not None else (none, none)
+        blocks, width = self.rows.blocks.shape[1], max(16, min(launch.outputs, 1 << (outputs - 1).bit_length()))
+        sizes = {"K": x.shape[1], "N": outputs, "BM": self.plan.rows, "BN": width, "STAGES": launch.stages}
+        more = {"BIAS": bias is not None, "RANK": low.shape[1] if adapter is not None else 0, "LIMIT": self.limit, "ALPHA": self.alpha}
+        return call_kernel(
+            experts_update_triton.grouped,
+            *(x, matrix, none if bias is None else bias, low, second, self.rows.slots, self.rows.blocks, blocks),
+            out=out,
+            grid=(-(-outputs // width), blocks),
+            warps=launch.warps,
+            stages=launch.stages,
+            constants={**sizes, **more, **flags},
+        )
+
+    def outer(self, u: jax.Array, v_RX: jax.Array, firsts: jax.Array, *, of_tokens: bool = False) -> jax.Array:
+        """For each expert the sum over its rows of u v^T: float32 [E, width of u, rank]."""
+        experts, width, rank = firsts.shape[0] - 1, u.shape[1], v_RX.shape[1]
+        block = min(128, 1 << (width - 1).bit_length())
+        return call_kernel(
+            experts_update_triton.outer,
+            *(u, v_RX, self.rows.slots, firsts),
+            out=jax.ShapeDtypeStruct((experts, width, rank), jnp.float32),
+            grid=(experts, -(-width // block)),
+            warps=4,
+            stages=3,
+            constants={"N": width, "BN": block, "BR": 64, "STAGES": 3, "SHARE": self.share if of_tokens else 0, "RANK": rank},
+        )
+
+
+def unpack(matrix: TiledMatrix, *, paired: bool) -> jax.Array:
+    """The matrices of all experts in bfloat16 [E, out, in], exactly; of paired ones gates come before ups."""
+    experts, slabs, tiles, m16, _ = matrix.words.shape
+    return call_kernel(
+        experts_update_triton.unpack,
+        *(matrix.words, matrix.factors),
+        out=jax.ShapeDtypeStruct((experts, slabs * m16 * ROWS, tiles * COLUMNS), jnp.bfloat16),
+        grid=(experts, slabs, tiles),
+        warps=2,
+        stages=1,
+        constants={"SLABS": slabs, "TILES": tiles, "M16": m16, "PAIRED": paired},
+    )
+
+
+def _gates_first(x: jax.Array) -> jax.Array:
+    """Axis 1 of [E, 2 F, ...], even places before odd ones."""
+    return jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
+
+
+def _alternating(x: jax.Array) -> jax.Array:
+    """The inverse of `_gates_first`."""
+    return jnp.stack(jnp.split(x, 2, axis=1), axis=2).reshape(x.shape)
+
+
+Adapter = tuple[jax.Array, jax.Array]
+"""[E, rank, in] and [E, out, rank]."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def mix_sorted(
+    x_TD: jax.Array,
+    weights_TX: jax.Array,
+    adapters: tuple[Adapter, Adapter] | None,
+    index_TX: jax.Array,
+    gate_up: TiledMatrix,
+    down: TiledMatrix,
+    limit: float,
+    alpha: float,
+    plan: Plan,
+) -> jax.Array:
+    """`mix_reference`'s sum for tiles, [T, D] float32, differentiable in `x_TD`, `weights_TX` and `adapters`.
+
+    Args:
+      x_TD: activations; rounded to bfloat16.
+      weights_TX, index_TX: the experts of each token, all different, and their weights.
+      adapters: of gate_up and of down, or None; those within the matrices are not looked at.
+      gate_up, down: of one layer, `gate_up` laid out with paired rows; their `scale` is that of the adapters.
+      limit, alpha: of the activation, see kernels.experts.gated.
+      plan: how kernels are cut.
+    """
+    return _forward(x_TD, weights_TX, adapters, index_TX, gate_up, down, limit, alpha, plan)[0]
+
+
+def _forward(
+    x_TD: Any, weights_TX: Any, adapters: Any, index_TX: Any, gate_up: Any, down: Any, limit: float, alpha: float, plan: Plan
+) -> tuple[jax.Array, tuple]:
+    (tokens, share), experts = index_TX.shape, gate_up.words.shape[0]
+    layer = _Layer(sort_rows(index_TX, experts, plan.rows), share, plan, limit, alpha)
+    x16 = x_TD.astype(jnp.bfloat16)
+    low_up: Any = None
+    low_down: Any = None
+    second_up = second_down = None
+    both: Any = adapters or ((None, None), (None, None))
+    (a_up, b_up), (a_down, b_down) = both
+    if adapters is not None:
+        low_up = gate_up.scale * layer.product(x16, a_up.astype(jnp.bfloat16), of_tokens=True, exact=True)
+        second_up = low_up, _gates_first(b_up)
+    bias_up = _gates_first(gate_up.bias.astype(jnp.float32))
+    active_RF, both_RF2 = layer.activation(x16, unpack(gate_up, paired=True), bias_up, second_up)
+    if adapters is not None:
+        low_down = down.scale * layer.product(active_RF, a_down.astype(jnp.bfloat16), exact=True)
+        second_down = low_down, b_down
+    bias_down = down.bias.astype(jnp.float32)
+    y_RD = layer.product(active_RF, unpack(down, paired=False), to_slots=True, bias=bias_down, adapter=second_down)
+    y_TXD = y_RD.reshape(tokens, share, -1)
+    out_TD = jnp.sum(y_TXD * weights_TX.astype(jnp.float32)[..., None], axis=1)
+    kept = x_TD, weights_TX, adapters, index_TX, gate_up, down, layer.rows, active_RF, both_RF2, y_TXD, low_up, low_down
+    return out_TD, kept
+
+
+def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.Array) -> tuple:
+    x_TD, weights_TX, adapters, index_TX, gate_up, down, rows, active_RF, both_RF2, y_TXD, low_up, low_down = kept
+    share, experts = index_TX.shape[1], gate_up.words.shape[0]
+    layer = _Layer(rows, share, plan, limit, alpha)
+    x16, slots = x_TD.astype(jnp.bfloat16), rows.slots
+    firsts = jnp.sum(index_TX.reshape(-1)[None] < jnp.arange(experts + 1)[:, None], axis=1, dtype=jnp.int32)
+    d_weights_TX = jnp.einsum("td,txd->tx", d_out_TD, y_TXD)
+    weights_R = weights_TX.astype(jnp.float32).reshape(-1)[slots]
+    d_y_RD = (d_out_TD[slots // share] * weights_R[:, None]).astype(jnp.bfloat16)
+
+    d_adapters = through_up = through_down = None
+    d_low_up: Any = None
+    d_low_down: Any = None
+    both: Any = adapters or ((None, None), (None, None))
+    (a_up, b_up), (a_down, b_down) = both
+    if adapters is not None:
+        d_low_down = down.scale * layer.product(d_y_RD, b_down.astype(jnp.bfloat16), left=True, exact=True)
+        through_down = d_low_down, a_down
+    d_active_RF = layer.product(d_y_RD, unpack(down, paired=False), left=True, adapter=through_down)
+    d_both_RF2 = _activation_gradient(both_RF2, d_active_RF, limit, alpha)
+    if adapters is not None:
+        d_low_up = gate_up.scale * layer.product(d_both_RF2, _gates_first(b_up).astype(jnp.bfloat16), left=True, exact=True)
+        through_up = d_low_up, a_up
+    d_x_RD = layer.product(d_both_RF2, unpack(gate_up, paired=True), left=True, to_slots=True, adapter=through_up)
+    d_x_TD = jnp.sum(d_x_RD.reshape(-1, share, d_x_RD.shape[1]), axis=1).astype(x_TD.dtype)
+    if adapters is not None:
+        # `low` holds the adapter's scale already, as does its gradient.
+        of_up = layer.outer(x16, d_low_up, firsts, of_tokens=True).swapaxes(1, 2), _alternating(layer.outer(d_both_RF2, low_up, firsts))
+        of_down = layer.outer(active_RF, d_low_down, firsts).swapaxes(1, 2), layer.outer(d_y_RD, low_down, firsts)
+        d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), (of_up, of_down), adapters)
+    return d_x_TD, d_weights_TX.astype(weights_TX.dtype), d_adapters, None, None, None
+
+
+def _activation_gradient(both_RF2: jax.Array, d_active_RF: jax.Array, limit: float, alpha: float) -> jax.Array:
+    """The gradient in gates and ups, [R, 2 F] bfloat16, of kernels.experts.gated; zero where they are clamped."""
+
+    def gated(both_RF2: jax.Array) -> jax.Array:
+        gate, up = jnp.split(both_RF2.astype(jnp.float32), 2, axis=1)
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+    _, pull = jax.vjp(gated, both_RF2)
+    return pull(d_active_RF.astype(jnp.float32))[0]
+
+
+mix_sorted.defvjp(_forward, _backward)
+
+
+def mix(
+    x_TD: jax.Array,
+    index_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    experts: int,
+    adapted: bool,
+    limit: float,
+    alpha: float,
+    layer: jax.Array | None = None,
+    plan: Plan = Plan(),
+) -> jax.Array:
+    """`mix_reference` by the kernels, for matrices that give tiles (`words` and `factors` among their arrays).
+
+    Raises:
+      ConfigError: a matrix gives none, or only one has an adapter, or a stack of layers is given.
+    """
+    del experts  # as many as there are tiles
+    arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
+    if layer is not None or any("words" not in own for own in arrays) or ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
+        raise ConfigError("The update's kernels of experts take one layer's tiles of both matrices, with adapters on both or on none.")
+    adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
+    tiles = (TiledMatrix(**own, scale=getattr(matrix, "scale", 0.0)) for matrix, own in zip((gate_up, down), arrays, strict=True))
+    return mix_sorted(x_TD, weights_TX, adapters, index_TX, *tiles, limit, alpha, plan)

@@ -1,0 +1,118 @@
+"""Runs the update's kernels of experts in Triton's interpreter, on the CPU, and prints errors against the reference in float32 as JSON.
+
+A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_experts_update.py
+
+The interpreter cuts float32 to bfloat16 where a GPU rounds, so errors are about twice as large as there.
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from discover_jax.kernels import experts_update
+from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.experts_decode import TiledMatrix
+from discover_jax.kernels.experts_update import Launch, Plan, mix_sorted, unpack
+from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out
+from discover_jax.models.mxfp4 import dequantise
+
+EXPERTS, WIDTH, HIDDEN, ACTIVE, RANK, SCALE = 4, 128, 64, 2, 4, 0.5
+LIMIT, ALPHA = 2.0, 1.702
+PLAN = Plan(rows=16, wide=Launch(128), paired=Launch(32), narrow=Launch(16))
+
+
+def _torch(argument: Any) -> Any:
+    if not isinstance(argument, jax.Array):
+        return argument
+    if argument.dtype == jnp.bfloat16:
+        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
+    return torch.from_numpy(np.array(argument))
+
+
+def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> Any:
+    shapes = out if isinstance(out, list) else [out]
+    # Whatever is not written stays NaN.
+    results = [torch.full(one.shape, float("nan"), dtype=torch.bfloat16 if one.dtype == jnp.bfloat16 else torch.float32) for one in shapes]
+    kernel[grid](*(_torch(a) for a in arguments), *results, **constants)
+    arrays = [jnp.asarray(result.float().numpy(), one.dtype) for result, one in zip(results, shapes, strict=True)]
+    return arrays if isinstance(out, list) else arrays[0]
+
+
+class Dense:
+    """The same matrix for the reference, in float32."""
+
+    def __init__(self, weight: jax.Array, bias: jax.Array, adapter: tuple[jax.Array, jax.Array] | None):
+        self.own = {"weight": weight, "bias": bias} | ({"a": adapter[0], "b": adapter[1]} if adapter is not None else {})
+
+    def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
+        return self.own
+
+    def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
+        y = x_Ti @ one["weight"].T + one["bias"]
+        return y + SCALE * (x_Ti @ one["a"].T) @ one["b"].T if "a" in one else y
+
+
+def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool) -> tuple[TiledMatrix, jax.Array]:
+    blocks = jnp.asarray(rng.integers(0, 256, (EXPERTS, out, into // 32, 16), dtype=np.uint8))
+    scales = jnp.asarray(rng.integers(121, 124, (EXPERTS, out, into // 32), dtype=np.uint8))
+    tiles = lay_out(blocks, scales, SLABS["gate_up" if paired else "down"])
+    bias = jnp.asarray(0.3 * rng.normal(size=(EXPERTS, out)), jnp.bfloat16).astype(jnp.float32)
+    return TiledMatrix(*tiles, bias, scale=SCALE), dequantise(blocks, scales, jnp.float32)
+
+
+def errors(tokens: int, skew: float, adapted: bool) -> dict[str, float]:
+    """Relative errors of the output and of each derivative; a large skew sends all tokens to the same experts."""
+    rng = np.random.default_rng(tokens)
+
+    def exact(*shape: int, scale: float = 0.3) -> jax.Array:
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)
+
+    (gate_up, w1), (down, w2) = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True), _matrix(rng, WIDTH, HIDDEN, paired=False)
+    same = {
+        "unpacked gates and ups": unpack(gate_up, paired=True).astype(jnp.float32) - jnp.concatenate([w1[:, 0::2], w1[:, 1::2]], axis=1),
+        "unpacked": unpack(down, paired=False).astype(jnp.float32) - w2,
+    }
+    x, weights = exact(tokens, WIDTH, scale=0.5), jnp.asarray(rng.uniform(0.1, 1, size=(tokens, ACTIVE)), jnp.float32)
+    order = np.argsort(rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS), axis=1)
+    index = jnp.asarray(order[:, :ACTIVE].astype(np.int32))
+    shapes = ((EXPERTS, RANK, WIDTH), (EXPERTS, 2 * HIDDEN, RANK)), ((EXPERTS, RANK, HIDDEN), (EXPERTS, WIDTH, RANK))
+    adapters = jax.tree.map(lambda shape: exact(*shape), shapes, is_leaf=lambda node: isinstance(node[0], int)) if adapted else None
+    d_out = exact(tokens, WIDTH)
+
+    def reference(x: jax.Array, weights: jax.Array, adapters: Any) -> jax.Array:
+        first, second = adapters if adapters is not None else (None, None)
+        options = {"experts": EXPERTS, "adapted": adapted, "limit": LIMIT, "alpha": ALPHA}
+        return mix_reference(x, index, weights, Dense(w1, gate_up.bias, first), Dense(w2, down.bias, second), **options)
+
+    expected, pull = jax.vjp(reference, x, weights, adapters)
+    got, pull_got = jax.vjp(lambda *leaves: mix_sorted(*leaves, index, gate_up, down, LIMIT, ALPHA, PLAN), x, weights, adapters)
+    names = ("x", "weights", "a of gate_up", "b of gate_up", "a of down", "b of down")
+    pairs = zip(names[: 6 if adapted else 2], jax.tree.leaves(pull_got(d_out)), jax.tree.leaves(pull(d_out)), strict=True)
+
+    def relative(got: jax.Array, expected: jax.Array) -> float:
+        return float(np.linalg.norm(np.asarray(got - expected)) / np.linalg.norm(np.asarray(expected)))
+
+    found = {name: float(jnp.abs(difference).max()) for name, difference in same.items()}
+    return found | {"output": relative(got, expected)} | {name: relative(ours, theirs) for name, ours, theirs in pairs}
+
+
+CASES = {
+    "any routing": (37, 0.0, True),
+    "two experts have all rows, two none": (21, 100.0, True),
+    "one token, no adapter": (1, 0.0, False),
+}
+
+
+def main() -> None:
+    experts_update.call_kernel = _interpret
+    print(json.dumps({name: errors(*case) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The update's kernels of experts: in Triton's interpreter they give the reference's output and derivatives for any routing."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
+def test_interpreted_kernels_have_the_reference_s_derivatives():
+    script = Path(__file__).with_name("interpreted_experts_update.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 3
+    for case, errors in found.items():
+        assert errors.pop("unpacked") == 0.0
+        assert errors.pop("unpacked gates and ups") == 0.0
+        assert len(errors) == (3 if "no adapter" in case else 7)
+        assert 0 < max(errors.values()) < 0.02, (case, errors)
