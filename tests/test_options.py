@@ -1,8 +1,22 @@
-"""Every option of the method in whole runs of the apprentice, in this process: each value of each choice at least once."""
+"""Every option of the method in whole runs, in this process: each value of each choice in at least one of them.
+
+Most are of the apprentice. The one with full prompts is of the phrase model of tests/faults, which takes any prompt and costs milliseconds.
+"""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).with_name("faults")))
+
+import jax
+import numpy as np
+import phrase_config
 import pytest
+import remainders
+import tiny_run
+from phrase_model import write_phrase_model
 
 from discover_jax import config as settings
 from discover_jax import main
@@ -11,18 +25,38 @@ from discover_jax.archive.samplers import SAMPLERS
 from discover_jax.execution import sandbox
 from discover_jax.learning.advantages import ESTIMATORS
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
-from discover_jax.learning.signals import DUPLICATES
+from discover_jax.learning.signals import DUPLICATES, Signals
+from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import NullConsole
+from discover_jax.runs.summary import scale_warning
+from discover_jax.tasks.competition import TRANSFORMS
+from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.text.prompts import IDEAS, STYLES, build_prompt
+from discover_jax.text.tokenizer import load_tokenizer
+from discover_jax.types import SEED
 
+SEVERAL = "the paper's on several competitions"
+USERS = "full prompts of a user's competitions"
 RUNS = {
-    "the paper's on several competitions": {
+    SEVERAL: {
         "task.competition": "digits-parity, breast-cancer, diabetes",
         "reuse.sampler": "puct",
-        "reuse.children": 2,
+        "sampling.thinking_tokens": 2,
         "train.advantage": "entropic_adaptive",
         "train.kl_coefficient": 0.1,
         "train.loss": "ppo",
         "train.num_substeps": 2,
+    },
+    USERS: {
+        "task.competition": "negated.py, inverse.py, ranked.py, hopeless.py",
+        "groups": 4,
+        "prompt.style": "full",
+        "prompt.ideas": 2,
+        "prompt.error_chars": 600,
+        "prompt.stdout_chars": 100,
+        "prompt.reasoning_effort": "low",
+        "train.max_grad_norm": 1e-3,
+        "train.replay_routing": False,
     },
     "variety": {
         "reuse.fresh": 0.5,
@@ -44,23 +78,88 @@ RUNS = {
         "task.holdout_folds": 2,
     },
 }
-SEVERAL = "the paper's on several competitions"
-PARAMETERS = [pytest.param(name, marks=[] if name == SEVERAL else pytest.mark.slow) for name in RUNS]
+PARAMETERS = [pytest.param(name, marks=[] if name in (SEVERAL, USERS) else pytest.mark.slow) for name in RUNS]
+
+# The phrase model's competition with other transforms; and one that none of its programs solves.
+USERS_COMPETITIONS = {
+    "negated": 'metric=ERROR, transform="negate", failure_reward=-2.0',
+    "inverse": 'metric=ERROR, transform="inverse", failure_reward=0.0',
+    "ranked": 'transform="rank_in_group"',
+    "hopeless": 'metric=Metric("accuracy", higher_is_better=True, function=only_twos), prepare=twos, description=LONG',
+}
+COMPETITION_FILE = """\
+import dataclasses
+
+{remainders}
+
+ERROR = Metric("error", higher_is_better=False, function=lambda answers_R, predictions_R: 1.0 - _accuracy(answers_R, predictions_R))
 
 
-def run(folder, **changes):
+LONG = "Predict `y` from `id`." + " It is as long as what others say of their last program." * 8
+
+
+def only_twos(answers_R, predictions_R):
+    if not (predictions_R == 2).all():
+        raise ValueError("predictions must be 2" + ", and nothing but 2" * 20)
+    return 0.5
+
+
+def twos(raw, public, private):
+    prepare(raw, public, private)
+    path = public / "sample_submission.csv"
+    pd.read_csv(path).assign(y=2).to_csv(path, index=False)
+
+
+COMPETITION = dataclasses.replace(COMPETITION, id="{id}", {changes})
+"""
+
+
+class Notes(NullConsole):
+    """Keeps what people are told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def apprentice_config():
     config = settings.default_config()
-    config.name = "options"
     config.task.competition = "digits-parity"
     apprentice_on_cpu(config)
     config.groups, config.group_size, config.train.steps = 2, 3, 2
     config.sampling.slots, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = 6, 512, 384
+    return config
+
+
+def users_config(root):
+    """Four competitions in files, and a budget of prompts that all fit into but the hopeless one's with all of its error."""
+    if not (root / "model").exists():
+        write_phrase_model(root / "model")
+        for id, changes in USERS_COMPETITIONS.items():
+            text = COMPETITION_FILE.format(remainders=Path(remainders.__file__).read_text(), id=id, changes=changes)
+            (root / f"{id}.py").write_text(text)
+    config = phrase_config.get_config(str(root / "model"))
+    config.train.steps = 2
+    config.update_from_flattened_dict(RUNS[USERS])
+    config.task.competition = ", ".join(str(root / f"{id}.py") for id in USERS_COMPETITIONS)
+    tasks, tokenizer = prepare_tasks(config.task, folder=root / "tasks", seed=0), load_tokenizer(root / "model")
+    config.sampling.max_prompt_tokens = 100_000
+    first = [build_prompt(task, SEED, (), main._prompt_settings(config), tokenizer, group=0, step=0) for task in tasks]
+    config.sampling.max_prompt_tokens = max(len(prompt.tokens_P) for prompt in first) + 350
+    return config
+
+
+def run(folder, config, **changes):
+    config.name = "options"
     with config.unlocked():
         for name, value in changes.items():
             assert name in settings.settings()
             config.update_from_flattened_dict({name: value})
-    main.run(settings.validate(config), folder, console=NullConsole())
-    return rows(folder / "journal.jsonl"), rows(folder / "metrics.jsonl")
+    console = Notes()
+    main.run(settings.validate(config), folder, console=console)
+    return rows(folder / "journal.jsonl"), rows(folder / "metrics.jsonl"), console.notes
 
 
 def rows(path):
@@ -73,21 +172,27 @@ def light(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("options")
+
+
+@pytest.fixture(scope="module")
+def results(root):
     """Runs by name, each done when it is first asked for."""
-    root, done = tmp_path_factory.mktemp("options"), {}
+    done = {}
 
     def result(name):
         if name not in done:
-            done[name] = (root / name, *run(root / name, **RUNS[name]))
+            config, changes = (users_config(root), {}) if name == USERS else (apprentice_config(), RUNS[name])
+            done[name] = (root / name, *run(root / name, config, **changes))
         return done[name]
 
     return result
 
 
 def test_the_runs_use_every_choice():
-    used = {(name, value) for changes in RUNS.values() for name, value in changes.items()}
-    defaults = {(name, row.default) for name, row in settings.settings().items()}
+    """What a run does not set it has from the defaults, so every value is that of a run."""
+    known = settings.settings()
     tables = {
         "reuse.sampler": SAMPLERS,
         "train.advantage": ESTIMATORS,
@@ -95,21 +200,37 @@ def test_the_runs_use_every_choice():
         "train.reduction": REDUCTIONS,
         "diversity.duplicates": DUPLICATES,
         "task.reward": ("grade", "holdout"),
+        "prompt.style": STYLES,
     }
+    brief = {"prompt.style": "brief"}  # of the apprentice
     for name, table in tables.items():
-        assert set(settings.settings()[name].choices) == set(table)
-        assert {(name, value) for value in table} <= used | defaults
+        assert set(known[name].choices) == set(table)
+        assert {(brief | changes).get(name, known[name].default) for changes in RUNS.values()} == set(table)
+    bundled = {"identity", "log"}  # of those in SEVERAL
+    assert bundled | {name for name in TRANSFORMS if any(f'"{name}"' in changes for changes in USERS_COMPETITIONS.values())} == set(
+        TRANSFORMS
+    )
+    off_by_default = ("sampling.thinking_tokens", "sampling.temperature_spread", "prompt.ideas", "reuse.fresh", "reuse.distinct")
+    off_by_default += ("train.kl_coefficient", "train.max_grad_norm", "diversity.novelty_bonus")
+    for name in off_by_default:
+        assert not known[name].default
+        assert any(changes.get(name) for changes in RUNS.values())
+    for name in ("train.replay_routing", "train.measure_kl"):
+        assert known[name].default
+        assert any(changes.get(name) is False for changes in RUNS.values())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_runs_end_to_end(results, name):
-    _, journal, metrics = results(name)
-    assert len(journal) == 12
+    _, journal, metrics, _ = results(name)
+    assert len(journal) == 2 * 3 * RUNS[name].get("groups", 2)
     assert [row["step"] for row in metrics] == [0, 1]
     assert all(row["logprob_gap/mean"] < 1e-5 for row in metrics)
-    assert any(row["reward"] > -1 for row in journal)
-    if not all(row["update/skipped"] for row in metrics):
-        assert any(row["adapter_step"] > 0 for row in journal) or metrics[0]["update/skipped"]
+    tasks = {row["task"] for row in journal} - {"hopeless"}
+    assert {row["task"] for row in journal if row["outcome"] == "ok"} == tasks
+    assert [row["update/skipped"] for row in metrics] == [0, 0]
+    substeps = RUNS[name].get("train.num_substeps", 1)
+    assert [row["adapter_step"] for row in journal] == [0] * (len(journal) // 2) + [substeps] * (len(journal) // 2)
     if "train.kl_coefficient" in RUNS[name]:
         assert metrics[0]["kl_base/mean"] == pytest.approx(0.0, abs=1e-5)  # the adapter begins as the base model
     if RUNS[name].get("reuse.sampler") == "fixed":
@@ -117,10 +238,12 @@ def test_runs_end_to_end(results, name):
         assert "kl_base/mean" not in metrics[0]
     if "reuse.fresh" in RUNS[name]:
         assert {row["parent_id"] for row in journal if row["group"] == 1} == {"seed"}
+    # The apprentice needs three tokens to begin an answer, so that two are never enough.
+    assert {row["sample/forced_frac"] for row in metrics} == {1.0 if "sampling.thinking_tokens" in RUNS[name] else 0.0}
 
 
 def test_the_groups_of_several_competitions_take_turns(results):
-    folder, journal, metrics = results(SEVERAL)
+    folder, journal, metrics, _ = results(SEVERAL)
     ids = ["digits-parity", "breast-cancer", "diabetes"]
     assert [journal[group * 3]["task"] for group in range(4)] == [*ids, ids[0]]
     assert all(row["parent_id"] == "seed" or row["task"] == journal[0]["task"] for row in journal)
@@ -130,17 +253,137 @@ def test_the_groups_of_several_competitions_take_turns(results):
     disclosed = json.loads((folder / "disclosure.json").read_text())["competitions"]
     assert [each["id"] for each in disclosed] == ids
     for id in ids:
-        scored = [row["score"] for row in journal if row["task"] == id and row["score"] is not None]
-        assert (folder / "best" / id / "solution.py").exists() == bool(scored)
+        assert (folder / "best" / id / "solution.py").exists()
+
+
+def test_transforms_make_rewards_and_signals(results):
+    """By hand, from the scores and advantages that the run wrote down."""
+    folder, journal, _, notes = results(USERS)
+    scored = [row for row in journal if row["score"] is not None]
+    by_hand = {"negated": lambda score: -score, "inverse": lambda score: 1 / (1 + score), "ranked": lambda score: score}
+    for row in scored:
+        assert row["reward"] == pytest.approx(by_hand[row["task"]](row["score"]))
+    (ranked,) = (group for group in range(4) if journal[group * 3]["task"] == "ranked")
+    shown = rows(folder / "rollouts" / "step-000000.jsonl")[ranked * 3 : ranked * 3 + 3]
+    below = np.array([[(a["reward"] > b["reward"]) + (a["reward"] == b["reward"]) / 2 for b in shown] for a in shown]).sum(1) - 0.5
+    weights = np.exp(2.0 * below / 2)
+    assert len({row["reward"] for row in shown}) > 1
+    np.testing.assert_allclose([row["advantage"] for row in shown], weights / weights.mean() - 1)
+    (warning,) = (note for note in notes if "different scales" in note)
+    assert "negated: error, transform 'negate'" in warning
+
+
+def test_when_scales_differ_is_said_and_when_not(tmp_path):
+    def tasks(competitions):
+        config = apprentice_config()
+        config.task.competition = competitions
+        return prepare_tasks(config.task, folder=tmp_path / competitions, seed=0)
+
+    shares, mixed = tasks("digits-parity"), tasks("digits-parity, breast-cancer, diabetes")
+    for advantage in set(ESTIMATORS) - {"entropic_adaptive"}:
+        said = scale_warning(mixed, advantage)
+        assert said is not None
+        assert "digits-parity: accuracy, transform 'identity'" in said
+        assert f"config.train.advantage = {advantage!r}" in said
+        assert scale_warning([*shares, *shares], advantage) is None  # shares of rows are shares of rows
+    assert scale_warning(mixed, "entropic_adaptive") is None
+    assert scale_warning(mixed[2:], "entropic") is None
+
+
+def test_groups_whose_copies_leave_too_few_are_counted_for_people():
+    """Constant groups are not among them: they teach nothing to any estimator."""
+    values_K, all_K, two_K = np.array([0.5, 0.5, 0.75]), np.array([True, True, True]), np.array([True, False, True])
+    signals = [Signals(values_K, all_K), Signals(values_K, two_K), Signals(np.full(3, 0.5), two_K)]
+    assert {name: main._too_few(signals, name) for name in ESTIMATORS} == {name: int(name == "entropic_adaptive") for name in ESTIMATORS}
+
+
+def test_a_prompt_that_is_shortened_is_told_and_counted(results):
+    folder, _, metrics, notes = results(USERS)
+    assert [row["prompt/shortened"] for row in metrics] == [0, 1]
+    (told,) = (note for note in notes if "shortened" in note)
+    assert "1 of 4 prompts were shortened to" in told
+    assert "Group 3, built on seed: of the output 0 of 0 characters are shown, of the error" in told
+    first, later = ([row["prompt"] for row in rows(folder / "rollouts" / f"step-{step:06d}.jsonl")][::3] for step in (0, 1))
+    assert "The last attempt failed:\n\n```\n[...]\n" in later[3]
+    assert all("Reasoning: low" in prompt and "failed" not in prompt for prompt in first)
+    for prompt in later[:3]:
+        assert "# Your last program" in prompt
+        assert sum(idea in prompt for idea in IDEAS) == 2
+
+
+def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config, **changes):
+    """Specialising on one of a run's competitions: archive, journal, adapter and optimiser come along."""
+    source, journal, _, _ = results(name)
+    stands = []
+    restore = main.restore
+
+    def restore_and_tell(*arguments):
+        stand = restore(*arguments)
+        stands.append(jax.tree.map(np.array, stand.train_state))  # the arrays themselves are given to the update
+        return stand
+
+    monkeypatch.setattr(main, "restore", restore_and_tell)
+    further, metrics, _ = run(folder, config, **{"train.resume_from": str(source), "train.steps": 1, **changes})
+    new = further[len(journal) :]
+    assert further[: len(journal)] == journal
+    assert {(row["task"], row["step"]) for row in new} == {(id, 2)}
+    mine = [row for row in journal if row["task"] == id and row["score"] is not None]
+    assert {row["parent_id"] for row in new} <= {row["id"] for row in mine}
+    assert (
+        metrics[-1]["best/score"] == max([*mine, *(row for row in new if row["score"] is not None)], key=lambda row: row["reward"])["score"]
+    )
+
+    # The adapter is the other run's after its last step: its count of updates, its weights, its optimiser.
+    updates = 2 * RUNS[name].get("train.num_substeps", 1)
+    assert {row["adapter_step"] for row in new} == {updates}
+    (state,) = stands
+    earlier = Checkpoints(source / "checkpoints", keep=1, every=0, read_only=True)
+    theirs, _ = earlier.restore(1, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state))
+    earlier.close()
+    assert theirs is not None
+    assert int(theirs.step) == int(state.step) == updates
+    ours, others = jax.tree.leaves(state), jax.tree.leaves(theirs)
+    assert len(ours) == len(others)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, others, strict=True))
+    # They have learned something, and are not what a run begins with: half of an adapter's matrices are zero then.
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.lora))
+
+
+def test_one_of_a_user_s_competitions_goes_on_alone(results, root, tmp_path, monkeypatch):
+    changes = {"task.competition": str(root / "negated.py"), "groups": 1}
+    check_that_one_goes_on_alone(results, monkeypatch, tmp_path / "alone", USERS, "negated", users_config(root), **changes)
 
 
 @pytest.mark.slow
-def test_one_of_several_competitions_goes_on_alone(results, tmp_path):
-    folder, journal, _ = results(SEVERAL)
-    further, metrics = run(tmp_path / "alone", **{"train.resume_from": str(folder), "train.steps": 1, "groups": 1})
-    assert further[:12] == journal
-    assert {row["task"] for row in further[12:]} == {"digits-parity"}
-    assert {row["step"] for row in further[12:]} == {2}
-    best = max((row for row in journal if row["task"] == "digits-parity" and row["score"] is not None), key=lambda row: row["score"])
-    assert further[12]["parent_id"] in {row["id"] for row in journal if row["task"] == "digits-parity"}
-    assert metrics[-1]["best/score"] >= best["score"]
+def test_one_of_several_competitions_goes_on_alone(results, tmp_path, monkeypatch):
+    check_that_one_goes_on_alone(results, monkeypatch, tmp_path / "alone", SEVERAL, "digits-parity", apprentice_config(), groups=1)
+
+
+@pytest.mark.slow
+def test_a_run_with_puct_that_was_killed_is_the_unbroken_one(tmp_path):
+    """kill -9 within its third step, when programs have children; then the same command."""
+    write_phrase_model(tmp_path / "model")
+    environment = tiny_run.environment(tmp_path)
+
+    def command(workdir):
+        return [*tiny_run.command(tmp_path, workdir), "--config.reuse.sampler=puct", "--config.groups=3"]
+
+    done = subprocess.run(command(tmp_path / "unbroken"), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    learned = 0
+    for line in process.stdout:
+        learned += line.startswith("phase learning")
+        if learned == 3:
+            break
+    process.kill()
+    process.stdout.close()
+    assert process.wait() == -9
+    done = subprocess.run(command(tmp_path / "killed"), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step 2" in done.stdout
+    expected, found = tiny_run.results(tmp_path / "unbroken"), tiny_run.results(tmp_path / "killed")
+    assert found == expected
+    parents = {row["parent_id"] for row in rows(tmp_path / "killed" / "journal.jsonl")}
+    assert len(parents - {"seed"}) > 2  # puct had something to choose from
