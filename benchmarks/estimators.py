@@ -2,7 +2,7 @@
 
     python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
-        [--summary] [--csv=FILE]
+        [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--summary] [--csv=FILE]
 
 Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted
 comparison goes on. Runs at once share the machine's cores evenly, each bound to its own, and all share one cache of verdicts: the first
@@ -101,7 +101,7 @@ def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]
     if arguments.diversity:
         # At the preset's rate little collapses within a few steps; a higher one shows what the means are for.
         harder = (f"--config.train.learning_rate={arguments.learning_rate}",) if arguments.learning_rate else ()
-        return {name: ("main", (*harder, *flags)) for name, flags in DIVERSITY.items()}
+        return {name: ("main", (*harder, *DIVERSITY[name])) for name in arguments.means.split(",")}
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for reuse, learning in itertools.product(arguments.reuse.split(","), arguments.learning.split(",")):
         flags = LEARNING[learning]
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--reuse", default=",".join(REUSE))
     parser.add_argument("--learning", default=",".join(LEARNING))
     parser.add_argument("--diversity", action="store_true")
+    parser.add_argument("--means", default=",".join(DIVERSITY), help="those of the comparison of diversity")
     parser.add_argument("--learning_rate", type=float, default=0.0, help="of the comparison of diversity; 0: the preset's")
     parser.add_argument("--flag", action="append", default=[], help="another flag of the run, such as --flag=--config.execution.cores=1")
     parser.add_argument("--csv", type=Path, help="also write a row for each step of each run here")
