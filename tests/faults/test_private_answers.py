@@ -28,7 +28,7 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["split", pytest.param("folds", marks=pytest.mark.slow)])
 def kind(request) -> str:
     """One split, or cross-validation."""
     return request.param
