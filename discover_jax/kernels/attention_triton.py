@@ -8,16 +8,9 @@ Exponentials are of base 2, so scores carry log2(e).
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from discover_jax.kernels.dot_triton import dot
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _dot(a, b, sums):
-    """sums + a b of bfloat16, summed in float32."""
-    if INTERPRETED:  # it takes the bits of bfloat16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums)
 
 
 @triton.jit
@@ -98,13 +91,13 @@ def attend(
         k = tl.load(keys_ptr + at + tile)
         # Places that are not in use may hold NaN, which a weight of zero would let through.
         v = tl.load(values_ptr + at + tile, mask=seen[:, None], other=0.0)
-        scores = _dot(q, tl.trans(k), tl.zeros([ROWS, BLOCK], tl.float32))
+        scores = dot(q, tl.trans(k), tl.zeros([ROWS, BLOCK], tl.float32))
         scores = tl.where(seen[None, :], scores * scale, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         shrink = tl.exp2(highest - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        out = _dot(weights.to(tl.bfloat16), v, out * shrink[:, None])
+        out = dot(weights.to(tl.bfloat16), v, out * shrink[:, None])
         highest = higher
 
     out = out / total[:, None]

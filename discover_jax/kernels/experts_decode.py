@@ -17,7 +17,7 @@ from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import ExpertMatrix, gated, mix_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
-from discover_jax.kernels.triton_call import call_kernel
+from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
 SPLIT = 5
 """Parts at most into which the columns of an adapter's A are divided among programs."""
@@ -79,16 +79,12 @@ def plan(routed: int, experts: int) -> Plan:
     return Plan(32, Launch(1, 1, 3, 2), Launch(3, 1, 3, 2))
 
 
-def _largest_divisor(number: int, most: int) -> int:
-    return next(n for n in range(most, 0, -1) if number % n == 0)
-
-
 def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: int) -> tuple[jax.Array, int, int]:
     """Parts of the adapter's inner product, their number, and the rank; a placeholder and zeros without an adapter."""
     if matrix.lora_a is None:
         return jnp.zeros(1, jnp.float32), 1, 0
     routed, (_, rank, width) = rows.slots.shape[0], matrix.lora_a.shape
-    split = _largest_divisor(width // COLUMNS, SPLIT)
+    split = largest_divisor(width // COLUMNS, SPLIT)
     low = call_kernel(
         experts_triton.times_a,
         *(x, matrix.lora_a, rows.slots, rows.blocks, rows.blocks.shape[1], routed),
@@ -116,8 +112,8 @@ def multiply(
     """Routed rows times their expert's matrix: the activation in bfloat16 [R, out/2] if paired, else float32 parts [depth, R, out]."""
     _, slabs, columns, m16, _ = matrix.words.shape
     routed, count, out = rows.slots.shape[0], rows.blocks.shape[1], slabs * m16 * ROWS
-    parts, depth = _largest_divisor(slabs, launch.parts), _largest_divisor(columns, launch.depth)
-    step = _largest_divisor(columns // depth, launch.step)
+    parts, depth = largest_divisor(slabs, launch.parts), largest_divisor(columns, launch.depth)
+    step = largest_divisor(columns // depth, launch.step)
     gated_there = paired and depth == 1
     low, split, rank = _low(x, matrix, rows, block=block, share=share)
     lora_b = low if matrix.lora_b is None else matrix.lora_b

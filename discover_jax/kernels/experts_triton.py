@@ -8,8 +8,9 @@ beyond the last used one end at once.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from discover_jax.kernels.dot_triton import INTERPRETED, dot
+
 COLUMNS: tl.constexpr = tl.constexpr(64)
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 UNSHIFT: tl.constexpr = tl.constexpr(float(2**32))  # 2^mxfp4_tiles.SHIFT
 
 
@@ -27,14 +28,6 @@ def _halves(pair):
 def _times(pair, factor):
     """Both halves times those of the factor. Exact, so the compiler turns it into one multiplication of packed bfloat16."""
     return (_halves(pair) * _halves(factor)).to(tl.bfloat16)
-
-
-@triton.jit
-def _dot(a, b, sums):
-    """sums + a b of bfloat16, summed in float32."""
-    if INTERPRETED:  # it takes the bits of bfloat16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums)
 
 
 @triton.jit
@@ -123,7 +116,7 @@ def matmul(
                 tile = part * SLAB + j * M16
                 words = tl.load(words_at + tile * 128, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
                 factors = tl.load(factors_at + tile * 8, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
-                added = added + (_dot(_unpack(words, factors, M16), x, sums[part]),)  # noqa: RUF005
+                added = added + (dot(_unpack(words, factors, M16), x, sums[part]),)  # noqa: RUF005
             sums = added
         words_at += STEP * M16 * 128
         factors_at += STEP * M16 * 8
@@ -148,7 +141,7 @@ def matmul(
             full += tl.load(bias_ptr + expert * OUT + out).to(tl.float32)[:, None]
         if RANK > 0 and deep == 0:
             b = tl.load(lora_b_ptr + (expert * OUT + out)[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-            full = _dot(b.to(tl.bfloat16), low.to(tl.bfloat16), full)
+            full = dot(b.to(tl.bfloat16), low.to(tl.bfloat16), full)
         if GATED:
             gate, up = tl.split(full.reshape(2, M // 2, N).permute(1, 2, 0))
             gate = tl.minimum(gate, LIMIT)
@@ -193,7 +186,7 @@ def times_a(
     sums = tl.zeros([PADDED, N], tl.float32)
     for _ in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         a = tl.load(a_at, mask=(r < RANK)[:, None], other=0.0)
-        sums = _dot(a.to(tl.bfloat16), tl.load(x_at), sums)
+        sums = dot(a.to(tl.bfloat16), tl.load(x_at), sums)
         a_at += COLUMNS
         x_at += COLUMNS
     tl.store(low_ptr + (part * routed + slot)[None, :] * RANK + r[:, None], sums * SCALE, mask=live[None, :] & (r < RANK)[:, None])

@@ -7,7 +7,8 @@ block, for its expert's matrix. Programs of blocks that have no rows end at once
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from discover_jax.kernels.experts_triton import UNSHIFT, _dot, _unpack
+from discover_jax.kernels.dot_triton import dot
+from discover_jax.kernels.experts_triton import UNSHIFT, _unpack
 
 COLUMNS: tl.constexpr = tl.constexpr(64)
 
@@ -51,7 +52,7 @@ def _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N: tl.constexpr, RANK: 
     else:
         at = (expert * N + n)[None, :] * RANK + r[:, None]
     b = tl.load(b_ptr + at, mask=(r < RANK)[:, None] & (n < N)[None, :], other=0.0)
-    return _dot(low.to(tl.bfloat16), b.to(tl.bfloat16), sums)
+    return dot(low.to(tl.bfloat16), b.to(tl.bfloat16), sums)
 
 
 @triton.jit
@@ -102,9 +103,9 @@ def grouped(
     ups = tl.zeros([BM, BN], tl.float32)
     for _ in tl.range(0, K, COLUMNS, num_stages=STAGES):
         x = tl.load(x_at, mask=live[:, None], other=0.0)
-        sums = _dot(x, tl.load(w_at, mask=inside[None, :], other=0.0), sums)
+        sums = dot(x, tl.load(w_at, mask=inside[None, :], other=0.0), sums)
         if PAIRED:
-            ups = _dot(x, tl.load(w_at + N * K, mask=inside[None, :], other=0.0), ups)
+            ups = dot(x, tl.load(w_at + N * K, mask=inside[None, :], other=0.0), ups)
         x_at += COLUMNS
         w_at += COLUMNS * (N if LEFT else 1)
     WIDE: tl.constexpr = 2 * N if PAIRED else N
@@ -164,6 +165,6 @@ def outer(
             source = (tl.load(slots_ptr + row, mask=live, other=0) // SHARE).to(tl.int64)
         u = tl.load(u_ptr + source[None, :] * N + n[:, None], mask=live[None, :] & (n < N)[:, None], other=0.0)
         v = tl.load(v_ptr + row[:, None] * RANK + r[None, :], mask=live[:, None] & (r < RANK)[None, :], other=0.0)
-        sums = _dot(u, v.to(tl.bfloat16), sums)
+        sums = dot(u, v.to(tl.bfloat16), sums)
     at = (expert * N + n).to(tl.int64)[:, None] * RANK + r[None, :]
     tl.store(out_ptr + at, sums, mask=(n < N)[:, None] & (r < RANK)[None, :])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from discover_jax.kernels import projections_triton
 from discover_jax.kernels.projections import Stack, project_reference
 from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
-from discover_jax.kernels.triton_call import call_kernel
+from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
 COLUMNS = _COLUMNS.value
 MOST_ROWS = 256
@@ -35,10 +35,6 @@ def plan(rows: int, outputs: int) -> Launch:
     if rows <= 32:
         return Launch(64, 3, 5, 4)
     return Launch(128, 3, 4, 8) if outputs > 4096 else Launch(64, 3, 4, 4)
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return next(n for n in range(most, 0, -1) if number % n == 0)
 
 
 def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
@@ -66,7 +62,7 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
     rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
     low_parts, low, lora_b = 1, x_Ti, [x_Ti] * MOST_STACKS  # placeholders without an adapter
     if rank:
-        low_parts, lora_b = _largest_divisor(width // COLUMNS, 5 if rows > 16 else 16), [stack.lora_b for stack in three]
+        low_parts, lora_b = largest_divisor(width // COLUMNS, 5 if rows > 16 else 16), [stack.lora_b for stack in three]
         low = call_kernel(
             projections_triton.times_a,
             *(x_Ti, *(stack.lora_a for stack in three), layer_1, rows),

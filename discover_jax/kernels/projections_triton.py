@@ -6,16 +6,9 @@ Weights are the left operand and rows, padded to 16 at least, the right one. Up 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from discover_jax.kernels.dot_triton import dot
+
 COLUMNS: tl.constexpr = tl.constexpr(64)
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, sums):
-    """sums + a b of bfloat16, summed in float32."""
-    if INTERPRETED:  # it takes the bits of bfloat16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums)
 
 
 @triton.jit
@@ -49,7 +42,7 @@ def times_a(
     sums = tl.zeros([PADDED, N], tl.float32)
     for _ in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         a = tl.load(a_at, mask=(r < RANK)[:, None], other=0.0)
-        sums = _dot(a, tl.load(x_at, mask=(n < rows)[None, :], other=0.0), sums)
+        sums = dot(a, tl.load(x_at, mask=(n < rows)[None, :], other=0.0), sums)
         a_at += COLUMNS
         x_at += COLUMNS
     low_at = low_ptr + ((which * PARTS + part) * rows + n)[None, :] * RANK + r[:, None]
@@ -101,7 +94,7 @@ def project(
     sums = tl.zeros([M, N], tl.float32)
     for _ in tl.range(0, tl.minimum(EACH, TILES - part * EACH), num_stages=STAGES):
         w = tl.load(w_at, eviction_policy="evict_first")
-        sums = _dot(w, tl.load(x_at, mask=live[None, :], other=0.0), sums)
+        sums = dot(w, tl.load(x_at, mask=live[None, :], other=0.0), sums)
         w_at += COLUMNS
         x_at += COLUMNS
     if part == 0:
@@ -114,6 +107,6 @@ def project(
                 low_at = low_ptr + ((which * LOW_PARTS + i) * rows + n)[None, :] * RANK + r[:, None]
                 low += tl.load(low_at, mask=live[None, :] & (r < RANK)[:, None], other=0.0)
             b = tl.load(b_ptr + out[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-            sums = _dot(b, (low * SCALE).to(tl.bfloat16), sums)
+            sums = dot(b, (low * SCALE).to(tl.bfloat16), sums)
     total = (part * rows + n)[None, :] * (OUT0 + OUT1 + OUT2) + (cut * M + m)[:, None]
     tl.store(out_ptr + total, sums, mask=live[None, :])

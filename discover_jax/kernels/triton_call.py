@@ -53,3 +53,8 @@ def call_kernel(kernel: Any, *arguments: Any, out: Any, grid: tuple[int, ...], w
     capability = None if jax.default_backend() == "gpu" else HOPPER
     options = {"num_warps": warps, "num_stages": stages, "compute_capability": capability}
     return _prepare().triton_call(*arguments, kernel=kernel, out_shape=out, grid=grid, **options, **constants)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number up to `most`: into how many equal parts kernels cut it."""
+    return next(n for n in range(most, 0, -1) if number % n == 0)
