@@ -151,7 +151,8 @@ ATTACKS = {
         "attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0discover-jax-test'))", "ECONNREFUSED"
     ),
     "the host's folders through /proc": _says(
-        "[attempt(lambda: os.listdir(path)) for path in ('/proc/1/root/etc', '/proc/self/root/root', '/proc/1/cwd/home')]",
+        "[attempt(lambda: os.listdir(os.path.join('/proc', *path))) for path in"
+        " (('1', 'root', 'etc'), ('self', 'root', 'root'), ('1', 'cwd', 'home'))]",
         rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]|.*'ENOENT'\]",
     ),
     "links out of the scratch": Attack(

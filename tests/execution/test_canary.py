@@ -64,7 +64,7 @@ def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(fo
         ("pids", [1, 2, 4711], "other processes are visible: .*4711"),
         ("environment+", "AWS_SECRET_ACCESS_KEY", "variables are visible: .'AWS_SECRET_ACCESS_KEY'"),
         ("environment-", "OMP_WAIT_POLICY", "variables lack: .'OMP_WAIT_POLICY'"),
-        ("descriptors", ["/root/weights"], "descriptors of the host are open inside: .*/root/weights"),
+        ("descriptors", ["/srv/weights"], "descriptors of the host are open inside: .*/srv/weights"),
         ("accelerators", ["/dev/nvidia0"], "accelerators are visible: .*nvidia0"),
         ("cpus", [0, 1, 2, 3], r"CPUs \[0, 1, 2, 3\] instead of the lease"),
         ("packages", ["numpy"], "numpy or pandas cannot be found"),
