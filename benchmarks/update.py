@@ -1,0 +1,344 @@
+"""Tokens a second of the update on random weights of a published shape, beside the device's own matrix product and the dry run's memory.
+
+    python benchmarks/update.py --shape=gpt-oss-120b [--layers=0] [--tokens=8192] [--prompt=512] [--rollouts=4] [--row_tokens=0] [--rows=1]
+        [--lora=report|attention] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
+
+Model and update are built from a config as a run builds them; the rollouts are made up: random tokens, advantages -1 and +1 in turn, and
+for the replay of routing random experts, all different, for each layer and token. So the load of the experts is as even as chance makes it.
+Timed are the gradient alone (`Update.gradient`: packed batches from the host, forward, backward, sums over microbatches) and the whole
+update, which adds the KL to the base (one more forward pass, as the default config has it) and the optimiser: each once to compile, then
+the median of `--calls`. Tokens are all of the rollouts', prompts included. `--lora=attention` is rank 32 on q, k, v and o alone, as
+peer_update.py trains.
+
+Operations, with N the weights that a token meets (a layer's q, k, v, o and router, and its chosen experts' three matrices), V D those of
+the head, and a = 4 x heads x head size for each pair of a token and a key that it sees: in a rollout of S tokens S (S + 1) / 2 pairs a full
+layer and w (w + 1) / 2 + (S - w) w, w = min(S, window), a sliding one:
+
+    needed       4 N S + 3 a + 4 V D (tokens that bear loss): each product forward once, and backward once to its input, since base
+                 weights have no gradient (for attention: twice, to queries, keys, scores and values). Nothing for what is computed again.
+    full remat   6 (N + V D) S + 4.5 a: with all of the forward pass computed again, attention's backward once more within its kernel,
+                 and the head at every token. For the 120b at 8,192 tokens 36.4 GFLOP a token, a figure that is often quoted.
+
+The adapter's own products are left out of both (1.4% for the report's ranks, gradients of its matrices included). A pass for the KL adds
+2 N S + a + 2 V D (tokens that bear loss) to what the whole update needs.
+
+`--profile=DIR` traces one more gradient of the first microbatch and writes DIR/top.json (milliseconds by function and by kernel), and the
+trace and the compiled program beside it.
+"""
+
+import argparse
+import collections
+import dataclasses
+import gzip
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging as absl_logging
+from decode import SHOWN, _events, _functions
+from kernels import seconds
+
+from discover_jax import config as settings
+from discover_jax.dry_run import needs
+from discover_jax.engine import build_model, build_optimizer, build_update, row_tokens
+from discover_jax.learning.packing import Batch, pack
+from discover_jax.learning.train_state import abstract_train_state, init_train_state
+from discover_jax.learning.update import Update
+from discover_jax.machines import device_memory, find_machine, take_gpu_memory
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import local_bytes
+from discover_jax.models.synthetic import shape_of
+from discover_jax.runs.compilations import cache_compilations
+from discover_jax.sampling.sampler import most_pages
+from discover_jax.sampling.schedule import PAGE
+from discover_jax.types import Rollout, StopReason
+
+# ---------------------------------------------------------------------- what is updated
+
+
+def configured(arguments: argparse.Namespace) -> Any:
+    """The config of a run with these arguments, validated as for a dry run."""
+    config = settings.default_config()
+    config.model.weights, config.model.shape, config.model.dtype = "random", arguments.shape, arguments.dtype
+    prompt, new = arguments.prompt, arguments.tokens - arguments.prompt
+    config.groups, config.group_size = 1, max(2, arguments.rollouts)  # groups of one are refused; the update knows nothing of groups
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = prompt, new
+    # The dry run compiles a sampler, too: of one rollout, which has room beside any update.
+    config.sampling.slots, config.sampling.cache_tokens = 1, most_pages(1, prompt, new) * PAGE
+    config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
+    if arguments.lora == "attention":
+        config.lora.expert_rank = config.lora.head_rank = 0
+    return settings.validate(config, for_run=False)
+
+
+def drawn(model: Model, number: int, prompt: int, new: int, *, replay: bool) -> Rollout:
+    """A rollout of random tokens, a function of its number; its tokens have the log-probability that random weights give about all."""
+    rng, c = np.random.default_rng(number), model.config
+    tokens, routes_SLX = rng.integers(0, c.vocab_size, prompt + new).astype(np.int32), None
+    if replay:
+        order_SLE = rng.random((prompt + new - 1, c.num_layers, c.num_experts), np.float32)
+        routes_SLX = np.argpartition(order_SLE, c.experts_per_token - 1)[..., : c.experts_per_token].astype(model.routes.dtype)
+    logprobs_T = np.full(new, -np.log(c.vocab_size), np.float32)
+    chosen_T = np.ones(new, np.bool_)
+    return Rollout(0, number, tokens[:prompt], tokens[prompt:], logprobs_T, chosen_T, StopReason.MAX_TOKENS, routes_SLX=routes_SLX)
+
+
+# ---------------------------------------------------------------------- what it needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of an update of some rollouts; see the module's docstring."""
+
+    needed: float
+    full_remat: float
+    base: float
+
+
+def operations(sizes: ModelConfig, places: Sequence[int], bearing: int) -> Operations:
+    """Of rollouts that take so many places of a row each, `bearing` of them bearing loss."""
+    attention = sizes.width * sizes.head_size * 2 * (sizes.num_heads + sizes.num_kv_heads)
+    experts = sizes.experts_per_token * 3 * sizes.width * sizes.expert_width
+    layers = sizes.num_layers * (attention + experts + sizes.width * sizes.num_experts) * sum(places)
+    head = sizes.vocab_size * sizes.width
+    pairs = 0
+    for place in places:
+        window = min(place, sizes.sliding_window)
+        pairs += place * (place + 1) // 2 + window * (window + 1) // 2 + (place - window) * window
+    scores = 4 * sizes.num_heads * sizes.head_size * sizes.num_pairs * pairs
+    return Operations(
+        needed=4 * layers + 3 * scores + 4 * head * bearing,
+        full_remat=6 * (layers + head * sum(places)) + 4.5 * scores,
+        base=2 * layers + scores + 2 * head * bearing,
+    )
+
+
+def matmul_flops_per_s(size: int) -> float:
+    """Of a bfloat16 product of two square matrices."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, b, calls=20)
+
+
+def predicted(config: Any, sizes: ModelConfig, *, gradient_only: bool) -> dict[str, dict[str, Any]]:
+    """What the dry run says of each program of the update on this machine, bytes; without an optimiser its part is left out."""
+    found = {}
+    for need in needs(config, sizes, find_machine("", 1), on_program=lambda line: print(line, flush=True)):
+        if need.phase == "update":
+            parts = need.parts | ({"optimiser": 0} if gradient_only else {})
+            found[need.program] = parts | {"total": sum(parts.values())} | ({"complaint": need.complaint} if need.complaint else {})
+    return found
+
+
+def peak_bytes() -> int | None:
+    """The most that the device ever held so far; None where the backend does not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _gb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.2f} GB"
+
+
+class _Chosen(logging.Handler):
+    """Keeps what the log says of kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "kernel of" in (line := record.getMessage()):
+            self.lines.append(line)
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def timed(call: Callable[[], dict[str, float]], calls: int) -> dict[str, Any]:
+    """Seconds of the first call and the median of the others, and the metrics of the first."""
+    spent, metrics = [], []
+    for _ in range(1 + calls):
+        started = time.perf_counter()
+        metrics.append(call())
+        spent.append(time.perf_counter() - started)
+    median = statistics.median(spent[1:])
+    return {
+        "seconds": median,
+        "seconds_all": [round(each, 4) for each in spent[1:]],
+        "first_call_s": spent[0],
+        "compile_s": spent[0] - median,
+        "peak_bytes": peak_bytes(),
+        **{name: metrics[0][name] for name in ("loss", "grad_norm", "entropy", "kl_base/mean") if name in metrics[0]},
+    }
+
+
+def profile(update: Update, config: Any, model: Model, frozen: Any, lora: Any, batch: Batch, folder: Path) -> dict[str, Any]:
+    """Milliseconds of one microbatch's gradient by function and by kernel, and how long the device had nothing to do."""
+    state = abstract_train_state(model.abstract_lora(), build_optimizer(config))
+    programs = update.programs(model.abstract_frozen(), state, *batch.tokens_BT.shape)
+    text = next(program for program in programs if program.name == "gradient").lowered.compile().as_text()
+    functions, module = _functions(text), text.split(",")[0].removeprefix("HloModule ")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as traced:
+        with jax.profiler.trace(traced):
+            update.gradient(frozen, lora, [batch])
+        events = sorted(_events(traced, module), key=lambda event: event[2])
+        (path,) = Path(traced).rglob("*.xplane.pb")
+        (folder / "gradient.xplane.pb.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (folder / "gradient.hlo.txt.gz").write_bytes(gzip.compress(text.encode()))
+    if not events:
+        sys.exit(f"The trace has no event of the program {module}; nothing can be said of where its time goes.")
+    spent: dict[str, dict[str, list[float]]] = {name: collections.defaultdict(lambda: [0.0, 0]) for name in ("function", "kernel")}
+    busy, end = 0.0, events[0][2]
+    for instruction, kernel, start, duration in events:
+        label = functions.get(instruction) or functions.get(kernel) or f"({kernel[:60]})"
+        for table, name in (("function", label), ("kernel", f"{kernel[:70]} [{label}]")):
+            spent[table][name][0] += duration
+            spent[table][name][1] += 1
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+
+    def table(rows: dict[str, list[float]]) -> list[dict[str, Any]]:
+        largest = sorted(rows.items(), key=lambda row: -row[1][0])[:SHOWN]
+        return [{"name": name, "ms": round(total / 1e6, 3), "events": count} for name, (total, count) in largest]
+
+    whole = end - events[0][2]
+    top = {
+        "ms": round(whole / 1e6, 2),
+        "idle_ms": round((whole - busy) / 1e6, 2),
+        "events": len(events),
+        "tokens": int(np.count_nonzero(batch.segments_BT)),
+        "by_function": table(spent["function"]),
+        "by_kernel": table(spent["kernel"]),
+    }
+    (folder / "top.json").write_text(json.dumps(top, indent=1) + "\n")
+    return top
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shape", default="gpt-oss-20b")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a rollout, its prompt included")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a rollout that bear no loss")
+    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row; 0: that of a rollout")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch")
+    parser.add_argument("--lora", choices=("report", "attention"), default="report")
+    parser.add_argument("--gradient_only", action="store_true", help="without optimiser and KL, and the memory of the former")
+    parser.add_argument("--calls", type=int, default=5, help="timed after the one that compiles")
+    parser.add_argument("--matmul", type=int, default=8192, help="width of the matrices of the ceiling")
+    parser.add_argument("--no_prediction", action="store_true", help="leaves the dry run out, which compiles everything once more")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if not 0 < arguments.prompt < arguments.tokens:
+        parser.error(f"--tokens={arguments.tokens} includes --prompt={arguments.prompt}: it must be more, and both above 0.")
+    if arguments.calls < 1 or arguments.rollouts < 1:
+        parser.error(f"--calls={arguments.calls} and --rollouts={arguments.rollouts} must be at least 1.")
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed()
+    take_gpu_memory()
+    cache_compilations()
+    kernels = _Chosen()
+    absl_logging.get_absl_logger().addHandler(kernels)
+    absl_logging.set_verbosity(absl_logging.INFO)
+    ceiling = matmul_flops_per_s(arguments.matmul)
+    config, sizes = configured(arguments), shape_of(arguments.shape, arguments.layers)
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "matmul_flops_per_s": ceiling,
+        "memory_bytes": device_memory(),
+    }
+
+    def keep() -> None:
+        """After each part, so that one that fails leaves the others'."""
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result | {"kernels": kernels.lines}, indent=1) + "\n")
+
+    print(f"{result['device']}, jax {jax.__version__}: matrix product {ceiling / 1e12:.1f} TFLOP/s", flush=True)
+    if not arguments.no_prediction:
+        result["predicted"] = predicted(config, sizes, gradient_only=arguments.gradient_only)
+        keep()
+
+    model, optimizer = build_model(config, sizes), build_optimizer(config)
+    update = build_update(config, model, optimizer)
+    frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
+    state = None if arguments.gradient_only else init_train_state(lora, optimizer)
+    jax.block_until_ready((frozen, lora, state))
+    result |= {"weights_bytes": local_bytes(frozen), "adapter_bytes": local_bytes(lora), "experts": model.experts}
+    result["peak_bytes_before"] = peak_bytes()
+
+    new, replay = arguments.tokens - arguments.prompt, config.train.replay_routing
+    rollouts = [drawn(model, number, arguments.prompt, new, replay=replay) for number in range(arguments.rollouts)]
+    advantages = [1.0 if number % 2 else -1.0 for number in range(arguments.rollouts)]
+    batches = pack(rollouts, advantages, row_tokens=row_tokens(config), rows=config.train.rows)
+    places, positions = [arguments.tokens - 1] * arguments.rollouts, len(batches) * batches[0].tokens_BT.size
+    tokens, needed = arguments.tokens * arguments.rollouts, operations(sizes, places, new * arguments.rollouts)
+    result |= {"microbatches": len(batches), "microbatch": batches[0].tokens_BT.shape, "tokens": tokens, "filled": sum(places) / positions}
+    result |= {f"{name}_gflop_per_token": value / tokens / 1e9 for name, value in dataclasses.asdict(needed).items()}
+
+    def finish(name: str, row: dict[str, Any], flops: float, programs: Sequence[str]) -> None:
+        bad = [key for key in ("loss", "grad_norm") if not np.isfinite(row[key])]
+        if bad:
+            sys.exit(f"{name}: {', '.join(f'{key} is {row[key]}' for key in bad)}; times of such an update mean nothing.")
+        row |= {"tokens_per_s": tokens / row["seconds"], "flops_per_s": flops / row["seconds"]}
+        row["of_matmul"] = row["flops_per_s"] / ceiling
+        if name == "gradient":
+            row["full_remat_flops_per_s"] = needed.full_remat / row["seconds"]
+            row["full_remat_of_matmul"] = row["full_remat_flops_per_s"] / ceiling
+        if "predicted" in result:
+            row["predicted_bytes"] = max(result["predicted"][program]["total"] for program in programs if program in result["predicted"])
+            row["predicted_of_peak"] = row["predicted_bytes"] / row["peak_bytes"] if row["peak_bytes"] else None
+        result[name] = row
+        keep()
+        print(
+            f"{name:8s} {row['seconds']:8.3f} s {row['tokens_per_s']:9.1f} tokens/s {row['flops_per_s'] / 1e12:7.2f} TFLOP/s needed"
+            f" {row['of_matmul']:6.1%} of the matrix product; loss {row['loss']:.4f}, gradient {row['grad_norm']:.4g},"
+            f" peak {_gb(row['peak_bytes'])}, predicted {_gb(row.get('predicted_bytes'))},"
+            f" compiled in {row['compile_s']:.0f} s",
+            flush=True,
+        )
+
+    finish("gradient", timed(lambda: update.gradient(frozen, lora, batches)[1], arguments.calls), needed.needed, ("gradient",))
+    if arguments.profile:  # before the whole update, which takes the adapter's buffers
+        result["profile"] = profile(update, config, model, frozen, lora, batches[0], arguments.profile)
+        keep()
+        for row in result["profile"]["by_function"]:
+            print(f"  {row['ms']:9.2f} ms {row['events']:7d}  {row['name']}")
+    if state is not None:
+        current = [state]
+        del state, lora  # the first update frees their buffers
+
+        def whole() -> dict[str, float]:
+            current[0], metrics = update.update(frozen, current[0], batches)
+            jax.block_until_ready(current[0])
+            return metrics
+
+        with_base = needed.needed + (needed.base if config.train.measure_kl or config.train.kl_coefficient else 0.0)
+        finish("update", timed(whole, arguments.calls), with_base, ("base", "gradient", "apply"))
+    result["kernels"] = kernels.lines
+    print("\n".join(kernels.lines))
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
