@@ -1,0 +1,182 @@
+"""Where the time of a whole step goes: the run's own loop, `discover_jax.main.run`, on random weights of a published shape.
+
+    python benchmarks/whole_step.py --shape=gpt-oss-120b [--layers=0] [--groups=16] [--group_size=8] [--prompt=3072] [--new=2048]
+        [--row_tokens=0] [--rows=1] [--steps=2] [--competition=digits-parity] [--raw=FILE] [--workdir=DIR] [--json=FILE]
+
+Real are: the loop with all that it does (parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the update
+with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics, checkpoint), the kernels, and the model's sizes. Not
+real are:
+
+- the weights, so every rollout spends its budget of `--new` tokens (the stop token is one in the vocabulary);
+- the tokenizer, which is the apprentice's, since gpt-oss's is not in the repository: a prompt has more tokens than gpt-oss's would have;
+- the programs. Random weights write none, so in place of what a reply holds the executor gets a program of the apprentice's grammar, drawn
+  by the reply's tokens: other ones for other rollouts, which run and score, so that groups differ and nearly all rollouts take part in the
+  update. They take seconds, where those of gpt-oss may take minutes.
+
+Times are the run's own metrics where it has them. The first step compiles; the table of the last one is the result. The peak of the
+device's memory never falls, so only the first step's peak after sampling is that of sampling. Programs need the sandbox, see README.md;
+`--unsafe` runs them without one, which takes less time.
+"""
+
+import argparse
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from update import peak_bytes
+
+from discover_jax import config as settings
+from discover_jax import main as loop
+from discover_jax.apprentice import programs
+from discover_jax.machines import device_memory, take_gpu_memory
+from discover_jax.models.config import SHAPES
+from discover_jax.models.synthetic import shape_of
+from discover_jax.policy import APPRENTICE
+from discover_jax.runs.console import Improvement, PlainConsole
+from discover_jax.text.reply import program_of
+from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.types import Rollout
+
+
+def recorded_program(rollout: Rollout, tokenizer: Tokenizer) -> str:
+    """A program that runs, in place of the one in the rollout, which is looked for all the same: a function of the rollout's tokens."""
+    program_of(rollout, tokenizer)
+    return programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes()))))
+
+
+class Clock(PlainConsole):
+    """Shows a run as lines, and takes the times and the peak of memory that the metrics lack, at the boundaries of phases."""
+
+    def __init__(self):
+        super().__init__()
+        self.started = time.monotonic()
+        self.setup_s = 0.0
+        self.steps: list[dict[str, Any]] = []
+        self._at: dict[str, float] = {}
+        self._peaks: dict[str, int | None] = {}
+
+    def step(self, step: int, steps: int) -> None:
+        super().step(step, steps)
+        self._at, self._peaks = {"step": time.monotonic()}, {}
+        if not self.steps:
+            self.setup_s = self._at["step"] - self.started
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        self._at[name], self._peaks[name] = time.monotonic(), peak_bytes()
+
+    def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
+        now, prompts = time.monotonic(), self._at["sampling"] - self._at["step"]
+        super().step_done(row, bests)
+        whole = now - self._at["step"]
+        parts = {
+            "prompts": prompts,
+            "sampling": row["time/sample_s"] - prompts,
+            "waiting for programs": row["time/execute_s"],
+            "update": row["time/update_s"],
+            "journal, rollouts, best": row["time/save_s"],
+            "checkpoint": now - self._at["saving"] - row["time/save_s"],
+        }
+        parts["everything else"] = whole - sum(parts.values())
+        tokens = row["tokens/mean"] * row["rollouts/count"]
+        self.steps.append(
+            {
+                "seconds": whole,
+                "parts_s": parts,
+                "tokens": tokens,
+                "tokens_per_s": tokens / whole,
+                "sampling_tokens_per_s": tokens / parts["sampling"],
+                "update_tokens_per_s": row["tokens"] / parts["update"],  # those that bear loss; their prompts are read as well
+                "peak_bytes_after_sampling": self._peaks["running programs"],
+                "peak_bytes_after_update": self._peaks["saving"],
+                "metrics": row,
+            }
+        )
+
+
+def table(step: dict[str, Any]) -> list[str]:
+    """A step's parts as lines."""
+    lines = [f"{name:24s} {spent:9.2f} s {spent / step['seconds']:6.1%}" for name, spent in step["parts_s"].items()]
+    peaks = [step[f"peak_bytes_after_{phase}"] for phase in ("sampling", "update")]
+    told = ", ".join("unknown" if peak is None else f"{peak / 1e9:.2f} GB" for peak in peaks)
+    lines.append(
+        f"{'step':24s} {step['seconds']:9.2f} s, {step['tokens']:,.0f} tokens, {step['tokens_per_s']:,.0f} tokens/s; sampling alone"
+        f" {step['sampling_tokens_per_s']:,.0f}, update alone {step['update_tokens_per_s']:,.0f} tokens/s"
+    )
+    return [*lines, f"peak memory after sampling and after the update: {told}"]
+
+
+def configured(arguments: argparse.Namespace) -> Any:
+    """The config of the run, validated."""
+    config = settings.default_config()
+    config.name = "whole-step"
+    config.model.weights, config.model.shape, config.model.dtype = "random", arguments.shape, arguments.dtype
+    config.model.tokenizer = str(APPRENTICE)
+    config.task.competition, config.task.raw = arguments.competition, arguments.raw
+    config.groups, config.group_size, config.train.steps = arguments.groups, arguments.group_size, arguments.steps
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
+    config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
+    config.execution.cores = arguments.cores
+    if arguments.unsafe:
+        config.execution.backend, config.execution.allow_weaker = "unsafe-subprocess", True
+    return settings.validate(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shape", default="gpt-oss-120b")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=3072, help="tokens of the longest prompt")
+    parser.add_argument("--new", type=int, default=2048, help="tokens of a rollout")
+    parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row of the update; 0: longest prompt + rollout")
+    parser.add_argument("--rows", type=int, default=1, help="packed rows in a microbatch")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--competition", default="digits-parity", help="one that programs of the apprentice's grammar can solve")
+    parser.add_argument("--raw", default="", help="its raw data, if it brings none")
+    parser.add_argument("--cores", type=int, default=2, help="leased to a program")
+    parser.add_argument(
+        "--unsafe", action="store_true", help="run the programs without isolation: they are the apprentice's, not a model's"
+    )
+    parser.add_argument("--workdir", type=Path, help="the run's folder, which must be new; by default a temporary one")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.workdir is not None and arguments.workdir.exists():
+        parser.error(f"--workdir={arguments.workdir} exists: a run would be resumed there. Name a new folder.")
+    take_gpu_memory()
+    if arguments.layers:
+        SHAPES[arguments.shape] = shape_of(arguments.shape, arguments.layers)  # where the run looks the name up
+    config = configured(arguments)
+    # The loop calls it by this name for each rollout that ends.
+    loop.program_of = recorded_program
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        loop.run(config, arguments.workdir or Path(folder) / "run", console=clock)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "memory_bytes": device_memory(),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "setup_s": clock.setup_s,
+        "steps": clock.steps,
+    }
+    for step in clock.steps:
+        print("\n".join(["", f"step {step['metrics']['step'] + 1}", *table(step)]))
+    print(json.dumps(result), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
