@@ -201,9 +201,9 @@ def profile(update: Update, config: Any, model: Model, frozen: Any, lora: Any, b
     busy, end = 0.0, events[0][2]
     for instruction, kernel, start, duration in events:
         label = functions.get(instruction) or functions.get(kernel) or f"({kernel[:60]})"
-        for table, name in (("function", label), ("kernel", f"{kernel[:70]} [{label}]")):
-            spent[table][name][0] += duration
-            spent[table][name][1] += 1
+        for kind, name in (("function", label), ("kernel", f"{kernel[:70]} [{label}]")):
+            spent[kind][name][0] += duration
+            spent[kind][name][1] += 1
         busy += max(0.0, start + duration - max(start, end))
         end = max(end, start + duration)
 
