@@ -5,7 +5,7 @@
 
 One layer of the shape with random weights and rank-8 adapters. The operations counted are those of the routed rows' products with the base
 matrices: 2 x 3 x width x expert width a row forward, and as many again backward, where base weights have no gradients. `--skew` makes
-routing uneven: 0 is uniform. `--plans` are rows of a block x outputs of a wide product; the paired one takes half as many of both halves.
+routing uneven: 0 is uniform. `--plans` are rows of a block x outputs of a wide product; the paired one takes a quarter as many of both halves.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from kernels import ceilings, seconds
 
+from discover_jax.kernels.experts import mix_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.experts_update import Launch, Plan, mix_sorted, unpack
-from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out
+from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
+from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.synthetic import shape_of
 
 RANK, LIMIT, ALPHA = 8, 7.0, 1.702
@@ -35,9 +37,50 @@ def matrix(key: jax.Array, experts: int, out: int, into: int, name: str) -> Tile
     return TiledMatrix(words, factors, jax.random.normal(keys[1], (experts, out), jnp.bfloat16), scale=1.0)
 
 
+class Plain:
+    """A matrix for the plain-JAX reference."""
+
+    def __init__(self, weight: jax.Array, bias: jax.Array, adapter: tuple[jax.Array, jax.Array]):
+        self.own = {"weight": weight, "bias": bias, "a": adapter[0], "b": adapter[1]}
+
+    def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
+        return self.own
+
+    def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
+        return x_Ti @ one["weight"].T + one["bias"] + (x_Ti @ one["a"].T) @ one["b"].T
+
+
+def errors(gate_up: TiledMatrix, down: TiledMatrix, leaves: tuple[Any, Any, Any], index: jax.Array, d_out: jax.Array) -> dict[str, float]:
+    """Of the output and of each derivative against the reference in float32, relative to the norm."""
+
+    def reference(x: Any, weights: Any, adapters: Any, index: Any, *matrices: tuple[jax.Array, jax.Array]) -> jax.Array:
+        plain = (Plain(*matrix, adapter) for matrix, adapter in zip(matrices, adapters, strict=True))
+        options = {"experts": gate_up.words.shape[0], "adapted": True, "limit": LIMIT, "alpha": ALPHA}
+        return mix_reference(x, index, weights, *plain, **options)
+
+    def kernels(x: Any, weights: Any, adapters: Any, index: Any, *matrices: TiledMatrix) -> jax.Array:
+        return mix_sorted(x, weights, adapters, index, *matrices, LIMIT, ALPHA, Plan())
+
+    def both(function: Callable[..., jax.Array], *matrices: Any) -> list[jax.Array]:
+        def passes(leaves: Any, d_out: Any, *rest: Any) -> Any:
+            out, pull = jax.vjp(lambda *own: function(*own, *rest), *leaves)
+            return out, pull(d_out)
+
+        return jax.tree.leaves(jax.jit(passes)(leaves, d_out, index, *matrices))
+
+    def plainly(tiles: TiledMatrix, *, paired: bool) -> tuple[jax.Array, jax.Array]:
+        return dequantise(*restore(tiles.words, tiles.factors, paired=paired), jnp.float32), tiles.bias.astype(jnp.float32)
+
+    with jax.default_matmul_precision("highest"):
+        expected = both(reference, plainly(gate_up, paired=True), plainly(down, paired=False))
+    names = ("output", "x", "weights", "a of gate_up", "b of gate_up", "a of down", "b of down")
+    pairs = zip(names, both(kernels, gate_up, down), expected, strict=True)
+    return {name: float(jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel())) for name, got, want in pairs}
+
+
 def planned(text: str) -> Plan:
     rows, outputs = map(int, text.split("x"))
-    return Plan(rows, wide=Launch(outputs), paired=Launch(outputs // 2))
+    return Plan(rows, wide=Launch(outputs), paired=Launch(outputs // 4))
 
 
 def measured(call: Callable[[], Any], operations: float, ceiling: float) -> dict[str, float]:
@@ -66,11 +109,19 @@ def main() -> None:
     spent = seconds(lambda: both(gate_up, down))
     result["unpack"] = {"ms": 1e3 * spent, "of_copy": moved / spent / ceiling["copy_bytes_per_s"]}
     print(f"matmul {ceiling['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s; unpacking a layer {1e3 * spent:.2f} ms, {result['unpack']}")
+
+    def routing(tokens: int, skew: float) -> tuple[jax.Array, jax.Array]:
+        logits = jax.random.normal(keys[5], (tokens, experts)) + skew * jax.random.normal(keys[6], (experts,))
+        top, index = jax.lax.top_k(logits, share)
+        return index, jax.nn.softmax(top)
+
+    x, d_out = (jax.random.normal(key, (300, width), jnp.bfloat16).astype(jnp.float32) for key in keys[3:5])
+    index, weights = routing(300, 3.0)  # some experts get no rows
+    result["errors"] = errors(gate_up, down, (x, weights, adapters), index, d_out)
+    print(f"errors against float32: {result['errors']}")
     for tokens in map(int, arguments.tokens.split(",")):
         x, d_out = (jax.random.normal(key, (tokens, width), jnp.float32) for key in keys[3:5])
-        logits = jax.random.normal(keys[5], (tokens, experts)) + arguments.skew * jax.random.normal(keys[6], (experts,))
-        top, index = jax.lax.top_k(logits, share)
-        weights = jax.nn.softmax(top)
+        index, weights = routing(tokens, arguments.skew)
         operations = 2.0 * tokens * share * 3 * hidden * width
         for text in arguments.plans.split(","):
             plan = planned(text)

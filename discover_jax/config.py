@@ -13,7 +13,7 @@ import ml_collections
 
 from discover_jax.archive.samplers import USUAL_CHILDREN, fresh_groups
 from discover_jax.exceptions import ConfigError
-from discover_jax.models.config import SHAPES
+from discover_jax.models.config import REMAT, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,12 @@ SETTINGS: dict[str, Any] = {
             " (small models on a CPU)",
             choices=("packed", "dense"),
         ),
-        "remat": Setting(True, "the update computes activations again instead of keeping them: less memory, about a third more time"),
+        "remat": Setting(
+            "layers",
+            "what the update computes again instead of keeping it: all within a layer but its attention, all within a pair of layers (least"
+            " memory), or nothing (most memory)",
+            choices=REMAT,
+        ),
     },
     "lora": {
         "attention_rank": Setting(32, "rank of the adapter on q, k, v and o; 0 leaves them out", low=0, high=1024),

@@ -221,7 +221,7 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
     length = row_tokens(config)
     prompt, new = config.sampling.max_prompt_tokens, config.sampling.max_new_tokens
     ranks = ", ".join(f"{name} = {config.lora[name]}" for name in ("expert_rank", "attention_rank", "head_rank"))
-    remat = "" if config.model.remat else "; config.model.remat=True keeps less"
+    remat = "" if config.model.remat == "pairs" else "; config.model.remat='pairs' keeps less"
     activations = {
         "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}: prompts are read in chunks",
         "gradient": f"rows of {length:,} tokens (longest prompt and rollout), config.train.rows = {config.train.rows} at once{remat}",

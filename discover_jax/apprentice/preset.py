@@ -8,7 +8,7 @@ def apprentice_on_cpu(config: Any) -> None:
     config.model.weights = "apprentice"
     config.model.dtype = "float32"
     config.model.experts = "dense"
-    config.model.remat = False
+    config.model.remat = "none"
     config.prompt.style = "brief"
     config.sampling.max_prompt_tokens = 640
     config.sampling.max_new_tokens = 512

@@ -153,7 +153,7 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
     tokenizer_path = out / "tokenizer.model"
     train_tokenizer(tokenizer_path, seed=seed)
     config = apprentice_config(SentencePieceTokenizer(tokenizer_path))
-    model = Model(config, dtype=dtype, experts="dense", remat=False)
+    model = Model(config, dtype=dtype, experts="dense", remat="none")
     with batch_stream(tokenizer_path, rows=rows, row_tokens=row_tokens, seed=seed, workers=workers) as next_batch:
         learner = init_learner(model, seed)
         print(f"{sum(leaf.size for leaf in jax.tree.leaves(learner.weights)):,} parameters on {jax.devices()[0].device_kind}", flush=True)

@@ -7,16 +7,15 @@ the values, and the result, as in the reference.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from discover_jax.kernels import attention_triton
 from discover_jax.kernels.attention import paged_attention_reference
+from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel
 
 HEAD_SIZES = (64, 128)
@@ -93,11 +92,6 @@ def attend_pages(
     )
 
 
-@functools.cache
-def _say(reason: str) -> None:
-    logging.warning("kernel of paged_attention on gpu: reference, which is many times slower, because %s", reason)
-
-
 def paged_attention(
     q_BNH: jax.Array,
     keys_LPKsH: jax.Array,
@@ -118,6 +112,6 @@ def paged_attention(
     elif head_size not in HEAD_SIZES:
         reason = f"the head size is {head_size}; it takes {' or '.join(map(str, HEAD_SIZES))}"
     if reason is not None:
-        _say(reason)
+        say_reference("paged_attention", reason)
         return paged_attention_reference(*arguments)
     return attend_pages(*arguments, chosen=plan(pages_BM.shape[1]))

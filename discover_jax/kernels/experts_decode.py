@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from discover_jax.kernels import experts_triton
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import ExpertMatrix, gated, mix_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
+from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
 SPLIT = 5
@@ -168,11 +168,6 @@ def mix_routed(
     return weighted.sum(axis=(0, 2))
 
 
-@functools.cache
-def _say(reason: str) -> None:
-    logging.warning("kernel of decode_experts on gpu: reference, because %s", reason)
-
-
 def mix(
     x_TD: jax.Array,
     index_TX: jax.Array,
@@ -193,7 +188,7 @@ def mix(
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer}
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
     if "words" not in up or "words" not in low:
-        _say("the experts are not laid out in tiles")
+        say_reference("decode_experts", "the experts are not laid out in tiles")
         return mix_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
     tiled = (TiledMatrix(**arrays, scale=getattr(matrix, "scale", 0.0)) for matrix, arrays in ((gate_up, up), (down, low)))
     return mix_routed(x_TD, index_TX, weights_TX, *tiled, **options)

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import experts_update_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
-from discover_jax.kernels.experts import ExpertMatrix
+from discover_jax.kernels.experts import ExpertMatrix, mix_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
+from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel
 
 
@@ -33,12 +33,15 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows of a block, and the launches of wide products, of the paired one, and of those to an adapter's rank."""
+    """Rows of a block, and the launches of wide products, of the paired one, and of those to an adapter's rank.
+
+    The defaults are the fastest of what was measured on an H200 at gpt-oss-120b's shape and 32k tokens (benchmarks/experts_update.py).
+    """
 
     rows: int = 128
     wide: Launch = Launch(256)
-    paired: Launch = Launch(128)
-    narrow: Launch = Launch(16, 4, 4)
+    paired: Launch = Launch(64)
+    narrow: Launch = Launch(16, 4, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,32 +211,36 @@ def _forward(
         second_down = low_down, b_down
     bias_down = down.bias.astype(jnp.float32)
     y_RD = layer.product(active_RF, unpack(down, paired=False), to_slots=True, bias=bias_down, adapter=second_down)
-    y_TXD = y_RD.reshape(tokens, share, -1)
-    out_TD = jnp.sum(y_TXD * weights_TX.astype(jnp.float32)[..., None], axis=1)
-    kept = x_TD, weights_TX, adapters, index_TX, gate_up, down, layer.rows, active_RF, both_RF2, y_TXD, low_up, low_down
+    out_TD = jnp.sum(y_RD.reshape(tokens, share, -1) * weights_TX.astype(jnp.float32)[..., None], axis=1)
+    kept = x_TD, weights_TX, adapters, index_TX, gate_up, down, layer.rows, active_RF, both_RF2, low_up, low_down
     return out_TD, kept
 
 
 def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.Array) -> tuple:
-    x_TD, weights_TX, adapters, index_TX, gate_up, down, rows, active_RF, both_RF2, y_TXD, low_up, low_down = kept
+    """What `down` gave is not needed: with y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b, whose product
+    the activation's gradient takes anyway. So where a layer is computed again for its derivatives, its last product is not."""
+    x_TD, weights_TX, adapters, index_TX, gate_up, down, rows, active_RF, both_RF2, low_up, low_down = kept
     share, experts = index_TX.shape[1], gate_up.words.shape[0]
     layer = _Layer(rows, share, plan, limit, alpha)
-    x16, slots = x_TD.astype(jnp.bfloat16), rows.slots
+    x16, d_out16, slots = x_TD.astype(jnp.bfloat16), d_out_TD.astype(jnp.bfloat16), rows.slots
     firsts = jnp.sum(index_TX.reshape(-1)[None] < jnp.arange(experts + 1)[:, None], axis=1, dtype=jnp.int32)
-    d_weights_TX = jnp.einsum("td,txd->tx", d_out_TD, y_TXD)
-    weights_R = weights_TX.astype(jnp.float32).reshape(-1)[slots]
-    d_y_RD = (d_out_TD[slots // share] * weights_R[:, None]).astype(jnp.bfloat16)
+    weights_R1 = weights_TX.astype(jnp.float32).reshape(-1)[slots][:, None]
 
     d_adapters = through_up = through_down = None
     d_low_up: Any = None
     d_low_down: Any = None
     both: Any = adapters or ((None, None), (None, None))
     (a_up, b_up), (a_down, b_down) = both
+    # Of `down`, everything is first that of an output with the weight 1.
     if adapters is not None:
-        d_low_down = down.scale * layer.product(d_y_RD, b_down.astype(jnp.bfloat16), left=True, exact=True)
+        d_low_down = down.scale * layer.product(d_out16, b_down.astype(jnp.bfloat16), left=True, of_tokens=True, exact=True)
         through_down = d_low_down, a_down
-    d_active_RF = layer.product(d_y_RD, unpack(down, paired=False), left=True, adapter=through_down)
-    d_both_RF2 = _activation_gradient(both_RF2, d_active_RF, limit, alpha)
+    d_active_RF = layer.product(d_out16, unpack(down, paired=False), left=True, of_tokens=True, adapter=through_down)
+    dot_R = jnp.sum(d_active_RF.astype(jnp.float32) * active_RF.astype(jnp.float32), axis=1)
+    dot_TX = jnp.zeros(dot_R.shape, jnp.float32).at[slots].set(dot_R, unique_indices=True).reshape(index_TX.shape)
+    of_bias_TE = jnp.einsum("td,ed->te", d_out16, down.bias.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    d_weights_TX = dot_TX + jnp.take_along_axis(of_bias_TE, index_TX, axis=1)
+    d_both_RF2 = _activation_gradient(both_RF2, weights_R1 * d_active_RF.astype(jnp.float32), limit, alpha)
     if adapters is not None:
         d_low_up = gate_up.scale * layer.product(d_both_RF2, _gates_first(b_up).astype(jnp.bfloat16), left=True, exact=True)
         through_up = d_low_up, a_up
@@ -242,7 +249,8 @@ def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.A
     if adapters is not None:
         # `low` holds the adapter's scale already, as does its gradient.
         of_up = layer.outer(x16, d_low_up, firsts, of_tokens=True).swapaxes(1, 2), _alternating(layer.outer(d_both_RF2, low_up, firsts))
-        of_down = layer.outer(active_RF, d_low_down, firsts).swapaxes(1, 2), layer.outer(d_y_RD, low_down, firsts)
+        of_b_down = layer.outer(d_out16, weights_R1 * low_down, firsts, of_tokens=True)
+        of_down = layer.outer(active_RF, weights_R1 * d_low_down, firsts).swapaxes(1, 2), of_b_down
         d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), (of_up, of_down), adapters)
     return d_x_TD, d_weights_TX.astype(weights_TX.dtype), d_adapters, None, None, None
 
@@ -256,7 +264,7 @@ def _activation_gradient(both_RF2: jax.Array, d_active_RF: jax.Array, limit: flo
         return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
 
     _, pull = jax.vjp(gated, both_RF2)
-    return pull(d_active_RF.astype(jnp.float32))[0]
+    return pull(d_active_RF)[0]
 
 
 mix_sorted.defvjp(_forward, _backward)
@@ -276,15 +284,22 @@ def mix(
     layer: jax.Array | None = None,
     plan: Plan = Plan(),
 ) -> jax.Array:
-    """`mix_reference` by the kernels, for matrices that give tiles (`words` and `factors` among their arrays).
+    """`mix_reference` by the kernels, where both matrices give one layer's tiles (`words` and `factors` among their arrays).
 
-    Raises:
-      ConfigError: a matrix gives none, or only one has an adapter, or a stack of layers is given.
+    Where they do not, the reference runs, and the log says why, once.
     """
-    del experts  # as many as there are tiles
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
-    if layer is not None or any("words" not in own for own in arrays) or ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
-        raise ConfigError("The update's kernels of experts take one layer's tiles of both matrices, with adapters on both or on none.")
+    reason = None
+    if any("words" not in own for own in arrays):
+        reason = "the experts are not laid out in tiles"
+    elif layer is not None:
+        reason = "it takes the weights of one layer, not a stack"
+    elif ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
+        reason = "one of the experts' matrices has an adapter and the other has none"
+    if reason is not None:
+        say_reference("experts", reason)
+        options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}
+        return mix_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
     tiles = (TiledMatrix(**own, scale=getattr(matrix, "scale", 0.0)) for matrix, own in zip((gate_up, down), arrays, strict=True))
     return mix_sorted(x_TD, weights_TX, adapters, index_TX, *tiles, limit, alpha, plan)

@@ -10,12 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 512
 """Queries, and keys, that full attention looks at together."""
 WINDOW_BLOCKS = 16
 """Blocks of queries that windowed attention looks at together."""
 LEAST_WINDOW_BLOCK = 64
+ATTENTION = "attention"
+"""Name, for policies of rematerialisation, of what attention hands on and of what its backward pass needs beside its inputs."""
+
+
+def beginnings(segments_BT: jax.Array) -> jax.Array:
+    """The place where each token's segment begins, int32 [B, T]."""
+    places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    begins_BT = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return lax.cummax(jnp.where(begins_BT, places_T, 0), axis=1)
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:
@@ -91,7 +101,7 @@ def windowed_attention_reference(
     q, k, v, segments = padded
     own = [jnp.moveaxis(x.reshape(batch, chunks, at_once, *x.shape[2:]), 1, 0) for x in (q, segments)]
     out = lax.map(one, (*own, *map(with_block_before, (k, v, segments))))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :tokens]
+    return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :tokens], ATTENTION)
 
 
 # ---------------------------------------------------------------------- all that came before
@@ -117,10 +127,7 @@ def _reach(segments_BT: jax.Array, block: int) -> jax.Array:
 
     That is the block in which the segment of the block's first token begins, since later tokens' segments begin later.
     """
-    places_T = jnp.arange(segments_BT.shape[1])
-    begins_BT = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    began_BT = lax.cummax(jnp.where(begins_BT, places_T, 0), axis=1)
-    return began_BT[:, ::block].min(axis=0) // block
+    return beginnings(segments_BT)[:, ::block].min(axis=0) // block
 
 
 def _slice(x: jax.Array, index: jax.Array | int, block: int, axis: int = 1) -> jax.Array:
@@ -166,7 +173,8 @@ def _packed_forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, segments_BT: Any, sin
         return _heads_of_rows((out_BKRH / total).astype(v_BTKH.dtype), block), highest + jnp.log(total)
 
     out_IBtNH, lse_IBKR1 = lax.map(of_block, jnp.arange(tokens // block))
-    out_BTNH = jnp.moveaxis(out_IBtNH, 0, 1).reshape(batch, tokens, heads, size)
+    out_BTNH = checkpoint_name(jnp.moveaxis(out_IBtNH, 0, 1).reshape(batch, tokens, heads, size), ATTENTION)
+    lse_IBKR1 = checkpoint_name(lse_IBKR1, ATTENTION)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_IBKR1)
 
 

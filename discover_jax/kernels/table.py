@@ -34,6 +34,9 @@ row, or of a prompt's chunk."""
 OPTIONAL: dict[tuple[str, str], tuple[str, str]] = {
     ("decode_experts", "gpu"): ("discover_jax.kernels.experts_decode", "mix"),
     ("paged_attention", "gpu"): ("discover_jax.kernels.attention_decode", "paged_attention"),
+    ("experts", "gpu"): ("discover_jax.kernels.experts_update", "mix"),
+    ("packed_attention", "gpu"): ("discover_jax.kernels.attention_update", "packed_attention"),
+    ("windowed_attention", "gpu"): ("discover_jax.kernels.attention_update", "windowed_attention"),
     ("decode_projections", "gpu"): ("discover_jax.kernels.projections_decode", "project"),
 }
 """Entries that need packages of the extra `kernels`: module and function."""
@@ -94,6 +97,12 @@ def spread_over(devices: int) -> Iterator[None]:
         yield
     finally:
         _alone.reset(token)
+
+
+@functools.cache
+def say_reference(operation: str, reason: str) -> None:
+    """Says in the log, once, that the reference computes an operation although there is a kernel, and why."""
+    logging.warning("kernel of %s on gpu: reference, which is many times slower, because %s", operation, reason)
 
 
 def choose(operation: str) -> Callable[..., Any]:

@@ -48,6 +48,9 @@ _ORIGINAL_NAMES = {
     "rope_beta_slow": "rope_ntk_alpha",
 }
 
+REMAT = ("none", "layers", "pairs")
+"""What the update may compute again instead of keeping it; see `Model.remat`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -8,18 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels import table
 from discover_jax.kernels.mxfp4_tiles import SLABS
+from discover_jax.kernels.packed_attention import ATTENTION
 from discover_jax.models.cache import Cache, Pool
-from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
 from discover_jax.models.layers import GptOss, Layer, Pair, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
 from discover_jax.models.sharding import sharding_for
 
 EXPERTS = ("packed", "tiled", "dense")
+_LAYER = "layer"
+"""Name of a sliding layer's output, for policies of rematerialisation; a full one's is kept by the loop."""
 
 
 def _on_its_devices(method: Callable) -> Callable:
@@ -44,7 +48,8 @@ class Model:
       experts: "packed" keeps the experts in MXFP4, unpacking where they are used; "tiled" keeps the same bits where the decoding kernels
         look for them (see kernels.mxfp4_tiles), which `mxfp4_tiles.check_sizes` must allow; "dense" holds them in `dtype`.
       mesh: devices over which parameters are laid out, or None for the default device.
-      remat: recompute each pair of layers in the backward pass instead of keeping its activations.
+      remat: what the backward pass of whole sequences computes again. "pairs": all within a pair of layers, whose input alone is kept;
+        "layers": all within a layer but its attention, of which what its backward pass needs is kept, too; "none": nothing.
 
     In all methods `lora` may be None: the base model.
     """
@@ -54,11 +59,13 @@ class Model:
     dtype: Any = jnp.float32
     experts: str = "dense"
     mesh: Mesh | None = None
-    remat: bool = True
+    remat: str = "layers"
 
     def __post_init__(self):
         if self.experts not in EXPERTS:
             raise ConfigError(f"experts = {self.experts!r} is not known; allowed: {', '.join(EXPERTS)}.")
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat = {self.remat!r} is not known; allowed: {', '.join(REMAT)}.")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that jnp.float32 and "float32" hash alike
 
     # Parameters
@@ -114,14 +121,19 @@ class Model:
         def step(x_BTD: jax.Array, parameters: tuple[Tree, Tree, jax.Array | None]) -> tuple[jax.Array, None]:
             *own, routes = parameters
             pair, (first, second) = self._bind_pair(*own), (None, None) if routes is None else (routes[0], routes[1])
-            return read(pair.full, read(pair.sliding, x_BTD, c.sliding_window, first), None, second), None
+            x_BTD = checkpoint_name(read(pair.sliding, x_BTD, c.sliding_window, first), _LAYER)
+            return read(pair.full, x_BTD, None, second), None
 
         x_BTD = frozen["embedding"][tokens_BT].astype(jnp.float32)
         routes = routes_BTLX
         if routes is not None:  # pairs, layers of a pair, B, T, X
             routes = jnp.moveaxis(routes, 2, 0).reshape(c.num_pairs, 2, *routes.shape[:2], -1)
         parameters = (frozen["pairs"], (lora or {}).get("pairs", {}), routes)
-        x_BTD, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, x_BTD, parameters)
+        if self.remat != "none":
+            names = (ATTENTION, _LAYER) if self.remat == "layers" else ()
+            # A loop's body needs no protection from common subexpressions being merged, which would also keep others from being.
+            step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(step, x_BTD, parameters)
         return rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
 
     def logits(self, frozen: Tree, lora: Tree | None, hidden: jax.Array) -> jax.Array:

@@ -1,21 +1,17 @@
-"""Runs the kernels of paged attention in Triton's interpreter, on the CPU, and prints their errors against float64 as JSON.
-
-A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
+"""Runs the kernels of paged attention in Triton's interpreter and prints their errors against float64 as JSON.
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted_attention.py
 
 Errors are relative to the largest output. Places that are not in use hold NaN, and table entries that mean nothing are no pages: reading
-them ends the program. The interpreter cuts float32 to bfloat16 where a GPU rounds, so errors are about twice as large as there.
+them ends the program.
 """
 
 import dataclasses
 import json
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+from interpreter import interpret
 
 from discover_jax.kernels import attention_decode
 from discover_jax.kernels.attention_decode import Plan, attend_pages
@@ -34,24 +30,6 @@ class Case:
     kv_heads: int = 2
     head_size: int = 64
     spare: int = 0
-
-
-def _torch(argument: Any) -> Any:
-    if argument.dtype == jnp.bfloat16:
-        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
-    return torch.from_numpy(np.array(argument))
-
-
-def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> Any:
-    dtypes = {jnp.dtype(jnp.bfloat16): torch.bfloat16, jnp.dtype(jnp.float32): torch.float32, jnp.dtype(jnp.int32): torch.int32}
-    outs = jax.tree.leaves(out)
-    # Whatever is not written stays NaN, or no row.
-    results = [torch.full(o.shape, -(2**30) if o.dtype == jnp.int32 else float("nan"), dtype=dtypes[o.dtype]) for o in outs]
-    kernel[grid](*(_torch(a) for a in arguments), *results, **constants)
-    arrays = [
-        jnp.asarray(r.float().numpy() if r.dtype == torch.bfloat16 else r.numpy(), o.dtype) for r, o in zip(results, outs, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(out), arrays)
 
 
 def error(case: Case) -> float:
@@ -95,7 +73,7 @@ CASES = {
 
 
 def main() -> None:
-    attention_decode.call_kernel = _interpret
+    attention_decode.call_kernel = interpret
     print(json.dumps({name: error(case) for name, case in CASES.items()}))
 
 

@@ -1,27 +1,17 @@
 """Sorts routed rows by the kernel in Triton's interpreter, on the CPU, and prints as JSON for each case whether plain JAX sorts alike.
 
-A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
-
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_expert_rows.py
+TRITON_INTERPRET=1 python tests/kernels/interpreted_expert_rows.py
 """
 
 import json
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+from interpreter import interpret
 
 from discover_jax.kernels import expert_rows_decode
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
-
-
-def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> list[jax.Array]:
-    results = [torch.full(one.shape, -7, dtype=torch.int32) for one in out]  # whatever is not written stays -7
-    kernel[grid](*(torch.from_numpy(np.array(a)) if isinstance(a, jax.Array) else a for a in arguments), *results, **constants)
-    return [jnp.asarray(result.numpy()) for result in results]
 
 
 def same(tokens: int, experts: int, share: int, block: int, skew: float, layer: int) -> bool:
@@ -53,7 +43,7 @@ CASES = {
 
 
 def main() -> None:
-    expert_rows_decode.call_kernel = _interpret
+    expert_rows_decode.call_kernel = interpret
     print(json.dumps({name: same(*case) for name, case in CASES.items()}))
 
 

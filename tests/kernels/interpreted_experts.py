@@ -1,19 +1,13 @@
 """Runs the decoding kernels in Triton's interpreter, on the CPU, and prints the relative errors against float64 as JSON.
 
-A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
-
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_experts.py
-
-The interpreter cuts float32 to bfloat16 where a GPU rounds, so errors are about twice as large as there.
+TRITON_INTERPRET=1 python tests/kernels/interpreted_experts.py
 """
 
 import json
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+from interpreter import interpret
 
 from discover_jax.kernels import experts_decode
 from discover_jax.kernels.expert_rows import sort_rows
@@ -23,21 +17,6 @@ from discover_jax.models.mxfp4 import dequantise
 
 EXPERTS, WIDTH, HIDDEN, ACTIVE, RANK, SCALE = 4, 128, 64, 2, 8, 0.5
 LIMIT, ALPHA = 7.0, 1.702
-
-
-def _torch(argument: Any) -> Any:
-    if not isinstance(argument, jax.Array):
-        return argument
-    if argument.dtype == jnp.bfloat16:
-        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
-    return torch.from_numpy(np.array(argument))
-
-
-def _interpret(kernel: Any, *arguments: Any, out: jax.ShapeDtypeStruct, grid: Any, warps: int, stages: int, constants: Any) -> jax.Array:
-    dtype = torch.bfloat16 if out.dtype == jnp.bfloat16 else torch.float32
-    result = torch.full(out.shape, float("nan"), dtype=dtype)  # whatever is not written stays NaN
-    kernel[grid](*(_torch(a) for a in arguments), result, **constants)
-    return jnp.asarray(result.float().numpy(), out.dtype)
 
 
 def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adapted: bool) -> tuple[TiledMatrix, np.ndarray, np.ndarray]:
@@ -83,7 +62,7 @@ CASES = {
 
 
 def main() -> None:
-    experts_decode.call_kernel = _interpret
+    experts_decode.call_kernel = interpret
     experts_decode.sort_rows_of_layer = lambda index, experts, block, _: sort_rows(index, experts, block)  # has a check of its own
     print(json.dumps({name: error(*case) for name, case in CASES.items()}))
 

@@ -1,10 +1,6 @@
 """Runs the update's kernels of experts in Triton's interpreter, on the CPU, and prints errors against the reference in float32 as JSON.
 
-A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
-
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_experts_update.py
-
-The interpreter cuts float32 to bfloat16 where a GPU rounds, so errors are about twice as large as there.
+TRITON_INTERPRET=1 python tests/kernels/interpreted_experts_update.py
 """
 
 import json
@@ -13,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+from interpreter import interpret
 
 from discover_jax.kernels import experts_update
 from discover_jax.kernels.experts import mix_reference
@@ -25,23 +21,6 @@ from discover_jax.models.mxfp4 import dequantise
 EXPERTS, WIDTH, HIDDEN, ACTIVE, RANK, SCALE = 4, 128, 64, 2, 4, 0.5
 LIMIT, ALPHA = 2.0, 1.702
 PLAN = Plan(rows=16, wide=Launch(128), paired=Launch(32), narrow=Launch(16))
-
-
-def _torch(argument: Any) -> Any:
-    if not isinstance(argument, jax.Array):
-        return argument
-    if argument.dtype == jnp.bfloat16:
-        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
-    return torch.from_numpy(np.array(argument))
-
-
-def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> Any:
-    shapes = out if isinstance(out, list) else [out]
-    # Whatever is not written stays NaN.
-    results = [torch.full(one.shape, float("nan"), dtype=torch.bfloat16 if one.dtype == jnp.bfloat16 else torch.float32) for one in shapes]
-    kernel[grid](*(_torch(a) for a in arguments), *results, **constants)
-    arrays = [jnp.asarray(result.float().numpy(), one.dtype) for result, one in zip(results, shapes, strict=True)]
-    return arrays if isinstance(out, list) else arrays[0]
 
 
 class Dense:
@@ -110,7 +89,7 @@ CASES = {
 
 
 def main() -> None:
-    experts_update.call_kernel = _interpret
+    experts_update.call_kernel = interpret
     print(json.dumps({name: errors(*case) for name, case in CASES.items()}))
 
 

@@ -1,37 +1,20 @@
 """Runs the kernels of projections in Triton's interpreter, on the CPU, and prints their relative errors against float64 as JSON.
 
-A program of its own, since Triton reads TRITON_INTERPRET when it is first imported:
-
-    TRITON_INTERPRET=1 python tests/kernels/interpreted_projections.py
+TRITON_INTERPRET=1 python tests/kernels/interpreted_projections.py
 """
 
 import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+from interpreter import interpret
 
 from discover_jax.kernels import projections_decode
 from discover_jax.kernels.projections import Stack
 from discover_jax.kernels.projections_decode import Launch, project
 
 LAYERS, RANK, SCALE = 3, 8, 0.5
-
-
-def _torch(argument: Any) -> Any:
-    if not isinstance(argument, jax.Array):
-        return argument
-    if argument.dtype == jnp.bfloat16:
-        return torch.from_numpy(np.array(argument.astype(jnp.float32))).to(torch.bfloat16)
-    return torch.from_numpy(np.array(argument))
-
-
-def _interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> jax.Array:
-    result = torch.full(out.shape, float("nan"))  # whatever is not written stays NaN
-    kernel[grid](*(_torch(a) for a in arguments), result, **constants)
-    return jnp.asarray(result.numpy())
 
 
 def error(rows: int, width: int, outs: tuple[int, ...], layer: int, adapted: bool, launch: Launch) -> float:
@@ -74,7 +57,7 @@ CASES = {
 
 
 def main() -> None:
-    projections_decode.call_kernel = _interpret
+    projections_decode.call_kernel = interpret
     print(json.dumps({name: error(*case) for name, case in CASES.items()}))
 
 

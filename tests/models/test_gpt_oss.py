@@ -11,7 +11,7 @@ import pytest
 
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.models.cache import Cache, copy_page, put_pages, take_pages
-from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, LoraConfig, ModelConfig
+from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, REMAT, LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.rope import yarn_frequencies, yarn_ramp
 from discover_jax.models.sharding import make_mesh, spec_for
@@ -208,14 +208,20 @@ def test_rank_zero_leaves_a_target_out():
 
 
 def test_remat_changes_memory_and_not_numbers(frozen, lora):
-    tokens_BT = _tokens(1, 12)
+    tokens_BT, gradients, sizes = _tokens(1, 200), [], []
+    for remat in REMAT:
+        model = dataclasses.replace(MODEL, remat=remat)
 
-    def loss(lora, model):
-        return jnp.sum(jnp.sin(_logits(model, frozen, lora, tokens_BT)))
+        def loss(lora, model=model):
+            return jnp.sum(jnp.sin(_logits(model, frozen, lora, tokens_BT)))
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    kept, recomputed = gradient(lora, dataclasses.replace(MODEL, remat=False)), gradient(lora, MODEL)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), kept, recomputed)
+        compiled = jax.jit(jax.grad(loss)).lower(lora).compile()
+        gradients.append(compiled(lora))
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    for recomputed in gradients[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradients[0], recomputed)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.9 * sizes[0]
 
 
 def test_published_sizes_have_the_published_numbers_of_parameters():

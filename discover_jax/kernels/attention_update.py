@@ -1,0 +1,155 @@
+"""Attention of packed rows in the update, on a GPU: the references' results by kernels that hold no scores. Needs the extra `kernels`."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from discover_jax.kernels import attention_update_triton
+from discover_jax.kernels.attention_decode import HEAD_SIZES
+from discover_jax.kernels.packed_attention import ATTENTION, beginnings, packed_attention_reference, windowed_attention_reference
+from discover_jax.kernels.table import say_reference
+from discover_jax.kernels.triton_call import call_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How one kernel is cut: queries and keys of a tile, iterations in flight, warps."""
+
+    queries: int
+    keys: int
+    stages: int
+    warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The launches of the forward kernel, of the one for queries' gradients, and of the one for keys' and values'.
+
+    Where a kernel walks over keys, its queries are a multiple of them; where it walks over queries, its keys are.
+    """
+
+    forward: Launch
+    to_queries: Launch
+    to_keys: Launch
+
+
+FULL = Plan(Launch(128, 64, 4, 4), Launch(64, 64, 3, 4), Launch(64, 64, 3, 4))
+WINDOWED = Plan(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64, 64, 2, 4))
+"""The fastest of what was measured on an H200 (benchmarks/attention_update.py)."""
+
+
+def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array) -> jax.Array:
+    """`packed_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
+    if _refused("packed_attention", q_BTNH, k_BTKH, v_BTKH):
+        return packed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, plan=FULL)
+
+
+def windowed_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array, *, window: int
+) -> jax.Array:
+    """`windowed_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
+    if _refused("windowed_attention", q_BTNH, k_BTKH, v_BTKH):
+        return windowed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window)
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, plan=WINDOWED)
+
+
+def _refused(operation: str, *arrays: jax.Array) -> bool:
+    """Whether the kernels cannot take queries, keys and values; why, goes to the log."""
+    reason = None
+    if any(array.dtype != jnp.bfloat16 for array in arrays):
+        reason = f"queries, keys and values are {', '.join(str(array.dtype) for array in arrays)}; it takes bfloat16"
+    elif arrays[0].shape[-1] not in HEAD_SIZES:
+        reason = f"the head size is {arrays[0].shape[-1]}; it takes {' or '.join(map(str, HEAD_SIZES))}"
+    if reason is not None:
+        say_reference(operation, reason)
+    return reason is not None
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    sinks_N: jax.Array,
+    *,
+    window: int | None,
+    plan: Plan,
+) -> jax.Array:
+    """Of all earlier keys of each query's segment, or of the last `window` of them; sinks get no gradient."""
+    places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    first_BT = beginnings(segments_BT)
+    if window is not None:
+        first_BT = jnp.maximum(first_BT, places_T - (window - 1))
+    first_BT = jnp.where(segments_BT > 0, first_BT, places_T)  # padding sees itself only, which costs next to nothing
+    return _attention(q_BTNH, k_BTKH, v_BTKH, first_BT, lax.stop_gradient(sinks_N), plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any, plan: Plan) -> jax.Array:
+    return _forward(q_BTNH, k_BTKH, v_BTKH, first_BT, sinks_N, plan)[0]
+
+
+def _constants(q_BTNH: jax.Array, k_BTKH: jax.Array, launch: Launch) -> dict[str, int]:
+    sizes = {"N": q_BTNH.shape[2], "K": k_BTKH.shape[2], "H": q_BTNH.shape[3]}
+    return sizes | {"BM": launch.queries, "BN": launch.keys, "STAGES": launch.stages}
+
+
+def _forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any, plan: Plan) -> tuple[jax.Array, tuple]:
+    batch, tokens, heads, _ = q_BTNH.shape
+    launch = plan.forward
+    out_BTNH, lse_BNT = call_kernel(
+        attention_update_triton.forward,
+        *(q_BTNH, k_BTKH, v_BTKH, first_BT, sinks_N, tokens),
+        out=[jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)],
+        grid=(heads, -(-tokens // launch.queries), batch),
+        warps=launch.warps,
+        stages=launch.stages,
+        constants=_constants(q_BTNH, k_BTKH, launch),
+    )
+    out_BTNH, lse_BNT = checkpoint_name(out_BTNH, ATTENTION), checkpoint_name(lse_BNT, ATTENTION)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT)
+
+
+def _backward(plan: Plan, kept: tuple, d_out_BTNH: jax.Array) -> tuple:
+    q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT = kept
+    batch, tokens, heads, _ = q_BTNH.shape
+    delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32), axis=-1)
+    inputs = q_BTNH, k_BTKH, v_BTKH, d_out_BTNH.astype(q_BTNH.dtype), lse_BNT, delta_BTN.transpose(0, 2, 1)
+    launch = plan.to_queries
+    dq_BTNH = call_kernel(
+        attention_update_triton.backward_queries,
+        *(*inputs, first_BT, tokens),
+        out=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+        grid=(heads, -(-tokens // launch.queries), batch),
+        warps=launch.warps,
+        stages=launch.stages,
+        constants=_constants(q_BTNH, k_BTKH, launch),
+    )
+    launch = plan.to_keys
+    dk_BTKH, dv_BTKH = call_kernel(
+        attention_update_triton.backward_keys,
+        *(*inputs, last_seeing(first_BT), tokens),
+        out=[jax.ShapeDtypeStruct(k_BTKH.shape, k_BTKH.dtype), jax.ShapeDtypeStruct(v_BTKH.shape, v_BTKH.dtype)],
+        grid=(k_BTKH.shape[2], -(-tokens // launch.keys), batch),
+        warps=launch.warps,
+        stages=launch.stages,
+        constants=_constants(q_BTNH, k_BTKH, launch),
+    )
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, None
+
+
+def last_seeing(first_BT: jax.Array) -> jax.Array:
+    """The last query that sees each key: that before the first one whose keys begin later. int32 [B, T]."""
+    places_T = jnp.arange(first_BT.shape[1], dtype=first_BT.dtype)
+    return jax.vmap(lambda first_T: jnp.searchsorted(first_T, places_T, side="right", method="scan_unrolled").astype(jnp.int32) - 1)(
+        first_BT
+    )
+
+
+_attention.defvjp(_forward, _backward)
