@@ -81,12 +81,12 @@ def attend(
     window: int | None,
     plan: Plan,
 ) -> jax.Array:
-    """Of all earlier keys of each query's segment, or of the last `window` of them; sinks get no gradient."""
+    """Of all earlier keys of each query's segment, or of the last `window` of them; zero at padding; sinks get no gradient."""
     places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
     first_BT = beginnings(segments_BT)
     if window is not None:
         first_BT = jnp.maximum(first_BT, places_T - (window - 1))
-    first_BT = jnp.where(segments_BT > 0, first_BT, places_T)  # padding sees itself only, which costs next to nothing
+    first_BT = jnp.where(segments_BT > 0, first_BT, places_T + 1)  # padding sees nothing, which costs next to nothing
     return _attention(q_BTNH, k_BTKH, v_BTKH, first_BT, lax.stop_gradient(sinks_N), plan)
 
 
@@ -112,6 +112,10 @@ def _forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any,
         stages=launch.stages,
         constants=_constants(q_BTNH, k_BTKH, launch),
     )
+    # Where a loop keeps a kernel's own result, XLA (jax 0.11) runs the kernel a second time to write it there. So what is kept is not its
+    # own, but masked, although padding's output is zero as it is.
+    sees_BT = first_BT <= jnp.arange(tokens)
+    out_BTNH, lse_BNT = jnp.where(sees_BT[..., None, None], out_BTNH, 0), jnp.where(sees_BT[:, None], lse_BNT, 0)
     out_BTNH, lse_BNT = checkpoint_name(out_BTNH, ATTENTION), checkpoint_name(lse_BNT, ATTENTION)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT)
 

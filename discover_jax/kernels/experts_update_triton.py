@@ -101,6 +101,13 @@ def grouped(
         w_at = w_ptr + ((expert * (2 * N if PAIRED else N) + n)[None, :] * K + k[:, None])
     sums = tl.zeros([BM, BN], tl.float32)
     ups = tl.zeros([BM, BN], tl.float32)
+    # The adapter comes first: after the loop it would hold registers that a second program on the same processor needs.
+    if RANK > 0:
+        if PAIRED:
+            sums = _adapted(sums, low_ptr, b_ptr, 2 * expert, row, live, n, N, RANK, LEFT)
+            ups = _adapted(ups, low_ptr, b_ptr, 2 * expert + 1, row, live, n, N, RANK, LEFT)
+        else:
+            sums = _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N, RANK, LEFT)
     for _ in tl.range(0, K, COLUMNS, num_stages=STAGES):
         x = tl.load(x_at, mask=live[:, None], other=0.0)
         sums = dot(x, tl.load(w_at, mask=inside[None, :], other=0.0), sums)
@@ -113,12 +120,6 @@ def grouped(
         sums += tl.load(bias_ptr + expert * WIDE + n, mask=inside, other=0.0)[None, :]
         if PAIRED:
             ups += tl.load(bias_ptr + expert * WIDE + N + n, mask=inside, other=0.0)[None, :]
-    if RANK > 0:
-        if PAIRED:
-            sums = _adapted(sums, low_ptr, b_ptr, 2 * expert, row, live, n, N, RANK, LEFT)
-            ups = _adapted(ups, low_ptr, b_ptr, 2 * expert + 1, row, live, n, N, RANK, LEFT)
-        else:
-            sums = _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N, RANK, LEFT)
     kept = live[:, None] & inside[None, :]
     if PAIRED:
         at = row[:, None] * (2 * N) + n[None, :]

@@ -29,9 +29,26 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jax.typing.DType
     return (normed * scale.astype(jnp.float32)).astype(x.dtype if dtype is None else dtype)
 
 
+@jax.custom_vjp
 def _product(x: jax.Array, weight_oi: jax.Array) -> jax.Array:
-    """x W^T in float32; the weights are taken in x's type."""
+    """x W^T in float32; the weights are taken in x's type, and so is the result's gradient: in float32 its products would take twice as
+    long, and their other factors would have to be cast to it first."""
     return jnp.einsum("...i,oi->...o", x, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(x: jax.Array, weight_oi: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, weight_oi), (x, weight_oi)
+
+
+def _product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight_oi = kept
+    d_y = d_y.astype(x.dtype)
+    d_x = jnp.einsum("...o,oi->...i", d_y, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
+    d_weight_oi = jnp.einsum("...o,...i->oi", d_y, x, preferred_element_type=jnp.float32)  # not computed where nobody asks for it
+    return d_x.astype(x.dtype), d_weight_oi.astype(weight_oi.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _adapter_product(x: jax.Array, a_ri: jax.Array, b_or: jax.Array, scale: float) -> jax.Array:
