@@ -184,7 +184,16 @@ SETTINGS: dict[str, Any] = {
         "adam_b2": Setting(0.95, "Adam's decay of the second moment", low=0.0, high=0.999999),
         "adam_eps": Setting(1e-8, "Adam's epsilon", low=0.0, high=1.0),
         "max_grad_norm": Setting(0.0, "gradients are scaled down to this global norm; 0: never", low=0.0, high=1e9),
-        "row_tokens": Setting(0, "length of a packed row of the update; 0: longest prompt + budget of a rollout", unit="tokens", low=0),
+        "row_tokens": Setting(
+            0, "length of the longest packed row of the update; 0: longest prompt + budget of a rollout", unit="tokens", low=0
+        ),
+        "row_lengths": Setting(
+            8,
+            "lengths, from half of row_tokens up, among which an update takes the one that leaves the least padding; it is compiled once"
+            " for each that is used",
+            low=1,
+            high=64,
+        ),
         "rows": Setting(1, "packed rows in a microbatch", low=1, high=65_536),
         "resume_from": Setting("", "folder of a finished run whose last adapter, optimiser and archive this run starts from"),
     },

@@ -351,7 +351,7 @@ def _learn(
     advantages: Mapping[Place, float],
 ) -> tuple[TrainState | None, dict[str, float]]:
     """The update on the groups that carry a signal; where nothing is learned, the log-probability gap is measured all the same."""
-    shape = {"row_tokens": row_tokens(config), "rows": config.train.rows}
+    shape = {"row_tokens": row_tokens(config), "rows": config.train.rows, "lengths": config.train.row_lengths}
     if train_state is not None and advantages:
         learned = sorted(advantages)
         substeps = pack_substeps(

@@ -13,6 +13,7 @@ def apprentice_on_cpu(config: Any) -> None:
     config.sampling.max_prompt_tokens = 640
     config.sampling.max_new_tokens = 512
     config.sampling.slots = 64
+    config.train.row_lengths = 1  # compiling for another length takes longer than padding costs
     config.train.rows = 1  # several at once gain nothing on a CPU, and the last microbatch would be padded
     config.train.learning_rate = 2e-3
     config.execution.seconds = 60.0

@@ -2,8 +2,9 @@
 
 Exact for any routing and dropless: rows are sorted by expert into blocks that never mix experts, so a block's last rows are all that is
 wasted. A layer's MXFP4 is unpacked to bfloat16 where it is used, in the forward and again in the backward pass, and never kept.
-Derivatives are taken in the activations, the routing weights and the adapters; base weights have none. What is rounded to bfloat16 on the
-way forward is what the reference rounds; on the way back it is what products take, and the activation's inputs.
+Derivatives are taken in the activations, the routing weights and the adapters; base weights have none. What is rounded to the activations'
+type on the way forward is what the reference rounds; on the way back it is what products take, and the activation's inputs. That type is
+bfloat16, except in Triton's interpreter, where float32 shows that nothing but rounding differs from the reference.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ class _Layer:
         bias: jax.Array | None = None,
         adapter: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """Rows of `x` times their expert's matrix [E, N, K] transposed, or [E, K, N] if `left`: bfloat16 [R, N] of sorted rows.
+        """Rows of `x` times their expert's matrix [E, N, K] transposed, or [E, K, N] if `left`: [R, N] of sorted rows, in the type of `x`.
 
         Args:
           of_tokens: rows of `x` are the tokens, not the sorted rows.
@@ -81,7 +82,7 @@ class _Layer:
         """
         outputs = matrix.shape[2 if left else 1]
         launch = self.plan.narrow if outputs <= 64 else self.plan.wide
-        dtype = jnp.float32 if to_slots or exact else jnp.bfloat16
+        dtype = jnp.float32 if to_slots or exact else x.dtype
         out = jax.ShapeDtypeStruct((self.routed, outputs), dtype)
         flags = {"LEFT": left, "SHARE": self.share if of_tokens else 0, "SCATTER": to_slots, "FLOAT": exact, "PAIRED": False}
         return self._call(x, matrix, bias, adapter, launch, outputs, [out, jax.ShapeDtypeStruct((1,), jnp.bfloat16)], flags)[0]
@@ -89,9 +90,9 @@ class _Layer:
     def activation(
         self, x: jax.Array, matrix: jax.Array, bias: jax.Array, adapter: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Of the tokens' rows `x` and a matrix of gates and ups [E, 2 F, K]: [R, F], and what went into it [R, 2 F], both bfloat16."""
+        """Of the tokens' rows `x` and a matrix of gates and ups [E, 2 F, K]: [R, F], and what went into it [R, 2 F]."""
         outputs = matrix.shape[1] // 2
-        out = [jax.ShapeDtypeStruct((self.routed, width), jnp.bfloat16) for width in (outputs, 2 * outputs)]
+        out = [jax.ShapeDtypeStruct((self.routed, width), x.dtype) for width in (outputs, 2 * outputs)]
         flags = {"LEFT": False, "SHARE": self.share, "SCATTER": False, "FLOAT": False, "PAIRED": True}
         active, both = self._call(x, matrix, bias, adapter, self.plan.paired, outputs, out, flags)
         return active, both
@@ -137,13 +138,13 @@ class _Layer:
         )
 
 
-def unpack(matrix: TiledMatrix, *, paired: bool) -> jax.Array:
-    """The matrices of all experts in bfloat16 [E, out, in], exactly; of paired ones gates come before ups."""
+def unpack(matrix: TiledMatrix, dtype: Any = jnp.bfloat16, *, paired: bool) -> jax.Array:
+    """The matrices of all experts [E, out, in], exactly; of paired ones gates come before ups."""
     experts, slabs, tiles, m16, _ = matrix.words.shape
     return call_kernel(
         experts_update_triton.unpack,
         *(matrix.words, matrix.factors),
-        out=jax.ShapeDtypeStruct((experts, slabs * m16 * ROWS, tiles * COLUMNS), jnp.bfloat16),
+        out=jax.ShapeDtypeStruct((experts, slabs * m16 * ROWS, tiles * COLUMNS), dtype),
         grid=(experts, slabs, tiles),
         warps=2,
         stages=1,
@@ -180,7 +181,7 @@ def mix_sorted(
     """`mix_reference`'s sum for tiles, [T, D] float32, differentiable in `x_TD`, `weights_TX` and `adapters`.
 
     Args:
-      x_TD: activations; rounded to bfloat16.
+      x_TD: activations.
       weights_TX, index_TX: the experts of each token, all different, and their weights.
       adapters: of gate_up and of down, or None; those within the matrices are not looked at.
       gate_up, down: of one layer, `gate_up` laid out with paired rows; their `scale` is that of the adapters.
@@ -195,22 +196,22 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0]
     layer = _Layer(sort_rows(index_TX, experts, plan.rows), share, plan, limit, alpha)
-    x16 = x_TD.astype(jnp.bfloat16)
+    dtype = x_TD.dtype
     low_up: Any = None
     low_down: Any = None
     second_up = second_down = None
     both: Any = adapters or ((None, None), (None, None))
     (a_up, b_up), (a_down, b_down) = both
     if adapters is not None:
-        low_up = gate_up.scale * layer.product(x16, a_up.astype(jnp.bfloat16), of_tokens=True, exact=True)
+        low_up = gate_up.scale * layer.product(x_TD, a_up.astype(dtype), of_tokens=True, exact=True)
         second_up = low_up, _gates_first(b_up)
     bias_up = _gates_first(gate_up.bias.astype(jnp.float32))
-    active_RF, both_RF2 = layer.activation(x16, unpack(gate_up, paired=True), bias_up, second_up)
+    active_RF, both_RF2 = layer.activation(x_TD, unpack(gate_up, dtype, paired=True), bias_up, second_up)
     if adapters is not None:
-        low_down = down.scale * layer.product(active_RF, a_down.astype(jnp.bfloat16), exact=True)
+        low_down = down.scale * layer.product(active_RF, a_down.astype(dtype), exact=True)
         second_down = low_down, b_down
     bias_down = down.bias.astype(jnp.float32)
-    y_RD = layer.product(active_RF, unpack(down, paired=False), to_slots=True, bias=bias_down, adapter=second_down)
+    y_RD = layer.product(active_RF, unpack(down, dtype, paired=False), to_slots=True, bias=bias_down, adapter=second_down)
     out_TD = jnp.sum(y_RD.reshape(tokens, share, -1) * weights_TX.astype(jnp.float32)[..., None], axis=1)
     kept = x_TD, weights_TX, adapters, index_TX, gate_up, down, layer.rows, active_RF, both_RF2, low_up, low_down
     return out_TD, kept
@@ -222,7 +223,8 @@ def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.A
     x_TD, weights_TX, adapters, index_TX, gate_up, down, rows, active_RF, both_RF2, low_up, low_down = kept
     share, experts = index_TX.shape[1], gate_up.words.shape[0]
     layer = _Layer(rows, share, plan, limit, alpha)
-    x16, d_out16, slots = x_TD.astype(jnp.bfloat16), d_out_TD.astype(jnp.bfloat16), rows.slots
+    dtype, slots = x_TD.dtype, rows.slots
+    d_rounded_TD = d_out_TD.astype(dtype)
     firsts = jnp.sum(index_TX.reshape(-1)[None] < jnp.arange(experts + 1)[:, None], axis=1, dtype=jnp.int32)
     weights_R1 = weights_TX.astype(jnp.float32).reshape(-1)[slots][:, None]
 
@@ -233,30 +235,30 @@ def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.A
     (a_up, b_up), (a_down, b_down) = both
     # Of `down`, everything is first that of an output with the weight 1.
     if adapters is not None:
-        d_low_down = down.scale * layer.product(d_out16, b_down.astype(jnp.bfloat16), left=True, of_tokens=True, exact=True)
+        d_low_down = down.scale * layer.product(d_rounded_TD, b_down.astype(dtype), left=True, of_tokens=True, exact=True)
         through_down = d_low_down, a_down
-    d_active_RF = layer.product(d_out16, unpack(down, paired=False), left=True, of_tokens=True, adapter=through_down)
+    d_active_RF = layer.product(d_rounded_TD, unpack(down, dtype, paired=False), left=True, of_tokens=True, adapter=through_down)
     dot_R = jnp.sum(d_active_RF.astype(jnp.float32) * active_RF.astype(jnp.float32), axis=1)
     dot_TX = jnp.zeros(dot_R.shape, jnp.float32).at[slots].set(dot_R, unique_indices=True).reshape(index_TX.shape)
-    of_bias_TE = jnp.einsum("td,ed->te", d_out16, down.bias.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    of_bias_TE = jnp.einsum("td,ed->te", d_rounded_TD, down.bias.astype(dtype), preferred_element_type=jnp.float32)
     d_weights_TX = dot_TX + jnp.take_along_axis(of_bias_TE, index_TX, axis=1)
     d_both_RF2 = _activation_gradient(both_RF2, weights_R1 * d_active_RF.astype(jnp.float32), limit, alpha)
     if adapters is not None:
-        d_low_up = gate_up.scale * layer.product(d_both_RF2, _gates_first(b_up).astype(jnp.bfloat16), left=True, exact=True)
+        d_low_up = gate_up.scale * layer.product(d_both_RF2, _gates_first(b_up).astype(dtype), left=True, exact=True)
         through_up = d_low_up, a_up
-    d_x_RD = layer.product(d_both_RF2, unpack(gate_up, paired=True), left=True, to_slots=True, adapter=through_up)
+    d_x_RD = layer.product(d_both_RF2, unpack(gate_up, dtype, paired=True), left=True, to_slots=True, adapter=through_up)
     d_x_TD = jnp.sum(d_x_RD.reshape(-1, share, d_x_RD.shape[1]), axis=1).astype(x_TD.dtype)
     if adapters is not None:
         # `low` holds the adapter's scale already, as does its gradient.
-        of_up = layer.outer(x16, d_low_up, firsts, of_tokens=True).swapaxes(1, 2), _alternating(layer.outer(d_both_RF2, low_up, firsts))
-        of_b_down = layer.outer(d_out16, weights_R1 * low_down, firsts, of_tokens=True)
+        of_up = layer.outer(x_TD, d_low_up, firsts, of_tokens=True).swapaxes(1, 2), _alternating(layer.outer(d_both_RF2, low_up, firsts))
+        of_b_down = layer.outer(d_rounded_TD, weights_R1 * low_down, firsts, of_tokens=True)
         of_down = layer.outer(active_RF, weights_R1 * d_low_down, firsts).swapaxes(1, 2), of_b_down
         d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), (of_up, of_down), adapters)
     return d_x_TD, d_weights_TX.astype(weights_TX.dtype), d_adapters, None, None, None
 
 
 def _activation_gradient(both_RF2: jax.Array, d_active_RF: jax.Array, limit: float, alpha: float) -> jax.Array:
-    """The gradient in gates and ups, [R, 2 F] bfloat16, of kernels.experts.gated; zero where they are clamped."""
+    """The gradient in gates and ups, [R, 2 F] in their type, of kernels.experts.gated; zero where they are clamped."""
 
     def gated(both_RF2: jax.Array) -> jax.Array:
         gate, up = jnp.split(both_RF2.astype(jnp.float32), 2, axis=1)
@@ -290,7 +292,9 @@ def mix(
     """
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     reason = None
-    if any("words" not in own for own in arrays):
+    if x_TD.dtype != jnp.bfloat16:
+        reason = f"activations are {x_TD.dtype}; it takes bfloat16"
+    elif any("words" not in own for own in arrays):
         reason = "the experts are not laid out in tiles"
     elif layer is not None:
         reason = "it takes the weights of one layer, not a stack"

@@ -38,11 +38,11 @@ def unpack(
     else:
         out = slab * M + m
     at = (expert * SLABS * M + out)[:, None] * (TILES * COLUMNS) + k * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(out_ptr + at, weights.to(tl.bfloat16))
+    tl.store(out_ptr + at, weights.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N: tl.constexpr, RANK: tl.constexpr, LEFT: tl.constexpr):
+def _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N: tl.constexpr, RANK: tl.constexpr, LEFT: tl.constexpr, dtype: tl.constexpr):
     """sums + low B^T, or low A if LEFT, of an adapter's second product."""
     PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
     r = tl.arange(0, PADDED)
@@ -52,7 +52,7 @@ def _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N: tl.constexpr, RANK: 
     else:
         at = (expert * N + n)[None, :] * RANK + r[:, None]
     b = tl.load(b_ptr + at, mask=(r < RANK)[:, None] & (n < N)[None, :], other=0.0)
-    return dot(low.to(tl.bfloat16), b.to(tl.bfloat16), sums)
+    return dot(low.to(dtype), b.to(dtype), sums)
 
 
 @triton.jit
@@ -104,10 +104,10 @@ def grouped(
     # The adapter comes first: after the loop it would hold registers that a second program on the same processor needs.
     if RANK > 0:
         if PAIRED:
-            sums = _adapted(sums, low_ptr, b_ptr, 2 * expert, row, live, n, N, RANK, LEFT)
-            ups = _adapted(ups, low_ptr, b_ptr, 2 * expert + 1, row, live, n, N, RANK, LEFT)
+            sums = _adapted(sums, low_ptr, b_ptr, 2 * expert, row, live, n, N, RANK, LEFT, x_ptr.dtype.element_ty)
+            ups = _adapted(ups, low_ptr, b_ptr, 2 * expert + 1, row, live, n, N, RANK, LEFT, x_ptr.dtype.element_ty)
         else:
-            sums = _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N, RANK, LEFT)
+            sums = _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N, RANK, LEFT, x_ptr.dtype.element_ty)
     for _ in tl.range(0, K, COLUMNS, num_stages=STAGES):
         x = tl.load(x_at, mask=live[:, None], other=0.0)
         sums = dot(x, tl.load(w_at, mask=inside[None, :], other=0.0), sums)
@@ -123,19 +123,19 @@ def grouped(
     kept = live[:, None] & inside[None, :]
     if PAIRED:
         at = row[:, None] * (2 * N) + n[None, :]
-        tl.store(both_ptr + at, sums.to(tl.bfloat16), mask=kept)
-        tl.store(both_ptr + at + N, ups.to(tl.bfloat16), mask=kept)
+        tl.store(both_ptr + at, sums.to(x_ptr.dtype.element_ty), mask=kept)
+        tl.store(both_ptr + at + N, ups.to(x_ptr.dtype.element_ty), mask=kept)
         gate = tl.minimum(sums, LIMIT)
         up = tl.minimum(tl.maximum(ups, -LIMIT), LIMIT)
         activated = (up + 1.0) * gate / (1.0 + tl.exp(-ALPHA * gate))
-        tl.store(out_ptr + row[:, None] * N + n[None, :], activated.to(tl.bfloat16), mask=kept)
+        tl.store(out_ptr + row[:, None] * N + n[None, :], activated.to(x_ptr.dtype.element_ty), mask=kept)
     elif SCATTER:
         target = tl.load(slots_ptr + row, mask=live, other=0).to(tl.int64)
         tl.store(out_ptr + target[:, None] * N + n[None, :], sums, mask=kept)
     elif FLOAT:
         tl.store(out_ptr + row[:, None] * N + n[None, :], sums, mask=kept)
     else:
-        tl.store(out_ptr + row[:, None] * N + n[None, :], sums.to(tl.bfloat16), mask=kept)
+        tl.store(out_ptr + row[:, None] * N + n[None, :], sums.to(x_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -166,6 +166,6 @@ def outer(
             source = (tl.load(slots_ptr + row, mask=live, other=0) // SHARE).to(tl.int64)
         u = tl.load(u_ptr + source[None, :] * N + n[:, None], mask=live[None, :] & (n < N)[:, None], other=0.0)
         v = tl.load(v_ptr + row[:, None] * RANK + r[None, :], mask=live[:, None] & (r < RANK)[None, :], other=0.0)
-        sums = dot(u, v.to(tl.bfloat16), sums)
+        sums = dot(u, v.to(u.dtype), sums)
     at = (expert * N + n).to(tl.int64)[:, None] * RANK + r[None, :]
     tl.store(out_ptr + at, sums, mask=(n < N)[:, None] & (r < RANK)[None, :])

@@ -2,7 +2,8 @@
 
 A rollout with P prompt and T generated tokens takes P + T - 1 places of a row: place j holds token j and is asked for token j + 1.
 The last token is never an input and the first never a target. Rows are filled first-fit, longest rollout first: never more
-than 11/9 of the fewest possible rows plus one (the classical bound of first-fit decreasing), and a function of the lengths alone.
+than 11/9 of the fewest possible rows plus one (the classical bound of first-fit decreasing), and a function of the lengths alone. A
+group's prompt is computed once for each of its rollouts: docs/performance.md says why.
 """
 
 import dataclasses
@@ -16,6 +17,9 @@ import numpy.typing as npt
 
 from discover_jax.exceptions import CapacityError, ConfigError, LearningError
 from discover_jax.types import Rollout
+
+TILE = 128
+"""Lengths of rows are multiples of it, so that kernels' tiles are full."""
 
 
 @jax.tree_util.register_dataclass
@@ -119,24 +123,43 @@ def _routes(rollouts: Sequence[Rollout]) -> jax.ShapeDtypeStruct | None:
     return None if only is None else jax.ShapeDtypeStruct(*only)
 
 
-def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: int, rows: int) -> list[Batch]:
-    """Rollouts and their advantages as batches of one shape [rows, row_tokens]; the last is filled up with empty rows.
+def row_lengths(row_tokens: int, lengths: int) -> list[int]:
+    """So many lengths of rows, from half of `row_tokens` to the whole in equal steps, rounded up to whole tiles: longest first.
+
+    Fewer if rounding makes some equal.
+    """
+    parts = [row_tokens - row_tokens * part // (2 * max(1, lengths - 1)) for part in range(lengths)]
+    return sorted({min(row_tokens, -(-part // TILE) * TILE) for part in parts}, reverse=True)
+
+
+def _fill(places: Sequence[int], row_tokens: int, rows: int, lengths: int) -> tuple[int, list[list[int]]]:
+    """The length of rows that takes the fewest positions in all, padding and empty rows included, and what goes into each row."""
+    longest = max(places, default=0)
+    fillings = [(length, first_fit_decreasing(places, length)) for length in row_lengths(row_tokens, lengths) if length >= longest]
+    return min(fillings, key=lambda filling: -(-len(filling[1]) // rows) * filling[0])  # of equal ones the first, which is the longest
+
+
+def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: int, rows: int, lengths: int = 1) -> list[Batch]:
+    """Rollouts and their advantages as batches of one shape [rows, length]; the last is filled up with empty rows.
+
+    The length is whichever of `row_lengths` leaves the least padding: rollouts of a third of a row and a bit would leave a third of it.
 
     Rollouts without a chosen token have nothing to say and are left out. No rollouts give no batches.
 
     Args:
       rollouts: those that take part in the update.
       advantages: one finite number for each rollout.
-      row_tokens: places of a row; one compiled shape needs this to be the same in every step.
+      row_tokens: places of the longest row.
       rows: rows of a microbatch.
+      lengths: of rows that may be chosen from; each is a shape for which the update is compiled once.
 
     Raises:
       CapacityError: a rollout is longer than a row.
-      ConfigError: `row_tokens` or `rows` is below 1.
+      ConfigError: `row_tokens`, `rows` or `lengths` is below 1.
       LearningError: lengths disagree, a prompt is empty, or an advantage or log-probability is not finite in float32.
     """
-    if row_tokens < 1 or rows < 1:
-        raise ConfigError(f"row_tokens = {row_tokens} and rows = {rows} cannot be packed; both must be at least 1.")
+    if min(row_tokens, rows, lengths) < 1:
+        raise ConfigError(f"row_tokens = {row_tokens}, rows = {rows} and lengths = {lengths} cannot be packed; all must be at least 1.")
     with np.errstate(over="ignore"):
         advantage_of = np.asarray(advantages, np.float64).astype(np.float32)
     if advantage_of.shape != (len(rollouts),):
@@ -147,9 +170,9 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
         _check(rollout, row_tokens)
 
     kept = [(rollout, advantage) for rollout, advantage in zip(rollouts, advantage_of, strict=True) if rollout.chosen_T.any()]
-    bins = first_fit_decreasing([_places(rollout) for rollout, _ in kept], row_tokens)
+    length, bins = _fill([_places(rollout) for rollout, _ in kept], row_tokens, rows, lengths)
     routes = _routes([rollout for rollout, _ in kept])
-    batches = [empty_batch(rows, row_tokens, routes) for _ in range(-(-len(bins) // rows))]
+    batches = [empty_batch(rows, length, routes) for _ in range(-(-len(bins) // rows))]
     for number, members in enumerate(bins):
         batch, row, start = batches[number // rows], number % rows, 0
         for segment, member in enumerate(members, start=1):
@@ -171,8 +194,13 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
     return batches
 
 
+def filled_frac(batches: Sequence[Batch]) -> float:
+    """The part of all positions that is no padding."""
+    return sum(int(np.count_nonzero(batch.segments_BT)) for batch in batches) / sum(batch.segments_BT.size for batch in batches)
+
+
 def pack_substeps(
-    rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, substeps: int, row_tokens: int, rows: int
+    rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, substeps: int, row_tokens: int, rows: int, lengths: int = 1
 ) -> list[list[Batch]]:
     """The batches of each of several optimiser steps that share the rollouts: every rollout is used once, in one of them.
 
@@ -182,7 +210,7 @@ def pack_substeps(
     none make none.
 
     Args:
-      rollouts, advantages, row_tokens, rows: as for `pack`.
+      rollouts, advantages, row_tokens, rows, lengths: as for `pack`.
       substeps: optimiser steps, at least 1; with 1, `pack` of everything.
 
     Raises:
@@ -195,4 +223,4 @@ def pack_substeps(
         raise LearningError(f"{len(rollouts)} rollouts came with advantages of shape {values.shape}; give one for each.")
     usable = [index for index, rollout in enumerate(rollouts) if rollout.chosen_T.any()]
     parts = [part for part in np.array_split(np.asarray(usable, np.int64), substeps) if part.size]
-    return [pack([rollouts[i] for i in part], values[part], row_tokens=row_tokens, rows=rows) for part in parts]
+    return [pack([rollouts[i] for i in part], values[part], row_tokens=row_tokens, rows=rows, lengths=lengths) for part in parts]

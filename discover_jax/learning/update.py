@@ -20,7 +20,7 @@ from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.learning.kl import shape_advantages
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCTIONS, RatioLimits
-from discover_jax.learning.packing import Batch, empty_batch
+from discover_jax.learning.packing import Batch, empty_batch, filled_frac
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import sharding_for
@@ -226,10 +226,10 @@ class Update:
           The new state, and host floats over chosen tokens, measured on the weights before each optimiser step: `loss`, `logprob_gap/mean`
           and `/max` (|trainer - sampler|, nats), `ratio/min` and `/max` (trainer / sampler), `ratio/limited_frac` (tokens on which a limit
           of the loss acts; only for losses that have one), `entropy` (nats a token), `grad_norm` (before any clipping), `tokens`,
-          `kl_base/mean` (mean of sampler - base, nats a token; if wanted), `update/skipped`. Of several substeps: sum of tokens, extremes
-          of ratios, means over tokens of entropy and limited_frac, means over substeps of loss and grad_norm, and the log-probability gap
-          of the first one, whose weights are the sampler's. A skipped update has only `tokens` = 0 and `update/skipped` = 1, and `state`
-          stays valid.
+          `kl_base/mean` (mean of sampler - base, nats a token; if wanted), `update/filled_frac` (positions that are no padding),
+          `update/skipped`. Of several substeps: sum of tokens, extremes of ratios, means over tokens of entropy and limited_frac, means
+          over substeps of loss and grad_norm, and the log-probability gap of the first one, whose weights are the sampler's. A skipped
+          update has only `tokens` = 0 and `update/skipped` = 1, and `state` stays valid.
 
         Raises:
           LearningError: loss or gradient is not finite, or the base model's log-probabilities are not. In the first substep `state` is
@@ -244,7 +244,8 @@ class Update:
         for batches in substeps:
             state, metrics = self._optimizer_step(frozen, state, batches)
             rows.append(metrics)
-        return state, _joined(rows) | kl_metrics | {"update/skipped": 0.0}
+        filled = filled_frac([batch for batches in substeps for batch in batches])
+        return state, _joined(rows) | kl_metrics | {"update/skipped": 0.0, "update/filled_frac": filled}
 
     def _optimizer_step(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         gradient, metrics = self.gradient(frozen, state.lora, batches)
@@ -258,7 +259,8 @@ class Update:
         return self._apply(state, gradient), metrics
 
     def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> dict[str, float]:
-        """The log-probability gap, ratios, entropy, tokens and KL of `update`, without gradient or change; empty if no token was chosen.
+        """The log-probability gap, ratios, entropy, tokens, KL and filling of `update`, without gradient or change; empty if no token was
+        chosen.
 
         For rollouts that take part in no update: those of constant groups, or of a search without training. `lora` may be None: the policy
         then is the base model, and its KL is not measured.
@@ -266,6 +268,7 @@ class Update:
         if _chosen(batches) == 0:
             return {}
         metrics = _metrics(jax.device_get([self._forward(lora, frozen, self._place(batch)) for batch in batches]))
+        metrics["update/filled_frac"] = filled_frac(batches)
         return metrics | self.shape(frozen, [batches])[1] if lora is not None else metrics
 
     def programs(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[Program]:

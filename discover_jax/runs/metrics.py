@@ -77,6 +77,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "kl_base/mean": ("nats", "mean difference of the sampler's and the base model's log-probability of a token: estimates their KL"),
     "entropy": ("nats", "mean entropy of the policy at the sampled tokens"),
     "grad_norm": ("", "Euclidean norm of the gradient, before any clipping"),
+    "update/filled_frac": ("fraction", "positions of the update's packed rows that hold a token; the others are padding"),
     "update/skipped": ("", "1 if every group was left out, so that there was nothing to learn from; else 0"),
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
     "sample/utilisation": ("fraction", "decoding slots that held a live rollout, as long as rollouts waited for one; 1 if none ever did"),

@@ -7,6 +7,7 @@ Errors are relative to the norm of what is expected; padding is left out.
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,20 +32,21 @@ class Case:
     kv_heads: int = 2
     head_size: int = 16
     plan: Plan = PLAN
+    dtype: Any = jnp.float32
 
 
 def errors(case: Case) -> dict[str, float]:
     rng = np.random.default_rng(case.tokens)
     batch, shape = len(case.rows), (case.tokens, case.head_size)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    q, k, v, d_out = (jnp.asarray(rng.normal(size=(batch, shape[0], n, shape[1])), jnp.bfloat16) for n in heads)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=(batch, shape[0], n, shape[1])), case.dtype) for n in heads)
     segments = np.zeros((batch, case.tokens), np.int32)
     for row, lengths in enumerate(case.rows):
         for number, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True), 1):
             segments[row, end - length : end] = number
     real = (segments > 0)[..., None, None]
     d_out = d_out * real
-    sinks = jnp.asarray(rng.normal(size=case.heads), jnp.bfloat16)
+    sinks = jnp.asarray(rng.normal(size=case.heads), case.dtype)
     options = {} if case.window is None else {"window": case.window}
     reference = packed_attention_reference if case.window is None else windowed_attention_reference
 
@@ -66,6 +68,7 @@ def errors(case: Case) -> dict[str, float]:
 
 
 CASES = {
+    "bfloat16": Case(((1, 1, 17, 30), (40,)), 61, dtype=jnp.bfloat16),
     "one segment, whole blocks": Case(((64,),), 64),
     "segments that begin anywhere, padding": Case(((1, 1, 17, 30), (40,)), 61),
     "as many key heads": Case(((23, 9), (5,) * 8), 40, heads=2),

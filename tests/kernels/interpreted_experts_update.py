@@ -45,7 +45,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool) -> t
     return TiledMatrix(*tiles, bias, scale=SCALE), dequantise(blocks, scales, jnp.float32)
 
 
-def errors(tokens: int, skew: float, adapted: bool) -> dict[str, float]:
+def errors(tokens: int, skew: float, adapted: bool, dtype: Any) -> dict[str, float]:
     """Relative errors of the output and of each derivative; a large skew sends all tokens to the same experts."""
     rng = np.random.default_rng(tokens)
 
@@ -70,21 +70,26 @@ def errors(tokens: int, skew: float, adapted: bool) -> dict[str, float]:
         return mix_reference(x, index, weights, Dense(w1, gate_up.bias, first), Dense(w2, down.bias, second), **options)
 
     expected, pull = jax.vjp(reference, x, weights, adapters)
-    got, pull_got = jax.vjp(lambda *leaves: mix_sorted(*leaves, index, gate_up, down, LIMIT, ALPHA, PLAN), x, weights, adapters)
+
+    def kernels(x: jax.Array, weights: jax.Array, adapters: Any) -> jax.Array:
+        return mix_sorted(x, weights, adapters, index, gate_up, down, LIMIT, ALPHA, PLAN)
+
+    got, pull_got = jax.vjp(kernels, x.astype(dtype), weights, adapters)
     names = ("x", "weights", "a of gate_up", "b of gate_up", "a of down", "b of down")
     pairs = zip(names[: 6 if adapted else 2], jax.tree.leaves(pull_got(d_out)), jax.tree.leaves(pull(d_out)), strict=True)
 
     def relative(got: jax.Array, expected: jax.Array) -> float:
-        return float(np.linalg.norm(np.asarray(got - expected)) / np.linalg.norm(np.asarray(expected)))
+        return float(np.linalg.norm(np.asarray(got.astype(jnp.float32) - expected)) / np.linalg.norm(np.asarray(expected)))
 
     found = {name: float(jnp.abs(difference).max()) for name, difference in same.items()}
     return found | {"output": relative(got, expected)} | {name: relative(ours, theirs) for name, ours, theirs in pairs}
 
 
 CASES = {
-    "any routing": (37, 0.0, True),
-    "two experts have all rows, two none": (21, 100.0, True),
-    "one token, no adapter": (1, 0.0, False),
+    "bfloat16": (21, 0.0, True, jnp.bfloat16),
+    "any routing": (37, 0.0, True, jnp.float32),
+    "two experts have all rows, two none": (21, 100.0, True, jnp.float32),
+    "one token, no adapter: two experts have one row": (1, 0.0, False, jnp.float32),
 }
 
 

@@ -19,10 +19,10 @@ def test_interpreted_kernels_have_the_reference_s_gradients():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 8
+    assert len(found) == 9
     for case, errors in found.items():
         assert set(errors) == {"output", "q", "k", "v"}
-        assert 0 < max(errors.values()) < 0.02, (case, errors)
+        assert 0 < max(errors.values()) < (0.02 if case == "bfloat16" else 1e-5), (case, errors)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

@@ -17,9 +17,9 @@ def test_interpreted_kernels_have_the_reference_s_derivatives():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 3
+    assert len(found) == 4
     for case, errors in found.items():
         assert errors.pop("unpacked") == 0.0
         assert errors.pop("unpacked gates and ups") == 0.0
         assert len(errors) == (3 if "no adapter" in case else 7)
-        assert 0 < max(errors.values()) < 0.02, (case, errors)
+        assert 0 < max(errors.values()) < (0.02 if case == "bfloat16" else 1e-5), (case, errors)

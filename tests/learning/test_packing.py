@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import CapacityError, ConfigError, LearningError
-from discover_jax.learning.packing import first_fit_decreasing, pack, pack_substeps
+from discover_jax.learning.packing import filled_frac, first_fit_decreasing, pack, pack_substeps, row_lengths
 from discover_jax.types import Rollout, StopReason
 
 
@@ -200,3 +200,28 @@ def test_substeps_refuse():
         pack_substeps([make_rollout([1], [2])], [1.0], substeps=0, row_tokens=4, rows=1)
     with pytest.raises(LearningError, match="1 rollouts came with advantages"):
         pack_substeps([make_rollout([1], [2])], [1.0, 2.0], substeps=1, row_tokens=4, rows=1)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(2, 1024), min_size=1, max_size=40), st.integers(1024, 2100), st.integers(1, 3), st.integers(1, 9))
+def test_of_several_lengths_of_rows_the_one_with_the_fewest_positions_is_taken(places, row_tokens, rows, lengths):
+    rollouts = [make_rollout([1], [2] * places_of_one) for places_of_one in places]
+    options = row_lengths(row_tokens, lengths)
+    assert options[0] == row_tokens
+    assert all(row_tokens / 2 <= length <= row_tokens and (length % 128 == 0 or length == row_tokens) for length in options)
+    positions = [
+        sum(batch.tokens_BT.size for batch in pack(rollouts, np.ones(len(rollouts)), row_tokens=length, rows=rows))
+        for length in options
+        if length >= max(places)
+    ]
+    batches = pack(rollouts, np.ones(len(rollouts)), row_tokens=row_tokens, rows=rows, lengths=lengths)
+    assert sum(batch.tokens_BT.size for batch in batches) == min(positions)
+    assert filled_frac(batches) == pytest.approx(sum(places) / min(positions))
+
+
+def test_a_step_of_the_report_s_size_is_nearly_without_padding():
+    """128 rollouts of 8,192 tokens and a prompt of 1,500, which three to a row leave a seventh of rows of 34,192 empty."""
+    rollouts = [make_rollout([1] * 1500, [2] * 8192) for _ in range(128)]
+    filled = [filled_frac(pack(rollouts, np.ones(128), row_tokens=34_192, rows=1, lengths=lengths)) for lengths in (1, 8)]
+    assert filled[0] < 0.86
+    assert filled[1] > 0.95
