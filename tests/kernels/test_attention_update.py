@@ -19,7 +19,7 @@ def test_interpreted_kernels_have_the_reference_s_gradients():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 9
+    assert len(found) == 10
     for case, errors in found.items():
         assert set(errors) == {"output", "q", "k", "v"}
         assert 0 < max(errors.values()) < (0.02 if case == "bfloat16" else 1e-5), (case, errors)
