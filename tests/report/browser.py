@@ -107,7 +107,7 @@ class Browser:
         """Opens a file and waits until the report has drawn itself."""
         self.call("Page.navigate", url="about:blank")  # so that another fragment of the same file loads it anew
         self.call("Page.navigate", url=page.absolute().as_uri() + (f"#{fragment}" if fragment else ""))
-        self.wait("document.documentElement?.dataset.ready === 'yes' && document.querySelectorAll('svg.chart').length > 0")
+        self.wait("document.documentElement?.dataset.ready === 'yes'")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression, as JSON has it; a promise is waited for."""

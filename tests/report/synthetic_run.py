@@ -120,8 +120,7 @@ def _printed(draw: random.Random, score: float) -> str:
     return "".join(f"fold {fold}: accuracy {score + draw.gauss(0, 0.01):.5f}, {draw.randrange(200, 900)} trees\n" for fold in range(8))
 
 
-_WORDS = ("age", "cabin", "deck", "side", "spend", "cryo", "planet", "group", "family", "luxury", "ratio", "total", "mean", "fold", "model", "leaf")
-)
+_WORDS = ("age", "cabin", "deck", "side", "spend", "cryo", "planet", "group", "family", "luxury", "ratio", "total", "mean", "fold", "model")
 
 
 def line(draw: random.Random) -> str:

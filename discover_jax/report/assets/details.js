@@ -23,6 +23,7 @@ async function showAttempt(place, { tree, row, offset, scoreName, outcomes, line
   const family = ancestors(tree, row);
   const children = childrenOf(tree, row);
   const go = (to, text) => el("button", { class: to === row ? "go here" : to === best ? "go best" : "go", onclick: () => choose(to) }, text);
+  place.dataset.id = tree.id[row];
   place.replaceChildren(
     el("h3", null, tree.id[row], row === best ? el("span", { class: "badge" }, "best") : null, row !== best && best !== undefined ? go(best, "show the best") : null),
     el("dl", { class: "facts" }, facts.map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, value)))),

@@ -13,6 +13,9 @@ const OUTCOME_CLASSES = {
   sandbox_error: "o-sandbox",
 };
 
+// What is done when the address names an attempt, as the browser's back button does; the tree that is shown sets it.
+let addressed = () => {};
+
 function show(data, competition) {
   const main = document.getElementById("page");
   const outcomes = data.outcome_names.map((name, i) => ({ name, label: data.outcomes[i], className: OUTCOME_CLASSES[name] }));
@@ -31,10 +34,11 @@ function show(data, competition) {
   const what = data.runs.length > 1 ? data.runs.map((run) => run.label).join(" against ") : verb(first.kind);
   const header = el("header", null, el("h1", null, data.runs.length > 1 ? `${first.name}: ${what}` : first.name), el("p", { class: "subtitle" }, competition ? `${competition}, ${data.runs.length > 1 ? "compared" : what}` : what), chooser);
   if (!runs.length) {
+    document.documentElement.dataset.ready = "yes";
     main.replaceChildren(header, missing(data.runs.map((run) => ({ run }))) ?? "", el("p", { class: "note" }, "There is nothing to draw yet."));
     return;
   }
-  const wanted = decodeURIComponent(location.hash.slice(1));
+  const wanted = location.hash.slice(1);
   main.replaceChildren(
     header,
     ...[
@@ -55,6 +59,7 @@ function show(data, competition) {
 }
 
 document.body.append(tip);
+addEventListener("hashchange", () => addressed(location.hash.slice(1)));
 unpack("data").then(
   (data) => show(data, (data.runs[0].competitions[0] || { id: "" }).id),
   (error) => document.getElementById("page").replaceChildren(el("p", { class: "note" }, `This page's data could not be unpacked (${error.message}). It needs a browser of 2023 or later.`)),

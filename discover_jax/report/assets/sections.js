@@ -163,7 +163,7 @@ function treeSection(data, competition, run, progress, offset, outcomes, start) 
   const place = el("div", { class: "attempt", id: "attempt", "aria-live": "polite" });
   const choose = (row) => {
     chart.mark(row);
-    history.replaceState(null, "", `#${tree.id[row]}`);
+    location.hash = tree.id[row];
     showAttempt(place, { tree, row, offset, scoreName, outcomes, lineage, choose }).catch((error) => {
       place.replaceChildren(el("p", { class: "note" }, `The programs could not be unpacked: ${error.message}`));
     });
@@ -177,6 +177,10 @@ function treeSection(data, competition, run, progress, offset, outcomes, start) 
     describe: `${tree.id.length} attempts by step and ${scoreName}, joined to their parents`,
     choose,
   });
+  addressed = (id) => {
+    const row = tree.id.indexOf(id);
+    if (row >= 0 && place.dataset.id !== id) choose(row);
+  };
   const first = tree.id.indexOf(start);
   const begin = first >= 0 ? first : lineage.length ? last(lineage) : 0;
   chart.mark(begin);
