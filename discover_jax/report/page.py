@@ -145,16 +145,10 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _packed_programs(attempts: Sequence[Attempt], room: int) -> str:
-    """Packed programs, of at most `room` letters; some are left out where all need more."""
+    """Packed programs, of about `room` letters at most; some are left out where all need more."""
     estimate = room * 3 // 4  # base64 makes 4 letters of 3 bytes
-    packed = pack(attempts, estimate)
-    text = _packed(packed.to_json())
-    if packed.left_out:  # how well they compress together is only known afterwards
-        again = _packed(pack(attempts, estimate * room * 98 // (100 * len(text))).to_json())
-        text = again if len(again) <= room else text
-    while len(text) > room:
-        estimate = estimate * 9 // 10
-        text = _packed(pack(attempts, estimate).to_json())
+    while len(text := _packed(pack(attempts, estimate).to_json())) > room and estimate > 0:
+        estimate = estimate * 95 // 100
     return text
 
 

@@ -15,7 +15,7 @@ class Panel:
 
     Attributes:
       title: of the chart.
-      names: of the metrics in it, each with its label; a chart of several runs shows the first alone.
+      names: of the metrics in it, each with its label; a chart of several runs shows the first alone, of a range the last.
       learned: whether only an update gives these numbers, so that a search has none.
       form: "lines"; "range", whose first line lies between the second and the third; "stack", parts of a whole.
     """

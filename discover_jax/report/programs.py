@@ -1,6 +1,7 @@
 """Thousands of programs in a few hundred kilobytes: a child is told by what it takes from its parent, equal texts and lines once."""
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -76,8 +77,9 @@ class _Packing:
         self._line_of: dict[str, int] = {}
         self._program_of: dict[str, int] = {}
         self._text_of: dict[str, int] = {}
-        self._compressor = zlib.compressobj()
-        self._uncounted: list[str] = []
+        # Each table is compressed by itself, since they lie one after another in the page.
+        self._new: dict[str, list[str]] = {"lines": [], "programs": [], "texts": []}
+        self._compressors = {name: zlib.compressobj() for name in self._new}
 
     def with_ancestors(self, attempt: Attempt, done: set[str]) -> list[Attempt]:
         """An attempt and those of its ancestors that are not done, the oldest first."""
@@ -93,8 +95,9 @@ class _Packing:
     def add(self, attempt: Attempt) -> list[int]:
         """Adds an attempt; its row."""
         row = [self._program(attempt), self._text(attempt.detail[-DETAIL_CHARS:]), self._text(attempt.stdout[-STDOUT_CHARS:])]
-        self.size += len(self._compressor.compress("\n".join(self._uncounted).encode(errors="surrogatepass")))
-        self._uncounted.clear()
+        for name, new in self._new.items():
+            self.size += len(self._compressors[name].compress(json.dumps(new).encode()))
+            new.clear()
         return row
 
     def _program(self, attempt: Attempt) -> int:
@@ -106,7 +109,7 @@ class _Packing:
         parent_code = parent.code if parent is not None and parent.code in self._program_of else None
         base = NONE if parent_code is None else self._program_of[parent_code]
         ops = self._ops(attempt.code.split("\n"), [] if parent_code is None else parent_code.split("\n"))
-        self._uncounted.append(str(ops))
+        self._new["programs"].append(str(ops))
         self.programs.append([base, *ops])
         self._program_of[attempt.code] = len(self.programs) - 1
         return len(self.programs) - 1
@@ -131,14 +134,14 @@ class _Packing:
         return ops
 
     def _line(self, line: str) -> int:
-        return self._once(line, self.lines, self._line_of)
+        return self._once(line, "lines", self.lines, self._line_of)
 
     def _text(self, text: str) -> int:
-        return self._once(text, self.texts, self._text_of) if text else NONE
+        return self._once(text, "texts", self.texts, self._text_of) if text else NONE
 
-    def _once(self, text: str, table: list[str], places: dict[str, int]) -> int:
+    def _once(self, text: str, name: str, table: list[str], places: dict[str, int]) -> int:
         if (place := places.get(text)) is None:
             place = places[text] = len(table)
             table.append(text)
-            self._uncounted.append(text)
+            self._new[name].append(text)
         return place

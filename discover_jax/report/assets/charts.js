@@ -8,9 +8,18 @@ function endLabels(plot, labels) {
   for (const label of spread(labels, 15, plot.top + 4, plot.bottom - 2)) {
     const x = plot.right + 10;
     if (Math.abs(label.at - label.y) > 3) group.append(svg("path", { class: `leader ${label.className}`, d: `M${plot.right + 1} ${label.y}L${x - 2} ${label.at}` }));
-    group.append(svg("text", { x, y: label.at, dy: "0.35em", class: label.className }, label.text));
+    const text = svg("text", { x, y: label.at, dy: "0.35em", class: label.className }, shortened(label.text, (plot.width - x) / 7));
+    text.append(svg("title", null, label.text));
+    group.append(text);
   }
   plot.root.append(group);
+}
+
+// A text of at most so many letters, which keeps its end: a value.
+function shortened(text, room) {
+  const most = Math.max(6, Math.floor(room));
+  const end = text.slice(text.lastIndexOf(" "));
+  return text.length <= most ? text : `${text.slice(0, Math.max(1, most - end.length - 1))}…${end}`;
 }
 
 function listLabels(labels) {
@@ -165,7 +174,7 @@ function lineChart(lines, { height = 150, xLabel = "step", label, range = null }
       xLabel,
       label,
       yTicks: 4,
-      margin: { left: 56, right: several ? 84 : 58, top: 10 },
+      margin: { left: 50, right: several ? 122 : 58, top: 10 },
     });
     if (range) plot.root.append(svg("path", { class: "band s0", d: bandPath(lines[0].xs, range.low, range.high, plot.x, plot.y) }));
     const labels = [];
@@ -174,7 +183,7 @@ function lineChart(lines, { height = 150, xLabel = "step", label, range = null }
       const last = line.values.findLastIndex(known);
       if (last < 0) continue;
       plot.root.append(svg("circle", { class: `dot ${line.className}`, r: 3, cx: plot.x(line.xs[last]), cy: plot.y(line.values[last]) }));
-      labels.push({ y: plot.y(line.values[last]), className: line.className, text: several ? line.label : number(line.values[last], 3) });
+      labels.push({ y: plot.y(line.values[last]), className: line.className, text: `${several ? `${line.label} ` : ""}${number(line.values[last], 3)}` });
     }
     endLabels(plot, labels);
     const xs = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);

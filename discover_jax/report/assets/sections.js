@@ -211,7 +211,7 @@ function panels(runs) {
   const names = runs[0].run.panels.map((panel) => panel.title);
   return section(
     "Update and sampling",
-    runs.length > 1 ? "From each run's metrics.jsonl; the first of the numbers where a panel has several." : "From metrics.jsonl; names and units are those of docs/metrics.md.",
+    runs.length > 1 ? "From each run's metrics.jsonl; of advantages the highest, of log-probability gaps the mean." : "From metrics.jsonl; names and units are those of docs/metrics.md.",
     el("div", { class: "panels" }, names.map((_, place) => onePanel(runs, place))),
   );
 }
@@ -222,10 +222,10 @@ function onePanel(runs, place) {
   const label = `${panel.title}${unit} by step`;
   const parts = runs.map(({ run, index }) => ({ run, index, panel: run.panels[place], xs: run.metric_steps.map(shownStep) }));
   const there = parts.filter((part) => !part.panel.absent && part.xs.length);
-  const absent = parts.filter((part) => part.panel.absent).map((part) => el("p", { class: "note" }, runs.length > 1 ? `${part.run.label}: ${part.panel.absent}` : part.panel.absent));
+  const absent = parts.filter((part) => part.panel.absent).map((part) => el("p", { class: "note absent" }, runs.length > 1 ? `${part.run.label}: ${part.panel.absent}` : part.panel.absent));
   const content = [];
   if (runs.length > 1) {
-    const sum = (part) => (panel.form === "stack" ? part.xs.map((_, i) => total(part.panel.series.map((one) => one.values[i] || 0))) : part.panel.series[0].values);
+    const sum = (part) => (panel.form === "stack" ? part.xs.map((_, i) => total(part.panel.series.map((one) => one.values[i] || 0))) : part.panel.series[panel.form === "range" ? 2 : 0].values);
     if (there.length) content.push(lineChart(there.map((part) => ({ xs: part.xs, values: sum(part), label: part.run.label, className: runClass(part.index) })), { label }));
   } else if (there.length && panel.form === "stack") {
     const series = panel.series.map((one, i) => ({ label: one.label, className: `s${i}`, values: one.values }));
@@ -244,7 +244,7 @@ function onePanel(runs, place) {
       ),
     );
   }
-  const meaning = panel.form === "stack" ? "where the time of a step went" : panel.form === "range" ? "mean, and from lowest to highest" : panel.series[0].meaning;
+  const meaning = panel.form === "stack" ? "where the time of a step went" : panel.form === "range" ? (runs.length > 1 ? panel.series[2].meaning : "mean, and from lowest to highest") : panel.series[0].meaning;
   return el("div", { class: "panel" }, el("h3", null, panel.title, el("span", { class: "unit" }, unit)), el("p", { class: "note" }, meaning), content, absent);
 }
 

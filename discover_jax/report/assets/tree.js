@@ -39,7 +39,7 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
   let redraw = () => {};
 
   const host = responsive("plot scroll", (available) => {
-    const width = Math.max(available, steps.length * 20 + 80);
+    const width = Math.max(available, steps.length * 14 + 80);
     const narrow = available < NARROW;
     const plot = frame({
       width,
