@@ -15,6 +15,7 @@ BINS = 24
 """Of the histogram of rewards; the lowest one takes all that lies below."""
 _LOWEST_SHARE = 0.05
 """Of the valid rewards may lie below the histogram's range, so that one bad program does not squeeze all others into a bin."""
+_GRADE = ("score", "rows", "scored_on", "interval_95", "interval_95_method", "private_score", "private_rows", "private_interval_95")
 
 
 def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
@@ -51,9 +52,6 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "lineage": [state.id for state in lineage(attempts, best.id)] if best is not None else [],
         "grade": {name: grade.get(name) for name in _GRADE} if best is not None and grade.get("id") == best.id else None,
     }
-
-
-_GRADE = ("score", "rows", "scored_on", "interval_95", "interval_95_method", "private_score", "private_rows", "private_interval_95")
 
 
 def tree_of(record: RunRecord, competition: str) -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import RunError
 from discover_jax.records import from_row, parse_json
+from discover_jax.runs.best import bundle_dir
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import read_disclosure
 from discover_jax.runs.metrics import read_metrics
@@ -110,7 +111,7 @@ def read_record(folder: Path) -> RunRecord:
         missing.append("metrics.jsonl, or it has no whole row yet: so nothing is known of the update, tokens and seconds.")
     grades = {id: grade for id in disclosed if (grade := _read_grade(folder, id, alone=len(disclosed) == 1)) is not None}
     missing += [
-        f"best/: no grade.json of the best program of {id}, so its own interval is not known."
+        f"best/: it holds no grade.json of {id} that can be read, so the best program's own interval is not known."
         for id in disclosed
         if id not in grades and any(attempt.task == id and attempt.score is not None for attempt in attempts)
     ]
@@ -183,14 +184,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_grade(folder: Path, competition: str, *, alone: bool) -> Mapping[str, Any] | None:
-    """grade.json of the competition's best program; None if it is not there. best/ may be absent for a moment while it is replaced."""
-    path = (folder / "best" if alone else folder / "best" / competition) / "grade.json"
+    """grade.json of the competition's best program; None if there is none that can be read, as `runs.best.read_best` has it, too."""
+    path = bundle_dir(folder / "best", competition, alone=alone) / "grade.json"
     try:
         grade = parse_json(path.read_bytes())
-    except FileNotFoundError:
+    except (OSError, ValueError):  # the page says that it is not there
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error!r}). Put the original back, or delete the folder.") from error
-    if not isinstance(grade, dict):
-        raise RunError(f"{path} is no grade: it must hold an object. Put the original back, or delete the folder.")
-    return grade
+    is_sound = isinstance(grade, dict) and all(_is_interval(grade.get(name)) for name in ("interval_95", "private_interval_95"))
+    return grade if is_sound else None
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from hostile_run import ATTACK, write_hostile_run
-from synthetic_run import attempt, edited, searched, write_run
+from synthetic_run import DISCLOSURE, attempt, edited, searched, write_run
 
 from discover_jax.report.page import write_report
 from discover_jax.types import Outcome
@@ -160,6 +160,24 @@ def test_runs_are_compared(fresh, tmp_path):
     ]
     assert "rollouts" in fresh.evaluate("document.querySelector('svg.chart').textContent")  # unequal steps: at equal numbers of rollouts
     assert "A search learns nothing" in fresh.evaluate("document.body.textContent")
+    assert is_sound(fresh)
+
+
+def test_competitions_are_shown_one_at_a_time(fresh, tmp_path):
+    """The second one's programs lie behind the first one's."""
+    disclosure = json.loads(json.dumps(DISCLOSURE))
+    disclosure["competitions"].append(disclosure["competitions"][0] | {"id": "boats"})
+    attempts = [
+        attempt(0, group, 0, "seed", f"of group {group}", 0.7, task=("boats", "spaceship-titanic")[group % 2]) for group in range(6)
+    ]
+    fresh.open(write_report(write_run(tmp_path / "run", attempts, disclosure=disclosure)))
+    assert shown(fresh) == "0000-001-000"
+    fresh.evaluate("Object.assign(document.querySelector('select'), {value: 'boats'}).dispatchEvent(new Event('change'))")
+    assert fresh.wait("document.getElementById('attempt').dataset.id", lambda id: id == "0000-000-000")
+    for group in (2, 4):
+        fresh.evaluate(f"location.hash = '0000-00{group}-000'")
+        fresh.wait(f"document.getElementById('attempt').dataset.id === '0000-00{group}-000'")
+        assert fresh.evaluate("document.querySelector('.program code').textContent") == f"of group {group}"
     assert is_sound(fresh)
 
 

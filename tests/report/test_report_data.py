@@ -174,6 +174,17 @@ def test_half_written_rows_are_left_out_and_damaged_ones_refused(tmp_path):
     assert (run / NAME).read_bytes() == before  # the old page stays
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"id": "0000-000-000", "interval_95": ["<b>", 1]}'])
+def test_a_grade_that_cannot_be_read_is_missing(tmp_path, text):
+    """As in a run itself, which goes on without it."""
+    run = write_run(tmp_path / "run", searched(1, 1, 2, edited(5, 0.2)))
+    (run / "best").mkdir()
+    (run / "best" / "grade.json").write_text(text)
+    record = read_record(run)
+    assert record.grades == {}
+    assert [line.split(":")[0] for line in record.missing] == ["best/"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -181,13 +192,11 @@ def test_half_written_rows_are_left_out_and_damaged_ones_refused(tmp_path):
         ("config.json", '{"kind": "dream", "config": {}}', "cannot be read as a run's config"),
         ("disclosure.json", "[]", "disclosure.json cannot be read"),
         ("disclosure.json", '{"isolation": {"isolated": true, "lines": []}, "competitions": [{"id": 3}]}', "does not say what it must"),
-        ("best/grade.json", "[1]", "is no grade"),
         ("metrics.jsonl", '{"step": 0, "entropy": "<b>"}\n', "entropy of step 0 is '<b>', which is no number"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, name, text, message):
     run = write_run(tmp_path / "run", searched(1, 1, 2, edited(5, 0.2)))
-    (run / "best").mkdir()
     (run / name).write_text(text)
     with pytest.raises(RunError, match=message):
         write_report(run)
