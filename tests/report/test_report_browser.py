@@ -97,8 +97,14 @@ def test_the_tree_answers_hover_click_and_keys(fresh, tmp_path):
     assert is_sound(fresh)
 
 
-def test_programs_are_shown_as_the_journal_has_them(fresh, run):
-    """Of every attempt of the run, by its address: unpacked, rebuilt from its ancestors, compared with its parent."""
+@pytest.mark.parametrize("case", ["real", "long"])
+def test_programs_are_shown_as_the_journal_has_them(fresh, request, tmp_path, case):
+    """Of every attempt of a run, by its address: unpacked, rebuilt from its ancestors, compared with its parent."""
+    if case == "real":
+        run = request.getfixturevalue("run")
+    else:
+        run = write_run(tmp_path / "run", searched(4, 2, 2, edited(40, 0.15)))
+        write_report(run)
     rows = {row["id"]: row for row in map(json.loads, (run / "journal.jsonl").read_text().splitlines())}
     for id, row in rows.items():
         fresh.open(run / "report.html", id)
