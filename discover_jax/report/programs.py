@@ -84,9 +84,9 @@ class _Packing:
     def with_ancestors(self, attempt: Attempt, done: set[str]) -> list[Attempt]:
         """An attempt and those of its ancestors that are not done, the oldest first."""
         chain: list[Attempt] = []
-        seen = set(done)
+        seen: set[str] = set()  # ids that run in a circle end the chain, too
         current: Attempt | None = attempt
-        while current is not None and current.id not in seen:  # ids that run in a circle end it, too
+        while current is not None and current.id not in done and current.id not in seen:
             chain.append(current)
             seen.add(current.id)
             current = self._attempts.get(current.parent_id)

@@ -9,7 +9,7 @@ from discover_jax.archive.archive import lineage
 from discover_jax.exceptions import RunError
 from discover_jax.report.record import Disclosed, RunRecord
 from discover_jax.tasks.interval import wilson_interval
-from discover_jax.types import Attempt, Outcome, State
+from discover_jax.types import SEED, Attempt, Outcome, State
 
 BINS = 24
 """Of the histogram of rewards; the lowest one takes all that lies below."""
@@ -57,7 +57,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
 def tree_of(record: RunRecord, competition: str) -> dict[str, list[Any]]:
     """Columns over the competition's attempts, in the journal's order: the states of the tree and the failures that became none.
 
-    `parent` is the parent's row, or -1 for the empty start and for a parent that the journal does not hold.
+    `parent` is the parent's row, or -1 for the empty start and for a parent that the journal does not hold, which is then `lost`.
     """
     attempts = [attempt for attempt in record.attempts if attempt.task == competition]
     row_of = {attempt.id: row for row, attempt in enumerate(attempts)}
@@ -67,7 +67,7 @@ def tree_of(record: RunRecord, competition: str) -> dict[str, list[Any]]:
     return {
         "id": [attempt.id for attempt in attempts],
         "parent": [row_of.get(attempt.parent_id, -1) for attempt in attempts],
-        "parent_id": sorted({a.parent_id for a in attempts if a.parent_id not in row_of}),
+        "lost": [attempt.parent_id not in row_of and attempt.parent_id != SEED.id for attempt in attempts],
         "step": [attempt.step for attempt in attempts],
         "group": [attempt.group for attempt in attempts],
         "index": [attempt.index for attempt in attempts],

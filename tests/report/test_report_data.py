@@ -147,7 +147,8 @@ def test_what_a_run_lacks_is_said_and_not_invented(tmp_path):
     assert (progress["disclosed"], progress["best_interval"], progress["grade"]) == (None, [None, None], None)
     assert {panel["title"]: panel["absent"] for panel in told["panels"]}["Gradient norm"] == "A search learns nothing, so it has none."
     assert all(panel["absent"] for panel in told["panels"])
-    assert tree_of(record, "spaceship-titanic")["parent"] == [-1, -1]
+    tree = tree_of(record, "spaceship-titanic")
+    assert (tree["parent"], tree["lost"]) == ([-1, -1], [False, True])
 
 
 def test_a_run_that_has_done_nothing_yet_has_a_report(tmp_path):

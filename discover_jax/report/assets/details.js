@@ -31,7 +31,7 @@ async function showAttempt(place, { tree, row, offset, scoreName, outcomes, line
       "p",
       { class: "family" },
       el("span", { class: "label" }, "lineage"),
-      el("span", { class: "start" }, parent < 0 && family.length === 1 ? origin(tree, row) : "start"),
+      el("span", { class: "start" }, origin(tree, family[0])),
       family.map((each) => ["→ ", go(each, known(tree.score[each]) ? score(tree.score[each]) : outcomes[tree.outcome[each]].label)]),
     ),
     el(
@@ -50,7 +50,7 @@ async function showAttempt(place, { tree, row, offset, scoreName, outcomes, line
 }
 
 function origin(tree, row) {
-  return tree.parent_id.includes("seed") || !tree.parent_id.length ? "written from nothing" : `its parent is not in the journal (${row})`;
+  return tree.lost[row] ? "a parent that is not in the journal" : "written from nothing";
 }
 
 function heading(own, from, parent, tree) {
