@@ -66,8 +66,13 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._session = None
+        try:
+            self.call("Browser.close")  # its helper processes end with it, which a kill would leave behind for a while
+            self._process.wait(10)
+        finally:
+            self._process.kill()
+            self._process.wait()
         self._log.close()
         os.close(self._out)
         os.close(self._in)

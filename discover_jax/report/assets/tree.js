@@ -78,7 +78,7 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
       plot.root.append(svg("path", { class: "edge best", d: edges(lineage) }), svg("path", { class: "dots best", d: dots(lineage) }));
       const atRight = px[best] > plot.right - 120;
       plot.root.append(
-        svg("text", { class: "best-label", x: px[best] + (atRight ? -9 : 9), y: Math.max(plot.top + 4, py[best] - 8), "text-anchor": atRight ? "end" : "start" }, `best ${score(tree.score[best])}`),
+        svg("text", { class: "best-label", x: px[best] + (atRight ? -9 : 9), y: higher === false ? py[best] + 20 : Math.max(plot.top + 4, py[best] - 8), "text-anchor": atRight ? "end" : "start" }, `best ${score(tree.score[best])}`),
       );
     }
     const marks = svg("g", { class: "marks" });
