@@ -29,14 +29,17 @@ from discover_jax.learning.train_state import TrainState, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.machines import device_memory
 from discover_jax.policy import Policy, load_policy
+from discover_jax.report.page import write_report
 from discover_jax.runs.attempts import Place, attempt_of, rollout_rows
 from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
 from discover_jax.runs.console import Console, Improvement, make_console
+from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
+from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.source import find_source
 from discover_jax.runs.standing import Standing, restore
@@ -119,6 +122,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             console.note(warning)
 
         checkpoint_seconds: float | None = None
+        report = write_report(workdir.path)
 
         for step in range(stand.step, last_step):
             console.step(step, last_step)
@@ -249,11 +253,13 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             metrics.write(row)
             archived = [state for frontier in frontiers.values() for state in frontier.archive.to_json()]
             checkpoints.save(step, train_state, HostState.of(stand.first_step, archived, stand.rewards, journal).to_json())
+            write_report(workdir.path)
             checkpoint_seconds = time.monotonic() - saved
             rows.append(row)
             console.step_done(row, improved)
 
-        console.finish(closing_lines(_results(tasks, frontiers, journal), rows, workdir=workdir, learn=learn))
+        results = _results(tasks, frontiers, journal)
+        console.finish([*closing_lines(results, rows, workdir=workdir, learn=learn), f"report       {report}"])
 
 
 # ---------------------------------------------------------------------- before the first step
@@ -369,8 +375,14 @@ def _write_best(
     """The bundle of a program that this step found: in best/, or in a folder below it where a run has several tasks."""
     verdict = verdicts[tuple(int(part) for part in best.id.split("-")[1:])]  # type: ignore[index]
     folder = bundle_dir(workdir.best_dir, task.id, alone=len(tasks) == 1)
-    grade = grade_of(task, best, verdict, config.seed)
-    write_best(folder, lineage=lineage(journal.read(), best.id), submission=verdict.execution.csv or b"", grade=grade)
+    write_best(
+        folder,
+        lineage=lineage(journal.read(), best.id),
+        submission=verdict.execution.csv or b"",
+        grade=grade_of(task, best, verdict, config.seed),
+        disclosure=(workdir.path / DISCLOSURE).read_bytes(),
+        rerun=rerun_script(config, tasks.index(task)),
+    )
 
 
 def _results(tasks: Sequence[Task], frontiers: Mapping[str, Frontier], journal: Journal) -> list[Result]:

@@ -1,4 +1,4 @@
-"""best/: the best program of a run with its submission, its grade, and how it came about."""
+"""best/: the best program of a run with its submission, its grade, how it came about, and how to run it again."""
 
 import difflib
 import json
@@ -65,7 +65,7 @@ def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, An
     return (grade, submission) if mine else None
 
 
-def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade: dict[str, Any]) -> None:
+def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade: dict[str, Any], disclosure: bytes, rerun: str) -> None:
     """Replaces the whole folder: built beside it under another name, then swapped in by renaming.
 
     A kill between the two renames leaves best/ absent and the old one beside it, as `.best.old`; the next call, which a resumed run
@@ -76,6 +76,8 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
       lineage: ancestors of the best state and the state itself, oldest first, as `archive.lineage` gives them.
       submission: bytes of its submission, CSV.
       grade: score and whatever belongs to it; what JSON can hold.
+      disclosure: the run's disclosure.json, for whoever gets the folder alone.
+      rerun: the text of rerun.sh, as `rerun.script` gives it.
 
     Raises:
       RunError: an empty lineage, or a disk that is full or fails; the old folder is then still there.
@@ -91,10 +93,13 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
         _write(new / "solution.py", _text(lineage[-1].code))
         _write(new / "submission.csv", submission)
         _write(new / "grade.json", _json(grade))
+        _write(new / "lineage.diff", _text(_diffs(lineage)))
+        _write(new / "disclosure.json", disclosure)
+        _write(new / "rerun.sh", rerun.encode())
+        (new / "rerun.sh").chmod(0o755)
         for number, state in enumerate(lineage):
             _write(new / "lineage" / f"{number:02d}-{state.id}.py", _text(state.code))
         _write(new / "lineage" / "lineage.json", _json([_row(state) for state in lineage]))
-        _write(new / "lineage" / "lineage.diff", _text(_diffs(lineage)))
         sync_folder(new / "lineage")
         sync_folder(new)
         if best_dir.exists():

@@ -49,7 +49,7 @@ def write_disclosure(
     Raises:
       RunError: an earlier file cannot be read, or this one not written.
     """
-    earlier = _read(workdir.path)
+    earlier = read_disclosure(workdir.path)
     if earlier is not None:
         isolation = _isolation(earlier).after(isolation)
     content = {
@@ -65,7 +65,11 @@ def _disclosed(task: Task) -> dict[str, Any]:
     disclosure = task.disclosure
     return {
         "id": task.id,
-        "metric": {"name": task.metric.name, "higher_is_better": task.metric.higher_is_better},
+        "metric": {
+            "name": task.metric.name,
+            "higher_is_better": task.metric.higher_is_better,
+            "share_of_rows": task.metric.proportion,
+        },
         "reward": {
             "source": disclosure.reward,
             "transform": task.competition.transform,
@@ -91,7 +95,7 @@ def read_isolation(folder: Path) -> Isolation | None:
     Raises:
       RunError: the file cannot be read.
     """
-    content = _read(folder)
+    content = read_disclosure(folder)
     return None if content is None else _isolation(content)
 
 
@@ -99,7 +103,12 @@ def _isolation(content: dict[str, Any]) -> Isolation:
     return Isolation(content["isolation"]["isolated"], tuple(content["isolation"]["lines"]))
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def read_disclosure(folder: Path) -> dict[str, Any] | None:
+    """The content of disclosure.json, of which only the part on isolation has been checked; None if the folder has none.
+
+    Raises:
+      RunError: the file cannot be read.
+    """
     path = folder / NAME
     try:
         content = json.loads(path.read_bytes())

@@ -92,7 +92,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "time/execute_s": ("s", "waited for programs after the last rollout was written"),
     "time/update_s": ("s", "advantages, packing and the optimiser's step; 0 in a search"),
     "time/save_s": ("s", "writing journal, best/ and rollouts"),
-    "time/checkpoint_s": ("s", "writing the checkpoint of the step before; null in the first step of a start"),
+    "time/checkpoint_s": ("s", "writing the checkpoint and the report of the step before; null in the first step of a start"),
     "time/step_s": ("s", "the step up to this row, so without its own checkpoint"),
 }
 """Name -> (unit, meaning), in the order of a row."""

@@ -11,6 +11,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.runs.best import bundle_dir, read_best, write_best
 from discover_jax.runs.checkpoints import Checkpoints, steps_in
 from discover_jax.runs.console import Console
+from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, read_isolation
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.reward_rows import check_reward_rows
@@ -85,12 +86,20 @@ def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir) -> Source 
     return Source(path, latest, host, isolation)
 
 
-def bring_best(source: Source, frontiers: Mapping[str, Frontier], workdir: Workdir, attempts: Sequence[Attempt], console: Console) -> None:
+def bring_best(
+    source: Source,
+    frontiers: Mapping[str, Frontier],
+    workdir: Workdir,
+    attempts: Sequence[Attempt],
+    reruns: Mapping[str, str],
+    console: Console,
+) -> None:
     """Writes the best/ of the programs that the source found best, so that a run which finds no better one has it, too.
 
     Args:
       frontiers: by competition, of the new run at its beginning.
       attempts: rows of the journal that came along.
+      reruns: the text of rerun.sh by competition.
       console: told where the source's best/ does not hold the best program of its journal.
 
     Raises:
@@ -104,7 +113,14 @@ def bring_best(source: Source, frontiers: Mapping[str, Frontier], workdir: Workd
             if (found := read_best(folder, best, id)) is not None:
                 grade, submission = found
                 into = bundle_dir(workdir.best_dir, id, alone=len(frontiers) == 1)
-                write_best(into, lineage=lineage(attempts, best.id), submission=submission, grade=grade)
+                write_best(
+                    into,
+                    lineage=lineage(attempts, best.id),
+                    submission=submission,
+                    grade=grade,
+                    disclosure=(workdir.path / DISCLOSURE).read_bytes(),
+                    rerun=reruns[id],
+                )
                 break
         else:
             console.note(

@@ -12,6 +12,7 @@ from discover_jax.learning.train_state import TrainState
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console
 from discover_jax.runs.host_state import HostState
+from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir, write_atomic
@@ -103,7 +104,8 @@ def _go_on(
     _refuse_lost_checkpoints(workdir, journal, first)
     write_atomic(workdir.journal_path, rows)
     frontiers = _frontiers(config, [task.id for task in tasks], host, attempts)
-    bring_best(source, frontiers, workdir, attempts, console)
+    reruns = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
+    bring_best(source, frontiers, workdir, attempts, reruns, console)
     return Standing(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"goes on from step {first} of {source.path}")
 
 

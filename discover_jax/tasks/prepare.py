@@ -103,13 +103,8 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
       ConfigError: as `prepare_task`; or one competition is named twice, or there is another number of raw data than of competitions.
       DataError: as `prepare_task`.
     """
-    names = [name.strip() for name in settings.competition.split(",")]
-    raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
-    if len(raws) != len(names):
-        raise ConfigError(
-            f"config.task.raw = {settings.raw!r} names {len(raws)} paths for {len(names)} competitions. Give one for each, separated by"
-            " commas, and nothing between two commas where a competition brings its own data."
-        )
+    competitions = named_competitions(settings)
+    names = [name for name, _ in competitions]
     ids = [load_competition(*locate_competition(name)).id for name in names]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition twice: {', '.join(ids)}.")
@@ -124,8 +119,24 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
             grader=settings.grader,
             seed=seed,
         )
-        for name, raw, id in zip(names, raws, ids, strict=True)
+        for (name, raw), id in zip(competitions, ids, strict=True)
     ]
+
+
+def named_competitions(settings: Any) -> list[tuple[str, str]]:
+    """The competitions of a run as config.task names them, each with the path of its raw data, "" where it brings its own.
+
+    Raises:
+      ConfigError: there is another number of raw data than of competitions.
+    """
+    names = [name.strip() for name in settings.competition.split(",")]
+    raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
+    if len(raws) != len(names):
+        raise ConfigError(
+            f"config.task.raw = {settings.raw!r} names {len(raws)} paths for {len(names)} competitions. Give one for each, separated by"
+            " commas, and nothing between two commas where a competition brings its own data."
+        )
+    return list(zip(names, raws, strict=True))
 
 
 def _settings(definition: Competition, digest: str, reward: str, fraction: float, folds: int, seed: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_archive_and_adapter_are_the_same(runs):
 
 def test_the_best_program_is_the_same(runs, kind):
     ours, altered = runs
-    for name in ("solution.py", "submission.csv", "lineage/lineage.diff"):
+    for name in ("solution.py", "submission.csv", "lineage.diff"):
         assert (ours / "best" / name).read_bytes() == (altered / "best" / name).read_bytes()
     mine, theirs = (json.loads((run / "best" / "grade.json").read_text()) for run in runs)
     assert (mine["rows"], mine["private_rows"]) == (HELD_OUT_ROWS[kind], 70)

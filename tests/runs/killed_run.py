@@ -27,6 +27,7 @@ from discover_jax.runs.summary import step_row
 from discover_jax.runs.workdir import open_workdir
 from discover_jax.types import Attempt, Outcome, StopReason
 
+BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 STEPS, GROUPS, GROUP_SIZE = 3, 2, 3
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 """As Python's audit events name them; `os.write` and `os.fsync`, which have none, are wrapped."""
@@ -91,7 +92,7 @@ def run(folder: Path) -> None:
             journal.append(attempts)
             if best is not None and best != previous:
                 grade = {"score": best.score, "step": step}
-                write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade)
+                write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade, **BESIDE)
             write_rollouts(workdir.rollouts_dir, step, [{"id": a.id, "score": a.score} for a in attempts])
             metrics.write(step_row(step, attempts, best={"boats": best}, timings={}, learning_metrics={}))
             checkpoints.save(step, state, HostState.of(0, archive.to_json(), [], journal).to_json())

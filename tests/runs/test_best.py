@@ -1,6 +1,7 @@
 """best/: what it holds, that it is replaced as a whole, and that a failing disk leaves the old one."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -9,6 +10,8 @@ from discover_jax.exceptions import RunError
 from discover_jax.runs import best as best_module
 from discover_jax.runs.best import write_best
 from discover_jax.types import State
+
+BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 
 
 def state(id: str, parent: str, code: str, score: float) -> State:
@@ -20,12 +23,15 @@ SECOND = state("3-0-1", "0-1-2", "import a\n\ndef run():\n    return 2\n", 0.75)
 
 
 def test_bundle(tmp_path):
-    write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"id,y\n1,2\n", grade={"score": 0.75})
+    write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"id,y\n1,2\n", grade={"score": 0.75}, **BESIDE)
     best = tmp_path / "best"
     assert (best / "solution.py").read_text() == SECOND.code
     assert (best / "submission.csv").read_bytes() == b"id,y\n1,2\n"
     assert json.loads((best / "grade.json").read_text()) == {"score": 0.75}
-    names = ["00-0-1-2.py", "01-3-0-1.py", "lineage.diff", "lineage.json"]
+    assert (best / "disclosure.json").read_bytes() == BESIDE["disclosure"]
+    assert (best / "rerun.sh").read_text() == BESIDE["rerun"]
+    assert os.access(best / "rerun.sh", os.X_OK)
+    names = ["00-0-1-2.py", "01-3-0-1.py", "lineage.json"]
     assert sorted(entry.name for entry in (best / "lineage").iterdir()) == names
     assert json.loads((best / "lineage" / "lineage.json").read_text()) == [
         {"id": "0-1-2", "parent": "seed", "score": 0.5, "step": 0},
@@ -35,9 +41,9 @@ def test_bundle(tmp_path):
 
 def test_diffs_rebuild_the_program(tmp_path):
     """`patch` itself, applied to nothing at all, goes through the ancestors to the solution."""
-    write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"", grade={})
+    write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"", grade={}, **BESIDE)
     (tmp_path / "program.py").write_text("")
-    diff = (tmp_path / "best" / "lineage" / "lineage.diff").read_text()
+    diff = (tmp_path / "best" / "lineage.diff").read_text()
     assert "-    return 1\n+    return 2\n" in diff
     for part in diff.split("\n# "):
         try:
@@ -48,18 +54,18 @@ def test_diffs_rebuild_the_program(tmp_path):
 
 
 def test_replaced_as_a_whole(tmp_path):
-    write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"a", grade={"score": 1})
+    write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"a", grade={"score": 1}, **BESIDE)
     (tmp_path / ".best.new").mkdir()  # what a kill leaves
     (tmp_path / ".best.new" / "solution.py").write_text("half")
     (tmp_path / ".best.old").mkdir()
-    write_best(tmp_path / "best", lineage=[FIRST], submission=b"b", grade={"score": 2})
+    write_best(tmp_path / "best", lineage=[FIRST], submission=b"b", grade={"score": 2}, **BESIDE)
     assert (tmp_path / "best" / "solution.py").read_text() == FIRST.code
     assert not (tmp_path / "best" / "lineage" / "01-3-0-1.py").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["best"]
 
 
 def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
-    write_best(tmp_path / "best", lineage=[FIRST], submission=b"a", grade={})
+    write_best(tmp_path / "best", lineage=[FIRST], submission=b"a", grade={}, **BESIDE)
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -67,17 +73,17 @@ def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(best_module.os, "fsync", full)
         with pytest.raises(RunError, match="No space left on device"):
-            write_best(tmp_path / "best", lineage=[SECOND], submission=b"b", grade={})
+            write_best(tmp_path / "best", lineage=[SECOND], submission=b"b", grade={}, **BESIDE)
     assert (tmp_path / "best" / "solution.py").read_text() == FIRST.code
-    write_best(tmp_path / "best", lineage=[SECOND], submission=b"b", grade={})
+    write_best(tmp_path / "best", lineage=[SECOND], submission=b"b", grade={}, **BESIDE)
     assert (tmp_path / "best" / "solution.py").read_text() == SECOND.code
 
 
 def test_needs_a_lineage(tmp_path):
     with pytest.raises(RunError, match="no lineage"):
-        write_best(tmp_path / "best", lineage=[], submission=b"", grade={})
+        write_best(tmp_path / "best", lineage=[], submission=b"", grade={}, **BESIDE)
 
 
 def test_code_that_utf8_cannot_carry(tmp_path):
-    write_best(tmp_path / "best", lineage=[state("0-0-0", "seed", "x = '\ud800'", 0.5)], submission=b"", grade={})
+    write_best(tmp_path / "best", lineage=[state("0-0-0", "seed", "x = '\ud800'", 0.5)], submission=b"", grade={}, **BESIDE)
     assert (tmp_path / "best" / "solution.py").read_bytes() == b"x = '?'\n"

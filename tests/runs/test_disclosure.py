@@ -18,6 +18,7 @@ from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Execution, Grade, Outcome, State, Verdict
 
 BEST = State("0001-000-000", "seed", "code", value=0.9, score=0.9, stdout="", step=1, adapter_step=1)
+BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 ROWS = [{"step": 0, "reward/mean": 0.5, "best/score": 0.8}, {"step": 1, "reward/mean": 0.6, "best/score": 0.9}]
 
 
@@ -120,7 +121,7 @@ def bundle(workdir, task, submission):
     grade = grade or Grade(valid=True, reason="", score=0.2, private_score=task.grade(submission).private_score)
     best = State("0001-000-000", "seed", "code", value=-1.0, score=grade.score, stdout="", step=1, adapter_step=1)
     verdict = Verdict(Outcome.OK, grade, Execution(Outcome.OK, submission, "", "", 1.0))
-    write_best(workdir.best_dir, lineage=[best], submission=submission, grade=grade_of(task, best, verdict, seed=0))
+    write_best(workdir.best_dir, lineage=[best], submission=submission, grade=grade_of(task, best, verdict, seed=0), **BESIDE)
     return best, json.loads((workdir.best_dir / "grade.json").read_text())
 
 

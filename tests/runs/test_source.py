@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.journal import Journal
+from discover_jax.config import default_config
 from discover_jax.exceptions import RunError
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.runs.best import write_best
@@ -24,6 +24,7 @@ from discover_jax.runs.workdir import open_workdir
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Attempt, Outcome, StopReason
 
+BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 SANDBOX = Isolation(True, ("bubblewrap 0.11",))
 
 
@@ -71,10 +72,12 @@ def attempt(task, group, score, private_score):
     )
 
 
-def config_of(resume_from=""):
-    return types.SimpleNamespace(
-        train=types.SimpleNamespace(resume_from=str(resume_from)), reuse=types.SimpleNamespace(capacity=10), seed=0
-    )
+def config_of(tasks, resume_from=""):
+    config = default_config()
+    config.task.competition = ",".join(task.source for task in tasks)
+    config.train.resume_from = str(resume_from)
+    config.reuse.capacity = 10
+    return config
 
 
 def make_run(path, tasks, isolation=SANDBOX, earlier=()):
@@ -87,7 +90,7 @@ def make_run(path, tasks, isolation=SANDBOX, earlier=()):
         for row in attempts:
             state = row.state()
             folder = workdir.best_dir if len(tasks) == 1 else workdir.best_dir / row.task
-            write_best(folder, lineage=[state], submission=b"id\n", grade={"id": row.id, "competition": row.task, "score": 0.75})
+            write_best(folder, lineage=[state], submission=b"id\n", grade={"id": row.id, "competition": row.task, "score": 0.75}, **BESIDE)
         archive = Archive((), 10).add(row.state() for row in attempts)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         checkpoints.save(0, state_of(7), HostState.of(0, archive.to_json(), reward_rows(tasks, earlier), journal).to_json())
@@ -97,7 +100,7 @@ def make_run(path, tasks, isolation=SANDBOX, earlier=()):
 
 def go_on(path, source, tasks, console=None) -> tuple[Standing, Isolation | None]:
     """Starts another run there, as `main` does."""
-    config = config_of(source)
+    config = config_of(tasks, source)
     with open_workdir(path, {}, "train") as workdir:
         found = find_source(config, tasks, workdir)
         isolation = SANDBOX if found is None else found.isolation.after(SANDBOX)
@@ -121,7 +124,9 @@ def test_what_comes_along(tmp_path, prepare):
     assert (tmp_path / "next" / "journal.jsonl").read_bytes() == (source / "journal.jsonl").read_bytes()
     for name in ("solution.py", "submission.csv", "grade.json", "lineage/lineage.json"):
         assert (tmp_path / "next" / "best" / name).read_bytes() == (source / "best" / name).read_bytes()
+    assert "--competition=digits-parity" in (tmp_path / "next" / "best" / "rerun.sh").read_text()
     disclosed = json.loads((tmp_path / "next" / "disclosure.json").read_text())
+    assert json.loads((tmp_path / "next" / "best" / "disclosure.json").read_text()) == disclosed
     assert disclosed["goes_on_from"] == {"run": str(source), "steps": 1, "rewards": {"digits-parity": "grade"}}
 
 

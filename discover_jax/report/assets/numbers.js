@@ -1,0 +1,40 @@
+// Numbers as people read them.
+
+const MISSING = "–";
+
+function known(value) {
+  return value !== null && value !== undefined;
+}
+
+function number(value, digits = 4) {
+  if (!known(value)) return MISSING;
+  const size = Math.abs(value);
+  if (size < 1e-12) return "0"; // what rounding leaves of a sum that is 0
+  if (size < 1e-3 || size >= 1e7) return value.toExponential(1).replace("e+", "e");
+  if (Number.isInteger(value)) return value.toLocaleString("en");
+  return value.toLocaleString("en", { maximumSignificantDigits: Math.max(digits, Math.ceil(Math.log10(size))) });
+}
+
+// Scores to four decimals, as the console shows them.
+function score(value) {
+  if (!known(value)) return MISSING;
+  return Math.abs(value) < 1e4 ? value.toFixed(4) : number(value, 6);
+}
+
+function signed(value) {
+  return known(value) ? (value < 0 ? "−" : "+") + score(Math.abs(value)) : MISSING;
+}
+
+function count(value, one, many) {
+  return `${value.toLocaleString("en")} ${value === 1 ? one : many || `${one}s`}`;
+}
+
+function percent(part, whole) {
+  return whole ? `${Math.round((100 * part) / whole)}%` : MISSING;
+}
+
+function span(interval) {
+  return known(interval) ? `${score(interval[0])} to ${score(interval[1])}` : MISSING;
+}
+
+const total = (values) => values.reduce((sum, value) => sum + value, 0);

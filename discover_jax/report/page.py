@@ -1,0 +1,162 @@
+"""The page itself: data packed into one HTML file that asks nothing of any network.
+
+Whatever a program or a model wrote reaches the page as data alone: compressed, in base64, and shown by scripts as text, never as markup.
+The page's policy lets no script run but its own, by its hash, and no request be made at all.
+"""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from discover_jax import config as settings
+from discover_jax.report.panels import panels_of
+from discover_jax.report.programs import pack
+from discover_jax.report.progress import progress_of, tree_of
+from discover_jax.report.record import RunRecord, read_record
+from discover_jax.runs.workdir import write_atomic
+from discover_jax.types import Attempt, Outcome
+
+NAME, COMPARISON = "report.html", "comparison.html"
+LIMIT_BYTES = 5_000_000
+"""Size that a page stays below: programs for which there is no room are left out, and the page says how many."""
+_RESERVE_BYTES = 60_000
+_SCRIPTS = ("dom.js", "numbers.js", "axes.js", "charts.js", "programs.js", "diff.js", "tree.js", "details.js", "sections.js", "page.js")
+_OUTCOMES = {
+    Outcome.OK: "scored",
+    Outcome.FORMAT_ERROR: "no program in the reply",
+    Outcome.EXCEPTION: "exception",
+    Outcome.INVALID_SUBMISSION: "invalid submission",
+    Outcome.TIMEOUT: "timeout",
+    Outcome.OUT_OF_MEMORY: "out of memory",
+    Outcome.OUTPUT_FLOOD: "too much output",
+    Outcome.RESULT_TOO_BIG: "result too big",
+    Outcome.KILLED: "killed",
+    Outcome.SANDBOX_ERROR: "sandbox error",
+}
+
+
+def write_report(folder: Path, compare: Sequence[Path] = (), out: Path | None = None) -> Path:
+    """Writes the page on a run, or on several that are compared.
+
+    Args:
+      folder: of the run; with others to compare it with, the one whose tree and programs are shown.
+      compare: folders of the other runs.
+      out: the file; by default report.html in `folder`, or comparison.html if there are others.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      RunError: a folder holds no run, one of its files is damaged, or the page cannot be written.
+    """
+    path = out or Path(folder) / (COMPARISON if compare else NAME)
+    write_atomic(path, render([read_record(each) for each in (folder, *compare)]).encode())
+    return path
+
+
+def render(records: Sequence[RunRecord]) -> str:
+    """The page on runs, the first of which it shows in full. The same records give the same page.
+
+    Raises:
+      RunError: what a run wrote contradicts itself.
+    """
+    data = _packed(page_data(records))
+    assets = resources.files("discover_jax.report") / "assets"
+    style = (assets / "page.css").read_text("utf-8")
+    script = '(() => {\n"use strict";\n' + "\n".join((assets / name).read_text("utf-8") for name in _SCRIPTS) + "\n})();"
+    programs = _packed_programs(
+        _shown_in_tree(records[0]), LIMIT_BYTES - _RESERVE_BYTES - len(data) - len(style.encode()) - len(script.encode())
+    )
+    policy = f"default-src 'none'; script-src '{_sha256(script)}'; style-src '{_sha256(style)}'; base-uri 'none'; form-action 'none'"
+    parts = {
+        "policy": html.escape(policy, quote=True),
+        "title": html.escape(" against ".join(dict.fromkeys(record.name for record in records)), quote=True),
+        "style": style,
+        "data": data,
+        "programs": programs,
+        "script": script,
+    }
+    page = (assets / "page.html").read_text("utf-8")
+    # One pass over the template, so that nothing in a part is ever taken for a placeholder.
+    pieces = page.split("@@")
+    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+
+
+def page_data(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """All that the page shows but for programs and their output; JSON can hold it.
+
+    Raises:
+      RunError: see `progress_of` and `panels_of`.
+    """
+    first = records[0]
+    return {
+        "outcomes": [_OUTCOMES[outcome] for outcome in Outcome],
+        "outcome_names": [outcome.value for outcome in Outcome],
+        "runs": [_run(record, label) for record, label in zip(records, _labels(records), strict=True)],
+        "trees": {competition: tree_of(first, competition) for competition in first.competitions},
+    }
+
+
+def _shown_in_tree(record: RunRecord) -> list[Attempt]:
+    """The attempts in the order of `tree_of`, one competition after another."""
+    return [attempt for competition in record.competitions for attempt in record.attempts if attempt.task == competition]
+
+
+def _run(record: RunRecord, label: str) -> dict[str, Any]:
+    return {
+        "label": label,
+        "name": record.name,
+        "kind": record.kind,
+        "config": _config(record),
+        "planned": record.config.get("train.steps"),
+        "metric_steps": [row["step"] for row in record.metrics],
+        "reward_mean": [row.get("reward/mean") for row in record.metrics],
+        "panels": panels_of(record.metrics, record.kind, record.path / "metrics.jsonl"),
+        "competitions": [progress_of(record, competition) for competition in record.competitions],
+        "isolation": list(record.isolation),
+        "isolated": record.isolated,
+        "goes_on_from": record.goes_on_from,
+        "missing": list(record.missing),
+    }
+
+
+def _config(record: RunRecord) -> list[list[Any]]:
+    """[name, value as JSON, meaning, whether it is not the default] of each setting; one that this version does not know has no meaning."""
+    known = settings.settings()
+    return [
+        [name, json.dumps(value), known[name].meaning if name in known else "", name not in known or value != known[name].default]
+        for name, value in record.config.items()
+    ]
+
+
+def _labels(records: Sequence[RunRecord]) -> list[str]:
+    """What tells the runs apart: what they do, or else their folders' names."""
+    kinds = [{"train": "training", "search": "search"}[record.kind] for record in records]
+    if len(set(kinds)) == len(records):
+        return kinds
+    names = [record.path.name for record in records]
+    return names if len(set(names)) == len(records) else [str(record.path) for record in records]
+
+
+def _packed_programs(attempts: Sequence[Attempt], room: int) -> str:
+    """Packed programs, of about `room` letters at most; some are left out where all need more."""
+    estimate = room * 3 // 4  # base64 makes 4 letters of 3 bytes
+    while len(text := _packed(pack(attempts, estimate).to_json())) > room and estimate > 0:
+        estimate = estimate * 95 // 100
+    return text
+
+
+def _packed(value: Any) -> str:
+    """JSON, compressed, in base64: letters, digits, +, / and = alone. The header holds no clock."""
+    return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False, separators=(",", ":")).encode(), 6, mtime=0)).decode()
+
+
+def _sha256(text: str) -> str:
+    """A source's hash as a Content-Security-Policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

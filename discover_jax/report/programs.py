@@ -1,0 +1,147 @@
+"""Thousands of programs in a few hundred kilobytes: a child is told by what it takes from its parent, equal texts and lines once."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from discover_jax.types import Attempt, Outcome
+
+STDOUT_CHARS = 600
+"""Of a program's output, so much of the end is shown; the journal holds more."""
+DETAIL_CHARS = 1200
+NONE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Programs, and what they printed, of many attempts.
+
+    Attributes:
+      lines: every line of a program that is not its parent's, once.
+      programs: for each different program [base, op, op, ...]: `base` is the program that lines are copied from, or -1. An op is a row of
+        `lines`, or two numbers, -(first + 1) and count: lines first, first + 1, ... of the base.
+      texts: details and outputs.
+      rows: for each attempt [program, detail, stdout]: rows of `programs` and `texts`, or -1 for none.
+      left_out: number of attempts with a program for which there was no room.
+    """
+
+    lines: list[str]
+    programs: list[list[int]]
+    texts: list[str]
+    rows: list[list[int]]
+    left_out: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def pack(attempts: Sequence[Attempt], room: int) -> Packed:
+    """Packs as many attempts as there is room for, the best first, each with its ancestors; then failures, the latest first.
+
+    Args:
+      attempts: rows of the journal.
+      room: about so many bytes they may take once they are compressed.
+    """
+    packing = _Packing(attempts)
+    rows = {attempt.id: [NONE, NONE, NONE] for attempt in attempts}
+    done: set[str] = set()
+    left_out = 0
+    for attempt in _by_rank(attempts):
+        if attempt.id in done:
+            continue
+        if packing.size >= room:
+            left_out += attempt.code is not None
+            continue
+        for each in packing.with_ancestors(attempt, done):
+            done.add(each.id)
+            rows[each.id] = packing.add(each)
+    return Packed(packing.lines, packing.programs, packing.texts, [rows[attempt.id] for attempt in attempts], left_out)
+
+
+def _by_rank(attempts: Sequence[Attempt]) -> Iterator[Attempt]:
+    yield from sorted((a for a in attempts if a.outcome is Outcome.OK), key=lambda attempt: -attempt.reward)
+    yield from reversed([a for a in attempts if a.outcome is not Outcome.OK])
+
+
+class _Packing:
+    """The tables while they grow, and how large they are when compressed."""
+
+    def __init__(self, attempts: Sequence[Attempt]) -> None:
+        self.lines: list[str] = []
+        self.programs: list[list[int]] = []
+        self.texts: list[str] = []
+        self.size = 0
+        self._attempts: Mapping[str, Attempt] = {attempt.id: attempt for attempt in attempts}
+        self._line_of: dict[str, int] = {}
+        self._program_of: dict[str, int] = {}
+        self._text_of: dict[str, int] = {}
+        # Each table is compressed by itself, since they lie one after another in the page.
+        self._new: dict[str, list[str]] = {"lines": [], "programs": [], "texts": []}
+        self._compressors = {name: zlib.compressobj() for name in self._new}
+
+    def with_ancestors(self, attempt: Attempt, done: set[str]) -> list[Attempt]:
+        """An attempt and those of its ancestors that are not done, the oldest first."""
+        chain: list[Attempt] = []
+        seen: set[str] = set()  # ids that run in a circle end the chain, too
+        current: Attempt | None = attempt
+        while current is not None and current.id not in done and current.id not in seen:
+            chain.append(current)
+            seen.add(current.id)
+            current = self._attempts.get(current.parent_id)
+        return chain[::-1]
+
+    def add(self, attempt: Attempt) -> list[int]:
+        """Adds an attempt; its row."""
+        row = [self._program(attempt), self._text(attempt.detail[-DETAIL_CHARS:]), self._text(attempt.stdout[-STDOUT_CHARS:])]
+        for name, new in self._new.items():
+            self.size += len(self._compressors[name].compress(json.dumps(new).encode()))
+            new.clear()
+        return row
+
+    def _program(self, attempt: Attempt) -> int:
+        if attempt.code is None:
+            return NONE
+        if (known := self._program_of.get(attempt.code)) is not None:
+            return known
+        parent = self._attempts.get(attempt.parent_id)
+        parent_code = parent.code if parent is not None and parent.code in self._program_of else None
+        base = NONE if parent_code is None else self._program_of[parent_code]
+        ops = self._ops(attempt.code.split("\n"), [] if parent_code is None else parent_code.split("\n"))
+        self._new["programs"].append(str(ops))
+        self.programs.append([base, *ops])
+        self._program_of[attempt.code] = len(self.programs) - 1
+        return len(self.programs) - 1
+
+    def _ops(self, lines: Sequence[str], base: Sequence[str]) -> list[int]:
+        """Runs of lines that the base has in the same order are copied; a run that ends is sought again at the line's first place."""
+        first_place: dict[str, int] = {}
+        for place, line in enumerate(base):
+            first_place.setdefault(line, place)
+        ops: list[int] = []
+        following = None  # the place after the run that `ops` ends with
+        for line in lines:
+            if following is not None and following < len(base) and base[following] == line:
+                ops[-1] += 1
+                following += 1
+            elif (place := first_place.get(line)) is not None:
+                ops += [-(place + 1), 1]
+                following = place + 1
+            else:
+                ops.append(self._line(line))
+                following = None
+        return ops
+
+    def _line(self, line: str) -> int:
+        return self._once(line, "lines", self.lines, self._line_of)
+
+    def _text(self, text: str) -> int:
+        return self._once(text, "texts", self.texts, self._text_of) if text else NONE
+
+    def _once(self, text: str, name: str, table: list[str], places: dict[str, int]) -> int:
+        if (place := places.get(text)) is None:
+            place = places[text] = len(table)
+            table.append(text)
+            self._new[name].append(text)
+        return place

@@ -1,0 +1,198 @@
+"""What a run's folder says: its config, metrics, journal, disclosure and grades, read with the run's own readers and with distrust.
+
+What a run lacks is named in `RunRecord.missing`, for the page to say so.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from discover_jax.archive.journal import Journal
+from discover_jax.exceptions import RunError
+from discover_jax.records import from_row, parse_json
+from discover_jax.runs.best import bundle_dir
+from discover_jax.runs.disclosure import NAME as DISCLOSURE
+from discover_jax.runs.disclosure import read_disclosure
+from discover_jax.runs.metrics import read_metrics
+from discover_jax.types import Attempt
+
+
+@dataclasses.dataclass(frozen=True)
+class Disclosed:
+    """What disclosure.json says of one competition.
+
+    Attributes:
+      id, metric: names.
+      higher_is_better: direction of the metric.
+      share_of_rows: whether a score is a share of rows that were right, so that its interval is binomial; None: not said.
+      rows, private_rows: behind a score that the search saw, and of the private answers.
+      reward, text: which rows made the reward: in a word, and in a sentence or two.
+      grader: who graded.
+      thresholds: published scores by name; empty if there are none.
+      source, note: where these come from, and how far a comparison holds.
+    """
+
+    id: str
+    metric: str
+    higher_is_better: bool
+    share_of_rows: bool | None
+    rows: int
+    private_rows: int
+    reward: str
+    text: str
+    grader: str
+    thresholds: list[Any]
+    source: str | None
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder tells of it.
+
+    Attributes:
+      path: of the folder.
+      kind: "train" or "search".
+      config: every setting by its dotted name.
+      metrics: rows of metrics.jsonl, oldest first.
+      attempts: rows of the journal, oldest first.
+      disclosed: by the competition's id, in the run's order.
+      isolation: how programs were isolated, a line for each way; empty if that is not known.
+      isolated: whether none could reach the answers; None if that is not known.
+      goes_on_from: the run whose journal came along; None if there is none.
+      grades: grade.json of the best programs, by the competition's id.
+      missing: what is not there, a sentence each.
+    """
+
+    path: Path
+    kind: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    attempts: Sequence[Attempt]
+    disclosed: Mapping[str, Disclosed]
+    isolation: tuple[str, ...]
+    isolated: bool | None
+    goes_on_from: Mapping[str, Any] | None
+    grades: Mapping[str, Mapping[str, Any]]
+    missing: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.path.name)
+
+    @property
+    def competitions(self) -> list[str]:
+        """The run's own, then those of a run that it goes on from."""
+        return list(dict.fromkeys([*self.disclosed, *(attempt.task for attempt in self.attempts)]))
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Reads a run's folder, be the run finished, broken off or under way. Rows that are only half written are left out.
+
+    Raises:
+      RunError: there is no run, or one of its files is damaged; with the file and what to do.
+    """
+    folder = Path(folder).absolute()
+    kind, config = _read_config(folder)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    attempts = Journal(folder / "journal.jsonl").read()
+    content = read_disclosure(folder)
+    disclosed = _disclosed(folder, content)
+    missing = []
+    if content is None:
+        missing.append(
+            f"{DISCLOSURE}: so neither the metric's direction, nor the rows behind scores, nor thresholds, nor isolation is known; best"
+            " means the highest reward."
+        )
+    if not attempts:
+        missing.append("journal.jsonl, or it has no whole row yet: so there are no programs to show.")
+    if not metrics:
+        missing.append("metrics.jsonl, or it has no whole row yet: so nothing is known of the update, tokens and seconds.")
+    grades = {id: grade for id in disclosed if (grade := _read_grade(folder, id, alone=len(disclosed) == 1)) is not None}
+    missing += [
+        f"best/: it holds no grade.json of {id} that can be read, so the best program's own interval is not known."
+        for id in disclosed
+        if id not in grades and any(attempt.task == id and attempt.score is not None for attempt in attempts)
+    ]
+    isolation = (content or {}).get("isolation", {})
+    goes_on_from = (content or {}).get("goes_on_from")
+    return RunRecord(
+        path=folder,
+        kind=kind,
+        config=config,
+        metrics=metrics,
+        attempts=attempts,
+        disclosed=disclosed,
+        isolation=tuple(isolation.get("lines", ())),
+        isolated=isolation.get("isolated"),
+        goes_on_from=goes_on_from if isinstance(goes_on_from, dict) else None,
+        grades=grades,
+        missing=tuple(missing),
+    )
+
+
+def _read_config(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    path = folder / "config.json"
+    try:
+        content = parse_json(path.read_bytes())
+        kind, config = content["kind"], content["config"]
+        if kind not in ("train", "search") or not isinstance(config, dict):
+            raise TypeError("kind or config")
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} holds no run: there is no config.json in it. Give a run's folder by --workdir or --compare.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read as a run's config ({error!r}). Put the original back.") from error
+    return kind, config
+
+
+def _disclosed(folder: Path, content: Mapping[str, Any] | None) -> dict[str, Disclosed]:
+    try:
+        rows = [_row(competition) for competition in (content or {}).get("competitions", [])]
+        found = [from_row(Disclosed, row) for row in rows]
+        for row in found:
+            if row.rows < 1 or not all(isinstance(name, str) and _is_number(score) for name, score in row.thresholds):
+                raise ValueError(f"rows or thresholds of {row.id!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{folder / DISCLOSURE} does not say what it must of the competitions ({error!r}). Put the original back."
+        ) from error
+    return {row.id: row for row in found}
+
+
+def _row(competition: Mapping[str, Any]) -> dict[str, Any]:
+    metric, reward, leaderboard = competition["metric"], competition["reward"], competition["leaderboard"]
+    thresholds = leaderboard["thresholds"]
+    return {
+        "id": competition["id"],
+        "metric": metric["name"],
+        "higher_is_better": metric["higher_is_better"],
+        "share_of_rows": metric.get("share_of_rows"),  # runs made before reports were do not say
+        "rows": reward["rows"],
+        "private_rows": competition["private_answers"]["rows"],
+        "reward": reward["source"],
+        "text": reward["text"],
+        "grader": competition["grader"],
+        "thresholds": [] if thresholds == "unavailable" else [list(pair) for pair in thresholds.items()],
+        "source": leaderboard["source"],
+        "note": leaderboard["note"],
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_grade(folder: Path, competition: str, *, alone: bool) -> Mapping[str, Any] | None:
+    """grade.json of the competition's best program; None if there is none that can be read, as `runs.best.read_best` has it, too."""
+    path = bundle_dir(folder / "best", competition, alone=alone) / "grade.json"
+    try:
+        grade = parse_json(path.read_bytes())
+    except (OSError, ValueError):  # the page says that it is not there
+        return None
+    is_sound = isinstance(grade, dict) and all(_is_interval(grade.get(name)) for name in ("interval_95", "private_interval_95"))
+    return grade if is_sound else None
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)))

@@ -1,0 +1,178 @@
+"""rerun.sh of best/: runs the best program again in the sandbox, on the competition's data prepared anew, and compares its score.
+
+The script calls `python -m discover_jax.runs.rerun` with every setting that a score depends on, so that it needs nothing of the run.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import DiscoverError, RunError
+from discover_jax.execution.executor import Executor
+from discover_jax.execution.limits import GIB, Limits
+from discover_jax.records import parse_json
+from discover_jax.tasks.loading import locate_competition
+from discover_jax.tasks.prepare import GRADERS, REWARDS, named_competitions, prepare_task
+from discover_jax.types import Outcome, Verdict
+
+ANOTHER_SCORE = 1
+"""Exit code where the program came to another score, or to none."""
+USER_ERROR = 2
+
+
+def rerun_script(config: Any, number: int) -> str:
+    """The text of rerun.sh.
+
+    Args:
+      config: of the run.
+      number: of the competition in config.task.
+    """
+    name, raw = named_competitions(config.task)[number]
+    options = {
+        "competition": locate_competition(name)[0],
+        **({"raw": Path(raw).expanduser().absolute()} if raw else {}),
+        "reward": config.task.reward,
+        "holdout_fraction": config.task.holdout_fraction,
+        "holdout_folds": config.task.holdout_folds,
+        "grader": config.task.grader,
+        "seed": config.seed,
+        "seconds": config.execution.seconds,
+        "cores": config.execution.cores,
+        "memory_gib": config.execution.memory_gib,
+        "backend": config.execution.backend,
+    }
+    flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
+    if config.execution.allow_weaker:
+        flags.append("--allow_weaker")
+    lines = [
+        "#!/bin/sh",
+        "# Runs solution.py again in the sandbox, on the competition's data prepared anew, and compares its score with grade.json's.",
+        "# Options given to this script come last and win: ./rerun.sh --raw=/path/to/train.csv where the raw data lie elsewhere now.",
+        "# PYTHON=/path/to/python ./rerun.sh takes another Python, which must have discover_jax.",
+        f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable or 'python3')}}}",
+        'exec "$PYTHON" -m discover_jax.runs.rerun --bundle="$(dirname "$0")" \\',
+        *(f"  {flag} \\" for flag in flags),
+        '  "$@"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerun:
+    """What came of it.
+
+    Attributes:
+      expected: the score in grade.json.
+      verdict: on the program now.
+      same_submission: whether its submission has the same bytes as submission.csv.
+      same_data: whether data and settings of the grade are those of the run; None if disclosure.json does not say.
+      isolation: how the program was isolated.
+    """
+
+    expected: float
+    verdict: Verdict
+    same_submission: bool
+    same_data: bool | None
+    isolation: str
+
+    @property
+    def reproduced(self) -> bool:
+        return self.verdict.outcome is Outcome.OK and self.verdict.grade.score == self.expected
+
+    def lines(self) -> list[str]:
+        """For people."""
+        verdict = self.verdict
+        if verdict.outcome is Outcome.OK:
+            found = f"score        {verdict.grade.score} (grade.json: {self.expected})"
+        else:
+            found = (
+                f"no score     {verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason} (grade.json: {self.expected})"
+            )
+        data = {
+            True: "the run's",
+            False: "NOT the run's: another version prepares or grades otherwise, or the raw data differ",
+            None: "not known",
+        }
+        return [
+            found,
+            f"submission   {'the same bytes as submission.csv' if self.same_submission else 'not the bytes of submission.csv'}",
+            f"data         {data[self.same_data]}",
+            f"ran in       {self.isolation}",
+            "REPRODUCED" if self.reproduced else "NOT REPRODUCED",
+        ]
+
+
+def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
+    """Runs the program of a bundle once more; nothing is taken from a cache.
+
+    Args:
+      bundle: best/, or a copy of it.
+      options: of the command line.
+
+    Raises:
+      RunError: the bundle lacks a file, or one cannot be read.
+      DiscoverError: the task cannot be prepared, or the host cannot isolate programs.
+    """
+    try:
+        program, submission = (bundle / "solution.py").read_text(), (bundle / "submission.csv").read_bytes()
+        grade, disclosure = (parse_json((bundle / name).read_bytes()) for name in ("grade.json", "disclosure.json"))
+        expected = grade["score"]
+        fingerprints = {row["id"]: row["task_fingerprint"] for row in disclosure["competitions"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{bundle} is no whole bundle of a best program ({error!r}). Give a run's best/ by --bundle; that of a run with several"
+            " competitions has a folder for each."
+        ) from error
+    limits = Limits(seconds=options.seconds, cores=options.cores, memory_bytes=int(options.memory_gib * GIB))
+    with tempfile.TemporaryDirectory(prefix="rerun-") as scratch:
+        task = prepare_task(
+            options.competition,
+            raw=options.raw,
+            reward=options.reward,
+            folder=Path(scratch) / "task",
+            holdout_fraction=options.holdout_fraction,
+            holdout_folds=options.holdout_folds,
+            grader=options.grader,
+            seed=options.seed,
+        )
+        with Executor(
+            [task], limits, workers=1, cache_dir=Path(scratch) / "cache", backend=options.backend, allow_weaker=options.allow_weaker
+        ) as executor:
+            verdict = executor.submit(program).result()
+            isolation = executor.describe()
+    known = fingerprints.get(task.id)
+    return Rerun(expected, verdict, verdict.execution.csv == submission, None if known is None else known == task.fingerprint, isolation)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--bundle", type=Path, required=True, help="the folder with solution.py and grade.json")
+    parser.add_argument("--competition", required=True, help="id of a built-in one, path of a .py file, or mlebench:ID")
+    parser.add_argument("--raw", help="path of the raw data (none)")
+    parser.add_argument("--reward", choices=REWARDS, required=True)
+    parser.add_argument("--holdout_fraction", type=float, default=0.2)
+    parser.add_argument("--holdout_folds", type=int, default=1)
+    parser.add_argument("--grader", choices=GRADERS, default="native")
+    parser.add_argument("--seed", type=int, required=True, help="of the run, which draws held-out rows")
+    parser.add_argument("--seconds", type=float, required=True, help="time limit of each of the program's runs")
+    parser.add_argument("--cores", type=int, required=True)
+    parser.add_argument("--memory_gib", type=float, required=True)
+    parser.add_argument("--backend", default="bubblewrap")
+    parser.add_argument("--allow_weaker", action="store_true", help="accept a backend that isolates less than bubblewrap")
+    options = parser.parse_args()
+    try:
+        result = rerun(options.bundle, options)
+    except DiscoverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from error
+    print("\n".join(result.lines()))
+    raise SystemExit(0 if result.reproduced else ANOTHER_SCORE)
+
+
+if __name__ == "__main__":
+    main()

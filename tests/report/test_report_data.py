@@ -1,0 +1,220 @@
+"""What the report says of a run is what its files say, read here by other means; what they lack is said, what is damaged is refused."""
+
+import base64
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_run import DISCLOSURE, attempt, edited, searched, write_run
+
+from discover_jax.exceptions import RunError
+from discover_jax.report.page import NAME, page_data, write_report
+from discover_jax.report.programs import pack
+from discover_jax.report.progress import progress_of, tree_of
+from discover_jax.report.record import read_record
+from discover_jax.types import Outcome
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def unpacked(page: str, id: str):
+    """A packed part of a page, by Python's own means."""
+    text = page.split(f'id="{id}">')[1].split("</script>")[0]
+    return json.loads(gzip.decompress(base64.b64decode(text, validate=True)))
+
+
+def restored(packed: dict) -> list[str | None]:
+    """The programs of a page, by attempt: what its format says, written out once more."""
+    built: list[list[str]] = []
+    for base, *ops in packed["programs"]:
+        lines, ops = [], iter(ops)
+        for op in ops:
+            first = -op - 1
+            lines += [packed["lines"][op]] if op >= 0 else built[base][first : first + next(ops)]
+        built.append(lines)
+    return ["\n".join(built[program]) if program >= 0 else None for program, _, _ in packed["rows"]]
+
+
+@pytest.fixture(scope="module")
+def copy(run, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(run, tmp_path_factory.mktemp("report") / "run"))
+
+
+def test_a_run_writes_its_report_and_the_command_writes_the_same(copy):
+    written = (copy / NAME).read_bytes()
+    done = subprocess.run([sys.executable, "-m", "discover_jax.report", f"--workdir={copy}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{copy / NAME} (")
+    # The last grade.json etc. were there when the run wrote its last report, so nothing has changed since.
+    assert (copy / NAME).read_bytes() == written
+
+
+def test_scores_rewards_and_fates_are_those_of_journal_and_metrics(copy):
+    journal, metrics = rows(copy / "journal.jsonl"), rows(copy / "metrics.jsonl")
+    grade = json.loads((copy / "best" / "grade.json").read_text())
+    data = unpacked((copy / NAME).read_text(), "data")
+    (run,) = data["runs"]
+    (told,) = run["competitions"]
+    assert (run["kind"], run["planned"], run["missing"]) == ("train", 4, [])
+    assert told["steps"] == run["metric_steps"] == [0, 1, 2, 3]
+    assert told["best"] == [row["best/score"] for row in metrics]
+    assert told["reward_mean"] == pytest.approx([row["reward/mean"] for row in metrics])
+    for outcome in Outcome:
+        assert told["fates"][outcome.value] == [row[f"outcome/{outcome.value}"] for row in metrics]
+    for step, (mean, top) in enumerate(zip(told["mean"], told["top"], strict=True)):
+        scores = [row["score"] for row in journal if row["step"] == step and row["score"] is not None]
+        assert mean == (pytest.approx(sum(scores) / len(scores)) if scores else None)
+        assert top == max(scores, default=None)
+    assert told["best_interval"][-1] == pytest.approx(grade["interval_95"])  # which the run worked out from the submission
+    assert told["grade"]["interval_95"] == grade["interval_95"]
+    counted = [sum(counts) + failed for counts, failed in zip(told["rewards"]["counts"], told["rewards"]["failed"], strict=True)]
+    assert counted == [row["rollouts/count"] for row in metrics]
+    assert told["disclosed"]["rows"] == grade["rows"] == 70
+    assert [row["id"] for row in json.loads((copy / "best" / "lineage" / "lineage.json").read_text())] == told["lineage"]
+    entropy = next(panel for panel in run["panels"] if panel["title"] == "Entropy")
+    assert entropy["series"][0]["values"] == [row["entropy"] for row in metrics]
+    checkpoint = next(panel for panel in run["panels"] if panel["form"] == "stack")["series"][-1]
+    assert checkpoint["values"] == [row["time/checkpoint_s"] for row in metrics[1:]] + [None]  # a row has that of the step before
+
+
+def test_tree_and_programs_are_those_of_the_journal(copy):
+    journal = rows(copy / "journal.jsonl")
+    page = (copy / NAME).read_text()
+    (tree,) = unpacked(page, "data")["trees"].values()
+    assert tree["id"] == [row["id"] for row in journal]
+    assert tree["score"] == [row["score"] for row in journal]
+    parents = [tree["id"][parent] if parent >= 0 else "seed" for parent in tree["parent"]]
+    assert parents == [row["parent_id"] for row in journal]
+    assert restored(unpacked(page, "programs")) == [row["code"] for row in journal]
+
+
+def test_programs_survive_packing():
+    """Whatever they hold: repeated and empty lines, no end of line, carriage returns, lone surrogates; parents that come later or never."""
+    codes = ["a\nb\na\nb\n\n\n", "b\na\n\n\nb\na", "", "\n", "a\r\nb", "x = '\ud800'\n", "a\nb\na\nb\n\n\n", "b\n" * 50 + "a"]
+    attempts = [attempt(0, 0, i, "seed" if i == 0 else f"0000-000-{(i * 5) % 8:03d}", code, i / 10) for i, code in enumerate(codes)]
+    attempts.append(attempt(1, 0, 0, "0009-000-000", None, None, outcome=Outcome.FORMAT_ERROR))
+    assert restored(json.loads(json.dumps(pack(attempts, 10**6).to_json()))) == [*codes, None]
+
+
+def test_programs_that_find_no_room_are_counted_and_the_best_come_first():
+    attempts = searched(8, 4, 6, edited(40, 0.3, 0.3))
+    packed = pack(attempts, 20_000)
+    kept = restored(packed.to_json())
+    with_code = [each for each in attempts if each.code is not None]
+    assert 0 < packed.left_out < len(with_code)
+    best = max((each for each in attempts if each.score is not None), key=lambda each: each.reward)
+    assert kept[attempts.index(best)] == best.code
+    shown = [(each, code) for each, code in zip(attempts, kept, strict=True) if code is not None]
+    assert all(each.code == code for each, code in shown)
+    assert len(shown) >= len(with_code) - packed.left_out
+
+
+def test_the_range_of_rewards_is_not_one_bad_programs(tmp_path):
+    attempts = [attempt(0, 0, i, "seed", f"{i}", score) for i, score in enumerate([0.1] + [0.8 + i / 1000 for i in range(39)])]
+    told = progress_of(read_record(write_run(tmp_path / "run", attempts)), "spaceship-titanic")["rewards"]
+    assert told["edges"][0] >= 0.8
+    assert told["below"] >= 1
+    assert sum(told["counts"][0]) == 40  # the bad one is in the lowest bin
+
+
+def test_a_metric_that_is_no_share_of_rows_has_no_bands_and_best_is_the_highest_reward(tmp_path):
+    disclosure = json.loads(json.dumps(DISCLOSURE))
+    disclosure["competitions"][0]["metric"] = {"name": "RMSE", "higher_is_better": False, "share_of_rows": False}
+    attempts = [attempt(0, 0, 0, "seed", "a", 60.0, reward=-4.1), attempt(1, 0, 0, "0000-000-000", "b", 55.0, reward=-4.0)]
+    told = progress_of(read_record(write_run(tmp_path / "run", attempts, disclosure=disclosure)), "spaceship-titanic")
+    assert (told["best"], told["best_interval"], told["mean_interval"]) == ([60.0, 55.0], [None, None], [None, None])
+    disclosure["competitions"][0]["metric"]["share_of_rows"] = True
+    record = read_record(write_run(tmp_path / "false", attempts, disclosure=disclosure))
+    with pytest.raises(RunError, match=r"share of rows, but the journal has the score 60\.0"):
+        progress_of(record, "spaceship-titanic")
+
+
+def test_what_a_run_lacks_is_said_and_not_invented(tmp_path):
+    run = write_run(
+        tmp_path / "run", [attempt(0, 0, 0, "seed", "a", 0.7), attempt(1, 0, 0, "9999-000-000", "b", 0.8)], kind="search", disclosure=None
+    )
+    (run / "metrics.jsonl").unlink()
+    record = read_record(run)
+    assert [line.split(":")[0].split(",")[0] for line in record.missing] == ["disclosure.json", "metrics.jsonl"]
+    (told,) = page_data([record])["runs"]
+    (progress,) = told["competitions"]
+    assert (progress["disclosed"], progress["best_interval"], progress["grade"]) == (None, [None, None], None)
+    assert {panel["title"]: panel["absent"] for panel in told["panels"]}["Gradient norm"] == "A search learns nothing, so it has none."
+    assert all(panel["absent"] for panel in told["panels"])
+    tree = tree_of(record, "spaceship-titanic")
+    assert (tree["parent"], tree["lost"]) == ([-1, -1], [False, True])
+
+
+def test_a_run_that_has_done_nothing_yet_has_a_report(tmp_path):
+    run = write_run(tmp_path / "run", [])
+    assert len(read_record(run).missing) == 2
+    assert unpacked(write_report(run).read_text(), "data")["runs"][0]["competitions"][0]["steps"] == []
+
+
+def test_half_written_rows_are_left_out_and_damaged_ones_refused(tmp_path):
+    run = write_run(tmp_path / "run", searched(2, 2, 2, edited(5, 0.2)))
+    journal, metrics = run / "journal.jsonl", run / "metrics.jsonl"
+    before = write_report(run).read_bytes()
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"id": "0002-000-000", "pare')
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 2, "rew')
+    assert write_report(run).read_bytes() == before
+    lines = whole.split(b"\n")
+    journal.write_bytes(b"\n".join([lines[0], lines[1][:-20], *lines[2:]]))
+    with pytest.raises(RunError, match=r"Line 2 of the journal .* is broken"):
+        write_report(run)
+    done = subprocess.run([sys.executable, "-m", "discover_jax.report", f"--workdir={run}"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: Line 2 of the journal")
+    assert (run / NAME).read_bytes() == before  # the old page stays
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"id": "0000-000-000", "interval_95": ["<b>", 1]}'])
+def test_a_grade_that_cannot_be_read_is_missing(tmp_path, text):
+    """As in a run itself, which goes on without it."""
+    run = write_run(tmp_path / "run", searched(1, 1, 2, edited(5, 0.2)))
+    (run / "best").mkdir()
+    (run / "best" / "grade.json").write_text(text)
+    record = read_record(run)
+    assert record.grades == {}
+    assert [line.split(":")[0] for line in record.missing] == ["best/"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{", "cannot be read as a run's config"),
+        ("config.json", '{"kind": "dream", "config": {}}', "cannot be read as a run's config"),
+        ("disclosure.json", "[]", "disclosure.json cannot be read"),
+        ("disclosure.json", '{"isolation": {"isolated": true, "lines": []}, "competitions": [{"id": 3}]}', "does not say what it must"),
+        ("metrics.jsonl", '{"step": 0, "entropy": "<b>"}\n', "entropy of step 0 is '<b>', which is no number"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, name, text, message):
+    run = write_run(tmp_path / "run", searched(1, 1, 2, edited(5, 0.2)))
+    (run / name).write_text(text)
+    with pytest.raises(RunError, match=message):
+        write_report(run)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(RunError, match=r"holds no run: there is no config\.json"):
+        write_report(tmp_path)
+
+
+def test_runs_are_told_apart(tmp_path):
+    """By what they do, or else by their folders."""
+    attempts = searched(2, 2, 2, edited(5, 0.2))
+    a, b = write_run(tmp_path / "a", attempts), write_run(tmp_path / "b", attempts, kind="search")
+    c = write_run(tmp_path / "c", attempts)
+    page = write_report(a, [b])
+    assert page == a / "comparison.html"
+    assert [run["label"] for run in unpacked(page.read_text(), "data")["runs"]] == ["training", "search"]
+    page = write_report(a, [b, c], tmp_path / "all.html")
+    assert [run["label"] for run in unpacked(page.read_text(), "data")["runs"]] == ["a", "b", "c"]
