@@ -5,7 +5,8 @@
 
 One layer of the shape with random weights and rank-8 adapters. The operations counted are those of the routed rows' products with the base
 matrices: 2 x 3 x width x expert width a row forward, and as many again backward, where base weights have no gradients. `--skew` makes
-routing uneven: 0 is uniform. `--plans` are rows of a block x outputs of a wide product; the paired one takes a quarter as many of both halves.
+routing uneven: 0 is uniform. `--plans` are rows of a block x outputs of a wide product; the paired one takes a quarter as many of both
+halves. Errors are relative, against the plain-JAX reference in float32, with routing so uneven that some experts get no rows.
 """
 
 import argparse
