@@ -7,6 +7,7 @@ import difflib
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ml_collections import config_flags
 
 from discover_jax import config as settings
 from discover_jax.exceptions import ConfigError, DiscoverError
+from discover_jax.hosts.processes import Processes, start
+from discover_jax.hosts.watch import Watch
 from discover_jax.machines import NAMES, take_gpu_memory
 
 DOES_NOT_FIT = 1
@@ -45,16 +48,22 @@ def _check_arguments(argv: list[str]) -> None:
                 raise ConfigError(f"--config.{name} is not a setting. {hint}")
 
 
-def launch(run: Callable[[Any, Path], None], dry_run: Callable[[Any, str], bool] | None = None) -> None:
+_ADVICE = (
+    "The run ends on all its hosts; what is lost are the steps since the last checkpoint at most. Start the same command again on all hosts, or"
+    " on another number of them with a config.mesh for their devices: it resumes there."
+)
+
+
+def launch(run: Callable[..., None], dry_run: Callable[[Any, str], bool] | None = None) -> None:
     """Parses the command line, validates the config and calls `run(config, workdir)`.
 
     Args:
-      run: what the command does.
-      dry_run: for commands that know `--dry_run`: called in its place with the config and the name given by `--machine`; says whether
-        everything fits, else the exit code is 1.
+      run: what the command does. Where this is one of several processes, it is also told which.
+      dry_run: for commands that make runs, which know `--dry_run` and several processes: called in its place with the config and the name
+        given by `--machine`; says whether everything fits, else the exit code is 1.
 
     Raises:
-      SystemExit: with code 2 after an error that the user can mend, 130 after Ctrl-C.
+      SystemExit: with code 2 after an error that the user can mend, 130 after Ctrl-C; `hosts.watch.LOST` where another process was lost.
     """
     config_flag = config_flags.DEFINE_config_file("config", help_string="FILE[:ARG] of configs/; override with --config.NAME=VALUE")
     workdir_flag = flags.DEFINE_string(
@@ -62,6 +71,10 @@ def launch(run: Callable[[Any, Path], None], dry_run: Callable[[Any, str], bool]
     )
     dry_flag = machine_flag = None
     if dry_run is not None:
+        flags.DEFINE_bool("distributed", False, "one of several processes, which jax finds by itself (SLURM, Open MPI, Cloud TPU, GKE)")
+        flags.DEFINE_string("coordinator", "", "one of several processes: HOST:PORT of process 0, where the port must be free")
+        flags.DEFINE_integer("num_processes", 0, "with --coordinator: how many processes there are, one a host")
+        flags.DEFINE_integer("process_id", -1, "with --coordinator: which of them this is, from 0")
         dry_flag = flags.DEFINE_bool(
             "dry_run", False, "load nothing; print the config and the memory that a device will need, and whether it fits"
         )
@@ -88,13 +101,54 @@ def launch(run: Callable[[Any, Path], None], dry_run: Callable[[Any, str], bool]
         if machine:
             raise ConfigError(f"--machine={machine!r} only goes with --dry_run: a run takes the devices that are here.")
         config = settings.validate(config_flag.value)
-        run(config, Path(workdir_flag.value or f"runs/{config.name}"))
+        folder = Path(workdir_flag.value or f"runs/{config.name}")
+        processes = _join() if dry_run is not None else None
+        if processes is None:
+            run(config, folder)
+        else:
+            _run_among_others(run, config, folder, processes)
 
     try:
         app.run(main, flags_parser=parse)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DiscoverError, flags.Error) as error:
+        sys.exit(_tell(error))
+
+
+def _tell(error: BaseException) -> int:
+    """Says on standard error what ended the program; its exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
-    except (DiscoverError, flags.Error) as error:
+        return 130
+    if isinstance(error, DiscoverError | flags.Error):
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        return USER_ERROR
+    traceback.print_exception(error)
+    return 1
+
+
+def _join() -> Processes | None:
+    """This process among those that the command line tells of; None if it tells of none."""
+    given = flags.FLAGS
+    if given.distributed or given.coordinator:
+        return start(given.coordinator, given.num_processes, given.process_id)
+    if given["num_processes"].present or given["process_id"].present:
+        raise ConfigError("--num_processes and --process_id go with --coordinator=HOST:PORT, the address of process 0.")
+    return None
+
+
+def _run_among_others(run: Callable[..., None], config: Any, folder: Path, processes: Processes) -> None:
+    """Runs as one of several processes: they end together."""
+    watch = None
+    try:
+        watch = Watch(processes, _ADVICE)
+        run(config, folder, processes)
+        processes.wait()
+        watch.finished()
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"[:2000]
+        if watch is not None:
+            watch.failed(reason)  # does not return if another process is what this one failed by
+        code = _tell(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # an orderly end would wait for the others, who wait for this one

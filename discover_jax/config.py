@@ -377,8 +377,11 @@ def _idle_variety(config: Any) -> Iterator[str]:
 
 def _obstacles(config: Any) -> Iterator[str]:
     """Rules for a run, which a dry run can do without."""
-    if (mesh := (config.mesh.data, config.mesh.expert, config.mesh.tensor)) != (1, 1, 1):
-        yield f"config.mesh = {mesh[0]} x {mesh[1]} x {mesh[2]} (data x expert x tensor): runs use one device so far; leave all three at 1."
+    if config.train.rows % config.mesh.data:
+        yield (
+            f"config.train.rows = {config.train.rows} with config.mesh.data = {config.mesh.data}: the rows of a microbatch are spread over"
+            f" the mesh's data axis. Set rows to {config.mesh.data} or a multiple."
+        )
     if config.model.weights == "random" and not config.model.tokenizer:
         yield "config.model.weights = 'random' brings no tokenizer: set config.model.tokenizer to a folder that has one."
 

@@ -18,7 +18,7 @@ from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import local_bytes
-from discover_jax.sampling.decoding import SecondPhase
+from discover_jax.sampling.decoding import SecondPhase, abstract_rows
 from discover_jax.sampling.sampler import Sampler, most_pages
 from discover_jax.sampling.schedule import PAGE
 
@@ -101,14 +101,15 @@ def _cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) 
         return config.sampling.cache_tokens // PAGE
     if memory is None:
         return None
-    rows = min(config.sampling.slots, config.groups * config.group_size)
+    devices = 1 if model.mesh is None else model.mesh.shape["data"]  # over which rows are spread
+    rows = -(-min(config.sampling.slots, config.groups * config.group_size) // devices) * devices
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
     page, pages_of_1 = model.abstract_pool(1, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
     taken = {
         "weights": local_bytes(model.abstract_frozen()),
         "adapter and optimiser": local_bytes(state),
         "its copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
-        "rings": local_bytes(jax.eval_shape(lambda: model.init_rings(rows))),
+        "rings": local_bytes(abstract_rows(model, rows)),
         "logits": _LOGITS * rows * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
     }

@@ -37,6 +37,10 @@ class RunError(DiscoverError, RuntimeError):
     """The run folder cannot be used: another config, a broken journal, no space left."""
 
 
+class HostError(DiscoverError, RuntimeError):
+    """The processes of a run on several hosts did not come together, do not see the same folder, or one of them was lost."""
+
+
 class CapacityError(DiscoverError, ValueError):
     """A prompt or a rollout is longer than the context that the sampler or the update was built for."""
 

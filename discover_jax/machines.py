@@ -116,8 +116,8 @@ def take_gpu_memory() -> None:
 
 
 def device_memory() -> int | None:
-    """Bytes that arrays may take on one of jax's own devices; None where it sets no limit, as on a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    """Bytes that arrays may take on one of this process's devices; None where it sets no limit, as on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def find_machine(name: str, devices: int) -> Machine:

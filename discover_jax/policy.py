@@ -11,6 +11,7 @@ from discover_jax.exceptions import TokenizerError
 from discover_jax.models.config import SHAPES, ModelConfig
 from discover_jax.models.folder import OnProgress, load_folder, read_config
 from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import mesh_of_run
 from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 APPRENTICE = Path(__file__).parent / "apprentice" / "weights"
@@ -58,19 +59,22 @@ def check_tokenizer(config: Any, sizes: ModelConfig) -> Tokenizer:
 
 
 def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
-    """Reads tokenizer and weights, or draws random weights on the devices, a function of the seed.
+    """Reads tokenizer and weights, or draws random weights on the devices of `config.mesh`, a function of the seed.
 
     Args:
       config: validated.
       on_progress: called with the bytes read so far and in all.
 
     Raises:
+      ShardingError: the mesh does not fit the devices, or the model does not fit the mesh.
       WeightsError, TokenizerError: a folder is missing or damaged, or the two do not belong together; the message says what to do.
     """
     folder = weights_folder(config)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
     tokenizer = check_tokenizer(config, sizes)
-    model = build_model(config, sizes)
+    mesh = mesh_of_run(config.mesh.data, config.mesh.expert, config.mesh.tensor)
+    model = build_model(config, sizes, mesh)
     if folder is None:
         return Policy(model, model.init_frozen(jax.random.key(config.seed)), tokenizer)
-    return Policy(model, load_folder(folder, on_progress=on_progress, dtype=config.model.dtype, experts=model.experts)[1], tokenizer)
+    options = {"dtype": config.model.dtype, "experts": model.experts, "mesh": mesh}
+    return Policy(model, load_folder(folder, on_progress=on_progress, **options)[1], tokenizer)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax import cli, dry_run, main
+from discover_jax.hosts.processes import ALONE, Processes
 
 
-def run(config: Any, folder: Path) -> None:
+def run(config: Any, folder: Path, processes: Processes = ALONE) -> None:
     """Runs or resumes a search; see `main.run`."""
-    main.run(config, folder, learn=False)
+    main.run(config, folder, processes, learn=False)
 
 
 if __name__ == "__main__":

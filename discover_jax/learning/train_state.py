@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from discover_jax.models.sharding import shardings
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +62,12 @@ def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> 
 
 def init_train_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 of `lora`. The state takes the adapter's buffers over: the first update frees them, so keep a copy if you need one."""
-    state = TrainState(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(lora, optimizer))
+    layouts = shardings(abstract_train_state(lora, optimizer))
+    if not jax.tree.leaves(layouts):
+        return TrainState(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
     # Scalars that stayed on one device would make the second update compile anew, as the first one returns them on all.
-    return jax.device_put(state, shardings) if jax.tree.leaves(shardings) else state
+    begin = jax.jit(lambda lora: (optimizer.init(lora), jnp.zeros((), jnp.int32)), out_shardings=(layouts.opt_state, layouts.step))
+    return TrainState(lora, *begin(lora))
 
 
 def _on_mesh(leaf: Any) -> NamedSharding | None:

@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from discover_jax.exceptions import ConfigError, LearningError
+from discover_jax.hosts.processes import lay_out
 from discover_jax.learning.kl import shape_advantages
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCTIONS, RatioLimits
 from discover_jax.learning.packing import Batch, empty_batch, filled_frac
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.rounding import EXACT_ROUNDING
-from discover_jax.models.sharding import sharding_for
+from discover_jax.models.sharding import replicated, sharding_for, shardings
 from discover_jax.types import Program
 
 Statistics = dict[str, jax.Array]
@@ -162,19 +164,19 @@ class Update:
         # Without a mesh the leaves are None, which leaves layouts free; with one, results must come back exactly as they went in, or
         # every program would be compiled twice.
         state = abstract_train_state(model.abstract_lora(), optimizer)
-        layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+        layouts = shardings(state)
         jit = functools.partial(jax.jit, compiler_options=EXACT_ROUNDING)
         self._accumulate = jit(accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
         self._apply = jax.jit(apply, donate_argnums=0, out_shardings=layouts)
-        self._base_gap = jit(base_gap)
+        self._base_gap = jit(base_gap, out_shardings=replicated(self._mesh))  # read by the host of every process
         self._norm = jax.jit(_norm)
         self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def _place(self, arrays: Any) -> Any:
         """Arrays [B, T, ...] with their rows spread over the mesh's data axis, if there is a mesh."""
-        return jax.tree.map(lambda x: jax.device_put(x, self._layout(x)), arrays) if self._mesh is not None else arrays
+        return jax.tree.map(lambda x: lay_out(x, self._layout(x)), arrays)
 
-    def _layout(self, x: Any) -> jax.sharding.Sharding | None:
+    def _layout(self, x: Any) -> NamedSharding | None:
         axes = ("batch", "positions", "layers", "choices")[: x.ndim]
         return None if self._mesh is None else sharding_for(axes, x.shape, self._mesh)
 

@@ -19,7 +19,7 @@ from discover_jax.models.cache import Cache, Pool
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
 from discover_jax.models.layers import GptOss, Layer, Pair, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
-from discover_jax.models.sharding import sharding_for
+from discover_jax.models.sharding import sharding_for, shardings
 
 EXPERTS = ("packed", "tiled", "dense")
 _LAYER = "layer"
@@ -80,11 +80,11 @@ class Model:
 
     def init_frozen(self, key: jax.Array) -> Tree:
         """Random base weights, made on the devices."""
-        return jax.jit(lambda key: init_tree(_declared(self).frozen, key, self.mesh))(key)
+        return self._init(_declared(self).frozen, self.abstract_frozen(), key)
 
     def init_lora(self, key: jax.Array) -> Tree:
         """A fresh adapter: its products are zero, so that the policy equals the base exactly."""
-        return jax.jit(lambda key: init_tree(_declared(self).lora, key, self.mesh))(key)
+        return self._init(_declared(self).lora, self.abstract_lora(), key)
 
     def cast(self, lora: Tree | None) -> Tree | None:
         """The adapter in the model's type, to which every product rounds it anyway: what follows is the same to the last bit."""
@@ -303,6 +303,9 @@ class Model:
         return x_BD, cache, self._routes_of_token(routes)[:, 0]
 
     # Inside
+
+    def _init(self, state: nnx.State, abstract: Tree, key: jax.Array) -> Tree:
+        return jax.jit(lambda key: init_tree(state, key, self.mesh), out_shardings=shardings(abstract))(key)
 
     def _routes_of_pair(self, first_BTX: jax.Array, second_BTX: jax.Array) -> jax.Array:
         return jnp.stack([first_BTX, second_BTX]).astype(self.routes.dtype)

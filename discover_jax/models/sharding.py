@@ -49,6 +49,23 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
     return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES)
 
 
+def mesh_of_run(data: int, expert: int, tensor: int) -> Mesh | None:
+    """The mesh of a run on jax's own devices, of all processes; None for one device of a process that is alone.
+
+    Raises:
+      ShardingError: there are fewer devices, or some of several processes would have nothing to do.
+    """
+    needed, processes = data * expert * tensor, jax.process_count()
+    if processes == 1:
+        return make_mesh(data, expert, tensor) if needed > 1 else None
+    if needed != jax.device_count():
+        raise ShardingError(
+            f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), and the {processes} processes of this"
+            f" run have {jax.device_count()}. Every process takes part with all its devices: make the product {jax.device_count()}."
+        )
+    return make_mesh(data, expert, tensor)
+
+
 def spec_for(axes: Sequence[str]) -> PartitionSpec:
     """Partition of an array with these logical axes.
 
@@ -65,6 +82,16 @@ def spec_for(axes: Sequence[str]) -> PartitionSpec:
         if mesh_axis is not None:
             taken[mesh_axis] = axis
     return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def shardings(tree: Any) -> Any:
+    """The sharding of each array, abstract or not; None for those that have none."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
+    """Whole on every device of a mesh, so that every process can read it; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def local_bytes(tree: Any) -> int:

@@ -13,6 +13,8 @@ from discover_jax.exceptions import RunError
 
 _CONFIG, _LOCK = "config.json", ".lock"
 _ABSENT = object()
+_HOW = ("mesh.data", "mesh.expert", "mesh.tensor", "train.rows")
+"""Settings that say on which devices a run is computed, and in which parts, not what: they may change when it is resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _compare(path: Path, given: dict[str, Any]) -> None:
         ) from error
     given_all = {"kind": given["kind"], **given["config"]}
     # By what JSON makes of them, so that True is not 1 and 1 is not 1.0: the type of a setting matters.
-    names = [name for name in {**found_all, **given_all} if _shown(found_all, name) != _shown(given_all, name)]
+    names = [name for name in {**found_all, **given_all} if name not in _HOW and _shown(found_all, name) != _shown(given_all, name)]
     if names:
         differences = "\n".join(f"  - {name}: folder has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
         raise RunError(

@@ -115,7 +115,9 @@ def abstract_rows(model: Any, batch: int) -> Rows:
     """Shapes and types of so many rows of a model, laid out over its mesh if it has one."""
 
     def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")[: leaf.ndim]
+        axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
+        # Numbers of a row are whole everywhere, since the host of every process reads them.
+        axes = axes if leaf.ndim > 1 else ("prompts",)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, model.mesh))
 
     def make() -> Rows:
@@ -128,6 +130,12 @@ def abstract_rows(model: Any, batch: int) -> Rows:
         return shapes
     laid_out: dict[str, Any] = {field.name: lay_out(field.name, getattr(shapes, field.name)) for field in dataclasses.fields(Rows)}
     return Rows(**laid_out)
+
+
+def empty_rows(model: Any, batch: int) -> Rows:
+    """So many rows without a rollout, on the devices."""
+    made = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract_rows(model, batch))
+    return dataclasses.replace(made, temperatures_B=jnp.ones_like(made.temperatures_B))  # logits are divided by it
 
 
 def _force(phase: SecondPhase | None, rows: Rows, tokens_B: jax.Array, logprobs_B: jax.Array) -> tuple[jax.Array, ...]:

@@ -19,7 +19,8 @@ from absl import logging
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.models.cache import Cache, Pool, copy_page, put_pages, take_pages
 from discover_jax.models.rounding import EXACT_ROUNDING
-from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, put_row, take_rows
+from discover_jax.models.sharding import replicated, shardings
+from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
 from discover_jax.sampling.schedule import FEWEST_ROWS, MOVED_PAGES, PAGE, Limits, Programs, Progress, Schedule, pages_of
 from discover_jax.types import Program, Prompt, Rollout
 
@@ -56,6 +57,9 @@ class Sampler:
     Raises:
       ConfigError: a number out of range, or a second phase that does not fit into the budget.
       CapacityError: the pages do not hold one rollout.
+      ShardingError: heads do not divide by their axis of the model's mesh.
+
+    On a mesh the rows of the batch are spread over its data axis; their number is rounded up to a multiple of it.
     """
 
     def __init__(
@@ -117,12 +121,18 @@ class Sampler:
             second_phase=second_phase,
             record_routes=record_routes,
         )
-        self._prefill = self._jit(model.prefill, "prefill", "cache")
-        self._launch = self._jit(launch, "decode", "pool", "rows")
-        self._put_row = self._jit(_put, "put_row", "pool", "rows")
-        self._take_rows = self._jit(take_rows, "take_rows")
-        self._take_pages = self._jit(take_pages, "take_pages")
-        self._put_pages = self._jit(put_pages, "put_pages", "pool")
+        # On a mesh every array comes back as it went in, and what the host reads lies whole on all devices.
+        self._row_devices = 1 if model.mesh is None else model.mesh.shape["data"]
+        whole, pool = replicated(model.mesh), shardings(model.abstract_pool(1, PAGE))
+        rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
+        read = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, whole, whole)
+        self._prefill = self._jit(model.prefill, "prefill", (whole, read, whole), "cache")
+        self._launch = self._jit(launch, "decode", (pool, rows, whole), "pool", "rows")
+        self._put_row = self._jit(_put, "put_row", (pool, rows), "pool", "rows")
+        self._take_rows = self._jit(take_rows, "take_rows", rows)
+        self._take_row = self._jit(take_rows, "take_row", one)
+        self._take_pages = self._jit(take_pages, "take_pages", whole)
+        self._put_pages = self._jit(put_pages, "put_pages", pool, "pool")
 
     def sample(
         self,
@@ -161,12 +171,13 @@ class Sampler:
             return iter(())
         seed_array, step_array = jnp.uint32(seed), jnp.uint32(step)
         programs = Programs(
-            init_pool=self._model.init_pool,
-            init_rings=self._model.init_rings,
+            empty_pool=self._empty_pool,
+            empty_rows=functools.partial(empty_rows, self._model),
             prefill=functools.partial(self._prefill, frozen, lora),
             launch=lambda *batch: self._launch(frozen, lora, *batch, seed_array, step_array),
             put_row=self._put_row,
             take_rows=self._take_rows,
+            take_row=self._take_row,
             take_pages=self._take_pages,
             put_pages=self._put_pages,
         )
@@ -185,7 +196,7 @@ class Sampler:
         """
         del prompts  # they are read one after another
         limits = self._limits(rollouts)
-        batch = min(limits.slots, rollouts)
+        batch = limits.slots
         pool = self._model.abstract_pool(limits.pages, PAGE)
         rows, one = (abstract_rows(self._model, count) for count in (batch, 1))
 
@@ -199,32 +210,34 @@ class Sampler:
         yield Program("decode", self._launch.lower(frozen, lora, pool, rows, pages, ids(), scalar, scalar), live)
         yield Program("put", self._put_row.lower(pool, rows, one, ids(), ids(), ids()), live)
         yield Program("set aside", self._take_pages.lower(pool, ids(MOVED_PAGES)), live)
-        if (fewer := batch // 2) >= FEWEST_ROWS:
+        if (fewer := batch // 2) >= FEWEST_ROWS and fewer % limits.row_devices == 0:
             yield Program("shrink", self._take_rows.lower(rows, ids(fewer)), live)
 
     def _limits(self, rollouts: int) -> Limits:
-        slots = min(self._slots, rollouts)
+        slots = -(-min(self._slots, rollouts) // self._row_devices) * self._row_devices
         pages = most_pages(slots, self._max_prompt, self._max_new)
         return Limits(
             slots=slots,
+            row_devices=self._row_devices,
             pages=pages if self._given_pages is None else min(pages, self._given_pages),
             row_pages=pages_of(self._max_prompt + self._max_new),
             new_tokens=self._max_new,
             launch_steps=self._launch_steps,
             chunk=min(PROMPT_CHUNK, PAGE * pages_of(self._max_prompt)),
-            width=self._model.config.width,
-            dtype=self._model.dtype,
             stop_ids=self._stop_ids,
             record_routes=self._record_routes,
         )
+
+    def _empty_pool(self, pages: int) -> Pool:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self._model.abstract_pool(pages, PAGE))
 
     def _temperatures(self, group_size: int) -> list[float]:
         """Of the rollouts of a group, in float32's precision, so that sampler and update divide by the same numbers."""
         places_K = np.linspace(-1.0, 1.0, group_size) if group_size > 1 else np.zeros(1)
         return (self._temperature * (1.0 + self._spread * places_K)).astype(np.float32).tolist()
 
-    def _jit(self, function: Callable, name: str, *donated: str) -> Any:
-        """The function, jitted, counting how often it is traced, which is once for each compiled program."""
+    def _jit(self, function: Callable, name: str, layouts: Any, *donated: str) -> Any:
+        """The function, jitted, with these layouts of what it returns, counting how often it is traced, which is once for each compiled program."""
 
         @functools.wraps(function)
         def traced(*args, **kwargs):
@@ -232,4 +245,4 @@ class Sampler:
             logging.debug("sampler compiles %s", name)
             return function(*args, **kwargs)
 
-        return jax.jit(traced, donate_argnames=donated, compiler_options=EXACT_ROUNDING)
+        return jax.jit(traced, out_shardings=layouts, donate_argnames=donated, compiler_options=EXACT_ROUNDING)

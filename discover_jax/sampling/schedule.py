@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from discover_jax.hosts.processes import fetch
 from discover_jax.models.cache import Cache, Pool
 from discover_jax.sampling.decoding import Drawn, Rows, new_rows
 from discover_jax.sampling.pages import Pages
@@ -60,31 +61,32 @@ class Progress:
 class Programs:
     """What the schedule has the device do; see the functions of the same names in `decoding`, `models.cache` and `Model`."""
 
-    init_pool: Callable[[int, int], Pool]
-    init_rings: Callable[[int], tuple[jax.Array, jax.Array]]
+    empty_pool: Callable[[int], Pool]
+    empty_rows: Callable[[int], Rows]
     prefill: Callable[[ArrayLike, ArrayLike, Cache], tuple[jax.Array, Cache, jax.Array]]
     launch: Callable[[Pool, Rows, ArrayLike, ArrayLike], tuple[Pool, Rows, Drawn]]
     put_row: Callable[[Pool, Rows, Rows, int, int, int], tuple[Pool, Rows]]
     take_rows: Callable[[Rows, ArrayLike], Rows]
+    take_row: Callable[[Rows, ArrayLike], Rows]
     take_pages: Callable[[Pool, ArrayLike], Pool]
     put_pages: Callable[[Pool, ArrayLike, Pool], Pool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Numbers of one sampler: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk.
+    """Numbers of one call: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk.
 
-    `record_routes` says whether rollouts tell which experts read them.
+    The batch, `slots` rows at first, always has a multiple of `row_devices` rows, over which it is spread. `record_routes` says whether
+    rollouts tell which experts read them.
     """
 
     slots: int
+    row_devices: int
     pages: int
     row_pages: int
     new_tokens: int
     launch_steps: int
     chunk: int
-    width: int
-    dtype: Any
     stop_ids: tuple[int, ...]
     record_routes: bool
 
@@ -146,10 +148,10 @@ class Schedule:
         self._begun = 0
         self._prefixes: dict[int, _Prefix] = {}
         self._book = Pages(limits.pages)
-        self._slots: list[_Open | None] = [None] * min(limits.slots, self._total)
-        self._pool = programs.init_pool(limits.pages, PAGE)
-        self._rows = self._empty(len(self._slots))
-        self._nobody = self._empty(1)
+        self._slots: list[_Open | None] = [None] * limits.slots
+        self._pool = programs.empty_pool(limits.pages)
+        self._rows = programs.empty_rows(len(self._slots))
+        self._nobody = programs.empty_rows(1)
         self._busy = self._offered = self._set_asides = 0
 
     def run(self, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Rollout]:
@@ -204,10 +206,10 @@ class Schedule:
 
     def _set_aside(self, rollout: _Open) -> None:
         slot = self._slots.index(rollout)
-        row = self._do.take_rows(self._rows, np.array([slot], np.int32))
+        row = self._do.take_row(self._rows, np.array([slot], np.int32))
         used = rollout.pages[: pages_of(self._length(rollout))]
         parts = [self._do.take_pages(self._pool, ids) for ids in self._in_parts(used)]
-        rollout.aside = jax.device_get((row, parts))
+        rollout.aside = fetch((row, parts))
         self._book.release(rollout.pages)
         rollout.pages = []
         self._put(slot, self._nobody)
@@ -222,11 +224,6 @@ class Schedule:
             yield np.array(part + [self._limits.pages] * (MOVED_PAGES - len(part)), np.int32)
 
     # Slots
-
-    def _empty(self, rows: int) -> Rows:
-        zeros = np.zeros(rows, np.int32)
-        hidden = jnp.zeros((rows, self._limits.width), self._limits.dtype)
-        return new_rows(self._do.init_rings(rows), zeros, hidden, zeros, zeros, np.ones(rows, np.float32))
 
     def _put(self, slot: int, row: Rows, source: int = 0, target: int | None = None) -> None:
         """Gives a slot a row, and page `target`, if one is named, the contents of `source`."""
@@ -289,7 +286,8 @@ class Schedule:
         pages = self._take(pages_of(length))
         pages_1M = np.zeros((1, self._limits.row_pages), np.int32)
         pages_1M[0, : len(pages)] = pages
-        rings, hidden, routes = self._do.init_rings(1), self._nobody.hidden_BD, []
+        empty, hidden, routes = self._do.empty_rows(1), self._nobody.hidden_BD, []
+        rings = empty.ring_k_LBKWH, empty.ring_v_LBKWH
         for first in range(0, length, chunk):
             tokens = np.asarray(prompt.tokens_P[first : first + chunk], np.int32)
             padded_1C = np.pad(tokens, (0, chunk - len(tokens)))[None]
@@ -309,8 +307,8 @@ class Schedule:
         """Halves the batch for as long as its live rows fit, once no rollout waits."""
         live = [slot for slot, rollout in enumerate(self._slots) if rollout is not None]
         rows = len(self._slots)
-        while not self._waiting() and rows // 2 >= max(FEWEST_ROWS, len(live)):
-            rows //= 2
+        while not self._waiting() and self._half(rows) >= max(1, len(live)):
+            rows = self._half(rows)
         if rows < len(self._slots):
             keep_R = (live + [slot for slot, rollout in enumerate(self._slots) if rollout is None])[:rows]
             self._rows = self._do.take_rows(self._rows, np.asarray(keep_R, np.int32))
@@ -347,8 +345,12 @@ class Schedule:
         """A launch ends early when no more rows than this are live: a quarter can be refilled, or in the tail the batch can be halved."""
         if self._waiting():
             return live - max(1, live // 4)
-        half = len(self._slots) // 2
-        return half if half >= FEWEST_ROWS else 0
+        return self._half(len(self._slots))
+
+    def _half(self, rows: int) -> int:
+        """Of a batch of so many rows; 0 if it is not to be halved."""
+        half = rows // 2
+        return half if half >= FEWEST_ROWS and half % self._limits.row_devices == 0 else 0
 
     def _close(self, rollout: _Open) -> Rollout:
         tokens_T = np.concatenate(rollout.tokens).astype(np.int32)

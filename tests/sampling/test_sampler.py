@@ -33,6 +33,7 @@ class Chain:
     def config(self):
         return self
 
+    mesh = None
     routes = jax.ShapeDtypeStruct((2, 3), jnp.uint8)
 
     @staticmethod
@@ -42,6 +43,9 @@ class Chain:
 
     def init_pool(self, pages, page_size):
         return Pool(*(jnp.zeros((1, pages, 1, page_size, 1)) for _ in range(2)))
+
+    def abstract_pool(self, pages, page_size):
+        return jax.eval_shape(lambda: self.init_pool(pages, page_size))
 
     def init_rings(self, batch):
         return tuple(jnp.zeros((1, batch, 1, 1, 1)) for _ in range(2))

@@ -1,0 +1,271 @@
+"""The watcher of one process of a run: a process of its own, so that it still speaks when the other was killed or aborted.
+
+It needs the standard library alone. All watchers are linked to that of process 0; a link that breaks without a goodbye is a lost process,
+and so is one of which nothing was heard for `SILENCE_SECONDS`. Whoever learns of a loss says so on standard error, tells the others, and
+ends the process that it watches. Messages are lines of JSON, on the links as on standard input and output, by which it talks with that process.
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+PING_SECONDS = 5.0
+SILENCE_SECONDS = 30.0
+JOIN_SECONDS = 60.0
+"""For all watchers to find that of process 0."""
+_LEAVING_SECONDS = 5.0
+"""For the watched process to end by itself once it is told to."""
+_LONGEST = 1 << 16
+"""Bytes of a message; whoever sends more is no watcher."""
+_PARENT = os.getppid()
+
+
+class Link:
+    """Lines of JSON over a socket or a pair of pipes."""
+
+    def __init__(self, reader: int, writer: int, held: Any = None):
+        self._reader, self._writer, self._held = reader, writer, held
+        self._buffer = b""
+        self.heard = time.monotonic()
+        self.open = True
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Nothing happens if nobody is there any more: that shows when reading."""
+        with contextlib.suppress(OSError):
+            data = json.dumps(message).encode() + b"\n"
+            while data:
+                data = data[os.write(self._writer, data) :]
+
+    def receive(self) -> list[dict[str, Any]]:
+        """What has come; afterwards `open` says whether more can."""
+        try:
+            data = os.read(self._reader, _LONGEST)
+        except OSError:
+            data = b""
+        self.heard = time.monotonic()
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        self.open = bool(data) and len(self._buffer) < _LONGEST
+        messages = []
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                self.open = False
+                break
+            messages.append(message)
+        return messages
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+
+
+class Watcher:
+    """The state of one watcher.
+
+    Args:
+      parent: link to the process that it watches.
+      index, count: of that process.
+      token: that all watchers of the run share.
+      advice: the end of each message on a loss: how the run goes on.
+    """
+
+    def __init__(self, parent: Link, index: int, count: int, token: str, advice: str):
+        self._parent, self._index, self._count, self._token, self._advice = parent, index, count, token, advice
+        self._server: socket.socket | None = None
+        self._strangers: list[Link] = []  # came to the server, and did not say yet who they are
+        self._links: dict[int, Link] = {}  # by the index of the process at the other end
+        self._names: dict[int, str] = {index: _name()}
+        self._gone: set[int] = set()  # said goodbye
+        self._left = False
+
+    def listen(self) -> int:
+        """Opens the server of process 0; its port."""
+        dual = socket.has_dualstack_ipv6()
+        self._server = (
+            socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) if dual else socket.create_server(("", 0))
+        )
+        return self._server.getsockname()[1]
+
+    def join(self, addresses: list[str], port: int) -> None:
+        """Links to the watcher of process 0, at whichever of its addresses answers with the right token.
+
+        Raises:
+          OSError: none did within `JOIN_SECONDS`.
+        """
+        deadline, refused = time.monotonic() + JOIN_SECONDS, ""
+        while time.monotonic() < deadline:
+            for address in addresses:
+                try:
+                    held = socket.create_connection((address, port), timeout=5)
+                    link = _link(held)
+                    link.send({"hello": self._index, "token": self._token, "name": _name()})
+                    if select.select([link], [], [], 5)[0]:
+                        for message in link.receive():
+                            if hmac.compare_digest(str(message.get("token")), self._token):
+                                self._links[0], self._names[0] = link, str(message.get("name"))
+                                return
+                    held.close()
+                except OSError as error:
+                    refused = f"{address}: {error}"
+            time.sleep(0.5)
+        raise OSError(f"none of {', '.join(addresses)} answered at port {port} within {JOIN_SECONDS:g} s ({refused})")
+
+    def run(self) -> None:
+        """Watches until the run ends, well or not."""
+        pinged, began, ready = 0.0, time.monotonic(), False
+        while not self._is_over():
+            ready = ready or self._tell_ready()
+            now = time.monotonic()
+            if now - pinged > PING_SECONDS:
+                pinged = now
+                for link in self._links.values():
+                    link.send({"ping": 1})
+            links = [link for link in (self._parent, *self._links.values(), *self._strangers) if link.open]
+            wanted = links + ([self._server] if self._server is not None else [])
+            for source in select.select(wanted, [], [], 1.0)[0]:
+                self._hear(source)
+            for index, link in list(self._links.items()):
+                if link.open and time.monotonic() - link.heard > SILENCE_SECONDS:
+                    self._lose(index, f"nothing was heard of it for {SILENCE_SECONDS:g} s: its host or the network is down")
+            if not ready and self._server is not None and now - began > JOIN_SECONDS + 10:
+                absent = [index for index in range(1, self._count) if index not in self._links and index not in self._gone]
+                self._lose(absent[0], "its watcher could not reach that of process 0: is a firewall between them?")
+
+    def _tell_ready(self) -> bool:
+        known = set(self._links) | self._gone
+        if self._server is not None and len(known) < self._count - 1:
+            return False
+        self._parent.send({"ready": 1})
+        return True
+
+    def _is_over(self) -> bool:
+        """Whether the run ended well here, and everybody who must be heard has said so, too."""
+        return self._left and (self._index != 0 or len(self._gone) == self._count - 1)
+
+    def _hear(self, source: Any) -> None:
+        if source is self._server:
+            held, _ = self._server.accept()
+            self._strangers.append(_link(held))
+            return
+        messages = source.receive()
+        if source is self._parent:
+            self._hear_parent(messages)
+            return
+        if source in self._strangers:
+            self._strangers.remove(source)
+            self._welcome(source, messages)
+            return
+        index = next((index for index, link in self._links.items() if link is source), None)
+        if index is None:
+            return
+        for message in messages:
+            if "bye" in message:
+                self._gone.add(index)
+            elif "lost" in message:
+                self._end(int(message["lost"]), str(message["name"]), str(message["why"]))
+            elif "failed" in message:
+                self._lose(index, str(message["failed"]))
+        if not source.open:
+            del self._links[index]
+            source.close()
+            if index not in self._gone:
+                self._lose(index, "it ended without a word: killed, out of memory, or its host is down")
+
+    def _welcome(self, link: Link, messages: list[dict[str, Any]]) -> None:
+        hello = messages[0] if messages else {}
+        index = hello.get("hello")
+        known = hmac.compare_digest(str(hello.get("token")), self._token)
+        if not known or not isinstance(index, int) or not 0 < index < self._count or index in self._links:
+            link.close()
+            return
+        self._links[index], self._names[index] = link, str(hello.get("name"))
+        link.send({"token": self._token, "name": _name()})
+
+    def _hear_parent(self, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            if "done" in message:
+                self._left = True
+                for link in self._links.values():
+                    link.send({"bye": 1})
+                return
+            if "failed" in message:
+                self._tell_others(self._index, str(message["failed"]))
+                self._parent.send({"told": 1})
+                sys.exit(0)
+        if not self._parent.open and not self._left:
+            # Those at the other ends take a link that breaks for the same, but only this process's watcher is sure who it was.
+            self._tell_others(self._index, "it ended without a word: killed, or out of memory")
+            sys.exit(0)
+
+    def _tell_others(self, index: int, why: str) -> None:
+        for other, link in self._links.items():
+            if self._index == 0:
+                if other != index:
+                    link.send({"lost": index, "name": self._names.get(index, "?"), "why": why})
+            else:
+                link.send({"failed": why})
+
+    def _lose(self, index: int, why: str) -> None:
+        """Process `index` is lost: all who are linked to this one hear of it, and this process ends."""
+        self._tell_others(index, why)
+        self._end(index, self._names.get(index, "never seen"), why)
+
+    def _end(self, index: int, name: str, why: str) -> None:
+        """Says who was lost, and ends the process that this one watches."""
+        print(f"error: process {index} of {self._count} ({name}) was lost: {why}\n{self._advice}", file=sys.stderr, flush=True)
+        self._parent.send({"lost": index})
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while self._parent.open and time.monotonic() < deadline:
+            if select.select([self._parent], [], [], 0.1)[0]:
+                self._parent.receive()
+        if self._parent.open:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getppid() == _PARENT:  # else it has ended meanwhile
+                    os.kill(_PARENT, signal.SIGKILL)
+        sys.exit(0)
+
+
+def _name() -> str:
+    return f"host {socket.gethostname()}, id {_PARENT}"
+
+
+def _link(held: socket.socket) -> Link:
+    held.settimeout(None)
+    held.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Link(held.fileno(), held.fileno(), held)
+
+
+def main() -> None:
+    """Reads who it is from standard input, tells its port (process 0) or that it is linked, and watches."""
+    # The process that it watches decides what a signal to the whole group means; this one ends when that does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parent = Link(sys.stdin.fileno(), sys.stdout.fileno())
+    order = json.loads(os.read(parent.fileno(), _LONGEST))
+    watcher = Watcher(parent, order["index"], order["count"], order["token"], order["advice"])
+    if order["index"] == 0:
+        parent.send({"port": watcher.listen()})
+    else:
+        try:
+            watcher.join(order["addresses"], order["port"])
+        except OSError as error:
+            parent.send({"unreachable": str(error)})
+            return
+    watcher.run()
+
+
+if __name__ == "__main__":
+    main()
