@@ -49,8 +49,8 @@ def _check_arguments(argv: list[str]) -> None:
 
 
 _ADVICE = (
-    "The run ends on all its hosts; what is lost are the steps since the last checkpoint at most. Start the same command again on all hosts, or"
-    " on another number of them with a config.mesh for their devices: it resumes there."
+    "The run ends on all its hosts; at most the steps since the last checkpoint are lost. Start the same command again on all hosts, or on"
+    " another number of them with a config.mesh for their devices: it resumes there."
 )
 
 

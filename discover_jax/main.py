@@ -4,7 +4,9 @@
 advantages, update, archive, checkpoint. `discover_jax.search` is the same loop without the update.
 """
 
-import concurrent.futures
+import functools
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from discover_jax import cli, dry_run
+from discover_jax import __version__, cli, dry_run
 from discover_jax import config as settings
 from discover_jax.archive.archive import lineage
 from discover_jax.archive.frontier import Frontier, states_of
@@ -22,6 +24,8 @@ from discover_jax.archive.samplers import SAMPLERS, kept_children, mixed, step_r
 from discover_jax.engine import build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB, Limits
+from discover_jax.hosts.processes import ALONE, Processes, least
+from discover_jax.hosts.programs import StepPrograms
 from discover_jax.learning.advantages import LEAST_ROLLOUTS, Advantages, advantage_metrics, estimate_groups, is_constant
 from discover_jax.learning.packing import pack, pack_substeps
 from discover_jax.learning.signals import Diversity, Signals, diversity_metrics, group_signals
@@ -34,7 +38,7 @@ from discover_jax.runs.attempts import Place, attempt_of, rollout_rows
 from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
-from discover_jax.runs.console import Console, Improvement, make_console
+from discover_jax.runs.console import Console, Improvement, QuietConsole, make_console
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
@@ -44,7 +48,7 @@ from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.source import find_source
 from discover_jax.runs.standing import Standing, restore
 from discover_jax.runs.summary import Result, closing_lines, opening_lines, scale_warning, step_row
-from discover_jax.runs.workdir import Workdir, open_workdir
+from discover_jax.runs.workdir import Workdir, open_shared_workdir
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.prepare import prepare_tasks
@@ -55,12 +59,14 @@ from discover_jax.text.reply import program_of
 from discover_jax.types import Rollout, State, Verdict
 
 
-def run(config: Any, folder: Path, *, learn: bool = True, console: Console | None = None) -> None:
+def run(config: Any, folder: Path, processes: Processes = ALONE, *, learn: bool = True, console: Console | None = None) -> None:
     """Runs or resumes a whole run.
 
     Args:
       config: validated (`discover_jax.config.validate`).
       folder: of the run; see README for what it holds.
+      processes: all call this alike (see docs/scaling.md). Each goes through every step, with its devices and its cores; the first alone
+        writes journal, metrics, best/ and the console.
       learn: False for the search baseline: the adapter stays as it is, which is the base model.
       console: where progress is shown; by default what fits the terminal.
 
@@ -68,18 +74,21 @@ def run(config: Any, folder: Path, *, learn: bool = True, console: Console | Non
       DiscoverError: what went wrong and what to do; the run can be resumed from its last checkpoint.
     """
     cache_compilations()
-    console = console or make_console()
+    console = (console or make_console()) if processes.leads else QuietConsole()
+    kind = "train" if learn else "search"
     try:
-        with open_workdir(folder, settings.flatten(config), "train" if learn else "search") as workdir:
-            _discover(config, workdir, learn, console)
+        _check_agreement(processes, config, kind)
+        with open_shared_workdir(folder, settings.flatten(config), kind, processes) as workdir:
+            _discover(config, workdir, processes, learn, console)
     finally:
         console.close()
 
 
-def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> None:
+def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, console: Console) -> None:
     # ------------------------------------------------------------------ the tasks, and the workers that run programs for them
-    tasks = prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed)
-    source = find_source(config, tasks, workdir)
+    tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
+    processes.agree("the prepared tables and answers", [task.fingerprint for task in tasks], "Give all hosts the same raw data.")
+    source = find_source(config, tasks, workdir, processes)
     limits = Limits(seconds=config.execution.seconds, cores=config.execution.cores, memory_bytes=int(config.execution.memory_gib * GIB))
     with Executor(
         tasks,
@@ -90,16 +99,20 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         allow_weaker=config.execution.allow_weaker,
     ) as executor:
         search = {"learned": learn, "advantage": config.train.advantage if learn else None, "reuse": config.reuse.sampler}
-        isolation = Isolation(executor.isolated, (executor.describe(),))
+        hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "line": executor.describe()})
+        lines = tuple(dict.fromkeys(host["line"] for host in hosts))
+        isolation = Isolation(all(host["isolated"] for host in hosts), lines)
         if source is not None:
             isolation = source.isolation.after(isolation)
         goes_on_from = source.disclosed() if source is not None else None
-        write_disclosure(workdir, tasks, search=search, isolation=isolation, goes_on_from=goes_on_from)
+        if processes.leads:
+            write_disclosure(workdir, tasks, search=search, isolation=isolation, goes_on_from=goes_on_from)
 
         # -------------------------------------------------------------- the policy, and the jitted functions that sample and learn
         policy = load_policy(config, console.loading)
         second_phase = _second_phase(config, policy)
-        sampler = build_sampler(config, policy.model, policy.stop_ids, second_phase, memory=device_memory(), learn=learn)
+        memory = least(processes, device_memory())
+        sampler = build_sampler(config, policy.model, policy.stop_ids, second_phase, memory=memory, learn=learn)
         optimizer = build_optimizer(config)
         update = build_update(config, policy.model, optimizer)
         prompt_settings = _prompt_settings(config)
@@ -109,15 +122,17 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
         # -------------------------------------------------------------- where the run stands
         journal = Journal(workdir.journal_path)
         metrics = MetricsWriter(workdir.metrics_path)
-        checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every)
+        checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every, processes=processes)
         train_state = init_train_state(policy.init_lora(config.seed), optimizer) if learn else None
-        stand = restore(config, tasks, workdir, checkpoints, journal, train_state, source, console)
-        metrics.truncate(stand.step)
+        stand = restore(config, tasks, workdir, checkpoints, journal, train_state, source, console, processes)
+        if processes.leads:
+            metrics.truncate(stand.step)
         train_state, frontiers = stand.train_state, dict(stand.frontiers)
         last_step = stand.first_step + config.train.steps
         rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
         title = f"{config.name}: {', '.join(task.id for task in tasks)}, {'test-time training' if learn else 'search without training'}"
-        console.start(title, _opening_lines(config, workdir, tasks, executor, policy, stand))
+        if processes.leads:
+            console.start(title, _opening_lines(config, workdir, tasks, isolation.lines, policy, stand))
         if learn and (warning := scale_warning(tasks, config.train.advantage)):
             console.note(warning)
 
@@ -126,7 +141,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
 
         for step in range(stand.step, last_step):
             console.step(step, last_step)
-            started, retries = time.monotonic(), executor.retries
+            started = time.monotonic()
             adapter_step = int(train_state.step) if train_state is not None else 0
             lora = train_state.lora if train_state is not None else None
 
@@ -147,13 +162,13 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
             console.phase("sampling")
             rollouts: dict[Place, Rollout] = {}
             codes: dict[Place, str | None] = {}
-            futures: dict[Place, concurrent.futures.Future[Verdict]] = {}
+            programs = StepPrograms[Place](executor, [host["slots"] for host in hosts], processes)
             total = config.groups * config.group_size
 
             stands: list[Progress] = []
 
-            def show(tokens_per_s: float, rollouts=rollouts, futures=futures, total=total) -> None:
-                console.progress(len(rollouts), total, sum(f.done() for f in futures.values()), len(futures), tokens_per_s)
+            def show(tokens_per_s: float, rollouts=rollouts, programs=programs, total=total) -> None:
+                console.progress(len(rollouts), total, programs.done, programs.here, tokens_per_s)
 
             def follow(progress: Progress, stands=stands, show=show) -> None:
                 stands.append(progress)
@@ -172,17 +187,13 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 rollouts[place] = rollout
                 codes[place] = program_of(rollout, policy.tokenizer)
                 if (code := codes[place]) is not None:
-                    futures[place] = executor.submit(code, tasks.index(tasks_G[rollout.group]))
+                    programs.submit(place, code, tasks.index(tasks_G[rollout.group]))
             sampled = time.monotonic()
 
             # ---------------------------------------------------------- wait for the programs and their grades
             console.phase("running programs")
             speed = sum(len(r.tokens_T) for r in rollouts.values()) / (sampled - started)
-            waiting = set(futures.values())
-            while waiting:
-                show(speed)
-                _, waiting = concurrent.futures.wait(waiting, timeout=0.5, return_when=concurrent.futures.FIRST_EXCEPTION)
-            verdicts = {place: future.result() for place, future in futures.items()}
+            verdicts = programs.verdicts(while_waiting=functools.partial(show, speed))
             attempts = [
                 attempt_of(tasks_G[g], step, parents_G[g], rollouts[g, i], codes[g, i], verdicts.get((g, i)), adapter_step)
                 for g, i in sorted(rollouts)
@@ -205,7 +216,8 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
 
             # ---------------------------------------------------------- archive, journal, best/, checkpoint
             console.phase("saving")
-            journal.append(attempts)
+            if processes.leads:
+                journal.append(attempts)
             previous, improved = frontiers, []
             frontiers = {}
             for task in tasks:
@@ -218,11 +230,13 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                         " they are not reused as parents; the journal and best/ take them all the same."
                     )
                 frontiers[task.id] = previous[task.id].after(mine, reusable=reusable, children=children)
-                if (best := frontiers[task.id].best) is not None and best != previous[task.id].best:
+                best = frontiers[task.id].best
+                if processes.leads and best is not None and best != previous[task.id].best:
                     _write_best(config, workdir, tasks, task, journal, best, verdicts)
                 improved.append(Improvement(task.id if len(tasks) > 1 else "", best, previous[task.id].best))
-            shown = rollout_rows(rollouts, prompts_G, attempts, advantages, verdicts, policy.tokenizer)
-            write_rollouts(workdir.rollouts_dir, step, shown)
+            if processes.leads:
+                shown = rollout_rows(rollouts, prompts_G, attempts, advantages, verdicts, policy.tokenizer)
+                write_rollouts(workdir.rollouts_dir, step, shown)
             saved = time.monotonic()
 
             # The row comes before the checkpoint: a kill between the two repeats the step, and `truncate` then drops the row.
@@ -240,7 +254,7 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 "sample/compilations": sampler.compilations,
                 "sample/forced_frac": sum(not r.chosen_T.all() for r in rollouts.values()) / total,
                 "programs/seconds": sum(v.execution.seconds for v in verdicts.values() if not v.execution.cached),
-                "programs/retried": executor.retries - retries,
+                "programs/retried": programs.retried,
                 "programs/cached_frac": sum(v.execution.cached for v in verdicts.values()) / max(len(verdicts), 1),
             }
             row = step_row(
@@ -250,28 +264,43 @@ def _discover(config: Any, workdir: Workdir, learn: bool, console: Console) -> N
                 timings=timings,
                 learning_metrics=advantage_metrics(estimated_G) | diversity_metrics(attempts_GK) | update_metrics,
             )
-            metrics.write(row)
+            if processes.leads:
+                metrics.write(row)
             archived = [state for frontier in frontiers.values() for state in frontier.archive.to_json()]
-            checkpoints.save(step, train_state, HostState.of(stand.first_step, archived, stand.rewards, journal).to_json())
-            write_report(workdir.path)
+            host_state = HostState.of(stand.first_step, archived, stand.rewards, journal).to_json() if processes.leads else {}
+            checkpoints.save(step, train_state, host_state)
+            if processes.leads:
+                write_report(workdir.path)
             checkpoint_seconds = time.monotonic() - saved
             rows.append(row)
             console.step_done(row, improved)
 
-        results = _results(tasks, frontiers, journal)
-        console.finish([*closing_lines(results, rows, workdir=workdir, learn=learn), f"report       {report}"])
+        if processes.leads:
+            results = _results(tasks, frontiers, journal)
+            console.finish([*closing_lines(results, rows, workdir=workdir, learn=learn), f"report       {report}"])
 
 
 # ---------------------------------------------------------------------- before the first step
 
 
-def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], executor: Executor, policy: Policy, stand: Standing) -> list[str]:
+def _check_agreement(processes: Processes, config: Any, kind: str) -> None:
+    """All processes must be about to do the same: what one did otherwise would show only as a hang, or not at all."""
+    text = json.dumps({"kind": kind, "config": settings.flatten(config), "version": __version__, "jax": jax.__version__}, sort_keys=True)
+    remedy = "Start all processes with the same command, but for --process_id, and with the same versions of this project and of jax."
+    processes.agree("their config or version (SHA-256)", hashlib.sha256(text.encode()).hexdigest(), remedy)
+
+
+def _opening_lines(
+    config: Any, workdir: Workdir, tasks: Sequence[Task], isolation: Sequence[str], policy: Policy, stand: Standing
+) -> list[str]:
     sizes = policy.model.config
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+    if (count := jax.process_count()) > 1:
+        where += f" of {count} processes"
     return [
         f"model    {config.model.weights}: {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts, {where}",
         f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {stand.origin}",
-        f"programs {executor.describe()}",
+        *(f"programs {line}" for line in isolation),
         *opening_lines([Result(task, stand.frontiers[task.id].best, None) for task in tasks], workdir),
         f"folder   {workdir.path}",
     ]

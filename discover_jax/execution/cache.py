@@ -156,15 +156,34 @@ class VerdictCache:
         return f"Delete the folder {self._folder}, which loses nothing but time: programs run again."
 
 
-def _encode(key: str, verdict: Verdict) -> bytes:
+def verdict_row(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON can hold it, but for whether it was cached."""
     execution = verdict.execution
     csv = None if execution.csv is None else base64.b64encode(execution.csv).decode()
     ran = _Ran(execution.outcome, csv, execution.stdout, execution.detail, execution.seconds)
-    row = {
+    return {
         "outcome": verdict.outcome.value,
         "grade": dataclasses.asdict(verdict.grade),
         "execution": dataclasses.asdict(ran) | {"outcome": ran.outcome.value},
     }
+
+
+def verdict_of(row: Any, *, cached: bool) -> Verdict:
+    """The verdict of a `verdict_row`.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if not isinstance(row, dict) or row.keys() != {"outcome", "grade", "execution"}:
+        raise ValueError("its verdict is no object of outcome, grade and execution")
+    ran = from_row(_Ran, row["execution"])
+    csv = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
+    execution = Execution(ran.outcome, csv, ran.stdout, ran.detail, ran.seconds, cached=cached)
+    return Verdict(Outcome(row["outcome"]), from_row(Grade, row["grade"]), execution)
+
+
+def _encode(key: str, verdict: Verdict) -> bytes:
+    row = verdict_row(verdict)
     return json.dumps({"sha256": _checksum(key, row), "verdict": row}).encode()
 
 
@@ -178,15 +197,11 @@ def _decode(key: str, data: bytes) -> Verdict:
     if not isinstance(file, dict) or file.keys() != {"sha256", "verdict"}:
         raise ValueError("it is no object of sha256 and verdict")
     row = file["verdict"]
-    if not isinstance(row, dict) or row.keys() != {"outcome", "grade", "execution"}:
-        raise ValueError("its verdict is no object of outcome, grade and execution")
-    ran = from_row(_Ran, row["execution"])
-    csv = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
-    execution = Execution(ran.outcome, csv, ran.stdout, ran.detail, ran.seconds, cached=True)
-    verdict = Verdict(Outcome(row["outcome"]), from_row(Grade, row["grade"]), execution)
+    verdict = verdict_of(row, cached=True)
     if file["sha256"] != _checksum(key, row):  # only now, when it is known that the row holds nothing that cannot be written again
         raise ValueError("its checksum is another")
-    scored = verdict.grade.valid and verdict.grade.score is not None and csv is not None and ran.outcome is Outcome.OK
+    execution = verdict.execution
+    scored = verdict.grade.valid and verdict.grade.score is not None and execution.csv is not None and execution.outcome is Outcome.OK
     if (verdict.outcome is Outcome.OK) != scored:
         raise ValueError(f"its outcome {verdict.outcome.value!r} contradicts its grade or its execution")
     return verdict

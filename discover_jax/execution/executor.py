@@ -267,6 +267,11 @@ class Executor:
         return summary.describe(self._plans, self._limits, max(self._runs), self._cpus)
 
     @property
+    def slots(self) -> int:
+        """How many programs run at once."""
+        return len(self._plans)
+
+    @property
     def retries(self) -> int:
         """How often a program was run again so far because of what was, or may have been, the host's fault."""
         with self._lock:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from discover_jax.exceptions import ConfigError, HostError
 
 HEARTBEAT_SECONDS = 40
 """After so long without a sign of life a process counts as lost: jax's own check, beside that of `watch`."""
+T = TypeVar("T")
 _PART_BYTES = 1 << 24
 """So much of a message lies on a device at once, of each process."""
 
@@ -59,6 +60,12 @@ class Processes:
         """What `make` gives in the first process, which alone calls it; what JSON can hold. All must call this."""
         return self.gather(make() if self.leads else None)[0]
 
+    def first_then_others(self, make: Callable[[], T]) -> T:
+        """What `make` gives here. The first process calls it before all others, which then find what it put into a folder."""
+        made = make() if self.leads else None
+        self.wait()
+        return made if made is not None else make()
+
     def wait(self) -> None:
         """Goes on once all processes have come here."""
         self.gather(None)
@@ -85,7 +92,7 @@ def start(coordinator: str, count: int, index: int) -> Processes:
     """Joins the processes of a run; to be called before jax first looks for devices.
 
     Args:
-      coordinator: HOST:PORT of process 0, a port that is free there; empty: jax finds all three by itself (SLURM, Open MPI, Cloud TPU, GKE).
+      coordinator: HOST:PORT of process 0, where the port is free; empty: jax finds all three by itself (SLURM, Open MPI, Cloud TPU, GKE).
       count, index: processes in all, and which this is.
 
     Raises:

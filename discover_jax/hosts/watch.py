@@ -4,6 +4,7 @@ jax notices a loss, too, but by an abort with a stack trace, or, where a collect
 says nothing of a process that failed by an error of its own. So each process has a `watcher`.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -50,8 +51,8 @@ class Watch:
         answer = self._answer()
         if "ready" not in answer:
             raise HostError(
-                f"The watcher of process {processes.index} cannot reach that of process 0: {answer.get('unreachable', answer)}. The hosts of a"
-                " run must reach each other on all ports; look for a firewall, and at the hosts' names."
+                f"The watcher of process {processes.index} cannot reach that of process 0: {answer.get('unreachable', answer)}. The hosts"
+                " of a run must reach each other on all ports; look for a firewall, and at the hosts' names."
             )
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
@@ -81,7 +82,9 @@ class Watch:
 
     @property
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        assert self._watcher is not None and self._watcher.stdin is not None and self._watcher.stdout is not None
+        assert self._watcher is not None, "there are others to watch"
+        assert self._watcher.stdin is not None
+        assert self._watcher.stdout is not None
         return self._watcher.stdin, self._watcher.stdout
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -111,15 +114,10 @@ class Watch:
 def _addresses() -> list[str]:
     """By which other hosts may reach this one; the loopback last, for processes on one host."""
     name, found = socket.gethostname(), []
-    try:
+    with contextlib.suppress(OSError):  # a host need not know its own name
         found += [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    except OSError:  # a host need not know its own name
-        pass
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel chooses the address of the way out
-            found.append(probe.getsockname()[0])
-        except OSError:  # no way out
-            pass
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # there may be no way out
+        probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel chooses the address of the way out
+        found.append(probe.getsockname()[0])
     own = [address for address in found if not address.startswith("127.") and address != "::1"]
     return list(dict.fromkeys([*own, name, "127.0.0.1"]))

@@ -2,7 +2,7 @@
 
 It needs the standard library alone. All watchers are linked to that of process 0; a link that breaks without a goodbye is a lost process,
 and so is one of which nothing was heard for `SILENCE_SECONDS`. Whoever learns of a loss says so on standard error, tells the others, and
-ends the process that it watches. Messages are lines of JSON, on the links as on standard input and output, by which it talks with that process.
+ends the process that it watches, with which it talks by standard input and output. Messages are lines of JSON.
 """
 
 import contextlib
@@ -156,8 +156,8 @@ class Watcher:
         return self._left and (self._index != 0 or len(self._gone) == self._count - 1)
 
     def _hear(self, source: Any) -> None:
-        if source is self._server:
-            held, _ = self._server.accept()
+        if isinstance(source, socket.socket):
+            held, _ = source.accept()
             self._strangers.append(_link(held))
             return
         messages = source.receive()

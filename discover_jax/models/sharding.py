@@ -60,8 +60,8 @@ def mesh_of_run(data: int, expert: int, tensor: int) -> Mesh | None:
         return make_mesh(data, expert, tensor) if needed > 1 else None
     if needed != jax.device_count():
         raise ShardingError(
-            f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), and the {processes} processes of this"
-            f" run have {jax.device_count()}. Every process takes part with all its devices: make the product {jax.device_count()}."
+            f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), and the {processes} processes of"
+            f" this run have {jax.device_count()}. Each takes part with all its devices: make the product {jax.device_count()}."
         )
     return make_mesh(data, expert, tensor)
 

@@ -3,9 +3,15 @@
 Orbax writes a checkpoint under a temporary name and renames it when all of it is there, so that a kill at any moment leaves
 either the whole checkpoint or none. What happens to it later, a torn file or a flipped bit, shows by checksums of the content: each array
 has one, and so has the host's part, which holds them all. Nothing is unpickled.
+
+Of several processes each writes and reads what its own devices hold; a checkpoint may be restored by another number of them, onto another
+mesh. Which checkpoint is whole, the first process finds out alone: orbax's processes wait for each other, and one that met a damaged file
+would leave the others waiting.
 """
 
 import contextlib
+import copy
+import dataclasses
 import gc
 import hashlib
 import json
@@ -21,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from discover_jax.exceptions import RunError
+from discover_jax.hosts.processes import ALONE, Processes, fetch
 from discover_jax.learning.train_state import TrainState
 
 # Orbax reports each save on some ten lines, which would tear the console's display.
@@ -37,20 +44,22 @@ def steps_in(directory: Path) -> list[int]:
 
 
 class Checkpoints:
-    """The checkpoints of one folder; only one process may write there at a time (see `workdir`).
+    """The checkpoints of one folder; only one run may write there at a time (see `workdir`). All its processes make one and call it alike.
 
     Args:
       directory: made if needed. What a kill left of an unfinished checkpoint is deleted.
       keep: how many of the latest stay.
       every: checkpoints whose step is a multiple of this stay, too; 0: none.
       read_only: only look at checkpoints, those of another run, say: nothing there is written or deleted.
+      processes: of the run.
 
     Raises:
       RunError: the folder cannot be used.
     """
 
-    def __init__(self, directory: Path, keep: int, every: int, *, read_only: bool = False):
+    def __init__(self, directory: Path, keep: int, every: int, *, read_only: bool = False, processes: Processes = ALONE):
         self._directory = Path(directory).absolute()
+        self._processes = processes
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=every or None,
@@ -61,9 +70,10 @@ class Checkpoints:
         )
         try:
             # Orbax's own cleaning overlooks a folder that was killed right after it was made.
-            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                if not read_only:
+            if processes.leads and not read_only:
+                for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(unfinished)
+            processes.wait()
             self._manager = ocp.CheckpointManager(self._directory, options=self._options)
         except OSError as error:
             raise RunError(f"The folder of checkpoints {self._directory} cannot be used ({error}).") from error
@@ -174,6 +184,39 @@ class Checkpoints:
         Raises:
           RunError: there are some, but none can be restored; all stay where they are.
         """
+        if self._processes.count == 1:
+            return self._resume(abstract_train_state, note)
+        found = self._processes.from_first(lambda: self._examine(abstract_train_state, note))
+        if found is None:
+            return None
+        self._manager.reload()  # the first process may have moved damaged ones away
+        train_state = None
+        if abstract_train_state is not None:
+            train_state, _ = self.restore(found["step"], abstract_train_state)
+        return found["step"], train_state, found["host"]
+
+    def _examine(self, abstract_train_state: TrainState | None, note: Callable[[str], None]) -> dict[str, Any] | None:
+        """What `resume` finds for this process alone: step and host's part. The arrays, read whole to be checked, are let go of."""
+        alone = copy.copy(self)
+        alone._processes = ALONE
+        alone._options = dataclasses.replace(
+            self._options,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix="examine"
+            ),
+        )
+        alone._manager = ocp.CheckpointManager(self._directory, options=alone._options)
+        try:
+            whole = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_train_state)
+            found = alone._resume(whole, note)
+        finally:
+            alone._manager.close()
+        return None if found is None else {"step": found[0], "host": found[2]}
+
+    def _resume(
+        self, abstract_train_state: TrainState | None, note: Callable[[str], None]
+    ) -> tuple[int, TrainState | None, dict[str, Any]] | None:
         complete = self._manager.all_steps()
         faults: dict[int, str] = {}
         for step in reversed(steps_in(self._directory)):
@@ -280,8 +323,10 @@ def _checksums(tree: Any) -> dict[str, str]:
     }
 
 
-def _host_bytes(leaf: jax.Array) -> memoryview:
+def _host_bytes(leaf: jax.Array | np.ndarray) -> memoryview:
     """An array's bytes in its own order. Put together from its parts: a conversion of the whole would be kept in memory beside it."""
+    if isinstance(leaf, np.ndarray) or not leaf.is_fully_addressable:
+        return np.ascontiguousarray(fetch(leaf)).reshape(-1).view(np.uint8).data
     shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
     if len(shards) == 1 and shards[0].data.shape == leaf.shape:
         values = np.ascontiguousarray(shards[0].data)
@@ -301,8 +346,10 @@ def _short(error: Exception) -> str:
     return line if len(line) <= 300 else line[:300] + " ..."
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, type and place of a leaf; without a place of its own it goes to the first device."""
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+    """Shape, type and place of a leaf; without a place of its own it goes to the first device. One of numpy's stays on the host."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

@@ -8,6 +8,7 @@ from typing import Any
 from discover_jax.archive.archive import lineage
 from discover_jax.archive.frontier import Frontier
 from discover_jax.exceptions import RunError
+from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.runs.best import bundle_dir, read_best, write_best
 from discover_jax.runs.checkpoints import Checkpoints, steps_in
 from discover_jax.runs.console import Console
@@ -45,7 +46,7 @@ class Source:
         }
 
 
-def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir) -> Source | None:
+def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir, processes: Processes = ALONE) -> Source | None:
     """The run in `train.resume_from`, once it is known that its scores can go on; to be called before anything slow, such as weights.
 
     Returns:
@@ -54,11 +55,12 @@ def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir) -> Source 
     Raises:
       RunError: there is no such run or no checkpoint of it; other rows made its scores; or it does not say how programs were isolated.
     """
-    if not config.train.resume_from or steps_in(workdir.checkpoints_dir):
+    if not config.train.resume_from or processes.from_first(lambda: bool(steps_in(workdir.checkpoints_dir))):
         return None
     path = Path(config.train.resume_from).expanduser()
     given = f"config.train.resume_from = {str(path)!r}"
-    earlier = Checkpoints(path / "checkpoints", keep=1, every=0, read_only=True) if (path / "checkpoints").is_dir() else None
+    there = (path / "checkpoints").is_dir()
+    earlier = Checkpoints(path / "checkpoints", keep=1, every=0, read_only=True, processes=processes) if there else None
     if earlier is None or (latest := earlier.latest()) is None:
         raise RunError(
             f"{given} holds no checkpoint. Give the folder of a run that finished at least one step, or leave it empty to start from"

@@ -1,13 +1,14 @@
 """Where a run stands before its next step: from its folder's last checkpoint, from another run's, or from nothing."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
-from discover_jax.archive.journal import Journal
+from discover_jax.archive.journal import Journal, from_json, to_json
 from discover_jax.exceptions import RunError
+from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console
@@ -50,8 +51,9 @@ def restore(
     fresh: TrainState | None,
     source: Source | None,
     console: Console,
+    processes: Processes = ALONE,
 ) -> Standing:
-    """The standing of a run, its journal set back to it.
+    """The standing of a run, its journal set back to it. Of several processes all call it; the first alone reads and writes the journal.
 
     Args:
       config: validated.
@@ -75,14 +77,15 @@ def restore(
             remedy="The task's folder was prepared anew from other data, or for another version of the project. Put back what there was, or"
             " start a new run in another folder (--workdir).",
         )
-        attempts = journal.resume(host.journal_position, host.journal_sha256)
+        attempts = _told_by_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
         frontiers = _frontiers(config, ids, host, attempts)
         rewards = reward_rows(tasks, host.rewards)
         return Standing(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
     if source is not None:
-        return _go_on(config, tasks, workdir, journal, fresh, source, console)
-    _refuse_lost_checkpoints(workdir, journal, 0)
-    journal.truncate(0)
+        return _go_on(config, tasks, workdir, journal, fresh, source, console, processes)
+    if processes.leads:
+        _refuse_lost_checkpoints(workdir, journal, 0)
+        journal.truncate(0)
     return Standing(0, 0, fresh, {id: Frontier(Archive((), config.reuse.capacity)) for id in ids}, reward_rows(tasks), "fresh")
 
 
@@ -94,19 +97,33 @@ def _go_on(
     fresh: TrainState | None,
     source: Source,
     console: Console,
+    processes: Processes,
 ) -> Standing:
     """From the last checkpoint of the run in `train.resume_from`."""
     first, host = source.step + 1, source.host
-    earlier = Checkpoints(source.path / "checkpoints", keep=1, every=0, read_only=True)
+    earlier = Checkpoints(source.path / "checkpoints", keep=1, every=0, read_only=True, processes=processes)
     train_state, _ = earlier.restore(source.step, fresh)
-    # The journal comes along, so that the lineage of every program can still be told.
-    rows, attempts = Journal(source.path / "journal.jsonl").check(host.journal_position, host.journal_sha256)
-    _refuse_lost_checkpoints(workdir, journal, first)
-    write_atomic(workdir.journal_path, rows)
+
+    def bring_journal() -> list[Attempt]:
+        # It comes along, so that the lineage of every program can still be told.
+        rows, attempts = Journal(source.path / "journal.jsonl").check(host.journal_position, host.journal_sha256)
+        _refuse_lost_checkpoints(workdir, journal, first)
+        write_atomic(workdir.journal_path, rows)
+        return attempts
+
+    attempts = _told_by_first(processes, bring_journal)
     frontiers = _frontiers(config, [task.id for task in tasks], host, attempts)
-    reruns = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
-    bring_best(source, frontiers, workdir, attempts, reruns, console)
+    if processes.leads:
+        reruns = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
+        bring_best(source, frontiers, workdir, attempts, reruns, console)
     return Standing(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"goes on from step {first} of {source.path}")
+
+
+def _told_by_first(processes: Processes, read: Callable[[], list[Attempt]]) -> list[Attempt]:
+    """What `read` gives in the first process, in all of them."""
+    if processes.count == 1:
+        return read()
+    return [from_json(row) for row in processes.from_first(lambda: [to_json(attempt) for attempt in read()])]
 
 
 def _frontiers(config: Any, competitions: Sequence[str], host: HostState, attempts: Sequence[Attempt]) -> dict[str, Frontier]:

@@ -5,13 +5,16 @@ import dataclasses
 import fcntl
 import json
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from discover_jax.exceptions import RunError
+from discover_jax.exceptions import HostError, RunError
+from discover_jax.hosts.processes import Processes
 
-_CONFIG, _LOCK = "config.json", ".lock"
+_CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
 _ABSENT = object()
 _HOW = ("mesh.data", "mesh.expert", "mesh.tensor", "train.rows")
 """Settings that say on which devices a run is computed, and in which parts, not what: they may change when it is resumed."""
@@ -107,6 +110,41 @@ def open_workdir(path: Path, config: dict[str, Any], kind: str) -> Iterator[Work
         yield workdir
 
 
+@contextlib.contextmanager
+def open_shared_workdir(path: Path, config: dict[str, Any], kind: str, processes: Processes) -> Iterator[Workdir]:
+    """`open_workdir` for several processes, which all must call it: the first opens the folder, the others see the same one.
+
+    Raises:
+      HostError: they do not.
+      RunError: see there.
+    """
+    path = Path(path).absolute()
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(open_workdir(path, config, kind)) if processes.leads else None
+        if processes.count > 1:
+            _check_shared(path, processes)
+        resumed = processes.from_first(lambda: mine is not None and mine.resumed)
+        yield mine if mine is not None else _places(path, resumed)
+
+
+def _check_shared(path: Path, processes: Processes) -> None:
+    """A token that the first process writes must be what all read."""
+    token = processes.from_first(lambda: secrets.token_hex(16))
+    if processes.leads:
+        write_atomic(path / _TOKEN, token.encode())
+    processes.wait()
+    try:
+        found = (path / _TOKEN).read_text()
+    except OSError as error:
+        found = str(error)
+    seen = processes.gather([socket.gethostname(), found == token])
+    if blind := [f"process {index} on {host}" for index, (host, sees) in enumerate(seen) if not sees]:
+        raise HostError(
+            f"The run folder {path} is another one, or none, for {', '.join(blind)}. All hosts write their parts of a checkpoint there: put"
+            " it on a file system that they share (NFS, Lustre, a mounted volume), and name it by its whole path in --workdir."
+        )
+
+
 def _prepare(path: Path, given: dict[str, Any]) -> Workdir:
     """Compares or writes the config and makes the folders, with the lock held."""
     resumed = (path / _CONFIG).exists()
@@ -114,7 +152,14 @@ def _prepare(path: Path, given: dict[str, Any]) -> Workdir:
         _compare(path, given)
     else:
         write_atomic(path / _CONFIG, (json.dumps(given, indent=2) + "\n").encode())
-    workdir = Workdir(
+    workdir = _places(path, resumed)
+    for folder in (workdir.rollouts_dir, workdir.checkpoints_dir, workdir.task_dir, workdir.cache_dir):
+        folder.mkdir(exist_ok=True)
+    return workdir
+
+
+def _places(path: Path, resumed: bool) -> Workdir:
+    return Workdir(
         path=path,
         journal_path=path / "journal.jsonl",
         metrics_path=path / "metrics.jsonl",
@@ -125,9 +170,6 @@ def _prepare(path: Path, given: dict[str, Any]) -> Workdir:
         cache_dir=path / "cache",
         resumed=resumed,
     )
-    for folder in (workdir.rollouts_dir, workdir.checkpoints_dir, workdir.task_dir, workdir.cache_dir):
-        folder.mkdir(exist_ok=True)
-    return workdir
 
 
 def _refuse_strangers(path: Path) -> None:

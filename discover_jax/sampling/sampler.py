@@ -125,7 +125,7 @@ class Sampler:
         self._row_devices = 1 if model.mesh is None else model.mesh.shape["data"]
         whole, pool = replicated(model.mesh), shardings(model.abstract_pool(1, PAGE))
         rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
-        read = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, whole, whole)
+        read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
         self._prefill = self._jit(model.prefill, "prefill", (whole, read, whole), "cache")
         self._launch = self._jit(launch, "decode", (pool, rows, whole), "pool", "rows")
         self._put_row = self._jit(_put, "put_row", (pool, rows), "pool", "rows")
@@ -237,7 +237,7 @@ class Sampler:
         return (self._temperature * (1.0 + self._spread * places_K)).astype(np.float32).tolist()
 
     def _jit(self, function: Callable, name: str, layouts: Any, *donated: str) -> Any:
-        """The function, jitted, with these layouts of what it returns, counting how often it is traced, which is once for each compiled program."""
+        """The function, jitted, with these layouts of what it returns. It counts how often it is traced: once for each compiled program."""
 
         @functools.wraps(function)
         def traced(*args, **kwargs):
