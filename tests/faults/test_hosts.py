@@ -1,0 +1,159 @@
+"""Several processes on this machine, joined by jax's own runtime: they do what one does, and when one is lost, all end and can go on."""
+
+import contextlib
+import json
+import math
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import STEPS, command, environment, results, unbroken
+
+from discover_jax.hosts.watch import LOST
+
+_MESHES = {2: (2, 1, 1), 4: (2, 2, 1), 1: (1, 1, 1)}
+
+
+class Hosts:
+    """One start of a run by several processes, each with its log."""
+
+    def __init__(self, root: Path, workdir: Path, count: int, *extra: str, mesh: tuple[int, int, int] | None = None, **variables: str):
+        data, expert, tensor = mesh or _MESHES[count]
+        options = [f"--config.mesh.data={data}", f"--config.mesh.expert={expert}", f"--config.mesh.tensor={tensor}"]
+        options += [f"--config.train.rows={data}", *extra]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self._logs = [workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}-{index}.txt") for index in range(count)]
+        self.processes = []
+        for index, log in enumerate(self._logs):
+            joined = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"] if count > 1 else []
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*command(root, workdir), *options, *joined],
+                        env={**environment(root), "JAX_PLATFORMS": "cpu", **variables},
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def said(self, index: int) -> str:
+        return self._logs[index].read_text()
+
+    def await_phase(self, name: str, times: int) -> None:
+        """Until the run comes to the phase of that name for the n-th time."""
+        deadline = time.monotonic() + 300
+        while self.said(0).count(f"phase {name}\n") < times:
+            assert self.processes[0].poll() is None, self.said(0)
+            assert time.monotonic() < deadline, self.said(0)
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 300) -> list[int]:
+        """Exit codes, once all have ended; those that do not are killed."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        raise AssertionError("\n\n".join(self.said(index)[-3000:] for index in range(len(self.processes))))
+
+
+def check_results(found_in: Path, expected_in: Path) -> None:
+    """Journal and best/ to the byte; what is a sum over devices as far as rounding goes."""
+    found, expected = results(found_in), results(expected_in)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name == "last checkpoint":
+            assert found[name]["host"] == value["host"]
+        elif isinstance(value, bytes):
+            assert found[name] == value, name
+        else:
+            for row, wanted in zip(found[name], value, strict=True):
+                assert row.keys() == wanted.keys()
+                for key, number in wanted.items():
+                    same = math.isclose(row[key], number, rel_tol=1e-3, abs_tol=1e-5) if isinstance(number, float) else row[key] == number
+                    # Of that nothing but rounding is left.
+                    assert same or key.startswith(("logprob_gap/", "sample/compilations")), (name, key, row[key], number)
+
+
+def strike(hosts: Hosts, victim: int) -> None:
+    """Kills one process and checks that all others end within a minute, told which it was and how to go on."""
+    hosts.processes[victim].send_signal(signal.SIGKILL)
+    codes = hosts.end(60)
+    assert codes[victim] == -signal.SIGKILL
+    for index, code in enumerate(codes):
+        if index != victim:
+            # Where process 0 is lost, jax's own abort may come before the watcher's request to end.
+            assert code == LOST or (victim == 0 and code == -signal.SIGABRT), (index, code, hosts.said(index)[-3000:])
+            pid = hosts.processes[victim].pid
+            assert f"error: process {victim} of {len(codes)} (host {socket.gethostname()}, id {pid}) was lost" in hosts.said(index)
+            assert "Start the same command again on all hosts" in hosts.said(index)
+
+
+def test_two_processes_do_what_one_does_and_one_goes_on_when_the_other_is_lost(root, tmp_path):
+    expected = unbroken(root)
+    hosts = Hosts(root, tmp_path / "run", 2)
+    hosts.await_phase("running programs", 2)
+    strike(hosts, victim=1)
+    assert Hosts(root, tmp_path / "run", 1).end() == [0]
+    check_results(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "victim", "phase"), [(2, 0, "sampling"), (2, 1, "saving"), (4, 2, "learning"), (4, 0, "running programs")]
+)
+def test_the_loss_of_any_process_at_any_time_is_told_and_the_run_goes_on(root, tmp_path, count, victim, phase):
+    expected = unbroken(root)
+    hosts = Hosts(root, tmp_path / "run", count)
+    hosts.await_phase(phase, 2)
+    strike(hosts, victim)
+    assert set(Hosts(root, tmp_path / "run", count).end()) == {0}
+    check_results(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(root, tmp_path):
+    expected, workdir = unbroken(root), tmp_path / "run"
+    for number, (count, mesh) in enumerate([(2, (1, 2, 1)), (4, (4, 1, 1)), (1, (1, 1, 1)), (2, (2, 1, 1))], start=1):
+        last = number == STEPS
+        hosts = Hosts(root, workdir, count, mesh=mesh)
+        if last:
+            assert hosts.end() == [0] * count
+        else:
+            hosts.await_phase("sampling", 2)  # so one step was done and kept
+            for process in hosts.processes:
+                process.kill()
+            hosts.end()
+    check_results(workdir, expected)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_and_is_told_by_all(root, tmp_path):
+    unbroken(root)
+    hosts = Hosts(root, tmp_path / "run", 2, DISCOVER_TEST_FAIL_IN="learning")
+    assert hosts.end(120) == [2, LOST]
+    assert "error: no more" in hosts.said(0)
+    assert "process 0 of 2" in hosts.said(1)
+    assert "was lost: RunError: no more" in hosts.said(1)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_by_all(root, tmp_path):
+    expected, workdir = unbroken(root), tmp_path / "run"
+    hosts = Hosts(root, workdir, 2)
+    hosts.await_phase("sampling", 3)
+    for process in hosts.processes:
+        process.kill()
+    hosts.end()
+    (host,) = (workdir / "checkpoints" / "1").glob("host/metadata")
+    content = json.loads(host.read_bytes())
+    content["arrays"] = dict.fromkeys(content["arrays"], "0")
+    host.write_text(json.dumps(content))
+    hosts = Hosts(root, workdir, 2)
+    assert hosts.end() == [0, 0]
+    assert "Checkpoint 1 is damaged, so the run goes back to checkpoint 0" in hosts.said(0)
+    check_results(workdir, expected)
