@@ -94,7 +94,7 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("reuse.fresh", 0.1, "rounds to no group"),
         ("train.row_tokens", 16, "longest rollout"),
         ("prompt.style", "full", "brief"),
-        ("mesh.expert", 2, "one device"),
+        ("mesh.data", 2, r"train\.rows = 1 with config\.mesh\.data = 2.*Set rows to 2"),
     ],
 )
 def test_bad_values_and_contradictions_say_what_is_allowed(name, value, message):
@@ -117,9 +117,9 @@ def test_all_problems_are_named_at_once():
 
 def test_a_dry_run_may_ask_about_meshes_and_weights_that_no_run_takes():
     config = _load("configs/spaceship.py")
-    config.mesh.expert, config.model.weights, config.model.shape = 8, "random", "gpt-oss-120b"
-    assert settings.validate(config, for_run=False).mesh.expert == 8
-    with pytest.raises(ConfigError, match="one device") as error:
+    config.mesh.data, config.model.weights, config.model.shape = 8, "random", "gpt-oss-120b"
+    assert settings.validate(config, for_run=False).mesh.data == 8
+    with pytest.raises(ConfigError, match="Set rows to 8") as error:
         settings.validate(config)
     assert "brings no tokenizer" in str(error.value)
     config.group_size = 1

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A TPU pod by its command-line tool: launch/tpu-pod.sh NAME ZONE --config=configs/spaceship.py:run3 --config.mesh.expert=16 --workdir=...
+#
+# The command runs on all workers of the TPU VM at once; jax finds out by itself which is which. The project lies at FOLDER on each worker
+# (gcloud compute tpus tpu-vm scp --recurse --worker=all), with its environment in .venv there: make install EXTRAS=tpu. --workdir and
+# model.weights must be on a file system that all workers share (Filestore, or a disk attached to all read-only for the weights).
+# The product of config.mesh.data, .expert and .tensor is the number of all chips (cores on v3 and before, and on 7x).
+#
+# Environment:
+#   FOLDER   of the project on each worker (discover_jax in the home folder)
+#   MODULE   what to run (discover_jax.main)
+#   RESTARTS after the loss of a worker the command is started again so many times, and resumes at its checkpoint (20)
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+  echo "usage: launch/tpu-pod.sh NAME ZONE --config=FILE [--config.NAME=VALUE ...] --workdir=SHARED_FOLDER" >&2
+  exit 2
+fi
+name=$1
+zone=$2
+shift 2
+command="cd ${FOLDER:-discover_jax} && exec .venv/bin/python -m ${MODULE:-discover_jax.main} $(printf '%q ' "$@") --distributed"
+
+for ((start = 0; start <= ${RESTARTS:-20}; start++)); do
+  code=0
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$command" || code=$?
+  # Only a lost worker is worth another start: 3, or jax's own abort (134), or a kill (137), or a broken connection (255).
+  case "$code" in
+    3 | 134 | 137 | 255) echo "launch/tpu-pod.sh: a worker was lost (code $code); starting again in 30 s" >&2 ;;
+    *) exit "$code" ;;
+  esac
+  sleep 30
+done
+exit "$code"

@@ -1,0 +1,19 @@
+"""Logits, sampled tokens, update and checkpoint agree, however the devices are arranged; arrangements that cannot be are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PROGRAM = Path(__file__).with_name("mesh_program.py")
+
+
+@pytest.mark.slow
+def test_seven_meshes_of_eight_devices_do_what_one_device_does(tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    done = subprocess.run([sys.executable, str(_PROGRAM), str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("agrees") == 7
