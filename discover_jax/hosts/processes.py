@@ -4,10 +4,13 @@ All processes run the same program on the same data. What one alone can know or 
 to all before anything is decided by it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -19,9 +22,12 @@ from discover_jax.exceptions import ConfigError, HostError
 
 HEARTBEAT_SECONDS = 40
 """After so long without a sign of life a process counts as lost: jax's own check, beside that of `watch`."""
-T = TypeVar("T")
+_JOIN_SECONDS, _PATIENCE_SECONDS = 300, 15
+"""For the processes to come together, and after which the wait is told of."""
 _PART_BYTES = 1 << 24
 """So much of a message lies on a device at once, of each process."""
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +115,8 @@ def start(coordinator: str, count: int, index: int) -> Processes:
         # Without detection a process takes all devices of its host, whatever scheduler started it.
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index, "cluster_detection_method": "deactivate"}
     try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        with _reminder(coordinator or "found by jax"):
+            jax.distributed.initialize(**given, initialization_timeout=_JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ConfigError(
             f"jax could not find out which process of how many this is ({error}). Give --coordinator=HOST:PORT, --num_processes and"
@@ -117,11 +124,27 @@ def start(coordinator: str, count: int, index: int) -> Processes:
         ) from error
     except RuntimeError as error:
         raise HostError(
-            f"The processes of this run did not come together ({str(error).splitlines()[0]}). Start all of them within five minutes, with"
-            f" the same address of process 0{f' ({coordinator})' if coordinator else ''}, which all hosts must reach; look into the logs of"
-            " the others."
+            f"The processes of this run did not come together ({str(error).splitlines()[0]}; process 0: {coordinator or 'found by jax'})."
+            f" Start all within {_JOIN_SECONDS} s with the same address of process 0, which all hosts must reach and where the port must be"
+            " free; look into the logs of the others."
         ) from error
     return Processes(jax.process_index(), jax.process_count())
+
+
+@contextlib.contextmanager
+def _reminder(coordinator: str) -> Iterator[None]:
+    """Says what is waited for: if the others do not come, jax ends the process by an abort, which says little."""
+    text = (
+        f"note: waiting for the other processes of this run (process 0: {coordinator}), {_JOIN_SECONDS} s at most. Start all by the same"
+        " command with the same address of process 0, which all hosts must reach; look into the logs of the others."
+    )
+    timer = threading.Timer(_PATIENCE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # ---------------------------------------------------------------------- arrays that lie on the devices of several processes

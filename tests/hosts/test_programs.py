@@ -1,0 +1,98 @@
+"""A step's programs over several hosts: shared out by their cores, run once each, and known to all in the end."""
+
+import concurrent.futures
+import dataclasses
+import json
+import threading
+from collections import Counter
+
+import pytest
+
+from discover_jax.exceptions import SandboxError
+from discover_jax.hosts.processes import ALONE, Processes
+from discover_jax.hosts.programs import StepPrograms
+from discover_jax.types import Execution, Grade, Outcome, Verdict
+
+
+class Imitated:
+    """An executor that answers at once, with what the program and the host make of it."""
+
+    def __init__(self, host: int):
+        self.host, self.retries, self.ran = host, 0, []
+
+    def submit(self, program, task):
+        future = concurrent.futures.Future()
+        cached = (task, program) in self.ran
+        self.ran.append((task, program))
+        self.retries += 1
+        if program == "broken":
+            future.set_exception(SandboxError("no sandbox to be had"))
+        else:
+            execution = Execution(Outcome.OK, b"id,y\n\xff", f"host {self.host} \ud800", "", 0.1 + 0.2, cached)
+            future.set_result(Verdict(Outcome.OK, Grade(True, "", len(program) / 3, None), execution))
+        return future
+
+
+@dataclasses.dataclass(frozen=True)
+class Imitation(Processes):
+    """Processes that are threads: what they gather is put together when all have come."""
+
+    values: list = dataclasses.field(default_factory=list)
+    barrier: threading.Barrier | None = None
+
+    def gather(self, value):
+        self.values[self.index] = json.loads(json.dumps(value))
+        self.barrier.wait(10)
+        return list(self.values)
+
+
+def _spread(slots_H, programs):
+    """The executors, and the verdicts that each host has in the end."""
+    count = len(slots_H)
+    values, barrier = [None] * count, threading.Barrier(count)
+    executors = [Imitated(host) for host in range(count)]
+
+    def host(index):
+        step = StepPrograms(executors[index], slots_H, Imitation(index, count, values, barrier))
+        for place, (task, program) in programs.items():
+            step.submit(place, program, task)
+        return step.verdicts(lambda: None), step.retried
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return executors, list(pool.map(host, range(count)))
+
+
+PROGRAMS = {(group, index): (group % 2, f"program {group} {index % 30}") for group in range(4) for index in range(40)}
+
+
+def test_shares_are_those_of_the_slots_and_all_know_all():
+    executors, told = _spread([2, 6, 4], PROGRAMS)
+    distinct = [len(set(executor.ran)) for executor in executors]
+    assert distinct == [20, 60, 40]  # of 120 different programs, 2 : 6 : 4
+    ran = Counter(program for executor in executors for program in set(executor.ran))
+    assert set(ran.values()) == {1}, "a program ran on two hosts"
+    verdicts, retried = told[0]
+    assert list(verdicts) == list(PROGRAMS)
+    assert told[1] == told[2] == told[0]
+    assert retried == len(PROGRAMS)
+    for place, verdict in verdicts.items():
+        assert verdict.grade.score == len(PROGRAMS[place][1]) / 3
+        assert verdict.execution.cached == (place[1] >= 30)
+        assert verdict.execution.csv == b"id,y\n\xff"
+        assert verdict.execution.seconds == 0.1 + 0.2
+
+
+def test_one_host_alone_hands_on_what_its_executor_gives():
+    executor = Imitated(0)
+    step = StepPrograms(executor, [2], ALONE)
+    step.submit("first", "a program", 0)
+    assert (step.here, step.done) == (1, 1)
+    assert step.verdicts(lambda: None)["first"].execution.stdout == "host 0 \ud800"
+    assert step.retried == 1
+
+
+def test_what_the_host_failed_by_is_raised():
+    step = StepPrograms(Imitated(0), [1], ALONE)
+    step.submit("first", "broken", 0)
+    with pytest.raises(SandboxError, match="no sandbox to be had"):
+        step.verdicts(lambda: None)
