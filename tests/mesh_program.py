@@ -69,13 +69,13 @@ def results(folder: Path, mesh):
     model, frozen, lora = build(folder, mesh)
     places, one = np.broadcast_to(np.arange(20, dtype=np.int32), (8, 20)), np.ones((8, 20), np.int32)
     logits = jax.jit(lambda frozen, lora: model.logits(frozen, lora, model.hidden(frozen, lora, TOKENS, places, one)))(frozen, lora)
-    # Five pages: rollouts must wait for each other, and be set aside.
-    sampler = Sampler(model, slots=4, max_prompt_tokens=140, max_new_tokens=200, temperature=1.0, stop_ids=(3,), pages=9)
+    # With so few pages rollouts must wait for each other.
+    sampler = Sampler(model, slots=4, max_prompt_tokens=140, max_new_tokens=100, temperature=1.0, stop_ids=(3,), pages=7)
     prompts = [Prompt(group, "seed", "", TOKENS.reshape(-1)[: 130 - 100 * group]) for group in range(2)]
     rollouts = sorted(sampler.sample(frozen, lora, prompts, 4, seed=5, step=2), key=lambda r: (r.group, r.index))
     optimizer = adam(1e-3, max_grad_norm=1.0)
     update = Update(model, optimizer, kl_coefficient=0.1, measure_kl=True)
-    batches = pack(rollouts, np.linspace(-1, 1, len(rollouts)), row_tokens=340, rows=8)
+    batches = pack(rollouts, np.linspace(-1, 1, len(rollouts)), row_tokens=240, rows=8)
     state, metrics = update.update(frozen, init_train_state(lora, optimizer), batches)
     return model, fetch(logits), rollouts, state, metrics
 

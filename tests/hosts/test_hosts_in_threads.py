@@ -1,4 +1,4 @@
-"""A step's programs over several hosts: shared out by their cores, run once each, and known to all in the end."""
+"""Several hosts, imitated by threads: how programs are shared out and become known to all, and what a folder that is not shared does."""
 
 import concurrent.futures
 import dataclasses
@@ -8,9 +8,10 @@ from collections import Counter
 
 import pytest
 
-from discover_jax.exceptions import SandboxError
+from discover_jax.exceptions import HostError, SandboxError
 from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.hosts.programs import StepPrograms
+from discover_jax.runs.workdir import open_shared_workdir
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
@@ -42,24 +43,30 @@ class Imitation(Processes):
 
     def gather(self, value):
         self.values[self.index] = json.loads(json.dumps(value))
-        self.barrier.wait(10)
-        return list(self.values)
+        self.barrier.wait(60)
+        told = list(self.values)
+        self.barrier.wait(60)  # before anybody's next value
+        return told
+
+
+def _on_all(count, host):
+    """What `host(processes)` gives on each of so many."""
+    values, barrier = [None] * count, threading.Barrier(count)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda index: host(Imitation(index, count, values, barrier)), range(count)))
 
 
 def _spread(slots_H, programs):
     """The executors, and the verdicts that each host has in the end."""
-    count = len(slots_H)
-    values, barrier = [None] * count, threading.Barrier(count)
-    executors = [Imitated(host) for host in range(count)]
+    executors = [Imitated(host) for host in range(len(slots_H))]
 
-    def host(index):
-        step = StepPrograms(executors[index], slots_H, Imitation(index, count, values, barrier))
+    def host(processes):
+        step = StepPrograms(executors[processes.index], slots_H, processes)
         for place, (task, program) in programs.items():
             step.submit(place, program, task)
         return step.verdicts(lambda: None), step.retried
 
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        return executors, list(pool.map(host, range(count)))
+    return executors, _on_all(len(slots_H), host)
 
 
 PROGRAMS = {(group, index): (group % 2, f"program {group} {index % 30}") for group in range(4) for index in range(40)}
@@ -96,3 +103,29 @@ def test_what_the_host_failed_by_is_raised():
     step.submit("first", "broken", 0)
     with pytest.raises(SandboxError, match="no sandbox to be had"):
         step.verdicts(lambda: None)
+
+
+def _opened(folder_of, processes):
+    try:
+        with open_shared_workdir(folder_of(processes.index), {"seed": 1}, "train", processes) as workdir:
+            return workdir
+    except HostError as error:
+        return str(error)
+
+
+def test_all_hosts_are_given_the_same_folder(tmp_path):
+    first, second = _on_all(2, lambda processes: _opened(lambda _: tmp_path / "run", processes))
+    assert first == second
+    assert not first.resumed
+    assert first.task_dir.is_dir()
+    assert {workdir.resumed for workdir in _on_all(2, lambda processes: _opened(lambda _: tmp_path / "run", processes))} == {True}
+
+
+def test_a_folder_that_is_not_shared_is_refused_by_all(tmp_path):
+    (tmp_path / "1").mkdir()
+    said = _on_all(3, lambda processes: _opened(lambda index: tmp_path / str(min(index, 1)), processes))
+    assert len(set(said[1:])) == 1
+    for text in said:
+        assert "is another one, or none, for process 1 on" in text
+        assert "process 2 on" in text
+        assert "put it on a file system that they share" in text
