@@ -24,6 +24,7 @@ _LEAVING_SECONDS = 5.0
 """For the watched process to end by itself once it is told to."""
 _LONGEST = 1 << 16
 """Bytes of a message; whoever sends more is no watcher."""
+_WITHOUT_A_WORD = "it ended without a word: killed, or out of memory"
 _PARENT = os.getppid()
 
 
@@ -177,12 +178,13 @@ class Watcher:
             elif "lost" in message:
                 self._end(int(message["lost"]), str(message["name"]), str(message["why"]))
             elif "failed" in message:
+                source.send({"heard": 1})
                 self._lose(index, str(message["failed"]))
         if not source.open:
             del self._links[index]
             source.close()
             if index not in self._gone:
-                self._lose(index, "it ended without a word: killed, out of memory, or its host is down")
+                self._lose(index, f"{_WITHOUT_A_WORD}, or its host is down")
 
     def _welcome(self, link: Link, messages: list[dict[str, Any]]) -> None:
         hello = messages[0] if messages else {}
@@ -206,9 +208,25 @@ class Watcher:
                 self._parent.send({"told": 1})
                 sys.exit(0)
         if not self._parent.open and not self._left:
-            # Those at the other ends take a link that breaks for the same, but only this process's watcher is sure who it was.
-            self._tell_others(self._index, "it ended without a word: killed, or out of memory")
-            sys.exit(0)
+            self._tell_others(self._index, _WITHOUT_A_WORD)
+            self._end_after_parent()
+
+    def _end_after_parent(self) -> None:
+        """The process that this one watches is gone. If process 0 was lost before it, that is why: jax aborts all others at once then."""
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while (link := self._links.get(0)) is not None and time.monotonic() < deadline:
+            if not select.select([link], [], [], 0.1)[0]:
+                continue
+            messages = link.receive()
+            if any("heard" in message for message in messages):
+                break
+            for message in messages:
+                if "lost" in message:
+                    self._end(int(message["lost"]), str(message["name"]), str(message["why"]))
+            if not link.open:
+                self._end(0, self._names[0], _WITHOUT_A_WORD)
+        self._say(self._index, self._names[self._index], f"{_WITHOUT_A_WORD}, or aborted by jax, which says why above")
+        sys.exit(0)
 
     def _tell_others(self, index: int, why: str) -> None:
         for other, link in self._links.items():
@@ -225,7 +243,7 @@ class Watcher:
 
     def _end(self, index: int, name: str, why: str) -> None:
         """Says who was lost, and ends the process that this one watches."""
-        print(f"error: process {index} of {self._count} ({name}) was lost: {why}\n{self._advice}", file=sys.stderr, flush=True)
+        self._say(index, name, why)
         self._parent.send({"lost": index})
         deadline = time.monotonic() + _LEAVING_SECONDS
         while self._parent.open and time.monotonic() < deadline:
@@ -236,6 +254,9 @@ class Watcher:
                 if os.getppid() == _PARENT:  # else it has ended meanwhile
                     os.kill(_PARENT, signal.SIGKILL)
         sys.exit(0)
+
+    def _say(self, index: int, name: str, why: str) -> None:
+        print(f"error: process {index} of {self._count} ({name}) was lost: {why}\n{self._advice}", file=sys.stderr, flush=True)
 
 
 def _name() -> str:
