@@ -21,6 +21,8 @@ from discover_jax.hosts.processes import Processes
 LOST = 3
 """Exit code of a process that ends because another one was lost."""
 _TELLING_SECONDS = 10.0
+_SAME_ERROR_SECONDS = 2.0
+"""In which this process may come to the same error that another one ended by; less than the watcher waits for it to end."""
 
 
 class Watch:
@@ -37,6 +39,7 @@ class Watch:
     def __init__(self, processes: Processes, advice: str):
         self._watcher: subprocess.Popen[bytes] | None = None
         self._told, self._done = threading.Event(), False
+        self._failure, self._failing = "", threading.Event()
         if processes.count == 1:
             return
         token = processes.from_first(lambda: secrets.token_hex(16))
@@ -59,12 +62,17 @@ class Watch:
     def failed(self, reason: str) -> None:
         """Tells all others that this process ends, and why; they end, too. To be followed by the process's end.
 
-        If this process failed only because another was lost, that is told first, and this call does not return.
+        If this process failed only because another was lost, that is told first, and this call does not return. Where the others fail by
+        the same error, such as a config that cannot be, each ends by its own.
         """
-        if self._watcher is not None:
-            self._told.wait(1.0)
-            self._send({"failed": reason})
-            self._told.wait(_TELLING_SECONDS)
+        if self._watcher is None:
+            return
+        self._failure = reason
+        self._failing.set()
+        if not self._told.wait(1.0):
+            with contextlib.suppress(HostError):  # the error that counts is being told
+                self._send({"failed": reason})
+                self._told.wait(_TELLING_SECONDS)
 
     def finished(self) -> None:
         """The run ended well in this process, and in all others."""
@@ -105,7 +113,11 @@ class Watch:
             if "told" in (message := json.loads(line)):
                 self._told.set()
             elif "lost" in message:
-                os._exit(LOST)
+                self._failing.wait(_SAME_ERROR_SECONDS)
+                if self._failure != message["why"]:
+                    os._exit(LOST)
+                self._told.set()
+                return
         if not self._done and not self._told.is_set():
             print("error: The watcher of this process was killed. Start the same command again on all hosts.", file=sys.stderr, flush=True)
             os._exit(LOST)

@@ -244,7 +244,7 @@ class Watcher:
     def _end(self, index: int, name: str, why: str) -> None:
         """Says who was lost, and ends the process that this one watches."""
         self._say(index, name, why)
-        self._parent.send({"lost": index})
+        self._parent.send({"lost": index, "why": why})
         deadline = time.monotonic() + _LEAVING_SECONDS
         while self._parent.open and time.monotonic() < deadline:
             if select.select([self._parent], [], [], 0.1)[0]:
