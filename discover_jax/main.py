@@ -22,6 +22,7 @@ from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.journal import Journal
 from discover_jax.archive.samplers import SAMPLERS, kept_children, mixed, step_rng
 from discover_jax.engine import build_optimizer, build_sampler, build_update, row_tokens
+from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB, Limits
 from discover_jax.hosts.processes import ALONE, Processes, least
@@ -99,9 +100,9 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
         allow_weaker=config.execution.allow_weaker,
     ) as executor:
         search = {"learned": learn, "advantage": config.train.advantage if learn else None, "reuse": config.reuse.sampler}
-        hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "line": executor.describe()})
-        lines = tuple(dict.fromkeys(host["line"] for host in hosts))
-        isolation = Isolation(all(host["isolated"] for host in hosts), lines)
+        hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe()})
+        ways = tuple(dict.fromkeys(host["way"] for host in hosts))
+        isolation = Isolation(all(host["isolated"] for host in hosts), ways)
         if source is not None:
             isolation = source.isolation.after(isolation)
         goes_on_from = source.disclosed() if source is not None else None
@@ -132,7 +133,7 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
         rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
         title = f"{config.name}: {', '.join(task.id for task in tasks)}, {'test-time training' if learn else 'search without training'}"
         if processes.leads:
-            console.start(title, _opening_lines(config, workdir, tasks, isolation.lines, policy, stand))
+            console.start(title, _opening_lines(config, workdir, tasks, ways, policy, stand))
         if learn and (warning := scale_warning(tasks, config.train.advantage)):
             console.note(warning)
 
@@ -285,14 +286,15 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
 
 def _check_agreement(processes: Processes, config: Any, kind: str) -> None:
     """All processes must be about to do the same: what one did otherwise would show only as a hang, or not at all."""
-    text = json.dumps({"kind": kind, "config": settings.flatten(config), "version": __version__, "jax": jax.__version__}, sort_keys=True)
-    remedy = "Start all processes with the same command, but for --process_id, and with the same versions of this project and of jax."
-    processes.agree("their config or version (SHA-256)", hashlib.sha256(text.encode()).hexdigest(), remedy)
+    for what, value, remedy in (
+        ("their config", {"kind": kind, **settings.flatten(config)}, "Start all by the same command, but for --process_id."),
+        ("their versions of Python or packages", [__version__, *packages()], "Install the same on all hosts: scores depend on them."),
+    ):
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        processes.agree(f"{what} (SHA-256)", digest, remedy)
 
 
-def _opening_lines(
-    config: Any, workdir: Workdir, tasks: Sequence[Task], isolation: Sequence[str], policy: Policy, stand: Standing
-) -> list[str]:
+def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], ways: Sequence[str], policy: Policy, stand: Standing) -> list[str]:
     sizes = policy.model.config
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
     if (count := jax.process_count()) > 1:
@@ -300,7 +302,7 @@ def _opening_lines(
     return [
         f"model    {config.model.weights}: {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts, {where}",
         f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {stand.origin}",
-        *(f"programs {line}" for line in isolation),
+        *(f"programs {way}" for way in ways),
         *opening_lines([Result(task, stand.frontiers[task.id].best, None) for task in tasks], workdir),
         f"folder   {workdir.path}",
     ]
