@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ LOST = 3
 """Exit code of a process that ends because another one was lost."""
 _TELLING_SECONDS = 10.0
 _SAME_ERROR_SECONDS = 2.0
-"""In which this process may come to the same error that another one ended by; less than the watcher waits for it to end."""
+"""In which this process may come to the same error that another one ended by; twice that is less than the watcher waits for its end."""
 
 
 class Watch:
@@ -40,6 +41,7 @@ class Watch:
         self._watcher: subprocess.Popen[bytes] | None = None
         self._told, self._done = threading.Event(), False
         self._failure, self._failing = "", threading.Event()
+        self._lost, self._leads = False, processes.leads
         if processes.count == 1:
             return
         token = processes.from_first(lambda: secrets.token_hex(16))
@@ -70,9 +72,12 @@ class Watch:
         self._failure = reason
         self._failing.set()
         if not self._told.wait(1.0):
+            if self._lost:
+                threading.Event().wait()  # `_listen` ends this process
             with contextlib.suppress(HostError):  # the error that counts is being told
                 self._send({"failed": reason})
                 self._told.wait(_TELLING_SECONDS)
+        self._let_others_leave()
 
     def finished(self) -> None:
         """The run ended well in this process, and in all others."""
@@ -113,14 +118,21 @@ class Watch:
             if "told" in (message := json.loads(line)):
                 self._told.set()
             elif "lost" in message:
+                self._lost = True
                 self._failing.wait(_SAME_ERROR_SECONDS)
-                if self._failure != message["why"]:
-                    os._exit(LOST)
-                self._told.set()
-                return
+                if self._failure == message["why"]:
+                    self._told.set()
+                    return
+                self._let_others_leave()
+                os._exit(LOST)
         if not self._done and not self._told.is_set():
             print("error: The watcher of this process was killed. Start the same command again on all hosts.", file=sys.stderr, flush=True)
             os._exit(LOST)
+
+    def _let_others_leave(self) -> None:
+        """Process 0 goes last: without its service jax aborts all others, who were about to end in good order."""
+        if self._leads:
+            time.sleep(_SAME_ERROR_SECONDS + 0.5)
 
 
 def _addresses() -> list[str]:

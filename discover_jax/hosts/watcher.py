@@ -20,7 +20,7 @@ PING_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
 JOIN_SECONDS = 60.0
 """For all watchers to find that of process 0."""
-_LEAVING_SECONDS = 5.0
+_LEAVING_SECONDS = 10.0
 """For the watched process to end by itself once it is told to."""
 _LONGEST = 1 << 16
 """Bytes of a message; whoever sends more is no watcher."""
