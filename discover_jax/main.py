@@ -138,7 +138,7 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
             console.note(warning)
 
         checkpoint_seconds: float | None = None
-        report = write_report(workdir.path)
+        report = write_report(workdir.path) if processes.leads else None
 
         for step in range(stand.step, last_step):
             console.step(step, last_step)
