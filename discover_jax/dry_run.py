@@ -8,7 +8,8 @@ not here.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from discover_jax.engine import build_model, build_optimizer, build_sampler, bui
 from discover_jax.kernels import table
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
-from discover_jax.models.config import SHAPES, ModelConfig
+from discover_jax.models.config import REMAT, SHAPES, ModelConfig
 from discover_jax.models.folder import read_config
 from discover_jax.models.sharding import local_bytes, make_mesh
 from discover_jax.policy import weights_folder
@@ -103,6 +104,34 @@ def needs(
     return found
 
 
+def remat_totals(
+    config: Any, sizes: ModelConfig, machine: Machine, found: Sequence[Need], *, on_program: Callable[[str], None] = print
+) -> dict[str, int | None]:
+    """Bytes on one device while the gradient runs, for each value of `config.model.remat`; None where the compiler gives up.
+
+    Args:
+      config, sizes, machine, on_program: as for `needs`.
+      found: what `needs` found, which is not compiled again.
+    """
+    totals: dict[str, int | None] = {}
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
+    optimizer = build_optimizer(config)
+    with table.lowering_for(machine.platform):
+        for remat in REMAT:
+            if remat == config.model.remat:
+                (need,) = (need for need in found if need.program == "gradient")
+                totals[remat] = None if need.complaint else need.total
+                continue
+            on_program(f"compiling update: gradient with config.model.remat={remat!r}")
+            model = dataclasses.replace(build_model(config, sizes, mesh), remat=remat)
+            state, frozen = abstract_train_state(model.abstract_lora(), optimizer), model.abstract_frozen()
+            programs = build_update(config, model, optimizer).programs(frozen, state, config.train.rows, row_tokens(config))
+            program = next(program for program in programs if program.name == "gradient")
+            activations, complaint = _compile(program, machine)
+            totals[remat] = None if complaint else activations + local_bytes((frozen, state, program.live))
+    return totals
+
+
 def _compile(program: Program, machine: Machine) -> tuple[int, str]:
     """Bytes beside the arguments, and the compiler's complaint if it gave up."""
     try:
@@ -136,8 +165,13 @@ def run(config: Any, machine_name: str, *, learn: bool = True) -> bool:
     mesh = (config.mesh.data, config.mesh.expert, config.mesh.tensor)
     machine = find_machine(machine_name, math.prod(mesh))
     print("\n".join(["config (* differs from the default)", *_config_lines(config), ""]))
-    found = needs(config, sizes, machine, learn=learn, on_program=lambda line: print(line, flush=True))
-    print("\n".join(["", *report(config, sizes, machine, found)]))
+
+    def show(line: str) -> None:
+        print(line, flush=True)
+
+    found = needs(config, sizes, machine, learn=learn, on_program=show)
+    totals = remat_totals(config, sizes, machine, found, on_program=show) if learn else {}
+    print("\n".join(["", *report(config, sizes, machine, found, totals)]))
     return all(_fits(need, machine) for need in found)
 
 
@@ -153,8 +187,23 @@ def _fits(need: Need, machine: Machine) -> bool:
     return not need.complaint and need.total <= machine.memory
 
 
-def report(config: Any, sizes: ModelConfig, machine: Machine, found: list[Need]) -> list[str]:
-    """The table, the picture and the verdict, as lines."""
+_REMAT_COSTS = {"none": "nothing is computed again", "layers": "about a quarter more arithmetic", "pairs": "about a third more arithmetic"}
+
+
+def _remat_lines(config: Any, machine: Machine, totals: Mapping[str, int | None]) -> Iterator[str]:
+    """What each policy of rematerialisation takes, the configured one marked."""
+    if totals:
+        yield "The gradient with config.model.remat ="
+        for remat, total in totals.items():
+            needed = "more than the compiler can place" if total is None else f"{_gb(total)} GB ({total / machine.memory:.0%})"
+            yield f"  {'*' if remat == config.model.remat else ' '} {remat:<8}{needed:<34}{_REMAT_COSTS[remat]}"
+        yield ""
+
+
+def report(
+    config: Any, sizes: ModelConfig, machine: Machine, found: list[Need], totals: Mapping[str, int | None] = types.MappingProxyType({})
+) -> list[str]:
+    """The table, the picture and the verdict, as lines; with what `remat_totals` found, if that is given."""
     mesh = f"data {config.mesh.data} x expert {config.mesh.expert} x tensor {config.mesh.tensor}"
     lines = [
         f"model    {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts",
@@ -176,7 +225,7 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, found: list[Need])
         lines.append(
             f"{phase:<10}|{_bar(need, machine)}| {_gb(need.total)} of {_gb(machine.memory)} GB ({need.total / machine.memory:.0%})"
         )
-    lines.append("")
+    lines += ["", *_remat_lines(config, machine, totals)]
     for need in peaks.values():
         if need.complaint:
             lines.append(f"The compiler refused {need.phase}, {need.program}: {need.complaint}")

@@ -206,6 +206,9 @@ def test_the_command_prints_config_table_and_verdict_and_leaves_nothing(tmp_path
     assert "  * sampling.max_new_tokens = 64 tokens" in done.stdout
     assert re.search(r"^update +gradient( +[\d.-]+){7} <- peak$", done.stdout, re.MULTILINE)
     assert "It fits" in done.stdout
+    remat = {name: float(size) for name, size in re.findall(r"^  [* ] (none|layers|pairs) +([\d.]+) GB", done.stdout, re.MULTILINE)}
+    assert remat["none"] > remat["layers"] >= remat["pairs"] > 0
+    assert "  * none" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
