@@ -1,7 +1,7 @@
 """Tokens a second of the update on random weights of a published shape, beside the device's own matrix product and the dry run's memory.
 
     python benchmarks/update.py --shape=gpt-oss-120b [--layers=0] [--tokens=8192] [--prompt=512] [--rollouts=4] [--row_tokens=0] [--rows=1]
-        [--lora=report|attention] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
+        [--lora=report|attention] [--data=1] [--expert=1] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
 
 Model and update are built from a config as a run builds them; the rollouts are made up: random tokens, advantages -1 and +1 in turn, and
 for the replay of routing random experts, all different, for each layer and token. So the load of the experts is as even as chance makes it.
@@ -56,7 +56,7 @@ from discover_jax.learning.update import Update
 from discover_jax.machines import device_memory, find_machine, take_gpu_memory
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.sharding import local_bytes
+from discover_jax.models.sharding import local_bytes, mesh_of_run
 from discover_jax.models.synthetic import shape_of
 from discover_jax.runs.compilations import cache_compilations
 from discover_jax.sampling.sampler import most_pages
@@ -76,6 +76,8 @@ def configured(arguments: argparse.Namespace) -> Any:
     # The dry run compiles a sampler, too: of one rollout, which has room beside any update.
     config.sampling.slots, config.sampling.cache_tokens = 1, most_pages(1, prompt, new) * PAGE
     config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
+    config.mesh.data, config.mesh.expert = arguments.data, arguments.expert
+    config.model.remat = arguments.remat or config.model.remat
     if arguments.lora == "attention":
         config.lora.expert_rank = config.lora.head_rank = 0
     return settings.validate(config, for_run=False)
@@ -132,7 +134,8 @@ def matmul_flops_per_s(size: int) -> float:
 def predicted(config: Any, sizes: ModelConfig, *, gradient_only: bool) -> dict[str, dict[str, Any]]:
     """What the dry run says of each program of the update on this machine, bytes; without an optimiser its part is left out."""
     found = {}
-    for need in needs(config, sizes, find_machine("", 1), on_program=lambda line: print(line, flush=True)):
+    machine = find_machine("", config.mesh.data * config.mesh.expert)
+    for need in needs(config, sizes, machine, on_program=lambda line: print(line, flush=True)):
         if need.phase == "update":
             parts = need.parts | ({"optimiser": 0} if gradient_only else {})
             found[need.program] = parts | {"total": sum(parts.values())} | ({"complaint": need.complaint} if need.complaint else {})
@@ -237,6 +240,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row; 0: that of a rollout")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch")
+    parser.add_argument("--data", type=int, default=1, help="of the mesh; --rows is to be a multiple of data x expert")
+    parser.add_argument("--expert", type=int, default=1, help="of the mesh")
+    parser.add_argument("--remat", default="", help="another policy than the config's default")
     parser.add_argument("--lora", choices=("report", "attention"), default="report")
     parser.add_argument("--gradient_only", action="store_true", help="without optimiser and KL, and the memory of the former")
     parser.add_argument("--calls", type=int, default=5, help="timed after the one that compiles")
@@ -279,7 +285,8 @@ def main() -> None:
         result["predicted"] = predicted(config, sizes, gradient_only=arguments.gradient_only)
         keep()
 
-    model, optimizer = build_model(config, sizes), build_optimizer(config)
+    mesh = mesh_of_run(config.mesh.data, config.mesh.expert, config.mesh.tensor)
+    model, optimizer = build_model(config, sizes, mesh), build_optimizer(config)
     update = build_update(config, model, optimizer)
     frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
     state = None if arguments.gradient_only else init_train_state(lora, optimizer)

@@ -12,6 +12,7 @@ from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels import table
 from discover_jax.kernels.experts import mix_reference
 from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
+from discover_jax.kernels.spread import can_spread
 from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.train_state import abstract_train_state, adam
 from discover_jax.learning.update import Update
@@ -48,8 +49,8 @@ def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None) -> b
     try:
         if config.model.dtype != "bfloat16":  # it would round what the update does not
             raise ConfigError(f"It computes in bfloat16, and config.model.dtype is {config.model.dtype!r}.")
-        if mesh is not None and mesh.size > 1:
-            raise ConfigError(f"It runs on one device, and the mesh has {mesh.size}.")
+        if mesh is not None and not can_spread(mesh):
+            raise ConfigError(f"It computes whole experts, and config.mesh.tensor = {mesh.shape['tensor']} splits them.")
         check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
         check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
     except ConfigError as reason:

@@ -53,7 +53,8 @@ def mix_reference(
 
     Args:
       x_TD: activations.
-      index_TX, weights_TX: the experts of each token, all different, and their weights.
+      index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for one that is not
+        here, perhaps several times, and adds nothing.
       gate_up, down: the matrices of all experts.
       experts: how many there are.
       adapted: with their adapters.

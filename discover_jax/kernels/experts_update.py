@@ -152,6 +152,12 @@ def unpack(matrix: TiledMatrix, dtype: Any = jnp.bfloat16, *, paired: bool) -> j
     )
 
 
+def _where_here(index_TX: jax.Array, experts: int, of_choices: jax.Array) -> jax.Array:
+    """[T, X, ...], zero for choices of an expert that is not here, whose rows no kernel has written."""
+    here_TX = index_TX < experts
+    return jnp.where(here_TX.reshape(*here_TX.shape, *[1] * (of_choices.ndim - 2)), of_choices, 0)
+
+
 def _gates_first(x: jax.Array) -> jax.Array:
     """Axis 1 of [E, 2 F, ...], even places before odd ones."""
     return jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
@@ -182,7 +188,8 @@ def mix_sorted(
 
     Args:
       x_TD: activations.
-      weights_TX, index_TX: the experts of each token, all different, and their weights.
+      weights_TX, index_TX: the experts of each token, all different, and their weights. Their number stands for an expert that is not
+        here; rows of such choices are never computed.
       adapters: of gate_up and of down, or None; those within the matrices are not looked at.
       gate_up, down: of one layer, `gate_up` laid out with paired rows; their `scale` is that of the adapters.
       limit, alpha: of the activation, see kernels.experts.gated.
@@ -212,7 +219,8 @@ def _forward(
         second_down = low_down, b_down
     bias_down = down.bias.astype(jnp.float32)
     y_RD = layer.product(active_RF, unpack(down, dtype, paired=False), to_slots=True, bias=bias_down, adapter=second_down)
-    out_TD = jnp.sum(y_RD.reshape(tokens, share, -1) * weights_TX.astype(jnp.float32)[..., None], axis=1)
+    y_TXD = _where_here(index_TX, experts, y_RD.reshape(tokens, share, -1))
+    out_TD = jnp.sum(y_TXD * weights_TX.astype(jnp.float32)[..., None], axis=1)
     kept = x_TD, weights_TX, adapters, index_TX, gate_up, down, layer.rows, active_RF, both_RF2, low_up, low_down
     return out_TD, kept
 
@@ -241,13 +249,15 @@ def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.A
     dot_R = jnp.sum(d_active_RF.astype(jnp.float32) * active_RF.astype(jnp.float32), axis=1)
     dot_TX = jnp.zeros(dot_R.shape, jnp.float32).at[slots].set(dot_R, unique_indices=True).reshape(index_TX.shape)
     of_bias_TE = jnp.einsum("td,ed->te", d_rounded_TD, down.bias.astype(dtype), preferred_element_type=jnp.float32)
-    d_weights_TX = dot_TX + jnp.take_along_axis(of_bias_TE, index_TX, axis=1)
+    d_weights_TX = dot_TX + jnp.take_along_axis(of_bias_TE, index_TX, axis=1, mode="clip")
+    d_weights_TX = _where_here(index_TX, experts, d_weights_TX)
     d_both_RF2 = _activation_gradient(both_RF2, weights_R1 * d_active_RF.astype(jnp.float32), limit, alpha)
     if adapters is not None:
         d_low_up = gate_up.scale * layer.product(d_both_RF2, _gates_first(b_up).astype(dtype), left=True, exact=True)
         through_up = d_low_up, a_up
     d_x_RD = layer.product(d_both_RF2, unpack(gate_up, dtype, paired=True), left=True, to_slots=True, adapter=through_up)
-    d_x_TD = jnp.sum(d_x_RD.reshape(-1, share, d_x_RD.shape[1]), axis=1).astype(x_TD.dtype)
+    d_x_TXD = _where_here(index_TX, experts, d_x_RD.reshape(-1, share, d_x_RD.shape[1]))
+    d_x_TD = jnp.sum(d_x_TXD, axis=1).astype(x_TD.dtype)
     if adapters is not None:
         # `low` holds the adapter's scale already, as does its gradient.
         of_up = layer.outer(x_TD, d_low_up, firsts, of_tokens=True).swapaxes(1, 2), _alternating(layer.outer(d_both_RF2, low_up, firsts))

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
 from discover_jax.kernels.experts import mix_reference
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.projections import project_reference
+from discover_jax.kernels.spread import SPREAD, can_spread
 
 REFERENCE = "reference"
 
@@ -76,7 +78,7 @@ def _entry(operation: str, platform: str) -> Callable[..., Any]:
 
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=True)
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
@@ -90,13 +92,13 @@ def lowering_for(platform: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def spread_over(devices: int) -> Iterator[None]:
-    """Within it, arrays may lie on so many devices: with more than one `choose` takes the references, which XLA can split."""
-    token = _alone.set(devices == 1)
+def spread_over(mesh: Mesh | None) -> Iterator[None]:
+    """Within it, arrays may lie on all devices of a mesh, and `choose` takes what runs there; None: they lie on one."""
+    token = _mesh.set(mesh if mesh is not None and mesh.size > 1 else None)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _mesh.reset(token)
 
 
 @functools.cache
@@ -108,7 +110,14 @@ def say_reference(operation: str, reason: str) -> None:
 def choose(operation: str) -> Callable[..., Any]:
     """The implementation of an operation for the platform; which one it is, is logged once.
 
+    On a mesh it is spread over the devices (see `spread`), or where that cannot be the reference, which XLA splits.
+
     Raises:
       ConfigError: no such operation.
     """
-    return _entry(operation, (_platform.get() or jax.default_backend()) if _alone.get() else REFERENCE)
+    platform, mesh = _platform.get() or jax.default_backend(), _mesh.get()
+    if mesh is None:
+        return _entry(operation, platform)
+    if operation in SPREAD and can_spread(mesh):
+        return SPREAD[operation](_entry(operation, platform), mesh)
+    return _entry(operation, REFERENCE)

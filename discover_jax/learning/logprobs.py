@@ -4,11 +4,13 @@ At 201,088 words a row of 26k tokens would have 21 GB of float32 logits. So plac
 computes each chunk's logits again.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from discover_jax.kernels.spread import rows_axes
 from discover_jax.learning.packing import Batch
 
 
@@ -21,7 +23,7 @@ def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_to
       model: a `discover_jax.models.gpt_oss.Model`.
       frozen, lora: its parameters.
       batch: arrays [B, T], each rollout's temperature among them.
-      chunk_tokens: places whose logits exist at once, all rows together (at least one place of each row).
+      chunk_tokens: places whose logits exist at once on a device, all its rows together (at least one place of each row).
 
     Returns:
       logprobs_BT, entropy_BT: float32, entropy in nats; meaningless at padding.
@@ -29,8 +31,10 @@ def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_to
     routes = () if batch.routes_BTLX is None else (batch.routes_BTLX,)
     hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT, *routes)
     rows, length = batch.tokens_BT.shape
-    # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh's data axis.
-    chunks = -(-length // max(1, chunk_tokens // rows))
+    mesh = getattr(model, "mesh", None)
+    spread = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rows_axes(rows, mesh))
+    # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh.
+    chunks = -(-length // max(1, chunk_tokens * spread // rows))
     chunk = -(-length // chunks)  # of equal length, or the last one would be mostly padding
 
     def split(x_BT: jax.Array) -> jax.Array:

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.hosts.processes import lay_out
+from discover_jax.kernels.spread import rows_axes
 from discover_jax.learning.kl import shape_advantages
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCTIONS, RatioLimits
@@ -173,12 +174,15 @@ class Update:
         self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def _place(self, arrays: Any) -> Any:
-        """Arrays [B, T, ...] with their rows spread over the mesh's data axis, if there is a mesh."""
+        """Arrays [B, T, ...] with their rows spread over the mesh, if there is one."""
         return jax.tree.map(lambda x: lay_out(x, self._layout(x)), arrays)
 
     def _layout(self, x: Any) -> NamedSharding | None:
-        axes = ("batch", "positions", "layers", "choices")[: x.ndim]
-        return None if self._mesh is None else sharding_for(axes, x.shape, self._mesh)
+        if self._mesh is None:
+            return None
+        if axes := rows_axes(x.shape[0], self._mesh):
+            return NamedSharding(self._mesh, PartitionSpec(axes))
+        return sharding_for(("batch", "positions", "layers", "choices")[: x.ndim], x.shape, self._mesh)  # which raises
 
     def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> tuple[Any, dict[str, float]]:
         """Gradient of the reduced loss in `lora`, of the advantages as they stand in the batches; needs a chosen token.

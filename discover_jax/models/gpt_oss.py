@@ -31,7 +31,7 @@ def _on_its_devices(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def chosen(self: "Model", *args: Any) -> Any:
-        with table.spread_over(self._devices):
+        with table.spread_over(self.mesh):
             return method(self, *args)
 
     return chosen

@@ -58,8 +58,9 @@ def expected(leaves: Any, index: jax.Array, biases: Any, weights: Any, d_out: ja
     return out, pull(d_out)
 
 
-def errors(tokens: int, skew: float, adapted: bool, dtype: Any) -> dict[str, float]:
-    """Relative errors of the output and of each derivative; a large skew sends all tokens to the same experts."""
+def errors(tokens: int, skew: float, adapted: bool, dtype: Any, elsewhere: int = 0) -> dict[str, float]:
+    """Relative errors of the output and of each derivative; a large skew sends all tokens to the same experts, and one choice of every
+    `elsewhere`-th token is an expert that is not here."""
     rng = np.random.default_rng(tokens)
 
     def exact(*shape: int, scale: float = 0.3) -> jax.Array:
@@ -72,6 +73,8 @@ def errors(tokens: int, skew: float, adapted: bool, dtype: Any) -> dict[str, flo
     }
     x, weights = exact(tokens, WIDTH, scale=0.5), jnp.asarray(rng.uniform(0.1, 1, size=(tokens, ACTIVE)), jnp.float32)
     order = np.argsort(rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS), axis=1)
+    if elsewhere:
+        order[::elsewhere, 0] = EXPERTS
     index = jnp.asarray(order[:, :ACTIVE].astype(np.int32))
     shapes = ((EXPERTS, RANK, WIDTH), (EXPERTS, 2 * HIDDEN, RANK)), ((EXPERTS, RANK, HIDDEN), (EXPERTS, WIDTH, RANK))
     adapters = jax.tree.map(lambda shape: exact(*shape), shapes, is_leaf=lambda node: isinstance(node[0], int)) if adapted else None
@@ -96,6 +99,7 @@ def errors(tokens: int, skew: float, adapted: bool, dtype: Any) -> dict[str, flo
 CASES = {
     "bfloat16": (21, 0.0, True, jnp.bfloat16),
     "any routing": (21, 0.0, True, jnp.float32),
+    "experts elsewhere": (21, 0.0, True, jnp.float32, 3),
     "two experts have all rows, two none": (21, 100.0, True, jnp.float32),
     "one token, no adapter: two experts have one row": (1, 0.0, False, jnp.float32),
 }

@@ -1,0 +1,16 @@
+"""What is spread over a mesh gives what one device gives, forward and backward, whether rows and tokens divide or not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_experts_and_attention_spread_over_four_devices():
+    script = Path(__file__).with_name("spread_program.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8
+    for case, error in found.items():
+        assert error < 1e-6, case
