@@ -140,7 +140,7 @@ def test_shapes_that_do_not_fit_take_the_reference_and_the_log_says_so(logged, g
     pytest.importorskip("triton", reason="needs the extra `kernels`")
     from discover_jax.kernels import attention_decode
 
-    attention_decode._say.cache_clear()
+    table.say_reference.cache_clear()
     q, keys, values, *rest = _problem([20, 3], heads=4, kv_heads=2, **given)
     for _ in range(2):
         got = attention_decode.paged_attention(q, keys, values, jnp.int32(1), *rest)

@@ -57,20 +57,20 @@ def _call(attend, problem, layer):
 def test_equals_the_softmax_with_a_sink(size, counts, spare):
     problem = _problem(size, counts, spare)
     for layer in range(LAYERS):
-        np.testing.assert_allclose(_call(_attend, problem, layer), _expected(*problem[:3], layer, *problem[3:]), atol=2e-6)
+        np.testing.assert_allclose(_call(_attend, problem, layer), _expected(*problem[:3], layer, *problem[3:]), atol=5e-6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (16, 2)])
 def test_heads_of_one_key_value_head_are_neighbours(heads, kv_heads):
     problem = _problem(16, [40, 7], heads=heads, kv_heads=kv_heads)
-    np.testing.assert_allclose(_call(_attend, problem, 1), _expected(*problem[:3], 1, *problem[3:]), atol=2e-6)
+    np.testing.assert_allclose(_call(_attend, problem, 1), _expected(*problem[:3], 1, *problem[3:]), atol=5e-6)
 
 
 def test_rows_may_share_pages():
     q, keys, values, pages, counts, sinks = _problem(8, [40, 40, 40])
     pages[1:, :3] = pages[0, :3]
     problem = (q, keys, values, pages, counts, sinks)
-    np.testing.assert_allclose(_call(_attend, problem, 0), _expected(q, keys, values, 0, pages, counts, sinks), atol=2e-6)
+    np.testing.assert_allclose(_call(_attend, problem, 0), _expected(q, keys, values, 0, pages, counts, sinks), atol=5e-6)
 
 
 def test_extreme_scores_and_sinks_stay_finite():
@@ -105,7 +105,7 @@ def test_one_program_serves_all_lengths():
     for count in (1, PLACES, 2 * PLACES + 1):
         counts = np.full(2, count, np.int32)
         got = _call(attend, (q, keys, values, pages, counts, sinks), 0)
-        np.testing.assert_allclose(got, _expected(q, keys, values, 0, pages, counts, sinks), atol=2e-6)
+        np.testing.assert_allclose(got, _expected(q, keys, values, 0, pages, counts, sinks), atol=5e-6)
     assert traces == 1
 
 
@@ -120,4 +120,4 @@ def test_tokens_of_a_chunk_see_what_came_before_them(size, lengths, tokens):
     chunk = jax.jit(prefill_attention_reference)(q_BTNH, keys, values, jnp.int32(1), pages, jnp.array(lengths, jnp.int32), sinks)
     for t in range(tokens):
         alone = _attend(q_BTNH[:, t], keys, values, jnp.int32(1), pages, counts - tokens + t + 1, sinks)
-        np.testing.assert_allclose(chunk[:, t], alone, atol=2e-6)
+        np.testing.assert_allclose(chunk[:, t], alone, atol=5e-6)

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.learning.losses import RatioLimits
-from discover_jax.learning.packing import pack, pack_substeps
+from discover_jax.learning.packing import filled_frac, pack, pack_substeps
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.types import Rollout, StopReason
@@ -228,7 +228,7 @@ def test_substeps_are_adam_steps_on_parts_in_turn(tables, row_tokens, rows):
         "update/skipped": 0.0,
     }
     assert {name: metrics[name] for name in of_metrics} == pytest.approx(of_metrics, rel=1e-4)
-    assert metrics.keys() - of_metrics.keys() == {"loss", "ratio/limited_frac"}
+    assert metrics.keys() - of_metrics.keys() == {"loss", "ratio/limited_frac", "update/filled_frac"}
 
 
 def test_a_substep_with_nothing_to_learn_makes_no_step(tables):
@@ -379,6 +379,7 @@ def test_measure_equals_the_update_and_needs_no_adapter(tables):
     update = Update(Bigram(), adam())
     _, metrics = update.gradient(frozen, {"table": table}, batches)
     measured = update.measure(frozen, {"table": table}, batches)
+    assert measured.pop("update/filled_frac") == pytest.approx(filled_frac(batches))
     assert measured == pytest.approx({key: value for key, value in metrics.items() if key not in ("loss", "grad_norm")}, rel=1e-6)
     _, _, gaps, _ = by_hand(frozen, rollouts, advantages, "sum")
     assert update.measure(frozen, None, batches)["logprob_gap/mean"] == pytest.approx(np.abs(gaps).mean(), rel=1e-5)
