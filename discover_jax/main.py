@@ -418,7 +418,7 @@ def _of_the_batches(rollouts: int, batches: Sequence[Batch]) -> str:
     if not batches:
         return "no rollout"
     rows, length = batches[0].mask_BT.shape
-    return f"{rollouts} rollouts in {len(batches)} microbatches of {rows} x {length:,} tokens"
+    return f"{rollouts} rollouts in {len(batches)} microbatch{'es' if len(batches) > 1 else ''} of {rows} x {length:,} tokens"
 
 
 def _write_best(

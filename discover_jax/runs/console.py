@@ -218,6 +218,7 @@ class PlainConsole:
 
     def phase(self, name: str, detail: str = "") -> None:
         self._phase = name
+        self._pace.phase(name)
         if detail:
             self._write(f"    {name}: {'  '.join(filter(None, (detail, self._pace.left(1.0))))}")
 
@@ -301,6 +302,7 @@ class TerminalConsole:
 
     def phase(self, name: str, detail: str = "") -> None:
         self._phase = f"{name}, {detail}" if detail else name
+        self._pace.phase(name)
         if self._tasks:
             self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}", refresh=True)
         else:

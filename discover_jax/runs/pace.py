@@ -10,7 +10,7 @@ _RECENT = 5
 
 
 class Pace:
-    """Times the steps of this start of the run.
+    """Times the phases of the steps of this start of the run.
 
     Args:
       clock: seconds from any moment.
@@ -18,25 +18,41 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._durations: deque[float] = deque(maxlen=_RECENT)
-        self._warm = False
-        self._began: float | None = None
-        self._later = 0
+        self._earlier: deque[dict[str, float]] = deque(maxlen=_RECENT)
+        self._compiled = False
+        self._done: dict[str, float] = {}
+        self._phase: str | None = None
+        self._step_began = self._phase_began = 0.0
+        self._steps_later = 0
 
     def step(self, step: int, steps: int) -> None:
-        """A step begins, which ends the one before, its checkpoint included: `step` from 0, of `steps`."""
+        """A step begins, which ends the one before: `step` from 0, of `steps`."""
+        if self._phase is not None:
+            self._end_phase()
+            if len(self._earlier) == 1 and not self._compiled:
+                self._earlier.clear()  # the first one, in which everything was compiled
+                self._compiled = True
+            self._earlier.append(self._done)
+        self._done, self._phase = {}, ""
+        self._step_began = self._phase_began = self._clock()
+        self._steps_later = steps - step - 1
+
+    def phase(self, name: str) -> None:
+        """A phase of the step begins, which ends the one before."""
+        if self._phase is not None:
+            self._end_phase()
+            self._phase = name
+
+    def _end_phase(self) -> None:
         now = self._clock()
-        if self._began is not None:
-            if len(self._durations) == 1 and not self._warm:
-                self._durations.clear()  # the first one's, in which everything was compiled
-                self._warm = True
-            self._durations.append(now - self._began)
-        self._began, self._later = now, steps - step - 1
+        assert self._phase is not None
+        self._done[self._phase] = now - self._phase_began
+        self._phase_began = now
 
     @property
     def elapsed(self) -> float:
         """Seconds since the step began; 0 before the first."""
-        return 0.0 if self._began is None else self._clock() - self._began
+        return 0.0 if self._phase is None else self._clock() - self._step_began
 
     def left(self, share: float) -> str:
         """What is left of step and run, in words; "" where nothing can be said yet.
@@ -44,14 +60,18 @@ class Pace:
         Args:
           share: of the step's rollouts, those that are finished. In the first step of a start they alone tell anything, of sampling only.
         """
-        of_sampling = self.elapsed * (1 - share) / share if self._began is not None and 0 < share < 1 else None
-        if not self._durations:
-            return f"~{duration(of_sampling)} of sampling left" if of_sampling is not None else ""
-        usual = statistics.median(self._durations)
-        of_step = usual - self.elapsed
-        if of_step <= 0:  # longer than usual
-            of_step = of_sampling or 0.0
-        return f"~{duration(of_step)} left, of the run {duration(of_step + self._later * usual)}"
+        if self._phase is None:
+            return ""
+        of_sampling = self.elapsed * (1 - share) / share if 0 < share < 1 else 0.0
+        if not self._earlier:
+            return f"~{duration(of_sampling)} of sampling left" if of_sampling else ""
+        names = dict.fromkeys(name for phases in self._earlier for name in phases)
+        usual = {name: statistics.median(phases.get(name, 0.0) for phases in self._earlier) for name in names}
+        of_phase = usual.get(self._phase, 0.0) - (self._clock() - self._phase_began)
+        if of_phase <= 0:  # longer than usual
+            of_phase = of_sampling
+        of_step = of_phase + sum(seconds for name, seconds in usual.items() if name != self._phase and name not in self._done)
+        return f"~{duration(of_step)} left, of the run {duration(of_step + self._steps_later * sum(usual.values()))}"
 
 
 def duration(seconds: float) -> str:

@@ -75,8 +75,7 @@ def write_rollouts(directory: Path, step: int, rows: Sequence[dict[str, Any]]) -
             compression="ZSTD",
             open_with=lambda *_: contextlib.nullcontext(file),
             write_index=False,
-            has_nulls=[name for name, kind in COLUMNS.items() if kind == _TEXT],
-            object_encoding={name: "utf8" for name, kind in COLUMNS.items() if kind == _TEXT},
+            object_encoding="utf8",
         )
     return path
 

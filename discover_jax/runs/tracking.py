@@ -142,8 +142,8 @@ def _tensorboard() -> tuple[Any, Any, Any, Any]:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
     try:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # protobuf makes them
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
     finally:
         if hidden:
             del sys.modules["torch"]

@@ -83,20 +83,24 @@ def test_plain_progress_is_rare():
 def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
     lines, now = [], [0.0]
     console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
-    for step in (0, 1):  # the first takes 300 s, of which compiling is a part
+    for step in (0, 1):  # the first takes twice as long, since it compiles
         console.step(step, 10)
-        now[0] += 300 - 100 * step
+        for phase, seconds in (("sampling", 140), ("learning", 50), ("saving", 0), ("checkpoint", 10)):
+            console.phase(phase)
+            now[0] += seconds * (2 - step)
     console.step(2, 10)
     console.phase("sampling")
     now[0] += 50
     console.progress(progress(4, 2, {Outcome.OK: 1, Outcome.TIMEOUT: 1, Outcome.FORMAT_ERROR: 2, Outcome.KILLED: 0}))
+    now[0] += 100
     console.phase("learning", "12 rollouts")
+    now[0] += 60
     console.phase("saving")
     console.phase("checkpoint", "3 MB")
     assert lines == [
         "    sampling: rollouts 4/16  programs 2/16  1,234 tokens/s  ~2 min left, of the run 26 min  2 format error, 1 timeout",
-        "    learning: 12 rollouts  ~2 min left, of the run 26 min",
-        "    checkpoint: 3 MB  ~2 min left, of the run 26 min",
+        "    learning: 12 rollouts  ~60 s left, of the run 24 min",
+        "    checkpoint: 3 MB  ~10 s left, of the run 24 min",
     ]
 
 
