@@ -155,8 +155,8 @@ _WANDB_ID = "wandb_id"
 
 
 class WandbRun:
-    """The run at Weights & Biases: metrics and settings (paths among them) go there, and neither code, prompts, programs, console nor what
-    the machine is like. Steps that it already has are not sent again.
+    """The run at Weights & Biases: metrics and settings (paths among them) go there, and its package adds the host's name and versions;
+    code, prompts, programs, console and load of the machine do not. Steps that it already has are not sent again.
 
     Args:
       config: validated; `tracking.wandb` is "online" or "offline".
