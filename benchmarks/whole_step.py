@@ -69,8 +69,8 @@ class Clock(PlainConsole):
         if not self.steps:
             self.setup_s = self._at["step"] - self.started
 
-    def phase(self, name: str) -> None:
-        super().phase(name)
+    def phase(self, name: str, detail: str = "") -> None:
+        super().phase(name, detail)
         self._at[name], self._peaks[name] = time.monotonic(), peak_bytes()
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:

@@ -214,6 +214,16 @@ SETTINGS: dict[str, Any] = {
         "keep": Setting(2, "latest checkpoints kept", low=1, high=10_000),
         "every": Setting(0, "also keep each checkpoint whose step is a multiple of this; 0: none", low=0, high=1_000_000),
     },
+    "tracking": {
+        "wandb": Setting(
+            "off",
+            "Weights & Biases (extra `tracking`): `online` sends metrics and settings there, `offline` writes them below the run's folder"
+            " for `wandb sync`, `off` does neither; event files for TensorBoard are always written",
+            choices=("off", "online", "offline"),
+        ),
+        "project": Setting("discover_jax", "project at Weights & Biases"),
+        "entity": Setting("", "user or team at Weights & Biases; empty: the account's default"),
+    },
     "mesh": {
         "data": Setting(1, "mesh axis over which rollouts are spread", low=1, high=65_536),
         "expert": Setting(1, "mesh axis over which experts are spread", low=1, high=65_536),
@@ -319,6 +329,8 @@ def _contradictions(config: Any) -> Iterator[str]:
         ("prompt.stdout_chars", config.prompt.stdout_chars, config.prompt.style == "full"),
         ("prompt.error_chars", config.prompt.error_chars, config.prompt.style == "full"),
         ("sampling.thinking_closing", config.sampling.thinking_closing, config.sampling.thinking_tokens > 0),
+        ("tracking.project", config.tracking.project, config.tracking.wandb != "off"),
+        ("tracking.entity", config.tracking.entity, config.tracking.wandb != "off"),
     ):
         if value != defaults[name].default and not needed:
             yield f"config.{name} = {value!r} has no effect with the other settings ({defaults[name].meaning}); leave it out."

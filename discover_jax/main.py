@@ -28,7 +28,7 @@ from discover_jax.execution.limits import GIB, Limits
 from discover_jax.hosts.processes import ALONE, Processes, least
 from discover_jax.hosts.programs import StepPrograms
 from discover_jax.learning.advantages import LEAST_ROLLOUTS, Advantages, advantage_metrics, estimate_groups, is_constant
-from discover_jax.learning.packing import pack, pack_substeps
+from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity, Signals, diversity_metrics, group_signals
 from discover_jax.learning.train_state import TrainState, init_train_state
 from discover_jax.learning.update import Update
@@ -39,7 +39,7 @@ from discover_jax.runs.attempts import Place, attempt_of, rollout_rows
 from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
-from discover_jax.runs.console import Console, Improvement, QuietConsole, make_console
+from discover_jax.runs.console import Console, Improvement, QuietConsole, StepProgress, make_console
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
@@ -49,6 +49,7 @@ from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.source import find_source
 from discover_jax.runs.standing import Standing, restore
 from discover_jax.runs.summary import Result, closing_lines, opening_lines, scale_warning, step_row
+from discover_jax.runs.tracking import Trackers, open_trackers
 from discover_jax.runs.workdir import Workdir, open_shared_workdir
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.schedule import PAGE, Progress
@@ -57,7 +58,7 @@ from discover_jax.tasks.task import Task
 from discover_jax.text.harmony import answer_forced, answer_opening
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
 from discover_jax.text.reply import program_of
-from discover_jax.types import Rollout, State, Verdict
+from discover_jax.types import Outcome, Rollout, State, Verdict
 
 
 def run(config: Any, folder: Path, processes: Processes = ALONE, *, learn: bool = True, console: Console | None = None) -> None:
@@ -79,13 +80,16 @@ def run(config: Any, folder: Path, processes: Processes = ALONE, *, learn: bool 
     kind = "train" if learn else "search"
     try:
         _check_agreement(processes, config, kind)
-        with open_shared_workdir(folder, settings.flatten(config), kind, processes) as workdir:
-            _discover(config, workdir, processes, learn, console)
+        with (
+            open_shared_workdir(folder, settings.flatten(config), kind, processes) as workdir,
+            open_trackers(config, workdir, kind, leads=processes.leads) as trackers,
+        ):
+            _discover(config, workdir, processes, learn, console, trackers)
     finally:
         console.close()
 
 
-def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, console: Console) -> None:
+def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, console: Console, trackers: Trackers) -> None:
     # ------------------------------------------------------------------ the tasks, and the workers that run programs for them
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
     processes.agree("the prepared tables and answers", [task.fingerprint for task in tasks], "Give all hosts the same raw data.")
@@ -128,6 +132,7 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
         stand = restore(config, tasks, workdir, checkpoints, journal, train_state, source, console, processes)
         if processes.leads:
             metrics.truncate(stand.step)
+            trackers.begin(stand.step)
         train_state, frontiers = stand.train_state, dict(stand.frontiers)
         last_step = stand.first_step + config.train.steps
         rows: list[dict[str, Any]] = read_metrics(workdir.metrics_path)
@@ -168,8 +173,10 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
 
             stands: list[Progress] = []
 
-            def show(tokens_per_s: float, rollouts=rollouts, programs=programs, total=total) -> None:
-                console.progress(len(rollouts), total, programs.done, programs.here, tokens_per_s)
+            def show(tokens_per_s: float, codes=codes, programs=programs, total=total) -> None:
+                outcomes = programs.outcomes
+                outcomes[Outcome.FORMAT_ERROR] += sum(code is None for code in codes.values())
+                console.progress(StepProgress(len(codes), total, programs.done, programs.here, tokens_per_s, outcomes))
 
             def follow(progress: Progress, stands=stands, show=show) -> None:
                 stands.append(progress)
@@ -203,7 +210,6 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
             executed = time.monotonic()
 
             # ---------------------------------------------------------- advantages, update
-            console.phase("learning" if learn else "measuring")
             signals_G = [group_signals(a_K, task.signals, diversity) for a_K, task in zip(attempts_GK, tasks_G, strict=True)]
             estimated_G = estimate_groups([s.values_K[s.counts_K] for s in signals_G], config.train.advantage, beta=config.train.beta)
             advantages = _by_place(signals_G, estimated_G)
@@ -212,7 +218,7 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
                     f"{too_few} of {config.groups} groups have too few different programs for config.train.advantage ="
                     f" {config.train.advantage!r}, which needs {LEAST_ROLLOUTS[config.train.advantage]}; they are left out of the update."
                 )
-            train_state, update_metrics = _learn(config, policy, update, train_state, rollouts, advantages)
+            train_state, update_metrics = _learn(config, policy, update, train_state, rollouts, advantages, console)
             updated = time.monotonic()
 
             # ---------------------------------------------------------- archive, journal, best/, checkpoint
@@ -267,8 +273,11 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
             )
             if processes.leads:
                 metrics.write(row)
+                trackers.write(row)
             archived = [state for frontier in frontiers.values() for state in frontier.archive.to_json()]
             host_state = HostState.of(stand.first_step, archived, stand.rewards, journal).to_json() if processes.leads else {}
+            megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(train_state)) / 1e6
+            console.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimiser" if learn else "")
             checkpoints.save(step, train_state, host_state)
             if processes.leads:
                 write_report(workdir.path)
@@ -386,18 +395,30 @@ def _learn(
     train_state: TrainState | None,
     rollouts: Mapping[Place, Rollout],
     advantages: Mapping[Place, float],
+    console: Console,
 ) -> tuple[TrainState | None, dict[str, float]]:
     """The update on the groups that carry a signal; where nothing is learned, the log-probability gap is measured all the same."""
     shape = {"row_tokens": row_tokens(config), "rows": config.train.rows, "lengths": config.train.row_lengths}
+    phase = "learning" if train_state is not None else "measuring"
     if train_state is not None and advantages:
         learned = sorted(advantages)
         substeps = pack_substeps(
             [rollouts[place] for place in learned], [advantages[place] for place in learned], substeps=config.train.num_substeps, **shape
         )
+        console.phase(phase, _of_the_batches(len(learned), [batch for batches in substeps for batch in batches]))
         return update.update_in_substeps(policy.frozen, train_state, substeps)
     batches = pack([rollouts[place] for place in sorted(rollouts)], [0.0] * len(rollouts), **shape)
+    console.phase(phase, _of_the_batches(len(rollouts), batches))
     lora = train_state.lora if train_state is not None else None
     return train_state, update.measure(policy.frozen, lora, batches) | {"update/skipped": 1.0}
+
+
+def _of_the_batches(rollouts: int, batches: Sequence[Batch]) -> str:
+    """How much there is to learn from, or to measure."""
+    if not batches:
+        return "no rollout"
+    rows, length = batches[0].mask_BT.shape
+    return f"{rollouts} rollouts in {len(batches)} microbatch{'es' if len(batches) > 1 else ''} of {rows} x {length:,} tokens"
 
 
 def _write_best(

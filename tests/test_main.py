@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 _SMALL = (
@@ -44,6 +46,8 @@ def unbroken(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
     done = _run(workdir, "--config.train.steps=3")
     assert "best program" in done.stdout
+    assert re.search(r"^    learning: \d+ rollouts in \d+ microbatch(es)? of 1 x", done.stdout, re.MULTILINE)
+    assert re.search(r"^    checkpoint: \d+ MB of adapter and optimiser", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout  # piped: plain lines
     return workdir
 
@@ -62,7 +66,14 @@ def test_a_run_leaves_what_the_readme_says(unbroken):
     assert grade["score"] == best["score"] == metrics[-1]["best/score"]
     assert (unbroken / "best" / "solution.py").read_text().rstrip() == best["code"].rstrip()
     assert (unbroken / "best" / "submission.csv").read_text().startswith("id,even")
-    assert len(list((unbroken / "rollouts").iterdir())) == 3
+    rollouts = pd.read_parquet(unbroken / "rollouts").sort_values(["step", "group", "index"])
+    assert list(rollouts["id"]) == [row["id"] for row in journal]
+    assert list(rollouts["program"].dropna()) == [row["code"] for row in journal if row["code"] is not None]
+    assert (rollouts["logprob_sum"] < 0).all()
+    assert list(rollouts["prompt"].notna()) == [True, False, False] * 6
+    (events,) = (unbroken / "tensorboard").iterdir()
+    assert all(events.read_bytes().count(name.encode()) == 3 for name in required - {"reward/max"} | {"outcome/ok"})
+    assert not (unbroken / "wandb_id").exists()
     disclosure = json.loads((unbroken / "disclosure.json").read_text())
     assert disclosure["competitions"][0]["reward"]["rows"] == grade["rows"] == 1197
     assert disclosure["isolation"]["isolated"] is True

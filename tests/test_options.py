@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).with_name("faults")))
 
 import jax
 import numpy as np
+import pandas as pd
 import phrase_config
 import pytest
 import remainders
@@ -27,7 +28,7 @@ from discover_jax.learning.advantages import ESTIMATORS
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
 from discover_jax.learning.signals import DUPLICATES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
-from discover_jax.runs.console import NullConsole
+from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
 from discover_jax.tasks.competition import TRANSFORMS
 from discover_jax.tasks.prepare import prepare_tasks
@@ -114,7 +115,7 @@ COMPETITION = dataclasses.replace(COMPETITION, id="{id}", {changes})
 """
 
 
-class Notes(NullConsole):
+class Notes(QuietConsole):
     """Keeps what people are told."""
 
     def __init__(self):
@@ -264,7 +265,7 @@ def test_transforms_make_rewards_and_signals(results):
     for row in scored:
         assert row["reward"] == pytest.approx(by_hand[row["task"]](row["score"]))
     (ranked,) = (group for group in range(4) if journal[group * 3]["task"] == "ranked")
-    shown = rows(folder / "rollouts" / "step-000000.jsonl")[ranked * 3 : ranked * 3 + 3]
+    shown = pd.read_parquet(folder / "rollouts" / "step-000000.parquet").to_dict("records")[ranked * 3 : ranked * 3 + 3]
     below = np.array([[(a["reward"] > b["reward"]) + (a["reward"] == b["reward"]) / 2 for b in shown] for a in shown]).sum(1) - 0.5
     weights = np.exp(2.0 * below / 2)
     assert len({row["reward"] for row in shown}) > 1
@@ -303,7 +304,7 @@ def test_a_prompt_that_is_shortened_is_told_and_counted(results):
     (told,) = (note for note in notes if "shortened" in note)
     assert "1 of 4 prompts were shortened to" in told
     assert "Group 3, built on seed: of the output 0 of 0 characters are shown, of the error" in told
-    first, later = ([row["prompt"] for row in rows(folder / "rollouts" / f"step-{step:06d}.jsonl")][::3] for step in (0, 1))
+    first, later = (list(pd.read_parquet(folder / "rollouts" / f"step-{step:06d}.parquet")["prompt"])[::3] for step in (0, 1))
     assert "The last attempt failed:\n\n```\n[...]\n" in later[3]
     assert all("Reasoning: low" in prompt and "failed" not in prompt for prompt in first)
     for prompt in later[:3]:

@@ -6,13 +6,14 @@ would be one more thing that can fail, and could only tell a little earlier what
 """
 
 import concurrent.futures
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 from discover_jax.execution.cache import verdict_of, verdict_row
 from discover_jax.execution.executor import Executor
 from discover_jax.hosts.processes import Processes
-from discover_jax.types import Verdict
+from discover_jax.types import Outcome, Verdict
 
 P = TypeVar("P", bound=Hashable)
 
@@ -57,6 +58,11 @@ class StepPrograms(Generic[P]):
     def done(self) -> int:
         """How many of this host's have ended."""
         return sum(future.done() for future in self._futures.values())
+
+    @property
+    def outcomes(self) -> Counter[Outcome]:
+        """How those of this host's ended that have; what the host itself failed by is for `verdicts` to raise."""
+        return Counter(f.result().outcome for f in self._futures.values() if f.done() and not f.cancelled() and f.exception() is None)
 
     @property
     def here(self) -> int:

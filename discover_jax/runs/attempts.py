@@ -60,7 +60,7 @@ def rollout_rows(
     verdicts: Mapping[Place, Verdict],
     tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
-    """One row a rollout for rollouts/, the prompt's text with the first of its group.
+    """One row a rollout for rollouts/ (see `rollouts.COLUMNS`), the prompt's text with the first of its group.
 
     Args:
       prompts: by group.
@@ -75,10 +75,17 @@ def rollout_rows(
             {
                 "id": attempt.id,
                 "parent_id": attempt.parent_id,
+                "prompt_id": f"{attempt.step:04d}-{attempt.group:03d}",
                 "task": attempt.task,
+                "step": attempt.step,
+                "group": attempt.group,
+                "index": attempt.index,
                 "prompt": prompts[attempt.group].text if attempt.index == 0 else None,
                 "reply": tokenizer.decode(rollout.tokens_T.tolist()),
-                "tokens": len(rollout.tokens_T),
+                "program": attempt.code,
+                "prompt_tokens": len(rollout.prompt_tokens_P),
+                "tokens": attempt.tokens,
+                "stop": attempt.stop.value,
                 "temperature": rollout.temperature,
                 "logprob_sum": float(rollout.logprobs_T.sum()),
                 "outcome": attempt.outcome.value,
@@ -86,7 +93,7 @@ def rollout_rows(
                 "reward": attempt.reward,
                 "advantage": advantages.get(place),
                 "seconds": verdict.execution.seconds if verdict is not None else None,
-                "cached": verdict.execution.cached if verdict is not None else None,
+                "cached": verdict is not None and verdict.execution.cached,
             }
         )
     return rows

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import rich.console
@@ -15,6 +15,7 @@ import rich.progress
 import rich.text
 
 from discover_jax.exceptions import RunError
+from discover_jax.runs.pace import Pace
 from discover_jax.types import Outcome, State
 
 
@@ -25,6 +26,30 @@ class Improvement:
     name: str
     best: State | None
     previous: State | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgress:
+    """How far a step is.
+
+    Attributes:
+      rollouts_done, rollouts_total: of all processes.
+      programs_done, programs_total: those that this host has run, of those that it has been given so far.
+      tokens_per_s: generated, of all rollouts together.
+      failures: by kind, of the rollouts and programs that are done.
+    """
+
+    rollouts_done: int
+    rollouts_total: int
+    programs_done: int
+    programs_total: int
+    tokens_per_s: float
+    failures: Mapping[Outcome, int]
+
+    @property
+    def share(self) -> float:
+        """Part of the rollouts that are finished."""
+        return self.rollouts_done / self.rollouts_total
 
 
 class Console(Protocol):
@@ -46,12 +71,14 @@ class Console(Protocol):
         """A step begins: `step` from 0, of `steps` in the whole run."""
         ...
 
-    def phase(self, name: str) -> None:
-        """What the step does now, as a few words: "sampling", "update"."""
+    def phase(self, name: str, detail: str = "") -> None:
+        """What the step does now, as a few words: "sampling", "learning". `detail` for one that may last and shows no progress: how much
+        there is to do.
+        """
         ...
 
-    def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None:
-        """How far the step is; may be called as often as one likes. `tokens_per_s` of all rollouts together."""
+    def progress(self, progress: StepProgress) -> None:
+        """How far the step is; may be called as often as one likes."""
         ...
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
@@ -72,7 +99,7 @@ class Console(Protocol):
 
 
 class QuietConsole:
-    """Says nothing: of several processes only the first speaks."""
+    """Says nothing: of several processes only the first speaks. Also for tests, and for use as a library."""
 
     def start(self, title: str, lines: list[str]) -> None: ...
 
@@ -80,9 +107,9 @@ class QuietConsole:
 
     def step(self, step: int, steps: int) -> None: ...
 
-    def phase(self, name: str) -> None: ...
+    def phase(self, name: str, detail: str = "") -> None: ...
 
-    def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None: ...
+    def progress(self, progress: StepProgress) -> None: ...
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None: ...
 
@@ -133,12 +160,14 @@ def step_line(row: dict[str, Any], bests: Sequence[Improvement], steps: int) -> 
     ]
     if row.get("time/step_s") is not None:
         parts.append(f"{row['time/step_s']:.1f} s")
-    failures = {outcome: row.get(f"outcome/{outcome.value}", 0) for outcome in Outcome if outcome is not Outcome.OK}
-    failures = {outcome: count for outcome, count in failures.items() if count}
-    if failures:
-        ranked = sorted(failures.items(), key=lambda item: -item[1])
-        parts.append(", ".join(f"{count} {outcome.value.replace('_', ' ')}" for outcome, count in ranked))
-    return "  ".join(parts)
+    parts.append(_failures({outcome: row.get(f"outcome/{outcome.value}", 0) for outcome in Outcome}))
+    return "  ".join(filter(None, parts))
+
+
+def _failures(counts: Mapping[Outcome, int]) -> str:
+    """Failures by kind, most frequent first; "" if there are none."""
+    failed = [(outcome, count) for outcome, count in counts.items() if count and outcome is not Outcome.OK]
+    return ", ".join(f"{count} {outcome.value.replace('_', ' ')}" for outcome, count in sorted(failed, key=lambda item: -item[1]))
 
 
 def _best(improvement: Improvement) -> str:
@@ -155,31 +184,20 @@ def _best(improvement: Improvement) -> str:
     return f"{best.score:.4f} {change:<9}"
 
 
-def _progress_text(rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> str:
-    return f"rollouts {rollouts_done}/{rollouts_total}  programs {programs_done}/{programs_total}  {tokens_per_s:,.0f} tokens/s"
-
-
-class NullConsole:
-    """Says nothing; for tests and for use as a library."""
-
-    def start(self, title: str, lines: list[str]) -> None: ...
-    def loading(self, done: int, total: int) -> None: ...
-    def step(self, step: int, steps: int) -> None: ...
-    def phase(self, name: str) -> None: ...
-    def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None: ...
-    def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finish(self, lines: list[str]) -> None: ...
-    def close(self) -> None: ...
-
-
 class PlainConsole:
-    """Lines without control codes; of progress at most one in `interval` seconds."""
+    """Lines without control codes; of progress at most one in `interval` seconds, and in long steps one in a twentieth of what has passed.
+
+    Args:
+      write: takes a line; by default standard output, each line flushed.
+      interval: seconds.
+      clock: seconds from any moment.
+    """
 
     def __init__(self, write: Callable[[str], None] | None = None, interval: float = 5.0, clock: Callable[[], float] = time.monotonic):
         self._write = write if write is not None else _print_line
         self._interval = interval
         self._clock = clock
+        self._pace = Pace(clock)
         self._last = clock()
         self._steps = 1
         self._phase = ""
@@ -196,14 +214,24 @@ class PlainConsole:
     def step(self, step: int, steps: int) -> None:
         self._steps = steps
         self._last = self._clock()
+        self._pace.step(step, steps)
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: str, detail: str = "") -> None:
         self._phase = name
+        self._pace.phase(name)
+        if detail:
+            self._write(f"    {name}: {'  '.join(filter(None, (detail, self._pace.left(1.0))))}")
 
-    def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None:
+    def progress(self, progress: StepProgress) -> None:
         if self._due():
-            text = _progress_text(rollouts_done, rollouts_total, programs_done, programs_total, tokens_per_s)
-            self._write(f"    {self._phase}: {text}" if self._phase else f"    {text}")
+            parts = [
+                f"rollouts {progress.rollouts_done}/{progress.rollouts_total}",
+                f"programs {progress.programs_done}/{progress.programs_total}",
+                f"{progress.tokens_per_s:,.0f} tokens/s",
+                self._pace.left(progress.share),
+                _failures(progress.failures),
+            ]
+            self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
         self._write(step_line(row, bests, self._steps).rstrip())
@@ -220,7 +248,7 @@ class PlainConsole:
     def _due(self) -> bool:
         """Whether the last line of progress is long enough ago; if so, the next one is written now."""
         now = self._clock()
-        if now - self._last < self._interval:
+        if now - self._last < max(self._interval, self._pace.elapsed / 20):
             return False
         self._last = now
         return True
@@ -231,11 +259,13 @@ class TerminalConsole:
 
     def __init__(self, console: rich.console.Console):
         self._console = console
+        self._pace = Pace()
         self._steps = 1
+        self._phase = self._best = ""
         self._run = rich.progress.Progress(
             rich.progress.SpinnerColumn(),
             rich.progress.TextColumn("{task.description:<9}"),
-            rich.progress.BarColumn(bar_width=30),
+            rich.progress.BarColumn(bar_width=20),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("{task.fields[note]}", style="dim"),
@@ -262,6 +292,7 @@ class TerminalConsole:
 
     def step(self, step: int, steps: int) -> None:
         self._steps = steps
+        self._pace.step(step, steps)
         if not self._tasks:
             self._tasks = {name: self._run.add_task(name, total=None, note="") for name in ("step", "rollouts", "programs")}
             self._run.start()
@@ -269,21 +300,28 @@ class TerminalConsole:
         for name in ("rollouts", "programs"):
             self._run.reset(self._tasks[name], total=None, note="")
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: str, detail: str = "") -> None:
+        self._phase = f"{name}, {detail}" if detail else name
+        self._pace.phase(name)
         if self._tasks:
-            self._run.update(self._tasks["step"], note=name)
+            self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}", refresh=True)
         else:
             self._print(rich.text.Text(f"  {name} ...", style="dim"))
 
-    def progress(self, rollouts_done: int, rollouts_total: int, programs_done: int, programs_total: int, tokens_per_s: float) -> None:
+    def progress(self, progress: StepProgress) -> None:
         if self._tasks:
-            note = f"{tokens_per_s:,.0f} tokens/s"
-            self._run.update(self._tasks["rollouts"], completed=rollouts_done, total=rollouts_total, note=note)
-            self._run.update(self._tasks["programs"], completed=programs_done, total=programs_total)
+            done, total = progress.rollouts_done, progress.rollouts_total
+            left = self._pace.left(progress.share)
+            self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}{'  ' if left else ''}{left}")
+            self._run.update(self._tasks["rollouts"], completed=done, total=total, note=f"{progress.tokens_per_s:,.0f} tokens/s")
+            done, total = progress.programs_done, progress.programs_total
+            self._run.update(self._tasks["programs"], completed=done, total=total, note=_failures(progress.failures))
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
+        scores = [best.best.score for best in bests if best.best is not None and best.best.score is not None]
+        self._best = f"best {scores[0]:.4f}  " if len(bests) == len(scores) == 1 else ""
         if self._tasks:
-            self._run.update(self._tasks["step"], completed=row["step"] + 1, note="")
+            self._run.update(self._tasks["step"], completed=row["step"] + 1, note=self._best)
         improved = any(best.best != best.previous for best in bests)
         self._print(rich.text.Text(step_line(row, bests, self._steps), style="green" if improved else ""))
 

@@ -178,6 +178,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """What there is to plot of a row: its finite numbers by name, without the step."""
+    numbers_of = {name: _finite(value) for name, value in row.items() if name != "step"}
+    return {name: value for name, value in numbers_of.items() if value is not None}
+
+
 def _finite(value: Any) -> Any:
     """A number as JSON can hold it."""
     if value is None or not math.isfinite(value):
@@ -190,7 +196,8 @@ def markdown() -> str:
     head = (
         "# metrics.jsonl\n\n"
         "One JSON object a line, one line a step; `main` and `search` use the same names. A name is absent where it does not apply\n"
-        "(a search has no loss), and null where there was nothing to measure. Names in bold are in every row.\n"
+        "(a search has no loss), and null where there was nothing to measure. Names in bold are in every row. A name keeps its unit and\n"
+        "meaning for good; new ones may come. TensorBoard and W&B get the same names, with `step` as the step.\n"
         "This page is made from `discover_jax/runs/metrics.py` by `python -m discover_jax.runs.metrics > docs/metrics.md`.\n\n"
         "| name | unit | meaning |\n|---|---|---|\n"
     )

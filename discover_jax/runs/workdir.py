@@ -9,15 +9,15 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from discover_jax.exceptions import HostError, RunError
 from discover_jax.hosts.processes import Processes
 
 _CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
 _ABSENT = object()
-_HOW = ("mesh.data", "mesh.expert", "mesh.tensor", "train.rows")
-"""Settings that say on which devices a run is computed, and in which parts, not what: they may change when it is resumed."""
+_HOW = ("mesh.data", "mesh.expert", "mesh.tensor", "train.rows", "tracking.wandb", "tracking.project", "tracking.entity")
+"""Settings that say on which devices a run is computed, in which parts, and who is told, not what: they may change when it is resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Workdir:
       journal_path: journal.jsonl, see `archive.journal`.
       metrics_path: metrics.jsonl, see `metrics`.
       rollouts_dir: one file a step, see `rollouts`.
+      tensorboard_dir: made by `tracking`.
       checkpoints_dir: see `checkpoints`.
       best_dir: made by `best` as soon as there is a best program.
       task_dir: the prepared task.
@@ -40,6 +41,7 @@ class Workdir:
     journal_path: Path
     metrics_path: Path
     rollouts_dir: Path
+    tensorboard_dir: Path
     checkpoints_dir: Path
     best_dir: Path
     task_dir: Path
@@ -47,8 +49,10 @@ class Workdir:
     resumed: bool
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that after a kill or a power cut it holds either its old bytes or all the new ones.
+@contextlib.contextmanager
+def replaced_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when the context ends, and not before: after a kill or a power cut `path` holds
+    either its old bytes or all the new ones.
 
     Raises:
       RunError: the disk is full or fails; the old file is still there.
@@ -57,12 +61,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     try:
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 temporary.unlink()
             raise
@@ -71,6 +75,16 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"{path} could not be written ({error}). What was there before is unchanged. Free some space or check the folder's permissions,"
             " then start the same command again: it resumes at the last checkpoint."
         ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file whole, see `replaced_whole`.
+
+    Raises:
+      RunError: the disk is full or fails; the old file is still there.
+    """
+    with replaced_whole(path) as file:
+        file.write(data)
 
 
 def sync_folder(path: Path) -> None:
@@ -164,6 +178,7 @@ def _places(path: Path, resumed: bool) -> Workdir:
         journal_path=path / "journal.jsonl",
         metrics_path=path / "metrics.jsonl",
         rollouts_dir=path / "rollouts",
+        tensorboard_dir=path / "tensorboard",
         checkpoints_dir=path / "checkpoints",
         best_dir=path / "best",
         task_dir=path / "task",

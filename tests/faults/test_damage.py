@@ -31,13 +31,13 @@ from discover_jax.execution import Executor, Limits, sandbox
 from discover_jax.execution.cache import VerdictCache
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
 from discover_jax.runs.checkpoints import Checkpoints
-from discover_jax.runs.console import NullConsole
+from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.host_state import HostState
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
-class Noting(NullConsole):
+class Noting(QuietConsole):
     """Keeps what a run says of itself."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from discover_jax import config as settings
 from discover_jax import main
 from discover_jax.exceptions import RunError
 from discover_jax.execution import sandbox
-from discover_jax.runs.console import NullConsole
+from discover_jax.runs.console import QuietConsole
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def start(root: Path, workdir: Path, source: Path, **task) -> None:
     config.train.resume_from = str(source)
     for name, value in task.items():
         config.task[name] = value
-    main.run(settings.validate(config), workdir, console=NullConsole())
+    main.run(settings.validate(config), workdir, console=QuietConsole())
 
 
 @pytest.mark.parametrize("folds", [1, 2])

@@ -15,8 +15,8 @@ from discover_jax.runs.console import PlainConsole
 class Announcing(PlainConsole):
     """Lines without control codes, and one more for each phase."""
 
-    def phase(self, name: str) -> None:
-        super().phase(name)
+    def phase(self, name: str, detail: str = "") -> None:
+        super().phase(name, detail)
         print(f"phase {name}", flush=True)
         if name == os.environ.get("DISCOVER_TEST_FAIL_IN"):
             raise RunError("no more")

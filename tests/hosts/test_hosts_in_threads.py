@@ -98,6 +98,21 @@ def test_one_host_alone_hands_on_what_its_executor_gives():
     assert step.retried == 1
 
 
+def test_how_programs_ended_is_known_as_soon_as_they_have():
+    futures = {name: concurrent.futures.Future() for name in ("a", "b", "c", "broken", "cancelled")}
+    executor = Imitated(0)
+    executor.submit = lambda program, task: futures[program]
+    step = StepPrograms(executor, [2], ALONE)
+    for name in futures:
+        step.submit(name, name, 0)
+    assert step.outcomes == Counter()
+    for name, outcome in (("a", Outcome.OK), ("b", Outcome.TIMEOUT), ("c", Outcome.TIMEOUT)):
+        futures[name].set_result(Verdict(outcome, Grade(False, "", None, None), Execution(outcome, None, "", "", 1.0)))
+    futures["broken"].set_exception(SandboxError("no sandbox to be had"))  # the host's, which is no outcome
+    futures["cancelled"].cancel()
+    assert step.outcomes == {Outcome.OK: 1, Outcome.TIMEOUT: 2}
+
+
 def test_what_the_host_failed_by_is_raised():
     step = StepPrograms(Imitated(0), [1], ALONE)
     step.submit("first", "broken", 0)

@@ -22,7 +22,7 @@ from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter
-from discover_jax.runs.rollouts import write_rollouts
+from discover_jax.runs.rollouts import COLUMNS, write_rollouts
 from discover_jax.runs.summary import step_row
 from discover_jax.runs.workdir import open_workdir
 from discover_jax.types import Attempt, Outcome, StopReason
@@ -93,7 +93,8 @@ def run(folder: Path) -> None:
             if best is not None and best != previous:
                 grade = {"score": best.score, "step": step}
                 write_best(workdir.best_dir, lineage=lineage(journal.read(), best.id), submission=b"id,y\n", grade=grade, **BESIDE)
-            write_rollouts(workdir.rollouts_dir, step, [{"id": a.id, "score": a.score} for a in attempts])
+            blank = dict.fromkeys(COLUMNS) | dict.fromkeys(("step", "group", "index", "prompt_tokens", "tokens"), 0) | {"cached": False}
+            write_rollouts(workdir.rollouts_dir, step, [{**blank, "id": a.id, "reply": a.code, "score": a.score} for a in attempts])
             metrics.write(step_row(step, attempts, best={"boats": best}, timings={}, learning_metrics={}))
             checkpoints.save(step, state, HostState.of(0, archive.to_json(), [], journal).to_json())
         checkpoints.close()

@@ -8,8 +8,8 @@ import sys
 
 import rich.console
 
-from discover_jax.runs.console import Improvement, NullConsole, PlainConsole, TerminalConsole, make_console, step_line
-from discover_jax.types import State
+from discover_jax.runs.console import Improvement, PlainConsole, QuietConsole, StepProgress, TerminalConsole, make_console, step_line
+from discover_jax.types import Outcome, State
 
 ROW = {
     "step": 2,
@@ -30,6 +30,10 @@ def best(score: float) -> State:
 
 def bests(after, before):
     return [Improvement("", after, None if before is None else best(before))]
+
+
+def progress(rollouts: int, programs: int, failures=None) -> StepProgress:
+    return StepProgress(rollouts, 16, programs, 16, 1234.5, failures or {})
 
 
 def test_a_step_of_several_competitions():
@@ -64,15 +68,50 @@ def test_plain_progress_is_rare():
     console.phase("sampling")
     for second in range(1, 13):
         now[0] = 100.0 + second
-        console.progress(second, 16, second // 2, 16, 1234.5)
+        console.progress(progress(second, second // 2))
     console.step_done(ROW, bests(best(0.71), 0.7))
     console.note("careful")
     console.finish(["done"])
     console.close()
     assert lines[:3] == ["title", "  a", "  b"]
-    assert lines[3:5] == [f"    sampling: rollouts {n}/16  programs {n // 2}/16  1,234 tokens/s" for n in (5, 10)]
+    lefts = {5: "~11 s of sampling left", 10: "~6 s of sampling left"}  # 5 s x 11/5, and 10 s x 6/10
+    assert lines[3:5] == [f"    sampling: rollouts {n}/16  programs {n // 2}/16  1,234 tokens/s  {left}" for n, left in lefts.items()]
     assert lines[5].startswith("step  3/10  mean 0.5200")
     assert lines[6:] == ["note: careful", "done"]
+
+
+def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
+    lines, now = [], [0.0]
+    console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
+    for step in (0, 1):  # the first takes twice as long, since it compiles
+        console.step(step, 10)
+        for phase, seconds in (("sampling", 140), ("learning", 50), ("saving", 0), ("checkpoint", 10)):
+            console.phase(phase)
+            now[0] += seconds * (2 - step)
+    console.step(2, 10)
+    console.phase("sampling")
+    now[0] += 50
+    console.progress(progress(4, 2, {Outcome.OK: 1, Outcome.TIMEOUT: 1, Outcome.FORMAT_ERROR: 2, Outcome.KILLED: 0}))
+    now[0] += 100
+    console.phase("learning", "12 rollouts")
+    now[0] += 60
+    console.phase("saving")
+    console.phase("checkpoint", "3 MB")
+    assert lines == [
+        "    sampling: rollouts 4/16  programs 2/16  1,234 tokens/s  ~2 min left, of the run 26 min  2 format error, 1 timeout",
+        "    learning: 12 rollouts  ~60 s left, of the run 24 min",
+        "    checkpoint: 3 MB  ~10 s left, of the run 24 min",
+    ]
+
+
+def test_lines_grow_rarer_in_long_steps():
+    lines, now = [], [0.0]
+    console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
+    console.step(0, 1)
+    for second in range(7200):
+        now[0] = float(second)
+        console.progress(progress(second // 500, 0))
+    assert 70 < len(lines) < 130  # one in 5 s would be 1,440
 
 
 def test_plain_without_a_terminal(capsys):
@@ -140,21 +179,31 @@ def test_terminal():
         console.loading(done, 13_761_264_768)
     console.start("title", ["[red]a"])
     console.phase("loading")
-    console.progress(0, 1, 0, 1, 0.0)
+    console.progress(progress(0, 0))
     console.step(2, 10)
     console.phase("sampling")
-    console.progress(3, 16, 1, 16, 50.0)
+    console.progress(progress(3, 1, {Outcome.TIMEOUT: 2}))
+    console.phase("learning", "12 rollouts in 3 microbatches")
     console.step_done(ROW, bests(best(0.71), 0.7))
     console.finish(["done", "/a/long/path/" * 20])
     console.close()
     text = file.getvalue()
-    for part in ("7000/13761", "title", "[red]a", "step  3/10  mean 0.5200", "done", "/a/long/path/" * 20):
+    for part in (
+        "7000/13761",
+        "title",
+        "[red]a",
+        "step  3/10  mean 0.5200",
+        "2 timeout",
+        "learning, 12 rollouts",
+        "done",
+        "/a/long/path/" * 20,
+    ):
         assert part in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
 
 
-def test_null_console_is_a_console():
-    console = NullConsole()
+def test_quiet_console_is_a_console():
+    console = QuietConsole()
     console.step(0, 1)
     console.step_done(ROW, bests(None, None))
     console.close()

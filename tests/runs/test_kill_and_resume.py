@@ -25,7 +25,7 @@ def check(root: Path, moments: list[int]) -> None:
     assert ended.returncode == 0, ended.stderr
     _, *lines = ended.stdout.splitlines()
     expected = books(root / "unbroken")
-    assert {"journal.jsonl", "metrics.jsonl", "config.json", "best/solution.py", "rollouts/step-000002.jsonl"} <= expected.keys()
+    assert {"journal.jsonl", "metrics.jsonl", "config.json", "best/solution.py", "rollouts/step-000002.parquet"} <= expected.keys()
     attempts = Journal(root / "unbroken" / "journal.jsonl").read()
     assert len({attempt.step for attempt in attempts}) == 3
     host = Checkpoints(root / "unbroken" / "checkpoints", keep=2, every=0, read_only=True).restore(2, None)[1]

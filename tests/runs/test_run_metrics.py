@@ -1,4 +1,4 @@
-"""metrics.jsonl, its schema and page, the row that sums a step up, and rollout files."""
+"""metrics.jsonl, its schema and page, and the row that sums a step up."""
 
 import dataclasses
 import json
@@ -9,8 +9,7 @@ import pytest
 
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.learning.advantages import advantage_metrics, estimate_groups
-from discover_jax.runs.metrics import REQUIRED, SCHEMA, MetricsWriter, markdown, read_metrics
-from discover_jax.runs.rollouts import write_rollouts
+from discover_jax.runs.metrics import REQUIRED, SCHEMA, TASK_SCHEMA, MetricsWriter, markdown, read_metrics, scalars
 from discover_jax.runs.summary import step_row
 from discover_jax.types import Attempt, Outcome, State, StopReason
 
@@ -50,6 +49,21 @@ ATTEMPTS = [
 
 def test_the_page_is_current():
     assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text() == markdown()
+
+
+def test_names_and_units_are_those_that_people_rely_on():
+    """Scripts, TensorBoard and W&B know metrics by name. A new one is added to the list;
+    to rename one, or to change its unit, breaks them.
+    """
+    frozen = json.loads((Path(__file__).parent / "metrics_schema.json").read_text())
+    assert {name: unit for name, (unit, _) in SCHEMA.items()} == frozen["step"]
+    assert {name: unit for name, (unit, _) in TASK_SCHEMA.items()} == frozen["task"]
+    assert list(REQUIRED) == frozen["required"]
+
+
+def test_scalars():
+    row = {"step": 3, "loss": float("nan"), "ratio/max": float("inf"), "best/score": None, "outcome/ok": 3, "entropy": np.float32(0.5)}
+    assert scalars(row) == {"outcome/ok": 3, "entropy": 0.5}
 
 
 def test_every_name_is_explained():
@@ -164,14 +178,3 @@ def test_step_row_of_several_competitions(tmp_path):
     assert read_metrics(tmp_path / "m") == [row]
     with pytest.raises(ConfigError, match="task/boats/luck"):
         MetricsWriter(tmp_path / "m").write(row | {"task/boats/luck": 1.0})
-
-
-def test_rollout_files(tmp_path):
-    rows = [{"group": 0, "text": "ä\ud800\n"}, {"group": 1, "text": ""}]
-    write_rollouts(tmp_path, 7, [{"old": True}])
-    path = write_rollouts(tmp_path, 7, rows)
-    assert path.name == "step-000007.jsonl"
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
-    with pytest.raises(RunError, match="step 8"):
-        write_rollouts(tmp_path, 8, [{"x": float("nan")}])
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -14,7 +14,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
-from discover_jax.runs.console import NullConsole
+from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.disclosure import Isolation, read_isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
@@ -28,7 +28,7 @@ BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 SANDBOX = Isolation(True, ("bubblewrap 0.11",))
 
 
-class Noting(NullConsole):
+class Noting(QuietConsole):
     def __init__(self):
         self.notes = []
 

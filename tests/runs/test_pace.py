@@ -1,0 +1,62 @@
+"""What is left of step and run, by hand."""
+
+import pytest
+
+from discover_jax.runs.pace import Pace, duration
+
+
+@pytest.fixture
+def now():
+    return [0.0]
+
+
+@pytest.fixture
+def pace(now):
+    return Pace(lambda: now[0])
+
+
+def do(pace, now, step, steps, **phases):
+    pace.step(step, steps)
+    for name, seconds in phases.items():
+        pace.phase(name)
+        now[0] += seconds
+
+
+def test_in_the_first_step_only_sampling_can_be_told(pace, now):
+    pace.phase("loading")
+    assert (pace.elapsed, pace.left(0.5)) == (0.0, "")
+    pace.step(0, 3)
+    now[0] = 40.0
+    assert pace.left(0.0) == pace.left(1.0) == ""
+    assert pace.left(0.4) == "~60 s of sampling left"
+
+
+def test_later_steps_take_the_medians_of_the_last_five_without_the_first(pace, now):
+    for step, seconds in enumerate((1000, 50, 60, 70, 9000, 80)):
+        do(pace, now, step, 20, sampling=seconds, learning=10, checkpoint=2)
+    pace.step(6, 20)
+    pace.phase("sampling")
+    now[0] += 10
+    assert pace.left(0.1) == f"~72 s left, of the run {duration(72 + 13 * 82)}"  # 70 - 10, and 10 + 2
+    now[0] += 70  # longer than usual: what rollouts tell
+    assert pace.left(0.8) == f"~32 s left, of the run {duration(32 + 13 * 82)}"
+    pace.phase("learning")
+    now[0] += 4
+    assert pace.left(1.0) == f"~8 s left, of the run {duration(8 + 13 * 82)}"
+    pace.phase("checkpoint")
+    now[0] += 5
+    assert pace.left(1.0) == f"~0 s left, of the run {duration(13 * 82)}"
+
+
+def test_the_first_step_is_better_than_nothing(pace, now):
+    do(pace, now, 4, 6, sampling=80, learning=20)
+    pace.step(5, 6)
+    assert pace.left(0.0) == "~2 min left, of the run 2 min"  # none comes after it
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (3540, "59 min"), (3600, "1 h 00 min"), (90_000, "25 h 00 min"), (200_000, "2 d 8 h")],
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said

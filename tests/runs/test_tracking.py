@@ -1,0 +1,214 @@
+"""Event files as TensorBoard reads them; W&B only on request, refused with a reason, and in its own offline mode where it is installed."""
+
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from discover_jax import config as settings
+from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.runs.metrics import REQUIRED
+from discover_jax.runs.tracking import EventFiles, open_trackers
+from discover_jax.runs.workdir import open_workdir
+
+ROW = dict.fromkeys(REQUIRED, 0.5) | {"loss": float("nan"), "task/planes/reward_mean": 0.25, "outcome/ok": 3, "best/score": None}
+
+
+def events(path: Path) -> list:
+    """The events of one file: records of length (8 bytes), its checksum (4), bytes and theirs (4); a torn last one is left out."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, found = path.read_bytes(), []
+    while len(data) >= 12:
+        (length,) = struct.unpack("<Q", data[:8])
+        if len(data) < length + 16:
+            break
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[length + 16 :]
+    return found
+
+
+def shown(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """What TensorBoard shows: files in the order of their names; a start at a step drops all that was there of it and later ones."""
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    points: dict[tuple[str, int], list[float]] = {}
+    for path in sorted(folder.iterdir()):
+        for event in events(path):
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                points = {place: values for place, values in points.items() if place[1] < event.step}
+            for value in event.summary.value:
+                points.setdefault((value.tag, event.step), []).append(value.simple_value)
+    return points
+
+
+def config_of(**tracking):
+    config = settings.default_config()
+    config.name = "boats"
+    config.tracking.update(tracking)
+    return config
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    with open_workdir(tmp_path / "run", {}, "train") as workdir:
+        yield workdir
+
+
+def run(workdir, steps, *, leads=True, **tracking):
+    with open_trackers(config_of(**tracking), workdir, "train", leads=leads) as trackers:
+        if leads:
+            trackers.begin(steps[0])
+            for step in steps:
+                trackers.write(ROW | {"step": step, "reward/mean": step / 2})
+
+
+def test_a_resumed_run_has_each_step_once(workdir):
+    run(workdir, [0, 1, 2])
+    run(workdir, [2, 3])
+    assert len(list(workdir.tensorboard_dir.iterdir())) == 2
+    points = shown(workdir.tensorboard_dir)
+    assert all(len(values) == 1 for values in points.values())
+    assert {step: values for (name, step), values in points.items() if name == "reward/mean"} == {n: [n / 2] for n in range(4)}
+    named = {name for name, _ in points}
+    assert named == ROW.keys() - {"step", "loss", "best/score"}  # neither what is no number nor what there is none of
+
+
+def test_every_row_is_there_at_once_and_a_torn_one_does_no_harm(tmp_path):
+    files = EventFiles(tmp_path / "tensorboard")
+    files.begin(0)
+    files.write(ROW | {"step": 0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    whole = path.read_bytes()
+    files.write(ROW | {"step": 1})
+    assert {step for _, step in shown(path.parent)} == {0, 1}
+    files.close(failed=True)
+    path.write_bytes(path.read_bytes()[: len(whole) + 20])
+    again = EventFiles(path.parent)
+    again.begin(1)
+    again.write(ROW | {"step": 1})
+    again.close(failed=False)
+    assert all(len(values) == 1 for values in shown(path.parent).values())
+    assert {step for _, step in shown(path.parent)} == {0, 1}
+
+
+def test_a_full_disk_is_told(tmp_path):
+    files = EventFiles(tmp_path / "tensorboard")
+    files.begin(0)
+    files._file._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(RunError, match="No space left on device"):
+        files.write(ROW | {"step": 0})
+    files.close(failed=True)
+
+
+def test_other_processes_tell_nobody(workdir):
+    run(workdir, [0], leads=False, wandb="online")
+    assert not workdir.tensorboard_dir.exists()
+
+
+def test_torch_is_not_imported_for_it():
+    code = (
+        "import sys; from discover_jax.runs import tracking; tracking._tensorboard();"
+        " assert 'torch' not in sys.modules; assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wandb_that_is_not_installed(workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"config.tracking.wandb = 'online'.*pip install 'discover_jax\[tracking\]'"):
+        run(workdir, [0], wandb="online")
+    assert not workdir.tensorboard_dir.exists()
+    run(workdir, [0])  # which nobody asked for
+
+
+class Recorded:
+    """What a run at W&B is told; `step` is the next one that it would take, as W&B has it."""
+
+    def __init__(self, step):
+        self.step, self.rows, self.code = step, [], None
+
+    def log(self, row, step, commit):
+        self.rows.append((step, row))
+        self.step = step + 1
+
+    def finish(self, exit_code):
+        self.code = exit_code
+
+
+def imitation(monkeypatch, *, logged_in, steps_known=0):
+    """A module in the place of wandb: what it was asked for is in `calls`."""
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+    module = types.ModuleType("wandb")
+    calls, runs = [], []
+
+    def init(**options):
+        calls.append(options)
+        runs.append(Recorded(steps_known if len(runs) else 0))
+        return runs[-1]
+
+    module.Error = type("Error", (Exception,), {})
+    module.Settings = lambda **options: options
+    module.setup = lambda **options: None
+    module.login = logged_in if callable(logged_in) else lambda **options: logged_in
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module, calls, runs
+
+
+def test_wandb_without_login(workdir, monkeypatch):
+    imitation(monkeypatch, logged_in=False)
+    with pytest.raises(ConfigError, match=r"nobody is logged in.*wandb login"):
+        run(workdir, [0], wandb="online")
+    module, calls, _ = imitation(monkeypatch, logged_in=None)
+
+    def refuse(**options):
+        raise module.Error("401")
+
+    module.login = refuse
+    with pytest.raises(ConfigError, match="refuses the login \\(401\\)"):
+        run(workdir, [0], wandb="online")
+    assert calls == []
+
+
+def test_wandb_gets_numbers_and_settings_and_is_resumed_by_id(workdir, monkeypatch):
+    _, calls, runs = imitation(monkeypatch, logged_in=True, steps_known=3)
+    run(workdir, [0, 1, 2], wandb="online", project="boats")
+    run(workdir, [2, 3], wandb="online", project="boats")
+    first, second = calls
+    assert first["id"] == second["id"] == (workdir.path / "wandb_id").read_text().strip() != ""
+    assert (first["resume"], first["project"], first["entity"], first["mode"]) == ("allow", "boats", None, "online")
+    assert first["config"]["tracking.project"] == "boats"
+    assert first["settings"]["console"] == "off"
+    assert first["settings"]["save_code"] is False
+    assert [step for step, _ in runs[0].rows] == [0, 1, 2]
+    assert [step for step, _ in runs[1].rows] == [3]  # it has step 2
+    expected = {name: value for name, value in ROW.items() if name not in ("step", "loss", "best/score")}
+    assert runs[0].rows[2][1] == expected | {"reward/mean": 1.0}
+    assert runs[0].code == 0
+    with pytest.raises(TypeError):  # in the place of any error of a run
+        run(workdir, [4, "no step"], wandb="online")
+    assert runs[2].code == 1
+
+
+def test_real_wandb_offline(workdir, monkeypatch):
+    """What W&B's own file holds; nothing is sent in this mode."""
+    pytest.importorskip("wandb", reason="needs the extra `tracking`")
+    monkeypatch.setenv("HOME", str(workdir.path / "home"))
+    run(workdir, [0, 1], wandb="offline")
+    (file,) = (workdir.path / "wandb").glob("offline-run-*/*.wandb")
+    data = file.read_bytes()
+    assert b"task/planes/reward_mean" in data
+    assert (workdir.path / "wandb_id").read_text().strip() in file.name
+
+
+def test_settings_of_nobody_are_refused_and_tracking_may_change_on_resume(tmp_path):
+    config = config_of(project="boats")
+    with pytest.raises(ConfigError, match=r"config\.tracking\.project"):
+        settings.validate(config)
+    for name in ("off", "offline"):
+        with open_workdir(tmp_path / "run", settings.flatten(config_of(wandb=name)), "train"):
+            pass
