@@ -173,7 +173,7 @@ class WandbRun:
         # Its reports on itself would tell of this machine, too, and offline mode alone does not hold all of them back.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
                 f"config.tracking.wandb = {mode!r}, but the package wandb cannot be imported ({error}). Install it by `pip install"
