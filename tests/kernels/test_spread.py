@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_experts_and_attention_spread_over_four_devices():
     script = Path(__file__).with_name("spread_program.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

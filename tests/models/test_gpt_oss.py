@@ -207,6 +207,7 @@ def test_rank_zero_leaves_a_target_out():
     assert all("attention" in name for name in names)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_not_numbers(frozen, lora):
     tokens_BT, gradients, sizes = _tokens(1, 200), [], []
     for remat in REMAT:
