@@ -69,7 +69,8 @@ def results(workdir: Path) -> dict[str, Any]:
             found[str(path.relative_to(workdir))] = path.read_bytes()
     found["metrics"] = [_without(row, _TIMED_METRICS) for row in read_metrics(workdir / "metrics.jsonl")]
     for path in (workdir / "rollouts").iterdir():
-        found[path.name] = [_without(json.loads(line), _TIMED_ROLLOUTS) for line in path.read_text().splitlines()]
+        rows = json.loads(pd.read_parquet(path, engine="fastparquet").to_json(orient="records"))
+        found[path.name] = [_without(row, _TIMED_ROLLOUTS) for row in rows]
     last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     found["last checkpoint"] = json.loads((last / "host" / "metadata").read_bytes())  # with the SHA-256 of each array, and of all
     return found

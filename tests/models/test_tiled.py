@@ -157,8 +157,8 @@ def test_tiles_are_taken_where_a_kernel_reads_them(logged, monkeypatch):
         assert "bfloat16" in logged.pop()
         assert _form(sizes=ModelConfig(4, 96, 4, 2, 32, 4, 2, 64, 97, sliding_window=8)) == "packed"
         assert "128 rows and 96 columns" in logged.pop()
-        assert _form(mesh=AbstractMesh((2, 1, 1), ("data", "expert", "tensor"))) == "packed"
-        assert "the mesh has 2" in logged.pop()
+        assert _form(mesh=AbstractMesh((1, 1, 2), ("data", "expert", "tensor"))) == "packed"
+        assert "config.mesh.tensor = 2" in logged.pop()
         monkeypatch.setitem(table.KERNELS, ("decode_experts", "gpu"), mix_reference)
         table._entry.cache_clear()
         assert _form() == "packed"
