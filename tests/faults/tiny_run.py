@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from phrase_model import write_phrase_model
 
 from discover_jax.runs.metrics import read_metrics
