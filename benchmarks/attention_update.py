@@ -11,7 +11,7 @@ float32, relative to the norm, on a row of 2,048 tokens. Needs a GPU and the ext
 import argparse
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def arrays(lengths: list[int], dtype: Any = jnp.bfloat16) -> tuple[tuple[jax.Arr
     return drawn, jnp.asarray(segments)[None], jax.random.normal(keys[4], (HEADS,), dtype)
 
 
-def pairs(lengths: list[int], window: int | None) -> int:
+def pairs(lengths: Sequence[int], window: int | None) -> int:
     """Of a query and a key that see each other."""
     seen = [min(n, window or n) for n in lengths]
     return sum(w * (w + 1) // 2 + (n - w) * w for n, w in zip(lengths, seen, strict=True))

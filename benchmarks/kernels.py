@@ -51,8 +51,13 @@ def ceilings() -> dict[str, float]:
     words = jax.jit(lambda: jnp.arange(1 << 30, dtype=jnp.uint32))()
     copy = 2 * words.nbytes / seconds(jnp.copy, words, calls=20)
     del words
-    a, b = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
-    return {"copy_bytes_per_s": copy, "matmul_flops_per_s": 2 * 8192**3 / seconds(jax.jit(jnp.matmul), a, b, calls=20)}
+    return {"copy_bytes_per_s": copy, "matmul_flops_per_s": matmul_flops_per_s()}
+
+
+def matmul_flops_per_s(size: int = 8192) -> float:
+    """Of a bfloat16 product of two square matrices."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, b, calls=20)
 
 
 def matrix(key: jax.Array, out: int, into: int, rank: int, *, paired: bool) -> TiledMatrix:

@@ -41,11 +41,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
+from attention_update import pairs
 from decode import SHOWN, _events, _functions
-from kernels import seconds
+from kernels import matmul_flops_per_s
 
 from discover_jax import config as settings
 from discover_jax.dry_run import needs
@@ -113,22 +113,13 @@ def operations(sizes: ModelConfig, places: Sequence[int], bearing: int) -> Opera
     experts = sizes.experts_per_token * 3 * sizes.width * sizes.expert_width
     layers = sizes.num_layers * (attention + experts + sizes.width * sizes.num_experts) * sum(places)
     head = sizes.vocab_size * sizes.width
-    pairs = 0
-    for place in places:
-        window = min(place, sizes.sliding_window)
-        pairs += place * (place + 1) // 2 + window * (window + 1) // 2 + (place - window) * window
-    scores = 4 * sizes.num_heads * sizes.head_size * sizes.num_pairs * pairs
+    seen = pairs(places, None) + pairs(places, sizes.sliding_window)
+    scores = 4 * sizes.num_heads * sizes.head_size * sizes.num_pairs * seen
     return Operations(
         needed=4 * layers + 3 * scores + 4 * head * bearing,
         full_remat=6 * (layers + head * sum(places)) + 4.5 * scores,
         base=2 * layers + scores + 2 * head * bearing,
     )
-
-
-def matmul_flops_per_s(size: int) -> float:
-    """Of a bfloat16 product of two square matrices."""
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
-    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, b, calls=20)
 
 
 def predicted(config: Any, sizes: ModelConfig, *, gradient_only: bool) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
-from discover_jax.sampling.sampler import Sampler, most_pages
+from discover_jax.sampling.sampler import Sampler, most_pages, row_devices, rows_of
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
@@ -102,8 +102,7 @@ def _cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) 
         return config.sampling.cache_tokens // PAGE
     if memory is None:
         return None
-    devices = 1 if model.mesh is None else model.mesh.shape["data"]  # over which rows are spread
-    rows = -(-min(config.sampling.slots, config.groups * config.group_size) // devices) * devices
+    rows = rows_of(config.sampling.slots, config.groups * config.group_size, row_devices(model))
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
     page, pages_of_1 = model.abstract_pool(1, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
     taken = {

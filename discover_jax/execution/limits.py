@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from discover_jax.exceptions import ConfigError
 
@@ -48,3 +49,8 @@ class Limits:
                 raise ConfigError(f"Limits.{field.name} = {value!r}: every limit must be positive and finite; default {field.default}.")
             if field.name != "seconds" and int(value) != value:
                 raise ConfigError(f"Limits.{field.name} = {value!r}: must be a whole number; default {field.default}.")
+
+
+def limits_of(settings: Any) -> Limits:
+    """The bounds that `config.execution` sets, or whatever else has its `seconds`, `cores` and `memory_gib`."""
+    return Limits(seconds=settings.seconds, cores=settings.cores, memory_bytes=int(settings.memory_gib * GIB))

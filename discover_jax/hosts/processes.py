@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from discover_jax.exceptions import ConfigError, HostError
+from discover_jax.models.sharding import replicated
 
 HEARTBEAT_SECONDS = 40
 """After so long without a sign of life a process counts as lost: jax's own check, beside that of `watch`."""
@@ -172,7 +173,7 @@ def _readable(leaf: Any) -> Any:
 
 @functools.cache
 def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
 
 
 def least(processes: Processes, value: int | None) -> int | None:

@@ -26,6 +26,14 @@ def _tile(ptr, places, T, width, at, H: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
+def _put(ptr, tile, places, T, width, at, H: tl.constexpr):
+    """Writes what `_tile` would read, rounded to its type."""
+    h = tl.arange(0, H)
+    spots = ptr + places.to(tl.int64)[:, None] * width + at + h[None, :]
+    tl.store(spots, tile.to(ptr.dtype.element_ty), mask=(places < T)[:, None])
+
+
+@triton.jit
 def _attend(
     sums, q, k_ptr, v_ptr, place, first, begin, end, T, kv_width, kv_at,
     H: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr,
@@ -96,9 +104,7 @@ def forward(
     sums = _attend(sums, q, k_ptr, v_ptr, place, first, whole, start, T, K * H, kv_at, H, BN, STAGES, False)
     sums = _attend(sums, q, k_ptr, v_ptr, place, first, start, end, T, K * H, kv_at, H, BN, STAGES, True)
     out, highest, total = sums
-    h = tl.arange(0, H)
-    spots = out_ptr + (row + place)[:, None] * (N * H) + head * H + h[None, :]
-    tl.store(spots, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=(place < T)[:, None])
+    _put(out_ptr + row * (N * H), out / total[:, None], place, T, N * H, head * H, H)
     tl.store(lse_ptr + (batch * N + head).to(tl.int64) * T + place, highest + tl.log2(total), mask=place < T)
 
 
@@ -161,9 +167,7 @@ def backward_queries(
     dq = _to_queries(dq, q, d_out, lse, delta, k_ptr, v_ptr, place, first, begin, whole, T, K * H, kv_at, H, BN, STAGES, True)
     dq = _to_queries(dq, q, d_out, lse, delta, k_ptr, v_ptr, place, first, whole, start, T, K * H, kv_at, H, BN, STAGES, False)
     dq = _to_queries(dq, q, d_out, lse, delta, k_ptr, v_ptr, place, first, start, end, T, K * H, kv_at, H, BN, STAGES, True)
-    h = tl.arange(0, H)
-    spots = dq_ptr + (row + place)[:, None] * (N * H) + head * H + h[None, :]
-    tl.store(spots, (dq * H**-0.5).to(dq_ptr.dtype.element_ty), mask=live[:, None])
+    _put(dq_ptr + row * (N * H), dq * H**-0.5, place, T, N * H, head * H, H)
 
 
 @triton.jit
@@ -238,7 +242,5 @@ def backward_keys(
         sums = _to_keys(sums, k, v, q_ptr, d_out_ptr, lse, delta, key, last, near, whole, T, N * H, at, H, BM, STAGES, False)
         sums = _to_keys(sums, k, v, q_ptr, d_out_ptr, lse, delta, key, last, whole, end, T, N * H, at, H, BM, STAGES, True)
     dk, dv = sums
-    h = tl.arange(0, H)
-    spots = (row + key)[:, None] * (K * H) + kv_head * H + h[None, :]
-    tl.store(dk_ptr + spots, (dk * H**-0.5).to(dk_ptr.dtype.element_ty), mask=live[:, None])
-    tl.store(dv_ptr + spots, dv.to(dv_ptr.dtype.element_ty), mask=live[:, None])
+    _put(dk_ptr + row * (K * H), dk * H**-0.5, key, T, K * H, kv_head * H, H)
+    _put(dv_ptr + row * (K * H), dv, key, T, K * H, kv_head * H, H)

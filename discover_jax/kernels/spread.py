@@ -72,12 +72,11 @@ def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
         *,
         experts: int,
         adapted: bool,
-        limit: float,
-        alpha: float,
         layer: jax.Array | None = None,
+        **options: Any,
     ) -> jax.Array:
         own, split = experts // parts, rows_axes(x_TD.shape[0], mesh)
-        tokens, options = PartitionSpec(split), {"experts": own, "adapted": adapted, "limit": limit, "alpha": alpha}
+        tokens = PartitionSpec(split)
 
         def of_device(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, arrays: tuple, layer: jax.Array | None) -> jax.Array:
             if _EXPERT in split:
@@ -85,7 +84,7 @@ def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
             local_TX = index_TX - own * lax.axis_index(_EXPERT)
             local_TX = jnp.where((local_TX >= 0) & (local_TX < own), local_TX, own)
             matrices = (_Own(matrix, part) for matrix, part in zip((gate_up, down), arrays, strict=True))
-            y_TD = mix(x_TD, local_TX, weights_TX, *matrices, **options, layer=layer)
+            y_TD = mix(x_TD, local_TX, weights_TX, *matrices, experts=own, adapted=adapted, layer=layer, **options)
             return lax.psum_scatter(y_TD, _EXPERT, tiled=True) if _EXPERT in split else lax.psum(y_TD, _EXPERT)
 
         arrays = (gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted))

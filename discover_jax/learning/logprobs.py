@@ -31,8 +31,7 @@ def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_to
     routes = () if batch.routes_BTLX is None else (batch.routes_BTLX,)
     hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT, *routes)
     rows, length = batch.tokens_BT.shape
-    mesh = getattr(model, "mesh", None)
-    spread = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rows_axes(rows, mesh))
+    spread = 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in rows_axes(rows, model.mesh))
     # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh.
     chunks = -(-length // max(1, chunk_tokens * spread // rows))
     chunk = -(-length // chunks)  # of equal length, or the last one would be mostly padding

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from discover_jax.models.sharding import shardings
+from discover_jax.models.sharding import replicated, shardings
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> 
     """
     lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_mesh(leaf)), lora)
     meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(lora) if leaf.sharding is not None]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    everywhere = replicated(meshes[0] if meshes else None)
 
     def moment(leaf: Any, of_lora: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of_lora.sharding)

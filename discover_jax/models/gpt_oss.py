@@ -316,13 +316,9 @@ class Model:
         return jnp.moveaxis(routes.reshape(-1, *routes.shape[2:]), 0, 2)
 
     @property
-    def _devices(self) -> int:
-        return 1 if self.mesh is None else self.mesh.size
-
-    @property
     def _stacked(self) -> bool:
         """Whether attention's projections stay in their stacks too: their kernel runs on one device."""
-        return self._devices == 1
+        return self.mesh is None or self.mesh.size == 1
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
         return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))

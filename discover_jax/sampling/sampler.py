@@ -21,7 +21,7 @@ from discover_jax.models.cache import Cache, Pool, copy_page, put_pages, take_pa
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
-from discover_jax.sampling.schedule import FEWEST_ROWS, MOVED_PAGES, PAGE, Limits, Programs, Progress, Schedule, pages_of
+from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Limits, Programs, Progress, Schedule, half_of, pages_of
 from discover_jax.types import Program, Prompt, Rollout
 
 PROMPT_CHUNK = 512
@@ -36,6 +36,16 @@ def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
 
 def _put(pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
     return copy_page(pool, source, target), put_row(rows, slot, one)
+
+
+def row_devices(model: Any) -> int:
+    """Devices over which the rows of the batch are spread: those along the mesh's data axis."""
+    return 1 if model.mesh is None else model.mesh.shape["data"]
+
+
+def rows_of(slots: int, rollouts: int, devices: int) -> int:
+    """Rows of the batch: a slot for each rollout, as far as there are any, and a multiple of the devices."""
+    return -(-min(slots, rollouts) // devices) * devices
 
 
 class Sampler:
@@ -122,7 +132,7 @@ class Sampler:
             record_routes=record_routes,
         )
         # On a mesh every array comes back as it went in, and what the host reads lies whole on all devices.
-        self._row_devices = 1 if model.mesh is None else model.mesh.shape["data"]
+        self._row_devices = row_devices(model)
         whole, pool = replicated(model.mesh), shardings(model.abstract_pool(1, PAGE))
         rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
@@ -210,11 +220,11 @@ class Sampler:
         yield Program("decode", self._launch.lower(frozen, lora, pool, rows, pages, ids(), scalar, scalar), live)
         yield Program("put", self._put_row.lower(pool, rows, one, ids(), ids(), ids()), live)
         yield Program("set aside", self._take_pages.lower(pool, ids(MOVED_PAGES)), live)
-        if (fewer := batch // 2) >= FEWEST_ROWS and fewer % limits.row_devices == 0:
+        if fewer := half_of(batch, limits.row_devices):
             yield Program("shrink", self._take_rows.lower(rows, ids(fewer)), live)
 
     def _limits(self, rollouts: int) -> Limits:
-        slots = -(-min(self._slots, rollouts) // self._row_devices) * self._row_devices
+        slots = rows_of(self._slots, rollouts, self._row_devices)
         pages = most_pages(slots, self._max_prompt, self._max_new)
         return Limits(
             slots=slots,

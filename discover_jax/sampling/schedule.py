@@ -29,6 +29,12 @@ MOVED_PAGES = 16
 """Pages that go to the host's memory or come back at once."""
 
 
+def half_of(rows: int, row_devices: int) -> int:
+    """Of a batch of so many rows, spread over so many devices; 0 if it is not to be halved."""
+    half = rows // 2
+    return half if half >= FEWEST_ROWS and half % row_devices == 0 else 0
+
+
 def pages_of(tokens: int) -> int:
     """Pages that so many tokens take."""
     return -(-tokens // PAGE)
@@ -306,8 +312,8 @@ class Schedule:
         """Halves the batch for as long as its live rows fit, once no rollout waits."""
         live = [slot for slot, rollout in enumerate(self._slots) if rollout is not None]
         rows = len(self._slots)
-        while not self._waiting() and self._half(rows) >= max(1, len(live)):
-            rows = self._half(rows)
+        while not self._waiting() and half_of(rows, self._limits.row_devices) >= max(1, len(live)):
+            rows = half_of(rows, self._limits.row_devices)
         if rows < len(self._slots):
             keep_R = (live + [slot for slot, rollout in enumerate(self._slots) if rollout is None])[:rows]
             self._rows = self._do.take_rows(self._rows, np.asarray(keep_R, np.int32))
@@ -344,12 +350,7 @@ class Schedule:
         """A launch ends early when no more rows than this are live: a quarter can be refilled, or in the tail the batch can be halved."""
         if self._waiting():
             return live - max(1, live // 4)
-        return self._half(len(self._slots))
-
-    def _half(self, rows: int) -> int:
-        """Of a batch of so many rows; 0 if it is not to be halved."""
-        half = rows // 2
-        return half if half >= FEWEST_ROWS and half % self._limits.row_devices == 0 else 0
+        return half_of(len(self._slots), self._limits.row_devices)
 
     def _close(self, rollout: _Open) -> Rollout:
         tokens_T = np.concatenate(rollout.tokens).astype(np.int32)

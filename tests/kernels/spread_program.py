@@ -60,10 +60,12 @@ def attention(attend: Any, rows: int) -> list[np.ndarray]:
 
 def main() -> None:
     found = {}
-    cases = [("experts", experts, mix_reference, spread_experts, sizes := (12, 5))]
-    cases.append(("attention", attention, windowed_attention_reference, spread_attention, sizes))
-    for name, run, alone, spread, counts in cases:
-        for count in counts:
+    cases = {
+        "experts": (experts, mix_reference, spread_experts),
+        "attention": (attention, windowed_attention_reference, spread_attention),
+    }
+    for name, (run, alone, spread) in cases.items():
+        for count in (12, 5):
             expected = run(alone, count)
             for shape in MESHES:
                 got = run(spread(alone, make_mesh(*shape)), count)
