@@ -1,11 +1,13 @@
 """Tokens a second of sampling on random weights of a published shape, beside what the device's own bandwidth allows in the same run.
 
-    python benchmarks/decode.py --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--new=256] [--no_adapter] [--profile] [--json=FILE]
+    python benchmarks/decode.py --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--new=256] [--data=1] [--expert=1] [--no_adapter]
+        [--profile] [--json=FILE]
 
 One prompt, as many rollouts of it as the batch has rows, through the sampler as a run uses it. The speed is that of whole launches after
 those that compile, with every row live. The floor of a step is the time in which a plain large copy moves the bytes that it must read: all
 weights but the experts' matrices; those of the experts that a uniform routing would choose; the adapter likewise, in the model's type; and
-keys and values up to the mean context. `--profile` also says in which functions the device's time of a launch went.
+keys and values up to the mean context. On a mesh it is that of one device, without a time for what devices exchange. `--profile` also says
+in which functions the device's time of a launch went.
 """
 
 import argparse
@@ -25,9 +27,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mesh import add_mesh, mesh_of, set_mesh
 
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_sampler
+from discover_jax.kernels.spread import row_devices
 from discover_jax.machines import take_gpu_memory
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import local_bytes
@@ -56,9 +60,10 @@ def copy_bytes_per_s(size: int) -> float:
 
 
 def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: float) -> dict[str, float]:
-    """What one step must read at least, bytes by what they are."""
-    c = model.config
-    hit = 1 - (1 - c.experts_per_token / c.num_experts) ** rows
+    """What one step must read at least on a device, bytes by what they are."""
+    c, data = model.config, 1 if model.mesh is None else model.mesh.shape["data"]
+    hit = 1 - (1 - c.experts_per_token / c.num_experts) ** (rows / data)
+    rows = rows // row_devices(model.mesh)
 
     def split(tree: Any) -> tuple[int, int]:
         """Elements' bytes of the experts' matrices, and of all else."""
@@ -114,7 +119,7 @@ def measure(arguments: argparse.Namespace, rows: int, frozen: Any, lora: Any, sp
     """One row of the table."""
     config = configured(arguments, rows)
     sizes = shape_of(arguments.shape, arguments.layers)
-    model = build_model(config, sizes)
+    model = build_model(config, sizes, mesh_of(config))
     # The last id stops, so that almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     rng = np.random.default_rng(0)
@@ -254,6 +259,7 @@ def configured(arguments: argparse.Namespace, rows: int) -> Any:
     config.groups, config.group_size = 1, rows
     config.sampling.slots = rows
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
+    set_mesh(config, arguments)
     return config
 
 
@@ -265,6 +271,7 @@ def main() -> None:
     parser.add_argument("--batch", default="128,1", help="rows, one after another")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=256, help="tokens of a rollout")
+    add_mesh(parser)
     parser.add_argument("--no_adapter", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--keep_trace", default="", help="folder for the trace and the compiled program")
@@ -275,13 +282,15 @@ def main() -> None:
     spent = _Compilations()
     copy = copy_bytes_per_s(arguments.copy_bytes)
     started = time.perf_counter()
-    model = build_model(configured(arguments, 1), shape_of(arguments.shape, arguments.layers))
+    config = configured(arguments, 1)
+    model = build_model(config, shape_of(arguments.shape, arguments.layers), mesh_of(config))
     frozen = model.init_frozen(jax.random.key(0))
     lora = None if arguments.no_adapter else model.init_lora(jax.random.key(1))
     jax.block_until_ready((frozen, lora))
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "device": jax.devices()[0].device_kind,
+        "mesh": None if model.mesh is None else dict(model.mesh.shape),
         "jax": jax.__version__,
         "experts": model.experts,
         "copy_bytes_per_s": copy,

@@ -1,7 +1,7 @@
 """A whole call of the sampler on random weights of a published shape: prompts, decoding, slots, pages, and the gap to the trainer.
 
     python benchmarks/sampling.py --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
-        [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--measure=0] [--json=FILE]
+        [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--measure=0] [--data=1] [--expert=1] [--json=FILE]
 
 `decode.py` measures steps; this measures what a run waits for. Every prompt is another one. Nothing stops a rollout but its budget, unless
 `--stop_every` says after how many tokens on average: then lengths differ, slots are refilled, and a small `--cache_tokens` makes rollouts
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from decode import bytes_of_a_step, copy_bytes_per_s, sample
+from mesh import add_mesh, mesh_of, set_mesh
 
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_sampler
@@ -41,6 +42,7 @@ def configured(arguments: argparse.Namespace) -> Any:
     config.sampling.slots, config.sampling.cache_tokens = arguments.slots, arguments.cache_tokens
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
     config.sampling.temperature = arguments.temperature
+    set_mesh(config, arguments)
     return config
 
 
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--contexts", default="4096,8192")
     parser.add_argument("--measure", type=int, default=0, help="rollouts that the trainer looks at")
+    add_mesh(parser)
     parser.add_argument("--no_adapter", action="store_true")
     parser.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array that is copied")
     parser.add_argument("--json", type=Path)
@@ -107,7 +110,7 @@ def main() -> None:
     take_gpu_memory()
     copy = copy_bytes_per_s(arguments.copy_bytes)
     config, sizes = configured(arguments), shape_of(arguments.shape, arguments.layers)
-    model = build_model(config, sizes)
+    model = build_model(config, sizes, mesh_of(config))
     frozen = model.init_frozen(jax.random.key(0))
     lora = None if arguments.no_adapter else model.init_lora(jax.random.key(1))
     # With random weights about one token in `vocab_size / stops` is a stop; without any, a number that is no token stands for it.
@@ -139,6 +142,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "device": jax.devices()[0].device_kind,
+        "mesh": None if model.mesh is None else dict(model.mesh.shape),
         "jax": jax.__version__,
         "experts": model.experts,
         "copy_bytes_per_s": copy,

@@ -46,6 +46,7 @@ from absl import logging as absl_logging
 from attention_update import pairs
 from decode import SHOWN, _events, _functions
 from kernels import matmul_flops_per_s
+from mesh import add_mesh, mesh_of, set_mesh
 
 from discover_jax import config as settings
 from discover_jax.dry_run import needs
@@ -56,7 +57,7 @@ from discover_jax.learning.update import Update
 from discover_jax.machines import device_memory, find_machine, take_gpu_memory
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.sharding import local_bytes, mesh_of_run
+from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
 from discover_jax.runs.compilations import cache_compilations
 from discover_jax.sampling.sampler import most_pages
@@ -76,7 +77,7 @@ def configured(arguments: argparse.Namespace) -> Any:
     # The dry run compiles a sampler, too: of one rollout, which has room beside any update.
     config.sampling.slots, config.sampling.cache_tokens = 1, most_pages(1, prompt, new) * PAGE
     config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
-    config.mesh.data, config.mesh.expert = arguments.data, arguments.expert
+    set_mesh(config, arguments)
     config.model.remat = arguments.remat or config.model.remat
     if arguments.lora == "attention":
         config.lora.expert_rank = config.lora.head_rank = 0
@@ -230,9 +231,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a rollout that bear no loss")
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row; 0: that of a rollout")
-    parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch")
-    parser.add_argument("--data", type=int, default=1, help="of the mesh; --rows is to be a multiple of data x expert")
-    parser.add_argument("--expert", type=int, default=1, help="of the mesh")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch, a multiple of --data x --expert")
+    add_mesh(parser)
     parser.add_argument("--remat", default="", help="another policy than the config's default")
     parser.add_argument("--lora", choices=("report", "attention"), default="report")
     parser.add_argument("--gradient_only", action="store_true", help="without optimiser and KL, and the memory of the former")
@@ -276,8 +276,7 @@ def main() -> None:
         result["predicted"] = predicted(config, sizes, gradient_only=arguments.gradient_only)
         keep()
 
-    mesh = mesh_of_run(config.mesh.data, config.mesh.expert, config.mesh.tensor)
-    model, optimizer = build_model(config, sizes, mesh), build_optimizer(config)
+    model, optimizer = build_model(config, sizes, mesh_of(config)), build_optimizer(config)
     update = build_update(config, model, optimizer)
     frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
     state = None if arguments.gradient_only else init_train_state(lora, optimizer)

@@ -1,7 +1,8 @@
 """Where the time of a whole step goes: the run's own loop, `discover_jax.main.run`, on random weights of a published shape.
 
     python benchmarks/whole_step.py --shape=gpt-oss-120b [--layers=0] [--groups=16] [--group_size=8] [--prompt=3072] [--new=2048]
-        [--row_tokens=0] [--rows=1] [--steps=2] [--competition=digits-parity] [--raw=FILE] [--workdir=DIR] [--json=FILE]
+        [--row_tokens=0] [--rows=1] [--steps=2] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
+        [--workdir=DIR] [--json=FILE]
 
 Real are: the loop with all that it does (parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the update
 with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics, checkpoint), the kernels, and the model's sizes. Not
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from mesh import add_mesh, set_mesh
 from update import peak_bytes
 
 from discover_jax import config as settings
@@ -125,6 +127,7 @@ def configured(arguments: argparse.Namespace) -> Any:
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
     config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
     config.execution.cores = arguments.cores
+    set_mesh(config, arguments)
     if arguments.unsafe:
         config.execution.backend, config.execution.allow_weaker = "unsafe-subprocess", True
     return settings.validate(config)
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row of the update; 0: longest prompt + rollout")
     parser.add_argument("--rows", type=int, default=1, help="packed rows in a microbatch")
     parser.add_argument("--steps", type=int, default=2)
+    add_mesh(parser)
     parser.add_argument("--competition", default="digits-parity", help="one that programs of the apprentice's grammar can solve")
     parser.add_argument("--raw", default="", help="its raw data, if it brings none")
     parser.add_argument("--cores", type=int, default=2, help="leased to a program")
@@ -165,6 +169,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(config.mesh),
         "jax": jax.__version__,
         "memory_bytes": device_memory(),
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -12,7 +12,7 @@ from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels import table
 from discover_jax.kernels.experts import mix_reference
 from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
-from discover_jax.kernels.spread import can_spread
+from discover_jax.kernels.spread import can_spread, row_devices
 from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.train_state import abstract_train_state, adam
 from discover_jax.learning.update import Update
@@ -20,7 +20,7 @@ from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
-from discover_jax.sampling.sampler import Sampler, most_pages, row_devices, rows_of
+from discover_jax.sampling.sampler import Sampler, most_pages, rows_of
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
@@ -49,7 +49,7 @@ def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None) -> b
     try:
         if config.model.dtype != "bfloat16":  # it would round what the update does not
             raise ConfigError(f"It computes in bfloat16, and config.model.dtype is {config.model.dtype!r}.")
-        if mesh is not None and not can_spread(mesh):
+        if mesh is not None and not can_spread("decode_experts", mesh):
             raise ConfigError(f"It computes whole experts, and config.mesh.tensor = {mesh.shape['tensor']} splits them.")
         check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
         check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
@@ -102,15 +102,16 @@ def _cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) 
         return config.sampling.cache_tokens // PAGE
     if memory is None:
         return None
-    rows = rows_of(config.sampling.slots, config.groups * config.group_size, row_devices(model))
+    devices = row_devices(model.mesh)
+    rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
-    page, pages_of_1 = model.abstract_pool(1, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    page, pages_of_1 = model.abstract_pool(devices, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
     taken = {
         "weights": local_bytes(model.abstract_frozen()),
         "adapter and optimiser": local_bytes(state),
         "its copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
         "rings": local_bytes(abstract_rows(model, rows)),
-        "logits": _LOGITS * rows * model.config.vocab_size * 4,
+        "logits": _LOGITS * rows // devices * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
     }
     pages = (memory - sum(taken.values())) // local_bytes(page)
@@ -121,7 +122,7 @@ def _cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) 
             f" and one rollout may need {pages_of_1 * PAGE:,} (GB: {parts}). Lower config.sampling.max_new_tokens, max_prompt_tokens or"
             " slots, or the adapter's ranks; --dry_run shows what takes how much."
         )
-    return pages
+    return devices * pages
 
 
 def build_optimizer(config: Any) -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ import numpy as np
 
 from discover_jax.exceptions import ShardingError
 from discover_jax.hosts.processes import fetch
+from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import abstract_train_state, adam, init_train_state
 from discover_jax.learning.update import Update
@@ -69,8 +70,9 @@ def results(folder: Path, mesh):
     model, frozen, lora = build(folder, mesh)
     places, one = np.broadcast_to(np.arange(20, dtype=np.int32), (8, 20)), np.ones((8, 20), np.int32)
     logits = jax.jit(lambda frozen, lora: model.logits(frozen, lora, model.hidden(frozen, lora, TOKENS, places, one)))(frozen, lora)
-    # With so few pages rollouts must wait for each other.
-    sampler = Sampler(model, slots=4, max_prompt_tokens=140, max_new_tokens=100, temperature=1.0, stop_ids=(3,), pages=7)
+    # With so few pages rollouts must wait for each other, but where each has a device of its own.
+    pages = max(7, 4 * row_devices(mesh))
+    sampler = Sampler(model, slots=4, max_prompt_tokens=140, max_new_tokens=100, temperature=1.0, stop_ids=(3,), pages=pages)
     prompts = [Prompt(group, "seed", "", TOKENS.reshape(-1)[: 130 - 100 * group]) for group in range(2)]
     rollouts = sorted(sampler.sample(frozen, lora, prompts, 4, seed=5, step=2), key=lambda r: (r.group, r.index))
     optimizer = adam(1e-3, max_grad_norm=1.0)

@@ -10,7 +10,7 @@ class Blocks(NamedTuple):
     """Routed rows sorted by expert, in blocks that never mix experts.
 
     Attributes:
-      slots: int32 [R], for each sorted row its place t X + x among the tokens' choices.
+      slots: int32 [R], for each sorted row its place t X + x among the tokens' choices. Rows of no expert come last, and may be any there.
       blocks: int32 [3, most]: expert, first row and number of rows of each block; beyond the last used one, no rows.
     """
 
@@ -28,7 +28,7 @@ def sort_rows(index_TX: jax.Array, experts: int, block: int) -> Blocks:
     """Counting sort by expert, stable, as comparisons of all pairs: a few small reductions, where a general sort takes longer.
 
     Args:
-      index_TX: int32, the experts of each token.
+      index_TX: int32, the experts of each token; their number for one that is not here.
       experts: how many there are.
       block: rows of a block.
     """

@@ -16,7 +16,7 @@ def _at(values, index, e):
 
 @triton.jit
 def sort(
-    index_ptr,  # int32 [R]: the experts of each token, all different, one token after another
+    index_ptr,  # int32 [R]: the experts of each token, all different, one token after another; rows of number E get no slot
     layer_ptr,  # int32 [1]: times E is added to the experts of blocks
     routed,  # R
     most,  # blocks; not more than R
@@ -35,11 +35,11 @@ def sort(
     for begin in range(0, routed, STEP):
         row = begin + s
         index = tl.load(index_ptr + row, mask=row < routed, other=EXPERTS)
-        hits += (index[:, None] == e[None, :]).to(tl.int32)
+        hits += ((index[:, None] == e[None, :]) & (e < E)[None, :]).to(tl.int32)
         earlier += ((index[None, :] == mine[:, None]) & (row[None, :] < own[:, None])).to(tl.int32)
     counts = tl.sum(hits, axis=0)
     firsts = tl.cumsum(counts, axis=0) - counts
-    tl.store(slots_ptr + _at(firsts, mine, e) + tl.sum(earlier, axis=1), own, mask=own < routed)
+    tl.store(slots_ptr + _at(firsts, mine, e) + tl.sum(earlier, axis=1), own, mask=(own < routed) & (mine < E))
 
     needed = (counts + BLOCK - 1) // BLOCK
     ends = tl.cumsum(needed, axis=0)

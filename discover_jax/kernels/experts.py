@@ -45,6 +45,7 @@ def mix_reference(
     limit: float,
     alpha: float,
     layer: jax.Array | None = None,
+    elsewhere: int = 0,
 ) -> jax.Array:
     """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Only the activation is rounded to x's type.
 
@@ -60,7 +61,9 @@ def mix_reference(
       adapted: with their adapters.
       limit, alpha: of the activation, see `gated`.
       layer: int32 scalar, which layer, if the matrices' arrays are those of a stack of layers, [L, E, ...].
+      elsewhere: how many more experts tokens choose from: so kernels know how many choices to expect here.
     """
+    del elsewhere
 
     def add(total_TD: jax.Array, one: tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]) -> tuple[jax.Array, None]:
         weight_T, up, low = one

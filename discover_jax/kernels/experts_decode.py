@@ -143,21 +143,24 @@ def mix_routed(
     limit: float,
     alpha: float,
     layer: jax.Array | None = None,
+    elsewhere: int = 0,
     chosen: Plan | None = None,
 ) -> jax.Array:
     """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. It has no derivatives.
 
     Args:
       x_TD: activations; rounded to bfloat16.
-      index_TX, weights_TX: the experts of each token, all different, and their weights.
+      index_TX, weights_TX: the experts of each token, all different, and their weights. Their number stands for an expert that is not
+        here, perhaps several times, and adds nothing.
       gate_up, down: `gate_up` laid out with paired rows.
       limit, alpha: of the activation, see kernels.experts.gated.
       layer: int32 scalar, which layer, if the matrices hold a stack of layers. Its weights are read where they lie: a slice of the stack
         as the kernels' argument would be copied first.
+      elsewhere: how many more experts tokens choose from.
       chosen: how the kernels are cut, instead of `plan`'s choice.
     """
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0 if layer is None else 1]
-    chosen = chosen or plan(tokens * share, experts)
+    chosen = chosen or plan(tokens * share * experts // (experts + elsewhere), experts)
     rows = sort_rows_of_layer(index_TX, experts, chosen.rows, 0 if layer is None else layer)
     if layer is not None:
         gate_up, down = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), (gate_up, down))
@@ -165,6 +168,8 @@ def mix_routed(
     y_RF = multiply(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
     parts_RD = multiply(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
     weighted = parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1]) * weights_TX.astype(jnp.float32)[..., None]
+    if elsewhere:  # no kernel wrote what others compute
+        weighted = jnp.where((index_TX < experts)[..., None], weighted, 0.0)
     return weighted.sum(axis=(0, 2))
 
 
@@ -180,12 +185,13 @@ def mix(
     limit: float,
     alpha: float,
     layer: jax.Array | None = None,
+    elsewhere: int = 0,
 ) -> jax.Array:
     """`mix_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays). It has no derivatives.
 
     Where they give none, the reference runs, and the log says so once.
     """
-    options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer}
+    options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
     if "words" not in up or "words" not in low:
         say_reference("decode_experts", "the experts are not laid out in tiles")

@@ -294,12 +294,14 @@ def mix(
     limit: float,
     alpha: float,
     layer: jax.Array | None = None,
+    elsewhere: int = 0,
     plan: Plan = Plan(),
 ) -> jax.Array:
     """`mix_reference` by the kernels, where both matrices give one layer's tiles (`words` and `factors` among their arrays).
 
     Where they do not, the reference runs, and the log says why, once.
     """
+    del elsewhere  # there are rows enough for one plan
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     reason = None
     if x_TD.dtype != jnp.bfloat16:

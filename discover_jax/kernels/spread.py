@@ -3,11 +3,14 @@
 Rows and tokens are split over the axes `data` and `expert` together where they divide, so that everything is computed once; the experts are
 split over `expert`. Every device sees the tokens of its neighbours along `expert`, computes what its own experts say of them, and each gets
 back the sum for its own tokens: exact and dropless for any routing. Where tokens do not divide, all devices see all of them.
+
+In decoding a row, its ring and its pages lie on one device, so that attention has nothing to exchange. Pages are numbered over all devices,
+those of one after those of another. A prompt is read by all devices at once, each for pages of its own. Heads are split over `tensor`.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,19 +19,21 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from discover_jax.kernels.experts import ExpertMatrix
+from discover_jax.kernels.projections import Stack
 
-_ROWS = ("data", "expert")
-_EXPERT = "expert"
-
-
-def can_spread(mesh: Mesh) -> bool:
-    """Whether kernels run on a mesh of that shape: none of them computes a part of a head or of an expert's width."""
-    return mesh.shape["tensor"] == 1
+ROWS = ("data", "expert")
+"""Axes over which rows of the decode batch are split, and tokens and rows of the update where they divide."""
+_EXPERT, _TENSOR = "expert", "tensor"
 
 
 def rows_axes(size: int, mesh: Mesh) -> tuple[str, ...]:
     """The axes over which rows, or tokens, are split if there are so many: `data` and `expert`, or `data`, or none."""
-    return next((axes for axes in (_ROWS, _ROWS[:1]) if size % math.prod(mesh.shape[axis] for axis in axes) == 0), ())
+    return next((axes for axes in (ROWS, ROWS[:1]) if size % math.prod(mesh.shape[axis] for axis in axes) == 0), ())
+
+
+def row_devices(mesh: Mesh | None) -> int:
+    """Parts into which the rows of the decode batch are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def _on_devices(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
@@ -42,9 +47,90 @@ def spread_attention(attend: Callable, mesh: Mesh) -> Callable:
     def spread(
         q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array, **options: Any
     ) -> jax.Array:
-        rows = PartitionSpec(rows_axes(q_BTNH.shape[0], mesh))
-        own = _on_devices(functools.partial(attend, **options), mesh, (rows, rows, rows, rows, PartitionSpec()), rows)
+        rows = rows_axes(q_BTNH.shape[0], mesh)
+        heads, segments = PartitionSpec(rows, None, _TENSOR), PartitionSpec(rows)
+        own = _on_devices(functools.partial(attend, **options), mesh, (heads, heads, heads, segments, PartitionSpec(_TENSOR)), heads)
         return own(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
+
+    return spread
+
+
+_POOL = PartitionSpec(None, ROWS, _TENSOR)
+
+
+_ANY, _NONE = "any", "none"
+
+
+def _own_pages(pages: jax.Array, keys_LPKsH: jax.Array, other: str) -> jax.Array:
+    """Numbers of pages among those of this device. Those elsewhere become any page, for places that are read and count for nothing; or a
+    number that is no page, where nothing is to be written."""
+    count = keys_LPKsH.shape[1]
+    local = pages - count * lax.axis_index(ROWS)
+    return jnp.where((local >= 0) & (local < count), local, 0 if other == _ANY else count)
+
+
+def spread_paged_attention(attend: Callable, mesh: Mesh) -> Callable:
+    """Of one token a row: each device has whole rows and their pages."""
+
+    def of_device(q: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> jax.Array:
+        return attend(q, keys, values, layer, _own_pages(pages, keys, _ANY), *rest)
+
+    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, _TENSOR)
+    return _on_devices(of_device, mesh, (heads, _POOL, _POOL, PartitionSpec(), rows, rows, PartitionSpec(_TENSOR)), heads)
+
+
+def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
+    """Of prompts, of which every device has all pages (`pages_BM`: those of one device after those of another), but its own tokens."""
+
+    def spread(q_BTNH: jax.Array, *arguments: jax.Array) -> jax.Array:
+        split = rows_axes(q_BTNH.shape[1], mesh)
+
+        def of_device(q, keys, values, layer, pages, lengths, sinks) -> jax.Array:
+            before = q.shape[1] * lax.axis_index(split) if split else 0
+            return attend(q, keys, values, layer, _own_pages(pages, keys, _ANY), lengths + before, sinks)
+
+        heads, whole = PartitionSpec(None, split, _TENSOR), PartitionSpec()
+        specs = (heads, _POOL, _POOL, whole, PartitionSpec(ROWS), whole, PartitionSpec(_TENSOR))
+        return _on_devices(of_device, mesh, specs, heads)(q_BTNH, *arguments)
+
+    return spread
+
+
+def spread_write_token(write: Callable, mesh: Mesh) -> Callable:
+    """Each device writes into its own pages."""
+
+    def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
+        return write(keys, values, layer, _own_pages(pages, keys, _NONE), *rest)
+
+    rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, _TENSOR)
+    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), rows, rows, heads, heads), (_POOL, _POOL))
+
+
+def spread_write_pages(write: Callable, mesh: Mesh) -> Callable:
+    """Every device writes all of them, into pages of its own."""
+
+    def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
+        return write(keys, values, layer, _own_pages(pages, keys, _NONE), *rest)
+
+    heads = PartitionSpec(None, None, _TENSOR)
+    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), PartitionSpec(ROWS), heads, heads), (_POOL, _POOL))
+
+
+def spread_copy_page(copy: Callable, mesh: Mesh) -> Callable:
+    """The device that has both pages does it."""
+
+    def of_device(keys: jax.Array, values: jax.Array, source: jax.Array, target: jax.Array) -> Any:
+        return copy(keys, values, _own_pages(source, keys, _ANY), _own_pages(target, keys, _NONE))
+
+    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), PartitionSpec()), (_POOL, _POOL))
+
+
+def spread_projections(project: Callable, mesh: Mesh) -> Callable:
+    """Each device projects its own tokens."""
+
+    def spread(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float) -> list[jax.Array]:
+        tokens, whole = PartitionSpec(rows_axes(x_Ti.shape[0], mesh)), PartitionSpec()
+        return _on_devices(functools.partial(project, scale=scale), mesh, (tokens, whole, whole), tokens)(x_Ti, list(stacks), layer)
 
     return spread
 
@@ -60,7 +146,7 @@ class _Own:
 
 
 def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
-    """Each device computes its own experts. `mix` must leave out choices of an expert that is not there: those numbered `experts`."""
+    """Each device computes its own experts. `mix` must leave out choices of an expert that is elsewhere: those numbered `experts`."""
     parts = mesh.shape[_EXPERT]
 
     def spread(
@@ -84,7 +170,7 @@ def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
             local_TX = index_TX - own * lax.axis_index(_EXPERT)
             local_TX = jnp.where((local_TX >= 0) & (local_TX < own), local_TX, own)
             matrices = (_Own(matrix, part) for matrix, part in zip((gate_up, down), arrays, strict=True))
-            y_TD = mix(x_TD, local_TX, weights_TX, *matrices, experts=own, adapted=adapted, layer=layer, **options)
+            y_TD = mix(x_TD, local_TX, weights_TX, *matrices, experts=own, elsewhere=experts - own, adapted=adapted, layer=layer, **options)
             return lax.psum_scatter(y_TD, _EXPERT, tiled=True) if _EXPERT in split else lax.psum(y_TD, _EXPERT)
 
         arrays = (gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted))
@@ -95,9 +181,25 @@ def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
     return spread
 
 
-SPREAD: dict[str, Callable[[Callable, Mesh], Callable]] = {
+_BY_HEADS: dict[str, Callable[[Callable, Mesh], Callable]] = {
     "packed_attention": spread_attention,
     "windowed_attention": spread_attention,
-    "experts": spread_experts,
+    "paged_attention": spread_paged_attention,
+    "prefill_attention": spread_prefill_attention,
+    "write_token": spread_write_token,
+    "write_pages": spread_write_pages,
+    "copy_page": spread_copy_page,
 }
-"""Operation -> how its implementation is spread over a mesh; others run as references there, which XLA splits."""
+_WHOLE: dict[str, Callable[[Callable, Mesh], Callable]] = {
+    "experts": spread_experts,
+    "decode_experts": spread_experts,
+    "decode_projections": spread_projections,
+}
+SPREAD = _BY_HEADS | _WHOLE
+"""Operation -> how its implementation is spread over a mesh."""
+
+
+def can_spread(operation: str, mesh: Mesh) -> bool:
+    """Whether it is spread over a mesh of that shape; if not, it runs as reference there, which XLA splits. No kernel computes a part of a
+    projection or of an expert's width."""
+    return operation in _BY_HEADS or (operation in _WHOLE and mesh.shape[_TENSOR] == 1)

@@ -15,12 +15,16 @@ from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
 from discover_jax.kernels.experts import mix_reference
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
+from discover_jax.kernels.pages import copy_page, write_pages, write_token
 from discover_jax.kernels.projections import project_reference
 from discover_jax.kernels.spread import SPREAD, can_spread
 
 REFERENCE = "reference"
 
 KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("write_token", REFERENCE): write_token,
+    ("write_pages", REFERENCE): write_pages,
+    ("copy_page", REFERENCE): copy_page,
     ("paged_attention", REFERENCE): paged_attention_reference,
     ("prefill_attention", REFERENCE): prefill_attention_reference,
     ("packed_attention", REFERENCE): packed_attention_reference,
@@ -29,7 +33,7 @@ KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
     ("decode_projections", REFERENCE): project_reference,
     ("decode_experts", REFERENCE): mix_reference,
 }
-"""`paged_attention` is of one token a row, `prefill_attention` of several; both read the cache. `packed_attention`,
+"""`write_token` and `paged_attention` are of one token a row, `write_pages` and `prefill_attention` of several. `packed_attention`,
 `windowed_attention` and `experts` are of whole sequences, with derivatives; `decode_experts` and `decode_projections` of one token a
 row, or of a prompt's chunk."""
 
@@ -118,6 +122,6 @@ def choose(operation: str) -> Callable[..., Any]:
     platform, mesh = _platform.get() or jax.default_backend(), _mesh.get()
     if mesh is None:
         return _entry(operation, platform)
-    if operation in SPREAD and can_spread(mesh):
+    if can_spread(operation, mesh):
         return SPREAD[operation](_entry(operation, platform), mesh)
     return _entry(operation, REFERENCE)

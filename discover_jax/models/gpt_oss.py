@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from discover_jax.exceptions import CapacityError, ConfigError
+from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.kernels import table
 from discover_jax.kernels.mxfp4_tiles import SLABS
 from discover_jax.kernels.packed_attention import ATTENTION
+from discover_jax.kernels.spread import can_spread, row_devices, rows_axes
 from discover_jax.models.cache import Cache, Pool
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
-from discover_jax.models.layers import GptOss, Layer, Pair, rms_norm
+from discover_jax.models.layers import Attention, GptOss, Layer, Pair, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
 from discover_jax.models.sharding import sharding_for, shardings
 
@@ -168,10 +169,10 @@ class Model:
         return Cache(self.init_pool(batch * each, page_size), *self.init_rings(batch), pages_BM, jnp.zeros(batch, jnp.int32))
 
     def abstract_pool(self, pages: int, page_size: int) -> Pool:
-        """Shapes and types of a pool, with shardings if there is a mesh.
+        """Shapes and types of a pool, with shardings if there is a mesh: each of `row_devices` has as many of the pages, one after another.
 
         Raises:
-          ShardingError: heads do not divide by their mesh axis.
+          ShardingError: pages or heads do not divide by their mesh axes.
         """
         pool = jax.eval_shape(lambda: self.init_pool(pages, page_size))
         if self.mesh is None:
@@ -190,7 +191,8 @@ class Model:
           frozen, lora: weights.
           tokens_BC: the rows' next tokens.
           counts_B: int32, how many of them are real; at least 1.
-          cache: with room for the real ones.
+          cache: with room for the real ones. On a mesh every device reads the rows, and `pages_BM` has the pages of the B rows on one
+            after those on another.
 
         Returns:
           The stream after the final norm at each row's last real token, [B, D], the cache with the chunk, and the experts that were
@@ -209,8 +211,11 @@ class Model:
         lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
         positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
         firsts_m = jnp.arange(0, chunk, size)
-        pages_Bm = jnp.take_along_axis(cache.pages_BM, (lengths_B[:, None] + firsts_m) // size, axis=1, mode="clip")
-        pages_Bm = jnp.where(firsts_m < counts_B[:, None], pages_Bm, cache.pool.pages)  # what is padding only is not written
+        # Those on each device; on all of them, the batch has these places.
+        pages_RBM, places_Bm = cache.pages_BM.reshape(-1, batch, cache.pages_BM.shape[1]), (lengths_B[:, None] + firsts_m) // size
+        pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
+        pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # what is padding only is not written
+        pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
         # A ring's place w holds the last position that is congruent to w, if there is one.
         held_BW, holds_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
         # Sliding layers look at the ring as it was and at the chunk.
@@ -220,26 +225,21 @@ class Model:
         kept_BW = jnp.where(holds_BW >= lengths_B[:, None], window + holds_BW - lengths_B[:, None], jnp.arange(window))
         (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
 
-        def paged(x_BCKH: jax.Array) -> jax.Array:
-            return x_BCKH.reshape(batch, -1, size, c.num_kv_heads, c.head_size).transpose(0, 1, 3, 2, 4)
-
         def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree, tuple[jax.Array, jax.Array]]):
             x_BCD, pool = carry
             index, frozen_pair, lora_pair, rings = parameters
             pair = self._bind_pair(_join(frozen_pair, frozen_stacks), _join(lora_pair, lora_stacks))
             attention, layer = pair.sliding.attention, index if self._stacked else None
-            q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
+            q, k, v = self._project_chunk(attention, x_BCD, positions_BC, layer, adapted=adapted)
             keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
             rings = tuple(jnp.take_along_axis(x, kept_BW[:, None, :, None], axis=2) for x in (keys, values))
             x_BCD += attention.attend(q, keys, values, sliding_BCS, layer, adapted=adapted)
             y_BCD, first_BCX = pair.sliding.experts.decode(x_BCD, index, adapted=adapted)
             x_BCD += y_BCD
             attention = pair.full.attention
-            q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
-            pool = Pool(
-                pool.keys_LPKsH.at[index, pages_Bm].set(paged(k), mode="drop"),
-                pool.values_LPKsH.at[index, pages_Bm].set(paged(v), mode="drop"),
-            )
+            q, k, v = self._project_chunk(attention, x_BCD, positions_BC, layer, adapted=adapted)
+            write: Callable = table.choose("write_pages")
+            pool = Pool(*write(pool.keys_LPKsH, pool.values_LPKsH, index, pages_Bm, k, v))
             x_BCD += attention.attend_chunk(q, pool, index, cache.pages_BM, lengths_B, layer, adapted=adapted)
             y_BCD, second_BCX = pair.full.experts.decode(x_BCD, index, adapted=adapted)
             return (x_BCD + y_BCD, pool), (*rings, self._routes_of_pair(first_BCX, second_BCX))
@@ -253,13 +253,18 @@ class Model:
 
     @_on_its_devices
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
-        """Reads one more token a row, at position `cache.lengths_B`, for which it must have a page.
+        """Reads one more token a row, at position `cache.lengths_B`, for which it must have a page, on a mesh on the row's own device.
 
         A row of length 0 is empty: of its token no page takes notice, and its stream means nothing.
 
         Returns:
           The stream after the final norm [B, D], the cache with the token, and the experts that were chosen, [B, L, X].
+
+        Raises:
+          ShardingError: the rows do not divide by the devices over which they are split.
         """
+        if tokens_B.shape[0] % row_devices(self.mesh):
+            raise ShardingError(f"{tokens_B.shape[0]} rows cannot be decoded on {row_devices(self.mesh)} devices; give a multiple.")
         c, adapted = self.config, lora is not None
         size, lengths_B, rows_B = cache.pool.page_size, cache.lengths_B, jnp.arange(tokens_B.shape[0])
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
@@ -279,10 +284,8 @@ class Model:
         ) -> tuple[jax.Array, Pool, jax.Array]:
             stacked = pair if self._stacked else None
             q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, lengths_B[:, None], stacked, adapted=adapted)
-            pool = Pool(
-                pool.keys_LPKsH.at[pair, at["pages"], :, at["places"]].set(k_B1KH[:, 0], mode="drop"),
-                pool.values_LPKsH.at[pair, at["pages"], :, at["places"]].set(v_B1KH[:, 0], mode="drop"),
-            )
+            write: Callable = table.choose("write_token")
+            pool = Pool(*write(pool.keys_LPKsH, pool.values_LPKsH, pair, at["pages"], at["places"], k_B1KH[:, 0], v_B1KH[:, 0]))
             x_BTD += layer.attention.attend_cached(q, pool, pair, at["table"], at["counts"], stacked, adapted=adapted)
             y_BTD, routes_BTX = layer.experts.decode(x_BTD, pair, adapted=adapted)
             return x_BTD + y_BTD, pool, routes_BTX
@@ -307,6 +310,18 @@ class Model:
     def _init(self, state: nnx.State, abstract: Tree, key: jax.Array) -> Tree:
         return jax.jit(lambda key: init_tree(state, key, self.mesh), out_shardings=shardings(abstract))(key)
 
+    def _project_chunk(
+        self, attention: Attention, x_BCD: jax.Array, positions_BC: jax.Array, layer: jax.Array | None, *, adapted: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of a prompt's chunk. On a mesh its tokens are spread over the devices, and each has queries of its own
+        but all keys and values."""
+        q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
+        if self.mesh is not None:
+            split = rows_axes(x_BCD.shape[1], self.mesh)
+            of_own, of_all = (NamedSharding(self.mesh, PartitionSpec(None, axes, "tensor")) for axes in (split, None))
+            q, k, v = (jax.lax.with_sharding_constraint(x, layout) for x, layout in ((q, of_own), (k, of_all), (v, of_all)))
+        return q, k, v
+
     def _routes_of_pair(self, first_BTX: jax.Array, second_BTX: jax.Array) -> jax.Array:
         return jnp.stack([first_BTX, second_BTX]).astype(self.routes.dtype)
 
@@ -317,8 +332,8 @@ class Model:
 
     @property
     def _stacked(self) -> bool:
-        """Whether attention's projections stay in their stacks too: their kernel runs on one device."""
-        return self.mesh is None or self.mesh.size == 1
+        """Whether attention's projections stay in their stacks too, where their kernel reads them."""
+        return self.mesh is None or can_spread("decode_projections", self.mesh)
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
         return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))

@@ -280,7 +280,7 @@ class Experts(nnx.Module):
         d, e, f = config.width, config.num_experts, config.expert_width
         options = {"form": form, "rank": lora.expert_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
-        self.router = Projection(declare, e, d, ("experts", "width"), rank=0, alpha=0.0)
+        self.router = Projection(declare, e, d, ("logits", "width"), rank=0, alpha=0.0)
         self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("expert_width", "width"), slab=SLABS["gate_up"], gain=1.0, **options)
         self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), slab=SLABS["down"], gain=declare.branch_gain, **options)
 

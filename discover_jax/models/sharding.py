@@ -9,12 +9,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from discover_jax.exceptions import ShardingError
+from discover_jax.kernels.spread import ROWS
 
 MESH_AXES = ("data", "expert", "tensor")
 
 # A logical axis that is not named here is replicated by being None.
-RULES: dict[str, str | None] = {
+RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": "data",
+    "slots": ROWS,  # rows of the decode batch
+    "pages": ROWS,  # of the cache: a row's pages lie where it does
     "prompts": None,  # few, and each is read by rollouts all over the mesh
     "experts": "expert",
     "heads": "tensor",
@@ -24,11 +27,11 @@ RULES: dict[str, str | None] = {
     "pairs": None,
     "layers": None,
     "choices": None,
+    "logits": None,  # of a router: every token needs all of its own
     "width": None,
     "rank": None,
     "head_size": None,
     "positions": None,
-    "pages": None,
     "blocks": None,
 }
 
@@ -76,12 +79,15 @@ def spec_for(axes: Sequence[str]) -> PartitionSpec:
     for axis in axes:
         if axis not in RULES:
             raise ShardingError(f"Logical axis {axis!r} is not in the table; known: {', '.join(RULES)}.")
-        mesh_axis = RULES[axis]
-        if mesh_axis is not None and mesh_axis in taken:
-            raise ShardingError(f"Logical axes {taken[mesh_axis]!r} and {axis!r} of one array both fall on mesh axis {mesh_axis!r}.")
-        if mesh_axis is not None:
+        for mesh_axis in _mesh_axes(RULES[axis]):
+            if mesh_axis in taken:
+                raise ShardingError(f"Logical axes {taken[mesh_axis]!r} and {axis!r} of one array both fall on mesh axis {mesh_axis!r}.")
             taken[mesh_axis] = axis
     return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def _mesh_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else rule or ()
 
 
 def shardings(tree: Any) -> Any:
@@ -111,10 +117,9 @@ def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> Named
       ShardingError: see `spec_for`; or a size that its mesh axis does not divide.
     """
     spec = spec_for(axes)
-    for axis, size, mesh_axis in zip(axes, shape, spec, strict=True):
-        if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-            raise ShardingError(
-                f"Axis {axis!r} of size {size} cannot be split over mesh axis {mesh_axis!r} of size {mesh.shape[mesh_axis]};"
-                " choose a divisor."
-            )
+    for axis, size, rule in zip(axes, shape, spec, strict=True):
+        mesh_axes = _mesh_axes(rule)
+        if size % (parts := math.prod(mesh.shape[name] for name in mesh_axes)):
+            named = " x ".join(map(repr, mesh_axes))
+            raise ShardingError(f"Axis {axis!r} of size {size} cannot be split over mesh axis {named} of size {parts}; choose a divisor.")
     return NamedSharding(mesh, spec)

@@ -125,7 +125,7 @@ def abstract_rows(model: Any, batch: int) -> Rows:
         hidden = jnp.zeros((batch, model.config.width), model.dtype)
         return new_rows(model.init_rings(batch), zeros, hidden, zeros, zeros, zeros)
 
-    shapes, rows = jax.eval_shape(make), "batch" if batch > 1 else "prompts"
+    shapes, rows = jax.eval_shape(make), "slots" if batch > 1 else "prompts"
     if model.mesh is None:
         return shapes
     laid_out: dict[str, Any] = {field.name: lay_out(field.name, getattr(shapes, field.name)) for field in dataclasses.fields(Rows)}

@@ -10,11 +10,12 @@ class Pages:
 
     Args:
       total: pages of the pool.
+      first: number of the first of them.
     """
 
-    def __init__(self, total: int):
-        self._users = [0] * total
-        self._free = list(range(total - 1, -1, -1))
+    def __init__(self, total: int, first: int = 0):
+        self._users = dict.fromkeys(range(first, first + total), 0)
+        self._free = list(range(first + total - 1, first - 1, -1))
         self.most_in_use = 0
         """The most pages that were in use at once."""
 

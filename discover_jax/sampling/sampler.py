@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
+from discover_jax.kernels import table
+from discover_jax.kernels.spread import row_devices
 from discover_jax.models.cache import Cache, Pool, copy_page, put_pages, take_pages
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
@@ -29,18 +32,14 @@ PROMPT_CHUNK = 512
 
 
 def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Pages with which no rollout ever waits for one; with those of one slot, one rollout at a time can be sampled."""
+    """Pages of a device with which no rollout ever waits for one; with those of one slot, one rollout at a time can be sampled there."""
     # Beside what the rows hold, a prompt's own as long as rollouts of its group are still to begin.
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
 
 
-def _put(pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
-    return copy_page(pool, source, target), put_row(rows, slot, one)
-
-
-def row_devices(model: Any) -> int:
-    """Devices over which the rows of the batch are spread: those along the mesh's data axis."""
-    return 1 if model.mesh is None else model.mesh.shape["data"]
+def _put(mesh: Mesh | None, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
+    with table.spread_over(mesh):
+        return copy_page(pool, source, target), put_row(rows, slot, one)
 
 
 def rows_of(slots: int, rollouts: int, devices: int) -> int:
@@ -61,7 +60,7 @@ class Sampler:
       stop_ids: tokens that end a rollout.
       second_phase: for rollouts that think too long; None: they may spend their whole budget.
       launch_steps: at most so many tokens a row are decoded between two looks of the host.
-      pages: of `PAGE` tokens in the cache, for all slots together; None: as many as they can ever need.
+      pages: of `PAGE` tokens in the cache, for all slots together, rounded down to as many on each device; None: as many as they can need.
       record_routes: rollouts tell which experts read them, for an update that repeats the sampler's routing.
 
     Raises:
@@ -69,7 +68,8 @@ class Sampler:
       CapacityError: the pages do not hold one rollout.
       ShardingError: heads do not divide by their axis of the model's mesh.
 
-    On a mesh the rows of the batch are spread over its data axis; their number is rounded up to a multiple of it.
+    On a mesh the rows of the batch, with their pages, are spread over its data and expert axes (`kernels.spread.row_devices`); their number
+    is rounded up to a multiple.
     """
 
     def __init__(
@@ -105,11 +105,13 @@ class Sampler:
                 )
             if forbidden := set(second_phase.forced) & set(stop_ids):
                 raise ConfigError(f"The forced tokens hold the stop tokens {sorted(forbidden)}, so that no answer could follow them.")
-        if pages is not None and pages < (fewest := most_pages(1, max_prompt_tokens, max_new_tokens)):
+        self._row_devices = row_devices(model.mesh)
+        if pages is not None and pages < (fewest := self._row_devices * most_pages(1, max_prompt_tokens, max_new_tokens)):
+            on_each = f" on each of {self._row_devices} devices" if self._row_devices > 1 else ""
             raise CapacityError(
                 f"A cache of {pages * PAGE:,} tokens does not hold one rollout of up to {max_prompt_tokens:,} + {max_new_tokens:,} tokens"
-                f" beside its prompt; it must have room for {fewest * PAGE:,}. Lower sampling.max_new_tokens or max_prompt_tokens, or make"
-                " room for the cache."
+                f" beside its prompt{on_each}; it must have room for {fewest * PAGE:,}. Lower sampling.max_new_tokens or max_prompt_tokens,"
+                " or make room for the cache."
             )
         self._model = model
         self._slots = slots
@@ -132,13 +134,12 @@ class Sampler:
             record_routes=record_routes,
         )
         # On a mesh every array comes back as it went in, and what the host reads lies whole on all devices.
-        self._row_devices = row_devices(model)
-        whole, pool = replicated(model.mesh), shardings(model.abstract_pool(1, PAGE))
+        whole, pool = replicated(model.mesh), shardings(model.abstract_pool(self._row_devices, PAGE))
         rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
-        self._prefill = self._jit(model.prefill, "prefill", (whole, read, whole), "cache")
+        self._prefill = self._jit(model.prefill, "prefill", (whole, read, whole), "cache", taken=(None, None, whole, whole, read))
         self._launch = self._jit(launch, "decode", (pool, rows, whole), "pool", "rows")
-        self._put_row = self._jit(_put, "put_row", (pool, rows), "pool", "rows")
+        self._put_row = self._jit(functools.partial(_put, model.mesh), "put_row", (pool, rows), "pool", "rows")
         self._take_rows = self._jit(take_rows, "take_rows", rows)
         self._take_row = self._jit(take_rows, "take_row", one)
         self._take_pages = self._jit(take_pages, "take_pages", whole)
@@ -214,7 +215,7 @@ class Sampler:
             return jax.ShapeDtypeStruct(shape, dtype)
 
         live = {"cache": (pool, rows)}
-        cache = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, ids(1, limits.row_pages), ids(1))
+        cache = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, ids(self._row_devices, limits.row_pages), ids(1))
         yield Program("prefill", self._prefill.lower(frozen, lora, ids(1, limits.chunk), ids(1), cache), live)
         pages, scalar = ids(batch, limits.row_pages), ids(dtype=jnp.uint32)
         yield Program("decode", self._launch.lower(frozen, lora, pool, rows, pages, ids(), scalar, scalar), live)
@@ -225,11 +226,13 @@ class Sampler:
 
     def _limits(self, rollouts: int) -> Limits:
         slots = rows_of(self._slots, rollouts, self._row_devices)
-        pages = most_pages(slots, self._max_prompt, self._max_new)
+        devices = self._row_devices
+        most = devices * most_pages(slots // devices, self._max_prompt, self._max_new)
+        given = most if self._given_pages is None else self._given_pages // devices * devices
         return Limits(
             slots=slots,
-            row_devices=self._row_devices,
-            pages=pages if self._given_pages is None else min(pages, self._given_pages),
+            row_devices=devices,
+            pages=min(most, given),
             row_pages=pages_of(self._max_prompt + self._max_new),
             new_tokens=self._max_new,
             launch_steps=self._launch_steps,
@@ -246,8 +249,9 @@ class Sampler:
         places_K = np.linspace(-1.0, 1.0, group_size) if group_size > 1 else np.zeros(1)
         return (self._temperature * (1.0 + self._spread * places_K)).astype(np.float32).tolist()
 
-    def _jit(self, function: Callable, name: str, layouts: Any, *donated: str) -> Any:
-        """The function, jitted, with these layouts of what it returns. It counts how often it is traced: once for each compiled program."""
+    def _jit(self, function: Callable, name: str, layouts: Any, *donated: str, taken: Any = None) -> Any:
+        """The function, jitted, with these layouts of what it returns, and of what it takes where that is donated and comes from the host.
+        It counts how often it is traced: once for each compiled program."""
 
         @functools.wraps(function)
         def traced(*args, **kwargs):
@@ -255,4 +259,5 @@ class Sampler:
             logging.debug("sampler compiles %s", name)
             return function(*args, **kwargs)
 
-        return jax.jit(traced, out_shardings=layouts, donate_argnames=donated, compiler_options=EXACT_ROUNDING)
+        options: dict[str, Any] = {} if taken is None else {"in_shardings": taken}
+        return jax.jit(traced, out_shardings=layouts, donate_argnames=donated, compiler_options=EXACT_ROUNDING, **options)

@@ -2,7 +2,10 @@
 
 Between launches every live row is given the pages that it may need next, and free slots are filled from the queue, both in fixed order.
 A group's prompt is read when its first rollout begins; its full pages are shared, the rest is copied. When pages run out, the rollout that
-began last is set aside: its row and pages wait in the host's memory, bit by bit, and come back before any other begins.
+began last is set aside: its row and pages wait in the host's memory and come back before any other begins.
+
+On several devices each has as many of the slots, one after another, and as many of the pages; a row's pages lie where its slot does. A
+prompt is read for all devices at once.
 """
 
 import collections
@@ -81,8 +84,8 @@ class Programs:
 class Limits:
     """Numbers of one call: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk.
 
-    The batch, `slots` rows at first, always has a multiple of `row_devices` rows, over which it is spread. `record_routes` says whether
-    rollouts tell which experts read them.
+    The batch, `slots` rows at first, and the pages are spread over `row_devices`, as many on each. `record_routes` says whether rollouts
+    tell which experts read them.
     """
 
     slots: int
@@ -98,10 +101,11 @@ class Limits:
 
 @dataclasses.dataclass
 class _Prefix:
-    """A prompt that was read: the row with which its rollouts begin, its pages, and by chunks which experts read it, if that is wanted."""
+    """A prompt that was read: the row with which its rollouts begin, its pages on each device, and by chunks which experts read it, if that
+    is wanted."""
 
     row: Rows
-    pages: list[int]
+    pages_R: list[list[int]]
     routes: list[jax.Array]
 
 
@@ -152,7 +156,8 @@ class Schedule:
         self._aside: list[_Open] = []
         self._begun = 0
         self._prefixes: dict[int, _Prefix] = {}
-        self._book = Pages(limits.pages)
+        each = limits.pages // limits.row_devices
+        self._books = [Pages(each, device * each) for device in range(limits.row_devices)]
         self._slots: list[_Open | None] = [None] * limits.slots
         self._pool = programs.empty_pool(limits.pages)
         self._rows = programs.empty_rows(len(self._slots))
@@ -170,8 +175,8 @@ class Schedule:
             finished, tokens = finished + len(done), tokens + new
             if on_progress is not None:
                 utilisation = self._busy / self._offered if self._offered else 1.0
-                seconds = time.monotonic() - start
-                on_progress(Progress(finished, self._total, tokens, seconds, utilisation, self._set_asides, self._book.most_in_use))
+                seconds, pages = time.monotonic() - start, sum(book.most_in_use for book in self._books)
+                on_progress(Progress(finished, self._total, tokens, seconds, utilisation, self._set_asides, pages))
             yield from done
 
     # Pages
@@ -187,27 +192,40 @@ class Schedule:
         """Pages that it can ever need."""
         return pages_of(len(self._prompts[rollout.place].tokens_P) + self._limits.new_tokens)
 
-    def _make_room(self, count: int, keep: int = -1) -> bool:
-        """Whether there are so many free pages, if need be after prompts are forgotten that can be read again; but not `keep`'s."""
-        if self._book.free < count:
-            for place in [place for place in self._prefixes if place != keep]:
-                self._book.release(self._prefixes.pop(place).pages)
-        return self._book.free >= count
+    def _device(self, slot: int) -> int:
+        return slot * self._limits.row_devices // len(self._slots)
 
-    def _take(self, count: int) -> list[int]:
-        pages = self._book.take(count)
+    def _live(self, device: int) -> list[_Open]:
+        """Its rollouts, first those that began first."""
+        live = [rollout for slot, rollout in enumerate(self._slots) if rollout is not None and self._device(slot) == device]
+        return sorted(live, key=lambda rollout: rollout.began)
+
+    def _make_room(self, device: int, count: int, keep: int = -1) -> bool:
+        """Whether it has so many free pages, if need be after prompts are forgotten that can be read again; but not `keep`'s."""
+        if self._books[device].free < count:
+            for place in [place for place in self._prefixes if place != keep]:
+                self._forget(place)
+        return self._books[device].free >= count
+
+    def _forget(self, place: int) -> None:
+        for book, pages in zip(self._books, self._prefixes.pop(place).pages_R, strict=True):
+            book.release(pages)
+
+    def _take(self, device: int, count: int) -> list[int]:
+        pages = self._books[device].take(count)
         assert pages is not None, "room was made before"
         return pages
 
     def _give_pages(self) -> None:
-        """To every live row, first those that began first; at the cost of those that began last."""
-        live = sorted((rollout for rollout in self._slots if rollout is not None), key=lambda rollout: rollout.began)
-        while live:
-            missing = self._needed(live[0]) - len(live[0].pages)
-            if self._make_room(missing):
-                live.pop(0).pages += self._take(missing)
-            else:
-                self._set_aside(live.pop())
+        """To every live row, first those that began first; at the cost of those that began last on its device."""
+        for device in range(len(self._books)):
+            live = self._live(device)
+            while live:
+                missing = self._needed(live[0]) - len(live[0].pages)
+                if self._make_room(device, missing):
+                    live.pop(0).pages += self._take(device, missing)
+                else:
+                    self._set_aside(live.pop())
 
     def _set_aside(self, rollout: _Open) -> None:
         slot = self._slots.index(rollout)
@@ -215,7 +233,7 @@ class Schedule:
         used = rollout.pages[: pages_of(self._length(rollout))]
         parts = [self._do.take_pages(self._pool, ids) for ids in self._in_parts(used)]
         rollout.aside = fetch((row, parts))
-        self._book.release(rollout.pages)
+        self._books[self._device(slot)].release(rollout.pages)
         rollout.pages = []
         self._put(slot, self._nobody)
         self._slots[slot] = None
@@ -236,24 +254,27 @@ class Schedule:
         self._pool, self._rows = self._do.put_row(self._pool, self._rows, row, slot, source, target)
 
     def _fill_slots(self) -> None:
+        full: set[int] = set()
         for slot, rollout in enumerate(self._slots):
-            if rollout is None and not self._fill(slot):
-                return
+            if rollout is None and self._device(slot) not in full and not self._fill(slot):
+                full.add(self._device(slot))
 
     def _fill(self, slot: int) -> bool:
         """Whether there was a rollout for this slot, and room for it."""
         # What live rows will need in the launch after the next is left free, so that what begins now need not be set aside at once.
-        live = [rollout for rollout in self._slots if rollout is not None]
-        spare = sum(max(0, self._needed(rollout, launches=2) - len(rollout.pages)) for rollout in live)
+        spare_R = [
+            sum(max(0, self._needed(rollout, launches=2) - len(rollout.pages)) for rollout in self._live(device))
+            for device in range(len(self._books))
+        ]
         if self._aside:
-            return self._bring_back(slot, self._aside[0], spare)
-        return bool(self._queue) and self._begin(slot, self._queue[0], spare)
+            return self._bring_back(slot, self._aside[0], spare_R)
+        return bool(self._queue) and self._begin(slot, self._queue[0], spare_R)
 
-    def _bring_back(self, slot: int, rollout: _Open, spare: int) -> bool:
-        needed = self._needed(rollout)
-        if not self._make_room(needed + spare):
+    def _bring_back(self, slot: int, rollout: _Open, spare_R: list[int]) -> bool:
+        device, needed = self._device(slot), self._needed(rollout)
+        if not self._make_room(device, needed + spare_R[device]):
             return False
-        rollout.pages = self._take(needed)
+        rollout.pages = self._take(device, needed)
         assert rollout.aside is not None, "only what was set aside comes back"
         row, parts = rollout.aside
         used = rollout.pages[: pages_of(self._length(rollout))]
@@ -264,60 +285,71 @@ class Schedule:
         self._slots[slot] = self._aside.pop(0)
         return True
 
-    def _begin(self, slot: int, rollout: _Open, spare: int) -> bool:
-        place, length = rollout.place, self._length(rollout)
+    def _begin(self, slot: int, rollout: _Open, spare_R: list[int]) -> bool:
+        device, place, length = self._device(slot), rollout.place, self._length(rollout)
         shared = length // PAGE
         own = self._needed(rollout) - shared
         to_read = 0 if place in self._prefixes else pages_of(length)
-        if not self._make_room(to_read + own + spare, keep=place):
+        needed_R = [to_read + spare for spare in spare_R] if to_read else [0] * len(spare_R)
+        needed_R[device] = to_read + own + spare_R[device]
+        if not all(self._make_room(other, needed, keep=place) for other, needed in enumerate(needed_R)):
             return False
         prefix = self._prefixes.get(place) or self._read(place)
-        rollout.pages = self._book.share(prefix.pages[:shared]) + self._take(own)
+        pages = prefix.pages_R[device]
+        rollout.pages = self._books[device].share(pages[:shared]) + self._take(device, own)
         own_1 = {"indices_B": jnp.array([rollout.index], jnp.int32), "temperatures_B": jnp.array([rollout.temperature], jnp.float32)}
         row = dataclasses.replace(prefix.row, **own_1)
-        begun_page = {"source": prefix.pages[shared], "target": rollout.pages[shared]} if length % PAGE else {}
+        begun_page = {"source": pages[shared], "target": rollout.pages[shared]} if length % PAGE else {}
         self._put(slot, row, **begun_page)
         rollout.prompt_routes = prefix.routes
         rollout.began, self._begun = self._begun, self._begun + 1
         self._slots[slot] = self._queue.popleft()
         if not self._queue or self._queue[0].place != place:  # the last of its group
-            self._book.release(self._prefixes.pop(place).pages)
+            self._forget(place)
         return True
 
     def _read(self, place: int) -> _Prefix:
-        """Reads a prompt; there must be room for it."""
+        """Reads a prompt; there must be room for it on all devices."""
         prompt, chunk = self._prompts[place], self._limits.chunk
         length = len(prompt.tokens_P)
-        pages = self._take(pages_of(length))
-        pages_1M = np.zeros((1, self._limits.row_pages), np.int32)
-        pages_1M[0, : len(pages)] = pages
+        pages_R = [self._take(device, pages_of(length)) for device in range(len(self._books))]
+        pages_RM = np.zeros((len(pages_R), self._limits.row_pages), np.int32)
+        pages_RM[:, : pages_of(length)] = pages_R
         empty, hidden, routes = self._do.empty_rows(1), self._nobody.hidden_BD, []
         rings = empty.ring_k_LBKWH, empty.ring_v_LBKWH
         for first in range(0, length, chunk):
             tokens = np.asarray(prompt.tokens_P[first : first + chunk], np.int32)
             padded_1C = np.pad(tokens, (0, chunk - len(tokens)))[None]
-            cache = Cache(self._pool, *rings, jnp.asarray(pages_1M), jnp.array([first], jnp.int32))
+            cache = Cache(self._pool, *rings, jnp.asarray(pages_RM), jnp.array([first], jnp.int32))
             hidden, cache, routes_1CLX = self._do.prefill(padded_1C, np.array([len(tokens)], np.int32), cache)
             if self._limits.record_routes:
                 routes.append(routes_1CLX)
             self._pool, rings = cache.pool, (cache.ring_k_LBKWH, cache.ring_v_LBKWH)
         row = new_rows(rings, np.array([length], np.int32), hidden, [prompt.group], [0], [1.0])
-        self._prefixes[place] = _Prefix(row, pages, routes)
+        self._prefixes[place] = _Prefix(row, pages_R, routes)
         return self._prefixes[place]
 
     def _waiting(self) -> bool:
         return bool(self._queue or self._aside)
 
     def _shrink(self) -> None:
-        """Halves the batch for as long as its live rows fit, once no rollout waits."""
-        live = [slot for slot, rollout in enumerate(self._slots) if rollout is not None]
-        rows = len(self._slots)
-        while not self._waiting() and half_of(rows, self._limits.row_devices) >= max(1, len(live)):
-            rows = half_of(rows, self._limits.row_devices)
-        if rows < len(self._slots):
-            keep_R = (live + [slot for slot, rollout in enumerate(self._slots) if rollout is None])[:rows]
-            self._rows = self._do.take_rows(self._rows, np.asarray(keep_R, np.int32))
-            self._slots = [self._slots[slot] for slot in keep_R]
+        """Halves the batch for as long as each device's live rows fit, once no rollout waits."""
+        if (rows := self._halved()) == len(self._slots):
+            return
+        each, kept = rows // self._limits.row_devices, []
+        for device in range(self._limits.row_devices):
+            own = [slot for slot in range(len(self._slots)) if self._device(slot) == device]
+            kept += sorted(own, key=lambda slot: self._slots[slot] is None)[:each]
+        self._rows = self._do.take_rows(self._rows, np.asarray(kept, np.int32))
+        self._slots = [self._slots[slot] for slot in kept]
+
+    def _halved(self) -> int:
+        """The rows to which the batch can be halved, perhaps several times: all of them as long as rollouts wait."""
+        devices, rows = self._limits.row_devices, len(self._slots)
+        most = max(len(self._live(device)) for device in range(devices))
+        while not self._waiting() and half_of(rows, devices) >= max(1, most * devices):
+            rows = half_of(rows, devices)
+        return rows
 
     # Decoding
 
@@ -339,7 +371,7 @@ class Schedule:
                 kept.append(x_BT[slot, :new].copy())  # or all of the launch would be kept for it
             if not alive_B[slot]:
                 done.append(self._close(rollout))
-                self._book.release(rollout.pages)
+                self._books[self._device(slot)].release(rollout.pages)
                 self._slots[slot] = None
         if waiting:
             self._busy += sum(grown)
@@ -350,7 +382,8 @@ class Schedule:
         """A launch ends early when no more rows than this are live: a quarter can be refilled, or in the tail the batch can be halved."""
         if self._waiting():
             return live - max(1, live // 4)
-        return half_of(len(self._slots), self._limits.row_devices)
+        half = half_of(len(self._slots), self._limits.row_devices)
+        return half if half < live else 0  # so few already, but too many of them on one device
 
     def _close(self, rollout: _Open) -> Rollout:
         tokens_T = np.concatenate(rollout.tokens).astype(np.int32)

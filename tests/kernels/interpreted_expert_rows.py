@@ -14,16 +14,17 @@ from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 
 
-def same(tokens: int, experts: int, share: int, block: int, skew: float, layer: int) -> bool:
+def same(tokens: int, experts: int, share: int, block: int, skew: float, layer: int, elsewhere: int = 0) -> bool:
     """A large skew sends all tokens to the same experts. Blocks without rows may name any expert of the layer."""
     rng = np.random.default_rng(tokens)
-    order = np.argsort(rng.normal(size=(tokens, experts)) + skew * np.arange(experts), axis=1)
-    index_TX = jnp.asarray(order[:, :share].astype(np.int32))
+    order = np.argsort(rng.normal(size=(tokens, experts + elsewhere)) + skew * np.arange(experts + elsewhere), axis=1)
+    index_TX = jnp.asarray(np.minimum(order[:, :share], experts).astype(np.int32))
+    here = int((index_TX < experts).sum())
     got, expected = sort_rows_of_layer(index_TX, experts, block, jnp.int32(layer)), sort_rows(index_TX, experts, block)
     used = np.asarray(expected.blocks[2]) > 0
     experts_b, *rest = np.asarray(got.blocks)
     right = [
-        np.array_equal(got.slots, expected.slots),
+        np.array_equal(got.slots[:here], expected.slots[:here]),
         np.array_equal(rest[1], expected.blocks[2]),
         np.array_equal(rest[0][used], np.asarray(expected.blocks[1])[used]),
         np.array_equal(experts_b[used], np.asarray(expected.blocks[0])[used] + layer * experts),
@@ -39,6 +40,8 @@ CASES = {
     "full blocks": (32, 4, 4, 16, 0.0, 2),
     "many": (128, 32, 4, 8, 0.0, 3),
     "several programs, experts no power of two": (100, 12, 4, 16, 0.3, 1),
+    "most are elsewhere": (100, 8, 4, 8, 0.0, 1, 24),
+    "elsewhere, experts no power of two": (50, 6, 3, 8, 0.1, 2, 6),
 }
 
 

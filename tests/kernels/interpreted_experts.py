@@ -35,18 +35,22 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adap
     return TiledMatrix(*tiles, *(jnp.asarray(x) for x in (bias, a, b)), SCALE), dense + SCALE * b.astype(np.float64) @ a, bias
 
 
-def error(tokens: int, skew: float, adapted: bool, plan: Plan | None) -> float:
+def error(tokens: int, skew: float, adapted: bool, plan: Plan | None, elsewhere: int = 0) -> float:
     """Of one case; a large skew sends all tokens to the same experts."""
     rng = np.random.default_rng(tokens)
     gate_up, w1, b1 = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True, adapted=adapted)
     down, w2, b2 = _matrix(rng, WIDTH, HIDDEN, paired=False, adapted=adapted)
     x = np.array(jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.bfloat16).astype(jnp.float32))
-    index = np.argsort(rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS), axis=1)[:, :ACTIVE].astype(np.int32)
+    order = np.argsort(rng.normal(size=(tokens, EXPERTS + elsewhere)) + skew * np.arange(EXPERTS + elsewhere), axis=1)
+    index = np.minimum(order[:, :ACTIVE], EXPERTS).astype(np.int32)
     weights = rng.uniform(0.1, 1, size=(tokens, ACTIVE)).astype(np.float32)
-    got = mix_routed(jnp.asarray(x), jnp.asarray(index), jnp.asarray(weights), gate_up, down, limit=LIMIT, alpha=ALPHA, chosen=plan)
+    options = {"limit": LIMIT, "alpha": ALPHA, "chosen": plan, "elsewhere": elsewhere}
+    got = mix_routed(jnp.asarray(x), jnp.asarray(index), jnp.asarray(weights), gate_up, down, **options)
     expected = np.zeros((tokens, WIDTH))
     for t, j in np.ndindex(tokens, ACTIVE):
         e = index[t, j]
+        if e == EXPERTS:
+            continue
         h = w1[e] @ x[t] + b1[e]
         gate, up = np.minimum(h[0::2], LIMIT), np.clip(h[1::2], -LIMIT, LIMIT)
         expected[t] += weights[t, j] * (w2[e] @ ((up + 1) * gate / (1 + np.exp(-ALPHA * gate))) + b2[e])
@@ -57,6 +61,7 @@ CASES = {
     "one token": (1, 0.0, False, None),
     "several blocks of an expert": (21, 100.0, True, None),
     "any routing, parts": (9, 0.0, True, Plan(8, Launch(1, 2, 2, 2), Launch(2, 1, 2, 2))),
+    "most experts elsewhere": (9, 0.0, True, None, 8),
     "wide blocks, along the columns": (9, 0.0, True, Plan(16, Launch(1, 1, 2, 2, depth=2), Launch(1, 1, 2, 2))),
 }
 

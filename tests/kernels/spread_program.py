@@ -1,4 +1,4 @@
-"""Experts and attention spread over meshes of four imitated devices, beside the same on one: prints the largest relative errors as JSON."""
+"""What is spread over meshes of four imitated devices, beside the same on one: prints the largest relative errors as JSON."""
 
 import json
 from typing import Any
@@ -10,13 +10,12 @@ import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
-from discover_jax.kernels.experts import mix_reference  # noqa: E402
-from discover_jax.kernels.packed_attention import windowed_attention_reference  # noqa: E402
-from discover_jax.kernels.spread import spread_attention, spread_experts  # noqa: E402
+from discover_jax.kernels import table  # noqa: E402
+from discover_jax.kernels.spread import row_devices  # noqa: E402
 from discover_jax.models.sharding import make_mesh  # noqa: E402
 
 EXPERTS, ACTIVE, WIDTH = 8, 2, 16
-MESHES = [(1, 4, 1), (2, 2, 1)]
+MESHES = [(1, 4, 1), (2, 2, 1), (2, 1, 2)]
 
 
 class Matrix:
@@ -58,20 +57,57 @@ def attention(attend: Any, rows: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(passes)(q, k, v))]
 
 
+def cached(op: Any, parts: int, copies: int) -> list[np.ndarray]:
+    """A prompt read into pages of each device, and then tokens decoded, with the pages of a row on its device: what attention gives.
+
+    On one device the prompt is read in as many copies.
+    """
+    rng = np.random.default_rng(0)
+    rows, layers, each, size, kv_heads, head_size = 8, 2, 6, 4, 2, 8
+    own = rows // parts  # rows of a device, and so the first page of each device's is `own * each`
+    pool = jnp.full((layers, rows * each, kv_heads, size, head_size), jnp.nan)  # nobody may see what was not written
+    layer, sinks = jnp.int32(1), jnp.asarray(rng.normal(size=4), jnp.float32)
+
+    def draw(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    # One prompt of three pages, of which the last is half full, into the last three pages of every device.
+    prompt_R3 = jnp.asarray([[(device + 1) * own * each - 3 + i for i in range(3)] for device in range(parts)], jnp.int32)
+    q, k, v = (jnp.tile(draw(1, 12, heads, head_size), (copies, 1, 1, 1)) for heads in (4, kv_heads, kv_heads))
+    keys, values = op("write_pages")(pool, pool, layer, prompt_R3, k, v)
+    read = op("prefill_attention")(q, keys, values, layer, prompt_R3, jnp.zeros(copies, jnp.int32), sinks)
+    # Rows of two pages and a begun one; a row without a place writes nothing.
+    pages_BM = jnp.asarray([[(row // own) * own * each + (row % own) * 3 % (own * each - 3) + i for i in range(3)] for row in range(rows)])
+    starts = jnp.arange(rows)
+    for place in range(9):
+        page_B = jnp.where(starts == 3, rows * each, pages_BM[:, place // size])
+        options = (jnp.full(rows, place % size), draw(rows, kv_heads, head_size), draw(rows, kv_heads, head_size))
+        keys, values = op("write_token")(keys, values, layer, page_B.astype(jnp.int32), *options)
+    counts_B = jnp.asarray([1, 9, 5, 1, 8, 9, 4, 3], jnp.int32)
+    table_BM = pages_BM.at[3].set((3 // own) * own * each + own * each - 3).astype(jnp.int32)  # it reads the prompt's first page
+    out = op("paged_attention")(draw(rows, 4, head_size), keys, values, layer, table_BM, counts_B, sinks)
+    return [np.asarray(x) for x in (read[:1], out)]
+
+
 def main() -> None:
     found = {}
-    cases = {
-        "experts": (experts, mix_reference, spread_experts),
-        "attention": (attention, windowed_attention_reference, spread_attention),
-    }
-    for name, (run, alone, spread) in cases.items():
-        for count in (12, 5):
-            expected = run(alone, count)
+    for count in (12, 5):
+        for name, run, operation in (("experts", experts, "experts"), ("attention", attention, "windowed_attention")):
+            expected = run(table.choose(operation), count)
             for shape in MESHES:
-                got = run(spread(alone, make_mesh(*shape)), count)
-                errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, expected, strict=True)]
-                found[f"{name} of {count} on {shape}"] = float(max(errors))
+                with table.spread_over(make_mesh(*shape)):
+                    found[f"{name} of {count} on {shape}"] = worst(run(table.choose(operation), count), expected)
+    for shape in MESHES:
+        mesh = make_mesh(*shape)
+        parts = row_devices(mesh)
+        expected = cached(table.choose, parts, parts)
+        with table.spread_over(mesh):
+            found[f"cache on {shape}"] = worst(cached(lambda name: jax.jit(table.choose(name)), parts, 1), expected)
     print(json.dumps(found))
+
+
+def worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    return float(max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, expected, strict=True)))
 
 
 if __name__ == "__main__":

@@ -69,13 +69,17 @@ class Memory(Chain):
     """A chain whose state is a sum over all tokens so far, each times a number of its position, modulo V, read from the cache.
 
     Every token is written to its page; a page lost, mixed up or overwritten changes the state. Pages hold token + 1, as 0 is nothing.
+    Each of `devices` has as many of the rows and of the pages, and what lies elsewhere a row must not use.
     """
+
+    devices: int = 1
 
     def _state(self, cache, lengths_B):
         held_BS = cache.pool.keys_LPKsH[0, cache.pages_BM, 0, :, 0].reshape(len(cache.pages_BM), -1)
-        places_S = jnp.arange(held_BS.shape[1])
+        places_S, rows = jnp.arange(held_BS.shape[1]), len(cache.pages_BM)
         seen_BS = places_S < lengths_B[:, None]
-        broken_B = (seen_BS & (held_BS < 1)).any(axis=1)
+        here_BM = cache.pages_BM * self.devices // cache.pool.pages == (jnp.arange(rows) * self.devices // rows)[:, None]
+        broken_B = (seen_BS & ((held_BS < 1) | ~jnp.repeat(here_BM, cache.pool.page_size, axis=1))).any(axis=1)
         state_B = jnp.where(seen_BS, (held_BS - 1) * (1 + places_S % 7), 0).sum(axis=1) % self.vocab
         return jnp.where(broken_B, jnp.nan, state_B)[:, None]
 
@@ -86,7 +90,8 @@ class Memory(Chain):
         values = (tokens_BC + 1.0).reshape(len(tokens_BC), -1, 1, size, 1)
         keys = cache.pool.keys_LPKsH.at[0, pages_Bm].set(values, mode="drop")
         cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=cache.lengths_B + counts_B)
-        return self._state(cache, cache.lengths_B), cache, self._routes(tokens_BC)
+        state_R1 = self._state(cache, cache.lengths_B)  # read from the pages of each device
+        return jnp.where(jnp.all(state_R1 == state_R1[0]), state_R1[:1], jnp.nan), cache, self._routes(tokens_BC)
 
     def decode(self, frozen, lora, tokens_B, cache):
         size, lengths_B = cache.pool.page_size, cache.lengths_B
@@ -132,12 +137,21 @@ LENGTHS = (700, 128, 1, 300, 512, 129)
 SELDOM = LOGITS - 3.5 * (np.arange(5) == STOP)  # long rollouts of very different lengths
 
 
-@pytest.mark.parametrize(("pages", "slots"), [(None, 8), (24, 8), (16, 8), (14, 8), (14, 1), (30, 30)], ids=lambda value: str(value))
-def test_pages_that_run_out_change_nothing(pages, slots):
+# On several devices: everything fits; rollouts wait on each; the batch is halved once on each.
+_ON_DEVICES = [(None, 9, 3), (28, 8, 2), (44, 16, 2)]
+
+
+@pytest.mark.parametrize(
+    ("pages", "slots", "devices"),
+    [(None, 8, 1), (24, 8, 1), (16, 8, 1), (14, 8, 1), (14, 1, 1), (30, 30, 1), *_ON_DEVICES],
+    ids=lambda value: str(value),
+)
+def test_pages_that_run_out_change_nothing(pages, slots, devices, monkeypatch):
     """The cache holds from everything down to hardly more than one rollout; each token depends on all that it holds."""
+    monkeypatch.setattr("discover_jax.sampling.sampler.row_devices", lambda mesh: devices)
     settings = {"max_prompt_tokens": 700, "max_new_tokens": 300, "launch_steps": 16, "slots": slots, "pages": pages}
     seen = []
-    sampler = _sampler(Memory(), **settings)
+    sampler = _sampler(Memory(devices=devices), **settings)
     rollouts = list(sampler.sample(SELDOM, None, _long_prompts(LENGTHS), 5, seed=4, step=1, on_progress=seen.append))
     assert sorted((r.group, r.index) for r in rollouts) == [(g, i) for g in range(6) for i in range(5)]
     for r in rollouts:
