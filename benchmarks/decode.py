@@ -1,18 +1,21 @@
 """Tokens a second of sampling on random weights of a published shape, beside what the device's own bandwidth allows in the same run.
 
-    python benchmarks/decode.py --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--new=256] [--data=1] [--expert=1] [--no_adapter]
-        [--profile] [--json=FILE]
+    python benchmarks/decode.py --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--unread] [--new=256] [--data=1] [--expert=1]
+        [--no_adapter] [--profile] [--json=FILE]
 
-One prompt, as many rollouts of it as the batch has rows, through the sampler as a run uses it. The speed is that of whole launches after
-those that compile, with every row live. The floor of a step is the time in which a plain large copy moves the bytes that it must read: all
-weights but the experts' matrices; those of the experts that a uniform routing would choose; the adapter likewise, in the model's type; and
-keys and values up to the mean context. On a mesh it is that of one device, without a time for what devices exchange. `--profile` also says
-in which functions the device's time of a launch went.
+One prompt, as many rollouts of it as the batch has rows, through the sampler as a run uses it. With `--unread` there is a prompt for each
+row, and none is read, so that long contexts cost nothing to reach: their keys and values are zeros, each row's on pages of its own.
+
+The speed is that of whole launches after those that compile, with every row live. The floor of a step is the time in which a plain large
+copy moves the bytes that it must read: all weights but the experts' matrices; those of the experts that a uniform routing would choose; the
+adapter likewise, in the model's type; and keys and values up to the mean context. On a mesh it is that of one device, without a time for
+what devices exchange. `--profile` also says in which functions the device's time of a launch went.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import gzip
 import itertools
 import json
@@ -33,6 +36,7 @@ from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_sampler
 from discover_jax.kernels.spread import row_devices
 from discover_jax.machines import take_gpu_memory
+from discover_jax.models.cache import Cache
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
@@ -99,9 +103,9 @@ class _EnoughError(Exception):
 
 
 def sample(
-    sampler: Sampler, frozen: Any, lora: Any, prompt: Prompt, rows: int, step: int, launches: float = float("inf")
+    sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, step: int, launches: float = float("inf")
 ) -> list[tuple[float, int]]:
-    """The time and the tokens so far after each launch, up to so many launches."""
+    """The time and the tokens so far after each launch, up to so many launches, of a group of so many rows for each prompt."""
     seen: list[tuple[float, int]] = []
 
     def note(progress: Progress) -> None:
@@ -110,9 +114,20 @@ def sample(
             raise _EnoughError
 
     with contextlib.suppress(_EnoughError):
-        for _ in sampler.sample(frozen, lora, [prompt], rows, seed=0, step=step, on_progress=note):
+        for _ in sampler.sample(frozen, lora, prompts, rows, seed=0, step=step, on_progress=note):
             pass
     return seen
+
+
+def leave_prompts_unread(sampler: Any, model: Model) -> None:
+    """Rows begin as if their prompts had been read, with what the cache holds, and zeros for the stream."""
+    hidden_1D = jnp.zeros((1, model.config.width), model.dtype)
+
+    def unread(frozen: Any, lora: Any, tokens_1C: Any, counts_1: Any, cache: Cache) -> tuple[jax.Array, Cache, np.ndarray]:
+        routes = np.zeros((*tokens_1C.shape, *model.routes.shape), model.routes.dtype)
+        return hidden_1D, dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_1), routes
+
+    sampler._prefill = unread
 
 
 def measure(arguments: argparse.Namespace, rows: int, frozen: Any, lora: Any, spent: _Compilations, copy: float) -> dict[str, Any]:
@@ -122,12 +137,18 @@ def measure(arguments: argparse.Namespace, rows: int, frozen: Any, lora: Any, sp
     model = build_model(config, sizes, mesh_of(config))
     # The last id stops, so that almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
+    if arguments.unread:
+        leave_prompts_unread(sampler, model)
     rng = np.random.default_rng(0)
-    prompt = Prompt(0, "seed", "", rng.integers(0, sizes.vocab_size - 1, arguments.prompt).astype(np.int32))
+    prompts = [
+        Prompt(group, "seed", "", rng.integers(0, sizes.vocab_size - 1, arguments.prompt).astype(np.int32))
+        for group in range(config.groups)
+    ]
     before = spent.seconds
-    sample(sampler, frozen, lora, prompt, rows, step=0)
+    sample(sampler, frozen, lora, prompts, config.group_size, step=0, launches=2)
     compiling = spent.seconds - before
-    seen = [(when, tokens) for when, tokens in sample(sampler, frozen, lora, prompt, rows, step=1) if tokens < rows * arguments.new * 0.98]
+    launches = sample(sampler, frozen, lora, prompts, config.group_size, step=1)
+    seen = [(when, tokens) for when, tokens in launches if tokens < rows * arguments.new * 0.98]
     if len(seen) < 2:
         sys.exit(f"--new={arguments.new} is too short: there are no two launches to measure.")
     (started, first), (ended, last) = seen[0], seen[-1]
@@ -150,7 +171,7 @@ def measure(arguments: argparse.Namespace, rows: int, frozen: Any, lora: Any, sp
         "compilations": sampler.compilations,
     }
     if arguments.profile:
-        result["profile"] = profile(sampler, frozen, lora, prompt, rows, arguments.keep_trace)
+        result["profile"] = profile(sampler, frozen, lora, prompts, config.group_size, arguments.keep_trace)
     return result
 
 
@@ -208,7 +229,7 @@ def _events(folder: str, module: str) -> Iterator[tuple[str, str, float, float]]
                     yield str(stats["hlo_op"]), event.name, event.start_ns, event.duration_ns
 
 
-def profile(sampler: Sampler, frozen: Any, lora: Any, prompt: Prompt, rows: int, keep: str) -> dict[str, Any]:
+def profile(sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, keep: str) -> dict[str, Any]:
     """Microseconds a step of decoding by function and by kernel, their number, and how long the device had nothing to do."""
     shapes, shapes_lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen, lora))
     (decoding,) = (program for program in sampler.programs(shapes, shapes_lora, 1, rows) if program.name == "decode")
@@ -216,7 +237,7 @@ def profile(sampler: Sampler, frozen: Any, lora: Any, prompt: Prompt, rows: int,
     functions, module = _functions(text), text.split(",")[0].removeprefix("HloModule ")
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            seen = sample(sampler, frozen, lora, prompt, rows, step=2, launches=2)
+            seen = sample(sampler, frozen, lora, prompts, rows, step=2, launches=2)
         events = list(_events(folder, module))
         if keep:
             (path,) = Path(folder).rglob("*.xplane.pb")
@@ -256,7 +277,7 @@ def profile(sampler: Sampler, frozen: Any, lora: Any, prompt: Prompt, rows: int,
 def configured(arguments: argparse.Namespace, rows: int) -> Any:
     config = default_config()
     config.model.dtype = arguments.dtype
-    config.groups, config.group_size = 1, rows
+    config.groups, config.group_size = (rows, 1) if arguments.unread else (1, rows)
     config.sampling.slots = rows
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
     set_mesh(config, arguments)
@@ -270,6 +291,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", default="128,1", help="rows, one after another")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--unread", action="store_true", help="a prompt for each row, none of which is read")
     parser.add_argument("--new", type=int, default=256, help="tokens of a rollout")
     add_mesh(parser)
     parser.add_argument("--no_adapter", action="store_true")

@@ -123,7 +123,7 @@ def main() -> None:
         for group in range(arguments.groups)
     ]
     started = time.perf_counter()
-    sample(sampler, frozen, lora, prompts[0], arguments.groups * arguments.group_size, step=0, launches=2)  # compiles
+    sample(sampler, frozen, lora, prompts[:1], arguments.groups * arguments.group_size, step=0, launches=2)  # compiles
     compiling = time.perf_counter() - started
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copy {copy / 1e12:.2f} TB/s, compiled in {compiling:.0f} s", flush=True)
 
