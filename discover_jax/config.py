@@ -388,7 +388,8 @@ def _of_the_cluster(execution: Any) -> Iterator[str]:
     elif address not in ("auto", "local") and not re.fullmatch(r"[\w.\-]+:\d+|\[[\da-fA-F:.]+\]:\d+", address):
         yield (
             f"config.execution.ray_address = {address!r} is no address; allowed: auto, local, or HOST:PORT of the head as `ray start"
-            " --head` shows it (not ray://..., which is for clients outside of a cluster: join it with this machine by `ray start --address=...`)."
+            " --head` shows it (not ray://..., which is for clients outside of a cluster: join it with this machine by `ray start"
+            " --address=...`)."
         )
 
 

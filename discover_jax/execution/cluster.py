@@ -68,15 +68,12 @@ class RayBackend:
             grace_seconds,
         )
         self._children = Children()
-        place = self._children.place("ray", "ray-driver", ray_driver.main, wanted)
         try:
-            self._opened: ray_driver.Opened = place.ask("open", _OPENING_SECONDS)
+            self._opened, self._connection = self._open(wanted)
         except BaseException:
             self._children.close()
             self._children.release()
             raise
-        assert place.child is not None
-        self._connection: Connection = place.child.connection
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._waiting: dict[int, Future[Any]] | None = {}  # None once the process is gone
@@ -85,6 +82,17 @@ class RayBackend:
             self._free.put(_RaySlot(self, number))
         self._reader = threading.Thread(target=self._read, name="execution-ray-reader", daemon=True)
         self._reader.start()
+
+    def _open(self, wanted: ray_driver.Wanted) -> tuple[ray_driver.Opened, Connection]:
+        place = self._children.place("ray", "ray-driver", ray_driver.main, wanted)
+        try:
+            opened = place.ask("open", _OPENING_SECONDS)
+        except SandboxError as error:  # the process ended, as ray does to it where there is no cluster
+            raise ray_driver.no_cluster(self._address, str(error)) from error
+        if isinstance(opened, ray_driver.Refused):
+            raise SandboxError(opened.text)
+        assert place.child is not None
+        return opened, place.child.connection
 
     @property
     def slots(self) -> int:

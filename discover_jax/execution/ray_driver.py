@@ -59,6 +59,13 @@ class Opened:
     nodes: tuple[tuple[str, str], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """Why nodes cannot be used, with their names."""
+
+    text: str
+
+
 @dataclasses.dataclass(eq=False)
 class _Node:
     id: str
@@ -85,7 +92,7 @@ def shares(slots_N: Sequence[int], workers: int) -> list[int]:
 
 
 def main(connection: Connection, parent: int, wanted: Wanted) -> None:
-    """Opens the cluster when asked first, sends Opened or an error of this project, then serves until the connection closes.
+    """Opens the cluster when asked first, sends Opened, Refused or a RunError, then serves until the connection closes.
 
     Receives (number, slot, task, run, program) and sends (number, an Execution or an error of this project), in the order of the ends.
     """
@@ -93,7 +100,10 @@ def main(connection: Connection, parent: int, wanted: Wanted) -> None:
     connection.recv()
     try:
         cluster = _Cluster(wanted)
-    except DiscoverError as error:
+    except SandboxError as error:
+        connection.send(Refused(str(error)))
+        return
+    except RunError as error:
         connection.send(error)
         return
     children.begin(parent)  # ray has set handlers of its own
@@ -128,7 +138,7 @@ class _Cluster:
           SandboxError: a node cannot isolate programs, or has other packages; with the names of all such nodes.
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         self._ray, self._wanted = ray, wanted
         options: dict[str, Any] = (
@@ -136,12 +146,8 @@ class _Cluster:
         )
         try:
             context = ray.init(address=wanted.address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise RunError(
-                f"No ray cluster could be joined at {wanted.address!r}: {str(error).splitlines()[0]} Start one by `ray start --head`, join"
-                " it with this machine by `ray start --address=HOST:PORT --num-cpus=0`, and give config.execution.ray_address='auto' or"
-                " HOST:PORT; or 'local' for one that this machine starts for the run."
-            ) from error
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            raise no_cluster(wanted.address, _text(error)) from error
         self._hidden = [context.address_info["session_dir"]]
         self._changed = threading.Condition()
         self._closed = False
@@ -186,7 +192,7 @@ class _Cluster:
         Raises:
           SandboxError: it cannot, or does not come.
         """
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
         wanted = self._wanted
         actor = (
@@ -301,6 +307,15 @@ class _Cluster:
         for actor in actors:
             self._ray.kill(actor)
         self._ray.shutdown()
+
+
+def no_cluster(address: str, why: str) -> RunError:
+    """What to say where none can be joined."""
+    return RunError(
+        f"No ray cluster could be joined at {address!r}: {why} Start one by `ray start --head`, join it with this machine by `ray start"
+        " --address=HOST:PORT --num-cpus=0`, and give config.execution.ray_address='auto' or HOST:PORT; or 'local' for one that is started"
+        " here for the run."
+    )
 
 
 def _text(error: Exception) -> str:

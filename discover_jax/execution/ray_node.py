@@ -4,9 +4,11 @@ Only what programs may see travels to it: the public folders. Answers stay with 
 """
 
 import fcntl
+import importlib.util
 import io
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -68,7 +70,7 @@ class Node:
           How programs are isolated here, in a line; or why they cannot be.
         """
         try:
-            here = packages()
+            here = packages(_own_path())
             if differing := sorted(set(here) ^ set(wanted)):
                 return SandboxError(
                     f"Python or packages differ from those of the run's own machine, on which scores depend ({', '.join(differing[:6])}"
@@ -107,6 +109,13 @@ class Node:
             self._backend.release()
         if self._folder is not None:
             self._folder.remove()
+
+
+def _own_path() -> list[str]:
+    """This process's sys.path without what ray adds in its workers: folders within itself, with packages that programs do not see."""
+    spec = importlib.util.find_spec("ray")
+    ray = Path(spec.origin).parent if spec is not None and spec.origin else None
+    return [folder for folder in sys.path if ray is None or ray not in Path(folder).parents]
 
 
 class _Folder:
