@@ -3,6 +3,7 @@
 Only what programs may see travels to it: the public folders. Answers stay with the process that grades (grading.py).
 """
 
+import contextlib
 import fcntl
 import importlib.util
 import io
@@ -11,7 +12,6 @@ import shutil
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +21,7 @@ from discover_jax.execution.limits import Limits
 from discover_jax.execution.local import LocalBackend
 from discover_jax.types import Execution
 
-_PREFIX = "discover_jax-public-"
-_NEW_SECONDS = 60.0
-"""A folder of that age whose maker holds no lock was left by one that was killed."""
+_PREFIX, _NEW_PREFIX = "discover_jax-public-", "discover_jax-new-"
 
 
 def pack(publics: Sequence[Sequence[Path]]) -> bytes:
@@ -123,13 +121,15 @@ class _Folder:
 
     def __init__(self) -> None:
         for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            status = left.lstat()
-            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > _NEW_SECONDS and (lock := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
-        self._path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._path.chmod(0o711)  # for programs, which run under other uids if root started this
-        self._held = _lock(self._path)
+            with contextlib.suppress(FileNotFoundError):  # another process removed it at this moment
+                if left.lstat().st_uid == os.geteuid() and (lock := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+        new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
+        new.chmod(0o711)  # for programs, which run under other uids if root started this
+        self._held = _lock(new)
+        # Only now, when it is locked, by the name that others look for.
+        self._path = new.rename(new.with_name(_PREFIX + new.name.removeprefix(_NEW_PREFIX)))
 
     def unpack(self, archive: bytes, runs: Sequence[int]) -> list[list[Path]]:
         """The folders of `pack`, in which any user may read."""
@@ -151,10 +151,7 @@ class _Folder:
 
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock; None if another process does."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:  # another process removed it at this moment
-        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

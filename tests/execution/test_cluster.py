@@ -101,12 +101,8 @@ def test_what_a_killed_node_left_is_removed_and_what_a_living_one_holds_is_not(t
     living = ray_node._Folder()
     left = tmp_path / f"{ray_node._PREFIX}left"
     (left / "0").mkdir(parents=True)
-    new = tmp_path / f"{ray_node._PREFIX}new"
-    new.mkdir()
-    for folder in (left, living._path):
-        os.utime(folder, (1, 1))
     mine = ray_node._Folder()
-    assert set(tmp_path.iterdir()) == {living._path, new, mine._path}
+    assert set(tmp_path.iterdir()) == {living._path, mine._path}
     for folder in (living, mine):
         folder.remove()
 
@@ -261,6 +257,35 @@ def test_a_cluster_that_is_lost_is_one_clear_error(task, tmp_path, started):
                 RunError, match=r"(?s)ray cluster .* was lost.*resumes at the last checkpoint|No node of the ray cluster is left"
             ):
                 future.result(120)
+
+
+MAIN = """
+import sys, time
+from pathlib import Path
+from tiny_competition import LIMITS, make
+from discover_jax.execution import Executor
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    pool = Executor([make(folder / "competition")], LIMITS, cache_dir=folder / "cache", backend="ray", ray_address=sys.argv[2])
+    pool.submit("import time\\ntime.sleep(50)\\n")
+    time.sleep(60)
+"""
+
+
+@real
+def test_killed_main_process_leaves_nothing_running_on_a_node(tmp_path, started):
+    head = started.start(1)
+    environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
+    (tmp_path / "main.py").write_text(MAIN)
+    main = subprocess.Popen([sys.executable, str(tmp_path / "main.py"), str(tmp_path), started.address], env=environment)
+    try:
+        assert wait_for(lambda: busy(head), 60)
+        (actor,) = actors(head)
+        family = {actor, *descendants(actor), *descendants(main.pid)}
+    finally:
+        main.kill()
+        main.wait()
+    assert wait_for(lambda: not alive(family), 20), commands(alive(family))
 
 
 @real
