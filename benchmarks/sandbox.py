@@ -175,7 +175,7 @@ def main() -> int:
             pool.submit(_QUICK).result()
         before, began = _after_close(temporary, mark), time.monotonic()
         with Executor([task], limits, workers=arguments.workers or None, cache_dir=Path(name) / "cache") as pool:
-            described, slots = pool.describe(), len(pool._plans)
+            described, slots = pool.describe(), pool.slots
             ends = _run(pool, kinds[:tenth], 0, len(kinds), began)
             workers = _workers()
 

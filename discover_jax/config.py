@@ -6,6 +6,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,12 +128,18 @@ SETTINGS: dict[str, Any] = {
         "seconds": Setting(300.0, "time limit of a program, from its own start", unit="s", low=0.1, high=86_400),
         "cores": Setting(2, "CPU cores leased to a program", low=1, high=1024),
         "memory_gib": Setting(4.0, "memory limit of a program", unit="GiB", low=0.25, high=_GIB_MAX),
-        "workers": Setting(0, "programs at once; 0: as many as the machine's cores allow", low=0, high=4096),
+        "workers": Setting(0, "programs at once; 0: as many as the machine's, or the ray cluster's, cores allow", low=0, high=4096),
         "cache": Setting("", "folder of verdicts that several runs on the same machine share; empty: the run's own"),
         "backend": Setting(
             "bubblewrap",
-            "how programs are isolated; the unsafe one is for trusted programs only and needs allow_weaker",
-            choices=("bubblewrap", "unsafe-subprocess"),
+            "where programs run and what isolates them: bubblewrap on this machine; with `ray`, bubblewrap on the nodes of a ray cluster"
+            " (docs/scaling.md); the unsafe one is for trusted programs only and needs allow_weaker",
+            choices=("bubblewrap", "ray", "unsafe-subprocess"),
+        ),
+        "ray_address": Setting(
+            "auto",
+            "ray: `auto` for the cluster that this machine is a node of, HOST:PORT of that cluster's head, or `local` for one that is"
+            " started on this machine for the run",
         ),
         "allow_weaker": Setting(False, "accept an isolation weaker than bubblewrap's; the summary of the run then says so"),
     },
@@ -294,6 +301,7 @@ def _contradictions(config: Any) -> Iterator[str]:
             "config.execution.backend = 'unsafe-subprocess' runs the model's programs without isolation. Set"
             " config.execution.allow_weaker=True as well if you accept that, or use 'bubblewrap'."
         )
+    yield from _of_the_cluster(config.execution)
     if config.task.holdout_folds > 1 and config.task.reward != "holdout":
         yield (
             f"config.task.holdout_folds = {config.task.holdout_folds} with config.task.reward = {config.task.reward!r}: folds are parts of"
@@ -366,6 +374,22 @@ def _contradictions(config: Any) -> Iterator[str]:
         yield (
             "config.reuse.sampler = 'fixed' never looks at the archive that config.train.resume_from brings along;"
             " use 'greedy', or start fresh."
+        )
+
+
+def _of_the_cluster(execution: Any) -> Iterator[str]:
+    address = execution.ray_address
+    if execution.backend != "ray":
+        if address != "auto":
+            yield (
+                f"config.execution.ray_address = {address!r} has no effect with config.execution.backend = {execution.backend!r}: set"
+                " config.execution.backend='ray', or leave the address out."
+            )
+    elif address not in ("auto", "local") and not re.fullmatch(r"[\w.\-]+:\d+|\[[\da-fA-F:.]+\]:\d+", address):
+        yield (
+            f"config.execution.ray_address = {address!r} is no address; allowed: auto, local, or HOST:PORT of the head as `ray start"
+            " --head` shows it (not ray://..., which is for clients outside of a cluster: join it with this machine by `ray start"
+            " --address=...`)."
         )
 
 

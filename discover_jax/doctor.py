@@ -197,7 +197,13 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
     settings = config.execution
     limits = limits_of(settings)
     with Executor(
-        tasks, limits, workers=1, cache_dir=folder / "cache", backend=settings.backend, allow_weaker=settings.allow_weaker
+        tasks,
+        limits,
+        workers=None if settings.backend == "ray" else 1,  # each of a cluster's nodes sends its canary
+        cache_dir=folder / "cache",
+        backend=settings.backend,
+        allow_weaker=settings.allow_weaker,
+        ray_address=settings.ray_address,
     ) as executor:
         verdicts = [executor.submit(_PROGRAM, number).result() for number in range(len(tasks))]
         text, isolated = executor.describe(), executor.isolated

@@ -102,10 +102,12 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
         cache_dir=config.execution.cache or workdir.cache_dir,
         backend=config.execution.backend,
         allow_weaker=config.execution.allow_weaker,
+        ray_address=config.execution.ray_address,
+        leads=processes.leads,
     ) as executor:
         search = {"learned": learn, "advantage": config.train.advantage if learn else None, "reuse": config.reuse.sampler}
         hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe()})
-        ways = tuple(dict.fromkeys(host["way"] for host in hosts))
+        ways = tuple(dict.fromkeys(host["way"] for host in hosts if host["slots"]))
         isolation = Isolation(all(host["isolated"] for host in hosts), ways)
         if source is not None:
             isolation = source.isolation.after(isolation)

@@ -1,5 +1,6 @@
 """The config table: the report's values, and errors that name every wrong setting."""
 
+import contextlib
 import runpy
 
 import pytest
@@ -76,6 +77,8 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("task.grader", "kaggle", "allowed: native, mlebench"),
         ("seed", True, "must be a int"),
         ("execution.backend", "unsafe-subprocess", "allow_weaker"),
+        ("execution.backend", "docker", "allowed: bubblewrap, ray, unsafe-subprocess"),
+        ("execution.ray_address", "local", r"ray_address = 'local' has no effect.*set config\.execution\.backend='ray'"),
         ("group_size", 1, "group of one"),
         ("reuse.exploration", 2.0, r"reuse\.exploration = 2\.0 has no effect"),
         ("train.clip_high", 0.3, r"train\.clip_high = 0\.3 has no effect"),
@@ -104,6 +107,16 @@ def test_bad_values_and_contradictions_say_what_is_allowed(name, value, message)
     with pytest.raises(ConfigError, match=message) as error:
         settings.validate(config)
     assert name.split(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "known"), [("auto", True), ("10.0.0.1:6379", True), ("[::1]:6379", True), ("ray://h:1", False), ("", False)]
+)
+def test_addresses_of_ray_clusters(address, known):
+    config = _load("configs/quickstart.py")
+    config.execution.backend, config.execution.ray_address = "ray", address
+    with contextlib.nullcontext() if known else pytest.raises(ConfigError, match="allowed: auto, local, or HOST:PORT"):
+        settings.validate(config)
 
 
 def test_all_problems_are_named_at_once():

@@ -1,6 +1,7 @@
 """Runs programs that a model wrote: sandboxes, the pool of workers, the harness that runs inside, and the cache of verdicts."""
 
-from discover_jax.execution.executor import Executor, GradedTask
+from discover_jax.execution.executor import Executor
+from discover_jax.execution.grading import GradedTask
 from discover_jax.execution.leases import lease_cores
 from discover_jax.execution.limits import Limits
 

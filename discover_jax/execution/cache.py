@@ -14,7 +14,9 @@ import logging
 import os
 import platform
 import stat
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,13 @@ _LARGEST_FILE = 1 << 30
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def packages() -> list[str]:
-    """Name and version of everything that a program can import, sorted: the same program may score otherwise with others."""
-    found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
+def packages(path: Sequence[str] | None = None) -> list[str]:
+    """Name and version of everything that a program can import, sorted: the same program may score otherwise with others.
+
+    Args:
+      path: folders to look into; None: this process's sys.path.
+    """
+    found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions(path=sys.path if path is None else list(path))}
     return [platform.python_version(), platform.machine(), *sorted(found)]
 
 

@@ -50,14 +50,14 @@ def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Itera
         yield "numpy or pandas cannot be found inside: install both into the environment that runs this"
 
 
-def hidden_paths(host: Host, public: Path, cache_dir: Path) -> list[Path]:
-    """What programs must not see of the run: what lies beside the public folder (the answers), and the cache.
+def hidden_paths(host: Host, public: Path, further: Iterable[Path]) -> list[Path]:
+    """What programs must not see: what lies beside the public folder (the answers, other runs' folders), and `further` (the cache).
 
     A neighbour that holds a folder which is visible by intention (this environment's Python, in a run folder beside it) is left out.
     """
     visible = [Path(path) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/dev", *WRITABLE, *host.roots)]
     beside = [path for path in public.parent.iterdir() if path != public]
-    return [path for path in (*beside, cache_dir) if not any(path == folder or path in folder.parents for folder in visible)]
+    return [path for path in (*beside, *further) if not any(path == folder or path in folder.parents for folder in visible)]
 
 
 def check(plan: Plan, hidden: Iterable[Path]) -> None:

@@ -23,7 +23,7 @@ class StepPrograms(Generic[P]):
 
     Args:
       executor: of this host.
-      slots_H: programs that each host runs at once.
+      slots_H: programs that each host runs at once. Where a ray cluster runs them, the first host has all slots and the others none.
       processes: of the run, one a host.
     """
 
@@ -47,7 +47,8 @@ class StepPrograms(Generic[P]):
         """
         host = self._host_of.get((task, program))
         if host is None:
-            host = min(range(len(self._slots)), key=lambda h: (self._given_H[h] + 1) / self._slots[h])
+            able = [host for host, slots in enumerate(self._slots) if slots]
+            host = min(able, key=lambda h: (self._given_H[h] + 1) / self._slots[h])
             self._given_H[host] += 1
             self._host_of[task, program] = host
         self._places.append(place)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import DiscoverError, RunError
-from discover_jax.execution.executor import Executor
+from discover_jax.execution.executor import BACKENDS, Executor
 from discover_jax.execution.limits import limits_of
 from discover_jax.records import parse_json
 from discover_jax.tasks.loading import locate_competition
@@ -43,7 +43,7 @@ def rerun_script(config: Any, number: int) -> str:
         "seconds": config.execution.seconds,
         "cores": config.execution.cores,
         "memory_gib": config.execution.memory_gib,
-        "backend": config.execution.backend,
+        "backend": BACKENDS[config.execution.backend],  # on the machine that reruns it, wherever it ran before
     }
     flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
     if config.execution.allow_weaker:

@@ -16,8 +16,13 @@ from discover_jax.hosts.processes import Processes
 
 _CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
 _ABSENT = object()
-_HOW = ("mesh.data", "mesh.expert", "mesh.tensor", "train.rows", "tracking.wandb", "tracking.project", "tracking.entity")
-"""Settings that say on which devices a run is computed, in which parts, and who is told, not what: they may change when it is resumed."""
+_HOW = (
+    *("mesh.data", "mesh.expert", "mesh.tensor", "train.rows"),
+    *("execution.backend", "execution.ray_address"),
+    *("tracking.wandb", "tracking.project", "tracking.entity"),
+)
+"""Settings that say on which machines a run is computed, in which parts, and who is told, not what: they may change when it is resumed.
+A backend that isolates less needs `execution.allow_weaker`, which is not among them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
     def uid(pool: Executor) -> int:
         """Of its one slot's program while it runs."""
         future = pool.submit("import time\ntime.sleep(1)\n" + GOOD)
-        (plan,) = pool._plans
+        (plan,) = pool._backend.plans
         while not future.done():
             for status in Path("/proc").glob("[0-9]*/status"):
                 try:
@@ -126,4 +126,4 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
         assert uids[0] != uids[1]
         first.close()
         with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "c") as third:
-            assert third._plans[0].uid != uids[1]
+            assert third._backend.plans[0].uid != uids[1]

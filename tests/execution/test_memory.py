@@ -308,7 +308,7 @@ def test_a_measurement_that_fails_is_heard_and_holds_up_nobody():
 def test_without_a_control_group_programs_wait_for_each_others_memory(task, tmp_path, monkeypatch, programs_worth, seconds, overlap):
     monkeypatch.setattr(memory, "find_cgroups", lambda: None)
     free = programs_worth * LIMITS.memory_bytes
-    monkeypatch.setattr("discover_jax.execution.executor.Admission", lambda limit: Admission(limit, available=lambda: free))
+    monkeypatch.setattr("discover_jax.execution.local.Admission", lambda limit: Admission(limit, available=lambda: free))
     program = "import time\nprint(time.monotonic())\ntime.sleep({})\nprint(time.monotonic())\n" + GOOD
     with Executor([task], LIMITS, workers=2, cache_dir=tmp_path) as pool:
         assert "a program starts once the memory for it is free" in pool.describe()

@@ -597,7 +597,7 @@ def stop_worker(pool: Executor, others: set[int | None]):
     while not future.running():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
+    (worker,) = (c for c in multiprocessing.active_children() if c.name.startswith("execution-") and c.pid not in others)
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGSTOP)
     return future, worker
@@ -616,7 +616,7 @@ def test_a_worker_that_hangs_is_ended_and_its_program_runs_again(task, tmp_path,
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(task, tmp_path, monkeypatch):
     """Its grace would be ten minutes."""
-    monkeypatch.setattr("discover_jax.execution.executor._LEAVING_SECONDS", 0.5)
+    monkeypatch.setattr("discover_jax.execution.children._LEAVING_SECONDS", 0.5)
     others = {child.pid for child in multiprocessing.active_children()}
     pool = Executor([task], Limits(seconds=60, cores=1), workers=1, cache_dir=tmp_path / "cache")
     future, worker = stop_worker(pool, others)

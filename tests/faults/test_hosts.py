@@ -1,8 +1,10 @@
 """Several processes on this machine, joined by jax's own runtime: they do what one does, and when one is lost, all end and can go on."""
 
 import contextlib
+import importlib.util
 import json
 import math
+import secrets
 import signal
 import socket
 import subprocess
@@ -160,3 +162,21 @@ def test_a_damaged_checkpoint_is_set_aside_by_all(root, tmp_path):
     assert hosts.end() == [0, 0]
     assert "Checkpoint 1 is damaged, so the run goes back to checkpoint 0" in hosts.said(0)
     check_results(workdir, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+def test_two_processes_whose_programs_run_on_a_ray_cluster(root, tmp_path):
+    """The first one hands them all out; nothing but the line on isolation tells where they ran."""
+    expected = results(unbroken(root))
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # so that ray writes none into the user's home
+    flags = ["--config.execution.backend=ray", "--config.execution.ray_address=local"]
+    hosts = Hosts(root, tmp_path / "run", 2, *flags, **token)
+    assert hosts.end() == [0, 0]
+    found = results(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"best/disclosure.json"}:
+        assert not isinstance(found[name], bytes) or found[name] == expected[name], name
+    isolation = json.loads((tmp_path / "run" / "disclosure.json").read_text())["isolation"]
+    assert isolation["isolated"]
+    assert [line.split(";")[0] for line in isolation["lines"]] == ["ray, 2 slots"]

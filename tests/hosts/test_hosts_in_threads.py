@@ -89,6 +89,13 @@ def test_shares_are_those_of_the_slots_and_all_know_all():
         assert verdict.execution.seconds == 0.1 + 0.2
 
 
+def test_a_cluster_s_slots_are_the_first_host_s_alone():
+    executors, told = _spread([6, 0], PROGRAMS)
+    assert not executors[1].ran
+    assert told[1] == told[0]
+    assert list(told[0][0]) == list(PROGRAMS)
+
+
 def test_one_host_alone_hands_on_what_its_executor_gives():
     executor = Imitated(0)
     step = StepPrograms(executor, [2], ALONE)

@@ -117,3 +117,5 @@ def test_the_script_names_what_a_score_depends_on(tmp_path):
     assert "--backend=unsafe-subprocess" in words
     assert "--allow_weaker" in words
     assert not any("raw" in word for word in shlex.split(rerun_script(config, 0), comments=True))
+    config.execution.backend, config.execution.allow_weaker = "ray", False
+    assert "--backend=bubblewrap" in shlex.split(rerun_script(config, 0), comments=True)  # here, wherever it ran

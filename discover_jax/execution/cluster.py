@@ -1,0 +1,181 @@
+"""Programs on the nodes of a ray cluster, through the one process that talks to it (ray_driver.py)."""
+
+import contextlib
+import importlib.util
+import itertools
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import ConfigError, RunError, SandboxError
+from discover_jax.execution import ray_driver
+from discover_jax.execution.cache import packages
+from discover_jax.execution.children import Children
+from discover_jax.execution.limits import Limits
+from discover_jax.types import Execution
+
+_OPENING_SECONDS = 900.0
+_NAMED = 4
+"""So many nodes are named in summaries; the others are counted."""
+
+
+class RayBackend:
+    """See `backend.Backend`."""
+
+    def __init__(
+        self,
+        publics: Sequence[Sequence[Path]],
+        limits: Limits,
+        *,
+        workers: int | None,
+        address: str,
+        preload: Sequence[str],
+        grace_seconds: float,
+    ) -> None:
+        """Joins the cluster, and waits until each node has proved that its sandbox holds.
+
+        Args:
+          publics: the folder that programs see, for each run of each task; all of them travel to each node.
+          limits: of each program.
+          workers: at most so many slots; None or 0: as many as the cluster's CPUs allow.
+          address: "auto": the cluster that this machine is a node of; HOST:PORT: of that cluster's head; "local": one that is started on
+            this machine alone, and ends with this.
+          preload, grace_seconds: see `local.LocalBackend`.
+
+        Raises:
+          ConfigError: ray is not installed.
+          RunError: there is no cluster, or it offers too little.
+          SandboxError: a node's sandbox does not hold, or it has other packages; with its name.
+        """
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError(
+                "config.execution.backend = 'ray', but the package ray is not installed. Install it by `pip install 'discover_jax[ray]'`,"
+                " here and on all nodes, or use config.execution.backend='bubblewrap' to run programs on this machine."
+            )
+        self._address = address
+        wanted = ray_driver.Wanted(
+            address,
+            tuple(tuple(folder.resolve() for folder in folders) for folders in publics),
+            tuple(packages()),
+            limits,
+            workers or 0,
+            tuple(preload),
+            grace_seconds,
+        )
+        self._children = Children()
+        try:
+            self._opened, self._connection = self._open(wanted)
+        except BaseException:
+            self._children.close()
+            self._children.release()
+            raise
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, Future[Any]] | None = {}  # None once the process is gone
+        self._free: queue.SimpleQueue[_RaySlot] = queue.SimpleQueue()
+        for number in range(self._opened.slots):
+            self._free.put(_RaySlot(self, number))
+        self._reader = threading.Thread(target=self._read, name="execution-ray-reader", daemon=True)
+        self._reader.start()
+
+    def _open(self, wanted: ray_driver.Wanted) -> tuple[ray_driver.Opened, Connection]:
+        place = self._children.place("ray", "ray-driver", ray_driver.main, wanted)
+        try:
+            opened = place.ask("open", _OPENING_SECONDS)
+        except SandboxError as error:  # the process ended, as ray does to it where there is no cluster
+            raise ray_driver.no_cluster(self._address, str(error)) from error
+        if isinstance(opened, ray_driver.Refused):
+            raise SandboxError(opened.text)
+        assert place.child is not None
+        return opened, place.child.connection
+
+    @property
+    def slots(self) -> int:
+        return self._opened.slots
+
+    @property
+    def isolated(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        nodes_of: dict[str, list[str]] = defaultdict(list)
+        for name, line in self._opened.nodes:
+            nodes_of[line].append(name)
+        parts = []
+        for line, names in nodes_of.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"on {', '.join(names[:_NAMED])}{more}{', each' if len(names) > 1 else ''}: {line}")
+        return f"ray, {self.slots} slots; {' | '.join(parts)}"
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator["_RaySlot"]:
+        slot = self._free.get()
+        try:
+            yield slot
+        finally:
+            self._free.put(slot)
+
+    def ask(self, *job: Any) -> Execution:
+        """What the other process replies to (slot, task, run, program).
+
+        Raises:
+          SandboxError: see `backend.Slot`.
+          RunError: the cluster was lost.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._waiting is None:
+                raise self._gone()
+            number = next(self._numbers)
+            self._waiting[number] = future
+            with contextlib.suppress(OSError):  # it just ended: the reader notices, and tells
+                self._connection.send((number, *job))
+        reply = future.result()
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _read(self) -> None:
+        """Hands replies to those who wait for them, until the other process has ended."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                number, reply = self._connection.recv()
+                with self._lock:
+                    assert self._waiting is not None
+                    future = self._waiting.pop(number)
+                future.set_result(reply)
+        with self._lock:
+            left, self._waiting = self._waiting or {}, None
+        for future in left.values():
+            future.set_result(self._gone())
+
+    def _gone(self) -> SandboxError | RunError:
+        if self._children.closed:
+            return SandboxError("The executor was closed while the program ran.")
+        return RunError(
+            f"The ray cluster (config.execution.ray_address = {self._address!r}) was lost: its head, or what ran of it on this machine,"
+            " has ended. See `ray status` and the logs in /tmp/ray/session_latest/logs; start the cluster, then the same command again: it"
+            " resumes at the last checkpoint."
+        )
+
+    def close(self) -> None:
+        self._children.close()
+        self._reader.join()
+
+    def release(self) -> None:
+        self._children.release()
+
+
+class _RaySlot:
+    """See `backend.Slot`."""
+
+    def __init__(self, backend: RayBackend, number: int) -> None:
+        self._backend, self._number = backend, number
+
+    def execute(self, task: int, run: int, program: str) -> Execution:
+        return self._backend.ask(self._number, task, run, program)

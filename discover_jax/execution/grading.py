@@ -1,0 +1,110 @@
+"""Grading, in processes of their own on the machine that has the answers: they never execute a candidate's code and start no sandbox."""
+
+import os
+import pickle
+import queue
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Protocol
+
+from discover_jax.exceptions import GradingError
+from discover_jax.execution import children
+from discover_jax.types import Execution, Grade, Outcome, Verdict
+
+
+class GradedTask(Protocol):
+    """What the executor needs of a task; it must be picklable.
+
+    A program runs once for each of `public_dirs`, in their order, as long as its submissions are valid; `grade` judges the submission of
+    one run, `combine` makes one grade of all. `fingerprint` covers the data and all settings that decide a grade.
+    """
+
+    @property
+    def public_dirs(self) -> Sequence[Path]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def grade(self, csv: bytes, run: int) -> Grade: ...
+    def combine(self, grades: Sequence[Grade]) -> Grade: ...
+
+
+def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade:
+    """The grade of a submission: of one run, or of the whole program if it is that of the last.
+
+    Args:
+      task: whose answers decide.
+      csv: the submission.
+      earlier: the valid grades of the program's earlier runs.
+
+    Raises:
+      GradingError: the task's grading itself failed, which no submission should be able to bring about.
+    """
+    run = len(earlier)
+    try:
+        grade = task.grade(csv, run)
+        return task.combine([*earlier, grade]) if grade.valid and run == len(task.public_dirs) - 1 else grade
+    except Exception as error:
+        raise GradingError(
+            f"Grading a submission of {len(csv)} bytes failed: {type(error).__name__}: {error}. An invalid submission must be"
+            " answered with Grade(valid=False, reason=...); correct the competition's metric."
+        ) from error
+
+
+def main(connection: Connection, parent: int, tasks_bytes: bytes) -> None:
+    """Grades until the connection closes: receives (index of the task, CSV, earlier grades), sends a Grade or a GradingError."""
+    children.begin(parent)
+    tasks: list[GradedTask] = pickle.loads(tasks_bytes)
+    while True:
+        try:
+            task, csv, earlier = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply: Grade | GradingError = judge(tasks[task], csv, earlier)
+        except GradingError as error:
+            reply = error
+        connection.send(reply)
+
+
+class Graders:
+    """Processes that grade for many threads."""
+
+    def __init__(self, tasks_bytes: bytes, *, slots: int, seconds: float) -> None:
+        """Starts them without waiting.
+
+        Args:
+          tasks_bytes: the pickled tasks whose submissions are graded.
+          slots: programs that may end at once; no more processes than these, nor than this machine's cores.
+          seconds: one that takes longer over a submission is hung, and ended.
+        """
+        self._children = children.Children()
+        self._seconds = seconds
+        self._free: queue.SimpleQueue[children.Place] = queue.SimpleQueue()
+        for number in range(min(slots, len(os.sched_getaffinity(0)))):
+            place = self._children.place("grading", f"grading-{number}", main, tasks_bytes)
+            place.warm()
+            self._free.put(place)
+
+    def verdict(self, task: int, execution: Execution, earlier: Sequence[Grade]) -> Verdict:
+        """The verdict on one of a program's runs; on the last one that of the program. `earlier`: the grades of the runs before.
+
+        Raises:
+          GradingError: see `judge`.
+          SandboxError: the process that graded ended or hung.
+        """
+        if execution.outcome is not Outcome.OK or execution.csv is None:
+            return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
+        place = self._free.get()
+        try:
+            grade: Grade = place.ask((task, execution.csv, list(earlier)), self._seconds)
+        finally:
+            self._free.put(place)
+        return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
+
+    def close(self) -> None:
+        """Ends the processes; whoever waits for a grade gets a SandboxError. Idempotent."""
+        self._children.close()
+
+    def release(self) -> None:
+        """Lets go of what `close` ended, once nobody waits any more."""
+        self._children.release()

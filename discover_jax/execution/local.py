@@ -1,0 +1,131 @@
+"""Programs on this machine: one worker process a slot, each with cores and, if root started it, a uid of its own."""
+
+import contextlib
+import dataclasses
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
+from discover_jax.execution.admission import Admission
+from discover_jax.execution.children import Children, Place
+from discover_jax.execution.leases import lease_cores, lease_uids
+from discover_jax.execution.limits import Limits
+from discover_jax.types import Execution
+
+
+class LocalBackend:
+    """See `backend.Backend`. Checks that isolation holds, then starts the workers without waiting for them."""
+
+    def __init__(
+        self,
+        publics: Sequence[Sequence[Path]],
+        limits: Limits,
+        *,
+        workers: int | None,
+        isolation: str,
+        hidden: Sequence[Path],
+        preload: Sequence[str],
+        grace_seconds: float,
+    ) -> None:
+        """
+        Args:
+          publics: the folder that programs see, for each run of each task.
+          limits: of each program.
+          workers: slots; None or 0: as many as the machine's cores allow.
+          isolation: one of sandbox.BACKENDS.
+          hidden: what no program must see, beside the neighbours of the public folders.
+          preload: modules that a sandbox imports ahead.
+          grace_seconds: a worker that takes so much longer than a program's own time limit is hung: it is ended and replaced.
+
+        Raises:
+          SandboxError: bubblewrap cannot start or does not isolate, or not every slot can have a uid of its own; with the remedy.
+        """
+        publics = [[folder.resolve() for folder in folders] for folders in publics]
+        host = bubblewrap.inspect_host() if isolation == "bubblewrap" else None
+        self._cgroups = memory.find_cgroups()
+        if self._cgroups is not None:
+            memory.remove_stale(self._cgroups)
+        cpus = sorted(os.sched_getaffinity(0))
+        cores_of_slots = lease_cores(cpus, limits.cores, workers)
+        with contextlib.ExitStack() as held:
+            uids: Sequence[int | None] = [None] * len(cores_of_slots)
+            if host is not None and host.root:
+                uids = held.enter_context(lease_uids(len(cores_of_slots)))
+            plans = [
+                sandbox.Plan(isolation, host, self._cgroups, publics[0][0], limits, slot, cores, uid, tuple(preload))
+                for slot, (cores, uid) in enumerate(zip(cores_of_slots, uids, strict=True))
+            ]
+            if host is not None:
+                first = [folders[0] for folders in publics]
+                unseen = {path for public in first for path in canary.hidden_paths(host, public, hidden)}
+                for public in first:
+                    canary.check(dataclasses.replace(plans[0], public=public), sorted(unseen))
+            self._uid_leases = held.pop_all()
+        # A control group bounds each program; where there is none they wait for memory.
+        admission = Admission(limits.memory_bytes) if self._cgroups is None else None
+        self._summary = plans, limits, max(map(len, publics)), len(cpus)
+        self._children = Children()
+        self.all_slots = [
+            LocalSlot(
+                self._children.place("worker", f"execution-{plan.slot}", worker.main, plan, publics),
+                limits.seconds + grace_seconds,
+                admission,
+                self._children,
+            )
+            for plan in plans
+        ]
+        """For whoever hands them out himself, instead of by `slot`."""
+        self._free: queue.SimpleQueue[LocalSlot] = queue.SimpleQueue()
+        for slot in self.all_slots:
+            slot.warm()
+            self._free.put(slot)
+
+    @property
+    def plans(self) -> Sequence[sandbox.Plan]:
+        """How the sandboxes of each slot are made."""
+        return self._summary[0]
+
+    @property
+    def slots(self) -> int:
+        return len(self.all_slots)
+
+    @property
+    def isolated(self) -> bool:
+        return self.plans[0].host is not None
+
+    def describe(self) -> str:
+        return summary.describe(*self._summary)
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator["LocalSlot"]:
+        slot = self._free.get()
+        try:
+            yield slot
+        finally:
+            self._free.put(slot)
+
+    def close(self) -> None:
+        self._children.close()
+
+    def release(self) -> None:
+        self._children.release()
+        if self._cgroups is not None:
+            memory.remove_stale(self._cgroups)
+        self._uid_leases.close()
+
+
+class LocalSlot:
+    """See `backend.Slot`."""
+
+    def __init__(self, place: Place, seconds: float, admission: Admission | None, children: Children) -> None:
+        self._place, self._seconds, self._admission, self._children = place, seconds, admission, children
+
+    def warm(self) -> None:
+        """Starts the worker, and with it a sandbox, without waiting."""
+        self._place.warm()
+
+    def execute(self, task: int, run: int, program: str) -> Execution:
+        with self._admission.program(lambda: self._children.closed) if self._admission else contextlib.nullcontext():
+            return self._place.ask((task, run, program), self._seconds)

@@ -1,0 +1,323 @@
+"""The process through which a run uses a ray cluster: one actor a node, each with some of the slots.
+
+A process of its own, because ray ends its driver at once when it loses the cluster's head, and because its threads, signal handlers and
+gRPC have no business in the process that holds the accelerators.
+"""
+
+import collections
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import DiscoverError, RunError, SandboxError
+from discover_jax.execution import children
+from discover_jax.execution.limits import Limits
+from discover_jax.execution.ray_node import Node, pack
+from discover_jax.types import Execution
+
+_START_SECONDS = 300.0
+"""For a node to start its actor: that imports some packages and sends the canary."""
+_LEAVING_SECONDS = 10.0
+_DEATHS = 5
+"""A node whose actor has ended so often is left out."""
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a run wants of a cluster.
+
+    Attributes:
+      address: "auto", "local" or HOST:PORT, see `cluster.RayBackend`.
+      publics: the folder that programs see, for each run of each task.
+      packages: Python and packages, which must be the same on all nodes.
+      limits: of each program.
+      workers: at most so many slots; 0: as many as the cluster's CPUs allow.
+      preload, grace_seconds: see `local.LocalBackend`.
+    """
+
+    address: str
+    publics: tuple[tuple[Path, ...], ...]
+    packages: tuple[str, ...]
+    limits: Limits
+    workers: int
+    preload: tuple[str, ...]
+    grace_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """How many programs run at once, and how each node isolates them: (its name, a line)."""
+
+    slots: int
+    nodes: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """Why nodes cannot be used, with their names."""
+
+    text: str
+
+
+@dataclasses.dataclass(eq=False)
+class _Node:
+    id: str
+    name: str
+    slots: int
+    actor: Any = None
+    deaths: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seat:
+    """A slot of a node, as long as its actor lives."""
+
+    node: _Node
+    actor: Any
+    number: int
+
+
+def shares(slots_N: Sequence[int], workers: int) -> list[int]:
+    """How many slots of each of N nodes are used: all, or, spread evenly, `workers` of them."""
+    seats = sorted((number, node) for node, count in enumerate(slots_N) for number in range(count))
+    taken = collections.Counter(node for _, node in seats[: workers or None])
+    return [taken[node] for node in range(len(slots_N))]
+
+
+def main(connection: Connection, parent: int, wanted: Wanted) -> None:
+    """Opens the cluster when asked first, sends Opened, Refused or a RunError, then serves until the connection closes.
+
+    Receives (number, slot, task, run, program) and sends (number, an Execution or an error of this project), in the order of the ends.
+    """
+    children.begin(parent)
+    connection.recv()
+    try:
+        cluster = _Cluster(wanted)
+    except SandboxError as error:
+        connection.send(Refused(str(error)))
+        return
+    except RunError as error:
+        connection.send(error)
+        return
+    children.begin(parent)  # ray has set handlers of its own
+    sending = threading.Lock()
+
+    def answer(number: int, *job: Any) -> None:
+        reply = cluster.execute(*job)
+        with sending:
+            connection.send((number, reply))
+
+    try:
+        connection.send(cluster.opened)
+        while True:
+            try:
+                job = connection.recv()
+            except EOFError:
+                return
+            # Daemons, since a cluster that is lost may never answer them.
+            threading.Thread(target=answer, args=job, daemon=True).start()
+    finally:
+        cluster.close()
+
+
+class _Cluster:
+    """The nodes, and which of their seats are free."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        """Connects, and starts an actor on each node that has CPUs enough.
+
+        Raises:
+          RunError: there is no cluster, or none of its nodes has enough CPUs.
+          SandboxError: a node cannot isolate programs, or has other packages; with the names of all such nodes.
+        """
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere
+        import ray  # pyright: ignore[reportMissingImports]
+
+        self._ray, self._wanted = ray, wanted
+        options: dict[str, Any] = (
+            {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False} if wanted.address == "local" else {}
+        )
+        try:
+            context = ray.init(address=wanted.address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            raise no_cluster(wanted.address, _text(error)) from error
+        self._hidden = [context.address_info["session_dir"]]
+        self._changed = threading.Condition()
+        self._closed = False
+        self._nodes = self._choose(ray.nodes())
+        self._archive = ray.put(pack(wanted.publics))
+        lines, refused = [], []
+        with ThreadPoolExecutor(len(self._nodes)) as pool:
+            for node, begun in [(node, pool.submit(self._start, node)) for node in self._nodes]:
+                try:
+                    lines.append((node.name, begun.result()))
+                except SandboxError as error:
+                    refused.append(f"  - {node.name}: {error}")
+        if refused:
+            self.close()
+            others = f" The others hold: {', '.join(name for name, _ in lines)}." if lines else ""
+            raise SandboxError(
+                f"{len(refused)} of the ray cluster's {len(self._nodes)} nodes cannot run programs as on the run's own machine, so none was"
+                f" run:\n" + "\n".join(refused) + f"\nMend them, or take them out of the cluster by `ray stop` there.{others}"
+            )
+        self._free = [_Seat(node, node.actor, number) for node in self._nodes for number in range(node.slots)]
+        # Where each of the run's slots was last, for there the sandbox of a program's next run is warm.
+        self._home = dict(enumerate(self._free))
+        self.opened = Opened(len(self._free), tuple(lines))
+
+    def _choose(self, known: Sequence[dict[str, Any]]) -> list[_Node]:
+        cores, alive = self._wanted.limits.cores, [node for node in known if node["Alive"]]
+        cpus_N = [int(node["Resources"].get("CPU", 0)) for node in alive]
+        names = [f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in alive]
+        if not any(cpus >= cores for cpus in cpus_N):
+            offered = ", ".join(f"{name}: {cpus}" for name, cpus in zip(names, cpus_N, strict=True))
+            self._ray.shutdown()
+            raise RunError(
+                f"No node of the ray cluster offers the config.execution.cores = {cores} CPUs that a program takes ({offered}). Lower it,"
+                " or add nodes by `ray start --address=...`."
+            )
+        slots_N = shares([cpus // cores for cpus in cpus_N], self._wanted.workers)
+        return [_Node(node["NodeID"], name, slots) for node, name, slots in zip(alive, names, slots_N, strict=True) if slots]
+
+    def _start(self, node: _Node) -> str:
+        """Starts a node's actor, and gives the line on how it isolates.
+
+        Raises:
+          SandboxError: it cannot, or does not come.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
+
+        wanted = self._wanted
+        actor = (
+            self._ray.remote(Node)
+            .options(
+                num_cpus=node.slots * wanted.limits.cores,
+                max_concurrency=node.slots + 1,  # one more, to close
+                max_restarts=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            )
+            .remote()
+        )
+        try:
+            reply = self._ray.get(
+                actor.open.remote(
+                    self._archive,
+                    [len(folders) for folders in wanted.publics],
+                    wanted.packages,
+                    wanted.limits,
+                    slots=node.slots,
+                    preload=wanted.preload,
+                    grace_seconds=wanted.grace_seconds,
+                    hidden=self._hidden,
+                ),
+                timeout=_START_SECONDS,
+            )
+        except self._ray.exceptions.GetTimeoutError:
+            reply = SandboxError(f"it did not start within {_START_SECONDS:.0f} s. Perhaps another job holds its CPUs: `ray status` tells.")
+        except self._ray.exceptions.RayError as error:
+            reply = SandboxError(f"its actor could not start: {_text(error)} It needs this project and its packages, as on this machine.")
+        if isinstance(reply, DiscoverError):
+            self._ray.kill(actor)
+            raise SandboxError(str(reply))
+        node.actor = actor
+        return reply
+
+    def execute(self, slot: int, task: int, run: int, program: str) -> Execution | DiscoverError:
+        """Runs a program on one of the nodes, for one of the run's slots. The errors are those of `backend.Slot` and `Backend.slot`."""
+        try:
+            seat = self._take(slot)
+        except DiscoverError as error:
+            return error
+        # Without control groups, programs of a node may have to run one after the other.
+        patience = seat.node.slots * (self._wanted.limits.seconds + self._wanted.grace_seconds)
+        try:
+            return self._ray.get(seat.actor.execute.remote(seat.number, task, run, program), timeout=patience)
+        except self._ray.exceptions.GetTimeoutError:
+            why = f"it did not answer within {patience:g} s"
+        except self._ray.exceptions.RayError as error:
+            why = _text(error)
+        finally:
+            with self._changed:
+                if seat.actor is seat.node.actor:
+                    self._free.append(seat)
+                    self._changed.notify()
+        self._replace(seat, why)
+        return SandboxError(f"The node {seat.node.name} of the ray cluster lost a program: {why}")
+
+    def _take(self, slot: int) -> _Seat:
+        """A free seat: the one where the slot was last, if it is free."""
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise SandboxError("The executor was closed while the program ran.")
+                if not self._nodes:
+                    raise RunError(
+                        "No node of the ray cluster is left on which programs could run (the log above says how each was lost). Start"
+                        " nodes, then the same command again: it resumes at the last checkpoint."
+                    )
+                if self._free:
+                    home = self._home[slot]
+                    seat = self._home[slot] = home if home in self._free else self._free[0]
+                    self._free.remove(seat)
+                    return seat
+                self._changed.wait()
+
+    def _replace(self, seat: _Seat, why: str) -> None:
+        """Starts a node's actor anew, in a thread, whoever notices first that it was lost; or leaves the node out."""
+        node = seat.node
+        with self._changed:
+            if node.actor is not seat.actor or self._closed:
+                return
+            node.actor, node.deaths = None, node.deaths + 1
+            self._free = [other for other in self._free if other.node is not node]
+        threading.Thread(target=self._revive, args=(seat, why), daemon=True).start()
+
+    def _revive(self, seat: _Seat, why: str) -> None:
+        node, left_out = seat.node, ""
+        self._ray.kill(seat.actor)
+        try:
+            if node.deaths == _DEATHS:
+                left_out = f"its actor ended {_DEATHS} times, the last time: {why}"
+            else:
+                self._start(node)
+        except (SandboxError, self._ray.exceptions.RayError) as error:
+            left_out = f"{why} It did not come back: {error}"
+        with self._changed:
+            if left_out:
+                self._nodes.remove(node)
+                _log.warning("The node %s of the ray cluster is left out from now on: %s", node.name, left_out)
+            else:
+                self._free += [_Seat(node, node.actor, number) for number in range(node.slots)]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends all programs and actors, and leaves the cluster."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            actors = [node.actor for node in self._nodes if node.actor is not None]
+        self._ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=_LEAVING_SECONDS)
+        for actor in actors:
+            self._ray.kill(actor)
+        self._ray.shutdown()
+
+
+def no_cluster(address: str, why: str) -> RunError:
+    """What to say where none can be joined."""
+    return RunError(
+        f"No ray cluster could be joined at {address!r}: {why} Start one by `ray start --head`, join it with this machine by `ray start"
+        " --address=HOST:PORT --num-cpus=0`, and give config.execution.ray_address='auto' or HOST:PORT; or 'local' for one that is started"
+        " here for the run."
+    )
+
+
+def _text(error: Exception) -> str:
+    """The first lines of ray's often long texts, as one."""
+    return " ".join(str(error).split())[:400]

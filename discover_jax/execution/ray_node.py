@@ -1,0 +1,160 @@
+"""A node of a ray cluster: the actor there, which runs programs by the same workers, in the same sandbox, as a run's own machine does.
+
+Only what programs may see travels to it: the public folders. Answers stay with the process that grades (grading.py).
+"""
+
+import contextlib
+import fcntl
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from discover_jax.exceptions import DiscoverError, SandboxError
+from discover_jax.execution.cache import packages
+from discover_jax.execution.limits import Limits
+from discover_jax.execution.local import LocalBackend
+from discover_jax.types import Execution
+
+_PREFIX, _NEW_PREFIX = "discover_jax-public-", "discover_jax-new-"
+
+
+def pack(publics: Sequence[Sequence[Path]]) -> bytes:
+    """The public folders, for each run of each task, as one archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", dereference=True) as archive:
+        for task, folders in enumerate(publics):
+            for run, folder in enumerate(folders):
+                archive.add(folder.resolve(), arcname=f"{task}/{run}")
+    return buffer.getvalue()
+
+
+class Node:
+    """The actor. Its methods answer with errors rather than raise them, so that they come back as they are."""
+
+    def __init__(self) -> None:
+        self._backend: LocalBackend | None = None
+        self._folder: _Folder | None = None
+
+    def open(
+        self,
+        archive: bytes,
+        runs: Sequence[int],
+        wanted: Sequence[str],
+        limits: Limits,
+        *,
+        slots: int,
+        preload: Sequence[str],
+        grace_seconds: float,
+        hidden: Sequence[str],
+    ) -> str | DiscoverError:
+        """Checks that this node can do it, and starts its workers.
+
+        Args:
+          archive: see `pack`.
+          runs: of a program, for each task.
+          wanted: the packages of the run's own machine, on which scores depend.
+          limits: of each program.
+          slots: programs at once.
+          preload, grace_seconds: see `local.LocalBackend`.
+          hidden: what no program must see, such as ray's sockets.
+
+        Returns:
+          How programs are isolated here, in a line; or why they cannot be.
+        """
+        try:
+            here = packages(_own_path())
+            if differing := sorted(set(here) ^ set(wanted)):
+                return SandboxError(
+                    f"Python or packages differ from those of the run's own machine, on which scores depend ({', '.join(differing[:6])}"
+                    + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
+                    + "). Install the same on all nodes, by the same file of constraints/."
+                )
+            self._folder = _Folder()
+            publics = self._folder.unpack(archive, runs)
+            self._backend = LocalBackend(
+                publics,
+                limits,
+                workers=slots,
+                isolation="bubblewrap",
+                hidden=[Path(path) for path in hidden],
+                preload=preload,
+                grace_seconds=grace_seconds,
+            )
+            return self._backend.describe()
+        except DiscoverError as error:
+            return error
+        except OSError as error:
+            return SandboxError(f"The public files cannot be kept there: {error}. Make room in the temporary folder.")
+
+    def execute(self, slot: int, task: int, run: int, program: str) -> Execution | SandboxError:
+        """See `backend.Slot`."""
+        assert self._backend is not None
+        try:
+            return self._backend.all_slots[slot].execute(task, run, program)
+        except SandboxError as error:
+            return error
+
+    def close(self) -> None:
+        """Ends all programs, and leaves nothing behind."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend.release()
+        if self._folder is not None:
+            self._folder.remove()
+
+
+def _own_path() -> list[str]:
+    """This process's sys.path without what ray adds in its workers: folders within itself, with packages that programs do not see."""
+    spec = importlib.util.find_spec("ray")
+    ray = Path(spec.origin).parent if spec is not None and spec.origin else None
+    return [folder for folder in sys.path if ray is None or ray not in Path(folder).parents]
+
+
+class _Folder:
+    """A temporary folder that is locked as long as its maker lives; making one removes what those left that were killed."""
+
+    def __init__(self) -> None:
+        for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it at this moment
+                if left.lstat().st_uid == os.geteuid() and (lock := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+        new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
+        new.chmod(0o711)  # for programs, which run under other uids if root started this
+        self._held = _lock(new)
+        # Only now, when it is locked, by the name that others look for.
+        self._path = new.rename(new.with_name(_PREFIX + new.name.removeprefix(_NEW_PREFIX)))
+
+    def unpack(self, archive: bytes, runs: Sequence[int]) -> list[list[Path]]:
+        """The folders of `pack`, in which any user may read."""
+        with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+            packed.extractall(self._path, filter="data")
+        for parent, folders, files in os.walk(self._path):
+            for name in folders:
+                os.chmod(os.path.join(parent, name), 0o755)
+            for name in files:
+                os.chmod(os.path.join(parent, name), 0o644)
+        return [[self._path / str(task) / str(run) for run in range(count)] for task, count in enumerate(runs)]
+
+    def remove(self) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if another process does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

