@@ -126,7 +126,8 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
     split = mesh.data * mesh.expert
     rows = -(-config.train.rows // split) * split
-    model = Model(sizes, lora, config.model.dtype, config.model.experts, AbstractMesh(mesh, MESH_AXES), config.model.remat)
+    abstract: Any = AbstractMesh(mesh, MESH_AXES)  # a layout needs no devices
+    model = Model(sizes, lora, config.model.dtype, config.model.experts, abstract, config.model.remat)
     try:
         frozen = local_bytes(model.abstract_frozen())
         state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None

@@ -54,14 +54,16 @@ def test_the_fastest_that_fits_is_recommended_first():
 
 
 def test_what_does_not_divide_or_fit_is_left_out_with_the_reason():
-    found = {one.mesh: one for one in meshes.recommend(_config(), GPT_OSS_20B, _machine(48), _LENGTHS)}
-    assert "Axis 'experts' of size 32 cannot be split over mesh axis 'expert' of size 3" in found[16, 3, 1].obstacle
-    assert "size 16" in found[3, 1, 16].obstacle  # 8 key/value heads
-    assert not found[3, 16, 1].obstacle
+    def obstacle(sizes, machine, *mesh):
+        return meshes.predict(_config(), sizes, machine, MeshShape(*mesh), _LENGTHS).obstacle
+
+    assert "Axis 'experts' of size 32 cannot be split over mesh axis 'expert' of size 3" in obstacle(GPT_OSS_20B, _machine(3), 1, 3, 1)
+    assert "size 16" in obstacle(GPT_OSS_20B, _machine(16), 1, 1, 16)  # 8 key/value heads
+    assert not obstacle(GPT_OSS_20B, _machine(16), 1, 16, 1)
     h100 = _machine(8, "h100", int(0.9 * 81_559 * 2**20))
-    found = {one.mesh: one for one in meshes.recommend(_config(), GPT_OSS_120B, h100, _LENGTHS)}
-    assert found[8, 1, 1].obstacle  # 65 GB of weights beside adapter and optimiser
-    assert not found[1, 8, 1].obstacle
+    assert "the update needs about" in obstacle(GPT_OSS_120B, h100, 8, 1, 1)
+    assert "no room" in obstacle(GPT_OSS_120B, _machine(8, "v6e", int(31.24 * 2**30)), 8, 1, 1)  # 65 GB of weights
+    assert not obstacle(GPT_OSS_120B, h100, 1, 8, 1)
 
 
 @pytest.mark.parametrize(("mesh", "measured"), [((1, 1), 116.2), ((1, 2), 85.2), ((2, 1), 116.2)])
@@ -109,7 +111,7 @@ def _report(config, machine, sizes=GPT_OSS_120B):
 def test_the_report_says_what_is_recommended_and_what_is_assumed():
     config = _config(mesh__expert=8)
     text = _report(config, _machine(8))
-    best = next(one for one in meshes.recommend(config, GPT_OSS_120B, _machine(8), _LENGTHS))
+    best = meshes.recommend(config, GPT_OSS_120B, _machine(8), _LENGTHS)[0]
     recommended = f"--config.mesh.data={best.mesh.data} --config.mesh.expert={best.mesh.expert} --config.mesh.tensor=1"
     assert f"Recommended: {recommended} --config.train.rows={best.rows}" in text
     assert sum(line.startswith(("  * ", "->* ")) for line in text.splitlines()) == 1
