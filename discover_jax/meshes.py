@@ -146,8 +146,9 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
 
     count, options = config.groups * config.group_size, {"mesh": mesh, "kernels": kernels}
     of_model = sizes, lora, machine.speeds
-    # A group shares its prompt's pages; of its own a rollout has half on average.
-    room = math.inf if pages is None else pages * PAGE // (lengths.prompt / config.group_size + lengths.rollout / 2)
+    # A group shares its prompt's pages on a device, but may lie on several; of its own a rollout has half on average.
+    shared = lengths.prompt / (config.group_size if split == 1 else 1)
+    room = math.inf if pages is None else pages * PAGE // (shared + lengths.rollout / 2)
     live = max(1, int(min(config.sampling.slots, count, room)))
     step = costs.decode_step(*of_model, live, lengths.prompt + lengths.rollout / 2, **options)
     sampling = {part: count / live * lengths.rollout * seconds for part, seconds in step.items()}

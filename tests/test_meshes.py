@@ -86,14 +86,13 @@ def test_memory_of_an_adapter_on_attention_and_of_less_rematerialisation():
 
 
 def test_the_cache_limits_how_many_rollouts_are_live():
-    settings = {"sampling__slots": 512}
-    config = _config(**settings)
+    config = _config(sampling__slots=512)
     config.groups, config.group_size = 8, 64
     config.sampling.max_new_tokens = 26_000
     lengths = Lengths(1500, 26_000)
     one = meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), lengths)
     eight = meshes.predict(config, GPT_OSS_120B, _machine(8), MeshShape(1, 8), lengths)
-    assert one.live < eight.live < 512
+    assert one.live < 512 <= eight.live
 
 
 def test_a_search_has_neither_optimiser_nor_gradient():
