@@ -26,9 +26,10 @@ from discover_jax.sampling.schedule import PAGE
 SHOWN = 5
 FILLED = 0.95
 """Of the update's positions, those that are no padding (docs/performance.md, Packing)."""
-ROUTED = 25
-"""Bytes of temporary arrays of the update's experts, a value of each token that a device sees and expert that reads it: 116.2 GB were
-measured with one row of 32,768 tokens, and 85.2 with one on each of two devices of `expert`."""
+ROUTED, ROUTED_REFERENCE = 25, 45
+"""Bytes of temporary arrays of the update's experts, a value of each token that a device sees and expert that reads it. Kernels: 116.2 GB
+were measured with one row of 32,768 tokens, and 85.2 with one on each of two devices of `expert`. References: the TPU's compiler (libtpu
+0.0.42) takes 86.0 GB of a v5p with one row of 4,096 tokens on each of eight devices of `expert`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +169,9 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
 def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
     """Bytes that the gradient keeps and needs beside its arguments, about, of so many tokens on each device."""
     layers, stream, attention = sizes.num_layers, 4 * sizes.width, sizes.num_heads * (2 * sizes.head_size + 4)
-    readers = sizes.experts_per_token if kernels else sizes.num_experts  # the references' every expert reads every token
-    routed = ROUTED * readers * sizes.expert_width * tokens * (mesh.expert if kernels else 1) // mesh.tensor
+    # A device of `expert` sees the tokens of all; of the references its own experts all read them, or where `tensor` splits them, all do.
+    read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
+    routed = read * sizes.expert_width * tokens
     kept = {"layers": layers * (stream + attention), "pairs": layers // 2 * stream, "none": 0}[remat] * tokens
     unpacked = 2 * costs.expert_weights(sizes) * (sizes.num_experts // mesh.expert if kernels else 1)
     if mesh.tensor > 1 and mesh.expert > 1:
