@@ -54,13 +54,13 @@ _ADVICE = (
 )
 
 
-def launch(run: Callable[..., None], dry_run: Callable[[Any, str], bool] | None = None) -> None:
+def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | None = None) -> None:
     """Parses the command line, validates the config and calls `run(config, workdir)`.
 
     Args:
       run: what the command does. Where this is one of several processes, it is also told which.
-      dry_run: for commands that make runs, which know `--dry_run` and several processes: called in its place with the config and the name
-        given by `--machine`; says whether everything fits, else the exit code is 1.
+      dry_run: for commands that make runs, which know `--dry_run` and several processes: called in its place with the config and what
+        `--machine` and `--lengths` say; says whether everything fits, else the exit code is 1.
 
     Raises:
       SystemExit: with code 2 after an error that the user can mend, 130 after Ctrl-C; `hosts.watch.LOST` where another process was lost.
@@ -69,16 +69,21 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str], bool] | None 
     workdir_flag = flags.DEFINE_string(
         "workdir", None, "the run's folder; an existing one with the same config resumes (runs/<config.name>)"
     )
-    dry_flag = machine_flag = None
+    dry_flag = machine_flag = lengths_flag = None
     if dry_run is not None:
         flags.DEFINE_bool("distributed", False, "one of several processes, which jax finds by itself (SLURM, Open MPI, Cloud TPU, GKE)")
         flags.DEFINE_string("coordinator", "", "one of several processes: HOST:PORT of process 0, where the port must be free")
         flags.DEFINE_integer("num_processes", 0, "with --coordinator: how many processes there are, one a host")
         flags.DEFINE_integer("process_id", -1, "with --coordinator: which of them this is, from 0")
         dry_flag = flags.DEFINE_bool(
-            "dry_run", False, "load nothing; print the config and the memory that a device will need, and whether it fits"
+            "dry_run",
+            False,
+            "load nothing; print the config, the predicted speed on each mesh, the memory that a device will need, if it fits",
         )
         machine_flag = flags.DEFINE_string("machine", "", f"of the dry run: {NAMES}; empty: the one that this runs on")
+        lengths_flag = flags.DEFINE_string(
+            "lengths", "", "of the dry run: PROMPT,ROLLOUT, mean tokens for the predicted speed; empty: the largest that the config allows"
+        )
 
     def parse(argv: list[str]) -> list[str]:
         if any(a.startswith(("--help", "-help", "-h")) for a in argv):
@@ -93,13 +98,15 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str], bool] | None 
         take_gpu_memory()
         if len(argv) > 1:
             raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
-        machine = machine_flag.value if machine_flag is not None else ""
+        machine, lengths = (flag.value if flag is not None else "" for flag in (machine_flag, lengths_flag))
         if dry_run is not None and dry_flag is not None and dry_flag.value:
-            if not dry_run(settings.validate(config_flag.value, for_run=False), machine):
+            if not dry_run(settings.validate(config_flag.value, for_run=False), machine, lengths):
                 sys.exit(DOES_NOT_FIT)
             return
         if machine:
             raise ConfigError(f"--machine={machine!r} only goes with --dry_run: a run takes the devices that are here.")
+        if lengths:
+            raise ConfigError(f"--lengths={lengths!r} only goes with --dry_run: a run's rollouts are as long as they turn out.")
         config = settings.validate(config_flag.value)
         folder = Path(workdir_flag.value or f"runs/{config.name}")
         processes = _join() if dry_run is not None else None

@@ -1,8 +1,8 @@
-"""What a run will need of each device's memory, before it starts: `python -m discover_jax.main --config=... --dry_run`.
+"""What a run will need of each device's memory and how fast it will be: `python -m discover_jax.main --config=... --dry_run`.
 
-Nothing is loaded or computed. The run's own jitted functions are lowered on abstract arrays and compiled for the machine; the compiler
-tells what each needs beside its arguments. `--machine=h200`, or a slice of TPUs such as `--machine=v5e:4x4`, asks about machines that are
-not here.
+Nothing is loaded or computed. First `meshes` predicts the speed on each mesh of the machine's devices, by formulas. Then the run's own
+jitted functions are lowered on abstract arrays and compiled for the machine; the compiler tells what each needs beside its arguments.
+`--machine=h200`, or a slice of TPUs such as `--machine=v5e:4x4`, asks about machines that are not here.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from discover_jax import config as settings
+from discover_jax import meshes
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.kernels import table
 from discover_jax.learning.train_state import abstract_train_state
@@ -149,17 +150,19 @@ def _compile(program: Program, machine: Machine) -> tuple[int, str]:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes, ""
 
 
-def run(config: Any, machine_name: str, *, learn: bool = True) -> bool:
-    """Prints the resolved config, the table, and a verdict; True if everything fits.
+def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True) -> bool:
+    """Prints the resolved config, what is predicted for each mesh, the table, and a verdict; True if everything fits.
 
     Args:
       config: validated.
       machine_name: see `machines.find_machine`.
+      lengths: see `meshes.lengths_of`.
       learn: False for a search.
 
     Raises:
-      DiscoverError: the config, the weights' config.json or the machine's name cannot be used.
+      DiscoverError: the config, the weights' config.json, the machine's name or the lengths cannot be used.
     """
+    expected = meshes.lengths_of(lengths, config)
     folder = weights_folder(config)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
     mesh = (config.mesh.data, config.mesh.expert, config.mesh.tensor)
@@ -169,6 +172,7 @@ def run(config: Any, machine_name: str, *, learn: bool = True) -> bool:
     def show(line: str) -> None:
         print(line, flush=True)
 
+    show("\n".join([*meshes.report(config, sizes, machine, expected, learn=learn), ""]))
     found = needs(config, sizes, machine, learn=learn, on_program=show)
     totals = remat_totals(config, sizes, machine, found, on_program=show) if learn else {}
     print("\n".join(["", *report(config, sizes, machine, found, totals)]))

@@ -91,12 +91,12 @@ def build_sampler(
         temperature_spread=config.sampling.temperature_spread,
         stop_ids=stop_ids,
         second_phase=second_phase,
-        pages=_cache_pages(config, model, memory, learn=learn),
+        pages=cache_pages(config, model, memory, learn=learn),
         record_routes=config.train.replay_routing,
     )
 
 
-def _cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:
+def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:
     """Pages of the cache: as set, or what the memory leaves; None where nothing limits them."""
     if config.sampling.cache_tokens:
         return config.sampling.cache_tokens // PAGE

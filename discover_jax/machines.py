@@ -23,8 +23,42 @@ _FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION") 
 
 
 @dataclasses.dataclass(frozen=True)
+class Speeds:
+    """How fast a device computes, reads and talks to others; `costs` predicts a run's speed from it.
+
+    Attributes:
+      platform: as kernels are chosen by: "gpu", "tpu".
+      product: FLOP/s of a large bfloat16 matrix product.
+      copy: bytes/s, read and written, of a large copy within the device's memory.
+      link: bytes/s that reach a device from others of its node, or of its slice of TPUs.
+      network: bytes/s that reach a device from other nodes.
+      latency, network_latency: seconds that a small collective takes, the start of its kernel included.
+      node: devices of a node; 0: all are linked alike.
+      assumed: names of those above that nobody has measured with this project.
+    """
+
+    platform: str
+    product: float
+    copy: float
+    link: float
+    network: float
+    latency: float
+    network_latency: float
+    node: int
+    assumed: tuple[str, ...]
+
+
+# Parts of a data sheet's figure that are reached. An H200's 790 of 989 TFLOP/s and 4.2 of 4.8 TB/s were measured, an H100's 3.01 of
+# 3.35 TB/s too (docs/performance.md); for other devices they are assumed to hold. That of the links is NCCL's usual one for large messages.
+_PRODUCT, _COPY, _LINK = 0.8, 0.88, 0.85
+# Of a small collective in a loop, assumed: NCCL's own tests show 6 to 20 us within a node and 20 to 50 over InfiniBand.
+_NVLINK_LATENCY, _NETWORK_LATENCY, _ICI_LATENCY = 15e-6, 40e-6, 5e-6
+
+
+@dataclasses.dataclass(frozen=True)
 class _Gpu:
-    """What XLA's compiler asks of a GPU, from the vendor's data sheets: bytes, counts, and bytes per second."""
+    """From the vendor's data sheets: what XLA's compiler asks of a GPU (bytes, counts, bytes per second), and for `Speeds` dense bfloat16
+    FLOP/s, bytes/s one way by NVLink, and by the network of the vendor's own node of eight (DGX); `measured` stands beside them."""
 
     kind: str
     memory: int
@@ -33,9 +67,18 @@ class _Gpu:
     bandwidth: float
     cache: int
     clock_ghz: float
+    flops: float
+    nvlink: float
+    network: float
     shared_memory: int = 233_472
     shared_memory_of_block: int = 232_448
     fpus_of_core: int = 128
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def speeds(self, node: int) -> Speeds:
+        reached = {"product": _PRODUCT * self.flops, "copy": _COPY * self.bandwidth, "link": _LINK * self.nvlink}
+        reached |= {"network": _LINK * self.network, "latency": _NVLINK_LATENCY, "network_latency": _NETWORK_LATENCY}
+        return Speeds("gpu", **(reached | self.measured), node=node, assumed=tuple(reached.keys() - self.measured.keys()))
 
     def target(self) -> str:
         """The description of the target that XLA takes, in protobuf's text form."""
@@ -59,31 +102,55 @@ class _Gpu:
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _GPUS = {
-    "a100": _Gpu("NVIDIA A100-SXM4-80GB", 81_920 * _MIB, 8, 108, 2.04e12, 40 * _MIB, 1.41, 167_936, 166_912, 64),
-    "h100": _Gpu("NVIDIA H100 80GB HBM3", 81_559 * _MIB, 9, 132, 3.35e12, 50 * _MIB, 1.98),
-    "h200": _Gpu("NVIDIA H200", 143_771 * _MIB, 9, 132, 4.8e12, 50 * _MIB, 1.98),
-    "b200": _Gpu("NVIDIA B200", 183_359 * _MIB, 10, 148, 8.0e12, 126 * _MIB, 1.965),
+    "a100": _Gpu("NVIDIA A100-SXM4-80GB", 81_920 * _MIB, 8, 108, 2.04e12, 40 * _MIB, 1.41, 312e12, 300e9, 25e9, 167_936, 166_912, 64),
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", 81_559 * _MIB, 9, 132, 3.35e12, 50 * _MIB, 1.98, 989e12, 450e9, 50e9, measured={"copy": 3.01e12}),
+    "h200": _Gpu(
+        *("NVIDIA H200", 143_771 * _MIB, 9, 132, 4.8e12, 50 * _MIB, 1.98, 989e12, 450e9, 50e9),
+        measured={"product": 790e12, "copy": 4.2e12},
+    ),
+    "b200": _Gpu("NVIDIA B200", 183_359 * _MIB, 10, 148, 8.0e12, 126 * _MIB, 1.965, 2250e12, 900e9, 50e9),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
-    """Bytes that the compiler gives to programs on one device, and devices of a chip."""
+    """Bytes that the compiler gives to programs on one device; of a chip, by its page in Cloud TPU's documentation, dense bfloat16 FLOP/s,
+    bytes/s of its memory, and bytes/s one way of one of its links; jax's name of the device, and devices of a chip."""
 
     memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    kind: str
     devices_of_chip: int = 1
+
+    def speeds(self) -> Speeds:
+        # A mesh's axis may lie along one link only, and so a device's neighbours send through one.
+        chip = {"product": _PRODUCT * self.flops, "copy": _COPY * self.bandwidth, "link": _LINK * self.link}
+        reached = {name: value / self.devices_of_chip for name, value in chip.items()} | {"latency": _ICI_LATENCY}
+        return Speeds("tpu", **reached, network=0.0, network_latency=0.0, node=0, assumed=tuple(reached))
 
 
 # The memory is what libtpu 0.0.52 names when a program is too large.
 _TPUS = {
-    "v5e": _Tpu(int(15.75 * _GIB)),
-    "v5p": _Tpu(int(95.73 * _GIB)),
-    "v6e": _Tpu(int(31.24 * _GIB)),
-    "tpu7x": _Tpu(int(94.74 * _GIB), 2),
+    "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite"),
+    "v5p": _Tpu(int(95.73 * _GIB), 459e12, 2765e9, 100e9, "TPU v5"),
+    "v6e": _Tpu(int(31.24 * _GIB), 918e12, 1638e9, 100e9, "TPU v6 lite"),
+    "tpu7x": _Tpu(int(94.74 * _GIB), 2307e12, 7370e9, 100e9, "TPU7x", 2),
 }
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+# Names of Cloud TPU's slices; those of v5p count cores, of which a chip has two.
+_SLICES = {f"{tpu}-{chips}": f"{tpu}:{shape}" for tpu in ("v5e", "v6e") for chips, shape in _FLAT.items()}
+_SLICES |= {f"v5p-{2 * 4 * n}": f"v5p:{shape}" for n, shape in {1: "2x2x1", 2: "2x2x2", 4: "2x2x4", 8: "2x4x4", 16: "4x4x4"}.items()}
 _SLICE = re.compile(rf"({'|'.join(_TPUS)}):(\d+(?:x\d+){{1,2}})")
+_NODES = re.compile(rf"(?:(\d+)x)?({'|'.join(_GPUS)})x(\d+)")
+NODE = 8
+"""GPUs of a node where nothing else is said."""
 
-NAMES = f"{', '.join(_GPUS)} (as many as config.mesh asks for), or a slice of TPUs such as v5e:2x4 ({', '.join(_TPUS)})"
+NAMES = (
+    f"{', '.join(_GPUS)} (as many as config.mesh asks for; h200x8 for a node of eight, 2xh200x8 for two of them), or a slice of TPUs such"
+    f" as v5e:2x4 ({', '.join(_TPUS)}) or v5p-16"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +165,7 @@ class Machine:
       platform: as kernels are chosen by: "cpu", "gpu", "tpu".
       exact: whether the compiler is the machine's own; if not, figures are estimates.
       options: for the compiler.
+      speeds: of each device, if they are known.
     """
 
     name: str
@@ -107,6 +175,7 @@ class Machine:
     platform: str
     exact: bool
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    speeds: Speeds | None = None
 
 
 def take_gpu_memory() -> None:
@@ -132,10 +201,28 @@ def find_machine(name: str, devices: int) -> Machine:
         return _this_machine(devices)
     jax.config.update("jax_platforms", "cpu")
     if name in _GPUS:
-        return _gpus(_GPUS[name], devices)
-    if match := _SLICE.fullmatch(name):
-        return _tpus(name, _TPUS[match[1]], math.prod(map(int, match[2].split("x"))), devices)
+        nodes = -(-devices // NODE)
+        return _gpus(_GPUS[name], nodes, -(-devices // nodes))
+    if match := _NODES.fullmatch(name):
+        nodes, each = int(match[1] or 1), int(match[3])
+        _check_count(name, nodes * each, devices)
+        return _gpus(_GPUS[match[2]], nodes, each)
+    if match := _SLICE.fullmatch(_SLICES.get(name, name)):
+        return _tpus(match[0], _TPUS[match[1]], math.prod(map(int, match[2].split("x"))), devices)
     raise ConfigError(f"--machine={name!r} is not known; allowed: {NAMES}, or nothing for the machine that this runs on.")
+
+
+def speeds_of(name: str, node: int = NODE) -> Speeds | None:
+    """Of a device, by its name here ("h200", "v5p") or in jax ("NVIDIA H200"); of a GPU in nodes of that size. None: nothing is known."""
+    for known, device in {**_GPUS, **_TPUS}.items():
+        if name in (known, device.kind):
+            return device.speeds(node) if isinstance(device, _Gpu) else device.speeds()
+    return None
+
+
+def _check_count(name: str, count: int, needed: int) -> None:
+    if not 0 < needed <= count:
+        raise ConfigError(f"config.mesh asks for {needed} devices, and {name} has {count}. Name a larger machine, or lower the mesh.")
 
 
 def _this_machine(needed: int) -> Machine:
@@ -150,27 +237,27 @@ def _this_machine(needed: int) -> Machine:
         note = f"as jax has it; {_FRACTION_NAMES[0]} changes that" if platform == "gpu" else "as jax has it"
     else:
         limit, note = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the host's, which other processes need as well"
-    return Machine(f"{len(devices)} x {devices[0].device_kind}, which are here", devices, limit, note, platform, exact=True)
+    kind, speeds = devices[0].device_kind, speeds_of(devices[0].device_kind, jax.local_device_count())
+    return Machine(f"{len(devices)} x {kind}, which are here", devices, limit, note, platform, exact=True, speeds=speeds)
 
 
-def _gpus(gpu: _Gpu, count: int) -> Machine:
+def _gpus(gpu: _Gpu, nodes: int, each: int) -> Machine:
     fraction = float(next((os.environ[name] for name in _FRACTION_NAMES if os.environ.get(name)), GPU_FRACTION))
     note = f"{fraction:.0%} of {gpu.memory / 1e9:.1f} GB; {_FRACTION_NAMES[0]} changes that"
-    hosts, each = -(-count // 8), min(count, 8)
+    count = nodes * each
     try:
-        topology = topologies.get_topology_desc("", "cuda", target_config=gpu.target(), topology=f"1x{hosts}x{each}")
+        topology = topologies.get_topology_desc("", "cuda", target_config=gpu.target(), topology=f"1x{nodes}x{each}")
         devices, exact = topology.devices, True
     except NotImplementedError:  # no plugin for this platform
         devices, exact = _cpus(count), False
     # Tuning would measure kernels on the device.
     options = {"xla_gpu_autotune_level": 0} if exact else {}
-    return Machine(f"{count} x {gpu.kind}", devices, int(fraction * gpu.memory), note, "gpu", exact, options)
+    return Machine(f"{count} x {gpu.kind}", devices, int(fraction * gpu.memory), note, "gpu", exact, options, gpu.speeds(each))
 
 
 def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
     count = chips * tpu.devices_of_chip
-    if count < needed:
-        raise ConfigError(f"config.mesh asks for {needed} devices, and {name} has {count}. Name a larger slice, or lower the mesh.")
+    _check_count(name, count, needed)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody answers where there is no TPU
     try:
         devices, exact = topologies.get_topology_desc(name, "tpu").devices, True
@@ -179,7 +266,7 @@ def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
             raise ConfigError(f"--machine={name!r} is no slice that the TPU's compiler knows: {error}") from error
         devices, exact = _cpus(count), False
     note = f"of {count} devices, {needed} in use" if count > needed else "what the compiler gives to programs"
-    return Machine(name, devices, tpu.memory, note, "tpu", exact)
+    return Machine(name, devices, tpu.memory, note, "tpu", exact, speeds=tpu.speeds())
 
 
 def _cpus(count: int) -> Sequence[Any]:

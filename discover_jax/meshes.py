@@ -1,0 +1,267 @@
+"""Which mesh: what `costs` predicts for each one that a machine's devices can form, and how much memory it takes, without compiling.
+
+`--dry_run` prints this before it compiles the config's own mesh, whose memory the compiler then tells exactly.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from discover_jax import costs
+from discover_jax.costs import MeshShape
+from discover_jax.engine import build_optimizer, cache_pages, row_tokens
+from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
+from discover_jax.kernels import table
+from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
+from discover_jax.learning.train_state import abstract_train_state
+from discover_jax.machines import Machine
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.gpt_oss import Model
+from discover_jax.models.sharding import MESH_AXES, local_bytes
+from discover_jax.sampling.schedule import PAGE
+
+SHOWN = 5
+FILLED = 0.95
+"""Of the update's positions, those that are no padding (docs/performance.md, Packing)."""
+ROUTED, ROUTED_REFERENCE = 25, 45
+"""Bytes of temporary arrays of the update's experts, a value of each token that a device sees and expert that reads it. Kernels: 116.2 GB
+were measured with one row of 32,768 tokens, and 85.2 with one on each of two devices of `expert`. References: the TPU's compiler (libtpu
+0.0.42) takes 86.0 GB of a v5p with one row of 4,096 tokens on each of eight devices of `expert`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a prompt and of a rollout without it."""
+
+    prompt: int
+    rollout: int
+
+    @property
+    def both(self) -> int:
+        return self.prompt + self.rollout
+
+
+def lengths_of(text: str, config: Any) -> Lengths:
+    """From the command line's "PROMPT,ROLLOUT"; an empty text means the limits of the config.
+
+    Raises:
+      ConfigError: these are no two numbers of tokens, or more than the limits.
+    """
+    limits = Lengths(config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    if not text:
+        return limits
+    numbers = text.split(",")
+    if len(numbers) == 2 and all(number.strip().isdecimal() for number in numbers):
+        given = Lengths(*map(int, numbers))
+        if 0 < given.prompt <= limits.prompt and 0 < given.rollout <= limits.rollout:
+            return given
+    raise ConfigError(
+        f"--lengths={text!r} cannot be used: it is mean tokens of a prompt and of a rollout, such as --lengths=1500,8000, each from 1 to"
+        f" the config's limits, {limits.prompt:,} (max_prompt_tokens) and {limits.rollout:,} (max_new_tokens)."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Of one mesh.
+
+    Attributes:
+      mesh: devices along each axis.
+      kernels: whether the kernels run there.
+      rows: packed rows of a microbatch that it takes: the config's, made a multiple of `data` x `expert`.
+      live: rollouts that are decoded at once: slots, or those for which the cache has room.
+      bytes: that the update's peak takes on a device, about.
+      sampling, update: seconds of a step, by part.
+      sampled, learned: tokens that are sampled, and those that the update reads, prompts included.
+      obstacle: why it cannot be used; empty if it can.
+    """
+
+    mesh: MeshShape
+    kernels: bool = False
+    rows: int = 0
+    live: int = 0
+    bytes: int = 0
+    sampling: costs.Cost = dataclasses.field(default_factory=dict)
+    update: costs.Cost = dataclasses.field(default_factory=dict)
+    sampled: int = 0
+    learned: int = 0
+    obstacle: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.sampling.values()) + sum(self.update.values())
+
+
+def shapes(devices: int) -> list[MeshShape]:
+    """All meshes of so many devices."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    return [MeshShape(devices // e // t, e, t) for e in divisors for t in divisors if devices % (e * t) == 0]
+
+
+def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape) -> bool:
+    """Whether a run on such devices has kernels, as `engine.build_model` and `kernels.spread` decide it; their packages are presumed."""
+    try:
+        for name, out in (("gate_up", 2 * sizes.expert_width), ("down", sizes.width)):
+            check_sizes(out, sizes.width if name == "gate_up" else sizes.expert_width, SLABS[name])
+    except ConfigError:
+        return False
+    known = ("decode_experts", platform) in table.KERNELS.keys() | table.OPTIONAL.keys()
+    return known and mesh.tensor == 1 and (config.model.dtype, config.model.experts) == ("bfloat16", "packed")
+
+
+def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, lengths: Lengths, *, learn: bool = True) -> Prediction:
+    """What a step of a run takes on a mesh of the machine's devices.
+
+    Args:
+      config: validated; in bfloat16 with packed experts.
+      sizes: of the model.
+      machine: whose speeds are known.
+      mesh: of as many devices as shall be used.
+      lengths: of the step's rollouts.
+      learn: False for a search, which measures instead of updating.
+    """
+    assert machine.speeds is not None
+    lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
+    split = mesh.data * mesh.expert
+    rows = -(-config.train.rows // split) * split
+    abstract: Any = AbstractMesh(mesh, MESH_AXES)  # a layout needs no devices
+    model = Model(sizes, lora, config.model.dtype, config.model.experts, abstract, config.model.remat)
+    try:
+        frozen = local_bytes(model.abstract_frozen())
+        state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
+        pages = cache_pages(config, model, machine.memory, learn=learn)
+    except CapacityError:
+        return Prediction(mesh, kernels, rows, obstacle="weights and adapter leave no room for one rollout's keys and values")
+    except ShardingError as error:
+        return Prediction(mesh, kernels, rows, obstacle=str(error))
+    adapter = local_bytes(state.lora) if state is not None else 0
+    tokens = rows * row_tokens(config) // split  # of a microbatch, on each device
+    # The gradient so far, and the microbatch's own.
+    needed = frozen + local_bytes(state) + 2 * adapter + _activations(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
+    taken = Prediction(mesh, kernels, rows, bytes=needed)
+    if needed > machine.memory:
+        return dataclasses.replace(taken, obstacle=f"the update needs about {needed / 1e9:.0f} GB")
+
+    count, options = config.groups * config.group_size, {"mesh": mesh, "kernels": kernels}
+    of_model = sizes, lora, machine.speeds
+    # A group shares its prompt's pages on a device, but may lie on several; of its own a rollout has half on average.
+    shared = lengths.prompt / (config.group_size if split == 1 else 1)
+    room = math.inf if pages is None else pages * PAGE // (shared + lengths.rollout / 2)
+    live = max(1, int(min(config.sampling.slots, count, room)))
+    step = costs.decode_step(*of_model, live, lengths.prompt + lengths.rollout / 2, **options)
+    sampling = {part: count / live * lengths.rollout * seconds for part, seconds in step.items()}
+    sampling["prompts"] = config.groups * costs.prefill(*of_model, lengths.prompt, **options)
+
+    learned = count * lengths.both
+    microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5)  # rows may be half as long
+    base = config.train.measure_kl or config.train.kl_coefficient > 0
+    options |= {"remat": config.model.remat, "adapter": adapter}
+    passes = [costs.microbatch(*of_model, tokens, lengths.both, gradient=False, **options)] * (base or not learn)
+    passes += [costs.microbatch(*of_model, tokens, lengths.both, gradient=True, **options)] * learn
+    update = {part: microbatches * sum(one[part] for one in passes) for part in passes[0]}
+    update["optimiser"] = config.train.num_substeps * costs.apply(machine.speeds, adapter)
+    return dataclasses.replace(taken, live=live, sampling=sampling, update=update, sampled=count * lengths.rollout, learned=learned)
+
+
+def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
+    """Bytes that the gradient keeps and needs beside its arguments, about, of so many tokens on each device."""
+    layers, stream, attention = sizes.num_layers, 4 * sizes.width, sizes.num_heads * (2 * sizes.head_size + 4)
+    # A device of `expert` sees the tokens of all; of the references its own experts all read them, or where `tensor` splits them, all do.
+    read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
+    routed = read * sizes.expert_width * tokens
+    kept = {"layers": layers * (stream + attention), "pairs": layers // 2 * stream, "none": 0}[remat] * tokens
+    unpacked = 2 * costs.expert_weights(sizes) * (sizes.num_experts // mesh.expert if kernels else 1)
+    if mesh.tensor > 1 and mesh.expert > 1:
+        unpacked += sizes.num_experts // mesh.tensor * costs.expert_bytes(sizes)  # a layer's, gathered
+    if not learn:
+        return stream * tokens + routed + unpacked
+    return kept + routed * (layers if remat == "none" else 1) + unpacked
+
+
+def recommend(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> list[Prediction]:
+    """All meshes of the machine's devices: those that can be used by the time of a step, then the others."""
+    found = [predict(config, sizes, machine, mesh, lengths, learn=learn) for mesh in shapes(len(machine.devices))]
+    return sorted(found, key=lambda one: (bool(one.obstacle), one.seconds, one.mesh.tensor, one.mesh.expert))
+
+
+# ---------------------------------------------------------------------- what is printed
+
+
+def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> Iterator[str]:
+    """The best meshes and the config's own, as lines; or why nothing is predicted."""
+    if machine.speeds is None:
+        yield f"No speed is predicted: nothing is known of how fast {machine.name} is."
+        return
+    if (config.model.dtype, config.model.experts) != ("bfloat16", "packed"):
+        yield "No speed is predicted: that is done for config.model.dtype='bfloat16' and experts='packed' only."
+        return
+    own = predict(config, sizes, machine, MeshShape(config.mesh.data, config.mesh.expert, config.mesh.tensor), lengths, learn=learn)
+    found = recommend(config, sizes, machine, lengths, learn=learn)
+    usable = [one for one in found if not one.obstacle]
+    yield (
+        f"Speed of a step, predicted: {config.groups} x {config.group_size} rollouts of {lengths.rollout:,} tokens after prompts of"
+        f" {lengths.prompt:,} (--lengths says how long they are on average), on meshes of {len(machine.devices)} devices"
+    )
+    yield f"    {'data expert tensor   rows   live':<34}{'GB':>6}{'sampling, tokens/s':>20}{'update, tokens/s':>18}{'step, s':>9}"
+    shown = usable[:SHOWN]
+    for one in [*shown, *([] if own.mesh in (each.mesh for each in shown) else [own])]:
+        yield _row(one, recommended=bool(usable) and one is usable[0], own=one.mesh == own.mesh)
+    yield (
+        "    -> recommended, * the config's; rows: of a microbatch (config.train.rows); live: rollouts decoded at once; GB: at the update's"
+        f" peak, about; {len(found) - len(usable)} of {len(found)} meshes do not fit or divide"
+    )
+    if usable:
+        yield f"Recommended: {_settings(usable[0])}; where its step goes: {_parts(usable[0])}"
+    else:
+        least = min(found, key=lambda one: one.bytes or math.inf)
+        yield f"No mesh of these devices can be used. The nearest, {_settings(least)}: {least.obstacle}. Shorter rows need less."
+    yield from _remarks(machine, [own, *usable[:1]])
+
+
+def _row(one: Prediction, *, recommended: bool, own: bool) -> str:
+    mark = f"{'->' if recommended else '  '}{'*' if own else ' '} "
+    start = f"{mark}{one.mesh.data:4}{one.mesh.expert:7}{one.mesh.tensor:7}{one.rows:7}{one.live or '-':>7}  "
+    if one.obstacle:
+        return f"{start:<38}{one.bytes / 1e9:6.0f}  {one.obstacle}" if one.bytes else f"{start:<44}  {one.obstacle}"
+    speeds = (tokens / sum(spent.values()) for tokens, spent in ((one.sampled, one.sampling), (one.learned, one.update)))
+    sampling, update = (f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}" for speed in speeds)
+    return f"{start:<38}{one.bytes / 1e9:6.0f}{sampling:>20}{update:>18}{one.seconds:>9,.0f}{'' if one.kernels else '  references'}"
+
+
+def _settings(one: Prediction) -> str:
+    named = zip(MESH_AXES, one.mesh, strict=True)
+    return " ".join(f"--config.mesh.{axis}={size}" for axis, size in named) + f" --config.train.rows={one.rows}"
+
+
+def _parts(one: Prediction) -> str:
+    def told(phase: str, parts: costs.Cost) -> str:
+        total = sum(parts.values())
+        shares = [
+            f"{part} {parts[part] / total:.0%}" for part in sorted(parts, key=lambda part: -parts[part]) if parts[part] > 0.01 * total
+        ]
+        return f"{phase} {total:,.0f} s ({', '.join(shares)})"
+
+    return f"{told('sampling', one.sampling)}, {told('update', one.update)}"
+
+
+def _remarks(machine: Machine, shown: Sequence[Prediction]) -> Iterator[str]:
+    """What the figures leave out or take for granted."""
+    assert machine.speeds is not None
+    yield "Left out: programs and grading, checkpoints, unequal lengths (the last rollouts decode with few rows), unequal load of experts."
+    if machine.speeds.assumed:
+        assumed = ", ".join(sorted(machine.speeds.assumed)).replace("_", " ")
+        yield f"Of this machine assumed, not measured: {assumed} (discover_jax/machines.py)."
+    if not all(one.kernels for one in shown):
+        why = "with tensor above 1" if machine.platform == "gpu" else f"on a {machine.platform.upper()}"
+        yield (
+            f"references: {why} there are no kernels, and every expert sees every row. How efficient that is was measured on one GPU only,"
+            " with few tokens: take these figures for an order of magnitude."
+        )
+    if any(one.kernels for one in shown) and len(machine.devices) > 1:
+        yield (
+            "Kernels: their efficiency is that of one H200; of several devices the update was measured on two (docs/scaling.md),"
+            " collectives of decoding are assumed."
+        )

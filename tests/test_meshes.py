@@ -1,0 +1,184 @@
+"""Which mesh is recommended, which are left out and why, the memory that was measured, and the names of machines."""
+
+import dataclasses
+import math
+
+import pytest
+
+from discover_jax import machines, meshes
+from discover_jax.config import default_config
+from discover_jax.costs import MeshShape
+from discover_jax.exceptions import ConfigError
+from discover_jax.machines import Machine, find_machine, speeds_of
+from discover_jax.meshes import Lengths
+from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B
+
+_H200_MEMORY = int(0.9 * 143_771 * 2**20)
+
+
+def _machine(devices, name="h200", memory=_H200_MEMORY):
+    speeds = speeds_of(name)
+    return Machine(f"{devices} x {name}", [None] * devices, memory, "", speeds.platform, exact=False, speeds=speeds)
+
+
+def _config(**settings):
+    config = default_config()
+    config.model.weights, config.model.shape = "random", "gpt-oss-120b"
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = 2048, 8192
+    for name, value in settings.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return config
+
+
+_LENGTHS = Lengths(1500, 4000)
+
+
+def test_all_meshes_of_some_devices():
+    found = meshes.shapes(12)
+    assert len(found) == len(set(found)) == 18  # 12 = 2^2 x 3 in three ordered factors: 6 x 3
+    assert all(math.prod(mesh) == 12 for mesh in found)
+
+
+def test_the_fastest_that_fits_is_recommended_first():
+    found = meshes.recommend(_config(), GPT_OSS_120B, _machine(8), _LENGTHS)
+    assert len(found) == len(meshes.shapes(8))
+    usable = [one for one in found if not one.obstacle]
+    assert usable == found[: len(usable)]
+    assert [one.seconds for one in usable] == sorted(one.seconds for one in usable)
+    assert usable[0].kernels
+    assert usable[0].rows % 8 == 0
+    assert all(one.kernels == (one.mesh.tensor == 1) for one in usable)
+    one_device = meshes.predict(_config(), GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS)
+    assert one_device.seconds / 8 < usable[0].seconds < one_device.seconds / 3
+
+
+def test_what_does_not_divide_or_fit_is_left_out_with_the_reason():
+    def obstacle(sizes, machine, *mesh):
+        return meshes.predict(_config(), sizes, machine, MeshShape(*mesh), _LENGTHS).obstacle
+
+    assert "Axis 'experts' of size 32 cannot be split over mesh axis 'expert' of size 3" in obstacle(GPT_OSS_20B, _machine(3), 1, 3, 1)
+    assert "size 16" in obstacle(GPT_OSS_20B, _machine(16), 1, 1, 16)  # 8 key/value heads
+    assert not obstacle(GPT_OSS_20B, _machine(16), 1, 16, 1)
+    h100 = _machine(8, "h100", int(0.9 * 81_559 * 2**20))
+    assert "the update needs about" in obstacle(GPT_OSS_120B, h100, 8, 1, 1)
+    assert "no room" in obstacle(GPT_OSS_120B, _machine(8, "v6e", int(31.24 * 2**30)), 8, 1, 1)  # 65 GB of weights
+    assert not obstacle(GPT_OSS_120B, h100, 1, 8, 1)
+
+
+@pytest.mark.parametrize(("mesh", "measured"), [((1, 1), 116.2), ((1, 2), 85.2), ((2, 1), 116.2)])
+def test_memory_is_near_the_peaks_that_were_measured(mesh, measured):
+    # One row of 32,768 tokens for each device (docs/scaling.md).
+    config = _config(train__row_tokens=32_768)
+    one = meshes.predict(config, GPT_OSS_120B, _machine(math.prod(mesh)), MeshShape(*mesh), _LENGTHS)
+    assert one.bytes / 1e9 == pytest.approx(measured, rel=0.02)
+
+
+def test_memory_of_references_is_near_what_the_tpus_compiler_says():
+    # v5p:2x2x2, libtpu 0.0.42, jax 0.10.2: the gradient with a row of 4,096 tokens on each of eight devices of `expert` takes 86.0 GB.
+    config = _config(train__row_tokens=4096, train__rows=8)
+    machine = _machine(8, "v5p", int(95.73 * 2**30))
+    one = meshes.predict(config, GPT_OSS_120B, machine, MeshShape(1, 8), _LENGTHS)
+    assert one.bytes / 1e9 == pytest.approx(86.0, rel=0.03)
+    assert not one.kernels
+
+
+def test_memory_of_an_adapter_on_attention_and_of_less_rematerialisation():
+    # 20b, a row of 8,192 tokens, without an optimiser: 21.9 GB measured; its two moments add twice the adapter.
+    config = _config(train__row_tokens=10_240, lora__expert_rank=0, lora__head_rank=0)
+    config.sampling.max_prompt_tokens = 0
+    config.train.row_tokens = 8192
+    one = meshes.predict(config, GPT_OSS_20B, _machine(1), MeshShape(1, 1), _LENGTHS)
+    assert one.bytes / 1e9 == pytest.approx(21.9, rel=0.03)
+    pairs = meshes.predict(_config(model__remat="pairs", train__row_tokens=32_768), GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS)
+    assert pairs.bytes / 1e9 == pytest.approx(100.7, rel=0.03)
+
+
+def test_the_cache_limits_how_many_rollouts_are_live():
+    config = _config(sampling__slots=512)
+    config.groups, config.group_size = 8, 64
+    config.sampling.max_new_tokens = 26_000
+    lengths = Lengths(1500, 26_000)
+    one = meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), lengths)
+    eight = meshes.predict(config, GPT_OSS_120B, _machine(8), MeshShape(1, 8), lengths)
+    assert one.live < 512 <= eight.live
+
+
+def test_a_search_has_neither_optimiser_nor_gradient():
+    config = _config()
+    search, run = (meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS, learn=learn) for learn in (False, True))
+    assert search.bytes < run.bytes - 9e9
+    assert search.update["optimiser"] == 0
+    assert sum(search.update.values()) < 0.5 * sum(run.update.values())
+
+
+def _report(config, machine, sizes=GPT_OSS_120B):
+    return "\n".join(meshes.report(config, sizes, machine, _LENGTHS))
+
+
+def test_the_report_says_what_is_recommended_and_what_is_assumed():
+    config = _config(mesh__expert=8)
+    text = _report(config, _machine(8))
+    best = meshes.recommend(config, GPT_OSS_120B, _machine(8), _LENGTHS)[0]
+    recommended = f"--config.mesh.data={best.mesh.data} --config.mesh.expert={best.mesh.expert} --config.mesh.tensor=1"
+    assert f"Recommended: {recommended} --config.train.rows={best.rows}" in text
+    assert sum(line.startswith(("  * ", "->* ")) for line in text.splitlines()) == 1
+    assert "predicted" in text
+    assert "assumed, not measured: latency, link, network, network latency" in text
+    assert "with tensor above 1" not in text
+    assert "with tensor above 1" in _report(_config(mesh__tensor=8), _machine(8))
+
+
+def test_tpus_run_the_references_and_the_report_says_so():
+    text = _report(_config(), _machine(8, "v5p", int(95.73 * 2**30)))
+    assert "on a TPU there are no kernels, and every expert sees every row" in text
+    assert "No mesh of these devices can be used" in _report(_config(), _machine(4, "v5e", int(15.75 * 2**30)))
+
+
+def test_nothing_is_predicted_where_nothing_is_known():
+    here = dataclasses.replace(_machine(1), name="1 x cpu", speeds=None)
+    assert _report(_config(), here) == "No speed is predicted: nothing is known of how fast 1 x cpu is."
+    assert "No speed is predicted" in _report(_config(model__dtype="float32"), _machine(1))
+
+
+def test_lengths():
+    config = _config()
+    assert meshes.lengths_of("", config) == Lengths(2048, 8192)
+    assert meshes.lengths_of("1500, 8000", config) == Lengths(1500, 8000)
+    for wrong in ("8000", "1500,9000", "0,10", "a,b", "1,2,3"):
+        with pytest.raises(ConfigError, match="mean tokens of a prompt and of a rollout"):
+            meshes.lengths_of(wrong, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "devices", "node"),
+    [
+        ("h200", 4, 4, 4),
+        ("h200", 16, 16, 8),
+        ("h200x8", 1, 8, 8),
+        ("2xh200x8", 16, 16, 8),
+        ("v5p-16", 8, 8, 0),
+        ("v6e-16", 16, 16, 0),
+        ("v5p:2x2x2", 1, 8, 0),
+    ],
+)
+def test_names_of_machines(monkeypatch, name, needed, devices, node):
+    monkeypatch.setattr(machines, "_cpus", lambda count: [None] * count)
+    found = find_machine(name, needed)
+    assert len(found.devices) == devices
+    assert found.speeds.node == node
+
+
+@pytest.mark.parametrize(("name", "needed"), [("h200x4", 8), ("v5p-16", 16), ("v5p-12", 1), ("3xh200", 1), ("0xh200x8", 1)])
+def test_machines_that_are_too_small_or_unknown(monkeypatch, name, needed):
+    monkeypatch.setattr(machines, "_cpus", lambda count: [None] * count)
+    with pytest.raises(ConfigError, match=r"lower the mesh|is not known; allowed: a100, h100, h200, b200"):
+        find_machine(name, needed)
+
+
+def test_speeds_are_found_by_jaxs_names_too():
+    assert speeds_of("NVIDIA H200") == speeds_of("h200")
+    assert speeds_of("TPU v6 lite") == speeds_of("v6e")
+    assert speeds_of("cpu") is None
+    assert speeds_of("h100").copy == 3.01e12
+    assert "copy" not in speeds_of("h100").assumed
