@@ -6,7 +6,7 @@
 Each measurement is `decode.py` or `update.py` in a process of its own that sees as many GPUs as its mesh (data x expert) has devices; as
 many run at once as there are GPUs for. Decoding is that of `decode.py --unread`: rows of the context's length, each on pages of its own.
 The update's microbatch has a row for each device. A measurement that fails (512 rows of such a context do not fit on one H200) or takes
-longer than `--limit` seconds is told, and the others go on. `--cpu` rehearses all that on imitated devices.
+longer than `--limit` seconds is told, and the others go on.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def job(arguments: argparse.Namespace, kind: str, data: int, expert: int, folder
     return {"kind": kind, "data": data, "expert": expert, "devices": devices, "command": command, "result": result}
 
 
-def run_all(jobs: list[dict[str, Any]], gpus: int, limit: float, folder: Path, *, cpu: bool) -> None:
+def run_all(jobs: list[dict[str, Any]], gpus: int, limit: float, folder: Path) -> None:
     """Runs them, each as soon as there are devices for it, the first first."""
     waiting, running, free = list(jobs), [], list(range(gpus))
     while waiting or running:
@@ -54,8 +54,6 @@ def run_all(jobs: list[dict[str, Any]], gpus: int, limit: float, folder: Path, *
             one = waiting.pop(0)
             one["gpus"], free = free[: one["devices"]], free[one["devices"] :]
             environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, one["gpus"]))}
-            if cpu:
-                environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={one['devices']}"}
             one["log"] = (folder / one["result"].with_suffix(".log").name).open("w")
             one["started"] = time.monotonic()
             one["process"] = subprocess.Popen(one["command"], env=environment, stdout=one["log"], stderr=subprocess.STDOUT)
@@ -119,7 +117,6 @@ def main() -> None:
     parser.add_argument("--only", default="decode,update")
     parser.add_argument("--limit", type=float, default=240, help="seconds of a measurement")
     parser.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array by whose copies bandwidth is measured")
-    parser.add_argument("--cpu", action="store_true", help="rehearse on imitated devices")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, default=Path("scaling"), help="folder of the measurements' own results and logs")
     arguments = parser.parse_args()
@@ -128,7 +125,7 @@ def main() -> None:
     meshes = [mesh for mesh in named or meshes_of(arguments.gpus) if mesh[0] * mesh[1] <= arguments.gpus]
     jobs = [job(arguments, kind, *mesh, arguments.logs) for kind in arguments.only.split(",") for mesh in meshes]
     jobs.sort(key=lambda one: one["devices"])  # those of few devices run beside each other
-    run_all(jobs, arguments.gpus, arguments.limit, arguments.logs, cpu=arguments.cpu)
+    run_all(jobs, arguments.gpus, arguments.limit, arguments.logs)
     rows = [row for one in jobs for row in rows_of(one)]
     print(table(rows), flush=True)
     if arguments.json:

@@ -2,7 +2,7 @@
 
     python benchmarks/whole_step.py --shape=gpt-oss-120b [--layers=0] [--groups=16] [--group_size=8] [--prompt=3072] [--new=2048]
         [--row_tokens=0] [--rows=1] [--steps=2] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
-        [--workdir=DIR [--resume]] [--json=FILE]
+        [--workdir=DIR [--resume=1]] [--json=FILE]
 
 Real are: the loop with all that it does (parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the update
 with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics, checkpoint), the kernels, and the model's sizes. Not
@@ -153,16 +153,15 @@ def main() -> None:
         "--unsafe", action="store_true", help="run the programs without isolation: they are the apprentice's, not a model's"
     )
     parser.add_argument("--workdir", type=Path, help="the run's folder, which must be new; by default a temporary one")
-    parser.add_argument("--resume", action="store_true", help="go on in --workdir, perhaps on another mesh, with one step more")
+    parser.add_argument("--resume", type=int, default=0, help="go on in --workdir, perhaps on another mesh, with so many steps more")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     exists = arguments.workdir is not None and arguments.workdir.exists()
-    if exists != arguments.resume:
+    if exists != bool(arguments.resume):
         parser.error(
-            f"--workdir={arguments.workdir} " + ("exists: name a new folder, or --resume." if exists else "is not there to resume.")
+            f"--workdir={arguments.workdir} " + ("exists: name a new folder, or say --resume=1." if exists else "is not there to resume.")
         )
-    if arguments.resume:
-        arguments.steps += 1
+    arguments.steps += arguments.resume
     take_gpu_memory()
     if arguments.layers:
         SHAPES[arguments.shape] = shape_of(arguments.shape, arguments.layers)  # where the run looks the name up
