@@ -1,8 +1,8 @@
 """Where the time of a whole step goes: the run's own loop, `discover_jax.main.run`, on random weights of a published shape.
 
     python benchmarks/whole_step.py --shape=gpt-oss-120b [--layers=0] [--groups=16] [--group_size=8] [--prompt=3072] [--new=2048]
-        [--row_tokens=0] [--rows=1] [--steps=2] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
-        [--workdir=DIR [--resume=1]] [--json=FILE]
+        [--row_tokens=0] [--rows=1] [--steps=2] [--until=0] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
+        [--workdir=DIR [--resume]] [--json=FILE]
 
 Real are: the loop with all that it does (parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the update
 with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics, checkpoint), the kernels, and the model's sizes. Not
@@ -20,6 +20,7 @@ device's memory never falls, so only the first step's peak after sampling is tha
 """
 
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -54,11 +55,16 @@ def recorded_program(rollout: Rollout, tokenizer: Tokenizer) -> str:
     return programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes()))))
 
 
+class _LeftError(Exception):
+    """The run is left before its end."""
+
+
 class Clock(PlainConsole):
     """Shows a run as lines, and takes the times and the peak of memory that the metrics lack, at the boundaries of phases."""
 
-    def __init__(self):
+    def __init__(self, until: int):
         super().__init__()
+        self._until = until
         self.started = time.monotonic()
         self.setup_s = 0.0
         self.steps: list[dict[str, Any]] = []
@@ -66,6 +72,8 @@ class Clock(PlainConsole):
         self._peaks: dict[str, int | None] = {}
 
     def step(self, step: int, steps: int) -> None:
+        if self._until and step >= self._until:
+            raise _LeftError
         super().step(step, steps)
         self._at, self._peaks = {"step": time.monotonic()}, {}
         if not self.steps:
@@ -145,6 +153,7 @@ def main() -> None:
     parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row of the update; 0: longest prompt + rollout")
     parser.add_argument("--rows", type=int, default=1, help="packed rows in a microbatch")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--until", type=int, default=0, help="leave the run after so many of its steps, to be resumed")
     add_mesh(parser)
     parser.add_argument("--competition", default="digits-parity", help="one that programs of the apprentice's grammar can solve")
     parser.add_argument("--raw", default="", help="its raw data, if it brings none")
@@ -153,23 +162,22 @@ def main() -> None:
         "--unsafe", action="store_true", help="run the programs without isolation: they are the apprentice's, not a model's"
     )
     parser.add_argument("--workdir", type=Path, help="the run's folder, which must be new; by default a temporary one")
-    parser.add_argument("--resume", type=int, default=0, help="go on in --workdir, perhaps on another mesh, with so many steps more")
+    parser.add_argument("--resume", action="store_true", help="go on in --workdir, perhaps on another mesh")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     exists = arguments.workdir is not None and arguments.workdir.exists()
-    if exists != bool(arguments.resume):
+    if exists != arguments.resume:
         parser.error(
-            f"--workdir={arguments.workdir} " + ("exists: name a new folder, or say --resume=1." if exists else "is not there to resume.")
+            f"--workdir={arguments.workdir} " + ("exists: name a new folder, or --resume." if exists else "is not there to resume.")
         )
-    arguments.steps += arguments.resume
     take_gpu_memory()
     if arguments.layers:
         SHAPES[arguments.shape] = shape_of(arguments.shape, arguments.layers)  # where the run looks the name up
     config = configured(arguments)
     # The loop calls it by this name for each rollout that ends.
     loop.program_of = recorded_program
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
+    clock = Clock(arguments.until)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_LeftError):
         loop.run(config, arguments.workdir or Path(folder) / "run", console=clock)
     result = {
         "command": " ".join(["python", *sys.argv]),
