@@ -43,7 +43,8 @@ REFERENCE_PRODUCT = 0.16
 both measured before gradients were rounded to bfloat16 first."""
 
 COLLECTIVES = 2
-"""A layer of decoding: the gathered arrays together, and the sums. Assumed, as are `STEP_COLLECTIVES` a step for what the host reads."""
+"""A layer of decoding: the gathered arrays together, and the sums (seen in compiled programs). `STEP_COLLECTIVES` a step, for what the host
+reads, are assumed."""
 STEP_COLLECTIVES = 4
 
 Cost = dict[str, float]

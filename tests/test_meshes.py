@@ -124,7 +124,7 @@ def test_the_report_says_what_is_recommended_and_what_is_assumed():
     assert f"Recommended: {recommended} --config.train.rows={best.rows}" in text
     assert sum(line.startswith(("  * ", "->* ")) for line in text.splitlines()) == 1
     assert "predicted" in text
-    assert "assumed, not measured: latency, link, network, network latency" in text
+    assert "assumed, not measured: link, network, network latency" in text
     assert "with tensor above 1" not in text
     assert "with tensor above 1" in _report(_config(mesh__tensor=8), _machine(8))
 

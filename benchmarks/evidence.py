@@ -1,0 +1,205 @@
+"""Does training beat search, and what do its programs come to be? Tables and small CSVs from the runs of estimators.py.
+
+    python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR --seeds=8 --reuse=greedy
+        --learning=none,entropic --flag=--config.task.reward=holdout [...]
+    python benchmarks/evidence.py --runs=DIR --csv=experiments/evidence    # collects; prints the paired differences
+    python benchmarks/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `docs`
+
+A run's folder is named REUSE-LEARNING-SEED. Runs are compared seed by seed, at equal numbers of programs: both begin with the same ones.
+With the reward `holdout` the private answers are rows that no reward, prompt or choice saw. `steps.csv` has a row for each step, `runs.csv`
+for each run, `traits.csv` for each step and trait of a program (a column that it adds, a model that it fits), with the share of that step's
+scored programs that have it.
+"""
+
+import argparse
+import collections
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from estimators import interval
+
+from discover_jax.runs.metrics import read_metrics
+
+COLUMNS = (
+    "reward/mean",
+    "reward/max",
+    "best/score",
+    "outcome/ok",
+    "rollouts/count",
+    "groups/constant_frac",
+    "diversity/distance",
+    "entropy",
+)
+MEASURES = {
+    "last_two_mean": "mean of the last two steps, on the reward's rows",
+    "last_two_private": "the same programs, on rows that nothing saw",
+    "best": "best program, on the reward's rows",
+    "private": "that program, on rows that nothing saw",
+}
+_ADDED = re.compile(r'^\s*X\["(\w+)"\] = ', re.MULTILINE)
+_MODEL = re.compile(r"\b([A-Z]\w*(?:Classifier|Regression(?:CV)?|SVC|NB|Perceptron|Analysis))\(")
+
+
+def traits(code: str) -> set[str]:
+    """Columns that a program adds, `column NAME`, and models that it fits, `model NAME`; `several models` if it fits more than one."""
+    models = _MODEL.findall(code)
+    found = {f"column {name}" for name in _ADDED.findall(code)} | {f"model {name}" for name in models}
+    return found | ({"several models"} if len(models) > 1 else set())
+
+
+def runs_in(folder: Path) -> Iterator[tuple[str, int, Path]]:
+    """Setting, seed and folder of each run."""
+    for path in sorted(folder.iterdir()):
+        setting, _, seed = path.name.rpartition("-")
+        if setting and seed.isdigit() and (path / "journal.jsonl").exists():
+            yield setting, int(seed), path
+
+
+def collect(folder: Path, csv_folder: Path) -> None:
+    """Writes the three tables, of the runs that have as many steps as the longest."""
+    found = [(setting, seed, path, read_metrics(path / "metrics.jsonl")) for setting, seed, path in runs_in(folder)]
+    whole = max((len(rows) for *_, rows in found), default=0)
+    tables: dict[str, list[list[Any]]] = {
+        "steps": [["setting", "seed", "step", *COLUMNS, "private/mean"]],
+        "runs": [["setting", "seed", *MEASURES, "programs", "timeouts"]],
+        "traits": [["setting", "seed", "step", "trait", "share"]],
+    }
+    for setting, seed, path, rows in found:
+        if len(rows) < whole:
+            print(f"left out: {path.name} has {len(rows)} of {whole} steps", file=sys.stderr)
+            continue
+        attempts = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+        private = private_means(attempts)
+        tables["steps"] += [
+            [setting, seed, row["step"] + 1, *(row.get(column) for column in COLUMNS), private.get(row["step"])] for row in rows
+        ]
+        grade = json.loads((path / "best" / "grade.json").read_text())
+        last_two = [sum(one) / 2 for one in zip(*((row["reward/mean"], private[row["step"]]) for row in rows[-2:]), strict=True)]
+        counts = [sum(row[name] for row in rows) for name in ("rollouts/count", "outcome/timeout")]
+        tables["runs"].append([setting, seed, *last_two, grade["score"], grade["private_score"], *counts])
+        for step, shares in shares_by_step(attempts).items():
+            tables["traits"] += [[setting, seed, step + 1, trait, round(share, 4)] for trait, share in sorted(shares.items())]
+    csv_folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in tables.items():
+        with (csv_folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(lines)
+
+
+def private_means(attempts: list[dict[str, Any]]) -> dict[int, float]:
+    """Of each step, the mean score on the private answers; a failure counts 0, as its reward does."""
+    scores: dict[int, list[float]] = collections.defaultdict(list)
+    for attempt in attempts:
+        scores[attempt["step"]].append(attempt["private_score"] or 0.0)
+    return {step: sum(values) / len(values) for step, values in scores.items()}
+
+
+def shares_by_step(attempts: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Of each step, the share of its scored programs that have a trait."""
+    counts: dict[int, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    totals: collections.Counter[int] = collections.Counter()
+    for attempt in attempts:
+        if attempt["score"] is not None and attempt["code"]:
+            totals[attempt["step"]] += 1
+            counts[attempt["step"]].update(traits(attempt["code"]))
+    return {step: {trait: count / total for trait, count in counts[step].items()} for step, total in sorted(totals.items())}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV, numbers as numbers."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open(newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def compare(csv_folder: Path, base: str) -> None:
+    """Prints each setting's measures and, seed by seed, their differences to `base`."""
+    by_setting: dict[str, dict[float, dict[str, Any]]] = collections.defaultdict(dict)
+    for row in read(csv_folder / "runs.csv"):
+        by_setting[row["setting"]][row["seed"]] = row
+    print(f"| | {' | '.join(by_setting)} | {' | '.join(f'{name} less {base}' for name in by_setting if name != base)} |")
+    print("|---" * (2 * len(by_setting)) + "|")
+    for measure, told in MEASURES.items():
+        cells = [interval([row[measure] for row in runs.values()]) for runs in by_setting.values()]
+        for name, runs in by_setting.items():
+            if name != base:
+                both = sorted(runs.keys() & by_setting[base].keys())
+                cells.append(
+                    f"{interval([runs[s][measure] - by_setting[base][s][measure] for s in both], signed=True)} ({len(both)} seeds)"
+                )
+        print(f"| {told} | {' | '.join(cells)} |")
+
+
+def draw(csv_folder: Path, plots: Path) -> None:
+    """Rewards and bests by step, and how the commonest traits' shares change, as SVG."""
+    import matplotlib  # pyright: ignore[reportMissingImports] - of the extra `docs`
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same file for the same numbers
+    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    steps, found = read(csv_folder / "steps.csv"), read(csv_folder / "traits.csv")
+    settings = list(dict.fromkeys(row["setting"] for row in steps))
+    numbers = sorted({row["step"] for row in steps})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for axis, column, title in ((axes[0], "reward/mean", "mean reward of a step"), (axes[1], "best/score", "best score so far")):
+        for colour, setting in enumerate(settings):
+            by_step = [[row[column] for row in steps if row["setting"] == setting and row["step"] == step] for step in numbers]
+            for seed in {row["seed"] for row in steps if row["setting"] == setting}:
+                line = [row[column] for row in steps if row["setting"] == setting and row["seed"] == seed]
+                axis.plot(numbers, line, color=f"C{colour}", alpha=0.2, linewidth=0.8)
+            axis.plot(numbers, [sum(x) / len(x) for x in by_step], color=f"C{colour}", label=setting)
+        axis.set(title=title, xlabel="step")
+    axes[0].legend()
+    plots.mkdir(parents=True, exist_ok=True)
+    figure.savefig(plots / "evidence-scores.svg", metadata={"Date": None})
+
+    figure, axes = plt.subplots(
+        1, len(settings), figsize=(5 * len(settings), 6), sharex=True, sharey=True, constrained_layout=True, squeeze=False
+    )
+    common = [trait for trait, _ in collections.Counter(row["trait"] for row in found).most_common(24)]
+    for axis, setting in zip(axes[0], settings, strict=True):
+        for place, trait in enumerate(common):
+            early, late = (share(found, setting, trait, chosen) for chosen in (numbers[:1], numbers[-2:]))
+            axis.plot([early, late], [place, place], color="0.7", zorder=1)
+            axis.scatter([early], [place], color="0.6", s=16, label="first step" if place == 0 else None)
+            axis.scatter([late], [place], color="C1", s=22, label="last two steps" if place == 0 else None)
+        axis.set(title=setting, xlabel="share of scored programs", yticks=range(len(common)), yticklabels=common)
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend()
+    figure.savefig(plots / "evidence-traits.svg", metadata={"Date": None})
+
+
+def share(rows: list[dict[str, Any]], setting: str, trait: str, steps: list[float]) -> float:
+    """Mean over seeds and steps; a step without the trait has no row."""
+    mine = [row for row in rows if row["setting"] == setting and row["step"] in steps]
+    runs = {(row["seed"], row["step"]) for row in mine}
+    return sum(row["share"] for row in mine if row["trait"] == trait) / max(1, len(runs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path, help="folder of the runs, to be collected into --csv")
+    parser.add_argument("--csv", type=Path, required=True, help="folder of the tables")
+    parser.add_argument("--base", default="greedy-none", help="the setting that others are compared with")
+    parser.add_argument("--plots", type=Path, help="folder for the plots")
+    arguments = parser.parse_args()
+    if arguments.runs is not None:
+        collect(arguments.runs, arguments.csv)
+    compare(arguments.csv, arguments.base)
+    if arguments.plots is not None:
+        draw(arguments.csv, arguments.plots)
+
+
+if __name__ == "__main__":
+    main()
