@@ -58,22 +58,29 @@ def spread_attention(attend: Callable, mesh: Mesh) -> Callable:
 _POOL = PartitionSpec(None, ROWS, _TENSOR)
 
 
-_ANY, _NONE = "any", "none"
+def _own_pages(pages: jax.Array, keys_LPKsH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Numbers of pages among those of this device, and which of them are here."""
+    own = pages - keys_LPKsH.shape[1] * lax.axis_index(ROWS)
+    return own, (own >= 0) & (own < keys_LPKsH.shape[1])
 
 
-def _own_pages(pages: jax.Array, keys_LPKsH: jax.Array, other: str) -> jax.Array:
-    """Numbers of pages among those of this device. Those elsewhere become any page, for places that are read and count for nothing; or a
-    number that is no page, where nothing is to be written."""
-    count = keys_LPKsH.shape[1]
-    local = pages - count * lax.axis_index(ROWS)
-    return jnp.where((local >= 0) & (local < count), local, 0 if other == _ANY else count)
+def _to_read(pages: jax.Array, keys_LPKsH: jax.Array) -> jax.Array:
+    """The device's own numbers; any page for those elsewhere, which stand where nothing is seen."""
+    own, here = _own_pages(pages, keys_LPKsH)
+    return jnp.where(here, own, 0)
+
+
+def _to_write(pages: jax.Array, keys_LPKsH: jax.Array) -> jax.Array:
+    """The device's own numbers; for those elsewhere one that is no page, so that nothing is written."""
+    own, here = _own_pages(pages, keys_LPKsH)
+    return jnp.where(here, own, keys_LPKsH.shape[1])
 
 
 def spread_paged_attention(attend: Callable, mesh: Mesh) -> Callable:
     """Of one token a row: each device has whole rows and their pages."""
 
     def of_device(q: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> jax.Array:
-        return attend(q, keys, values, layer, _own_pages(pages, keys, _ANY), *rest)
+        return attend(q, keys, values, layer, _to_read(pages, keys), *rest)
 
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, _TENSOR)
     return _on_devices(of_device, mesh, (heads, _POOL, _POOL, PartitionSpec(), rows, rows, PartitionSpec(_TENSOR)), heads)
@@ -85,9 +92,10 @@ def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
     def spread(q_BTNH: jax.Array, *arguments: jax.Array) -> jax.Array:
         split = rows_axes(q_BTNH.shape[1], mesh)
 
-        def of_device(q, keys, values, layer, pages, lengths, sinks) -> jax.Array:
+        def of_device(q: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, *rest: jax.Array) -> jax.Array:
+            pages, lengths, sinks = rest
             before = q.shape[1] * lax.axis_index(split) if split else 0
-            return attend(q, keys, values, layer, _own_pages(pages, keys, _ANY), lengths + before, sinks)
+            return attend(q, keys, values, layer, _to_read(pages, keys), lengths + before, sinks)
 
         heads, whole = PartitionSpec(None, split, _TENSOR), PartitionSpec()
         specs = (heads, _POOL, _POOL, whole, PartitionSpec(ROWS), whole, PartitionSpec(_TENSOR))
@@ -100,7 +108,7 @@ def spread_write_token(write: Callable, mesh: Mesh) -> Callable:
     """Each device writes into its own pages."""
 
     def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
-        return write(keys, values, layer, _own_pages(pages, keys, _NONE), *rest)
+        return write(keys, values, layer, _to_write(pages, keys), *rest)
 
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, _TENSOR)
     return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), rows, rows, heads, heads), (_POOL, _POOL))
@@ -110,7 +118,7 @@ def spread_write_pages(write: Callable, mesh: Mesh) -> Callable:
     """Every device writes all of them, into pages of its own."""
 
     def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
-        return write(keys, values, layer, _own_pages(pages, keys, _NONE), *rest)
+        return write(keys, values, layer, _to_write(pages, keys), *rest)
 
     heads = PartitionSpec(None, None, _TENSOR)
     return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), PartitionSpec(ROWS), heads, heads), (_POOL, _POOL))
@@ -120,7 +128,7 @@ def spread_copy_page(copy: Callable, mesh: Mesh) -> Callable:
     """The device that has both pages does it."""
 
     def of_device(keys: jax.Array, values: jax.Array, source: jax.Array, target: jax.Array) -> Any:
-        return copy(keys, values, _own_pages(source, keys, _ANY), _own_pages(target, keys, _NONE))
+        return copy(keys, values, _to_read(source, keys), _to_write(target, keys))
 
     return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), PartitionSpec()), (_POOL, _POOL))
 
