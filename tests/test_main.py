@@ -175,7 +175,7 @@ def test_mistakes_end_in_one_clear_error_and_leave_nothing_broken(tmp_path, extr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow  # of what becomes of long programs tests/archive tells
+@pytest.mark.slow  # its parts are tested in tests/text/test_prompts.py and tests/archive/test_frontier.py
 def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(tmp_path):
     done = _run(tmp_path / "run", "--config.train.steps=2", "--config.sampling.max_prompt_tokens=48", module="search")
     assert "too long for a prompt of 48 tokens" in done.stdout
