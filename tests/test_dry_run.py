@@ -150,6 +150,7 @@ print(memory("VmHWM") - before, need.parts["activations"])
 """
 
 
+@pytest.mark.slow  # that more rows need more, the default run sees
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory can be reset on Linux only")
 def test_the_activations_are_what_the_process_grows_by():
     # glibc keeps freed memory unless told otherwise: then the second call would not grow.

@@ -23,8 +23,9 @@ _SMALL = (
 )
 
 
-# As users have it: without the flags that tests/conftest.py sets.
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+# As users have it: without what tests/conftest.py sets, so with the folder of compiled programs that all of a user's runs share.
+_OF_TESTS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
 
 
 def _command(workdir: Path, *extra: str, module: str = "main") -> list[str]:
@@ -137,6 +138,7 @@ def test_another_config_is_refused_with_the_differences(unbroken):
     _run(unbroken, "--config.train.steps=3", module="search", code=2)
 
 
+@pytest.mark.slow  # tests/test_options.py has a run of the phrase model that goes on from another
 def test_a_second_run_goes_on_from_the_first(unbroken, tmp_path):
     """As the report's run 4 goes on from run 3: adapter, optimiser, archive, journal and the count of steps come along."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
@@ -173,6 +175,7 @@ def test_mistakes_end_in_one_clear_error_and_leave_nothing_broken(tmp_path, extr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # its parts are tested in tests/text/test_prompts.py and tests/archive/test_frontier.py
 def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(tmp_path):
     done = _run(tmp_path / "run", "--config.train.steps=2", "--config.sampling.max_prompt_tokens=48", module="search")
     assert "too long for a prompt of 48 tokens" in done.stdout

@@ -1,6 +1,6 @@
 """Every option of the method in whole runs, in this process: each value of each choice in at least one of them.
 
-Most are of the apprentice. The one with full prompts is of the phrase model of tests/faults, which takes any prompt and costs milliseconds.
+Those of the phrase model of tests/faults, which takes any prompt and costs milliseconds, are in the default run; the apprentice's are slow.
 """
 
 import json
@@ -38,16 +38,17 @@ from discover_jax.types import SEED
 
 SEVERAL = "the paper's on several competitions"
 USERS = "full prompts of a user's competitions"
+PHRASES = "the paper's on several of a user's competitions"
+PAPER = {
+    "reuse.sampler": "puct",
+    "train.advantage": "entropic_adaptive",
+    "train.kl_coefficient": 0.1,
+    "train.loss": "ppo",
+    "train.num_substeps": 2,
+}
 RUNS = {
-    SEVERAL: {
-        "task.competition": "digits-parity, breast-cancer, diabetes",
-        "reuse.sampler": "puct",
-        "sampling.thinking_tokens": 2,
-        "train.advantage": "entropic_adaptive",
-        "train.kl_coefficient": 0.1,
-        "train.loss": "ppo",
-        "train.num_substeps": 2,
-    },
+    SEVERAL: {"task.competition": "digits-parity, breast-cancer, diabetes", "sampling.thinking_tokens": 2, **PAPER},
+    PHRASES: {"task.competition": "negated.py, inverse.py, ranked.py", **PAPER},
     USERS: {
         "task.competition": "negated.py, inverse.py, ranked.py, hopeless.py",
         "groups": 4,
@@ -79,7 +80,7 @@ RUNS = {
         "task.holdout_folds": 2,
     },
 }
-PARAMETERS = [pytest.param(name, marks=[] if name in (SEVERAL, USERS) else pytest.mark.slow) for name in RUNS]
+PARAMETERS = [pytest.param(name, marks=[] if name in (PHRASES, USERS) else pytest.mark.slow) for name in RUNS]
 
 # The phrase model's competition with other transforms; and one that none of its programs solves.
 USERS_COMPETITIONS = {
@@ -134,6 +135,16 @@ def apprentice_config():
     return config
 
 
+def phrases_config(root):
+    """Brief prompts, and three of the competitions in files."""
+    users_config(root)  # which writes them and the model
+    config = phrase_config.get_config(str(root / "model"))
+    config.train.steps = 2
+    config.update_from_flattened_dict(PAPER)
+    config.task.competition = ", ".join(str(root / path) for path in RUNS[PHRASES]["task.competition"].split(", "))
+    return config
+
+
 def users_config(root):
     """Four competitions in files, and a budget of prompts that all fit into but the hopeless one's with all of its error."""
     if not (root / "model").exists():
@@ -184,7 +195,8 @@ def results(root):
 
     def result(name):
         if name not in done:
-            config, changes = (users_config(root), {}) if name == USERS else (apprentice_config(), RUNS[name])
+            config = {USERS: users_config, PHRASES: phrases_config}.get(name, lambda _: apprentice_config())(root)
+            changes = {} if name in (USERS, PHRASES) else RUNS[name]
             done[name] = (root / name, *run(root / name, config, **changes))
         return done[name]
 
@@ -243,9 +255,10 @@ def test_runs_end_to_end(results, name):
     assert {row["sample/forced_frac"] for row in metrics} == {1.0 if "sampling.thinking_tokens" in RUNS[name] else 0.0}
 
 
-def test_the_groups_of_several_competitions_take_turns(results):
-    folder, journal, metrics, _ = results(SEVERAL)
-    ids = ["digits-parity", "breast-cancer", "diabetes"]
+@pytest.mark.parametrize("name", [PHRASES, pytest.param(SEVERAL, marks=pytest.mark.slow)])
+def test_the_groups_of_several_competitions_take_turns(results, name):
+    folder, journal, metrics, _ = results(name)
+    ids = [path.removesuffix(".py") for path in RUNS[name]["task.competition"].split(", ")]
     assert [journal[group * 3]["task"] for group in range(4)] == [*ids, ids[0]]
     assert all(row["parent_id"] == "seed" or row["task"] == journal[0]["task"] for row in journal)
     known = {row["id"]: row["task"] for row in journal}

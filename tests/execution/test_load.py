@@ -15,13 +15,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sandbox.py"
 
 
 def test_programs_of_every_kind_leave_nothing_behind():
-    command = [sys.executable, str(SCRIPT), "--programs=36", "--preload=none"]
+    command = [sys.executable, str(SCRIPT), "--programs=18", "--preload=none"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     result = json.loads(done.stdout)
     assert (result["wrong"], result["grown"], result["left"]) == ({}, {}, {})
     assert done.returncode == 0, done.stderr
-    assert result["programs"] == 36
+    assert result["programs"] == 18
     assert {"main", "execution-0"} <= result["held"].keys()
 
 

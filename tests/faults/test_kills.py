@@ -178,16 +178,12 @@ def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counte
 
 
 def test_some_kills(root, tmp_path):
-    """A sandbox while its program runs, a worker, and the main process while it saves and at a random moment."""
-    kills = [
-        Kill("sandbox", "running programs", 0.1),
-        Kill("worker", "running programs", 0.1),
-        Kill("main", "saving", 0.02),
-        *draw_kills(["main"], seed=1),
-    ]
-    assert check(root, tmp_path, STEPS, kills).total() == 4
+    """A sandbox while its program runs, a worker, and the main process while it saves; the slow test strikes at random moments."""
+    kills = [Kill("sandbox", "running programs", 0.1), Kill("worker", "running programs", 0.1), Kill("main", "saving", 0.02)]
+    assert check(root, tmp_path, STEPS, kills).total() == 3
 
 
+@pytest.mark.slow  # that a step counts what it runs again, tests/hosts/test_hosts_in_threads.py sees
 def test_programs_that_were_run_again_are_counted(root, tmp_path):
     """In one start, so that no count is lost: the metrics have as many as the log has lines."""
     kills = [Kill("sandbox", "running programs", 0.1), Kill("worker", "running programs", 0.1)]

@@ -1,31 +1,24 @@
 """Two whole runs with the reward `holdout` that differ in their private answers alone: nothing but the private scores may differ."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny_run import command, environment, unbroken
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from phrase_model import write_phrase_model
-
-HERE = Path(__file__).parent
-STEPS = 3
+STEPS = 2
 KINDS = {"split": ["--config.task.holdout_fraction=0.5"], "folds": ["--config.task.holdout_folds=2"]}
 HELD_OUT_ROWS = {"split": 15, "folds": 30}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """Folder of the model and of the other answers."""
-    root = tmp_path_factory.mktemp("private")
-    write_phrase_model(root / "weights")
-    pd.DataFrame({"id": range(30, 100), "y": [(n // 3) % 2 for n in range(30, 100)]}).to_csv(root / "other.csv", index=False)
-    return root
+def other(tmp_path_factory) -> Path:
+    """The file of the other answers."""
+    path = tmp_path_factory.mktemp("private") / "other.csv"
+    pd.DataFrame({"id": range(30, 100), "y": [(n // 3) % 2 for n in range(30, 100)]}).to_csv(path, index=False)
+    return path
 
 
 @pytest.fixture(scope="module", params=["split", pytest.param("folds", marks=pytest.mark.slow)])
@@ -35,20 +28,14 @@ def kind(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(root, kind) -> tuple[Path, Path]:
-    """Side by side, to save time."""
-    command = [sys.executable, str(HERE / "tiny_main.py"), f"--config={HERE / 'phrase_config.py'}:{root / 'weights'}"]
-    command += ["--config.task.reward=holdout", *KINDS[kind], f"--config.train.steps={STEPS}"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    folders = root / f"{kind} ours", root / f"{kind} altered"
-    processes = [
-        subprocess.Popen([*command, f"--workdir={folder}", *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        for folder, extra in zip(folders, ([], [f"--config.task.raw={root / 'other.csv'}"]), strict=True)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output.decode()
+def runs(root, other, kind) -> tuple[Path, Path]:
+    """One after the other, so that the second finds what the first compiled."""
+    unbroken(root)  # which writes the model
+    folders = other.with_name(f"{kind} ours"), other.with_name(f"{kind} altered")
+    for folder, extra in zip(folders, ([], [f"--config.task.raw={other}"]), strict=True):
+        start = [*command(root, folder, STEPS), "--config.task.reward=holdout", *KINDS[kind], *extra]
+        done = subprocess.run(start, env=environment(root), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
     return folders
 
 

@@ -98,8 +98,7 @@ def errors(tokens: int, skew: float, adapted: bool, dtype: Any, elsewhere: int =
 
 CASES = {
     "bfloat16": (21, 0.0, True, jnp.bfloat16),
-    "any routing": (21, 0.0, True, jnp.float32),
-    "experts elsewhere": (21, 0.0, True, jnp.float32, 3),
+    "any routing, experts elsewhere": (21, 0.0, True, jnp.float32, 3),
     "two experts have all rows, two none": (21, 100.0, True, jnp.float32),
     "one token, no adapter: two experts have one row": (1, 0.0, False, jnp.float32),
 }

@@ -73,21 +73,21 @@ def gaps_of_forms():
 
 def test_with_the_sampler_s_routes_the_gap_is_rounding_even_where_experts_are_nearly_tied():
     """Random weights in bfloat16, eight layers, 4 of 32 experts: of two near ones sampler and update often take different ones."""
-    sizes = ModelConfig(8, 128, 8, 2, 16, 32, 4, 64, 503, sliding_window=32)
+    sizes = ModelConfig(8, 64, 8, 2, 16, 32, 4, 32, 503, sliding_window=32)
     model = Model(sizes, LoraConfig(4, 0, 4, 8.0), dtype="bfloat16", experts="packed")
-    frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
-    rng = np.random.default_rng(0)
-    prompts = [Prompt(group, "seed", "", rng.integers(0, 503, 60).astype(np.int32)) for group in range(4)]
-    sampler = Sampler(model, slots=16, max_prompt_tokens=64, max_new_tokens=64, temperature=1.0, stop_ids=[503])
+    frozen, lora = model.init_frozen(jax.random.key(1)), model.init_lora(jax.random.key(1))
+    rng = np.random.default_rng(1)
+    prompts = [Prompt(group, "seed", "", rng.integers(0, 503, 40).astype(np.int32)) for group in range(3)]
+    sampler = Sampler(model, slots=12, max_prompt_tokens=40, max_new_tokens=24, temperature=1.0, stop_ids=[503])
     rollouts = list(sampler.sample(frozen, lora, prompts, 4, seed=0, step=0))
-    (batch,) = pack(rollouts, np.ones(16), row_tokens=512, rows=4)
-    assert batch.routes_BTLX.shape == (4, 512, 8, 4)
+    (batch,) = pack(rollouts, np.ones(12), row_tokens=256, rows=3)
+    assert batch.routes_BTLX.shape == (3, 256, 8, 4)
     update = Update(model, adam(), measure_kl=True)
     along = update.measure(frozen, lora, [batch])
     alone = update.measure(frozen, lora, [dataclasses.replace(batch, routes_BTLX=None)])
-    assert along["tokens"] == 1024
-    assert along["logprob_gap/mean"] < 0.005
-    assert along["logprob_gap/mean"] < 0.5 * alone["logprob_gap/mean"]
+    assert along["tokens"] == 288
+    assert along["logprob_gap/mean"] < 0.001
+    assert along["logprob_gap/mean"] < 0.7 * alone["logprob_gap/mean"]
     assert along["logprob_gap/max"] < 0.05 < alone["logprob_gap/max"]
     assert along["kl_base/mean"] == alone["kl_base/mean"]  # the base model is not told which experts to take
 
@@ -101,8 +101,8 @@ def test_in_bfloat16_the_gap_of_a_trained_model_stays_small():
     lora = jax.tree.map(lambda leaf: np.float32(0.02 * rng.normal(size=leaf.shape)), policy.model.abstract_lora())
     text = "Improve the program.\nimport pandas as pd\nfrom sklearn.linear_model import LogisticRegression\n"
     prompts = [Prompt(0, "seed", "", np.asarray(policy.tokenizer.encode(text), np.int32))]
-    sampler = Sampler(policy.model, slots=16, max_prompt_tokens=128, max_new_tokens=100, temperature=1.0, stop_ids=policy.stop_ids)
-    rollouts = list(sampler.sample(policy.frozen, lora, prompts, 16, seed=0, step=0))
-    measured = Update(policy.model, adam()).measure(policy.frozen, lora, pack(rollouts, np.ones(16), row_tokens=256, rows=4))
-    assert measured["tokens"] > 1000
+    sampler = Sampler(policy.model, slots=8, max_prompt_tokens=128, max_new_tokens=100, temperature=1.0, stop_ids=policy.stop_ids)
+    rollouts = list(sampler.sample(policy.frozen, lora, prompts, 8, seed=0, step=0))
+    measured = Update(policy.model, adam()).measure(policy.frozen, lora, pack(rollouts, np.ones(8), row_tokens=256, rows=4))
+    assert measured["tokens"] > 500
     assert 1e-5 < measured["logprob_gap/mean"] < 0.003
