@@ -262,6 +262,6 @@ def _remarks(machine: Machine, shown: Sequence[Prediction]) -> Iterator[str]:
         )
     if any(one.kernels for one in shown) and len(machine.devices) > 1:
         yield (
-            "Kernels: their efficiency is that of one H200. On 2 and 4 of one node, sampling and update were within 10% of what is predicted"
+            "Kernels: their efficiency is that of one H200. On 2 and 4 of one node sampling and update were within 10% of what is predicted"
             " (docs/scaling.md)."
         )
