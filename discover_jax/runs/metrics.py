@@ -82,7 +82,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
     "sample/utilisation": ("fraction", "decoding slots that held a live rollout, as long as rollouts waited for one; 1 if none ever did"),
     "sample/set_aside": ("rollouts", "how often a rollout waited in the host's memory because the cache was full"),
-    "sample/cache_tokens": ("tokens", "places of the cache in use, at most, whole pages"),
+    "sample/cache_tokens": ("tokens", "places of the cache in use, at most, whole pages; those of several devices added up"),
     "sample/compilations": ("", "programs that the sampler compiled since the start; it must not grow after the first steps"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),
     "programs/seconds": ("s", "running times of the programs that ran for this step, added up; cached ones do not count"),
