@@ -1,4 +1,4 @@
-# Targets: quickstart, test, check, apprentice, clean. Every one creates .venv from the newest Python >= 3.11 it finds (PYTHON=... chooses).
+# Targets: quickstart, test, check, docs, apprentice, clean. Every one creates .venv from the newest Python >= 3.11 it finds (PYTHON=... chooses).
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -16,11 +16,13 @@ WORKDIR ?= runs/quickstart
 comma := ,
 INSTALLED := $(VENV)/.installed-base$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 DEV := $(VENV)/.installed-dev-$(PARITY)
+DOCS := $(VENV)/.installed-docs
 
 help:
 	@echo "make quickstart   install, then improve programs for a bundled competition on this machine's CPU (under 10 minutes)"
 	@echo "make test         the default tests;  make check   ruff, pyright"
 	@echo "make test-sandbox  the sandbox's tests alone, as root also as an ordinary user"
+	@echo "make docs         docs/ as a site, into site/"
 	@echo "make apprentice   train the small model again"
 
 $(BIN)/python:
@@ -33,6 +35,10 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(DEV): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev$(if $(filter 1,$(PARITY)),$(comma)parity)]"
+	@touch $@
+
+$(DOCS): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
 install: $(INSTALLED)
@@ -57,10 +63,14 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# A link that leads nowhere is an error.
+docs: $(DOCS)
+	$(BIN)/python -m mkdocs build --strict
+
 apprentice: $(INSTALLED)
 	$(BIN)/python -m discover_jax.apprentice.train --out=runs/apprentice
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install quickstart test test-slow test-sandbox check apprentice clean
+.PHONY: help install quickstart test test-slow test-sandbox check docs apprentice clean

@@ -1,0 +1,38 @@
+"""docs/own_competition.md: the file that it shows is the one in docs/examples, and it can be prepared and graded."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from discover_jax.exceptions import DataError
+from discover_jax.tasks.prepare import prepare_task
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "my_table.py"
+
+
+def test_the_page_shows_the_file():
+    assert f"```python\n{EXAMPLE.read_text()}```" in (ROOT / "docs" / "own_competition.md").read_text()
+    assert len(EXAMPLE.read_text().splitlines()) == 30  # as its heading says
+
+
+@pytest.mark.parametrize("reward", ["grade", "holdout"])
+def test_a_table_is_parted_and_graded(tmp_path, reward):
+    months = np.random.default_rng(0).integers(1, 60, 200)
+    table = pd.DataFrame({"id": [f"c{number}" for number in range(200)], "left": months < 20, "months": months})
+    table.to_csv(tmp_path / "customers.csv", index=False)
+    task = prepare_task(str(EXAMPLE), raw=str(tmp_path / "customers.csv"), reward=reward, folder=tmp_path / "task")
+    shown = pd.read_csv(task.public_dir / "test.csv")
+    assert list(shown.columns) == ["id", "months"]
+    assert len(shown) == {"grade": 40, "holdout": 40 + 32}[reward]  # a fifth, and of the rest another
+    for wrong in (0, 8):
+        right = shown.assign(left=(shown["months"] < 20) ^ (shown.index < wrong))[["id", "left"]]
+        grade = task.grade(right.to_csv(index=False).encode())
+        assert (grade.score == 1.0) == (wrong == 0)
+
+
+def test_a_table_that_was_not_named_is_told(tmp_path):
+    with pytest.raises(DataError, match="name the table by config.task.raw"):
+        prepare_task(str(EXAMPLE), raw="", reward="grade", folder=tmp_path / "task")

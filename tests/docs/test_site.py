@@ -1,0 +1,48 @@
+"""The documentation as a site: mkdocs builds it without a warning, and its pages ask nothing of any network."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs-material is not installed; `make docs` installs it")
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", out], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_every_page_is_there(site):
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
+    assert pages == {page.stem for page in site.glob("*.html")} - {"404"}
+
+
+@pytest.mark.slow
+def test_nothing_is_fetched_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert not re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*", text), page
+        assert not re.findall(r"<link\b[^>]*\bhref=[\"']?(?:https?:)?//[^>]*", text), page
+        assert "analytics" not in text.lower(), page
+    for sheet in site.rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
+
+
+@pytest.mark.slow
+def test_no_link_leads_out_of_the_site(site):
+    """Files of the repository outside docs/ are named, since the site does not have them."""
+    for page in site.rglob("*.html"):
+        assert not re.findall(r"href=\"[^\"]*\.\./(?:discover_jax|BUILD_NOTES)[^\"]*", page.read_text()), page
+    assert "BUILD_NOTES.md" in (site / "security.html").read_text()
