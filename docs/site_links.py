@@ -1,4 +1,4 @@
-"""Hook of mkdocs: a page's link to a file of the repository outside docs/ becomes the file's name there, since the site has no such page."""
+"""Hook of mkdocs: a page's link to a file of the repository outside docs/ becomes that file's name, since the site has no such page."""
 
 import posixpath
 import re

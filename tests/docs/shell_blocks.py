@@ -1,7 +1,8 @@
 """The commands of README.md and docs/*.md: those of shell blocks, with the marks above a block, and those within lines.
 
-A mark is a comment of HTML, `<!-- needs: weights, gpu -->` or `<!-- run by: tests/test_main.py::unbroken -->`; `<!-- doctor needs: data -->`
-holds for the block's commands whose program is or begins with that word. A command without a mark is run by test_commands.py itself.
+A mark is a comment of HTML, `<!-- needs: weights, gpu -->` or
+`<!-- run by: tests/test_main.py::unbroken -->`. `<!-- doctor needs: data -->` holds for those of the block's commands whose program begins or ends with that word.
+A command without a mark is run by test_commands.py.
 """
 
 import dataclasses
@@ -85,7 +86,8 @@ def commands(block: Block) -> list[Command]:
     """The commands of a shell block."""
     marks = []
     for line in block.marks:
-        assert (mark := _MARK.match(line)), f"{block.page}:{block.line}: {line} is no mark; see {__file__}"
+        mark = _MARK.match(line)
+        assert mark, f"{block.page}:{block.line}: {line} is no mark; see {__file__}"
         marks.append((mark[1], mark[2], tuple(part.strip() for part in mark[3].split(","))))
     found = []
     for line in "\n".join(block.lines).replace("\\\n", " ").split("\n"):

@@ -32,7 +32,9 @@ def _id(command: Command) -> str:
 
 
 def test_blocks_say_their_language_and_commands_are_found():
-    unknown = [f"{block.page}:{block.line}: {block.language!r}" for page in PAGES for block in blocks(page) if block.language not in LANGUAGES]
+    unknown = [
+        f"{block.page}:{block.line}: {block.language!r}" for page in PAGES for block in blocks(page) if block.language not in LANGUAGES
+    ]
     assert not unknown
     assert {"discover_jax.main", "discover_jax.doctor", "make quickstart", "benchmarks/estimators.py"} <= {each.program for each in ALL}
     assert any(each.program == "benchmarks/kernels.py" for each in inline_commands())

@@ -15,7 +15,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "my_table.py"
 
 def test_the_page_shows_the_file():
     assert f"```python\n{EXAMPLE.read_text()}```" in (ROOT / "docs" / "own_competition.md").read_text()
-    assert len(EXAMPLE.read_text().splitlines()) == 30  # as its heading says
+    assert len(EXAMPLE.read_text().splitlines()) <= 30  # as its heading says
 
 
 @pytest.mark.parametrize("reward", ["grade", "holdout"])
@@ -34,5 +34,5 @@ def test_a_table_is_parted_and_graded(tmp_path, reward):
 
 
 def test_a_table_that_was_not_named_is_told(tmp_path):
-    with pytest.raises(DataError, match="name the table by config.task.raw"):
+    with pytest.raises(DataError, match=r"no raw data \(config\.task\.raw is empty\)"):
         prepare_task(str(EXAMPLE), raw="", reward="grade", folder=tmp_path / "task")
