@@ -1,8 +1,8 @@
 """The commands of README.md and docs/*.md: those of shell blocks, with the marks above a block, and those within lines.
 
-A mark is a comment of HTML, `<!-- needs: weights, gpu -->` or
-`<!-- run by: tests/test_main.py::unbroken -->`. `<!-- doctor needs: data -->` holds for those of the block's commands whose program begins or ends with that word.
-A command without a mark is run by test_commands.py.
+A mark is a comment of HTML, `<!-- needs: weights, gpu -->` or `<!-- run by: tests/test_main.py::unbroken -->`. One with a word before that,
+`<!-- doctor needs: data -->`, holds for those of the block's commands whose program begins or ends with it. A command without a mark is run
+by test_commands.py.
 """
 
 import dataclasses
