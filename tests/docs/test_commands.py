@@ -1,4 +1,4 @@
-"""Every command of README and docs: run here if it says nothing, run by the test that it names, or marked with what it needs.
+"""Every command of README and docs: run here, or one with the same flags, if it says nothing, run by the test that it names, or marked with what it needs.
 
 Whether run or not, its program, its flags and its settings exist, and its config is one that a run accepts.
 """
@@ -159,7 +159,13 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("command", [each for each in ALL if not each.needs and not each.run_by], ids=_id)
+def _kinds(commands: list[Command]) -> list[Command]:
+    """Of commands that differ in the flags' values alone, the first."""
+    found = {(each.program, *(flag.split("=")[0] for flag in each.flags)): each for each in reversed(commands)}
+    return list(reversed(found.values()))
+
+
+@pytest.mark.parametrize("command", _kinds([each for each in ALL if not each.needs and not each.run_by]), ids=_id)
 def test_it_runs(command, folder):
     if command.program == "source":
         return  # the environment of this very Python
