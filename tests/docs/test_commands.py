@@ -1,4 +1,4 @@
-"""Every command of README and docs: run here, or one with the same flags, if it says nothing, run by the test that it names, or marked with what it needs.
+"""Every command of README and docs: it names the test that runs it, says what it needs, or is run here, one of those with the same flags.
 
 Whether run or not, its program, its flags and its settings exist, and its config is one that a run accepts.
 """
