@@ -46,9 +46,9 @@ install: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/python -m discover_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# One worker a core; the tests of a file stay together, since they share what is dear to set up.
+# One worker a core; the tests of a file stay together, since they share what is dear to set up. tests/conftest.py orders the files.
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not slow and not accelerator" -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not accelerator" -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)

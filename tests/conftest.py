@@ -5,6 +5,7 @@ The whole-run tests in test_main take XLA's flags as users have them.
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -19,3 +20,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Files of whole runs first: they take longest, and begun last they would leave the other workers idle."""
+    here = pathlib.Path(__file__).parent
+    whole_runs = (here, here / "faults", here / "execution", here / "kernels")
+    items.sort(key=lambda item: whole_runs.index(item.path.parent) if item.path.parent in whole_runs else len(whole_runs))

@@ -67,6 +67,7 @@ def test_a_cache_holds_keys_and_values_of_every_slot(found):
     assert 0 < of_rows < 4 * 1024  # the stream and numbers of each row
 
 
+@pytest.mark.slow  # test_meshes has the rule
 def test_the_cache_takes_no_more_than_the_memory_leaves():
     config = _config()
     config.groups, config.group_size, config.sampling.slots = 16, 16, 256
@@ -213,6 +214,7 @@ def test_the_command_prints_config_table_and_verdict_and_leaves_nothing(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # the verdict and its words are tested without the command
 def test_what_does_not_fit_ends_with_code_1():
     # More rows than a v5e's memory takes; a slice that is not here.
     rows = ("--config.train.rows=256", "--config.sampling.max_new_tokens=512")

@@ -113,6 +113,7 @@ def test_tokenizer_is_a_function_of_the_seed(tmp_path):
     assert models[0] == models[1] != models[2]
 
 
+@pytest.mark.slow  # of what was made once
 def test_the_shipped_tokenizer_can_be_had_again(tmp_path):
     train_tokenizer(tmp_path / "tokenizer.model", seed=0)
     assert (tmp_path / "tokenizer.model").read_bytes() == SHIPPED.read_bytes()

@@ -56,6 +56,7 @@ def _corpus_policy(tokenizer, seed):
     return sample
 
 
+@pytest.mark.slow  # a development tool
 def test_a_perfect_apprentice_measures_as_such(tokenizer, executor, capsys):
     fresh, edits = evaluate.measure(_corpus_policy(tokenizer, seed=4), tokenizer, executor, samples=8)
     assert len(fresh) == len(edits) == 4

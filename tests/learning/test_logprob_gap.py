@@ -92,6 +92,7 @@ def test_with_the_sampler_s_routes_the_gap_is_rounding_even_where_experts_are_ne
     assert along["kl_base/mean"] == alone["kl_base/mean"]  # the base model is not told which experts to take
 
 
+@pytest.mark.slow  # another of the same in float32 stays
 def test_in_bfloat16_the_gap_of_a_trained_model_stays_small():
     """The apprentice, at the temperature it was trained for. Where XLA may round as it likes, the mean is 0.006."""
     config = default_config()

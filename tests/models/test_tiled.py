@@ -100,6 +100,7 @@ def test_gradients_are_the_same(frozen, lora):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(packed)) > 1e-4
 
 
+@pytest.mark.slow  # of references
 def test_the_backward_pass_takes_no_more_memory_than_of_the_packed_form():
     # 32 experts, of which only one may ever be unpacked at a time.
     sizes = ModelConfig(2, 256, 4, 2, 32, 32, 2, 256, 97, sliding_window=8)

@@ -145,7 +145,7 @@ _MILDER = [pytest.param(pages, 8, 1, marks=pytest.mark.slow) for pages in (24, 1
 
 @pytest.mark.parametrize(
     ("pages", "slots", "devices"),
-    [(None, 8, 1), *_MILDER, (14, 8, 1), (14, 1, 1), (30, 30, 1), *_ON_DEVICES],
+    [(None, 8, 1), *_MILDER, (14, 8, 1), (14, 1, 1), pytest.param(30, 30, 1, marks=pytest.mark.slow), *_ON_DEVICES],
     ids=lambda value: str(value),
 )
 def test_pages_that_run_out_change_nothing(pages, slots, devices, monkeypatch):
