@@ -3,7 +3,7 @@
     python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR --seeds=8 --reuse=greedy
         --learning=none,entropic --flag=--config.task.reward=holdout [...]
     python benchmarks/evidence.py --runs=DIR --csv=experiments/evidence    # collects; prints the paired differences
-    python benchmarks/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `docs`
+    python benchmarks/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `plots`
 
 A run's folder is named REUSE-LEARNING-SEED. Runs are compared seed by seed, at equal numbers of programs: both begin with the same ones.
 With the reward `holdout` the private answers are rows that no reward, prompt or choice saw. `steps.csv` has a row for each step, `runs.csv`
@@ -142,7 +142,7 @@ def compare(csv_folder: Path, base: str) -> None:
 
 def draw(csv_folder: Path, plots: Path) -> None:
     """Rewards and bests by step, and how the commonest traits' shares change, as SVG."""
-    import matplotlib  # pyright: ignore[reportMissingImports] - of the extra `docs`
+    import matplotlib  # pyright: ignore[reportMissingImports] - of the extra `plots`
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same file for the same numbers
