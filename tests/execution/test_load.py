@@ -14,6 +14,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sandbox.py"
 
 
+@pytest.mark.slow  # test_pool and test_outcomes see each kind alone
 def test_programs_of_every_kind_leave_nothing_behind():
     command = [sys.executable, str(SCRIPT), "--programs=18", "--preload=none"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}

@@ -94,6 +94,7 @@ def _gradient(model):
     return jax.jit(jax.grad(loss))
 
 
+@pytest.mark.slow  # test_experts_update has the kernels' gradients
 def test_gradients_are_the_same(frozen, lora):
     packed, tiled = (_gradient(model)(lora, weights) for model, weights in zip((PACKED, TILED), frozen, strict=True))
     _assert_equal(tiled, packed)
