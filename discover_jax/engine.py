@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels import table
@@ -47,16 +47,25 @@ def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None) -> b
     if table.choose("decode_experts") is mix_reference:
         return False
     try:
-        if config.model.dtype != "bfloat16":  # it would round what the update does not
-            raise ConfigError(f"It computes in bfloat16, and config.model.dtype is {config.model.dtype!r}.")
-        if mesh is not None and not can_spread("decode_experts", mesh):
-            raise ConfigError(f"It computes whole experts, and config.mesh.tensor = {mesh.shape['tensor']} splits them.")
-        check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
-        check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
+        check_tiles(config, sizes, mesh)
     except ConfigError as reason:
         logging.warning("kernel of decode_experts: reference, which is many times slower. %s", reason)
         return False
     return True
+
+
+def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:
+    """Whether the kernel of decoding packed experts can take this model, which it reads as tiles.
+
+    Raises:
+      ConfigError: why it cannot.
+    """
+    if config.model.dtype != "bfloat16":  # it would round what the update does not
+        raise ConfigError(f"It computes in bfloat16, and config.model.dtype is {config.model.dtype!r}.")
+    if mesh is not None and not can_spread("decode_experts", mesh):
+        raise ConfigError(f"It computes whole experts, and config.mesh.tensor = {mesh.shape['tensor']} splits them.")
+    check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
+    check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
 
 
 def build_sampler(

@@ -12,10 +12,9 @@ from jax.sharding import AbstractMesh
 
 from discover_jax import costs
 from discover_jax.costs import MeshShape
-from discover_jax.engine import build_optimizer, cache_pages, row_tokens
+from discover_jax.engine import build_optimizer, cache_pages, check_tiles, row_tokens
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.kernels import table
-from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine
 from discover_jax.models.config import LoraConfig, ModelConfig
@@ -104,12 +103,10 @@ def shapes(devices: int) -> list[MeshShape]:
 def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape) -> bool:
     """Whether a run on such devices has kernels, as `engine.build_model` and `kernels.spread` decide it; their packages are presumed."""
     try:
-        for name, out in (("gate_up", 2 * sizes.expert_width), ("down", sizes.width)):
-            check_sizes(out, sizes.width if name == "gate_up" else sizes.expert_width, SLABS[name])
+        check_tiles(config, sizes, AbstractMesh(mesh, MESH_AXES))
     except ConfigError:
         return False
-    known = ("decode_experts", platform) in table.KERNELS.keys() | table.OPTIONAL.keys()
-    return known and mesh.tensor == 1 and (config.model.dtype, config.model.experts) == ("bfloat16", "packed")
+    return ("decode_experts", platform) in table.KERNELS.keys() | table.OPTIONAL.keys() and config.model.experts == "packed"
 
 
 def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, lengths: Lengths, *, learn: bool = True) -> Prediction:

@@ -1,10 +1,24 @@
 """What the executor needs of the places where programs run: this machine (local.py), or the nodes of a ray cluster (cluster.py)."""
 
 import contextlib
-from typing import Protocol
+import queue
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.types import Execution
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def borrowed(free: queue.SimpleQueue[T]) -> Iterator[T]:
+    """One of what is free, waiting for it if need be; it is free again at the context's end."""
+    one = free.get()
+    try:
+        yield one
+    finally:
+        free.put(one)
 
 
 class Slot(Protocol):

@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
 from discover_jax.execution import ray_driver
+from discover_jax.execution.backend import borrowed
 from discover_jax.execution.cache import packages
 from discover_jax.execution.children import Children
 from discover_jax.execution.limits import Limits
@@ -112,13 +113,8 @@ class RayBackend:
             parts.append(f"on {', '.join(names[:_NAMED])}{more}{', each' if len(names) > 1 else ''}: {line}")
         return f"ray, {self.slots} slots; {' | '.join(parts)}"
 
-    @contextlib.contextmanager
-    def slot(self) -> Iterator["_RaySlot"]:
-        slot = self._free.get()
-        try:
-            yield slot
-        finally:
-            self._free.put(slot)
+    def slot(self) -> contextlib.AbstractContextManager["_RaySlot"]:
+        return borrowed(self._free)
 
     def ask(self, *job: Any) -> Execution:
         """What the other process replies to (slot, task, run, program).

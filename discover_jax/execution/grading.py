@@ -10,6 +10,7 @@ from typing import Protocol
 
 from discover_jax.exceptions import GradingError
 from discover_jax.execution import children
+from discover_jax.execution.backend import borrowed
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
@@ -94,11 +95,8 @@ class Graders:
         """
         if execution.outcome is not Outcome.OK or execution.csv is None:
             return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
-        place = self._free.get()
-        try:
+        with borrowed(self._free) as place:
             grade: Grade = place.ask((task, execution.csv, list(earlier)), self._seconds)
-        finally:
-            self._free.put(place)
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
     def close(self) -> None:

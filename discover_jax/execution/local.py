@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import os
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
 from discover_jax.execution.admission import Admission
+from discover_jax.execution.backend import borrowed
 from discover_jax.execution.children import Children, Place
 from discover_jax.execution.leases import lease_cores, lease_uids
 from discover_jax.execution.limits import Limits
@@ -98,13 +99,8 @@ class LocalBackend:
     def describe(self) -> str:
         return summary.describe(*self._summary)
 
-    @contextlib.contextmanager
-    def slot(self) -> Iterator["LocalSlot"]:
-        slot = self._free.get()
-        try:
-            yield slot
-        finally:
-            self._free.put(slot)
+    def slot(self) -> contextlib.AbstractContextManager["LocalSlot"]:
+        return borrowed(self._free)
 
     def close(self) -> None:
         self._children.close()

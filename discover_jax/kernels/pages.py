@@ -20,9 +20,11 @@ def write_token(
       pages_B, places_B: int32, the page and the place in it of each row's token; of a number that is no page nothing is written.
       k_BKH, v_BKH: of the tokens.
     """
-    return tuple(  # type: ignore[return-value]
-        pool.at[layer, pages_B, :, places_B].set(new_BKH, mode="drop") for pool, new_BKH in ((keys_LPKsH, k_BKH), (values_LPKsH, v_BKH))
-    )
+
+    def write(pool: jax.Array, new_BKH: jax.Array) -> jax.Array:
+        return pool.at[layer, pages_B, :, places_B].set(new_BKH, mode="drop")
+
+    return write(keys_LPKsH, k_BKH), write(values_LPKsH, v_BKH)
 
 
 def write_pages(
@@ -41,17 +43,18 @@ def write_pages(
       k_BCKH, v_BCKH: of the tokens.
     """
 
-    def paged(x_BCKH: jax.Array) -> jax.Array:
-        batch, _, kv_heads, head_size = x_BCKH.shape
-        return x_BCKH.reshape(batch, -1, keys_LPKsH.shape[3], kv_heads, head_size).transpose(0, 1, 3, 2, 4)
+    def write(pool: jax.Array, new_BCKH: jax.Array) -> jax.Array:
+        batch, _, kv_heads, head_size = new_BCKH.shape
+        paged = new_BCKH.reshape(batch, -1, pool.shape[3], kv_heads, head_size).transpose(0, 1, 3, 2, 4)
+        return pool.at[layer, pages_Bm].set(paged, mode="drop")
 
-    return tuple(  # type: ignore[return-value]
-        pool.at[layer, pages_Bm].set(paged(new_BCKH), mode="drop") for pool, new_BCKH in ((keys_LPKsH, k_BCKH), (values_LPKsH, v_BCKH))
-    )
+    return write(keys_LPKsH, k_BCKH), write(values_LPKsH, v_BCKH)
 
 
 def copy_page(keys_LPKsH: jax.Array, values_LPKsH: jax.Array, source: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The stacks of pools, page `target` like page `source` in all layers; nothing happens if `target` is no page."""
-    return tuple(  # type: ignore[return-value]
-        pool.at[:, target].set(pool[:, source], mode="drop") for pool in (keys_LPKsH, values_LPKsH)
-    )
+
+    def copy(pool: jax.Array) -> jax.Array:
+        return pool.at[:, target].set(pool[:, source], mode="drop")
+
+    return copy(keys_LPKsH), copy(values_LPKsH)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.projections import Stack
@@ -104,24 +104,25 @@ def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
     return spread
 
 
-def spread_write_token(write: Callable, mesh: Mesh) -> Callable:
-    """Each device writes into its own pages."""
+def _spread_write(write: Callable, mesh: Mesh, *specs: PartitionSpec) -> Callable:
+    """Each device writes into its own pages; `specs` are of what follows the layer, pages first."""
 
     def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
         return write(keys, values, layer, _to_write(pages, keys), *rest)
 
+    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), *specs), (_POOL, _POOL))
+
+
+def spread_write_token(write: Callable, mesh: Mesh) -> Callable:
+    """Of one token a row: each device writes those of its own rows."""
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, _TENSOR)
-    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), rows, rows, heads, heads), (_POOL, _POOL))
+    return _spread_write(write, mesh, rows, rows, heads, heads)
 
 
 def spread_write_pages(write: Callable, mesh: Mesh) -> Callable:
-    """Every device writes all of them, into pages of its own."""
-
-    def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
-        return write(keys, values, layer, _to_write(pages, keys), *rest)
-
+    """Of prompts: every device writes all of them."""
     heads = PartitionSpec(None, None, _TENSOR)
-    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), PartitionSpec(ROWS), heads, heads), (_POOL, _POOL))
+    return _spread_write(write, mesh, PartitionSpec(ROWS), heads, heads)
 
 
 def spread_copy_page(copy: Callable, mesh: Mesh) -> Callable:
@@ -207,7 +208,7 @@ SPREAD = _BY_HEADS | _WHOLE
 """Operation -> how its implementation is spread over a mesh."""
 
 
-def can_spread(operation: str, mesh: Mesh) -> bool:
+def can_spread(operation: str, mesh: Mesh | AbstractMesh) -> bool:
     """Whether it is spread over a mesh of that shape; if not, it runs as reference there, which XLA splits. No kernel computes a part of a
     projection or of an expert's width."""
     return operation in _BY_HEADS or (operation in _WHOLE and mesh.shape[_TENSOR] == 1)

@@ -262,10 +262,10 @@ class Schedule:
     def _fill(self, slot: int) -> bool:
         """Whether there was a rollout for this slot, and room for it."""
         # What live rows will need in the launch after the next is left free, so that what begins now need not be set aside at once.
-        spare_R = [
-            sum(max(0, self._needed(rollout, launches=2) - len(rollout.pages)) for rollout in self._live(device))
-            for device in range(len(self._books))
-        ]
+        spare_R = [0] * len(self._books)
+        for other, rollout in enumerate(self._slots):
+            if rollout is not None:
+                spare_R[self._device(other)] += max(0, self._needed(rollout, launches=2) - len(rollout.pages))
         if self._aside:
             return self._bring_back(slot, self._aside[0], spare_R)
         return bool(self._queue) and self._begin(slot, self._queue[0], spare_R)
@@ -290,7 +290,7 @@ class Schedule:
         shared = length // PAGE
         own = self._needed(rollout) - shared
         to_read = 0 if place in self._prefixes else pages_of(length)
-        needed_R = [to_read + spare for spare in spare_R] if to_read else [0] * len(spare_R)
+        needed_R = [to_read + spare if to_read else 0 for spare in spare_R]
         needed_R[device] = to_read + own + spare_R[device]
         if not all(self._make_room(other, needed, keep=place) for other, needed in enumerate(needed_R)):
             return False

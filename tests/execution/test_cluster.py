@@ -178,7 +178,7 @@ def actors(process: subprocess.Popen) -> list[int]:
 def busy(process: subprocess.Popen) -> bool:
     """Whether a program has begun on a node: its source lies in its sandbox."""
     inside = [pid for pid, command in commands(descendants(process.pid)).items() if b"/harness.py" in command]
-    return any(Path(f"/proc/{pid}/root/sandbox/solution.py").exists() for pid in inside)
+    return any(Path("/proc", str(pid), "root", "sandbox", "solution.py").exists() for pid in inside)
 
 
 @real
