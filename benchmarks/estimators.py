@@ -2,17 +2,21 @@
 
     python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
-        [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--summary] [--csv=FILE]
+        [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--first_seed=0] [--cores=0] [--same_prompts=CELL]
+        [--summary] [--csv=FILE]
 
-Every cell of the table is one setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted
-comparison goes on. Runs at once share the machine's cores evenly, each bound to its own, and all share one cache of verdicts: the first
-step's programs of a seed are the same in every cell. `--diversity` compares, for the report's setting, runs with and without each means
-against collapse instead. With `--summary` nothing is run: the table is made from what is there.
+`entropic@5e-3` in `--learning` is that estimator at that learning rate; without one it is the preset's. Every cell of the table is one
+setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted comparison goes on. Runs at once share the
+machine's cores evenly, each bound to its own, and all share one cache of verdicts: the first step's programs of a seed are the same in
+every cell. `--diversity` compares, for the report's setting, runs with and without each means against collapse instead.
+`--same_prompts=greedy/entropic` goes on for one more step from each run of that setting, once with its adapter and once without, in
+DIR/same_prompts: what learning alone changed. With `--summary` nothing is run: the table is made from what is there.
 """
 
 import argparse
 import concurrent.futures
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +24,7 @@ import os
 import queue
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +70,51 @@ def interval(values: list[float], *, signed: bool = False) -> str:
     return f"{told} +- {(_T95[count - 1] if count <= 11 else 1.96) * spread:.4f}"
 
 
-def run(folder: Path, module: str, flags: tuple[str, ...], arguments: argparse.Namespace, seed: int) -> str:
-    """One run, unless it is there already; returns what went wrong, or nothing."""
-    if len(rows(folder)) >= arguments.steps:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: its folder below DIR, its module, its flags, its seed and its number of steps."""
+
+    folder: Path
+    module: str
+    flags: tuple[str, ...]
+    seed: int
+    steps: int
+
+
+def run(one: Run, arguments: argparse.Namespace) -> str:
+    """Runs it, unless it is there already; returns what went wrong, or nothing."""
+    if len(rows(one.folder)) >= one.steps:
         return ""
     command = [
         sys.executable,
         "-m",
-        f"discover_jax.{module}",
+        f"discover_jax.{one.module}",
         "--config=configs/quickstart.py",
-        f"--workdir={folder}",
+        f"--workdir={one.folder}",
         f"--config.task.competition={arguments.competition}",
         f"--config.task.raw={arguments.raw}",
         f"--config.groups={arguments.groups}",
         f"--config.group_size={arguments.group_size}",
         f"--config.sampling.slots={arguments.groups * arguments.group_size}",
-        f"--config.train.steps={arguments.steps}",
+        f"--config.train.steps={one.steps}",
         f"--config.execution.workers={arguments.workers}",
         f"--config.execution.cache={(arguments.out / 'verdicts').absolute()}",
-        f"--config.seed={seed}",
-        *flags,
+        f"--config.seed={one.seed}",
+        *one.flags,
         *arguments.flag,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    return "" if done.returncode == 0 else f"{folder.name}: exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}"
+    return "" if done.returncode == 0 else f"{one.folder.name}: exit code {done.returncode}: {(done.stdout + done.stderr)[-600:]}"
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics of a run, as far as it has come."""
     return read_metrics(folder / "metrics.jsonl")
+
+
+def seeds(arguments: argparse.Namespace) -> range:
+    """Seeds of the runs of each cell."""
+    return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
 
 
 def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -104,25 +125,54 @@ def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]
         return {name: ("main", (*harder, *DIVERSITY[name])) for name in arguments.means.split(",")}
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for reuse, learning in itertools.product(arguments.reuse.split(","), arguments.learning.split(",")):
-        flags = LEARNING[learning]
-        found[f"{reuse}/{learning}"] = ("search" if flags is None else "main", (*REUSE[reuse], *(flags or ())))
+        estimator, _, rate = learning.partition("@")
+        flags = LEARNING[estimator]
+        higher = (f"--config.train.learning_rate={rate}",) if rate else ()
+        found[f"{reuse}/{learning}"] = ("search" if flags is None else "main", (*REUSE[reuse], *(flags or ()), *higher))
     return found
 
 
-def leases(jobs: int) -> queue.SimpleQueue[tuple[int, ...]]:
-    """Cores for each of the runs at once, for the threads that start them: two runs must not lease the same cores to their programs."""
+def runs(arguments: argparse.Namespace) -> Iterator[Run]:
+    """All runs of the comparison."""
+    for seed in seeds(arguments):
+        for name, (module, flags) in cells(arguments).items():
+            yield Run(folder_of(arguments, name, seed), module, flags, seed, arguments.steps)
+
+
+def runs_on_same_prompts(arguments: argparse.Namespace) -> Iterator[Run]:
+    """One more step of each run of a setting, with its adapter and with the base model; both see the same prompts."""
+    _, flags = cells(arguments)[arguments.same_prompts]
+    for seed in seeds(arguments):
+        source = folder_of(arguments, arguments.same_prompts, seed)
+        for name, module in (("adapter", "main"), ("base", "search")):
+            yield Run(
+                arguments.out / "same_prompts" / f"{name}-{seed}", module, (*flags, f"--config.train.resume_from={source}"), seed, steps=1
+            )
+
+
+def folder_of(arguments: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where the run of a setting lies."""
+    return arguments.out / f"{name.replace('/', '-')}-{seed}"
+
+
+def run_all(todo: Iterable[Run], arguments: argparse.Namespace) -> None:
+    """Runs them, as many at once as there are jobs, each bound to cores of its own or, if asked for more than there are, shared evenly."""
     cpus = sorted(os.sched_getaffinity(0))
-    found: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
-    for cores in lease_cores(cpus, max(1, len(cpus) // jobs), jobs):
-        found.put(cores)
-    return found
+    cores: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
+    for lease in lease_cores(cpus, arguments.cores or max(1, len(cpus) // arguments.jobs), arguments.jobs):
+        cores.put(lease)
+    # Affinity belongs to a thread, and the run that it starts inherits it.
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
+        futures = [pool.submit(run, one, arguments) for one in todo]
+        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            print(f"{number}/{len(futures)} {future.result()}", file=sys.stderr, flush=True)
 
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Results by setting: of complete runs only, each list by seed."""
     result = {}
     for name in cells(arguments):
-        runs = {seed: rows(arguments.out / f"{name.replace('/', '-')}-{seed}") for seed in range(arguments.seeds)}
+        runs = {seed: rows(folder_of(arguments, name, seed)) for seed in seeds(arguments)}
         runs = {seed: run for seed, run in runs.items() if len(run) >= arguments.steps}
         steps = [row for run in runs.values() for row in run]
         result[name] = {
@@ -182,10 +232,13 @@ def main() -> None:
     parser.add_argument("--raw", default="")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--cores", type=int, default=0, help="of each run; 0: an even share of what there is")
+    parser.add_argument("--same_prompts", default="", help="a setting of the table whose adapters are compared with the base model")
     parser.add_argument("--workers", type=int, default=0, help="programs at once, of each run")
     parser.add_argument("--reuse", default=",".join(REUSE))
     parser.add_argument("--learning", default=",".join(LEARNING))
@@ -198,16 +251,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.summary:
-        todo = [(seed, name, *cell) for seed in range(arguments.seeds) for name, cell in cells(arguments).items()]
-        cores = leases(arguments.jobs)
-        # Affinity belongs to a thread, and the run that it starts inherits it.
-        with concurrent.futures.ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
-            futures = [
-                pool.submit(run, arguments.out / f"{name.replace('/', '-')}-{seed}", module, flags, arguments, seed)
-                for seed, name, module, flags in todo
-            ]
-            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                print(f"{number}/{len(futures)} {future.result()}", file=sys.stderr, flush=True)
+        run_all(runs(arguments), arguments)
+        if arguments.same_prompts:
+            run_all(runs_on_same_prompts(arguments), arguments)
     found = table(arguments)
     (arguments.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
     if arguments.csv:
@@ -222,8 +268,8 @@ def write_csv(arguments: argparse.Namespace) -> None:
         writer = csv.writer(file)
         writer.writerow(["setting", "seed", "step", *columns])
         for name in cells(arguments):
-            for seed in range(arguments.seeds):
-                run = rows(arguments.out / f"{name.replace('/', '-')}-{seed}")
+            for seed in seeds(arguments):
+                run = rows(folder_of(arguments, name, seed))
                 if len(run) >= arguments.steps:
                     writer.writerows([name, seed, row["step"] + 1, *(row[column] for column in columns)] for row in run)
 

@@ -1,14 +1,15 @@
 """Does training beat search, and what do its programs come to be? Tables and small CSVs from the runs of estimators.py.
 
     python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR --seeds=8 --reuse=greedy
-        --learning=none,entropic --flag=--config.task.reward=holdout [...]
-    python benchmarks/evidence.py --runs=DIR --csv=experiments/evidence    # collects; prints the paired differences
+        --learning=none,entropic --same_prompts=greedy/entropic --flag=--config.task.reward=holdout [...]
+    python benchmarks/evidence.py --runs=DIR --csv=experiments/evidence [--steps=N]  # collects; prints the paired differences
     python benchmarks/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `plots`
 
 A run's folder is named REUSE-LEARNING-SEED. Runs are compared seed by seed, at equal numbers of programs: both begin with the same ones.
 With the reward `holdout` the private answers are rows that no reward, prompt or choice saw. `steps.csv` has a row for each step, `runs.csv`
 for each run, `traits.csv` for each step and trait of a program (a column that it adds, a model that it fits), with the share of that step's
-scored programs that have it.
+scored programs that have it; `same_prompts.csv` a row for each of the steps that went on with and without the adapter. `--steps` looks at
+the first N steps of every run only.
 """
 
 import argparse
@@ -41,6 +42,12 @@ MEASURES = {
     "best": "best program, on the reward's rows",
     "private": "that program, on rows that nothing saw",
 }
+SAME_PROMPTS = {
+    "mean": "mean, on the reward's rows",
+    "private_mean": "the same programs, on rows that nothing saw",
+    "max": "the best of them, on the reward's rows",
+    "valid": "part that ran and could be graded",
+}
 _ADDED = re.compile(r'^\s*X\["(\w+)"\] = ', re.MULTILINE)
 _MODEL = re.compile(r"\b([A-Z]\w*(?:Classifier|Regression(?:CV)?|SVC|NB|Perceptron|Analysis))\(")
 
@@ -54,40 +61,53 @@ def traits(code: str) -> set[str]:
 
 def runs_in(folder: Path) -> Iterator[tuple[str, int, Path]]:
     """Setting, seed and folder of each run."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
         setting, _, seed = path.name.rpartition("-")
         if setting and seed.isdigit() and (path / "journal.jsonl").exists():
             yield setting, int(seed), path
 
 
-def collect(folder: Path, csv_folder: Path) -> None:
-    """Writes the three tables, of the runs that have as many steps as the longest."""
+def collect(folder: Path, csv_folder: Path, steps: int) -> None:
+    """Writes the tables, of the first `steps` steps; 0: as many as the longest run has. Runs with fewer are left out, and named."""
     found = [(setting, seed, path, read_metrics(path / "metrics.jsonl")) for setting, seed, path in runs_in(folder)]
-    whole = max((len(rows) for *_, rows in found), default=0)
+    steps = steps or max((len(rows) for *_, rows in found), default=0)
     tables: dict[str, list[list[Any]]] = {
         "steps": [["setting", "seed", "step", *COLUMNS, "private/mean"]],
         "runs": [["setting", "seed", *MEASURES, "programs", "timeouts"]],
         "traits": [["setting", "seed", "step", "trait", "share"]],
+        "same_prompts": [["policy", "seed", *SAME_PROMPTS]],
     }
     for setting, seed, path, rows in found:
-        if len(rows) < whole:
-            print(f"left out: {path.name} has {len(rows)} of {whole} steps", file=sys.stderr)
+        if len(rows) < steps:
+            print(f"left out: {path.name} has {len(rows)} of {steps} steps", file=sys.stderr)
             continue
-        attempts = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+        rows = rows[:steps]
+        attempts = [attempt for attempt in attempts_of(path) if attempt["step"] < steps]
         private = private_means(attempts)
         tables["steps"] += [
-            [setting, seed, row["step"] + 1, *(row.get(column) for column in COLUMNS), private.get(row["step"])] for row in rows
+            [setting, seed, row["step"] + 1, *(row.get(column) for column in COLUMNS), private[row["step"]]] for row in rows
         ]
-        grade = json.loads((path / "best" / "grade.json").read_text())
+        best = max((one for one in attempts if one["score"] is not None), key=lambda one: one["score"])  # the earliest of equals
         last_two = [sum(one) / 2 for one in zip(*((row["reward/mean"], private[row["step"]]) for row in rows[-2:]), strict=True)]
         counts = [sum(row[name] for row in rows) for name in ("rollouts/count", "outcome/timeout")]
-        tables["runs"].append([setting, seed, *last_two, grade["score"], grade["private_score"], *counts])
+        tables["runs"].append([setting, seed, *last_two, best["score"], best["private_score"], *counts])
         for step, shares in shares_by_step(attempts).items():
             tables["traits"] += [[setting, seed, step + 1, trait, round(share, 4)] for trait, share in sorted(shares.items())]
+    for policy, seed, path in runs_in(folder / "same_prompts"):
+        (row,) = read_metrics(path / "metrics.jsonl")
+        private = private_means(attempts_of(path))
+        tables["same_prompts"].append(
+            [policy, seed, row["reward/mean"], private[row["step"]], row["reward/max"], row["rollouts/valid_frac"]]
+        )
     csv_folder.mkdir(parents=True, exist_ok=True)
     for name, lines in tables.items():
         with (csv_folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(lines)
+            csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def attempts_of(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's journal."""
+    return [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
 
 
 def private_means(attempts: list[dict[str, Any]]) -> dict[int, float]:
@@ -122,21 +142,21 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def compare(csv_folder: Path, base: str) -> None:
+def compare(table: Path, base: str, measures: dict[str, str]) -> None:
     """Prints each setting's measures and, seed by seed, their differences to `base`."""
     by_setting: dict[str, dict[float, dict[str, Any]]] = collections.defaultdict(dict)
-    for row in read(csv_folder / "runs.csv"):
-        by_setting[row["setting"]][row["seed"]] = row
-    print(f"| | {' | '.join(by_setting)} | {' | '.join(f'{name} less {base}' for name in by_setting if name != base)} |")
-    print("|---" * (2 * len(by_setting)) + "|")
-    for measure, told in MEASURES.items():
+    for row in read(table):
+        setting, seed, *_ = row.values()
+        by_setting[setting][seed] = row
+    others = [name for name in by_setting if name != base]
+    print(f"\n| | {' | '.join([*by_setting, *(f'{name} less {base}' for name in others)])} |")
+    print("|---" * (1 + len(by_setting) + len(others)) + "|")
+    for measure, told in measures.items():
         cells = [interval([row[measure] for row in runs.values()]) for runs in by_setting.values()]
-        for name, runs in by_setting.items():
-            if name != base:
-                both = sorted(runs.keys() & by_setting[base].keys())
-                cells.append(
-                    f"{interval([runs[s][measure] - by_setting[base][s][measure] for s in both], signed=True)} ({len(both)} seeds)"
-                )
+        for name in others:
+            runs, them = by_setting[name], by_setting[base]
+            both = sorted(runs.keys() & them.keys())
+            cells.append(f"{interval([runs[s][measure] - them[s][measure] for s in both], signed=True)} ({len(both)} seeds)")
         print(f"| {told} | {' | '.join(cells)} |")
 
 
@@ -191,12 +211,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of the runs, to be collected into --csv")
     parser.add_argument("--csv", type=Path, required=True, help="folder of the tables")
+    parser.add_argument("--steps", type=int, default=0, help="look at so many of each run; 0: as many as the longest has")
     parser.add_argument("--base", default="greedy-none", help="the setting that others are compared with")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = parser.parse_args()
     if arguments.runs is not None:
-        collect(arguments.runs, arguments.csv)
-    compare(arguments.csv, arguments.base)
+        collect(arguments.runs, arguments.csv, arguments.steps)
+    compare(arguments.csv / "runs.csv", arguments.base, MEASURES)
+    compare(arguments.csv / "same_prompts.csv", "base", SAME_PROMPTS)
     if arguments.plots is not None:
         draw(arguments.csv, arguments.plots)
 
