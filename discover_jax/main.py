@@ -408,11 +408,11 @@ def _learn(
             [rollouts[place] for place in learned], [advantages[place] for place in learned], substeps=config.train.num_substeps, **shape
         )
         console.phase(phase, _of_the_batches(len(learned), [batch for batches in substeps for batch in batches]))
-        return update.update_in_substeps(policy.frozen, train_state, substeps)
+        return update.update_in_substeps(policy.frozen, train_state, substeps, console.passes)
     batches = pack([rollouts[place] for place in sorted(rollouts)], [0.0] * len(rollouts), **shape)
     console.phase(phase, _of_the_batches(len(rollouts), batches))
     lora = train_state.lora if train_state is not None else None
-    return train_state, update.measure(policy.frozen, lora, batches) | {"update/skipped": 1.0}
+    return train_state, update.measure(policy.frozen, lora, batches, console.passes) | {"update/skipped": 1.0}
 
 
 def _of_the_batches(rollouts: int, batches: Sequence[Batch]) -> str:

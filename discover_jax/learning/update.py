@@ -8,7 +8,7 @@ the KL to the base is wanted, reads the microbatches with the adapter left out.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,40 @@ def _norm(tree: Any) -> jax.Array:
 
 def _chosen(batches: Sequence[Batch]) -> int:
     return sum(int(np.count_nonzero(batch.mask_BT)) for batch in batches)
+
+
+class _Passes:
+    """Tells how many of the passes over microbatches the devices have done.
+
+    A pass is waited for only once the next one is in their queue, so that they never wait for the host.
+    """
+
+    def __init__(self, total: int, tell: Callable[[int, int], None] | None):
+        self._total, self._tell = total, tell
+        self._done = 0
+        self._queued: Any = None
+
+    def queued(self, result: Any) -> None:
+        """Another pass was started; `result` is some of what it gives."""
+        if self._tell is None:
+            return
+        before, self._queued = self._queued, result
+        if before is not None:
+            jax.block_until_ready(before)
+            self._count(self._tell)
+
+    def read(self) -> None:
+        """The host has read what all passes so far gave."""
+        if self._tell is not None and self._queued is not None:
+            self._queued = None
+            self._count(self._tell)
+
+    def _count(self, tell: Callable[[int, int], None]) -> None:
+        self._done += 1
+        tell(self._done, self._total)
+
+
+_UNTOLD = _Passes(0, None)
 
 
 class Update:
@@ -184,7 +218,7 @@ class Update:
             return NamedSharding(self._mesh, PartitionSpec(axes))
         return sharding_for(("batch", "positions", "layers", "choices")[: x.ndim], x.shape, self._mesh)  # which raises
 
-    def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> tuple[Any, dict[str, float]]:
+    def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch], passes: _Passes = _UNTOLD) -> tuple[Any, dict[str, float]]:
         """Gradient of the reduced loss in `lora`, of the advantages as they stand in the batches; needs a chosen token.
 
         Returns:
@@ -195,10 +229,14 @@ class Update:
         for batch, weights_BT in zip(batches, self._weights(batches), strict=True):
             gradient, of_batch = self._accumulate(gradient, lora, frozen, *self._place((batch, weights_BT)))
             statistics.append(of_batch)
+            passes.queued(of_batch)
         norm, statistics = jax.device_get((self._norm(gradient), statistics))
+        passes.read()
         return gradient, _metrics(statistics) | {"grad_norm": float(norm)}
 
-    def shape(self, frozen: Any, substeps: Sequence[Sequence[Batch]]) -> tuple[list[list[Batch]], dict[str, float]]:
+    def shape(
+        self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: _Passes = _UNTOLD
+    ) -> tuple[list[list[Batch]], dict[str, float]]:
         """All batches of a step, their advantages reshaped by the KL to the base, and `kl_base/mean`; as they are if no KL is wanted.
 
         The mean that the penalty is measured from is over the chosen tokens of all substeps together, as in the reference code.
@@ -206,19 +244,29 @@ class Update:
         if not self._knows_kl:
             return [list(batches) for batches in substeps], {}
         batches = [batch for batches in substeps for batch in batches]
-        shaped, mean = shape_advantages(batches, self._base_gaps(frozen, batches), self._kl_coefficient)
+        shaped, mean = shape_advantages(batches, self._base_gaps(frozen, batches, passes), self._kl_coefficient)
         remaining = iter(shaped)
         return [[next(remaining) for _ in batches] for batches in substeps], {"kl_base/mean": mean}
 
-    def _base_gaps(self, frozen: Any, batches: Sequence[Batch]) -> list[np.ndarray]:
-        return jax.device_get([self._base_gap(frozen, self._place(batch)) for batch in batches])
+    def _base_gaps(self, frozen: Any, batches: Sequence[Batch], passes: _Passes) -> list[np.ndarray]:
+        gaps = []
+        for batch in batches:
+            gaps.append(self._base_gap(frozen, self._place(batch)))
+            passes.queued(gaps[-1])
+        gaps = jax.device_get(gaps)
+        passes.read()
+        return gaps
 
     def update(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step on all batches together: `update_in_substeps` with one."""
         return self.update_in_substeps(frozen, state, [batches])
 
     def update_in_substeps(
-        self, frozen: Any, state: TrainState, substeps: Sequence[Sequence[Batch]]
+        self,
+        frozen: Any,
+        state: TrainState,
+        substeps: Sequence[Sequence[Batch]],
+        tell: Callable[[int, int], None] | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step after another, each on batches of its own. The buffers of `state` are donated: use only the returned one.
 
@@ -227,6 +275,8 @@ class Update:
           state: adapter and optimiser before the first step.
           substeps: from `pack_substeps`; batches are all of one shape. Substeps without a chosen token are left out, and if none is left
             (every group constant) the state stays as it is.
+          tell: called with the number of passes over microbatches that are done, and of all: one each for the gradient and, if wanted, for
+            the KL to the base.
 
         Returns:
           The new state, and host floats over chosen tokens, measured on the weights before each optimiser step: `loss`, `logprob_gap/mean`
@@ -245,16 +295,19 @@ class Update:
         substeps = [batches for batches in substeps if _chosen(batches)]
         if not substeps:
             return state, {"tokens": 0.0, "update/skipped": 1.0}
-        substeps, kl_metrics = self.shape(frozen, substeps)
+        passes = _Passes(sum(len(batches) for batches in substeps) * (1 + self._knows_kl), tell)
+        substeps, kl_metrics = self.shape(frozen, substeps, passes)
         rows = []
         for batches in substeps:
-            state, metrics = self._optimizer_step(frozen, state, batches)
+            state, metrics = self._optimizer_step(frozen, state, batches, passes)
             rows.append(metrics)
         filled = filled_frac([batch for batches in substeps for batch in batches])
         return state, _joined(rows) | kl_metrics | {"update/skipped": 0.0, "update/filled_frac": filled}
 
-    def _optimizer_step(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
-        gradient, metrics = self.gradient(frozen, state.lora, batches)
+    def _optimizer_step(
+        self, frozen: Any, state: TrainState, batches: Sequence[Batch], passes: _Passes
+    ) -> tuple[TrainState, dict[str, float]]:
+        gradient, metrics = self.gradient(frozen, state.lora, batches, passes)
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             raise LearningError(
                 f"The gradient of optimiser step {int(state.step)} is not finite: loss {metrics['loss']}, norm {metrics['grad_norm']},"
@@ -264,18 +317,24 @@ class Update:
             )
         return self._apply(state, gradient), metrics
 
-    def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch]) -> dict[str, float]:
+    def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch], tell: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """The log-probability gap, ratios, entropy, tokens, KL and filling of `update`, without gradient or change; empty if no token was
         chosen.
 
         For rollouts that take part in no update: those of constant groups, or of a search without training. `lora` may be None: the policy
-        then is the base model, and its KL is not measured.
+        then is the base model, and its KL is not measured. `tell` is that of `update_in_substeps`.
         """
         if _chosen(batches) == 0:
             return {}
-        metrics = _metrics(jax.device_get([self._forward(lora, frozen, self._place(batch)) for batch in batches]))
+        passes = _Passes(len(batches) * (1 + (self._knows_kl and lora is not None)), tell)
+        statistics = []
+        for batch in batches:
+            statistics.append(self._forward(lora, frozen, self._place(batch)))
+            passes.queued(statistics[-1])
+        metrics = _metrics(jax.device_get(statistics))
+        passes.read()
         metrics["update/filled_frac"] = filled_frac(batches)
-        return metrics | self.shape(frozen, [batches])[1] if lora is not None else metrics
+        return metrics | self.shape(frozen, [batches], passes)[1] if lora is not None else metrics
 
     def programs(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[Program]:
         """The programs of `update` for microbatches of that shape, to be compiled without being run.

@@ -81,6 +81,10 @@ class Console(Protocol):
         """How far the step is; may be called as often as one likes."""
         ...
 
+    def passes(self, done: int, total: int) -> None:
+        """The update has passed over so many microbatches, of all; may be called as often as one likes."""
+        ...
+
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
         """A step ended with this row of metrics; `bests` has one entry for each competition."""
         ...
@@ -110,6 +114,8 @@ class QuietConsole:
     def phase(self, name: str, detail: str = "") -> None: ...
 
     def progress(self, progress: StepProgress) -> None: ...
+
+    def passes(self, done: int, total: int) -> None: ...
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None: ...
 
@@ -233,6 +239,11 @@ class PlainConsole:
             ]
             self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
 
+    def passes(self, done: int, total: int) -> None:
+        if self._due():
+            parts = [f"{done}/{total} passes over microbatches", self._pace.left(done / total)]
+            self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
+
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
         self._write(step_line(row, bests, self._steps).rstrip())
 
@@ -254,8 +265,12 @@ class PlainConsole:
         return True
 
 
+_BARS = ("rollouts", "programs", "update")
+"""What a step shows below the bar of the run."""
+
+
 class TerminalConsole:
-    """Finished steps scroll by; below them one bar for the run and one each for the step's rollouts and programs."""
+    """Finished steps scroll by; below them one bar for the run and one each for the step's rollouts, programs and update."""
 
     def __init__(self, console: rich.console.Console):
         self._console = console
@@ -294,10 +309,10 @@ class TerminalConsole:
         self._steps = steps
         self._pace.step(step, steps)
         if not self._tasks:
-            self._tasks = {name: self._run.add_task(name, total=None, note="") for name in ("step", "rollouts", "programs")}
+            self._tasks = {name: self._run.add_task(name, total=None, note="") for name in ("step", *_BARS)}
             self._run.start()
         self._run.update(self._tasks["step"], completed=step, total=steps)
-        for name in ("rollouts", "programs"):
+        for name in _BARS:
             self._run.reset(self._tasks[name], total=None, note="")
 
     def phase(self, name: str, detail: str = "") -> None:
@@ -311,11 +326,19 @@ class TerminalConsole:
     def progress(self, progress: StepProgress) -> None:
         if self._tasks:
             done, total = progress.rollouts_done, progress.rollouts_total
-            left = self._pace.left(progress.share)
-            self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}{'  ' if left else ''}{left}")
+            self._tell_left(progress.share)
             self._run.update(self._tasks["rollouts"], completed=done, total=total, note=f"{progress.tokens_per_s:,.0f} tokens/s")
             done, total = progress.programs_done, progress.programs_total
             self._run.update(self._tasks["programs"], completed=done, total=total, note=_failures(progress.failures))
+
+    def passes(self, done: int, total: int) -> None:
+        if self._tasks:
+            self._tell_left(done / total)
+            self._run.update(self._tasks["update"], completed=done, total=total, note="passes over microbatches")
+
+    def _tell_left(self, share: float) -> None:
+        left = self._pace.left(share)
+        self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}{'  ' if left else ''}{left}")
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
         scores = [best.best.score for best in bests if best.best is not None and best.best.score is not None]

@@ -58,18 +58,20 @@ class Pace:
         """What is left of step and run, in words; "" where nothing can be said yet.
 
         Args:
-          share: of the step's rollouts, those that are finished. In the first step of a start they alone tell anything, of sampling only.
+          share: of the phase's work, what is done; 0 or 1 where it shows no progress. In the first step of a start it alone tells anything,
+            of that phase only.
         """
         if self._phase is None:
             return ""
-        of_sampling = self.elapsed * (1 - share) / share if 0 < share < 1 else 0.0
+        passed = self._clock() - self._phase_began
+        at_this_rate = passed * (1 - share) / share if 0 < share < 1 else 0.0
         if not self._earlier:
-            return f"~{duration(of_sampling)} of sampling left" if of_sampling else ""
+            return f"~{duration(at_this_rate)} of {self._phase} left" if at_this_rate else ""
         names = dict.fromkeys(name for phases in self._earlier for name in phases)
         usual = {name: statistics.median(phases.get(name, 0.0) for phases in self._earlier) for name in names}
-        of_phase = usual.get(self._phase, 0.0) - (self._clock() - self._phase_began)
+        of_phase = usual.get(self._phase, 0.0) - passed
         if of_phase <= 0:  # longer than usual
-            of_phase = of_sampling
+            of_phase = at_this_rate
         of_step = of_phase + sum(seconds for name, seconds in usual.items() if name != self._phase and name not in self._done)
         return f"~{duration(of_step)} left, of the run {duration(of_step + self._steps_later * sum(usual.values()))}"
 

@@ -191,6 +191,30 @@ def test_the_kl_can_be_measured_alone(tables):
     assert results[0][1] == results[1][1]
 
 
+@pytest.mark.parametrize(("measure_kl", "passes"), [(False, 1), (True, 2)])
+def test_progress_counts_every_pass_over_a_microbatch(tables, measure_kl, passes):
+    frozen, table = tables
+    rollouts, advantages = make_rollouts(1)
+    substeps = pack_substeps(rollouts, advantages, substeps=2, row_tokens=24, rows=1)
+    total = passes * sum(len(batches) for batches in substeps)
+    assert total >= 5 * passes
+    update, told = Update(Bigram(), adam(), measure_kl=measure_kl), []
+    state, metrics = update.update_in_substeps(
+        frozen, init_train_state({"table": jnp.array(table)}, adam()), substeps, lambda *count: told.append(count)
+    )
+    assert told == [(done, total) for done in range(1, total + 1)]
+    untold, same = update.update_in_substeps(frozen, init_train_state({"table": jnp.array(table)}, adam()), substeps)
+    np.testing.assert_array_equal(state.lora["table"], untold.lora["table"])
+    assert metrics == same
+    told.clear()
+    batches = substeps[0]
+    update.measure(frozen, {"table": table}, batches, lambda *count: told.append(count))
+    assert told == [(done, passes * len(batches)) for done in range(1, passes * len(batches) + 1)]
+    told.clear()
+    update.measure(frozen, None, batches, lambda *count: told.append(count))  # the base model has no KL to itself
+    assert told == [(done, len(batches)) for done in range(1, len(batches) + 1)]
+
+
 @pytest.mark.parametrize(("row_tokens", "rows"), [(16, 1), (40, 3)])
 def test_substeps_are_adam_steps_on_parts_in_turn(tables, row_tokens, rows):
     """ppo with a KL whose mean is over the whole batch, three substeps of three rollouts; Adam by hand in float64, as above."""

@@ -94,12 +94,18 @@ def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
     console.progress(progress(4, 2, {Outcome.OK: 1, Outcome.TIMEOUT: 1, Outcome.FORMAT_ERROR: 2, Outcome.KILLED: 0}))
     now[0] += 100
     console.phase("learning", "12 rollouts")
-    now[0] += 60
+    now[0] += 20
+    console.passes(4, 16)
+    now[0] += 40
+    console.passes(12, 16)  # longer than the 50 s that it usually takes: 60 s for 12 passes
+    console.passes(13, 16)
     console.phase("saving")
     console.phase("checkpoint", "3 MB")
     assert lines == [
         "    sampling: rollouts 4/16  programs 2/16  1,234 tokens/s  ~2 min left, of the run 26 min  2 format error, 1 timeout",
         "    learning: 12 rollouts  ~60 s left, of the run 24 min",
+        "    learning: 4/16 passes over microbatches  ~40 s left, of the run 24 min",
+        "    learning: 12/16 passes over microbatches  ~30 s left, of the run 24 min",
         "    checkpoint: 3 MB  ~10 s left, of the run 24 min",
     ]
 
@@ -184,6 +190,7 @@ def test_terminal():
     console.phase("sampling")
     console.progress(progress(3, 1, {Outcome.TIMEOUT: 2}))
     console.phase("learning", "12 rollouts in 3 microbatches")
+    console.passes(2, 6)
     console.step_done(ROW, bests(best(0.71), 0.7))
     console.finish(["done", "/a/long/path/" * 20])
     console.close()
@@ -195,6 +202,7 @@ def test_terminal():
         "step  3/10  mean 0.5200",
         "2 timeout",
         "learning, 12 rollouts",
+        "2/6",
         "done",
         "/a/long/path/" * 20,
     ):

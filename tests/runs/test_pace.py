@@ -22,13 +22,18 @@ def do(pace, now, step, steps, **phases):
         now[0] += seconds
 
 
-def test_in_the_first_step_only_sampling_can_be_told(pace, now):
+def test_in_the_first_step_only_the_phase_itself_can_be_told(pace, now):
     pace.phase("loading")
     assert (pace.elapsed, pace.left(0.5)) == (0.0, "")
     pace.step(0, 3)
+    pace.phase("sampling")
     now[0] = 40.0
     assert pace.left(0.0) == pace.left(1.0) == ""
     assert pace.left(0.4) == "~60 s of sampling left"
+    pace.phase("learning")
+    assert pace.left(0.5) == ""
+    now[0] = 50.0
+    assert pace.left(0.25) == "~30 s of learning left"
 
 
 def test_later_steps_take_the_medians_of_the_last_five_without_the_first(pace, now):
