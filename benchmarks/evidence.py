@@ -35,18 +35,25 @@ COLUMNS = (
     "groups/constant_frac",
     "diversity/distance",
     "entropy",
+    "time/step_s",
 )
+BROKEN = 0.05
+"""A child that scores so much less than its parent counts as broken."""
 MEASURES = {
     "last_two_mean": "mean of the last two steps, on the reward's rows",
     "last_two_private": "the same programs, on rows that nothing saw",
     "best": "best program, on the reward's rows",
     "private": "that program, on rows that nothing saw",
+    "better": "children better than their parent, second half of the steps",
+    "broken": f"children that failed or lost more than {BROKEN}, second half",
 }
 SAME_PROMPTS = {
     "mean": "mean, on the reward's rows",
     "private_mean": "the same programs, on rows that nothing saw",
     "max": "the best of them, on the reward's rows",
     "valid": "part that ran and could be graded",
+    "better": "children better than their parent",
+    "broken": f"children that failed or lost more than {BROKEN}",
 }
 _ADDED = re.compile(r'^\s*X\["(\w+)"\] = ', re.MULTILINE)
 _MODEL = re.compile(r"\b([A-Z]\w*(?:Classifier|Regression(?:CV)?|SVC|NB|Perceptron|Analysis))\(")
@@ -67,42 +74,58 @@ def runs_in(folder: Path) -> Iterator[tuple[str, int, Path]]:
             yield setting, int(seed), path
 
 
-def collect(folder: Path, csv_folder: Path, steps: int) -> None:
-    """Writes the tables, of the first `steps` steps; 0: as many as the longest run has. Runs with fewer are left out, and named."""
+def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
+    """Writes the tables, of the first `steps` steps; 0: as many as the longest run has; None: of all, however many each has. Runs with
+    fewer are left out, and named.
+    """
     found = [(setting, seed, path, read_metrics(path / "metrics.jsonl")) for setting, seed, path in runs_in(folder)]
-    steps = steps or max((len(rows) for *_, rows in found), default=0)
+    if steps == 0:
+        steps = max((len(rows) for *_, rows in found), default=0)
     tables: dict[str, list[list[Any]]] = {
-        "steps": [["setting", "seed", "step", *COLUMNS, "private/mean"]],
+        "steps": [["setting", "seed", "step", *COLUMNS, "private/mean", "children/better", "children/broken"]],
         "runs": [["setting", "seed", *MEASURES, "programs", "timeouts"]],
         "traits": [["setting", "seed", "step", "trait", "share"]],
         "same_prompts": [["policy", "seed", *SAME_PROMPTS]],
     }
     for setting, seed, path, rows in found:
-        if len(rows) < steps:
+        if steps is not None and len(rows) < steps:
             print(f"left out: {path.name} has {len(rows)} of {steps} steps", file=sys.stderr)
             continue
         rows = rows[:steps]
-        attempts = [attempt for attempt in attempts_of(path) if attempt["step"] < steps]
+        attempts = [attempt for attempt in attempts_of(path) if attempt["step"] <= rows[-1]["step"]]
         private = private_means(attempts)
-        tables["steps"] += [
-            [setting, seed, row["step"] + 1, *(row.get(column) for column in COLUMNS), private[row["step"]]] for row in rows
-        ]
-        best = max((one for one in attempts if one["score"] is not None), key=lambda one: one["score"])  # the earliest of equals
-        last_two = [sum(one) / 2 for one in zip(*((row["reward/mean"], private[row["step"]]) for row in rows[-2:]), strict=True)]
-        counts = [sum(row[name] for row in rows) for name in ("rollouts/count", "outcome/timeout")]
-        tables["runs"].append([setting, seed, *last_two, best["score"], best["private_score"], *counts])
+        for row in rows:
+            of_children = children(attempts, {row["step"]})
+            columns = [row.get(column) for column in COLUMNS]
+            tables["steps"].append([setting, seed, row["step"] + 1, *columns, private[row["step"]], *of_children])
+        tables["runs"].append([setting, seed, *measured(rows, attempts, private)])
         for step, shares in shares_by_step(attempts).items():
             tables["traits"] += [[setting, seed, step + 1, trait, round(share, 4)] for trait, share in sorted(shares.items())]
     for policy, seed, path in runs_in(folder / "same_prompts"):
-        (row,) = read_metrics(path / "metrics.jsonl")
-        private = private_means(attempts_of(path))
-        tables["same_prompts"].append(
-            [policy, seed, row["reward/mean"], private[row["step"]], row["reward/max"], row["rollouts/valid_frac"]]
-        )
+        if not (rows := read_metrics(path / "metrics.jsonl")):
+            print(f"left out: {path.name} has no finished step", file=sys.stderr)
+            continue
+        row = rows[-1]
+        attempts = attempts_of(path)
+        columns = [row["reward/mean"], private_means(attempts)[row["step"]], row["reward/max"], row["rollouts/valid_frac"]]
+        tables["same_prompts"].append([policy, seed, *columns, *children(attempts, {row["step"]})])
     csv_folder.mkdir(parents=True, exist_ok=True)
     for name, lines in tables.items():
-        with (csv_folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
+        path = csv_folder / f"{name}.csv"
+        path.unlink(missing_ok=True)  # of another collection
+        if len(lines) > 1:
+            with path.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def measured(rows: list[dict[str, Any]], attempts: list[dict[str, Any]], private: dict[int, float]) -> list[Any]:
+    """A run's columns of runs.csv, from its metrics, its journal and the means on the private answers."""
+    best = max((one for one in attempts if one["score"] is not None), key=lambda one: one["score"])  # the earliest of equals
+    last = [row["step"] for row in rows[-2:]]
+    last_two = [row["reward/mean"] for row in rows[-2:]], [private[step] for step in last]
+    late = children(attempts, {row["step"] for row in rows[len(rows) // 2 :]})
+    counts = [sum(row[name] for row in rows) for name in ("rollouts/count", "outcome/timeout")]
+    return [*(sum(each) / len(each) for each in last_two), best["score"], best["private_score"], *late, *counts]
 
 
 def attempts_of(path: Path) -> list[dict[str, Any]]:
@@ -116,6 +139,17 @@ def private_means(attempts: list[dict[str, Any]]) -> dict[int, float]:
     for attempt in attempts:
         scores[attempt["step"]].append(attempt["private_score"] or 0.0)
     return {step: sum(values) / len(values) for step, values in scores.items()}
+
+
+def children(attempts: list[dict[str, Any]], steps: set[int]) -> tuple[float | None, float | None]:
+    """Of the children of those steps, the share that is better than the parent, and the share that failed or lost more than `BROKEN`."""
+    scores = {attempt["id"]: attempt["score"] for attempt in attempts}
+    pairs = [(one["score"], scores[one["parent_id"]]) for one in attempts if one["step"] in steps and one["parent_id"] in scores]
+    if not pairs:
+        return None, None
+    better = sum(mine is not None and mine > parent for mine, parent in pairs)
+    broken = sum(mine is None or mine < parent - BROKEN for mine, parent in pairs)
+    return better / len(pairs), broken / len(pairs)
 
 
 def shares_by_step(attempts: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
@@ -143,15 +177,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(table: Path, base: str, measures: dict[str, str]) -> None:
-    """Prints each setting's measures and, seed by seed, their differences to `base`."""
+    """Prints each setting's measures and, seed by seed, their differences to `base`; "": to the first that is named ...-none."""
     by_setting: dict[str, dict[float, dict[str, Any]]] = collections.defaultdict(dict)
     for row in read(table):
         setting, seed, *_ = row.values()
         by_setting[setting][seed] = row
+    base = base or next(name for name in by_setting if name.endswith("-none"))
     others = [name for name in by_setting if name != base]
     print(f"\n| | {' | '.join([*by_setting, *(f'{name} less {base}' for name in others)])} |")
     print("|---" * (1 + len(by_setting) + len(others)) + "|")
     for measure, told in measures.items():
+        if any(row[measure] == "" for runs in by_setting.values() for row in runs.values()):
+            continue  # no child has a parent where reuse is off
         cells = [interval([row[measure] for row in runs.values()]) for runs in by_setting.values()]
         for name in others:
             runs, them = by_setting[name], by_setting[base]
@@ -169,7 +206,7 @@ def draw(csv_folder: Path, plots: Path) -> None:
     from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
     steps, found = read(csv_folder / "steps.csv"), read(csv_folder / "traits.csv")
-    settings = list(dict.fromkeys(row["setting"] for row in steps))
+    settings = sorted({row["setting"] for row in steps}, key=lambda setting: (not setting.endswith("-none"), setting))  # search first
     numbers = sorted({row["step"] for row in steps})
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for axis, column, title in ((axes[0], "reward/mean", "mean reward of a step"), (axes[1], "best/score", "best score so far")):
@@ -182,7 +219,7 @@ def draw(csv_folder: Path, plots: Path) -> None:
         axis.set(title=title, xlabel="step")
     axes[0].legend()
     plots.mkdir(parents=True, exist_ok=True)
-    figure.savefig(plots / "evidence-scores.svg", metadata={"Date": None})
+    figure.savefig(plots / f"{csv_folder.name}-scores.svg", metadata={"Date": None})
 
     figure, axes = plt.subplots(
         1, len(settings), figsize=(5 * len(settings), 6), sharex=True, sharey=True, constrained_layout=True, squeeze=False
@@ -197,7 +234,7 @@ def draw(csv_folder: Path, plots: Path) -> None:
         axis.set(title=setting, xlabel="share of scored programs", yticks=range(len(common)), yticklabels=common)
     axes[0][0].invert_yaxis()
     axes[0][0].legend()
-    figure.savefig(plots / "evidence-traits.svg", metadata={"Date": None})
+    figure.savefig(plots / f"{csv_folder.name}-traits.svg", metadata={"Date": None})
 
 
 def share(rows: list[dict[str, Any]], setting: str, trait: str, steps: list[float]) -> float:
@@ -212,13 +249,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder of the runs, to be collected into --csv")
     parser.add_argument("--csv", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--steps", type=int, default=0, help="look at so many of each run; 0: as many as the longest has")
-    parser.add_argument("--base", default="greedy-none", help="the setting that others are compared with")
+    parser.add_argument("--any_length", action="store_true", help="look at each run whole, however long it is")
+    parser.add_argument("--base", default="", help="the setting that others are compared with; else the first without learning")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = parser.parse_args()
     if arguments.runs is not None:
-        collect(arguments.runs, arguments.csv, arguments.steps)
+        collect(arguments.runs, arguments.csv, None if arguments.any_length else arguments.steps)
     compare(arguments.csv / "runs.csv", arguments.base, MEASURES)
-    compare(arguments.csv / "same_prompts.csv", "base", SAME_PROMPTS)
+    if (same_prompts := arguments.csv / "same_prompts.csv").exists():
+        compare(same_prompts, "base", SAME_PROMPTS)
     if arguments.plots is not None:
         draw(arguments.csv, arguments.plots)
 

@@ -1,0 +1,63 @@
+"""docs/results.md: its tables are what benchmarks/evidence.py makes of the tables in experiments/."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("experiment", ["evidence"])
+def test_the_page_shows_what_was_measured(experiment):
+    command = [sys.executable, "benchmarks/evidence.py", f"--csv=experiments/{experiment}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert len(rows) >= 6
+    assert [row for row in rows if row not in page] == []
+
+
+def test_measures_by_hand(tmp_path):
+    """Two steps of two programs: the parent of all of step 1 is the better one of step 0."""
+    scores = {"greedy-none-3": [(0.5, 0.6), (0.7, None)], "greedy-entropic-3": [(0.5, 0.6), (0.61, 0.5)]}
+    for name, steps in scores.items():
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        attempts = [
+            {
+                "id": f"{step}-{index}",
+                "parent_id": "0-1" if step else "seed",
+                "step": step,
+                "score": score,
+                "private_score": None if score is None else score - 0.1,
+                "code": 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n' if index else "pass",
+            }
+            for step, pair in enumerate(steps)
+            for index, score in enumerate(pair)
+        ]
+        (run / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in attempts))
+        rewards = [[score or 0.0 for score in pair] for pair in steps]
+        metrics = [
+            {"step": step, "reward/mean": sum(pair) / 2, "reward/max": max(pair), "rollouts/count": 2, "outcome/timeout": step}
+            for step, pair in enumerate(rewards)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    command = [sys.executable, "benchmarks/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    runs = {row["setting"]: row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
+    expected = {
+        "greedy-none": {"last_two_mean": (0.55 + 0.35) / 2, "best": 0.7, "private": 0.6, "better": 0.5, "broken": 0.5, "timeouts": 1},
+        "greedy-entropic": {"last_two_mean": 0.5525, "last_two_private": 0.4525, "best": 0.61, "better": 0.5, "broken": 0.5},
+    }
+    for setting, values in expected.items():
+        assert {name: float(runs[setting][name]) for name in values} == pytest.approx(values)
+    assert "| best program, on the reward's rows | 0.6100 | 0.7000 | -0.0900 (1 seeds) |" in printed
+    traits = {(row["setting"], row["step"], row["trait"]): row["share"] for row in csv.DictReader((tmp_path / "csv" / "traits.csv").open())}
+    assert traits["greedy-entropic", "2", "column deck"] == "0.5"
+    assert traits["greedy-entropic", "1", "several models"] == "0.5"
+    assert ("greedy-none", "2", "column deck") not in traits  # its only scored program has none
+    assert not (tmp_path / "csv" / "same_prompts.csv").exists()
