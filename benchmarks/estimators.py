@@ -62,12 +62,18 @@ _T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 def interval(values: list[float], *, signed: bool = False) -> str:
     """Mean and half width of its 95% interval over seeds, by Student's t."""
-    count, mean = len(values), sum(values) / len(values)
+    mean, half = mean_and_half_width(values)
     told = f"{mean:+.4f}" if signed else f"{mean:.4f}"
+    return told if math.isnan(half) else f"{told} +- {half:.4f}"
+
+
+def mean_and_half_width(values: list[float]) -> tuple[float, float]:
+    """Mean, and half width of its 95% interval by Student's t; that of a single value is not known: nan."""
+    count, mean = len(values), sum(values) / len(values)
     if count < 2:
-        return told
+        return mean, math.nan
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return f"{told} +- {(_T95[count - 1] if count <= 11 else 1.96) * spread:.4f}"
+    return mean, (_T95[count - 1] if count <= 11 else 1.96) * spread
 
 
 @dataclasses.dataclass(frozen=True)

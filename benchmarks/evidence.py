@@ -18,11 +18,11 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from estimators import interval
+from estimators import interval, mean_and_half_width
 
 from discover_jax.runs.metrics import read_metrics
 
@@ -55,6 +55,8 @@ SAME_PROMPTS = {
     "better": "children better than their parent",
     "broken": f"children that failed or lost more than {BROKEN}",
 }
+ACCURACIES = ("mean", "private_mean", "max", "last_two_mean", "last_two_private", "best", "private")
+"""Measures that are drawn beside each other."""
 _ADDED = re.compile(r'^\s*X\["(\w+)"\] = ', re.MULTILINE)
 _MODEL = re.compile(r"\b([A-Z]\w*(?:Classifier|Regression(?:CV)?|SVC|NB|Perceptron|Analysis))\(")
 
@@ -176,37 +178,82 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
-def compare(table: Path, base: str, measures: dict[str, str]) -> None:
-    """Prints each setting's measures and, seed by seed, their differences to `base`; "": to the first that is named ...-none."""
-    by_setting: dict[str, dict[float, dict[str, Any]]] = collections.defaultdict(dict)
+def by_setting(table: Path) -> dict[str, dict[float, dict[str, Any]]]:
+    """Rows of a table, by its first two columns: setting (or policy), then seed."""
+    found: dict[str, dict[float, dict[str, Any]]] = collections.defaultdict(dict)
     for row in read(table):
         setting, seed, *_ = row.values()
-        by_setting[setting][seed] = row
-    base = base or next(name for name in by_setting if name.endswith("-none"))
-    others = [name for name in by_setting if name != base]
-    print(f"\n| | {' | '.join([*by_setting, *(f'{name} less {base}' for name in others)])} |")
-    print("|---" * (1 + len(by_setting) + len(others)) + "|")
+        found[setting][seed] = row
+    return found
+
+
+def differences(runs: dict[float, dict[str, Any]], base: dict[float, dict[str, Any]], measure: str) -> list[float]:
+    """What a setting has more of a measure than another, seed by seed."""
+    return [runs[seed][measure] - base[seed][measure] for seed in sorted(runs.keys() & base.keys())]
+
+
+def compare(table: Path, base: str, measures: dict[str, str]) -> None:
+    """Prints each setting's measures and, seed by seed, their differences to `base`; "": to the first that is named ...-none."""
+    found = by_setting(table)
+    base = base or without_learning(found)
+    others = [name for name in found if name != base]
+    print(f"\n| | {' | '.join([*found, *(f'{name} less {base}' for name in others)])} |")
+    print("|---" * (1 + len(found) + len(others)) + "|")
     for measure, told in measures.items():
-        if any(row[measure] == "" for runs in by_setting.values() for row in runs.values()):
+        if any(row[measure] == "" for runs in found.values() for row in runs.values()):
             continue  # no child has a parent where reuse is off
-        cells = [interval([row[measure] for row in runs.values()]) for runs in by_setting.values()]
+        cells = [interval([row[measure] for row in runs.values()]) for runs in found.values()]
         for name in others:
-            runs, them = by_setting[name], by_setting[base]
-            both = sorted(runs.keys() & them.keys())
-            cells.append(f"{interval([runs[s][measure] - them[s][measure] for s in both], signed=True)} ({len(both)} seeds)")
+            values = differences(found[name], found[base], measure)
+            cells.append(f"{interval(values, signed=True)} ({len(values)} seeds)")
         print(f"| {told} | {' | '.join(cells)} |")
 
 
-def draw(csv_folder: Path, plots: Path) -> None:
-    """Rewards and bests by step, and how the commonest traits' shares change, as SVG."""
+def without_learning(settings: Iterable[str]) -> str:
+    """The first of the settings that learn nothing."""
+    return next(name for name in settings if name.endswith("-none"))
+
+
+def draw(csv_folder: Path, base: str, plots: Path) -> None:
+    """Differences to `base`, rewards and bests by step, and how the commonest traits' shares change, as SVG."""
     import matplotlib  # pyright: ignore[reportMissingImports] - of the extra `plots`
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same file for the same numbers
     from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
-    steps, found = read(csv_folder / "steps.csv"), read(csv_folder / "traits.csv")
-    settings = sorted({row["setting"] for row in steps}, key=lambda setting: (not setting.endswith("-none"), setting))  # search first
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, make in (("differences", _draw_differences), ("scores", _draw_scores), ("traits", _draw_traits)):
+        make(plt, csv_folder, base).savefig(plots / f"{csv_folder.name}-{name}.svg", metadata={"Date": None})
+
+
+def _draw_differences(plt: Any, csv_folder: Path, base: str) -> Any:
+    """A line for each setting and measure of accuracy: seeds in grey, mean and interval in orange if the interval leaves 0 out."""
+    lines: list[tuple[str, list[float]]] = []
+    for table, measures in (("same_prompts", SAME_PROMPTS), ("runs", MEASURES)):
+        if not (path := csv_folder / f"{table}.csv").exists():
+            continue
+        found = by_setting(path)
+        other = "base" if table == "same_prompts" else base or without_learning(found)
+        for measure in ACCURACIES:
+            for name in found:
+                if measure in measures and name != other:
+                    lines.append((f"{name} less {other}: {measures[measure]}", differences(found[name], found[other], measure)))
+    figure, axis = plt.subplots(figsize=(10, 0.5 + 0.4 * len(lines)), constrained_layout=True)
+    axis.axvline(0, color="0.8", zorder=0)
+    for place, (_, values) in enumerate(lines):
+        mean, half = mean_and_half_width(values)
+        sure = abs(mean) > half
+        axis.scatter(values, [place] * len(values), color="0.7", s=12)
+        axis.errorbar([mean], [place], xerr=[half], color="C1" if sure else "C0", marker="o", markersize=5, capsize=3)
+    axis.set(yticks=range(len(lines)), yticklabels=[told for told, _ in lines], xlabel="difference in accuracy")
+    axis.invert_yaxis()
+    return figure
+
+
+def _draw_scores(plt: Any, csv_folder: Path, base: str) -> Any:
+    steps = read(csv_folder / "steps.csv")
+    settings = _in_order(steps, base)
     numbers = sorted({row["step"] for row in steps})
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for axis, column, title in ((axes[0], "reward/mean", "mean reward of a step"), (axes[1], "best/score", "best score so far")):
@@ -218,9 +265,13 @@ def draw(csv_folder: Path, plots: Path) -> None:
             axis.plot(numbers, [sum(x) / len(x) for x in by_step], color=f"C{colour}", label=setting)
         axis.set(title=title, xlabel="step")
     axes[0].legend()
-    plots.mkdir(parents=True, exist_ok=True)
-    figure.savefig(plots / f"{csv_folder.name}-scores.svg", metadata={"Date": None})
+    return figure
 
+
+def _draw_traits(plt: Any, csv_folder: Path, base: str) -> Any:
+    found = read(csv_folder / "traits.csv")
+    settings = _in_order(found, base)
+    numbers = sorted({row["step"] for row in found})
     figure, axes = plt.subplots(
         1, len(settings), figsize=(5 * len(settings), 6), sharex=True, sharey=True, constrained_layout=True, squeeze=False
     )
@@ -234,7 +285,14 @@ def draw(csv_folder: Path, plots: Path) -> None:
         axis.set(title=setting, xlabel="share of scored programs", yticks=range(len(common)), yticklabels=common)
     axes[0][0].invert_yaxis()
     axes[0][0].legend()
-    figure.savefig(plots / f"{csv_folder.name}-traits.svg", metadata={"Date": None})
+    return figure
+
+
+def _in_order(rows: list[dict[str, Any]], base: str) -> list[str]:
+    """The settings of a table, that without learning first."""
+    settings = sorted({row["setting"] for row in rows})
+    base = base or without_learning(settings)
+    return [base, *(setting for setting in settings if setting != base)]
 
 
 def share(rows: list[dict[str, Any]], setting: str, trait: str, steps: list[float]) -> float:
@@ -259,7 +317,7 @@ def main() -> None:
     if (same_prompts := arguments.csv / "same_prompts.csv").exists():
         compare(same_prompts, "base", SAME_PROMPTS)
     if arguments.plots is not None:
-        draw(arguments.csv, arguments.plots)
+        draw(arguments.csv, arguments.base, arguments.plots)
 
 
 if __name__ == "__main__":
