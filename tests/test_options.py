@@ -163,14 +163,14 @@ def users_config(root):
     return config
 
 
-def run(folder, config, **changes):
+def run(folder, config, learn=True, **changes):
     config.name = "options"
     with config.unlocked():
         for name, value in changes.items():
             assert name in settings.settings()
             config.update_from_flattened_dict({name: value})
     console = Notes()
-    main.run(settings.validate(config), folder, console=console)
+    main.run(settings.validate(config), folder, console=console, learn=learn)
     return rows(folder / "journal.jsonl"), rows(folder / "metrics.jsonl"), console.notes
 
 
@@ -361,6 +361,14 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
     assert all(np.array_equal(a, b) for a, b in zip(ours, others, strict=True))
     # They have learned something, and are not what a run begins with: half of an adapter's matrices are zero then.
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.lora))
+
+    # A search from the same place takes the same prompts to the base model: what learning alone changed.
+    base_folder = folder.with_name("base")
+    base, _, _ = run(base_folder, config, learn=False, **{"train.resume_from": str(source), "train.steps": 1, **changes})
+    assert stands[1] is None
+    assert {row["adapter_step"] for row in base[len(journal) :]} == {0}
+    prompts, same = (list(pd.read_parquet(place / "rollouts" / "step-000002.parquet")["prompt"]) for place in (folder, base_folder))
+    assert prompts == same
 
 
 def test_one_of_a_user_s_competitions_goes_on_alone(results, root, tmp_path, monkeypatch):
