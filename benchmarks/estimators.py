@@ -127,19 +127,23 @@ def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]
     """Name of a setting -> module and flags."""
     if arguments.diversity:
         # At the preset's rate little collapses within a few steps; a higher one shows what the means are for.
-        harder = (f"--config.train.learning_rate={arguments.learning_rate}",) if arguments.learning_rate else ()
+        harder = learning_rate(arguments.learning_rate)
         return {name: ("main", (*harder, *DIVERSITY[name])) for name in arguments.means.split(",")}
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for reuse, learning in itertools.product(arguments.reuse.split(","), arguments.learning.split(",")):
         estimator, _, rate = learning.partition("@")
         flags = LEARNING[estimator]
-        higher = (f"--config.train.learning_rate={rate}",) if rate else ()
-        found[f"{reuse}/{learning}"] = ("search" if flags is None else "main", (*REUSE[reuse], *(flags or ()), *higher))
+        found[f"{reuse}/{learning}"] = ("search" if flags is None else "main", (*REUSE[reuse], *(flags or ()), *learning_rate(rate)))
     return found
 
 
-def runs(arguments: argparse.Namespace) -> Iterator[Run]:
-    """All runs of the comparison."""
+def learning_rate(rate: float | str) -> tuple[str, ...]:
+    """The flag of a rate; none of 0 or "", which leave the preset's."""
+    return (f"--config.train.learning_rate={rate}",) if rate else ()
+
+
+def runs_of_cells(arguments: argparse.Namespace) -> Iterator[Run]:
+    """All runs of the table."""
     for seed in seeds(arguments):
         for name, (module, flags) in cells(arguments).items():
             yield Run(folder_of(arguments, name, seed), module, flags, seed, arguments.steps)
@@ -257,7 +261,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.summary:
-        run_all(runs(arguments), arguments)
+        run_all(runs_of_cells(arguments), arguments)
         if arguments.same_prompts:
             run_all(runs_on_same_prompts(arguments), arguments)
     found = table(arguments)

@@ -15,16 +15,17 @@ the first N steps of every run only.
 import argparse
 import collections
 import csv
-import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from estimators import interval, mean_and_half_width
 
+from discover_jax.archive.journal import Journal
 from discover_jax.runs.metrics import read_metrics
+from discover_jax.types import Attempt
 
 COLUMNS = (
     "reward/mean",
@@ -94,7 +95,7 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
             print(f"left out: {path.name} has {len(rows)} of {steps} steps", file=sys.stderr)
             continue
         rows = rows[:steps]
-        attempts = [attempt for attempt in attempts_of(path) if attempt["step"] <= rows[-1]["step"]]
+        attempts = [attempt for attempt in Journal(path / "journal.jsonl").read() if attempt.step <= rows[-1]["step"]]
         private = private_means(attempts)
         for row in rows:
             of_children = children(attempts, {row["step"]})
@@ -108,7 +109,7 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
             print(f"left out: {path.name} has no finished step", file=sys.stderr)
             continue
         row = rows[-1]
-        attempts = attempts_of(path)
+        attempts = Journal(path / "journal.jsonl").read()
         columns = [row["reward/mean"], private_means(attempts)[row["step"]], row["reward/max"], row["rollouts/valid_frac"]]
         tables["same_prompts"].append([policy, seed, *columns, *children(attempts, {row["step"]})])
     csv_folder.mkdir(parents=True, exist_ok=True)
@@ -120,33 +121,29 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def measured(rows: list[dict[str, Any]], attempts: list[dict[str, Any]], private: dict[int, float]) -> list[Any]:
+def measured(rows: list[dict[str, Any]], attempts: list[Attempt], private: dict[int, float]) -> list[Any]:
     """A run's columns of runs.csv, from its metrics, its journal and the means on the private answers."""
-    best = max((one for one in attempts if one["score"] is not None), key=lambda one: one["score"])  # the earliest of equals
+    scored = [(one.score, one.private_score) for one in attempts if one.score is not None]
+    best, private_score = max(scored, key=lambda pair: pair[0])  # the earliest of equals
     last = [row["step"] for row in rows[-2:]]
     last_two = [row["reward/mean"] for row in rows[-2:]], [private[step] for step in last]
     late = children(attempts, {row["step"] for row in rows[len(rows) // 2 :]})
     counts = [sum(row[name] for row in rows) for name in ("rollouts/count", "outcome/timeout")]
-    return [*(sum(each) / len(each) for each in last_two), best["score"], best["private_score"], *late, *counts]
+    return [*(sum(each) / len(each) for each in last_two), best, private_score, *late, *counts]
 
 
-def attempts_of(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's journal."""
-    return [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
-
-
-def private_means(attempts: list[dict[str, Any]]) -> dict[int, float]:
+def private_means(attempts: list[Attempt]) -> dict[int, float]:
     """Of each step, the mean score on the private answers; a failure counts 0, as its reward does."""
     scores: dict[int, list[float]] = collections.defaultdict(list)
     for attempt in attempts:
-        scores[attempt["step"]].append(attempt["private_score"] or 0.0)
+        scores[attempt.step].append(attempt.private_score or 0.0)
     return {step: sum(values) / len(values) for step, values in scores.items()}
 
 
-def children(attempts: list[dict[str, Any]], steps: set[int]) -> tuple[float | None, float | None]:
+def children(attempts: list[Attempt], steps: set[int]) -> tuple[float | None, float | None]:
     """Of the children of those steps, the share that is better than the parent, and the share that failed or lost more than `BROKEN`."""
-    scores = {attempt["id"]: attempt["score"] for attempt in attempts}
-    pairs = [(one["score"], scores[one["parent_id"]]) for one in attempts if one["step"] in steps and one["parent_id"] in scores]
+    scores = {attempt.id: attempt.score for attempt in attempts}
+    pairs = [(one.score, scores[one.parent_id]) for one in attempts if one.step in steps and one.parent_id in scores]
     if not pairs:
         return None, None
     better = sum(mine is not None and mine > parent for mine, parent in pairs)
@@ -154,14 +151,14 @@ def children(attempts: list[dict[str, Any]], steps: set[int]) -> tuple[float | N
     return better / len(pairs), broken / len(pairs)
 
 
-def shares_by_step(attempts: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+def shares_by_step(attempts: list[Attempt]) -> dict[int, dict[str, float]]:
     """Of each step, the share of its scored programs that have a trait."""
     counts: dict[int, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     totals: collections.Counter[int] = collections.Counter()
     for attempt in attempts:
-        if attempt["score"] is not None and attempt["code"]:
-            totals[attempt["step"]] += 1
-            counts[attempt["step"]].update(traits(attempt["code"]))
+        if attempt.score is not None and attempt.code:
+            totals[attempt.step] += 1
+            counts[attempt.step].update(traits(attempt.code))
     return {step: {trait: count / total for trait, count in counts[step].items()} for step, total in sorted(totals.items())}
 
 
@@ -192,10 +189,15 @@ def differences(runs: dict[float, dict[str, Any]], base: dict[float, dict[str, A
     return [runs[seed][measure] - base[seed][measure] for seed in sorted(runs.keys() & base.keys())]
 
 
-def compare(table: Path, base: str, measures: dict[str, str]) -> None:
-    """Prints each setting's measures and, seed by seed, their differences to `base`; "": to the first that is named ...-none."""
-    found = by_setting(table)
-    base = base or without_learning(found)
+def comparisons(csv_folder: Path, base: str) -> Iterator[tuple[dict[str, dict[float, dict[str, Any]]], str, dict[str, str]]]:
+    """Rows by setting and seed, the setting that others are compared with, and the measures: of whole runs, then of the same prompts."""
+    yield by_setting(csv_folder / "runs.csv"), base, MEASURES
+    if (same_prompts := csv_folder / "same_prompts.csv").exists():
+        yield by_setting(same_prompts), "base", SAME_PROMPTS
+
+
+def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str]) -> None:
+    """Prints each setting's measures and, seed by seed, their differences to `base`."""
     others = [name for name in found if name != base]
     print(f"\n| | {' | '.join([*found, *(f'{name} less {base}' for name in others)])} |")
     print("|---" * (1 + len(found) + len(others)) + "|")
@@ -207,11 +209,6 @@ def compare(table: Path, base: str, measures: dict[str, str]) -> None:
             values = differences(found[name], found[base], measure)
             cells.append(f"{interval(values, signed=True)} ({len(values)} seeds)")
         print(f"| {told} | {' | '.join(cells)} |")
-
-
-def without_learning(settings: Iterable[str]) -> str:
-    """The first of the settings that learn nothing."""
-    return next(name for name in settings if name.endswith("-none"))
 
 
 def draw(csv_folder: Path, base: str, plots: Path) -> None:
@@ -230,11 +227,7 @@ def draw(csv_folder: Path, base: str, plots: Path) -> None:
 def _draw_differences(plt: Any, csv_folder: Path, base: str) -> Any:
     """A line for each setting and measure of accuracy: seeds in grey, mean and interval in orange if the interval leaves 0 out."""
     lines: list[tuple[str, list[float]]] = []
-    for table, measures in (("same_prompts", SAME_PROMPTS), ("runs", MEASURES)):
-        if not (path := csv_folder / f"{table}.csv").exists():
-            continue
-        found = by_setting(path)
-        other = "base" if table == "same_prompts" else base or without_learning(found)
+    for found, other, measures in reversed(list(comparisons(csv_folder, base))):
         for measure in ACCURACIES:
             for name in found:
                 if measure in measures and name != other:
@@ -289,10 +282,8 @@ def _draw_traits(plt: Any, csv_folder: Path, base: str) -> Any:
 
 
 def _in_order(rows: list[dict[str, Any]], base: str) -> list[str]:
-    """The settings of a table, that without learning first."""
-    settings = sorted({row["setting"] for row in rows})
-    base = base or without_learning(settings)
-    return [base, *(setting for setting in settings if setting != base)]
+    """The settings of a table, `base` first."""
+    return [base, *sorted({row["setting"] for row in rows} - {base})]
 
 
 def share(rows: list[dict[str, Any]], setting: str, trait: str, steps: list[float]) -> float:
@@ -313,11 +304,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.runs is not None:
         collect(arguments.runs, arguments.csv, None if arguments.any_length else arguments.steps)
-    compare(arguments.csv / "runs.csv", arguments.base, MEASURES)
-    if (same_prompts := arguments.csv / "same_prompts.csv").exists():
-        compare(same_prompts, "base", SAME_PROMPTS)
+    base = arguments.base or next(name for name in by_setting(arguments.csv / "runs.csv") if name.endswith("-none"))
+    for comparison in comparisons(arguments.csv, base):
+        compare(*comparison)
     if arguments.plots is not None:
-        draw(arguments.csv, arguments.base, arguments.plots)
+        draw(arguments.csv, base, arguments.plots)
 
 
 if __name__ == "__main__":

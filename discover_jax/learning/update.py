@@ -8,7 +8,7 @@ the KL to the base is wanted, reads the microbatches with the adapter left out.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -93,13 +93,17 @@ def _chosen(batches: Sequence[Batch]) -> int:
     return sum(int(np.count_nonzero(batch.mask_BT)) for batch in batches)
 
 
+Tell = Callable[[int, int], None]
+"""Takes the number of passes over microbatches that are done, and of all."""
+
+
 class _Passes:
     """Tells how many of the passes over microbatches the devices have done.
 
     A pass is waited for only once the next one is in their queue, so that they never wait for the host.
     """
 
-    def __init__(self, total: int, tell: Callable[[int, int], None] | None):
+    def __init__(self, total: int, tell: Tell | None):
         self._total, self._tell = total, tell
         self._done = 0
         self._queued: Any = None
@@ -113,13 +117,23 @@ class _Passes:
             jax.block_until_ready(before)
             self._count(self._tell)
 
+    def gather(self, started: Iterable[Any]) -> list[Any]:
+        """What passes give, on the host; iterating starts them."""
+        results = []
+        for result in started:
+            results.append(result)
+            self.queued(result)
+        results = jax.device_get(results)
+        self.read()
+        return results
+
     def read(self) -> None:
         """The host has read what all passes so far gave."""
         if self._tell is not None and self._queued is not None:
             self._queued = None
             self._count(self._tell)
 
-    def _count(self, tell: Callable[[int, int], None]) -> None:
+    def _count(self, tell: Tell) -> None:
         self._done += 1
         tell(self._done, self._total)
 
@@ -249,13 +263,7 @@ class Update:
         return [[next(remaining) for _ in batches] for batches in substeps], {"kl_base/mean": mean}
 
     def _base_gaps(self, frozen: Any, batches: Sequence[Batch], passes: _Passes) -> list[np.ndarray]:
-        gaps = []
-        for batch in batches:
-            gaps.append(self._base_gap(frozen, self._place(batch)))
-            passes.queued(gaps[-1])
-        gaps = jax.device_get(gaps)
-        passes.read()
-        return gaps
+        return passes.gather(self._base_gap(frozen, self._place(batch)) for batch in batches)
 
     def update(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step on all batches together: `update_in_substeps` with one."""
@@ -266,7 +274,7 @@ class Update:
         frozen: Any,
         state: TrainState,
         substeps: Sequence[Sequence[Batch]],
-        tell: Callable[[int, int], None] | None = None,
+        tell: Tell | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
         """One optimiser step after another, each on batches of its own. The buffers of `state` are donated: use only the returned one.
 
@@ -275,8 +283,7 @@ class Update:
           state: adapter and optimiser before the first step.
           substeps: from `pack_substeps`; batches are all of one shape. Substeps without a chosen token are left out, and if none is left
             (every group constant) the state stays as it is.
-          tell: called with the number of passes over microbatches that are done, and of all: one each for the gradient and, if wanted, for
-            the KL to the base.
+          tell: called after each pass over a microbatch: one for the gradient and, if wanted, one for the KL to the base.
 
         Returns:
           The new state, and host floats over chosen tokens, measured on the weights before each optimiser step: `loss`, `logprob_gap/mean`
@@ -317,7 +324,7 @@ class Update:
             )
         return self._apply(state, gradient), metrics
 
-    def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch], tell: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch], tell: Tell | None = None) -> dict[str, float]:
         """The log-probability gap, ratios, entropy, tokens, KL and filling of `update`, without gradient or change; empty if no token was
         chosen.
 
@@ -327,12 +334,7 @@ class Update:
         if _chosen(batches) == 0:
             return {}
         passes = _Passes(len(batches) * (1 + (self._knows_kl and lora is not None)), tell)
-        statistics = []
-        for batch in batches:
-            statistics.append(self._forward(lora, frozen, self._place(batch)))
-            passes.queued(statistics[-1])
-        metrics = _metrics(jax.device_get(statistics))
-        passes.read()
+        metrics = _metrics(passes.gather(self._forward(lora, frozen, self._place(batch)) for batch in batches))
         metrics["update/filled_frac"] = filled_frac(batches)
         return metrics | self.shape(frozen, [batches], passes)[1] if lora is not None else metrics
 

@@ -226,23 +226,21 @@ class PlainConsole:
         self._phase = name
         self._pace.phase(name)
         if detail:
-            self._write(f"    {name}: {'  '.join(filter(None, (detail, self._pace.left(1.0))))}")
+            self._write_phase(detail, self._pace.left(1.0))
 
     def progress(self, progress: StepProgress) -> None:
         if self._due():
-            parts = [
+            self._write_phase(
                 f"rollouts {progress.rollouts_done}/{progress.rollouts_total}",
                 f"programs {progress.programs_done}/{progress.programs_total}",
                 f"{progress.tokens_per_s:,.0f} tokens/s",
                 self._pace.left(progress.share),
                 _failures(progress.failures),
-            ]
-            self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
+            )
 
     def passes(self, done: int, total: int) -> None:
         if self._due():
-            parts = [f"{done}/{total} passes over microbatches", self._pace.left(done / total)]
-            self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
+            self._write_phase(f"{done}/{total} passes over microbatches", self._pace.left(done / total))
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
         self._write(step_line(row, bests, self._steps).rstrip())
@@ -255,6 +253,10 @@ class PlainConsole:
             self._write(line)
 
     def close(self) -> None: ...
+
+    def _write_phase(self, *parts: str) -> None:
+        """A line of the phase, of the parts that say something."""
+        self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
 
     def _due(self) -> bool:
         """Whether the last line of progress is long enough ago; if so, the next one is written now."""

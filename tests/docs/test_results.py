@@ -1,14 +1,17 @@
 """docs/results.md: its tables are what benchmarks/evidence.py makes of the tables in experiments/."""
 
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from synthetic_run import attempt, write_run
+
+from discover_jax.types import Outcome
 
 ROOT = Path(__file__).parents[2]
+TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n'
 
 
 def test_the_page_shows_what_was_measured():
@@ -24,27 +27,13 @@ def test_measures_by_hand(tmp_path):
     """Two steps of two programs: the parent of all of step 1 is the better one of step 0."""
     scores = {"greedy-none-3": [(0.5, 0.6), (0.7, None)], "greedy-entropic-3": [(0.5, 0.6), (0.61, 0.5)]}
     for name, steps in scores.items():
-        run = tmp_path / "runs" / name
-        run.mkdir(parents=True)
-        attempts = [
-            {
-                "id": f"{step}-{index}",
-                "parent_id": "0-1" if step else "seed",
-                "step": step,
-                "score": score,
-                "private_score": None if score is None else score - 0.1,
-                "code": 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n' if index else "pass",
-            }
-            for step, pair in enumerate(steps)
-            for index, score in enumerate(pair)
-        ]
-        (run / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in attempts))
-        rewards = [[score or 0.0 for score in pair] for pair in steps]
-        metrics = [
-            {"step": step, "reward/mean": sum(pair) / 2, "reward/max": max(pair), "rollouts/count": 2, "outcome/timeout": step}
-            for step, pair in enumerate(rewards)
-        ]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        attempts = []
+        for step, pair in enumerate(steps):
+            for index, score in enumerate(pair):
+                parent, code = "0000-000-001" if step else "seed", TRAITS if index else "pass"
+                changes = {"outcome": Outcome.TIMEOUT, "private_score": None} if score is None else {"private_score": score - 0.1}
+                attempts.append(attempt(step, 0, index, parent, code, score, **changes))
+        write_run(tmp_path / "runs" / name, attempts)
     command = [sys.executable, "benchmarks/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     runs = {row["setting"]: row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
