@@ -36,7 +36,7 @@ def test_blocks_say_their_language_and_commands_are_found():
         f"{block.page}:{block.line}: {block.language!r}" for page in PAGES for block in blocks(page) if block.language not in LANGUAGES
     ]
     assert not unknown
-    assert {"discover_jax.main", "discover_jax.doctor", "make quickstart", "benchmarks/estimators.py"} <= {each.program for each in ALL}
+    assert {"discover_jax.main", "discover_jax.doctor", "make quickstart", "experiments/estimators.py"} <= {each.program for each in ALL}
     assert any(each.program == "benchmarks/kernels.py" for each in inline_commands())
 
 

@@ -1,4 +1,4 @@
-"""docs/results.md: its tables are what benchmarks/evidence.py makes of the tables in experiments/."""
+"""docs/results.md: its tables are what experiments/evidence.py makes of the tables in experiments/."""
 
 import csv
 import subprocess
@@ -15,7 +15,7 @@ TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticR
 
 
 def test_the_page_shows_what_was_measured():
-    command = [sys.executable, "benchmarks/evidence.py", "--csv=experiments/evidence"]
+    command = [sys.executable, "experiments/evidence.py", "--csv=experiments/evidence"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
@@ -34,7 +34,7 @@ def test_measures_by_hand(tmp_path):
                 changes = {"outcome": Outcome.TIMEOUT, "private_score": None} if score is None else {"private_score": score - 0.1}
                 attempts.append(attempt(step, 0, index, parent, code, score, **changes))
         write_run(tmp_path / "runs" / name, attempts)
-    command = [sys.executable, "benchmarks/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}"]
+    command = [sys.executable, "experiments/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     runs = {row["setting"]: row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
     expected = {

@@ -1,6 +1,6 @@
 """Which reuse and which advantages help? Runs of the apprentice at equal numbers of programs, and a table with intervals over seeds.
 
-    python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
+    python experiments/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
         [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--first_seed=0] [--cores=0] [--same_prompts=CELL]
         [--summary] [--csv=FILE]

@@ -1,9 +1,9 @@
 """Does training beat search, and what do its programs come to be? Tables and small CSVs from the runs of estimators.py.
 
-    python benchmarks/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR --seeds=8 --reuse=greedy
+    python experiments/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR --seeds=8 --reuse=greedy
         --learning=none,entropic --same_prompts=greedy/entropic --flag=--config.task.reward=holdout [...]
-    python benchmarks/evidence.py --runs=DIR --csv=experiments/evidence [--steps=N]  # collects; prints the paired differences
-    python benchmarks/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `plots`
+    python experiments/evidence.py --runs=DIR --csv=experiments/evidence [--steps=N]  # collects; prints the paired differences
+    python experiments/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `plots`
 
 A run's folder is named REUSE-LEARNING-SEED. Runs are compared seed by seed, at equal numbers of programs: both begin with the same ones.
 With the reward `holdout` the private answers are rows that no reward, prompt or choice saw. `steps.csv` has a row for each step, `runs.csv`
