@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from discover_jax.archive.samplers import USUAL_CHILDREN, fresh_groups
+from discover_jax.archive.selectors import USUAL_CHILDREN, fresh_groups
 from discover_jax.exceptions import ConfigError
 from discover_jax.models.config import REMAT, SHAPES
 

@@ -20,13 +20,13 @@ from discover_jax import config as settings
 from discover_jax.archive.archive import lineage
 from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.journal import Journal
-from discover_jax.archive.samplers import SAMPLERS, kept_children, mixed, step_rng
+from discover_jax.archive.selectors import SELECTORS, diversify_parents, kept_children, step_rng
 from discover_jax.engine import build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import limits_of
+from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import ALONE, Processes, least
-from discover_jax.hosts.programs import StepPrograms
 from discover_jax.learning.advantages import LEAST_ROLLOUTS, Advantages, advantage_metrics, estimate_groups, is_constant
 from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity, Signals, diversity_metrics, group_signals
@@ -35,7 +35,7 @@ from discover_jax.learning.update import Update
 from discover_jax.machines import device_memory
 from discover_jax.policy import Policy, load_policy
 from discover_jax.report.page import write_report
-from discover_jax.runs.attempts import Place, attempt_of, rollout_rows
+from discover_jax.runs.attempts import attempt_of, rollout_rows
 from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
@@ -45,9 +45,9 @@ from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.rerun import rerun_script
+from discover_jax.runs.restore import RunState, restore
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.source import find_source
-from discover_jax.runs.standing import Standing, restore
 from discover_jax.runs.summary import Result, closing_lines, opening_lines, scale_warning, step_row
 from discover_jax.runs.tracking import Trackers, open_trackers
 from discover_jax.runs.workdir import Workdir, open_shared_workdir
@@ -58,7 +58,7 @@ from discover_jax.tasks.task import Task
 from discover_jax.text.harmony import answer_forced, answer_opening
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
 from discover_jax.text.reply import program_of
-from discover_jax.types import Outcome, Rollout, State, Verdict
+from discover_jax.types import Outcome, Rollout, RolloutKey, State, Verdict
 
 
 def run(config: Any, folder: Path, processes: Processes = ALONE, *, learn: bool = True, console: Console | None = None) -> None:
@@ -168,9 +168,9 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
 
             # ---------------------------------------------------------- sample; each program starts as soon as it is written
             console.phase("sampling")
-            rollouts: dict[Place, Rollout] = {}
-            codes: dict[Place, str | None] = {}
-            programs = StepPrograms[Place](executor, [host["slots"] for host in hosts], processes)
+            rollouts: dict[RolloutKey, Rollout] = {}
+            codes: dict[RolloutKey, str | None] = {}
+            programs = StepExecutions[RolloutKey](executor, [host["slots"] for host in hosts], processes)
             total = config.groups * config.group_size
 
             stands: list[Progress] = []
@@ -305,7 +305,7 @@ def _check_agreement(processes: Processes, config: Any, kind: str) -> None:
         processes.agree(f"{what} (SHA-256)", digest, remedy)
 
 
-def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], ways: Sequence[str], policy: Policy, stand: Standing) -> list[str]:
+def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], ways: Sequence[str], policy: Policy, stand: RunState) -> list[str]:
     sizes = policy.model.config
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
     if (count := jax.process_count()) > 1:
@@ -355,7 +355,7 @@ def _select_parents(config: Any, tasks_G: Sequence[Task], frontiers: Mapping[str
     of_task: dict[str, Iterator[State]] = {}
     for id in dict.fromkeys(task.id for task in tasks_G):
         frontier = frontiers[id]
-        parents = SAMPLERS[config.reuse.sampler](
+        parents = SELECTORS[config.reuse.sampler](
             frontier.archive,
             sum(task.id == id for task in tasks_G),
             rng,
@@ -363,7 +363,7 @@ def _select_parents(config: Any, tasks_G: Sequence[Task], frontiers: Mapping[str
             exploration=config.reuse.exploration,
             expansions=frontier.expansions,
         )
-        of_task[id] = iter(mixed(parents, frontier.archive, fresh=config.reuse.fresh, distinct=config.reuse.distinct))
+        of_task[id] = iter(diversify_parents(parents, frontier.archive, fresh=config.reuse.fresh, distinct=config.reuse.distinct))
     return [next(of_task[task.id]) for task in tasks_G]
 
 
@@ -380,7 +380,7 @@ def _too_few(signals_G: Sequence[Signals], estimator: str) -> int:
     return sum(not is_constant(counted_K) and len(counted_K) < LEAST_ROLLOUTS[estimator] for counted_K in counted_G)
 
 
-def _by_place(signals_G: Sequence[Signals], estimated_G: Sequence[Advantages | None]) -> dict[Place, float]:
+def _by_place(signals_G: Sequence[Signals], estimated_G: Sequence[Advantages | None]) -> dict[RolloutKey, float]:
     """Advantages of the rollouts that take part in the update, by group and index."""
     return {
         (group, int(index)): float(value)
@@ -395,8 +395,8 @@ def _learn(
     policy: Policy,
     update: Update,
     train_state: TrainState | None,
-    rollouts: Mapping[Place, Rollout],
-    advantages: Mapping[Place, float],
+    rollouts: Mapping[RolloutKey, Rollout],
+    advantages: Mapping[RolloutKey, float],
     console: Console,
 ) -> tuple[TrainState | None, dict[str, float]]:
     """The update on the groups that carry a signal; where nothing is learned, the log-probability gap is measured all the same."""
@@ -424,7 +424,7 @@ def _of_the_batches(rollouts: int, batches: Sequence[Batch]) -> str:
 
 
 def _write_best(
-    config: Any, workdir: Workdir, tasks: Sequence[Task], task: Task, journal: Journal, best: State, verdicts: Mapping[Place, Verdict]
+    config: Any, workdir: Workdir, tasks: Sequence[Task], task: Task, journal: Journal, best: State, verdicts: Mapping[RolloutKey, Verdict]
 ) -> None:
     """The bundle of a program that this step found: in best/, or in a folder below it where a run has several tasks."""
     verdict = verdicts[tuple(int(part) for part in best.id.split("-")[1:])]  # type: ignore[index]

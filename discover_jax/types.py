@@ -92,6 +92,23 @@ class Rollout:
     routes_SLX: np.ndarray | None = None
 
 
+RolloutKey = tuple[int, int]
+"""Group and index of a rollout within its step."""
+
+
+class RunKind(enum.Enum):
+    """What a run does with its scores. The value is its name in files."""
+
+    TRAIN = "train"
+    """Scores select parents and update the adapter."""
+    SEARCH = "search"
+    """Scores select parents only; the policy stays the base model."""
+
+    @property
+    def learns(self) -> bool:
+        return self is RunKind.TRAIN
+
+
 class Outcome(enum.Enum):
     """How the attempt to run and grade a program ended."""
 

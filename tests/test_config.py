@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from discover_jax import config as settings
-from discover_jax.archive.samplers import kept_children
+from discover_jax.archive.selectors import kept_children
 from discover_jax.exceptions import ConfigError
 from discover_jax.policy import APPRENTICE
 from discover_jax.text.harmony import answer_forced

@@ -22,7 +22,7 @@ from phrase_model import write_phrase_model
 from discover_jax import config as settings
 from discover_jax import main
 from discover_jax.apprentice.preset import apprentice_on_cpu
-from discover_jax.archive.samplers import SAMPLERS
+from discover_jax.archive.selectors import SELECTORS
 from discover_jax.execution import sandbox
 from discover_jax.learning.advantages import ESTIMATORS
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
@@ -207,7 +207,7 @@ def test_the_runs_use_every_choice():
     """What a run does not set it has from the defaults, so every value is that of a run."""
     known = settings.settings()
     tables = {
-        "reuse.sampler": SAMPLERS,
+        "reuse.sampler": SELECTORS,
         "train.advantage": ESTIMATORS,
         "train.loss": LOSSES,
         "train.reduction": REDUCTIONS,

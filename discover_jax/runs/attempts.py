@@ -5,13 +5,10 @@ from typing import Any
 
 from discover_jax.tasks.task import Task
 from discover_jax.text.tokenizer import Tokenizer
-from discover_jax.types import Attempt, Outcome, Prompt, Rollout, State, Verdict
+from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
 
 STDOUT_CHARS = 4000
 """Of a program's output, so much of the end goes into the journal."""
-
-Place = tuple[int, int]
-"""Group and index of a rollout."""
 
 
 def attempt_of(
@@ -53,11 +50,11 @@ def attempt_of(
 
 
 def rollout_rows(
-    rollouts: Mapping[Place, Rollout],
+    rollouts: Mapping[RolloutKey, Rollout],
     prompts: Sequence[Prompt],
     attempts: Sequence[Attempt],
-    advantages: Mapping[Place, float],
-    verdicts: Mapping[Place, Verdict],
+    advantages: Mapping[RolloutKey, float],
+    verdicts: Mapping[RolloutKey, Verdict],
     tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
     """One row a rollout for rollouts/ (see `rollouts.COLUMNS`), the prompt's text with the first of its group.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from discover_jax.archive import journal
 from discover_jax.archive.archive import Archive, best_of
 from discover_jax.archive.frontier import Frontier
-from discover_jax.archive.samplers import SAMPLERS, USUAL_CHILDREN, kept_children, step_rng
+from discover_jax.archive.selectors import SELECTORS, USUAL_CHILDREN, kept_children, step_rng
 from discover_jax.types import Attempt, Outcome, StopReason
 
 
@@ -30,10 +30,10 @@ def as_resumed(frontier: Frontier, rows: list[Attempt]) -> Frontier:
 
 
 def parents_of(sampler: str, frontier: Frontier, groups: int, step: int):
-    return SAMPLERS[sampler](frontier.archive, groups, step_rng(3, step), epsilon=0.5, expansions=frontier.expansions)
+    return SELECTORS[sampler](frontier.archive, groups, step_rng(3, step), epsilon=0.5, expansions=frontier.expansions)
 
 
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("sampler", sorted(SELECTORS))
 @settings(max_examples=60, deadline=None)
 @given(searches())
 def test_a_resumed_frontier_is_the_one_of_the_unbroken_run(sampler, search):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from discover_jax.archive import journal
 from discover_jax.archive.archive import Archive, best_of, lineage
 from discover_jax.archive.expansions import NO_EXPANSIONS, Expansions
-from discover_jax.archive.samplers import SAMPLERS, puct, puct_scores, step_rng
+from discover_jax.archive.selectors import SELECTORS, puct, puct_scores, step_rng
 from discover_jax.exceptions import RunError
 from discover_jax.types import SEED, Attempt, Outcome, StopReason
 
@@ -253,5 +253,5 @@ def test_what_is_kept_without_copies(search):
 def test_the_other_samplers_take_and_ignore_what_puct_needs():
     archive, expansions = archive_of(HISTORY), Expansions().add(HISTORY)
     for name in ("greedy", "fixed"):
-        plain = SAMPLERS[name](archive, 20, step_rng(3, 4), epsilon=0.5)
-        assert SAMPLERS[name](archive, 20, step_rng(3, 4), epsilon=0.5, exploration=7.0, expansions=expansions) == plain
+        plain = SELECTORS[name](archive, 20, step_rng(3, 4), epsilon=0.5)
+        assert SELECTORS[name](archive, 20, step_rng(3, 4), epsilon=0.5, exploration=7.0, expansions=expansions) == plain

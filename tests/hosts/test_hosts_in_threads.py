@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from discover_jax.exceptions import HostError, SandboxError
+from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import ALONE, Processes
-from discover_jax.hosts.programs import StepPrograms
 from discover_jax.runs.workdir import open_shared_workdir
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
@@ -61,7 +61,7 @@ def _spread(slots_H, programs):
     executors = [Imitated(host) for host in range(len(slots_H))]
 
     def host(processes):
-        step = StepPrograms(executors[processes.index], slots_H, processes)
+        step = StepExecutions(executors[processes.index], slots_H, processes)
         for place, (task, program) in programs.items():
             step.submit(place, program, task)
         return step.verdicts(lambda: None), step.retried
@@ -98,7 +98,7 @@ def test_a_cluster_s_slots_are_the_first_host_s_alone():
 
 def test_one_host_alone_hands_on_what_its_executor_gives():
     executor = Imitated(0)
-    step = StepPrograms(executor, [2], ALONE)
+    step = StepExecutions(executor, [2], ALONE)
     step.submit("first", "a program", 0)
     assert (step.here, step.done) == (1, 1)
     assert step.verdicts(lambda: None)["first"].execution.stdout == "host 0 \ud800"
@@ -109,7 +109,7 @@ def test_how_programs_ended_is_known_as_soon_as_they_have():
     futures = {name: concurrent.futures.Future() for name in ("a", "b", "c", "broken", "cancelled")}
     executor = Imitated(0)
     executor.submit = lambda program, task: futures[program]
-    step = StepPrograms(executor, [2], ALONE)
+    step = StepExecutions(executor, [2], ALONE)
     for name in futures:
         step.submit(name, name, 0)
     assert step.outcomes == Counter()
@@ -121,7 +121,7 @@ def test_how_programs_ended_is_known_as_soon_as_they_have():
 
 
 def test_what_the_host_failed_by_is_raised():
-    step = StepPrograms(Imitated(0), [1], ALONE)
+    step = StepExecutions(Imitated(0), [1], ALONE)
     step.submit("first", "broken", 0)
     with pytest.raises(SandboxError, match="no sandbox to be had"):
         step.verdicts(lambda: None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from discover_jax.archive.archive import Archive, best_of, lineage
 from discover_jax.archive.journal import Journal
-from discover_jax.archive.samplers import SAMPLERS, step_rng
+from discover_jax.archive.selectors import SELECTORS, step_rng
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
@@ -82,7 +82,7 @@ def run(folder: Path) -> None:
         metrics.truncate(first)
         best = best_of([s for a in journal.read() if (s := a.state()) is not None])
         for step in range(first, STEPS):
-            parents = SAMPLERS["greedy"](archive, GROUPS, step_rng(5, step), epsilon=0.5)
+            parents = SELECTORS["greedy"](archive, GROUPS, step_rng(5, step), epsilon=0.5)
             attempts = attempts_of(step, parents, float(state.lora["number"][0]))
             mean = float(np.mean([a.reward for a in attempts]))
             state = TrainState({"number": state.lora["number"] * 0.5 + mean}, state.opt_state, state.step + 1)

@@ -17,9 +17,9 @@ from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.disclosure import Isolation, read_isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
+from discover_jax.runs.restore import RunState, restore
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import find_source
-from discover_jax.runs.standing import Standing, restore
 from discover_jax.runs.workdir import open_workdir
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Attempt, Outcome, StopReason
@@ -98,7 +98,7 @@ def make_run(path, tasks, isolation=SANDBOX, earlier=()):
     return path
 
 
-def go_on(path, source, tasks, console=None) -> tuple[Standing, Isolation | None]:
+def go_on(path, source, tasks, console=None) -> tuple[RunState, Isolation | None]:
     """Starts another run there, as `main` does."""
     config = config_of(tasks, source)
     with open_workdir(path, {}, "train") as workdir:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.archive.archive import Archive, best_of, lineage
-from discover_jax.archive.samplers import SAMPLERS, mixed, step_rng
+from discover_jax.archive.selectors import SELECTORS, diversify_parents, step_rng
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
 
@@ -99,7 +99,7 @@ def test_greedy_frequencies():
     """Each kept state but the best with probability epsilon / n; the rest is the best's. Bounds are 5 standard deviations."""
     archive = Archive((), 10).add(state(n, f"code {n}", n / 10) for n in range(4))
     draws, epsilon = 20_000, 0.125
-    picked = SAMPLERS["greedy"](archive, draws, step_rng(7, 3), epsilon=epsilon)
+    picked = SELECTORS["greedy"](archive, draws, step_rng(7, 3), epsilon=epsilon)
     for rank, kept in enumerate(archive.states):
         p = epsilon / 4 + (1 - epsilon if rank == 0 else 0)
         assert abs(picked.count(kept) / draws - p) < 5 * np.sqrt(p * (1 - p) / draws)
@@ -107,17 +107,17 @@ def test_greedy_frequencies():
 
 def test_greedy_extremes():
     archive = Archive((), 10).add(state(n, f"code {n}", n / 10) for n in range(4))
-    assert SAMPLERS["greedy"](archive, 50, step_rng(0, 0), epsilon=0.0) == [archive.states[0]] * 50
-    assert set(SAMPLERS["greedy"](archive, 200, step_rng(0, 0), epsilon=1.0)) == set(archive.states)
-    assert SAMPLERS["greedy"](Archive((), 10), 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
-    assert SAMPLERS["fixed"](archive, 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
+    assert SELECTORS["greedy"](archive, 50, step_rng(0, 0), epsilon=0.0) == [archive.states[0]] * 50
+    assert set(SELECTORS["greedy"](archive, 200, step_rng(0, 0), epsilon=1.0)) == set(archive.states)
+    assert SELECTORS["greedy"](Archive((), 10), 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
+    assert SELECTORS["fixed"](archive, 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
 
 
 def test_draws_depend_on_seed_and_step_alone():
     archive = Archive((), 100).add(state(n, f"code {n}", n / 100) for n in range(100))
 
     def draw(seed, step):
-        return SAMPLERS["greedy"](archive, 20, step_rng(seed, step), epsilon=1.0)
+        return SELECTORS["greedy"](archive, 20, step_rng(seed, step), epsilon=1.0)
 
     assert draw(1, 2) == draw(1, 2)
     assert draw(1, 2) != draw(2, 1)
@@ -128,9 +128,9 @@ def test_variety_among_parents():
     """By hand: repeats give way to the best that nobody has; the last groups start from nothing."""
     archive = Archive((), 10).add([state(n, f"code {n}", 1.0 - n / 10) for n in range(4)])
     best, second, third, fourth = archive.states
-    assert mixed([best, best, best], archive) == [best, best, best]
-    assert mixed([best, best, third, best], archive, distinct=True) == [best, second, third, fourth]
-    assert mixed([best] * 5, archive, distinct=True) == [best, second, third, fourth, best]  # there are no more
-    assert mixed([best, second, third, best], archive, fresh=0.5) == [best, second, SEED, SEED]
-    assert mixed([best], archive, fresh=0.4) == [best]
-    assert mixed([SEED, SEED], Archive((), 10), distinct=True) == [SEED, SEED]
+    assert diversify_parents([best, best, best], archive) == [best, best, best]
+    assert diversify_parents([best, best, third, best], archive, distinct=True) == [best, second, third, fourth]
+    assert diversify_parents([best] * 5, archive, distinct=True) == [best, second, third, fourth, best]  # there are no more
+    assert diversify_parents([best, second, third, best], archive, fresh=0.5) == [best, second, SEED, SEED]
+    assert diversify_parents([best], archive, fresh=0.4) == [best]
+    assert diversify_parents([SEED, SEED], Archive((), 10), distinct=True) == [SEED, SEED]

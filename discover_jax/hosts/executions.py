@@ -18,7 +18,7 @@ from discover_jax.types import Outcome, Verdict
 P = TypeVar("P", bound=Hashable)
 
 
-class StepPrograms(Generic[P]):
+class StepExecutions(Generic[P]):
     """The programs of one step. All processes make one, and submit the same programs in the same order.
 
     Args:

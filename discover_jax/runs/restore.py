@@ -22,7 +22,7 @@ from discover_jax.types import Attempt
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class RunState:
     """Where a run stands.
 
     Attributes:
@@ -52,7 +52,7 @@ def restore(
     source: Source | None,
     console: Console,
     processes: Processes = ALONE,
-) -> Standing:
+) -> RunState:
     """The standing of a run, its journal set back to it. Of several processes all call it; the first alone reads and writes the journal.
 
     Args:
@@ -80,13 +80,13 @@ def restore(
         attempts = _told_by_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
         frontiers = _frontiers(config, ids, host, attempts)
         rewards = reward_rows(tasks, host.rewards)
-        return Standing(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
+        return RunState(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
     if source is not None:
         return _go_on(config, tasks, workdir, journal, fresh, source, console, processes)
     if processes.leads:
         _refuse_lost_checkpoints(workdir, journal, 0)
         journal.truncate(0)
-    return Standing(0, 0, fresh, {id: Frontier(Archive((), config.reuse.capacity)) for id in ids}, reward_rows(tasks), "fresh")
+    return RunState(0, 0, fresh, {id: Frontier(Archive((), config.reuse.capacity)) for id in ids}, reward_rows(tasks), "fresh")
 
 
 def _go_on(
@@ -98,7 +98,7 @@ def _go_on(
     source: Source,
     console: Console,
     processes: Processes,
-) -> Standing:
+) -> RunState:
     """From the last checkpoint of the run in `train.resume_from`."""
     first, host = source.step + 1, source.host
     earlier = Checkpoints(source.path / "checkpoints", keep=1, every=0, read_only=True, processes=processes)
@@ -116,7 +116,7 @@ def _go_on(
     if processes.leads:
         reruns = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
         bring_best(source, frontiers, workdir, attempts, reruns, console)
-    return Standing(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"goes on from step {first} of {source.path}")
+    return RunState(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"goes on from step {first} of {source.path}")
 
 
 def _told_by_first(processes: Processes, read: Callable[[], list[Attempt]]) -> list[Attempt]:

@@ -14,7 +14,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.types import SEED, State
 
 
-class Sampler(Protocol):
+class ParentSelector(Protocol):
     """(archive, groups, rng) -> one parent a group. Every sampler takes all the keywords, so that the table's entries can be exchanged.
 
     Args:
@@ -158,7 +158,7 @@ def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1
     return scores
 
 
-SAMPLERS: dict[str, Sampler] = {"greedy": greedy, "fixed": fixed, "puct": puct}
+SELECTORS: dict[str, ParentSelector] = {"greedy": greedy, "fixed": fixed, "puct": puct}
 """By the name of config.reuse.sampler."""
 
 USUAL_CHILDREN = -1
@@ -171,7 +171,7 @@ def kept_children(sampler: str, children: int) -> int:
     The sampler's usual number is part of puct's definition, where it is 2 (paper; reference code); the others know no such rule.
 
     Args:
-      sampler: a name in SAMPLERS.
+      sampler: a name in SELECTORS.
       children: of the config: USUAL_CHILDREN, or a number that counts instead.
     """
     if children != USUAL_CHILDREN:
@@ -184,7 +184,7 @@ def fresh_groups(fresh: float, groups: int) -> int:
     return math.floor(fresh * groups + 0.5)
 
 
-def mixed(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False) -> list[State]:
+def diversify_parents(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False) -> list[State]:
     """A sampler's parents with more variety, where asked for; as many as before.
 
     Args:
