@@ -232,7 +232,7 @@ def _events(folder: str, module: str) -> Iterator[tuple[str, str, float, float]]
 def profile(sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, keep: str) -> dict[str, Any]:
     """Microseconds a step of decoding by function and by kernel, their number, and how long the device had nothing to do."""
     shapes, shapes_lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen, lora))
-    (decoding,) = (program for program in sampler.programs(shapes, shapes_lora, 1, rows) if program.name == "decode")
+    (decoding,) = (function for function in sampler.lowered_functions(shapes, shapes_lora, 1, rows) if function.name == "decode")
     text = decoding.lowered.compile().as_text()
     functions, module = _functions(text), text.split(",")[0].removeprefix("HloModule ")
     with tempfile.TemporaryDirectory() as folder:

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from kernels import ceilings, seconds
 
-from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
-from discover_jax.kernels.experts_update import Launch, Plan, mix_sorted, unpack
+from discover_jax.kernels.experts_update import GroupedTiling, Launch, moe_sorted, unpack
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.synthetic import shape_of
@@ -57,10 +57,10 @@ def errors(gate_up: TiledMatrix, down: TiledMatrix, leaves: tuple[Any, Any, Any]
     def reference(x: Any, weights: Any, adapters: Any, index: Any, *matrices: tuple[jax.Array, jax.Array]) -> jax.Array:
         plain = (Plain(*matrix, adapter) for matrix, adapter in zip(matrices, adapters, strict=True))
         options = {"experts": gate_up.words.shape[0], "adapted": True, "limit": LIMIT, "alpha": ALPHA}
-        return mix_reference(x, index, weights, *plain, **options)
+        return moe_reference(x, index, weights, *plain, **options)
 
     def kernels(x: Any, weights: Any, adapters: Any, index: Any, *matrices: TiledMatrix) -> jax.Array:
-        return mix_sorted(x, weights, adapters, index, *matrices, LIMIT, ALPHA, Plan())
+        return moe_sorted(x, weights, adapters, index, *matrices, LIMIT, ALPHA, GroupedTiling())
 
     def both(function: Callable[..., jax.Array], *matrices: Any) -> list[jax.Array]:
         def passes(leaves: Any, d_out: Any, *rest: Any) -> Any:
@@ -79,9 +79,9 @@ def errors(gate_up: TiledMatrix, down: TiledMatrix, leaves: tuple[Any, Any, Any]
     return {name: float(jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel())) for name, got, want in pairs}
 
 
-def planned(text: str) -> Plan:
+def tiling_of(text: str) -> GroupedTiling:
     rows, outputs = map(int, text.split("x"))
-    return Plan(rows, wide=Launch(outputs), paired=Launch(outputs // 4))
+    return GroupedTiling(rows, wide=Launch(outputs), paired=Launch(outputs // 4))
 
 
 def measured(call: Callable[[], Any], operations: float, ceiling: float) -> dict[str, float]:
@@ -125,16 +125,16 @@ def main() -> None:
         index, weights = routing(tokens, arguments.skew)
         operations = 2.0 * tokens * share * 3 * hidden * width
         for text in arguments.plans.split(","):
-            plan = planned(text)
+            tiling = tiling_of(text)
 
-            def mixed(x: Any, weights: Any, adapters: Any, index: Any, gate_up: Any, down: Any, plan: Plan = plan) -> jax.Array:
-                return mix_sorted(x, weights, adapters, index, gate_up, down, LIMIT, ALPHA, plan)
+            def moe(x: Any, weights: Any, adapters: Any, index: Any, gate_up: Any, down: Any, tiling: GroupedTiling = tiling) -> jax.Array:
+                return moe_sorted(x, weights, adapters, index, gate_up, down, LIMIT, ALPHA, tiling)
 
-            def gradients(d_out: Any, *leaves: Any, mixed: Any = mixed) -> Any:
-                return jax.vjp(lambda *own: mixed(*own, *leaves[3:]), *leaves[:3])[1](d_out)
+            def gradients(d_out: Any, *leaves: Any, moe: Any = moe) -> Any:
+                return jax.vjp(lambda *own: moe(*own, *leaves[3:]), *leaves[:3])[1](d_out)
 
             leaves = (x, weights, adapters, index, gate_up, down)
-            forward, backward = jax.jit(mixed), jax.jit(gradients)
+            forward, backward = jax.jit(moe), jax.jit(gradients)
             row = {"tokens": tokens, "plan": text}
             row["forward"] = measured(lambda f=forward, a=leaves: f(*a), operations, ceiling["matmul_flops_per_s"])
             row["both"] = measured(lambda f=backward, a=leaves, d=d_out: f(d, *a), 2 * operations, ceiling["matmul_flops_per_s"])

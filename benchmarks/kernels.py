@@ -23,7 +23,7 @@ import numpy as np
 
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import gated
-from discover_jax.kernels.experts_decode import Plan, TiledMatrix, mix_routed, multiply, plan
+from discover_jax.kernels.experts_decode import ExpertsTiling, TiledMatrix, choose_tiling, moe_routed, multiply
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.models.mxfp4 import dequantise
 
@@ -80,13 +80,13 @@ def routing(tokens: int, skew: float) -> tuple[np.ndarray, np.ndarray]:
     return index, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def layer_seconds(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: Plan) -> float:
+def layer_seconds(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: ExpertsTiling) -> float:
 
     @jax.jit
     def layers(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, up: TiledMatrix, low: TiledMatrix) -> jax.Array:
         def layer(x_TD: jax.Array, _: None) -> tuple[jax.Array, None]:
             own_TX = index_TX + jnp.isnan(x_TD[0, 0]).astype(jnp.int32)  # so that the sorting is not moved out of the loop
-            out_TD = mix_routed(x_TD, own_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen)
+            out_TD = moe_routed(x_TD, own_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen)
             return (0.5 * x_TD + 1e-3 * out_TD).astype(x_TD.dtype), None
 
         return jax.lax.scan(layer, x_TD, length=LAYERS)[0]
@@ -94,7 +94,7 @@ def layer_seconds(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatri
     return seconds(layers, x_TD, jnp.asarray(index), jnp.asarray(weights), gate_up, down) / LAYERS
 
 
-def matmul_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: Plan, *, paired: bool) -> float:
+def matmul_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: ExpertsTiling, *, paired: bool) -> float:
     """One of the two kernels by itself, with its adapter."""
 
     @jax.jit
@@ -112,7 +112,7 @@ def matmul_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: Plan, *,
     return seconds(calls, x, jnp.asarray(index), held) / LAYERS
 
 
-def relative_error(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: Plan) -> float:
+def relative_error(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: ExpertsTiling) -> float:
     """Against float32, expert after expert, adapters merged."""
     weights_TE = np.zeros((len(x_TD), EXPERTS), np.float32)
     np.put_along_axis(weights_TE, index, weights, axis=1)
@@ -136,7 +136,7 @@ def relative_error(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatr
 
     @jax.jit
     def got(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, up: TiledMatrix, low: TiledMatrix) -> jax.Array:
-        return mix_routed(x_TD.astype(jnp.float32), index_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen)
+        return moe_routed(x_TD.astype(jnp.float32), index_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen)
 
     right = np.asarray(expected(x_TD, jnp.asarray(weights_TE), gate_up, down), np.float64)
     found = np.asarray(got(x_TD, jnp.asarray(index), jnp.asarray(weights), gate_up, down), np.float64)
@@ -147,7 +147,7 @@ def measure(tokens: int, skew: float, gate_up: TiledMatrix, down: TiledMatrix, m
     """One row of the table."""
     index, weights = routing(tokens, skew)
     counts = np.bincount(index.reshape(-1), minlength=EXPERTS)
-    hit, chosen = int((counts > 0).sum()), plan(tokens * ACTIVE, EXPERTS)
+    hit, chosen = int((counts > 0).sum()), choose_tiling(tokens * ACTIVE, EXPERTS)
     x_TD = jax.random.normal(jax.random.key(tokens), (tokens, WIDTH)).astype(jnp.bfloat16)
     y_RF = jax.random.normal(jax.random.key(tokens), (tokens * ACTIVE, HIDDEN)).astype(jnp.bfloat16)
     parts = {

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from discover_jax.kernels.projections import Stack, project_reference
-from discover_jax.kernels.projections_decode import Launch, plan, project
+from discover_jax.kernels.projections_decode import Launch, choose_launch, project
 
 LAYERS = 18
 SHAPES = {"qkv": (2880, (4096, 512, 512)), "o": (4096, (2880,))}
@@ -83,7 +83,7 @@ def main() -> None:
         error = max(
             float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(project(x, held, jnp.int32(1), 0.5), right, strict=True)
         )
-        tried: dict[str, Callable[..., list[jax.Array]]] = {"XLA": project_reference, f"plan {plan(rows, sum(outs))}": project}
+        tried: dict[str, Callable[..., list[jax.Array]]] = {"XLA": project_reference, f"plan {choose_launch(rows, sum(outs))}": project}
         if arguments.plans:
             for outputs, parts, stages, warps in itertools.product((64, 128), (1, 2, 3, 4), (3, 5), (4, 8)):
                 launch = Launch(outputs, parts, stages, warps)

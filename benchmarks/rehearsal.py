@@ -68,9 +68,9 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    found = needs(config, sizes, find_machine("", 1), on_program=lambda _: None)
+    found = needs(config, sizes, find_machine("", 1), on_compile=lambda _: None)
     predicted = {phase: max(need.total for need in found if need.phase == phase) for phase in ("sampling", "update")}
-    out["predicted"] = {f"{need.phase}/{need.program}": need.parts | {"total": need.total} for need in found}
+    out["predicted"] = {f"{need.phase}/{need.function}": need.parts | {"total": need.total} for need in found}
 
     model = build_model(config, sizes)
     clock = _Clock()

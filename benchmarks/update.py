@@ -127,10 +127,10 @@ def predicted(config: Any, sizes: ModelConfig, *, gradient_only: bool) -> dict[s
     """What the dry run says of each program of the update on this machine, bytes; without an optimiser its part is left out."""
     found = {}
     machine = find_machine("", config.mesh.data * config.mesh.expert)
-    for need in needs(config, sizes, machine, on_program=lambda line: print(line, flush=True)):
+    for need in needs(config, sizes, machine, on_compile=lambda line: print(line, flush=True)):
         if need.phase == "update":
             parts = need.parts | ({"optimiser": 0} if gradient_only else {})
-            found[need.program] = parts | {"total": sum(parts.values())} | ({"complaint": need.complaint} if need.complaint else {})
+            found[need.function] = parts | {"total": sum(parts.values())} | ({"complaint": need.complaint} if need.complaint else {})
     return found
 
 
@@ -179,8 +179,8 @@ def timed(call: Callable[[], dict[str, float]], calls: int) -> dict[str, Any]:
 def profile(update: Update, config: Any, model: Model, frozen: Any, lora: Any, batch: Batch, folder: Path) -> dict[str, Any]:
     """Milliseconds of one microbatch's gradient by function and by kernel, and how long the device had nothing to do."""
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config))
-    programs = update.programs(model.abstract_frozen(), state, *batch.tokens_BT.shape)
-    text = next(program for program in programs if program.name == "gradient").lowered.compile().as_text()
+    functions = update.lowered_functions(model.abstract_frozen(), state, *batch.tokens_BT.shape)
+    text = next(function for function in functions if function.name == "gradient").lowered.compile().as_text()
     functions, module = _functions(text), text.split(",")[0].removeprefix("HloModule ")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as traced:

@@ -24,7 +24,7 @@ from discover_jax.models.config import REMAT, SHAPES, ModelConfig
 from discover_jax.models.folder import read_config
 from discover_jax.models.sharding import local_bytes, make_mesh
 from discover_jax.policy import weights_folder
-from discover_jax.types import Program
+from discover_jax.types import LoweredFunction
 
 PARTS = ("weights", "adapter", "optimiser", "gradient", "cache", "activations")
 _BAR = 60
@@ -32,16 +32,16 @@ _BAR = 60
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one program needs on one device.
+    """What one jitted function needs on one device.
 
     Attributes:
-      phase, program: "sampling" or "update", and the program's name within it.
+      phase, function: "sampling" or "update", and the jitted function's name within it.
       parts: bytes of each of `PARTS`; activations are all that the compiler adds to the arguments.
-      complaint: of the compiler, if it refused the program for its size; activations are then what it named, or 0.
+      complaint: of the compiler, if it refused the function for its size; activations are then what it named, or 0.
     """
 
     phase: str
-    program: str
+    function: str
     parts: dict[str, int]
     complaint: str = ""
 
@@ -52,16 +52,16 @@ class Need:
 
 
 def needs(
-    config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool = True, on_program: Callable[[str], None] = print
+    config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool = True, on_compile: Callable[[str], None] = print
 ) -> list[Need]:
-    """What every program of a step needs on one device, in the order of a step.
+    """What every jitted function of a step needs on one device, in the order of a step.
 
     Args:
       config: validated.
       sizes: of the model.
       machine: to compile for.
       learn: False for a search, which has no adapter and measures instead of updating.
-      on_program: called with a line before each compilation, which may take a minute.
+      on_compile: called with a line before each compilation, which may take a minute.
 
     Raises:
       ShardingError: something does not divide by its axis of the mesh.
@@ -84,34 +84,34 @@ def needs(
     }
     rows, length = config.train.rows, row_tokens(config)
 
-    def programs() -> Iterator[tuple[str, Program]]:
-        for program in sampler.programs(frozen, lora, config.groups, config.groups * config.group_size):
-            yield "sampling", program
+    def functions() -> Iterator[tuple[str, LoweredFunction]]:
+        for function in sampler.lowered_functions(frozen, lora, config.groups, config.groups * config.group_size):
+            yield "sampling", function
         if state is not None:
-            for program in update.programs(frozen, state, rows, length):
-                yield "update", program
+            for function in update.lowered_functions(frozen, state, rows, length):
+                yield "update", function
         else:
-            for program in update.measuring_programs(frozen, lora, rows, length):
-                yield "measuring", program
+            for function in update.lowered_measuring_functions(frozen, lora, rows, length):
+                yield "measuring", function
 
     found = []
     with table.lowering_for(machine.platform):
-        for phase, program in programs():
-            on_program(f"compiling {phase}: {program.name}")
-            live = {name: local_bytes(arrays) for name, arrays in program.live.items()}
-            activations, complaint = _compile(program, machine)
+        for phase, function in functions():
+            on_compile(f"compiling {phase}: {function.name}")
+            live = {name: local_bytes(arrays) for name, arrays in function.live.items()}
+            activations, complaint = _compile(function, machine)
             parts = dict.fromkeys(PARTS, 0) | resident | live | {"activations": activations}
-            found.append(Need(phase, program.name, parts, complaint))
+            found.append(Need(phase, function.name, parts, complaint))
     return found
 
 
 def remat_totals(
-    config: Any, sizes: ModelConfig, machine: Machine, found: Sequence[Need], *, on_program: Callable[[str], None] = print
+    config: Any, sizes: ModelConfig, machine: Machine, found: Sequence[Need], *, on_compile: Callable[[str], None] = print
 ) -> dict[str, int | None]:
     """Bytes on one device while the gradient runs, for each value of `config.model.remat`; None where the compiler gives up.
 
     Args:
-      config, sizes, machine, on_program: as for `needs`.
+      config, sizes, machine, on_compile: as for `needs`.
       found: what `needs` found, which is not compiled again.
     """
     totals: dict[str, int | None] = {}
@@ -120,23 +120,23 @@ def remat_totals(
     with table.lowering_for(machine.platform):
         for remat in REMAT:
             if remat == config.model.remat:
-                (need,) = (need for need in found if need.program == "gradient")
+                (need,) = (need for need in found if need.function == "gradient")
                 totals[remat] = None if need.complaint else need.total
                 continue
-            on_program(f"compiling update: gradient with config.model.remat={remat!r}")
+            on_compile(f"compiling update: gradient with config.model.remat={remat!r}")
             model = dataclasses.replace(build_model(config, sizes, mesh), remat=remat)
             state, frozen = abstract_train_state(model.abstract_lora(), optimizer), model.abstract_frozen()
-            programs = build_update(config, model, optimizer).programs(frozen, state, config.train.rows, row_tokens(config))
-            program = next(program for program in programs if program.name == "gradient")
-            activations, complaint = _compile(program, machine)
-            totals[remat] = None if complaint else activations + local_bytes((frozen, state, program.live))
+            functions = build_update(config, model, optimizer).lowered_functions(frozen, state, config.train.rows, row_tokens(config))
+            function = next(function for function in functions if function.name == "gradient")
+            activations, complaint = _compile(function, machine)
+            totals[remat] = None if complaint else activations + local_bytes((frozen, state, function.live))
     return totals
 
 
-def _compile(program: Program, machine: Machine) -> tuple[int, str]:
+def _compile(function: LoweredFunction, machine: Machine) -> tuple[int, str]:
     """Bytes beside the arguments, and the compiler's complaint if it gave up."""
     try:
-        compiled = program.lowered.compile(compiler_options=machine.options or None)
+        compiled = function.lowered.compile(compiler_options=machine.options or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -173,8 +173,8 @@ def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True
         print(line, flush=True)
 
     show("\n".join([*meshes.report(config, sizes, machine, expected, learn=learn), ""]))
-    found = needs(config, sizes, machine, learn=learn, on_program=show)
-    totals = remat_totals(config, sizes, machine, found, on_program=show) if learn else {}
+    found = needs(config, sizes, machine, learn=learn, on_compile=show)
+    totals = remat_totals(config, sizes, machine, found, on_compile=show) if learn else {}
     print("\n".join(["", *report(config, sizes, machine, found, totals)]))
     return all(_fits(need, machine) for need in found)
 
@@ -215,15 +215,15 @@ def report(
         f"memory   {_gb(machine.memory)} GB a device ({machine.note})",
         "figures  " + ("from the machine's own compiler" if machine.exact else _estimate(machine)),
         "",
-        f"GB (10^9 bytes) on one device while a program runs; {_LETTERS_LEGEND}",
+        f"GB (10^9 bytes) on one device while a function runs; {_LETTERS_LEGEND}",
     ]
-    lines.append(f"{'phase':<10}{'program':<10}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}")
+    lines.append(f"{'phase':<10}{'function':<10}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}")
     phases = list(dict.fromkeys(need.phase for need in found))
     peaks = {phase: max((n for n in found if n.phase == phase), key=lambda n: (bool(n.complaint), n.total)) for phase in phases}
     for need in found:
         parts = "".join(f"{_gb(need.parts[part]) if need.parts[part] else '-':>12}" for part in PARTS)
         mark = " <- peak" if need is peaks[need.phase] else ""
-        lines.append(f"{need.phase:<10}{need.program:<10}{parts}{_gb(need.total):>10}{mark}")
+        lines.append(f"{need.phase:<10}{need.function:<10}{parts}{_gb(need.total):>10}{mark}")
     lines.append("")
     for phase, need in peaks.items():
         lines.append(
@@ -232,7 +232,7 @@ def report(
     lines += ["", *_remat_lines(config, machine, totals)]
     for need in peaks.values():
         if need.complaint:
-            lines.append(f"The compiler refused {need.phase}, {need.program}: {need.complaint}")
+            lines.append(f"The compiler refused {need.phase}, {need.function}: {need.complaint}")
     if all(_fits(need, machine) for need in found):
         spare = min(machine.memory - need.total for need in found)
         lines.append(f"It fits, with {_gb(spare)} GB to spare on each device.")
@@ -289,7 +289,7 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
         "cache": f"config.sampling.slots: {slots} rollouts at once, {_gb(need.parts['cache'] / slots)} GB each; or fewer tokens"
         f" (max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,}, cache_tokens = {config.sampling.cache_tokens:,})",
         "activations": activations.get(
-            need.program, activations["gradient"] if need.phase != "sampling" else f"config.sampling.slots = {slots}"
+            need.function, activations["gradient"] if need.phase != "sampling" else f"config.sampling.slots = {slots}"
         ),
     }
     for part in sorted(PARTS, key=lambda part: -need.parts[part]):

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
 from discover_jax.kernels.spread import can_spread, row_devices
 from discover_jax.learning.losses import RatioLimits
@@ -44,7 +44,7 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None) -> Mo
 
 def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None) -> bool:
     """Whether the platform has a kernel for decoding packed experts that can take this model; if it cannot, the log says why."""
-    if table.choose("decode_experts") is mix_reference:
+    if table.choose("decode_experts") is moe_reference:
         return False
     try:
         check_tiles(config, sizes, mesh)

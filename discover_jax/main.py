@@ -213,7 +213,7 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
 
             # ---------------------------------------------------------- advantages, update
             signals_G = [group_signals(a_K, task.signals, diversity) for a_K, task in zip(attempts_GK, tasks_G, strict=True)]
-            estimated_G = estimate_groups([s.values_K[s.counts_K] for s in signals_G], config.train.advantage, beta=config.train.beta)
+            estimated_G = estimate_groups([s.values_K[s.included_K] for s in signals_G], config.train.advantage, beta=config.train.beta)
             advantages = _by_place(signals_G, estimated_G)
             if learn and (too_few := _too_few(signals_G, config.train.advantage)):
                 console.note(
@@ -376,7 +376,7 @@ def _of_the_shortened(shortened: Sequence[str], prompt_settings: PromptSettings,
 
 def _too_few(signals_G: Sequence[Signals], estimator: str) -> int:
     """How many groups lost so many copies that the estimator has too little left to compare, though it differs."""
-    counted_G = [signals.values_K[signals.counts_K] for signals in signals_G]
+    counted_G = [signals.values_K[signals.included_K] for signals in signals_G]
     return sum(not is_constant(counted_K) and len(counted_K) < LEAST_ROLLOUTS[estimator] for counted_K in counted_G)
 
 
@@ -386,7 +386,7 @@ def _by_place(signals_G: Sequence[Signals], estimated_G: Sequence[Advantages | N
         (group, int(index)): float(value)
         for group, (signals, estimated) in enumerate(zip(signals_G, estimated_G, strict=True))
         if estimated is not None
-        for index, value in zip(np.flatnonzero(signals.counts_K), estimated.values_K, strict=True)
+        for index, value in zip(np.flatnonzero(signals.included_K), estimated.values_K, strict=True)
     }
 
 

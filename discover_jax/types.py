@@ -232,8 +232,8 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function of a run on abstract arguments, lowered but not compiled: what a dry run asks the compiler about.
+class LoweredFunction:
+    """A jitted function of a run on abstract arguments, lowered but not compiled; dry runs compile it to learn its memory.
 
     Attributes:
       name: as people know it: "prefill", "decode".

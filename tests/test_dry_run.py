@@ -36,7 +36,7 @@ def _config():
 
 
 def _needs(config, **options):
-    return dry_run.needs(config, _SIZES, find_machine("", 1), on_program=lambda _: None, **options)
+    return dry_run.needs(config, _SIZES, find_machine("", 1), on_compile=lambda _: None, **options)
 
 
 def _bytes(tree):
@@ -61,7 +61,7 @@ def test_weights_adapter_and_optimiser_are_those_of_real_arrays(found):
 def test_a_cache_holds_keys_and_values_of_every_slot(found):
     # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer keeps a ring of 8 places for each of 4 slots. The
     # other one has pages of 128: one a slot, for 24 + 40 tokens, and one for a prompt.
-    (decode,) = (need for need in found if need.program == "decode")
+    (decode,) = (need for need in found if need.function == "decode")
     of_place = 2 * 2 * 16 * 2
     of_rows = decode.parts["cache"] - (4 * 8 + (4 + 1) * 128) * of_place
     assert 0 < of_rows < 4 * 1024  # the stream and numbers of each row
@@ -78,8 +78,8 @@ def test_the_cache_takes_no_more_than_the_memory_leaves():
 
     def pages(**options):
         sampler = build_sampler(config, model, (0,), **options)
-        (program,) = (p for p in sampler.programs(model.abstract_frozen(), model.abstract_lora(), 16, 256) if p.name == "decode")
-        return program.live["cache"][0].pages
+        (function,) = (f for f in sampler.lowered_functions(model.abstract_frozen(), model.abstract_lora(), 16, 256) if f.name == "decode")
+        return function.live["cache"][0].pages
 
     assert pages() == pages(memory=10**9) == 257
     memory = int((resident + 256 * 512 * 4 * 4 + 100 * of_page) / 0.97)
@@ -92,7 +92,7 @@ def test_the_cache_takes_no_more_than_the_memory_leaves():
 
 
 def test_the_phases_and_programs_of_a_step_come_in_its_order(found):
-    assert [(need.phase, need.program) for need in found] == [
+    assert [(need.phase, need.function) for need in found] == [
         ("sampling", "prefill"),
         ("sampling", "decode"),
         ("sampling", "put"),
@@ -135,8 +135,8 @@ config = default_config()
 config.model.dtype = "float32"
 config.groups, config.group_size, config.train.rows = 1, 4, 4
 config.sampling.max_prompt_tokens = config.sampling.max_new_tokens = 256
-needs = dry_run.needs(config, sizes, find_machine("", 1), on_program=lambda _: None)
-(need,) = (need for need in needs if need.program == "gradient")
+needs = dry_run.needs(config, sizes, find_machine("", 1), on_compile=lambda _: None)
+(need,) = (need for need in needs if need.function == "gradient")
 model = build_model(config, sizes)
 frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
 update = build_update(config, model, build_optimizer(config))

@@ -25,7 +25,7 @@ _PROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PagedTiling:
     """How the kernel is cut.
 
     Attributes:
@@ -44,9 +44,9 @@ class Plan:
     least: int = 8
 
 
-def plan(columns: int) -> Plan:
+def choose_tiling(columns: int) -> PagedTiling:
     """The fastest of what was measured on an H200 at gpt-oss's heads (benchmarks/attention.py), for rows of so many pages at most."""
-    return Plan(64, 1, 2) if columns > 1 else Plan(128, 2, 1)
+    return PagedTiling(64, 1, 2) if columns > 1 else PagedTiling(128, 2, 1)
 
 
 def _processors() -> int:
@@ -62,7 +62,7 @@ def attend_pages(
     counts_B: jax.Array,
     sinks_N: jax.Array,
     *,
-    chosen: Plan,
+    chosen: PagedTiling,
 ) -> jax.Array:
     """`paged_attention_reference` by the kernels, cut as chosen; see there. For bfloat16 pools, pages of 16 n places and HEAD_SIZES."""
     _, pool, kv_heads, size, head_size = keys_LPKsH.shape
@@ -114,4 +114,4 @@ def paged_attention(
     if reason is not None:
         say_reference("paged_attention", reason)
         return paged_attention_reference(*arguments)
-    return attend_pages(*arguments, chosen=plan(pages_BM.shape[1]))
+    return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1]))

@@ -27,7 +27,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AttentionTiling:
     """The launches of the forward kernel, of the one for queries' gradients, and of the one for keys' and values'.
 
     Where a kernel walks over keys, its queries are a multiple of them; where it walks over queries, its keys are.
@@ -38,8 +38,8 @@ class Plan:
     to_keys: Launch
 
 
-FULL = Plan(Launch(128, 64, 4, 4), Launch(64, 64, 3, 4), Launch(64, 64, 3, 4))
-WINDOWED = Plan(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64, 64, 2, 4))
+FULL = AttentionTiling(Launch(128, 64, 4, 4), Launch(64, 64, 3, 4), Launch(64, 64, 3, 4))
+WINDOWED = AttentionTiling(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64, 64, 2, 4))
 """The fastest of what was measured on an H200 (benchmarks/attention_update.py)."""
 
 
@@ -47,7 +47,7 @@ def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, se
     """`packed_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
     if _refused("packed_attention", q_BTNH, k_BTKH, v_BTKH):
         return packed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
-    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, plan=FULL)
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, tiling=FULL)
 
 
 def windowed_attention(
@@ -56,7 +56,7 @@ def windowed_attention(
     """`windowed_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
     if _refused("windowed_attention", q_BTNH, k_BTKH, v_BTKH):
         return windowed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window)
-    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, plan=WINDOWED)
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, tiling=WINDOWED)
 
 
 def _refused(operation: str, *arrays: jax.Array) -> bool:
@@ -79,7 +79,7 @@ def attend(
     sinks_N: jax.Array,
     *,
     window: int | None,
-    plan: Plan,
+    tiling: AttentionTiling,
 ) -> jax.Array:
     """Of all earlier keys of each query's segment, or of the last `window` of them; zero at padding; sinks get no gradient."""
     places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
@@ -87,12 +87,12 @@ def attend(
     if window is not None:
         first_BT = jnp.maximum(first_BT, places_T - (window - 1))
     first_BT = jnp.where(segments_BT > 0, first_BT, places_T + 1)  # padding sees nothing, which costs next to nothing
-    return _attention(q_BTNH, k_BTKH, v_BTKH, first_BT, lax.stop_gradient(sinks_N), plan)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, first_BT, lax.stop_gradient(sinks_N), tiling)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any, plan: Plan) -> jax.Array:
-    return _forward(q_BTNH, k_BTKH, v_BTKH, first_BT, sinks_N, plan)[0]
+def _attention(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any, tiling: AttentionTiling) -> jax.Array:
+    return _forward(q_BTNH, k_BTKH, v_BTKH, first_BT, sinks_N, tiling)[0]
 
 
 def _constants(q_BTNH: jax.Array, k_BTKH: jax.Array, launch: Launch) -> dict[str, int]:
@@ -100,9 +100,9 @@ def _constants(q_BTNH: jax.Array, k_BTKH: jax.Array, launch: Launch) -> dict[str
     return sizes | {"BM": launch.queries, "BN": launch.keys, "STAGES": launch.stages}
 
 
-def _forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any, plan: Plan) -> tuple[jax.Array, tuple]:
+def _forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any, tiling: AttentionTiling) -> tuple[jax.Array, tuple]:
     batch, tokens, heads, _ = q_BTNH.shape
-    launch = plan.forward
+    launch = tiling.forward
     out_BTNH, lse_BNT = call_kernel(
         attention_update_triton.forward,
         *(q_BTNH, k_BTKH, v_BTKH, first_BT, sinks_N, tokens),
@@ -120,12 +120,12 @@ def _forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any,
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT)
 
 
-def _backward(plan: Plan, kept: tuple, d_out_BTNH: jax.Array) -> tuple:
+def _backward(tiling: AttentionTiling, kept: tuple, d_out_BTNH: jax.Array) -> tuple:
     q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT = kept
     batch, tokens, heads, _ = q_BTNH.shape
     delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32), axis=-1)
     inputs = q_BTNH, k_BTKH, v_BTKH, d_out_BTNH.astype(q_BTNH.dtype), lse_BNT, delta_BTN.transpose(0, 2, 1)
-    launch = plan.to_queries
+    launch = tiling.to_queries
     dq_BTNH = call_kernel(
         attention_update_triton.backward_queries,
         *(*inputs, first_BT, tokens),
@@ -135,7 +135,7 @@ def _backward(plan: Plan, kept: tuple, d_out_BTNH: jax.Array) -> tuple:
         stages=launch.stages,
         constants=_constants(q_BTNH, k_BTKH, launch),
     )
-    launch = plan.to_keys
+    launch = tiling.to_keys
     dk_BTKH, dv_BTKH = call_kernel(
         attention_update_triton.backward_keys,
         *(*inputs, last_seeing(first_BT), tokens),

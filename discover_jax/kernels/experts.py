@@ -33,7 +33,7 @@ class ExpertMatrix(Protocol):
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array: ...
 
 
-def mix_reference(
+def moe_reference(
     x_TD: jax.Array,
     index_TX: jax.Array,
     weights_TX: jax.Array,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from discover_jax.kernels import experts_triton
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
-from discover_jax.kernels.experts import ExpertMatrix, gated, mix_reference
+from discover_jax.kernels.experts import ExpertMatrix, gated, moe_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel, largest_divisor
@@ -58,7 +58,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ExpertsTiling:
     """Rows of a block (a power of two, at least 8), and the launches of both kernels."""
 
     rows: int
@@ -66,17 +66,17 @@ class Plan:
     down: Launch
 
 
-def plan(routed: int, experts: int) -> Plan:
+def choose_tiling(routed: int, experts: int) -> ExpertsTiling:
     """The fastest of what was measured on an H200 for so many routed rows at gpt-oss-120b's shape (benchmarks/kernels.py)."""
     if routed <= experts // 8:
-        return Plan(8, Launch(1, 3, 3, 4, depth=5), Launch(1, 3, 3, 4))
+        return ExpertsTiling(8, Launch(1, 3, 3, 4, depth=5), Launch(1, 3, 3, 4))
     if routed <= 2 * experts:
-        return Plan(8, Launch(1, 3, 3, 4), Launch(1, 3, 3, 4))
+        return ExpertsTiling(8, Launch(1, 3, 3, 4), Launch(1, 3, 3, 4))
     if routed <= 6 * experts:
-        return Plan(8, Launch(1, 3, 3, 2), Launch(1, 3, 3, 4))
+        return ExpertsTiling(8, Launch(1, 3, 3, 2), Launch(1, 3, 3, 4))
     if routed <= 32 * experts:
-        return Plan(16, Launch(1, 3, 2, 2), Launch(3, 1, 3, 2))
-    return Plan(32, Launch(1, 1, 3, 2), Launch(3, 1, 3, 2))
+        return ExpertsTiling(16, Launch(1, 3, 2, 2), Launch(3, 1, 3, 2))
+    return ExpertsTiling(32, Launch(1, 1, 3, 2), Launch(3, 1, 3, 2))
 
 
 def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: int) -> tuple[jax.Array, int, int]:
@@ -133,7 +133,7 @@ def multiply(
     return gated(result.sum(axis=0), limit=limit, alpha=alpha).astype(jnp.bfloat16) if paired and not gated_there else result
 
 
-def mix_routed(
+def moe_routed(
     x_TD: jax.Array,
     index_TX: jax.Array,
     weights_TX: jax.Array,
@@ -144,7 +144,7 @@ def mix_routed(
     alpha: float,
     layer: jax.Array | None = None,
     elsewhere: int = 0,
-    chosen: Plan | None = None,
+    chosen: ExpertsTiling | None = None,
 ) -> jax.Array:
     """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. It has no derivatives.
 
@@ -157,10 +157,10 @@ def mix_routed(
       layer: int32 scalar, which layer, if the matrices hold a stack of layers. Its weights are read where they lie: a slice of the stack
         as the kernels' argument would be copied first.
       elsewhere: how many more experts tokens choose from.
-      chosen: how the kernels are cut, instead of `plan`'s choice.
+      chosen: how the kernels are cut, instead of `choose_tiling`'s choice.
     """
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0 if layer is None else 1]
-    chosen = chosen or plan(tokens * share * experts // (experts + elsewhere), experts)
+    chosen = chosen or choose_tiling(tokens * share * experts // (experts + elsewhere), experts)
     rows = sort_rows_of_layer(index_TX, experts, chosen.rows, 0 if layer is None else layer)
     if layer is not None:
         gate_up, down = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), (gate_up, down))
@@ -173,7 +173,7 @@ def mix_routed(
     return weighted.sum(axis=(0, 2))
 
 
-def mix(
+def moe_decode(
     x_TD: jax.Array,
     index_TX: jax.Array,
     weights_TX: jax.Array,
@@ -187,7 +187,7 @@ def mix(
     layer: jax.Array | None = None,
     elsewhere: int = 0,
 ) -> jax.Array:
-    """`mix_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays). It has no derivatives.
+    """`moe_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays). It has no derivatives.
 
     Where they give none, the reference runs, and the log says so once.
     """
@@ -195,6 +195,6 @@ def mix(
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
     if "words" not in up or "words" not in low:
         say_reference("decode_experts", "the experts are not laid out in tiles")
-        return mix_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
+        return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
     tiled = (TiledMatrix(**arrays, scale=getattr(matrix, "scale", 0.0)) for matrix, arrays in ((gate_up, up), (down, low)))
-    return mix_routed(x_TD, index_TX, weights_TX, *tiled, **options)
+    return moe_routed(x_TD, index_TX, weights_TX, *tiled, **options)

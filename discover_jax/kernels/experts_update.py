@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import experts_update_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
-from discover_jax.kernels.experts import ExpertMatrix, mix_reference
+from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 from discover_jax.kernels.table import say_reference
@@ -33,7 +33,7 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GroupedTiling:
     """Rows of a block, and the launches of wide products, of the paired one, and of those to an adapter's rank.
 
     The defaults are the fastest of what was measured on an H200 at gpt-oss-120b's shape and 32k tokens (benchmarks/experts_update.py).
@@ -51,7 +51,7 @@ class _Layer:
 
     rows: Blocks
     share: int
-    plan: Plan
+    tiling: GroupedTiling
     limit: float
     alpha: float
 
@@ -81,7 +81,7 @@ class _Layer:
           adapter: rows of the rank [R, rank] float32, and the matrix [E, N, rank], or [E, rank, N] if `left`, to be added.
         """
         outputs = matrix.shape[2 if left else 1]
-        launch = self.plan.narrow if outputs <= 64 else self.plan.wide
+        launch = self.tiling.narrow if outputs <= 64 else self.tiling.wide
         dtype = jnp.float32 if to_slots or exact else x.dtype
         out = jax.ShapeDtypeStruct((self.routed, outputs), dtype)
         flags = {"LEFT": left, "SHARE": self.share if of_tokens else 0, "SCATTER": to_slots, "FLOAT": exact, "PAIRED": False}
@@ -94,7 +94,7 @@ class _Layer:
         outputs = matrix.shape[1] // 2
         out = [jax.ShapeDtypeStruct((self.routed, width), x.dtype) for width in (outputs, 2 * outputs)]
         flags = {"LEFT": False, "SHARE": self.share, "SCATTER": False, "FLOAT": False, "PAIRED": True}
-        active, both = self._call(x, matrix, bias, adapter, self.plan.paired, outputs, out, flags)
+        active, both = self._call(x, matrix, bias, adapter, self.tiling.paired, outputs, out, flags)
         return active, both
 
     def _call(
@@ -111,7 +111,7 @@ class _Layer:
         none = jnp.zeros(1, jnp.float32)
         low, second = adapter if adapter is not None else (none, none)
         blocks, width = self.rows.blocks.shape[1], max(16, min(launch.outputs, 1 << (outputs - 1).bit_length()))
-        sizes = {"K": x.shape[1], "N": outputs, "BM": self.plan.rows, "BN": width, "STAGES": launch.stages}
+        sizes = {"K": x.shape[1], "N": outputs, "BM": self.tiling.rows, "BN": width, "STAGES": launch.stages}
         more = {"BIAS": bias is not None, "RANK": low.shape[1] if adapter is not None else 0, "LIMIT": self.limit, "ALPHA": self.alpha}
         return call_kernel(
             experts_update_triton.grouped,
@@ -173,7 +173,7 @@ Adapter = tuple[jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def mix_sorted(
+def moe_sorted(
     x_TD: jax.Array,
     weights_TX: jax.Array,
     adapters: tuple[Adapter, Adapter] | None,
@@ -182,9 +182,9 @@ def mix_sorted(
     down: TiledMatrix,
     limit: float,
     alpha: float,
-    plan: Plan,
+    tiling: GroupedTiling,
 ) -> jax.Array:
-    """`mix_reference`'s sum for tiles, [T, D] float32, differentiable in `x_TD`, `weights_TX` and `adapters`.
+    """`moe_reference`'s sum for tiles, [T, D] float32, differentiable in `x_TD`, `weights_TX` and `adapters`.
 
     Args:
       x_TD: activations.
@@ -193,16 +193,16 @@ def mix_sorted(
       adapters: of gate_up and of down, or None; those within the matrices are not looked at.
       gate_up, down: of one layer, `gate_up` laid out with paired rows; their `scale` is that of the adapters.
       limit, alpha: of the activation, see kernels.experts.gated.
-      plan: how kernels are cut.
+      tiling: how kernels are cut.
     """
-    return _forward(x_TD, weights_TX, adapters, index_TX, gate_up, down, limit, alpha, plan)[0]
+    return _forward(x_TD, weights_TX, adapters, index_TX, gate_up, down, limit, alpha, tiling)[0]
 
 
 def _forward(
-    x_TD: Any, weights_TX: Any, adapters: Any, index_TX: Any, gate_up: Any, down: Any, limit: float, alpha: float, plan: Plan
+    x_TD: Any, weights_TX: Any, adapters: Any, index_TX: Any, gate_up: Any, down: Any, limit: float, alpha: float, tiling: GroupedTiling
 ) -> tuple[jax.Array, tuple]:
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0]
-    layer = _Layer(sort_rows(index_TX, experts, plan.rows), share, plan, limit, alpha)
+    layer = _Layer(sort_rows(index_TX, experts, tiling.rows), share, tiling, limit, alpha)
     dtype = x_TD.dtype
     low_up: Any = None
     low_down: Any = None
@@ -225,12 +225,12 @@ def _forward(
     return out_TD, kept
 
 
-def _backward(limit: float, alpha: float, plan: Plan, kept: Any, d_out_TD: jax.Array) -> tuple:
+def _backward(limit: float, alpha: float, tiling: GroupedTiling, kept: Any, d_out_TD: jax.Array) -> tuple:
     """What `down` gave is not needed: with y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b, whose product
     the activation's gradient takes anyway. So where a layer is computed again for its derivatives, its last product is not."""
     x_TD, weights_TX, adapters, index_TX, gate_up, down, rows, active_RF, both_RF2, low_up, low_down = kept
     share, experts = index_TX.shape[1], gate_up.words.shape[0]
-    layer = _Layer(rows, share, plan, limit, alpha)
+    layer = _Layer(rows, share, tiling, limit, alpha)
     dtype, slots = x_TD.dtype, rows.slots
     d_rounded_TD = d_out_TD.astype(dtype)
     firsts = jnp.sum(index_TX.reshape(-1)[None] < jnp.arange(experts + 1)[:, None], axis=1, dtype=jnp.int32)
@@ -279,10 +279,10 @@ def _activation_gradient(both_RF2: jax.Array, d_active_RF: jax.Array, limit: flo
     return pull(d_active_RF)[0]
 
 
-mix_sorted.defvjp(_forward, _backward)
+moe_sorted.defvjp(_forward, _backward)
 
 
-def mix(
+def moe_update(
     x_TD: jax.Array,
     index_TX: jax.Array,
     weights_TX: jax.Array,
@@ -295,13 +295,13 @@ def mix(
     alpha: float,
     layer: jax.Array | None = None,
     elsewhere: int = 0,
-    plan: Plan = Plan(),
+    tiling: GroupedTiling = GroupedTiling(),
 ) -> jax.Array:
-    """`mix_reference` by the kernels, where both matrices give one layer's tiles (`words` and `factors` among their arrays).
+    """`moe_reference` by the kernels, where both matrices give one layer's tiles (`words` and `factors` among their arrays).
 
     Where they do not, the reference runs, and the log says why, once.
     """
-    del elsewhere  # there are rows enough for one plan
+    del elsewhere  # there are rows enough for one tiling
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     reason = None
     if x_TD.dtype != jnp.bfloat16:
@@ -315,7 +315,7 @@ def mix(
     if reason is not None:
         say_reference("experts", reason)
         options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}
-        return mix_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)
+        return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
     tiles = (TiledMatrix(**own, scale=getattr(matrix, "scale", 0.0)) for matrix, own in zip((gate_up, down), arrays, strict=True))
-    return mix_sorted(x_TD, weights_TX, adapters, index_TX, *tiles, limit, alpha, plan)
+    return moe_sorted(x_TD, weights_TX, adapters, index_TX, *tiles, limit, alpha, tiling)

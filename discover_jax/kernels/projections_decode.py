@@ -30,7 +30,7 @@ class Launch:
     warps: int
 
 
-def plan(rows: int, outputs: int) -> Launch:
+def choose_launch(rows: int, outputs: int) -> Launch:
     """For so many rows and outputs in all."""
     if rows <= 32:
         return Launch(64, 3, 5, 4)
@@ -48,13 +48,13 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
     """`project_reference` by the kernels, for few rows in bfloat16 and widths that divide; else the reference. It has no derivatives.
 
     Args:
-      chosen: how the kernel is cut, instead of `plan`'s choice.
+      chosen: how the kernel is cut, instead of `choose_launch`'s choice.
     """
     if not _applies(x_Ti, stacks):
         return project_reference(x_Ti, stacks, layer, scale)
     rows, width = x_Ti.shape
     outs = [stack.weight.shape[1] for stack in stacks]
-    chosen = chosen or plan(rows, sum(outs))
+    chosen = chosen or choose_launch(rows, sum(outs))
     outputs = next(n for n in (256, 128, 64, 32, 16) if n <= chosen.outputs and all(out % n == 0 for out in outs))
     block = min(128, max(16, 1 << (rows - 1).bit_length()))
     blocks, layer_1 = -(-rows // block), jnp.asarray(layer, jnp.int32).reshape(1)

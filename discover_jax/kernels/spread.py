@@ -154,8 +154,8 @@ class _Own:
         return self._arrays
 
 
-def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
-    """Each device computes its own experts. `mix` must leave out choices of an expert that is elsewhere: those numbered `experts`."""
+def spread_experts(moe: Callable, mesh: Mesh) -> Callable:
+    """Each device computes its own experts. `moe` must leave out choices of an expert that is elsewhere: those numbered `experts`."""
     parts = mesh.shape[_EXPERT]
 
     def spread(
@@ -179,7 +179,7 @@ def spread_experts(mix: Callable, mesh: Mesh) -> Callable:
             local_TX = index_TX - own * lax.axis_index(_EXPERT)
             local_TX = jnp.where((local_TX >= 0) & (local_TX < own), local_TX, own)
             matrices = (_Own(matrix, part) for matrix, part in zip((gate_up, down), arrays, strict=True))
-            y_TD = mix(x_TD, local_TX, weights_TX, *matrices, experts=own, elsewhere=experts - own, adapted=adapted, layer=layer, **options)
+            y_TD = moe(x_TD, local_TX, weights_TX, *matrices, experts=own, elsewhere=experts - own, adapted=adapted, layer=layer, **options)
             return lax.psum_scatter(y_TD, _EXPERT, tiled=True) if _EXPERT in split else lax.psum(y_TD, _EXPERT)
 
         arrays = (gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
-from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.pages import copy_page, write_pages, write_token
 from discover_jax.kernels.projections import project_reference
@@ -29,18 +29,18 @@ KERNELS: dict[tuple[str, str], Callable[..., Any]] = {
     ("prefill_attention", REFERENCE): prefill_attention_reference,
     ("packed_attention", REFERENCE): packed_attention_reference,
     ("windowed_attention", REFERENCE): windowed_attention_reference,
-    ("experts", REFERENCE): mix_reference,
+    ("experts", REFERENCE): moe_reference,
     ("decode_projections", REFERENCE): project_reference,
-    ("decode_experts", REFERENCE): mix_reference,
+    ("decode_experts", REFERENCE): moe_reference,
 }
 """`write_token` and `paged_attention` are of one token a row, `write_pages` and `prefill_attention` of several. `packed_attention`,
 `windowed_attention` and `experts` are of whole sequences, with derivatives; `decode_experts` and `decode_projections` of one token a
 row, or of a prompt's chunk."""
 
 OPTIONAL: dict[tuple[str, str], tuple[str, str]] = {
-    ("decode_experts", "gpu"): ("discover_jax.kernels.experts_decode", "mix"),
+    ("decode_experts", "gpu"): ("discover_jax.kernels.experts_decode", "moe_decode"),
     ("paged_attention", "gpu"): ("discover_jax.kernels.attention_decode", "paged_attention"),
-    ("experts", "gpu"): ("discover_jax.kernels.experts_update", "mix"),
+    ("experts", "gpu"): ("discover_jax.kernels.experts_update", "moe_update"),
     ("packed_attention", "gpu"): ("discover_jax.kernels.attention_update", "packed_attention"),
     ("windowed_attention", "gpu"): ("discover_jax.kernels.attention_update", "windowed_attention"),
     ("decode_projections", "gpu"): ("discover_jax.kernels.projections_decode", "project"),

@@ -45,11 +45,11 @@ class Signals:
 
     Attributes:
       values_K: float64, what the estimator is given for each rollout.
-      counts_K: bool, False for rollouts that are left out of baseline and update.
+      included_K: bool, False for rollouts that are left out of baseline and update.
     """
 
     values_K: np.ndarray
-    counts_K: np.ndarray
+    included_K: np.ndarray
 
 
 def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[float]], list[float]], diversity: Diversity) -> Signals:
@@ -61,12 +61,12 @@ def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[f
       diversity: bonus and duplicates.
     """
     values_K = np.asarray(transform([attempt.reward for attempt in attempts_K]), np.float64)
-    counts_K = np.ones(len(attempts_K), bool)
+    included_K = np.ones(len(attempts_K), bool)
     if diversity.novelty_bonus:
         values_K = values_K + diversity.novelty_bonus * _novelty(attempts_K)
     if diversity.duplicates == "drop":
-        counts_K = ~_repeated(attempts_K)
-    return Signals(values_K, counts_K)
+        included_K = ~_repeated(attempts_K)
+    return Signals(values_K, included_K)
 
 
 def diversity_metrics(groups: Sequence[Sequence[Attempt]]) -> dict[str, float | None]:

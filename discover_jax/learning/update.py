@@ -1,8 +1,8 @@
 """The update: gradients of the adapter summed over microbatches of packed rollouts, then one optimiser step.
 
-All microbatches of a run have one shape, so two programs are compiled: one that adds a microbatch's gradient, one that applies
+All microbatches of a run have one shape, so two functions are compiled: one that adds a microbatch's gradient, one that applies
 the sum. Weights of the reduction are computed over all microbatches beforehand (see losses), so the result depends neither on
-how rollouts are packed nor on how many microbatches there are, up to the order of float32 sums. A third program, compiled only where
+how rollouts are packed nor on how many microbatches there are, up to the order of float32 sums. A third one, compiled only where
 the KL to the base is wanted, reads the microbatches with the adapter left out.
 """
 
@@ -27,7 +27,7 @@ from discover_jax.learning.packing import Batch, empty_batch, filled_frac
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, sharding_for, shardings
-from discover_jax.types import Program
+from discover_jax.types import LoweredFunction
 
 Statistics = dict[str, jax.Array]
 
@@ -142,7 +142,7 @@ _UNTOLD = _Passes(0, None)
 
 
 class Update:
-    """The jitted update of one model with one optimiser and one loss. It holds compiled programs but no state of training.
+    """The jitted update of one model with one optimiser and one loss. It holds jitted functions but no state of training.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
@@ -153,7 +153,7 @@ class Update:
       limits: of the losses that limit ratios.
       kl_coefficient: lambda of the penalty on the KL to the base model (see kl.py); 0: none.
       measure_kl: logs the KL to the base even without a penalty, which costs one more forward pass a microbatch.
-      routes: shape [L, X] and type of the routes that batches bring, for `programs`; None if they bring none.
+      routes: shape [L, X] and type of the routes that batches bring, for `lowered_functions`; None if they bring none.
 
     Raises:
       ConfigError: an unknown name, or a number out of range.
@@ -211,7 +211,7 @@ class Update:
             return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
 
         # Without a mesh the leaves are None, which leaves layouts free; with one, results must come back exactly as they went in, or
-        # every program would be compiled twice.
+        # every function would be compiled twice.
         state = abstract_train_state(model.abstract_lora(), optimizer)
         layouts = shardings(state)
         jit = functools.partial(jax.jit, compiler_options=EXACT_ROUNDING)
@@ -338,8 +338,8 @@ class Update:
         metrics["update/filled_frac"] = filled_frac(batches)
         return metrics | self.shape(frozen, [batches], passes)[1] if lora is not None else metrics
 
-    def programs(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[Program]:
-        """The programs of `update` for microbatches of that shape, to be compiled without being run.
+    def lowered_functions(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[LoweredFunction]:
+        """The jitted functions of `update` for microbatches of that shape, to be compiled without being run.
 
         Args:
           frozen, state: abstract, laid out as the real ones will be.
@@ -349,21 +349,21 @@ class Update:
           ShardingError: the rows do not divide by the mesh's data axis.
         """
         batch, weights_BT = self._abstract_batch(rows, row_tokens)
-        yield from self._base_programs(frozen, batch)
+        yield from self._lowered_base_functions(frozen, batch)
         live = {"gradient": state.lora}
-        yield Program("gradient", self._accumulate.lower(state.lora, state.lora, frozen, batch, weights_BT), live)
-        yield Program("apply", self._apply.lower(state, state.lora), live)
+        yield LoweredFunction("gradient", self._accumulate.lower(state.lora, state.lora, frozen, batch, weights_BT), live)
+        yield LoweredFunction("apply", self._apply.lower(state, state.lora), live)
 
-    def measuring_programs(self, frozen: Any, lora: Any, rows: int, row_tokens: int) -> Iterator[Program]:
-        """The programs of `measure`; see `programs`. `lora` may be None."""
+    def lowered_measuring_functions(self, frozen: Any, lora: Any, rows: int, row_tokens: int) -> Iterator[LoweredFunction]:
+        """The jitted functions of `measure`; see `lowered_functions`. `lora` may be None."""
         batch, _ = self._abstract_batch(rows, row_tokens)
-        yield Program("measure", self._forward.lower(lora, frozen, batch), {})
+        yield LoweredFunction("measure", self._forward.lower(lora, frozen, batch), {})
         if lora is not None:
-            yield from self._base_programs(frozen, batch)
+            yield from self._lowered_base_functions(frozen, batch)
 
-    def _base_programs(self, frozen: Any, batch: Batch) -> Iterator[Program]:
+    def _lowered_base_functions(self, frozen: Any, batch: Batch) -> Iterator[LoweredFunction]:
         if self._knows_kl:
-            yield Program("base", self._base_gap.lower(frozen, batch), {})
+            yield LoweredFunction("base", self._base_gap.lower(frozen, batch), {})
 
     def _abstract_batch(self, rows: int, row_tokens: int) -> tuple[Batch, jax.ShapeDtypeStruct]:
         """A microbatch and its weights, laid out as `_place` does."""

@@ -23,7 +23,7 @@ from discover_jax.exceptions import WeightsError
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Layout, Place, layout_of, places_of
+from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Layout, ParamPath, layout_of, paths_of
 from discover_jax.models.mxfp4 import dequantise, quantise
 from discover_jax.models.parameters import Tree
 
@@ -164,13 +164,13 @@ class _Stored:
         return whole.swapaxes(-1, -2) if self.transposed else whole
 
 
-def _check(folder: _Folder, shapes: dict[Place, jax.ShapeDtypeStruct]) -> dict[tuple[Place, int | None], _Stored]:
+def _check(folder: _Folder, shapes: dict[ParamPath, jax.ShapeDtypeStruct]) -> dict[tuple[ParamPath, int | None], _Stored]:
     """Every parameter's place on disk.
 
     Raises:
       WeightsError: tensors are missing or of another shape or type; names the first few and counts the rest.
     """
-    stored: dict[tuple[Place, int | None], _Stored] = {}
+    stored: dict[tuple[ParamPath, int | None], _Stored] = {}
     missing, wrong = [], []
     known = set()
     for name, places, layer in folder.layout.tensors(folder.config.num_layers):
@@ -263,7 +263,7 @@ def load_folder(
     stored = _check(folder, structs)
     progress = _Progress(sum(_local_bytes(structs[place]) for place, _ in stored), on_progress)
 
-    def read(place: Place, layer: int | None) -> jax.Array:
+    def read(place: ParamPath, layer: int | None) -> jax.Array:
         struct, source = structs[place], stored[place, layer]
         array = jax.make_array_from_callback(
             struct.shape, _sharding(struct), lambda index: source.read(index or ()).astype(struct.dtype, copy=False)
@@ -290,11 +290,11 @@ def load_folder(
     return config, jax.tree_util.tree_map_with_path(lambda path, struct: leaf(tuple(key.key for key in path), struct), wanted)
 
 
-def _structs(folder: _Folder, model: Model) -> dict[Place, jax.ShapeDtypeStruct]:
+def _structs(folder: _Folder, model: Model) -> dict[ParamPath, jax.ShapeDtypeStruct]:
     """Each parameter as it is read; a layer's has the shape and sharding of the stack without its first axis."""
     singles = folder.layout.singles.values()
     return {
-        place: struct if place in singles else _without_first_axis(struct) for place, struct in places_of(model.abstract_frozen()).items()
+        place: struct if place in singles else _without_first_axis(struct) for place, struct in paths_of(model.abstract_frozen()).items()
     }
 
 
@@ -356,7 +356,7 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
     Args:
       frozen: of a `Model` of that config, its experts in any form; dense ones are rounded to the nearest MXFP4.
     """
-    leaves_of = {kind: places_of(frozen, kind) for kind in _KINDS}
+    leaves_of = {kind: paths_of(frozen, kind) for kind in _KINDS}
 
     @functools.lru_cache(maxsize=1)
     def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
@@ -369,7 +369,7 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
         values = quantise(forms["weight"]) if "weight" in forms else restore(**forms, paired=SLABS[matrix].paired)
         return dict(zip(("blocks", "scales"), values, strict=True))
 
-    def tensor(place: Place, layer: int | None) -> np.ndarray:
+    def tensor(place: ParamPath, layer: int | None) -> np.ndarray:
         leaves = leaves_of[_KINDS[(layer or 0) % 2]]
         if layer is None:
             return np.asarray(leaves[place])
@@ -383,7 +383,7 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
 def write_folder(
     path: str | Path,
     config: ModelConfig,
-    tensor: Callable[[Place, int | None], np.ndarray],
+    tensor: Callable[[ParamPath, int | None], np.ndarray],
     *,
     layout: str = HUGGINGFACE.name,
     on_progress: OnProgress | None = None,
@@ -401,9 +401,9 @@ def write_folder(
     if layout not in LAYOUTS:
         raise WeightsError(f"Layout {layout!r} is not known; allowed: {', '.join(LAYOUTS)}.")
     chosen, path = LAYOUTS[layout], Path(path)
-    shapes = places_of(Model(config, LoraConfig(0, 0, 0), dtype=jnp.bfloat16, experts="packed").abstract_frozen())
+    shapes = paths_of(Model(config, LoraConfig(0, 0, 0), dtype=jnp.bfloat16, experts="packed").abstract_frozen())
     shapes |= {place: _without_first_axis(struct) for place, struct in shapes.items() if place not in chosen.singles.values()}
-    shards: list[list[tuple[str, tuple[Place, ...], int | None]]] = []
+    shards: list[list[tuple[str, tuple[ParamPath, ...], int | None]]] = []
     room, total = 0, 0
     for entry in chosen.tensors(config.num_layers):
         size = sum(math.prod(shapes[place].shape) * shapes[place].dtype.itemsize for place in entry[1])

@@ -286,14 +286,14 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
         """Of whole sequences; differentiable. `routes_BTX` are the experts to take; None: those of the largest logits."""
-        return self._mix(table.choose("experts"), x_BTD, routes_BTX, adapted=adapted)[0]
+        return self._moe(table.choose("experts"), x_BTD, routes_BTX, adapted=adapted)[0]
 
     def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
         """Of a few tokens a row, where both matrices are those of a stack of pairs (see `Model.decode`); and the experts [B, T, X]."""
-        return self._mix(table.choose("decode_experts"), x_BTD, adapted=adapted, layer=pair)
+        return self._moe(table.choose("decode_experts"), x_BTD, adapted=adapted, layer=pair)
 
-    def _mix(
-        self, mix: Callable, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool, layer: jax.Array | None = None
+    def _moe(
+        self, moe: Callable, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool, layer: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
@@ -305,8 +305,8 @@ class Experts(nnx.Module):
             index_TX = routes_BTX.reshape(-1, c.experts_per_token).astype(jnp.int32)
             weights_TX = route_along(logits_TE, index_TX)
         options = {"experts": c.num_experts, "adapted": adapted, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha, "layer": layer}
-        mixed_TD = mix(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options)
-        return mixed_TD.reshape(x_BTD.shape), index_TX.reshape(*x_BTD.shape[:-1], -1)
+        out_TD = moe(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options)
+        return out_TD.reshape(x_BTD.shape), index_TX.reshape(*x_BTD.shape[:-1], -1)
 
 
 class Layer(nnx.Module):

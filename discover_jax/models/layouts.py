@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Place = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 MATRICES = ("gate_up", "down")
 
@@ -26,13 +26,13 @@ class Layout:
     """
 
     name: str
-    singles: Mapping[str, Place]
-    layers: Mapping[str, tuple[Place, ...]]
+    singles: Mapping[str, ParamPath]
+    layers: Mapping[str, tuple[ParamPath, ...]]
     prefix: str
     file: str
     transposed: bool = False
 
-    def tensors(self, num_layers: int) -> Iterable[tuple[str, tuple[Place, ...], int | None]]:
+    def tensors(self, num_layers: int) -> Iterable[tuple[str, tuple[ParamPath, ...], int | None]]:
         """Every tensor of a model, in the order of the layers: name, places, and the layer or None."""
         singles = [(name, (place,), None) for name, place in self.singles.items()]
         yield singles[0]
@@ -41,7 +41,7 @@ class Layout:
                 yield self.prefix.format(layer=layer) + name, places, layer
         yield from singles[1:]
 
-    def is_transposed(self, place: Place) -> bool:
+    def is_transposed(self, place: ParamPath) -> bool:
         """Whether this parameter's last two axes change places on disk."""
         return self.transposed and place[0] == "experts" and place[1] in MATRICES and place[-1] == "weight"
 
@@ -105,11 +105,11 @@ def layout_of(names: Iterable[str]) -> Layout | None:
     return HUGGINGFACE_DENSE if any(name.endswith("mlp.experts.gate_up_proj") for name in names) else HUGGINGFACE
 
 
-def places_of(tree: dict[str, Any], kind: str = "sliding") -> dict[Place, Any]:
+def paths_of(tree: dict[str, Any], kind: str = "sliding") -> dict[ParamPath, Any]:
     """The leaves of a frozen tree by place, those of layers being the stacks of its "sliding" or its "full" layers."""
-    flat: dict[Place, Any] = {}
+    flat: dict[ParamPath, Any] = {}
 
-    def walk(node: Any, place: Place) -> None:
+    def walk(node: Any, place: ParamPath) -> None:
         if isinstance(node, dict):
             for key, child in node.items():
                 walk(child, (*place, key))

@@ -21,7 +21,7 @@ from discover_jax.exceptions import ConfigError, DiscoverError
 from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
 from discover_jax.models.folder import OnProgress, write_folder
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Place, places_of
+from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ParamPath, paths_of
 
 _MEAN_SQUARE = 7.33 * 1.75
 """Of the 16 values of a random nibble (0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives), times that of 1/2, 1 and 2 for the scale."""
@@ -47,16 +47,16 @@ def write_synthetic(
       WeightsError: see `write_folder`.
     """
     abstract = Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen()
-    structs = places_of(abstract)
+    structs = paths_of(abstract)
 
-    def tensor(place: Place, layer: int | None) -> np.ndarray:
+    def tensor(place: ParamPath, layer: int | None) -> np.ndarray:
         shape = structs[place].shape if layer is None else structs[place].shape[1:]
         return _draw(np.random.default_rng([seed, zlib.crc32("/".join(place).encode()), 0 if layer is None else layer + 1]), place, shape)
 
     write_folder(path, config, tensor, layout=layout, on_progress=on_progress)
 
 
-def _draw(rng: np.random.Generator, place: Place, shape: tuple[int, ...]) -> np.ndarray:
+def _draw(rng: np.random.Generator, place: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
     if place[-1] == "blocks":
         return np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
     if place[-1] == "scales":

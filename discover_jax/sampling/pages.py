@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 
-class Pages:
+class PageAllocator:
     """Counts the users of every page of a pool; a page without users is free.
 
     What lies where depends on the order of calls alone.

@@ -24,8 +24,8 @@ from discover_jax.models.cache import Cache, Pool, copy_page, put_pages, take_pa
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
-from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Limits, Programs, Progress, Schedule, half_of, pages_of
-from discover_jax.types import Program, Prompt, Rollout
+from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Progress, SamplerFunctions, Schedule, ScheduleLimits, half_of, pages_of
+from discover_jax.types import LoweredFunction, Prompt, Rollout
 
 PROMPT_CHUNK = 512
 """Tokens of a prompt that are read at once, at most: whole pages."""
@@ -51,7 +51,7 @@ def rows_of(slots: int, rollouts: int, devices: int) -> int:
 
 
 class Sampler:
-    """Samples rollouts of one model. It holds compiled programs but no weights and no state between calls.
+    """Samples rollouts of one model. It holds jitted functions but no weights and no state between calls.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
@@ -128,7 +128,7 @@ class Sampler:
         self._given_pages = pages
         self._record_routes = record_routes
         self.compilations = 0
-        """Programs compiled so far: it must not grow after the first steps of a run."""
+        """SamplerFunctions compiled so far: it must not grow after the first steps of a run."""
 
         launch = functools.partial(
             decode_launch,
@@ -187,7 +187,7 @@ class Sampler:
         if not prompts or not group_size:
             return iter(())
         seed_array, step_array = jnp.uint32(seed), jnp.uint32(step)
-        programs = Programs(
+        functions = SamplerFunctions(
             empty_pool=self._empty_pool,
             empty_rows=functools.partial(empty_rows, self._model),
             prefill=functools.partial(self._prefill, frozen, lora),
@@ -199,10 +199,10 @@ class Sampler:
             put_pages=self._put_pages,
         )
         limits = self._limits(len(prompts) * group_size)
-        return Schedule(programs, limits, prompts, self._temperatures(group_size)).run(on_progress)
+        return Schedule(functions, limits, prompts, self._temperatures(group_size)).run(on_progress)
 
-    def programs(self, frozen: Any, lora: Any, prompts: int, rollouts: int) -> Iterator[Program]:
-        """The programs of one call of `sample`, for the longest prompts that it takes, to be compiled without being run.
+    def lowered_functions(self, frozen: Any, lora: Any, prompts: int, rollouts: int) -> Iterator[LoweredFunction]:
+        """The jitted functions of one call of `sample`, for the longest prompts that it takes, to be compiled without being run.
 
         Args:
           frozen, lora: abstract weights, laid out as the real ones will be.
@@ -222,20 +222,20 @@ class Sampler:
 
         live = {"cache": (pool, rows)}
         cache = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, ids(self._row_devices, limits.row_pages), ids(1))
-        yield Program("prefill", self._prefill.lower(frozen, lora, ids(1, limits.chunk), ids(1), cache), live)
+        yield LoweredFunction("prefill", self._prefill.lower(frozen, lora, ids(1, limits.chunk), ids(1), cache), live)
         pages, scalar = ids(batch, limits.row_pages), ids(dtype=jnp.uint32)
-        yield Program("decode", self._launch.lower(frozen, lora, pool, rows, pages, ids(), scalar, scalar), live)
-        yield Program("put", self._put_row.lower(pool, rows, one, ids(), ids(), ids()), live)
-        yield Program("set aside", self._take_pages.lower(pool, ids(MOVED_PAGES)), live)
+        yield LoweredFunction("decode", self._launch.lower(frozen, lora, pool, rows, pages, ids(), scalar, scalar), live)
+        yield LoweredFunction("put", self._put_row.lower(pool, rows, one, ids(), ids(), ids()), live)
+        yield LoweredFunction("set aside", self._take_pages.lower(pool, ids(MOVED_PAGES)), live)
         if fewer := half_of(batch, limits.row_devices):
-            yield Program("shrink", self._take_rows.lower(rows, ids(fewer)), live)
+            yield LoweredFunction("shrink", self._take_rows.lower(rows, ids(fewer)), live)
 
-    def _limits(self, rollouts: int) -> Limits:
+    def _limits(self, rollouts: int) -> ScheduleLimits:
         slots = rows_of(self._slots, rollouts, self._row_devices)
         devices = self._row_devices
         most = devices * most_pages(slots // devices, self._max_prompt, self._max_new)
         given = most if self._given_pages is None else self._given_pages // devices * devices
-        return Limits(
+        return ScheduleLimits(
             slots=slots,
             row_devices=devices,
             pages=min(most, given),
@@ -257,7 +257,7 @@ class Sampler:
 
     def _jit(self, function: Callable, name: str, layouts: Any, *donated: str, taken: Any = None) -> Any:
         """The function, jitted, with these layouts of what it returns, and of what it takes where that is donated and comes from the host.
-        It counts how often it is traced: once for each compiled program."""
+        It counts how often it is traced: once for each compilation."""
 
         @functools.wraps(function)
         def traced(*args, **kwargs):

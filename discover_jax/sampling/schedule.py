@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from discover_jax.hosts.processes import fetch
 from discover_jax.models.cache import Cache, Pool
 from discover_jax.sampling.decoding import Drawn, Rows, new_rows
-from discover_jax.sampling.pages import Pages
+from discover_jax.sampling.pages import PageAllocator
 from discover_jax.types import Prompt, Rollout, StopReason
 
 PAGE = 128
@@ -66,7 +66,7 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
+class SamplerFunctions:
     """What the schedule has the device do; see the functions of the same names in `decoding`, `models.cache` and `Model`."""
 
     empty_pool: Callable[[int], Pool]
@@ -81,7 +81,7 @@ class Programs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class ScheduleLimits:
     """Numbers of one call: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk.
 
     The batch, `slots` rows at first, and the pages are spread over `row_devices`, as many on each. `record_routes` says whether rollouts
@@ -142,13 +142,13 @@ class Schedule:
     """The state of one call.
 
     Args:
-      programs, limits: of the sampler.
+      functions, limits: of the sampler.
       prompts: one a group; rollouts are begun in this order.
       temperatures_K: of the rollouts of every group.
     """
 
-    def __init__(self, programs: Programs, limits: Limits, prompts: Sequence[Prompt], temperatures_K: Sequence[float]):
-        self._do, self._limits, self._prompts = programs, limits, prompts
+    def __init__(self, functions: SamplerFunctions, limits: ScheduleLimits, prompts: Sequence[Prompt], temperatures_K: Sequence[float]):
+        self._do, self._limits, self._prompts = functions, limits, prompts
         self._queue = collections.deque(
             _Open(place, index, temperature) for place in range(len(prompts)) for index, temperature in enumerate(temperatures_K)
         )
@@ -157,11 +157,11 @@ class Schedule:
         self._begun = 0
         self._prefixes: dict[int, _Prefix] = {}
         each = limits.pages // limits.row_devices
-        self._books = [Pages(each, device * each) for device in range(limits.row_devices)]
+        self._allocators = [PageAllocator(each, device * each) for device in range(limits.row_devices)]
         self._slots: list[_Open | None] = [None] * limits.slots
-        self._pool = programs.empty_pool(limits.pages)
-        self._rows = programs.empty_rows(len(self._slots))
-        self._nobody = programs.empty_rows(1)
+        self._pool = functions.empty_pool(limits.pages)
+        self._rows = functions.empty_rows(len(self._slots))
+        self._nobody = functions.empty_rows(1)
         self._busy = self._offered = self._set_asides = 0
 
     def run(self, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Rollout]:
@@ -175,7 +175,7 @@ class Schedule:
             finished, tokens = finished + len(done), tokens + new
             if on_progress is not None:
                 utilisation = self._busy / self._offered if self._offered else 1.0
-                seconds, pages = time.monotonic() - start, sum(book.most_in_use for book in self._books)
+                seconds, pages = time.monotonic() - start, sum(allocator.most_in_use for allocator in self._allocators)
                 on_progress(Progress(finished, self._total, tokens, seconds, utilisation, self._set_asides, pages))
             yield from done
 
@@ -202,23 +202,23 @@ class Schedule:
 
     def _make_room(self, device: int, count: int, keep: int = -1) -> bool:
         """Whether it has so many free pages, if need be after prompts are forgotten that can be read again; but not `keep`'s."""
-        if self._books[device].free < count:
+        if self._allocators[device].free < count:
             for place in [place for place in self._prefixes if place != keep]:
                 self._forget(place)
-        return self._books[device].free >= count
+        return self._allocators[device].free >= count
 
     def _forget(self, place: int) -> None:
-        for book, pages in zip(self._books, self._prefixes.pop(place).pages_R, strict=True):
-            book.release(pages)
+        for allocator, pages in zip(self._allocators, self._prefixes.pop(place).pages_R, strict=True):
+            allocator.release(pages)
 
     def _take(self, device: int, count: int) -> list[int]:
-        pages = self._books[device].take(count)
+        pages = self._allocators[device].take(count)
         assert pages is not None, "room was made before"
         return pages
 
     def _give_pages(self) -> None:
         """To every live row, first those that began first; at the cost of those that began last on its device."""
-        for device in range(len(self._books)):
+        for device in range(len(self._allocators)):
             live = self._live(device)
             while live:
                 missing = self._needed(live[0]) - len(live[0].pages)
@@ -233,7 +233,7 @@ class Schedule:
         used = rollout.pages[: pages_of(self._length(rollout))]
         parts = [self._do.take_pages(self._pool, ids) for ids in self._in_parts(used)]
         rollout.aside = fetch((row, parts))
-        self._books[self._device(slot)].release(rollout.pages)
+        self._allocators[self._device(slot)].release(rollout.pages)
         rollout.pages = []
         self._put(slot, self._nobody)
         self._slots[slot] = None
@@ -262,7 +262,7 @@ class Schedule:
     def _fill(self, slot: int) -> bool:
         """Whether there was a rollout for this slot, and room for it."""
         # What live rows will need in the launch after the next is left free, so that what begins now need not be set aside at once.
-        spare_R = [0] * len(self._books)
+        spare_R = [0] * len(self._allocators)
         for other, rollout in enumerate(self._slots):
             if rollout is not None:
                 spare_R[self._device(other)] += max(0, self._needed(rollout, launches=2) - len(rollout.pages))
@@ -296,7 +296,7 @@ class Schedule:
             return False
         prefix = self._prefixes.get(place) or self._read(place)
         pages = prefix.pages_R[device]
-        rollout.pages = self._books[device].share(pages[:shared]) + self._take(device, own)
+        rollout.pages = self._allocators[device].share(pages[:shared]) + self._take(device, own)
         own_1 = {"indices_B": jnp.array([rollout.index], jnp.int32), "temperatures_B": jnp.array([rollout.temperature], jnp.float32)}
         row = dataclasses.replace(prefix.row, **own_1)
         begun_page = {"source": pages[shared], "target": rollout.pages[shared]} if length % PAGE else {}
@@ -312,7 +312,7 @@ class Schedule:
         """Reads a prompt; there must be room for it on all devices."""
         prompt, chunk = self._prompts[place], self._limits.chunk
         length = len(prompt.tokens_P)
-        pages_R = [self._take(device, pages_of(length)) for device in range(len(self._books))]
+        pages_R = [self._take(device, pages_of(length)) for device in range(len(self._allocators))]
         pages_RM = np.zeros((len(pages_R), self._limits.row_pages), np.int32)
         pages_RM[:, : pages_of(length)] = pages_R
         empty, hidden, routes = self._do.empty_rows(1), self._nobody.hidden_BD, []
@@ -371,7 +371,7 @@ class Schedule:
                 kept.append(x_BT[slot, :new].copy())  # or all of the launch would be kept for it
             if not alive_B[slot]:
                 done.append(self._close(rollout))
-                self._books[self._device(slot)].release(rollout.pages)
+                self._allocators[self._device(slot)].release(rollout.pages)
                 self._slots[slot] = None
         if waiting:
             self._busy += sum(grown)

@@ -16,7 +16,7 @@ import sentencepiece
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.folder import write_folder
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import Place, places_of
+from discover_jax.models.layouts import ParamPath, paths_of
 from discover_jax.text.prompts import brief_text
 from discover_jax.text.tokenizer import SPECIAL_TOKENS
 
@@ -108,10 +108,10 @@ def write_phrase_model(folder: Path) -> None:
         for phrase in before:
             for follower, probability in followers.items():
                 logits[id_of(follower), id_of(phrase)] = math.log(probability)
-    structs = places_of(Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen())
+    structs = paths_of(Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen())
     rng = np.random.default_rng(0)
 
-    def tensor(place: Place, layer: int | None) -> np.ndarray:
+    def tensor(place: ParamPath, layer: int | None) -> np.ndarray:
         shape = structs[place].shape if layer is None else structs[place].shape[1:]
         if place == ("embedding",):
             values = 100.0 * np.eye(*shape)

@@ -14,7 +14,7 @@ import numpy as np
 from interpreter import interpret
 
 from discover_jax.kernels import attention_decode
-from discover_jax.kernels.attention_decode import Plan, attend_pages
+from discover_jax.kernels.attention_decode import PagedTiling, attend_pages
 
 LAYERS, LAYER, NO_PAGE = 2, 1, 2**30
 
@@ -24,7 +24,7 @@ class Case:
     """Counts of rows, and shapes. `spare` pages a row are in the table beyond the longest row's."""
 
     counts: tuple[int, ...]
-    chosen: Plan
+    chosen: PagedTiling
     page: int = 128
     heads: int = 16
     kv_heads: int = 2
@@ -63,12 +63,12 @@ def error(case: Case) -> float:
 
 # With 132 processors: `resident` and `waves` of 1 give 66 slots for two kv heads, 132 for one.
 CASES = {
-    "rings": Case((128, 1, 77), Plan(128, 1, 1)),
-    "a row in many shares": Case((700, 1, 129), Plan(32, 1, 2, resident=1, waves=1, least=2), spare=1),
-    "more places than slots": Case((2080, 33, 64), Plan(16, 1, 2, resident=1, waves=1, least=1), page=32, heads=2),
-    "fewer shares than rows' blocks": Case((300, 290, 1, 40, 16), Plan(64, 1, 2, resident=1, waves=1, least=4), page=48, heads=6),
-    "one row, large heads": Case((200,), Plan(64, 1, 2, resident=1, waves=2, least=1), page=64, heads=4, kv_heads=1, head_size=128),
-    "a group of one": Case((90, 17), Plan(16, 1, 2), page=16, heads=2),
+    "rings": Case((128, 1, 77), PagedTiling(128, 1, 1)),
+    "a row in many shares": Case((700, 1, 129), PagedTiling(32, 1, 2, resident=1, waves=1, least=2), spare=1),
+    "more places than slots": Case((2080, 33, 64), PagedTiling(16, 1, 2, resident=1, waves=1, least=1), page=32, heads=2),
+    "fewer shares than rows' blocks": Case((300, 290, 1, 40, 16), PagedTiling(64, 1, 2, resident=1, waves=1, least=4), page=48, heads=6),
+    "one row, large heads": Case((200,), PagedTiling(64, 1, 2, resident=1, waves=2, least=1), page=64, heads=4, kv_heads=1, head_size=128),
+    "a group of one": Case((90, 17), PagedTiling(16, 1, 2), page=16, heads=2),
 }
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from interpreter import interpret
 
 from discover_jax.kernels import attention_update
-from discover_jax.kernels.attention_update import Launch, Plan, attend
+from discover_jax.kernels.attention_update import AttentionTiling, Launch, attend
 
-PLAN = Plan(Launch(32, 16, 2, 4), Launch(32, 16, 2, 4), Launch(16, 32, 2, 4))
+TILING = AttentionTiling(Launch(32, 16, 2, 4), Launch(32, 16, 2, 4), Launch(16, 32, 2, 4))
 TOKENS, HEAD_SIZE = 64, 16
 
 
@@ -30,7 +30,7 @@ class Case:
     heads: int = 2
     kv_heads: int = 1
     tokens: int = TOKENS
-    plan: Plan = PLAN
+    tiling: AttentionTiling = TILING
     dtype: Any = jnp.float32
 
 
@@ -65,7 +65,7 @@ def errors(case: Case) -> dict[str, float]:
 
     q, k, v, d_out = draw(case.heads, 2.0), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
     sinks = jnp.asarray(rng.normal(size=case.heads), case.dtype)
-    out, pull = jax.vjp(lambda *x: attend(*x, jnp.asarray(segments), sinks, window=case.window, plan=case.plan), q, k, v)
+    out, pull = jax.vjp(lambda *x: attend(*x, jnp.asarray(segments), sinks, window=case.window, tiling=case.tiling), q, k, v)
     exact = [np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v, sinks, d_out)]
     wanted = expected(*exact[:3], seen, *exact[3:])
 
@@ -82,7 +82,7 @@ CASES = {
     "short segments": Case(((5,) * 12, (23, 9))),
     "a row of padding": Case(((1,), ())),
     "several key heads, rows that do not fill their blocks": Case(((30, 10), (41,)), heads=4, kv_heads=2, tokens=41),
-    "keys and queries of equal blocks": Case(((40, 24), (64,)), plan=Plan(*(Launch(32, 32, 2, 4),) * 3)),
+    "keys and queries of equal blocks": Case(((40, 24), (64,)), tiling=AttentionTiling(*(Launch(32, 32, 2, 4),) * 3)),
     "a window": Case(((50, 10), (64,)), window=20),
     "a window of a whole block": Case(((64,), (3, 60)), window=32),
     "a window longer than segments": Case(((30, 20), (64,)), window=50),

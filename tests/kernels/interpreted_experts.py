@@ -11,7 +11,7 @@ from interpreter import interpret
 
 from discover_jax.kernels import experts_decode
 from discover_jax.kernels.expert_rows import sort_rows
-from discover_jax.kernels.experts_decode import Launch, Plan, TiledMatrix, mix_routed
+from discover_jax.kernels.experts_decode import ExpertsTiling, Launch, TiledMatrix, moe_routed
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out
 from discover_jax.models.mxfp4 import dequantise
 
@@ -35,7 +35,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adap
     return TiledMatrix(*tiles, *(jnp.asarray(x) for x in (bias, a, b)), SCALE), dense + SCALE * b.astype(np.float64) @ a, bias
 
 
-def error(tokens: int, skew: float, adapted: bool, plan: Plan | None, elsewhere: int = 0) -> float:
+def error(tokens: int, skew: float, adapted: bool, tiling: ExpertsTiling | None, elsewhere: int = 0) -> float:
     """Of one case; a large skew sends all tokens to the same experts."""
     rng = np.random.default_rng(tokens)
     gate_up, w1, b1 = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True, adapted=adapted)
@@ -44,8 +44,8 @@ def error(tokens: int, skew: float, adapted: bool, plan: Plan | None, elsewhere:
     order = np.argsort(rng.normal(size=(tokens, EXPERTS + elsewhere)) + skew * np.arange(EXPERTS + elsewhere), axis=1)
     index = np.minimum(order[:, :ACTIVE], EXPERTS).astype(np.int32)
     weights = rng.uniform(0.1, 1, size=(tokens, ACTIVE)).astype(np.float32)
-    options = {"limit": LIMIT, "alpha": ALPHA, "chosen": plan, "elsewhere": elsewhere}
-    got = mix_routed(jnp.asarray(x), jnp.asarray(index), jnp.asarray(weights), gate_up, down, **options)
+    options = {"limit": LIMIT, "alpha": ALPHA, "chosen": tiling, "elsewhere": elsewhere}
+    got = moe_routed(jnp.asarray(x), jnp.asarray(index), jnp.asarray(weights), gate_up, down, **options)
     expected = np.zeros((tokens, WIDTH))
     for t, j in np.ndindex(tokens, ACTIVE):
         e = index[t, j]
@@ -60,9 +60,9 @@ def error(tokens: int, skew: float, adapted: bool, plan: Plan | None, elsewhere:
 CASES = {
     "one token": (1, 0.0, False, None),
     "several blocks of an expert": (21, 100.0, True, None),
-    "any routing, parts": (9, 0.0, True, Plan(8, Launch(1, 2, 2, 2), Launch(2, 1, 2, 2))),
+    "any routing, parts": (9, 0.0, True, ExpertsTiling(8, Launch(1, 2, 2, 2), Launch(2, 1, 2, 2))),
     "most experts elsewhere": (9, 0.0, True, None, 8),
-    "wide blocks, along the columns": (9, 0.0, True, Plan(16, Launch(1, 1, 2, 2, depth=2), Launch(1, 1, 2, 2))),
+    "wide blocks, along the columns": (9, 0.0, True, ExpertsTiling(16, Launch(1, 1, 2, 2, depth=2), Launch(1, 1, 2, 2))),
 }
 
 

@@ -12,15 +12,15 @@ import numpy as np
 from interpreter import interpret
 
 from discover_jax.kernels import experts_update
-from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
-from discover_jax.kernels.experts_update import Launch, Plan, mix_sorted, unpack
+from discover_jax.kernels.experts_update import GroupedTiling, Launch, moe_sorted, unpack
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out
 from discover_jax.models.mxfp4 import dequantise
 
 EXPERTS, WIDTH, HIDDEN, ACTIVE, RANK, SCALE = 4, 128, 64, 2, 4, 0.5
 LIMIT, ALPHA = 2.0, 1.702
-PLAN = Plan(rows=16, wide=Launch(128), paired=Launch(32), narrow=Launch(16))
+TILING = GroupedTiling(rows=16, wide=Launch(128), paired=Launch(32), narrow=Launch(16))
 
 
 class Dense:
@@ -52,7 +52,7 @@ def expected(leaves: Any, index: jax.Array, biases: Any, weights: Any, d_out: ja
     def reference(x: jax.Array, routing: jax.Array, adapters: Any) -> jax.Array:
         matrices = (Dense(*matrix) for matrix in zip(weights, biases, adapters or (None, None), strict=True))
         options = {"experts": EXPERTS, "adapted": adapters is not None, "limit": LIMIT, "alpha": ALPHA}
-        return mix_reference(x, index, routing, *matrices, **options)
+        return moe_reference(x, index, routing, *matrices, **options)
 
     out, pull = jax.vjp(reference, *leaves)
     return out, pull(d_out)
@@ -83,7 +83,7 @@ def errors(tokens: int, skew: float, adapted: bool, dtype: Any, elsewhere: int =
     want, wanted = expected((x, weights, adapters), index, (gate_up.bias, down.bias), (w1, w2), d_out)
 
     def kernels(x: jax.Array, weights: jax.Array, adapters: Any) -> jax.Array:
-        return mix_sorted(x, weights, adapters, index, gate_up, down, LIMIT, ALPHA, PLAN)
+        return moe_sorted(x, weights, adapters, index, gate_up, down, LIMIT, ALPHA, TILING)
 
     got, pull_got = jax.vjp(kernels, x.astype(dtype), weights, adapters)
     names = ("x", "weights", "a of gate_up", "b of gate_up", "a of down", "b of down")

@@ -29,7 +29,7 @@ class Matrix:
         return x_Ti @ one["weight"].T
 
 
-def experts(mix: Any, tokens: int) -> list[np.ndarray]:
+def experts(moe: Any, tokens: int) -> list[np.ndarray]:
     """Output and derivatives; the last expert gets no token, the one before all of them."""
     rng = np.random.default_rng(tokens)
     index = np.stack([np.full(tokens, EXPERTS - 2), rng.integers(0, EXPERTS - 2, tokens)], axis=1).astype(np.int32)
@@ -38,7 +38,7 @@ def experts(mix: Any, tokens: int) -> list[np.ndarray]:
 
     def passes(x: Any, weights: Any, up: Any, low: Any) -> Any:
         options = {"experts": EXPERTS, "adapted": False, "limit": 7.0, "alpha": 1.7}
-        out, pull = jax.vjp(lambda x, w, up, low: mix(x, jnp.asarray(index), w, Matrix(up), Matrix(low), **options), x, weights, up, low)
+        out, pull = jax.vjp(lambda x, w, up, low: moe(x, jnp.asarray(index), w, Matrix(up), Matrix(low), **options), x, weights, up, low)
         return out, pull(d_out)
 
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(passes)(*(jnp.asarray(x, jnp.float32) for x in draw)))]

@@ -9,7 +9,7 @@ import pytest
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import gated, mix_reference, route_top
+from discover_jax.kernels.experts import gated, moe_reference, route_top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,10 @@ def test_the_mixture_drops_no_token_however_uneven_the_routing(skew, layer):
     stacks = [a if layer is None else np.stack([a if i == layer else rng.normal(size=a.shape) for i in range(3)]) for a in (up, down)]
 
     @jax.jit
-    def mix(x, weights, up, down, layer):
-        return mix_reference(x, index, weights, Dense(up), Dense(down), layer=layer, **options)
+    def moe(x, weights, up, down, layer):
+        return moe_reference(x, index, weights, Dense(up), Dense(down), layer=layer, **options)
 
-    out = mix(*(jnp.asarray(a, jnp.float32) for a in (x, weights, *stacks)), layer)
+    out = moe(*(jnp.asarray(a, jnp.float32) for a in (x, weights, *stacks)), layer)
     expected = np.zeros((tokens, width))
     for t, j in np.ndindex(tokens, 2):
         e = index[t, j]
@@ -76,7 +76,7 @@ def test_the_mixture_drops_no_token_however_uneven_the_routing(skew, layer):
 
 
 def test_the_table_takes_the_platforms_kernel_if_there_is_one(monkeypatch):
-    assert table.choose("experts") is mix_reference
+    assert table.choose("experts") is moe_reference
 
     def fast(): ...
 
@@ -85,7 +85,7 @@ def test_the_table_takes_the_platforms_kernel_if_there_is_one(monkeypatch):
     try:
         assert table.choose("experts") is fast
         with table.lowering_for("of another make"):
-            assert table.choose("experts") is mix_reference
+            assert table.choose("experts") is moe_reference
         assert table.choose("experts") is fast
     finally:
         table._entry.cache_clear()

@@ -15,7 +15,7 @@ import pytest
 from absl import logging
 
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import mix_reference, route_top
+from discover_jax.kernels.experts import moe_reference, route_top
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.models.mxfp4 import dequantise
 
@@ -94,11 +94,11 @@ def _relative(got, expected):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_any_routing_gives_the_reference_in_float32(tokens, skew, adapted):
     x_TD, index_TX, weights_TX, gate_up, down = _problem(tokens, skew)
-    mix = table.choose("decode_experts")
-    assert mix is not mix_reference
-    got = jax.jit(lambda x, index, weights: mix(x, index, weights, gate_up, down, adapted=adapted, **OPTIONS))(x_TD, index_TX, weights_TX)
+    moe = table.choose("decode_experts")
+    assert moe is not moe_reference
+    got = jax.jit(lambda x, index, weights: moe(x, index, weights, gate_up, down, adapted=adapted, **OPTIONS))(x_TD, index_TX, weights_TX)
     with jax.default_matmul_precision("highest"):
-        expected = mix_reference(x_TD, index_TX, weights_TX, gate_up, down, adapted=adapted, **OPTIONS)
+        expected = moe_reference(x_TD, index_TX, weights_TX, gate_up, down, adapted=adapted, **OPTIONS)
     assert _relative(got, expected) < 3e-3
 
 
@@ -107,14 +107,14 @@ def test_any_routing_gives_the_reference_in_float32(tokens, skew, adapted):
 def test_inside_a_scan_the_layers_follow_each_other():
     x_TD, index_TX, weights_TX, gate_up, down = _problem(16, 0.0)
 
-    def layers(mix):
+    def layers(moe):
         def layer(x, _):
-            return x + 0.1 * mix(x, index_TX, weights_TX, gate_up, down, adapted=True, **OPTIONS), None
+            return x + 0.1 * moe(x, index_TX, weights_TX, gate_up, down, adapted=True, **OPTIONS), None
 
         return jax.jit(lambda x: jax.lax.scan(layer, x, length=5)[0])(x_TD)
 
     with jax.default_matmul_precision("highest"):
-        expected = layers(mix_reference)
+        expected = layers(moe_reference)
     assert _relative(layers(table.choose("decode_experts")), expected) < 5e-3
 
 
@@ -127,10 +127,10 @@ def test_a_layer_of_a_stack_is_read_where_it_lies():
         dataclasses.replace(of_layers[0], held=jax.tree.map(lambda *arrays: jnp.stack(arrays), *(m.held for m in of_layers)))
         for of_layers in zip(*layers, strict=True)
     ]
-    mix = table.choose("decode_experts")
-    run = jax.jit(lambda layer: mix(x_TD, index_TX, weights_TX, *stacks, adapted=True, layer=layer, **OPTIONS))
+    moe = table.choose("decode_experts")
+    run = jax.jit(lambda layer: moe(x_TD, index_TX, weights_TX, *stacks, adapted=True, layer=layer, **OPTIONS))
     for i, layer in enumerate(layers):
-        expected = mix(x_TD, index_TX, weights_TX, *layer, adapted=True, **OPTIONS)
+        expected = moe(x_TD, index_TX, weights_TX, *layer, adapted=True, **OPTIONS)
         np.testing.assert_array_equal(run(jnp.int32(i)), expected)
 
 
@@ -146,8 +146,8 @@ def logged(monkeypatch):
 def test_a_missing_package_is_named_once_and_the_reference_runs(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with table.lowering_for("gpu"):
-        assert table.choose("decode_experts") is mix_reference
-        assert table.choose("decode_experts") is mix_reference
+        assert table.choose("decode_experts") is moe_reference
+        assert table.choose("decode_experts") is moe_reference
     assert len(logged) == 1
     assert "jax_triton" in logged[0]
     assert "discover_jax[kernels]" in logged[0]
@@ -163,8 +163,8 @@ def test_weights_that_are_not_in_tiles_take_the_reference_and_the_log_says_so(lo
     for matrix in dense:
         object.__setattr__(matrix, "apply", lambda x, one: x[:, :1] + one["bias"])
     for _ in range(2):
-        got = experts_decode.mix(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS)
-    np.testing.assert_array_equal(got, mix_reference(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS))
+        got = experts_decode.moe_decode(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS)
+    np.testing.assert_array_equal(got, moe_reference(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS))
     assert logged == [
         "kernel of decode_experts on gpu: reference, which is many times slower, because the experts are not laid out in tiles"
     ]

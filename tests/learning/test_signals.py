@@ -33,7 +33,7 @@ GROUP = [
 def test_by_default_they_are_the_rewards():
     signals = group_signals(GROUP, list, Diversity())
     assert signals.values_K.tolist() == [0.5, 0.75, 0.75, 0.0, 0.0, 0.0]
-    assert signals.counts_K.all()
+    assert signals.included_K.all()
 
 
 def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
@@ -47,7 +47,7 @@ def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
 
 def test_dropped_duplicates_are_those_after_the_first():
     signals = group_signals(GROUP, list, Diversity(duplicates="drop"))
-    assert signals.counts_K.tolist() == [True, True, False, True, True, True]  # rollouts without a program are no copies of each other
+    assert signals.included_K.tolist() == [True, True, False, True, True, True]  # rollouts without a program are no copies of each other
 
 
 @pytest.mark.parametrize(("others", "used"), [([B], False), ([B, C], True)])
@@ -57,8 +57,8 @@ def test_copies_that_leave_too_few_are_no_signal_for_the_adaptive_estimator(othe
         attempt(7 + index, code, 0.75 + index / 8) for index, code in enumerate(others)
     ]
     signals = group_signals(group, list, Diversity(duplicates="drop"))
-    assert signals.counts_K.sum() == 1 + len(others)
-    (estimated,) = estimate_groups([signals.values_K[signals.counts_K]], "entropic_adaptive")
+    assert signals.included_K.sum() == 1 + len(others)
+    (estimated,) = estimate_groups([signals.values_K[signals.included_K]], "entropic_adaptive")
     assert (estimated is not None) == used
     assert estimated is None or np.abs(estimated.values_K).max() < 100
     assert advantage_metrics([estimated])["groups/unused_frac"] == (0.0 if used else 1.0)
@@ -80,7 +80,7 @@ def test_a_step_counts_groups_of_equal_rewards_and_groups_without_a_signal_apart
     if diversity == Diversity():
         attempts[1] = attempt(1, B, rewards[1])
     signals = group_signals(attempts, list, diversity)
-    learning = advantage_metrics(estimate_groups([signals.values_K[signals.counts_K]], "entropic"))
+    learning = advantage_metrics(estimate_groups([signals.values_K[signals.included_K]], "entropic"))
     row = step_row(0, attempts, best={"boats": None}, timings={}, learning_metrics=learning)
     assert (row["groups/constant_frac"], row["groups/unused_frac"]) == (constant, unused)
 

@@ -268,20 +268,20 @@ def test_a_substep_with_nothing_to_learn_makes_no_step(tables):
     assert metrics["update/skipped"] == 0
 
 
-def test_programs_of_a_dry_run_are_those_that_run(tables):
+def test_functions_of_a_dry_run_are_those_that_run(tables):
     frozen, table = tables
     batches = pack(*make_rollouts(4), row_tokens=24, rows=2)
     state = init_train_state({"table": jnp.array(table)}, adam())
     for options, names in (({}, ["gradient", "apply"]), ({"kl_coefficient": 0.1}, ["base", "gradient", "apply"])):
         update = Update(Bigram(), adam(), **options)
-        programs = list(update.programs(frozen, state, rows=2, row_tokens=24))
-        assert [program.name for program in programs] == names
-        for program in programs:
-            program.lowered.compile()
+        functions = list(update.lowered_functions(frozen, state, rows=2, row_tokens=24))
+        assert [function.name for function in functions] == names
+        for function in functions:
+            function.lowered.compile()
         lora = {"table": table}
-        with_adapter = [program.name for program in update.measuring_programs(frozen, lora, rows=2, row_tokens=24)]
+        with_adapter = [function.name for function in update.lowered_measuring_functions(frozen, lora, rows=2, row_tokens=24)]
         assert with_adapter == ["measure", "base"][: 1 + bool(options)]
-        assert [program.name for program in update.measuring_programs(frozen, None, rows=2, row_tokens=24)] == ["measure"]
+        assert [function.name for function in update.lowered_measuring_functions(frozen, None, rows=2, row_tokens=24)] == ["measure"]
         update.measure(frozen, lora, batches)
         assert update._base_gap._cache_size() == bool(options)
 

@@ -11,7 +11,7 @@ from discover_jax.config import default_config
 from discover_jax.engine import build_model
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import table
-from discover_jax.kernels.experts import mix_reference
+from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.mxfp4_tiles import HIGHEST, SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.folder import load_folder, save_folder
@@ -161,7 +161,7 @@ def test_tiles_are_taken_where_a_kernel_reads_them(logged, monkeypatch):
         assert "128 rows and 96 columns" in logged.pop()
         assert _form(mesh=AbstractMesh((1, 1, 2), ("data", "expert", "tensor"))) == "packed"
         assert "config.mesh.tensor = 2" in logged.pop()
-        monkeypatch.setitem(table.KERNELS, ("decode_experts", "gpu"), mix_reference)
+        monkeypatch.setitem(table.KERNELS, ("decode_experts", "gpu"), moe_reference)
         table._entry.cache_clear()
         assert _form() == "packed"
         assert not logged
