@@ -1,4 +1,4 @@
-"""The tests here import each other's parts by name, and the made-up run of the report's tests."""
+"""Puts this folder and the report tests' synthetic run on the import path."""
 
 import sys
 from pathlib import Path

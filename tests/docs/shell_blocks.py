@@ -1,8 +1,8 @@
-"""The commands of README.md and docs/*.md: those of shell blocks, with the marks above a block, and those within lines.
+"""Finds the commands of README.md and docs/*.md: in shell blocks, with the marks above a block, and in running text.
 
-A mark is a comment of HTML, `<!-- needs: weights, gpu -->` or `<!-- run by: tests/test_main.py::unbroken -->`. One with a word before that,
-`<!-- doctor needs: data -->`, holds for those of the block's commands whose program begins or ends with it. A command without a mark is run
-by test_commands.py.
+A mark is an HTML comment: `<!-- needs: weights, gpu -->` or `<!-- run by: tests/test_main.py::unbroken -->`. A mark that starts with a
+word, such as `<!-- doctor needs: data -->`, applies only to commands whose program begins or ends with that word.
+test_commands.py runs every command without a mark.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _ENDS = {";", "&&", "|"}
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its lines, and the lines above it that are marks."""
+    """A fenced block: its language, its lines, and the marks above it."""
 
     page: str
     line: int
@@ -33,13 +33,13 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command, `...` left out.
+    """One command, without `...`.
 
     Attributes:
       where: page and line, for messages.
-      words: as a shell splits them.
-      needs: what it needs that a test has not; empty if nothing was said.
-      run_by: tests that run the like, as FILE::NAME, or a script; empty if nothing was said.
+      words: the command as a shell splits it.
+      needs: requirements that a test cannot meet; empty without such a mark.
+      run_by: tests that run an equivalent command, as FILE::NAME, or a script; empty without such a mark.
     """
 
     where: str
@@ -49,7 +49,7 @@ class Command:
 
     @property
     def program(self) -> str:
-        """Module or file of a Python program, `make TARGET`, or the first word."""
+        """The module or file that Python runs, `make TARGET`, or the first word."""
         first, *rest = self.words
         if first == "python" and rest[:1] == ["-m"]:
             return rest[1]
@@ -63,7 +63,7 @@ class Command:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page, in its order."""
+    """All fenced blocks of a page, in order."""
     found: list[Block] = []
     lines = page.read_text().splitlines()
     start = None
@@ -78,7 +78,7 @@ def blocks(page: Path) -> list[Block]:
             above -= 1
         found.append(Block(page.name, start + 1, language, tuple(lines[start + 1 : number]), tuple(lines[above:start])))
         start = None
-    assert start is None, f"{page.name}: the block of line {start} has no end"
+    assert start is None, f"{page.name}: the block at line {start} is not closed"
     return found
 
 
@@ -87,7 +87,7 @@ def commands(block: Block) -> list[Command]:
     marks = []
     for line in block.marks:
         mark = _MARK.match(line)
-        assert mark, f"{block.page}:{block.line}: {line} is no mark; see {__file__}"
+        assert mark, f"{block.page}:{block.line}: {line} is not a mark; see {__file__}"
         marks.append((mark[1], mark[2], tuple(part.strip() for part in mark[3].split(","))))
     found = []
     for line in "\n".join(block.lines).replace("\\\n", " ").split("\n"):
@@ -106,7 +106,7 @@ def shell_commands() -> list[Command]:
 
 
 def inline_commands() -> list[Command]:
-    """The commands that stand in running text, where brackets mean that something may be left out."""
+    """The commands in running text, where brackets mark optional parts."""
     found = []
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

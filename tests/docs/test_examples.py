@@ -1,4 +1,4 @@
-"""docs/own_competition.md: the file that it shows is the one in docs/examples, and it can be prepared and graded."""
+"""docs/own_competition.md shows the file in docs/examples, which can be prepared and graded."""
 
 from pathlib import Path
 
@@ -15,24 +15,24 @@ EXAMPLE = ROOT / "docs" / "examples" / "my_table.py"
 
 def test_the_page_shows_the_file():
     assert f"```python\n{EXAMPLE.read_text()}```" in (ROOT / "docs" / "own_competition.md").read_text()
-    assert len(EXAMPLE.read_text().splitlines()) <= 30  # as its heading says
+    assert len(EXAMPLE.read_text().splitlines()) <= 30  # the page promises a short file
 
 
 @pytest.mark.parametrize("reward", ["grade", "holdout"])
-def test_a_table_is_parted_and_graded(tmp_path, reward):
+def test_a_table_is_split_and_graded(tmp_path, reward):
     months = np.random.default_rng(0).integers(1, 60, 200)
     table = pd.DataFrame({"id": [f"c{number}" for number in range(200)], "left": months < 20, "months": months})
     table.to_csv(tmp_path / "customers.csv", index=False)
     task = prepare_task(str(EXAMPLE), raw=str(tmp_path / "customers.csv"), reward=reward, folder=tmp_path / "task")
     shown = pd.read_csv(task.public_dir / "test.csv")
     assert list(shown.columns) == ["id", "months"]
-    assert len(shown) == {"grade": 40, "holdout": 40 + 32}[reward]  # a fifth, and of the rest another
+    assert len(shown) == {"grade": 40, "holdout": 40 + 32}[reward]  # a fifth, then a fifth of the rest
     for wrong in (0, 8):
         right = shown.assign(left=(shown["months"] < 20) ^ (shown.index < wrong))[["id", "left"]]
         grade = task.grade(right.to_csv(index=False).encode())
         assert (grade.score == 1.0) == (wrong == 0)
 
 
-def test_a_table_that_was_not_named_is_told(tmp_path):
-    with pytest.raises(DataError, match=r"no raw data \(config\.task\.raw is empty\)"):
+def test_missing_raw_data_is_an_error_that_names_the_setting(tmp_path):
+    with pytest.raises(DataError, match=r"config\.task\.raw\b"):
         prepare_task(str(EXAMPLE), raw="", reward="grade", folder=tmp_path / "task")

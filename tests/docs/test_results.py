@@ -1,4 +1,4 @@
-"""docs/results.md: its tables are what experiments/evidence.py makes of the tables in experiments/."""
+"""The tables of docs/results.md are those that experiments/evidence.py prints from the data in experiments/."""
 
 import csv
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n'
 
 
-def test_the_page_shows_what_was_measured():
+def test_the_page_shows_the_measurements():
     command = [sys.executable, "experiments/evidence.py", "--csv=experiments/evidence"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("|")]
@@ -24,7 +24,7 @@ def test_the_page_shows_what_was_measured():
 
 
 def test_measures_by_hand(tmp_path):
-    """Two steps of two programs: the parent of all of step 1 is the better one of step 0."""
+    """Two steps of two programs; step 1 has the better program of step 0 as its parent."""
     scores = {"greedy-none-3": [(0.5, 0.6), (0.7, None)], "greedy-entropic-3": [(0.5, 0.6), (0.61, 0.5)]}
     for name, steps in scores.items():
         attempts = []
@@ -47,5 +47,5 @@ def test_measures_by_hand(tmp_path):
     traits = {(row["setting"], row["step"], row["trait"]): row["share"] for row in csv.DictReader((tmp_path / "csv" / "traits.csv").open())}
     assert traits["greedy-entropic", "2", "column deck"] == "0.5"
     assert traits["greedy-entropic", "1", "several models"] == "0.5"
-    assert ("greedy-none", "2", "column deck") not in traits  # its only scored program has none
+    assert ("greedy-none", "2", "column deck") not in traits  # its only program with a score lacks the column
     assert not (tmp_path / "csv" / "same_prompts.csv").exists()

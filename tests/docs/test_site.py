@@ -1,4 +1,4 @@
-"""The documentation as a site: mkdocs builds it without a warning, and its pages ask nothing of any network."""
+"""mkdocs builds the documentation without warnings, and its pages load nothing over the network."""
 
 import importlib.util
 import re
@@ -24,13 +24,13 @@ def site(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_page_is_there(site):
+def test_the_site_has_every_page(site):
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
     assert pages == {page.stem for page in site.glob("*.html")} - {"404"}
 
 
 @pytest.mark.slow
-def test_nothing_is_fetched_from_elsewhere(site):
+def test_pages_load_nothing_from_other_hosts(site):
     for page in site.rglob("*.html"):
         text = page.read_text()
         assert not re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*", text), page
@@ -41,8 +41,8 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 
 @pytest.mark.slow
-def test_no_link_leads_out_of_the_site(site):
-    """Files of the repository outside docs/ are named, since the site does not have them."""
+def test_no_link_leaves_the_site(site):
+    """Pages name repository files outside docs/ without a link, since the site lacks them."""
     for page in site.rglob("*.html"):
         assert not re.findall(r"href=\"[^\"]*\.\./(?:discover_jax|BUILD_NOTES)[^\"]*", page.read_text()), page
     assert "BUILD_NOTES.md" in (site / "security.html").read_text()
