@@ -27,7 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from discover_jax.execution import Executor, Limits, memory, sandbox
+from discover_jax.execution import Executor, ResourceLimits, memory, sandbox
 from discover_jax.execution.limits import MIB
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Outcome, Verdict
@@ -161,7 +161,7 @@ def main() -> int:
     if arguments.preload == "none":
         sandbox.PRELOAD = ()
     # No other run has this bound on a result, which a sandbox is told on its command line: so its own are found wherever they end up.
-    limits = Limits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB, result_bytes=8 * MIB + os.getpid())
+    limits = ResourceLimits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB, result_bytes=8 * MIB + os.getpid())
     mark = f'"result_bytes": {limits.result_bytes}'
     kinds = list(itertools.islice(itertools.cycle(PROGRAMS), arguments.programs))
     tenth = max(1, len(kinds) // 10)

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from discover_jax import cli
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError, WeightsError
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import GIB, limits_of
+from discover_jax.execution.limits import GIB, resource_limits
 from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
 from discover_jax.models.folder import check_folder
 from discover_jax.models.gpt_oss import Model
@@ -195,7 +195,7 @@ def _combined(task: Task, submissions: list[bytes]) -> Grade:
 
 def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) -> tuple[str, None]:
     settings = config.execution
-    limits = limits_of(settings)
+    limits = resource_limits(settings.seconds, settings.cores, settings.memory_gib)
     with Executor(
         tasks,
         limits,

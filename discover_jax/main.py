@@ -24,7 +24,7 @@ from discover_jax.archive.selectors import SELECTORS, diversify_parents, kept_ch
 from discover_jax.engine import build_optimizer, build_sampler, build_update, row_tokens
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import limits_of
+from discover_jax.execution.limits import resource_limits
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import ALONE, Processes, least
 from discover_jax.learning.advantages import LEAST_ROLLOUTS, Advantages, advantage_metrics, estimate_groups, is_constant
@@ -94,7 +94,7 @@ def _discover(config: Any, workdir: Workdir, processes: Processes, learn: bool, 
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
     processes.agree("the prepared tables and answers", [task.fingerprint for task in tasks], "Give all hosts the same raw data.")
     source = find_source(config, tasks, workdir, processes)
-    limits = limits_of(config.execution)
+    limits = resource_limits(config.execution.seconds, config.execution.cores, config.execution.memory_gib)
     with Executor(
         tasks,
         limits,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.models.folder import load_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.sampling.sampler import Sampler
@@ -164,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         task = prepare_task(arguments.competition, raw=arguments.raw, reward="grade", folder=Path(name) / "task")
         sample = policy(Model(config), frozen, tokenizer, task, slots=min(64, arguments.samples), seed=arguments.seed)
-        with Executor([task], Limits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
+        with Executor([task], ResourceLimits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
             measure(sample, tokenizer, executor, arguments.samples)
 
 

@@ -3,6 +3,6 @@
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.grading import GradedTask
 from discover_jax.execution.leases import lease_cores
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 
-__all__ = ["Executor", "GradedTask", "Limits", "lease_cores"]
+__all__ = ["Executor", "GradedTask", "ResourceLimits", "lease_cores"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import launcher, seccomp
-from discover_jax.execution.limits import MIB, Limits
+from discover_jax.execution.limits import MIB, ResourceLimits
 
 SCRATCH = "/sandbox"  # the program's working directory; the data lie in data/ below it
 WRITABLE = (SCRATCH, "/tmp", "/dev/shm")  # what lies there lies in memory
@@ -196,7 +196,7 @@ def command(
     script: str,
     options: str,
     public: Path,
-    limits: Limits,
+    limits: ResourceLimits,
     memory_bounded: bool,
     cores: int,
     uid: int | None,

@@ -8,11 +8,11 @@ from typing import Any
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution.bubblewrap import SCRATCH, WRITABLE, Host, environment
-from discover_jax.execution.sandbox import Plan, Sandbox
+from discover_jax.execution.sandbox import Sandbox, SandboxSpec
 from discover_jax.types import Outcome
 
 
-def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Iterator[str]:
+def _violations(found: dict[str, Any], spec: SandboxSpec, host_uids: set[int]) -> Iterator[str]:
     """Each thing that the probe could do or see and must not."""
     if found["seen"]:
         yield f"programs can see {', '.join(found['seen'])}: move the run's folder out of /usr and out of Python's own folders"
@@ -22,7 +22,7 @@ def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Itera
     if found["write_core_pattern"] == "done":
         yield "programs can open /proc/sys/kernel/core_pattern for writing"
     if not found["read_data"]:
-        yield f"the data folder {plan.public} is empty inside"
+        yield f"the data folder {spec.public} is empty inside"
     if found["socket"] not in ("EPERM", "EACCES"):
         yield f"a network socket ended with {found['socket']} instead of being refused"
     if set(found["interfaces"]) - {"lo"}:
@@ -33,7 +33,7 @@ def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Itera
         yield f"no_new_privs is {found['no_new_privs']} (must be 1), seccomp is {found['seccomp']} (must be 2)"
     if found["uid"] == 0 or 0 in host_uids:
         yield f"programs run as root (uid inside {found['uid']}, on the host {sorted(host_uids)})"
-    wanted, names = set(environment(len(plan.cores), SCRATCH)), set(found["environment"]) - {"PWD"}  # which bubblewrap sets itself
+    wanted, names = set(environment(len(spec.cores), SCRATCH)), set(found["environment"]) - {"PWD"}  # which bubblewrap sets itself
     if names - wanted:
         yield f"environment variables are visible: {sorted(names - wanted)}"
     if wanted - names:
@@ -44,8 +44,8 @@ def _violations(found: dict[str, Any], plan: Plan, host_uids: set[int]) -> Itera
         yield f"descriptors of the host are open inside: {found['descriptors']}"
     if found["accelerators"]:
         yield f"accelerators are visible: {found['accelerators']}"
-    if found["cpus"] != sorted(plan.cores):
-        yield f"CPUs {found['cpus']} instead of the lease {sorted(plan.cores)}"
+    if found["cpus"] != sorted(spec.cores):
+        yield f"CPUs {found['cpus']} instead of the lease {sorted(spec.cores)}"
     if len(found["packages"]) < 2:
         yield "numpy or pandas cannot be found inside: install both into the environment that runs this"
 
@@ -60,11 +60,11 @@ def hidden_paths(host: Host, public: Path, further: Iterable[Path]) -> list[Path
     return [path for path in (*beside, *further) if not any(path == folder or path in folder.parents for folder in visible)]
 
 
-def check(plan: Plan, hidden: Iterable[Path]) -> None:
+def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
     """Launches the probe and judges what it found. Takes about 0.1 s.
 
     Args:
-      plan: of any slot.
+      spec: of any slot.
       hidden: existing paths that programs must not see, such as the answers.
 
     Raises:
@@ -72,7 +72,7 @@ def check(plan: Plan, hidden: Iterable[Path]) -> None:
     """
     sandbox = None
     try:
-        sandbox = Sandbox(plan, Path(__file__).with_name("probe.py"), {"hidden": [str(path) for path in hidden if path.exists()]})
+        sandbox = Sandbox(spec, Path(__file__).with_name("probe.py"), {"hidden": [str(path) for path in hidden if path.exists()]})
         sandbox.wait_ready()
         with open(f"/proc/{sandbox.pid}/status") as file:
             uids = {int(uid) for line in file if line.startswith("Uid:") for uid in line.split()[1:]}
@@ -92,7 +92,7 @@ def check(plan: Plan, hidden: Iterable[Path]) -> None:
             sandbox.close()
     if execution.outcome is not Outcome.OK or execution.csv is None:
         raise SandboxError(f"The sandbox's check ended with {execution.outcome.value}: {execution.detail} {execution.stdout[-1500:]}")
-    violations = list(_violations(json.loads(execution.csv), plan, uids))
+    violations = list(_violations(json.loads(execution.csv), spec, uids))
     if survivors:
         violations.append(f"a daemon outlived the sandbox (pids {survivors} on the host)")
     if violations:

@@ -98,8 +98,8 @@ class Child:
         self._process.join()
 
 
-class Place:
-    """A place for one child at a time, which starts when it is first needed and again after a fault. `ask` is for one thread at a time."""
+class ChildSlot:
+    """A slot for one child at a time, which starts when it is first needed and again after a fault. `ask` is for one thread at a time."""
 
     def __init__(self, children: "Children", kind: str, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         self._children = children
@@ -150,23 +150,23 @@ class Children:
     def __init__(self) -> None:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="execution-starter")
         self._lock = threading.Lock()
-        self._places: list[Place] = []
+        self._slots: list[ChildSlot] = []
         self.closed = False
 
-    def place(self, kind: str, name: str, target: Callable[..., None], *arguments: Any) -> Place:
-        """A place for a child that runs `target(connection, parent, *arguments)`; `kind` is what errors call it."""
-        place = Place(self, kind, name, target, arguments)
-        self._places.append(place)
-        return place
+    def slot(self, kind: str, name: str, target: Callable[..., None], *arguments: Any) -> ChildSlot:
+        """A slot for a child that runs `target(connection, parent, *arguments)`; `kind` is what errors call it."""
+        slot = ChildSlot(self, kind, name, target, arguments)
+        self._slots.append(slot)
+        return slot
 
-    def start(self, place: Place, make: Callable[[], Child]) -> None:
-        """Starts the child of a place. Raises OSError if there is no process to be had, SandboxError once this is closed."""
+    def start(self, slot: ChildSlot, make: Callable[[], Child]) -> None:
+        """Starts the child of a slot. Raises OSError if there is no process to be had, SandboxError once this is closed."""
 
         def begin() -> None:
             with self._lock:  # so that `close` finds all that were started
                 if self.closed:
                     raise SandboxError("It was closed while programs ran.")
-                place.child = make()
+                slot.child = make()
 
         try:
             self._starter.submit(begin).result()
@@ -177,7 +177,7 @@ class Children:
         """Ends all children; whoever waits for a reply gets a SandboxError. Idempotent."""
         with self._lock:
             self.closed = True
-            running = [child for place in self._places if (child := place.child) is not None]
+            running = [child for slot in self._slots if (child := slot.child) is not None]
         for child in running:
             child.interrupt()
         for child in running:
@@ -185,8 +185,8 @@ class Children:
 
     def release(self) -> None:
         """Lets go of what `close` ended, once nobody waits for replies any more."""
-        for place in self._places:
-            place.drop()
+        for slot in self._slots:
+            slot.drop()
         self._starter.shutdown()
 
 

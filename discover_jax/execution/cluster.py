@@ -17,7 +17,7 @@ from discover_jax.execution import ray_driver
 from discover_jax.execution.backend import borrowed
 from discover_jax.execution.cache import packages
 from discover_jax.execution.children import Children
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.types import Execution
 
 _OPENING_SECONDS = 900.0
@@ -31,7 +31,7 @@ class RayBackend:
     def __init__(
         self,
         publics: Sequence[Sequence[Path]],
-        limits: Limits,
+        limits: ResourceLimits,
         *,
         workers: int | None,
         address: str,
@@ -85,15 +85,15 @@ class RayBackend:
         self._reader.start()
 
     def _open(self, wanted: ray_driver.Wanted) -> tuple[ray_driver.Opened, Connection]:
-        place = self._children.place("ray", "ray-driver", ray_driver.main, wanted)
+        slot = self._children.slot("ray", "ray-driver", ray_driver.main, wanted)
         try:
-            opened = place.ask("open", _OPENING_SECONDS)
+            opened = slot.ask("open", _OPENING_SECONDS)
         except SandboxError as error:  # the process ended, as ray does to it where there is no cluster
             raise ray_driver.no_cluster(self._address, str(error)) from error
         if isinstance(opened, ray_driver.Refused):
             raise SandboxError(opened.text)
-        assert place.child is not None
-        return opened, place.child.connection
+        assert slot.child is not None
+        return opened, slot.child.connection
 
     @property
     def slots(self) -> int:

@@ -16,7 +16,7 @@ from discover_jax.execution import sandbox
 from discover_jax.execution.backend import Backend, NoSlots
 from discover_jax.execution.cache import VerdictCache, packages
 from discover_jax.execution.grading import GradedTask, Graders
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
 from discover_jax.types import Grade, Outcome, Verdict
 
@@ -43,7 +43,7 @@ class Executor:
     def __init__(
         self,
         tasks: Sequence[GradedTask],
-        limits: Limits,
+        limits: ResourceLimits,
         *,
         workers: int | None = None,
         cache_dir: Path | str,

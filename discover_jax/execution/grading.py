@@ -80,11 +80,11 @@ class Graders:
         """
         self._children = children.Children()
         self._seconds = seconds
-        self._free: queue.SimpleQueue[children.Place] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[children.ChildSlot] = queue.SimpleQueue()
         for number in range(min(slots, len(os.sched_getaffinity(0)))):
-            place = self._children.place("grading", f"grading-{number}", main, tasks_bytes)
-            place.warm()
-            self._free.put(place)
+            slot = self._children.slot("grading", f"grading-{number}", main, tasks_bytes)
+            slot.warm()
+            self._free.put(slot)
 
     def verdict(self, task: int, execution: Execution, earlier: Sequence[Grade]) -> Verdict:
         """The verdict on one of a program's runs; on the last one that of the program. `earlier`: the grades of the runs before.
@@ -95,8 +95,8 @@ class Graders:
         """
         if execution.outcome is not Outcome.OK or execution.csv is None:
             return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
-        with borrowed(self._free) as place:
-            grade: Grade = place.ask((task, execution.csv, list(earlier)), self._seconds)
+        with borrowed(self._free) as slot:
+            grade: Grade = slot.ask((task, execution.csv, list(earlier)), self._seconds)
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
     def close(self) -> None:

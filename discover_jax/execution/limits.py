@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 from discover_jax.exceptions import ConfigError
 
@@ -13,7 +12,7 @@ have it), the kernel ignores a limit of 0, and the host's root would parse what 
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class ResourceLimits:
     """The bounds of one program. Part of the key under which results are cached: another limit is another result.
 
     Attributes:
@@ -46,11 +45,13 @@ class Limits:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"Limits.{field.name} = {value!r}: every limit must be positive and finite; default {field.default}.")
+                raise ConfigError(
+                    f"ResourceLimits.{field.name} = {value!r}: every limit must be positive and finite; default {field.default}."
+                )
             if field.name != "seconds" and int(value) != value:
-                raise ConfigError(f"Limits.{field.name} = {value!r}: must be a whole number; default {field.default}.")
+                raise ConfigError(f"ResourceLimits.{field.name} = {value!r}: must be a whole number; default {field.default}.")
 
 
-def limits_of(settings: Any) -> Limits:
-    """The bounds that `config.execution` sets, or whatever else has its `seconds`, `cores` and `memory_gib`."""
-    return Limits(seconds=settings.seconds, cores=settings.cores, memory_bytes=int(settings.memory_gib * GIB))
+def resource_limits(seconds: float, cores: int, memory_gib: float) -> ResourceLimits:
+    """The limits in the units of `config.execution`; all others keep their defaults."""
+    return ResourceLimits(seconds=seconds, cores=cores, memory_bytes=int(memory_gib * GIB))

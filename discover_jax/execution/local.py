@@ -10,9 +10,9 @@ from pathlib import Path
 from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
 from discover_jax.execution.admission import Admission
 from discover_jax.execution.backend import borrowed
-from discover_jax.execution.children import Children, Place
+from discover_jax.execution.children import Children, ChildSlot
 from discover_jax.execution.leases import lease_cores, lease_uids
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.types import Execution
 
 
@@ -22,7 +22,7 @@ class LocalBackend:
     def __init__(
         self,
         publics: Sequence[Sequence[Path]],
-        limits: Limits,
+        limits: ResourceLimits,
         *,
         workers: int | None,
         isolation: str,
@@ -54,28 +54,28 @@ class LocalBackend:
             uids: Sequence[int | None] = [None] * len(cores_of_slots)
             if host is not None and host.root:
                 uids = held.enter_context(lease_uids(len(cores_of_slots)))
-            plans = [
-                sandbox.Plan(isolation, host, self._cgroups, publics[0][0], limits, slot, cores, uid, tuple(preload))
+            specs = [
+                sandbox.SandboxSpec(isolation, host, self._cgroups, publics[0][0], limits, slot, cores, uid, tuple(preload))
                 for slot, (cores, uid) in enumerate(zip(cores_of_slots, uids, strict=True))
             ]
             if host is not None:
                 first = [folders[0] for folders in publics]
                 unseen = {path for public in first for path in canary.hidden_paths(host, public, hidden)}
                 for public in first:
-                    canary.check(dataclasses.replace(plans[0], public=public), sorted(unseen))
+                    canary.check(dataclasses.replace(specs[0], public=public), sorted(unseen))
             self._uid_leases = held.pop_all()
         # A control group bounds each program; where there is none they wait for memory.
         admission = Admission(limits.memory_bytes) if self._cgroups is None else None
-        self._summary = plans, limits, max(map(len, publics)), len(cpus)
+        self._summary = specs, limits, max(map(len, publics)), len(cpus)
         self._children = Children()
         self.all_slots = [
             LocalSlot(
-                self._children.place("worker", f"execution-{plan.slot}", worker.main, plan, publics),
+                self._children.slot("worker", f"execution-{spec.slot}", worker.main, spec, publics),
                 limits.seconds + grace_seconds,
                 admission,
                 self._children,
             )
-            for plan in plans
+            for spec in specs
         ]
         """For whoever hands them out himself, instead of by `slot`."""
         self._free: queue.SimpleQueue[LocalSlot] = queue.SimpleQueue()
@@ -84,7 +84,7 @@ class LocalBackend:
             self._free.put(slot)
 
     @property
-    def plans(self) -> Sequence[sandbox.Plan]:
+    def specs(self) -> Sequence[sandbox.SandboxSpec]:
         """How the sandboxes of each slot are made."""
         return self._summary[0]
 
@@ -94,7 +94,7 @@ class LocalBackend:
 
     @property
     def isolated(self) -> bool:
-        return self.plans[0].host is not None
+        return self.specs[0].host is not None
 
     def describe(self) -> str:
         return summary.describe(*self._summary)
@@ -115,13 +115,13 @@ class LocalBackend:
 class LocalSlot:
     """See `backend.Slot`."""
 
-    def __init__(self, place: Place, seconds: float, admission: Admission | None, children: Children) -> None:
-        self._place, self._seconds, self._admission, self._children = place, seconds, admission, children
+    def __init__(self, slot: ChildSlot, seconds: float, admission: Admission | None, children: Children) -> None:
+        self._slot, self._seconds, self._admission, self._children = slot, seconds, admission, children
 
     def warm(self) -> None:
         """Starts the worker, and with it a sandbox, without waiting."""
-        self._place.warm()
+        self._slot.warm()
 
     def execute(self, task: int, run: int, program: str) -> Execution:
         with self._admission.program(lambda: self._children.closed) if self._admission else contextlib.nullcontext():
-            return self._place.ask((task, run, program), self._seconds)
+            return self._slot.ask((task, run, program), self._seconds)

@@ -17,7 +17,7 @@ from typing import Any
 
 from discover_jax.exceptions import DiscoverError, RunError, SandboxError
 from discover_jax.execution import children
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.ray_node import Node, pack
 from discover_jax.types import Execution
 
@@ -45,7 +45,7 @@ class Wanted:
     address: str
     publics: tuple[tuple[Path, ...], ...]
     packages: tuple[str, ...]
-    limits: Limits
+    limits: ResourceLimits
     workers: int
     preload: tuple[str, ...]
     grace_seconds: float

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from discover_jax.exceptions import DiscoverError, SandboxError
 from discover_jax.execution.cache import packages
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
 from discover_jax.types import Execution
 
@@ -46,7 +46,7 @@ class Node:
         archive: bytes,
         runs: Sequence[int],
         wanted: Sequence[str],
-        limits: Limits,
+        limits: ResourceLimits,
         *,
         slots: int,
         preload: Sequence[str],

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import bubblewrap, memory
-from discover_jax.execution.limits import CORE_BYTES, GIB, Limits
+from discover_jax.execution.limits import CORE_BYTES, GIB, ResourceLimits
 from discover_jax.execution.output import HeadAndTail, normalised
 from discover_jax.types import Execution, Outcome
 
@@ -47,7 +47,7 @@ _counter = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SandboxSpec:
     """How the sandboxes of one slot are made.
 
     Attributes:
@@ -65,20 +65,20 @@ class Plan:
     host: bubblewrap.Host | None
     cgroups: memory.Cgroups | None
     public: Path
-    limits: Limits
+    limits: ResourceLimits
     slot: int
     cores: tuple[int, ...]
     uid: int | None
     preload: tuple[str, ...] = PRELOAD
 
 
-def _own_limits(plan: Plan) -> dict[str, int]:
+def _own_limits(spec: SandboxSpec) -> dict[str, int]:
     """Limits that a process inside sets on itself, before the program."""
-    limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": plan.limits.file_bytes}
-    if plan.backend == "bubblewrap":  # counted within the sandbox's user namespace; outside of one it would count the user's whole session
-        limits["RLIMIT_NPROC"] = plan.limits.processes
-    if plan.cgroups is None:
-        limits["RLIMIT_AS"] = plan.limits.memory_bytes
+    limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": spec.limits.file_bytes}
+    if spec.backend == "bubblewrap":  # counted within the sandbox's user namespace; outside of one it would count the user's whole session
+        limits["RLIMIT_NPROC"] = spec.limits.processes
+    if spec.cgroups is None:
+        limits["RLIMIT_AS"] = spec.limits.memory_bytes
     return limits
 
 
@@ -91,25 +91,25 @@ def _pipe() -> tuple[int, int]:
 class Sandbox:
     """One sandbox. `wait_ready`, then `run` once, then `close`; `close` is allowed at any time and twice."""
 
-    def __init__(self, plan: Plan, script: Path, options: dict) -> None:
+    def __init__(self, spec: SandboxSpec, script: Path, options: dict) -> None:
         """Starts `script options` in a sandbox; returns without waiting for it.
 
         Args:
-          plan: how it is made.
+          spec: how it is made.
           script: Python file to run inside.
           options: its argument, as JSON, to which `result_fd` and `rlimits` are added.
 
         Raises:
           SandboxError: it cannot be started.
         """
-        self._plan = plan
+        self._spec = spec
         self._group: memory.Group | None = None
         self._folder: str | None = None
         self._process: subprocess.Popen | None = None
         self._child_pid: int | None = None  # on the host, of the process that is pid 1 inside
         self._child: int | None = None  # its descriptor
         self._descriptors: set[int] = set()
-        self._output = HeadAndTail(plan.limits.stdout_bytes)
+        self._output = HeadAndTail(spec.limits.stdout_bytes)
         self._answer = bytearray()
         try:
             self._start(script, options)
@@ -135,29 +135,29 @@ class Sandbox:
         return descriptor
 
     def _start(self, script: Path, options: dict) -> None:
-        plan, limits = self._plan, self._plan.limits
+        spec, limits = self._spec, self._spec.limits
         self._output_reader, output_writer = _pipe()
         self._answer_reader, answer_writer = _pipe()
         self._status_reader, status_writer = _pipe()
         program_reader, self._program_writer = os.pipe()
         self._own(self._output_reader, output_writer, self._answer_reader, answer_writer)
         self._own(self._status_reader, status_writer, program_reader, self._program_writer)
-        text = json.dumps({**options, "result_fd": answer_writer, "rlimits": _own_limits(plan)})
+        text = json.dumps({**options, "result_fd": answer_writer, "rlimits": _own_limits(spec)})
         keep = [answer_writer]
         folder = None
-        if plan.backend == "bubblewrap":
-            assert plan.host is not None
+        if spec.backend == "bubblewrap":
+            assert spec.host is not None
             # Made first, so that their numbers are known; filled below.
             filter_fd, args_fd = self._memory_file("filter"), self._memory_file("args")
             command = bubblewrap.command(
-                plan.host,
+                spec.host,
                 script=str(script),
                 options=text,
-                public=plan.public,
+                public=spec.public,
                 limits=limits,
-                memory_bounded=plan.cgroups is not None,
-                cores=len(plan.cores),
-                uid=plan.uid,
+                memory_bounded=spec.cgroups is not None,
+                cores=len(spec.cores),
+                uid=spec.uid,
                 filter_fd=filter_fd,
                 args_fd=args_fd,
                 status_fd=status_writer,
@@ -168,16 +168,16 @@ class Sandbox:
             argv, stage, uid = list(command.argv), command.stage, command.uid
         else:
             self._folder = folder = tempfile.mkdtemp(prefix="discover_jax-unsafe-")
-            os.symlink(plan.public, os.path.join(folder, "data"))
-            variables = [f"{name}={value}" for name, value in bubblewrap.environment(len(plan.cores), folder).items()]
+            os.symlink(spec.public, os.path.join(folder, "data"))
+            variables = [f"{name}={value}" for name, value in bubblewrap.environment(len(spec.cores), folder).items()]
             argv = ["/usr/bin/env", *variables, sys.executable, "-P", "-s", str(script), text]
             stage, uid = {}, None
-        if plan.cgroups is not None:
-            self._group = memory.Group(plan.cgroups, f"{plan.slot}-{next(_counter)}", limits.memory_bytes, limits.processes)
+        if spec.cgroups is not None:
+            self._group = memory.Group(spec.cgroups, f"{spec.slot}-{next(_counter)}", limits.memory_bytes, limits.processes)
         launch = {
             "parent": os.getpid(),
             "cgroup_procs": self._group.procs_files if self._group else [],
-            "cpus": plan.cores,
+            "cpus": spec.cores,
             "stage": stage,
             "uid": uid,
             "rlimits": {"RLIMIT_CORE": CORE_BYTES},
@@ -249,8 +249,8 @@ class Sandbox:
         if self._answer != b"ready\n":
             raise self._failed(f"it said {bytes(self._answer[:80])!r} instead of being ready")
         self._answer.clear()
-        self._output = HeadAndTail(self._plan.limits.stdout_bytes)
-        if self._plan.backend == "bubblewrap" and not self._find_child(_END_SECONDS):
+        self._output = HeadAndTail(self._spec.limits.stdout_bytes)
+        if self._spec.backend == "bubblewrap" and not self._find_child(_END_SECONDS):
             raise self._failed("bubblewrap did not tell its child's pid")
 
     def _find_child(self, seconds: float) -> bool:
@@ -276,11 +276,11 @@ class Sandbox:
         used = memory.tree_bytes(self.pid)
         if self._child_pid:
             used += memory.folder_bytes(self._child_pid, bubblewrap.WRITABLE)
-        return used > self._plan.limits.memory_bytes
+        return used > self._spec.limits.memory_bytes
 
     def _watch(self, deadline: float) -> tuple[Outcome, str] | None:
         """Reads until the program ends by itself (None) or must be ended, and says why."""
-        limits = self._plan.limits
+        limits = self._spec.limits
         poll = select.poll()
         for descriptor in (self._answer_reader, self._output_reader, self._exit):
             poll.register(descriptor, select.POLLIN)
@@ -319,12 +319,12 @@ class Sandbox:
         except BrokenPipeError as error:
             raise self._failed("it ended while it waited for a program") from error
         self._shut(self._program_writer)
-        end = self._watch(started + self._plan.limits.seconds)
+        end = self._watch(started + self._spec.limits.seconds)
         seconds = time.monotonic() - started
         over_memory = self._group is not None and self._group.exceeded()  # raises if the host took a process away, however it ended then
         code = self._kill()
         if end is None and over_memory:
-            end = Outcome.OUT_OF_MEMORY, f"it used more than {self._plan.limits.memory_bytes / GIB:.2f} GiB of memory"
+            end = Outcome.OUT_OF_MEMORY, f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
         csv = None
         if end is None:
             outcome, csv, detail = self._claim(code)
@@ -340,8 +340,8 @@ class Sandbox:
             if match and int(match[2]) == len(payload):
                 kind = match[1].decode()
                 if kind == "csv":
-                    if len(payload) > self._plan.limits.result_bytes:
-                        return Outcome.RESULT_TOO_BIG, None, f"the submission is longer than {self._plan.limits.result_bytes} bytes of CSV"
+                    if len(payload) > self._spec.limits.result_bytes:
+                        return Outcome.RESULT_TOO_BIG, None, f"the submission is longer than {self._spec.limits.result_bytes} bytes of CSV"
                     return Outcome.OK, payload, ""
                 if kind in _CLAIMS:
                     return _CLAIMS[kind], None, payload[: 4 * _DETAIL_CHARACTERS].decode("utf-8", "replace")
@@ -352,7 +352,7 @@ class Sandbox:
         return Outcome.EXCEPTION, None, f"the process exited with code {code} before run() returned"
 
     def _clean(self, text: str) -> str:
-        return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._plan.host.roots if self._plan.host else ())])
+        return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._spec.host.roots if self._spec.host else ())])
 
     def _kill(self) -> int:
         """Ends every process of the sandbox and returns the outermost one's exit status, as a shell gives it.
@@ -362,7 +362,7 @@ class Sandbox:
         process = self._process
         assert process is not None
         with contextlib.suppress(ProcessLookupError):  # ended already
-            if self._plan.backend == "bubblewrap":
+            if self._spec.backend == "bubblewrap":
                 # Not the outer process first: one that ends while it still prepares its child would leave the child waiting for ever.
                 if self._find_child(_END_SECONDS):
                     assert self._child is not None
@@ -402,7 +402,7 @@ class Sandbox:
             self._folder = None
 
 
-def start(plan: Plan) -> Sandbox:
+def start(spec: SandboxSpec) -> Sandbox:
     """A sandbox that warms up for one program."""
     harness = Path(__file__).with_name("harness.py")
-    return Sandbox(plan, harness, {"preload": plan.preload, "result_bytes": plan.limits.result_bytes})
+    return Sandbox(spec, harness, {"preload": spec.preload, "result_bytes": spec.limits.result_bytes})

@@ -14,24 +14,24 @@ from discover_jax.execution import children, sandbox
 from discover_jax.types import Execution, Outcome
 
 
-def main(connection: Connection, parent: int, plan: sandbox.Plan, publics: Sequence[Sequence[Path]]) -> None:
+def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, publics: Sequence[Sequence[Path]]) -> None:
     """Serves programs until the connection closes: receives (index of the task, of its run, program), sends an Execution or a SandboxError.
 
     Args:
       connection: to the process `parent`.
       parent: pid of the process that started this one.
-      plan: how this slot's sandboxes are made, but for the folder that they see.
+      spec: how this slot's sandboxes are made, but for the folder that they see.
       publics: that folder, for each run of each task's programs.
     """
     children.begin(parent)
-    os.sched_setaffinity(0, plan.cores)
-    plans = [[dataclasses.replace(plan, public=shown) for shown in shown_of_task] for shown_of_task in publics]
+    os.sched_setaffinity(0, spec.cores)
+    specs = [[dataclasses.replace(spec, public=shown) for shown in shown_of_task] for shown_of_task in publics]
     # By task and run. While a program runs, the sandbox that probably comes next warms up on the same cores.
-    spares: dict[tuple[int, int], sandbox.Sandbox | None] = {(0, 0): _start(plans[0][0])}
+    spares: dict[tuple[int, int], sandbox.Sandbox | None] = {(0, 0): _start(specs[0][0])}
     running: sandbox.Sandbox | None = None
 
     def warm(task: int, run: int) -> None:
-        spares[task, run] = spares.get((task, run)) or _start(plans[task][run])
+        spares[task, run] = spares.get((task, run)) or _start(specs[task][run])
 
     try:
         while True:
@@ -41,9 +41,9 @@ def main(connection: Connection, parent: int, plan: sandbox.Plan, publics: Seque
                 return
             reply: Execution | SandboxError
             try:
-                running = spares.pop((task, run), None) or sandbox.start(plans[task][run])
+                running = spares.pop((task, run), None) or sandbox.start(specs[task][run])
                 running.wait_ready()
-                warm(task, (run + 1) % len(plans[task]))
+                warm(task, (run + 1) % len(specs[task]))
                 reply = running.run(program)
                 running.close()
                 if reply.outcome is not Outcome.OK:  # no further run of this program will come
@@ -59,9 +59,9 @@ def main(connection: Connection, parent: int, plan: sandbox.Plan, publics: Seque
                 box.close()
 
 
-def _start(plan: sandbox.Plan) -> sandbox.Sandbox | None:
+def _start(spec: sandbox.SandboxSpec) -> sandbox.Sandbox | None:
     """A spare sandbox; None if it cannot be started now, in which case the next program tries again and tells why."""
     try:
-        return sandbox.start(plan)
+        return sandbox.start(spec)
     except SandboxError:
         return None

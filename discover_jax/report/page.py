@@ -16,7 +16,7 @@ from typing import Any
 
 from discover_jax import config as settings
 from discover_jax.report.panels import panels_of
-from discover_jax.report.programs import pack
+from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import RunRecord, read_record
 from discover_jax.runs.workdir import write_atomic

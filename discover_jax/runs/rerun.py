@@ -13,7 +13,7 @@ from typing import Any
 
 from discover_jax.exceptions import DiscoverError, RunError
 from discover_jax.execution.executor import BACKENDS, Executor
-from discover_jax.execution.limits import limits_of
+from discover_jax.execution.limits import resource_limits
 from discover_jax.records import parse_json
 from discover_jax.tasks.loading import locate_competition
 from discover_jax.tasks.prepare import GRADERS, REWARDS, named_competitions, prepare_task
@@ -127,7 +127,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             f"{bundle} is no whole bundle of a best program ({error!r}). Give a run's best/ by --bundle; that of a run with several"
             " competitions has a folder for each."
         ) from error
-    limits = limits_of(options)
+    limits = resource_limits(options.seconds, options.cores, options.memory_gib)
     with tempfile.TemporaryDirectory(prefix="rerun-") as scratch:
         task = prepare_task(
             options.competition,

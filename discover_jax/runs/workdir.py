@@ -16,7 +16,7 @@ from discover_jax.hosts.processes import Processes
 
 _CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
 _ABSENT = object()
-_HOW = (
+_RUNTIME_SETTINGS = (
     *("mesh.data", "mesh.expert", "mesh.tensor", "train.rows"),
     *("execution.backend", "execution.ray_address"),
     *("tracking.wandb", "tracking.project", "tracking.entity"),
@@ -234,7 +234,9 @@ def _compare(path: Path, given: dict[str, Any]) -> None:
         ) from error
     given_all = {"kind": given["kind"], **given["config"]}
     # By what JSON makes of them, so that True is not 1 and 1 is not 1.0: the type of a setting matters.
-    names = [name for name in {**found_all, **given_all} if name not in _HOW and _shown(found_all, name) != _shown(given_all, name)]
+    names = [
+        name for name in {**found_all, **given_all} if name not in _RUNTIME_SETTINGS and _shown(found_all, name) != _shown(given_all, name)
+    ]
     if names:
         differences = "\n".join(f"  - {name}: folder has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
         raise RunError(

@@ -9,7 +9,7 @@ import pytest
 
 from discover_jax.apprentice import corpus, evaluate, programs
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import Limits
+from discover_jax.execution.limits import ResourceLimits
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.text.tokenizer import SentencePieceTokenizer
 from discover_jax.types import Rollout, StopReason
@@ -26,7 +26,7 @@ def tokenizer():
 def executor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=folder / "task")
-    with Executor([task], Limits(seconds=60.0), workers=1, cache_dir=folder / "cache") as executor:
+    with Executor([task], ResourceLimits(seconds=60.0), workers=1, cache_dir=folder / "cache") as executor:
         yield executor
 
 

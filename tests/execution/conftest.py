@@ -21,7 +21,7 @@ from discover_jax.types import Execution, Outcome, Verdict
 
 @pytest.fixture(scope="session", autouse=True)
 def light_sandboxes():
-    """Sandboxes that preload no more than pandas, which saves a second each; `full_plan` preloads everything."""
+    """Sandboxes that preload no more than pandas, which saves a second each; `full_spec` preloads everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "PRELOAD", ())
         yield
@@ -79,9 +79,9 @@ def ask(pool: Executor, beside):
 def run_with(beside):
     """Runs one program in one sandbox with other limits than the pool's, with a neighbour in the pool."""
 
-    def run(plan: sandbox.Plan, program: str, **limits) -> Execution:
+    def run(spec: sandbox.SandboxSpec, program: str, **limits) -> Execution:
         with beside():
-            box = sandbox.start(dataclasses.replace(plan, limits=dataclasses.replace(plan.limits, **limits)))
+            box = sandbox.start(dataclasses.replace(spec, limits=dataclasses.replace(spec.limits, **limits)))
             try:
                 box.wait_ready()
                 return box.run(program)
@@ -92,14 +92,14 @@ def run_with(beside):
 
 
 @pytest.fixture(scope="session")
-def plan(task: TinyTask) -> sandbox.Plan:
+def spec(task: TinyTask) -> sandbox.SandboxSpec:
     """How a single sandbox is made, for tests below the pool."""
     cores = tuple(sorted(os.sched_getaffinity(0)))[:1]
     host, uid = bubblewrap.inspect_host(), leases.UIDS[-1] if os.geteuid() == 0 else None  # the last, which no executor here comes to
-    return sandbox.Plan("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
+    return sandbox.SandboxSpec("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
 
 
 @pytest.fixture(scope="session")
-def full_plan(plan: sandbox.Plan) -> sandbox.Plan:
+def full_spec(spec: sandbox.SandboxSpec) -> sandbox.SandboxSpec:
     """The same with all that is preloaded in a real run."""
-    return dataclasses.replace(plan, preload=dataclasses.fields(sandbox.Plan)[-1].default)
+    return dataclasses.replace(spec, preload=dataclasses.fields(sandbox.SandboxSpec)[-1].default)

@@ -249,7 +249,7 @@ def test_attack_ends_as_it_should_and_its_neighbour_is_scored(ends, name):
     assert verdict.grade.score == (GOOD_SCORE if Outcome.OK in attack.ends else None)
 
 
-def test_nothing_of_the_attacks_is_left(ends, attacked, plan):
+def test_nothing_of_the_attacks_is_left(ends, attacked, spec):
     assert ends
     assert attacked.submit(f"{GOOD}# after everything\n").result(timeout=60).grade.score == GOOD_SCORE
     workers = _workers()
@@ -265,8 +265,8 @@ def test_nothing_of_the_attacks_is_left(ends, attacked, plan):
     # Each of the pools of these tests has two slots, and each slot keeps one sandbox warm: bubblewrap outside and inside, and the harness.
     assert len(workers) <= 4
     assert len(mine) <= 3 * len(workers), mine
-    if plan.cgroups is not None:
-        groups = [group for pid in workers for group in plan.cgroups.memory.glob(f"discover_jax-{pid}-*")]
+    if spec.cgroups is not None:
+        groups = [group for pid in workers for group in spec.cgroups.memory.glob(f"discover_jax-{pid}-*")]
         assert len(groups) <= 2 * len(workers), groups
 
 

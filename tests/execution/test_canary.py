@@ -16,16 +16,16 @@ from tiny_competition import LIMITS
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import Executor, canary
-from discover_jax.execution.sandbox import Plan, Sandbox
+from discover_jax.execution.sandbox import Sandbox, SandboxSpec
 
 pytestmark = pytest.mark.sandbox
 
 
 @pytest.fixture(scope="module")
-def found(plan: Plan) -> dict[str, Any]:
+def found(spec: SandboxSpec) -> dict[str, Any]:
     """What the probe finds in a real sandbox."""
     probe = Path(canary.__file__).with_name("probe.py")
-    box = Sandbox(plan, probe, {"hidden": []})
+    box = Sandbox(spec, probe, {"hidden": []})
     try:
         box.wait_ready()
         execution = box.run("")
@@ -34,7 +34,7 @@ def found(plan: Plan) -> dict[str, Any]:
     return json.loads(execution.csv or b"")
 
 
-def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(found, plan):
+def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(found, spec):
     read: set[str] = set()
 
     class Facts(dict):
@@ -42,7 +42,7 @@ def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(fo
             read.add(name)
             return super().__getitem__(name)
 
-    assert list(canary._violations(Facts(found), plan, {60600})) == []
+    assert list(canary._violations(Facts(found), spec, {60600})) == []
     assert read == set(found)
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(fo
         ("packages", ["numpy"], "numpy or pandas cannot be found"),
     ],
 )
-def test_each_fact_alone_is_a_violation(found, plan, name, value, said):
+def test_each_fact_alone_is_a_violation(found, spec, name, value, said):
     facts = copy.deepcopy(found)
     if name == "environment+":
         facts["environment"].append(value)
@@ -79,16 +79,16 @@ def test_each_fact_alone_is_a_violation(found, plan, name, value, said):
     else:
         assert facts[name] != value
         facts[name] = value
-    (violation,) = canary._violations(facts, plan, {60600})
+    (violation,) = canary._violations(facts, spec, {60600})
     assert re.search(said, violation)
 
 
-def test_root_on_the_host_is_a_violation(found, plan):
-    (violation,) = canary._violations(found, plan, {60600, 0})
+def test_root_on_the_host_is_a_violation(found, spec):
+    (violation,) = canary._violations(found, spec, {60600, 0})
     assert "on the host [0, 60600]" in violation
 
 
-def test_a_daemon_that_stays_is_a_violation(plan, monkeypatch):
+def test_a_daemon_that_stays_is_a_violation(spec, monkeypatch):
     """As if this process, which goes on, had been in the sandbox's pid namespace."""
     real, namespaces = os.fstat, []
 
@@ -100,7 +100,7 @@ def test_a_daemon_that_stays_is_a_violation(plan, monkeypatch):
     monkeypatch.setattr(canary.os, "fstat", fstat)
     monkeypatch.setattr(canary, "_namespace", lambda pid: namespaces[-1] if pid == os.getpid() else None)
     with pytest.raises(SandboxError, match=r"does not hold, so no program was run:\n  - a daemon outlived the sandbox .pids .\d+. on"):
-        canary.check(plan, [])
+        canary.check(spec, [])
 
 
 @pytest.fixture

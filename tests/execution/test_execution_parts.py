@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.execution import Limits, bubblewrap
+from discover_jax.execution import ResourceLimits, bubblewrap
 from discover_jax.execution.output import HeadAndTail, normalised
 
 
@@ -35,7 +35,7 @@ def test_normalised_text():
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"seconds": math.nan}, {"seconds": math.inf}, {"cores": -1}, {"memory_bytes": 1.5}])
 def test_limits_are_checked(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
-        Limits(**values)
+        ResourceLimits(**values)
 
 
 def test_links_on_the_way_to_the_interpreter(tmp_path):

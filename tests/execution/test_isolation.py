@@ -208,25 +208,25 @@ def test_two_programs_cannot_see_each_other(pool):
     assert [future.result(timeout=60).outcome for future in futures] == [Outcome.OK] * 3
 
 
-def test_canary_passes_here_and_sees_what_is_visible(plan, task):
-    canary.check(plan, [task.public_dir.parent / "private"])
+def test_canary_passes_here_and_sees_what_is_visible(spec, task):
+    canary.check(spec, [task.public_dir.parent / "private"])
     with pytest.raises(SandboxError, match="programs can see /usr"):
-        canary.check(plan, [Path("/usr")])
+        canary.check(spec, [Path("/usr")])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root could leave programs with root's uid")
-def test_canary_refuses_programs_that_run_as_root(plan):
+def test_canary_refuses_programs_that_run_as_root(spec):
     with pytest.raises(SandboxError, match="run as root"):
-        canary.check(dataclasses.replace(plan, uid=None, host=dataclasses.replace(plan.host, root=False)), [])
+        canary.check(dataclasses.replace(spec, uid=None, host=dataclasses.replace(spec.host, root=False)), [])
 
 
-def test_bubblewrap_that_cannot_start_is_refused_with_the_remedy(plan, tmp_path):
+def test_bubblewrap_that_cannot_start_is_refused_with_the_remedy(spec, tmp_path):
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
-    host = dataclasses.replace(plan.host, bwrap=str(broken))
+    host = dataclasses.replace(spec.host, bwrap=str(broken))
     with pytest.raises(SandboxError, match=r"No permissions to create new namespace[\s\S]*user namespaces[\s\S]*unsafe-subprocess"):
-        canary.check(dataclasses.replace(plan, host=host), [])
+        canary.check(dataclasses.replace(spec, host=host), [])
 
 
 def test_missing_bubblewrap_says_how_to_install_it(monkeypatch):
@@ -237,10 +237,10 @@ def test_missing_bubblewrap_says_how_to_install_it(monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's sandbox reads what the user can read")
-def test_data_that_the_unprivileged_uid_cannot_read_are_named(plan, task, tmp_path):
+def test_data_that_the_unprivileged_uid_cannot_read_are_named(spec, task, tmp_path):
     public = tmp_path / "public"
     public.mkdir()
     (public / "train.csv").write_text("a\n")
     (public / "train.csv").chmod(0o600)
     with pytest.raises(SandboxError, match=r"train.csv has mode 600[\s\S]*chmod -R o\+rX"):
-        canary.check(dataclasses.replace(plan, public=public), [])
+        canary.check(dataclasses.replace(spec, public=public), [])

@@ -107,7 +107,7 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
     def uid(pool: Executor) -> int:
         """Of its one slot's program while it runs."""
         future = pool.submit("import time\ntime.sleep(1)\n" + GOOD)
-        (plan,) = pool._backend.plans
+        (spec,) = pool._backend.specs
         while not future.done():
             for status in Path("/proc").glob("[0-9]*/status"):
                 try:
@@ -115,7 +115,7 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
                     command = (status.parent / "cmdline").read_bytes()
                 except OSError:  # ended meanwhile
                     continue
-                if found == plan.uid and b"/harness.py" in command:
+                if found == spec.uid and b"/harness.py" in command:
                     assert future.result(60).grade.score == GOOD_SCORE
                     return found
         raise AssertionError("no process of the leased uid was seen")
@@ -126,4 +126,4 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
         assert uids[0] != uids[1]
         first.close()
         with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "c") as third:
-            assert third._backend.plans[0].uid != uids[1]
+            assert third._backend.specs[0].uid != uids[1]

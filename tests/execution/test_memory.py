@@ -114,20 +114,20 @@ def test_a_group_that_stays_busy_is_told_of(tmp_path, monkeypatch, caplog):
 
 
 @pytest.fixture
-def narrow(plan):
+def narrow(spec):
     """Where groups can be made within a bound of 250 MiB on all of them together, as a container's is; less than a program's own limit."""
-    if plan.cgroups is None:
+    if spec.cgroups is None:
         pytest.skip("needs a control group that can be divided")
-    folder = plan.cgroups.memory / f"discover_jax-{os.getpid()}-narrow"
+    folder = spec.cgroups.memory / f"discover_jax-{os.getpid()}-narrow"
     folder.mkdir()
     try:
-        if plan.cgroups.version == 1:
+        if spec.cgroups.version == 1:
             (folder / "memory.limit_in_bytes").write_text(str(250 * MIB))
         else:
             (folder / "memory.max").write_text(str(250 * MIB))
             (folder / "memory.swap.max").write_text("0")
             (folder / "cgroup.subtree_control").write_text("+memory")
-        yield memory.Cgroups(plan.cgroups.version, folder, None)
+        yield memory.Cgroups(spec.cgroups.version, folder, None)
     finally:
         folder.rmdir()
 
@@ -157,9 +157,9 @@ def test_memory_of_a_process_tree_counts_children():
     assert memory.tree_bytes(process.pid) == 0
 
 
-def test_without_a_control_group_empty_files_count(plan, run_with):
+def test_without_a_control_group_empty_files_count(spec, run_with):
     """Each takes about a kilobyte of the kernel's memory, and none of the folder's size."""
-    weaker = dataclasses.replace(plan, cgroups=None)
+    weaker = dataclasses.replace(spec, cgroups=None)
     make = (
         "import os\ndef run():\n    for number in range(5_000_000):\n        os.mknod(f'f{number}')\n    raise RuntimeError('all made')\n"
     )
@@ -169,9 +169,9 @@ def test_without_a_control_group_empty_files_count(plan, run_with):
     assert time.monotonic() - began < 50
 
 
-def test_folder_bytes_of_files_with_and_without_content(plan):
+def test_folder_bytes_of_files_with_and_without_content(spec):
     """Looked at while a program waits that has made a thousand empty files, and then one of 8 MiB in another folder."""
-    box = sandbox.start(dataclasses.replace(plan, cgroups=None, limits=dataclasses.replace(plan.limits, seconds=4)))
+    box = sandbox.start(dataclasses.replace(spec, cgroups=None, limits=dataclasses.replace(spec.limits, seconds=4)))
     made = "[open(f'f{number}', 'w').close() for number in range(1000)]\ntime.sleep(1.5)\n"
     program = f"import time\n{made}open('/tmp/content', 'wb').write(bytes({8 * MIB}))\ntime.sleep(60)\n"
     seen: collections.Counter[int] = collections.Counter()

@@ -8,7 +8,7 @@ import time
 import pytest
 from tiny_competition import GOOD, GOOD_SCORE
 
-from discover_jax.execution import Limits, sandbox
+from discover_jax.execution import ResourceLimits, sandbox
 from discover_jax.types import Outcome
 
 pytestmark = pytest.mark.sandbox
@@ -133,8 +133,8 @@ def run():
 
 
 @pytest.mark.parametrize("program", [RETURNS_100_MB, WRITES_100_MB], ids=["returned", "written"])
-def test_result_of_100_megabytes_at_the_default_limit(plan, run_with, program):
-    execution = run_with(plan, program, result_bytes=Limits().result_bytes)
+def test_result_of_100_megabytes_at_the_default_limit(spec, run_with, program):
+    execution = run_with(spec, program, result_bytes=ResourceLimits().result_bytes)
     assert execution.outcome is Outcome.RESULT_TOO_BIG
     assert execution.csv is None
     assert str(8 << 20) in execution.detail
@@ -162,16 +162,16 @@ def test_memory_hog_anonymous_and_files(ask):
     assert verdict.outcome is Outcome.OUT_OF_MEMORY
 
 
-def test_files_in_memory_count_as_memory(plan, run_with):
+def test_files_in_memory_count_as_memory(spec, run_with):
     """A scratch folder larger than the program's memory: it is the control group, where there is one, that ends it, not a full folder."""
     fill = "with open('big', 'wb') as f:\n    for _ in range(1500):\n        f.write(b'x' * (1 << 20))\nraise RuntimeError('all written')\n"
-    execution = run_with(plan, fill, scratch_bytes=1 << 31)
+    execution = run_with(spec, fill, scratch_bytes=1 << 31)
     assert (execution.outcome, execution.detail) == (Outcome.OUT_OF_MEMORY, "it used more than 0.88 GiB of memory")
 
 
-def test_memory_without_a_control_group(plan, run_with):
+def test_memory_without_a_control_group(spec, run_with):
     """Best effort: the address space bounds one process, and the sum of several is looked at."""
-    weaker = dataclasses.replace(plan, cgroups=None)
+    weaker = dataclasses.replace(spec, cgroups=None)
     limit = 5 << 28  # 1.25 GiB
     alone = run_with(weaker, f"def run():\n    return bytearray({limit})\n", memory_bytes=limit)
     assert alone.outcome is Outcome.OUT_OF_MEMORY
@@ -186,7 +186,7 @@ def test_memory_without_a_control_group(plan, run_with):
     assert in_files.outcome is Outcome.OUT_OF_MEMORY
 
 
-def test_timeout_ends_daemons_that_ignore_signals(plan, beside):
+def test_timeout_ends_daemons_that_ignore_signals(spec, beside):
     program = """
 import os, signal, time
 def run():
@@ -205,9 +205,9 @@ def run():
     while True:
         time.sleep(1)
 """
-    limits = dataclasses.replace(plan.limits, seconds=1.0)
+    limits = dataclasses.replace(spec.limits, seconds=1.0)
     with beside():
-        box = sandbox.start(dataclasses.replace(plan, limits=limits))
+        box = sandbox.start(dataclasses.replace(spec, limits=limits))
         try:
             box.wait_ready()
             namespace = os.open(f"/proc/{box.pid}/ns/pid", os.O_RDONLY)  # while it is open, no other gets its number
@@ -231,10 +231,10 @@ def _namespace(pid: str) -> int | None:
         return None
 
 
-def test_orphan_that_holds_the_pipes_does_not_hold_up_the_run(plan, run_with):
+def test_orphan_that_holds_the_pipes_does_not_hold_up_the_run(spec, run_with):
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n    os._exit(0)\n" + GOOD
     began = time.monotonic()
-    execution = run_with(plan, program)
+    execution = run_with(spec, program)
     assert execution.outcome is Outcome.OK
     assert time.monotonic() - began < 40  # the orphan would stay for 60
 
@@ -262,7 +262,7 @@ def test_main_block_of_a_program_stays_out(ask):
     assert verdict.outcome is Outcome.OK
 
 
-def test_processes_and_threads_of_the_packages_work(full_plan, task, run_with):
+def test_processes_and_threads_of_the_packages_work(full_spec, task, run_with):
     program = """
 def double(x):
     return 2 * x
@@ -279,13 +279,13 @@ def run():  # imports here, so that the processes it spawns, which import this m
     frame = pd.read_csv("data/sample_submission.csv"); frame["y"] = [1, 0, 1, 1]
     return frame
 """
-    execution = run_with(full_plan, program)
+    execution = run_with(full_spec, program)
     assert execution.outcome is Outcome.OK, (execution.detail, execution.stdout)
     assert task.grade(execution.csv or b"").score == 1.0
 
 
-def test_unsafe_backend_names_the_same_outcomes(plan, run_with):
-    unsafe = dataclasses.replace(plan, backend="unsafe-subprocess", host=None)
+def test_unsafe_backend_names_the_same_outcomes(spec, run_with):
+    unsafe = dataclasses.replace(spec, backend="unsafe-subprocess", host=None)
     assert run_with(unsafe, GOOD).outcome is Outcome.OK
     assert run_with(unsafe, "def run():\n    1 / 0\n").outcome is Outcome.EXCEPTION
     assert run_with(unsafe, "import time\ntime.sleep(60)\n", seconds=0.5).outcome is Outcome.TIMEOUT

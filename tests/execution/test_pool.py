@@ -18,11 +18,11 @@ import pytest
 from tiny_competition import GOOD, GOOD_SCORE, BrokenGrading, CannotBeUnpickled, make
 
 from discover_jax.exceptions import ConfigError, GradingError, RunError, SandboxError
-from discover_jax.execution import Executor, Limits
+from discover_jax.execution import Executor, ResourceLimits
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Outcome
 
-LIMITS = Limits(seconds=60, cores=1)
+LIMITS = ResourceLimits(seconds=60, cores=1)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -219,10 +219,10 @@ from pathlib import Path
 with open(sys.argv[1], "a") as file:  # whoever imports this script leaves a line
     print("imported by", os.getpid(), file=file)
 from tiny_competition import make
-from discover_jax.execution import Executor, Limits
+from discover_jax.execution import Executor, ResourceLimits
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    pool = Executor([make(folder / "competition")], Limits(seconds=60, cores=1), workers=1, cache_dir=folder / "cache")
+    pool = Executor([make(folder / "competition")], ResourceLimits(seconds=60, cores=1), workers=1, cache_dir=folder / "cache")
     future = pool.submit("import os, time\\nif os.fork() == 0:\\n    os.setsid()\\nprint('x', flush=True)\\ntime.sleep(60)\\n")
     while not future.running():
         time.sleep(0.01)
@@ -295,9 +295,9 @@ def test_ordinary_user_can_run_programs(tmp_path):
     """The whole folder can be run so: `make test-sandbox`."""
     program = (
         "import os, tempfile\nfrom pathlib import Path\nfrom tiny_competition import GOOD, make\n"
-        f"from discover_jax.execution import Executor, Limits\nassert os.getuid() == {ordinary_user.UID}\n"
+        f"from discover_jax.execution import Executor, ResourceLimits\nassert os.getuid() == {ordinary_user.UID}\n"
         "with tempfile.TemporaryDirectory() as name:\n  folder = Path(name)\n"
-        "  with Executor([make(folder / 'c')], Limits(seconds=20, cores=1), workers=1, cache_dir=folder / 'cache') as pool:\n"
+        "  with Executor([make(folder / 'c')], ResourceLimits(seconds=20, cores=1), workers=1, cache_dir=folder / 'cache') as pool:\n"
         "    print(pool.describe())\n    v = pool.submit(GOOD).result(60)\n    print(v.outcome, v.grade.score)\n"
     )
     environment = ordinary_user.environment("/nonexistent")

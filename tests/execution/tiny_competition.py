@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from discover_jax.execution.limits import MIB, Limits
+from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.types import Grade
 
 ANSWERS = [1, 0, 1, 1]
@@ -20,7 +20,7 @@ def run():
     return frame
 """
 GOOD_SCORE = 0.75  # three of the four answers
-LIMITS = Limits(
+LIMITS = ResourceLimits(
     seconds=60,
     cores=1,
     memory_bytes=900 * MIB,

@@ -27,7 +27,7 @@ from discover_jax import config as settings
 from discover_jax import main
 from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import RunError
-from discover_jax.execution import Executor, Limits, sandbox
+from discover_jax.execution import Executor, ResourceLimits, sandbox
 from discover_jax.execution.cache import VerdictCache
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
 from discover_jax.runs.checkpoints import Checkpoints
@@ -605,7 +605,7 @@ def stop_worker(pool: Executor, others: set[int | None]):
 
 def test_a_worker_that_hangs_is_ended_and_its_program_runs_again(task, tmp_path, caplog):
     others = {child.pid for child in multiprocessing.active_children()}
-    limits = Limits(seconds=4, cores=1)
+    limits = ResourceLimits(seconds=4, cores=1)
     with Executor([task], limits, workers=1, cache_dir=tmp_path / "cache", grace_seconds=3) as pool:
         future, worker = stop_worker(pool, others)
         verdict = future.result(120)
@@ -618,7 +618,7 @@ def test_closing_does_not_wait_for_a_worker_that_hangs(task, tmp_path, monkeypat
     """Its grace would be ten minutes."""
     monkeypatch.setattr("discover_jax.execution.children._LEAVING_SECONDS", 0.5)
     others = {child.pid for child in multiprocessing.active_children()}
-    pool = Executor([task], Limits(seconds=60, cores=1), workers=1, cache_dir=tmp_path / "cache")
+    pool = Executor([task], ResourceLimits(seconds=60, cores=1), workers=1, cache_dir=tmp_path / "cache")
     future, worker = stop_worker(pool, others)
     closing = threading.Thread(target=pool.close, daemon=True)
     closing.start()

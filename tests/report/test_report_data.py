@@ -13,7 +13,7 @@ from synthetic_run import DISCLOSURE, attempt, edited, searched, write_run
 
 from discover_jax.exceptions import RunError
 from discover_jax.report.page import NAME, page_data, write_report
-from discover_jax.report.programs import pack
+from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import read_record
 from discover_jax.types import Outcome

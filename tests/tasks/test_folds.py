@@ -9,7 +9,7 @@ import pytest
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution import Executor, sandbox
-from discover_jax.execution.limits import MIB, Limits
+from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.tasks.interval import wilson_interval
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Grade, Outcome
@@ -139,7 +139,7 @@ def test_other_private_answers_change_the_private_score_alone(tmp_path, write_co
 
 # ---------------------------------------------------------------------- real runs of a program
 
-_LIMITS = Limits(seconds=60, cores=1, memory_bytes=900 * MIB)
+_LIMITS = ResourceLimits(seconds=60, cores=1, memory_bytes=900 * MIB)
 
 _LOOKUP = """
 import glob, os
