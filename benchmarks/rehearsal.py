@@ -1,20 +1,27 @@
-"""One step of a run without a task: rollouts are sampled and one update is taken, on weights of a published shape; what it takes.
+"""One step of a run without a task, on weights of a published shape: sampling and one update; or only how fast a checkpoint is read.
 
     python benchmarks/rehearsal.py --shape=gpt-oss-120b                     # random weights, drawn on the device
-    python benchmarks/rehearsal.py --folder=DIR                             # a checkpoint's, published or synthetic
+    python benchmarks/rehearsal.py --folder=DIR [--load_only]               # a checkpoint's, published or synthetic
     python benchmarks/rehearsal.py --shape=gpt-oss-20b --layers=2 ...       # a rehearsal of the rehearsal
+
+`python -m discover_jax.models.synthetic --shape=gpt-oss-20b --out=DIR` writes a synthetic checkpoint.
 
 Prints one JSON object: what a dry run predicts, bytes of weights, adapter and optimiser, seconds and the device's peak memory after each
 phase (the peak never falls, so a phase that needs less than the one before shows that one's), tokens a second, and the log-probability
 gap between sampler and update, which says whether both compute the same model. Advantages are made up: +1 and -1 in turn.
+
+With --folder it also has the host's peak memory above what the process held before, and the rate of a plain read of the same files from the
+disk's cache afterwards. On a CPU the weights themselves are part of that peak; `above_weights_bytes` leaves them out.
 """
 
 import argparse
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
 
+import figures
 import jax
 import numpy as np
 
@@ -24,7 +31,7 @@ from discover_jax.engine import build_model, build_optimizer, build_sampler, bui
 from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import find_machine, take_gpu_memory
-from discover_jax.models.folder import load_folder, read_config
+from discover_jax.models.folder import find_folder, load_folder, read_config
 from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
 from discover_jax.types import Prompt
@@ -43,6 +50,20 @@ class _Clock:
         return {"seconds": round(seconds, 2), "peak_bytes": stats.get("peak_bytes_in_use"), "in_use_bytes": stats.get("bytes_in_use")}
 
 
+def _host_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _plain_read(path: Path) -> dict[str, float]:
+    """Bytes and seconds of reading all files through a buffer of 16 MiB."""
+    buffer, total, started = bytearray(16 << 20), 0, time.monotonic()
+    for file in sorted(find_folder(path).glob("*.safetensors")):
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer):
+                total += count
+    return {"bytes": total, "seconds": round(time.monotonic() - started, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", default="gpt-oss-20b")
@@ -54,7 +75,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=500, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a rollout")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch, each of one prompt and its rollout")
+    parser.add_argument("--load_only", action="store_true", help="stop once --folder has been read")
+    figures.add_record(parser)
     arguments = parser.parse_args()
+    if arguments.load_only and not arguments.folder:
+        parser.error("--load_only needs --folder")
     take_gpu_memory()
     config = default_config()
     config.model.dtype = arguments.dtype
@@ -68,17 +93,27 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    found = needs(config, sizes, find_machine("", 1), on_compile=lambda _: None)
-    predicted = {phase: max(need.total for need in found if need.phase == phase) for phase in ("sampling", "update")}
-    out["predicted"] = {f"{need.phase}/{need.function}": need.parts | {"total": need.total} for need in found}
-
     model = build_model(config, sizes)
-    clock = _Clock()
+    clock, before = _Clock(), _host_peak()
     if arguments.folder:
         frozen = load_folder(arguments.folder, dtype=arguments.dtype, experts=model.experts)[1]
     else:
         frozen = model.init_frozen(jax.random.key(0))
     out["weights"] = clock.look(frozen) | {"bytes": local_bytes(frozen)}
+    if arguments.folder:
+        peak = _host_peak() - before
+        in_host = out["weights"]["bytes"] if jax.default_backend() == "cpu" else 0
+        out["load"] = {"host_peak_bytes": peak, "above_weights_bytes": peak - in_host, "plain_read": _plain_read(arguments.folder)}
+        values = {"seconds": (out["weights"]["seconds"], "s"), "host_peak_above_weights": ((peak - in_host) / 1e9, "GB")}
+        figures.record(arguments.record, {f"load_{name}": value for name, value in values.items()})
+    if arguments.load_only:
+        print(json.dumps(out))
+        return
+    found = needs(config, sizes, find_machine("", 1), on_compile=lambda _: None)
+    predicted = {phase: max(need.total for need in found if need.phase == phase) for phase in ("sampling", "update")}
+    out["predicted"] = {f"{need.phase}/{need.function}": need.parts | {"total": need.total} for need in found}
+    clock = _Clock()
+
     optimizer = build_optimizer(config)
     state = init_train_state(model.init_lora(jax.random.key(1)), optimizer)
     out["adapter"] = clock.look(state) | {"bytes": local_bytes(state.lora), "optimiser_bytes": local_bytes(state.opt_state)}
@@ -108,6 +143,10 @@ def main() -> None:
         if peak := out[name]["peak_bytes"]:
             out[name]["predicted_of_peak"] = round(predicted[phase] / peak, 4)
     print(json.dumps(out))
+    values = {
+        f"{phase}_tokens_per_s": (out[name]["tokens_per_s"], "tokens/s") for phase, name in (("sampling", "sample"), ("update", "update"))
+    }
+    figures.record(arguments.record, values)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,266 @@
-"""A whole call of the sampler on random weights of a published shape: prompts, decoding, slots, pages, and the gap to the trainer.
+"""The sampler on random weights of a published shape: steps of decoding against the device's bandwidth, or a whole call.
 
-    python benchmarks/sampling.py --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
-        [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--measure=0] [--data=1] [--expert=1] [--json=FILE]
+    python benchmarks/sampling.py steps --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--unread] [--new=256] [--profile]
+    python benchmarks/sampling.py call --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
+        [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--temperature=1] [--measure=0]
 
-`decode.py` measures steps; this measures what a run waits for. Every prompt is another one. Nothing stops a rollout but its budget, unless
-`--stop_every` says after how many tokens on average: then lengths differ, slots are refilled, and a small `--cache_tokens` makes rollouts
-wait. `--contexts` tells the speed, and the floor of decode.py, at contexts passed on the way. `--measure=N` gives N of the rollouts to the
-trainer and tells how far its log-probabilities are from the sampler's, along the sampler's routes and on its own.
+Both also take --layers, --dtype, --data, --expert, --no_adapter, --json=FILE and --record=PREFIX.
+
+steps: one prompt, and as many rollouts of it as the batch has rows, through the sampler as a run uses it. With `--unread` there is a prompt
+for each row and none is read, so that long contexts cost nothing to reach: their keys and values are zeros, each row's on pages of its own.
+The speed is that of whole launches after those that compile, with every row live. The floor of a step is the time in which a plain large
+copy moves the bytes that the step must read: all weights but the experts' matrices; those of the experts that a uniform routing would
+choose; the adapter likewise, in the model's type; and keys and values up to the mean context. On a mesh it is that of one device, without
+communication. `--profile` also prints in which functions a launch's device time went.
+
+call: what a run waits for, prompts included. Every prompt differs. A rollout ends at its budget, unless `--stop_every` gives a mean
+length: then lengths differ, slots are refilled, and a small `--cache_tokens` makes rollouts wait. `--contexts` also gives the speed and the
+floor at contexts that are passed. `--measure=N` gives N of the rollouts to the trainer, and compares its log-probabilities with the
+sampler's: with the sampler's expert routing, and with its own.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import figures
 import jax
+import jax.numpy as jnp
 import numpy as np
-from decode import bytes_of_a_step, copy_bytes_per_s, sample
-from mesh import add_mesh, mesh_of, set_mesh
+from measuring import SHOWN, add_mesh, copy_bytes_per_s, mesh_of, set_mesh, trace
 
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_sampler
+from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.packing import pack
 from discover_jax.machines import device_memory, take_gpu_memory
+from discover_jax.models.cache import Cache
+from discover_jax.models.gpt_oss import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
+from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
+from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.types import Prompt, Rollout
 
+MATRICES = ("gate_up", "down")
 
-def configured(arguments: argparse.Namespace) -> Any:
+
+def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: float) -> dict[str, float]:
+    """What one step must read at least on a device, bytes by what they are."""
+    c, data = model.config, 1 if model.mesh is None else model.mesh.shape["data"]
+    hit = 1 - (1 - c.experts_per_token / c.num_experts) ** (rows / data)
+    rows = rows // row_devices(model.mesh)
+
+    def split(tree: Any) -> tuple[int, int]:
+        """Elements' bytes of the experts' matrices, and of all else."""
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        inside = [leaf for path, leaf in leaves if any(getattr(key, "key", None) in MATRICES for key in path)]
+        return local_bytes(inside), local_bytes(tree) - local_bytes(inside)
+
+    experts, rest = split(frozen)
+    experts_lora, rest_lora = (size * model.dtype.itemsize // 4 for size in split(lora)) if lora is not None else (0, 0)
+    of_place = 2 * c.num_pairs * c.num_kv_heads * c.head_size * model.dtype.itemsize
+    return {
+        "experts": hit * experts,
+        "other_weights": rest - (c.vocab_size - rows) * c.width * model.dtype.itemsize,  # of the embedding a row for each token
+        "adapter": hit * experts_lora + rest_lora,
+        "keys_and_values": rows * of_place * (context + min(context, c.sliding_window)),
+    }
+
+
+class _Compilations:
+    """Seconds that jax spends on tracing, lowering and compiling."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += duration_secs
+
+
+class _EnoughError(Exception):
+    pass
+
+
+def sample(
+    sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, step: int, launches: float = float("inf")
+) -> list[tuple[float, int]]:
+    """The time and the tokens so far after each launch, up to so many launches, of a group of so many rows for each prompt."""
+    seen: list[tuple[float, int]] = []
+
+    def note(progress: Progress) -> None:
+        seen.append((time.perf_counter(), progress.tokens))
+        if len(seen) >= launches:
+            raise _EnoughError
+
+    with contextlib.suppress(_EnoughError):
+        for _ in sampler.sample(frozen, lora, prompts, rows, seed=0, step=step, on_progress=note):
+            pass
+    return seen
+
+
+# ---------------------------------------------------------------------- steps
+
+
+def leave_prompts_unread(sampler: Any, model: Model) -> None:
+    """Rows begin as if their prompts had been read, with what the cache holds, and zeros for the stream."""
+    hidden_1D = jnp.zeros((1, model.config.width), model.dtype)
+
+    def unread(frozen: Any, lora: Any, tokens_1C: Any, counts_1: Any, cache: Cache) -> tuple[jax.Array, Cache, np.ndarray]:
+        routes = np.zeros((*tokens_1C.shape, *model.routes.shape), model.routes.dtype)
+        return hidden_1D, dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_1), routes
+
+    sampler._prefill = unread
+
+
+def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: Any, spent: _Compilations, copy: float) -> dict[str, Any]:
+    """One row of the table."""
+    config = config_of_steps(arguments, rows)
+    sizes = shape_of(arguments.shape, arguments.layers)
+    model = build_model(config, sizes, mesh_of(config))
+    # The last id stops, so that almost every rollout spends its budget.
+    sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
+    if arguments.unread:
+        leave_prompts_unread(sampler, model)
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(group, "seed", "", rng.integers(0, sizes.vocab_size - 1, arguments.prompt).astype(np.int32))
+        for group in range(config.groups)
+    ]
+    before = spent.seconds
+    sample(sampler, frozen, lora, prompts, config.group_size, step=0, launches=2)
+    compiling = spent.seconds - before
+    launches = sample(sampler, frozen, lora, prompts, config.group_size, step=1)
+    seen = [(when, tokens) for when, tokens in launches if tokens < rows * arguments.new * 0.98]
+    if len(seen) < 2:
+        sys.exit(f"--new={arguments.new} is too short: there are no two launches to measure.")
+    (started, first), (ended, last) = seen[0], seen[-1]
+    steps = (last - first) / rows
+    seconds = (ended - started) / steps
+    context = arguments.prompt + (first + last) / rows / 2
+    needed = bytes_of_a_step(model, frozen, lora, rows, context)
+    floor = sum(needed.values()) / copy
+    result = {
+        "batch": rows,
+        "mean_context": round(context),
+        "compile_s": round(compiling, 1),
+        "launches_ms_a_step": [round(1e3 * (b - a) * rows / (n - m), 2) for (a, m), (b, n) in itertools.pairwise(seen)],
+        "step_ms": 1e3 * seconds,
+        "floor_ms": 1e3 * floor,
+        "bytes_a_step": {name: round(size) for name, size in needed.items()},
+        "tokens_per_s": rows / seconds,
+        "floor_tokens_per_s": rows / floor,
+        "of_floor": floor / seconds,
+        "compilations": sampler.compilations,
+    }
+    if arguments.profile:
+        result["profile"] = profile(sampler, frozen, lora, prompts, config.group_size, arguments.keep_trace)
+    return result
+
+
+def profile(sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, keep: str) -> dict[str, Any]:
+    """Microseconds a step of decoding by function and by kernel, their number, and the time in which the device was idle."""
+    shapes, shapes_lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen, lora))
+    (decoding,) = (function for function in sampler.lowered_functions(shapes, shapes_lora, 1, rows) if function.name == "decode")
+    seen: list[tuple[float, int]] = []
+
+    def launches() -> None:
+        seen.extend(sample(sampler, frozen, lora, prompts, rows, step=2, launches=2))
+
+    found = trace(launches, decoding.lowered.compile().as_text(), Path(keep) if keep else None, f"decode.{rows}")
+    steps = seen[-1][1] / rows
+
+    def us(nanoseconds: float) -> float:
+        return round(nanoseconds / steps / 1e3, 1)
+
+    return {
+        "us_a_step": us(found.whole_ns),
+        "idle_us_a_step": us(found.idle_ns),
+        "kernels_a_step": round(found.events / steps, 1),
+        "by_function": {name: us(spent) for name, (spent, _) in itertools.islice(found.by_function.items(), SHOWN)},
+        "kernels_by_function": {name: round(count / steps, 1) for name, (_, count) in found.by_function.items()},
+        "by_kernel": {name: us(spent) for name, (spent, _) in itertools.islice(found.by_kernel.items(), SHOWN)},
+    }
+
+
+def config_of_steps(arguments: argparse.Namespace, rows: int) -> Any:
+    config = default_config()
+    config.model.dtype = arguments.dtype
+    config.groups, config.group_size = (rows, 1) if arguments.unread else (1, rows)
+    config.sampling.slots = rows
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
+    set_mesh(config, arguments)
+    return config
+
+
+def measure_steps(arguments: argparse.Namespace) -> None:
+    spent = _Compilations()
+    copy = copy_bytes_per_s(arguments.copy_bytes)
+    started = time.perf_counter()
+    config = config_of_steps(arguments, 1)
+    model = build_model(config, shape_of(arguments.shape, arguments.layers), mesh_of(config))
+    frozen = model.init_frozen(jax.random.key(0))
+    lora = None if arguments.no_adapter else model.init_lora(jax.random.key(1))
+    jax.block_until_ready((frozen, lora))
+    result: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": jax.devices()[0].device_kind,
+        "mesh": None if model.mesh is None else dict(model.mesh.shape),
+        "jax": jax.__version__,
+        "experts": model.experts,
+        "copy_bytes_per_s": copy,
+        "weights_bytes": local_bytes(frozen),
+        "adapter_bytes": local_bytes(lora),
+        "init_s": round(time.perf_counter() - started, 1),
+        "rows": [],
+    }
+    print(f"{result['device']}, jax {result['jax']}: copy {copy / 1e12:.2f} TB/s, {arguments.shape} {model.experts}", flush=True)
+    print(f"weights {result['weights_bytes'] / 1e9:.2f} GB, adapter {result['adapter_bytes'] / 1e9:.2f} GB, {result['init_s']} s")
+    print("batch context |  step       floor    tokens/s    floor      | of floor  compile")
+    for rows in map(int, arguments.batch.split(",")):
+        row = measured_steps(arguments, rows, frozen, lora, spent, copy)
+        result["rows"].append(row)
+        print(
+            f"{rows:5d} {row['mean_context']:7d} | {row['step_ms']:7.2f} ms {row['floor_ms']:6.2f} ms {row['tokens_per_s']:9.1f}"
+            f" {row['floor_tokens_per_s']:9.1f}     | {row['of_floor']:6.1%} {row['compile_s']:8.1f} s",
+            flush=True,
+        )
+        if arguments.profile:
+            _show(row["profile"])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1))
+        name = f"b{rows}_ctx{row['mean_context']}"
+        values = {
+            "tokens_per_s": (row["tokens_per_s"], "tokens/s"),
+            "step": (row["step_ms"], "ms"),
+            "fraction_of_floor": (row["of_floor"], "fraction"),
+        }
+        figures.record(
+            arguments.record, {f"{name}_{key}": value for key, value in values.items()}, devices=arguments.data * arguments.expert
+        )
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"  a step of {found['us_a_step']:.0f} us, {found['idle_us_a_step']:.0f} us idle, {found['kernels_a_step']:.0f} kernels")
+    for name, spent in found["by_function"].items():
+        print(f"  {spent:9.1f} us {found['kernels_by_function'][name]:7.1f}  {name}")
+
+
+# ---------------------------------------------------------------------- call
+
+
+def config_of_call(arguments: argparse.Namespace) -> Any:
     """The config of a run with these arguments."""
     config = default_config()
     config.model.dtype = arguments.dtype
@@ -87,29 +313,9 @@ def distribution(gaps: np.ndarray) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shape", default="gpt-oss-20b")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--groups", type=int, default=128)
-    parser.add_argument("--group_size", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=8192, help="tokens of a rollout")
-    parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--cache_tokens", type=int, default=0)
-    parser.add_argument("--stop_every", type=int, default=0, help="a rollout ends after so many tokens on average; 0: at its budget")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--contexts", default="4096,8192")
-    parser.add_argument("--measure", type=int, default=0, help="rollouts that the trainer looks at")
-    add_mesh(parser)
-    parser.add_argument("--no_adapter", action="store_true")
-    parser.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array that is copied")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    take_gpu_memory()
+def measure_call(arguments: argparse.Namespace) -> None:
     copy = copy_bytes_per_s(arguments.copy_bytes)
-    config, sizes = configured(arguments), shape_of(arguments.shape, arguments.layers)
+    config, sizes = config_of_call(arguments), shape_of(arguments.shape, arguments.layers)
     model = build_model(config, sizes, mesh_of(config))
     frozen = model.init_frozen(jax.random.key(0))
     lora = None if arguments.no_adapter else model.init_lora(jax.random.key(1))
@@ -171,6 +377,55 @@ def main() -> None:
     print(json.dumps(result, indent=1), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    values = {
+        "tokens_per_s": (result["tokens_per_s"], "tokens/s"),
+        "seconds": (result["seconds"], "s"),
+        "tokens": (result["tokens"], "tokens"),
+    }
+    values |= {f"ctx{row['context']}_tokens_per_s": (row["tokens_per_s"], "tokens/s") for row in result["contexts"]}
+    for name in ("sampler_routes", "own_routes") if arguments.measure else ():
+        found = result["gap"][name]
+        values[f"gap_{name}_mean"] = found["mean"], "nats"
+        for label, quantile in (("median", "0.5"), ("p99", "0.99"), ("max", "1")):
+            values[f"gap_{name}_{label}"] = found["quantiles"][quantile], "nats"
+    figures.record(arguments.record, values, devices=arguments.data * arguments.expert)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    steps, call = (commands.add_parser(name) for name in ("steps", "call"))
+    steps.add_argument("--batch", default="128,1", help="rows, one after another")
+    steps.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    steps.add_argument("--unread", action="store_true", help="a prompt for each row, none of which is read")
+    steps.add_argument("--new", type=int, default=256, help="tokens of a rollout")
+    steps.add_argument("--profile", action="store_true")
+    steps.add_argument("--keep_trace", default="", help="folder for the trace and the compiled function")
+    call.add_argument("--groups", type=int, default=128)
+    call.add_argument("--group_size", type=int, default=1)
+    call.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
+    call.add_argument("--new", type=int, default=8192, help="tokens of a rollout")
+    call.add_argument("--slots", type=int, default=128)
+    call.add_argument("--cache_tokens", type=int, default=0)
+    call.add_argument("--stop_every", type=int, default=0, help="mean tokens of a rollout; 0: all end at their budget")
+    call.add_argument("--temperature", type=float, default=1.0)
+    call.add_argument("--contexts", default="4096,8192")
+    call.add_argument("--measure", type=int, default=0, help="rollouts whose log-probabilities the trainer computes, too")
+    for command in (steps, call):
+        command.add_argument("--shape", default="gpt-oss-20b")
+        command.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
+        command.add_argument("--dtype", default="bfloat16")
+        command.add_argument("--no_adapter", action="store_true")
+        command.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array that is copied")
+        command.add_argument("--json", type=Path)
+        add_mesh(command)
+        figures.add_record(command)
+    arguments = parser.parse_args()
+    take_gpu_memory()
+    (measure_steps if arguments.what == "steps" else measure_call)(arguments)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python benchmarks/scaling.py [--gpus=8] [--shape=gpt-oss-120b] [--layers=0] [--batch=128,512] [--context=8192] [--tokens=8192]
         [--row_tokens=32768] [--meshes=1x1,1x2,2x1,...] [--only=decode,update] [--limit=240] [--json=FILE] [--logs=DIR]
+        [--record=PREFIX]
 
-Each measurement is `decode.py` or `update.py` in a process of its own that sees as many GPUs as its mesh (data x expert) has devices; as
-many run at once as there are GPUs for. Decoding is that of `decode.py --unread`: rows of the context's length, each on pages of its own.
-The update's microbatch has a row for each device. A measurement that fails (512 rows of such a context do not fit on one H200) or takes
-longer than `--limit` seconds is told, and the others go on.
+Each measurement is `sampling.py steps` or `update.py` in a process of its own, which sees as many GPUs as its mesh (data x expert) has
+devices. Several run at once while there are GPUs for them. Decoding is that of `sampling.py steps --unread`: rows of the context's length,
+each on pages of its own. The update's microbatch has a row for each device. If a measurement fails (512 rows of such a context do not fit
+on one H200) or takes longer than `--limit` seconds, that is printed and the others continue.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import figures
 
 HERE = Path(__file__).parent
 
@@ -42,7 +45,7 @@ def job(arguments: argparse.Namespace, kind: str, data: int, expert: int, folder
         rollouts = devices * max(1, arguments.row_tokens // arguments.tokens)
         options += [f"--tokens={arguments.tokens}", f"--row_tokens={arguments.row_tokens}", f"--rows={devices}", f"--rollouts={rollouts}"]
         options += [f"--prompt={min(512, arguments.tokens // 2)}", "--calls=2", "--no_prediction"]
-    command = [sys.executable, str(HERE / f"{kind}.py"), *options]
+    command = [sys.executable, *((str(HERE / "sampling.py"), "steps") if kind == "decode" else (str(HERE / "update.py"),)), *options]
     return {"kind": kind, "data": data, "expert": expert, "devices": devices, "command": command, "result": result}
 
 
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=240, help="seconds of a measurement")
     parser.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array by whose copies bandwidth is measured")
     parser.add_argument("--json", type=Path)
+    figures.add_record(parser)
     parser.add_argument("--logs", type=Path, default=Path("scaling"), help="folder of the measurements' own results and logs")
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
@@ -130,6 +134,9 @@ def main() -> None:
     print(table(rows), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        name = f"{row['what'].replace(', ', '_').replace(' rows', '')}_{row['data']}x{row['expert']}_tokens_per_s"
+        figures.record(arguments.record, {name: (row["tokens_per_s"], "tokens/s")}, devices=row["devices"])
 
 
 if __name__ == "__main__":

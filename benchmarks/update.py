@@ -8,7 +8,7 @@ for the replay of routing random experts, all different, for each layer and toke
 Timed are the gradient alone (`Update.gradient`: packed batches from the host, forward, backward, sums over microbatches) and the whole
 update, which adds the KL to the base (one more forward pass, as the default config has it) and the optimiser: each once to compile, then
 the median of `--calls`. Tokens are all of the rollouts', prompts included. `--lora=attention` is rank 32 on q, k, v and o alone, as
-peer_update.py trains.
+peers.py trains.
 
 Operations, with N the weights that a token meets (a layer's q, k, v, o and router, and its chosen experts' three matrices), V D those of
 the head, and a = 4 x heads x head size for each pair of a token and a key that it sees: in a rollout of S tokens S (S + 1) / 2 pairs a full
@@ -27,26 +27,22 @@ trace and the compiled program beside it.
 """
 
 import argparse
-import collections
 import dataclasses
-import gzip
 import json
 import logging
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import figures
 import jax
 import numpy as np
 from absl import logging as absl_logging
-from attention_update import pairs
-from decode import SHOWN, _events, _functions
-from kernels import matmul_flops_per_s
-from mesh import add_mesh, mesh_of, set_mesh
+from kernels_update import pairs
+from measuring import SHOWN, add_mesh, matmul_flops_per_s, mesh_of, peak_bytes, set_mesh, trace
 
 from discover_jax import config as settings
 from discover_jax.dry_run import needs
@@ -134,11 +130,6 @@ def predicted(config: Any, sizes: ModelConfig, *, gradient_only: bool) -> dict[s
     return found
 
 
-def peak_bytes() -> int | None:
-    """The most that the device ever held so far; None where the backend does not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 def _gb(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 1e9:.2f} GB"
 
@@ -177,43 +168,23 @@ def timed(call: Callable[[], dict[str, float]], calls: int) -> dict[str, Any]:
 
 
 def profile(update: Update, config: Any, model: Model, frozen: Any, lora: Any, batch: Batch, folder: Path) -> dict[str, Any]:
-    """Milliseconds of one microbatch's gradient by function and by kernel, and how long the device had nothing to do."""
+    """Milliseconds of one microbatch's gradient by function and by kernel, and the time in which the device was idle."""
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config))
     functions = update.lowered_functions(model.abstract_frozen(), state, *batch.tokens_BT.shape)
     text = next(function for function in functions if function.name == "gradient").lowered.compile().as_text()
-    functions, module = _functions(text), text.split(",")[0].removeprefix("HloModule ")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as traced:
-        with jax.profiler.trace(traced):
-            update.gradient(frozen, lora, [batch])
-        events = sorted(_events(traced, module), key=lambda event: event[2])
-        (path,) = Path(traced).rglob("*.xplane.pb")
-        (folder / "gradient.xplane.pb.gz").write_bytes(gzip.compress(path.read_bytes()))
-    (folder / "gradient.hlo.txt.gz").write_bytes(gzip.compress(text.encode()))
-    if not events:
-        sys.exit(f"The trace has no event of the program {module}; nothing can be said of where its time goes.")
-    spent: dict[str, dict[str, list[float]]] = {name: collections.defaultdict(lambda: [0.0, 0]) for name in ("function", "kernel")}
-    busy, end = 0.0, events[0][2]
-    for instruction, kernel, start, duration in events:
-        label = functions.get(instruction) or functions.get(kernel) or f"({kernel[:60]})"
-        for kind, name in (("function", label), ("kernel", f"{kernel[:70]} [{label}]")):
-            spent[kind][name][0] += duration
-            spent[kind][name][1] += 1
-        busy += max(0.0, start + duration - max(start, end))
-        end = max(end, start + duration)
+    found = trace(lambda: update.gradient(frozen, lora, [batch]), text, folder, "gradient")
 
-    def table(rows: dict[str, list[float]]) -> list[dict[str, Any]]:
-        largest = sorted(rows.items(), key=lambda row: -row[1][0])[:SHOWN]
+    def table(rows: dict[str, tuple[float, int]]) -> list[dict[str, Any]]:
+        largest = list(rows.items())[:SHOWN]
         return [{"name": name, "ms": round(total / 1e6, 3), "events": count} for name, (total, count) in largest]
 
-    whole = end - events[0][2]
     top = {
-        "ms": round(whole / 1e6, 2),
-        "idle_ms": round((whole - busy) / 1e6, 2),
-        "events": len(events),
+        "ms": round(found.whole_ns / 1e6, 2),
+        "idle_ms": round(found.idle_ns / 1e6, 2),
+        "events": found.events,
         "tokens": int(np.count_nonzero(batch.segments_BT)),
-        "by_function": table(spent["function"]),
-        "by_kernel": table(spent["kernel"]),
+        "by_function": table(found.by_function),
+        "by_kernel": table(found.by_kernel),
     }
     (folder / "top.json").write_text(json.dumps(top, indent=1) + "\n")
     return top
@@ -241,6 +212,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--no_prediction", action="store_true", help="leaves the dry run out, which compiles everything once more")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--json", type=Path)
+    figures.add_record(parser)
     arguments = parser.parse_args()
     if not 0 < arguments.prompt < arguments.tokens:
         parser.error(f"--tokens={arguments.tokens} includes --prompt={arguments.prompt}: it must be more, and both above 0.")
@@ -307,6 +279,10 @@ def main() -> None:
             row["predicted_of_peak"] = row["predicted_bytes"] / row["peak_bytes"] if row["peak_bytes"] else None
         result[name] = row
         keep()
+        values = {"tokens_per_s": (row["tokens_per_s"], "tokens/s")}
+        values |= {"peak": (row["peak_bytes"] / 1e9, "GB")} if row["peak_bytes"] else {}
+        recorded = {f"{name}_{key}": value for key, value in values.items()}
+        figures.record(arguments.record, recorded, devices=arguments.data * arguments.expert)
         print(
             f"{name:8s} {row['seconds']:8.3f} s {row['tokens_per_s']:9.1f} tokens/s {row['flops_per_s'] / 1e12:7.2f} TFLOP/s needed"
             f" {row['of_matmul']:6.1%} of the matrix product; loss {row['loss']:.4f}, gradient {row['grad_norm']:.4g},"

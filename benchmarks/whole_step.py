@@ -32,9 +32,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import figures
 import jax
-from mesh import add_mesh, set_mesh
-from update import peak_bytes
+from measuring import add_mesh, peak_bytes, set_mesh
 
 from discover_jax import config as settings
 from discover_jax import main as loop
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, help="the run's folder, which must be new; by default a temporary one")
     parser.add_argument("--resume", action="store_true", help="go on in --workdir, perhaps on another mesh")
     parser.add_argument("--json", type=Path)
+    figures.add_record(parser)
     arguments = parser.parse_args()
     exists = arguments.workdir is not None and arguments.workdir.exists()
     if exists != arguments.resume:
@@ -194,6 +195,12 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    last = clock.steps[-1]
+    values = {"seconds": (last["seconds"], "s")} | {
+        f"{name.split(',')[0].replace(' ', '_')}_s": (spent, "s") for name, spent in last["parts_s"].items()
+    }
+    values |= {f"{phase}_tokens_per_s": (last[f"{phase}_tokens_per_s"], "tokens/s") for phase in ("sampling", "update")}
+    figures.record(arguments.record, values, devices=arguments.data * arguments.expert)
 
 
 if __name__ == "__main__":

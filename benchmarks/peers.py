@@ -1,0 +1,218 @@
+"""The peers: `transformers` generates and `transformers` with `peft` updates, on random weights of a published shape.
+
+    python benchmarks/peers.py generate --shape=gpt-oss-20b [--batch=128] [--prompt=512] [--new=32]
+    python benchmarks/peers.py update --shape=gpt-oss-20b [--batch=2] [--tokens=4096] [--prompt=512] [--attention=flex_attention|eager]
+        [--calls=5]
+
+Both also take --layers, --json=FILE and --record=PREFIX, and need torch and transformers, which the project does not depend on. Experts are
+computed by the grouped matrix product of transformers.
+
+generate: two calls are timed. One generates `--new` tokens a row, the other one token, so that reading the prompts can be subtracted.
+
+update (needs peft): what update.py does with `--lora=attention --tokens=T --rollouts=B`. There are as many sequences of as many random
+tokens. Those after the prompt have the loss ratio x advantage, with advantages -1 and +1 in turn. The adapter has rank 32 on q, k, v and o
+of every layer; base weights are bfloat16 (the project's experts are MXFP4). Each layer is computed again in the backward pass, and logits
+exist for 1,024 tokens at a time. A step is forward, backward and AdamW on the adapter, without a KL to the base: compare it with
+update.py's `gradient`, since the optimiser takes little time with so small an adapter. The router chooses on random weights, where
+update.py replays routes that were drawn. Two steps warm up; the time is the median of the others.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import figures
+import torch
+import torch.utils.checkpoint
+import transformers
+
+from discover_jax.models.synthetic import shape_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(shape: str, layers: int) -> Any:
+    """A model of that shape with random weights, as transformers initialises them."""
+    sizes = shape_of(shape, layers)
+    known = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
+    config = transformers.GptOssConfig(
+        num_hidden_layers=known["num_layers"],
+        hidden_size=known["width"],
+        intermediate_size=known["expert_width"],
+        num_local_experts=known["num_experts"],
+        num_experts_per_tok=known["experts_per_token"],
+        num_attention_heads=known["num_heads"],
+        num_key_value_heads=known["num_kv_heads"],
+        head_dim=known["head_size"],
+        vocab_size=known["vocab_size"],
+        sliding_window=known["sliding_window"],
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device(DEVICE):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return transformers.GptOssForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def generate_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
+    """Seconds of one call of `generate` with exactly `new` new tokens, sampled at temperature 1."""
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    with torch.inference_mode():
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    assert out.shape[1] == tokens.shape[1] + new, f"{out.shape[1] - tokens.shape[1]} new tokens instead of {new}"
+    return time.perf_counter() - started
+
+
+# ---------------------------------------------------------------------- update
+
+RANK, ALPHA, TARGETS = 32, 32, ("q_proj", "k_proj", "v_proj", "o_proj")
+CHUNK = 1024
+"""Tokens whose logits exist at once."""
+WARM_UP = 2
+
+
+def adapted(model: Any) -> Any:
+    """The model with an adapter in float32 and everything else frozen, that computes each layer again in its backward pass."""
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)  # the adapter in float32: peft's own default for one that is trained
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def loss_of(model: Any, tokens_BT: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Sum over the tokens after the prompts of -(ratio to the sampler's probability) x advantage."""
+    causal = model.get_base_model()
+    hidden_BTD = causal.model(tokens_BT, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
+    targets_BT = tokens_BT[:, prompt:]
+    advantages_B = torch.tensor([1.0 if row % 2 else -1.0 for row in range(len(tokens_BT))], device=tokens_BT.device)
+    hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    advantages = advantages_B[:, None].expand(targets_BT.shape).flatten()
+    sampler = -torch.log(torch.tensor(float(model.config.vocab_size)))  # what random weights give about all tokens
+
+    def of_chunk(hidden_td: torch.Tensor, targets_t: torch.Tensor, advantages_t: torch.Tensor) -> torch.Tensor:
+        logits_tv = causal.lm_head(hidden_td).float()
+        logprobs_t = -torch.nn.functional.cross_entropy(logits_tv, targets_t, reduction="none")
+        return -(torch.exp(logprobs_t - sampler) * advantages_t).sum()
+
+    total = torch.zeros((), device=tokens_BT.device)
+    for start in range(0, len(targets), CHUNK):
+        places = slice(start, start + CHUNK)
+        total = total + torch.utils.checkpoint.checkpoint(
+            of_chunk, hidden[places], targets[places], advantages[places], use_reentrant=False
+        )
+    return total
+
+
+def measure_generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = build(arguments.shape, arguments.layers)
+    tokens = torch.randint(0, model.config.vocab_size, (arguments.batch, arguments.prompt), device=DEVICE)
+    generate_seconds(model, tokens[:, :16], 2)  # warms up
+    reading, whole = (generate_seconds(model, tokens, new) for new in (1, arguments.new))
+    step = (whole - reading) / (arguments.new - 1)
+    return {
+        "experts": model.config._experts_implementation,
+        "step_ms": 1e3 * step,
+        "tokens_per_s": arguments.batch / step,
+        "tokens_per_s_with_prompts": arguments.batch * arguments.new / whole,
+    }
+
+
+def measure_update(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_float32_matmul_precision("high")  # TF32 for the adapter's products, which is to the peer's advantage
+    base = build(arguments.shape, arguments.layers)
+    base.set_attn_implementation(arguments.attention)
+    if base.config._attn_implementation != arguments.attention:
+        sys.exit(f"transformers took attention {base.config._attn_implementation!r} instead of {arguments.attention!r}.")
+    model = adapted(base)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    tokens_BT = torch.randint(0, model.config.vocab_size, (arguments.batch, arguments.tokens), device=DEVICE)
+
+    def step() -> tuple[float, float]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model, tokens_BT, arguments.prompt)
+        loss.backward()
+        norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in trained]))
+        optimizer.step()
+        return loss.item(), norm.item()  # waits for the device
+
+    spent, seen = [], []
+    for number in range(WARM_UP + arguments.calls):
+        started = time.perf_counter()
+        seen.append(step())
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - started)
+        print(f"step {number}: {spent[-1]:.3f} s, loss {seen[-1][0]:.4f}, gradient {seen[-1][1]:.4g}", flush=True)
+    if not all(torch.isfinite(torch.tensor(pair)).all() for pair in seen):
+        sys.exit(f"Losses and gradients are not all finite: {seen}; times of such an update mean nothing.")
+    seconds = statistics.median(spent[WARM_UP:])
+    return {
+        "attention": base.config._attn_implementation,
+        "experts": base.config._experts_implementation,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "trained_type": sorted({str(parameter.dtype) for parameter in trained}),
+        "loss": seen[0][0],
+        "grad_norm": seen[0][1],
+        "seconds": seconds,
+        "seconds_all": [round(each, 4) for each in spent[WARM_UP:]],
+        "tokens_per_s": arguments.batch * arguments.tokens / seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="peer", required=True)
+    generate, update = (commands.add_parser(name) for name in ("generate", "update"))
+    generate.add_argument("--batch", type=int, default=128)
+    generate.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
+    generate.add_argument("--new", type=int, default=32, help="tokens generated a row")
+    update.add_argument("--batch", type=int, default=2, help="sequences")
+    update.add_argument("--tokens", type=int, default=4096, help="of a sequence")
+    update.add_argument("--prompt", type=int, default=512, help="tokens of a sequence that have no loss")
+    update.add_argument("--attention", choices=("flex_attention", "eager"), default="flex_attention")
+    update.add_argument("--calls", type=int, default=5, help=f"timed, after {WARM_UP} that warm up")
+    for command in (generate, update):
+        command.add_argument("--shape", default="gpt-oss-20b")
+        command.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
+        command.add_argument("--json", type=Path)
+        figures.add_record(command)
+    arguments = parser.parse_args()
+    if arguments.peer == "update" and not 0 < arguments.prompt < arguments.tokens:
+        parser.error(f"--tokens={arguments.tokens} includes --prompt={arguments.prompt}: it must be more, and both above 0.")
+    torch.manual_seed(0)
+    found = (measure_generate if arguments.peer == "generate" else measure_update)(arguments)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        **{name: value for name, value in vars(arguments).items() if name not in ("json", "record")},
+        **found,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else None,
+    }
+    print(json.dumps(result), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    values = {"tokens_per_s": (found["tokens_per_s"], "tokens/s")}
+    figures.record(arguments.record, values | ({"peak": (result["peak_gb"], "GB")} if result["peak_gb"] else {}))
+
+
+if __name__ == "__main__":
+    main()
