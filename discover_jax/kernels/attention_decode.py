@@ -45,7 +45,7 @@ class PagedTiling:
 
 
 def choose_tiling(columns: int) -> PagedTiling:
-    """The fastest of what was measured on an H200 at gpt-oss's heads (benchmarks/kernels_decode.py attention), for rows of so many pages at most."""
+    """The fastest of what was measured on an H200 at gpt-oss's heads (benchmarks/kernels_decode.py), for rows of so many pages at most."""
     return PagedTiling(64, 1, 2) if columns > 1 else PagedTiling(128, 2, 1)
 
 

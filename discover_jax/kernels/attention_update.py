@@ -40,7 +40,7 @@ class AttentionTiling:
 
 FULL = AttentionTiling(Launch(128, 64, 4, 4), Launch(64, 64, 3, 4), Launch(64, 64, 3, 4))
 WINDOWED = AttentionTiling(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64, 64, 2, 4))
-"""The fastest of what was measured on an H200 (benchmarks/kernels_update.py attention)."""
+"""The fastest of what was measured on an H200 (benchmarks/kernels_update.py)."""
 
 
 def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array) -> jax.Array:

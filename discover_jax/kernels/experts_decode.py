@@ -67,7 +67,7 @@ class ExpertsTiling:
 
 
 def choose_tiling(routed: int, experts: int) -> ExpertsTiling:
-    """The fastest of what was measured on an H200 for so many routed rows at gpt-oss-120b's shape (benchmarks/kernels_decode.py experts)."""
+    """The fastest of what was measured on an H200 for so many routed rows at gpt-oss-120b's shape (benchmarks/kernels_decode.py)."""
     if routed <= experts // 8:
         return ExpertsTiling(8, Launch(1, 3, 3, 4, depth=5), Launch(1, 3, 3, 4))
     if routed <= 2 * experts:

@@ -36,7 +36,7 @@ class Launch:
 class GroupedTiling:
     """Rows of a block, and the launches of wide products, of the paired one, and of those to an adapter's rank.
 
-    The defaults are the fastest of what was measured on an H200 at gpt-oss-120b's shape and 32k tokens (benchmarks/kernels_update.py experts).
+    The defaults are the fastest of what was measured on an H200 at gpt-oss-120b's shape and 32k tokens (benchmarks/kernels_update.py).
     """
 
     rows: int = 128
