@@ -8,6 +8,7 @@ import jax
 
 from discover_jax.engine import build_model
 from discover_jax.exceptions import TokenizerError
+from discover_jax.learning.train_state import TrainState
 from discover_jax.models.config import SHAPES, ModelConfig
 from discover_jax.models.folder import OnProgress, load_folder, read_config
 from discover_jax.models.gpt_oss import Model
@@ -20,11 +21,29 @@ STOP_TOKEN = "<|return|>"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A model with its frozen weights; the adapter travels apart, since it alone changes."""
+    """The language model as it is at some step. Only `train_state` changes during a run.
+
+    Attributes:
+      model: handle of the architecture.
+      frozen: base weights.
+      tokenizer: of the weights.
+      train_state: adapter and optimizer; None for the base model, which a search samples from.
+    """
 
     model: Model
     frozen: Any
     tokenizer: Tokenizer
+    train_state: TrainState | None = None
+
+    @property
+    def lora(self) -> Any:
+        """The adapter; None for the base model."""
+        return self.train_state.lora if self.train_state is not None else None
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the adapter has seen."""
+        return int(self.train_state.step) if self.train_state is not None else 0
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -1,17 +1,12 @@
-"""The baseline: the same prompts, reuse and grading, but no update. `python -m discover_jax.search --config=configs/quickstart.py`."""
+"""The baseline: the same loop as `main` without the update. `python -m discover_jax.search --config=configs/quickstart.py`."""
 
 import functools
-from pathlib import Path
-from typing import Any
 
 from discover_jax import cli, dry_run, main
-from discover_jax.hosts.processes import ALONE, Processes
+from discover_jax.types import RunKind
 
-
-def run(config: Any, folder: Path, processes: Processes = ALONE) -> None:
-    """Runs or resumes a search; see `main.run`."""
-    main.run(config, folder, processes, learn=False)
-
+run = functools.partial(main.run, kind=RunKind.SEARCH)
+"""Runs or resumes a search; see `main.run`."""
 
 if __name__ == "__main__":
     cli.launch(run, functools.partial(dry_run.run, learn=False))

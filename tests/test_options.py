@@ -20,11 +20,12 @@ import tiny_run
 from phrase_model import write_phrase_model
 
 from discover_jax import config as settings
-from discover_jax import main
+from discover_jax import main, stages
 from discover_jax.apprentice.preset import apprentice_on_cpu
 from discover_jax.archive.selectors import SELECTORS
 from discover_jax.execution import sandbox
 from discover_jax.learning.advantages import ESTIMATORS
+from discover_jax.learning.estimates import groups_with_too_few
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
 from discover_jax.learning.signals import DUPLICATES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ from discover_jax.tasks.competition import TRANSFORMS
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.text.prompts import IDEAS, STYLES, build_prompt
 from discover_jax.text.tokenizer import load_tokenizer
-from discover_jax.types import SEED
+from discover_jax.types import SEED, RunKind
 
 SEVERAL = "the paper's on several competitions"
 USERS = "full prompts of a user's competitions"
@@ -158,19 +159,19 @@ def users_config(root):
     config.task.competition = ", ".join(str(root / f"{id}.py") for id in USERS_COMPETITIONS)
     tasks, tokenizer = prepare_tasks(config.task, folder=root / "tasks", seed=0), load_tokenizer(root / "model")
     config.sampling.max_prompt_tokens = 100_000
-    first = [build_prompt(task, SEED, (), main._prompt_settings(config), tokenizer, group=0, step=0) for task in tasks]
+    first = [build_prompt(task, SEED, (), stages.prompt_settings(config), tokenizer, group=0, step=0) for task in tasks]
     config.sampling.max_prompt_tokens = max(len(prompt.tokens_P) for prompt in first) + 350
     return config
 
 
-def run(folder, config, learn=True, **changes):
+def run(folder, config, kind=RunKind.TRAIN, **changes):
     config.name = "options"
     with config.unlocked():
         for name, value in changes.items():
             assert name in settings.settings()
             config.update_from_flattened_dict({name: value})
     console = Notes()
-    main.run(settings.validate(config), folder, console=console, learn=learn)
+    main.run(settings.validate(config), folder, console=console, kind=kind)
     return rows(folder / "journal.jsonl"), rows(folder / "metrics.jsonl"), console.notes
 
 
@@ -308,7 +309,9 @@ def test_groups_whose_copies_leave_too_few_are_counted_for_people():
     """Constant groups are not among them: they teach nothing to any estimator."""
     values_K, all_K, two_K = np.array([0.5, 0.5, 0.75]), np.array([True, True, True]), np.array([True, False, True])
     signals = [Signals(values_K, all_K), Signals(values_K, two_K), Signals(np.full(3, 0.5), two_K)]
-    assert {name: main._too_few(signals, name) for name in ESTIMATORS} == {name: int(name == "entropic_adaptive") for name in ESTIMATORS}
+    assert {name: groups_with_too_few(signals, name) for name in ESTIMATORS} == {
+        name: int(name == "entropic_adaptive") for name in ESTIMATORS
+    }
 
 
 def test_a_prompt_that_is_shortened_is_told_and_counted(results):
@@ -364,7 +367,7 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
 
     # A search from the same place takes the same prompts to the base model: what learning alone changed.
     base_folder = folder.with_name("base")
-    base, _, _ = run(base_folder, config, learn=False, **{"train.resume_from": str(source), "train.steps": 1, **changes})
+    base, _, _ = run(base_folder, config, kind=RunKind.SEARCH, **{"train.resume_from": str(source), "train.steps": 1, **changes})
     assert stands[1] is None
     assert {row["adapter_step"] for row in base[len(journal) :]} == {0}
     prompts, same = (list(pd.read_parquet(place / "rollouts" / "step-000002.parquet")["prompt"]) for place in (folder, base_folder))

@@ -1,29 +1,31 @@
-"""Which states the groups of a step build on."""
+"""Parent selectors: which states the groups of a step build on."""
 
+import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.expansions import NO_EXPANSIONS, Expansions
+from discover_jax.archive.frontier import Frontier
 from discover_jax.exceptions import RunError
 from discover_jax.types import SEED, State
 
 
 class ParentSelector(Protocol):
-    """(archive, groups, rng) -> one parent a group. Every sampler takes all the keywords, so that the table's entries can be exchanged.
+    """(archive, groups, rng) -> one parent for each group. Every selector takes all keywords, so that the table's entries are exchangeable.
 
     Args:
-      archive: of the states that may become parents, beside the seed.
-      groups: of the step.
-      rng: of the step, see `step_rng`.
-      epsilon: of greedy.
+      archive: the states that may become parents, in addition to the seed.
+      groups: number of groups in the step.
+      rng: generator of the step, see `step_rng`.
+      epsilon: for greedy.
       exploration: c of puct.
-      expansions: of all steps before, for puct.
+      expansions: of all earlier steps, for puct.
     """
 
     def __call__(
@@ -159,40 +161,39 @@ def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1
 
 
 SELECTORS: dict[str, ParentSelector] = {"greedy": greedy, "fixed": fixed, "puct": puct}
-"""By the name of config.reuse.sampler."""
+"""By the name in config.reuse.sampler."""
 
 USUAL_CHILDREN = -1
-"""Value of config.reuse.children that leaves the number to the sampler."""
+"""Value of config.reuse.children that leaves the number to the selector."""
 
 
-def kept_children(sampler: str, children: int) -> int:
-    """How many best children of a parent the archive keeps, 0 being all of them, as `Archive.add_group` takes it.
+def kept_children(selector: str, children: int) -> int:
+    """Number of best children of a parent that the archive keeps, as `Archive.add_group` takes it; 0 keeps all.
 
-    The sampler's usual number is part of puct's definition, where it is 2 (paper; reference code); the others know no such rule.
+    For puct the usual number is part of its definition, 2 (paper; reference code). The other selectors keep all.
 
     Args:
-      sampler: a name in SELECTORS.
-      children: of the config: USUAL_CHILDREN, or a number that counts instead.
+      selector: a name in SELECTORS.
+      children: of the config: USUAL_CHILDREN, or a number that overrides it.
     """
     if children != USUAL_CHILDREN:
         return children
-    return 2 if sampler == "puct" else 0
+    return 2 if selector == "puct" else 0
 
 
 def fresh_groups(fresh: float, groups: int) -> int:
-    """How many of so many groups start from nothing: the part `fresh` of them, rounded, a half upwards."""
+    """Number of groups that start from nothing: the share `fresh` of `groups`, rounded half up."""
     return math.floor(fresh * groups + 0.5)
 
 
 def diversify_parents(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False) -> list[State]:
-    """A sampler's parents with more variety, where asked for; as many as before.
+    """Replaces some of a selector's parents for variety; the number of parents stays the same.
 
     Args:
       parents: one for each group.
-      archive: they were taken from.
-      fresh: the last groups of a step, this part of them (rounded), start from nothing.
-      distinct: a parent that an earlier group of the step has gives way to the best state of the archive that none has, as long as there
-        is one.
+      archive: the archive that they were selected from.
+      fresh: share of the groups, rounded, that start from nothing instead: the last ones.
+      distinct: replace a parent that an earlier group already has by the best state of the archive that no group has, while there is one.
     """
     picks = list(parents)
     if distinct:
@@ -204,3 +205,46 @@ def diversify_parents(parents: Sequence[State], archive: Archive, *, fresh: floa
             seen.add(picks[group].id)
     kept = len(picks) - fresh_groups(fresh, len(picks))
     return [*picks[:kept], *[SEED] * (len(picks) - kept)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReuseSettings:
+    """How parents are selected; `config.reuse` explains each setting.
+
+    Attributes:
+      selector: a name in SELECTORS.
+      epsilon, exploration: see `ParentSelector`.
+      fresh, distinct: see `diversify_parents`.
+    """
+
+    selector: str
+    epsilon: float
+    exploration: float
+    fresh: float
+    distinct: bool
+
+
+def select_parents(
+    competitions_G: Sequence[str], frontiers: Mapping[str, Frontier], settings: ReuseSettings, rng: np.random.Generator
+) -> list[State]:
+    """The parent of each group, from the archive of its competition.
+
+    Args:
+      competitions_G: id of each group's competition.
+      frontiers: by competition id.
+      settings: selector and its options.
+      rng: generator of the step, see `step_rng`.
+    """
+    selected: dict[str, Iterator[State]] = {}
+    for id in dict.fromkeys(competitions_G):
+        frontier = frontiers[id]
+        parents = SELECTORS[settings.selector](
+            frontier.archive,
+            competitions_G.count(id),
+            rng,
+            epsilon=settings.epsilon,
+            exploration=settings.exploration,
+            expansions=frontier.expansions,
+        )
+        selected[id] = iter(diversify_parents(parents, frontier.archive, fresh=settings.fresh, distinct=settings.distinct))
+    return [next(selected[id]) for id in competitions_G]

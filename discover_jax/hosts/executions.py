@@ -7,7 +7,7 @@ would be one more thing that can fail, and could only tell a little earlier what
 
 import concurrent.futures
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 from discover_jax.execution.cache import verdict_of, verdict_row
@@ -27,7 +27,7 @@ class StepExecutions(Generic[P]):
       processes: of the run, one a host.
     """
 
-    def __init__(self, executor: Executor, slots_H: list[int], processes: Processes):
+    def __init__(self, executor: Executor, slots_H: Sequence[int], processes: Processes):
         self._executor, self._slots, self._processes = executor, slots_H, processes
         self._given_H = [0] * len(slots_H)
         self._host_of: dict[tuple[int, str], int] = {}

@@ -13,7 +13,7 @@ from discover_jax.runs.disclosure import read_isolation
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.competition import TRANSFORMS
 from discover_jax.tasks.task import Task
-from discover_jax.types import Attempt, Outcome, State
+from discover_jax.types import Attempt, Outcome, RunKind, State
 
 
 def step_row(
@@ -137,7 +137,7 @@ def _scale(task: Task) -> str:
     return "shares" if competition.metric.proportion and competition.transform == "identity" else f"that of {task.id}"
 
 
-def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, learn: bool) -> list[str]:
+def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, kind: RunKind) -> list[str]:
     """What a run came to, for people: how the mean and the best moved, where the best program lies, how its score was chosen, and how
     programs were isolated and bounded.
 
@@ -158,7 +158,7 @@ def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, 
         return ["No program has scored yet.", f"Everything is in {workdir.path}", *ways]
     first, last = rows[0], rows[-1]
     return [
-        f"{'After training' if learn else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
+        f"{'After training' if kind.learns else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
         *(line for result in results for line in _result_lines(result, rows, workdir, alone=len(results) == 1)),
         *ways,
     ]

@@ -15,7 +15,7 @@ from discover_jax.runs.summary import Result, closing_lines, opening_lines
 from discover_jax.runs.workdir import open_workdir
 from discover_jax.tasks.interval import wilson_interval
 from discover_jax.tasks.prepare import prepare_task
-from discover_jax.types import Execution, Grade, Outcome, State, Verdict
+from discover_jax.types import Execution, Grade, Outcome, RunKind, State, Verdict
 
 BEST = State("0001-000-000", "seed", "code", value=0.9, score=0.9, stdout="", step=1, adapter_step=1)
 BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
@@ -33,8 +33,8 @@ def disclose(workdir, task, isolation="bubblewrap 0.11", isolated=True):
     return json.loads((workdir.path / "disclosure.json").read_text())
 
 
-def closing(task, best, private_score, workdir, learn=True):
-    return closing_lines([Result(task, best, private_score)], ROWS, workdir=workdir, learn=learn)
+def closing(task, best, private_score, workdir, kind=RunKind.TRAIN):
+    return closing_lines([Result(task, best, private_score)], ROWS, workdir=workdir, kind=kind)
 
 
 def test_the_report_s_reward(workdir, tmp_path):
@@ -47,7 +47,7 @@ def test_the_report_s_reward(workdir, tmp_path):
     assert of_task["leaderboard"]["thresholds"] == "unavailable"
     assert content["isolation"] == {"isolated": True, "lines": ["bubblewrap 0.11"]}
     low, high = wilson_interval(0.9, 1197)
-    lines = "\n".join(closing(task, BEST, 0.9, workdir, learn=True))
+    lines = "\n".join(closing(task, BEST, 0.9, workdir))
     assert f"0.8000 -> 0.9000   (+0.1000), 95% interval {low:.4f} to {high:.4f} (1,197 rows of the private answers)" in lines
     assert "optimised on the graded rows" in lines
     assert "leaderboard  unavailable" in lines
@@ -60,7 +60,7 @@ def test_cross_validation(workdir, tmp_path):
     assert of_task["reward"]["source"] == "holdout"
     assert (of_task["reward"]["rows"], of_task["reward"]["runs_of_each_program"]) == (600, 5)
     assert of_task["reward"]["private_answers_reached_the_search"] is False
-    lines = "\n".join(closing(task, BEST, 0.85, workdir, learn=True))
+    lines = "\n".join(closing(task, BEST, 0.85, workdir))
     assert "(600 training rows, each held out in one of 4 folds)" in lines
     low, high = wilson_interval(0.85, 1197)
     assert (
@@ -68,7 +68,7 @@ def test_cross_validation(workdir, tmp_path):
         in lines
     )
     assert "4-fold cross-validation over the public training table (600 rows)" in lines
-    assert "its private accuracy  none; this" in "\n".join(closing(task, BEST, None, workdir, learn=True))
+    assert "its private accuracy  none; this" in "\n".join(closing(task, BEST, None, workdir))
 
 
 def test_weaker_isolation_is_never_forgotten(workdir, tmp_path):
@@ -81,7 +81,8 @@ def test_weaker_isolation_is_never_forgotten(workdir, tmp_path):
     assert content["isolation"] == {"isolated": False, "lines": ["bubblewrap 0.11", "unsafe-subprocess: NO ISOLATION"]}
     for best in (BEST, None):
         assert (
-            "WEAKER ISOLATION: bubblewrap 0.11; then unsafe-subprocess: NO ISOLATION" in closing(task, best, None, workdir, learn=False)[-1]
+            "WEAKER ISOLATION: bubblewrap 0.11; then unsafe-subprocess: NO ISOLATION"
+            in closing(task, best, None, workdir, kind=RunKind.SEARCH)[-1]
         )
 
 

@@ -1,0 +1,304 @@
+"""Everything that a run writes or shows: journal, best/, rollouts, metrics, trackers, report and console.
+
+The first process of a run has a `RunRecorder`, the others a `NullRecorder`, so the loop does not ask which process it is in.
+Checkpoints are apart: all processes write them together (see `checkpoints`).
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from discover_jax.archive.archive import lineage
+from discover_jax.archive.frontier import Frontier
+from discover_jax.archive.journal import Journal
+from discover_jax.report.page import write_report
+from discover_jax.runs.attempts import rollout_rows
+from discover_jax.runs.best import bundle_dir, grade_of, write_best
+from discover_jax.runs.console import Console, Improvement, StepProgress
+from discover_jax.runs.disclosure import NAME as DISCLOSURE
+from discover_jax.runs.host_state import HostState
+from discover_jax.runs.metrics import MetricsWriter, read_metrics
+from discover_jax.runs.restore import RunState
+from discover_jax.runs.rollouts import write_rollouts
+from discover_jax.runs.summary import Result, closing_lines, step_row
+from discover_jax.runs.tracking import Trackers
+from discover_jax.runs.workdir import Workdir
+from discover_jax.tasks.task import Task
+from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.types import Attempt, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+
+PHASES = {
+    "sampling": "time/sample_s",
+    "running programs": "time/execute_s",
+    "learning": "time/update_s",
+    "measuring": "time/update_s",
+    "saving": "time/save_s",
+    "checkpoint": "time/checkpoint_s",
+}
+"""Phases of a step, in order, and the metric that each one's seconds count towards."""
+
+_SHORTENED_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What a step did, for the recorder.
+
+    Attributes:
+      step: from 0.
+      prompts_G: one for each group.
+      rollouts, verdicts, advantages: by rollout. Rollouts without a program have no verdict; those that the update skips no advantage.
+      attempts: in the order of their keys.
+      frontiers: after the step, by competition id.
+      metrics: those that the stages measured, see `metrics.SCHEMA`.
+    """
+
+    step: int
+    prompts_G: Sequence[Prompt]
+    rollouts: Mapping[RolloutKey, Rollout]
+    verdicts: Mapping[RolloutKey, Verdict]
+    advantages: Mapping[RolloutKey, float]
+    attempts: Sequence[Attempt]
+    frontiers: Mapping[str, Frontier]
+    metrics: Mapping[str, float | None]
+
+
+class Recorder(Protocol):
+    """What the loop reports to.
+
+    Methods raise RunError where a file or standard output cannot be written. The run can then be resumed from its last checkpoint.
+    """
+
+    def begin_step(self, step: int) -> None:
+        """A step begins; `step` counts from 0."""
+        ...
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """The step enters a phase, one of `PHASES`. `detail` says how much there is to do."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Shows something that the user should know and that is not an error."""
+        ...
+
+    def prompts_shortened(self, details: Sequence[str], groups: int, max_tokens: int) -> None:
+        """Notes that some prompts of the step were shortened: one detail for each."""
+        ...
+
+    def progress(self, progress: StepProgress) -> None:
+        """Shows how far sampling and programs are."""
+        ...
+
+    def passes(self, done: int, total: int) -> None:
+        """Shows how many microbatches the update has done."""
+        ...
+
+    def record(self, record: StepRecord) -> None:
+        """Writes everything about a step but its checkpoint."""
+        ...
+
+    def host_state(self, frontiers: Mapping[str, Frontier]) -> dict[str, Any]:
+        """The host's part of the step's checkpoint, as JSON can hold it."""
+        ...
+
+    def end_step(self) -> None:
+        """The checkpoint is complete: updates the report and shows the step's line."""
+        ...
+
+    def finish(self) -> None:
+        """The last step is done: shows the result of the run."""
+        ...
+
+
+class NullRecorder:
+    """Records nothing: the recorder of all processes but the first."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def phase(self, name: str, detail: str = "") -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def prompts_shortened(self, details: Sequence[str], groups: int, max_tokens: int) -> None: ...
+
+    def progress(self, progress: StepProgress) -> None: ...
+
+    def passes(self, done: int, total: int) -> None: ...
+
+    def record(self, record: StepRecord) -> None: ...
+
+    def host_state(self, frontiers: Mapping[str, Frontier]) -> dict[str, Any]:
+        return {}
+
+    def end_step(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class RunRecorder:
+    """The recorder of the first process.
+
+    Args:
+      workdir: of the run.
+      journal: of the run, set back to where the run resumes.
+      console, trackers: where progress and metrics are shown.
+      tasks: of the run.
+      tokenizer: of the model, to decode replies.
+      rerun_scripts: text of best/rerun.sh by competition id.
+      state: where the run stands.
+      kind, seed, last_step: of the run; `last_step` is excluded.
+    """
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        journal: Journal,
+        console: Console,
+        trackers: Trackers,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        rerun_scripts: Mapping[str, str],
+        state: RunState,
+        *,
+        kind: RunKind,
+        seed: int,
+        last_step: int,
+    ):
+        self._workdir, self._journal, self._console, self._trackers = workdir, journal, console, trackers
+        self._tasks, self._tokenizer, self._rerun_scripts, self._state = tasks, tokenizer, rerun_scripts, state
+        self._kind, self._seed, self._last_step = kind, seed, last_step
+        self._metrics = MetricsWriter(workdir.metrics_path)
+        self._frontiers = dict(state.frontiers)
+        self._rows: list[dict[str, Any]] = []
+        self._improvements: list[Improvement] = []
+        self._clock = _Clock()
+        self._shortened = 0
+        self._checkpoint_seconds: float | None = None
+
+    def begin(self, name: str, lines: Sequence[str]) -> None:
+        """The run starts or resumes: shows its name and the opening lines, and drops metrics of steps that will be repeated."""
+        self._metrics.truncate(self._state.step)
+        self._trackers.begin(self._state.step)
+        self._rows = read_metrics(self._workdir.metrics_path)
+        method = "test-time training" if self._kind.learns else "search without training"
+        self._console.start(f"{name}: {', '.join(task.id for task in self._tasks)}, {method}", list(lines))
+        write_report(self._workdir.path)
+
+    def begin_step(self, step: int) -> None:
+        self._console.step(step, self._last_step)
+        self._shortened = 0
+        self._clock = _Clock()
+        self._clock.enter(PHASES["sampling"])  # selecting parents and writing prompts counts as sampling
+
+    def phase(self, name: str, detail: str = "") -> None:
+        self._clock.enter(PHASES[name])
+        self._console.phase(name, detail)
+
+    def note(self, text: str) -> None:
+        self._console.note(text)
+
+    def prompts_shortened(self, details: Sequence[str], groups: int, max_tokens: int) -> None:
+        self._shortened = len(details)
+        more = f" And {len(details) - _SHORTENED_SHOWN} more." if len(details) > _SHORTENED_SHOWN else ""
+        count = f"{len(details)} of {groups} prompts were shortened to {max_tokens:,} tokens (config.sampling.max_prompt_tokens)."
+        self._console.note(f"{count} {' '.join(details[:_SHORTENED_SHOWN])}{more}")
+
+    def progress(self, progress: StepProgress) -> None:
+        self._console.progress(progress)
+
+    def passes(self, done: int, total: int) -> None:
+        self._console.passes(done, total)
+
+    def record(self, record: StepRecord) -> None:
+        self.phase("saving")
+        self._journal.append(record.attempts)
+        self._improvements = []
+        for task in self._tasks:
+            best, previous = record.frontiers[task.id].best, self._frontiers[task.id].best
+            if best is not None and best != previous:
+                self._write_best(task, best, record.verdicts)
+            self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous))
+        self._frontiers = dict(record.frontiers)
+        rows = rollout_rows(record.rollouts, record.prompts_G, record.attempts, record.advantages, record.verdicts, self._tokenizer)
+        write_rollouts(self._workdir.rollouts_dir, record.step, rows)
+
+        # The row comes before the checkpoint: after a kill between the two, the step is repeated, and `begin` drops the row.
+        self._clock.enter(PHASES["checkpoint"])
+        seconds = self._clock.seconds
+        row = step_row(
+            record.step,
+            record.attempts,
+            best={id: frontier.best for id, frontier in record.frontiers.items()},
+            timings={
+                **seconds,
+                PHASES["checkpoint"]: self._checkpoint_seconds,
+                "time/step_s": sum(seconds.values()),
+                "prompt/shortened": self._shortened,
+            },
+            learning_metrics=record.metrics,
+        )
+        self._metrics.write(row)
+        self._trackers.write(row)
+        self._rows.append(row)
+
+    def _write_best(self, task: Task, best: State, verdicts: Mapping[RolloutKey, Verdict]) -> None:
+        """Writes the bundle of a program that this step found."""
+        _, group, index = best.id.split("-")
+        verdict = verdicts[int(group), int(index)]
+        write_best(
+            bundle_dir(self._workdir.best_dir, task.id, alone=len(self._tasks) == 1),
+            lineage=lineage(self._journal.read(), best.id),
+            submission=verdict.execution.csv or b"",
+            grade=grade_of(task, best, verdict, self._seed),
+            disclosure=(self._workdir.path / DISCLOSURE).read_bytes(),
+            rerun=self._rerun_scripts[task.id],
+        )
+
+    def host_state(self, frontiers: Mapping[str, Frontier]) -> dict[str, Any]:
+        archived = [state for frontier in frontiers.values() for state in frontier.archive.to_json()]
+        return HostState.of(self._state.first_step, archived, self._state.rewards, self._journal).to_json()
+
+    def end_step(self) -> None:
+        write_report(self._workdir.path)
+        self._checkpoint_seconds = self._clock.stop()[PHASES["checkpoint"]]
+        self._console.step_done(self._rows[-1], self._improvements)
+
+    def finish(self) -> None:
+        lines = closing_lines(self._results(), self._rows, workdir=self._workdir, kind=self._kind)
+        self._console.finish([*lines, f"report       {self._workdir.path / 'report.html'}"])
+
+    def _results(self) -> list[Result]:
+        """The result of each competition. Private scores are read only now, when all choices have been made."""
+        private = {attempt.id: attempt.private_score for attempt in self._journal.read()}
+        bests = [self._frontiers[task.id].best for task in self._tasks]
+        return [
+            Result(task, best, private.get(best.id) if best is not None else None) for task, best in zip(self._tasks, bests, strict=True)
+        ]
+
+
+class _Clock:
+    """Seconds spent in each phase."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._phase: str | None = None
+        self._since = 0.0
+
+    def enter(self, phase: str) -> None:
+        """Ends the current phase and starts the next."""
+        self.stop()
+        self._phase = phase
+
+    def stop(self) -> dict[str, float]:
+        """Ends the current phase; the seconds of all phases."""
+        now = time.monotonic()
+        if self._phase is not None:
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = None, now
+        return self.seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the phases that have ended."""
+        return dict(self._seconds)

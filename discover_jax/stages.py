@@ -1,0 +1,288 @@
+"""The stages of a step. `main` calls them in order; each takes the run and what the stages before it returned.
+
+This is where the config ends: a stage unpacks the settings that it needs and passes plain values to the folder that does the work.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from discover_jax.archive.frontier import Frontier, states_of
+from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
+from discover_jax.archive.selectors import select_parents as selected_parents
+from discover_jax.engine import row_tokens
+from discover_jax.execution.executor import Executor
+from discover_jax.hosts.executions import StepExecutions
+from discover_jax.hosts.processes import Processes
+from discover_jax.learning.advantages import LEAST_ROLLOUTS
+from discover_jax.learning.estimates import Estimates, estimate_step
+from discover_jax.learning.packing import Batch, pack, pack_substeps
+from discover_jax.learning.signals import Diversity
+from discover_jax.learning.update import Update
+from discover_jax.policy import Policy
+from discover_jax.runs.attempts import attempt_of
+from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.console import StepProgress
+from discover_jax.runs.recorder import Recorder
+from discover_jax.sampling.decoding import SecondPhase
+from discover_jax.sampling.sampler import Sampler
+from discover_jax.sampling.schedule import PAGE, Progress
+from discover_jax.tasks.task import Task
+from discover_jax.text.harmony import answer_forced, answer_opening
+from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
+from discover_jax.text.reply import program_of
+from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same during a run, as this process has it.
+
+    Attributes:
+      config: validated.
+      kind: training, or search without an update.
+      processes: of the run, one a host.
+      tasks: the competitions; groups take turns.
+      executor: runs programs on this host.
+      slots_H: programs that each host runs at once.
+      sampler, updater: the jitted part.
+      prompt_settings: how prompts are written.
+      checkpoints: of the run directory. All processes save and restore together.
+      recorder: writes files and shows progress; a null recorder in all processes but the first.
+      first_step, last_step: the steps that this start of the run does; `last_step` is excluded.
+    """
+
+    config: Any
+    kind: RunKind
+    processes: Processes
+    tasks: Sequence[Task]
+    executor: Executor
+    slots_H: Sequence[int]
+    sampler: Sampler
+    updater: Update
+    prompt_settings: PromptSettings
+    checkpoints: Checkpoints
+    recorder: Recorder
+    first_step: int
+    last_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What one group of rollouts builds on.
+
+    Attributes:
+      task: its competition.
+      parent: the state whose program it improves.
+      failures: the last attempts on the parent, if all of them failed.
+    """
+
+    task: Task
+    parent: State
+    failures: Sequence[Attempt]
+
+
+@dataclasses.dataclass
+class Sampled:
+    """The rollouts of a step. Their programs run while other rollouts are still being sampled.
+
+    Attributes:
+      total: number of rollouts that the step samples.
+      executions: of the programs, over all hosts.
+      rollouts: those that have ended.
+      programs: the program of each; None if the rollout has none.
+      progress: the sampler's last report.
+    """
+
+    total: int
+    executions: StepExecutions[RolloutKey]
+    rollouts: dict[RolloutKey, Rollout] = dataclasses.field(default_factory=dict)
+    programs: dict[RolloutKey, str | None] = dataclasses.field(default_factory=dict)
+    progress: Progress | None = None
+
+    def shown(self) -> StepProgress:
+        """What the console shows of it now."""
+        outcomes: Counter[Outcome] = self.executions.outcomes
+        outcomes[Outcome.FORMAT_ERROR] += sum(program is None for program in self.programs.values())
+        speed = self.progress.tokens / max(self.progress.seconds, 1e-9) if self.progress is not None else 0.0
+        return StepProgress(len(self.programs), self.total, self.executions.done, self.executions.here, speed, outcomes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """What became of the rollouts: `attempts` in the order of their keys, and the verdict on each program."""
+
+    attempts: Sequence[Attempt]
+    verdicts: Mapping[RolloutKey, Verdict]
+
+
+def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:
+    """The competition and the parent of each group. Competitions take turns across steps, so that each gets its share."""
+    config = run.config
+    tasks_G = [run.tasks[(step * config.groups + group) % len(run.tasks)] for group in range(config.groups)]
+    reuse = ReuseSettings(
+        config.reuse.sampler, config.reuse.epsilon, config.reuse.exploration, fresh=config.reuse.fresh, distinct=config.reuse.distinct
+    )
+    parents_G = selected_parents([task.id for task in tasks_G], frontiers, reuse, step_rng(config.seed, step))
+    return [Group(task, parent, frontiers[task.id].failures(parent)) for task, parent in zip(tasks_G, parents_G, strict=True)]
+
+
+def write_prompts(run: Run, policy: Policy, groups: Sequence[Group], step: int) -> list[Prompt]:
+    """One prompt for each group."""
+    shortened: list[str] = []
+    prompts_G = [
+        build_prompt(group.task, group.parent, group.failures, run.prompt_settings, policy.tokenizer, number, step, shortened.append)
+        for number, group in enumerate(groups)
+    ]
+    if shortened:
+        run.recorder.prompts_shortened(shortened, len(groups), run.prompt_settings.max_tokens)
+    return prompts_G
+
+
+def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts: Sequence[Prompt], step: int) -> Sampled:
+    """Samples all rollouts. Each program is submitted as soon as its rollout ends."""
+    run.recorder.phase("sampling")
+    executions = StepExecutions[RolloutKey](run.executor, run.slots_H, run.processes)
+    sampled = Sampled(len(prompts) * run.config.group_size, executions)
+
+    def follow(progress: Progress) -> None:
+        sampled.progress = progress
+        run.recorder.progress(sampled.shown())
+
+    for rollout in run.sampler.sample(
+        policy.frozen, policy.lora, prompts, run.config.group_size, seed=run.config.seed, step=step, on_progress=follow
+    ):
+        key = rollout.group, rollout.index
+        sampled.rollouts[key] = rollout
+        sampled.programs[key] = program = program_of(rollout, policy.tokenizer)
+        if program is not None:
+            executions.submit(key, program, run.tasks.index(groups[rollout.group].task))
+    return sampled
+
+
+def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, step: int) -> Graded:
+    """Waits for the programs and their grades."""
+    run.recorder.phase("running programs")
+    verdicts = sampled.executions.verdicts(while_waiting=lambda: run.recorder.progress(sampled.shown()))
+    attempts = [
+        attempt_of(
+            *(groups[key[0]].task, step, groups[key[0]].parent, sampled.rollouts[key], sampled.programs[key], verdicts.get(key)),
+            policy.optimizer_steps,
+        )
+        for key in sorted(sampled.rollouts)
+    ]
+    return Graded(attempts, verdicts)
+
+
+def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt]) -> Estimates:
+    """The advantages of the rollouts, by group."""
+    attempts_GK = [[attempt for attempt in attempts if attempt.group == number] for number in range(len(groups))]
+    train, diversity = run.config.train, run.config.diversity
+    estimates = estimate_step(
+        attempts_GK,
+        [group.task.signals for group in groups],
+        estimator=train.advantage,
+        beta=train.beta,
+        diversity=Diversity(diversity.novelty_bonus, diversity.duplicates),
+    )
+    if run.kind.learns and estimates.too_few:
+        run.recorder.note(
+            f"{estimates.too_few} of {len(groups)} groups have too few different programs for config.train.advantage ="
+            f" {train.advantage!r}, which needs at least {LEAST_ROLLOUTS[train.advantage]}. The update skips them."
+        )
+    return estimates
+
+
+def update(run: Run, policy: Policy, rollouts: Mapping[RolloutKey, Rollout], estimates: Estimates) -> tuple[Policy, dict[str, float]]:
+    """One update of the adapter on the groups that carry a signal, and its metrics.
+
+    A search, and a step without any signal, measure the log-probability gap on all rollouts instead.
+    """
+    config, advantages = run.config, estimates.advantages
+    shape = {"row_tokens": row_tokens(config), "rows": config.train.rows, "lengths": config.train.row_lengths}
+    if policy.train_state is not None and advantages:
+        keys = sorted(advantages)
+        substeps = pack_substeps(
+            [rollouts[key] for key in keys], [advantages[key] for key in keys], substeps=config.train.num_substeps, **shape
+        )
+        run.recorder.phase("learning", _batches_line(len(keys), [batch for batches in substeps for batch in batches]))
+        train_state, metrics = run.updater.update_in_substeps(policy.frozen, policy.train_state, substeps, run.recorder.passes)
+        return dataclasses.replace(policy, train_state=train_state), metrics
+    batches = pack([rollouts[key] for key in sorted(rollouts)], [0.0] * len(rollouts), **shape)
+    run.recorder.phase("learning" if run.kind.learns else "measuring", _batches_line(len(rollouts), batches))
+    return policy, run.updater.measure(policy.frozen, policy.lora, batches, run.recorder.passes) | {"update/skipped": 1.0}
+
+
+def _batches_line(rollouts: int, batches: Sequence[Batch]) -> str:
+    if not batches:
+        return "no rollouts"
+    rows, length = batches[0].mask_BT.shape
+    return f"{rollouts} rollouts in {len(batches)} microbatch{'es' if len(batches) > 1 else ''} of {rows} x {length:,} tokens"
+
+
+def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], attempts: Sequence[Attempt]) -> dict[str, Frontier]:
+    """The frontier of each competition after the step. A program that fits into no prompt cannot become a parent."""
+    children = kept_children(run.config.reuse.sampler, run.config.reuse.children)
+    after = {}
+    for task in run.tasks:
+        own = [attempt for attempt in attempts if attempt.task == task.id]
+        states = states_of(own)
+        reusable = {state.id for state in states if program_fits(task, state, run.prompt_settings, policy.tokenizer)}
+        if len(reusable) < len(states):
+            run.recorder.note(
+                f"{len(states) - len(reusable)} programs are longer than a prompt of {run.prompt_settings.max_tokens:,} tokens"
+                " (config.sampling.max_prompt_tokens), so they cannot be parents. The journal and best/ still include them."
+            )
+        after[task.id] = frontiers[task.id].after(own, reusable=reusable, children=children)
+    return after
+
+
+def save_checkpoint(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], step: int) -> None:
+    """Writes the checkpoint of the step. All processes take part."""
+    megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.train_state)) / 1e6
+    run.recorder.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimizer" if run.kind.learns else "")
+    run.checkpoints.save(step, policy.train_state, run.recorder.host_state(frontiers))
+
+
+def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verdict]) -> dict[str, float | None]:
+    """Metrics of sampling and of the programs' executions, see `metrics.SCHEMA`."""
+    assert sampled.progress is not None, "the sampler reports at its end"
+    executions = [verdict.execution for verdict in verdicts.values()]
+    return {
+        "sample/utilisation": sampled.progress.utilisation,
+        "sample/set_aside": sampled.progress.set_aside,
+        "sample/cache_tokens": sampled.progress.pages * PAGE,
+        "sample/compilations": run.sampler.compilations,
+        "sample/forced_frac": sum(not rollout.chosen_T.all() for rollout in sampled.rollouts.values()) / sampled.total,
+        "programs/seconds": sum(execution.seconds for execution in executions if not execution.cached),
+        "programs/retried": sampled.executions.retried,
+        "programs/cached_frac": sum(execution.cached for execution in executions) / max(len(executions), 1),
+    }
+
+
+def second_phase(config: Any, tokenizer: Tokenizer) -> SecondPhase | None:
+    """What ends the thinking of a rollout that thinks too long; None if config.sampling.thinking_tokens is 0."""
+    if not config.sampling.thinking_tokens:
+        return None
+    forced = answer_forced(config.sampling.thinking_closing, tokenizer)
+    return SecondPhase(config.sampling.thinking_tokens, answer_opening(tokenizer), forced)
+
+
+def prompt_settings(config: Any) -> PromptSettings:
+    """How prompts are written, by the config."""
+    return PromptSettings(
+        style=config.prompt.style,
+        max_tokens=config.sampling.max_prompt_tokens,
+        reasoning_effort=config.prompt.reasoning_effort,
+        seconds=config.execution.seconds,
+        cores=config.execution.cores,
+        memory_gib=config.execution.memory_gib,
+        packages=installed_packages(),
+        ideas_shown=config.prompt.ideas,
+        stdout_chars=config.prompt.stdout_chars,
+        error_chars=config.prompt.error_chars,
+    )

@@ -1,0 +1,39 @@
+"""Run directories that an earlier version of the project wrote resume, and end as that version ended them.
+
+`version_0_runs.tar.gz` has two runs of `phrase_config.py` that commit 7ef98d7 wrote, a training run and a search. Each was killed in its
+third step; its report, event files and older checkpoint were left out. Beside them are the journals with which that commit finished them.
+"""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import tiny_run
+from phrase_model import write_phrase_model
+
+from discover_jax.runs.metrics import read_metrics
+
+_HERE = Path(__file__).parent
+_MODULES = {"train": "main", "search": "search"}
+
+
+@pytest.mark.parametrize("kind", _MODULES)
+def test_a_run_directory_of_an_earlier_version_resumes(kind, tmp_path):
+    with tarfile.open(_HERE / "version_0_runs.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    write_phrase_model(tmp_path / "model")
+    shutil.copy(_HERE / "remainders.py", tmp_path)
+    metrics = read_metrics(tmp_path / kind / "metrics.jsonl")
+
+    command = [sys.executable, "-m", f"discover_jax.{_MODULES[kind]}", f"--config={_HERE / 'phrase_config.py'}:model"]
+    options = ["--config.task.competition=remainders.py", "--config.checkpoint.keep=2", f"--workdir={kind}"]
+    done = subprocess.run(command + options, cwd=tmp_path, env=tiny_run.environment(tmp_path), capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / kind / "journal.jsonl").read_bytes() == (tmp_path / f"{kind}-journal.jsonl").read_bytes()
+    after = read_metrics(tmp_path / kind / "metrics.jsonl")
+    assert after[:2] == metrics
+    assert [row["step"] for row in after] == [0, 1, 2, 3]
