@@ -1,0 +1,42 @@
+"""README.md keeps its order and its length, and its measured figures are those of docs/results.md. CITATION.cff names the same paper."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_sections_are_in_order_and_short():
+    sections = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    assert sections == [
+        *("Results", "Requirements", "Quickstart", "GPU quickstart", "Your own problem"),
+        *("How it works", "Comparison", "Limitations", "Citation"),
+    ]
+    assert len(README.split()) <= 1100
+
+
+def test_measured_figures_are_those_of_the_results():
+    results = (ROOT / "docs" / "results.md").read_text()
+    rows = [line for line in README.splitlines() if "unseen rows |" in line]
+    assert len(rows) == 3
+    for row in rows:
+        training, search, difference = (cell.strip().replace("\xa0±\xa0", " +- ") for cell in row.split("|")[3:6])
+        of_both = [line for line in results.splitlines() if f"| {training} +- " in line and f"| {search} +- " in line]
+        assert any(difference in line for line in of_both), row
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_citation_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors"} <= set(citation)
+    (paper,) = citation["references"]
+    assert paper["title"] == "Learning to Discover at Test Time"
+    assert paper["url"].rpartition("/")[2] in README
