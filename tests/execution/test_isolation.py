@@ -210,13 +210,13 @@ def test_two_programs_cannot_see_each_other(pool):
 
 def test_canary_passes_here_and_sees_what_is_visible(spec, task):
     canary.check(spec, [task.public_dir.parent / "private"])
-    with pytest.raises(SandboxError, match="programs can see /usr"):
+    with pytest.raises(SandboxError, match="/usr"):
         canary.check(spec, [Path("/usr")])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root could leave programs with root's uid")
 def test_canary_refuses_programs_that_run_as_root(spec):
-    with pytest.raises(SandboxError, match="run as root"):
+    with pytest.raises(SandboxError, match=r"\broot\b"):
         canary.check(dataclasses.replace(spec, uid=None, host=dataclasses.replace(spec.host, root=False)), [])
 
 
@@ -225,7 +225,7 @@ def test_bubblewrap_that_cannot_start_is_refused_with_the_remedy(spec, tmp_path)
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
     host = dataclasses.replace(spec.host, bwrap=str(broken))
-    with pytest.raises(SandboxError, match=r"No permissions to create new namespace[\s\S]*user namespaces[\s\S]*unsafe-subprocess"):
+    with pytest.raises(SandboxError, match=r"No permissions to create new namespace[\s\S]*unsafe-subprocess"):
         canary.check(dataclasses.replace(spec, host=host), [])
 
 
@@ -242,5 +242,5 @@ def test_data_that_the_unprivileged_uid_cannot_read_are_named(spec, task, tmp_pa
     public.mkdir()
     (public / "train.csv").write_text("a\n")
     (public / "train.csv").chmod(0o600)
-    with pytest.raises(SandboxError, match=r"train.csv has mode 600[\s\S]*chmod -R o\+rX"):
+    with pytest.raises(SandboxError, match=r"train\.csv.*\b600\b[\s\S]*chmod -R o\+rX"):
         canary.check(dataclasses.replace(spec, public=public), [])

@@ -73,7 +73,7 @@ def test_too_few_uids_say_how_many_and_give_back_all(places, monkeypatch):
     monkeypatch.setattr(leases, "UIDS", range(60600, 60604))
     with (
         leases.lease_uids(1),
-        pytest.raises(SandboxError, match=r"4 slots were asked for[\s\S]*3 are free[\s\S]*workers to 3"),
+        pytest.raises(SandboxError, match=r"\b4\b[\s\S]*\bworkers\b[\s\S]*\b3\b"),
         leases.lease_uids(4),
     ):
         pass
@@ -83,11 +83,11 @@ def test_too_few_uids_say_how_many_and_give_back_all(places, monkeypatch):
 
 def test_a_folder_of_locks_that_others_may_enter_is_refused(places):
     (places[0] / "discover_jax-uids").mkdir(mode=0o755)
-    with pytest.raises(SandboxError, match=r"has owner \d+ and mode 755[\s\S]*remove it"), leases.lease_uids(1):
+    with pytest.raises(SandboxError, match=r"discover_jax-uids[\s\S]*\b755\b"), leases.lease_uids(1):
         pass
     (places[0] / "discover_jax-uids").rmdir()
     (places[0] / "discover_jax-uids").symlink_to(places[1])
-    with pytest.raises(SandboxError, match="remove it"), leases.lease_uids(1):
+    with pytest.raises(SandboxError, match="discover_jax-uids"), leases.lease_uids(1):
         pass
 
 
@@ -96,7 +96,7 @@ def test_without_a_writable_run_the_locks_lie_in_tmp(places, monkeypatch):
     with leases.lease_uids(1):
         assert (places[1] / "discover_jax-uids" / "60600").exists()
     monkeypatch.setattr(leases, "_PLACES", (places[0] / "missing",))
-    with pytest.raises(SandboxError, match=r"missing[\s\S]*Make /run or /tmp writable"), leases.lease_uids(1):
+    with pytest.raises(SandboxError, match="missing"), leases.lease_uids(1):
         pass
 
 
