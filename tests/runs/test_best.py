@@ -80,7 +80,7 @@ def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
 
 
 def test_needs_a_lineage(tmp_path):
-    with pytest.raises(RunError, match="no lineage"):
+    with pytest.raises(RunError, match="lineage"):
         write_best(tmp_path / "best", lineage=[], submission=b"", grade={}, **BESIDE)
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -28,6 +29,11 @@ def best(score: float) -> State:
     return State("a", "seed", "x", score, score, "", 0, 0)
 
 
+def numbers(line: str) -> list[str]:
+    """The numbers of a line, in order, with their signs; words around them may change."""
+    return re.findall(r"[+-]?\d[\d,.]*(?<![,.])", line)
+
+
 def bests(after, before):
     return [Improvement("", after, None if before is None else best(before))]
 
@@ -38,17 +44,18 @@ def progress(rollouts: int, programs: int, failures=None) -> StepProgress:
 
 def test_a_step_of_several_competitions():
     line = step_line(ROW, [Improvement("boats", best(0.71), best(0.7)), Improvement("trains", None, None)], 10)
-    assert "best boats 0.7100 (+0.0100)  best trains none yet" in line
+    assert re.search(r"\bboats\b.*\b0\.7100\b.*\+0\.0100\b.*\btrains\b", line)
 
 
 def test_step_line():
     line = step_line(ROW, bests(best(0.71), 0.7), 10)
-    expected = "step  3/10  mean 0.5200  max 0.7000  best 0.7100 (+0.0100)  valid  88%  12.3 s  4 format error, 1 exception"
-    assert line == expected
-    assert "(-0.0100)" in step_line(ROW, bests(best(0.69), 0.7), 10)  # a metric where lower is better
-    assert "(first)" in step_line(ROW, bests(best(0.69), None), 10)
-    assert "(" not in step_line(ROW, bests(best(0.7), 0.7), 10)
-    assert "best none yet" in step_line(ROW, bests(None, None), 10)
+    assert numbers(line) == ["3", "10", "0.5200", "0.7000", "0.7100", "+0.0100", "88", "12.3", "4", "1"]
+    assert re.search(r"\bmean 0\.5200\b.*\bmax 0\.7000\b.*\bbest 0\.7100\b.*\bvalid +88%", line)
+    assert re.search(r"\b4 format error\b.*\b1 exception\b", line)
+    assert "-0.0100" in numbers(step_line(ROW, bests(best(0.69), 0.7), 10))  # a metric where lower is better
+    for improvement in (bests(best(0.69), None), bests(best(0.7), 0.7), bests(None, None)):
+        assert not any(number[0] in "+-" for number in numbers(step_line(ROW, improvement, 10)))
+    assert len(numbers(step_line(ROW, bests(None, None), 10))) == len(numbers(line)) - 2  # no best score, no improvement
     columns = {
         step_line(ROW, bests(*args), 10).index("valid") for args in [(best(0.71), 0.7), (best(0.7), None), (best(0.7), 0.7), (None, None)]
     }
@@ -62,7 +69,7 @@ def test_plain_progress_is_rare():
     now[0] += 5.0
     console.loading(2_000_000_000, 13_761_264_768)
     now[0] = 100.0
-    assert lines.pop() == "    reading weights: 2.0 of 13.8 GB"
+    assert numbers(lines.pop()) == ["2.0", "13.8"]
     console.start("title", ["a", "b"])
     console.step(2, 10)
     console.phase("sampling")
@@ -74,10 +81,12 @@ def test_plain_progress_is_rare():
     console.finish(["done"])
     console.close()
     assert lines[:3] == ["title", "  a", "  b"]
-    lefts = {5: "~11 s of sampling left", 10: "~6 s of sampling left"}  # 5 s x 11/5, and 10 s x 6/10
-    assert lines[3:5] == [f"    sampling: rollouts {n}/16  programs {n // 2}/16  1,234 tokens/s  {left}" for n, left in lefts.items()]
-    assert lines[5].startswith("step  3/10  mean 0.5200")
-    assert lines[6:] == ["note: careful", "done"]
+    lefts = {5: "11", 10: "6"}  # seconds: 5 s x 11/5, and 10 s x 6/10
+    assert [numbers(line) for line in lines[3:5]] == [[str(n), "16", str(n // 2), "16", "1,234", left] for n, left in lefts.items()]
+    assert all("sampling" in line for line in lines[3:5])
+    assert numbers(lines[5])[:3] == ["3", "10", "0.5200"]
+    assert lines[6].endswith("careful")
+    assert lines[7:] == ["done"]
 
 
 def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
@@ -101,13 +110,15 @@ def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
     console.passes(13, 16)
     console.phase("saving")
     console.phase("checkpoint", "3 MB")
-    assert lines == [
-        "    sampling: rollouts 4/16  programs 2/16  1,234 tokens/s  ~2 min left, of the run 26 min  2 format error, 1 timeout",
-        "    learning: 12 rollouts  ~60 s left, of the run 24 min",
-        "    learning: 4/16 passes over microbatches  ~40 s left, of the run 24 min",
-        "    learning: 12/16 passes over microbatches  ~30 s left, of the run 24 min",
-        "    checkpoint: 3 MB  ~10 s left, of the run 24 min",
+    expected = [  # the phase; what is done; what is left of the step (min or s) and of the run (min); failures
+        ("sampling", ["4", "16", "2", "16", "1,234", "2", "26", "2", "1"]),
+        ("learning", ["12", "60", "24"]),
+        ("learning", ["4", "16", "40", "24"]),
+        ("learning", ["12", "16", "30", "24"]),
+        ("checkpoint", ["3", "10", "24"]),
     ]
+    assert [(line.split()[0].strip(":"), numbers(line)) for line in lines] == expected
+    assert re.search(r"\b2 format error\b.*\b1 timeout\b", lines[0])
 
 
 def test_lines_grow_rarer_in_long_steps():
@@ -124,7 +135,7 @@ def test_plain_without_a_terminal(capsys):
     console = make_console()
     assert isinstance(console, PlainConsole)
     console.note("[bold] stays as it is")
-    assert capsys.readouterr().out == "note: [bold] stays as it is\n"
+    assert capsys.readouterr().out.endswith("[bold] stays as it is\n")
 
 
 _SAY = """
@@ -168,7 +179,7 @@ def test_standard_output_that_fails():
         said = subprocess.run([sys.executable, "-c", _SAY], stdout=full, stderr=subprocess.PIPE, text=True)
     assert said.returncode == 1
     assert said.stderr.count("\n") == 1
-    assert "Standard output can no longer be written ([Errno 28]" in said.stderr
+    assert "[Errno 28]" in said.stderr
     speaker = subprocess.Popen([sys.executable, "-c", _SAY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert speaker.stdout is not None
     speaker.stdout.close()
@@ -199,9 +210,10 @@ def test_terminal():
         "7000/13761",
         "title",
         "[red]a",
-        "step  3/10  mean 0.5200",
+        "3/10",
+        "0.5200",
         "2 timeout",
-        "learning, 12 rollouts",
+        "12 rollouts in 3 microbatches",
         "2/6",
         "done",
         "/a/long/path/" * 20,

@@ -1,4 +1,6 @@
-"""What is left of step and run, by hand."""
+"""The time left in a step and in the run, computed by hand."""
+
+import re
 
 import pytest
 
@@ -15,6 +17,11 @@ def pace(now):
     return Pace(lambda: now[0])
 
 
+def lefts(text: str) -> list[str]:
+    """The durations in a text: of the step, then of the run."""
+    return re.findall(r"\d+ (?:s|min|h \d+ min|d \d+ h)\b", text)
+
+
 def do(pace, now, step, steps, **phases):
     pace.step(step, steps)
     for name, seconds in phases.items():
@@ -29,11 +36,11 @@ def test_in_the_first_step_only_the_phase_itself_can_be_told(pace, now):
     pace.phase("sampling")
     now[0] = 40.0
     assert pace.left(0.0) == pace.left(1.0) == ""
-    assert pace.left(0.4) == "~60 s of sampling left"
+    assert re.fullmatch(r"~60 s\b.*\bsampling\b.*", pace.left(0.4))
     pace.phase("learning")
     assert pace.left(0.5) == ""
     now[0] = 50.0
-    assert pace.left(0.25) == "~30 s of learning left"
+    assert re.fullmatch(r"~30 s\b.*\blearning\b.*", pace.left(0.25))
 
 
 def test_later_steps_take_the_medians_of_the_last_five_without_the_first(pace, now):
@@ -42,21 +49,21 @@ def test_later_steps_take_the_medians_of_the_last_five_without_the_first(pace, n
     pace.step(6, 20)
     pace.phase("sampling")
     now[0] += 10
-    assert pace.left(0.1) == f"~72 s left, of the run {duration(72 + 13 * 82)}"  # 70 - 10, and 10 + 2
+    assert lefts(pace.left(0.1)) == ["72 s", duration(72 + 13 * 82)]  # 70 - 10, and 10 + 2
     now[0] += 70  # longer than usual: what rollouts tell
-    assert pace.left(0.8) == f"~32 s left, of the run {duration(32 + 13 * 82)}"
+    assert lefts(pace.left(0.8)) == ["32 s", duration(32 + 13 * 82)]
     pace.phase("learning")
     now[0] += 4
-    assert pace.left(1.0) == f"~8 s left, of the run {duration(8 + 13 * 82)}"
+    assert lefts(pace.left(1.0)) == ["8 s", duration(8 + 13 * 82)]
     pace.phase("checkpoint")
     now[0] += 5
-    assert pace.left(1.0) == f"~0 s left, of the run {duration(13 * 82)}"
+    assert lefts(pace.left(1.0)) == ["0 s", duration(13 * 82)]
 
 
 def test_the_first_step_is_better_than_nothing(pace, now):
     do(pace, now, 4, 6, sampling=80, learning=20)
     pace.step(5, 6)
-    assert pace.left(0.0) == "~2 min left, of the run 2 min"  # none comes after it
+    assert lefts(pace.left(0.0)) == ["2 min", "2 min"]  # none comes after it
 
 
 @pytest.mark.parametrize(

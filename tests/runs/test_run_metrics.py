@@ -111,7 +111,7 @@ def test_truncate(tmp_path):
 def test_broken_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(RunError, match="Line 2"):
+    with pytest.raises(RunError, match=r"(?i)\bline 2\b"):
         read_metrics(path)
 
 
@@ -161,7 +161,7 @@ def test_step_row_of_a_hopeless_step(tmp_path):
     assert row["best/score"] is row["rollouts/distinct_frac"] is row["logprob_gap/mean"] is None
     assert row["groups/constant_frac"] == 1.0
     MetricsWriter(tmp_path / "m").write(row)
-    with pytest.raises(RunError, match="no attempts"):
+    with pytest.raises(RunError, match="attempts"):
         step_row(3, [], best={"boats": None}, timings={}, learning_metrics={})
 
 

@@ -161,7 +161,7 @@ def imitation(monkeypatch, *, logged_in, steps_known=0):
 
 def test_wandb_without_login(workdir, monkeypatch):
     imitation(monkeypatch, logged_in=False)
-    with pytest.raises(ConfigError, match=r"nobody is logged in.*wandb login"):
+    with pytest.raises(ConfigError, match="wandb login"):
         run(workdir, [0], wandb="online")
     module, calls, _ = imitation(monkeypatch, logged_in=None)
 
@@ -169,7 +169,7 @@ def test_wandb_without_login(workdir, monkeypatch):
         raise module.Error("401")
 
     module.login = refuse
-    with pytest.raises(ConfigError, match="refuses the login \\(401\\)"):
+    with pytest.raises(ConfigError, match=r"config\.tracking\.wandb.*\b401\b|\b401\b.*config\.tracking\.wandb"):
         run(workdir, [0], wandb="online")
     assert calls == []
 
