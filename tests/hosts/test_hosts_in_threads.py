@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import re
 import threading
 from collections import Counter
 
@@ -148,6 +149,5 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(tmp_path):
     said = _on_all(3, lambda processes: _opened(lambda index: tmp_path / str(min(index, 1)), processes))
     assert len(set(said[1:])) == 1
     for text in said:
-        assert "is another one, or none, for process 1 on" in text
-        assert "process 2 on" in text
-        assert "put it on a file system that they share" in text
+        assert str(tmp_path) in text
+        assert re.search(r"\bprocess 1\b.*\bprocess 2\b", text)
