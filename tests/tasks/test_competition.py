@@ -27,15 +27,15 @@ GOOD = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id": "../boats"}, "the id must be a word"),
-        ({"id": ""}, "the id must be a word"),
+        ({"id": "../boats"}, r"\bid\b.*'\.\./boats'"),
+        ({"id": ""}, r"\bid\b.*''"),
         ({"description": " "}, "description = ' '"),
-        ({"target": "key"}, "both 'key'"),
-        ({"metric": "accuracy"}, r"must be a Metric, such as discover_jax\.tasks\.metrics\.ACCURACY"),
-        ({"transform": "square"}, "allowed: identity, negate, inverse, log, rank_in_group"),
-        ({"transform": "negate"}, "does not fit accuracy, of which higher is better.*Use 'identity' or 'log'"),
-        ({"metric": RMSE}, "of which lower is better.*Use 'negate'"),
-        ({"failure_reward": float("-inf")}, "must be finite"),
+        ({"target": "key"}, r"'key'"),
+        ({"metric": "accuracy"}, r"\bmetric\b.*discover_jax\.tasks\.metrics\.ACCURACY"),
+        ({"transform": "square"}, "identity, negate, inverse, log, rank_in_group"),
+        ({"transform": "negate"}, "accuracy.*'identity'.*'log'"),
+        ({"metric": RMSE}, "'negate'"),
+        ({"failure_reward": float("-inf")}, "failure_reward"),
     ],
 )
 def test_definitions_that_are_not_allowed(changes, message):
@@ -68,7 +68,7 @@ def test_transforms_by_hand():
     assert reward("log", 40.0) - reward("log", 80.0) == pytest.approx(reward("log", 0.04) - reward("log", 0.08))
     # Never worse than a failure, however bad.
     assert reward("negate", 1e9) == -100.0
-    with pytest.raises(ConfigError, match=r"takes scores of at least 0\. Use another"):
+    with pytest.raises(ConfigError, match=r"'inverse'.*-0\.5|-0\.5.*'inverse'"):
         reward("inverse", -0.5)
 
 
@@ -138,11 +138,11 @@ def test_thresholds_are_shown_with_their_source_or_are_unavailable(tmp_path, wri
     [
         (
             "spaceship_titanic",
-            r"did you mean 'spaceship-titanic'\?.*Allowed: breast-cancer, diabetes, digits-parity, spaceship-titanic, the path",
+            r"spaceship-titanic.*\bbreast-cancer, diabetes, digits-parity, spaceship-titanic\b",
         ),
-        ("boats", "no built-in competition has that id"),
-        ("", "no built-in competition has that id"),
-        ("absent/boats.py", "there is no such file"),
+        ("boats", r"config\.task\.competition\b.*\bboats\b"),
+        ("", r"config\.task\.competition\b.*''"),
+        ("absent/boats.py", r"absent/boats\.py"),
     ],
 )
 def test_unknown_competitions(name, message):
@@ -152,7 +152,7 @@ def test_unknown_competitions(name, message):
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "boats.yaml").touch()
-    with pytest.raises(ConfigError, match=r"not a \.py file"):
+    with pytest.raises(ConfigError, match=r"boats\.yaml\b.*\.py\b"):
         locate_competition(str(tmp_path / "boats.yaml"))
 
 
@@ -169,10 +169,10 @@ def test_a_users_file(write_competition, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1 +", "failed when it was loaded:\n.*SyntaxError"),
+        ("1 +", "SyntaxError"),
         ("import nonexistent_module", "No module named 'nonexistent_module'"),
-        ("x = 1", "found nothing of that name"),
-        ("COMPETITION = 3", "found COMPETITION = 3"),
+        ("x = 1", "COMPETITION"),
+        ("COMPETITION = 3", r"COMPETITION\b.*\b3\b"),
         (
             "from discover_jax.tasks.competition import Competition\nCOMPETITION = Competition(id='a')",
             "missing 5 required positional arguments",
@@ -191,8 +191,8 @@ def test_a_file_that_changes_or_goes_during_a_run(write_competition, tmp_path):
     path = write_competition()
     source, digest = locate_competition(path)
     write_competition("x = 1")
-    with pytest.raises(DataError, match="changed during the run"):
+    with pytest.raises(DataError, match=r"boats\.py"):
         load_competition(source, digest)
     (tmp_path / "boats.py").unlink()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"boats\.py"):
         load_competition(source, digest)

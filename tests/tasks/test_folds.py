@@ -1,6 +1,7 @@
 """Cross-validation as the reward: each training row is judged by a run that could not see its label; private answers have no say."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,9 @@ def test_folds_are_drawn_by_the_seed(folded, tmp_path, write_competition):
 def test_impossible_folds(tmp_path, write_competition):
     path = write_competition()
     for settings, message in (
-        ({"reward": "grade", "holdout_folds": 3}, "for `holdout` 2 or more"),
-        ({"reward": "holdout", "holdout_folds": 0}, "for `holdout` 2 or more"),
-        ({"reward": "holdout", "holdout_folds": 101}, "has only 100 training rows"),
+        ({"reward": "grade", "holdout_folds": 3}, r"holdout_folds\b.*\b3\b"),
+        ({"reward": "holdout", "holdout_folds": 0}, r"holdout_folds\b.*\b0\b"),
+        ({"reward": "holdout", "holdout_folds": 101}, r"\b100\b"),
     ):
         with pytest.raises(ConfigError, match=message):
             prepare_task(path, raw=None, folder=tmp_path / "task", **settings)
@@ -177,7 +178,7 @@ def test_a_program_runs_once_a_fold_and_sees_one_fold_at_a_time(folded, tmp_path
         verdict = executor.submit(_LOOKUP.replace("ELSEWHERE", repr(elsewhere))).result(300)
         failure = executor.submit(_FAILS_LATER).result(300)
         again = executor.submit(_LOOKUP.replace("ELSEWHERE", repr(elsewhere))).result(300)
-        assert "each of 4 runs" in executor.describe()
+        assert re.search(r"\b4 runs\b", executor.describe())
     assert (verdict.outcome, verdict.grade.score, verdict.grade.private_score) == (Outcome.OK, 0.0, 0.0)
     assert verdict.execution.stdout.strip() in (f"{n} ['sample_submission.csv', 'test.csv', 'train.csv'] False" for n in (66, 67))
     assert (verdict.execution.csv or b"").count(b"\n") == 41  # the submission is the last run's

@@ -99,13 +99,13 @@ def test_its_own_preparation_of_a_competition(spaceship_raw, tmp_path):
     assert theirs.grade(data) == ours.grade(data)
     assert theirs.score_interval(0.8, None) == ours.score_interval(0.8, None)
     assert theirs.disclosure.grader.startswith("mlebench ")
-    with pytest.raises(ConfigError, match="has no reward `holdout`"):
+    with pytest.raises(ConfigError, match="holdout"):
         prepare_task(str(definition), raw=tmp_path / "data", reward="holdout", folder=tmp_path / "held")
 
 
 @needs_mlebench
 def test_an_unknown_competition_and_an_unknown_direction(tmp_path):
-    with pytest.raises(ConfigError, match=r"no competition 'spaceship-titan'.*Did you mean 'spaceship-titanic'"):
+    with pytest.raises(ConfigError, match=r"'spaceship-titan'.*'spaceship-titanic'"):
         prepare_task("mlebench:spaceship-titan", raw=None, reward="grade", folder=tmp_path / "task")
 
 
@@ -179,5 +179,5 @@ def test_a_real_leaderboard_takes_the_place_of_the_report_s_thresholds(monkeypat
 
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "mlebench.registry", None)
-    with pytest.raises(ConfigError, match=r"`mlebench` cannot be imported .*config\.task\.grader = 'native'"):
+    with pytest.raises(ConfigError, match=r"mlebench.*config\.task\.grader"):
         prepare_task("digits-parity", raw=None, reward="grade", grader="mlebench", folder=tmp_path / "task")

@@ -223,9 +223,9 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, write_competition):
 
 
 def test_a_preparation_that_raises(tmp_path, write_competition):
-    with pytest.raises(DataError, match=r"boats.*no raw data.*KeyError: 'age'"):
+    with pytest.raises(DataError, match=r"boats\b.*KeyError: 'age'"):
         prepare_task(write_competition("train['age']"), raw=None, reward="grade", folder=tmp_path / "task")
-    with pytest.raises(DataError, match=r"raw data absent\.csv: FileNotFoundError"):
+    with pytest.raises(DataError, match=r"absent\.csv\b.*FileNotFoundError"):
         prepare_task(write_competition("raw.read_bytes()"), raw="absent.csv", reward="grade", folder=tmp_path / "task")
     assert not (tmp_path / "task").exists()
 
@@ -249,12 +249,12 @@ def alter(folder, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("answers", r"changed, added or removed .*: private/test\.csv\. Delete"),
-        ("added", r": public/hint\.csv\. Delete"),
-        ("removed", r": public/train\.csv\. Delete"),
-        ("record", "not a record of a prepared task"),
-        ("broken record", "not a record of a prepared task"),
-        ("no record", "is not empty"),
+        ("answers", r"\bprivate/test\.csv\b"),
+        ("added", r"\bpublic/hint\.csv\b"),
+        ("removed", r"\bpublic/train\.csv\b"),
+        ("record", r"prepared\.json"),
+        ("broken record", r"prepared\.json"),
+        ("no record", "task"),
     ],
 )
 def test_an_altered_folder_is_refused(tmp_path, write_competition, what, message):
@@ -268,9 +268,9 @@ def test_an_altered_folder_is_refused(tmp_path, write_competition, what, message
 def test_another_setting_is_refused_with_the_difference(tmp_path, write_competition):
     path = write_competition()
     prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "task", seed=1)
-    with pytest.raises(DataError, match=r"\(seed: 1 there, 2 now\)"):
+    with pytest.raises(DataError, match=r"\bseed\b.*\b1\b.*\b2\b"):
         prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "task", seed=2)
-    with pytest.raises(DataError, match=r"reward: 'holdout' there, 'grade' now"):
+    with pytest.raises(DataError, match=r"\breward\b.*'holdout'.*'grade'"):
         prepare_task(path, raw=None, reward="grade", folder=tmp_path / "task")
 
 
@@ -279,27 +279,27 @@ def test_answers_altered_during_a_run(tmp_path, write_competition):
     moved = dataclasses.replace(task, folder=tmp_path / "moved")  # nothing of it is loaded yet
     shutil.copytree(task.folder, moved.folder)
     alter(moved.folder, "answers")
-    with pytest.raises(DataError, match=r"private/test\.csv changed since"):
+    with pytest.raises(DataError, match=r"private/test\.csv"):
         moved.grade(b"")
     (moved.folder / "private" / "test.csv").unlink()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"private/test\.csv"):
         moved.grade(b"")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("(public / 'test.csv').unlink()", "did not write public/test.csv"),
-        ("(private / 'test.csv').unlink()", "did not write private/test.csv"),
-        ("test.to_csv(public / 'test.csv', index=False)", "'sinks' into public/test.csv"),
-        ("train.drop(columns='sinks').to_csv(public / 'train.csv', index=False)", "public/train.csv without sinks"),
-        ("test[:-1].to_csv(private / 'test.csv', index=False)", "with other ids than"),
-        ("pd.concat([test, test]).to_csv(private / 'test.csv', index=False)", "empty or repeat"),
-        ("test.assign(sinks=None).to_csv(private / 'test.csv', index=False)", "answers missing"),
-        ("test[:0].to_csv(private / 'test.csv', index=False)", "without a row"),
+        ("(public / 'test.csv').unlink()", r"public/test\.csv"),
+        ("(private / 'test.csv').unlink()", r"private/test\.csv"),
+        ("test.to_csv(public / 'test.csv', index=False)", r"'sinks'.*public/test\.csv"),
+        ("train.drop(columns='sinks').to_csv(public / 'train.csv', index=False)", r"public/train\.csv.*\bsinks\b"),
+        ("test[:-1].to_csv(private / 'test.csv', index=False)", "ids"),
+        ("pd.concat([test, test]).to_csv(private / 'test.csv', index=False)", "repeat"),
+        ("test.assign(sinks=None).to_csv(private / 'test.csv', index=False)", "missing"),
+        ("test[:0].to_csv(private / 'test.csv', index=False)", r"\brows?\b"),
         (
             "test[['key']].assign(sinks='maybe').to_csv(public / 'sample_submission.csv', index=False)",
-            "sample_submission.csv cannot be graded: accuracy",
+            r"sample_submission\.csv\b.*accuracy",
         ),
     ],
 )
@@ -311,25 +311,25 @@ def test_a_competition_that_breaks_its_promise(tmp_path, write_competition, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("pd.concat([train, train]).to_csv(public / 'train.csv', index=False)", "ids repeat"),
-        ("pd.concat([train, test]).to_csv(public / 'train.csv', index=False)", "ids repeat"),
-        ("train.drop(columns='note').to_csv(public / 'train.csv', index=False)", r"lacks columns of test\.csv \(note\)"),
-        ("train[:1].to_csv(public / 'train.csv', index=False)", "fewer than two rows"),
-        ("train.assign(sinks=None).to_csv(public / 'train.csv', index=False)", "without a target"),
+        ("pd.concat([train, train]).to_csv(public / 'train.csv', index=False)", r"\bids\b.*\brepeat"),
+        ("pd.concat([train, test]).to_csv(public / 'train.csv', index=False)", r"\bids\b.*\brepeat"),
+        ("train.drop(columns='note').to_csv(public / 'train.csv', index=False)", r"\bnote\b"),
+        ("train[:1].to_csv(public / 'train.csv', index=False)", "rows"),
+        ("train.assign(sinks=None).to_csv(public / 'train.csv', index=False)", "target"),
     ],
 )
 def test_a_competition_that_cannot_be_held_out(tmp_path, write_competition, change, message):
-    with pytest.raises(ConfigError, match=f"cannot use the reward `holdout`: .*{message}"):
+    with pytest.raises(ConfigError, match=f"holdout.*{message}"):
         prepare_task(write_competition(change), raw=None, reward="holdout", folder=tmp_path / "task")
 
 
 def test_a_failure_must_be_worse_than_the_sample(tmp_path, write_competition):
-    with pytest.raises(ConfigError, match=r"failure_reward = 0\.6 must be below the reward of the sample submission, 0\.\d+"):
+    with pytest.raises(ConfigError, match=r"failure_reward = 0\.6\b.*\b0\.\d+"):
         prepare_task(write_competition(fields="failure_reward=0.6"), raw=None, reward="grade", folder=tmp_path / "task")
 
 
 def test_an_md5_that_does_not_match(tmp_path, write_competition):
-    with pytest.raises(DataError, match=r"public/test\.csv has MD5 \w{32}, expected 0{32}"):
+    with pytest.raises(DataError, match=r"public/test\.csv\b.*\b(?!0{32})\w{32}\b.*\b0{32}\b"):
         prepare_task(
             write_competition(fields=f"prepared_md5={{'public/test.csv': '{'0' * 32}'}}"), raw=None, reward="grade", folder=tmp_path / "t"
         )
@@ -337,7 +337,7 @@ def test_an_md5_that_does_not_match(tmp_path, write_competition):
 
 @pytest.mark.parametrize(
     ("reward", "fraction", "message"),
-    [("private", 0.2, "grade, holdout"), ("holdout", 0.0, "between 0 and 1"), ("holdout", 1.0, "between")],
+    [("private", 0.2, "grade, holdout"), ("holdout", 0.0, "holdout_fraction"), ("holdout", 1.0, "holdout_fraction")],
 )
 def test_settings_that_are_not_allowed(tmp_path, reward, fraction, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,7 @@
 """Spaceship Titanic: recognised by checksum, prepared as MLE-bench does, graded with its scores; wrong files are refused with advice."""
 
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 
@@ -98,33 +99,33 @@ def check_refusal(raw, tmp_path, message):
 
 
 def test_missing_data(tmp_path):
-    check_refusal("", tmp_path, "config.task.raw is empty")
-    check_refusal(str(tmp_path / "absent.csv"), tmp_path, r"no train\.csv at .*absent\.csv")
-    check_refusal(str(tmp_path), tmp_path, r"no train\.csv at ")
+    check_refusal("", tmp_path, r"config\.task\.raw\b")
+    check_refusal(str(tmp_path / "absent.csv"), tmp_path, r"absent\.csv")
+    check_refusal(str(tmp_path), tmp_path, re.escape(str(tmp_path)))
 
 
 def test_wrong_data(tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("PassengerId,HomePlanet\n0013_01,Earth\n")
-    check_refusal(other, tmp_path, r"Found: 37 bytes, 2 lines, first line 'PassengerId,HomePlanet', sha256 \w{64}")
+    check_refusal(other, tmp_path, r"\b37 bytes\b.*\b2 lines\b.*'PassengerId,HomePlanet'.*\b\w{64}\b")
     other.write_bytes(b"PK\x03\x04 half a zip")
-    check_refusal(other, tmp_path, "is not the expected file")
+    check_refusal(other, tmp_path, r"other\.csv")
 
 
 def test_zips_without_it_and_broken_ones(tmp_path):
     path = tmp_path / "data.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("test.csv", "PassengerId\n")
-    check_refusal(path, tmp_path, r"must hold one train\.csv, but it holds 0; in it: test\.csv")
+    check_refusal(path, tmp_path, r"train\.csv\b.*\b0\b.*\btest\.csv")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("train.csv", "PassengerId\n" * 1000)
     data = bytearray(path.read_bytes())
     data[60] ^= 0xFF
     path.write_bytes(data)
-    check_refusal(path, tmp_path, "cannot be read: Bad CRC-32")
+    check_refusal(path, tmp_path, "Bad CRC-32")
 
 
 def test_an_altered_copy(spaceship_raw, tmp_path):
     copy = tmp_path / "train.csv"
     copy.write_bytes(Path(spaceship_raw).read_bytes().replace(b"\n", b"\r\n"))
-    check_refusal(copy, tmp_path, "is not the expected file. Found: .* 8,694 lines")
+    check_refusal(copy, tmp_path, r"\b8,694 lines\b")
