@@ -122,7 +122,7 @@ def test_what_was_said_comes_back(tokenizer, analysis, final):
 
 @pytest.mark.parametrize(("role", "channel"), [("tool", None), ("user", "final"), ("assistant", "thoughts")])
 def test_messages_that_the_format_does_not_know(role, channel):
-    with pytest.raises(ValueError, match=r"allowed|only"):
+    with pytest.raises(ValueError, match=channel or role):
         Message(role, "x", channel)
 
 

@@ -57,7 +57,7 @@ def test_special_tokens_have_the_published_ids(tokenizer):
     assert {name: tokenizer.special(name) for name in SPECIAL_TOKENS} == published
     assert tokenizer.vocab_size == 201_088
     assert tokenizer.encode("hello world") == [24912, 2375]
-    with pytest.raises(TokenizerError, match="not a special token"):
+    with pytest.raises(TokenizerError, match="reserved_200013"):
         tokenizer.special("<|reserved_200013|>")
 
 
@@ -116,10 +116,10 @@ def test_replies_are_parsed_as_the_official_package_does(tokenizer, thinking, an
 
 def test_ranks_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", "kept")
-    with pytest.raises(TokenizerError, match="no ranks at"):
+    with pytest.raises(TokenizerError, match=r"o200k_base\.tiktoken"):
         O200kTokenizer(tmp_path / "o200k_base.tiktoken")
     (tmp_path / "o200k_base.tiktoken").write_text("aGk= 0\n")
-    with pytest.raises(TokenizerError, match="not o200k_base"):
+    with pytest.raises(TokenizerError, match=r"o200k_base"):
         load_tokenizer(tmp_path)
     assert os.environ["TIKTOKEN_ENCODINGS_BASE"] == "kept"
     monkeypatch.setitem(sys.modules, "openai_harmony", None)
@@ -134,5 +134,5 @@ def test_a_broken_copy_of_the_ranks_is_noticed(tmp_path):
     path.chmod(0o600)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(TokenizerError, match="Fetch it again"):
+    with pytest.raises(TokenizerError, match=r"o200k_base\.tiktoken"):
         load_tokenizer(tmp_path)

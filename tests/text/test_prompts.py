@@ -155,7 +155,7 @@ def test_a_long_prompt_loses_output_first_then_the_error_and_says_so(tokenizer, 
         # Who does not ask to be told finds it in the log, at the level that the command line shows.
         with caplog.at_level(logging.WARNING):
             assert build_prompt(Task(), parent, failures, settings, tokenizer, group=2, step=0).text == prompt.text
-        assert len(told) == ("A prompt was shortened." in caplog.text) == bool(told)
+        assert len(told) == len(caplog.records) <= 1
         assert len(prompt.tokens_P) <= max_tokens
         return prompt.text, "".join(told)
 
@@ -168,13 +168,13 @@ def test_a_long_prompt_loses_output_first_then_the_error_and_says_so(tokenizer, 
     assert "[...]\n" in text
     (shown,) = re.findall(r"\[\.\.\.\]\n[a-z \n]+", text)
     length = len(shown.rstrip())
-    assert said == f"Group 2, built on s3: of the output {length:,} of 1,199 characters are shown, of the error 559 of 559."
+    assert re.search(rf"\b2\b.*\bs3\b.*\b{length:,} of 1,199\b.*\b559 of 559\b", said)
     bare = len(build_prompt(Task(), dataclasses.replace(parent, stdout=""), (), FULL, tokenizer, group=0, step=0).tokens_P)
     text, said = build(bare)
     assert (text.count("output line"), text.count("error line")) == (0, 0)
-    assert "of the output 0 of 1,199 characters are shown, of the error 0 of 5" in said
+    assert re.search(r"\b0 of 1,199\b.*\b0 of 5", said)
     assert PARENT.code in text
-    with pytest.raises(CapacityError, match=rf"group 2.*'s3'.*{bare:,} tokens.*allows {bare - 1:,}"):
+    with pytest.raises(CapacityError, match=rf"group 2\b.*\bs3\b.*\b{bare:,} tokens\b.*\b{bare - 1:,}\b"):
         build(bare - 1)
     assert program_fits(Task(), parent, dataclasses.replace(FULL, max_tokens=bare), tokenizer)
     assert not program_fits(Task(), parent, dataclasses.replace(FULL, max_tokens=bare - 1), tokenizer)
