@@ -1,6 +1,7 @@
 """All that a run does with its devices, on one mesh of eight imitated ones after the next: `mesh_program.py FOLDER` names what differs."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -38,9 +39,9 @@ CONFIG = ModelConfig(
 LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=4, alpha=8.0)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (1, 2, 4), (2, 4, 1), (4, 1, 2)]  # data, expert, tensor
 WRONG = {
-    (1, 1, 8): "Axis 'kv_heads' of size 4 cannot be split over mesh axis 'tensor' of size 8",
-    (1, 3, 1): "Axis 'experts' of size 8 cannot be split over mesh axis 'expert' of size 3",
-    (4, 4, 1): "config.mesh asks for 4 x 4 x 1 = 16 devices",
+    (1, 1, 8): r"'kv_heads'.*\b4\b.*'tensor'.*\b8\b",
+    (1, 3, 1): r"'experts'.*\b8\b.*'expert'.*\b3\b",
+    (4, 4, 1): r"config\.mesh\b.*\b4 x 4 x 1 = 16\b",
 }
 TOKENS = np.random.default_rng(0).integers(3, 96, (8, 20), dtype=np.int32)
 
@@ -101,7 +102,7 @@ def main(root: Path) -> None:
             model, _, _ = build(root / "weights", make_mesh(*shape))
             Sampler(model, slots=4, max_prompt_tokens=8, max_new_tokens=8, temperature=1.0, stop_ids=(3,))
         except ShardingError as error:
-            check(message in str(error), f"{shape}: {error}")
+            check(re.search(message, str(error)) is not None, f"{shape}: {error}")
         else:
             raise AssertionError(f"{shape} was not refused")
     one = results(root / "weights", None)

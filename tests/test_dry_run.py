@@ -85,7 +85,7 @@ def test_the_cache_takes_no_more_than_the_memory_leaves():
     memory = int((resident + 256 * 512 * 4 * 4 + 100 * of_page) / 0.97)
     assert 0 < pages(memory=memory) < 100  # the adapter's copy and the rings are there too
     assert pages(memory=memory, learn=False) > pages(memory=memory)
-    with pytest.raises(CapacityError, match=r"weights .* adapter and optimiser"):
+    with pytest.raises(CapacityError, match=r"weights\b.*adapter\b.*optimiser"):
         pages(memory=resident)
     config.sampling.cache_tokens = 128 * 30 + 5
     assert pages() == pages(memory=memory) == 30
@@ -164,6 +164,11 @@ def test_the_activations_are_what_the_process_grows_by():
     assert 0.6 * measured < predicted < 1.1 * measured
 
 
+def fits(report: str) -> bool:
+    """Whether the verdict is that the run fits."""
+    return re.search(r"(?i)\bfits\b", report) is not None and re.search(r"(?i)\bnot fit\b", report) is None
+
+
 def _report(found, machine, **changes):
     config = _config()
     for name, value in changes.items():
@@ -173,28 +178,28 @@ def _report(found, machine, **changes):
 
 def test_the_verdict_names_what_to_turn(found):
     machine = find_machine("", 1)
-    assert "It fits" in _report(found, machine)
+    assert fits(_report(found, machine))
     tight = dataclasses.replace(machine, memory=max(n.total for n in found) - 1)
     text = _report(found, tight)
-    assert "It fits" not in text
-    assert re.search(r"The update does not fit, .* GB too much", text)
+    assert not fits(text)
+    assert re.search(r"(?i)\bupdate\b.*\bnot fit\b.*\d GB\b", text)
     assert "config.train.rows = 2" in text
-    assert "The sampling does not fit" not in text
+    assert not re.search(r"(?i)\bsampling\b.*\bnot fit\b", text)
 
 
 def test_a_compilers_refusal_is_shown_and_does_not_fit(found):
     refused = [*found[:-2], dataclasses.replace(found[-2], complaint="RESOURCE_EXHAUSTED: Ran out of memory. Used 9G of 8G")]
     text = _report(refused, find_machine("", 1))
     assert "Used 9G of 8G" in text
-    assert "It fits" not in text
+    assert not fits(text)
 
 
 def test_an_estimate_says_that_it_is_one(found):
     here = find_machine("", 1)
     absent = Machine("8 x NVIDIA H200", here.devices, here.memory, "", "gpu", exact=False)
-    assert "estimates of the CPU's compiler" in _report(found, absent)
+    assert re.search(r"\bestimate[sd]?\b.*\bCPU\b", _report(found, absent))
     assert "discover_jax[cuda]" in _report(found, absent)
-    assert "machine's own compiler" in _report(found, here)
+    assert not re.search(r"\bestimate[sd]?\b.*\bCPU\b", _report(found, here))
 
 
 def _command(*arguments, module="main"):
@@ -205,9 +210,9 @@ def _command(*arguments, module="main"):
 def test_the_command_prints_config_table_and_verdict_and_leaves_nothing(tmp_path):
     done = _command(*_SMALL, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    assert "  * sampling.max_new_tokens = 64 tokens" in done.stdout
+    assert re.search(r"\* sampling\.max_new_tokens = 64\b", done.stdout)
     assert re.search(r"^update +gradient( +[\d.-]+){7} <- peak$", done.stdout, re.MULTILINE)
-    assert "It fits" in done.stdout
+    assert fits(done.stdout)
     remat = {name: float(size) for name, size in re.findall(r"^  [* ] (none|layers|pairs) +([\d.]+) GB", done.stdout, re.MULTILINE)}
     assert remat["none"] > remat["layers"] >= remat["pairs"] > 0
     assert "  * none" in done.stdout
@@ -220,7 +225,7 @@ def test_what_does_not_fit_ends_with_code_1():
     rows = ("--config.train.rows=256", "--config.sampling.max_new_tokens=512")
     done = _command(*_SMALL, *rows, "--machine=v5e:2x4")
     assert done.returncode == 1, done.stderr
-    assert "The update does not fit" in done.stdout
+    assert re.search(r"(?i)\bupdate\b.*\bnot fit\b", done.stdout)
     assert "config.train.rows = 256" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -254,7 +259,7 @@ def test_a_mesh_of_a_machine_that_is_not_here_can_be_asked_about():
     spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=2")
     done = _command(*_SMALL, *spread, "--machine=h200", module="search")
     assert done.returncode == 0, done.stderr
-    assert "8 x NVIDIA H200; mesh data 2 x expert 4 x tensor 1" in done.stdout
+    assert re.search(r"\b8 x NVIDIA H200\b.*\bdata 2 x expert 4 x tensor 1\b", done.stdout)
     assert re.search(r"^measuring", done.stdout, re.MULTILINE)
     assert "optimiser" in done.stdout
 
@@ -262,14 +267,14 @@ def test_a_mesh_of_a_machine_that_is_not_here_can_be_asked_about():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--machine=h300", "--dry_run"), "allowed: a100, h100, h200, b200"),
-        (("--machine=h200",), "only goes with --dry_run"),
-        (("--config.mesh.data=4", "--dry_run"), "config.mesh asks for 4 devices, and 1 are here"),
-        (("--config.mesh.data=16", "--machine=v5e:2x4", "--dry_run"), "v5e:2x4 has 8"),
+        (("--machine=h300", "--dry_run"), r"\bh300\b.*\ba100, h100, h200, b200\b"),
+        (("--machine=h200",), r"--machine=h200\b.*--dry_run"),
+        (("--config.mesh.data=4", "--dry_run"), r"config\.mesh\b.*\b4\b.*\b1\b"),
+        (("--config.mesh.data=16", "--machine=v5e:2x4", "--dry_run"), r"\bv5e:2x4\b.*\b8\b"),
     ],
 )
 def test_machines_that_cannot_be_asked_about_are_refused(arguments, message):
     done = _command("--config=configs/quickstart.py", *arguments)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr

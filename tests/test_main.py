@@ -46,9 +46,11 @@ def _rows(path: Path) -> list[dict]:
 def unbroken(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
     done = _run(workdir, "--config.train.steps=3")
-    assert "best program" in done.stdout
-    assert re.search(r"^    learning: \d+ rollouts in \d+ microbatch(es)? of 1 x", done.stdout, re.MULTILINE)
-    assert re.search(r"^    checkpoint: \d+ MB of adapter and optimiser", done.stdout, re.MULTILINE)
+    for step in (1, 2, 3):
+        assert re.search(rf"^step +{step}/3\b", done.stdout, re.MULTILINE)
+    assert re.search(r"^ *learning\b.*\b\d+ rollouts\b.*\b\d+ microbatch", done.stdout, re.MULTILINE)
+    assert re.search(r"^ *checkpoint\b.*\b\d+ MB\b", done.stdout, re.MULTILINE)
+    assert str(workdir / "best") in done.stdout
     assert "\x1b" not in done.stdout  # piped: plain lines
     return workdir
 
@@ -126,7 +128,7 @@ def _lines(path: Path) -> int:
 def test_a_finished_run_starts_again_without_doing_anything(unbroken):
     before = (unbroken / "journal.jsonl").read_bytes()
     done = _run(unbroken, "--config.train.steps=3")
-    assert "resumed after step" in done.stdout
+    assert re.search(r"\bresume[sd]\b.*\bstep 3\b", done.stdout)
     assert (unbroken / "journal.jsonl").read_bytes() == before
 
 
@@ -142,13 +144,13 @@ def test_another_config_is_refused_with_the_differences(unbroken):
 def test_a_second_run_goes_on_from_the_first(unbroken, tmp_path):
     """As the report's run 4 goes on from run 3: adapter, optimiser, archive, journal and the count of steps come along."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
-    assert "goes on from step 3" in done.stdout
+    assert re.search(r"\bstep 3\b", done.stdout)
     journal = _rows(tmp_path / "next" / "journal.jsonl")
     assert journal[:18] == _rows(unbroken / "journal.jsonl")
     assert {row["step"] for row in journal[18:]} == {3}
     assert all(row["adapter_step"] >= 2 for row in journal[18:])
     done = _run(tmp_path / "none", "--config.train.steps=1", "--config.train.resume_from=/nowhere", code=2)
-    assert "holds no checkpoint" in done.stderr
+    assert re.search(r"/nowhere\b", done.stderr)
 
 
 def test_search_samples_the_same_first_step_and_never_learns(unbroken, tmp_path):
@@ -178,7 +180,7 @@ def test_mistakes_end_in_one_clear_error_and_leave_nothing_broken(tmp_path, extr
 @pytest.mark.slow  # its parts are tested in tests/text/test_prompts.py and tests/archive/test_frontier.py
 def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(tmp_path):
     done = _run(tmp_path / "run", "--config.train.steps=2", "--config.sampling.max_prompt_tokens=48", module="search")
-    assert "too long for a prompt of 48 tokens" in done.stdout
+    assert re.search(r"\b48 tokens\b", done.stdout)
     journal = _rows(tmp_path / "run" / "journal.jsonl")
     assert {row["parent_id"] for row in journal} == {"seed"}
     grade = json.loads((tmp_path / "run" / "best" / "grade.json").read_text())
