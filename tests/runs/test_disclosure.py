@@ -78,7 +78,9 @@ def test_weaker_isolation_is_never_forgotten(workdir, tmp_path):
     content = disclose(workdir, task)
     assert content["isolation"] == {"isolated": False, "lines": ["bubblewrap 0.11", "unsafe-subprocess: NO ISOLATION"]}
     for best in (BEST, None):
-        assert re.search(r"bubblewrap 0\.11; .*unsafe-subprocess: NO ISOLATION", closing(task, best, None, workdir, kind=RunKind.SEARCH)[-1])
+        assert re.search(
+            r"bubblewrap 0\.11; .*unsafe-subprocess: NO ISOLATION", closing(task, best, None, workdir, kind=RunKind.SEARCH)[-1]
+        )
 
 
 @pytest.mark.parametrize(
