@@ -1,6 +1,6 @@
-"""metrics.jsonl: one row a step, and the one list of what its numbers mean.
+"""metrics.jsonl: one row per step, and the schema of its columns.
 
-`python -m discover_jax.runs.metrics` prints docs/metrics.md from that list.
+`python -m discover_jax.runs.metrics` prints docs/metrics.md from the schema.
 """
 
 import json
@@ -26,82 +26,82 @@ REQUIRED: tuple[str, ...] = (
     "time/execute_s",
     "time/update_s",
 )
-"""In every row, null where there is nothing to measure."""
+"""Present in every row; null if there is nothing to measure."""
 
 _OUTCOMES = {
-    Outcome.OK: "rollouts whose program ran and got a score",
+    Outcome.OK: "rollouts whose program got a score",
     Outcome.FORMAT_ERROR: "rollouts without a program in the final channel",
-    Outcome.EXCEPTION: "rollouts whose program raised",
-    Outcome.INVALID_SUBMISSION: "rollouts whose program returned what cannot be graded",
-    Outcome.TIMEOUT: "rollouts whose program ran past the time limit",
-    Outcome.OUT_OF_MEMORY: "rollouts whose program hit the memory limit",
+    Outcome.EXCEPTION: "rollouts whose program raised an exception",
+    Outcome.INVALID_SUBMISSION: "rollouts whose program returned an invalid submission",
+    Outcome.TIMEOUT: "rollouts whose program exceeded the time limit",
+    Outcome.OUT_OF_MEMORY: "rollouts whose program exceeded the memory limit",
     Outcome.OUTPUT_FLOOD: "rollouts whose program printed too much",
-    Outcome.RESULT_TOO_BIG: "rollouts whose program returned too much",
-    Outcome.KILLED: "rollouts whose program died by a signal",
-    Outcome.SANDBOX_ERROR: "always 0: a program that the host fails is run again (programs/retried), and if that fails, too, the run stops",
+    Outcome.RESULT_TOO_BIG: "rollouts whose program returned too large a submission",
+    Outcome.KILLED: "rollouts whose program was killed by a signal",
+    Outcome.SANDBOX_ERROR: "always 0: after a host fault the program runs again (programs/retried); if that fails too, the run stops",
 }
 
 SCHEMA: dict[str, tuple[str, str]] = {
-    "step": ("", "the step, from 0"),
-    "reward/mean": ("reward", "mean over all rollouts of the step, failures and constant groups included"),
+    "step": ("", "step number, from 0"),
+    "reward/mean": ("reward", "mean over the step's rollouts, including failures and constant groups"),
     "reward/max": ("reward", "highest of the step"),
     "reward/min": ("reward", "lowest of the step"),
-    "best/score": ("metric", "score of the best program of the run so far, in the metric's own direction; null before the first valid one"),
+    "best/score": ("metric", "score of the run's best program so far, in the metric's own direction; null before the first valid program"),
     "rollouts/count": ("rollouts", "rollouts of the step"),
-    "rollouts/valid_frac": ("fraction", "rollouts whose program ran and got a score"),
-    "rollouts/distinct_frac": ("fraction", "different programs among the rollouts that hold one; null if none does"),
+    "rollouts/valid_frac": ("fraction", "rollouts whose program got a score"),
+    "rollouts/distinct_frac": ("fraction", "distinct programs, of the rollouts with a program; null if there are none"),
     "groups/constant_frac": ("fraction", "groups whose rewards are all equal"),
     "groups/unused_frac": (
         "fraction",
-        "groups that the update leaves out: their signals (after ranks, bonus and dropped copies) are equal, or too few for the estimator",
+        "groups left out of the update: signals (rewards after ranks, novelty bonus and dropped duplicates) all equal, or too few",
     ),
-    "prompt/shortened": ("prompts", "prompts of the step in which output or error was cut, so as to fit sampling.max_prompt_tokens"),
+    "prompt/shortened": ("prompts", "prompts whose output or error was cut to fit sampling.max_prompt_tokens"),
     "tokens/mean": ("tokens", "mean length of a rollout"),
     **{f"outcome/{outcome.value}": ("rollouts", meaning) for outcome, meaning in _OUTCOMES.items()},
-    "advantage/mean": ("", "mean advantage over the rollouts of groups that are not left out"),
+    "advantage/mean": ("", "mean advantage, without groups left out of the update"),
     "advantage/min": ("", "lowest advantage"),
     "advantage/max": ("", "highest advantage"),
     "advantage/beta": ("1/reward", "inverse temperature of the entropic estimator, mean over groups"),
-    "advantage/saturated_frac": ("fraction", "groups in which the estimator hit its numerical limit"),
-    "advantage/tied_frac": ("fraction", "part of a group that shares its best signal, mean over groups"),
-    "diversity/duplicate_frac": ("fraction", "programs that equal an earlier one of their group but for names and layout"),
-    "diversity/distinct_frac": ("fraction", "different programs among those of the step, names and layout aside"),
-    "diversity/distance": ("", "mean structural distance of two programs of a group: 0 the same, 1 nothing in common"),
-    "loss": ("", "the reduced loss before the update"),
-    "tokens": ("tokens", "tokens that bear loss"),
-    "logprob_gap/mean": ("nats", "mean |trainer's - sampler's log-probability| of the sampled tokens, before the update"),
+    "advantage/saturated_frac": ("fraction", "groups in which the estimator reached a numerical limit"),
+    "advantage/tied_frac": ("fraction", "rollouts of a group that share its best signal, mean over groups"),
+    "diversity/duplicate_frac": ("fraction", "programs equal to an earlier one of their group, ignoring names and layout"),
+    "diversity/distinct_frac": ("fraction", "distinct programs of the step, ignoring names and layout"),
+    "diversity/distance": ("", "mean structural distance between programs of a group: 0 identical, 1 nothing in common"),
+    "loss": ("", "reduced loss before the update"),
+    "tokens": ("tokens", "tokens included in the loss"),
+    "logprob_gap/mean": ("nats", "mean |trainer - sampler| log-probability of the sampled tokens, before the update"),
     "logprob_gap/max": ("nats", "largest such difference"),
     "ratio/min": ("", "smallest probability ratio trainer / sampler of a token"),
     "ratio/max": ("", "largest probability ratio trainer / sampler of a token"),
-    "ratio/limited_frac": ("fraction", "tokens on which the limit of the loss acts"),
-    "kl_base/mean": ("nats", "mean difference of the sampler's and the base model's log-probability of a token: estimates their KL"),
-    "entropy": ("nats", "mean entropy of the policy at the sampled tokens"),
-    "grad_norm": ("", "Euclidean norm of the gradient, before any clipping"),
-    "update/filled_frac": ("fraction", "positions of the update's packed rows that hold a token; the others are padding"),
-    "update/skipped": ("", "1 if every group was left out, so that there was nothing to learn from; else 0"),
+    "ratio/limited_frac": ("fraction", "tokens whose ratio the loss clips or truncates"),
+    "kl_base/mean": ("nats", "estimated KL to the base model: mean sampler - base log-probability of a token"),
+    "entropy": ("nats", "mean policy entropy at the sampled tokens"),
+    "grad_norm": ("", "L2 norm of the gradient before clipping"),
+    "update/filled_frac": ("fraction", "positions of the update's packed rows that hold a token; the rest is padding"),
+    "update/skipped": ("", "1 if there was no update because every group was left out; else 0"),
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
-    "sample/utilisation": ("fraction", "decoding slots that held a live rollout, as long as rollouts waited for one; 1 if none ever did"),
-    "sample/set_aside": ("rollouts", "how often a rollout waited in the host's memory because the cache was full"),
-    "sample/cache_tokens": ("tokens", "places of the cache in use, at most, whole pages; those of several devices added up"),
-    "sample/compilations": ("", "programs that the sampler compiled since the start; it must not grow after the first steps"),
+    "sample/utilisation": ("fraction", "busy decoding slots while rollouts waited for a slot; 1 if none ever waited"),
+    "sample/set_aside": ("rollouts", "how often a rollout was moved to host memory because the KV cache was full"),
+    "sample/cache_tokens": ("tokens", "peak use of the KV cache, in whole pages, summed over devices"),
+    "sample/compilations": ("", "functions that the sampler compiled since the start; must not grow after the first steps"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),
-    "programs/seconds": ("s", "running times of the programs that ran for this step, added up; cached ones do not count"),
-    "programs/retried": ("", "how often a program of the step was run again because the host failed it, or may have"),
-    "programs/cached_frac": ("fraction", "programs whose verdict was taken from an identical earlier one"),
-    "time/sample_s": ("s", "from the first prompt to the last rollout; programs run meanwhile"),
-    "time/execute_s": ("s", "waited for programs after the last rollout was written"),
-    "time/update_s": ("s", "advantages, packing and the optimiser's step; 0 in a search"),
-    "time/save_s": ("s", "writing journal, best/ and rollouts"),
-    "time/checkpoint_s": ("s", "writing the checkpoint and the report of the step before; null in the first step of a start"),
-    "time/step_s": ("s", "the step up to this row, so without its own checkpoint"),
+    "programs/seconds": ("s", "total running time of the step's programs, without cached ones"),
+    "programs/retried": ("", "how often a program of the step was run again after a real or possible host fault"),
+    "programs/cached_frac": ("fraction", "programs whose verdict came from an identical earlier one"),
+    "time/sample_s": ("s", "from the start of the step to the last rollout; programs already run meanwhile"),
+    "time/execute_s": ("s", "waiting for programs after the last rollout"),
+    "time/update_s": ("s", "advantages, packing and optimiser steps; without an update, measuring the log-probability gap"),
+    "time/save_s": ("s", "writing the journal, best/ and rollouts"),
+    "time/checkpoint_s": ("s", "writing the checkpoint and report of the step before; null in the first step after a start"),
+    "time/step_s": ("s", "the whole step up to this row, without its own checkpoint"),
 }
 """Name -> (unit, meaning), in the order of a row."""
 
 TASK_SCHEMA: dict[str, tuple[str, str]] = {
-    "reward_mean": ("reward", "mean over the competition's rollouts of the step; null if it had none"),
+    "reward_mean": ("reward", "mean over the competition's rollouts of the step; null without rollouts"),
     "best_score": ("metric", "score of its best program so far"),
 }
-"""For runs with several competitions, which have task/ID/NAME for each of them; their best/score is null."""
+"""Columns task/ID/NAME of each competition in runs with several, whose best/score is null."""
 
 
 def _is_of_task(name: str) -> bool:
@@ -113,14 +113,14 @@ class MetricsWriter:
     """Appends rows to metrics.jsonl.
 
     Args:
-      path: of the file; made by the first `write`.
+      path: the file, created by the first `write`.
     """
 
     def __init__(self, path: Path):
         self._path = Path(path)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row, fields in the schema's order; numbers that are not finite become null, since JSON has none.
+        """Appends a row with its columns in schema order. Numbers that are not finite become null, since JSON cannot hold them.
 
         Raises:
           ConfigError: a name is not in the schema, or a required one is missing.
@@ -129,7 +129,7 @@ class MetricsWriter:
         unknown = sorted(name for name in row.keys() - SCHEMA.keys() if not _is_of_task(name))
         missing = [name for name in REQUIRED if name not in row]
         if unknown or missing:
-            raise ConfigError(f"A row of metrics does not fit discover_jax.runs.metrics.SCHEMA: unknown {unknown}, missing {missing}.")
+            raise ConfigError(f"A metrics row does not match discover_jax.runs.metrics.SCHEMA: unknown {unknown}, missing {missing}.")
         line = (
             json.dumps({name: _finite(row[name]) for name in (*SCHEMA, *filter(_is_of_task, row)) if name in row}, allow_nan=False) + "\n"
         )
@@ -140,15 +140,15 @@ class MetricsWriter:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(
-                f"The row of step {row['step']} could not be written to {self._path} ({error}). Free some space, then start the same"
-                " command again: it resumes at the last checkpoint."
+                f"Cannot write the row of step {row['step']} to {self._path} ({error}). Free some space and run the same command again; it"
+                " resumes from the last checkpoint."
             ) from error
 
     def truncate(self, step: int) -> None:
-        """Keeps the rows of steps below `step`, which a resumed run does not do again; a torn last line goes, too.
+        """Keeps only the rows of steps before `step`, where a run resumes, and removes an incomplete last line.
 
         Raises:
-          RunError: another line is broken, or the disk fails.
+          RunError: another line is damaged, or the disk fails.
         """
         kept = [json.dumps(row) for row in read_metrics(self._path) if row["step"] < step]
         if self._path.exists():
@@ -156,36 +156,36 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, oldest first; [] if there is none. A last line without its end is left out.
+    """The rows of a metrics.jsonl, oldest first; [] if the file does not exist. An incomplete last line is skipped.
 
     Raises:
-      RunError: another line is broken, or the file cannot be read.
+      RunError: another line is damaged, or the file cannot be read.
     """
     try:
         lines = Path(path).read_text().split("\n")[:-1]
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({error}).") from error
+        raise RunError(f"Cannot read {path} ({error}).") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             row["step"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"Line {number} of {path} is no row of metrics ({error!r}). Delete the line, then start again.") from error
+            raise RunError(f"Line {number} of {path} is not a metrics row ({error!r}). Delete the line and start again.") from error
         rows.append(row)
     return rows
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """What there is to plot of a row: its finite numbers by name, without the step."""
+    """The finite numbers of a row by name, for plotting; without the step."""
     numbers_of = {name: _finite(value) for name, value in row.items() if name != "step"}
     return {name: value for name, value in numbers_of.items() if value is not None}
 
 
 def _finite(value: Any) -> Any:
-    """A number as JSON can hold it."""
+    """The number as int or float; None if it is missing or not finite."""
     if value is None or not math.isfinite(value):
         return None
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -194,11 +194,11 @@ def _finite(value: Any) -> Any:
 def markdown() -> str:
     """The text of docs/metrics.md."""
     head = (
-        "# metrics.jsonl\n\n"
-        "One JSON object a line, one line a step; `main` and `search` use the same names. A name is absent where it does not apply\n"
-        "(a search has no loss), and null where there was nothing to measure. Names in bold are in every row. A name keeps its unit and\n"
-        "meaning for good; new ones may come. TensorBoard and W&B get the same names, with `step` as the step.\n"
-        "This page is made from `discover_jax/runs/metrics.py` by `python -m discover_jax.runs.metrics > docs/metrics.md`.\n\n"
+        "# Metrics\n\n"
+        "`main` and `search` write one JSON object per step and line to `metrics.jsonl`, under the same names. A name is absent if it does\n"
+        "not apply (a search has no loss) and null if there was nothing to measure. Names in bold are in every row. Names, units and\n"
+        "meanings are stable; new names may be added. TensorBoard and W&B use the same names and steps.\n\n"
+        "Generated by `python -m discover_jax.runs.metrics > docs/metrics.md`.\n\n"
         "| name | unit | meaning |\n|---|---|---|\n"
     )
     rows = (
@@ -206,7 +206,7 @@ def markdown() -> str:
         for name, (unit, meaning) in SCHEMA.items()
     )
     of_tasks = (
-        f"| `task/ID/{name}` | {unit} | {meaning}; for each competition of a run with several, whose best/score is null |\n"
+        f"| `task/ID/{name}` | {unit} | {meaning}; only with several competitions, where best/score is null |\n"
         for name, (unit, meaning) in TASK_SCHEMA.items()
     )
     return head + "".join([*rows, *of_tasks])
