@@ -6,7 +6,7 @@
 
 Each figure is stored once, in measurements.csv. A page shows figures in two ways:
 
-    <!-- table: NAME -->          the table NAME of tables.md, with its placeholders filled; `predictions` is computed by predictions.py
+    <!-- table: NAME -->          the table NAME of tables.md, with its placeholders filled, or of predictions.py, which computes it
     <!-- end -->
     <!-- figure: ID --><!-- end -->   one figure within a sentence
 
@@ -187,14 +187,14 @@ def filled(page: str, figures: Mapping[str, Figure]) -> str:
     known = templates()
 
     def table(match: re.Match[str]) -> str:
-        if match[2] == "predictions":
-            import predictions
-
-            text = predictions.table()
-        elif match[2] in known:
+        if match[2] in known:
             text = _PLACEHOLDER.sub(lambda placeholder: shown(placeholder[1], figures), known[match[2]])
         else:
-            raise ValueError(f"There is no table {match[2]!r} in {TEMPLATES.name}; it has {sorted(known)}.")
+            import predictions  # which reads figures from here
+
+            if match[2] not in predictions.TABLES:
+                raise ValueError(f"There is no table {match[2]!r}; there are {sorted([*known, *predictions.TABLES])}.")
+            text = predictions.TABLES[match[2]]()
         return f"{match[1]}\n{text}\n\n{match[3]}"
 
     return _SPAN.sub(lambda match: f"{match[1]}{shown(match[2], figures)}{match[3]}", _TABLE.sub(table, page))

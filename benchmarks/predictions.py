@@ -1,18 +1,25 @@
-"""What `discover_jax.costs` predicts beside what was measured (docs/performance.md, docs/scaling.md), as the table of docs/scaling.md.
+"""What `discover_jax.costs` predicts, compared with measurements.csv: a table of docs/scaling.md.
 
     python benchmarks/predictions.py
 
-Nothing is run. `fitted` are the measurements that the constants of costs.py come from, so they agree by construction; the others no
-constant has seen.
+Nothing is run. `fitted` are the measurements that the constants of costs.py come from, so they agree by construction. No constant was
+fitted to the others.
 """
 
+import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from discover_jax import costs
 from discover_jax.costs import MeshShape
 from discover_jax.machines import Speeds, speeds_of
 from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, LoraConfig, ModelConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # for a test that loads this file by its path
+import figures
 
 FITTED, PARTLY, HELD_OUT = "fitted", "its prompts fitted", "held out"
 LORA = LoraConfig()
@@ -109,50 +116,78 @@ def _update(
 
 def rows() -> Iterator[Row]:
     """All of them, in the order of the table."""
+    measured = {id: float(figure.value) for id, figure in figures.read().items()}
     two, four, by_data = MeshShape(1, 2), MeshShape(1, 4), MeshShape(2, 1)
-    yield _decode("120b, 1 row, context 208", 250, FITTED, 1, 208)
-    yield _decode("120b, 128 rows, context 208", 5782, FITTED, 128, 208)
-    yield _decode("120b, 128 rows, context 4,096", 4853, HELD_OUT, 128, 4096)
-    yield _decode("120b, 128 rows, context 8,192", 4191, HELD_OUT, 128, 8192)
-    yield _decode("20b, 128 rows, context 640", 13744, HELD_OUT, 128, 640, of=GPT_OSS_20B)
-    yield _decode("120b on an H100, 1 row, context 208", 225, HELD_OUT, 1, 208, "h100")
-    yield _decode("120b on an H100, 128 rows, context 208", 4762, HELD_OUT, 128, 208, "h100")
-    yield _sampling("120b, 128 x (1,024 in, 8,192 out), prompts included", 4444, PARTLY, 128, 1024, 128, 8192)
-    yield _sampling("120b, in a whole step: 16 prompts of 2,700, 128 x 2,034", 4827, HELD_OUT, 16, 2700, 128, 2034)
-    yield _gradient("120b, 4 x 8,192 tokens", 11_260, FITTED, 32_768, 8192)
-    yield _update("120b, 4 x 8,192 tokens", 8490, HELD_OUT, 32_768, 8192)
-    yield _gradient("120b, 1 x 26,000 tokens", 8479, HELD_OUT, 26_000, 26_000)
+
+    def decode(what: str, id: str, *arguments: Any, **options: Any) -> Row:
+        return _decode(what, measured[f"decode_{id}_tokens_per_s"], *arguments, **options)
+
+    def gradient(what: str, id: str, *arguments: Any, **options: Any) -> Row:
+        return _gradient(what, measured[f"{id}_tokens_per_s"], *arguments, **options)
+
+    def update(what: str, id: str, *arguments: Any, **options: Any) -> Row:
+        return _update(what, measured[f"{id}_tokens_per_s"], *arguments, **options)
+
+    yield decode("120b, 1 row, context 208", "120b_b1_ctx208", FITTED, 1, 208)
+    yield decode("120b, 128 rows, context 208", "120b_b128_ctx208", FITTED, 128, 208)
+    yield decode("120b, 128 rows, context 4,096", "120b_b128_ctx4096", HELD_OUT, 128, 4096)
+    yield decode("120b, 128 rows, context 8,192", "120b_b128_ctx8192", HELD_OUT, 128, 8192)
+    yield decode("20b, 128 rows, context 640", "20b_b128_ctx640", HELD_OUT, 128, 640, of=GPT_OSS_20B)
+    yield decode("120b on an H100, 1 row, context 208", "120b_h100_b1_ctx208", HELD_OUT, 1, 208, "h100")
+    yield decode("120b on an H100, 128 rows, context 208", "120b_h100_b128_ctx208", HELD_OUT, 128, 208, "h100")
+    whole = measured["sampling_120b_128x8192_tokens_per_s"]
+    yield _sampling("120b, 128 x (1,024 in, 8,192 out), prompts included", whole, PARTLY, 128, 1024, 128, 8192)
+    whole = measured["whole_step_120b_sampling_tokens_per_s"]
+    yield _sampling("120b, in a whole step: 16 prompts of 2,700, 128 x 2,034", whole, HELD_OUT, 16, 2700, 128, 2034)
+    yield gradient("120b, 4 x 8,192 tokens", "gradient_120b_4x8192", FITTED, 32_768, 8192)
+    yield update("120b, 4 x 8,192 tokens", "update_120b_4x8192", HELD_OUT, 32_768, 8192)
+    yield gradient("120b, 1 x 26,000 tokens", "gradient_120b_1x26000", HELD_OUT, 26_000, 26_000)
     attention = LoraConfig(expert_rank=0, head_rank=0)
-    yield _gradient("20b, 2 x 4,096 tokens, adapter on attention", 18_199, HELD_OUT, 8192, 4096, of=GPT_OSS_20B, lora=attention)
-    yield _update("120b, in a whole step: 22 rows, 92% filled", 7400, HELD_OUT, 32_768, 4750, microbatches=22, filled=0.92)
-    yield _gradient("120b, `expert` = 2", 21_582, HELD_OUT, 32_768, 8192, mesh=two)
-    yield _update("120b, `expert` = 2", 16_389, HELD_OUT, 32_768, 8192, mesh=two)
-    yield _gradient("120b, `data` = 2", 22_461, HELD_OUT, 32_768, 8192, mesh=by_data)
-    yield _update("120b, `data` = 2", 16_989, HELD_OUT, 32_768, 8192, mesh=by_data)
-    yield _reference_sampling("120b, 4 rows", 4.9, FITTED, GPT_OSS_120B, 1, 200, 4, 16)
-    yield _reference_sampling("20b, 8 rows", 58, HELD_OUT, GPT_OSS_20B, 2, 500, 8, 64)
-    yield _update("120b, rows of 216 tokens", 77, FITTED, 216, 216, kernels=False, microbatches=4)
-    yield _update("20b, rows of 564 tokens", 499, FITTED, 564, 564, of=GPT_OSS_20B, kernels=False, microbatches=8)
-    yield _decode("120b, `expert` = 2, 128 rows, context 208", 8655, HELD_OUT, 128, 208, mesh=two)
-    # One machine with four H200s, one session (benchmarks/scaling.py); one of them decoded 4,383 tokens/s.
-    for mesh, of_128, of_512 in ((two, 6682, 12_328), (by_data, 5356, 0), (four, 9899, 19_489), (MeshShape(2, 2), 8336, 18_598)):
-        for count, measured in ((128, of_128), (512, of_512)):
-            if measured:  # with `data` = 2, 512 rows of this context do not fit on two
-                yield _decode(f"120b, {_axes(mesh)}, {count} rows, context 8,112", measured, HELD_OUT, count, 8112, mesh=mesh)
-    for mesh, gradient, whole in ((four, 38_042, 29_038), (MeshShape(2, 2), 42_404, 32_098)):
-        yield _gradient(f"120b, {_axes(mesh)}", gradient, HELD_OUT, 32_768, 8192, mesh=mesh)
-        yield _update(f"120b, {_axes(mesh)}", whole, HELD_OUT, 32_768, 8192, mesh=mesh)
+    options: dict[str, Any] = {"of": GPT_OSS_20B, "lora": attention}
+    yield gradient("20b, 2 x 4,096 tokens, adapter on attention", "gradient_20b_2x4096", HELD_OUT, 8192, 4096, **options)
+    options = {"microbatches": 22, "filled": 0.92}
+    yield update("120b, in a whole step: 22 rows, 92% filled", "whole_step_120b_update", HELD_OUT, 32_768, 4750, **options)
+    for name, mesh in (("expert", two), ("data", by_data)):
+        yield gradient(f"120b, {_axes(mesh)}", f"gradient_120b_{name}2", HELD_OUT, 32_768, 8192, mesh=mesh)
+        yield update(f"120b, {_axes(mesh)}", f"update_120b_{name}2", HELD_OUT, 32_768, 8192, mesh=mesh)
+    references = {of: measured[f"references_{of}_tokens_per_s"] for of in ("120b_sampling", "20b_sampling")}
+    yield _reference_sampling("120b, 4 rows", references["120b_sampling"], FITTED, GPT_OSS_120B, 1, 200, 4, 16)
+    yield _reference_sampling("20b, 8 rows", references["20b_sampling"], HELD_OUT, GPT_OSS_20B, 2, 500, 8, 64)
+    options = {"kernels": False, "microbatches": 4}
+    yield update("120b, rows of 216 tokens", "references_120b_update", FITTED, 216, 216, **options)
+    options = {"kernels": False, "microbatches": 8, "of": GPT_OSS_20B}
+    yield update("20b, rows of 564 tokens", "references_20b_update", FITTED, 564, 564, **options)
+    yield decode("120b, `expert` = 2, 128 rows, context 208", "120b_expert2_b128_ctx208", HELD_OUT, 128, 208, mesh=two)
+    for mesh in (two, by_data, four, MeshShape(2, 2)):
+        for count in (128, 512):
+            speed = measured.get(f"scaling_120b_{mesh.data}x{mesh.expert}_decode_b{count}_tokens_per_s")
+            if speed is not None:  # with `data` = 2, 512 rows of this context do not fit on two
+                yield _decode(f"120b, {_axes(mesh)}, {count} rows, context 8,112", speed, HELD_OUT, count, 8112, mesh=mesh)
+    for mesh in (four, MeshShape(2, 2)):
+        id = f"scaling_120b_{mesh.data}x{mesh.expert}"
+        yield gradient(f"120b, {_axes(mesh)}", f"{id}_gradient", HELD_OUT, 32_768, 8192, mesh=mesh)
+        yield update(f"120b, {_axes(mesh)}", f"{id}_update", HELD_OUT, 32_768, 8192, mesh=mesh)
 
 
 def _axes(mesh: MeshShape) -> str:
     return ", ".join(f"`{name}` = {size}" for name, size in mesh._asdict().items() if size > 1)
 
 
-def main() -> None:
-    print("| tokens/s | predicted | measured | difference | |\n|---|---|---|---|---|")
+def comparison() -> str:
+    """The table of docs/scaling.md: predicted beside measured."""
+    lines = ["| tokens/s | predicted | measured | difference | |", "|---|---|---|---|---|"]
     for row in rows():
         predicted, measured = (f"{x:,.0f}" if x >= 100 else f"{x:.1f}" for x in (row.predicted, row.measured))
-        print(f"| {row.what} | {predicted} | {measured} | {row.error:+.1%} | {row.use} |")
+        lines.append(f"| {row.what} | {predicted} | {measured} | {row.error:+.1%} | {row.use} |")
+    return "\n".join(lines)
+
+
+TABLES = {"predictions": comparison}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
+    print(comparison())
 
 
 if __name__ == "__main__":
