@@ -20,7 +20,7 @@ DOCS := $(VENV)/.installed-docs
 
 help:
 	@echo "make quickstart   install, then improve programs for a bundled competition on this machine's CPU (under 10 minutes)"
-	@echo "make test         the default tests;  make check   ruff, pyright"
+	@echo "make test         the default tests;  make check   ruff, pyright, the import contract"
 	@echo "make test-sandbox  the sandbox's tests alone, as root also as an ordinary user"
 	@echo "make docs         docs/ as a site, into site/"
 	@echo "make apprentice   train the small model again"
@@ -62,6 +62,7 @@ check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
 
 # A link that leads nowhere is an error.
 docs: $(DOCS)

@@ -203,7 +203,7 @@ def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, t
     from discover_jax.runs.checkpoints import Checkpoints
 
     out = tmp_path / "adapter"
-    command = [sys.executable, "-m", "discover_jax.models.export_adapter", f"--run={unbroken}", f"--out={out}"]
+    command = [sys.executable, "-m", "discover_jax.export_adapter", f"--run={unbroken}", f"--out={out}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 

@@ -3,7 +3,6 @@
 Rows hold no clock and their fields keep one order, so that a run which was broken off and resumed leaves the same bytes as an unbroken one.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import RunError
+from discover_jax.files import append_synced
 from discover_jax.records import from_row, parse_json
 from discover_jax.types import Attempt
 
@@ -85,7 +85,7 @@ class Journal:
         data = "".join(to_json(attempt) + "\n" for attempt in attempts).encode()
         before = self.position
         try:
-            _append_bytes(self._path, data)
+            append_synced(self._path, data)
         except OSError as error:
             raise RunError(
                 f"{len(attempts)} rows ({len(data)} bytes) could not be written to the journal {self._path} ({error}). The {before} bytes"
@@ -145,7 +145,7 @@ class Journal:
                 file.seek(position)
                 dropped = file.read()
                 # A torn row gets its line's end, so that the next rows put there stay readable.
-                _append_bytes(self._path.with_name("journal.discarded.jsonl"), dropped if dropped.endswith(b"\n") else dropped + b"\n")
+                append_synced(self._path.with_name("journal.discarded.jsonl"), dropped if dropped.endswith(b"\n") else dropped + b"\n")
                 file.truncate(position)
                 self._sha256 = None
                 os.fsync(file.fileno())
@@ -188,31 +188,3 @@ class Journal:
             f"The journal {self._path} has {size} bytes, but the checkpoint was made when it had {position}: rows were deleted."
             " Put the whole journal back, or start a new run in another folder."
         )
-
-
-def _append_bytes(path: Path, data: bytes) -> None:
-    """Appends by one write and syncs; on failure cuts the file back to what it was."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        before = os.fstat(descriptor).st_size
-        try:
-            view = memoryview(data)
-            while view:  # one write in practice; the kernel may take less when the disk is nearly full
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-            if before == 0:  # the file may be new, and its name must survive a power cut, too
-                _sync_folder(path.parent)
-        except OSError:
-            with contextlib.suppress(OSError):  # the first error is the one to tell; a torn row is cut off at the next start
-                os.ftruncate(descriptor, before)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

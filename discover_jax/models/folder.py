@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
+from discover_jax.files import replacement
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
@@ -452,12 +453,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
       WeightsError: it cannot be written; the old file is then still there.
     """
-    temporary = path.with_name(path.name + ".writing")
     try:
-        write(temporary)
-        temporary.replace(path)
+        with replacement(path) as temporary:
+            write(temporary)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise WeightsError(f"{path} could not be written: {error}. Free some space, or choose another folder.") from error
 
 

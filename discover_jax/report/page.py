@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax import config as settings
+from discover_jax.files import write_atomic
 from discover_jax.report.panels import panels_of
 from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import RunRecord, read_record
-from discover_jax.runs.workdir import write_atomic
 from discover_jax.types import Attempt, Outcome
 
 NAME, COMPARISON = "report.html", "comparison.html"

@@ -2,14 +2,13 @@
 
 import difflib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
+from discover_jax.files import sync_folder, write_synced
 from discover_jax.records import parse_json
-from discover_jax.runs.workdir import sync_folder
 from discover_jax.tasks.interval import no_interval
 from discover_jax.tasks.task import Task
 from discover_jax.types import State, Verdict
@@ -90,16 +89,16 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
         best_dir.parent.mkdir(exist_ok=True)
         _remove(new)
         (new / "lineage").mkdir(parents=True)
-        _write(new / "solution.py", _text(lineage[-1].code))
-        _write(new / "submission.csv", submission)
-        _write(new / "grade.json", _json(grade))
-        _write(new / "lineage.diff", _text(_diffs(lineage)))
-        _write(new / "disclosure.json", disclosure)
-        _write(new / "rerun.sh", rerun.encode())
+        write_synced(new / "solution.py", _text(lineage[-1].code))
+        write_synced(new / "submission.csv", submission)
+        write_synced(new / "grade.json", _json(grade))
+        write_synced(new / "lineage.diff", _text(_diffs(lineage)))
+        write_synced(new / "disclosure.json", disclosure)
+        write_synced(new / "rerun.sh", rerun.encode())
         (new / "rerun.sh").chmod(0o755)
         for number, state in enumerate(lineage):
-            _write(new / "lineage" / f"{number:02d}-{state.id}.py", _text(state.code))
-        _write(new / "lineage" / "lineage.json", _json([_row(state) for state in lineage]))
+            write_synced(new / "lineage" / f"{number:02d}-{state.id}.py", _text(state.code))
+        write_synced(new / "lineage" / "lineage.json", _json([_row(state) for state in lineage]))
         sync_folder(new / "lineage")
         sync_folder(new)
         if best_dir.exists():
@@ -138,13 +137,6 @@ def _text(text: str) -> bytes:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _remove(folder: Path) -> None:

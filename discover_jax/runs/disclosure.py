@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
-from discover_jax.runs.workdir import Workdir, write_atomic
+from discover_jax.files import write_atomic
+from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.task import Task
 
 NAME = "disclosure.json"

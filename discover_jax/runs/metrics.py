@@ -6,12 +6,11 @@
 import json
 import math
 import numbers
-import os
 from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
-from discover_jax.runs.workdir import write_atomic
+from discover_jax.files import append_synced, write_atomic
 from discover_jax.types import Outcome
 
 REQUIRED: tuple[str, ...] = (
@@ -134,10 +133,7 @@ class MetricsWriter:
             json.dumps({name: _finite(row[name]) for name in (*SCHEMA, *filter(_is_of_task, row)) if name in row}, allow_nan=False) + "\n"
         )
         try:
-            with self._path.open("a") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            append_synced(self._path, line.encode())
         except OSError as error:
             raise RunError(
                 f"Cannot write the row of step {row['step']} to {self._path} ({error}). Free some space and run the same command again; it"

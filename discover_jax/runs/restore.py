@@ -8,6 +8,7 @@ from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal, from_json, to_json
 from discover_jax.exceptions import RunError
+from discover_jax.files import write_atomic
 from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
 from discover_jax.runs.checkpoints import Checkpoints
@@ -16,7 +17,7 @@ from discover_jax.runs.host_state import HostState
 from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
-from discover_jax.runs.workdir import Workdir, write_atomic
+from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt
 

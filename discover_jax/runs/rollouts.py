@@ -9,7 +9,7 @@ import fastparquet
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.runs.workdir import replaced_whole
+from discover_jax.files import atomic_file
 
 _TEXT, _COUNT, _NUMBER, _YES_NO = "object", "int64", "float64", "bool"
 
@@ -67,7 +67,7 @@ def write_rollouts(directory: Path, step: int, rows: Sequence[dict[str, Any]]) -
         {name: pd.Series([_stored(row[name]) for row in rows], dtype=kind) for name, kind in COLUMNS.items()}, columns=list(COLUMNS)
     )
     path = directory / f"step-{step:06d}.parquet"
-    with replaced_whole(path) as file:
+    with atomic_file(path) as file:
         fastparquet.write(
             str(path),
             table,

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from discover_jax import config as settings
 from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.files import write_atomic
 from discover_jax.runs.metrics import scalars
-from discover_jax.runs.workdir import Workdir, write_atomic
+from discover_jax.runs.workdir import Workdir
 
 
 class Tracker(Protocol):

@@ -1,4 +1,4 @@
-"""The folder of a run: made, resumed, or refused; and writing files into it so that no reader ever sees half of one."""
+"""The run directory: created, resumed or refused."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,10 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from discover_jax.exceptions import HostError, RunError
+from discover_jax.files import write_atomic
 from discover_jax.hosts.processes import Processes
 
 _CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
@@ -52,53 +53,6 @@ class Workdir:
     task_dir: Path
     cache_dir: Path
     resumed: bool
-
-
-@contextlib.contextmanager
-def replaced_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` when the context ends, and not before: after a kill or a power cut `path` holds
-    either its old bytes or all the new ones.
-
-    Raises:
-      RunError: the disk is full or fails; the old file is still there.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise RunError(
-            f"{path} could not be written ({error}). What was there before is unchanged. Free some space or check the folder's permissions,"
-            " then start the same command again: it resumes at the last checkpoint."
-        ) from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole, see `replaced_whole`.
-
-    Raises:
-      RunError: the disk is full or fails; the old file is still there.
-    """
-    with replaced_whole(path) as file:
-        file.write(data)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames and deletions in a folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ import safetensors.numpy
 
 from discover_jax import config as settings
 from discover_jax.exceptions import RunError, WeightsError
+from discover_jax.export_adapter import export_adapter
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.models.adapter import CONFIG, WEIGHTS, load_peft, read_lora_config, save_peft
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.export_adapter import export_adapter
 from discover_jax.models.folder import load_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.synthetic import write_synthetic
@@ -379,10 +379,8 @@ def make_run(path, weights, *, max_grad_norm=0.0, steps=(0, 1, 2), **changes):
     return path
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "discover_jax.models.export_adapter", *map(str, arguments)], capture_output=True, text=True
-    )
+def command(*arguments, module="discover_jax.export_adapter"):
+    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_the_command_exports_a_checkpoint(tmp_path, base):
@@ -398,7 +396,7 @@ def test_the_command_exports_a_checkpoint(tmp_path, base):
     assert_identical(load_peft(tmp_path / "first", Model(SMALL, LORA)), random_lora(LORA, seed=0))
     assert json.loads((tmp_path / "first" / CONFIG).read_text())["base_model_name_or_path"] == "openai/gpt-oss-20b"
     assert sorted(run.rglob("*")) == before  # the run may be going on: nothing in it is touched
-    ended = command(f"--run={run}", "--step=7", f"--out={tmp_path / 'none'}")
+    ended = command(f"--run={run}", "--step=7", f"--out={tmp_path / 'none'}", module="discover_jax.models.export_adapter")  # its old name
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: There is no checkpoint 7")
     assert "Traceback" not in ended.stderr

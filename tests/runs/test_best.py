@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
+from discover_jax import files
 from discover_jax.exceptions import RunError
-from discover_jax.runs import best as best_module
 from discover_jax.runs.best import write_best
 from discover_jax.types import State
 
@@ -71,7 +71,7 @@ def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(best_module.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(RunError, match="No space left on device"):
             write_best(tmp_path / "best", lineage=[SECOND], submission=b"b", grade={}, **BESIDE)
     assert (tmp_path / "best" / "solution.py").read_text() == FIRST.code

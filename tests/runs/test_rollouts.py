@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from discover_jax import files
 from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import ConfigError, RunError
-from discover_jax.runs import rollouts, workdir
+from discover_jax.runs import rollouts
 from discover_jax.runs.attempts import rollout_rows
 from discover_jax.runs.rollouts import COLUMNS, write_rollouts
 from discover_jax.types import Attempt, Execution, Grade, Outcome, Prompt, Rollout, StopReason, Verdict
@@ -91,7 +92,7 @@ def test_a_disk_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workdir.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(RunError, match="No space left on device"):
         write_rollouts(tmp_path, 7, [FAILED])
     assert path.read_bytes() == before

@@ -1,0 +1,106 @@
+"""Durable files: written whole or not at all, and on the disk when the call returns."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from discover_jax.exceptions import RunError
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """A temporary path next to `path`. Write a file there: it replaces `path` when the context ends without an error.
+
+    After a kill or a power cut `path` holds either its old bytes or all the new ones.
+
+    Raises:
+      OSError: the disk is full or fails; the old file is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        _sync(temporary, os.O_RDONLY)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # report the first error
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` when the context ends, see `replacement`.
+
+    Raises:
+      RunError: the disk is full or fails; the old file is unchanged.
+    """
+    try:
+        with replacement(path) as temporary, temporary.open("wb") as file:
+            yield file
+    except OSError as error:
+        raise RunError(
+            f"Cannot write {path} ({error}). The old file is unchanged. Free some space or check the directory's permissions, then start"
+            " the same command again: it resumes at the last checkpoint."
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a whole file, see `atomic_file`.
+
+    Raises:
+      RunError: the disk is full or fails; the old file is unchanged.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and syncs it. Not atomic: for files of a directory that is renamed once it is complete.
+
+    Raises:
+      OSError: the disk is full or fails.
+    """
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_synced(path: Path, data: bytes) -> None:
+    """Appends to a file and syncs it; makes the file if needed.
+
+    Raises:
+      OSError: the disk is full or fails. The file is then cut back to its old length if possible.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            view = memoryview(data)
+            while view:  # usually one write; the kernel may take less when the disk is nearly full
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+            if before == 0:  # the file may be new, and its name must survive a power cut
+                sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # report the first error; the next start drops a torn row
+                os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames and deletions in a directory survive a power cut."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
