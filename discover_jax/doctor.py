@@ -1,7 +1,7 @@
-"""Looks at everything that a run needs before it starts: `python -m discover_jax.doctor --config=configs/spaceship.py:run3 ...`.
+"""Checks everything that a run needs before it starts: `python -m discover_jax.doctor --config=configs/spaceship.py:run3 ...`.
 
-Takes the command line of main. Prints a line for each thing, `ok` or `FIX` with what to do; the exit code is 0 if all are ok, else 1.
-Nothing is written but to a temporary folder, and no weights are read beyond their files' headers.
+Takes the command line of main. Prints one line per check: `ok`, or `FIX` with what to do. The exit code is 0 if all checks pass, else 1.
+Writes only to a temporary folder, and reads only the headers of the weights' files.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is as it should be (None: not looked at), and what was found or what to do."""
+    """The result of one check: its name, whether it passed (None: skipped), and what was found or what to do."""
 
     name: str
     ok: bool | None
@@ -51,17 +51,17 @@ class Finding:
 
 
 def examine(config: Any, workdir: Path) -> Iterator[Finding]:
-    """Looks at one thing after another, the quick ones first; what depends on a thing that is broken is left out, and says so.
+    """Runs the checks in order, the quick ones first. A check that depends on a failed one is skipped and says so.
 
     Args:
       config: validated.
-      workdir: the run's folder, which need not exist.
+      workdir: the run directory, which need not exist.
     """
 
     def look(name: str, check: Callable[..., tuple[str, T]], *arguments: Any) -> Iterator[Finding]:
-        """Yields the finding; the check's own result is this generator's value, None if it failed or could not be made."""
+        """Yields the finding. Returns the check's result; None if it failed or was skipped."""
         if any(argument is None for argument in arguments):
-            yield Finding(name, None, "not looked at, since something above is to be mended first")
+            yield Finding(name, None, "skipped: an earlier check failed")
             return None
         try:
             text, result = check(*arguments)
@@ -97,24 +97,24 @@ def _packages() -> tuple[str, None]:
             problems.append(f"{requirement} is missing")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            problems.append(f"{requirement.name} is {version}, and must be {requirement.specifier}")
+            problems.append(f"{requirement.name} is {version}; it must be {requirement.specifier}")
         if requirement.name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers"):
             found.append(f"{requirement.name} {version}")
     if problems:
-        raise ConfigError(f"{'; '.join(problems)}. Install with the versions of constraints/, as the Makefile does.")
+        raise ConfigError(f"{'; '.join(problems)}. Install the versions in constraints/, as the Makefile does.")
     return f"Python {platform.python_version()}, {', '.join(found)}", None
 
 
 def _devices() -> tuple[str, None]:
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # a backend that was asked for by JAX_PLATFORMS and cannot start
+    except RuntimeError as error:  # the backend named by JAX_PLATFORMS cannot start
         raise ConfigError(f"jax finds no device: {error}") from error
     backend = jax.default_backend()
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         for path, extra in (("/dev/nvidia0", "cuda"), ("/dev/accel0", "tpu")):
             if os.path.exists(path):
-                raise ConfigError(f"{path} is here, but jax only sees the CPU. Install the extra: pip install 'discover_jax[{extra}]'.")
+                raise ConfigError(f"{path} exists, but jax sees only the CPU. Install the extra: pip install 'discover_jax[{extra}]'.")
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {memory / GIB:.0f} GiB each for jax" if memory else ""
     return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {jax.process_count()} process(es){each}", None
@@ -124,11 +124,11 @@ def _weights(config: Any) -> tuple[str, ModelConfig]:
     folder = weights_folder(config)
     if folder is None:
         sizes = SHAPES[config.model.shape]
-        return f"random, of {config.model.shape}'s shape: no programs worth running will come of them", sizes
+        return f"random, with the shape of {config.model.shape}: they write no useful programs", sizes
     sizes, size = check_folder(folder)
     if config.model.experts == "packed" and sizes.width % 32:
-        raise WeightsError(f"Width {sizes.width} is no multiple of 32, so MXFP4 cannot hold it. Set config.model.experts='dense'.")
-    return f"{folder}: {sizes.num_layers} layers, {sizes.num_experts} experts, {size / 1e6:,.0f} MB, all tensors there", sizes
+        raise WeightsError(f"Width {sizes.width} is not a multiple of 32, which MXFP4 needs. Set config.model.experts='dense'.")
+    return f"{folder}: {sizes.num_layers} layers, {sizes.num_experts} experts, {size / 1e6:,.0f} MB, all tensors present", sizes
 
 
 def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
@@ -141,16 +141,16 @@ def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK) or not place.is_dir():
-        raise RunError(f"{workdir} cannot be written (looked at {place}). Choose another --workdir.")
+        raise RunError(f"{workdir} is not writable (checked {place}). Choose another --workdir.")
     adapter = Model(sizes, LoraConfig(**config.lora)).abstract_lora()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter))
-    # float32 values and Adam's two moments; one checkpoint more than are kept exists while the newest is written.
+    # float32 values and Adam's two moments. While a checkpoint is written, one more exists than is kept.
     needed = 12 * parameters * (config.checkpoint.keep + 1) + (1 << 30)
     free = shutil.disk_usage(place).free
     text = f"{free / 1e9:.0f} GB free at {place}; checkpoints of {12 * parameters / 1e6:,.0f} MB, {config.checkpoint.keep} kept"
     if free < needed:
         raise RunError(
-            f"{text}: about {needed / 1e9:.0f} GB are wanted. Free some, lower config.checkpoint.keep, or choose another --workdir."
+            f"{text}: about {needed / 1e9:.0f} GB are needed. Free some space, lower config.checkpoint.keep, or choose another --workdir."
         )
     return text, None
 
@@ -159,7 +159,7 @@ def _data(config: Any, folder: Path) -> tuple[str, list[Task]]:
     tasks = prepare_tasks(config.task, folder=folder / "task", seed=config.seed)
     texts = []
     for task in tasks:
-        checked = "as MLE-bench's checksums demand" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
+        checked = "checksums match MLE-bench's" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
         texts.append(f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}")
     return "; ".join(texts), tasks
 
@@ -170,22 +170,22 @@ def _graders(tasks: list[Task]) -> tuple[str, list[float]]:
 
 
 def _grader(task: Task) -> tuple[str, float]:
-    """Three submissions whose verdict is known: the sample, the answers themselves, and one that lacks a row; for all runs of a program."""
+    """Grades three submissions with known verdicts, in all runs of a program: the sample, the answers, and one without its last row."""
     samples = [(shown / "sample_submission.csv").read_bytes() for shown in task.public_dirs]
     answers = [task.answers_as_submission(run) for run in range(len(task.splits))]
     grade, perfect = (_combined(task, submissions) for submissions in (samples, answers))
     if grade.score is None or grade.private_score is None or perfect.score is None:
-        raise DataError(f"The sample submission or the answers are invalid as submissions: {grade.reason or perfect.reason}")
+        raise DataError(f"The sample submission or the answers are not a valid submission: {grade.reason or perfect.reason}")
     known = task.competition.sample_score
     if known is not None and not math.isclose(grade.private_score, known, abs_tol=1e-5):
-        raise DataError(f"The sample submission scores {grade.private_score:.5f}; it is known to score {known:.5f}.")
+        raise DataError(f"The sample submission scores {grade.private_score:.5f}; expected {known:.5f}.")
     if task.reward(perfect.score) <= task.reward(grade.score):
         raise DataError(
-            f"The answers score {perfect.score:.5f}, no better than the sample's {grade.score:.5f}: the metric is the wrong way."
+            f"The answers score {perfect.score:.5f}, no better than the sample's {grade.score:.5f}. Check the metric's direction."
         )
     if task.grade(samples[-1][: samples[-1].rstrip().rfind(b"\n") + 1]).valid:
-        raise DataError("A submission that lacks its last row counts as valid.")
-    return f"sample {grade.score:.5f}, the answers themselves {perfect.score:.5f}, a table that lacks a row is refused", grade.score
+        raise DataError("A submission without its last row was accepted as valid.")
+    return f"sample {grade.score:.5f}, answers {perfect.score:.5f}, a submission without its last row is rejected", grade.score
 
 
 def _combined(task: Task, submissions: list[bytes]) -> Grade:
@@ -199,7 +199,7 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
     with Executor(
         tasks,
         limits,
-        workers=None if settings.backend == "ray" else 1,  # each of a cluster's nodes sends its canary
+        workers=None if settings.backend == "ray" else 1,  # each node of a cluster runs its canary
         cache_dir=folder / "cache",
         backend=settings.backend,
         allow_weaker=settings.allow_weaker,
@@ -211,23 +211,23 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
         if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
             raise RunError(
                 f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
-                f" ok and {score} were expected. {verdict.execution.detail or verdict.grade.reason}"
+                f" expected ok with score {score}. {verdict.execution.detail or verdict.grade.reason}"
             )
-    return f"{'the canary found no way out' if isolated else 'no canary was sent, since nothing holds programs'}; {text}", None
+    return f"{'the canary found no way out' if isolated else 'no canary: programs are not isolated'}; {text}", None
 
 
 def run(config: Any, workdir: Path) -> None:
     """Prints the findings.
 
     Raises:
-      SystemExit: with code 1 if something is to be mended.
+      SystemExit: with code 1 if a check failed.
     """
     ok = True
     for finding in examine(config, workdir):
         mark = {True: "ok", False: "FIX", None: "--"}[finding.ok]
         print(f"{mark:<3}  {finding.name:<10} {finding.text}", flush=True)
         ok = ok and finding.ok is True
-    print("Everything is ready." if ok else "Mend what FIX says, then look again.")
+    print("Everything is ready." if ok else "Fix the items marked FIX and run the doctor again.")
     if not ok:
         sys.exit(1)
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One process on each host of a list, over ssh: launch/hosts.sh HOST[,HOST...] --config=configs/spaceship.py:run3 --config.mesh.expert=16 ...
+# Starts one process on each listed host, over ssh: launch/hosts.sh HOST[,HOST...] --config=configs/spaceship.py:run3 --config.mesh.expert=16 ...
 #
-# The first host leads: its output is shown here, that of the others goes to LOGS. The project and its environment lie at the same path on
-# all hosts, as does --workdir, which they share. A host may be named twice (for trying things out); `localhost` needs no ssh.
-# Under Open MPI no list is needed: mpirun --host=a,b --map-by ppr:1:node python -m discover_jax.main --distributed ... (one process a host;
-# set JAX_LOCAL_DEVICE_IDS=0,1,... to all GPUs of a host, of which jax takes one a process by default there).
+# The first host leads: its output appears here; the others' goes to LOGS. The project and its environment must be at the same path on all
+# hosts, and --workdir must be a shared folder. A host may be listed twice, for tests; `localhost` needs no ssh.
+# Open MPI needs no list: mpirun --host=a,b --map-by ppr:1:node python -m discover_jax.main --distributed ... (one process per host; set
+# JAX_LOCAL_DEVICE_IDS=0,1,... to all GPUs of a host, since jax takes one per process there by default).
 #
 # Environment:
-#   COORDINATOR  HOST:PORT of the first host as the others reach it (its name in the list, port 47101)
-#   MODULE       what to run (discover_jax.main; discover_jax.search for the baseline)
-#   PYTHON       interpreter, a path that holds on all hosts (python)
-#   LOGS         folder of the other hosts' output (launch-logs)
+#   COORDINATOR  HOST:PORT at which the others reach the first host (default: its name in the list, port 47101)
+#   MODULE       module to run (default: discover_jax.main; discover_jax.search for the baseline)
+#   PYTHON       interpreter, at the same path on all hosts (default: python)
+#   LOGS         folder for the other hosts' output (default: launch-logs)
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -29,7 +29,7 @@ processes=()
 for id in "${!hosts[@]}"; do
   command=("$python" -m "$module" "$@" "--coordinator=$coordinator" "--num_processes=${#hosts[@]}" "--process_id=$id")
   if [ "${hosts[$id]}" != localhost ]; then
-    # -tt: what runs there ends when this script does. The command is quoted once more for the other host's shell.
+    # -tt: the remote command ends when this script does. The command is quoted again for the remote shell.
     command=(ssh -tt -o BatchMode=yes "${hosts[$id]}" "cd $(printf '%q' "$PWD") && exec $(printf '%q ' "${command[@]}")")
   fi
   if [ "$id" = 0 ]; then
@@ -41,7 +41,7 @@ for id in "${!hosts[@]}"; do
 done
 trap 'kill "${processes[@]}" 2> /dev/null || true' INT TERM
 
-# Whoever fails ends the others, with a message, so that nothing is left to be ended here. The first code that is not 0 is this script's.
+# A process that fails ends the others, with a message, so nothing needs to be killed here. The script returns the first nonzero code.
 code=0
 for process in "${processes[@]}"; do
   wait "$process" || { last=$?; [ "$code" != 0 ] || code=$last; }

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A TPU pod by its command-line tool: launch/tpu-pod.sh NAME ZONE --config=configs/spaceship.py:run3 --config.mesh.expert=16 --workdir=...
+# A TPU pod, through gcloud: launch/tpu-pod.sh NAME ZONE --config=configs/spaceship.py:run3 --config.mesh.expert=16 --workdir=...
 #
-# The command runs on all workers of the TPU VM at once; jax finds out by itself which is which. The project lies at FOLDER on each worker
+# Runs the command on all workers of the TPU VM at once; jax finds the process ids itself. The project must be in FOLDER on each worker
 # (gcloud compute tpus tpu-vm scp --recurse --worker=all), with its environment in .venv there: make install EXTRAS=tpu. --workdir and
-# model.weights must be on a file system that all workers share (Filestore, or a disk attached to all read-only for the weights).
-# The product of config.mesh.data, .expert and .tensor is the number of all chips (cores on v3 and before, and on 7x).
+# model.weights must be on a file system that all workers share (Filestore, or, for the weights, a disk attached read-only to all).
+# The product of config.mesh.data, .expert and .tensor must be the number of chips (cores on v3 and before, and on 7x).
 #
 # Environment:
-#   FOLDER   of the project on each worker (discover_jax in the home folder)
-#   MODULE   what to run (discover_jax.main)
-#   RESTARTS after the loss of a worker the command is started again so many times, and resumes at its checkpoint (20)
+#   FOLDER   of the project on each worker (default: discover_jax in the home folder)
+#   MODULE   module to run (default: discover_jax.main)
+#   RESTARTS maximum number of restarts after the loss of a worker (default: 20); the run resumes from its checkpoint
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
@@ -24,9 +24,9 @@ command="cd ${FOLDER:-discover_jax} && exec .venv/bin/python -m ${MODULE:-discov
 for ((start = 0; start <= ${RESTARTS:-20}; start++)); do
   code=0
   gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$command" || code=$?
-  # Only a lost worker is worth another start: 3, or jax's own abort (134), or a kill (137), or a broken connection (255).
+  # Restart only after a lost worker: 3, jax's own abort (134), a kill (137), or a broken connection (255).
   case "$code" in
-    3 | 134 | 137 | 255) echo "launch/tpu-pod.sh: a worker was lost (code $code); starting again in 30 s" >&2 ;;
+    3 | 134 | 137 | 255) echo "launch/tpu-pod.sh: a worker was lost (code $code); restarting in 30 s" >&2 ;;
     *) exit "$code" ;;
   esac
   sleep 30
