@@ -139,7 +139,7 @@ function rewards(runs) {
 
 function fates(runs, outcomes) {
   return section(
-    "What became of the programs",
+    "Outcomes",
     null,
     perRun(runs, ({ progress }) => {
       const parts = outcomes
