@@ -118,9 +118,9 @@ def test_a_journal_that_does_not_fit_is_refused():
     for expansions in (NO_EXPANSIONS, Expansions().add(HISTORY[:4])):
         with pytest.raises(RunError, match="archive"):
             puct(archive, 2, step_rng(0, 2), expansions=expansions)
-    with pytest.raises(RunError, match=r"\b(?:b|c|y)\b"):
+    with pytest.raises(RunError, match="'a'"):
         Expansions().add(HISTORY[4:])
-    with pytest.raises(RunError, match=r"\b(?:b|c|y)\b"):
+    with pytest.raises(RunError, match="'y'"):
         Expansions().add([*HISTORY, attempt("z", "y", 0.9, 2, 0)])  # y failed
     with pytest.raises(RunError, match="one parent"):
         Expansions().add([*HISTORY, attempt("z", "b", 0.9, 1, 1)])

@@ -27,8 +27,8 @@ GOOD = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id": "../boats"}, r"\bid\b.*'\.\./boats'"),
-        ({"id": ""}, r"\bid\b.*''"),
+        ({"id": "../boats"}, r"'\.\./boats'.*\bid\b"),
+        ({"id": ""}, r"''.*\bid\b"),
         ({"description": " "}, "description = ' '"),
         ({"target": "key"}, r"'key'"),
         ({"metric": "accuracy"}, r"\bmetric\b.*discover_jax\.tasks\.metrics\.ACCURACY"),
