@@ -1,6 +1,7 @@
-"""README.md keeps its order and its length, and its measured figures are those of docs/results.md. CITATION.cff names the same paper."""
+"""README.md keeps its order, length and figures; CITATION.cff names the paper; docs/architecture.md shows the import contract."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -40,3 +41,10 @@ def test_citation_names_the_paper():
     (paper,) = citation["references"]
     assert paper["title"] == "Learning to Discover at Test Time"
     assert paper["url"].rpartition("/")[2] in README
+
+
+def test_layers_of_the_architecture_are_the_contract():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| layer |\n|---|\n")[2].partition("\n\n")[0]
+    shown = [set(re.findall(r"`(\w+)`", row)) - ({"config"} if "`runs`" in row else set()) for row in table.splitlines()]
+    assert shown == [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
