@@ -17,7 +17,6 @@ import jax
 from discover_jax import config as settings
 from discover_jax import meshes
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, row_tokens
-from discover_jax.kernels import table
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import REMAT, SHAPES, ModelConfig
@@ -67,8 +66,7 @@ def needs(
       ShardingError: something does not divide by its axis of the mesh.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
-    with table.lowering_for(machine.platform):
-        model = build_model(config, sizes, mesh)
+    model = build_model(config, sizes, mesh, machine.platform)
     optimizer = build_optimizer(config)
     # Which tokens stop a rollout makes no difference here.
     memory = machine.memory if machine.platform != "cpu" else None
@@ -95,13 +93,12 @@ def needs(
                 yield "measuring", function
 
     found = []
-    with table.lowering_for(machine.platform):
-        for phase, function in functions():
-            on_compile(f"compiling {phase}: {function.name}")
-            live = {name: local_bytes(arrays) for name, arrays in function.live.items()}
-            activations, complaint = _compile(function, machine)
-            parts = dict.fromkeys(PARTS, 0) | resident | live | {"activations": activations}
-            found.append(Need(phase, function.name, parts, complaint))
+    for phase, function in functions():
+        on_compile(f"compiling {phase}: {function.name}")
+        live = {name: local_bytes(arrays) for name, arrays in function.live.items()}
+        activations, complaint = _compile(function, machine)
+        parts = dict.fromkeys(PARTS, 0) | resident | live | {"activations": activations}
+        found.append(Need(phase, function.name, parts, complaint))
     return found
 
 
@@ -117,19 +114,18 @@ def remat_totals(
     totals: dict[str, int | None] = {}
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
     optimizer = build_optimizer(config)
-    with table.lowering_for(machine.platform):
-        for remat in REMAT:
-            if remat == config.model.remat:
-                (need,) = (need for need in found if need.function == "gradient")
-                totals[remat] = None if need.complaint else need.total
-                continue
-            on_compile(f"compiling update: gradient with config.model.remat={remat!r}")
-            model = dataclasses.replace(build_model(config, sizes, mesh), remat=remat)
-            state, frozen = abstract_train_state(model.abstract_lora(), optimizer), model.abstract_frozen()
-            functions = build_update(config, model, optimizer).lowered_functions(frozen, state, config.train.rows, row_tokens(config))
-            function = next(function for function in functions if function.name == "gradient")
-            activations, complaint = _compile(function, machine)
-            totals[remat] = None if complaint else activations + local_bytes((frozen, state, function.live))
+    for remat in REMAT:
+        if remat == config.model.remat:
+            (need,) = (need for need in found if need.function == "gradient")
+            totals[remat] = None if need.complaint else need.total
+            continue
+        on_compile(f"compiling update: gradient with config.model.remat={remat!r}")
+        model = dataclasses.replace(build_model(config, sizes, mesh, machine.platform), remat=remat)
+        state, frozen = abstract_train_state(model.abstract_lora(), optimizer), model.abstract_frozen()
+        functions = build_update(config, model, optimizer).lowered_functions(frozen, state, config.train.rows, row_tokens(config))
+        function = next(function for function in functions if function.name == "gradient")
+        activations, complaint = _compile(function, machine)
+        totals[remat] = None if complaint else activations + local_bytes((frozen, state, function.live))
     return totals
 
 

@@ -9,8 +9,7 @@ from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.kernels import table
-from discover_jax.kernels.experts import moe_reference
+from discover_jax.kernels.kernel_set import find_kernel, kernel_set
 from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
 from discover_jax.kernels.spread import can_spread, row_devices
 from discover_jax.learning.losses import RatioLimits
@@ -29,22 +28,25 @@ _TEMPORARY = 0.03
 """Part of the memory that is left for what sampling needs beside that."""
 
 
-def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None) -> Model:
+def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platform: str | None = None) -> Model:
     """The handle of a model of these sizes, with the adapter's ranks and the form of the weights from the config.
 
     Args:
       config: validated.
       sizes: of the weights' folder, or of `config.model.shape`.
       mesh: devices over which parameters are laid out; None for the default device.
+      platform: whose kernels the model uses; None for that of the default device.
     """
-    experts = "tiled" if config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh) else config.model.experts
+    platform = platform or jax.default_backend()
+    reads_tiles = config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh, platform)
+    experts = "tiled" if reads_tiles else config.model.experts
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
-    return Model(sizes, LoraConfig(**config.lora), mesh=mesh, **form)
+    return Model(sizes, LoraConfig(**config.lora), mesh=mesh, kernels=kernel_set(platform, mesh), **form)
 
 
-def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None) -> bool:
+def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, platform: str) -> bool:
     """Whether the platform has a kernel for decoding packed experts that can take this model; if it cannot, the log says why."""
-    if table.choose("decode_experts") is moe_reference:
+    if find_kernel("decode_experts", platform)[0] is None:
         return False
     try:
         check_tiles(config, sizes, mesh)

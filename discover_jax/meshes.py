@@ -14,7 +14,7 @@ from discover_jax import costs
 from discover_jax.costs import MeshShape
 from discover_jax.engine import build_optimizer, cache_pages, check_tiles, row_tokens
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
-from discover_jax.kernels import table
+from discover_jax.kernels.kernel_set import PLATFORMS
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine
 from discover_jax.models.config import LoraConfig, ModelConfig
@@ -106,7 +106,7 @@ def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape)
         check_tiles(config, sizes, AbstractMesh(mesh, MESH_AXES))
     except ConfigError:
         return False
-    return ("decode_experts", platform) in table.KERNELS.keys() | table.OPTIONAL.keys() and config.model.experts == "packed"
+    return platform in PLATFORMS and "decode_experts" in PLATFORMS[platform].functions and config.model.experts == "packed"
 
 
 def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, lengths: Lengths, *, learn: bool = True) -> Prediction:

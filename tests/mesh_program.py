@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from discover_jax.exceptions import ShardingError
-from discover_jax.hosts.processes import fetch
+from discover_jax.kernels.kernel_set import REFERENCE
 from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import abstract_train_state, adam, init_train_state
@@ -18,7 +18,7 @@ from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.folder import load_folder
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.sharding import make_mesh, shardings
+from discover_jax.models.sharding import fetch, make_mesh, shardings
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.sampling.sampler import Sampler
@@ -119,7 +119,7 @@ def main(root: Path) -> None:
         # Written on this mesh, read on the one before and on none; and the other way round.
         checkpoints.save(number, many[3], {"mesh": list(shape)})
         for wanted in (
-            abstract_train_state(dataclasses.replace(many[0], mesh=None).abstract_lora(), adam(1e-3, max_grad_norm=1.0)),
+            abstract_train_state(dataclasses.replace(many[0], mesh=None, kernels=REFERENCE).abstract_lora(), adam(1e-3, max_grad_norm=1.0)),
             one[3],
         ):
             restored, host = checkpoints.restore(number, wanted)

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import ResourceLimits
+from discover_jax.kernels.kernel_set import kernel_set
 from discover_jax.models.folder import load_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.sampling.sampler import Sampler
@@ -163,7 +165,8 @@ def main() -> None:
     config, frozen = load_folder(arguments.weights)
     with tempfile.TemporaryDirectory() as name:
         task = prepare_task(arguments.competition, raw=arguments.raw, reward="grade", folder=Path(name) / "task")
-        sample = policy(Model(config), frozen, tokenizer, task, slots=min(64, arguments.samples), seed=arguments.seed)
+        model = Model(config, kernels=kernel_set(jax.default_backend()))
+        sample = policy(model, frozen, tokenizer, task, slots=min(64, arguments.samples), seed=arguments.seed)
         with Executor([task], ResourceLimits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
             measure(sample, tokenizer, executor, arguments.samples)
 

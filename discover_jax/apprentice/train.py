@@ -24,6 +24,7 @@ import optax
 
 from discover_jax.apprentice.batches import batch_stream
 from discover_jax.apprentice.tokenizer import END, PAD, train_tokenizer
+from discover_jax.kernels.kernel_set import kernel_set
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.folder import save_folder
 from discover_jax.models.gpt_oss import Model
@@ -153,7 +154,7 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
     tokenizer_path = out / "tokenizer.model"
     train_tokenizer(tokenizer_path, seed=seed)
     config = apprentice_config(SentencePieceTokenizer(tokenizer_path))
-    model = Model(config, dtype=dtype, experts="dense", remat="none")
+    model = Model(config, dtype=dtype, experts="dense", remat="none", kernels=kernel_set(jax.default_backend()))
     with batch_stream(tokenizer_path, rows=rows, row_tokens=row_tokens, seed=seed, workers=workers) as next_batch:
         learner = init_learner(model, seed)
         print(f"{sum(leaf.size for leaf in jax.tree.leaves(learner.weights)):,} parameters on {jax.devices()[0].device_kind}", flush=True)

@@ -6,7 +6,6 @@ to all before anything is decided by it.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import sys
 import threading
@@ -16,10 +15,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
 
 from discover_jax.exceptions import ConfigError, HostError
-from discover_jax.models.sharding import replicated
 
 HEARTBEAT_SECONDS = 40
 """After so long without a sign of life a process counts as lost: jax's own check, beside that of `watch`."""
@@ -146,34 +143,6 @@ def _reminder(coordinator: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-# ---------------------------------------------------------------------- arrays that lie on the devices of several processes
-
-
-def lay_out(value: Any, sharding: NamedSharding | None) -> Any:
-    """A host's array, the same in all processes, on the devices: each process sends its own devices' parts. As it is without a sharding."""
-    if sharding is None:
-        return value
-    value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def fetch(tree: Any) -> Any:
-    """Arrays as numpy's on every host; all processes must call it, with the same tree."""
-    return jax.device_get(jax.tree.map(_readable, tree))
-
-
-def _readable(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return leaf
-    assert isinstance(leaf.sharding, NamedSharding), "arrays of several processes lie on a mesh"
-    return _everywhere(leaf.sharding.mesh)(leaf)
-
-
-@functools.cache
-def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
 
 
 def least(processes: Processes, value: int | None) -> int | None:

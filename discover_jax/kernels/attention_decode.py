@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import attention_triton
 from discover_jax.kernels.attention import paged_attention_reference
-from discover_jax.kernels.table import say_reference
+from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.triton_call import call_kernel
 
 HEAD_SIZES = (64, 128)
@@ -112,6 +112,6 @@ def paged_attention(
     elif head_size not in HEAD_SIZES:
         reason = f"the head size is {head_size}; it takes {' or '.join(map(str, HEAD_SIZES))}"
     if reason is not None:
-        say_reference("paged_attention", reason)
+        warn_reference("paged_attention", reason)
         return paged_attention_reference(*arguments)
     return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1]))

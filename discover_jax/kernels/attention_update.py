@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from discover_jax.kernels import attention_update_triton
 from discover_jax.kernels.attention_decode import HEAD_SIZES
+from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.packed_attention import ATTENTION, beginnings, packed_attention_reference, windowed_attention_reference
-from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel
 
 
@@ -67,7 +67,7 @@ def _refused(operation: str, *arrays: jax.Array) -> bool:
     elif arrays[0].shape[-1] not in HEAD_SIZES:
         reason = f"the head size is {arrays[0].shape[-1]}; it takes {' or '.join(map(str, HEAD_SIZES))}"
     if reason is not None:
-        say_reference(operation, reason)
+        warn_reference(operation, reason)
     return reason is not None
 
 

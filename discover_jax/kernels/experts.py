@@ -1,4 +1,4 @@
-"""The mixture of experts' arithmetic: routed, gated, weighted. The plain-JAX reference, exact and dropless for any routing."""
+"""The mixture of experts in plain JAX: routing, activation, and the reference, exact and dropless for any routing."""
 
 from typing import Protocol
 
@@ -26,11 +26,52 @@ def route_along(logits_TE: jax.Array, index_TX: jax.Array) -> jax.Array:
 
 
 class ExpertMatrix(Protocol):
-    """One matrix of every expert, with bias and adapter: arrays [E, ...], and the float32 product of one expert's slice with rows."""
+    """One matrix of every expert, with bias and adapter."""
 
-    def arrays(self, *, adapted: bool) -> dict[str, jax.Array]: ...
+    scale: float
+    """The adapter's alpha / rank; 0 without an adapter."""
 
-    def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array: ...
+    def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
+        """The arrays [E, ...], or [L, E, ...] for a stack of layers; without the adapter's if not `adapted`."""
+        ...
+
+    def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
+        """The float32 product of rows and one expert's slice of `arrays`."""
+        ...
+
+
+class MixtureOfExperts(Protocol):
+    """An implementation of the experts of one layer: the reference, and the kernels of decoding and of the update."""
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        index_TX: jax.Array,
+        weights_TX: jax.Array,
+        gate_up: ExpertMatrix,
+        down: ExpertMatrix,
+        *,
+        experts: int,
+        adapted: bool,
+        limit: float,
+        alpha: float,
+        layer: jax.Array | None = None,
+        elsewhere: int = 0,
+    ) -> jax.Array:
+        """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Only the activation is rounded to x's type.
+
+        Args:
+          x_TD: activations.
+          index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for an expert on
+            another device; it may occur several times and adds nothing.
+          gate_up, down: the matrices of all experts on this device.
+          experts: number of experts on this device.
+          adapted: whether to apply the adapters.
+          limit, alpha: of the activation, see `gated`.
+          layer: int32 scalar, the layer to use if the matrices' arrays are stacks [L, E, ...].
+          elsewhere: number of experts on other devices. Kernels estimate from it how many choices are for this device.
+        """
+        ...
 
 
 def moe_reference(
@@ -47,21 +88,10 @@ def moe_reference(
     layer: jax.Array | None = None,
     elsewhere: int = 0,
 ) -> jax.Array:
-    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Only the activation is rounded to x's type.
+    """The reference of `MixtureOfExperts`: every expert computes every row, one expert after another.
 
-    Every expert sees every row, one expert after another: experts / active times the needed arithmetic, but exact for any routing, and
-    only one expert is ever unpacked at a time. Meant for small models on a CPU and as the yardstick of faster kernels.
-
-    Args:
-      x_TD: activations.
-      index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for one that is not
-        here, perhaps several times, and adds nothing.
-      gate_up, down: the matrices of all experts.
-      experts: how many there are.
-      adapted: with their adapters.
-      limit, alpha: of the activation, see `gated`.
-      layer: int32 scalar, which layer, if the matrices' arrays are those of a stack of layers, [L, E, ...].
-      elsewhere: how many more experts tokens choose from: so kernels know how many choices to expect here.
+    That is experts / active times the needed arithmetic, but exact for any routing, and only one expert is unpacked at a time. It is for
+    small models on a CPU, and for tests of the kernels.
     """
     del elsewhere
 

@@ -15,8 +15,8 @@ from discover_jax.kernels import experts_triton
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import ExpertMatrix, gated, moe_reference
+from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
-from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
 SPLIT = 5
@@ -187,14 +187,14 @@ def moe_decode(
     layer: jax.Array | None = None,
     elsewhere: int = 0,
 ) -> jax.Array:
-    """`moe_reference` by the kernels, where both matrices give tiles (`words` and `factors` among their arrays). It has no derivatives.
+    """`MixtureOfExperts` by the kernels if both matrices have tiles (arrays `words` and `factors`); not differentiable.
 
-    Where they give none, the reference runs, and the log says so once.
+    Otherwise it uses the reference and logs a warning once.
     """
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
     if "words" not in up or "words" not in low:
-        say_reference("decode_experts", "the experts are not laid out in tiles")
+        warn_reference("decode_experts", "the experts are not laid out in tiles")
         return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
-    tiled = (TiledMatrix(**arrays, scale=getattr(matrix, "scale", 0.0)) for matrix, arrays in ((gate_up, up), (down, low)))
+    tiled = (TiledMatrix(**arrays, scale=matrix.scale) for matrix, arrays in ((gate_up, up), (down, low)))
     return moe_routed(x_TD, index_TX, weights_TX, *tiled, **options)

@@ -18,8 +18,8 @@ from discover_jax.kernels import experts_update_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
 from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
+from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
-from discover_jax.kernels.table import say_reference
 from discover_jax.kernels.triton_call import call_kernel
 
 
@@ -295,13 +295,12 @@ def moe_update(
     alpha: float,
     layer: jax.Array | None = None,
     elsewhere: int = 0,
-    tiling: GroupedTiling = GroupedTiling(),
 ) -> jax.Array:
-    """`moe_reference` by the kernels, where both matrices give one layer's tiles (`words` and `factors` among their arrays).
+    """`MixtureOfExperts` by the kernels if both matrices have the tiles of one layer (arrays `words` and `factors`); differentiable.
 
-    Where they do not, the reference runs, and the log says why, once.
+    Otherwise it uses the reference and logs the reason once.
     """
-    del elsewhere  # there are rows enough for one tiling
+    del elsewhere  # one tiling suits any number of rows here
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     reason = None
     if x_TD.dtype != jnp.bfloat16:
@@ -313,9 +312,9 @@ def moe_update(
     elif ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
         reason = "one of the experts' matrices has an adapter and the other has none"
     if reason is not None:
-        say_reference("experts", reason)
+        warn_reference("experts", reason)
         options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}
         return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
-    tiles = (TiledMatrix(**own, scale=getattr(matrix, "scale", 0.0)) for matrix, own in zip((gate_up, down), arrays, strict=True))
-    return moe_sorted(x_TD, weights_TX, adapters, index_TX, *tiles, limit, alpha, tiling)
+    tiles = (TiledMatrix(**own, scale=matrix.scale) for matrix, own in zip((gate_up, down), arrays, strict=True))
+    return moe_sorted(x_TD, weights_TX, adapters, index_TX, *tiles, limit, alpha, GroupedTiling())

@@ -148,7 +148,7 @@ class _Own:
     """A matrix of the experts that one device has."""
 
     def __init__(self, matrix: ExpertMatrix, arrays: dict[str, jax.Array]):
-        self._arrays, self.apply, self.scale = arrays, matrix.apply, getattr(matrix, "scale", 0.0)
+        self._arrays, self.apply, self.scale = arrays, matrix.apply, matrix.scale
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
         return self._arrays

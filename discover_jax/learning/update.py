@@ -18,7 +18,6 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from discover_jax.exceptions import ConfigError, LearningError
-from discover_jax.hosts.processes import lay_out
 from discover_jax.kernels.spread import rows_axes
 from discover_jax.learning.kl import shape_advantages
 from discover_jax.learning.logprobs import token_logprobs
@@ -26,7 +25,7 @@ from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCT
 from discover_jax.learning.packing import Batch, empty_batch, filled_frac
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.rounding import EXACT_ROUNDING
-from discover_jax.models.sharding import replicated, sharding_for, shardings
+from discover_jax.models.sharding import lay_out, replicated, sharding_for, shardings
 from discover_jax.types import LoweredFunction
 
 Statistics = dict[str, jax.Array]

@@ -1,10 +1,11 @@
 """Keys and values of the tokens so far: pages for full layers, a ring of the last `sliding_window` tokens for sliding ones."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
-from discover_jax.kernels import table
+from discover_jax.kernels import pages
 
 
 @jax.tree_util.register_dataclass
@@ -48,9 +49,15 @@ class Cache:
     lengths_B: jax.Array
 
 
-def copy_page(pool: Pool, source: jax.Array, target: jax.Array) -> Pool:
-    """The pool with page `target` like page `source`, which lies on the same device; nothing happens if `target` is no page."""
-    return Pool(*table.choose("copy_page")(pool.keys_LPKsH, pool.values_LPKsH, source, target))
+def copy_page(pool: Pool, source: jax.Array, target: jax.Array, copy: Callable[..., tuple[jax.Array, jax.Array]] = pages.copy_page) -> Pool:
+    """The pool with page `source` copied to page `target` of the same device; unchanged if `target` is not a page.
+
+    Args:
+      pool: pages.
+      source, target: int32 scalars.
+      copy: the model's kernel, see `Model.copy_page`.
+    """
+    return Pool(*copy(pool.keys_LPKsH, pool.values_LPKsH, source, target))
 
 
 def take_pages(pool: Pool, pages_C: jax.Array) -> Pool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
-from discover_jax.kernels import table
+from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set
 from discover_jax.kernels.mxfp4_tiles import SLABS
 from discover_jax.kernels.packed_attention import ATTENTION
 from discover_jax.kernels.spread import can_spread, row_devices, rows_axes
-from discover_jax.models.cache import Cache, Pool
+from discover_jax.models.cache import Cache, Pool, copy_page
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
 from discover_jax.models.layers import Attention, GptOss, Layer, Pair, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
@@ -25,17 +24,6 @@ from discover_jax.models.sharding import sharding_for, shardings
 EXPERTS = ("packed", "tiled", "dense")
 _LAYER = "layer"
 """Name of a sliding layer's output, for policies of rematerialisation; a full one's is kept by the loop."""
-
-
-def _on_its_devices(method: Callable) -> Callable:
-    """A method of `Model` that chooses kernels for the devices of its mesh."""
-
-    @functools.wraps(method)
-    def chosen(self: "Model", *args: Any) -> Any:
-        with table.spread_over(self.mesh):
-            return method(self, *args)
-
-    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +39,7 @@ class Model:
       mesh: devices over which parameters are laid out, or None for the default device.
       remat: what the backward pass of whole sequences computes again. "pairs": all within a pair of layers, whose input alone is kept;
         "layers": all within a layer but its attention, of which what its backward pass needs is kept, too; "none": nothing.
+      kernels: see kernels.kernel_set; by default the references, spread over the mesh.
 
     In all methods `lora` may be None: the base model.
     """
@@ -61,12 +50,19 @@ class Model:
     experts: str = "dense"
     mesh: Mesh | None = None
     remat: str = "layers"
+    kernels: KernelSet = REFERENCE
 
     def __post_init__(self):
         if self.experts not in EXPERTS:
             raise ConfigError(f"experts = {self.experts!r} is not known; allowed: {', '.join(EXPERTS)}.")
         if self.remat not in REMAT:
             raise ConfigError(f"remat = {self.remat!r} is not known; allowed: {', '.join(REMAT)}.")
+        if self.kernels == REFERENCE:
+            object.__setattr__(self, "kernels", reference_set(self.mesh))
+        if self.kernels.mesh != reference_set(self.mesh).mesh:
+            raise ConfigError(
+                f"The kernels are for the mesh {self.kernels.mesh}, and the model for {self.mesh}. Build both with the same mesh."
+            )
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that jnp.float32 and "float32" hash alike
 
     # Parameters
@@ -93,7 +89,6 @@ class Model:
 
     # Whole sequences
 
-    @_on_its_devices
     def hidden(
         self,
         frozen: Tree,
@@ -156,6 +151,10 @@ class Model:
         shape = (c.num_pairs, pages, c.num_kv_heads, page_size, c.head_size)
         return Pool(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
+    def copy_page(self, pool: Pool, source: jax.Array, target: jax.Array) -> Pool:
+        """The pool with page `source` copied to page `target` of the same device; unchanged if `target` is not a page."""
+        return copy_page(pool, source, target, self.kernels.copy_page)
+
     def init_rings(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """Empty keys and values of the sliding layers of `batch` rows."""
         c = self.config
@@ -181,7 +180,6 @@ class Model:
         sharding = sharding_for(axes, pool.keys_LPKsH.shape, self.mesh)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pool)
 
-    @_on_its_devices
     def prefill(
         self, frozen: Tree, lora: Tree | None, tokens_BC: jax.Array, counts_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache, jax.Array]:
@@ -238,8 +236,7 @@ class Model:
             x_BCD += y_BCD
             attention = pair.full.attention
             q, k, v = self._project_chunk(attention, x_BCD, positions_BC, layer, adapted=adapted)
-            write: Callable = table.choose("write_pages")
-            pool = Pool(*write(pool.keys_LPKsH, pool.values_LPKsH, index, pages_Bm, k, v))
+            pool = Pool(*self.kernels.write_pages(pool.keys_LPKsH, pool.values_LPKsH, index, pages_Bm, k, v))
             x_BCD += attention.attend_chunk(q, pool, index, cache.pages_BM, lengths_B, layer, adapted=adapted)
             y_BCD, second_BCX = pair.full.experts.decode(x_BCD, index, adapted=adapted)
             return (x_BCD + y_BCD, pool), (*rings, self._routes_of_pair(first_BCX, second_BCX))
@@ -251,7 +248,6 @@ class Model:
         x_BD = rms_norm(x_BD, frozen["norm"], c.rms_eps, self.dtype)
         return x_BD, Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1), self._routes_of_token(routes)
 
-    @_on_its_devices
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
         """Reads one more token a row, at position `cache.lengths_B`, for which it must have a page, on a mesh on the row's own device.
 
@@ -284,8 +280,8 @@ class Model:
         ) -> tuple[jax.Array, Pool, jax.Array]:
             stacked = pair if self._stacked else None
             q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, lengths_B[:, None], stacked, adapted=adapted)
-            write: Callable = table.choose("write_token")
-            pool = Pool(*write(pool.keys_LPKsH, pool.values_LPKsH, pair, at["pages"], at["places"], k_B1KH[:, 0], v_B1KH[:, 0]))
+            new = pair, at["pages"], at["places"], k_B1KH[:, 0], v_B1KH[:, 0]
+            pool = Pool(*self.kernels.write_token(pool.keys_LPKsH, pool.values_LPKsH, *new))
             x_BTD += layer.attention.attend_cached(q, pool, pair, at["table"], at["counts"], stacked, adapted=adapted)
             y_BTD, routes_BTX = layer.experts.decode(x_BTD, pair, adapted=adapted)
             return x_BTD + y_BTD, pool, routes_BTX
@@ -378,7 +374,7 @@ class _Declared:
 
 @functools.cache
 def _declared(model: Model) -> _Declared:
-    module = GptOss(model.config, model.lora, model.dtype, form=model.experts)
+    module = GptOss(model.config, model.lora, model.dtype, model.kernels, form=model.experts)
     return _Declared(*nnx.split(module, Frozen, Lora))
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from discover_jax.kernels import table
-from discover_jax.kernels.experts import route_along, route_top
+from discover_jax.kernels.experts import MixtureOfExperts, route_along, route_top
+from discover_jax.kernels.kernel_set import KernelSet
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, restore, words_shape
 from discover_jax.kernels.projections import Stack
 from discover_jax.models.cache import Pool
@@ -80,15 +80,16 @@ class Projection(nnx.Module):
         return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
-def project_stacked(projections: list[Projection], x: jax.Array, layer: jax.Array, *, adapted: bool) -> list[jax.Array]:
-    """One layer of projections to which whole stacks are bound, of the same x [..., in]: float32 [..., out]."""
+def project_stacked(
+    project: Callable[..., list[jax.Array]], projections: list[Projection], x: jax.Array, layer: jax.Array, *, adapted: bool
+) -> list[jax.Array]:
+    """One layer of projections to which whole stacks are bound, by the kernel `project`, of the same x [..., in]: float32 [..., out]."""
 
     def stack(one: Projection) -> Stack:
         assert one.bias is not None, "attention's projections have biases"
         adapter = (one.lora_a[...], one.lora_b[...]) if adapted and one.lora_a is not None and one.lora_b is not None else ()
         return Stack(one.weight[...], one.bias[...], *adapter)
 
-    project: Callable = table.choose("decode_projections")
     ys = project(x.reshape(-1, x.shape[-1]), [stack(one) for one in projections], layer, projections[0].scale)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
@@ -96,8 +97,8 @@ def project_stacked(projections: list[Projection], x: jax.Array, layer: jax.Arra
 class Attention(nnx.Module):
     """Grouped-query attention with a learned sink per head; the caller says which keys each query sees."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig):
-        self.config, self.dtype = config, declare.dtype
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet):
+        self.config, self.dtype, self.kernels = config, declare.dtype, kernels
         d, n, k, h = config.width, config.num_heads, config.num_kv_heads, config.head_size
         options = {"rank": lora.attention_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
@@ -120,7 +121,9 @@ class Attention(nnx.Module):
         if layer is None:
             ys = [one(x_BTD, adapted=adapted) for one in projections]
         else:
-            ys = [y.astype(self.dtype) for y in project_stacked(projections, x_BTD, layer, adapted=adapted)]
+            ys = [
+                y.astype(self.dtype) for y in project_stacked(self.kernels.decode_projections, projections, x_BTD, layer, adapted=adapted)
+            ]
         q, k, v = (y.reshape(*x_BTD.shape[:-1], -1, c.head_size) for y in ys)
         return rotate(q, positions_BT, c), rotate(k, positions_BT, c), v
 
@@ -161,9 +164,9 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """The same of packed rows, to earlier keys of the query's own segment, or the last `window` of them; differentiable."""
         if window is None:
-            out_BTNH = table.choose("packed_attention")(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...])
+            out_BTNH = self.kernels.packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...])
         else:
-            out_BTNH = table.choose("windowed_attention")(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...], window=window)
+            out_BTNH = self.kernels.windowed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...], window=window)
         return self._out(out_BTNH.reshape(*q_BTNH.shape[:2], -1), None, adapted=adapted)
 
     def attend_cached(
@@ -178,8 +181,8 @@ class Attention(nnx.Module):
         adapted: bool,
     ) -> jax.Array:
         """The same for one query a row that sees the first `counts_B` places of the row's pages: [B, 1, D] float32."""
-        read: Callable = table.choose("paged_attention")
-        out_BNH = read(q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks[...])
+        arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks[...]
+        out_BNH = self.kernels.paged_attention(*arguments)
         return self._out(out_BNH.reshape(*q_B1NH.shape[:2], -1), layer, adapted=adapted)
 
     def attend_chunk(
@@ -194,13 +197,13 @@ class Attention(nnx.Module):
         adapted: bool,
     ) -> jax.Array:
         """The same for the queries of positions `lengths_B + c`, each of which sees the row's places up to its own: [B, C, D] float32."""
-        read: Callable = table.choose("prefill_attention")
-        out_BCNH = read(q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks[...])
+        arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks[...]
+        out_BCNH = self.kernels.prefill_attention(*arguments)
         return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
 
     def _out(self, out: jax.Array, layer: jax.Array | None, *, adapted: bool) -> jax.Array:
         if layer is not None:
-            return project_stacked([self.o], out.astype(self.dtype), layer, adapted=adapted)[0]
+            return project_stacked(self.kernels.decode_projections, [self.o], out.astype(self.dtype), layer, adapted=adapted)[0]
         return self.o(out.astype(self.dtype), adapted=adapted, out_dtype=jnp.float32)
 
 
@@ -275,8 +278,8 @@ class ExpertMatrix(nnx.Module):
 class Experts(nnx.Module):
     """Router and experts: sum over each token's top experts of weight * (W2 act(W1 x + b1) + b2)."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, form: str):
-        self.config, self.dtype = config, declare.dtype
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
+        self.config, self.dtype, self.kernels = config, declare.dtype, kernels
         d, e, f = config.width, config.num_experts, config.expert_width
         options = {"form": form, "rank": lora.expert_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
@@ -286,14 +289,14 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
         """Of whole sequences; differentiable. `routes_BTX` are the experts to take; None: those of the largest logits."""
-        return self._moe(table.choose("experts"), x_BTD, routes_BTX, adapted=adapted)[0]
+        return self._moe(self.kernels.experts, x_BTD, routes_BTX, adapted=adapted)[0]
 
     def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
         """Of a few tokens a row, where both matrices are those of a stack of pairs (see `Model.decode`); and the experts [B, T, X]."""
-        return self._moe(table.choose("decode_experts"), x_BTD, adapted=adapted, layer=pair)
+        return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=pair)
 
     def _moe(
-        self, moe: Callable, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool, layer: jax.Array | None = None
+        self, moe: MixtureOfExperts, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool, layer: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
@@ -312,26 +315,26 @@ class Experts(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then experts, each added to the stream. How keys are kept is the caller's affair."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, form: str):
-        self.attention = Attention(declare, config, lora)
-        self.experts = Experts(declare, config, lora, form=form)
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
+        self.attention = Attention(declare, config, lora, kernels)
+        self.experts = Experts(declare, config, lora, kernels, form=form)
 
 
 class Pair(nnx.Module):
     """A sliding layer and a full one: the unit that is stacked and scanned."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, *, form: str):
-        self.sliding = Layer(declare, config, lora, form=form)
-        self.full = Layer(declare, config, lora, form=form)
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
+        self.sliding = Layer(declare, config, lora, kernels, form=form)
+        self.full = Layer(declare, config, lora, kernels, form=form)
 
 
 class GptOss(nnx.Module):
     """All parameters: embedding, stacked pairs, final norm, head. `form` is of the experts' matrices, see `Model.experts`."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, *, form: str):
+    def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, kernels: KernelSet, *, form: str):
         single = Declare(dtype)
         self.embedding = single.weight((config.vocab_size, config.width), ("vocab", "width"), "embedding")
-        self.pairs = Pair(Declare(dtype, config.num_pairs), config, lora, form=form)
+        self.pairs = Pair(Declare(dtype, config.num_pairs), config, lora, kernels, form=form)
         self.norm = single.weight((config.width,), ("width",), "ones")
         self.head = Projection(
             single, config.vocab_size, config.width, ("vocab", "width"), rank=lora.head_rank, alpha=lora.alpha, bias=False

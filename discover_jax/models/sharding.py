@@ -1,7 +1,8 @@
-"""Logical axes of arrays to axes of the mesh: one table for all parameters, caches and batches."""
+"""How arrays are laid out over a mesh: logical axes to mesh axes, in one table for all parameters, caches and batches."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,12 @@ from discover_jax.kernels.spread import ROWS
 
 MESH_AXES = ("data", "expert", "tensor")
 
-# A logical axis that is not named here is replicated by being None.
+# An axis that is replicated must be listed too, with None.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": "data",
     "slots": ROWS,  # rows of the decode batch
-    "pages": ROWS,  # of the cache: a row's pages lie where it does
-    "prompts": None,  # few, and each is read by rollouts all over the mesh
+    "pages": ROWS,  # of the cache: a row and its pages are on the same device
+    "prompts": None,  # few, and rollouts on all devices read each of them
     "experts": "expert",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -37,51 +38,52 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over the first data * expert * tensor of the devices, by default jax's own.
+    """The mesh over the first data * expert * tensor devices, by default jax's own.
 
     Raises:
-      ShardingError: there are fewer devices.
+      ShardingError: there are too few devices.
     """
     shape = (data, expert, tensor)
     devices = jax.devices() if devices is None else devices
     if (needed := int(np.prod(shape))) > len(devices):
         raise ShardingError(
-            f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor);"
-            f" {len(devices)} are there. Lower one."
+            f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), but only {len(devices)} are"
+            " available. Lower one of the three."
         )
     return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES)
 
 
 def mesh_of_run(data: int, expert: int, tensor: int) -> Mesh | None:
-    """The mesh of a run on jax's own devices, of all processes; None for one device of a process that is alone.
+    """The mesh of a run over the devices of all its processes; None for one process with one device.
 
     Raises:
-      ShardingError: there are fewer devices, or some of several processes would have nothing to do.
+      ShardingError: there are too few devices, or a run of several processes would leave some unused.
     """
     needed, processes = data * expert * tensor, jax.process_count()
     if processes == 1:
         return make_mesh(data, expert, tensor) if needed > 1 else None
     if needed != jax.device_count():
         raise ShardingError(
-            f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), and the {processes} processes of"
-            f" this run have {jax.device_count()}. Each takes part with all its devices: make the product {jax.device_count()}."
+            f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), but the {processes} processes of"
+            f" this run have {jax.device_count()}. A run uses all devices of its processes: set config.mesh so that the product is"
+            f" {jax.device_count()}."
         )
     return make_mesh(data, expert, tensor)
 
 
 def spec_for(axes: Sequence[str]) -> PartitionSpec:
-    """Partition of an array with these logical axes.
+    """The partition of an array with these logical axes.
 
     Raises:
-      ShardingError: an axis is not in the table, or two axes of the array fall on the same mesh axis.
+      ShardingError: an axis is not in the table, or two axes map to the same mesh axis.
     """
     taken: dict[str, str] = {}
     for axis in axes:
         if axis not in RULES:
-            raise ShardingError(f"Logical axis {axis!r} is not in the table; known: {', '.join(RULES)}.")
+            raise ShardingError(f"Logical axis {axis!r} is unknown; known: {', '.join(RULES)}. Add it to the table.")
         for mesh_axis in _mesh_axes(RULES[axis]):
             if mesh_axis in taken:
-                raise ShardingError(f"Logical axes {taken[mesh_axis]!r} and {axis!r} of one array both fall on mesh axis {mesh_axis!r}.")
+                raise ShardingError(f"Logical axes {taken[mesh_axis]!r} and {axis!r} of one array both map to mesh axis {mesh_axis!r}.")
             taken[mesh_axis] = axis
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
@@ -90,18 +92,33 @@ def _mesh_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (rule,) if isinstance(rule, str) else rule or ()
 
 
+def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array on a mesh.
+
+    Raises:
+      ShardingError: see `spec_for`; or a size is not divisible by its mesh axis.
+    """
+    spec = spec_for(axes)
+    for axis, size, rule in zip(axes, shape, spec, strict=True):
+        mesh_axes = _mesh_axes(rule)
+        if size % (parts := math.prod(mesh.shape[name] for name in mesh_axes)):
+            named = " x ".join(map(repr, mesh_axes))
+            raise ShardingError(f"Axis {axis!r} of size {size} cannot be split over mesh axis {named} of size {parts}. Choose a divisor.")
+    return NamedSharding(mesh, spec)
+
+
 def shardings(tree: Any) -> Any:
-    """The sharding of each array, abstract or not; None for those that have none."""
+    """The sharding of each array, abstract or not; None where an array has none."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """Whole on every device of a mesh, so that every process can read it; None without a mesh."""
+    """The sharding of an array that every device holds whole, so that every process can read it; None without a mesh."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of abstract ones; those without a sharding are whole on it."""
+    """Bytes that one device holds of these arrays, abstract or not. It holds arrays without a sharding whole."""
 
     def of(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -110,16 +127,32 @@ def local_bytes(tree: Any) -> int:
     return sum(of(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Sharding of an array on a mesh.
+# ---------------------------------------------------------------------- between hosts and devices
 
-    Raises:
-      ShardingError: see `spec_for`; or a size that its mesh axis does not divide.
+
+def lay_out(value: Any, sharding: NamedSharding | None) -> Any:
+    """A host array on the devices. Every process must have the same array, and sends the parts of its own devices.
+
+    Without a sharding, returns the array unchanged.
     """
-    spec = spec_for(axes)
-    for axis, size, rule in zip(axes, shape, spec, strict=True):
-        mesh_axes = _mesh_axes(rule)
-        if size % (parts := math.prod(mesh.shape[name] for name in mesh_axes)):
-            named = " x ".join(map(repr, mesh_axes))
-            raise ShardingError(f"Axis {axis!r} of size {size} cannot be split over mesh axis {named} of size {parts}; choose a divisor.")
-    return NamedSharding(mesh, spec)
+    if sharding is None:
+        return value
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(tree: Any) -> Any:
+    """Device arrays as numpy arrays on every host. All processes must call it, with the same tree."""
+    return jax.device_get(jax.tree.map(_readable, tree))
+
+
+def _readable(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    assert isinstance(leaf.sharding, NamedSharding), "an array of several processes is on a mesh"
+    return _replicate(leaf.sharding.mesh)(leaf)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))

@@ -27,8 +27,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from discover_jax.exceptions import RunError
-from discover_jax.hosts.processes import ALONE, Processes, fetch
+from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
+from discover_jax.models.sharding import fetch
 
 # Orbax reports each save on some ten lines, which would tear the console's display.
 logging.getLogger("absl").setLevel(logging.WARNING)

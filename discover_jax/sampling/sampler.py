@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.kernels import table
 from discover_jax.kernels.spread import row_devices
-from discover_jax.models.cache import Cache, Pool, copy_page, put_pages, take_pages
+from discover_jax.models.cache import Cache, Pool, put_pages, take_pages
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
@@ -40,9 +38,8 @@ def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
 
 
-def _put(mesh: Mesh | None, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
-    with table.spread_over(mesh):
-        return copy_page(pool, source, target), put_row(rows, slot, one)
+def _put(model: Any, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
+    return model.copy_page(pool, source, target), put_row(rows, slot, one)
 
 
 def rows_of(slots: int, rollouts: int, devices: int) -> int:
@@ -145,7 +142,7 @@ class Sampler:
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
         self._prefill = self._jit(model.prefill, "prefill", (whole, read, whole), "cache", taken=(None, None, whole, whole, read))
         self._launch = self._jit(launch, "decode", (pool, rows, whole), "pool", "rows")
-        self._put_row = self._jit(functools.partial(_put, model.mesh), "put_row", (pool, rows), "pool", "rows")
+        self._put_row = self._jit(functools.partial(_put, model), "put_row", (pool, rows), "pool", "rows")
         self._take_rows = self._jit(take_rows, "take_rows", rows)
         self._take_row = self._jit(take_rows, "take_row", one)
         self._take_pages = self._jit(take_pages, "take_pages", whole)

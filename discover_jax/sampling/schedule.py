@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from discover_jax.hosts.processes import fetch
 from discover_jax.models.cache import Cache, Pool
+from discover_jax.models.sharding import fetch
 from discover_jax.sampling.decoding import Drawn, Rows, new_rows
 from discover_jax.sampling.pages import PageAllocator
 from discover_jax.types import Prompt, Rollout, StopReason

@@ -16,8 +16,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from discover_jax.exceptions import ConfigError
 from discover_jax.hosts import processes
-from discover_jax.hosts.processes import fetch, lay_out, least, start
-from discover_jax.models.sharding import mesh_of_run
+from discover_jax.hosts.processes import least, start
+from discover_jax.models.sharding import fetch, lay_out, mesh_of_run
 index = int(sys.argv[2])
 those = start(sys.argv[1], 3, index)
 processes._PART_BYTES = 7  # messages go in many parts

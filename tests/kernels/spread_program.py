@@ -10,7 +10,7 @@ import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
-from discover_jax.kernels import table  # noqa: E402
+from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set  # noqa: E402
 from discover_jax.kernels.spread import row_devices  # noqa: E402
 from discover_jax.models.sharding import make_mesh  # noqa: E402
 
@@ -19,6 +19,8 @@ MESHES = [(1, 4, 1), (2, 2, 1), (2, 1, 2)]
 
 
 class Matrix:
+    scale = 0.0
+
     def __init__(self, weight: jax.Array):
         self.own = {"weight": weight}
 
@@ -57,7 +59,7 @@ def attention(attend: Any, rows: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(passes)(q, k, v))]
 
 
-def cached(op: Any, parts: int, copies: int) -> list[np.ndarray]:
+def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
     """A prompt read into pages of each device, and then tokens decoded, with the pages of a row on its device: what attention gives.
 
     On one device the prompt is read in as many copies.
@@ -74,18 +76,18 @@ def cached(op: Any, parts: int, copies: int) -> list[np.ndarray]:
     # One prompt of three pages, of which the last is half full, into the last three pages of every device.
     prompt_R3 = jnp.asarray([[(device + 1) * own * each - 3 + i for i in range(3)] for device in range(parts)], jnp.int32)
     q, k, v = (jnp.tile(draw(1, 12, heads, head_size), (copies, 1, 1, 1)) for heads in (4, kv_heads, kv_heads))
-    keys, values = op("write_pages")(pool, pool, layer, prompt_R3, k, v)
-    read = op("prefill_attention")(q, keys, values, layer, prompt_R3, jnp.zeros(copies, jnp.int32), sinks)
+    keys, values = jax.jit(kernels.write_pages)(pool, pool, layer, prompt_R3, k, v)
+    read = jax.jit(kernels.prefill_attention)(q, keys, values, layer, prompt_R3, jnp.zeros(copies, jnp.int32), sinks)
     # Rows of two pages and a begun one; a row without a place writes nothing.
     pages_BM = jnp.asarray([[(row // own) * own * each + (row % own) * 3 % (own * each - 3) + i for i in range(3)] for row in range(rows)])
     starts = jnp.arange(rows)
     for place in range(9):
         page_B = jnp.where(starts == 3, rows * each, pages_BM[:, place // size])
         options = (jnp.full(rows, place % size), draw(rows, kv_heads, head_size), draw(rows, kv_heads, head_size))
-        keys, values = op("write_token")(keys, values, layer, page_B.astype(jnp.int32), *options)
+        keys, values = jax.jit(kernels.write_token)(keys, values, layer, page_B.astype(jnp.int32), *options)
     counts_B = jnp.asarray([1, 9, 5, 1, 8, 9, 4, 3], jnp.int32)
     table_BM = pages_BM.at[3].set((3 // own) * own * each + own * each - 3).astype(jnp.int32)  # it reads the prompt's first page
-    out = op("paged_attention")(draw(rows, 4, head_size), keys, values, layer, table_BM, counts_B, sinks)
+    out = jax.jit(kernels.paged_attention)(draw(rows, 4, head_size), keys, values, layer, table_BM, counts_B, sinks)
     return [np.asarray(x) for x in (read[:1], out)]
 
 
@@ -93,16 +95,15 @@ def main() -> None:
     found = {}
     for count in (12, 5):
         for name, run, operation in (("experts", experts, "experts"), ("attention", attention, "windowed_attention")):
-            expected = run(table.choose(operation), count)
+            expected = run(getattr(REFERENCE, operation), count)
             for shape in MESHES:
-                with table.spread_over(make_mesh(*shape)):
-                    found[f"{name} of {count} on {shape}"] = worst(run(table.choose(operation), count), expected)
+                spread = getattr(reference_set(make_mesh(*shape)), operation)
+                found[f"{name} of {count} on {shape}"] = worst(run(spread, count), expected)
     for shape in MESHES:
         mesh = make_mesh(*shape)
         parts = row_devices(mesh)
-        expected = cached(table.choose, parts, parts)
-        with table.spread_over(mesh):
-            found[f"cache on {shape}"] = worst(cached(lambda name: jax.jit(table.choose(name)), parts, 1), expected)
+        expected = cached(REFERENCE, parts, parts)
+        found[f"cache on {shape}"] = worst(cached(reference_set(mesh), parts, 1), expected)
     print(json.dumps(found))
 
 

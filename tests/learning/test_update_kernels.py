@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from discover_jax.kernels import table
+from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.packing import pack
 from discover_jax.models.config import LoraConfig, ModelConfig
@@ -65,9 +65,9 @@ def _same(rng):
 @pytest.mark.accelerator
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize(("routing", "adapter"), [(_any, LoraConfig(8, 4, 8)), (_same, LoraConfig(8, 4, 8)), (_any, LoraConfig(8, 0, 0))])
-def test_gradients_are_within_the_reference_s_own_error(monkeypatch, routing, adapter):
+def test_gradients_are_within_the_reference_s_own_error(routing, adapter):
     rng = np.random.default_rng(0)
-    model = Model(SIZES, adapter, dtype="bfloat16", experts="tiled")
+    model = Model(SIZES, adapter, dtype="bfloat16", experts="tiled", kernels=kernel_set("gpu"))
     frozen, lora = model.init_frozen(jax.random.key(0)), model.init_lora(jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), lora)
     rollouts = [_rollout(rng, index, length, routing(rng)) for index, length in enumerate(LENGTHS)]
@@ -82,8 +82,8 @@ def test_gradients_are_within_the_reference_s_own_error(monkeypatch, routing, ad
             return jax.jit(jax.grad(loss), compiler_options=EXACT_ROUNDING)(lora, frozen)
 
     by_kernels = gradient(model)
-    monkeypatch.setattr(table, "_entry", lambda operation, platform: table.KERNELS[operation, table.REFERENCE])
-    plain, exact = gradient(dataclasses.replace(model, remat="none")), gradient(dataclasses.replace(model, dtype="float32"))
+    reference = dataclasses.replace(model, kernels=REFERENCE)
+    plain, exact = gradient(dataclasses.replace(reference, remat="none")), gradient(dataclasses.replace(reference, dtype="float32"))
 
     def error(got):
         return jax.tree.map(lambda a, b: float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())), got, exact)

@@ -10,8 +10,7 @@ from jax.sharding import AbstractMesh
 from discover_jax.config import default_config
 from discover_jax.engine import build_model
 from discover_jax.exceptions import ConfigError
-from discover_jax.kernels import table
-from discover_jax.kernels.experts import moe_reference
+from discover_jax.kernels.kernel_set import PLATFORMS, Platform, find_kernel, kernel_set
 from discover_jax.kernels.mxfp4_tiles import HIGHEST, SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.folder import load_folder, save_folder
@@ -136,34 +135,36 @@ def test_a_folder_that_tiles_cannot_hold_is_refused(tmp_path, monkeypatch):
 def logged(monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
-    return lines
+    find_kernel.cache_clear()
+    kernel_set.cache_clear()
+    yield lines
+    find_kernel.cache_clear()
+    kernel_set.cache_clear()
 
 
 def _form(sizes=CONFIG, mesh=None, **changes):
     config = default_config()
     for name, value in changes.items():
         config.model[name] = value
-    with table.lowering_for("gpu"):
-        return build_model(config, sizes, mesh).experts
+    return build_model(config, sizes, mesh, platform="gpu").experts
 
 
 def test_tiles_are_taken_where_a_kernel_reads_them(logged, monkeypatch):
-    monkeypatch.setitem(table.KERNELS, ("decode_experts", "gpu"), lambda: None)
-    table._entry.cache_clear()
-    try:
-        assert _form() == "tiled"
-        assert _form(experts="dense") == "dense"
-        assert build_model(default_config(), CONFIG).experts == "packed"  # the CPU has none
-        assert not logged
-        assert _form(dtype="float32") == "packed"
-        assert "bfloat16" in logged.pop()
-        assert _form(sizes=ModelConfig(4, 96, 4, 2, 32, 4, 2, 64, 97, sliding_window=8)) == "packed"
-        assert "128 rows and 96 columns" in logged.pop()
-        assert _form(mesh=AbstractMesh((1, 1, 2), ("data", "expert", "tensor"))) == "packed"
-        assert "config.mesh.tensor = 2" in logged.pop()
-        monkeypatch.setitem(table.KERNELS, ("decode_experts", "gpu"), moe_reference)
-        table._entry.cache_clear()
-        assert _form() == "packed"
-        assert not logged
-    finally:
-        table._entry.cache_clear()
+    # Any function stands for the kernel, which is not called.
+    monkeypatch.setitem(PLATFORMS, "gpu", Platform("jax", {"decode_experts": ("discover_jax.kernels.experts", "gated")}))
+    assert _form() == "tiled"
+    assert _form(experts="dense") == "dense"
+    assert build_model(default_config(), CONFIG).experts == "packed"  # the CPU has none
+    assert not logged
+    assert _form(dtype="float32") == "packed"
+    assert "bfloat16" in logged.pop()
+    assert _form(sizes=ModelConfig(4, 96, 4, 2, 32, 4, 2, 64, 97, sliding_window=8)) == "packed"
+    assert "128 rows and 96 columns" in logged.pop()
+    assert _form(mesh=AbstractMesh((1, 1, 2), ("data", "expert", "tensor"))) == "packed"
+    assert all("decode_experts" in line and "config.mesh.tensor = 2" in line for line in logged)
+
+
+def test_platforms_without_a_kernel_keep_the_packed_form(logged, monkeypatch):
+    monkeypatch.setitem(PLATFORMS, "gpu", Platform("jax", {}))
+    assert _form() == "packed"
+    assert not logged

@@ -11,7 +11,7 @@ import pytest
 from scipy import special, stats
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.models.cache import Pool
+from discover_jax.models.cache import Pool, copy_page
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
 from discover_jax.sampling.decoding import SecondPhase
@@ -52,6 +52,9 @@ class Chain:
 
     def cast(self, lora):
         return lora
+
+    def copy_page(self, pool, source, target):
+        return copy_page(pool, source, target)
 
     def prefill(self, frozen, lora, tokens_BC, counts_B, cache):
         last_B = jnp.take_along_axis(tokens_BC, counts_B[:, None] - 1, axis=1)

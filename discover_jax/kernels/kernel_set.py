@@ -1,0 +1,180 @@
+"""The kernels of a model: one implementation per operation, chosen once for a platform and a mesh.
+
+To add a platform, add an entry to `PLATFORMS`. To add an operation, add a field to `KernelSet`, its reference to `REFERENCE`, and the way
+in which it is spread over a mesh to `spread.SPREAD`.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import AbstractMesh, Mesh
+
+from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
+from discover_jax.kernels.experts import MixtureOfExperts, moe_reference
+from discover_jax.kernels.fallback import SLOWER
+from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
+from discover_jax.kernels.pages import copy_page, write_pages, write_token
+from discover_jax.kernels.projections import project_reference
+from discover_jax.kernels.spread import SPREAD, can_spread
+
+AnyMesh = Mesh | AbstractMesh
+Attend = Callable[..., jax.Array]
+Write = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSet:
+    """One implementation per operation. Two sets for the same platform and mesh are equal, so jit's cache recognises them.
+
+    Attributes:
+      write_token, paged_attention: one token a row.
+      write_pages, prefill_attention: several tokens a row.
+      copy_page: one page of the cache.
+      packed_attention, windowed_attention, experts: whole sequences; differentiable.
+      decode_experts, decode_projections: one token a row, or a chunk of a prompt.
+      mesh: devices over which the operations are spread; None for one device.
+      kernels: operations that do not use the reference.
+    """
+
+    write_token: Write
+    write_pages: Write
+    copy_page: Write
+    paged_attention: Attend
+    prefill_attention: Attend
+    packed_attention: Attend
+    windowed_attention: Attend
+    experts: MixtureOfExperts
+    decode_projections: Callable[..., list[jax.Array]]
+    decode_experts: MixtureOfExperts
+    mesh: AnyMesh | None = None
+    kernels: frozenset[str] = frozenset()
+
+
+REFERENCE = KernelSet(
+    write_token=write_token,
+    write_pages=write_pages,
+    copy_page=copy_page,
+    paged_attention=paged_attention_reference,
+    prefill_attention=prefill_attention_reference,
+    packed_attention=packed_attention_reference,
+    windowed_attention=windowed_attention_reference,
+    experts=moe_reference,
+    decode_projections=project_reference,
+    decode_experts=moe_reference,
+)
+"""Plain JAX on one device. It works on every platform, and tests compare kernels with it."""
+
+OPERATIONS = tuple(field.name for field in dataclasses.fields(KernelSet) if field.name not in ("mesh", "kernels"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """The kernels of one platform.
+
+    Attributes:
+      package: must be importable, besides what the modules import.
+      functions: operation -> (module, function).
+    """
+
+    package: str
+    functions: Mapping[str, tuple[str, str]]
+
+
+PLATFORMS = {
+    "gpu": Platform(
+        "jax_triton",  # its import also fails if jax has no support for CUDA
+        {
+            "paged_attention": ("discover_jax.kernels.attention_decode", "paged_attention"),
+            "packed_attention": ("discover_jax.kernels.attention_update", "packed_attention"),
+            "windowed_attention": ("discover_jax.kernels.attention_update", "windowed_attention"),
+            "experts": ("discover_jax.kernels.experts_update", "moe_update"),
+            "decode_projections": ("discover_jax.kernels.projections_decode", "project"),
+            "decode_experts": ("discover_jax.kernels.experts_decode", "moe_decode"),
+        },
+    ),
+}
+"""jax's platform name -> its kernels. Other platforms use the references."""
+
+
+@functools.cache
+def find_kernel(operation: str, platform: str) -> tuple[Callable[..., Any] | None, str]:
+    """A platform's kernel, or None and why it cannot be imported; the reason is empty if the platform does not have one."""
+    if platform not in PLATFORMS or operation not in PLATFORMS[platform].functions:
+        return None, ""
+    module, function = PLATFORMS[platform].functions[operation]
+    try:
+        importlib.import_module(PLATFORMS[platform].package)
+        return getattr(importlib.import_module(module), function), ""
+    except ImportError as error:
+        missing = error.name or PLATFORMS[platform].package
+        return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[kernels]."
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """An operation's implementation, spread over a mesh. Unlike a closure it can be compared.
+
+    Attributes:
+      spread: see `spread.SPREAD`.
+      function: the implementation for one device.
+      mesh: the devices.
+    """
+
+    spread: Callable[[Callable[..., Any], Any], Callable[..., Any]]
+    function: Callable[..., Any]
+    mesh: AnyMesh
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.spread(self.function, self.mesh)(*args, **options)
+
+
+def _over(mesh: AnyMesh | None) -> AnyMesh | None:
+    """The mesh if it has several devices."""
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
+def _gather(kernels: Mapping[str, Callable[..., Any]], mesh: AnyMesh | None) -> KernelSet:
+    """These kernels, and the references of the other operations. XLA splits the references that cannot be spread."""
+    functions: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        function = kernels.get(operation, getattr(REFERENCE, operation))
+        if mesh is not None and can_spread(operation, mesh):
+            function = Spread(SPREAD[operation], function, mesh)
+        functions[operation] = function
+    return KernelSet(**functions, mesh=mesh, kernels=frozenset(kernels))
+
+
+def reference_set(mesh: AnyMesh | None = None) -> KernelSet:
+    """The references, spread over a mesh."""
+    return _gather({}, _over(mesh))
+
+
+@functools.cache
+def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
+    """The fastest implementations for a platform and a mesh. The log names each of them, with the reason where a kernel is not used.
+
+    Args:
+      platform: as jax names it: "cpu", "gpu", "tpu".
+      mesh: devices over which arrays are laid out; None for one device.
+    """
+    mesh = _over(mesh)
+    kernels: dict[str, Callable[..., Any]] = {}
+    without: dict[str, list[str]] = collections.defaultdict(list)
+    for operation in OPERATIONS:
+        kernel, reason = find_kernel(operation, platform)
+        if kernel is not None and mesh is not None and not can_spread(operation, mesh):
+            kernel, reason = None, f"config.mesh.tensor = {mesh.shape['tensor']} splits its matrices."
+        if kernel is not None:
+            kernels[operation] = kernel
+        elif reason:
+            without[reason].append(operation)
+        logging.info("kernel of %s on %s: %s", operation, platform, "reference" if kernel is None else platform)
+    for reason, operations in without.items():
+        logging.warning("kernel of %s on %s: %s, because %s", ", ".join(operations), platform, SLOWER, reason)
+    return _gather(kernels, mesh)

@@ -1,0 +1,107 @@
+"""The set of kernels of a platform: what it holds, that sets can be compared, and what the log says."""
+
+import sys
+
+import jax
+import pytest
+from absl import logging
+from jax.sharding import AbstractMesh
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.kernels.kernel_set import OPERATIONS, PLATFORMS, REFERENCE, Platform, find_kernel, kernel_set, reference_set
+from discover_jax.kernels.spread import SPREAD
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.gpt_oss import Model
+
+SIZES = ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, 61, sliding_window=16)
+
+
+def _clear():
+    find_kernel.cache_clear()
+    kernel_set.cache_clear()
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    _clear()
+    yield lines
+    _clear()
+
+
+def _mesh(data, expert, tensor):
+    return AbstractMesh((data, expert, tensor), ("data", "expert", "tensor"))
+
+
+def test_a_platform_without_kernels_uses_the_references(logged):
+    assert kernel_set("cpu") == REFERENCE
+    assert kernel_set("another platform", _mesh(1, 1, 1)) == REFERENCE
+    assert not logged
+
+
+def test_a_platform_replaces_the_references_that_it_has_kernels_for(logged, monkeypatch):
+    monkeypatch.setitem(PLATFORMS, "tpu", Platform("jax", {"experts": ("discover_jax.kernels.experts", "gated")}))
+    found = kernel_set("tpu")
+    assert found.experts is not REFERENCE.experts
+    assert found.kernels == {"experts"}
+    assert all(getattr(found, name) is getattr(REFERENCE, name) for name in OPERATIONS if name != "experts")
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 4, 1), (2, 1, 2)])
+def test_sets_of_one_platform_and_mesh_are_equal(logged, mesh):
+    sets = []
+    for _ in range(2):
+        _clear()
+        sets.append(kernel_set("cpu", mesh and _mesh(*mesh)))
+    assert sets[0] is not sets[1]
+    assert sets[0] == sets[1]
+    assert hash(sets[0]) == hash(sets[1])
+    assert sets[0] != reference_set(_mesh(4, 1, 1))
+
+
+def test_operations_that_a_mesh_splits_use_the_reference_and_the_log_says_why(logged, monkeypatch):
+    functions = dict.fromkeys(("experts", "windowed_attention"), ("discover_jax.kernels.experts", "gated"))
+    monkeypatch.setitem(PLATFORMS, "tpu", Platform("jax", functions))
+    found = kernel_set("tpu", _mesh(1, 1, 2))
+    assert found.experts is REFERENCE.experts
+    assert found.kernels == {"windowed_attention"}
+    (line,) = logged
+    assert "experts" in line
+    assert "config.mesh.tensor" in line
+
+
+def test_a_missing_package_is_named_once_and_the_references_run(logged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    assert kernel_set("gpu") == kernel_set("gpu") == REFERENCE
+    (line,) = logged
+    assert "jax_triton" in line
+    assert "discover_jax[kernels]" in line
+    assert all(operation in line for operation in PLATFORMS["gpu"].functions)
+
+
+def test_every_operation_has_a_way_to_be_spread():
+    assert set(SPREAD) == set(OPERATIONS)
+
+
+def test_a_model_is_built_with_the_kernels_of_its_mesh():
+    mesh = _mesh(2, 1, 1)
+    assert Model(SIZES) == Model(SIZES, kernels=kernel_set("cpu"))
+    assert Model(SIZES, mesh=mesh).kernels == reference_set(mesh)
+    assert hash(Model(SIZES, mesh=mesh)) == hash(Model(SIZES, mesh=mesh, kernels=kernel_set("cpu", mesh)))
+    with pytest.raises(ConfigError, match="mesh"):
+        Model(SIZES, kernels=reference_set(mesh))
+
+
+def test_models_with_equal_sets_share_compilations():
+    traced = []
+
+    def count(model, x):
+        traced.append(model)
+        return x
+
+    jitted = jax.jit(count, static_argnums=0)
+    for _ in range(2):
+        _clear()
+        jitted(Model(SIZES, kernels=kernel_set("cpu")), 1.0)
+    assert len(traced) == 1
