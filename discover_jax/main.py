@@ -36,7 +36,7 @@ from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.restore import RunState, restore
 from discover_jax.runs.source import Source, find_source
 from discover_jax.runs.summary import Result, opening_lines, scale_warning
-from discover_jax.runs.tracking import Trackers, open_trackers
+from discover_jax.runs.tracking import Trackers, WandbSettings, open_trackers
 from discover_jax.runs.workdir import Workdir, open_shared_workdir
 from discover_jax.stages import (
     Run,
@@ -74,12 +74,19 @@ def run(config: Any, folder: Path, processes: Processes = ALONE, *, kind: RunKin
         _check_agreement(processes, config, kind)
         with (
             open_shared_workdir(folder, settings.flatten(config), kind.value, processes) as workdir,
-            open_trackers(config, workdir, kind.value, leads=processes.leads) as trackers,
+            open_trackers(workdir, _wandb(config, kind), leads=processes.leads) as trackers,
             _prepared(config, workdir, processes, kind, console, trackers) as (prepared, policy, frontiers),
         ):
             discover(prepared, policy, frontiers)
     finally:
         console.close()
+
+
+def _wandb(config: Any, kind: RunKind) -> WandbSettings | None:
+    tracking = config.tracking
+    if tracking.wandb == "off":
+        return None
+    return WandbSettings(tracking.wandb, tracking.project, tracking.entity, config.name, kind.value, settings.flatten(config))
 
 
 def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> None:
@@ -121,7 +128,7 @@ def _prepared(
     """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
     processes.agree("the prepared tables and answers", [task.fingerprint for task in tasks], "Give all hosts the same raw data.")
-    source = find_source(config, tasks, workdir, processes)
+    source = find_source(config.train.resume_from, tasks, workdir, processes)
     with _executor(config, tasks, workdir, processes) as executor:
         hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe()})
         ways = tuple(dict.fromkeys(host["way"] for host in hosts if host["slots"]))

@@ -171,20 +171,65 @@ class Journal:
             raise RunError(f"The journal {self._path} cannot be read ({error}).") from error
 
     def _parse(self, data: bytes) -> list[Attempt]:
-        """The rows of whole lines."""
-        attempts = []
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-            try:
-                attempts.append(from_json(line.decode()))
-            except (RunError, UnicodeDecodeError) as error:
-                raise RunError(
-                    f"Line {number} of the journal {self._path} is broken: {error} Put the original back, or start a new run in"
-                    " another folder."
-                ) from error
-        return attempts
+        """The rows of complete lines."""
+        return _parse(self._path, data)
 
     def _too_short(self, position: int, size: int) -> str:
         return (
             f"The journal {self._path} has {size} bytes, but the checkpoint was made when it had {position}: rows were deleted."
             " Put the whole journal back, or start a new run in another folder."
         )
+
+
+class JournalReader:
+    """Reads a journal that grows: each `read` parses only the rows appended since the one before."""
+
+    def __init__(self, path: Path):
+        self._path = Path(path)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._file_id: tuple[int, int] | None = None  # device and inode
+        self._offset = 0
+        self._last_line = b""  # ends at `_offset`
+        self._attempts: list[Attempt] = []
+
+    def read(self) -> list[Attempt]:
+        """All rows, oldest first: what `Journal.read` returns. Starts over if the file was replaced or cut back.
+
+        Raises:
+          RunError: a complete line is damaged, or the file cannot be read.
+        """
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                file.seek(self._offset - len(self._last_line))
+                if self._file_id != (status.st_dev, status.st_ino) or file.read(len(self._last_line)) != self._last_line:
+                    self._forget()
+                    self._file_id = (status.st_dev, status.st_ino)
+                    file.seek(0)
+                data = file.read()
+        except FileNotFoundError:
+            self._forget()
+            return []
+        except OSError as error:
+            raise RunError(f"The journal {self._path} cannot be read ({error}).") from error
+        complete = data[: data.rfind(b"\n") + 1]
+        self._attempts += _parse(self._path, complete, first_line=len(self._attempts) + 1)
+        if complete:
+            self._offset += len(complete)
+            self._last_line = complete[complete.rfind(b"\n", 0, -1) + 1 :]
+        return list(self._attempts)
+
+
+def _parse(path: Path, data: bytes, first_line: int = 1) -> list[Attempt]:
+    """The rows of complete lines; `first_line` is the number of the first one in the file."""
+    attempts = []
+    for number, line in enumerate(data.split(b"\n")[:-1], start=first_line):
+        try:
+            attempts.append(from_json(line.decode()))
+        except (RunError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"Line {number} of the journal {path} is damaged: {error} Restore the original, or start a new run in another directory."
+            ) from error
+    return attempts

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax import config as settings
+from discover_jax.archive.journal import JournalReader
 from discover_jax.files import write_atomic
 from discover_jax.report.panels import panels_of
 from discover_jax.report.program_table import pack
@@ -58,6 +59,31 @@ def write_report(folder: Path, compare: Sequence[Path] = (), out: Path | None = 
     path = out or Path(folder) / (COMPARISON if compare else NAME)
     write_atomic(path, render([read_record(each) for each in (folder, *compare)]).encode())
     return path
+
+
+class ReportWriter:
+    """Writes the report of a running run again and again; each time it parses only the journal's new rows.
+
+    Args:
+      folder: of the run.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = Path(folder)
+        self._journal = JournalReader(self._folder / "journal.jsonl")
+
+    def write(self) -> Path:
+        """Writes report.html: the same bytes as `write_report`.
+
+        Returns:
+          The file's path.
+
+        Raises:
+          RunError: see `write_report`.
+        """
+        path = self._folder / NAME
+        write_atomic(path, render([read_record(self._folder, self._journal)]).encode())
+        return path
 
 
 def render(records: Sequence[RunRecord]) -> str:

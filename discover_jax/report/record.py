@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from discover_jax.archive.journal import Journal
+from discover_jax.archive.journal import JournalReader
 from discover_jax.exceptions import RunError
 from discover_jax.records import from_row, parse_json
 from discover_jax.runs.best import bundle_dir
@@ -87,8 +87,12 @@ class RunRecord:
         return list(dict.fromkeys([*self.disclosed, *(attempt.task for attempt in self.attempts)]))
 
 
-def read_record(folder: Path) -> RunRecord:
-    """Reads a run's folder, be the run finished, broken off or under way. Rows that are only half written are left out.
+def read_record(folder: Path, journal: JournalReader | None = None) -> RunRecord:
+    """Reads the directory of a run that finished, was interrupted or is running. Incomplete rows are skipped.
+
+    Args:
+      folder: of the run.
+      journal: a reader of its journal that earlier calls used, so that only new rows are parsed; None parses all rows.
 
     Raises:
       RunError: there is no run, or one of its files is damaged; with the file and what to do.
@@ -96,7 +100,7 @@ def read_record(folder: Path) -> RunRecord:
     folder = Path(folder).absolute()
     kind, config = _read_config(folder)
     metrics = read_metrics(folder / "metrics.jsonl")
-    attempts = Journal(folder / "journal.jsonl").read()
+    attempts = (journal or JournalReader(folder / "journal.jsonl")).read()
     content = read_disclosure(folder)
     disclosed = _disclosed(folder, content)
     missing = []

@@ -1,4 +1,4 @@
-"""The run that another one goes on from (`train.resume_from`): whether it may, and what comes along beside the checkpoint."""
+"""The run that another one continues (`train.resume_from`): compatibility checks, and what the new run takes over."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from discover_jax.types import Attempt
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A run to go on from.
+    """A run to continue.
 
     Attributes:
-      path: its folder.
+      path: its directory.
       step: of its last checkpoint.
-      host: the host's part of that.
-      isolation: how its programs were isolated, which the new run's scores depend on, too.
+      host: host state of that checkpoint.
+      isolation: how its programs were isolated; the new run's scores depend on it.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Source:
     isolation: Isolation
 
     def disclosed(self) -> dict[str, Any]:
-        """For disclosure.json: the adapter may have learned from the answers of other competitions than the run's own."""
+        """For disclosure.json: the adapter may have learned from the answers of other competitions."""
         return {
             "run": str(self.path),
             "steps": self.step + 1,
@@ -46,25 +46,29 @@ class Source:
         }
 
 
-def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir, processes: Processes = ALONE) -> Source | None:
-    """The run in `train.resume_from`, once it is known that its scores can go on; to be called before anything slow, such as weights.
+def find_source(resume_from: str, tasks: Sequence[Task], workdir: Workdir, processes: Processes = ALONE) -> Source | None:
+    """The run in `config.train.resume_from`, checked to be compatible. Call it before anything slow, such as loading weights.
+
+    Args:
+      resume_from: directory of the run; "" for none.
+      tasks, workdir, processes: of the new run.
 
     Returns:
-      None for a run that starts from nothing, or that has checkpoints of its own: it resumes from these, and needs the other run no more.
+      None for a run that starts fresh, or that has checkpoints of its own: it resumes from those and no longer needs the other run.
 
     Raises:
-      RunError: there is no such run or no checkpoint of it; other rows made its scores; or it does not say how programs were isolated.
+      RunError: there is no such run or it has no checkpoint; other rows made its scores; or it does not say how programs were isolated.
     """
-    if not config.train.resume_from or processes.from_first(lambda: bool(steps_in(workdir.checkpoints_dir))):
+    if not resume_from or processes.from_first(lambda: bool(steps_in(workdir.checkpoints_dir))):
         return None
-    path = Path(config.train.resume_from).expanduser()
+    path = Path(resume_from).expanduser()
     given = f"config.train.resume_from = {str(path)!r}"
     there = (path / "checkpoints").is_dir()
     earlier = Checkpoints(path / "checkpoints", keep=1, every=0, read_only=True, processes=processes) if there else None
     if earlier is None or (latest := earlier.latest()) is None:
         raise RunError(
-            f"{given} holds no checkpoint. Give the folder of a run that finished at least one step, or leave it empty to start from"
-            " nothing."
+            f"{given} has no checkpoint. Give the directory of a run that finished at least one step, or leave the setting empty to start"
+            " fresh."
         )
     try:
         _, row = earlier.restore(latest, None)
@@ -76,14 +80,14 @@ def find_source(config: Any, tasks: Sequence[Task], workdir: Workdir, processes:
         host.archive,
         tasks,
         what=f"The run in {given}",
-        remedy="Give this run the settings and the data of that one, or leave config.train.resume_from empty to start from nothing; name"
-        " another folder by --workdir either way.",
+        remedy="Give this run the settings and data of that one, or leave config.train.resume_from empty to start fresh. Name another"
+        " directory by --workdir in both cases.",
     )
     isolation = read_isolation(path)
     if isolation is None:
         raise RunError(
-            f"{given} has no disclosure.json, so it is not known how its programs were isolated, on which this run's scores would depend,"
-            " too. Put the file back, or leave config.train.resume_from empty to start from nothing."
+            f"{given} has no disclosure.json, so it is unknown how its programs were isolated. This run's scores would depend on them."
+            " Restore the file, or leave config.train.resume_from empty to start fresh."
         )
     return Source(path, latest, host, isolation)
 
@@ -96,16 +100,16 @@ def bring_best(
     reruns: Mapping[str, str],
     console: Console,
 ) -> None:
-    """Writes the best/ of the programs that the source found best, so that a run which finds no better one has it, too.
+    """Copies best/ of the source's best programs, for a run that finds no better one.
 
     Args:
-      frontiers: by competition, of the new run at its beginning.
-      attempts: rows of the journal that came along.
-      reruns: the text of rerun.sh by competition.
+      frontiers: by competition, of the new run before its first step.
+      attempts: rows of the source's journal.
+      reruns: text of rerun.sh by competition.
       console: told where the source's best/ does not hold the best program of its journal.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: best/ cannot be written.
     """
     for id, frontier in frontiers.items():
         if (best := frontier.best) is None:

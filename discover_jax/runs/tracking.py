@@ -1,39 +1,38 @@
-"""Where else the rows of metrics.jsonl go: always into event files for TensorBoard; to Weights & Biases only where the config says so."""
+"""Trackers of a run's metrics: TensorBoard event files always, Weights & Biases if the config requests it."""
 
 import contextlib
+import dataclasses
 import os
 import secrets
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from discover_jax import config as settings
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.files import write_atomic
+from discover_jax.runs.event_files import EventFile
 from discover_jax.runs.metrics import scalars
 from discover_jax.runs.workdir import Workdir
 
 
 class Tracker(Protocol):
-    """One place for rows of metrics."""
+    """A destination for metrics rows."""
 
     def begin(self, step: int) -> None:
-        """Rows from `step` on will come; what the place already has of them is of a start that was cut short, and counts no more."""
+        """Rows from `step` on follow. Rows of these steps from an interrupted start no longer count."""
         ...
 
     def write(self, row: dict[str, Any]) -> None:
-        """Takes a row; when this returns, a kill of the process loses nothing of it."""
+        """Takes a row; once this returns, a kill of the process does not lose it."""
         ...
 
     def close(self, failed: bool) -> None:
-        """No more rows will come."""
+        """No more rows follow."""
         ...
 
 
 class Trackers:
-    """All places of a run together; none in a process that does not lead."""
+    """All trackers of a run; none in processes other than the first."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()):
         self._trackers = tuple(trackers)
@@ -54,24 +53,43 @@ class Trackers:
             tracker.close(failed)
 
 
+@dataclasses.dataclass(frozen=True)
+class WandbSettings:
+    """Settings of the run at Weights & Biases.
+
+    Attributes:
+      mode: "online" or "offline".
+      project, entity: where it belongs; an empty entity is the user's own.
+      name: of the run.
+      kind: "train" or "search".
+      config: every setting of the run by its dotted name; it is sent along.
+    """
+
+    mode: str
+    project: str
+    entity: str
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+
+
 @contextlib.contextmanager
-def open_trackers(config: Any, workdir: Workdir, kind: str, *, leads: bool) -> Iterator[Trackers]:
-    """The places that the config names; closed on leaving the context, however it is left.
+def open_trackers(workdir: Workdir, wandb: WandbSettings | None, *, leads: bool) -> Iterator[Trackers]:
+    """The trackers of a run, closed when the context ends.
 
     Args:
-      config: validated.
       workdir: of the run.
-      kind: "train" or "search".
-      leads: whether this is the run's first process, which alone tells anyone.
+      wandb: None leaves W&B out.
+      leads: whether this is the run's first process; the others have no trackers.
 
     Raises:
-      ConfigError: W&B is asked for, and is not installed, or nobody is logged in.
+      ConfigError: W&B is requested, but it is not installed or nobody is logged in.
     """
     trackers: list[Tracker] = []
     if leads:
         trackers.append(EventFiles(workdir.tensorboard_dir))
-        if config.tracking.wandb != "off":
-            trackers.append(WandbRun(config, workdir.path, kind))
+        if wandb is not None:
+            trackers.append(WandbRun(wandb, workdir.path))
     opened, failed = Trackers(trackers), True
     try:
         yield opened
@@ -81,30 +99,21 @@ def open_trackers(config: Any, workdir: Workdir, kind: str, *, leads: bool) -> I
 
 
 class EventFiles:
-    """TensorBoard's files: one for each start of the run, whose first event tells TensorBoard to drop what earlier ones have of its steps.
-
-    Written at once and in this thread: tensorboardX's SummaryWriter leaves that to another, and would wait for ever for one that met a
-    full disk.
-    """
+    """TensorBoard's event files: one for each start of the run. Rows are written at once, in the calling thread."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._tensorboard = _tensorboard()
-        self._file: Any = None
+        self._file: EventFile | None = None
 
     def begin(self, step: int) -> None:
-        """Makes the folder and a file.
+        """Makes the directory and a file.
 
         Raises:
           RunError: the disk is full or fails.
         """
-        event, log, events_writer, _ = self._tensorboard
-        with self._told_as_run_error():
+        with self._run_errors():
             self._folder.mkdir(exist_ok=True)
-            self._file = events_writer(str(self._folder / "events"), f".{step:06d}")
-            start = log(status=log.START)
-            self._file.write_event(event(wall_time=time.time(), step=step, session_log=start))
-            self._file.flush()
+            self._file = EventFile(self._folder, step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds the row's numbers under their names.
@@ -112,66 +121,47 @@ class EventFiles:
         Raises:
           RunError: the disk is full or fails.
         """
-        event, _, _, summary = self._tensorboard
-        with self._told_as_run_error():
-            values = [summary.Value(tag=name, simple_value=value) for name, value in scalars(row).items()]
-            self._file.write_event(event(wall_time=time.time(), step=row["step"], summary=summary(value=values)))
-            self._file.flush()
+        assert self._file is not None, "begin() comes first"
+        with self._run_errors():
+            self._file.write(row["step"], scalars(row))
 
     def close(self, failed: bool) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # every row was flushed, and told of if it could not be
+            with contextlib.suppress(OSError):  # every row was flushed, or its failure raised
                 self._file.close()
 
     @contextlib.contextmanager
-    def _told_as_run_error(self) -> Iterator[None]:
+    def _run_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise RunError(
-                f"Events for TensorBoard could not be written to {self._folder} ({error}). Free some space, then start the same command"
-                " again: it resumes at the last checkpoint."
+                f"Cannot write TensorBoard events to {self._folder} ({error}). Free some space, then start the same command again: it"
+                " resumes at the last checkpoint."
             ) from error
 
 
-def _tensorboard() -> tuple[Any, Any, Any, Any]:
-    """Of tensorboardX: Event, SessionLog, EventsWriter, Summary. Torch is hidden from it meanwhile: where it is installed it would be
-    imported, for three seconds and hundreds of megabytes, for the sake of a type in an annotation."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
-    try:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # protobuf makes them
-        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return Event, SessionLog, EventsWriter, Summary
-
-
 _WANDB_ID = "wandb_id"
-"""File of the run's folder that keeps the id under which W&B knows it."""
+"""File in the run directory with the run's id at W&B."""
 
 
 class WandbRun:
-    """The run at Weights & Biases: metrics and settings (paths among them) go there, and its package adds the host's name and versions;
-    code, prompts, programs, console and load of the machine do not. Steps that it already has are not sent again.
+    """The run at Weights & Biases. It gets the metrics and settings (paths included), and its package adds the host's name and versions.
+    It does not get code, prompts, programs, console output or machine statistics. Steps that it already has are not sent again.
 
     Args:
-      config: validated; `tracking.wandb` is "online" or "offline".
-      folder: the run's.
-      kind: "train" or "search".
+      settings: of the run there.
+      folder: the run directory.
 
     Raises:
       ConfigError: wandb is not installed, or nobody is logged in.
     """
 
-    def __init__(self, config: Any, folder: Path, kind: str):
-        mode = config.tracking.wandb
-        instead = "or set config.tracking.wandb='off'; a run that has begun may be resumed so, too."
-        # Its reports on itself would tell of this machine, too, and offline mode alone does not hold all of them back.
+    def __init__(self, settings: WandbSettings, folder: Path):
+        mode = settings.mode
+        instead = "or set config.tracking.wandb='off'; this works for a resumed run, too."
+        # wandb's error reports would describe this machine; offline mode does not disable all of them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb  # pyright: ignore[reportMissingImports]
@@ -186,46 +176,46 @@ class WandbRun:
             try:
                 known = wandb.login(prompt=False, verify=True)
             except wandb.Error as error:
-                raise ConfigError(f"config.tracking.wandb = 'online', but W&B refuses the login ({error}). Mend it, {instead}") from error
+                raise ConfigError(f"config.tracking.wandb = 'online', but W&B refuses the login ({error}). Fix it, {instead}") from error
             if not known:
                 raise ConfigError(
-                    "config.tracking.wandb = 'online', but nobody is logged in at W&B here (or WANDB_MODE says otherwise). Run `wandb"
+                    "config.tracking.wandb = 'online', but nobody is logged in to W&B here (or WANDB_MODE overrides it). Run `wandb"
                     f" login`, set WANDB_API_KEY, use config.tracking.wandb='offline', {instead}"
                 )
-        self._wandb, self._config, self._folder, self._kind, self._mode = wandb, config, folder, kind, mode
+        self._wandb, self._settings, self._folder = wandb, settings, folder
         self._run: Any = None
 
     def begin(self, step: int) -> None:
-        """Begins the run there, or goes on with it.
+        """Starts or resumes the run there.
 
         Raises:
-          RunError: W&B does not answer, or the id cannot be kept.
+          RunError: W&B does not answer, or the id cannot be stored.
         """
-        wandb, tracking = self._wandb, self._config.tracking
+        wandb, settings = self._wandb, self._settings
         quiet = {"console": "off", "silent": True, "disable_git": True, "disable_code": True, "save_code": False}
-        unsaid = {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False}
+        private = {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False}
         try:
             self._run = wandb.init(
-                project=tracking.project,
-                entity=tracking.entity or None,
-                name=self._config.name,
-                job_type=self._kind,
+                project=settings.project,
+                entity=settings.entity or None,
+                name=settings.name,
+                job_type=settings.kind,
                 id=self._id(),
                 resume="allow",
                 dir=str(self._folder),
-                config=settings.flatten(self._config),
-                mode=self._mode,
-                settings=wandb.Settings(**quiet, **unsaid),
+                config=dict(settings.config),
+                mode=settings.mode,
+                settings=wandb.Settings(**quiet, **private),
             )
         except wandb.Error as error:
             raise RunError(
-                f"The run could not begin at W&B ({error}). Start the same command again, or with config.tracking.wandb='off' or"
-                " 'offline': it resumes at the last checkpoint."
+                f"Cannot start the run at W&B ({error}). Start the same command again, or with config.tracking.wandb='off' or 'offline':"
+                " it resumes at the last checkpoint."
             ) from error
 
     def write(self, row: dict[str, Any]) -> None:
-        """Hands the row's numbers over; W&B's own process sends them when it can."""
-        # A step below its own W&B would ignore, too, but with a warning for each number.
+        """Hands over the row's numbers; W&B's own process sends them."""
+        # W&B ignores steps below its own, but warns for each number.
         if row["step"] >= self._run.step:
             self._run.log(scalars(row), step=row["step"], commit=True)
 
@@ -235,11 +225,11 @@ class WandbRun:
             self._run.finish(exit_code=1 if failed else 0)
 
     def _id(self) -> str:
-        """Of the run at W&B: drawn at the first start that asks for it, and kept in the run's folder."""
+        """The run's id at W&B: drawn at the first start that needs it, then kept in the run directory."""
         path = self._folder / _WANDB_ID
         if not path.exists():
             write_atomic(path, f"{secrets.token_hex(8)}\n".encode())
         try:
             return path.read_text().strip()
         except OSError as error:
-            raise RunError(f"{path}, which keeps the run's id at W&B, cannot be read ({error}).") from error
+            raise RunError(f"Cannot read {path}, which holds the run's id at W&B ({error}).") from error

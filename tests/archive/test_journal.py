@@ -6,7 +6,7 @@ import os
 import pytest
 
 from discover_jax.archive import journal as journal_module
-from discover_jax.archive.journal import Journal, from_json, to_json
+from discover_jax.archive.journal import Journal, JournalReader, from_json, to_json
 from discover_jax.exceptions import RunError
 from discover_jax.types import Attempt, Outcome, StopReason
 
@@ -138,3 +138,24 @@ def test_full_disk_loses_nothing(tmp_path, monkeypatch):
 def test_a_device_that_is_full():
     with pytest.raises(RunError, match="No space left on device"):
         Journal("/dev/full").append([attempt(0)])  # type: ignore[arg-type]
+
+
+def test_a_reader_parses_only_new_rows(tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+    parsed = []
+    monkeypatch.setattr(journal_module, "from_json", lambda line: parsed.append(line) or from_json(line))
+    reader = JournalReader(path)
+    assert reader.read() == []
+    Journal(path).append([attempt(0), attempt(1)])
+    assert reader.read() == [attempt(0), attempt(1)]
+    with path.open("ab") as file:
+        file.write(to_json(attempt(2)).encode())
+    assert reader.read() == [attempt(0), attempt(1)]  # the last line is incomplete
+    with path.open("ab") as file:
+        file.write(b"\n")
+    assert reader.read() == [attempt(0), attempt(1), attempt(2)]
+    assert len(parsed) == 3
+    with path.open("ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(RunError, match=r"(?i)\bline 4\b"):
+        reader.read()

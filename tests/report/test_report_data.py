@@ -13,7 +13,7 @@ import pytest
 from synthetic_run import DISCLOSURE, attempt, edited, searched, write_run
 
 from discover_jax.exceptions import RunError
-from discover_jax.report.page import NAME, page_data, write_report
+from discover_jax.report.page import NAME, ReportWriter, page_data, write_report
 from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import read_record
@@ -175,6 +175,23 @@ def test_half_written_rows_are_left_out_and_damaged_ones_refused(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.match(r"(?i)error: .*\bline 2\b", done.stderr)
     assert (run / NAME).read_bytes() == before  # the old page stays
+
+
+def test_a_report_of_a_growing_run_equals_a_fresh_one(tmp_path):
+    run = write_run(tmp_path / "run", searched(3, 2, 2, edited(5, 0.2)))
+    journal = run / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    writer = ReportWriter(run)
+    torn, replaced = lines[0] + lines[1][:20], run / "other"
+    for content in (b"", torn, b"".join(lines[:4]), b"".join(lines), b"".join(lines[:5]), b"".join([*lines[:4], *lines[6:]])):
+        journal.write_bytes(content)
+        assert writer.write().read_bytes() == write_report(run, out=tmp_path / "fresh.html").read_bytes()
+    replaced.write_bytes(b"".join(lines[6:]))
+    replaced.replace(journal)  # another file: nothing of the old one is kept
+    assert writer.write().read_bytes() == write_report(run, out=tmp_path / "fresh.html").read_bytes()
+    replaced.unlink(missing_ok=True)
+    journal.unlink()
+    assert writer.write().read_bytes() == write_report(run, out=tmp_path / "fresh.html").read_bytes()
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"id": "0000-000-000", "interval_95": ["<b>", 1]}'])

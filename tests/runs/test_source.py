@@ -103,7 +103,7 @@ def go_on(path, source, tasks, console=None) -> tuple[RunState, Isolation | None
     """Starts another run there, as `main` does."""
     config = config_of(tasks, source)
     with open_workdir(path, {}, "train") as workdir:
-        found = find_source(config, tasks, workdir)
+        found = find_source(config.train.resume_from, tasks, workdir)
         isolation = SANDBOX if found is None else found.isolation.after(SANDBOX)
         write_disclosure(workdir, tasks, search={}, isolation=isolation, goes_on_from=found and found.disclosed())
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)

@@ -11,7 +11,7 @@ import pytest
 from discover_jax import config as settings
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.runs.metrics import REQUIRED
-from discover_jax.runs.tracking import EventFiles, open_trackers
+from discover_jax.runs.tracking import EventFiles, WandbSettings, open_trackers
 from discover_jax.runs.workdir import open_workdir
 
 ROW = dict.fromkeys(REQUIRED, 0.5) | {"loss": float("nan"), "task/planes/reward_mean": 0.25, "outcome/ok": 3, "best/score": None}
@@ -20,12 +20,15 @@ ROW = dict.fromkeys(REQUIRED, 0.5) | {"loss": float("nan"), "task/planes/reward_
 def events(path: Path) -> list:
     """The events of one file: records of length (8 bytes), its checksum (4), bytes and theirs (4); a torn last one is left out."""
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
     data, found = path.read_bytes(), []
     while len(data) >= 12:
         (length,) = struct.unpack("<Q", data[:8])
         if len(data) < length + 16:
             break
+        for start, end in ((0, 8), (12, 12 + length)):
+            assert struct.unpack("<I", data[end : end + 4]) == (masked_crc32c(data[start:end]),)
         found.append(Event.FromString(data[12 : 12 + length]))
         data = data[length + 16 :]
     return found
@@ -59,7 +62,10 @@ def workdir(tmp_path):
 
 
 def run(workdir, steps, *, leads=True, **tracking):
-    with open_trackers(config_of(**tracking), workdir, "train", leads=leads) as trackers:
+    config = config_of(**tracking)
+    mode = config.tracking.wandb
+    wandb = WandbSettings(mode, config.tracking.project, config.tracking.entity, config.name, "train", settings.flatten(config))
+    with open_trackers(workdir, wandb if mode != "off" else None, leads=leads) as trackers:
         if leads:
             trackers.begin(steps[0])
             for step in steps:
@@ -98,7 +104,7 @@ def test_every_row_is_there_at_once_and_a_torn_one_does_no_harm(tmp_path):
 def test_a_full_disk_is_told(tmp_path):
     files = EventFiles(tmp_path / "tensorboard")
     files.begin(0)
-    files._file._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    files._file._file = open("/dev/full", "wb")  # noqa: SIM115
     with pytest.raises(RunError, match="No space left on device"):
         files.write(ROW | {"step": 0})
     files.close(failed=True)
@@ -111,7 +117,8 @@ def test_other_processes_tell_nobody(workdir):
 
 def test_torch_is_not_imported_for_it():
     code = (
-        "import sys; from discover_jax.runs import tracking; tracking._tensorboard();"
+        "import sys; import pathlib, tempfile; from discover_jax.runs.tracking import EventFiles;"
+        " EventFiles(pathlib.Path(tempfile.mkdtemp())).begin(0);"
         " assert 'torch' not in sys.modules; assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
