@@ -1,12 +1,12 @@
 """The command line that main and search share: `--config=FILE[:ARG]`, overrides `--config.x.y=v`, and `--workdir=DIR`.
 
-Errors that the user can mend end the program with one message on standard error and exit code 2, without a traceback.
+Errors that the user can fix end the command with one message on standard error and exit code 2, without a traceback.
 """
 
-import difflib
 import os
 import runpy
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,41 +16,48 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from discover_jax import config as settings
+from discover_jax.config.page import settings_help
 from discover_jax.exceptions import ConfigError, DiscoverError
 from discover_jax.hosts.processes import Processes, start
 from discover_jax.hosts.watch import Watch
 from discover_jax.machines import NAMES, take_gpu_memory
 
 DOES_NOT_FIT = 1
-"""Exit code of a dry run whose verdict is that memory does not suffice."""
+"""Exit code of a dry run that finds too little memory."""
 USER_ERROR = 2
-"""Exit code of an error that the message tells how to mend."""
+"""Exit code of an error that the user can fix; the message says how."""
 
 
 def _check_arguments(argv: list[str]) -> None:
-    """Refuses a missing config file and misspelt overrides before the parser meets them: it would answer with a traceback."""
+    """Refuses a missing config file and misspelt overrides before absl parses them, since absl would answer with a traceback.
+
+    Raises:
+      ConfigError: no config file is given, it does not exist, or an override names no setting.
+    """
     given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
     if not given or "=" not in given[-1]:
-        raise ConfigError("No config was given. Use --config=configs/quickstart.py, or another file of configs/.")
+        raise ConfigError("No config was given. Use --config=configs/quickstart.py, or another file in configs/.")
     path, *argument = given[-1].split("=", 1)[1].split(":", 1)
     if not Path(path).is_file():
         here = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise ConfigError(f"The config file {path!r} does not exist (looked in {os.getcwd()}). Known here: {', '.join(here) or 'none'}.")
-    # The parser would bury an error raised in the file under its own; called once before, the file speaks for itself.
+        raise ConfigError(
+            f"The config file {path!r} does not exist (current directory: {os.getcwd()}). Files in configs/: {', '.join(here) or 'none'}."
+        )
+    # absl hides an error that the file raises behind one of its own. Calling the file first shows the file's error.
     runpy.run_path(path)["get_config"](*argument)
     known = settings.settings()
     for override in argv:
         if override.startswith("--config."):
             name = override.removeprefix("--config.").split("=")[0]
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"Did you mean --config.{close[0]}?" if close else f"Known settings: {', '.join(known)}."
+                close = settings.nearest(name)
+                hint = f"Did you mean --config.{close}?" if close else "docs/settings.md lists all settings, and so does --helpfull."
                 raise ConfigError(f"--config.{name} is not a setting. {hint}")
 
 
 _ADVICE = (
-    "The run ends on all its hosts; at most the steps since the last checkpoint are lost. Start the same command again on all hosts, or on"
-    " another number of them with a config.mesh for their devices: it resumes there."
+    "The run ends on all hosts. At most the steps since the last checkpoint are lost. Start the same command again on all hosts, or on"
+    " another number of hosts with config.mesh set for their devices: the run resumes at the checkpoint."
 )
 
 
@@ -58,71 +65,95 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
     """Parses the command line, validates the config and calls `run(config, workdir)`.
 
     Args:
-      run: what the command does. Where this is one of several processes, it is also told which.
-      dry_run: for commands that make runs, which know `--dry_run` and several processes: called in its place with the config and what
-        `--machine` and `--lengths` say; says whether everything fits, else the exit code is 1.
+      run: what the command does. One of several processes passes its `Processes` as a third argument.
+      dry_run: only for commands that start runs; adds `--dry_run` and the flags of several processes. Called instead of `run`, with the
+        config and the values of `--machine` and `--lengths`; returns whether everything fits. If not, the exit code is 1.
 
     Raises:
-      SystemExit: with code 2 after an error that the user can mend, 130 after Ctrl-C; `hosts.watch.LOST` where another process was lost.
+      SystemExit: with code 2 after an error that the user can fix, 130 after Ctrl-C, `hosts.watch.LOST` if another process was lost.
     """
-    config_flag = config_flags.DEFINE_config_file("config", help_string="FILE[:ARG] of configs/; override with --config.NAME=VALUE")
+    config_flag = config_flags.DEFINE_config_file("config", help_string="FILE[:ARG], such as configs/quickstart.py")
     workdir_flag = flags.DEFINE_string(
-        "workdir", None, "the run's folder; an existing one with the same config resumes (runs/<config.name>)"
+        "workdir", None, "run directory; if it holds a run with the same config, that run resumes (default: runs/NAME of config.name)"
     )
     dry_flag = machine_flag = lengths_flag = None
     if dry_run is not None:
-        flags.DEFINE_bool("distributed", False, "one of several processes, which jax finds by itself (SLURM, Open MPI, Cloud TPU, GKE)")
-        flags.DEFINE_string("coordinator", "", "one of several processes: HOST:PORT of process 0, where the port must be free")
-        flags.DEFINE_integer("num_processes", 0, "with --coordinator: how many processes there are, one a host")
-        flags.DEFINE_integer("process_id", -1, "with --coordinator: which of them this is, from 0")
+        flags.DEFINE_bool("distributed", False, "this is one of several processes, which jax detects (SLURM, Open MPI, Cloud TPU, GKE)")
+        flags.DEFINE_string("coordinator", "", "this is one of several processes: HOST:PORT of process 0, with a free port")
+        flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host")
+        flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0")
         dry_flag = flags.DEFINE_bool(
             "dry_run",
             False,
-            "load nothing; print the config, the predicted speed on each mesh, the memory that a device will need, if it fits",
+            "load nothing; print the config, the predicted speed on each mesh, the memory that each device needs, and whether it fits",
         )
-        machine_flag = flags.DEFINE_string("machine", "", f"of the dry run: {NAMES}; empty: the one that this runs on")
+        machine_flag = flags.DEFINE_string("machine", "", f"with --dry_run: {NAMES}; empty: this machine")
         lengths_flag = flags.DEFINE_string(
-            "lengths", "", "of the dry run: PROMPT,ROLLOUT, mean tokens for the predicted speed; empty: the largest that the config allows"
+            "lengths", "", "with --dry_run: PROMPT,ROLLOUT, mean tokens for the predicted speed; empty: the largest that the config allows"
         )
 
     def parse(argv: list[str]) -> list[str]:
-        if any(a.startswith(("--help", "-help", "-h")) for a in argv):
-            return app.parse_flags_with_usage(argv)
+        wanted = {a.lstrip("-") for a in argv[1:] if a.startswith("-")} & {"help", "h", "?", "helpshort", "helpfull"}
+        if wanted:
+            print(_help(full="helpfull" in wanted))
+            sys.exit()
         _check_arguments(argv)
         rest = flags.FLAGS(argv)
-        if not flags.FLAGS["verbosity"].present:  # libraries talk a lot at absl's default, INFO
+        if not flags.FLAGS["verbosity"].present:  # libraries log a lot at absl's default, INFO
             logging.set_verbosity(logging.WARNING)
         return rest
 
     def main(argv: list[str]) -> None:
         take_gpu_memory()
         if len(argv) > 1:
-            raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
+            raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Give settings as --config.NAME=VALUE.")
         machine, lengths = (flag.value if flag is not None else "" for flag in (machine_flag, lengths_flag))
         if dry_run is not None and dry_flag is not None and dry_flag.value:
             if not dry_run(settings.validate(config_flag.value, for_run=False), machine, lengths):
                 sys.exit(DOES_NOT_FIT)
             return
         if machine:
-            raise ConfigError(f"--machine={machine!r} only goes with --dry_run: a run takes the devices that are here.")
+            raise ConfigError(
+                f"--machine={machine!r} requires --dry_run: a run uses the devices of this machine. Remove one or add the other."
+            )
         if lengths:
-            raise ConfigError(f"--lengths={lengths!r} only goes with --dry_run: a run's rollouts are as long as they turn out.")
+            raise ConfigError(
+                f"--lengths={lengths!r} requires --dry_run: a run measures the lengths of its rollouts. Remove one or add the other."
+            )
         config = settings.validate(config_flag.value)
         folder = Path(workdir_flag.value or f"runs/{config.name}")
         processes = _join() if dry_run is not None else None
         if processes is None:
             run(config, folder)
         else:
-            _run_among_others(run, config, folder, processes)
+            _run_as_one_of_several(run, config, folder, processes)
 
     try:
         app.run(main, flags_parser=parse)
     except (KeyboardInterrupt, DiscoverError, flags.Error) as error:
-        sys.exit(_tell(error))
+        sys.exit(_report(error))
 
 
-def _tell(error: BaseException) -> int:
-    """Says on standard error what ended the program; its exit code."""
+def _help(*, full: bool) -> str:
+    """What `--help` prints: the command, its flags and the main settings; `full` adds the advanced settings and the flags of libraries."""
+    main = sys.modules["__main__"]
+    modules = flags.FLAGS.flags_by_module_dict()
+    parts = [(main.__doc__ or "").strip(), "\nFlags:", *(_flag_help(flag) for flag in modules.pop(__name__))]
+    if full:
+        parts += ["\nSettings and their defaults:", settings_help(tiers=2), "\nFlags of libraries:"]
+        return "\n".join([*parts, *(flags.FLAGS.module_help(module) for module in modules)])
+    parts += ["\nMain settings and their defaults:", settings_help(tiers=1)]
+    return "\n".join([*parts, "\nAll settings: docs/settings.md, or --helpfull."])
+
+
+def _flag_help(flag: flags.Flag) -> str:
+    value = "" if isinstance(flag.default, bool) else f"={flag.name.upper()}"
+    text = textwrap.fill(flag.help or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"  --{flag.name}{value}\n{text}"
+
+
+def _report(error: BaseException) -> int:
+    """Prints on standard error what ended the command; returns its exit code."""
     if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
@@ -134,17 +165,17 @@ def _tell(error: BaseException) -> int:
 
 
 def _join() -> Processes | None:
-    """This process among those that the command line tells of; None if it tells of none."""
+    """This process among those that the command line names; None if it names no others."""
     given = flags.FLAGS
     if given.distributed or given.coordinator:
         return start(given.coordinator, given.num_processes, given.process_id)
     if given["num_processes"].present or given["process_id"].present:
-        raise ConfigError("--num_processes and --process_id go with --coordinator=HOST:PORT, the address of process 0.")
+        raise ConfigError("--num_processes and --process_id require --coordinator=HOST:PORT, the address of process 0.")
     return None
 
 
-def _run_among_others(run: Callable[..., None], config: Any, folder: Path, processes: Processes) -> None:
-    """Runs as one of several processes: they end together."""
+def _run_as_one_of_several(run: Callable[..., None], config: Any, folder: Path, processes: Processes) -> None:
+    """Runs as one of several processes, which end together."""
     watch = None
     try:
         watch = Watch(processes, _ADVICE)
@@ -154,8 +185,8 @@ def _run_among_others(run: Callable[..., None], config: Any, folder: Path, proce
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"[:2000]
         if watch is not None:
-            watch.failed(reason)  # does not return if another process is what this one failed by
-        code = _tell(error)
+            watch.failed(reason)  # does not return if another process made this one fail
+        code = _report(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # an orderly end would wait for the others, who wait for this one
+        os._exit(code)  # an orderly end would wait for the others, which wait for this one

@@ -1,0 +1,82 @@
+"""Settings of reuse: which states become parents, and which states the archive keeps."""
+
+from typing import Any
+
+from discover_jax.archive.selectors import USUAL_CHILDREN, fresh_groups
+from discover_jax.config.setting import Rule, Setting
+
+
+def _shares(config: Any) -> set[int]:
+    """Numbers of groups that a competition can have in a step; groups take turns over the competitions."""
+    competitions = config.task.competition.count(",") + 1
+    return {config.groups // competitions, -(-config.groups // competitions)} - {0}
+
+
+def _fresh(config: Any) -> list[bool | None]:
+    """For each share of groups: True if all of them start fresh, False if none does, else None."""
+    counts = [(fresh_groups(config.reuse.fresh, share), share) for share in _shares(config)]
+    return [count > 0 if count in (0, share) else None for count, share in counts]
+
+
+_REUSING = ("reuse.sampler", ("greedy", "puct"))
+
+REUSE: dict[str, Any] = {
+    "sampler": Setting(
+        "greedy",
+        "parent selector: `greedy` mostly the best state, `puct` the states with the highest PUCT score, `fixed` always the empty seed",
+        tier=1,
+        choices=("greedy", "puct", "fixed"),
+    ),
+    "epsilon": Setting(
+        0.125,
+        "probability that a group builds on a uniformly random kept state instead of the best",
+        low=0.0,
+        high=1.0,
+        only_with=("reuse.sampler", ("greedy",)),
+    ),
+    "exploration": Setting(
+        1.0, "weight c of the PUCT bonus for states that were rarely built on", low=0.0, high=1e6, only_with=("reuse.sampler", ("puct",))
+    ),
+    "children": Setting(
+        USUAL_CHILDREN,
+        f"best children of each parent that are kept for reuse; 0: all; {USUAL_CHILDREN}: derived: 2 with `puct`, all with `greedy`",
+        low=USUAL_CHILDREN,
+        high=1_000_000,
+        only_with=_REUSING,
+    ),
+    "fresh": Setting(
+        0.0,
+        "fraction of a step's groups that start from the empty seed, whatever the parent selector chooses",
+        low=0.0,
+        high=1.0,
+        rules=(
+            Rule(
+                "must leave a group to the parent selector",
+                lambda config: not all(fresh is True for fresh in _fresh(config)),
+                uses=("groups", "task.competition"),
+                fix="Lower it, or set config.reuse.sampler = 'fixed' to start every group from the seed.",
+            ),
+            Rule(
+                "must round to at least one group of a competition",
+                lambda config: not config.reuse.fresh or not all(fresh is False for fresh in _fresh(config)),
+                uses=("groups", "task.competition"),
+                fix="Raise it or config.groups, or remove it.",
+            ),
+        ),
+        only_with=_REUSING,
+    ),
+    "distinct": Setting(
+        False,
+        "groups of a step build on different parents, as far as the archive has enough",
+        rules=(
+            Rule(
+                "requires a competition with at least 2 groups in a step",
+                lambda config: not config.reuse.distinct or max(_shares(config)) > 1,
+                uses=("groups", "task.competition"),
+                fix="Remove it, or raise config.groups.",
+            ),
+        ),
+        only_with=_REUSING,
+    ),
+    "capacity": Setting(1000, "states kept for reuse; the journal keeps all", low=1, high=1_000_000, only_with=_REUSING),
+}

@@ -1,0 +1,59 @@
+"""Settings of sampling: temperature, token budgets, and the KV cache."""
+
+from typing import Any
+
+from discover_jax.config.setting import Rule, Setting
+
+FORCED_TOKENS = 6
+"""Tokens of `harmony.answer_forced` without the closing words, if each of its fixed words is one token."""
+
+_CLOSING = "\n\nThe time to think is over; I write the program now."
+
+SAMPLING: dict[str, Any] = {
+    "temperature": Setting(1.0, "divides the logits, in sampling and in the update", low=0.01, high=10.0),
+    "temperature_spread": Setting(
+        0.0, "rollouts of a group get temperatures from (1 - spread) to (1 + spread) times `temperature`", low=0.0, high=0.95
+    ),
+    "max_new_tokens": Setting(26_000, "token budget of a rollout", tier=1, unit="tokens", low=1, high=131_072),
+    "thinking_tokens": Setting(
+        0,
+        "a rollout that has not started its answer after this many tokens is forced to start it; 0: off",
+        unit="tokens",
+        low=0,
+        high=131_072,
+        rules=(
+            Rule(
+                f"`thinking_tokens` + {FORCED_TOKENS + 1} must be at most `sampling.max_new_tokens`: ending the thinking phase takes"
+                f" {FORCED_TOKENS} tokens and those of `thinking_closing`, and the answer at least one",
+                lambda config: (
+                    not config.sampling.thinking_tokens
+                    or config.sampling.thinking_tokens + FORCED_TOKENS + 1 <= config.sampling.max_new_tokens
+                ),
+                uses=("sampling.max_new_tokens",),
+                fix="Raise config.sampling.max_new_tokens, or lower config.sampling.thinking_tokens.",
+            ),
+        ),
+    ),
+    "thinking_closing": Setting(
+        _CLOSING,
+        "text inserted to end the thinking phase; excluded from the loss",
+        rules=(
+            Rule(
+                "has an effect only with `sampling.thinking_tokens` > 0",
+                lambda config: config.sampling.thinking_tokens > 0 or config.sampling.thinking_closing == _CLOSING,
+                uses=("sampling.thinking_tokens",),
+                fix="Remove it, or set config.sampling.thinking_tokens.",
+            ),
+        ),
+    ),
+    "max_prompt_tokens": Setting(8_192, "longest prompt", tier=1, unit="tokens", low=1, high=131_072),
+    "slots": Setting(128, "rollouts decoded at once; finished slots are refilled", low=1, high=4096),
+    "cache_tokens": Setting(
+        0,
+        "capacity of the KV cache, for all slots together; 0: derived: what the slots can need, or what fits on the device. When the cache"
+        " is full, the rollouts that started last wait in host memory",
+        unit="tokens",
+        low=0,
+        high=2**31 - 1,
+    ),
+}

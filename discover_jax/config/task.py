@@ -1,0 +1,63 @@
+"""Settings of the problem: the competition, its reward, and the prompt that presents it."""
+
+from typing import Any
+
+from discover_jax.config.setting import Rule, Setting
+
+TASK: dict[str, Any] = {
+    "competition": Setting(
+        "spaceship-titanic",
+        "id of a built-in competition, path of a .py file that defines COMPETITION, or mlebench:ID. Separate several with commas: they"
+        " share the model, and groups take turns",
+        tier=1,
+    ),
+    "raw": Setting(
+        "",
+        "path of the competition's raw data (CSV or zip); empty for a competition that includes its data. One path for each competition,"
+        " separated by commas",
+        tier=1,
+    ),
+    "reward": Setting(
+        "grade",
+        "rows that give the reward: `grade` uses the private answers, as the report does; `holdout` uses rows held out of the public table",
+        tier=1,
+        choices=("grade", "holdout"),
+    ),
+    "holdout_fraction": Setting(0.2, "fraction of the public training rows that `holdout` holds out", low=0.01, high=0.9),
+    "holdout_folds": Setting(
+        1,
+        "2 or more: cross-validate over all training rows instead. Each program runs once per fold, and once more for its submission",
+        low=1,
+        high=100,
+        only_with=("task.reward", ("holdout",)),
+    ),
+    "grader": Setting(
+        "native",
+        "grader of submissions: this project, which follows MLE-bench's rules, or the installed package `mlebench`",
+        choices=("native", "mlebench"),
+    ),
+}
+
+_FULL = ("prompt.style", ("full",))
+
+PROMPT: dict[str, Any] = {
+    "style": Setting(
+        "full",
+        "`full` describes the competition; `brief` is the short form that the apprentice was trained on",
+        choices=("full", "brief"),
+        rules=(
+            Rule(
+                "the apprentice knows only the `brief` prompt",
+                lambda config: config.model.weights != "apprentice" or config.prompt.style == "brief",
+                uses=("model.weights",),
+                fix="Set config.prompt.style = 'brief', or set config.model.weights to another checkpoint.",
+            ),
+        ),
+    ),
+    "reasoning_effort": Setting(
+        "medium", "reasoning effort requested in the system message", choices=("low", "medium", "high"), only_with=_FULL
+    ),
+    "ideas": Setting(0, "number of ideas for improvement in a prompt, rotated over groups and steps; 0: all", low=0, only_with=_FULL),
+    "stdout_chars": Setting(2000, "longest tail of the parent's output in a prompt", unit="characters", low=0, only_with=_FULL),
+    "error_chars": Setting(800, "longest tail of a failed child's error in a prompt", unit="characters", low=0, only_with=_FULL),
+}
