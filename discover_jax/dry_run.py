@@ -16,7 +16,7 @@ import jax
 
 from discover_jax import config as settings
 from discover_jax import meshes
-from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, row_tokens
+from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import REMAT, SHAPES, ModelConfig
@@ -80,7 +80,7 @@ def needs(
         "adapter": local_bytes(lora),
         "optimiser": local_bytes(state.opt_state) if state is not None else 0,
     }
-    rows, length = config.train.rows, row_tokens(config)
+    rows, length = microbatch_rows(config), row_tokens(config)
 
     def functions() -> Iterator[tuple[str, LoweredFunction]]:
         for function in sampler.lowered_functions(frozen, lora, config.groups, config.groups * config.group_size):
@@ -122,7 +122,8 @@ def remat_totals(
         on_compile(f"compiling update: gradient with config.model.remat={remat!r}")
         model = dataclasses.replace(build_model(config, sizes, mesh, machine.platform), remat=remat)
         state, frozen = abstract_train_state(model.abstract_lora(), optimizer), model.abstract_frozen()
-        functions = build_update(config, model, optimizer).lowered_functions(frozen, state, config.train.rows, row_tokens(config))
+        update = build_update(config, model, optimizer)
+        functions = update.lowered_functions(frozen, state, microbatch_rows(config), row_tokens(config))
         function = next(function for function in functions if function.name == "gradient")
         activations, complaint = _compile(function, machine)
         totals[remat] = None if complaint else activations + local_bytes((frozen, state, function.live))
@@ -273,7 +274,7 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
     remat = "" if config.model.remat == "pairs" else "; config.model.remat='pairs' keeps less"
     activations = {
         "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}: prompts are read in chunks",
-        "gradient": f"rows of {length:,} tokens (longest prompt and rollout), config.train.rows = {config.train.rows} at once{remat}",
+        "gradient": f"rows of {length:,} tokens (longest prompt and rollout), config.train.rows = {microbatch_rows(config)} at once{remat}",
     }
     knobs = {
         "weights": "; ".join(

@@ -161,6 +161,11 @@ def build_update(config: Any, model: Model, optimizer: optax.GradientTransformat
     )
 
 
+def microbatch_rows(config: Any) -> int:
+    """Packed rows of a microbatch of the update: as set, or one for each part of the mesh's data axis."""
+    return config.train.rows or config.mesh.data
+
+
 def row_tokens(config: Any) -> int:
     """Places of a packed row of the update: as set, or the longest rollout with its prompt."""
     return config.train.row_tokens or config.sampling.max_prompt_tokens + config.sampling.max_new_tokens

@@ -123,7 +123,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     assert machine.speeds is not None
     lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
     split = mesh.data * mesh.expert
-    rows = -(-config.train.rows // split) * split
+    rows = max(-(-config.train.rows // split), 1) * split
     abstract: Any = AbstractMesh(mesh, MESH_AXES)  # a layout needs no devices
     model = Model(sizes, lora, config.model.dtype, config.model.experts, abstract, config.model.remat)
     try:

@@ -13,7 +13,7 @@ import jax
 from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
-from discover_jax.engine import row_tokens
+from discover_jax.engine import microbatch_rows, row_tokens
 from discover_jax.execution.executor import Executor
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
@@ -203,7 +203,7 @@ def update(run: Run, policy: Policy, rollouts: Mapping[RolloutKey, Rollout], est
     A search, and a step without any signal, measure the log-probability gap on all rollouts instead.
     """
     config, advantages = run.config, estimates.advantages
-    shape = {"row_tokens": row_tokens(config), "rows": config.train.rows, "lengths": config.train.row_lengths}
+    shape = {"row_tokens": row_tokens(config), "rows": microbatch_rows(config), "lengths": config.train.row_lengths}
     if policy.train_state is not None and advantages:
         keys = sorted(advantages)
         substeps = pack_substeps(
