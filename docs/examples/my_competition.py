@@ -1,4 +1,4 @@
-"""A competition of one's own: is a tumour malignant? (scikit-learn's bundled table of breast cancers)
+"""Your own competition: is a tumour malignant? (scikit-learn's breast cancer table)
 
 python -m discover_jax.main --config=configs/quickstart.py --config.task.competition=docs/examples/my_competition.py --workdir=runs/mine
 """
@@ -12,7 +12,7 @@ from discover_jax.tasks.competition import Competition, Metric
 
 
 def prepare(raw: Path | None, public: Path, private: Path) -> None:
-    """Writes the four tables. `raw` is config.task.raw; this competition brings its own data, so it is None."""
+    """Writes the four tables. `raw` is config.task.raw: None here, since the data come with scikit-learn."""
     data = load_breast_cancer(as_frame=True)
     table = data.frame.rename(columns=lambda name: name.replace(" ", "_"))
     table["malignant"] = table.pop("target") == 0
@@ -34,6 +34,6 @@ COMPETITION = Competition(
     id_column="id",
     target="malignant",
     metric=Metric("balanced accuracy", higher_is_better=True, function=balanced_accuracy_score),
-    failure_reward=0.0,  # a program that fails; below what the sample submission gets
+    failure_reward=0.0,  # reward of a failed program; below the sample submission's
     prepare=prepare,
 )

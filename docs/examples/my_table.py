@@ -1,4 +1,4 @@
-"""A competition made of one's own table: --config.task.raw=customers.csv, with the columns id, left (True or False) and any others."""
+"""A competition on your own table: --config.task.raw=customers.csv, with the columns id, left (True or False) and any others."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from discover_jax.tasks.metrics import ACCURACY
 
 
 def prepare(raw: Path | None, public: Path, private: Path) -> None:
-    """Keeps a fifth of the rows, drawn at random, as those that grade."""
+    """Splits off a random fifth of the rows for grading."""
     table = pd.read_csv(raw).sample(frac=1, random_state=0)
     test, train = table.iloc[: len(table) // 5], table.iloc[len(table) // 5 :]
     train.to_csv(public / "train.csv", index=False)
@@ -24,6 +24,6 @@ COMPETITION = Competition(
     id_column="id",
     target="left",
     metric=ACCURACY,
-    failure_reward=0.0,  # a program that fails; below what the sample submission gets
+    failure_reward=0.0,  # reward of a failed program; below the sample submission's
     prepare=prepare,
 )
