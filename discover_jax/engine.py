@@ -1,4 +1,4 @@
-"""The jitted part of a run as its config asks for it: model, sampler, optimiser, update. Runs and dry runs build theirs here alike."""
+"""Builds the jitted parts of a run from its config: model, sampler, optimiser, update. Runs and dry runs both use it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
+from discover_jax.kernels.fallback import SLOWER
 from discover_jax.kernels.kernel_set import find_kernel, kernel_set
 from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
 from discover_jax.kernels.spread import can_spread, row_devices
@@ -23,19 +24,19 @@ from discover_jax.sampling.sampler import Sampler, most_pages, rows_of
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
-"""Arrays of the logits' size that drawing a token may take at once: float32 logits, log-probabilities, and those in blocks."""
+"""Arrays of the logits' size that drawing a token may need at once: float32 logits, log-probabilities, and those in blocks."""
 _TEMPORARY = 0.03
-"""Part of the memory that is left for what sampling needs beside that."""
+"""Fraction of the memory reserved for other temporary arrays of sampling."""
 
 
 def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platform: str | None = None) -> Model:
-    """The handle of a model of these sizes, with the adapter's ranks and the form of the weights from the config.
+    """The handle of a model of these sizes; the config gives the adapter's ranks and the form of the weights.
 
     Args:
       config: validated.
-      sizes: of the weights' folder, or of `config.model.shape`.
+      sizes: of the weights' folder or of `config.model.shape`.
       mesh: devices over which parameters are laid out; None for the default device.
-      platform: whose kernels the model uses; None for that of the default device.
+      platform: the model uses its kernels; None for the platform of the default device.
     """
     platform = platform or jax.default_backend()
     reads_tiles = config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh, platform)
@@ -45,27 +46,27 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
 
 
 def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, platform: str) -> bool:
-    """Whether the platform has a kernel for decoding packed experts that can take this model; if it cannot, the log says why."""
+    """Whether the platform has a kernel that decodes packed experts and supports this model; if it does not, logs why."""
     if find_kernel("decode_experts", platform)[0] is None:
         return False
     try:
         check_tiles(config, sizes, mesh)
     except ConfigError as reason:
-        logging.warning("kernel of decode_experts: reference, which is many times slower. %s", reason)
+        logging.warning("kernel of decode_experts on %s: %s. %s", platform, SLOWER, reason)
         return False
     return True
 
 
 def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:
-    """Whether the kernel of decoding packed experts can take this model, which it reads as tiles.
+    """Checks that the kernel that decodes packed experts, which reads tiles, supports this model.
 
     Raises:
-      ConfigError: why it cannot.
+      ConfigError: it does not; the message says why.
     """
-    if config.model.dtype != "bfloat16":  # it would round what the update does not
-        raise ConfigError(f"It computes in bfloat16, and config.model.dtype is {config.model.dtype!r}.")
+    if config.model.dtype != "bfloat16":  # the kernel would round values that the update does not round
+        raise ConfigError(f"The kernel computes in bfloat16, but config.model.dtype is {config.model.dtype!r}.")
     if mesh is not None and not can_spread("decode_experts", mesh):
-        raise ConfigError(f"It computes whole experts, and config.mesh.tensor = {mesh.shape['tensor']} splits them.")
+        raise ConfigError(f"The kernel computes whole experts, but config.mesh.tensor = {mesh.shape['tensor']} splits them.")
     check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
     check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
 
@@ -86,12 +87,12 @@ def build_sampler(
       model: of `build_model`.
       stop_ids: tokens that end a rollout.
       second_phase: for rollouts that think too long.
-      memory: bytes that arrays may take on one device, if that is known; the cache takes no more than what the rest leaves.
-      learn: whether adapter and optimiser are there too.
+      memory: bytes available on one device, or None if unknown; the cache uses no more than what the rest leaves.
+      learn: whether adapter and optimiser also need memory.
 
     Raises:
-      ConfigError: a setting that the sampler cannot work with.
-      CapacityError: there is no room for the cache of one rollout.
+      ConfigError: the sampler does not support a setting.
+      CapacityError: the cache of one rollout does not fit.
     """
     return Sampler(
         model,
@@ -108,7 +109,7 @@ def build_sampler(
 
 
 def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:
-    """Pages of the cache: as set, or what the memory leaves; None where nothing limits them."""
+    """Pages of the cache: as set, or as many as the memory leaves room for; None if nothing limits them."""
     if config.sampling.cache_tokens:
         return config.sampling.cache_tokens // PAGE
     if memory is None:
@@ -129,9 +130,9 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
     if pages < pages_of_1:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
         raise CapacityError(
-            f"Of {memory / 1e9:.1f} GB on a device, what must be there beside the cache leaves room for {max(pages, 0) * PAGE:,} tokens,"
-            f" and one rollout may need {pages_of_1 * PAGE:,} (GB: {parts}). Lower config.sampling.max_new_tokens, max_prompt_tokens or"
-            " slots, or the adapter's ranks; --dry_run shows what takes how much."
+            f"Of {memory / 1e9:.1f} GB on a device, weights and buffers leave room in the cache for {max(pages, 0) * PAGE:,} tokens,"
+            f" but one rollout may need {pages_of_1 * PAGE:,} (GB: {parts}). Lower config.sampling.max_new_tokens, max_prompt_tokens or"
+            " slots, or the adapter's ranks. --dry_run shows how much memory each part needs."
         )
     return devices * pages
 
@@ -167,5 +168,5 @@ def microbatch_rows(config: Any) -> int:
 
 
 def row_tokens(config: Any) -> int:
-    """Places of a packed row of the update: as set, or the longest rollout with its prompt."""
+    """Tokens of a packed row of the update: as set, or the longest prompt and rollout together."""
     return config.train.row_tokens or config.sampling.max_prompt_tokens + config.sampling.max_new_tokens

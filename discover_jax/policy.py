@@ -1,4 +1,4 @@
-"""What a run needs of the language model: the handle, its base weights, and its tokenizer, found by the config."""
+"""The language model of a run, loaded as the config says: its handle, base weights and tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -55,38 +55,38 @@ class Policy:
 
 
 def weights_folder(config: Any) -> Path | None:
-    """Where the weights lie: the shipped folder for `apprentice`, none for `random`, else the path as given."""
+    """The folder of the weights: the shipped one for `apprentice`, None for `random`, otherwise the path as given."""
     named = {"apprentice": APPRENTICE, "random": None}
     return named[config.model.weights] if config.model.weights in named else Path(config.model.weights).expanduser()
 
 
 def check_tokenizer(config: Any, sizes: ModelConfig) -> Tokenizer:
-    """The tokenizer of the config, which must fit a model of these sizes.
+    """The tokenizer of the config, checked against a model of these sizes.
 
     Raises:
-      TokenizerError: it is missing or damaged, or has ids that the model does not know.
+      TokenizerError: it is missing or damaged, or has more ids than the model.
     """
     folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else weights_folder(config)
     assert folder is not None, "validate() demands a tokenizer for random weights"
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > sizes.vocab_size:
         raise TokenizerError(
-            f"The tokenizer of {folder} has {tokenizer.vocab_size:,} ids, and the model knows {sizes.vocab_size:,}. They do not belong"
-            " together: set config.model.tokenizer to the folder that came with the weights."
+            f"The tokenizer of {folder} has {tokenizer.vocab_size:,} ids, but the model knows {sizes.vocab_size:,}. They do not belong"
+            " together. Set config.model.tokenizer to the folder that came with the weights."
         )
     return tokenizer
 
 
 def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
-    """Reads tokenizer and weights, or draws random weights on the devices of `config.mesh`, a function of the seed.
+    """Reads tokenizer and weights, or draws random weights from the seed, on the devices of `config.mesh`.
 
     Args:
       config: validated.
-      on_progress: called with the bytes read so far and in all.
+      on_progress: called with the bytes read so far and the total.
 
     Raises:
       ShardingError: the mesh does not fit the devices, or the model does not fit the mesh.
-      WeightsError, TokenizerError: a folder is missing or damaged, or the two do not belong together; the message says what to do.
+      WeightsError, TokenizerError: a folder is missing or damaged, or the two do not belong together.
     """
     folder = weights_folder(config)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)

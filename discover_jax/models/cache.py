@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far: pages for full layers, a ring of the last `sliding_window` tokens for sliding ones."""
+"""The KV cache: pages for full layers, and a ring of the last `sliding_window` tokens for sliding layers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from discover_jax.kernels import pages
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Pages of keys and values of the full layers, which rows use as they need them, and may share as long as nobody writes there.
+    """Pages of keys and values of the full layers. Rows get pages as they grow, and may share pages that are no longer written.
 
     Axes: L pairs of layers, P pages, K key/value heads, s places of a page, H head size.
     """
@@ -21,12 +21,12 @@ class Pool:
 
     @property
     def pages(self) -> int:
-        """How many pages there are."""
+        """Number of pages."""
         return self.keys_LPKsH.shape[1]
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
+        """Tokens per page."""
         return self.keys_LPKsH.shape[3]
 
 
@@ -37,9 +37,9 @@ class Cache:
 
     Attributes:
       pool: of all rows.
-      ring_k_LBKWH, ring_v_LBKWH: position p of a row lies at place p mod W.
-      pages_BM: int32, position p of a row lies in page `pages_BM[b, p // s]` at place p mod s. Entries beyond a row's length mean nothing.
-      lengths_B: int32, tokens of each row so far; the next one gets this position.
+      ring_k_LBKWH, ring_v_LBKWH: position p of a row is at place p mod W.
+      pages_BM: int32, position p of a row is in page `pages_BM[b, p // s]` at place p mod s. Entries past a row's length are undefined.
+      lengths_B: int32, tokens of each row so far; the position of the next one.
     """
 
     pool: Pool
@@ -61,10 +61,10 @@ def copy_page(pool: Pool, source: jax.Array, target: jax.Array, copy: Callable[.
 
 
 def take_pages(pool: Pool, pages_C: jax.Array) -> Pool:
-    """A pool of these pages; for numbers that are no pages, of anything."""
+    """A pool of these pages; the contents are undefined for numbers that are not pages."""
     return jax.tree.map(lambda x: x.at[:, pages_C].get(mode="clip"), pool)
 
 
 def put_pages(pool: Pool, pages_C: jax.Array, other: Pool) -> Pool:
-    """The pool with pages replaced by those of `other`; numbers that are no pages are left out."""
+    """The pool with pages replaced by those of `other`; numbers that are not pages are skipped."""
     return jax.tree.map(lambda x, new: x.at[:, pages_C].set(new, mode="drop"), pool, other)

@@ -1,4 +1,4 @@
-"""gpt-oss as pure functions over two pytrees, frozen and lora: the form in which everything jitted sees the model."""
+"""gpt-oss as pure functions over two pytrees, `frozen` and `lora`. All jitted code uses the model in this form."""
 
 import dataclasses
 import functools
@@ -23,23 +23,23 @@ from discover_jax.models.sharding import sharding_for, shardings
 
 EXPERTS = ("packed", "tiled", "dense")
 _LAYER = "layer"
-"""Name of a sliding layer's output, for policies of rematerialisation; a full one's is kept by the loop."""
+"""Name of a sliding layer's output, for rematerialisation policies. The loop keeps the output of a full layer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A hashable handle without arrays; its methods are pure and may be called inside jit.
+    """A hashable handle without arrays. Its methods are pure and may be called inside jit.
 
     Attributes:
       config, lora: sizes, and the adapter's ranks.
-      dtype: of what products take and of weights that are not MXFP4. The residual stream and all sums are float32, rounded where a
-        product takes them: at the same places in sampler and update, whichever kernels compute them.
-      experts: "packed" keeps the experts in MXFP4, unpacking where they are used; "tiled" keeps the same bits where the decoding kernels
-        look for them (see kernels.mxfp4_tiles), which `mxfp4_tiles.check_sizes` must allow; "dense" holds them in `dtype`.
+      dtype: of the inputs of products, and of weights that are not MXFP4. The residual stream and all sums are float32, and are rounded
+        when a product reads them. Sampler and update round at the same places, with any kernels.
+      experts: "packed" keeps the experts in MXFP4 and unpacks them where they are used; "tiled" keeps the same bits in the order that the
+        decoding kernels need (see kernels.mxfp4_tiles, whose `check_sizes` must allow it); "dense" holds them in `dtype`.
       mesh: devices over which parameters are laid out, or None for the default device.
-      remat: what the backward pass of whole sequences computes again. "pairs": all within a pair of layers, whose input alone is kept;
-        "layers": all within a layer but its attention, of which what its backward pass needs is kept, too; "none": nothing.
-      kernels: see kernels.kernel_set; by default the references, spread over the mesh.
+      remat: what the backward pass of whole sequences computes again. "pairs": everything; only the input of each pair of layers is kept.
+        "layers": everything except attention; what its backward pass needs is kept too. "none": nothing.
+      kernels: one implementation per operation, see kernels.kernel_set; by default the references, spread over the mesh.
 
     In all methods `lora` may be None: the base model.
     """
@@ -54,9 +54,9 @@ class Model:
 
     def __post_init__(self):
         if self.experts not in EXPERTS:
-            raise ConfigError(f"experts = {self.experts!r} is not known; allowed: {', '.join(EXPERTS)}.")
+            raise ConfigError(f"experts = {self.experts!r} is unknown; allowed: {', '.join(EXPERTS)}.")
         if self.remat not in REMAT:
-            raise ConfigError(f"remat = {self.remat!r} is not known; allowed: {', '.join(REMAT)}.")
+            raise ConfigError(f"remat = {self.remat!r} is unknown; allowed: {', '.join(REMAT)}.")
         if self.kernels == REFERENCE:
             object.__setattr__(self, "kernels", reference_set(self.mesh))
         if self.kernels.mesh != reference_set(self.mesh).mesh:
@@ -68,23 +68,23 @@ class Model:
     # Parameters
 
     def abstract_frozen(self) -> Tree:
-        """Shapes and types of the base weights, with shardings if there is a mesh."""
+        """Shapes and types of the base weights, with shardings on a mesh."""
         return abstract_tree(_declared(self).frozen, self.mesh)
 
     def abstract_lora(self) -> Tree:
-        """Shapes and types of the adapter, with shardings if there is a mesh."""
+        """Shapes and types of the adapter, with shardings on a mesh."""
         return abstract_tree(_declared(self).lora, self.mesh)
 
     def init_frozen(self, key: jax.Array) -> Tree:
-        """Random base weights, made on the devices."""
+        """Random base weights, created on the devices."""
         return self._init(_declared(self).frozen, self.abstract_frozen(), key)
 
     def init_lora(self, key: jax.Array) -> Tree:
-        """A fresh adapter: its products are zero, so that the policy equals the base exactly."""
+        """A fresh adapter. Its products are zero, so that the policy equals the base exactly."""
         return self._init(_declared(self).lora, self.abstract_lora(), key)
 
     def cast(self, lora: Tree | None) -> Tree | None:
-        """The adapter in the model's type, to which every product rounds it anyway: what follows is the same to the last bit."""
+        """The adapter in the model's type. Every product rounds it to that type anyway, so results are bit-identical."""
         return jax.tree.map(lambda x: x.astype(self.dtype), lora)
 
     # Whole sequences
@@ -102,10 +102,10 @@ class Model:
 
         Args:
           tokens_BT, positions_BT: int32; positions restart in each segment.
-          segments_BT: int32; the tokens of a segment lie one after another, and see earlier ones of their own segment only; 0 is padding,
-            whose outputs mean nothing.
-          routes_BTLX: the experts that each of L layers takes for each token, as `decode` and `prefill` return them, all X different;
-            None: each layer takes those of the largest logits. Their weights are computed either way.
+          segments_BT: int32; the tokens of a segment are contiguous and see only earlier ones of the same segment; 0 is padding, whose
+            outputs are undefined.
+          routes_BTLX: the X different experts that each of L layers uses for each token, as `decode` and `prefill` return them; None: those
+            with the largest logits. Their weights are computed in both cases.
         """
         c, adapted = self.config, lora is not None
 
@@ -127,7 +127,7 @@ class Model:
         parameters = (frozen["pairs"], (lora or {}).get("pairs", {}), routes)
         if self.remat != "none":
             names = (ATTENTION, _LAYER) if self.remat == "layers" else ()
-            # A loop's body needs no protection from common subexpressions being merged, which would also keep others from being.
+            # In a loop's body, common subexpressions cannot undo the rematerialisation; preventing their elimination would only cost time.
             step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
         x_BTD, _ = jax.lax.scan(step, x_BTD, parameters)
         return rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
@@ -141,7 +141,7 @@ class Model:
 
     @property
     def routes(self) -> jax.ShapeDtypeStruct:
-        """Of the experts chosen for a token, [L, X], as `prefill` and `decode` return them."""
+        """Shape and type of the experts chosen for a token, [L, X], as `prefill` and `decode` return them."""
         c = self.config
         return jax.ShapeDtypeStruct((c.num_layers, c.experts_per_token), jnp.uint8 if c.num_experts <= 256 else jnp.uint16)
 
@@ -162,16 +162,16 @@ class Model:
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
     def init_cache(self, batch: int, capacity: int, page_size: int = 128) -> Cache:
-        """An empty cache of `batch` rows with pages of their own for at least `capacity` tokens each."""
+        """An empty cache of `batch` rows, each with its own pages for at least `capacity` tokens."""
         each = -(-capacity // page_size)
         pages_BM = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
         return Cache(self.init_pool(batch * each, page_size), *self.init_rings(batch), pages_BM, jnp.zeros(batch, jnp.int32))
 
     def abstract_pool(self, pages: int, page_size: int) -> Pool:
-        """Shapes and types of a pool, with shardings if there is a mesh: each of `row_devices` has as many of the pages, one after another.
+        """Shapes and types of a pool. On a mesh it has shardings, and each of `row_devices` holds an equal, contiguous part of the pages.
 
         Raises:
-          ShardingError: pages or heads do not divide by their mesh axes.
+          ShardingError: pages or heads are not divisible by their mesh axes.
         """
         pool = jax.eval_shape(lambda: self.init_pool(pages, page_size))
         if self.mesh is None:
@@ -183,40 +183,39 @@ class Model:
     def prefill(
         self, frozen: Tree, lora: Tree | None, tokens_BC: jax.Array, counts_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """Reads a chunk of each row's prompt, right-padded. Chunks before it were full: lengths are multiples of the page size, as is C.
+        """Reads a right-padded chunk of each row's prompt. Earlier chunks were full: lengths and C are multiples of the page size.
 
         Args:
           frozen, lora: weights.
           tokens_BC: the rows' next tokens.
-          counts_B: int32, how many of them are real; at least 1.
-          cache: with room for the real ones. On a mesh every device reads the rows, and `pages_BM` has the pages of the B rows on one
-            after those on another.
+          counts_B: int32, number of tokens that are not padding; at least 1.
+          cache: with room for these tokens. On a mesh every device reads all rows, and `pages_BM` lists the pages of the B rows device by
+            device.
 
         Returns:
-          The stream after the final norm at each row's last real token, [B, D], the cache with the chunk, and the experts that were
-          chosen, [B, C, L, X].
+          The stream after the final norm at each row's last token [B, D], the cache with the chunk, and the chosen experts [B, C, L, X].
 
         Raises:
-          CapacityError: C is no multiple of the page size, or more than the rows' pages hold.
+          CapacityError: C is not a multiple of the page size, or exceeds the rows' pages.
         """
         c, adapted = self.config, lora is not None
         (batch, chunk), size, window = tokens_BC.shape, cache.pool.page_size, c.sliding_window
         if chunk % size or chunk > cache.pages_BM.shape[1] * size:
             raise CapacityError(
-                f"A chunk of {chunk} tokens cannot be read into rows of {cache.pages_BM.shape[1]} pages of {size} tokens; it must be whole"
-                " pages, and no more than a row has."
+                f"A chunk of {chunk} tokens cannot be read into rows of {cache.pages_BM.shape[1]} pages of {size} tokens. It must be"
+                " whole pages, and of no more than a row has."
             )
         lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
         positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
         firsts_m = jnp.arange(0, chunk, size)
-        # Those on each device; on all of them, the batch has these places.
+        # The pages differ between devices; the places in them do not.
         pages_RBM, places_Bm = cache.pages_BM.reshape(-1, batch, cache.pages_BM.shape[1]), (lengths_B[:, None] + firsts_m) // size
         pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
-        pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # what is padding only is not written
+        pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
         pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
-        # A ring's place w holds the last position that is congruent to w, if there is one.
+        # Place w of a ring holds the last position congruent to w, if there is one.
         held_BW, holds_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
-        # Sliding layers look at the ring as it was and at the chunk.
+        # Sliding layers attend to the ring before the chunk, and to the chunk.
         keys_at_BS = jnp.concatenate([held_BW, positions_BC], axis=1)
         distance_BCS = positions_BC[:, :, None] - keys_at_BS[:, None]
         sliding_BCS = (distance_BCS >= 0) & (distance_BCS < window) & (keys_at_BS >= 0)[:, None]
@@ -249,30 +248,30 @@ class Model:
         return x_BD, Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1), self._routes_of_token(routes)
 
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
-        """Reads one more token a row, at position `cache.lengths_B`, for which it must have a page, on a mesh on the row's own device.
+        """Reads one more token a row, at position `cache.lengths_B`. The row must have a page for it, on a mesh on its own device.
 
-        A row of length 0 is empty: of its token no page takes notice, and its stream means nothing.
+        A row of length 0 is empty: its token is not written, and its stream is undefined.
 
         Returns:
-          The stream after the final norm [B, D], the cache with the token, and the experts that were chosen, [B, L, X].
+          The stream after the final norm [B, D], the cache with the token, and the chosen experts [B, L, X].
 
         Raises:
-          ShardingError: the rows do not divide by the devices over which they are split.
+          ShardingError: the number of rows is not divisible by the devices over which they are split.
         """
         if tokens_B.shape[0] % row_devices(self.mesh):
-            raise ShardingError(f"{tokens_B.shape[0]} rows cannot be decoded on {row_devices(self.mesh)} devices; give a multiple.")
+            raise ShardingError(f"{tokens_B.shape[0]} rows cannot be split over {row_devices(self.mesh)} devices. Use a multiple.")
         c, adapted = self.config, lora is not None
         size, lengths_B, rows_B = cache.pool.page_size, cache.lengths_B, jnp.arange(tokens_B.shape[0])
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
         pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
-        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # beyond the last page: dropped
+        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # past the last page, so the write is dropped
         counts_B = lengths_B + 1
-        # Of a ring each row has one page; it fills from its first place.
+        # A ring is one page per row, filled from its first place.
         rings = {"pages": rows_B, "places": lengths_B % c.sliding_window}
         rings |= {"table": rows_B[:, None], "counts": jnp.minimum(counts_B, c.sliding_window)}
         full = {"pages": pages_B, "places": lengths_B % size, "table": cache.pages_BM, "counts": counts_B}
 
-        # What is large is not sliced by the loop: a kernel would be given copies of the slices.
+        # The loop does not slice large arrays: kernels would get copies of the slices.
         (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
 
         def read(
@@ -286,7 +285,7 @@ class Model:
             y_BTD, routes_BTX = layer.experts.decode(x_BTD, pair, adapted=adapted)
             return x_BTD + y_BTD, pool, routes_BTX
 
-        # The caches travel as the loop's carry, so that each step writes one place instead of copying them.
+        # The caches are the loop's carry, so that each step writes one place instead of copying them.
         def step(carry: tuple[jax.Array, Pool, Pool], parameters: tuple[jax.Array, Tree, Tree]):
             x_BTD, pool, ring = carry
             index, frozen_pair, lora_pair = parameters
@@ -309,8 +308,8 @@ class Model:
     def _project_chunk(
         self, attention: Attention, x_BCD: jax.Array, positions_BC: jax.Array, layer: jax.Array | None, *, adapted: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of a prompt's chunk. On a mesh its tokens are spread over the devices, and each has queries of its own
-        but all keys and values."""
+        """Queries, keys and values of a prompt's chunk. On a mesh each device has the queries of its own tokens, and all keys and
+        values."""
         q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
         if self.mesh is not None:
             split = rows_axes(x_BCD.shape[1], self.mesh)
@@ -328,23 +327,23 @@ class Model:
 
     @property
     def _stacked(self) -> bool:
-        """Whether attention's projections stay in their stacks too, where their kernel reads them."""
+        """Whether attention's projections also stay in their stacks, because their kernel reads them there."""
         return self.mesh is None or can_spread("decode_projections", self.mesh)
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
         return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))
 
     def _bind(self, frozen: Tree, lora: Tree | None) -> GptOss:
-        """The module with these arrays; what is left out of the trees stays a declaration."""
+        """The module with these arrays; arrays missing from the trees stay declarations."""
         return _merge(_declared(self), frozen, lora)
 
     def _bind_pair(self, frozen: Tree, lora: Tree) -> Pair:
-        """A pair of layers with its slice of the stacked arrays; an empty `lora` leaves the adapter out."""
+        """A pair of layers with its slice of the stacked arrays; without the adapter if `lora` is empty."""
         return self._bind({"pairs": frozen}, {"pairs": lora} if lora else None).pairs
 
 
 def _split_matrices(tree: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """The tree of pairs without the matrices of these names, and these alone."""
+    """The tree of pairs without the matrices of these names, and a tree of only those."""
     rest: Tree = {}
     matrices: Tree = {}
     for name, node in tree.items():
@@ -358,7 +357,7 @@ def _split_matrices(tree: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
 
 
 def _join(first: Tree, second: Tree) -> Tree:
-    """The tree with all leaves of two that have none in common."""
+    """The union of two trees without common leaves."""
     shared = {name: _join(first[name], second[name]) for name in first.keys() & second.keys()}
     return {**first, **second, **shared}
 

@@ -31,8 +31,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jax.typing.DType
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight_oi: jax.Array) -> jax.Array:
-    """x W^T in float32; the weights are taken in x's type, and so is the result's gradient: in float32 its products would take twice as
-    long, and their other factors would have to be cast to it first."""
+    """x W^T in float32. The weights, and the gradient of the result, are cast to x's type: products in float32 would take twice as long,
+    and would need a cast of their other factors."""
     return jnp.einsum("...i,oi->...o", x, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -44,7 +44,7 @@ def _product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tupl
     x, weight_oi = kept
     d_y = d_y.astype(x.dtype)
     d_x = jnp.einsum("...o,oi->...i", d_y, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
-    d_weight_oi = jnp.einsum("...o,...i->oi", d_y, x, preferred_element_type=jnp.float32)  # not computed where nobody asks for it
+    d_weight_oi = jnp.einsum("...o,...i->oi", d_y, x, preferred_element_type=jnp.float32)  # XLA removes it if it is unused
     return d_x.astype(x.dtype), d_weight_oi.astype(weight_oi.dtype)
 
 
@@ -52,8 +52,8 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _adapter_product(x: jax.Array, a_ri: jax.Array, b_or: jax.Array, scale: float) -> jax.Array:
-    """scale (x A^T) B^T in float32; between the two products it is rounded to x's type."""
-    # Seen as another x: XLA would join A to the weights in one product, and copy both for it at each use (1.2 GB for the head).
+    """scale (x A^T) B^T in float32, rounded to x's type between the two products."""
+    # Without the barrier XLA would join A to the weights in one product, and copy both at each use (1.2 GB for the head).
     x = jax.lax.optimization_barrier(x)
     return _product((scale * _product(x, a_ri)).astype(x.dtype), b_or)
 
@@ -71,7 +71,7 @@ class Projection(nnx.Module):
         self.scale = alpha / rank if rank else 0.0
 
     def __call__(self, x: jax.Array, *, adapted: bool, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """In `out_dtype`, by default x's own; everything is added up in float32 and rounded once."""
+        """The result in `out_dtype`, by default x's own. It is summed in float32 and rounded once."""
         y = _product(x, self.weight[...])
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
@@ -111,9 +111,9 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, layer: jax.Array | None = None, *, adapted: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], and keys and values [B, T, K, H], of the stream; queries and keys already turned to their positions.
+        """Queries [B, T, N, H], and keys and values [B, T, K, H], of the stream. Queries and keys have their rotary positions.
 
-        `layer` says which layer, if the projections are stacks.
+        `layer` is the layer to use if the projections are stacks.
         """
         c = self.config
         x_BTD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype)
@@ -137,7 +137,7 @@ class Attention(nnx.Module):
         *,
         adapted: bool,
     ) -> jax.Array:
-        """Attention of queries to the keys that they see, and the output projection: [B, T, D] float32.
+        """Attention of queries to the keys that they see, then the output projection: [B, T, D] float32.
 
         o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink); scores and softmax in float32.
         """
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
     def attend_packed(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None, *, adapted: bool
     ) -> jax.Array:
-        """The same of packed rows, to earlier keys of the query's own segment, or the last `window` of them; differentiable."""
+        """The same for packed rows: queries see earlier keys of their segment, or the last `window` of them. Differentiable."""
         if window is None:
             out_BTNH = self.kernels.packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...])
         else:
@@ -209,14 +209,14 @@ class Attention(nnx.Module):
 
 @jax.checkpoint
 def _times_packed(x_Ti: jax.Array, blocks: jax.Array, scales: jax.Array) -> jax.Array:
-    """x W^T of a matrix in MXFP4, [T, out]. Checkpointed: the backward pass unpacks it again, or a layer's experts would all lie there
-    unpacked, four times the bytes of their packed form (72 GB of temporaries in the 120b)."""
+    """x W^T of a matrix in MXFP4, [T, out]. Checkpointed: the backward pass unpacks it again. Otherwise all experts of a
+    layer would be kept unpacked, at four times their packed bytes (72 GB of temporaries in the 120b)."""
     return _product(x_Ti, dequantise(blocks, scales, x_Ti.dtype))
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)
 def _times_tiled(x_Ti: jax.Array, words: jax.Array, factors: jax.Array, paired: bool) -> jax.Array:
-    """The same of a matrix in tiles, to the last bit."""
+    """The same for a matrix in tiles, bit-identical."""
     blocks, scales = restore(words[None], factors[None], paired=paired)
     return _product(x_Ti, dequantise(blocks[0], scales[0], x_Ti.dtype))
 
@@ -256,13 +256,13 @@ class ExpertMatrix(nnx.Module):
         self.paired = slab.paired
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
-        """What `apply` needs, each with the experts as leading axis; or with layers and experts, if those of a stack are bound."""
+        """The arrays that `apply` needs, [E, ...]; or [L, E, ...] if a stack of layers is bound."""
         adapter = ("lora_a", "lora_b") if adapted and self.lora_a is not None else ()
         named = {name: getattr(self, name, None) for name in ("weight", "blocks", "scales", "words", "factors", "bias", *adapter)}
         return {name: variable[...] for name, variable in named.items() if variable is not None}
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
-        """One expert, its slice of `arrays`, on every row; added up in float32, and left so."""
+        """One expert, given by its slice of `arrays`, applied to every row: float32."""
         if "words" in one:
             y = _times_tiled(x_Ti, one["words"], one["factors"], self.paired)
         elif "blocks" in one:
@@ -288,11 +288,11 @@ class Experts(nnx.Module):
         self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), slab=SLABS["down"], gain=declare.branch_gain, **options)
 
     def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
-        """Of whole sequences; differentiable. `routes_BTX` are the experts to take; None: those of the largest logits."""
+        """Whole sequences; differentiable. `routes_BTX` are the experts to use; None: those with the largest logits."""
         return self._moe(self.kernels.experts, x_BTD, routes_BTX, adapted=adapted)[0]
 
     def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
-        """Of a few tokens a row, where both matrices are those of a stack of pairs (see `Model.decode`); and the experts [B, T, X]."""
+        """A few tokens a row, with matrices of a stack of pairs (see `Model.decode`): the output, and the experts [B, T, X]."""
         return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=pair)
 
     def _moe(
@@ -300,7 +300,7 @@ class Experts(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
-        # In float32: rounded logits would often tie, and the smallest difference between sampler and update choose other experts.
+        # In float32: rounded logits would often tie, and a tiny difference between sampler and update would then choose other experts.
         logits_TE = self.router(x_TD, adapted=False, out_dtype=jnp.float32)
         if routes_BTX is None:
             index_TX, weights_TX = route_top(logits_TE, c.experts_per_token)
@@ -313,7 +313,7 @@ class Experts(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then experts, each added to the stream. How keys are kept is the caller's affair."""
+    """Attention and experts. The caller adds their outputs to the stream and keeps the keys and values."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.attention = Attention(declare, config, lora, kernels)
@@ -321,7 +321,7 @@ class Layer(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A sliding layer and a full one: the unit that is stacked and scanned."""
+    """A sliding layer and a full layer: the unit that is stacked and scanned."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.sliding = Layer(declare, config, lora, kernels, form=form)
