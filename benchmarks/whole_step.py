@@ -38,6 +38,7 @@ from measuring import add_mesh, peak_bytes, set_mesh
 
 from discover_jax import config as settings
 from discover_jax import main as loop
+from discover_jax import stages
 from discover_jax.apprentice import programs
 from discover_jax.machines import device_memory, take_gpu_memory
 from discover_jax.models.config import SHAPES
@@ -175,8 +176,8 @@ def main() -> None:
     if arguments.layers:
         SHAPES[arguments.shape] = shape_of(arguments.shape, arguments.layers)  # where the run looks the name up
     config = configured(arguments)
-    # The loop calls it by this name for each rollout that ends.
-    loop.program_of = recorded_program
+    # The stage calls it by this name for each rollout that ends.
+    stages.program_of = recorded_program
     clock = Clock(arguments.until)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_LeftError):
         loop.run(config, arguments.workdir or Path(folder) / "run", console=clock)
