@@ -145,12 +145,13 @@ def _prepared(
         journal = Journal(workdir.journal_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every, processes=processes)
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
-        state = restore(config, tasks, workdir, checkpoints, journal, fresh, source, console, processes)
+        scripts = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
+        sources = (source, scripts, console.note, processes)
+        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, capacity=config.reuse.capacity)
         policy = dataclasses.replace(policy, train_state=state.train_state)
         last_step = state.first_step + config.train.steps
         recorder = NullRecorder()
         if processes.leads:
-            scripts = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
             options = {"kind": kind, "seed": config.seed, "last_step": last_step}
             recorder = RunRecorder(workdir, journal, console, trackers, tasks, policy.tokenizer, scripts, state, **options)
             recorder.begin(config.name, _opening_lines(config, workdir, tasks, ways, policy, state))

@@ -1,6 +1,6 @@
-"""What a person sees while a run works: bars on a terminal, plain lines everywhere else.
+"""What a run prints: bars on a terminal, plain lines everywhere else.
 
-Steps are counted from 1 here, as people do; metrics, journal and folders count from 0.
+The console counts steps from 1; metrics, journal and folders count from 0.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from discover_jax.types import Outcome, State
 
 @dataclasses.dataclass(frozen=True)
 class Improvement:
-    """The best state of a competition before and after a step; `name` is empty where a run has but one."""
+    """The best state of a competition before and after a step. `name` is empty if the run has one competition only."""
 
     name: str
     best: State | None
@@ -30,13 +30,13 @@ class Improvement:
 
 @dataclasses.dataclass(frozen=True)
 class StepProgress:
-    """How far a step is.
+    """Progress of a step.
 
     Attributes:
-      rollouts_done, rollouts_total: of all processes.
-      programs_done, programs_total: those that this host has run, of those that it has been given so far.
-      tokens_per_s: generated, of all rollouts together.
-      failures: by kind, of the rollouts and programs that are done.
+      rollouts_done, rollouts_total: over all processes.
+      programs_done, programs_total: programs that this host has run, and those submitted to it so far.
+      tokens_per_s: tokens generated a second, over all rollouts.
+      failures: number by kind, of the rollouts and programs that have ended.
     """
 
     rollouts_done: int
@@ -48,62 +48,59 @@ class StepProgress:
 
     @property
     def share(self) -> float:
-        """Part of the rollouts that are finished."""
+        """Fraction of the rollouts that have ended."""
         return self.rollouts_done / self.rollouts_total
 
 
 class Console(Protocol):
-    """How a run reports on itself. Nothing here changes a run's results.
+    """Where a run shows its progress. Nothing here changes the results of a run.
 
-    Every method but `close` may raise RunError when standard output can no longer be written: it was a pipe whose reader ended, or a
-    file on a full disk.
+    Every method except `close` may raise RunError if standard output can no longer be written: a closed pipe, or a full disk.
     """
 
     def start(self, title: str, lines: list[str]) -> None:
-        """Says what is about to run, once."""
+        """Shows what is about to run. Called once."""
         ...
 
     def loading(self, done: int, total: int) -> None:
-        """The weights are being read: bytes so far, of all that this process reads."""
+        """The weights are being read: `done` of `total` bytes of this process."""
         ...
 
     def step(self, step: int, steps: int) -> None:
-        """A step begins: `step` from 0, of `steps` in the whole run."""
+        """A step begins: `step` counts from 0; `steps` is their number in the whole run."""
         ...
 
     def phase(self, name: str, detail: str = "") -> None:
-        """What the step does now, as a few words: "sampling", "learning". `detail` for one that may last and shows no progress: how much
-        there is to do.
-        """
+        """The step enters a phase, such as "sampling". `detail` says how much work the phase has."""
         ...
 
     def progress(self, progress: StepProgress) -> None:
-        """How far the step is; may be called as often as one likes."""
+        """Shows the progress of sampling and programs. May be called often; the console decides when to print."""
         ...
 
     def passes(self, done: int, total: int) -> None:
-        """The update has passed over so many microbatches, of all; may be called as often as one likes."""
+        """Shows the progress of the update: passes over microbatches. May be called often."""
         ...
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
-        """A step ended with this row of metrics; `bests` has one entry for each competition."""
+        """A step ended with this row of metrics. `bests` has one entry for each competition."""
         ...
 
     def note(self, text: str) -> None:
-        """Something to know that is no error."""
+        """Shows something that the user should know and that is not an error."""
         ...
 
     def finish(self, lines: list[str]) -> None:
-        """The run's result, once."""
+        """Shows the result of the run. Called once."""
         ...
 
     def close(self) -> None:
-        """Gives the terminal back; call it however the run ends. May be called twice."""
+        """Restores the terminal. Must be called however the run ends; may be called twice."""
         ...
 
 
 class QuietConsole:
-    """Says nothing: of several processes only the first speaks. Also for tests, and for use as a library."""
+    """Prints nothing: the console of all processes but the first, and of tests and library use."""
 
     def start(self, title: str, lines: list[str]) -> None: ...
 
@@ -127,16 +124,16 @@ class QuietConsole:
 
 
 def make_console() -> Console:
-    """Bars if standard output is a terminal that can move its cursor, else plain lines."""
+    """Bars if standard output is a terminal with cursor control, otherwise plain lines."""
     console = rich.console.Console(highlight=False)
-    # Asked of the stream itself: rich takes FORCE_COLOR for a terminal, too, and would draw bars into a log file.
+    # isatty is checked too: with FORCE_COLOR, rich treats a log file as a terminal and would draw bars into it.
     if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return TerminalConsole(console)
     return PlainConsole()
 
 
 def _print_line(text: str) -> None:
-    """Prints and flushes, so that a log can be followed.
+    """Prints and flushes, so that a log file can be followed.
 
     Raises:
       RunError: standard output cannot be written.
@@ -144,18 +141,18 @@ def _print_line(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # What is left in the stream's buffer would fail once more when the interpreter ends; it goes nowhere instead.
+        # Discard the rest of the buffer: writing it when the interpreter exits would fail again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         raise RunError(
-            f"Standard output can no longer be written ({error}), so the run stops. Nothing of it is lost: the same command resumes at the"
-            " last checkpoint."
+            f"Standard output can no longer be written ({error}), so the run stops. Start the same command again: it resumes from the last"
+            " checkpoint."
         ) from error
 
 
 def step_line(row: dict[str, Any], bests: Sequence[Improvement], steps: int) -> str:
-    """One line on a step: mean and highest reward, best score of the run and its change, valid fraction, failures by kind, seconds."""
+    """The line of a step: mean and highest reward, best score of the run and its change, valid fraction, seconds, failures by kind."""
     width = len(str(steps))
     parts = [
         f"step {row['step'] + 1:>{width}}/{steps}",
@@ -170,14 +167,34 @@ def step_line(row: dict[str, Any], bests: Sequence[Improvement], steps: int) -> 
     return "  ".join(filter(None, parts))
 
 
+_FAILURES = {
+    Outcome.FORMAT_ERROR: ("format error", "format errors"),
+    Outcome.EXCEPTION: ("exception", "exceptions"),
+    Outcome.INVALID_SUBMISSION: ("invalid submission", "invalid submissions"),
+    Outcome.TIMEOUT: ("timeout", "timeouts"),
+    Outcome.OUT_OF_MEMORY: ("out of memory", "out of memory"),
+    Outcome.OUTPUT_FLOOD: ("output flood", "output floods"),
+    Outcome.RESULT_TOO_BIG: ("result too big", "results too big"),
+    Outcome.KILLED: ("killed", "killed"),
+    Outcome.SANDBOX_ERROR: ("sandbox error", "sandbox errors"),
+}
+"""Singular and plural of each kind of failure."""
+
+
 def _failures(counts: Mapping[Outcome, int]) -> str:
     """Failures by kind, most frequent first; "" if there are none."""
     failed = [(outcome, count) for outcome, count in counts.items() if count and outcome is not Outcome.OK]
-    return ", ".join(f"{count} {outcome.value.replace('_', ' ')}" for outcome, count in sorted(failed, key=lambda item: -item[1]))
+    return ", ".join(_counted(count, outcome) for outcome, count in sorted(failed, key=lambda item: -item[1]))
+
+
+def _counted(count: int, outcome: Outcome) -> str:
+    """The number and the kind of failures, as "2 exceptions"."""
+    singular, plural = _FAILURES[outcome]
+    return f"{count} {singular if count == 1 else plural}"
 
 
 def _best(improvement: Improvement) -> str:
-    """The best score with its change, at one width, so that lines stay below each other."""
+    """The best score and its change, padded so that the columns of successive lines align."""
     best, previous = improvement.best, improvement.previous
     if best is None or best.score is None:
         return "none yet        "
@@ -191,12 +208,12 @@ def _best(improvement: Improvement) -> str:
 
 
 class PlainConsole:
-    """Lines without control codes; of progress at most one in `interval` seconds, and in long steps one in a twentieth of what has passed.
+    """Lines without control codes. Progress lines are at least `interval` seconds apart, and at least a twentieth of the step's time.
 
     Args:
-      write: takes a line; by default standard output, each line flushed.
-      interval: seconds.
-      clock: seconds from any moment.
+      write: called with each line; by default it prints and flushes.
+      interval: in seconds.
+      clock: a monotonic clock, in seconds.
     """
 
     def __init__(self, write: Callable[[str], None] | None = None, interval: float = 5.0, clock: Callable[[], float] = time.monotonic):
@@ -255,11 +272,11 @@ class PlainConsole:
     def close(self) -> None: ...
 
     def _write_phase(self, *parts: str) -> None:
-        """A line of the phase, of the parts that say something."""
+        """Writes a line of the phase from the parts that are not empty."""
         self._write(f"    {self._phase}: {'  '.join(filter(None, parts))}")
 
     def _due(self) -> bool:
-        """Whether the last line of progress is long enough ago; if so, the next one is written now."""
+        """Whether the last progress line is old enough. If so, the time of the next one counts from now."""
         now = self._clock()
         if now - self._last < max(self._interval, self._pace.elapsed / 20):
             return False
@@ -268,11 +285,11 @@ class PlainConsole:
 
 
 _BARS = ("rollouts", "programs", "update")
-"""What a step shows below the bar of the run."""
+"""The bars of a step, below the bar of the run."""
 
 
 class TerminalConsole:
-    """Finished steps scroll by; below them one bar for the run and one each for the step's rollouts, programs and update."""
+    """Lines of finished steps, and below them a bar for the run and one each for the rollouts, programs and update of the step."""
 
     def __init__(self, console: rich.console.Console):
         self._console = console
@@ -328,17 +345,17 @@ class TerminalConsole:
     def progress(self, progress: StepProgress) -> None:
         if self._tasks:
             done, total = progress.rollouts_done, progress.rollouts_total
-            self._tell_left(progress.share)
+            self._show_left(progress.share)
             self._run.update(self._tasks["rollouts"], completed=done, total=total, note=f"{progress.tokens_per_s:,.0f} tokens/s")
             done, total = progress.programs_done, progress.programs_total
             self._run.update(self._tasks["programs"], completed=done, total=total, note=_failures(progress.failures))
 
     def passes(self, done: int, total: int) -> None:
         if self._tasks:
-            self._tell_left(done / total)
+            self._show_left(done / total)
             self._run.update(self._tasks["update"], completed=done, total=total, note="passes over microbatches")
 
-    def _tell_left(self, share: float) -> None:
+    def _show_left(self, share: float) -> None:
         left = self._pace.left(share)
         self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}{'  ' if left else ''}{left}")
 
@@ -362,5 +379,5 @@ class TerminalConsole:
         self._run.stop()
 
     def _print(self, text: rich.text.Text) -> None:
-        # The bars' own console prints above them; soft wrapping keeps paths whole, for copying.
+        # Printing through the console of the bars keeps them below. Soft wrapping keeps paths whole, for copying.
         self._console.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Where a run stands before its next step: from its folder's last checkpoint, from another run's, or from nothing."""
+"""The state of a run before its next step: from its own last checkpoint, from another run's, or fresh."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +12,7 @@ from discover_jax.files import write_atomic
 from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
 from discover_jax.runs.checkpoints import Checkpoints
-from discover_jax.runs.console import Console
 from discover_jax.runs.host_state import HostState
-from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir
@@ -24,15 +22,15 @@ from discover_jax.types import Attempt
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """The state of a run between two steps.
 
     Attributes:
-      first_step: number of the run's first step: not 0 for a run that goes on from another one's.
+      first_step: number of the run's first step; not 0 for a run that continues another one.
       step: the next step.
-      train_state: None for a search.
-      frontiers: by the competition's id.
-      rewards: which rows made the scores of the journal and will make those to come, for `HostState`.
-      origin: where all that comes from, in a few words.
+      train_state: adapter and optimizer; None for a search.
+      frontiers: by competition id.
+      rewards: the rows that made the scores in the journal and make those of later steps, for `HostState`.
+      origin: where the state comes from, for the console.
     """
 
     first_step: int
@@ -44,30 +42,33 @@ class RunState:
 
 
 def restore(
-    config: Any,
     tasks: Sequence[Task],
     workdir: Workdir,
     checkpoints: Checkpoints,
     journal: Journal,
     fresh: TrainState | None,
     source: Source | None,
-    console: Console,
+    rerun_scripts: Mapping[str, str],
+    note: Callable[[str], None],
     processes: Processes = ALONE,
+    *,
+    capacity: int,
 ) -> RunState:
-    """The standing of a run, its journal set back to it. Of several processes all call it; the first alone reads and writes the journal.
+    """Restores the state of a run and truncates its journal to it. All processes call this; only the first touches the journal.
 
     Args:
-      config: validated.
-      tasks: the run's; what the checkpoint knows of other competitions stays in the journal and is not used.
-      fresh: the train state of a run that begins; None for a search.
-      source: see `find_source`.
-      console: told of checkpoints that had to be set aside.
+      tasks: of the run. The checkpoint's states of other competitions stay in the journal and are not used.
+      fresh: the train state of a new run; None for a search.
+      source: the run that this one continues, see `find_source`.
+      rerun_scripts: text of best/rerun.sh by competition id.
+      note: called with a message about each damaged checkpoint that was set aside.
+      capacity: states that an archive keeps.
 
     Raises:
-      RunError: no checkpoint can be read, or journal and checkpoint do not belong together, or other rows made the checkpoint's scores.
+      RunError: no checkpoint can be read; journal and checkpoint do not match; or other rows made the checkpoint's scores.
     """
     ids = [task.id for task in tasks]
-    if (found := checkpoints.resume(fresh, console.note)) is not None:
+    if (found := checkpoints.resume(fresh, note)) is not None:
         latest, train_state, row = found
         host = HostState.from_json(row, latest)
         check_reward_rows(
@@ -75,71 +76,71 @@ def restore(
             host.archive,
             tasks,
             what=f"Checkpoint {latest} in {workdir.checkpoints_dir}",
-            remedy="The task's folder was prepared anew from other data, or for another version of the project. Put back what there was, or"
+            remedy="The task folder was prepared again from other data, or by another version of the project. Restore the original data, or"
             " start a new run in another folder (--workdir).",
         )
-        attempts = _told_by_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
-        frontiers = _frontiers(config, ids, host, attempts)
+        attempts = _from_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
+        frontiers = _frontiers(ids, host, attempts, capacity)
         rewards = reward_rows(tasks, host.rewards)
         return RunState(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
     if source is not None:
-        return _go_on(config, tasks, workdir, journal, fresh, source, console, processes)
+        return _continue(tasks, workdir, journal, fresh, source, rerun_scripts, note, processes, capacity)
     if processes.leads:
         _refuse_lost_checkpoints(workdir, journal, 0)
         journal.truncate(0)
-    return RunState(0, 0, fresh, {id: Frontier(Archive((), config.reuse.capacity)) for id in ids}, reward_rows(tasks), "fresh")
+    return RunState(0, 0, fresh, {id: Frontier(Archive((), capacity)) for id in ids}, reward_rows(tasks), "fresh")
 
 
-def _go_on(
-    config: Any,
+def _continue(
     tasks: Sequence[Task],
     workdir: Workdir,
     journal: Journal,
     fresh: TrainState | None,
     source: Source,
-    console: Console,
+    rerun_scripts: Mapping[str, str],
+    note: Callable[[str], None],
     processes: Processes,
+    capacity: int,
 ) -> RunState:
-    """From the last checkpoint of the run in `train.resume_from`."""
+    """The state after the last step of the run in config.train.resume_from."""
     first, host = source.step + 1, source.host
     earlier = Checkpoints(source.path / "checkpoints", keep=1, every=0, read_only=True, processes=processes)
     train_state, _ = earlier.restore(source.step, fresh)
 
     def bring_journal() -> list[Attempt]:
-        # It comes along, so that the lineage of every program can still be told.
+        # The journal is copied, so that the lineage of every program stays known.
         rows, attempts = Journal(source.path / "journal.jsonl").check(host.journal_position, host.journal_sha256)
         _refuse_lost_checkpoints(workdir, journal, first)
         write_atomic(workdir.journal_path, rows)
         return attempts
 
-    attempts = _told_by_first(processes, bring_journal)
-    frontiers = _frontiers(config, [task.id for task in tasks], host, attempts)
+    attempts = _from_first(processes, bring_journal)
+    frontiers = _frontiers([task.id for task in tasks], host, attempts, capacity)
     if processes.leads:
-        reruns = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
-        bring_best(source, frontiers, workdir, attempts, reruns, console)
-    return RunState(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"goes on from step {first} of {source.path}")
+        bring_best(source, frontiers, workdir, attempts, rerun_scripts, note)
+    return RunState(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"continues from step {first} of {source.path}")
 
 
-def _told_by_first(processes: Processes, read: Callable[[], list[Attempt]]) -> list[Attempt]:
-    """What `read` gives in the first process, in all of them."""
+def _from_first(processes: Processes, read: Callable[[], list[Attempt]]) -> list[Attempt]:
+    """The result of `read`, which only the first process calls, in all processes."""
     if processes.count == 1:
         return read()
     return [from_json(row) for row in processes.from_first(lambda: [to_json(attempt) for attempt in read()])]
 
 
-def _frontiers(config: Any, competitions: Sequence[str], host: HostState, attempts: Sequence[Attempt]) -> dict[str, Frontier]:
+def _frontiers(competitions: Sequence[str], host: HostState, attempts: Sequence[Attempt], capacity: int) -> dict[str, Frontier]:
     frontiers = {}
     for id in competitions:
-        archive = Archive.from_json([row for row in host.archive if row.get("task") == id], config.reuse.capacity)
+        archive = Archive.from_json([row for row in host.archive if row.get("task") == id], capacity)
         frontiers[id] = Frontier.resumed(archive, [attempt for attempt in attempts if attempt.task == id])
     return frontiers
 
 
 def _refuse_lost_checkpoints(workdir: Workdir, journal: Journal, first_step: int) -> None:
-    """Without a checkpoint a run can have got no further than into its first step; to begin again would set all the others aside."""
+    """Raises if the journal has later steps than a run without a checkpoint can have: starting again would discard them."""
     last = max((attempt.step for attempt in journal.read()), default=first_step)
     if last > first_step:
         raise RunError(
-            f"The journal {workdir.journal_path} goes up to step {last + 1}, but there is no checkpoint in {workdir.checkpoints_dir}: they"
-            " were deleted. Put them back to resume the run, or start a new one in another folder (--workdir)."
+            f"The journal {workdir.journal_path} has {last + 1} steps, but {workdir.checkpoints_dir} has no checkpoint: they were"
+            " deleted. Restore them to resume the run, or start a new run in another folder (--workdir)."
         )

@@ -1,7 +1,7 @@
 """The run that another one continues (`train.resume_from`): compatibility checks, and what the new run takes over."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from discover_jax.exceptions import RunError
 from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.runs.best import bundle_dir, read_best, write_best
 from discover_jax.runs.checkpoints import Checkpoints, steps_in
-from discover_jax.runs.console import Console
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, read_isolation
 from discover_jax.runs.host_state import HostState
@@ -98,7 +97,7 @@ def bring_best(
     workdir: Workdir,
     attempts: Sequence[Attempt],
     reruns: Mapping[str, str],
-    console: Console,
+    note: Callable[[str], None],
 ) -> None:
     """Copies best/ of the source's best programs, for a run that finds no better one.
 
@@ -106,7 +105,7 @@ def bring_best(
       frontiers: by competition, of the new run before its first step.
       attempts: rows of the source's journal.
       reruns: text of rerun.sh by competition.
-      console: told where the source's best/ does not hold the best program of its journal.
+      note: called with a message where the source's best/ does not have the best program of its journal.
 
     Raises:
       RunError: best/ cannot be written.
@@ -129,6 +128,4 @@ def bring_best(
                 )
                 break
         else:
-            console.note(
-                f"The best program of {id} so far is {best.id} of {source.path}, whose best/ does not hold it; it is in the journal here."
-            )
+            note(f"The best program of {id} so far is {best.id} of {source.path}, whose best/ does not hold it; it is in the journal here.")
