@@ -334,12 +334,12 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
     stands = []
     restore = main.restore
 
-    def restore_and_tell(*arguments):
-        stand = restore(*arguments)
+    def restore_and_keep(*arguments, **options):
+        stand = restore(*arguments, **options)
         stands.append(jax.tree.map(np.array, stand.train_state))  # the arrays themselves are given to the update
         return stand
 
-    monkeypatch.setattr(main, "restore", restore_and_tell)
+    monkeypatch.setattr(main, "restore", restore_and_keep)
     further, metrics, _ = run(folder, config, **{"train.resume_from": str(source), "train.steps": 1, **changes})
     new = further[len(journal) :]
     assert further[: len(journal)] == journal

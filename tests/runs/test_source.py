@@ -15,9 +15,9 @@ from discover_jax.exceptions import RunError
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.runs.best import write_best
 from discover_jax.runs.checkpoints import Checkpoints
-from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.disclosure import Isolation, read_isolation, write_disclosure
 from discover_jax.runs.host_state import HostState
+from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.restore import RunState, restore
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import find_source
@@ -27,14 +27,6 @@ from discover_jax.types import Attempt, Outcome, StopReason
 
 BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 SANDBOX = Isolation(True, ("bubblewrap 0.11",))
-
-
-class Noting(QuietConsole):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -99,7 +91,7 @@ def make_run(path, tasks, isolation=SANDBOX, earlier=()):
     return path
 
 
-def go_on(path, source, tasks, console=None) -> tuple[RunState, Isolation | None]:
+def go_on(path, source, tasks, note=print) -> tuple[RunState, Isolation | None]:
     """Starts another run there, as `main` does."""
     config = config_of(tasks, source)
     with open_workdir(path, {}, "train") as workdir:
@@ -108,7 +100,8 @@ def go_on(path, source, tasks, console=None) -> tuple[RunState, Isolation | None
         write_disclosure(workdir, tasks, search={}, isolation=isolation, goes_on_from=found and found.disclosed())
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         journal = Journal(workdir.journal_path)
-        standing = restore(config, tasks, workdir, checkpoints, journal, state_of(0), found, console or Noting())
+        scripts = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
+        standing = restore(tasks, workdir, checkpoints, journal, state_of(0), found, scripts, note, capacity=10)
         checkpoints.close()
         return standing, read_isolation(workdir.path)
 
@@ -191,7 +184,7 @@ def test_programs_of_which_no_row_tells_the_origin_are_refused(prepare):
     task = prepare()
     for rows, message in (
         ([], task.id),
-        ([{"task": task.id}], task.id),
+        ([{"task": task.id}], r"\bfingerprint\b"),
         ([reward_rows([task])[0] | {"fingerprint": 7}], r"\bfingerprint\b.*\b7\b"),
         ([reward_rows([task])[0] | {"fingerprint": "7", "settings": [1, [2], {}, [[], 4]]}], r"\[\].*\b4\b"),
     ):
@@ -245,9 +238,9 @@ def test_a_best_program_that_the_source_lost_is_told(tmp_path, prepare):
     task = prepare()
     source = make_run(tmp_path / "first", [task])
     (source / "best" / "grade.json").write_text('{"id": "0009-000-000", "competition": "digits-parity"}')
-    console = Noting()
-    go_on(tmp_path / "next", source, [task], console)
+    notes = []
+    go_on(tmp_path / "next", source, [task], notes.append)
     assert not (tmp_path / "next" / "best").exists()
-    (note,) = console.notes
+    (note,) = notes
     assert "0000-000-000" in note
     assert str(source) in note
