@@ -51,7 +51,7 @@ def test_step_line():
     line = step_line(ROW, bests(best(0.71), 0.7), 10)
     assert numbers(line) == ["3", "10", "0.5200", "0.7000", "0.7100", "+0.0100", "88", "12.3", "4", "1"]
     assert re.search(r"\bmean 0\.5200\b.*\bmax 0\.7000\b.*\bbest 0\.7100\b.*\bvalid +88%", line)
-    assert re.search(r"\b4 format error\b.*\b1 exception\b", line)
+    assert re.search(r"\b4 format errors\b.*\b1 exception\b", line)
     assert "-0.0100" in numbers(step_line(ROW, bests(best(0.69), 0.7), 10))  # a metric where lower is better
     for improvement in (bests(best(0.69), None), bests(best(0.7), 0.7), bests(None, None)):
         assert not any(number[0] in "+-" for number in numbers(step_line(ROW, improvement, 10)))
@@ -118,7 +118,7 @@ def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
         ("checkpoint", ["3", "10", "24"]),
     ]
     assert [(line.split()[0].strip(":"), numbers(line)) for line in lines] == expected
-    assert re.search(r"\b2 format error\b.*\b1 timeout\b", lines[0])
+    assert re.search(r"\b2 format errors\b.*\b1 timeout\b", lines[0])
 
 
 def test_lines_grow_rarer_in_long_steps():
