@@ -60,15 +60,15 @@ def needs(
       sizes: of the model.
       machine: to compile for.
       learn: False for a search, which has no adapter and measures instead of updating.
-      on_compile: called with a line before each compilation, which may take a minute.
+      on_compile: called with a line of text before each compilation, which may take a minute.
 
     Raises:
-      ShardingError: something does not divide by its axis of the mesh.
+      ShardingError: a size is not divisible by its axis of the mesh.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
     model = build_model(config, sizes, mesh, machine.platform)
     optimizer = build_optimizer(config)
-    # Which tokens stop a rollout makes no difference here.
+    # The choice of stop tokens makes no difference here.
     memory = machine.memory if machine.platform != "cpu" else None
     sampler = build_sampler(config, model, stop_ids=(0,), memory=memory, learn=learn)
     update = build_update(config, model, optimizer)
@@ -105,11 +105,11 @@ def needs(
 def remat_totals(
     config: Any, sizes: ModelConfig, machine: Machine, found: Sequence[Need], *, on_compile: Callable[[str], None] = print
 ) -> dict[str, int | None]:
-    """Bytes on one device while the gradient runs, for each value of `config.model.remat`; None where the compiler gives up.
+    """Bytes on one device while the gradient runs, for each value of `config.model.remat`; None if the compiler rejects it.
 
     Args:
       config, sizes, machine, on_compile: as for `needs`.
-      found: what `needs` found, which is not compiled again.
+      found: result of `needs`, whose functions are not compiled again.
     """
     totals: dict[str, int | None] = {}
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
@@ -131,7 +131,7 @@ def remat_totals(
 
 
 def _compile(function: LoweredFunction, machine: Machine) -> tuple[int, str]:
-    """Bytes beside the arguments, and the compiler's complaint if it gave up."""
+    """Bytes in addition to the arguments, and the compiler's complaint if it rejected the function."""
     try:
         compiled = function.lowered.compile(compiler_options=machine.options or None)
     except jax.errors.JaxRuntimeError as error:
@@ -148,7 +148,7 @@ def _compile(function: LoweredFunction, machine: Machine) -> tuple[int, str]:
 
 
 def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True) -> bool:
-    """Prints the resolved config, what is predicted for each mesh, the table, and a verdict; True if everything fits.
+    """Prints the resolved config, predictions for each mesh, the memory table and a verdict; returns whether everything fits.
 
     Args:
       config: validated.
@@ -192,11 +192,11 @@ _REMAT_COSTS = {"none": "nothing is computed again", "layers": "about a quarter 
 
 
 def _remat_lines(config: Any, machine: Machine, totals: Mapping[str, int | None]) -> Iterator[str]:
-    """What each policy of rematerialisation takes, the configured one marked."""
+    """Memory of each rematerialisation policy, with a mark at the configured one."""
     if totals:
         yield "The gradient with config.model.remat ="
         for remat, total in totals.items():
-            needed = "more than the compiler can place" if total is None else f"{_gb(total)} GB ({total / machine.memory:.0%})"
+            needed = "more than the compiler accepts" if total is None else f"{_gb(total)} GB ({total / machine.memory:.0%})"
             yield f"  {'*' if remat == config.model.remat else ' '} {remat:<8}{needed:<34}{_REMAT_COSTS[remat]}"
         yield ""
 
@@ -204,7 +204,7 @@ def _remat_lines(config: Any, machine: Machine, totals: Mapping[str, int | None]
 def report(
     config: Any, sizes: ModelConfig, machine: Machine, found: list[Need], totals: Mapping[str, int | None] = types.MappingProxyType({})
 ) -> list[str]:
-    """The table, the picture and the verdict, as lines; with what `remat_totals` found, if that is given."""
+    """Lines of the table, the bars and the verdict; with `totals` from `remat_totals`, also of the rematerialisation policies."""
     mesh = f"data {config.mesh.data} x expert {config.mesh.expert} x tensor {config.mesh.tensor}"
     lines = [
         f"model    {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts",
@@ -229,7 +229,7 @@ def report(
     lines += ["", *_remat_lines(config, machine, totals)]
     for need in peaks.values():
         if need.complaint:
-            lines.append(f"The compiler refused {need.phase}, {need.function}: {need.complaint}")
+            lines.append(f"The compiler rejected {need.phase}, {need.function}: {need.complaint}")
     if all(_fits(need, machine) for need in found):
         spare = min(machine.memory - need.total for need in found)
         lines.append(f"It fits, with {_gb(spare)} GB to spare on each device.")
@@ -247,7 +247,7 @@ def _gb(size: float) -> str:
 
 
 def _bar(need: Need, machine: Machine) -> str:
-    """The parts in proportion to the memory; what does not fit runs over the end."""
+    """A bar of the parts, in proportion to the memory. Parts that do not fit extend past its end."""
     bar, end = "", 0.0
     for part in PARTS:
         end += need.parts[part] / machine.memory * _BAR
@@ -264,9 +264,9 @@ def _estimate(machine: Machine) -> str:
 
 
 def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> Iterator[str]:
-    """What to turn so that a phase fits, the largest part first."""
+    """Settings to change so that a phase fits, largest part first."""
     over = f", {_gb(need.total - machine.memory)} GB too much" if need.total > machine.memory else ""
-    yield f"The {need.phase} does not fit{over}. What takes most, and what to turn:"
+    yield f"The {need.phase} does not fit{over}. Largest parts, and the settings to change:"
     slots = min(config.sampling.slots, config.groups * config.group_size)
     length = row_tokens(config)
     prompt, new = config.sampling.max_prompt_tokens, config.sampling.max_new_tokens

@@ -1,7 +1,7 @@
-"""Machines that a dry run can be made for: the one it runs on, and others that are known by name.
+"""Machines that a dry run supports: this one, and others by name.
 
-A GPU or TPU that is not there can still be compiled for, as long as its compiler is installed (the extra `cuda` or `tpu`). Without it
-the CPU's compiler stands in, and the machine says so.
+A dry run can compile for a GPU or TPU that this machine does not have if its compiler is installed (the extra `cuda` or `tpu`). Otherwise
+it uses the CPU's compiler, and the report says so.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from jax.experimental import topologies
 from discover_jax.exceptions import ConfigError
 
 GPU_FRACTION = 0.9
-"""Part of a GPU's memory that jax takes for arrays when nothing else is said; jax's own default is 0.75."""
-_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name of the same
+"""Fraction of a GPU's memory that jax uses for arrays by default here; jax's own default is 0.75."""
+_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is its older name
 
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """How fast a device computes, reads and talks to others; `costs` predicts a run's speed from it.
+    """Speeds of a device and its links; `costs` predicts a run's speed from them.
 
     Attributes:
-      platform: as kernels are chosen by: "gpu", "tpu".
+      platform: as in `kernels.kernel_set`: "gpu", "tpu".
       product: FLOP/s of a large bfloat16 matrix product.
       copy: bytes/s, read and written, of a large copy within the device's memory.
-      link: bytes/s that reach a device from others of its node, or of its slice of TPUs.
-      network: bytes/s that reach a device from other nodes.
-      latency, network_latency: seconds that a small collective takes, the start of its kernel included.
-      node: devices of a node; 0: all are linked alike.
-      assumed: names of those above that nobody has measured with this project.
+      link: bytes/s to a device from others of its node, or of its TPU slice.
+      network: bytes/s to a device from other nodes.
+      latency, network_latency: seconds of a small collective, including the start of its kernel.
+      node: devices per node; 0: all links are equal.
+      assumed: names of the values above that were not measured with this project.
     """
 
     platform: str
@@ -146,7 +146,7 @@ _SLICES |= {f"v5p-{2 * 4 * n}": f"v5p:{shape}" for n, shape in {1: "2x2x1", 2: "
 _SLICE = re.compile(rf"({'|'.join(_TPUS)}):(\d+(?:x\d+){{1,2}})")
 _NODES = re.compile(rf"(?:(\d+)x)?({'|'.join(_GPUS)})x(\d+)")
 NODE = 8
-"""GPUs of a node where nothing else is said."""
+"""GPUs per node by default."""
 
 NAMES = (
     f"{', '.join(_GPUS)} (as many as config.mesh asks for; h200x8 for a node of eight, 2xh200x8 for two of them), or a slice of TPUs such"
@@ -159,14 +159,14 @@ class Machine:
     """Devices to compile for.
 
     Attributes:
-      name: for people: "8 x NVIDIA H200".
-      devices: of jax; those of a machine that is not there can only be compiled for.
-      memory: bytes that arrays and programs may take on one device.
-      note: where `memory` comes from.
-      platform: as kernels are chosen by: "cpu", "gpu", "tpu".
-      exact: whether the compiler is the machine's own; if not, figures are estimates.
+      name: for display: "8 x NVIDIA H200".
+      devices: jax devices; those of another machine can only be compiled for.
+      memory: bytes available to arrays and executables on one device.
+      note: source of `memory`.
+      platform: as in `kernels.kernel_set`: "cpu", "gpu", "tpu".
+      exact: whether the compiler is the machine's own; otherwise figures are estimates.
       options: for the compiler.
-      speeds: of each device, if they are known.
+      speeds: of each device, if known.
     """
 
     name: str
@@ -180,23 +180,23 @@ class Machine:
 
 
 def take_gpu_memory() -> None:
-    """Lets jax take `GPU_FRACTION` of each GPU, unless the environment says otherwise. To be called before jax first looks for devices."""
+    """Lets jax use `GPU_FRACTION` of each GPU, unless the environment sets a fraction. Call it before jax initialises its devices."""
     if not any(name in os.environ for name in _FRACTION_NAMES):
         os.environ[_FRACTION_NAMES[0]] = str(GPU_FRACTION)
 
 
 def device_memory() -> int | None:
-    """Bytes that arrays may take on one of this process's devices; None where it sets no limit, as on a CPU."""
+    """Bytes available to arrays on one of this process's devices; None if there is no limit, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def find_machine(name: str, devices: int) -> Machine:
-    """The machine of that name with at least so many devices; an empty name means the one that this runs on.
+    """The machine of this name, with at least `devices` devices; an empty name means this machine.
 
-    For another machine this process gives up its accelerators, so jax must not have looked for devices before.
+    For another machine this process gives up its accelerators, so jax must not have initialised its devices.
 
     Raises:
-      ConfigError: the name is not known, or the machine has too few devices.
+      ConfigError: the name is unknown, or the machine has too few devices.
     """
     if not name:
         return _this_machine(devices)
@@ -210,11 +210,11 @@ def find_machine(name: str, devices: int) -> Machine:
         return _gpus(_GPUS[match[2]], nodes, each)
     if match := _SLICE.fullmatch(_SLICES.get(name, name)):
         return _tpus(match[0], _TPUS[match[1]], math.prod(map(int, match[2].split("x"))), devices)
-    raise ConfigError(f"--machine={name!r} is not known; allowed: {NAMES}, or nothing for the machine that this runs on.")
+    raise ConfigError(f"--machine={name!r} is unknown; allowed: {NAMES}. Omit it for this machine.")
 
 
 def speeds_of(name: str, node: int = NODE) -> Speeds | None:
-    """Of a device, by its name here ("h200", "v5p") or in jax ("NVIDIA H200"); of a GPU in nodes of that size. None: nothing is known."""
+    """Speeds of a device by its name here ("h200", "v5p") or in jax ("NVIDIA H200"); `node`: GPUs per node. None if unknown."""
     for known, device in {**_GPUS, **_TPUS}.items():
         if name in (known, device.kind):
             return device.speeds(node) if isinstance(device, _Gpu) else device.speeds()
@@ -223,14 +223,14 @@ def speeds_of(name: str, node: int = NODE) -> Speeds | None:
 
 def _check_count(name: str, count: int, needed: int) -> None:
     if not 0 < needed <= count:
-        raise ConfigError(f"config.mesh asks for {needed} devices, and {name} has {count}. Name a larger machine, or lower the mesh.")
+        raise ConfigError(f"config.mesh asks for {needed} devices, but {name} has {count}. Choose a larger machine or a smaller mesh.")
 
 
 def _this_machine(needed: int) -> Machine:
     devices = jax.devices()
     if len(devices) < needed:
         raise ConfigError(
-            f"config.mesh asks for {needed} devices, and {len(devices)} are here. Name another machine with --machine: {NAMES}."
+            f"config.mesh asks for {needed} devices, but this machine has {len(devices)}. Choose another with --machine: {NAMES}."
         )
     platform = jax.default_backend()
     limit = device_memory()
@@ -249,9 +249,9 @@ def _gpus(gpu: _Gpu, nodes: int, each: int) -> Machine:
     try:
         topology = topologies.get_topology_desc("", "cuda", target_config=gpu.target(), topology=f"1x{nodes}x{each}")
         devices, exact = topology.devices, True
-    except NotImplementedError:  # no plugin for this platform
+    except NotImplementedError:  # this platform's plugin is not installed
         devices, exact = _cpus(count), False
-    # Tuning would measure kernels on the device.
+    # Autotuning would run kernels on the device.
     options = {"xla_gpu_autotune_level": 0} if exact else {}
     return Machine(f"{count} x {gpu.kind}", devices, int(fraction * gpu.memory), note, "gpu", exact, options, gpu.speeds(each))
 
@@ -259,20 +259,20 @@ def _gpus(gpu: _Gpu, nodes: int, each: int) -> Machine:
 def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
     count = chips * tpu.devices_of_chip
     _check_count(name, count, needed)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody answers where there is no TPU
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the query would not return without a TPU
     try:
         devices, exact = topologies.get_topology_desc(name, "tpu").devices, True
     except RuntimeError as error:
         if "not installed" not in str(error):
-            raise ConfigError(f"--machine={name!r} is no slice that the TPU's compiler knows: {error}") from error
+            raise ConfigError(f"--machine={name!r} is not a slice that the TPU compiler supports: {error}") from error
         devices, exact = _cpus(count), False
     note = f"of {count} devices, {needed} in use" if count > needed else "what the compiler gives to programs"
     return Machine(name, devices, tpu.memory, note, "tpu", exact, speeds=tpu.speeds())
 
 
 def _cpus(count: int) -> Sequence[Any]:
-    """That many imitated devices; jax can only make them before it first looks."""
-    # Refused once jax has looked for devices; then those that it found must do, and `make_mesh` says if they do not.
+    """Simulated CPU devices."""
+    # jax refuses this once its devices are initialised. Then the existing ones are used; `make_mesh` raises if they are too few.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
     return jax.devices("cpu")

@@ -21,7 +21,7 @@ from discover_jax.kernels.triton_call import call_kernel
 HEAD_SIZES = (64, 128)
 
 _PROCESSORS = 132
-"""Multiprocessors among which work is divided where there is no GPU: an H200's."""
+"""Multiprocessors assumed without a GPU: those of an H200."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def paged_attention(
     counts_B: jax.Array,
     sinks_N: jax.Array,
 ) -> jax.Array:
-    """`paged_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
+    """`paged_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     size, head_size = keys_LPKsH.shape[3:]
     arguments = (q_BNH, keys_LPKsH, values_LPKsH, layer, pages_BM, counts_B, sinks_N)
     reason = None

@@ -44,7 +44,7 @@ WINDOWED = AttentionTiling(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64
 
 
 def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array) -> jax.Array:
-    """`packed_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
+    """`packed_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     if _refused("packed_attention", q_BTNH, k_BTKH, v_BTKH):
         return packed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
     return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, tiling=FULL)
@@ -53,7 +53,7 @@ def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, se
 def windowed_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array, *, window: int
 ) -> jax.Array:
-    """`windowed_attention_reference` by the kernels where they apply; where not, the reference runs, and the log says why, once."""
+    """`windowed_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     if _refused("windowed_attention", q_BTNH, k_BTKH, v_BTKH):
         return windowed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window)
     return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, tiling=WINDOWED)

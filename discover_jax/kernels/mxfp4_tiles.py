@@ -54,7 +54,7 @@ def check_sizes(out: int, into: int, slab: Slab) -> None:
     """
     if out % slab.rows or slab.rows % (2 * ROWS if slab.paired else ROWS) or into % COLUMNS:
         raise ConfigError(
-            f"A matrix of {out} rows and {into} columns cannot be laid out in slabs of {slab.rows} x {COLUMNS}, which must divide it."
+            f"A matrix of {out} rows and {into} columns is not divisible into slabs of {slab.rows} x {COLUMNS}."
             " Use the reference kernel for such a model."
         )
 
@@ -118,7 +118,7 @@ def check_scales(scales: jax.Array) -> None:
     lowest, highest = int(scales.min()), int(scales.max())
     if lowest < LOWEST or highest > HIGHEST:
         raise ConfigError(
-            f"MXFP4 scales lie between {lowest} and {highest}; tiles hold {LOWEST} to {HIGHEST} (2^{LOWEST - 127} to 2^{HIGHEST - 127})."
+            f"MXFP4 scales are between {lowest} and {highest}; tiles hold {LOWEST} to {HIGHEST} (2^{LOWEST - 127} to 2^{HIGHEST - 127})."
             " Check the checkpoint, or use the reference kernel."
         )
 

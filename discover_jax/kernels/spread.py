@@ -1,11 +1,11 @@
-"""Kernels on a mesh: each device runs them on its own part (`jax.shard_map`), and what must meet is gathered or added up.
+"""Kernels on a mesh: each device runs them on its own part (`jax.shard_map`), with collectives where parts depend on each other.
 
-Rows and tokens are split over the axes `data` and `expert` together where they divide, so that everything is computed once; the experts are
-split over `expert`. Every device sees the tokens of its neighbours along `expert`, computes what its own experts say of them, and each gets
-back the sum for its own tokens: exact and dropless for any routing. Where tokens do not divide, all devices see all of them.
+Rows and tokens are split over the axes `data` and `expert` together if they are divisible, so that nothing is computed twice. Experts are
+split over `expert`. Every device gathers the tokens along `expert`, computes its own experts for them, and receives the sum for its own
+tokens: exact and dropless for any routing. If the number of tokens is not divisible, all devices compute on all tokens.
 
-In decoding a row, its ring and its pages lie on one device, so that attention has nothing to exchange. Pages are numbered over all devices,
-those of one after those of another. A prompt is read by all devices at once, each for pages of its own. Heads are split over `tensor`.
+In decoding a row, its ring and its pages are on one device, so that attention needs no collectives. Page numbers are global: each device
+holds a contiguous range. All devices read every prompt, each into its own pages. Heads are split over `tensor`.
 """
 
 import functools
@@ -22,27 +22,27 @@ from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.projections import Stack
 
 ROWS = ("data", "expert")
-"""Axes over which rows of the decode batch are split, and tokens and rows of the update where they divide."""
+"""Axes over which rows of the decode batch are split, and tokens and rows of the update if they are divisible."""
 _EXPERT, _TENSOR = "expert", "tensor"
 
 
 def rows_axes(size: int, mesh: Mesh) -> tuple[str, ...]:
-    """The axes over which rows, or tokens, are split if there are so many: `data` and `expert`, or `data`, or none."""
+    """The axes over which `size` rows or tokens can be split: `data` and `expert`, or only `data`, or none."""
     return next((axes for axes in (ROWS, ROWS[:1]) if size % math.prod(mesh.shape[axis] for axis in axes) == 0), ())
 
 
 def row_devices(mesh: Mesh | None) -> int:
-    """Parts into which the rows of the decode batch are split."""
+    """Number of parts into which the rows of the decode batch are split."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def _on_devices(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    # What kernels return cannot be checked: their rules for types that say over which axes a value varies do not exist.
+    # Kernels do not have rules for the types that say over which axes a value varies, so their results cannot be checked.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def spread_attention(attend: Callable, mesh: Mesh) -> Callable:
-    """Of packed rows: each device has whole rows."""
+    """For packed rows: each device has whole rows."""
 
     def spread(
         q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array, **options: Any
@@ -59,25 +59,25 @@ _POOL = PartitionSpec(None, ROWS, _TENSOR)
 
 
 def _own_pages(pages: jax.Array, keys_LPKsH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Numbers of pages among those of this device, and which of them are here."""
+    """Page numbers relative to this device, and which of the pages are on it."""
     own = pages - keys_LPKsH.shape[1] * lax.axis_index(ROWS)
     return own, (own >= 0) & (own < keys_LPKsH.shape[1])
 
 
 def _to_read(pages: jax.Array, keys_LPKsH: jax.Array) -> jax.Array:
-    """The device's own numbers; any page for those elsewhere, which stand where nothing is seen."""
+    """Local page numbers. Pages on other devices become page 0; they occur only where attention is masked."""
     own, here = _own_pages(pages, keys_LPKsH)
     return jnp.where(here, own, 0)
 
 
 def _to_write(pages: jax.Array, keys_LPKsH: jax.Array) -> jax.Array:
-    """The device's own numbers; for those elsewhere one that is no page, so that nothing is written."""
+    """Local page numbers. Pages on other devices become a number that is not a page, so that nothing is written."""
     own, here = _own_pages(pages, keys_LPKsH)
     return jnp.where(here, own, keys_LPKsH.shape[1])
 
 
 def spread_paged_attention(attend: Callable, mesh: Mesh) -> Callable:
-    """Of one token a row: each device has whole rows and their pages."""
+    """For one token a row: each device has whole rows and their pages."""
 
     def of_device(q: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> jax.Array:
         return attend(q, keys, values, layer, _to_read(pages, keys), *rest)
@@ -87,7 +87,7 @@ def spread_paged_attention(attend: Callable, mesh: Mesh) -> Callable:
 
 
 def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
-    """Of prompts, of which every device has all pages (`pages_BM`: those of one device after those of another), but its own tokens."""
+    """For prompts: every device has all of their pages (`pages_BM` lists them device by device), but only its own tokens."""
 
     def spread(q_BTNH: jax.Array, *arguments: jax.Array) -> jax.Array:
         split = rows_axes(q_BTNH.shape[1], mesh)
@@ -105,7 +105,7 @@ def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
 
 
 def _spread_write(write: Callable, mesh: Mesh, *specs: PartitionSpec) -> Callable:
-    """Each device writes into its own pages; `specs` are of what follows the layer, pages first."""
+    """Each device writes into its own pages. `specs` are those of the arguments after the layer, pages first."""
 
     def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
         return write(keys, values, layer, _to_write(pages, keys), *rest)
@@ -114,19 +114,19 @@ def _spread_write(write: Callable, mesh: Mesh, *specs: PartitionSpec) -> Callabl
 
 
 def spread_write_token(write: Callable, mesh: Mesh) -> Callable:
-    """Of one token a row: each device writes those of its own rows."""
+    """For one token a row: each device writes the tokens of its own rows."""
     rows, heads = PartitionSpec(ROWS), PartitionSpec(ROWS, _TENSOR)
     return _spread_write(write, mesh, rows, rows, heads, heads)
 
 
 def spread_write_pages(write: Callable, mesh: Mesh) -> Callable:
-    """Of prompts: every device writes all of them."""
+    """For prompts: every device writes all tokens."""
     heads = PartitionSpec(None, None, _TENSOR)
     return _spread_write(write, mesh, PartitionSpec(ROWS), heads, heads)
 
 
 def spread_copy_page(copy: Callable, mesh: Mesh) -> Callable:
-    """The device that has both pages does it."""
+    """The device that has both pages copies."""
 
     def of_device(keys: jax.Array, values: jax.Array, source: jax.Array, target: jax.Array) -> Any:
         return copy(keys, values, _to_read(source, keys), _to_write(target, keys))
@@ -145,7 +145,7 @@ def spread_projections(project: Callable, mesh: Mesh) -> Callable:
 
 
 class _Own:
-    """A matrix of the experts that one device has."""
+    """A matrix of the experts of one device."""
 
     def __init__(self, matrix: ExpertMatrix, arrays: dict[str, jax.Array]):
         self._arrays, self.apply, self.scale = arrays, matrix.apply, matrix.scale
@@ -155,7 +155,7 @@ class _Own:
 
 
 def spread_experts(moe: Callable, mesh: Mesh) -> Callable:
-    """Each device computes its own experts. `moe` must leave out choices of an expert that is elsewhere: those numbered `experts`."""
+    """Each device computes its own experts. `moe` must skip choices of experts on other devices, which have the number `experts`."""
     parts = mesh.shape[_EXPERT]
 
     def spread(
@@ -205,10 +205,10 @@ _WHOLE: dict[str, Callable[[Callable, Mesh], Callable]] = {
     "decode_projections": spread_projections,
 }
 SPREAD = _BY_HEADS | _WHOLE
-"""Operation -> how its implementation is spread over a mesh."""
+"""Operation -> function that spreads its implementation over a mesh."""
 
 
 def can_spread(operation: str, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether it is spread over a mesh of that shape; if not, it runs as reference there, which XLA splits. No kernel computes a part of a
-    projection or of an expert's width."""
+    """Whether an operation can be spread over a mesh of this shape. If not, use its reference, which XLA splits: no kernel computes a part
+    of a projection or of an expert's width."""
     return operation in _BY_HEADS or (operation in _WHOLE and mesh.shape[_TENSOR] == 1)

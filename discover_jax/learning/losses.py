@@ -16,7 +16,7 @@ from discover_jax.learning.tables import Table
 
 @dataclasses.dataclass(frozen=True)
 class RatioLimits:
-    """How far a token's ratio rho = p_theta / p_sampler may go, for the losses that limit it.
+    """Limits of a token's ratio rho = p_theta / p_sampler, for the losses that limit it.
 
     Attributes:
       clip_low, clip_high: of `ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high].
@@ -35,7 +35,7 @@ class RatioLimits:
             value = getattr(self, name)
             if not 0 < value <= highest or math.isinf(value):
                 allowed = f"above 0{'' if math.isinf(highest) else f' and at most {highest:g}'}"
-                raise ConfigError(f"{name} = {value!r} cannot limit the ratios of a loss; it must be {allowed}.")
+                raise ConfigError(f"{name} = {value!r} must be {allowed}.")
 
 
 DEFAULT_LIMITS = RatioLimits()

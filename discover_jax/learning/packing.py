@@ -52,7 +52,7 @@ class Batch:
 
 
 def empty_batch(rows: int, row_tokens: int, routes: Any = None) -> Batch:
-    """Rows of padding alone; with routes of the shape [L, X] and dtype of `routes`, if that is given."""
+    """Rows of padding; with routes of the shape [L, X] and dtype of `routes`, if given."""
     shape = (rows, row_tokens)
     zeros = functools.partial(np.zeros, shape)
     routes_BTLX = None
@@ -79,9 +79,9 @@ def _check(rollout: Rollout, row_tokens: int) -> None:
     name = f"Rollout {rollout.index} of group {rollout.group}"
     lengths = len(rollout.tokens_T), len(rollout.logprobs_T), len(rollout.chosen_T)
     if len(set(lengths)) > 1:
-        raise LearningError(f"{name} has {lengths[0]} tokens, {lengths[1]} log-probabilities and {lengths[2]} flags; they must be as many.")
+        raise LearningError(f"{name} has {lengths[0]} tokens, {lengths[1]} log-probabilities and {lengths[2]} flags; all must be equal.")
     if not 0 < rollout.temperature < float("inf"):
-        raise LearningError(f"{name} has the temperature {rollout.temperature!r}; it must be above 0 and finite.")
+        raise LearningError(f"{name} has temperature {rollout.temperature!r}; it must be finite and above 0.")
     if len(rollout.prompt_tokens_P) == 0:
         raise LearningError(f"{name} has an empty prompt, so its first token has no probability; prompts need at least one token.")
     if not np.isfinite(rollout.logprobs_T[rollout.chosen_T]).all():
@@ -118,7 +118,7 @@ def _routes(rollouts: Sequence[Rollout]) -> jax.ShapeDtypeStruct | None:
     """Shape [L, X] and type of the routes that all rollouts have; None if none has any."""
     found = {None if r.routes_SLX is None else (r.routes_SLX.shape[1:], r.routes_SLX.dtype) for r in rollouts} or {None}
     if len(found) > 1:
-        raise LearningError(f"Some rollouts have routes and others none, or others: {found}. Rollouts of one step come from one sampler.")
+        raise LearningError(f"All rollouts of a step must have routes of one shape and type, or none; got {found}.")
     (only,) = found
     return None if only is None else jax.ShapeDtypeStruct(*only)
 
@@ -159,11 +159,11 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
       LearningError: lengths disagree, a prompt is empty, or an advantage or log-probability is not finite in float32.
     """
     if min(row_tokens, rows, lengths) < 1:
-        raise ConfigError(f"row_tokens = {row_tokens}, rows = {rows} and lengths = {lengths} cannot be packed; all must be at least 1.")
+        raise ConfigError(f"row_tokens = {row_tokens}, rows = {rows} and lengths = {lengths} cannot be packed. All must be at least 1.")
     with np.errstate(over="ignore"):
         advantage_of = np.asarray(advantages, np.float64).astype(np.float32)
     if advantage_of.shape != (len(rollouts),):
-        raise LearningError(f"{len(rollouts)} rollouts came with advantages of shape {advantage_of.shape}; give one for each.")
+        raise LearningError(f"{len(rollouts)} rollouts need as many advantages; got the shape {advantage_of.shape}.")
     if not np.isfinite(advantage_of).all():
         raise LearningError(f"Advantages {np.asarray(advantages)[~np.isfinite(advantage_of)].tolist()} are not finite in float32.")
     for rollout in rollouts:
@@ -195,7 +195,7 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
 
 
 def filled_frac(batches: Sequence[Batch]) -> float:
-    """The part of all positions that is no padding."""
+    """Fraction of positions that are not padding."""
     return sum(int(np.count_nonzero(batch.segments_BT)) for batch in batches) / sum(batch.segments_BT.size for batch in batches)
 
 
@@ -217,10 +217,10 @@ def pack_substeps(
       CapacityError, ConfigError, LearningError: as `pack`; ConfigError for fewer than one substep, too.
     """
     if substeps < 1:
-        raise ConfigError(f"substeps = {substeps} is no number of optimiser steps; it must be at least 1.")
+        raise ConfigError(f"substeps must be at least 1; got {substeps}.")
     values = np.asarray(advantages, np.float64)
     if values.shape != (len(rollouts),):
-        raise LearningError(f"{len(rollouts)} rollouts came with advantages of shape {values.shape}; give one for each.")
+        raise LearningError(f"{len(rollouts)} rollouts need as many advantages; got the shape {values.shape}.")
     usable = [index for index, rollout in enumerate(rollouts) if rollout.chosen_T.any()]
     parts = [part for part in np.array_split(np.asarray(usable, np.int64), substeps) if part.size]
     return [pack([rollouts[i] for i in part], values[part], row_tokens=row_tokens, rows=rows, lengths=lengths) for part in parts]

@@ -1,6 +1,6 @@
-"""What advantages are computed from: a group's rewards, with a bonus for programs unlike the others, and without what is there twice.
+"""Signals: the rewards of a group, optionally with a novelty bonus and without duplicates. Advantages are computed from them.
 
-Both are off by default, as in the report. They work against the collapse of a group into one program, after which it teaches nothing.
+Both options are off by default, as in the report. They counter the collapse of a group into one program, which gives no gradient.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ DUPLICATES = ("keep", "drop")
 
 @dataclasses.dataclass(frozen=True)
 class Diversity:
-    """How a group's rewards are seen by the estimator.
+    """Options that change a group's rewards before advantages are estimated.
 
     Attributes:
-      novelty_bonus: added to the signal of a program that scored, times its distance (0 to 1) to the nearest other one of the group that
-        did. In the reward's unit; 0: none.
-      duplicates: "keep", or "drop": of the programs of a group that are the same but for names and layout the first alone counts, for the
-        baseline and for the update.
+      novelty_bonus: added to the signal of a program with a score, times its distance (0 to 1) to the nearest other such program of the
+        group. In the reward's unit; 0 disables it.
+      duplicates: "keep", or "drop": among programs of a group that differ only in names and layout, only the first counts, for baseline
+        and update.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -34,18 +34,18 @@ class Diversity:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.novelty_bonus < float("inf"):
-            raise ConfigError(f"novelty_bonus = {self.novelty_bonus!r} must be a finite number of at least 0.")
+            raise ConfigError(f"novelty_bonus must be finite and at least 0; got {self.novelty_bonus!r}.")
         if self.duplicates not in DUPLICATES:
-            raise ConfigError(f"duplicates = {self.duplicates!r} is not known; allowed: {', '.join(DUPLICATES)}.")
+            raise ConfigError(f"duplicates = {self.duplicates!r} is unknown; allowed: {', '.join(DUPLICATES)}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Signals:
-    """Of one group.
+    """Signals of one group.
 
     Attributes:
-      values_K: float64, what the estimator is given for each rollout.
-      included_K: bool, False for rollouts that are left out of baseline and update.
+      values_K: float64, the value of each rollout for the estimator.
+      included_K: bool, False for rollouts excluded from baseline and update.
     """
 
     values_K: np.ndarray

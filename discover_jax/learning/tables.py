@@ -15,4 +15,4 @@ class Table(dict[str, F]):
         self.kind = kind
 
     def __missing__(self, name: str) -> NoReturn:
-        raise ConfigError(f"{self.kind} {name!r} is not known; allowed: {', '.join(sorted(self))}.")
+        raise ConfigError(f"{self.kind} {name!r} is unknown; allowed: {', '.join(sorted(self))}.")

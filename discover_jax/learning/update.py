@@ -49,7 +49,7 @@ def _metrics(statistics: Sequence[Statistics]) -> dict[str, float]:
     """Statistics of all microbatches as the numbers to log; needs at least one chosen token."""
     stacked = {key: np.asarray([each[key] for each in statistics], np.float64) for key in statistics[0]}
     tokens = stacked["tokens"].sum()
-    with np.errstate(over="ignore"):  # an infinite ratio is a finding to report, not a reason to fail here
+    with np.errstate(over="ignore"):  # report an infinite ratio instead of failing here
         ratio_min, ratio_max = np.exp(stacked["log_ratio_min"].min()), np.exp(stacked["log_ratio_max"].max())
     metrics = {
         "tokens": tokens,
@@ -172,9 +172,9 @@ class Update:
         routes: jax.ShapeDtypeStruct | None = None,
     ):
         if chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens = {chunk_tokens!r} cannot be used; it must be at least 1.")
+            raise ConfigError(f"chunk_tokens must be at least 1; got {chunk_tokens!r}.")
         if not 0 <= kl_coefficient < float("inf"):
-            raise ConfigError(f"kl_coefficient = {kl_coefficient!r} cannot be used; it must be a finite number of at least 0.")
+            raise ConfigError(f"kl_coefficient must be finite and at least 0; got {kl_coefficient!r}.")
         token_loss, limited = LOSSES[loss], LIMITED.get(loss)
         self._weights = REDUCTIONS[reduction]
         self._kl_coefficient = kl_coefficient
@@ -201,7 +201,7 @@ class Update:
             return jax.tree.map(jnp.add, gradient, new), statistics | {"loss": value}
 
         def base_gap(frozen: Any, batch: Batch) -> jax.Array:
-            batch = dataclasses.replace(batch, routes_BTLX=None)  # the base model goes its own ways
+            batch = dataclasses.replace(batch, routes_BTLX=None)  # the KL reference model uses its own expert routing
             base_BT, _ = token_logprobs(model, frozen, None, batch, chunk_tokens=chunk_tokens)
             return jnp.where(batch.mask_BT, batch.sampler_logprobs_BT - base_BT, 0.0)
 
@@ -209,8 +209,8 @@ class Update:
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
             return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
 
-        # Without a mesh the leaves are None, which leaves layouts free; with one, results must come back exactly as they went in, or
-        # every function would be compiled twice.
+        # Without a mesh the layouts are None, so jit chooses them. On a mesh results must keep the layout of the arguments, or every
+        # function would be compiled twice.
         state = abstract_train_state(model.abstract_lora(), optimizer)
         layouts = shardings(state)
         jit = functools.partial(jax.jit, compiler_options=EXACT_ROUNDING)
@@ -221,7 +221,7 @@ class Update:
         self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def _place(self, arrays: Any) -> Any:
-        """Arrays [B, T, ...] with their rows spread over the mesh, if there is one."""
+        """Arrays [B, T, ...] with their rows split over the mesh, if there is one."""
         return jax.tree.map(lambda x: lay_out(x, self._layout(x)), arrays)
 
     def _layout(self, x: Any) -> NamedSharding | None:
@@ -229,13 +229,13 @@ class Update:
             return None
         if axes := rows_axes(x.shape[0], self._mesh):
             return NamedSharding(self._mesh, PartitionSpec(axes))
-        return sharding_for(("batch", "positions", "layers", "choices")[: x.ndim], x.shape, self._mesh)  # which raises
+        return sharding_for(("batch", "positions", "layers", "choices")[: x.ndim], x.shape, self._mesh)  # it raises ShardingError
 
     def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch], passes: _Passes = _UNTOLD) -> tuple[Any, dict[str, float]]:
-        """Gradient of the reduced loss in `lora`, of the advantages as they stand in the batches; needs a chosen token.
+        """Gradient of the reduced loss with respect to `lora`, with the batches' advantages. At least one token must be chosen.
 
         Returns:
-          A tree like `lora`, and the metrics of `update` but for `kl_base/mean` and `update/skipped`.
+          A tree like `lora`, and the metrics of `update` except `kl_base/mean` and `update/skipped`.
         """
         gradient = jax.tree.map(jnp.zeros_like, lora)
         statistics = []
@@ -250,7 +250,7 @@ class Update:
     def shape(
         self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: _Passes = _UNTOLD
     ) -> tuple[list[list[Batch]], dict[str, float]]:
-        """All batches of a step, their advantages reshaped by the KL to the base, and `kl_base/mean`; as they are if no KL is wanted.
+        """All batches of a step with advantages reshaped by the KL to the base, and `kl_base/mean`; unchanged if the KL is off.
 
         The mean that the penalty is measured from is over the chosen tokens of all substeps together, as in the reference code.
         """
@@ -275,13 +275,13 @@ class Update:
         substeps: Sequence[Sequence[Batch]],
         tell: Tell | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
-        """One optimiser step after another, each on batches of its own. The buffers of `state` are donated: use only the returned one.
+        """Several optimiser steps, each on its own batches. The buffers of `state` are donated: use only the returned state.
 
         Args:
           frozen: base weights.
           state: adapter and optimiser before the first step.
-          substeps: from `pack_substeps`; batches are all of one shape. Substeps without a chosen token are left out, and if none is left
-            (every group constant) the state stays as it is.
+          substeps: from `pack_substeps`; all batches have one shape. Substeps without a chosen token are skipped. If none is left
+            (every group is constant), the state is unchanged.
           tell: called after each pass over a microbatch: one for the gradient and, if wanted, one for the KL to the base.
 
         Returns:
@@ -295,8 +295,8 @@ class Update:
 
         Raises:
           LearningError: loss or gradient is not finite, or the base model's log-probabilities are not. In the first substep `state` is
-            untouched and still valid; later it is lost, and the last checkpoint is what remains.
-          ShardingError: the rows of a batch do not divide by the mesh's data axis.
+            still valid; in a later one it is lost, and only the last checkpoint remains.
+          ShardingError: the rows of a batch are not divisible by the mesh's data axis.
         """
         substeps = [batches for batches in substeps if _chosen(batches)]
         if not substeps:
@@ -318,8 +318,8 @@ class Update:
             raise LearningError(
                 f"The gradient of optimiser step {int(state.step)} is not finite: loss {metrics['loss']}, norm {metrics['grad_norm']},"
                 f" ratios {metrics['ratio/min']} to {metrics['ratio/max']}, log-probability gap at most {metrics['logprob_gap/max']}."
-                " It was not applied. Ratios far from 1 mean that sampler and trainer disagree; otherwise look for rewards or weights"
-                " out of scale."
+                " It was not applied. Ratios far from 1 mean that sampler and trainer disagree. Otherwise check the scale of rewards"
+                " and weights."
             )
         return self._apply(state, gradient), metrics
 
@@ -338,14 +338,14 @@ class Update:
         return metrics | self.shape(frozen, [batches], passes)[1] if lora is not None else metrics
 
     def lowered_functions(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[LoweredFunction]:
-        """The jitted functions of `update` for microbatches of that shape, to be compiled without being run.
+        """The jitted functions of `update` for microbatches of this shape, lowered but not run.
 
         Args:
           frozen, state: abstract, laid out as the real ones will be.
           rows, row_tokens: of a microbatch.
 
         Raises:
-          ShardingError: the rows do not divide by the mesh's data axis.
+          ShardingError: the rows are not divisible by the mesh's data axis.
         """
         batch, weights_BT = self._abstract_batch(rows, row_tokens)
         yield from self._lowered_base_functions(frozen, batch)

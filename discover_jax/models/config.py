@@ -90,11 +90,11 @@ class ModelConfig:
         if self.num_layers < 2 or self.num_layers % 2:
             problems.append(f"num_layers = {self.num_layers}: layers come in pairs (sliding, full), so it must be even and at least 2")
         if self.num_heads % self.num_kv_heads:
-            problems.append(f"num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+            problems.append(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_size % 2:
             problems.append(f"head_size = {self.head_size}: rotary embedding turns halves, so it must be even")
         if not 1 <= self.experts_per_token <= self.num_experts:
-            problems.append(f"experts_per_token = {self.experts_per_token} must lie between 1 and num_experts = {self.num_experts}")
+            problems.append(f"experts_per_token = {self.experts_per_token} must be between 1 and num_experts = {self.num_experts}")
         if problems:
             raise ConfigError("This model cannot be built: " + "; ".join(problems) + ".")
 

@@ -203,7 +203,7 @@ class Model:
         if chunk % size or chunk > cache.pages_BM.shape[1] * size:
             raise CapacityError(
                 f"A chunk of {chunk} tokens cannot be read into rows of {cache.pages_BM.shape[1]} pages of {size} tokens. It must be"
-                " whole pages, and of no more than a row has."
+                " whole pages, and no more than a row has."
             )
         lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
         positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)

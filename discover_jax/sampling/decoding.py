@@ -1,4 +1,4 @@
-"""The device's side of the sampler: the state of the decode batch, and the pure functions that advance it. The host's side is `sampler`."""
+"""The device side of the sampler: the state of the decode batch, and pure functions that advance it. The host side is `schedule`."""
 
 import dataclasses
 from typing import Any
@@ -14,15 +14,15 @@ from discover_jax.sampling.draw import draw_tokens, rollout_keys
 
 @dataclasses.dataclass(frozen=True)
 class SecondPhase:
-    """Makes a rollout that thinks too long begin its answer. Forced tokens are not the policy's choice and bear no log-probability.
+    """Makes a rollout that thinks too long begin its answer. The policy does not choose forced tokens, so they have no log-probability.
 
     Attributes:
-      after: tokens of the first phase; a rollout that has not begun its answer by then is given the forced tokens, then goes on freely.
-      opening: tokens in a row with which an answer begins; the first of them is not among the others.
-      forced: what is given; it ends in `opening` and holds no stop token.
+      after: tokens of the first phase. A rollout that has not begun its answer by then gets the forced tokens and continues freely.
+      opening: consecutive tokens with which an answer begins; the first one must not repeat.
+      forced: the forced tokens; they must end in `opening` and contain no stop token.
 
     Raises:
-      ConfigError: one of these does not hold.
+      ConfigError: a value is invalid.
     """
 
     after: int
@@ -31,27 +31,27 @@ class SecondPhase:
 
     def __post_init__(self):
         if self.after < 1:
-            raise ConfigError(f"A first phase of {self.after} tokens leaves nothing to sample; it must be at least 1.")
+            raise ConfigError(f"The first phase must have at least 1 token; got {self.after}.")
         if not self.opening or self.opening[0] in self.opening[1:]:
-            raise ConfigError(f"The opening {self.opening} of an answer must not be empty nor repeat its first token.")
+            raise ConfigError(f"The opening of an answer must not be empty or repeat its first token; got {self.opening}.")
         if self.forced[-len(self.opening) :] != self.opening:
-            raise ConfigError(f"The forced tokens {self.forced} must end in the opening {self.opening} of an answer.")
+            raise ConfigError(f"The forced tokens must end in the opening {self.opening} of an answer; got {self.forced}.")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of the decode batch, but for their pages: those of the whole batch, or one that comes or goes.
+    """Rows of the decode batch without their pages: the whole batch, or one row that enters or leaves it.
 
     Attributes:
-      ring_k_LBKWH, ring_v_LBKWH, lengths_B: of the cache; a length of 0 says that the row is empty or finished.
-      hidden_BD: the stream at each row's last token, from which the next one is drawn.
-      groups_B, indices_B: int32, which rollout a row belongs to.
-      temperatures_B: float32, that it is sampled at.
+      ring_k_LBKWH, ring_v_LBKWH, lengths_B: of the cache; a length of 0 marks an empty or finished row.
+      hidden_BD: the stream at each row's last token; the next token is sampled from it.
+      groups_B, indices_B: int32, the row's rollout.
+      temperatures_B: float32, of sampling.
       counts_B: int32, tokens generated.
       alive_B: bool, False for rows that are finished or empty.
-      opened_B: int32, how many tokens of `SecondPhase.opening` came last; it stays when all came. Always 0 without a second phase.
-      forcing_B: bool, whether the last token was forced and the next one may be.
+      opened_B: int32, number of tokens of `SecondPhase.opening` that came last; constant once all came. 0 without a second phase.
+      forcing_B: bool, whether the last token was forced, so that the next one may be.
     """
 
     ring_k_LBKWH: jax.Array
@@ -68,7 +68,7 @@ class Rows:
 
 
 Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""Tokens, log-probabilities, whether they were chosen rather than forced, and the experts that read them [..., L, X]."""
+"""Tokens, log-probabilities, whether the policy chose the token, and the experts that read it [..., L, X]."""
 
 
 def _axis(name: str) -> int:
@@ -93,7 +93,7 @@ def put_row(rows: Rows, place: jax.Array, one: Rows) -> Rows:
 def new_rows(
     rings: tuple[jax.Array, jax.Array], lengths_B: Any, hidden_BD: jax.Array, groups_B: Any, indices_B: Any, temperatures_B: Any
 ) -> Rows:
-    """Rows whose prompts were read and that have no tokens yet; those of length 0 are empty."""
+    """Rows whose prompts were read and that have no tokens yet. Rows of length 0 are empty."""
     ring_k, ring_v = rings
     lengths_B, batch = jnp.asarray(lengths_B, jnp.int32), len(lengths_B)
     return Rows(
@@ -112,11 +112,11 @@ def new_rows(
 
 
 def abstract_rows(model: Any, batch: int) -> Rows:
-    """Shapes and types of so many rows of a model, laid out over its mesh if it has one."""
+    """Shapes and types of `batch` rows, with shardings on a mesh."""
 
     def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
-        # Numbers of a row are whole everywhere, since the host of every process reads them.
+        # Per-row numbers are replicated, because the host of every process reads them.
         axes = axes if leaf.ndim > 1 else ("prompts",)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, model.mesh))
 
@@ -133,20 +133,20 @@ def abstract_rows(model: Any, batch: int) -> Rows:
 
 
 def empty_rows(model: Any, batch: int) -> Rows:
-    """So many rows without a rollout, on the devices."""
+    """`batch` rows without a rollout, on the devices."""
     made = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract_rows(model, batch))
     return dataclasses.replace(made, temperatures_B=jnp.ones_like(made.temperatures_B))  # logits are divided by it
 
 
 def _force(phase: SecondPhase | None, rows: Rows, tokens_B: jax.Array, logprobs_B: jax.Array) -> tuple[jax.Array, ...]:
-    """Puts forced tokens in the place of drawn ones: tokens, log-probabilities, `opened_B` and `forcing_B` after them, each [B]."""
+    """Replaces sampled tokens by forced ones: tokens, log-probabilities, and the new `opened_B` and `forcing_B`, each [B]."""
     if phase is None:
         return tokens_B, logprobs_B, rows.opened_B, rows.forcing_B
     forced, opening = (jnp.asarray(ids, jnp.int32) for ids in (phase.forced, phase.opening))
     since_B = rows.counts_B - phase.after
     forcing_B = (rows.forcing_B | ((since_B == 0) & (rows.opened_B < len(opening)))) & (since_B < len(forced))
     tokens_B = jnp.where(forcing_B, forced.at[since_B].get(mode="clip"), tokens_B)
-    # What follows the opening in a row: its next token, or, if another one came, its first.
+    # The opening either continues with its next token or starts again with its first.
     next_B = jnp.where(
         tokens_B == opening.at[rows.opened_B].get(mode="clip"), rows.opened_B + 1, (tokens_B == opening[0]).astype(jnp.int32)
     )
@@ -181,14 +181,13 @@ def decode_launch(
       enough: int32.
       seed, step: fold into every draw.
       max_new_tokens, stop_ids: end a rollout.
-      second_phase: see there.
-      record_routes: whether the experts that read the tokens are wanted; else they are those of no layer.
+      second_phase: see `SecondPhase`.
+      record_routes: whether to return the experts that read the tokens; otherwise those of zero layers.
 
     Returns:
-      Pool and rows, and what was drawn, each [B, launch_steps, ...]: a row's new tokens come first in its line; how many is the growth of
-      its count.
+      Pool, rows, and `Drawn` with arrays [B, launch_steps, ...]. A row's new tokens come first; their number is the increase of its count.
     """
-    lora = model.cast(lora)  # once, rather than in each layer for each token
+    lora = model.cast(lora)  # once, instead of in each layer for each token
     keys_B = rollout_keys(seed, step, rows.groups_B, rows.indices_B)
     stops = jnp.asarray(stop_ids, jnp.int32)
     shape = launch_steps, len(rows.alive_B)
@@ -212,7 +211,7 @@ def decode_launch(
             rows,
             ring_k_LBKWH=cache.ring_k_LBKWH,
             ring_v_LBKWH=cache.ring_v_LBKWH,
-            # A finished row is empty from here on: attention need not read as far as it had come, and its pages stay as they are.
+            # A finished row becomes empty: attention stops reading its tokens, and its pages no longer change.
             lengths_B=jnp.where(alive_B, cache.lengths_B, 0),
             hidden_BD=hidden_BD,
             counts_B=counts_B,

@@ -1,36 +1,36 @@
-"""Which pages of the cache belong to whom: the host's book of a pool of pages, some of them shared."""
+"""The page allocator: on the host, it counts the users of every page of the cache."""
 
 from collections.abc import Iterable, Sequence
 
 
 class PageAllocator:
-    """Counts the users of every page of a pool; a page without users is free.
+    """Counts the users of every page of a pool. A page without users is free; a page can be shared.
 
-    What lies where depends on the order of calls alone.
+    Which pages it hands out depends only on the order of calls.
 
     Args:
       total: pages of the pool.
-      first: number of the first of them.
+      first: number of the first page.
     """
 
     def __init__(self, total: int, first: int = 0):
         self._users = dict.fromkeys(range(first, first + total), 0)
         self._free = list(range(first + total - 1, first - 1, -1))
         self.most_in_use = 0
-        """The most pages that were in use at once."""
+        """Most pages in use at once."""
 
     @property
     def free(self) -> int:
-        """How many pages are free."""
+        """Number of free pages."""
         return len(self._free)
 
     @property
     def in_use(self) -> int:
-        """How many pages have users."""
+        """Number of pages that have users."""
         return len(self._users) - len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """That many free pages, each with one user now; None, and nothing is taken, if there are too few."""
+        """Takes free pages, each of which then has one user; None, without taking any, if there are too few."""
         if count > len(self._free):
             return None
         taken = [self._free.pop() for _ in range(count)]
@@ -40,7 +40,7 @@ class PageAllocator:
         return taken
 
     def share(self, pages: Sequence[int]) -> list[int]:
-        """The same pages, each with one user more. Only pages in use can be shared."""
+        """Adds one user to each page and returns them. Only pages in use can be shared."""
         for page in pages:
             if self._users[page] < 1:
                 raise AssertionError(f"page {page} is free and cannot be shared")
@@ -48,11 +48,11 @@ class PageAllocator:
         return list(pages)
 
     def release(self, pages: Iterable[int]) -> None:
-        """One user less for each page; those without any are free again."""
+        """Removes one user of each page; pages without users become free."""
         freed = []
         for page in pages:
             if self._users[page] < 1:
-                raise AssertionError(f"page {page} is free already")
+                raise AssertionError(f"page {page} is already free")
             self._users[page] -= 1
             if not self._users[page]:
                 freed.append(page)

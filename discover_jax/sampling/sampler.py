@@ -1,10 +1,11 @@
-"""The sampler: prompts in, rollouts out as they finish. One decode batch of slots, refilled at once; it knows nothing of text.
+"""The sampler: prompts in, rollouts out as they finish. It decodes one batch of slots and refills a slot when its rollout ends.
 
-Decoding runs in launches: one jitted loop of up to a fixed number of tokens, which ends early once enough rows are finished. What happens
-between launches, `schedule` says. It depends on tokens and on the number of pages, never on the clock, so a resumed run repeats it.
+Decoding runs in launches. A launch is one jitted loop over up to a fixed number of tokens; it ends early once enough rows are finished.
+`schedule` decides what happens between launches. It depends on tokens and the number of pages, never on the clock, so a resumed run
+repeats it.
 
-Compiled shapes are few: one chunk of a prompt, and a decode loop for each batch size (the slots, and their halves for the tail). The cache
-always has its full capacity; attention reads the pages in use.
+Few shapes are compiled: one chunk of a prompt, and a decode loop for each batch size (the slots, and their halves for the tail). The cache
+always has its full capacity; attention reads only the pages in use.
 """
 
 import functools
@@ -26,15 +27,15 @@ from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Progress, SamplerF
 from discover_jax.types import LoweredFunction, Prompt, Rollout
 
 PROMPT_CHUNK = 512
-"""Tokens of a prompt that are read at once, at most: whole pages."""
+"""Most tokens of a prompt that are read at once: whole pages."""
 _COLLECTIVES_IN_GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES"}
-"""XLA's own list and the last: by itself it ends a CUDA graph at each exchange, of which decoding has two a layer (0.8 of 15.6 ms a step of
-the 120b with 128 rows on two H200s)."""
+"""XLA's default list and COLLECTIVES. By default XLA ends a CUDA graph at each collective, and decoding has two a layer: that costs 0.8 of
+15.6 ms a step of the 120b with 128 rows on two H200s."""
 
 
 def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Pages of a device with which no rollout ever waits for one; with those of one slot, one rollout at a time can be sampled there."""
-    # Beside what the rows hold, a prompt's own as long as rollouts of its group are still to begin.
+    """Pages of a device with which its slots never wait for a page. With the pages of one slot, it can sample one rollout at a time."""
+    # A prompt also holds pages until all rollouts of its group have begun.
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
 
 
@@ -43,7 +44,7 @@ def _put(model: Any, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source:
 
 
 def rows_of(slots: int, rollouts: int, devices: int) -> int:
-    """Rows of the batch: a slot for each rollout, as far as there are any, and a multiple of the devices."""
+    """Rows of the batch: at most the slots, no more than the rollouts, rounded up to a multiple of the devices."""
     return -(-min(slots, rollouts) // devices) * devices
 
 
@@ -56,17 +57,17 @@ class Sampler:
       max_prompt_tokens: longest prompt.
       max_new_tokens: budget of a rollout; the stop token counts.
       temperature: logits are divided by it.
-      temperature_spread: the rollouts of a group get temperatures from (1 - spread) to (1 + spread) times that, evenly in their order.
+      temperature_spread: rollouts of a group get temperatures evenly spaced from (1 - spread) to (1 + spread) times `temperature`.
       stop_ids: tokens that end a rollout.
-      second_phase: for rollouts that think too long; None: they may spend their whole budget.
-      launch_steps: at most so many tokens a row are decoded between two looks of the host.
-      pages: of `PAGE` tokens in the cache, for all slots together, rounded down to as many on each device; None: as many as they can need.
-      record_routes: rollouts tell which experts read them, for an update that repeats the sampler's routing.
+      second_phase: ends the thinking of rollouts that think too long; None: they may spend their whole budget.
+      launch_steps: most tokens a row that one launch decodes.
+      pages: pages of `PAGE` tokens in the cache, for all slots, rounded down to equal parts; None: as many as slots can need.
+      record_routes: whether rollouts record the experts that read their tokens, so that the update can repeat the routing.
 
     Raises:
-      ConfigError: a number out of range, or a second phase that does not fit into the budget.
-      CapacityError: the pages do not hold one rollout.
-      ShardingError: heads do not divide by their axis of the model's mesh.
+      ConfigError: a number is out of range, or the second phase does not fit into the budget.
+      CapacityError: the pages cannot hold one rollout.
+      ShardingError: heads are not divisible by their axis of the model's mesh.
 
     On a mesh the rows of the batch, with their pages, are spread over its data and expert axes (`kernels.spread.row_devices`); their number
     is rounded up to a multiple.
@@ -90,31 +91,31 @@ class Sampler:
         numbers = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens, "launch_steps": launch_steps}
         for name, value in numbers.items():
             if value < 1:
-                raise ConfigError(f"{name} = {value!r} cannot be used by the sampler; it must be at least 1.")
+                raise ConfigError(f"{name} must be at least 1; got {value!r}.")
         if not temperature > 0:
-            raise ConfigError(f"temperature = {temperature!r} cannot be used by the sampler; it must be above 0.")
+            raise ConfigError(f"temperature must be above 0; got {temperature!r}.")
         if not 0 <= temperature_spread < 1:
-            raise ConfigError(f"temperature_spread = {temperature_spread!r} cannot be used by the sampler; it must be from 0 to below 1.")
+            raise ConfigError(f"temperature_spread must be at least 0 and below 1; got {temperature_spread!r}.")
         if not stop_ids:
-            raise ConfigError("The sampler was given no stop token, so every rollout would spend its whole budget; give at least one.")
+            raise ConfigError("The sampler got no stop tokens, so every rollout would spend its whole budget. Give at least one.")
         if second_phase is not None:
             if (needed := second_phase.after + len(second_phase.forced) + 1) > max_new_tokens:
                 raise ConfigError(
                     f"A first phase of {second_phase.after} tokens and {len(second_phase.forced)} forced ones leave no room for an answer"
-                    f" in max_new_tokens = {max_new_tokens}; it must be at least {needed}, or the first phase shorter."
+                    f" in max_new_tokens = {max_new_tokens}. Set it to at least {needed}, or shorten the first phase."
                 )
             if forbidden := set(second_phase.forced) & set(stop_ids):
-                raise ConfigError(f"The forced tokens hold the stop tokens {sorted(forbidden)}, so that no answer could follow them.")
+                raise ConfigError(f"The forced tokens must not contain stop tokens; got {sorted(forbidden)}.")
         self._row_devices = row_devices(model.mesh)
-        # Between processes exchanges in graphs were never tried.
+        # Collectives in graphs were never tested between processes.
         on_gpus = model.mesh is not None and jax.default_backend() == "gpu" and jax.process_count() == 1
         self._compiler_options = EXACT_ROUNDING | (_COLLECTIVES_IN_GRAPHS if on_gpus else {})
         if pages is not None and pages < (fewest := self._row_devices * most_pages(1, max_prompt_tokens, max_new_tokens)):
             on_each = f" on each of {self._row_devices} devices" if self._row_devices > 1 else ""
             raise CapacityError(
                 f"A cache of {pages * PAGE:,} tokens does not hold one rollout of up to {max_prompt_tokens:,} + {max_new_tokens:,} tokens"
-                f" beside its prompt{on_each}; it must have room for {fewest * PAGE:,}. Lower sampling.max_new_tokens or max_prompt_tokens,"
-                " or make room for the cache."
+                f" in addition to its prompt{on_each}. It needs {fewest * PAGE:,}. Lower config.sampling.max_new_tokens or"
+                " max_prompt_tokens, or raise config.sampling.cache_tokens."
             )
         self._model = model
         self._slots = slots
@@ -125,7 +126,7 @@ class Sampler:
         self._given_pages = pages
         self._record_routes = record_routes
         self.compilations = 0
-        """SamplerFunctions compiled so far: it must not grow after the first steps of a run."""
+        """Number of functions compiled so far. It must not grow after the first steps of a run."""
 
         launch = functools.partial(
             decode_launch,
@@ -136,7 +137,7 @@ class Sampler:
             second_phase=second_phase,
             record_routes=record_routes,
         )
-        # On a mesh every array comes back as it went in, and what the host reads lies whole on all devices.
+        # On a mesh every array keeps its layout, and arrays that the host reads are replicated.
         whole, pool = replicated(model.mesh), shardings(model.abstract_pool(self._row_devices, PAGE))
         rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
@@ -170,15 +171,15 @@ class Sampler:
 
         Raises:
           CapacityError: a prompt is empty or longer than `max_prompt_tokens`.
-          ConfigError: two prompts have one group number, so that their rollouts would draw alike.
+          ConfigError: two prompts have the same group number, so their rollouts would be sampled with the same random numbers.
         """
         groups = [prompt.group for prompt in prompts]
         if len(set(groups)) != len(groups):
-            raise ConfigError(f"The sampler was given prompts of groups {groups}; each group number may occur once. Number them apart.")
+            raise ConfigError(f"Group numbers of prompts must be unique; got {groups}.")
         for prompt in prompts:
             if not 1 <= len(prompt.tokens_P) <= self._max_prompt:
                 raise CapacityError(
-                    f"The prompt of group {prompt.group} has {len(prompt.tokens_P)} tokens; the sampler takes 1 to {self._max_prompt}."
+                    f"The prompt of group {prompt.group} has {len(prompt.tokens_P)} tokens; allowed: 1 to {self._max_prompt}."
                     " Raise config.sampling.max_prompt_tokens."
                 )
         if not prompts or not group_size:
@@ -199,16 +200,16 @@ class Sampler:
         return Schedule(functions, limits, prompts, self._temperatures(group_size)).run(on_progress)
 
     def lowered_functions(self, frozen: Any, lora: Any, prompts: int, rollouts: int) -> Iterator[LoweredFunction]:
-        """The jitted functions of one call of `sample`, for the longest prompts that it takes, to be compiled without being run.
+        """The jitted functions of one call of `sample`, lowered for the longest prompts but not run.
 
         Args:
           frozen, lora: abstract weights, laid out as the real ones will be.
           prompts, rollouts: of the call.
 
         Raises:
-          ShardingError: slots, pages or heads do not divide by their axes of the model's mesh.
+          ShardingError: slots, pages or heads are not divisible by their axes of the model's mesh.
         """
-        del prompts  # they are read one after another
+        del prompts  # the sampler reads them one after another
         limits = self._limits(rollouts)
         batch = limits.slots
         pool = self._model.abstract_pool(limits.pages, PAGE)
@@ -253,8 +254,7 @@ class Sampler:
         return (self._temperature * (1.0 + self._spread * places_K)).astype(np.float32).tolist()
 
     def _jit(self, function: Callable, name: str, layouts: Any, *donated: str, taken: Any = None) -> Any:
-        """The function, jitted, with these layouts of what it returns, and of what it takes where that is donated and comes from the host.
-        It counts how often it is traced: once for each compilation."""
+        """The jitted function with these layouts of its results, and of its arguments if `taken` is given. Counts compilations."""
 
         @functools.wraps(function)
         def traced(*args, **kwargs):

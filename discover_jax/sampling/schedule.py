@@ -1,11 +1,11 @@
-"""One call of the sampler on the host: which rollout is decoded in which slot, and on which pages, from launch to launch.
+"""One call of the sampler on the host: between launches it assigns rollouts to slots, and pages to rollouts.
 
-Between launches every live row is given the pages that it may need next, and free slots are filled from the queue, both in fixed order.
-A group's prompt is read when its first rollout begins; its full pages are shared, the rest is copied. When pages run out, the rollout that
-began last is set aside: its row and pages wait in the host's memory and come back before any other begins.
+Between launches every live row gets the pages that it may need next, and free slots are filled from the queue, both in a fixed order.
+A group's prompt is read when its first rollout begins. Rollouts share its full pages and copy the last, partial one. When pages run out,
+the rollout that began last is set aside: its row and pages move to host memory, and return before any other rollout begins.
 
-On several devices each has as many of the slots, one after another, and as many of the pages; a row's pages lie where its slot does. A
-prompt is read for all devices at once.
+Each device has an equal, contiguous part of the slots and of the pages; a row's pages are on the device of its slot. All devices read
+every prompt.
 """
 
 import collections
@@ -25,35 +25,35 @@ from discover_jax.sampling.pages import PageAllocator
 from discover_jax.types import Prompt, Rollout, StopReason
 
 PAGE = 128
-"""Tokens a page."""
+"""Tokens per page."""
 FEWEST_ROWS = 8
-"""The decode batch is halved for the tail, down to this."""
+"""Smallest decode batch to which the tail is halved."""
 MOVED_PAGES = 16
-"""Pages that go to the host's memory or come back at once."""
+"""Pages that move to or from host memory at once."""
 
 
 def half_of(rows: int, row_devices: int) -> int:
-    """Of a batch of so many rows, spread over so many devices; 0 if it is not to be halved."""
+    """Half of the rows of a batch on this number of devices; 0 if it cannot be halved."""
     half = rows // 2
     return half if half >= FEWEST_ROWS and half % row_devices == 0 else 0
 
 
 def pages_of(tokens: int) -> int:
-    """Pages that so many tokens take."""
+    """Pages needed for this number of tokens."""
     return -(-tokens // PAGE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a call of `sample` stands.
+    """Progress of a call of `sample`.
 
     Attributes:
       finished, total: rollouts.
       tokens: generated so far.
       seconds: since it began.
-      utilisation: part of the slots' decoding that went to live rows, counted as long as rollouts waited for a slot; 1 if none ever did.
-      set_aside: how often a rollout was set aside because pages ran out.
-      pages: the most that were in use at once.
+      utilisation: fraction of the decoded slots that were live, counted while rollouts waited for a slot; 1 if none waited.
+      set_aside: number of times that a rollout was set aside because pages ran out.
+      pages: most pages in use at once.
     """
 
     finished: int
@@ -67,7 +67,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerFunctions:
-    """What the schedule has the device do; see the functions of the same names in `decoding`, `models.cache` and `Model`."""
+    """The jitted functions that the schedule calls; see the functions of these names in `decoding`, `models.cache` and `Model`."""
 
     empty_pool: Callable[[int], Pool]
     empty_rows: Callable[[int], Rows]
@@ -82,10 +82,10 @@ class SamplerFunctions:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleLimits:
-    """Numbers of one call: slots, pages in all and of a row at most, tokens of a rollout, of a launch and of a prompt's chunk.
+    """Limits of one call: slots, pages in total and per row, and tokens of a rollout, of a launch and of a prompt's chunk.
 
-    The batch, `slots` rows at first, and the pages are spread over `row_devices`, as many on each. `record_routes` says whether rollouts
-    tell which experts read them.
+    The batch (`slots` rows at first) and the pages are split equally over `row_devices`. `record_routes`: whether rollouts record the
+    experts that read their tokens.
     """
 
     slots: int
@@ -101,8 +101,7 @@ class ScheduleLimits:
 
 @dataclasses.dataclass
 class _Prefix:
-    """A prompt that was read: the row with which its rollouts begin, its pages on each device, and by chunks which experts read it, if that
-    is wanted."""
+    """A prompt that was read: the row with which its rollouts begin, its pages on each device, and, if recorded, its routes by chunk."""
 
     row: Rows
     pages_R: list[list[int]]
@@ -111,16 +110,16 @@ class _Prefix:
 
 @dataclasses.dataclass(eq=False)
 class _Open:
-    """A rollout in the making.
+    """An unfinished rollout.
 
     Attributes:
-      place: of its prompt.
+      place: position of its prompt in the call.
       index: in the group.
-      temperature: that it is sampled at.
-      began: how many rollouts began before it; -1 before it begins.
+      temperature: of sampling.
+      began: number of rollouts that began before it; -1 before it begins.
       count: tokens so far; `tokens`, `logprobs`, `chosen` and `routes` hold them by launch.
-      prompt_routes: of its prompt, by chunks.
-      pages: of its prompt and its own, while it has a slot.
+      prompt_routes: routes of its prompt, by chunk.
+      pages: those of its prompt and its own, while it has a slot.
       aside: row and pages while it is set aside.
     """
 
@@ -143,8 +142,8 @@ class Schedule:
 
     Args:
       functions, limits: of the sampler.
-      prompts: one a group; rollouts are begun in this order.
-      temperatures_K: of the rollouts of every group.
+      prompts: one per group; rollouts begin in this order.
+      temperatures_K: temperatures of the rollouts of every group.
     """
 
     def __init__(self, functions: SamplerFunctions, limits: ScheduleLimits, prompts: Sequence[Prompt], temperatures_K: Sequence[float]):
@@ -165,7 +164,7 @@ class Schedule:
         self._busy = self._offered = self._set_asides = 0
 
     def run(self, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Rollout]:
-        """Yields every rollout as soon as it is finished."""
+        """Yields each rollout as soon as it is finished."""
         start, tokens, finished = time.monotonic(), 0, 0
         while finished < self._total:
             self._give_pages()
@@ -185,23 +184,23 @@ class Schedule:
         return len(self._prompts[rollout.place].tokens_P) + rollout.count
 
     def _needed(self, rollout: _Open, launches: int = 1) -> int:
-        """Pages with which it can go through the next launch, or through several."""
+        """Pages that it needs for the next launch, or for several."""
         return min(pages_of(self._length(rollout) + launches * self._limits.launch_steps), self._most(rollout))
 
     def _most(self, rollout: _Open) -> int:
-        """Pages that it can ever need."""
+        """Most pages that it can need."""
         return pages_of(len(self._prompts[rollout.place].tokens_P) + self._limits.new_tokens)
 
     def _device(self, slot: int) -> int:
         return slot * self._limits.row_devices // len(self._slots)
 
     def _live(self, device: int) -> list[_Open]:
-        """Its rollouts, first those that began first."""
+        """The live rollouts of a device, in the order in which they began."""
         live = [rollout for slot, rollout in enumerate(self._slots) if rollout is not None and self._device(slot) == device]
         return sorted(live, key=lambda rollout: rollout.began)
 
     def _make_room(self, device: int, count: int, keep: int = -1) -> bool:
-        """Whether it has so many free pages, if need be after prompts are forgotten that can be read again; but not `keep`'s."""
+        """Whether a device has `count` free pages. If needed, first frees prompts, which can be read again, except `keep`."""
         if self._allocators[device].free < count:
             for place in [place for place in self._prefixes if place != keep]:
                 self._forget(place)
@@ -217,7 +216,7 @@ class Schedule:
         return pages
 
     def _give_pages(self) -> None:
-        """To every live row, first those that began first; at the cost of those that began last on its device."""
+        """Gives every live row its pages, in the order in which rows began. If pages run out, sets aside the rows that began last."""
         for device in range(len(self._allocators)):
             live = self._live(device)
             while live:
@@ -241,7 +240,7 @@ class Schedule:
         self._set_asides += 1
 
     def _in_parts(self, pages: list[int]) -> Iterator[np.ndarray]:
-        """Their numbers in parts of one size, padded with one that is no page."""
+        """Page numbers in parts of equal size, padded with a number that is not a page."""
         for first in range(0, len(pages), MOVED_PAGES):
             part = pages[first : first + MOVED_PAGES]
             yield np.array(part + [self._limits.pages] * (MOVED_PAGES - len(part)), np.int32)
@@ -249,7 +248,7 @@ class Schedule:
     # Slots
 
     def _put(self, slot: int, row: Rows, source: int = 0, target: int | None = None) -> None:
-        """Gives a slot a row, and page `target`, if one is named, the contents of `source`."""
+        """Puts a row into a slot, and, if `target` is given, copies page `source` to it."""
         target = self._limits.pages if target is None else target
         self._pool, self._rows = self._do.put_row(self._pool, self._rows, row, slot, source, target)
 
@@ -260,8 +259,8 @@ class Schedule:
                 full.add(self._device(slot))
 
     def _fill(self, slot: int) -> bool:
-        """Whether there was a rollout for this slot, and room for it."""
-        # What live rows will need in the launch after the next is left free, so that what begins now need not be set aside at once.
+        """Fills a slot; returns whether there was a rollout, and room for it."""
+        # Leave free what live rows need in the launch after the next, or a rollout that begins now would be set aside at once.
         spare_R = [0] * len(self._allocators)
         for other, rollout in enumerate(self._slots):
             if rollout is not None:
@@ -275,7 +274,7 @@ class Schedule:
         if not self._make_room(device, needed + spare_R[device]):
             return False
         rollout.pages = self._take(device, needed)
-        assert rollout.aside is not None, "only what was set aside comes back"
+        assert rollout.aside is not None, "only rollouts that were set aside return"
         row, parts = rollout.aside
         used = rollout.pages[: pages_of(self._length(rollout))]
         for ids, part in zip(self._in_parts(used), parts, strict=True):
@@ -309,7 +308,7 @@ class Schedule:
         return True
 
     def _read(self, place: int) -> _Prefix:
-        """Reads a prompt; there must be room for it on all devices."""
+        """Reads a prompt. All devices must have room for it."""
         prompt, chunk = self._prompts[place], self._limits.chunk
         length = len(prompt.tokens_P)
         pages_R = [self._take(device, pages_of(length)) for device in range(len(self._allocators))]
@@ -333,7 +332,7 @@ class Schedule:
         return bool(self._queue or self._aside)
 
     def _shrink(self) -> None:
-        """Halves the batch for as long as each device's live rows fit, once no rollout waits."""
+        """Once no rollout waits, halves the batch as often as the live rows of each device fit."""
         if (rows := self._halved()) == len(self._slots):
             return
         each, kept = rows // self._limits.row_devices, []
@@ -344,7 +343,7 @@ class Schedule:
         self._slots = [self._slots[slot] for slot in kept]
 
     def _halved(self) -> int:
-        """The rows to which the batch can be halved, perhaps several times: all of them as long as rollouts wait."""
+        """The rows that remain after halving the batch as often as possible; all rows while rollouts wait."""
         devices, rows = self._limits.row_devices, len(self._slots)
         most = max(len(self._live(device)) for device in range(devices))
         while not self._waiting() and half_of(rows, devices) >= max(1, most * devices):
@@ -354,7 +353,7 @@ class Schedule:
     # Decoding
 
     def _decode(self) -> tuple[list[Rollout], int]:
-        """One launch: the rollouts that it finished, and how many tokens it generated."""
+        """Runs one launch: the finished rollouts, and the number of generated tokens."""
         pages_BM = np.zeros((len(self._slots), self._limits.row_pages), np.int32)
         live = [(slot, rollout) for slot, rollout in enumerate(self._slots) if rollout is not None]
         waiting = self._waiting()
@@ -368,7 +367,7 @@ class Schedule:
             grown.append(new)
             rollout.count += new
             for kept, x_BT in zip((rollout.tokens, rollout.logprobs, rollout.chosen, rollout.routes), drawn_BT, strict=True):
-                kept.append(x_BT[slot, :new].copy())  # or all of the launch would be kept for it
+                kept.append(x_BT[slot, :new].copy())  # a view would keep the arrays of the whole launch
             if not alive_B[slot]:
                 done.append(self._close(rollout))
                 self._allocators[self._device(slot)].release(rollout.pages)
@@ -379,11 +378,11 @@ class Schedule:
         return done, sum(grown)
 
     def _enough(self, live: int) -> int:
-        """A launch ends early when no more rows than this are live: a quarter can be refilled, or in the tail the batch can be halved."""
+        """A launch ends early at this number of live rows: then a quarter can be refilled or, in the tail, the batch can be halved."""
         if self._waiting():
             return live - max(1, live // 4)
         half = half_of(len(self._slots), self._limits.row_devices)
-        return half if half < live else 0  # so few already, but too many of them on one device
+        return half if half < live else 0  # already few enough, but too many on one device
 
     def _close(self, rollout: _Open) -> Rollout:
         tokens_T = np.concatenate(rollout.tokens).astype(np.int32)
@@ -401,6 +400,6 @@ class Schedule:
         )
 
     def _routes(self, rollout: _Open) -> np.ndarray:
-        """Of the tokens of the prompt, and of its own but for the last, which nothing read."""
+        """Routes of the prompt's tokens and of its own, except the last, which the model never read."""
         prompt = np.concatenate([np.asarray(routes_1CLX)[0] for routes_1CLX in rollout.prompt_routes])
         return np.concatenate([prompt[: len(self._prompts[rollout.place].tokens_P)], *rollout.routes])[:-1]

@@ -254,7 +254,7 @@ def test_constant_rewards_have_no_advantage(name):
 
 
 def test_unknown_estimator_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'grpo' is not known; allowed: .*entropic.*mean_baseline"):
+    with pytest.raises(ConfigError, match=r"'grpo' is unknown; allowed: .*entropic.*mean_baseline"):
         ESTIMATORS["grpo"]
 
 

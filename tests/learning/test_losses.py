@@ -78,10 +78,10 @@ def test_limits_are_checked(bad):
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ConfigError, match=r"loss 'dpo' is not known; allowed: importance_sampling, ppo, reinforce, truncated_importance_sampling"
+        ConfigError, match=r"loss 'dpo' is unknown; allowed: importance_sampling, ppo, reinforce, truncated_importance_sampling"
     ):
         LOSSES["dpo"]
-    with pytest.raises(ConfigError, match=r"reduction 'mean' is not known; allowed: sequence_mean, sum, token_mean"):
+    with pytest.raises(ConfigError, match=r"reduction 'mean' is unknown; allowed: sequence_mean, sum, token_mean"):
         REDUCTIONS["mean"]
 
 

@@ -113,7 +113,7 @@ def test_routes_lie_with_their_inputs():
     assert batch.routes_BTLX.dtype == np.uint8
     with pytest.raises(LearningError, match="routes of 1 tokens"):
         pack([dataclasses.replace(rollouts[0], routes_SLX=routes[1])], [1.0], row_tokens=6, rows=1)
-    with pytest.raises(LearningError, match="others none"):
+    with pytest.raises(LearningError, match="routes"):
         pack([rollouts[0], dataclasses.replace(rollouts[1], routes_SLX=None)], [1.0, 2.0], row_tokens=6, rows=1)
 
 
@@ -146,7 +146,7 @@ def test_a_rollout_may_fill_a_row_but_not_exceed_it():
 
 def test_bad_input_is_refused():
     good = make_rollout([1], [2, 3])
-    with pytest.raises(LearningError, match=r"1 rollouts came with advantages of shape \(2,\)"):
+    with pytest.raises(LearningError, match=r"1 rollouts.*advantages.*\(2,\)"):
         pack([good], [1.0, 2.0], row_tokens=8, rows=1)
     for bad in (np.nan, np.inf, 1e39):
         with pytest.raises(LearningError, match="not finite in float32"):
@@ -158,7 +158,7 @@ def test_bad_input_is_refused():
     ragged = Rollout(0, 0, np.ones(1, np.int32), np.ones(2, np.int32), np.zeros(3, np.float32), np.ones(2, bool), StopReason.MAX_TOKENS)
     with pytest.raises(LearningError, match=r"temperature 0\.0"):
         pack([dataclasses.replace(good, temperature=0.0)], [1.0], row_tokens=8, rows=1)
-    with pytest.raises(LearningError, match="as many"):
+    with pytest.raises(LearningError, match="flags"):
         pack([ragged], [1.0], row_tokens=8, rows=1)
     with pytest.raises(ConfigError, match="at least 1"):
         pack([good], [1.0], row_tokens=8, rows=0)
@@ -198,7 +198,7 @@ def test_substeps_of_whole_groups():
 def test_substeps_refuse():
     with pytest.raises(ConfigError, match="at least 1"):
         pack_substeps([make_rollout([1], [2])], [1.0], substeps=0, row_tokens=4, rows=1)
-    with pytest.raises(LearningError, match="1 rollouts came with advantages"):
+    with pytest.raises(LearningError, match=r"1 rollouts.*advantages"):
         pack_substeps([make_rollout([1], [2])], [1.0, 2.0], substeps=1, row_tokens=4, rows=1)
 
 

@@ -127,7 +127,7 @@ def test_a_folder_is_read_into_tiles_and_saved_from_them(tmp_path, layout):
 def test_a_folder_that_tiles_cannot_hold_is_refused(tmp_path, monkeypatch):
     write_synthetic(tmp_path, CONFIG, seed=3)
     monkeypatch.setattr("discover_jax.kernels.mxfp4_tiles.LOWEST", HIGHEST)
-    with pytest.raises(ConfigError, match=r"MXFP4 scales lie between .* use the reference kernel"):
+    with pytest.raises(ConfigError, match="MXFP4 scales"):
         load_folder(tmp_path, experts="tiled")
 
 
