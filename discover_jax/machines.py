@@ -209,7 +209,9 @@ def find_machine(name: str, devices: int) -> Machine:
         _check_count(name, nodes * each, devices)
         return _gpus(_GPUS[match[2]], nodes, each)
     if match := _SLICE.fullmatch(_SLICES.get(name, name)):
-        return _tpus(match[0], _TPUS[match[1]], math.prod(map(int, match[2].split("x"))), devices)
+        tpu, chips = _TPUS[match[1]], math.prod(map(int, match[2].split("x")))
+        _check_count(name, chips * tpu.devices_of_chip, devices)
+        return _tpus(match[0], tpu, chips, devices)
     raise ConfigError(f"--machine={name!r} is unknown; allowed: {NAMES}. Omit it for this machine.")
 
 
@@ -258,7 +260,6 @@ def _gpus(gpu: _Gpu, nodes: int, each: int) -> Machine:
 
 def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
     count = chips * tpu.devices_of_chip
-    _check_count(name, count, needed)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the query would not return without a TPU
     try:
         devices, exact = topologies.get_topology_desc(name, "tpu").devices, True

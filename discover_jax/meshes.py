@@ -1,6 +1,6 @@
-"""Which mesh: what `costs` predicts for each one that a machine's devices can form, and how much memory it takes, without compiling.
+"""Predicts, without compiling, time and memory of a step on every mesh that a machine's devices can form.
 
-`--dry_run` prints this before it compiles the config's own mesh, whose memory the compiler then tells exactly.
+`--dry_run` prints this before it compiles the config's own mesh, for which the compiler reports the exact memory.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from discover_jax.sampling.schedule import PAGE
 
 SHOWN = 5
 FILLED = 0.95
-"""Of the update's positions, those that are no padding (docs/performance.md, Packing)."""
+"""Fraction of the update's positions that are not padding (docs/performance.md, Packing)."""
 ROUTED, ROUTED_REFERENCE = 25, 45
 """Bytes of temporary arrays of the update's experts, a value of each token that a device sees and expert that reads it. Kernels: 116.2 GB
 were measured with one row of 32,768 tokens, and 85.2 with one on each of two devices of `expert`. References: the TPU's compiler (libtpu
@@ -47,7 +47,7 @@ def lengths_of(text: str, config: Any) -> Lengths:
     """From the command line's "PROMPT,ROLLOUT"; an empty text means the limits of the config.
 
     Raises:
-      ConfigError: these are no two numbers of tokens, or more than the limits.
+      ConfigError: the text is not two numbers of tokens within the limits.
     """
     limits = Lengths(config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
     if not text:
@@ -58,23 +58,23 @@ def lengths_of(text: str, config: Any) -> Lengths:
         if 0 < given.prompt <= limits.prompt and 0 < given.rollout <= limits.rollout:
             return given
     raise ConfigError(
-        f"--lengths={text!r} cannot be used: it is mean tokens of a prompt and of a rollout, such as --lengths=1500,8000, each from 1 to"
-        f" the config's limits, {limits.prompt:,} (max_prompt_tokens) and {limits.rollout:,} (max_new_tokens)."
+        f"--lengths={text!r} must be the mean tokens of a prompt and of a rollout, such as --lengths=1500,8000: from 1 to"
+        f" {limits.prompt:,} (config.sampling.max_prompt_tokens) and from 1 to {limits.rollout:,} (config.sampling.max_new_tokens)."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of one mesh.
+    """Prediction for one mesh.
 
     Attributes:
       mesh: devices along each axis.
-      kernels: whether the kernels run there.
-      rows: packed rows of a microbatch that it takes: the config's, made a multiple of `data` x `expert`.
-      live: rollouts that are decoded at once: slots, or those for which the cache has room.
-      bytes: that the update's peak takes on a device, about.
+      kernels: whether it uses the kernels.
+      rows: packed rows of a microbatch: the config's, rounded up to a multiple of `data` x `expert`.
+      live: rollouts decoded at once: the slots, or as many as fit into the cache.
+      bytes: approximate peak of the update on a device.
       sampling, update: seconds of a step, by part.
-      sampled, learned: tokens that are sampled, and those that the update reads, prompts included.
+      sampled, learned: tokens sampled, and tokens read by the update, including prompts.
       obstacle: why it cannot be used; empty if it can.
     """
 
@@ -95,13 +95,14 @@ class Prediction:
 
 
 def shapes(devices: int) -> list[MeshShape]:
-    """All meshes of so many devices."""
+    """All meshes of this number of devices."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     return [MeshShape(devices // e // t, e, t) for e in divisors for t in divisors if devices % (e * t) == 0]
 
 
 def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape) -> bool:
-    """Whether a run on such devices has kernels, as `engine.build_model` and `kernels.spread` decide it; their packages are presumed."""
+    """Whether a run on these devices has kernels, by the rules of `engine.build_model` and `kernels.spread`, if their packages are
+    installed."""
     try:
         check_tiles(config, sizes, AbstractMesh(mesh, MESH_AXES))
     except ConfigError:
@@ -110,7 +111,7 @@ def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape)
 
 
 def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, lengths: Lengths, *, learn: bool = True) -> Prediction:
-    """What a step of a run takes on a mesh of the machine's devices.
+    """Time and memory of a step on a mesh of the machine's devices.
 
     Args:
       config: validated; in bfloat16 with packed experts.
@@ -164,7 +165,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
 
 
 def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
-    """Bytes that the gradient keeps and needs beside its arguments, about, of so many tokens on each device."""
+    """Approximate bytes that the gradient needs in addition to its arguments, for `tokens` on each device."""
     layers, stream, attention = sizes.num_layers, 4 * sizes.width, sizes.num_heads * (2 * sizes.head_size + 4)
     # A device of `expert` sees the tokens of all; of the references its own experts all read them, or where `tensor` splits them, all do.
     read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
@@ -179,7 +180,7 @@ def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *
 
 
 def recommend(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> list[Prediction]:
-    """All meshes of the machine's devices: those that can be used by the time of a step, then the others."""
+    """All meshes of the machine's devices: usable ones, fastest first, then the others."""
     found = [predict(config, sizes, machine, mesh, lengths, learn=learn) for mesh in shapes(len(machine.devices))]
     return sorted(found, key=lambda one: (bool(one.obstacle), one.seconds, one.mesh.tensor, one.mesh.expert))
 
@@ -188,19 +189,19 @@ def recommend(config: Any, sizes: ModelConfig, machine: Machine, lengths: Length
 
 
 def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> Iterator[str]:
-    """The best meshes and the config's own, as lines; or why nothing is predicted."""
+    """Lines with the best meshes and the config's own, or why nothing is predicted."""
     if machine.speeds is None:
-        yield f"No speed is predicted: nothing is known of how fast {machine.name} is."
+        yield f"No speed is predicted: the speed of {machine.name} is unknown."
         return
     if (config.model.dtype, config.model.experts) != ("bfloat16", "packed"):
-        yield "No speed is predicted: that is done for config.model.dtype='bfloat16' and experts='packed' only."
+        yield "No speed is predicted: this requires config.model.dtype='bfloat16' and config.model.experts='packed'."
         return
     own = predict(config, sizes, machine, MeshShape(config.mesh.data, config.mesh.expert, config.mesh.tensor), lengths, learn=learn)
     found = recommend(config, sizes, machine, lengths, learn=learn)
     usable = [one for one in found if not one.obstacle]
     yield (
         f"Speed of a step, predicted: {config.groups} x {config.group_size} rollouts of {lengths.rollout:,} tokens after prompts of"
-        f" {lengths.prompt:,} (--lengths says how long they are on average), on meshes of {len(machine.devices)} devices"
+        f" {lengths.prompt:,} (set the mean lengths with --lengths), on meshes of {len(machine.devices)} devices"
     )
     yield f"    {'data expert tensor   rows   live':<34}{'GB':>6}{'sampling, tokens/s':>20}{'update, tokens/s':>18}{'step, s':>9}"
     shown = usable[:SHOWN]
@@ -211,10 +212,10 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
         f" peak, about; {len(found) - len(usable)} of {len(found)} meshes do not fit or divide"
     )
     if usable:
-        yield f"Recommended: {_settings(usable[0])}; where its step goes: {_parts(usable[0])}"
+        yield f"Recommended: {_settings(usable[0])}; time of a step: {_parts(usable[0])}"
     else:
         least = min(found, key=lambda one: one.bytes or math.inf)
-        yield f"No mesh of these devices can be used. The nearest, {_settings(least)}: {least.obstacle}. Shorter rows need less."
+        yield f"No mesh of these devices can be used. The closest is {_settings(least)}: {least.obstacle}. Shorten the rows."
     yield from _remarks(machine, [own, *usable[:1]])
 
 
@@ -245,17 +246,17 @@ def _parts(one: Prediction) -> str:
 
 
 def _remarks(machine: Machine, shown: Sequence[Prediction]) -> Iterator[str]:
-    """What the figures leave out or take for granted."""
+    """What the figures exclude or assume."""
     assert machine.speeds is not None
-    yield "Left out: programs and grading, checkpoints, unequal lengths (the last rollouts decode with few rows), unequal load of experts."
+    yield "Excluded: programs and grading, checkpoints, unequal lengths (the last rollouts decode with few rows), unequal load of experts."
     if machine.speeds.assumed:
         assumed = ", ".join(sorted(machine.speeds.assumed)).replace("_", " ")
-        yield f"Of this machine assumed, not measured: {assumed} (discover_jax/machines.py)."
+        yield f"Assumed for this machine, not measured: {assumed} (discover_jax/machines.py)."
     if not all(one.kernels for one in shown):
         why = "with tensor above 1" if machine.platform == "gpu" else f"on a {machine.platform.upper()}"
         yield (
-            f"references: {why} there are no kernels, and every expert sees every row. How efficient that is was measured on one GPU only,"
-            " with few tokens: take these figures for an order of magnitude."
+            f"references: {why} there are no kernels, and every expert computes every row. Their efficiency was measured on one GPU only,"
+            " with few tokens, so these figures are an order of magnitude."
         )
     if any(one.kernels for one in shown) and len(machine.devices) > 1:
         yield (

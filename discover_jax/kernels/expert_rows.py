@@ -1,4 +1,4 @@
-"""Routed rows made compact: sorted by expert, in blocks that never mix experts. Plain JAX, exact for any routing."""
+"""Routed rows sorted by expert, in blocks of one expert each. Plain JAX, exact for any routing."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 
 class Blocks(NamedTuple):
-    """Routed rows sorted by expert, in blocks that never mix experts.
+    """Routed rows sorted by expert, in blocks of one expert each.
 
     Attributes:
-      slots: int32 [R], for each sorted row its place t X + x among the tokens' choices. Rows of no expert come last, and may be any there.
-      blocks: int32 [3, most]: expert, first row and number of rows of each block; beyond the last used one, no rows.
+      slots: int32 [R], for each sorted row its index t X + x among the tokens' choices. Choices of experts on other devices come
+        last, in any order.
+      blocks: int32 [3, most]: expert, first row and number of rows of each block; unused blocks have 0 rows.
     """
 
     slots: jax.Array
@@ -25,11 +26,11 @@ def most_blocks(rows: int, experts: int, block: int) -> int:
 
 
 def sort_rows(index_TX: jax.Array, experts: int, block: int) -> Blocks:
-    """Counting sort by expert, stable, as comparisons of all pairs: a few small reductions, where a general sort takes longer.
+    """Stable counting sort by expert. It compares all pairs in a few small reductions, which is faster than a general sort.
 
     Args:
-      index_TX: int32, the experts of each token; their number for one that is not here.
-      experts: how many there are.
+      index_TX: int32, the experts of each token; `experts` for one on another device.
+      experts: number of experts on this device.
       block: rows of a block.
     """
     index_R = index_TX.reshape(-1)

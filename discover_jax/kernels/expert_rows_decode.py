@@ -1,4 +1,4 @@
-"""Routed rows made compact, on a GPU: `expert_rows.sort_rows` of few tokens in one launch. Needs the extra `kernels`."""
+"""`expert_rows.sort_rows` on a GPU, in one launch for few tokens. Needs the extra `kernels`."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from discover_jax.kernels.expert_rows import Blocks, most_blocks, sort_rows
 from discover_jax.kernels.triton_call import call_kernel
 
 MOST_ROWS = 2048
-"""Rows are compared with all others; a sort is faster for more."""
+"""The kernel compares all pairs of rows; with more rows a sort is faster."""
 OWN, STEP = 32, 64
-"""Rows that a program places, and that it compares at once, at most."""
+"""Most rows that one kernel instance places, and that it compares at once."""
 
 
 def _power(number: int) -> int:

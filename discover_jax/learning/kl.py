@@ -1,4 +1,4 @@
-"""The penalty on leaving the base model, as a part of each token's advantage."""
+"""The KL penalty to the base model, as a part of each token's advantage."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ def shape_advantages(batches: Sequence[Batch], gaps: Sequence[np.ndarray], coeff
     Computed in float64 on the host from all batches of a step at once, so that neither packing nor microbatches can change it.
 
     Args:
-      batches: all that share the mean: those of every substep.
-      gaps: for each the d_BT; what stands at masked places is not read.
-      coefficient: lambda; 0 leaves the batches as they are.
+      batches: those of all substeps, which share the mean.
+      gaps: d_BT of each batch; values at masked places are ignored.
+      coefficient: lambda; 0 leaves the batches unchanged.
 
     Returns:
       The batches with new advantages, still 0 where masked; and mean(d), which estimates KL(sampler || base) in nats a token (0 without
@@ -30,7 +30,8 @@ def shape_advantages(batches: Sequence[Batch], gaps: Sequence[np.ndarray], coeff
     if not np.isfinite(chosen).all():
         raise LearningError(
             f"{np.count_nonzero(~np.isfinite(chosen))} of {chosen.size} tokens have no finite difference between the log-probabilities of"
-            " sampler and base model: the base gives them probability 0 or NaN. Look at the weights, or turn the KL to the base off."
+            " sampler and base model: the base gives them probability 0 or NaN. Check the weights, or turn the KL off: set"
+            " config.train.kl_coefficient to 0 and config.train.measure_kl to False."
         )
     mean = float(chosen.mean(dtype=np.float64)) if chosen.size else 0.0
     if coefficient == 0.0:

@@ -1,6 +1,6 @@
-"""Log-probabilities and entropies of the policy at packed tokens, without ever holding logits for all of them.
+"""Log-probabilities and entropies of the policy at packed tokens, without holding the logits of all of them.
 
-At 201,088 words a row of 26k tokens would have 21 GB of float32 logits. So places are scanned in chunks, and the backward pass
+With a vocabulary of 201,088, a row of 26k tokens has 21 GB of float32 logits. So tokens are scanned in chunks, and the backward pass
 computes each chunk's logits again.
 """
 
@@ -26,7 +26,7 @@ def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_to
       chunk_tokens: places whose logits exist at once on a device, all its rows together (at least one place of each row).
 
     Returns:
-      logprobs_BT, entropy_BT: float32, entropy in nats; meaningless at padding.
+      logprobs_BT, entropy_BT: float32, entropy in nats; undefined at padding.
     """
     routes = () if batch.routes_BTLX is None else (batch.routes_BTLX,)
     hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT, *routes)

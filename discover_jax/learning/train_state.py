@@ -1,4 +1,4 @@
-"""The part of a run that learning changes: the adapter, the optimiser's memory, and the number of optimiser steps."""
+"""The train state: adapter, optimiser state and number of optimiser steps."""
 
 import dataclasses
 from typing import Any
@@ -32,7 +32,7 @@ def adam(
 ) -> optax.GradientTransformation:
     """Adam as in the report (section 5): constant rate, no warmup, no weight decay.
 
-    `max_grad_norm` above 0 first scales gradients down to that global norm; 0, the default, leaves them alone.
+    `max_grad_norm` above 0 first scales gradients down to that global norm; 0, the default, does not.
     """
     optimizer = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer) if max_grad_norm > 0 else optimizer
@@ -42,7 +42,7 @@ def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> 
     """Shapes and types of a state, as a checkpoint is restored into: moments laid out over the mesh like the adapter, scalars everywhere.
 
     Args:
-      lora: an adapter, or its `Model.abstract_lora()`; without a mesh nothing is said of layouts.
+      lora: an adapter, or its `Model.abstract_lora()`; without a mesh the state has no shardings.
       optimizer: of the run.
     """
     lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_mesh(leaf)), lora)
@@ -61,7 +61,7 @@ def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> 
 
 
 def init_train_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 of `lora`. The state takes the adapter's buffers over: the first update frees them, so keep a copy if you need one."""
+    """Step 0 of `lora`. The state owns the adapter's buffers, and the first update frees them: keep a copy if you need one."""
     layouts = shardings(abstract_train_state(lora, optimizer))
     if not jax.tree.leaves(layouts):
         return TrainState(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
