@@ -118,7 +118,7 @@ def test_settings_that_pages_name_exist():
     known = settings()
     groups = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
     for page in PAGES:
-        for name in re.findall(r"\bconfig\.([a-z_]+(?:\.[a-z_]+)*)", page.read_text()):
+        for name in re.findall(r"(?<![\w.])config\.([a-z_]+(?:\.[a-z_]+)*)", page.read_text()):
             assert name in known or name in groups or name.startswith(("json", "py")), f"{page.name}: config.{name} is not a setting"
 
 
