@@ -1,7 +1,7 @@
-"""Adapters as `peft` keeps them: a folder with adapter_config.json and adapter_model.safetensors, written and read without peft or torch.
+"""Adapters in the format of `peft`: a folder with adapter_config.json and adapter_model.safetensors, without using peft or torch.
 
 The format is that of peft 0.21 over transformers' GptOssForCausalLM. Linear layers (q, k, v, o, lm_head) have lora_A [r, in] and
-lora_B [out, r], as here. The experts' matrices are no layers but parameters [E, in, out], which peft adapts through `target_parameters`
+lora_B [out, r], as here. The experts' matrices are not layers but parameters [E, in, out], which peft adapts through `target_parameters`
 (peft.tuners.lora.layer.ParamWrapper): one pair of matrices serves all experts of a layer,
 
     lora_A [E r, in]: row e r + i is row i of expert e's A,
@@ -42,23 +42,23 @@ _KINDS = ("sliding", "full")
 _FLOATS = ("F32", "BF16", "F16")
 _SHOWN = 5
 
-# What peft's LoraConfig may say besides ranks and alphas without a trained adapter's product being another one.
+# Fields of peft's LoraConfig that do not change the product of a trained adapter.
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
-    "fan_in_fan_out",  # peft itself takes it as false for these layers
+    "fan_in_fan_out",  # peft sets it to false for these layers
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",
-    "lora_dropout",  # in training only
+    "lora_dropout",  # used only in training
     "megatron_core",
     "peft_version",
-    "qalora_group_size",  # only read with use_qalora
+    "qalora_group_size",  # used only with use_qalora
     "revision",
-    "target_modules",  # the tensors tell the targets
+    "target_modules",  # the names of the tensors give the targets
     "target_parameters",
     "task_type",
 }
@@ -175,7 +175,7 @@ def save_peft(path: str | Path, lora_tree: Tree, model_config: ModelConfig, lora
 def _check_tree(lora_tree: Tree, model_config: ModelConfig, lora_config: LoraConfig) -> None:
     wanted = _named_shapes(Model(model_config, lora_config).abstract_lora())
     if not wanted:
-        raise WeightsError("All ranks of this adapter are 0, so there is nothing to save. Give at least one target a rank.")
+        raise WeightsError("All ranks of this adapter are 0, so there is nothing to save. Set at least one rank above 0.")
     given = _named_shapes(lora_tree)
     if names := [name for name in wanted | given if wanted.get(name) != given.get(name)]:
         differences = "; ".join(f"{name} is {given.get(name, 'missing')}, not {wanted.get(name, 'there')}" for name in names[:_SHOWN])
@@ -296,7 +296,7 @@ def _open(path: Path, model_config: ModelConfig) -> tuple[LoraConfig, _Arrays]:
         )
     present = {known[name].group for name in arrays.headers.keys() & known.keys()}
     if not present:
-        raise WeightsError(f"{arrays.file} holds no adapter of any target. Save it again.")
+        raise WeightsError(f"{arrays.file} does not contain an adapter. Save it again.")
     lora = _lora_config(path / CONFIG, content, [target for target in targets if target.group in present])
     _check_tensors(arrays, lora, model_config)
     if _COPY_OF_HEAD in arrays.headers:
@@ -321,8 +321,8 @@ def _read_config(file: Path) -> dict[str, Any]:
             problems.append(f"{name} = {content[name]!r}")
     if problems:
         raise WeightsError(
-            f"{file} asks for what adapters here cannot be: {'; '.join(problems)}. They are plain LoRA, base + (alpha / rank) B A, with all"
-            " else frozen; train it so, or merge it into the base weights with peft."
+            f"{file} needs unsupported features: {'; '.join(problems)}. Only plain LoRA is supported: base + (alpha / rank) B A, with all"
+            " other weights frozen. Train such an adapter, or merge this one into the base weights with peft."
         )
     return content
 
@@ -360,7 +360,7 @@ def _lora_config(file: Path, content: dict[str, Any], targets: list[_Target]) ->
             shown = ", ".join(f"{value} ({name})" for value, name in list(found.items())[:_SHOWN])
             raise WeightsError(
                 f"{file} gives different {what}: {shown}. Here all attention projections share a rank, all experts' matrices another, the"
-                " head has its own, and all share one alpha. Train it so."
+                " head has its own, and all share one alpha. Train an adapter with these constraints."
             )
         for value, name in found.items():
             allowed = isinstance(value, int | float) if what == "alphas" else isinstance(value, int) and value > 0

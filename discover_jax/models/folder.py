@@ -166,7 +166,7 @@ class _Stored:
 
 
 def _check(folder: _Folder, shapes: dict[ParamPath, jax.ShapeDtypeStruct]) -> dict[tuple[ParamPath, int | None], _Stored]:
-    """Every parameter's place on disk.
+    """Where each parameter is stored on disk.
 
     Raises:
       WeightsError: tensors are missing or of another shape or type; names the first few and counts the rest.
@@ -174,14 +174,14 @@ def _check(folder: _Folder, shapes: dict[ParamPath, jax.ShapeDtypeStruct]) -> di
     stored: dict[tuple[ParamPath, int | None], _Stored] = {}
     missing, wrong = [], []
     known = set()
-    for name, places, layer in folder.layout.tensors(folder.config.num_layers):
+    for name, params, layer in folder.layout.tensors(folder.config.num_layers):
         known.add(name)
-        rows = [shapes[place].shape[0] for place in places]
-        shape = (sum(rows), *shapes[places[0]].shape[1:])
-        transposed = folder.layout.is_transposed(places[0])
+        rows = [shapes[param].shape[0] for param in params]
+        shape = (sum(rows), *shapes[params[0]].shape[1:])
+        transposed = folder.layout.is_transposed(params[0])
         if transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        types = ("U8",) if shapes[places[0]].dtype == jnp.uint8 else _FLOATS
+        types = ("U8",) if shapes[params[0]].dtype == jnp.uint8 else _FLOATS
         header = folder.headers.get(name)
         if header is None:
             missing.append(name)
@@ -191,8 +191,8 @@ def _check(folder: _Folder, shapes: dict[ParamPath, jax.ShapeDtypeStruct]) -> di
         elif header.dtype not in types:
             wrong.append(f"{name} in {header.file.name} is {header.dtype}, and must be {' or '.join(types)}")
         first = 0
-        for place, count in zip(places, rows, strict=True):
-            stored[place, layer] = _Stored(header, name, shapes[place].shape, first, transposed)
+        for param, count in zip(params, rows, strict=True):
+            stored[param, layer] = _Stored(header, name, shapes[param].shape, first, transposed)
             first += count
     if missing:
         raise WeightsError(
@@ -262,10 +262,10 @@ def load_folder(
     form = "dense" if layout.transposed else "packed"
     structs = _structs(folder, Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=form, mesh=mesh))
     stored = _check(folder, structs)
-    progress = _Progress(sum(_local_bytes(structs[place]) for place, _ in stored), on_progress)
+    progress = _Progress(sum(_local_bytes(structs[param]) for param, _ in stored), on_progress)
 
-    def read(place: ParamPath, layer: int | None) -> jax.Array:
-        struct, source = structs[place], stored[place, layer]
+    def read(param: ParamPath, layer: int | None) -> jax.Array:
+        struct, source = structs[param], stored[param, layer]
         array = jax.make_array_from_callback(
             struct.shape, _sharding(struct), lambda index: source.read(index or ()).astype(struct.dtype, copy=False)
         )
@@ -276,15 +276,15 @@ def load_folder(
         if path[0] != "pairs":
             return read(path, None)
         _, kind, *inside = path
-        place, layers = tuple(inside), range(_KINDS.index(kind), config.num_layers, 2)
-        if place in structs:
-            parts = (read(place, layer) for layer in layers)
-        elif place[-1] == "words":
-            parts = (lay_out_blocks(read((*place[:-1], "blocks"), layer), SLABS[place[1]]) for layer in layers)
-        elif place[-1] == "factors":
-            parts = (_factors(read((*place[:-1], "scales"), layer), SLABS[place[1]]) for layer in layers)
+        param, layers = tuple(inside), range(_KINDS.index(kind), config.num_layers, 2)
+        if param in structs:
+            parts = (read(param, layer) for layer in layers)
+        elif param[-1] == "words":
+            parts = (lay_out_blocks(read((*param[:-1], "blocks"), layer), SLABS[param[1]]) for layer in layers)
+        elif param[-1] == "factors":
+            parts = (_factors(read((*param[:-1], "scales"), layer), SLABS[param[1]]) for layer in layers)
         else:  # a dense matrix from its MXFP4 form
-            blocks, scales = ((*place[:-1], name) for name in ("blocks", "scales"))
+            blocks, scales = ((*param[:-1], name) for name in ("blocks", "scales"))
             parts = (_dequantise(read(blocks, layer), read(scales, layer), dtype) for layer in layers)
         return _stack(struct, parts)
 
@@ -295,7 +295,7 @@ def _structs(folder: _Folder, model: Model) -> dict[ParamPath, jax.ShapeDtypeStr
     """Each parameter as it is read; a layer's has the shape and sharding of the stack without its first axis."""
     singles = folder.layout.singles.values()
     return {
-        place: struct if place in singles else _without_first_axis(struct) for place, struct in paths_of(model.abstract_frozen()).items()
+        param: struct if param in singles else _without_first_axis(struct) for param, struct in paths_of(model.abstract_frozen()).items()
     }
 
 
@@ -320,8 +320,8 @@ def _local_bytes(struct: jax.ShapeDtypeStruct) -> int:
 def _stack(struct: jax.ShapeDtypeStruct, parts: Iterator[jax.Array]) -> jax.Array:
     """The parts as one array on the devices, each written in place: there is never a second copy of the stack."""
     stack = jnp.zeros(struct.shape, struct.dtype, device=_sharding(struct))
-    for place, part in enumerate(parts):
-        stack = _put(stack, part, place)
+    for index, part in enumerate(parts):
+        stack = _put(stack, part, index)
     return stack
 
 
@@ -334,8 +334,8 @@ def _factors(scales: jax.Array, slab: Slab) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, part: jax.Array, place: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), place, 0)
+def _put(stack: jax.Array, part: jax.Array, index: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), index, 0)
 
 
 class _Progress:
@@ -370,13 +370,13 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
         values = quantise(forms["weight"]) if "weight" in forms else restore(**forms, paired=SLABS[matrix].paired)
         return dict(zip(("blocks", "scales"), values, strict=True))
 
-    def tensor(place: ParamPath, layer: int | None) -> np.ndarray:
+    def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
         leaves = leaves_of[_KINDS[(layer or 0) % 2]]
         if layer is None:
-            return np.asarray(leaves[place])
-        if place not in leaves:
-            return np.asarray(packed(place[1], layer)[place[2]])
-        return np.asarray(leaves[place][layer // 2])
+            return np.asarray(leaves[param])
+        if param not in leaves:
+            return np.asarray(packed(param[1], layer)[param[2]])
+        return np.asarray(leaves[param][layer // 2])
 
     write_folder(path, config, tensor, layout=layout)
 
@@ -393,7 +393,7 @@ def write_folder(
 
     Args:
       path: the folder; made if it is not there. Other files in it stay.
-      tensor: (place, layer or None) -> the parameter; called once for each, in the order of the file.
+      tensor: (param, layer or None) -> the parameter; called once for each, in the order of the file.
       layout: a name in `layouts.LAYOUTS`.
 
     Raises:
@@ -403,11 +403,11 @@ def write_folder(
         raise WeightsError(f"Layout {layout!r} is not known; allowed: {', '.join(LAYOUTS)}.")
     chosen, path = LAYOUTS[layout], Path(path)
     shapes = paths_of(Model(config, LoraConfig(0, 0, 0), dtype=jnp.bfloat16, experts="packed").abstract_frozen())
-    shapes |= {place: _without_first_axis(struct) for place, struct in shapes.items() if place not in chosen.singles.values()}
+    shapes |= {param: _without_first_axis(struct) for param, struct in shapes.items() if param not in chosen.singles.values()}
     shards: list[list[tuple[str, tuple[ParamPath, ...], int | None]]] = []
     room, total = 0, 0
     for entry in chosen.tensors(config.num_layers):
-        size = sum(math.prod(shapes[place].shape) * shapes[place].dtype.itemsize for place in entry[1])
+        size = sum(math.prod(shapes[param].shape) * shapes[param].dtype.itemsize for param in entry[1])
         if not shards or size > room:
             shards.append([])
             room = SHARD_BYTES
@@ -420,8 +420,8 @@ def write_folder(
     progress = _Progress(total, on_progress)
     for name, shard in zip(names, shards, strict=True):
         arrays = {}
-        for entry, places, layer in shard:
-            parts = [tensor(place, layer) for place in places]
+        for entry, params, layer in shard:
+            parts = [tensor(param, layer) for param in params]
             parts = [part if part.dtype == np.uint8 else part.astype(ml_dtypes.bfloat16, copy=False) for part in parts]
             arrays[entry] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
         replace_file(path / name, lambda file, arrays=arrays: safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"}))

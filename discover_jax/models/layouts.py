@@ -1,7 +1,7 @@
 """Names of a checkpoint's tensors, in the layouts in which gpt-oss is published and saved.
 
-A *place* is where a parameter lies in the frozen tree (`Model.abstract_frozen`): ("embedding",), or within a layer
-("attention", "q", "weight"), the layer being told apart.
+A parameter's path is its position in the frozen tree (`Model.abstract_frozen`): ("embedding",), or within a layer, whose number is kept
+separately, ("attention", "q", "weight").
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ class Layout:
     """One way of naming and arranging tensors on disk.
 
     Attributes:
-      singles: name -> place, of tensors that exist once.
-      layers: name within a layer -> places, whose rows lie one below the other in that tensor.
-      prefix: of a layer's names, with `{layer}` in it.
-      file: name of a shard, with `{number}` and `{count}`, of a folder of more than one.
-      transposed: the experts' matrices are dense and lie as [E, in, out]; they are [E, out, in] in the tree.
+      singles: name -> path, for tensors that exist once.
+      layers: name within a layer -> paths, whose rows are concatenated in that tensor.
+      prefix: prefix of a layer's names, which contains `{layer}`.
+      file: name of a shard if there are several; it contains `{number}` and `{count}`.
+      transposed: the experts' matrices are dense and stored as [E, in, out]; in the tree they are [E, out, in].
     """
 
     name: str
@@ -33,17 +33,17 @@ class Layout:
     transposed: bool = False
 
     def tensors(self, num_layers: int) -> Iterable[tuple[str, tuple[ParamPath, ...], int | None]]:
-        """Every tensor of a model, in the order of the layers: name, places, and the layer or None."""
-        singles = [(name, (place,), None) for name, place in self.singles.items()]
+        """Every tensor of a model, in the order of the layers: name, paths, and the layer or None."""
+        singles = [(name, (path,), None) for name, path in self.singles.items()]
         yield singles[0]
         for layer in range(num_layers):
-            for name, places in self.layers.items():
-                yield self.prefix.format(layer=layer) + name, places, layer
+            for name, paths in self.layers.items():
+                yield self.prefix.format(layer=layer) + name, paths, layer
         yield from singles[1:]
 
-    def is_transposed(self, place: ParamPath) -> bool:
-        """Whether this parameter's last two axes change places on disk."""
-        return self.transposed and place[0] == "experts" and place[1] in MATRICES and place[-1] == "weight"
+    def is_transposed(self, path: ParamPath) -> bool:
+        """Whether this parameter's last two axes are swapped on disk."""
+        return self.transposed and path[0] == "experts" and path[1] in MATRICES and path[-1] == "weight"
 
 
 _ATTENTION = {f"self_attn.{name}_proj.{kind}": (("attention", name, kind),) for name in "qkvo" for kind in ("weight", "bias")}
@@ -96,7 +96,7 @@ LAYOUTS = {layout.name: layout for layout in (HUGGINGFACE, ORIGINAL)}
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
-    """The layout whose names these are, or None."""
+    """The layout that has these names, or None."""
     names = set(names)
     if "embedding.weight" in names:
         return ORIGINAL
@@ -106,15 +106,15 @@ def layout_of(names: Iterable[str]) -> Layout | None:
 
 
 def paths_of(tree: dict[str, Any], kind: str = "sliding") -> dict[ParamPath, Any]:
-    """The leaves of a frozen tree by place, those of layers being the stacks of its "sliding" or its "full" layers."""
+    """The leaves of a frozen tree by path. Leaves of layers are the stacks of the "sliding" or of the "full" layers."""
     flat: dict[ParamPath, Any] = {}
 
-    def walk(node: Any, place: ParamPath) -> None:
+    def walk(node: Any, path: ParamPath) -> None:
         if isinstance(node, dict):
             for key, child in node.items():
-                walk(child, (*place, key))
+                walk(child, (*path, key))
         else:
-            flat[place] = node
+            flat[path] = node
 
     walk({name: node for name, node in tree.items() if name != "pairs"}, ())
     walk(tree["pairs"][kind], ())

@@ -3,7 +3,7 @@
     python -m discover_jax.models.synthetic --shape=gpt-oss-20b --out=DIR [--layout=original] [--layers=4] [--seed=0]
 
 The weights are drawn so that activations neither vanish nor overflow, and norms, biases and sinks are not neutral, so that leaving one out
-shows. A parameter's values depend on the seed and its place alone: both layouts of one seed hold the same model.
+shows. A parameter's values depend only on the seed and its path: both layouts of one seed hold the same model.
 """
 
 import argparse
@@ -49,28 +49,28 @@ def write_synthetic(
     abstract = Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen()
     structs = paths_of(abstract)
 
-    def tensor(place: ParamPath, layer: int | None) -> np.ndarray:
-        shape = structs[place].shape if layer is None else structs[place].shape[1:]
-        return _draw(np.random.default_rng([seed, zlib.crc32("/".join(place).encode()), 0 if layer is None else layer + 1]), place, shape)
+    def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
+        shape = structs[param].shape if layer is None else structs[param].shape[1:]
+        return _draw(np.random.default_rng([seed, zlib.crc32("/".join(param).encode()), 0 if layer is None else layer + 1]), param, shape)
 
     write_folder(path, config, tensor, layout=layout, on_progress=on_progress)
 
 
-def _draw(rng: np.random.Generator, place: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
-    if place[-1] == "blocks":
+def _draw(rng: np.random.Generator, param: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
+    if param[-1] == "blocks":
         return np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
-    if place[-1] == "scales":
+    if param[-1] == "scales":
         # A sum over the input has about unit gain; neighbouring scales differ, so that a mistaken order shows.
         usual = 127 + round(math.log2((shape[-1] * 32 * _MEAN_SQUARE) ** -0.5))
         return rng.integers(usual - 1, usual + 1, shape, np.uint8, endpoint=True)
     values = rng.standard_normal(shape, np.float32)
-    if place[-1] == "norm":
+    if param[-1] == "norm":
         values = 1 + 0.1 * values
-    elif place[-1] == "bias":
+    elif param[-1] == "bias":
         values *= 0.1
-    elif place == ("embedding",):
+    elif param == ("embedding",):
         values *= 0.02
-    elif place[-1] == "weight":
+    elif param[-1] == "weight":
         values *= shape[-1] ** -0.5
     return values.astype(ml_dtypes.bfloat16)
 
