@@ -145,7 +145,7 @@ def _prepared(
         journal = Journal(workdir.journal_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every, processes=processes)
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
-        scripts = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
+        scripts = {task.id: rerun_script(stages.rerun_settings(config, number)) for number, task in enumerate(tasks)}
         sources = (source, scripts, console.note, processes)
         state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, capacity=config.reuse.capacity)
         policy = dataclasses.replace(policy, train_state=state.train_state)

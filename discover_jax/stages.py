@@ -27,9 +27,11 @@ from discover_jax.runs.attempts import attempt_of
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
 from discover_jax.runs.recorder import Recorder
+from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
+from discover_jax.tasks.prepare import named_competitions
 from discover_jax.tasks.task import Task
 from discover_jax.text.harmony import answer_forced, answer_opening
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
@@ -286,3 +288,12 @@ def prompt_settings(config: Any) -> PromptSettings:
         stdout_chars=config.prompt.stdout_chars,
         error_chars=config.prompt.error_chars,
     )
+
+
+def rerun_settings(config: Any, number: int) -> RerunSettings:
+    """The settings of best/rerun.sh for the competition of that number in config.task."""
+    name, raw = named_competitions(config.task)[number]
+    task, execution = config.task, config.execution
+    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.grader, config.seed)
+    limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker)
+    return RerunSettings(name, raw, *rows, *limits)

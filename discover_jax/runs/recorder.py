@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from discover_jax.archive.archive import lineage
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
-from discover_jax.report.page import write_report
+from discover_jax.report.page import ReportWriter
 from discover_jax.runs.attempts import rollout_rows
 from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.console import Console, Improvement, StepProgress
@@ -168,7 +168,7 @@ class RunRecorder:
         self._workdir, self._journal, self._console, self._trackers = workdir, journal, console, trackers
         self._tasks, self._tokenizer, self._rerun_scripts, self._state = tasks, tokenizer, rerun_scripts, state
         self._kind, self._seed, self._last_step = kind, seed, last_step
-        self._metrics = MetricsWriter(workdir.metrics_path)
+        self._metrics, self._report = MetricsWriter(workdir.metrics_path), ReportWriter(workdir.path)
         self._frontiers = dict(state.frontiers)
         self._rows: list[dict[str, Any]] = []
         self._improvements: list[Improvement] = []
@@ -183,7 +183,7 @@ class RunRecorder:
         self._rows = read_metrics(self._workdir.metrics_path)
         method = "test-time training" if self._kind.learns else "search without training"
         self._console.start(f"{name}: {', '.join(task.id for task in self._tasks)}, {method}", list(lines))
-        write_report(self._workdir.path)
+        self._report.write()
 
     def begin_step(self, step: int) -> None:
         self._console.step(step, self._last_step)
@@ -260,7 +260,7 @@ class RunRecorder:
         return HostState.of(self._state.first_step, archived, self._state.rewards, self._journal).to_json()
 
     def end_step(self) -> None:
-        write_report(self._workdir.path)
+        self._report.write()
         self._checkpoint_seconds = self._clock.stop()[PHASES["checkpoint"]]
         self._console.step_done(self._rows[-1], self._improvements)
 

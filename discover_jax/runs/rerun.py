@@ -9,14 +9,13 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from discover_jax.exceptions import DiscoverError, RunError
 from discover_jax.execution.executor import BACKENDS, Executor
 from discover_jax.execution.limits import resource_limits
 from discover_jax.records import parse_json
 from discover_jax.tasks.loading import locate_competition
-from discover_jax.tasks.prepare import GRADERS, REWARDS, named_competitions, prepare_task
+from discover_jax.tasks.prepare import GRADERS, REWARDS, prepare_task
 from discover_jax.types import Outcome, Verdict
 
 ANOTHER_SCORE = 1
@@ -24,29 +23,48 @@ ANOTHER_SCORE = 1
 USER_ERROR = 2
 
 
-def rerun_script(config: Any, number: int) -> str:
-    """The text of rerun.sh.
+@dataclasses.dataclass(frozen=True)
+class RerunSettings:
+    """Every setting that the score of a program depends on, as in the config.
 
-    Args:
-      config: of the run.
-      number: of the competition in config.task.
+    Attributes:
+      competition, raw: name and path of the raw data, as `named_competitions` gives them; an empty path if the competition brings its data.
+      reward, holdout_fraction, holdout_folds, grader: of config.task.
+      seed: of the run; it draws the held-out rows.
+      seconds, cores, memory_gib, backend, allow_weaker: of config.execution.
     """
-    name, raw = named_competitions(config.task)[number]
+
+    competition: str
+    raw: str
+    reward: str
+    holdout_fraction: float
+    holdout_folds: int
+    grader: str
+    seed: int
+    seconds: float
+    cores: int
+    memory_gib: float
+    backend: str
+    allow_weaker: bool
+
+
+def rerun_script(settings: RerunSettings) -> str:
+    """The text of rerun.sh."""
     options = {
-        "competition": locate_competition(name)[0],
-        **({"raw": Path(raw).expanduser().absolute()} if raw else {}),
-        "reward": config.task.reward,
-        "holdout_fraction": config.task.holdout_fraction,
-        "holdout_folds": config.task.holdout_folds,
-        "grader": config.task.grader,
-        "seed": config.seed,
-        "seconds": config.execution.seconds,
-        "cores": config.execution.cores,
-        "memory_gib": config.execution.memory_gib,
-        "backend": BACKENDS[config.execution.backend],  # on the machine that reruns it, wherever it ran before
+        "competition": locate_competition(settings.competition)[0],
+        **({"raw": Path(settings.raw).expanduser().absolute()} if settings.raw else {}),
+        "reward": settings.reward,
+        "holdout_fraction": settings.holdout_fraction,
+        "holdout_folds": settings.holdout_folds,
+        "grader": settings.grader,
+        "seed": settings.seed,
+        "seconds": settings.seconds,
+        "cores": settings.cores,
+        "memory_gib": settings.memory_gib,
+        "backend": BACKENDS[settings.backend],  # on the machine that reruns it, wherever it ran before
     }
     flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
-    if config.execution.allow_weaker:
+    if settings.allow_weaker:
         flags.append("--allow_weaker")
     lines = [
         "#!/bin/sh",

@@ -13,6 +13,7 @@ from discover_jax.runs.best import grade_of, write_best
 from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.workdir import open_workdir
+from discover_jax.stages import rerun_settings
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Execution, Outcome, State, Verdict
 
@@ -54,7 +55,7 @@ def bundle(request, tmp_path_factory) -> Path:
             submission=submission,
             grade=grade_of(task, best, verdict, 3),
             disclosure=(workdir.path / "disclosure.json").read_bytes(),
-            rerun=rerun_script(config, 0),
+            rerun=rerun_script(rerun_settings(config, 0)),
         )
     # The bundle alone must do, wherever it lies: with a space and a quote in its path, too.
     return (root / "run" / "best").rename(root / "it's the best")
@@ -110,11 +111,11 @@ def test_the_script_names_what_a_score_depends_on(tmp_path):
     raw = tmp_path / "it's here" / "train.csv"
     config.task.competition, config.task.raw = "digits-parity, spaceship-titanic", f",{raw}"
     config.execution.backend, config.execution.allow_weaker = "unsafe-subprocess", True
-    words = shlex.split(rerun_script(config, 1), comments=True)
+    words = shlex.split(rerun_script(rerun_settings(config, 1)), comments=True)
     assert "--competition=spaceship-titanic" in words
     assert f"--raw={raw}" in words
     assert "--backend=unsafe-subprocess" in words
     assert "--allow_weaker" in words
-    assert not any("raw" in word for word in shlex.split(rerun_script(config, 0), comments=True))
+    assert not any("raw" in word for word in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True))
     config.execution.backend, config.execution.allow_weaker = "ray", False
-    assert "--backend=bubblewrap" in shlex.split(rerun_script(config, 0), comments=True)  # here, wherever it ran
+    assert "--backend=bubblewrap" in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True)  # here, wherever it ran

@@ -22,6 +22,7 @@ from discover_jax.runs.restore import RunState, restore
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import find_source
 from discover_jax.runs.workdir import open_workdir
+from discover_jax.stages import rerun_settings
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Attempt, Outcome, StopReason
 
@@ -100,7 +101,7 @@ def go_on(path, source, tasks, note=print) -> tuple[RunState, Isolation | None]:
         write_disclosure(workdir, tasks, search={}, isolation=isolation, goes_on_from=found and found.disclosed())
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         journal = Journal(workdir.journal_path)
-        scripts = {task.id: rerun_script(config, number) for number, task in enumerate(tasks)}
+        scripts = {task.id: rerun_script(rerun_settings(config, number)) for number, task in enumerate(tasks)}
         standing = restore(tasks, workdir, checkpoints, journal, state_of(0), found, scripts, note, capacity=10)
         checkpoints.close()
         return standing, read_isolation(workdir.path)
