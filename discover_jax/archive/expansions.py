@@ -45,7 +45,7 @@ class Expansions:
                 )
             if uses.setdefault(group, parent) != parent:
                 raise RunError(
-                    f"Attempt {attempt.id!r} has the parent {parent!r}, but other attempts of step {attempt.step}, group {attempt.group} have"
+                    f"Attempt {attempt.id!r} has the parent {parent!r}, but others of step {attempt.step}, group {attempt.group} have"
                     f" {uses[group]!r}. A group has one parent, so the journal was altered: restore the original."
                 )
             if (state := attempt.state()) is None or state.value is None:

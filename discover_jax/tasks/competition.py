@@ -70,8 +70,8 @@ TRANSFORMS: Mapping[str, Transform] = {
     "log": Transform(_log, (True, False), at_least=0.0),
     "rank_in_group": Transform(_signed, (True, False), in_group=True),
 }
-"""By the name in Competition.transform. `identity` is the report's reward. `inverse`, 1 / (1 + score), is in (0, 1]. `log`, with the sign of
-the direction, turns equal ratios of scores into equal differences of rewards, whatever the metric's scale. `rank_in_group` removes the
+"""By the name in Competition.transform. `identity` is the report's reward. `inverse`, 1 / (1 + score), is in (0, 1]. `log`, with the sign
+of the direction, turns equal ratios of scores into equal differences of rewards, whatever the metric's scale. `rank_in_group` removes the
 scale from the update."""
 
 
