@@ -23,10 +23,10 @@ class Archive:
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
-            raise ConfigError(f"An archive of capacity {self.capacity} cannot keep anything; it must be at least 1.")
+            raise ConfigError(f"The capacity of an archive must be at least 1; got {self.capacity}. Set config.reuse.capacity.")
 
     def add(self, states: Iterable[State]) -> "Archive":
-        """The archive with more states, of which the best `capacity` are kept.
+        """The archive with more states; keeps the best `capacity`.
 
         Raises:
           RunError: a state without a value, such as the seed.
@@ -35,7 +35,7 @@ class Archive:
         codes = {state.code for state in kept}
         for state in states:
             if state.value is None:
-                raise RunError(f"State {state.id!r} has no value, so it cannot be kept. Only graded programs go into the archive.")
+                raise RunError(f"State {state.id!r} has no value, so the archive cannot keep it. Add only graded programs.")
             if state.code in codes:
                 continue
             kept.insert(bisect.bisect_right(kept, -state.value, key=_descending), state)
@@ -47,8 +47,8 @@ class Archive:
     def add_group(self, states: Iterable[State], *, children: int) -> "Archive":
         """The archive after one group, with at most the `children` best children of each parent, and then the best `capacity` in all.
 
-        The seed is a parent anew for each group that starts from nothing, after the reference code, which gives each group an initial state
-        of its own: otherwise a whole search would descend from two programs. Copies of kept programs take nobody's place.
+        The limit does not count the seed's children of earlier groups. The reference code gives each group an initial state of its own;
+        otherwise a whole search would descend from two programs. A copy of a kept program displaces no other program.
 
         Args:
           states: the scored programs of one group, which all have one parent.
@@ -61,7 +61,7 @@ class Archive:
         parents = {state.parent_id for state in states}
         if len(parents) > 1:
             raise RunError(
-                f"States of one group have the parents {sorted(map(str, parents))}; a group is built on one parent. Add them apart."
+                f"States of one group have the parents {sorted(map(str, parents))}; a group has one parent. Add each group separately."
             )
         if not children or not states:
             return self.add(states)
@@ -75,7 +75,7 @@ class Archive:
         return Archive(rest, self.capacity).add(state for state in fresh if state.id in best)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The states, best first, as rows that JSON can hold; `from_json` reads them."""
+        """The states, best first, as rows for JSON; `from_json` reads them."""
         return [dataclasses.asdict(state) for state in self.states]
 
     @staticmethod
@@ -83,13 +83,13 @@ class Archive:
         """The archive of `to_json`; a smaller capacity drops the worst.
 
         Raises:
-          RunError: a row is no state.
+          RunError: a row is not a state.
         """
         try:
             states = [from_row(State, row) for row in rows]
         except (ValueError, TypeError) as error:
             raise RunError(
-                f"A row of the archive cannot be read: {error}. The checkpoint was made by another version or altered."
+                f"A row of the archive cannot be read: {error}. Another version wrote the checkpoint, or it was altered."
             ) from error
         return Archive((), capacity).add(states)
 
@@ -100,7 +100,7 @@ def _descending(state: State) -> float:
 
 
 def best_of(states: Iterable[State]) -> State | None:
-    """The state of the highest value, the first of equals; None if there are none. All must have values."""
+    """The state with the highest value, the first among equals; None if there are no states. All states must have values."""
     return min(states, key=_descending, default=None)
 
 
@@ -108,9 +108,8 @@ def lineage(attempts: Iterable[Attempt], id: str) -> list[State]:
     """The ancestors of a state and the state itself, oldest first, without the seed.
 
     Args:
-      attempts: rows of the journal; each ancestor must be among them, or the list starts below the one that is not
-        (a run which took over another run's archive does not have that run's journal).
-      id: of the state; empty list if no attempt with a score has it.
+      attempts: rows of the journal. The list starts after the last ancestor that they lack.
+      id: of the state. The list is empty if no attempt with a score has it.
     """
     states = {attempt.id: state for attempt in attempts if (state := attempt.state()) is not None}
     chain: list[State] = []
@@ -118,6 +117,6 @@ def lineage(attempts: Iterable[Attempt], id: str) -> list[State]:
     while current is not None:
         chain.append(current)
         if len(chain) > len(states):
-            raise RunError(f"The ancestors of {id!r} run in a circle, so the journal was altered. Put the original back.")
+            raise RunError(f"The ancestors of {id!r} form a cycle, so the journal was altered. Restore the original journal.")
         current = states.get(current.parent_id) if current.parent_id is not None else None
     return chain[::-1]

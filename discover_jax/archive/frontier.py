@@ -1,4 +1,4 @@
-"""What a run knows of one competition: the states to build on, how often each was, the best one, and what failed last."""
+"""What a run knows about one competition: the archive, how often each state was expanded, the best state, and the last failures."""
 
 import dataclasses
 import itertools
@@ -11,13 +11,13 @@ from discover_jax.types import Attempt, Outcome, State
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
-    """A view over one competition's rows of the journal, but for the archive, which also knows what fits into a prompt.
+    """A view over one competition's rows of the journal, together with its archive, which keeps only programs that fit into a prompt.
 
     Attributes:
-      archive: of the states that may become parents.
-      expansions: which states were built on, and what came of it.
-      best: the best state of all, be it fit for a prompt or not; None before the first one with a score.
-      last_children: id of a parent -> the attempts of the last step that built on it.
+      archive: states that may become parents.
+      expansions: which states were expanded, and the best value among their children.
+      best: the best state, even if it does not fit into a prompt; None before the first score.
+      last_children: id of a parent -> attempts of the last step that built on it.
     """
 
     archive: Archive
@@ -27,7 +27,7 @@ class Frontier:
 
     @staticmethod
     def resumed(archive: Archive, attempts: Iterable[Attempt]) -> "Frontier":
-        """The frontier of these rows of the journal, in its order, with the archive that a checkpoint has.
+        """The frontier of the journal's rows, in their order, with the archive of a checkpoint.
 
         Raises:
           RunError: the rows contradict each other.
@@ -42,8 +42,8 @@ class Frontier:
 
         Args:
           attempts: of the step, on this competition, by group.
-          reusable: ids of the states that may become parents: those whose program fits into a prompt.
-          children: at most so many children of each parent are kept; 0: all.
+          reusable: ids of the states that may become parents because their programs fit into a prompt.
+          children: number of best children of each parent that the archive keeps; 0: all.
 
         Raises:
           RunError: the attempts contradict earlier ones.
@@ -66,11 +66,11 @@ class Frontier:
         )
 
     def failures(self, parent: State) -> Sequence[Attempt]:
-        """The last attempts on a parent if all of them failed, so that the prompt can show an error; else nothing."""
+        """The last attempts on a parent if all of them failed, so that the prompt can show an error; otherwise empty."""
         children = self.last_children.get(parent.id, ())
         return children if all(child.outcome is not Outcome.OK for child in children) else ()
 
 
 def states_of(attempts: Iterable[Attempt]) -> list[State]:
-    """The states of those attempts that have a score."""
+    """The states of the attempts that have a score."""
     return [state for attempt in attempts if (state := attempt.state()) is not None]

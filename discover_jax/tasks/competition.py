@@ -21,10 +21,10 @@ class Metric:
       name: as prompts and summaries show it.
       higher_is_better: its direction.
       function: (answers_R, predictions_R) -> score, any function of scikit-learn's shape. R rows, in the answers' order.
-        It may raise on predictions that it cannot judge: the submission is then invalid, with the error's text as the reason.
-      proportion: True if the score is a share of rows that were right, as accuracy is; its interval is then binomial.
-      resampled: optional: (answers_R, predictions_R, counts_BR) -> scores_B, what `function` gives for B tables in which row r occurs
-        counts_BR[b, r] times; NaN where it gives nothing. Bootstrap intervals take a moment with it, and with `function` some seconds.
+        If it raises, the submission is invalid, and the error's text is the reason.
+      proportion: True if the score is the share of correct rows, as accuracy is; its interval is then binomial.
+      resampled: optional: (answers_R, predictions_R, counts_BR) -> scores_B, the scores of B tables in which row r occurs counts_BR[b, r]
+        times; NaN where a score is undefined. It makes bootstrap intervals faster: with `function` they take seconds.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """From a score to a reward, higher is better.
+    """Turns a score into a reward; a higher reward is better.
 
     Attributes:
-      function: (score, higher_is_better) -> reward, growing with how good the score is.
-      directions: values of Metric.higher_is_better that it can be used with.
-      at_least: lowest score that it is defined for.
-      in_group: whether advantages are computed from the ranks of rewards within their group instead of the rewards themselves.
+      function: (score, higher_is_better) -> reward; a better score gives a higher reward.
+      directions: allowed values of Metric.higher_is_better.
+      at_least: lowest allowed score.
+      in_group: whether advantages use the ranks of rewards in their group instead of the rewards.
     """
 
     function: Callable[[float, bool], float]
@@ -52,7 +52,7 @@ class Transform:
 
 
 _SMALLEST = 1e-12
-"""Scores below it are taken for it by `log`, so that a perfect error of 0 has a finite reward."""
+"""`log` raises lower scores to this, so that a perfect error of 0 has a finite reward."""
 
 
 def _signed(score: float, higher: bool) -> float:
@@ -70,20 +70,20 @@ TRANSFORMS: Mapping[str, Transform] = {
     "log": Transform(_log, (True, False), at_least=0.0),
     "rank_in_group": Transform(_signed, (True, False), in_group=True),
 }
-"""By the name in Competition.transform. `identity` is the report's reward. `inverse`, 1 / (1 + score), lies in (0, 1]. `log`, of which the
-sign follows the direction, makes equal ratios of scores equal differences of rewards, whatever the metric's scale. `rank_in_group` keeps
-the scale out of the update altogether."""
+"""By the name in Competition.transform. `identity` is the report's reward. `inverse`, 1 / (1 + score), is in (0, 1]. `log`, with the sign
+of the direction, turns equal ratios of scores into equal differences of rewards, whatever the metric's scale. `rank_in_group` removes the
+scale from the update."""
 
 
 def ranks(rewards_K: Sequence[float]) -> list[float]:
-    """Ranks of a group's rewards, from 0 for the lowest to 1 for the highest, equals sharing their mean; 0 for a group of one."""
+    """Ranks of a group's rewards, from 0 for the lowest to 1 for the highest. Equal rewards share their mean rank; a group of one has 0."""
     others = max(len(rewards_K) - 1, 1)
     return [(sum(r < mine for r in rewards_K) + (sum(r == mine for r in rewards_K) - 1) / 2) / others for mine in rewards_K]
 
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """A published score to compare with: `name` says what it is."""
+    """A published score to compare with, such as a medal's."""
 
     name: str
     score: float
@@ -96,20 +96,20 @@ class Competition:
     Attributes:
       id: short name: letters, digits, dot, dash, underscore.
       description: for the full prompt: the story, the columns, what to predict. The files and the metric are listed by the prompt itself.
-      id_column, target: column that names a row, and column to predict; the submission has both. Both empty if `judge` alone knows what a
-        submission looks like.
+      id_column, target: column that names a row, and column to predict; the submission has both. Both empty if only `judge` knows the
+        format of a submission.
       metric: how predictions are compared with the answers.
       prepare: (raw, public, private) -> None. Reads `raw` (the path in config.task.raw; None if it is empty) and writes public/train.csv
         (with the target), public/test.csv (without), public/sample_submission.csv, and private/test.csv (the answers: at least id and
         target).
-        Raises DataError if the raw data are missing or not the right ones.
+        Raises DataError if the raw data are missing or wrong.
       failure_reward: reward of a program that failed; must be below that of the sample submission.
       transform: name in TRANSFORMS, from score to reward: "identity" if higher is better; "negate" if lower is, or "log" or "inverse" where
         scores have no bound that rewards could be compared with.
       prepared_md5: expected MD5 of prepared files, such as {"public/train.csv": "564a..."}; empty: not checked.
       sample_score: known score of the sample submission on the private answers, for the doctor; None: not known.
       thresholds: published scores to compare with, for summaries; never invented.
-      thresholds_source: where they were taken from; shown with them everywhere.
+      thresholds_source: their source; always shown with them.
       thresholds_note: what they are, and how far the comparison holds; or why there are none.
       judge: (submission, answers) -> score, both whole tables: takes the place of metric.function and of the rules on rows and columns. May
         raise on a submission that it cannot judge, as metric.function may. MLE-bench's own graders are such functions.
@@ -140,26 +140,26 @@ class Competition:
             return ConfigError(f"Competition {self.id!r}: {problem}")
 
         if not isinstance(self.id, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.id):
-            raise refuse("the id must be a word of letters, digits, '.', '-' and '_', since folders are named by it.")
+            raise refuse("the id must consist of letters, digits, '.', '-' and '_', since it names folders.")
         columns = () if self.judge is not None and (self.id_column, self.target) == ("", "") else ("id_column", "target")
         for name in ("description", *columns):
             value: Any = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise refuse(f"{name} = {value!r} must be a text that is not empty.")
+                raise refuse(f"{name} must be a non-empty string; got {value!r}.")
         if columns and self.id_column == self.target:
-            raise refuse(f"id_column and target are both {self.target!r}; they must be two columns.")
+            raise refuse(f"id_column and target are both {self.target!r}; they must differ.")
         if not isinstance(self.metric, Metric):
-            raise refuse(f"metric = {self.metric!r} must be a Metric, such as discover_jax.tasks.metrics.ACCURACY.")
+            raise refuse(f"metric must be a Metric, such as discover_jax.tasks.metrics.ACCURACY; got {self.metric!r}.")
         if self.transform not in TRANSFORMS:
-            raise refuse(f"transform = {self.transform!r} is not known; allowed: {', '.join(TRANSFORMS)}.")
+            raise refuse(f"transform must be one of {', '.join(TRANSFORMS)}; got {self.transform!r}.")
         if self.metric.higher_is_better not in TRANSFORMS[self.transform].directions:
             fits = [name for name, transform in TRANSFORMS.items() if self.metric.higher_is_better in transform.directions]
             raise refuse(
-                f"transform = {self.transform!r} does not fit {self.metric.name}, of which {self.direction} is better: a reward is"
-                f" higher-is-better. Use {' or '.join(map(repr, fits))}."
+                f"transform = {self.transform!r} does not fit {self.metric.name}, where {self.direction} is better: a higher"
+                f" reward must be better. Use {' or '.join(map(repr, fits))}."
             )
         if not math.isfinite(self.failure_reward):
-            raise refuse(f"failure_reward = {self.failure_reward!r} must be finite, since advantages are computed from it.")
+            raise refuse(f"failure_reward must be finite, since advantages use it; got {self.failure_reward!r}.")
 
     @property
     def direction(self) -> str:
@@ -167,7 +167,7 @@ class Competition:
         return "higher" if self.metric.higher_is_better else "lower"
 
     def reward(self, score: float) -> float:
-        """The reward of a score: higher is better, and never worse than a failure's.
+        """The reward of a score, at least that of a failure; higher is better.
 
         Raises:
           ConfigError: the transform is not defined for the score.
@@ -181,5 +181,5 @@ class Competition:
         return max(transform.function(score, self.metric.higher_is_better), self.failure_reward)
 
     def signals(self, rewards_K: Sequence[float]) -> list[float]:
-        """What advantages are computed from: the rewards of a group, or their ranks if the transform says so."""
+        """What advantages use: the rewards of a group, or their ranks if the transform says so."""
         return ranks(rewards_K) if TRANSFORMS[self.transform].in_group else list(rewards_K)

@@ -1,4 +1,4 @@
-"""Finding a competition's definition: one that comes with the project, or a user's .py file with a COMPETITION in it."""
+"""Finds the definition of a competition: a built-in one, one of MLE-bench's, or a .py file that defines COMPETITION."""
 
 import difflib
 import functools
@@ -23,16 +23,16 @@ _BUILT_IN = {
 
 
 def locate_competition(competition: str) -> tuple[str, str]:
-    """Where a competition's definition lies, so that another process can load the very same.
+    """Where a competition's definition is, so that another process can load the same one.
 
     Args:
       competition: id of a built-in competition, path of a .py file, or "mlebench:ID".
 
     Returns:
-      The file's absolute path and the sha256 of its bytes; for the other two `competition` itself and "".
+      For a file, its absolute path and the sha256 of its bytes; otherwise `competition` and "".
 
     Raises:
-      ConfigError: there is no such competition and no such file.
+      ConfigError: neither a known competition nor a .py file.
     """
     if competition in _BUILT_IN or competition.startswith(mle_bench.PREFIX):
         return competition, ""
@@ -41,7 +41,7 @@ def locate_competition(competition: str) -> tuple[str, str]:
         path = path.resolve()
         return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix == ".py":
-        problem = "there is no such file."
+        problem = "the file does not exist."
     elif path.is_file():
         problem = "the file is not a .py file that defines COMPETITION."
     else:
@@ -49,16 +49,16 @@ def locate_competition(competition: str) -> tuple[str, str]:
         problem = f"no built-in competition has that id{f'; did you mean {close[0]!r}?' if close else '.'}"
     raise ConfigError(
         f"config.task.competition = {competition!r}: {problem} Allowed: {', '.join(sorted(_BUILT_IN))}, the path of a .py file that"
-        " defines COMPETITION (docs/competitions.md shows one), or 'mlebench:ID' for one of the installed mlebench's."
+        " defines COMPETITION (docs/competitions.md shows one), or 'mlebench:ID' for a competition of the installed package mlebench."
     )
 
 
 @functools.lru_cache(maxsize=64)
 def load_competition(source: str, digest: str) -> Competition:
-    """Loads what `locate_competition` found. The same object for the same arguments within a process.
+    """Loads what `locate_competition` found; a process gets the same object for the same arguments.
 
     Raises:
-      ConfigError: the file fails, or defines no Competition as COMPETITION.
+      ConfigError: the file fails, or does not define COMPETITION as a Competition.
       DataError: the file is gone, or changed since it was located.
     """
     if source in _BUILT_IN:
@@ -69,13 +69,15 @@ def load_competition(source: str, digest: str) -> Competition:
     try:
         code = path.read_bytes()
     except OSError as error:
-        raise DataError(f"The competition's file {path} cannot be read ({error}). Put it back where it was when the run began.") from error
+        raise DataError(
+            f"The competition's file {path} cannot be read ({error}). Restore it at the place where it was when the run started."
+        ) from error
     if hashlib.sha256(code).hexdigest() != digest:
-        raise DataError(f"The competition's file {path} changed during the run. Put the old file back, or start a run in a new folder.")
+        raise DataError(f"The competition's file {path} changed during the run. Restore the old file, or start a run in a new folder.")
     module = _execute(path, code, f"discover_jax_competition_{digest[:16]}")
     competition = getattr(module, "COMPETITION", None)
     if not isinstance(competition, Competition):
-        found = "nothing of that name" if competition is None else f"COMPETITION = {competition!r}"
+        found = "no such name" if competition is None else f"COMPETITION = {competition!r}"
         raise ConfigError(
             f"{path} must define COMPETITION, a discover_jax.tasks.competition.Competition; found {found}. docs/competitions.md shows one."
         )
@@ -83,7 +85,7 @@ def load_competition(source: str, digest: str) -> Competition:
 
 
 def _execute(path: Path, code: bytes, name: str) -> types.ModuleType:
-    """Runs the very bytes that were hashed, as a module of that name."""
+    """Runs the bytes that were hashed as a module of that name."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # always found for a .py path
     module = importlib.util.module_from_spec(spec)
@@ -95,5 +97,5 @@ def _execute(path: Path, code: bytes, name: str) -> types.ModuleType:
         if isinstance(error, ConfigError):
             raise
         trace = "".join(traceback.format_exception(error)[-3:]).strip()
-        raise ConfigError(f"The competition's file {path} failed when it was loaded:\n{trace}") from error
+        raise ConfigError(f"The competition's file {path} failed while loading:\n{trace}") from error
     return module

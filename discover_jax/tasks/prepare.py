@@ -1,4 +1,4 @@
-"""Preparing a task: the competition's tables are written once, checked, and found again by their checksums."""
+"""Prepares a task: writes the competition's tables once, and checks them by their checksums when it finds them again."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ from discover_jax.tasks.task import Split, Task, TaskFile
 REWARDS = ("grade", "holdout")
 GRADERS = ("native", "mlebench")
 _RECORD = "prepared.json"
-# Raised when the rules of preparing or grading change, so that earlier folders and cached grades are not taken for the same.
+# Increase it when the rules of preparation or grading change, so that earlier folders and cached grades are not reused.
 _FORMAT = 2
 _PUBLIC_TABLES = ("train.csv", "test.csv", "sample_submission.csv")
 
@@ -38,44 +38,44 @@ def prepare_task(
     grader: str = "native",
     seed: int = 0,
 ) -> Task:
-    """Prepares a competition in `folder`, or finds it prepared there and checks every file.
+    """Prepares a competition in `folder`, or checks every file if it is already prepared there.
 
-    `folder` gets public/ (readable by all: what programs see), private/ (the owner's alone: the answers) and prepared.json (settings and
-    checksums, written with the rest in one rename). A prepared folder needs the raw data no more.
+    `folder` gets public/ (readable by all; what programs see), private/ (readable only by the owner; the answers) and prepared.json
+    (settings and checksums). All are put in place by one rename. A prepared folder no longer needs the raw data.
 
     Args:
       competition: id of a built-in competition, path of a .py file that defines COMPETITION, or "mlebench:ID".
       raw: path of the raw data; None or "" if there are none.
       reward: "grade": the private answers make the score. "holdout": rows drawn from the training table do: they leave train.csv and join
         test.csv without their label, shuffled in, and their ids join sample_submission.csv.
-      folder: empty or not there yet, or prepared before with the same settings.
-      holdout_fraction: part of the training rows that "holdout" takes.
-      holdout_folds: 1, or into how many folds "holdout" parts all training rows instead. Each is held out in one run of a program, in a
-        folder fold-N/ of its own; one more run, on the whole public/, makes the submission.
+      folder: empty, missing, or prepared before with the same settings.
+      holdout_fraction: fraction of the training rows that "holdout" holds out.
+      holdout_folds: 2 or more: number of folds into which "holdout" splits all training rows instead. Each fold is held out in one run of a
+        program, in its own folder fold-N/; one more run, on the whole public/, makes the submission.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
       seed: of the draw and the shuffle of "holdout".
 
     Raises:
-      ConfigError: unknown competition or reward, fraction out of range, or the competition's file does not do what it should.
+      ConfigError: unknown competition or reward, fraction out of range, or invalid competition file.
       DataError: raw data missing or altered; `folder` holds something else, or was altered; it cannot be written.
     """
     if reward not in REWARDS:
-        raise ConfigError(f"config.task.reward = {reward!r} is not known; allowed: {', '.join(REWARDS)}.")
+        raise ConfigError(f"config.task.reward must be one of {', '.join(REWARDS)}; got {reward!r}.")
     if reward == "holdout" and not 0.0 < holdout_fraction < 1.0:
-        raise ConfigError(f"config.task.holdout_fraction = {holdout_fraction!r} must lie between 0 and 1, both excluded.")
+        raise ConfigError(f"config.task.holdout_fraction must be greater than 0 and less than 1; got {holdout_fraction!r}.")
     if holdout_folds < 1 or (holdout_folds > 1 and reward != "holdout"):
         raise ConfigError(
-            f"config.task.holdout_folds = {holdout_folds!r} with config.task.reward = {reward!r}: it is 1, or for `holdout` 2 or more."
+            f"config.task.holdout_folds = {holdout_folds!r} with config.task.reward = {reward!r}: must be 1 without `holdout`."
         )
     if grader not in GRADERS:
-        raise ConfigError(f"config.task.grader = {grader!r} is not known; allowed: {', '.join(GRADERS)}.")
+        raise ConfigError(f"config.task.grader must be one of {', '.join(GRADERS)}; got {grader!r}.")
     source, digest = locate_competition(competition)
     definition = load_competition(source, digest)
     if grader == "mlebench":
         definition = mle_bench.with_its_grader(definition)
     if reward == "holdout" and not definition.id_column:
         raise ConfigError(
-            f"Competition {definition.id!r} has no reward `holdout`, since its table of answers is known to its grader alone. Use"
+            f"Competition {definition.id!r} does not support the reward `holdout`, since only its grader knows its answers' format. Set"
             " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
         )
     settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, seed)

@@ -1,4 +1,4 @@
-"""A prepared task: what prompts tell of it, what programs see of it, and how it grades. Light, immutable, picklable."""
+"""A prepared task: what prompts show, what programs see, and how it grades. Small, immutable, picklable."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from discover_jax.types import Grade
 
 @dataclasses.dataclass(frozen=True)
 class TaskFile:
-    """A public file. `rows` does not count the header; it is None, and `columns` empty, for a file that is no CSV table."""
+    """A public file. `rows` does not count the header; it is None and `columns` is empty for a file that is not a CSV table."""
 
     name: str
     rows: int | None
@@ -28,12 +28,12 @@ class TaskFile:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One of the runs of which a program's verdict is made: what it sees, and what it is graded on.
+    """One of the runs behind a program's verdict: what the program sees, and what it is graded on.
 
     Attributes:
-      folder: name, in the task's folder, of the one folder that the program sees.
-      answers: (file in private/, sha256) of the private answers, and of the held-out rows' where there are some.
-      held_out_rows: number of the latter.
+      folder: the only folder that the program sees, by its name in the task's folder.
+      answers: (file in private/, sha256) of the private answers, then of the held-out rows' answers if there are any.
+      held_out_rows: number of held-out rows.
     """
 
     folder: str
@@ -51,8 +51,8 @@ class Disclosure:
       runs: how often each program runs for one verdict.
       private_rows: number of rows of the private answers.
       grader: who grades.
-      scored_on: these rows in a few words, to stand beside each score.
-      text: the same in a sentence or two.
+      scored_on: a short name of these rows, shown next to each score.
+      text: one or two sentences that describe them.
     """
 
     reward: str
@@ -66,18 +66,18 @@ class Disclosure:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A competition, prepared in a folder by `prepare_task`. Other processes may use it: they load definition and answers when needed.
+    """A competition, prepared in a folder by `prepare_task`. Other processes can use it: they load the definition and answers when needed.
 
     Attributes:
-      source, source_digest: where the competition's definition lies (see `locate_competition`).
+      source, source_digest: where the competition's definition is (see `locate_competition`).
       grader: "native" or "mlebench".
       folder: holds public/, private/, and a folder for each fold of a cross-validation.
       reward_source: "grade" or "holdout".
       files: what a program sees (in its first run).
       private_rows: number of private answers.
       splits: a program's runs, in their order. The last one's submission is the program's own.
-      fingerprint: hash of the data and of every setting that a grade depends on: equal fingerprints grade alike.
-      settings: name and value of each of these settings, for people who ask why two fingerprints differ.
+      fingerprint: hash of the data and of every setting that a grade depends on. Tasks with equal fingerprints give equal grades.
+      settings: name and value of each of these settings, to explain why two fingerprints differ.
     """
 
     source: str
@@ -118,7 +118,7 @@ class Task:
 
     @property
     def leaderboard(self) -> str:
-        """The thresholds, where they come from and what they are; "unavailable" where there are none, and why if that is known."""
+        """The thresholds with their source and note; "unavailable" if there are none, with the note."""
         competition = self.competition
         listed = ", ".join(f"{threshold.name} {threshold.score:g}" for threshold in competition.thresholds)
         parts = [f"{competition.thresholds_source}: {listed}" if listed else "unavailable", competition.thresholds_note]
@@ -126,7 +126,7 @@ class Task:
 
     @property
     def public_dirs(self) -> tuple[Path, ...]:
-        """For each run of a program the one folder that it may see."""
+        """For each run of a program, the only folder that it sees."""
         return tuple(self.folder / split.folder for split in self.splits)
 
     @property
@@ -136,7 +136,7 @@ class Task:
 
     @property
     def held_out_rows(self) -> int:
-        """Number of rows that are held out in one run or another; 0 for the reward `grade`."""
+        """Number of rows held out over all runs; 0 for the reward `grade`."""
         return sum(split.held_out_rows for split in self.splits)
 
     @property
@@ -145,14 +145,14 @@ class Task:
         return self.held_out_rows or self.private_rows
 
     def grade(self, csv: bytes, run: int = -1) -> Grade:
-        """The verdict on the submission of one of a program's runs. Whatever the bytes, it is a Grade and no exception.
+        """The grade of the submission of one of a program's runs. Invalid bytes give an invalid Grade, not an exception.
 
         Args:
           csv: the submission.
           run: index into `splits`; by default the last, which for most tasks is the only one.
 
         Raises:
-          DataError: the answers on this machine are missing or were altered.
+          DataError: the answers are missing or were altered.
         """
         return grading.grade(csv, self._answers(run), self.competition)
 
@@ -163,10 +163,12 @@ class Task:
         accuracy or log loss, the same as the score of all held-out rows together. The private score is that of the last run.
 
         Raises:
-          ValueError: there is not one valid grade for each run.
+          ValueError: a run lacks a valid grade.
         """
         if len(grades) != len(self.splits) or not all(grade.valid for grade in grades):
-            raise ValueError(f"{len(grades)} grades, some perhaps invalid, for {len(self.splits)} runs: each must have a valid one.")
+            raise ValueError(
+                f"Each of the {len(self.splits)} runs must have a valid grade; got {sum(grade.valid for grade in grades)} of {len(grades)}."
+            )
         if len(grades) == 1:
             return grades[0]
         scored = [(grade.score, split.held_out_rows) for grade, split in zip(grades, self.splits, strict=True) if grade.score is not None]
@@ -174,7 +176,7 @@ class Task:
         return Grade(valid=True, reason="", score=round(score, 5), private_score=grades[-1].private_score)
 
     def answers_as_submission(self, run: int = -1) -> bytes:
-        """The answers as a submission of a run, by default the last; it cannot be beaten. For checks of the grader, never for programs.
+        """The answers as a perfect submission of a run, by default the last. For checks of the grader, never for programs.
 
         Raises:
           DataError: see `grade`.
@@ -194,15 +196,15 @@ class Task:
         return self.competition.reward(score)
 
     def signals(self, rewards_K: Sequence[float]) -> list[float]:
-        """What advantages are computed from, for the rewards of a group."""
+        """What advantages use for the rewards of a group; see `Competition.signals`."""
         return self.competition.signals(rewards_K)
 
     def score_interval(self, score: float, submission: bytes | None) -> Interval:
-        """95% interval of a `Grade.score`, or why there is none. It may take seconds: for the best program, not for every one.
+        """95% interval of a `Grade.score`, or the reason why there is none. It may take seconds, so use it only for the best program.
 
         Args:
           score: of a program.
-          submission: that program's own, as its last run made it; None if it is not at hand.
+          submission: of that program's last run; None if it is not available.
 
         Raises:
           DataError: see `grade`.
@@ -215,7 +217,7 @@ class Task:
         return self._interval(score, submission, held_out=self.reward_source == "holdout")
 
     def private_score_interval(self, score: float, submission: bytes | None) -> Interval:
-        """95% interval of a `Grade.private_score`; as `score_interval`."""
+        """95% interval of a `Grade.private_score`; see `score_interval`."""
         return self._interval(score, submission, held_out=False)
 
     def _interval(self, score: float, submission: bytes | None, *, held_out: bool) -> Interval:
@@ -260,10 +262,10 @@ class Task:
 def _load_answers(
     private: Path, digests: tuple[tuple[str, str], ...], id_column: str, target: str, training: Path | None, private_counts: bool
 ) -> grading.Answers:
-    """Reads and checks the answers, once a process.
+    """Reads and checks the answers, once per process.
 
     Args:
-      training: the training table which the held-out rows come from; None if there are none.
+      training: the training table that the held-out rows come from; None if there are none.
     """
     parts = []
     for name, digest in digests:
@@ -279,8 +281,8 @@ def _load_answers(
     if training is None:
         return grading.Answers(id_column, target, answers, private_counts=private_counts)
     held_out = read_text_table(parts[1])
-    # pandas infers types. A label's comes from all labels of the training table that it was taken from, and not from private ones; an id's
-    # from all ids together, as in a submission.
+    # pandas infers types. The type of labels comes from all labels of the original training table, not from private ones; the type of ids
+    # comes from all ids together, as in a submission.
     labels = pd.concat([read_text_table(training.read_bytes())[target], held_out[target]])
     ids = pd.concat([read_text_table(parts[0])[id_column], held_out[id_column]])
     typed_labels, typed_ids = (read_table(column.to_csv(index=False).encode()).iloc[:, 0] for column in (labels, ids))

@@ -91,7 +91,7 @@ def test_lineage():
     assert lineage(rows, "1b") == []
     assert lineage(rows, "nothing") == []
     assert [s.id for s in lineage(rows[2:], "2a")] == ["1a", "2a"]
-    with pytest.raises(RunError, match="circle"):
+    with pytest.raises(RunError, match="2a"):
         lineage([*rows[1:], attempt("0a", "2a")], "2a")
 
 

@@ -29,7 +29,7 @@ GOOD = {
     [
         ({"id": "../boats"}, r"'\.\./boats'.*\bid\b"),
         ({"id": ""}, r"''.*\bid\b"),
-        ({"description": " "}, "description = ' '"),
+        ({"description": " "}, "description\\b.*' '"),
         ({"target": "key"}, r"'key'"),
         ({"metric": "accuracy"}, r"\bmetric\b.*discover_jax\.tasks\.metrics\.ACCURACY"),
         ({"transform": "square"}, "identity, negate, inverse, log, rank_in_group"),

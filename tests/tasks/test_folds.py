@@ -69,7 +69,7 @@ def test_scores_of_the_folds_are_those_of_all_rows_together(folded):
     assert combined.private_score == 0.9
     interval = folded.score_interval(combined.score, None)
     assert interval.bounds == wilson_interval(combined.score, 100)
-    with pytest.raises(ValueError, match="3 grades"):
+    with pytest.raises(ValueError, match="4 runs"):
         folded.combine(grades[:-1])
 
 
