@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote: sandboxes, the pool of workers, the harness that runs inside, and the cache of verdicts."""
+"""Runs programs in sandboxes: the worker pool, the harness inside each sandbox, and the cache of verdicts."""
 
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.grading import GradedTask

@@ -1,7 +1,7 @@
-"""Lets a program start only while the machine has the memory that it may use, where no control group bounds all of them together.
+"""Delays programs until enough memory is free. Used where no control group limits the memory of programs.
 
-Looked at when a program is about to start: what is free now must cover its limit and, in full, those of the programs that run. What these
-use already is not free either, so it counts twice, which errs on the safe side. One program may always run, whatever the machine has.
+The check runs when a program is about to start. Free memory must cover its limit plus the full limits of all running programs. Memory that
+these already use is not free, so it counts twice; this errs on the safe side. One program may always run.
 """
 
 import collections
@@ -20,7 +20,7 @@ _UNLIMITED = 1 << 62  # v1 writes a number near 2**63 for no limit
 
 
 def _groups(version: int) -> Iterator[Path]:
-    """This process's group of the memory controller and those above it, as far as they can be seen from here."""
+    """This process's memory control group and its visible ancestors."""
     own = own_folder("memory" if version == 1 else "")
     limit = "memory.limit_in_bytes" if version == 1 else "memory.max"
     return (folder for folder in (own, *own.parents) if (folder / limit).exists()) if own else iter(())
@@ -32,12 +32,12 @@ def _number(path: Path) -> int:
 
 
 def _file_pages(stat: str, prefix: str) -> int:
-    """Bytes that the kernel gives back when memory is short: pages of files on a disk; those of files in memory are not among them."""
+    """Bytes that the kernel can reclaim when memory is short: pages of files on disk, but not of files in memory."""
     return sum(int(number) for number in re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.MULTILINE))
 
 
 def memory_limit() -> int:
-    """Bytes that all of this process's machine or container may hold: what the machine has, or the least limit set on us."""
+    """Memory of the machine or container in bytes: the machine's memory or the smallest control group limit."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     found += [_number(folder / "memory.limit_in_bytes") for folder in _groups(1)]
     found += [_number(folder / "memory.max") for folder in _groups(2)]
@@ -45,7 +45,7 @@ def memory_limit() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had now without anybody's loss: the machine's, or what the limits set on us leave of it."""
+    """Memory in bytes that is available now, within the control group limits."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     found = [int(match[1]) * KIB] if match else [_UNLIMITED]
     for version, prefix, limit, usage in (
@@ -59,10 +59,10 @@ def available_bytes() -> int:
 
 
 class Admission:
-    """The door that each program of one executor passes, in the order in which they came to it."""
+    """Admits the programs of one executor, in order of arrival."""
 
     def __init__(self, memory_bytes: int, available: Callable[[], int] = available_bytes) -> None:
-        """`memory_bytes`: what one program may use; `available`: measures what is free now."""
+        """`memory_bytes`: memory limit of one program; `available`: returns the bytes that are free now."""
         self._memory_bytes = memory_bytes
         self._available = available
         self._changed = threading.Condition()
@@ -74,13 +74,13 @@ class Admission:
 
     @contextlib.contextmanager
     def program(self, given_up: Callable[[], bool]) -> Iterator[None]:
-        """A context in which one program may run; entering it waits until there is memory for it, or until it is `given_up`."""
+        """A context in which one program may run. Entering it waits until enough memory is free or `given_up` returns True."""
         turn = object()
         with self._changed:
             self._waiting.append(turn)
             try:
                 while not given_up() and not (self._waiting[0] is turn and self._fits()):
-                    self._changed.wait(_LOOK_SECONDS)  # memory comes free without a notice, too
+                    self._changed.wait(_LOOK_SECONDS)  # other processes free memory without notifying us
             finally:
                 self._waiting.remove(turn)
                 self._changed.notify_all()

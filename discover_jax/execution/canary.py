@@ -1,4 +1,4 @@
-"""Before the first program: a probe goes through the real launch path and must find that the isolation holds."""
+"""Checks the isolation before the first program: a probe runs through the real launch path and tries to break out."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from discover_jax.types import Outcome
 
 
 def _violations(found: dict[str, Any], spec: SandboxSpec, host_uids: set[int]) -> Iterator[str]:
-    """Each thing that the probe could do or see and must not."""
+    """One message for each thing that the probe could see or do but must not."""
     if found["seen"]:
         yield f"programs can see {', '.join(found['seen'])}: move the run's folder out of /usr and out of Python's own folders"
     for name in ("write_data", "write_root", "write_python"):
@@ -37,23 +37,23 @@ def _violations(found: dict[str, Any], spec: SandboxSpec, host_uids: set[int]) -
     if names - wanted:
         yield f"environment variables are visible: {sorted(names - wanted)}"
     if wanted - names:
-        yield f"environment variables lack: {sorted(wanted - names)}"
+        yield f"environment variables are missing: {sorted(wanted - names)}"
     if max(found["pids"]) > 64:
         yield f"other processes are visible: {found['pids']}"
     if found["descriptors"]:
-        yield f"descriptors of the host are open inside: {found['descriptors']}"
+        yield f"file descriptors of the host are open inside: {found['descriptors']}"
     if found["accelerators"]:
         yield f"accelerators are visible: {found['accelerators']}"
     if found["cpus"] != sorted(spec.cores):
-        yield f"CPUs {found['cpus']} instead of the lease {sorted(spec.cores)}"
+        yield f"programs run on CPUs {found['cpus']} instead of the leased {sorted(spec.cores)}"
     if len(found["packages"]) < 2:
-        yield "numpy or pandas cannot be found inside: install both into the environment that runs this"
+        yield "numpy or pandas is missing inside: install both into the environment of this process"
 
 
 def hidden_paths(host: Host, public: Path, further: Iterable[Path]) -> list[Path]:
-    """What programs must not see: what lies beside the public folder (the answers, other runs' folders), and `further` (the cache).
+    """Paths that programs must not see: the siblings of the public folder (answers, folders of other runs) and `further` (the cache).
 
-    A neighbour that holds a folder which is visible by intention (this environment's Python, in a run folder beside it) is left out.
+    Siblings that contain a folder that is visible on purpose, such as this environment's Python, are left out.
     """
     visible = [Path(path) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/dev", *WRITABLE, *host.roots)]
     beside = [path for path in public.parent.iterdir() if path != public]
@@ -61,14 +61,14 @@ def hidden_paths(host: Host, public: Path, further: Iterable[Path]) -> list[Path
 
 
 def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
-    """Launches the probe and judges what it found. Takes about 0.1 s.
+    """Launches the probe and checks its findings. Takes about 0.1 s.
 
     Args:
       spec: of any slot.
       hidden: existing paths that programs must not see, such as the answers.
 
     Raises:
-      SandboxError: the sandbox cannot start here, or does not hold; with the remedy.
+      SandboxError: the sandbox cannot start here or does not isolate; the message says what to do.
     """
     sandbox = None
     try:
@@ -76,7 +76,7 @@ def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
         sandbox.wait_ready()
         with open(f"/proc/{sandbox.pid}/status") as file:
             uids = {int(uid) for line in file if line.startswith("Uid:") for uid in line.split()[1:]}
-        with open(f"/proc/{sandbox.pid}/ns/pid") as held:  # while it is open, no other sandbox's namespace gets the same number
+        with open(f"/proc/{sandbox.pid}/ns/pid") as held:  # while it is open, the kernel does not reuse the inode for another namespace
             inside = os.fstat(held.fileno()).st_ino
             execution = sandbox.run("")
             survivors = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _namespace(pid) == inside]
@@ -84,23 +84,23 @@ def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
         raise SandboxError(f"bubblewrap cannot isolate programs on this machine. {error} {_remedy(str(error))}") from error
     except OSError as error:
         raise SandboxError(
-            f"The sandbox's check could not look at the processes that it started: {error}. It needs a /proc that shows this user's own"
-            " processes; mount one, or start the container so that it has one."
+            f"The sandbox check could not inspect its processes: {error}. It needs a /proc that shows this user's processes. Mount one,"
+            " or start the container with one."
         ) from error
     finally:
         if sandbox is not None:
             sandbox.close()
     if execution.outcome is not Outcome.OK or execution.csv is None:
-        raise SandboxError(f"The sandbox's check ended with {execution.outcome.value}: {execution.detail} {execution.stdout[-1500:]}")
+        raise SandboxError(f"The sandbox check ended with {execution.outcome.value}: {execution.detail} {execution.stdout[-1500:]}")
     violations = list(_violations(json.loads(execution.csv), spec, uids))
     if survivors:
         violations.append(f"a daemon outlived the sandbox (pids {survivors} on the host)")
     if violations:
-        raise SandboxError("The sandbox does not hold, so no program was run:\n" + "\n".join(f"  - {line}" for line in violations))
+        raise SandboxError("The sandbox does not isolate, so no program was run:\n" + "\n".join(f"  - {line}" for line in violations))
 
 
 def _namespace(pid: int) -> int | None:
-    """Which pid namespace a process of the host runs in; None if it has ended (collected or not), or is not ours to look at."""
+    """The pid namespace of a host process; None if the process has ended (reaped or not) or may not be inspected."""
     try:
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
             return None
@@ -110,7 +110,7 @@ def _namespace(pid: int) -> int | None:
 
 
 def _remedy(said: str) -> str:
-    """What to do about a launch that failed, by what the tools said."""
+    """What to do about a failed launch, given the output of the tools."""
     weaker = (
         "for programs that you trust, execution.backend='unsafe-subprocess' with execution.allow_weaker=True runs them without isolation."
     )
@@ -118,8 +118,8 @@ def _remedy(said: str) -> str:
         return f"This container masks /proc: start it with `--security-opt systempaths=unconfined` (docker, podman). Or, {weaker}"
     if "unshare the mount namespace" in said:
         return (
-            "Python or the data lie below a folder that only root may enter, and this container may not bind them elsewhere: install"
-            " Python under /opt or /usr/local and keep the run's folder outside of root's home, or start the container with"
+            "Python or the data are below a folder that only root may enter, and this container may not bind them elsewhere. Install"
+            " Python under /opt or /usr/local and keep the run folder outside root's home, or start the container with"
             f" `--cap-add SYS_ADMIN`. Or, {weaker}"
         )
     if any(sign in said for sign in ("namespace", "uid map", "Operation not permitted", "No permissions", "RTM_NEWADDR")):
@@ -129,5 +129,5 @@ def _remedy(said: str) -> str:
             f" user.max_user_namespaces must not be 0. Or, {weaker}"
         )
     if os.geteuid() == 0 and "Permission denied" in said:
-        return "Something that the sandbox needs cannot be read by an unprivileged uid: chmod -R o+rX the folder that is named."
+        return "An unprivileged uid cannot read a file that the sandbox needs. Run chmod -R o+rX on the folder named above."
     return f"Or, {weaker}"

@@ -1,4 +1,4 @@
-"""Child processes that answer one message after the other, and never outlive this process."""
+"""Child processes that answer messages one at a time and never outlive this process."""
 
 import contextlib
 import ctypes
@@ -17,14 +17,14 @@ from typing import Any
 from discover_jax.exceptions import SandboxError
 
 _LEAVING_SECONDS = 5.0
-"""For a child that was asked to end, in which it ends its sandboxes."""
+"""Time for a child to end its sandboxes after it was asked to end."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _start_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def _without_main_module():
-    """Hides the main script while a process is spawned, which would import it again, and jax with it."""
+    """Hides the main script while a process is spawned: the child would import it again, and jax with it."""
     with _start_lock:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -35,7 +35,7 @@ def _without_main_module():
 
 
 class Child:
-    """This process's end of one child. `ask` is for one thread at a time."""
+    """This process's end of the connection to a child. Only one thread at a time may call `ask`."""
 
     def __init__(self, kind: str, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -52,12 +52,13 @@ class Child:
         return self._process.pid
 
     def ask(self, message: Any, seconds: float) -> Any:
-        """The child's reply.
+        """Sends a message and returns the child's reply.
 
-        A timer bounds it rather than a limit on waiting: a process that was stopped may hang amid taking the message or sending its reply.
+        A timer kills the child after `seconds`. A timeout on waiting would not do: a stopped process may also block the sending of the
+        message or hang in the middle of its reply.
 
         Raises:
-          SandboxError: it ended, or did not reply within `seconds`, for which it is ended.
+          SandboxError: the child ended, or was killed because it did not reply within `seconds`.
         """
         hung = threading.Event()
 
@@ -78,28 +79,28 @@ class Child:
             timer.cancel()
         self._process.join(5)
         if hung.is_set():
-            raise SandboxError(f"The {self._kind} process {self.pid} did not reply within {seconds:g} s and was ended.")
+            raise SandboxError(f"The {self._kind} process {self.pid} did not reply within {seconds:g} s and was killed.")
         raise SandboxError(f"The {self._kind} process {self.pid} ended unexpectedly (exit code {self._process.exitcode}).")
 
     def interrupt(self) -> None:
-        """Asks the process to end, and returns at once; whoever waits for its reply is told that it ended. Any thread may call it."""
+        """Asks the process to end and returns at once; a caller that waits for its reply gets an error. Any thread may call it."""
         self._process.terminate()
 
     def end(self) -> None:
-        """Ends the process, and so its sandboxes. Any thread may call it."""
+        """Ends the process and with it its sandboxes. Any thread may call it."""
         self.interrupt()
-        if not wait([self._process.sentinel], _LEAVING_SECONDS):  # it hangs, or was stopped
+        if not wait([self._process.sentinel], _LEAVING_SECONDS):  # it hangs or was stopped
             self._process.kill()
 
     def stop(self) -> None:
-        """Ends the process and lets go of it."""
+        """Ends the process and reaps it."""
         self.connection.close()
         self.end()
         self._process.join()
 
 
 class ChildSlot:
-    """A slot for one child at a time, which starts when it is first needed and again after a fault. `ask` is for one thread at a time."""
+    """A slot for one child, which starts on first use and again after a failure. Only one thread at a time may call `ask`."""
 
     def __init__(self, children: "Children", kind: str, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         self._children = children
@@ -109,15 +110,15 @@ class ChildSlot:
 
     def warm(self) -> None:
         """Starts the child without waiting for it."""
-        with contextlib.suppress(SandboxError):  # no process to be had now: `ask` tries again and tells why
+        with contextlib.suppress(SandboxError):  # it cannot start now: `ask` tries again and raises the error
             self._started()
 
     def ask(self, message: Any, seconds: float) -> Any:
-        """The child's reply; an error that it replies with is raised.
+        """Returns the child's reply, or raises it if it is an error.
 
         Raises:
-          SandboxError: it could not be started, ended, hung, or replied so; the next call starts another one.
-          DiscoverError: it replied so.
+          SandboxError: the child did not start, ended, hung, or replied with this error; the next call starts another child.
+          DiscoverError: the child replied with this error.
         """
         try:
             reply = self._started().ask(message, seconds)
@@ -133,7 +134,7 @@ class ChildSlot:
             try:
                 self._children.start(self, self._make)
             except OSError as error:
-                raise SandboxError(f"A {self._kind} process could not be started: {error}.") from error
+                raise SandboxError(f"Cannot start a {self._kind} process: {error}.") from error
         assert self.child is not None
         return self.child
 
@@ -145,7 +146,7 @@ class ChildSlot:
 
 
 class Children:
-    """The children of one owner, in places. One thread starts them all and lasts as long: the kernel ends a child with its starter."""
+    """The children of one owner. One long-lived thread starts them all: the kernel kills a child when the thread that started it ends."""
 
     def __init__(self) -> None:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="execution-starter")
@@ -154,27 +155,27 @@ class Children:
         self.closed = False
 
     def slot(self, kind: str, name: str, target: Callable[..., None], *arguments: Any) -> ChildSlot:
-        """A slot for a child that runs `target(connection, parent, *arguments)`; `kind` is what errors call it."""
+        """A slot for a child that runs `target(connection, parent, *arguments)`; `kind` names it in errors."""
         slot = ChildSlot(self, kind, name, target, arguments)
         self._slots.append(slot)
         return slot
 
     def start(self, slot: ChildSlot, make: Callable[[], Child]) -> None:
-        """Starts the child of a slot. Raises OSError if there is no process to be had, SandboxError once this is closed."""
+        """Starts the child of a slot. Raises OSError if no process can be started, SandboxError after `close`."""
 
         def begin() -> None:
-            with self._lock:  # so that `close` finds all that were started
+            with self._lock:  # so that `close` sees every child that was started
                 if self.closed:
-                    raise SandboxError("It was closed while programs ran.")
+                    raise SandboxError("The executor was closed while programs ran.")
                 slot.child = make()
 
         try:
             self._starter.submit(begin).result()
-        except RuntimeError as error:  # the starter takes nothing more
-            raise SandboxError("It was closed while programs ran.") from error
+        except RuntimeError as error:  # the starter was shut down
+            raise SandboxError("The executor was closed while programs ran.") from error
 
     def close(self) -> None:
-        """Ends all children; whoever waits for a reply gets a SandboxError. Idempotent."""
+        """Ends all children; callers that wait for a reply get a SandboxError. Idempotent."""
         with self._lock:
             self.closed = True
             running = [child for slot in self._slots if (child := slot.child) is not None]
@@ -184,17 +185,17 @@ class Children:
             child.end()
 
     def release(self) -> None:
-        """Lets go of what `close` ended, once nobody waits for replies any more."""
+        """Releases resources after `close`, once no caller waits for a reply any more."""
         for slot in self._slots:
             slot.drop()
         self._starter.shutdown()
 
 
 def begin(parent: int) -> None:
-    """To be called first in a child: it ends with its parent, at once if that is gone, and in good order when asked to.
+    """Ties a child's life to its parent; call it first. The child exits at once if the parent is gone, and cleanly on SIGTERM.
 
-    The kernel kills it when the thread that started it ends. It is handed the orphans of its sandboxes: an init that does not collect them,
-    as in many containers, would let them pile up.
+    The kernel kills the child when the thread that started it ends. The child adopts the orphans of its sandboxes: many containers have an
+    init that does not reap them.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -206,6 +207,6 @@ def begin(parent: int) -> None:
 
 
 def _leave(*_: object) -> None:
-    """Ends the process in good order; a second request must not interrupt that."""
+    """Exits cleanly; a second request must not interrupt this."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(0)

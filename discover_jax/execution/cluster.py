@@ -1,4 +1,4 @@
-"""Programs on the nodes of a ray cluster, through the one process that talks to it (ray_driver.py)."""
+"""Runs programs on the nodes of a ray cluster, through one process that talks to the cluster (ray_driver.py)."""
 
 import contextlib
 import importlib.util
@@ -22,7 +22,7 @@ from discover_jax.types import Execution
 
 _OPENING_SECONDS = 900.0
 _NAMED = 4
-"""So many nodes are named in summaries; the others are counted."""
+"""Number of nodes that summaries name; the others are counted."""
 
 
 class RayBackend:
@@ -38,20 +38,20 @@ class RayBackend:
         preload: Sequence[str],
         grace_seconds: float,
     ) -> None:
-        """Joins the cluster, and waits until each node has proved that its sandbox holds.
+        """Joins the cluster and waits until each node has checked its sandbox.
 
         Args:
-          publics: the folder that programs see, for each run of each task; all of them travel to each node.
+          publics: the folder that programs see, for each run of each task; all of them are copied to each node.
           limits: of each program.
-          workers: at most so many slots; None or 0: as many as the cluster's CPUs allow.
-          address: "auto": the cluster that this machine is a node of; HOST:PORT: of that cluster's head; "local": one that is started on
-            this machine alone, and ends with this.
+          workers: maximum number of slots; None or 0: as many as the cluster's CPUs allow.
+          address: "auto": the cluster that this machine is a node of; HOST:PORT: address of the cluster's head; "local": a cluster of this
+            machine only, which starts and ends with this object.
           preload, grace_seconds: see `local.LocalBackend`.
 
         Raises:
           ConfigError: ray is not installed.
-          RunError: there is no cluster, or it offers too little.
-          SandboxError: a node's sandbox does not hold, or it has other packages; with its name.
+          RunError: there is no cluster, or no node has enough CPUs.
+          SandboxError: a node's sandbox does not isolate or its packages differ; the message names the node.
         """
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
@@ -88,7 +88,7 @@ class RayBackend:
         slot = self._children.slot("ray", "ray-driver", ray_driver.main, wanted)
         try:
             opened = slot.ask("open", _OPENING_SECONDS)
-        except SandboxError as error:  # the process ended, as ray does to it where there is no cluster
+        except SandboxError as error:  # ray ends the process if there is no cluster
             raise ray_driver.no_cluster(self._address, str(error)) from error
         if isinstance(opened, ray_driver.Refused):
             raise SandboxError(opened.text)
@@ -117,7 +117,7 @@ class RayBackend:
         return borrowed(self._free)
 
     def ask(self, *job: Any) -> Execution:
-        """What the other process replies to (slot, task, run, program).
+        """Sends (slot, task, run, program) to the driver process and returns its reply.
 
         Raises:
           SandboxError: see `backend.Slot`.
@@ -129,7 +129,7 @@ class RayBackend:
                 raise self._gone()
             number = next(self._numbers)
             self._waiting[number] = future
-            with contextlib.suppress(OSError):  # it just ended: the reader notices, and tells
+            with contextlib.suppress(OSError):  # the process just ended: the reader notices and sets the error
                 self._connection.send((number, *job))
         reply = future.result()
         if isinstance(reply, Exception):
@@ -137,7 +137,7 @@ class RayBackend:
         return reply
 
     def _read(self) -> None:
-        """Hands replies to those who wait for them, until the other process has ended."""
+        """Delivers replies to the threads that wait for them, until the driver process ends."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 number, reply = self._connection.recv()
@@ -154,8 +154,8 @@ class RayBackend:
         if self._children.closed:
             return SandboxError("The executor was closed while the program ran.")
         return RunError(
-            f"The ray cluster (config.execution.ray_address = {self._address!r}) was lost: its head, or what ran of it on this machine,"
-            " has ended. See `ray status` and the logs in /tmp/ray/session_latest/logs; start the cluster, then the same command again: it"
+            f"The ray cluster (config.execution.ray_address = {self._address!r}) was lost: its head or its processes on this machine have"
+            " ended. See `ray status` and the logs in /tmp/ray/session_latest/logs. Start the cluster, then the same command again: it"
             " resumes at the last checkpoint."
         )
 

@@ -1,4 +1,4 @@
-"""The executor: takes programs, gives futures of verdicts. One thread a slot; equal programs share one execution."""
+"""The executor: takes programs and returns futures of verdicts. It has one thread per slot; equal programs share one execution."""
 
 import dataclasses
 import logging
@@ -20,11 +20,11 @@ from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
 from discover_jax.types import Grade, Outcome, Verdict
 
-_TRIES = 3  # a fault of the host is tried again twice, each time in a fresh sandbox
+_TRIES = 3  # after a failure of the host, a program runs up to two more times, each time in a fresh sandbox
 BACKENDS = {"bubblewrap": "bubblewrap", "ray": "bubblewrap", "unsafe-subprocess": "unsafe-subprocess"}
-"""Where programs can be run, each with how it isolates them (one of sandbox.BACKENDS)."""
+"""Backends and their isolation (one of sandbox.BACKENDS)."""
 GRACE_SECONDS = 600.0
-"""On top of a program's own time, for warming up, and for grading; then a worker counts as hung."""
+"""Time for warming up and grading, in addition to the program's own; after that, a worker counts as hung."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +38,7 @@ class _Job:
 
 
 class Executor:
-    """Runs programs in sandboxes and grades their submissions. A context manager; `close` ends everything."""
+    """Runs programs in sandboxes and grades their submissions. A context manager; `close` ends all processes."""
 
     def __init__(
         self,
@@ -53,29 +53,29 @@ class Executor:
         leads: bool = True,
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
-        """Checks that isolation holds here, then starts the workers without waiting for them.
+        """Checks the isolation, then starts the workers without waiting for them.
 
         Args:
-          tasks: at least one; each gives the data that programs see (public_dirs) and grades what they return.
+          tasks: at least one; each provides the data that programs see (public_dirs) and grades their submissions.
           limits: of each program.
-          workers: programs at once; None or 0: as many as the machine's, or the cluster's, cores allow.
+          workers: number of programs at once; None or 0: as many as the cores of the machine or the cluster allow.
           cache_dir: folder of verdicts, which later executors and runs may share.
-          backend: one of BACKENDS: "bubblewrap" on this machine, "ray": the same on the nodes of a cluster, or "unsafe-subprocess" for
-            programs that are trusted.
+          backend: one of BACKENDS: "bubblewrap" on this machine, "ray" for bubblewrap on the nodes of a cluster, or "unsafe-subprocess" for
+            trusted programs.
           allow_weaker: accept a backend that isolates less than bubblewrap.
           ray_address: of the cluster, see `cluster.RayBackend`.
-          leads: whether this is the process of the run that hands programs to a cluster, which the first one does for all. Elsewhere an
-            executor for "ray" has no slots.
-          grace_seconds: a worker that takes so much longer than a program's own time limit is hung: it is ended and replaced, and its
-            program is tried again.
+          leads: whether this is the run's first process, which sends all programs to a cluster. In the others, an executor for "ray" has no
+            slots.
+          grace_seconds: a worker that exceeds a program's time limit by more than this counts as hung: it is replaced, and its program is
+            tried again.
 
         Raises:
           ConfigError: a setting is not allowed, or a package is missing.
-          SandboxError: bubblewrap cannot start or does not isolate, or not every slot can have a uid of its own; with the remedy.
-          RunError: the cache cannot be kept, or there is no cluster.
+          SandboxError: bubblewrap cannot start or does not isolate, or there are not enough uids; the message says what to do.
+          RunError: the cache cannot be used, or there is no cluster.
         """
         if backend not in BACKENDS:
-            raise ConfigError(f"backend = {backend!r} is not known; allowed: {', '.join(BACKENDS)}.")
+            raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
         isolation = BACKENDS[backend]
         if isolation != "bubblewrap" and not allow_weaker:
             raise ConfigError(
@@ -83,11 +83,11 @@ class Executor:
                 " allow_weaker=True (execution.allow_weaker) if you accept that, or use 'bubblewrap'."
             )
         if workers is not None and workers < 0:
-            raise ConfigError(f"workers = {workers}: must be positive, or 0 or None for as many as the cores allow.")
+            raise ConfigError(f"workers must be positive, or 0 or None for as many as the cores allow; got {workers}.")
         if not tasks:
-            raise ConfigError("An executor was given no task, so there is nothing that programs could be run for.")
+            raise ConfigError("tasks must have at least one element; got none.")
         cache_dir = Path(cache_dir).resolve()
-        # The isolation, not the backend: where a program ran is not part of its verdict.
+        # The isolation, not the backend: a verdict does not depend on the machine that ran the program.
         settings = {"limits": dataclasses.asdict(limits), "backend": isolation, "packages": packages()}
         self._caches = [VerdictCache(cache_dir, {"task": task.fingerprint, **settings}) for task in tasks]
         self._runs = [len(task.public_dirs) for task in tasks]
@@ -130,16 +130,16 @@ class Executor:
     def submit(self, program: str, task: int = 0) -> Future[Verdict]:
         """Queues a program; returns at once.
 
-        A program that was run before with the same data and settings is answered from the cache, and one that waits or runs now is not run
-        twice; both are marked by `execution.cached`.
+        The cache answers for a program that ran before with the same data and settings. A program that is already queued or running does
+        not run twice. Both set `execution.cached`.
 
         Args:
           program: Python source that defines `run()`.
-          task: index of the task that it is for.
+          task: index of its task.
 
         Returns:
-          A future of the verdict. It raises SandboxError if the host failed three times, GradingError if the task's grading failed,
-          RunError if the verdict could not be kept.
+          A future of the verdict. It raises SandboxError if the host failed three times, GradingError if the task's grading failed, and
+          RunError if the verdict could not be stored.
 
         Raises:
           SandboxError: the executor is closed.
@@ -148,7 +148,7 @@ class Executor:
         key = self._caches[task].key(program)
         with self._lock:
             if self._closed:
-                raise SandboxError("The executor is closed; programs can be submitted only before close().")
+                raise SandboxError("The executor is closed. Submit programs before close().")
             if (job := self._in_flight.get(key)) is not None:
                 if job.running:
                     future.set_running_or_notify_cancel()
@@ -167,22 +167,22 @@ class Executor:
         return self._backend.isolated
 
     def describe(self) -> str:
-        """One line for summaries: how programs are isolated and bounded, and what is weaker than it could be."""
+        """One line for summaries: isolation, limits, and anything weaker than the best setup."""
         return self._backend.describe()
 
     @property
     def slots(self) -> int:
-        """How many programs run at once."""
+        """Number of programs that run at once."""
         return self._backend.slots
 
     @property
     def retries(self) -> int:
-        """How often a program was run again so far because of what was, or may have been, the host's fault."""
+        """Number of repeated runs so far because the host failed or may have failed."""
         with self._lock:
             return self._retries
 
     def close(self) -> None:
-        """Ends workers and sandboxes. Programs that wait are cancelled; those that run end in SandboxError. Idempotent."""
+        """Ends workers and sandboxes. Queued programs are cancelled; running ones raise SandboxError. Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -203,7 +203,7 @@ class Executor:
         self._graders.release()
 
     def _begin(self, job: _Job) -> bool:
-        """Marks a job as running; False if nobody waits for it any more."""
+        """Marks a job as running; False if no caller waits for it any more."""
         with self._lock:
             if self._in_flight.get(job.key) is not job:
                 return False
@@ -230,29 +230,29 @@ class Executor:
                 future.set_result(dataclasses.replace(reply, execution=dataclasses.replace(reply.execution, cached=True)))
 
     def _serve(self) -> None:
-        """One of as many threads as there are slots: takes one program after the other to a slot."""
+        """Runs queued programs one at a time; there is one such thread per slot."""
         while (job := self._jobs.get()) is not None:
             if self._begin(job):
                 try:
                     reply = self._execute(job.task, job.program)
-                except Exception as error:  # whoever waits for the program must hear of it, be it a fault of this class itself
+                except Exception as error:  # callers that wait for the program must get it, even if it is a bug in this class
                     reply = error
                 self._finish(job, reply)
 
     def _execute(self, task: int, program: str) -> Verdict:
-        """A program's verdict; each but the last fault of the host is told by the log.
+        """A program's verdict. Failures of the host are logged, except the last one, which is raised.
 
         Raises:
-          SandboxError: the last of `_TRIES` failed, too.
+          SandboxError: all `_TRIES` failed.
           GradingError, RunError: see `submit`.
         """
-        last: Verdict | SandboxError = SandboxError("no try was made")
+        last: Verdict | SandboxError = SandboxError("The program was not tried.")
         for number in range(1, _TRIES + 1):
             try:
                 last = self._try(task, program)
                 if not _killed_perhaps_from_outside(last):
                     return last
-                what = f"A program's sandbox was ended by {signal.SIGKILL.name}, by the program itself or from outside."
+                what = f"A program's sandbox was ended by {signal.SIGKILL.name}, sent by the program itself or from outside."
             except SandboxError as error:
                 last, what = error, str(error)
             if self._closed:
@@ -263,13 +263,13 @@ class Executor:
                 _log.warning("%s The program runs again (try %d of %d).", what, number + 1, _TRIES)
         if isinstance(last, Verdict):
             return last
-        raise SandboxError(f"A program could not be run: {_TRIES} tries failed, each in a fresh sandbox. The last: {last}") from last
+        raise SandboxError(f"Cannot run a program: {_TRIES} tries failed, each in a fresh sandbox. The last error: {last}") from last
 
     def _try(self, task: int, program: str) -> Verdict:
-        """The verdict of all of a program's runs, or of the first that failed, with the seconds of all and what the first one printed.
+        """The verdict on all of a program's runs or on the first that failed, with the seconds of all and the output of the first.
 
         Raises:
-          SandboxError: the host's fault.
+          SandboxError: the host failed.
         """
         grades: list[Grade] = []
         seconds, stdout = 0.0, None
@@ -287,8 +287,9 @@ class Executor:
 
 
 def _killed_perhaps_from_outside(verdict: Verdict) -> bool:
-    """Whether a program died by SIGKILL, which it can send to itself, and then does so in every try.
+    """Whether a program died by SIGKILL.
 
-    Else the host did it, an administrator or the kernel short of memory, which must not become the program's verdict.
+    A program that sends it to itself does so in every try. Otherwise an administrator sent it, or the kernel for lack of memory. This must
+    not become the program's verdict.
     """
     return verdict.outcome is Outcome.KILLED and verdict.execution.detail.endswith(signal.SIGKILL.name)

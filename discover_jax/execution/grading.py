@@ -1,4 +1,4 @@
-"""Grading, in processes of their own on the machine that has the answers: they never execute a candidate's code and start no sandbox."""
+"""Grading in separate processes on the machine that has the answers. They never execute a program and start no sandbox."""
 
 import os
 import pickle
@@ -15,10 +15,10 @@ from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
 class GradedTask(Protocol):
-    """What the executor needs of a task; it must be picklable.
+    """The task interface of the executor; a task must be picklable.
 
-    A program runs once for each of `public_dirs`, in their order, as long as its submissions are valid; `grade` judges the submission of
-    one run, `combine` makes one grade of all. `fingerprint` covers the data and all settings that decide a grade.
+    A program runs once for each of `public_dirs`, in order, as long as its submissions are valid. `grade` grades the submission of one run;
+    `combine` turns the grades of all runs into one. `fingerprint` covers the data and all settings that a grade depends on.
     """
 
     @property
@@ -30,15 +30,15 @@ class GradedTask(Protocol):
 
 
 def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade:
-    """The grade of a submission: of one run, or of the whole program if it is that of the last.
+    """The grade of a submission: of one run, or, for the last run, of the whole program.
 
     Args:
-      task: whose answers decide.
+      task: holds the answers.
       csv: the submission.
       earlier: the valid grades of the program's earlier runs.
 
     Raises:
-      GradingError: the task's grading itself failed, which no submission should be able to bring about.
+      GradingError: the task's grading itself failed, which no submission should be able to cause.
     """
     run = len(earlier)
     try:
@@ -46,13 +46,13 @@ def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade:
         return task.combine([*earlier, grade]) if grade.valid and run == len(task.public_dirs) - 1 else grade
     except Exception as error:
         raise GradingError(
-            f"Grading a submission of {len(csv)} bytes failed: {type(error).__name__}: {error}. An invalid submission must be"
-            " answered with Grade(valid=False, reason=...); correct the competition's metric."
+            f"Grading a submission of {len(csv)} bytes failed: {type(error).__name__}: {error}. For an invalid submission, grading must"
+            " return Grade(valid=False, reason=...). Fix the competition's metric."
         ) from error
 
 
 def main(connection: Connection, parent: int, tasks_bytes: bytes) -> None:
-    """Grades until the connection closes: receives (index of the task, CSV, earlier grades), sends a Grade or a GradingError."""
+    """Grades until the connection closes: receives (task index, CSV, earlier grades) and sends a Grade or a GradingError."""
     children.begin(parent)
     tasks: list[GradedTask] = pickle.loads(tasks_bytes)
     while True:
@@ -71,12 +71,12 @@ class Graders:
     """Processes that grade for many threads."""
 
     def __init__(self, tasks_bytes: bytes, *, slots: int, seconds: float) -> None:
-        """Starts them without waiting.
+        """Starts the processes without waiting for them.
 
         Args:
           tasks_bytes: the pickled tasks whose submissions are graded.
-          slots: programs that may end at once; no more processes than these, nor than this machine's cores.
-          seconds: one that takes longer over a submission is hung, and ended.
+          slots: number of programs that run at once. The number of processes is the minimum of this and this machine's cores.
+          seconds: a process that takes longer for a submission counts as hung and is killed.
         """
         self._children = children.Children()
         self._seconds = seconds
@@ -87,11 +87,11 @@ class Graders:
             self._free.put(slot)
 
     def verdict(self, task: int, execution: Execution, earlier: Sequence[Grade]) -> Verdict:
-        """The verdict on one of a program's runs; on the last one that of the program. `earlier`: the grades of the runs before.
+        """The verdict on one of a program's runs; for the last run, on the program. `earlier`: the grades of the runs before.
 
         Raises:
           GradingError: see `judge`.
-          SandboxError: the process that graded ended or hung.
+          SandboxError: the grading process ended or hung.
         """
         if execution.outcome is not Outcome.OK or execution.csv is None:
             return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
@@ -100,9 +100,9 @@ class Graders:
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
     def close(self) -> None:
-        """Ends the processes; whoever waits for a grade gets a SandboxError. Idempotent."""
+        """Ends the processes; callers that wait for a grade get a SandboxError. Idempotent."""
         self._children.close()
 
     def release(self) -> None:
-        """Lets go of what `close` ended, once nobody waits any more."""
+        """Releases resources after `close`, once no caller waits any more."""
         self._children.release()

@@ -1,9 +1,9 @@
-"""Runs inside the sandbox: gets the slow imports done, waits for one program, runs it, and sends back its submission as CSV.
+"""Runs inside the sandbox: imports slow packages, waits for one program, runs it, and sends back its submission as CSV.
 
-Started as `python harness.py OPTIONS` (JSON), with the program on standard input and a pipe for the answer. It must not need this project:
-inside the sandbox there is only this file. Once the program has begun, nothing that this process says can be trusted: it may have changed
-everything here. So what is sent is a claim, which the worker bounds, parses and grades. The answer is `ready` when the imports are done,
-then one line `KIND LENGTH` followed by that many bytes: csv, or the reason why there is none, named by a value of types.Outcome.
+Started as `python harness.py OPTIONS` (JSON), with the program on standard input and a pipe for the answer. It must not import this
+project: the sandbox contains only this file. Once the program runs, nothing that this process sends can be trusted: the program may have
+changed anything here. The worker therefore limits, parses and grades the answer. The answer is `ready` after the imports, then one line
+`KIND LENGTH` followed by that many bytes. KIND is csv, or the value of types.Outcome that says why there is no submission.
 """
 
 import builtins
@@ -21,8 +21,8 @@ import traceback
 import types
 
 PROGRAM = "solution"
-_OWN_FRAMES = 4  # of the program's own frames in a traceback: enough for run() and what it calls
-_MESSAGE = 600  # characters of an exception's message; pandas can list every column
+_OWN_FRAMES = 4  # number of the program's own frames in a traceback: enough for run() and its callees
+_MESSAGE = 600  # maximum length of an exception's message: pandas may list every column
 
 
 class _TooBigError(Exception):
@@ -30,7 +30,7 @@ class _TooBigError(Exception):
 
 
 class _Bounded(io.StringIO):
-    """A text buffer that refuses to grow past a number of characters (at most as many as bytes)."""
+    """A text buffer with a maximum number of characters. This is at most the number of bytes."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def _set_limits(limits: dict) -> None:
 
 
 def _describe(error: BaseException) -> str:
-    """The traceback's tail: the program's own frames with their line numbers, and the message."""
+    """The end of the traceback: the program's own frames with line numbers, and the message."""
     summary = traceback.TracebackException.from_exception(error)
     own = [frame for frame in summary.stack if frame.filename.endswith(f"{PROGRAM}.py")]
     lines = [f"line {frame.lineno}, in {frame.name}: {(frame.line or '').strip()[:200]}" for frame in own[-_OWN_FRAMES:]]
@@ -63,10 +63,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _load(source: bytes) -> types.ModuleType:
-    """Executes the program as a fresh module.
+    """Executes the program as a new module.
 
-    It is not named __main__, so that its own `if __name__ == "__main__"` block, which usually calls run() a second time, stays out; it lies
-    in the working directory, so that processes it starts can import it by name.
+    The module is not named __main__, so that an `if __name__ == "__main__"` block, which usually calls run() a second time, does not run.
+    The file is in the working directory, so that child processes can import it by name.
     """
     path = os.path.join(os.getcwd(), f"{PROGRAM}.py")
     with open(path, "wb") as file:
@@ -88,7 +88,7 @@ def main(options: dict) -> None:
     for name in options["preload"]:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
-    # Whatever the program replaces in pandas or in builtins from here on does not change what these names do.
+    # Keep references: the program may replace them in pandas, builtins or os.
     frame_type, to_csv, type_of = pandas.DataFrame, pandas.DataFrame.to_csv, builtins.type
     write, leave, result = os.write, os._exit, options["result_fd"]
 
@@ -116,7 +116,7 @@ def main(options: dict) -> None:
         frame = run()
     except MemoryError as error:
         kind, payload = "out_of_memory", _describe(error)
-    except BaseException as error:  # SystemExit too: leaving early is not an answer
+    except BaseException as error:  # includes SystemExit: exiting early is not a submission
         linecache.checkcache()
         kind, payload = "exception", _describe(error)
     else:
@@ -135,7 +135,7 @@ def main(options: dict) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     send(kind, payload.encode("utf-8", "replace"))
-    leave(0)  # threads and exit handlers of the program get no say
+    leave(0)  # without waiting for the program's threads or exit handlers
 
 
 if __name__ == "__main__":

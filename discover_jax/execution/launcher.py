@@ -1,16 +1,16 @@
-"""Runs between the worker and bubblewrap: gives up every privilege, then becomes the command it was told.
+"""Runs between the worker and bubblewrap: drops all privileges, then executes the given command.
 
-A program of its own (`python -I -S launcher.py PLAN`, PLAN in JSON) rather than code between fork and exec, so that nothing of the
-worker's memory, threads or descriptors is there. Standard library only. What it does, in this order:
+It is a separate process (`python -I -S launcher.py PLAN`, PLAN in JSON) instead of code between fork and exec, so it shares no memory,
+threads or file descriptors with the worker. It uses only the standard library. In this order, it:
 
-  1. joins the sandbox's control groups (cgroup_procs) and keeps to its cores (cpus);
-  2. as root, where some needed path lies below a folder that others cannot enter (a Python in root's home): opens a mount namespace of its
-     own and binds those paths into a fresh tmpfs over /tmp (stage), which no other process sees;
-  3. sets limits, empties the capability bounding set, becomes an unprivileged uid (uid), and forbids itself new privileges;
-  4. asks to die with the worker, and leaves if the worker is gone already;
-  5. executes argv with an empty environment and only the descriptors that it was told to keep.
+  1. joins the sandbox's control groups (cgroup_procs) and restricts itself to its cores (cpus);
+  2. as root, if a needed path is below a folder that others cannot enter (a Python in root's home): creates a mount namespace and binds
+     these paths into a new tmpfs over /tmp (stage), which no other process sees;
+  3. sets limits, empties the capability bounding set, switches to an unprivileged uid (uid), and forbids itself new privileges;
+  4. asks the kernel to kill it with the worker, and exits if the worker is already gone;
+  5. executes argv with an empty environment and only the file descriptors in `keep`.
 
-bubblewrap started by real root would keep too much: its program could write /proc/sys/kernel/core_pattern, and process limits do not bind.
+bubblewrap must not be started by real root: its program could write /proc/sys/kernel/core_pattern, and process limits would not apply.
 """
 
 import ctypes
@@ -41,10 +41,10 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 
 def _stage(sources: dict[str, str]) -> None:
-    """Binds each path of `sources` (name -> path) to /tmp/name in a mount namespace of this process's own."""
+    """Binds each path of `sources` (name -> path) to /tmp/name in this process's own mount namespace."""
     _check(_libc.unshare(_CLONE_NEWNS), "unshare the mount namespace (needs CAP_SYS_ADMIN)")
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-    # Opened before /tmp is covered, since they may lie below it.
+    # Open them before /tmp is covered: they may be below it.
     opened = {name: os.open(path, os.O_PATH) for name, path in sources.items()}
     _mount("stage", STAGE, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=1m")
     for name, (path, descriptor) in {name: (sources[name], descriptor) for name, descriptor in opened.items()}.items():
@@ -63,7 +63,7 @@ def _stage(sources: dict[str, str]) -> None:
 def _drop_privileges(uid: int) -> None:
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            if ctypes.get_errno() == _EINVAL:  # past the kernel's last one
+            if ctypes.get_errno() == _EINVAL:  # after the kernel's last capability
                 break
             _check(-1, f"drop capability {capability} from the bounding set")
     os.setgroups([])
@@ -72,7 +72,7 @@ def _drop_privileges(uid: int) -> None:
 
 
 def launch(plan: dict) -> None:
-    """Does what the plan says; returns only by raising OSError."""
+    """Carries out the plan. Does not return; raises OSError on failure."""
     for path in plan["cgroup_procs"]:
         with open(path, "w") as file:
             file.write("0")
@@ -87,7 +87,7 @@ def launch(plan: dict) -> None:
     if plan["uid"] is not None:
         _drop_privileges(plan["uid"])
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "forbid new privileges")
-    # After the change of uid, which clears it; it survives exec.
+    # Set after the change of uid, which clears it; it survives exec.
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "die with the worker")
     if os.getppid() != plan["parent"]:
         sys.exit(1)

@@ -1,8 +1,8 @@
-"""What a slot has to itself as long as its executor lives: cores, and, for an executor that root started, a uid.
+"""Exclusive resources of a slot while its executor lives: cores and, if root started the executor, a uid.
 
-No two executors of this machine's root share a uid: each uid in use is a locked file in a folder that only root may enter. The kernel
-lets go of a lock with its holder, so one that is killed leaves nothing to clean up. Cores are shared out within one executor only: two
-runs on one machine keep out of each other's way by `taskset`, or a cpuset of the cluster's.
+No two executors of root on one machine share a uid: each uid in use is a locked file in a folder that only root may enter. The kernel
+releases the lock when its holder ends, so a killed process leaves nothing to clean up. Cores are divided within one executor only: to
+separate two runs on one machine, use `taskset` or a cpuset of the cluster.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
 
-# In the range that systemd and Debian leave to nobody (60578 to 61183), so that no real user's processes or files are within reach.
+# Within the range that systemd and Debian leave unassigned (60578 to 61183), so that no real user has these uids.
 UIDS = range(60_600, 61_180)
 _PLACES = (Path("/run"), Path("/tmp"))  # not $TMPDIR, which differs between runs that must see each other
 
 
 def lease_cores(cpus: Sequence[int], cores: int, workers: int | None) -> list[tuple[int, ...]]:
-    """CPUs of each slot: `cores` each, no CPU in two slots unless more are asked for than there are.
+    """The CPUs of each slot: `cores` each. Slots share CPUs only if there are too few.
 
     Args:
-      cpus: those that this process may use.
-      cores: wanted for each slot.
+      cpus: CPUs that this process may use.
+      cores: number of CPUs for each slot.
       workers: number of slots; None or 0: as many as fit, at least one.
     """
     cpus = sorted(cpus)
@@ -34,7 +34,7 @@ def lease_cores(cpus: Sequence[int], cores: int, workers: int | None) -> list[tu
 
 
 def _folder() -> Path:
-    """The folder of the locks, made if missing."""
+    """The folder of the locks; created if needed."""
     refused = []
     for place in _PLACES:
         folder = place / "discover_jax-uids"
@@ -46,28 +46,28 @@ def _folder() -> Path:
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise SandboxError(
-                f"{folder} has owner {found.st_uid} and mode {stat.S_IMODE(found.st_mode):o}, so that others could hold the locks of uids"
-                f" under which programs run. It must be a folder of uid {os.geteuid()} with mode 700: remove it, and look for who made it."
+                f"{folder} has owner {found.st_uid} and mode {stat.S_IMODE(found.st_mode):o}, so others could hold the locks of the"
+                f" programs' uids. It must be a folder of uid {os.geteuid()} with mode 700. Remove it, and find out who created it."
             )
         return folder
     raise SandboxError(
-        f"There is no place for the locks that keep two runs from sharing a uid: {'; '.join(refused)}. Make /run or /tmp writable for root."
+        f"Cannot create the locks that keep two runs from sharing a uid: {'; '.join(refused)}. Make /run or /tmp writable for root."
     )
 
 
 @contextlib.contextmanager
 def lease_uids(count: int) -> Iterator[list[int]]:
-    """That many uids which no other executor that root started on this machine has now; given back at the context's end.
+    """Leases `count` uids that no other executor of root on this machine uses, until the context ends.
 
     Raises:
-      SandboxError: not as many are free, or there is no place to note which are.
+      SandboxError: too few uids are free, or the locks cannot be created.
     """
     with contextlib.ExitStack() as held:
         folder, leased = _folder(), []
         for uid in UIDS:
             if len(leased) == count:
                 break
-            # Never unlinked: another might just have opened it, and lock what the next one then makes anew.
+            # Never unlink it: a process that has just opened it would lock the old file, and the next one a new file.
             descriptor = os.open(folder / str(uid), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ def lease_uids(count: int) -> Iterator[list[int]]:
             leased.append(uid)
         if len(leased) < count:
             raise SandboxError(
-                f"{count} slots were asked for, and each needs a uid of its own: of the {len(UIDS)} from {UIDS[0]} on, {len(leased)} are"
-                f" free (locks in {folder}). Set execution.workers to {max(1, len(leased))} or less, or wait until another run has ended."
+                f"{count} slots need {count} uids, but only {len(leased)} of the {len(UIDS)} from {UIDS[0]} on are free (locks in"
+                f" {folder}). Set execution.workers to {max(1, len(leased))} or less, or wait until another run has ended."
             )
         yield leased
