@@ -1,4 +1,4 @@
-"""What one program may use: time, cores, memory, output."""
+"""Resource limits of one program: time, cores, memory, output."""
 
 import dataclasses
 import math
@@ -7,25 +7,25 @@ from discover_jax.exceptions import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CORE_BYTES = 1
-"""Of a core dump. Not 0: where core dumps go to a program of the host (core_pattern begins with a pipe, as Ubuntu's apport and systemd's
-have it), the kernel ignores a limit of 0, and the host's root would parse what a hostile process left; at 1 it makes none at all."""
+"""Maximum size of a core dump. Not 0: if the host pipes core dumps to a handler, as Ubuntu's apport and systemd do, the kernel ignores a
+limit of 0, and root on the host would parse data of a hostile process. With 1, the kernel writes no core dump."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResourceLimits:
-    """The bounds of one program. Part of the key under which results are cached: another limit is another result.
+    """The resource limits of one program. They are part of the cache key of its verdict.
 
     Attributes:
-      seconds: wall time, counted from the program's own start.
-      cores: CPU cores leased to it alone, as long as the machine has that many.
-      memory_bytes: of all its processes together where a cgroup can be had; of each process otherwise. The interpreter and the
-        preloaded packages (about 250 MiB) count too, and so does what lies in the scratch folder.
-      scratch_bytes: size of its working directory, which lies in memory.
-      result_bytes: longest submission, as CSV.
-      stdout_bytes: how much of the standard output and error is kept: half from the head, half from the tail.
-      flood_bytes: a program that prints more than this is ended.
-      file_bytes: longest file.
-      processes: processes and threads at once.
+      seconds: wall time from the program's start.
+      cores: CPU cores leased exclusively to it, if the machine has enough.
+      memory_bytes: of all its processes together if there is a control group, otherwise of each process. Includes the interpreter, the
+        preloaded packages (about 250 MiB) and the scratch folder.
+      scratch_bytes: size of its working directory, which is in memory.
+      result_bytes: maximum size of the submission as CSV.
+      stdout_bytes: how much of the standard output and error is kept: half from the beginning, half from the end.
+      flood_bytes: a program that prints more than this is killed.
+      file_bytes: maximum size of a file.
+      processes: maximum number of processes and threads.
 
     Raises:
       ConfigError: a limit is not positive and finite.
@@ -46,12 +46,12 @@ class ResourceLimits:
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(
-                    f"ResourceLimits.{field.name} = {value!r}: every limit must be positive and finite; default {field.default}."
+                    f"ResourceLimits.{field.name} must be positive and finite; got {value!r}. The default is {field.default}."
                 )
             if field.name != "seconds" and int(value) != value:
-                raise ConfigError(f"ResourceLimits.{field.name} = {value!r}: must be a whole number; default {field.default}.")
+                raise ConfigError(f"ResourceLimits.{field.name} must be an integer; got {value!r}. The default is {field.default}.")
 
 
 def resource_limits(seconds: float, cores: int, memory_gib: float) -> ResourceLimits:
-    """The limits in the units of `config.execution`; all others keep their defaults."""
+    """The limits in the units of `config.execution`; the others keep their defaults."""
     return ResourceLimits(seconds=seconds, cores=cores, memory_bytes=int(memory_gib * GIB))

@@ -1,4 +1,4 @@
-"""Programs on this machine: one worker process a slot, each with cores and, if root started it, a uid of its own."""
+"""Runs programs on this machine: one worker process per slot, each with its own cores and, if root started it, its own uid."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from discover_jax.types import Execution
 
 
 class LocalBackend:
-    """See `backend.Backend`. Checks that isolation holds, then starts the workers without waiting for them."""
+    """See `backend.Backend`. Checks the isolation, then starts the workers without waiting for them."""
 
     def __init__(
         self,
@@ -34,14 +34,14 @@ class LocalBackend:
         Args:
           publics: the folder that programs see, for each run of each task.
           limits: of each program.
-          workers: slots; None or 0: as many as the machine's cores allow.
+          workers: number of slots; None or 0: as many as the machine's cores allow.
           isolation: one of sandbox.BACKENDS.
-          hidden: what no program must see, beside the neighbours of the public folders.
-          preload: modules that a sandbox imports ahead.
-          grace_seconds: a worker that takes so much longer than a program's own time limit is hung: it is ended and replaced.
+          hidden: paths that programs must not see, in addition to the siblings of the public folders.
+          preload: modules that a sandbox imports before it gets a program.
+          grace_seconds: a worker that exceeds a program's time limit by more than this counts as hung and is replaced.
 
         Raises:
-          SandboxError: bubblewrap cannot start or does not isolate, or not every slot can have a uid of its own; with the remedy.
+          SandboxError: bubblewrap cannot start or does not isolate, or there are not enough uids; the message says what to do.
         """
         publics = [[folder.resolve() for folder in folders] for folders in publics]
         host = bubblewrap.inspect_host() if isolation == "bubblewrap" else None
@@ -64,7 +64,7 @@ class LocalBackend:
                 for public in first:
                     canary.check(dataclasses.replace(specs[0], public=public), sorted(unseen))
             self._uid_leases = held.pop_all()
-        # A control group bounds each program; where there is none they wait for memory.
+        # A control group limits each program's memory. Without one, programs wait until enough memory is free.
         admission = Admission(limits.memory_bytes) if self._cgroups is None else None
         self._summary = specs, limits, max(map(len, publics)), len(cpus)
         self._children = Children()
@@ -77,7 +77,7 @@ class LocalBackend:
             )
             for spec in specs
         ]
-        """For whoever hands them out himself, instead of by `slot`."""
+        """For callers that assign slots themselves instead of calling `slot`."""
         self._free: queue.SimpleQueue[LocalSlot] = queue.SimpleQueue()
         for slot in self.all_slots:
             slot.warm()
@@ -85,7 +85,7 @@ class LocalBackend:
 
     @property
     def specs(self) -> Sequence[sandbox.SandboxSpec]:
-        """How the sandboxes of each slot are made."""
+        """The sandbox spec of each slot."""
         return self._summary[0]
 
     @property
@@ -119,7 +119,7 @@ class LocalSlot:
         self._slot, self._seconds, self._admission, self._children = slot, seconds, admission, children
 
     def warm(self) -> None:
-        """Starts the worker, and with it a sandbox, without waiting."""
+        """Starts the worker and its first sandbox without waiting for them."""
         self._slot.warm()
 
     def execute(self, task: int, run: int, program: str) -> Execution:

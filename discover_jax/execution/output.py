@@ -1,4 +1,4 @@
-"""What is kept of a program's output, and how it is made the same on every machine and in every run."""
+"""Truncates a program's output and makes it independent of the machine and the run."""
 
 import re
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class HeadAndTail:
             del self._tail[: -self._half]
 
     def text(self) -> str:
-        """What was kept, with a line that says how much was left out."""
+        """The kept text, with a line that says how much was left out."""
         left_out = self.total - len(self._head) - self._half
         if left_out <= 0:
             return (self._head + self._tail).decode("utf-8", "replace")
@@ -30,13 +30,13 @@ class HeadAndTail:
 
 
 def normalised(text: str, folders: Iterable[str | None]) -> str:
-    """Takes out what differs between machines and runs, so that a resumed run sees what an unbroken one did: folders and addresses.
+    """Removes folders and addresses, which differ between machines and runs, so that a resumed run sees the same text as an unbroken one.
 
-    And control characters, with which a program could write over the terminal of whoever looks at its output.
+    Also replaces control characters, with which a program could manipulate a reader's terminal.
 
     Args:
-      text: what a program printed, or its traceback.
-      folders: their names are taken out, so that the paths below them become relative; None is passed over.
+      text: output or traceback of a program.
+      folders: folders to remove, so that paths below them become relative; None is ignored.
     """
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(folder + "/", "")

@@ -1,7 +1,6 @@
-"""Runs inside a sandbox in place of the harness and reports what a hostile program would find. Standard library only.
+"""Runs inside a sandbox instead of the harness and reports what a hostile program could see and do. Uses only the standard library.
 
-It speaks the harness's protocol: `ready`, then the facts as JSON where the submission would be. The worker's side, which judges them, is
-canary.py.
+It uses the harness's protocol: `ready`, then the facts as JSON in place of the submission. canary.py checks them in the worker.
 """
 
 import errno
@@ -16,7 +15,7 @@ import time
 
 
 def _attempt(action) -> str:
-    """What came of it: "done", or the name of the error."""
+    """Runs `action` and returns "done" or the name of the error."""
     try:
         action()
     except OSError as error:
@@ -31,14 +30,14 @@ def _connect() -> None:
 
 
 def _leave_a_daemon() -> None:
-    """A process that wants to outlive the sandbox: in a session of its own, deaf to signals, and holding every pipe."""
+    """Starts a process that tries to outlive the sandbox: it has its own session, ignores signals and keeps every pipe open."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             for number in range(1, signal.NSIG):
                 try:
                     signal.signal(number, signal.SIG_IGN)
-                except (OSError, ValueError):  # SIGKILL and SIGSTOP cannot be ignored, and some numbers are the C library's own
+                except (OSError, ValueError):  # SIGKILL and SIGSTOP cannot be ignored; the C library reserves some numbers
                     continue
             time.sleep(3600)
         os._exit(0)
@@ -46,7 +45,7 @@ def _leave_a_daemon() -> None:
 
 
 def facts(options: dict) -> dict:
-    """What can be seen and done from here."""
+    """What a program can see and do in this sandbox."""
     with open("/proc/self/status") as file:
         status = dict(line.split(":\t", 1) for line in file if ":\t" in line)
     with open("/proc/net/dev") as file:

@@ -1,7 +1,7 @@
-"""The process through which a run uses a ray cluster: one actor a node, each with some of the slots.
+"""The process through which a run uses a ray cluster. It starts one actor per node; each actor has some of the slots.
 
-A process of its own, because ray ends its driver at once when it loses the cluster's head, and because its threads, signal handlers and
-gRPC have no business in the process that holds the accelerators.
+It is a separate process because ray ends its driver at once when it loses the cluster's head, and to keep ray's threads, signal handlers
+and gRPC out of the process that uses the accelerators.
 """
 
 import collections
@@ -22,23 +22,23 @@ from discover_jax.execution.ray_node import Node, pack
 from discover_jax.types import Execution
 
 _START_SECONDS = 300.0
-"""For a node to start its actor: that imports some packages and sends the canary."""
+"""Time for a node to start its actor, import packages and check the sandbox."""
 _LEAVING_SECONDS = 10.0
 _DEATHS = 5
-"""A node whose actor has ended so often is left out."""
+"""A node is left out after its actor has ended this many times."""
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a run wants of a cluster.
+    """What a run requests from a cluster.
 
     Attributes:
       address: "auto", "local" or HOST:PORT, see `cluster.RayBackend`.
       publics: the folder that programs see, for each run of each task.
-      packages: Python and packages, which must be the same on all nodes.
+      packages: versions of Python and packages, which must be the same on all nodes.
       limits: of each program.
-      workers: at most so many slots; 0: as many as the cluster's CPUs allow.
+      workers: maximum number of slots; 0: as many as the cluster's CPUs allow.
       preload, grace_seconds: see `local.LocalBackend`.
     """
 
@@ -53,7 +53,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """How many programs run at once, and how each node isolates them: (its name, a line)."""
+    """The number of slots, and how each node isolates programs: (node name, one line)."""
 
     slots: int
     nodes: tuple[tuple[str, str], ...]
@@ -61,7 +61,7 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """Why nodes cannot be used, with their names."""
+    """Why nodes cannot be used; the text names them."""
 
     text: str
 
@@ -77,7 +77,7 @@ class _Node:
 
 @dataclasses.dataclass(frozen=True)
 class _Seat:
-    """A slot of a node, as long as its actor lives."""
+    """A slot of a node. Valid while the node's actor lives."""
 
     node: _Node
     actor: Any
@@ -85,16 +85,16 @@ class _Seat:
 
 
 def shares(slots_N: Sequence[int], workers: int) -> list[int]:
-    """How many slots of each of N nodes are used: all, or, spread evenly, `workers` of them."""
+    """The number of slots to use on each of N nodes: all, or `workers` of them, spread evenly."""
     seats = sorted((number, node) for node, count in enumerate(slots_N) for number in range(count))
     taken = collections.Counter(node for _, node in seats[: workers or None])
     return [taken[node] for node in range(len(slots_N))]
 
 
 def main(connection: Connection, parent: int, wanted: Wanted) -> None:
-    """Opens the cluster when asked first, sends Opened, Refused or a RunError, then serves until the connection closes.
+    """Joins the cluster on the first message, sends Opened, Refused or a RunError, then serves until the connection closes.
 
-    Receives (number, slot, task, run, program) and sends (number, an Execution or an error of this project), in the order of the ends.
+    Receives (number, slot, task, run, program) and sends (number, Execution or DiscoverError) in the order in which programs end.
     """
     children.begin(parent)
     connection.recv()
@@ -106,7 +106,7 @@ def main(connection: Connection, parent: int, wanted: Wanted) -> None:
     except RunError as error:
         connection.send(error)
         return
-    children.begin(parent)  # ray has set handlers of its own
+    children.begin(parent)  # again: ray has installed its own signal handlers
     sending = threading.Lock()
 
     def answer(number: int, *job: Any) -> None:
@@ -121,23 +121,23 @@ def main(connection: Connection, parent: int, wanted: Wanted) -> None:
                 job = connection.recv()
             except EOFError:
                 return
-            # Daemons, since a cluster that is lost may never answer them.
+            # Daemon threads: a lost cluster may never answer them.
             threading.Thread(target=answer, args=job, daemon=True).start()
     finally:
         cluster.close()
 
 
 class _Cluster:
-    """The nodes, and which of their seats are free."""
+    """The nodes and their free seats."""
 
     def __init__(self, wanted: Wanted) -> None:
-        """Connects, and starts an actor on each node that has CPUs enough.
+        """Connects and starts an actor on each node that has enough CPUs.
 
         Raises:
-          RunError: there is no cluster, or none of its nodes has enough CPUs.
-          SandboxError: a node cannot isolate programs, or has other packages; with the names of all such nodes.
+          RunError: there is no cluster, or no node has enough CPUs.
+          SandboxError: nodes cannot isolate programs or have other packages; the message names all of them.
         """
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # do not send usage statistics
         import ray  # pyright: ignore[reportMissingImports]
 
         self._ray, self._wanted = ray, wanted
@@ -162,13 +162,14 @@ class _Cluster:
                     refused.append(f"  - {node.name}: {error}")
         if refused:
             self.close()
-            others = f" The others hold: {', '.join(name for name, _ in lines)}." if lines else ""
+            others = f" These nodes are fine: {', '.join(name for name, _ in lines)}." if lines else ""
             raise SandboxError(
-                f"{len(refused)} of the ray cluster's {len(self._nodes)} nodes cannot run programs as on the run's own machine, so none was"
-                f" run:\n" + "\n".join(refused) + f"\nMend them, or take them out of the cluster by `ray stop` there.{others}"
+                f"{len(refused)} of the ray cluster's {len(self._nodes)} nodes cannot run programs, so no program was run:\n"
+                + "\n".join(refused)
+                + f"\nFix them, or remove them from the cluster by `ray stop` on each.{others}"
             )
         self._free = [_Seat(node, node.actor, number) for node in self._nodes for number in range(node.slots)]
-        # Where each of the run's slots was last, for there the sandbox of a program's next run is warm.
+        # The last seat of each slot: the sandbox for a program's next run is warm there.
         self._home = dict(enumerate(self._free))
         self.opened = Opened(len(self._free), tuple(lines))
 
@@ -180,17 +181,17 @@ class _Cluster:
             offered = ", ".join(f"{name}: {cpus}" for name, cpus in zip(names, cpus_N, strict=True))
             self._ray.shutdown()
             raise RunError(
-                f"No node of the ray cluster offers the config.execution.cores = {cores} CPUs that a program takes ({offered}). Lower it,"
-                " or add nodes by `ray start --address=...`."
+                f"No node of the ray cluster has enough CPUs for config.execution.cores = {cores} ({offered}). Lower it, or add nodes by"
+                " `ray start --address=...`."
             )
         slots_N = shares([cpus // cores for cpus in cpus_N], self._wanted.workers)
         return [_Node(node["NodeID"], name, slots) for node, name, slots in zip(alive, names, slots_N, strict=True) if slots]
 
     def _start(self, node: _Node) -> str:
-        """Starts a node's actor, and gives the line on how it isolates.
+        """Starts a node's actor and returns its line about isolation.
 
         Raises:
-          SandboxError: it cannot, or does not come.
+          SandboxError: the actor does not start, or the node cannot isolate programs.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
@@ -220,9 +221,11 @@ class _Cluster:
                 timeout=_START_SECONDS,
             )
         except self._ray.exceptions.GetTimeoutError:
-            reply = SandboxError(f"it did not start within {_START_SECONDS:.0f} s. Perhaps another job holds its CPUs: `ray status` tells.")
+            reply = SandboxError(f"it did not start within {_START_SECONDS:.0f} s. Another job may hold its CPUs: see `ray status`.")
         except self._ray.exceptions.RayError as error:
-            reply = SandboxError(f"its actor could not start: {_text(error)} It needs this project and its packages, as on this machine.")
+            reply = SandboxError(
+                f"its actor could not start: {_text(error)} Install this project and its packages there, as on this machine."
+            )
         if isinstance(reply, DiscoverError):
             self._ray.kill(actor)
             raise SandboxError(str(reply))
@@ -230,12 +233,12 @@ class _Cluster:
         return reply
 
     def execute(self, slot: int, task: int, run: int, program: str) -> Execution | DiscoverError:
-        """Runs a program on one of the nodes, for one of the run's slots. The errors are those of `backend.Slot` and `Backend.slot`."""
+        """Runs a program on a node for one of the run's slots. Returns the errors of `backend.Slot.execute` and `Backend.slot`."""
         try:
             seat = self._take(slot)
         except DiscoverError as error:
             return error
-        # Without control groups, programs of a node may have to run one after the other.
+        # Without control groups, the programs of a node may have to run one at a time.
         patience = seat.node.slots * (self._wanted.limits.seconds + self._wanted.grace_seconds)
         try:
             return self._ray.get(seat.actor.execute.remote(seat.number, task, run, program), timeout=patience)
@@ -252,15 +255,15 @@ class _Cluster:
         return SandboxError(f"The node {seat.node.name} of the ray cluster lost a program: {why}")
 
     def _take(self, slot: int) -> _Seat:
-        """A free seat: the one where the slot was last, if it is free."""
+        """Takes a free seat, preferably the last one of this slot."""
         with self._changed:
             while True:
                 if self._closed:
                     raise SandboxError("The executor was closed while the program ran.")
                 if not self._nodes:
                     raise RunError(
-                        "No node of the ray cluster is left on which programs could run (the log above says how each was lost). Start"
-                        " nodes, then the same command again: it resumes at the last checkpoint."
+                        "The ray cluster has no usable node left (see the log above for how each was lost). Start nodes, then the same"
+                        " command again: it resumes at the last checkpoint."
                     )
                 if self._free:
                     home = self._home[slot]
@@ -270,7 +273,7 @@ class _Cluster:
                 self._changed.wait()
 
     def _replace(self, seat: _Seat, why: str) -> None:
-        """Starts a node's actor anew, in a thread, whoever notices first that it was lost; or leaves the node out."""
+        """Restarts a lost node's actor in a thread, or leaves the node out. Only the first call for a lost actor does this."""
         node = seat.node
         with self._changed:
             if node.actor is not seat.actor or self._closed:
@@ -288,17 +291,17 @@ class _Cluster:
             else:
                 self._start(node)
         except (SandboxError, self._ray.exceptions.RayError) as error:
-            left_out = f"{why} It did not come back: {error}"
+            left_out = f"{why} It did not restart: {error}"
         with self._changed:
             if left_out:
                 self._nodes.remove(node)
-                _log.warning("The node %s of the ray cluster is left out from now on: %s", node.name, left_out)
+                _log.warning("From now on, the node %s of the ray cluster is left out: %s", node.name, left_out)
             else:
                 self._free += [_Seat(node, node.actor, number) for number in range(node.slots)]
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends all programs and actors, and leaves the cluster."""
+        """Ends all programs and actors, then leaves the cluster."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -310,14 +313,14 @@ class _Cluster:
 
 
 def no_cluster(address: str, why: str) -> RunError:
-    """What to say where none can be joined."""
+    """The error if no cluster can be joined."""
     return RunError(
-        f"No ray cluster could be joined at {address!r}: {why} Start one by `ray start --head`, join it with this machine by `ray start"
-        " --address=HOST:PORT --num-cpus=0`, and give config.execution.ray_address='auto' or HOST:PORT; or 'local' for one that is started"
-        " here for the run."
+        f"Cannot join a ray cluster at {address!r}: {why} Start one by `ray start --head`, join it from this machine by `ray start"
+        " --address=HOST:PORT --num-cpus=0`, and set config.execution.ray_address to 'auto' or HOST:PORT. Or set it to 'local' to start a"
+        " cluster on this machine for the run."
     )
 
 
 def _text(error: Exception) -> str:
-    """The first lines of ray's often long texts, as one."""
+    """The beginning of ray's message, which may be long, on one line."""
     return " ".join(str(error).split())[:400]

@@ -1,6 +1,6 @@
-"""A node of a ray cluster: the actor there, which runs programs by the same workers, in the same sandbox, as a run's own machine does.
+"""The actor on a node of a ray cluster. It runs programs with the same workers and sandbox as the run's own machine.
 
-Only what programs may see travels to it: the public folders. Answers stay with the process that grades (grading.py).
+It gets only the public folders, which programs may see. Answers stay with the grading processes (grading.py).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _PREFIX, _NEW_PREFIX = "discover_jax-public-", "discover_jax-new-"
 
 
 def pack(publics: Sequence[Sequence[Path]]) -> bytes:
-    """The public folders, for each run of each task, as one archive."""
+    """Packs the public folders of each run of each task into one archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", dereference=True) as archive:
         for task, folders in enumerate(publics):
@@ -35,7 +35,7 @@ def pack(publics: Sequence[Sequence[Path]]) -> bytes:
 
 
 class Node:
-    """The actor. Its methods answer with errors rather than raise them, so that they come back as they are."""
+    """The actor. Its methods return errors instead of raising them, so that ray does not wrap them."""
 
     def __init__(self) -> None:
         self._backend: LocalBackend | None = None
@@ -53,27 +53,27 @@ class Node:
         grace_seconds: float,
         hidden: Sequence[str],
     ) -> str | DiscoverError:
-        """Checks that this node can do it, and starts its workers.
+        """Checks this node and starts its workers.
 
         Args:
           archive: see `pack`.
-          runs: of a program, for each task.
-          wanted: the packages of the run's own machine, on which scores depend.
+          runs: number of a program's runs, for each task.
+          wanted: the packages of the run's own machine; scores depend on them.
           limits: of each program.
-          slots: programs at once.
+          slots: number of programs at once.
           preload, grace_seconds: see `local.LocalBackend`.
-          hidden: what no program must see, such as ray's sockets.
+          hidden: paths that programs must not see, such as ray's sockets.
 
         Returns:
-          How programs are isolated here, in a line; or why they cannot be.
+          One line about how programs are isolated here, or the error.
         """
         try:
             here = packages(_own_path())
             if differing := sorted(set(here) ^ set(wanted)):
                 return SandboxError(
-                    f"Python or packages differ from those of the run's own machine, on which scores depend ({', '.join(differing[:6])}"
+                    f"Python or packages differ from those of the run's own machine; scores depend on them ({', '.join(differing[:6])}"
                     + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
-                    + "). Install the same on all nodes, by the same file of constraints/."
+                    + "). Install the same on all nodes, with the same file of constraints/."
                 )
             self._folder = _Folder()
             publics = self._folder.unpack(archive, runs)
@@ -90,7 +90,7 @@ class Node:
         except DiscoverError as error:
             return error
         except OSError as error:
-            return SandboxError(f"The public files cannot be kept there: {error}. Make room in the temporary folder.")
+            return SandboxError(f"Cannot store the public files there: {error}. Free some space in the temporary folder.")
 
     def execute(self, slot: int, task: int, run: int, program: str) -> Execution | SandboxError:
         """See `backend.Slot`."""
@@ -101,7 +101,7 @@ class Node:
             return error
 
     def close(self) -> None:
-        """Ends all programs, and leaves nothing behind."""
+        """Ends all programs and removes the files."""
         if self._backend is not None:
             self._backend.close()
             self._backend.release()
@@ -110,29 +110,29 @@ class Node:
 
 
 def _own_path() -> list[str]:
-    """This process's sys.path without what ray adds in its workers: folders within itself, with packages that programs do not see."""
+    """This process's sys.path without the folders that ray adds in its workers. They are inside ray, and programs do not see them."""
     spec = importlib.util.find_spec("ray")
     ray = Path(spec.origin).parent if spec is not None and spec.origin else None
     return [folder for folder in sys.path if ray is None or ray not in Path(folder).parents]
 
 
 class _Folder:
-    """A temporary folder that is locked as long as its maker lives; making one removes what those left that were killed."""
+    """A temporary folder that is locked while its process lives. Creating one removes the folders of killed processes."""
 
     def __init__(self) -> None:
         for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            with contextlib.suppress(FileNotFoundError):  # another process removed it at this moment
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
                 if left.lstat().st_uid == os.geteuid() and (lock := _lock(left)) is not None:
                     shutil.rmtree(left, ignore_errors=True)
                     os.close(lock)
         new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
         new.chmod(0o711)  # for programs, which run under other uids if root started this
         self._held = _lock(new)
-        # Only now, when it is locked, by the name that others look for.
+        # Rename it to the name that others look for only after it is locked.
         self._path = new.rename(new.with_name(_PREFIX + new.name.removeprefix(_NEW_PREFIX)))
 
     def unpack(self, archive: bytes, runs: Sequence[int]) -> list[list[Path]]:
-        """The folders of `pack`, in which any user may read."""
+        """Unpacks the folders of `pack`, readable by all users."""
         with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
             packed.extractall(self._path, filter="data")
         for parent, folders, files in os.walk(self._path):
@@ -150,7 +150,7 @@ class _Folder:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None if another process does."""
+    """Locks the folder and returns the descriptor that holds the lock; None if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

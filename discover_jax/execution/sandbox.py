@@ -1,6 +1,6 @@
-"""One sandbox with a life: started, warmed, given one program, ended. And what the end is called.
+"""The life cycle of one sandbox: start, warm up, run one program, end. Also maps its end to an outcome.
 
-Everything that comes out of it is hostile: the output is drained and cut, the answer bounded and only parsed as `KIND LENGTH` and bytes.
+All data from the sandbox are untrusted: the output is read and truncated; the answer is limited and parsed only as `KIND LENGTH` and bytes.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ PRELOAD = (
     "xgboost",
 )
 BACKENDS = ("bubblewrap", "unsafe-subprocess")
-_WARM_SECONDS = 180.0  # imports take 2 s; a cold disk or a crowded machine much longer
+_WARM_SECONDS = 180.0  # imports take 2 s, but much longer on a cold disk or a busy machine
 _END_SECONDS = 20.0
 _TICK_SECONDS = 0.1
 _HEADER_BYTES = 64
@@ -48,17 +48,17 @@ _counter = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class SandboxSpec:
-    """How the sandboxes of one slot are made.
+    """How to create the sandboxes of one slot.
 
     Attributes:
       backend: one of BACKENDS.
       host: what bubblewrap needs; None for the unsafe backend.
-      cgroups: where to bound memory; None: best effort.
+      cgroups: where to create control groups; None: memory is limited on a best-effort basis.
       public: folder that programs see as data/.
       limits: of one program.
-      slot, cores: which slot, and the CPUs that are leased to it.
-      uid: under which its programs run, leased to it too; None: under this process's own, for one without root's rights.
-      preload: modules that a sandbox imports before it is ready, besides numpy and pandas.
+      slot, cores: number of the slot, and the CPUs leased to it.
+      uid: leased uid of its programs; None: this process's own, if it is not root.
+      preload: modules that a sandbox imports before it is ready, in addition to numpy and pandas.
     """
 
     backend: str
@@ -73,9 +73,9 @@ class SandboxSpec:
 
 
 def _own_limits(spec: SandboxSpec) -> dict[str, int]:
-    """Limits that a process inside sets on itself, before the program."""
+    """Limits that the process inside sets on itself before it runs the program."""
     limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": spec.limits.file_bytes}
-    if spec.backend == "bubblewrap":  # counted within the sandbox's user namespace; outside of one it would count the user's whole session
+    if spec.backend == "bubblewrap":  # counted per user namespace; without one it would count all processes of the user
         limits["RLIMIT_NPROC"] = spec.limits.processes
     if spec.cgroups is None:
         limits["RLIMIT_AS"] = spec.limits.memory_bytes
@@ -89,15 +89,15 @@ def _pipe() -> tuple[int, int]:
 
 
 class Sandbox:
-    """One sandbox. `wait_ready`, then `run` once, then `close`; `close` is allowed at any time and twice."""
+    """One sandbox. Call `wait_ready`, then `run` once, then `close`. `close` may be called at any time and repeatedly."""
 
     def __init__(self, spec: SandboxSpec, script: Path, options: dict) -> None:
-        """Starts `script options` in a sandbox; returns without waiting for it.
+        """Starts `script options` in a sandbox without waiting for it.
 
         Args:
-          spec: how it is made.
+          spec: how to create it.
           script: Python file to run inside.
-          options: its argument, as JSON, to which `result_fd` and `rlimits` are added.
+          options: its argument as JSON values; `result_fd` and `rlimits` are added.
 
         Raises:
           SandboxError: it cannot be started.
@@ -115,7 +115,7 @@ class Sandbox:
             self._start(script, options)
         except OSError as error:
             self.close()
-            raise SandboxError(f"A sandbox could not be started: {error}.") from error
+            raise SandboxError(f"Cannot start a sandbox: {error}.") from error
         except BaseException:
             self.close()
             raise
@@ -147,7 +147,7 @@ class Sandbox:
         folder = None
         if spec.backend == "bubblewrap":
             assert spec.host is not None
-            # Made first, so that their numbers are known; filled below.
+            # Created first because the command needs their numbers; filled below.
             filter_fd, args_fd = self._memory_file("filter"), self._memory_file("args")
             command = bubblewrap.command(
                 spec.host,
@@ -163,7 +163,7 @@ class Sandbox:
                 status_fd=status_writer,
             )
             for descriptor, content in ((filter_fd, command.filter), (args_fd, command.arguments)):
-                os.pwrite(descriptor, content, 0)  # leaves the offset, which bubblewrap shares, at the start
+                os.pwrite(descriptor, content, 0)  # keeps the offset, which bubblewrap shares, at 0
             keep += [filter_fd, args_fd, status_writer]
             argv, stage, uid = list(command.argv), command.stage, command.uid
         else:
@@ -200,7 +200,7 @@ class Sandbox:
         self._shut(output_writer, status_writer, program_reader, *keep)
 
     def _read_output(self) -> bool:
-        """Takes what has been printed so far; False at the end of the stream."""
+        """Reads the output so far; False at the end of the stream."""
         return self._drain(self._output_reader, self._output.add)
 
     def _read_answer(self) -> bool:
@@ -219,7 +219,7 @@ class Sandbox:
         while self._read_output_left():
             pass
         said = self._output.text().strip()
-        return SandboxError(f"A sandbox could not be used: {what}." + (f" It said: {said[-1500:]}" if said else ""))
+        return SandboxError(f"A sandbox failed: {what}." + (f" Its output: {said[-1500:]}" if said else ""))
 
     def _read_output_left(self) -> bool:
         before = self._output.total
@@ -230,7 +230,7 @@ class Sandbox:
         """Waits until the imports inside are done.
 
         Raises:
-          SandboxError: it ended before, said something else, or took too long.
+          SandboxError: it ended before, sent something else, or took too long.
         """
         deadline = time.monotonic() + _WARM_SECONDS
         while not self._answer.endswith(b"\n"):
@@ -247,16 +247,16 @@ class Sandbox:
             if self._exit in events and not self._answer.endswith(b"\n"):
                 raise self._failed("it ended before it was ready")
         if self._answer != b"ready\n":
-            raise self._failed(f"it said {bytes(self._answer[:80])!r} instead of being ready")
+            raise self._failed(f"it sent {bytes(self._answer[:80])!r} instead of b'ready\\n'")
         self._answer.clear()
         self._output = HeadAndTail(self._spec.limits.stdout_bytes)
         if self._spec.backend == "bubblewrap" and not self._find_child(_END_SECONDS):
-            raise self._failed("bubblewrap did not tell its child's pid")
+            raise self._failed("bubblewrap did not report its child's pid")
 
     def _find_child(self, seconds: float) -> bool:
-        """Waits for bubblewrap to tell the pid of pid 1 inside; False if it ended before."""
+        """Waits for bubblewrap to report the host pid of pid 1 inside; False if it ended before."""
         if self._child is None and select.select([self._status_reader, self._exit], [], [], seconds)[0]:
-            with contextlib.suppress(BlockingIOError, ProcessLookupError):  # it told nothing; or what it told of has ended already
+            with contextlib.suppress(BlockingIOError, ProcessLookupError):  # it reported nothing, or the process has already ended
                 match = re.search(rb'"child-pid":\s*(\d+)', os.read(self._status_reader, 4096))
                 if match is not None:
                     self._child_pid = int(match[1])
@@ -266,7 +266,7 @@ class Sandbox:
 
     @property
     def pid(self) -> int:
-        """Host pid of the process that is pid 1 inside (of the only process, for the unsafe backend); known once it is ready."""
+        """Host pid of pid 1 inside (for the unsafe backend, of its only process); known once the sandbox is ready."""
         assert self._process is not None
         return self._child_pid or self._process.pid
 
@@ -279,7 +279,7 @@ class Sandbox:
         return used > self._spec.limits.memory_bytes
 
     def _watch(self, deadline: float) -> tuple[Outcome, str] | None:
-        """Reads until the program ends by itself (None) or must be ended, and says why."""
+        """Reads until the program ends by itself (None) or must be killed (outcome and detail)."""
         limits = self._spec.limits
         poll = select.poll()
         for descriptor in (self._answer_reader, self._output_reader, self._exit):
@@ -303,13 +303,13 @@ class Sandbox:
             if len(self._answer) > limits.result_bytes + _HEADER_BYTES:
                 return Outcome.RESULT_TOO_BIG, f"the submission is longer than {limits.result_bytes} bytes of CSV"
             if self._exit in events and not (events.keys() & {self._output_reader, self._answer_reader}):
-                return None  # ended, and nothing left to read
+                return None  # it has ended, and nothing is left to read
 
     def run(self, program: str) -> Execution:
-        """Runs a program; it is the sandbox's only one. Blocks until everything in the sandbox has ended.
+        """Runs the sandbox's only program. Blocks until all processes in the sandbox have ended.
 
         Raises:
-          SandboxError: the sandbox was gone before the program could begin, the host ran out of memory, or it could not be ended.
+          SandboxError: the sandbox ended before the program started, the host ran out of memory, or the sandbox cannot be killed.
         """
         started = time.monotonic()
         try:
@@ -317,11 +317,11 @@ class Sandbox:
             while data:
                 data = data[os.write(self._program_writer, data) :]
         except BrokenPipeError as error:
-            raise self._failed("it ended while it waited for a program") from error
+            raise self._failed("it ended while waiting for a program") from error
         self._shut(self._program_writer)
         end = self._watch(started + self._spec.limits.seconds)
         seconds = time.monotonic() - started
-        over_memory = self._group is not None and self._group.exceeded()  # raises if the host took a process away, however it ended then
+        over_memory = self._group is not None and self._group.exceeded()  # raises if the host killed a process, however the program ended
         code = self._kill()
         if end is None and over_memory:
             end = Outcome.OUT_OF_MEMORY, f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
@@ -333,7 +333,7 @@ class Sandbox:
         return Execution(outcome, csv, self._clean(self._output.text()), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
 
     def _claim(self, code: int) -> tuple[Outcome, bytes | None, str]:
-        """What the program says of itself, as (outcome, csv, detail); `code` is the exit status as a shell gives it."""
+        """The program's own answer as (outcome, csv, detail); `code` is the exit status in shell convention."""
         if code == 0:
             header, newline, payload = bytes(self._answer).partition(b"\n")
             match = re.fullmatch(rb"([a-z_]{1,32}) (\d{1,12})", header) if newline else None
@@ -347,7 +347,7 @@ class Sandbox:
                     return _CLAIMS[kind], None, payload[: 4 * _DETAIL_CHARACTERS].decode("utf-8", "replace")
             return Outcome.EXCEPTION, None, "the process ended before run() returned"
         if code > 128:
-            with contextlib.suppress(ValueError):  # not the number of a signal: an ordinary exit code after all
+            with contextlib.suppress(ValueError):  # not a signal number, so it is an ordinary exit code
                 return Outcome.KILLED, None, f"the process died by {signal.Signals(code - 128).name}"
         return Outcome.EXCEPTION, None, f"the process exited with code {code} before run() returned"
 
@@ -355,21 +355,21 @@ class Sandbox:
         return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._spec.host.roots if self._spec.host else ())])
 
     def _kill(self) -> int:
-        """Ends every process of the sandbox and returns the outermost one's exit status, as a shell gives it.
+        """Kills all processes of the sandbox and returns the exit status of the outermost one in shell convention.
 
-        The end of pid 1 inside is the end of its whole process namespace, daemons included; bubblewrap's outer process may end before it.
+        When pid 1 inside ends, the kernel ends its whole pid namespace, including daemons. bubblewrap's outer process may end before it.
         """
         process = self._process
         assert process is not None
-        with contextlib.suppress(ProcessLookupError):  # ended already
+        with contextlib.suppress(ProcessLookupError):  # already ended
             if self._spec.backend == "bubblewrap":
-                # Not the outer process first: one that ends while it still prepares its child would leave the child waiting for ever.
+                # Do not kill the outer process first: if it is still preparing its child, the child would wait forever.
                 if self._find_child(_END_SECONDS):
                     assert self._child is not None
                     signal.pidfd_send_signal(self._child, signal.SIGKILL)
                 else:
                     process.kill()
-            else:  # what left the process group lives on: one reason why this backend is called unsafe
+            else:  # processes that left the process group survive, which is one reason why this backend is unsafe
                 os.killpg(process.pid, signal.SIGKILL)
         deadline = time.monotonic() + _END_SECONDS
         try:
@@ -380,16 +380,16 @@ class Sandbox:
             process.kill()
             raise self._failed(f"it did not end within {_END_SECONDS:.0f} s of being killed") from error
         finally:
-            # What left the tree, or hangs. Not sooner: bubblewrap's outer process has to collect its child, which else might stay a zombie.
+            # Kills processes that hang or left the tree. Not earlier: bubblewrap's outer process must first reap its child.
             if self._group is not None:
                 self._group.kill()
         if self._child is not None:
-            with contextlib.suppress(ChildProcessError):  # bubblewrap's outer process, or init, has collected it
+            with contextlib.suppress(ChildProcessError):  # bubblewrap's outer process or init has reaped it
                 os.waitid(os.P_PIDFD, self._child, os.WEXITED)
         return code if code >= 0 else 128 - code
 
     def close(self) -> None:
-        """Ends what still runs and gives back descriptors, control group and folder."""
+        """Kills remaining processes and releases the descriptors, control group and folder."""
         if self._process is not None:
             self._kill()
             self._process = None
@@ -403,6 +403,6 @@ class Sandbox:
 
 
 def start(spec: SandboxSpec) -> Sandbox:
-    """A sandbox that warms up for one program."""
+    """Starts a sandbox that warms up for one program."""
     harness = Path(__file__).with_name("harness.py")
     return Sandbox(spec, harness, {"preload": spec.preload, "result_bytes": spec.limits.result_bytes})

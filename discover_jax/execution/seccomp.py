@@ -1,12 +1,12 @@
-"""The system call filter of the sandbox, as the BPF bytes that bubblewrap's --seccomp reads.
+"""The system call filter of the sandbox, as BPF bytes for bubblewrap's --seccomp.
 
-Everything is allowed but what a numeric program never needs and attacks do (see `_DENIED`): those fail with EPERM. clone3 fails with
-ENOSYS, because its flags lie in memory, where a filter cannot see them; the C library then falls back to clone, whose flags are checked.
-The limit on core dumps cannot be changed: see limits.CORE_BYTES.
-A call through another architecture's table (32-bit on a 64-bit kernel) ends the process.
+The filter denies the calls in `_DENIED` with EPERM: attacks use them, numeric programs never need them. All others are allowed, with these
+exceptions. clone3 fails with ENOSYS, because its flags are in memory, where a filter cannot read them; the C library then falls back to
+clone, whose flags are checked. The limit on core dumps cannot be changed: see limits.CORE_BYTES. A call through another architecture's
+table (32-bit on a 64-bit kernel) kills the process.
 
-Numbers: Linux' arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64). Layout of the data that the
-program sees (struct seccomp_data): nr at 0, arch at 4, args[i] at 16 + 8 i, low word first on both architectures.
+Sources of the numbers: Linux' arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64). Layout of the
+filter's input (struct seccomp_data): nr at 0, arch at 4, args[i] at 16 + 8 i, low word first on both architectures.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "process_madvise": (440, 440),
     "pidfd_getfd": (438, 438),
     "kcmp": (312, 272),
-    # kernel machinery with a history of holes
+    # kernel subsystems with a history of vulnerabilities
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -46,13 +46,13 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "fanotify_init": (300, 262),
-    # what all users of a machine share: the number of asynchronous contexts, of watches of this uid, the disks' write-back
+    # shared resources: asynchronous contexts of the machine, inotify watches of the uid, write-back of the disks
     "io_setup": (206, 0),
     "inotify_init": (253, None),
     "inotify_init1": (294, 26),
     "sync": (162, 81),
     "syncfs": (306, 267),
-    # memory that not even the kernel can look at
+    # memory that not even the kernel can read
     "memfd_secret": (447, 447),
     # mounts and namespaces
     "mount": (165, 40),
@@ -89,10 +89,10 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "iopl": (172, None),
     "ioperm": (173, None),
     "modify_ldt": (154, None),
-    # the lease of cores is exclusive: a program may not move to its neighbours' cores
+    # cores are leased exclusively: a program must not move to the cores of other slots
     "sched_setaffinity": (203, 122),
 }
-# Memory that belongs to no process while nobody maps it: only a control group sees it.
+# Memory that belongs to no process while it is not mapped: only a control group counts it.
 _UNSEEN_MEMORY: dict[str, tuple[int | None, int | None]] = {"memfd_create": (319, 279), "shmget": (29, 194)}
 _CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
 _SETRLIMIT, _PRLIMIT = (160, 164), (302, 261)
@@ -121,16 +121,16 @@ def filter_program(machine: str | None = None, *, unseen_memory: bool = True) ->
 
     Args:
       machine: "x86_64" or "aarch64"; None for this one.
-      unseen_memory: False where no control group bounds memory: what could hold it unseen is then denied, too.
+      unseen_memory: False if no control group limits memory; the calls in `_UNSEEN_MEMORY` are then denied, too.
 
     Raises:
-      SandboxError: no table for this architecture.
+      SandboxError: the architecture is not supported.
     """
     machine = machine or platform.machine()
     if machine not in _ARCHITECTURES:
         raise SandboxError(
-            f"The sandbox has no system call filter for the architecture {machine!r}; it has one for {', '.join(_ARCHITECTURES)}."
-            " Run on one of these, or accept a weaker backend by name (execution.backend and execution.allow_weaker)."
+            f"The sandbox has no system call filter for the architecture {machine!r}; supported: {', '.join(_ARCHITECTURES)}."
+            " Run on one of these, or choose a weaker backend (execution.backend and execution.allow_weaker)."
         )
     arch = _ARCHITECTURES[machine]
     column = arch.column
@@ -141,13 +141,13 @@ def filter_program(machine: str | None = None, *, unseen_memory: bool = True) ->
         _instruction(_RETURN, _KILL_PROCESS),
         _instruction(_LOAD, _NR),
     ]
-    if machine == "x86_64":  # numbers from 0x40000000 are the x32 table, which the list below would miss
+    if machine == "x86_64":  # numbers from 0x40000000 are the x32 table, which the list below does not cover
         parts += [_instruction(_JUMP_GREATER_EQUAL, 0x40000000, if_false=1), deny]
     for numbers in (_DENIED if unseen_memory else _DENIED | _UNSEEN_MEMORY).values():
         if (number := numbers[column]) is not None:
             parts += [_instruction(_JUMP_EQUAL, number, if_false=1), deny]
     parts += [_instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1), _instruction(_RETURN, _ERRNO | _ENOSYS)]
-    # Each of these blocks is skipped unless the number matches, and always returns if it does.
+    # Each of these blocks is skipped unless the number matches; if it matches, the block always returns.
     parts += [
         _instruction(_JUMP_EQUAL, _CLONE[column], if_false=4),
         _load_argument(0),
@@ -177,7 +177,7 @@ def filter_program(machine: str | None = None, *, unseen_memory: bool = True) ->
         deny,
         allow,
     ]
-    # prlimit also reads limits; then its third argument, the address of new ones, is 0 in both halves.
+    # prlimit can also read limits; its third argument, the address of new limits, is then 0 in both halves.
     parts += [
         _instruction(_JUMP_EQUAL, _PRLIMIT[column], if_false=8),
         _load_argument(1),

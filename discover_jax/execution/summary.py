@@ -1,4 +1,4 @@
-"""One line for a run's summaries: how programs are isolated and bounded, and what is weaker than it could be."""
+"""One line for a run's summaries: isolation, limits, and anything weaker than the best setup."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from discover_jax.execution.sandbox import SandboxSpec
 
 
 def describe(specs: Sequence[SandboxSpec], limits: ResourceLimits, runs: int, cpus: int) -> str:
-    """The line for an executor with these slots; `runs` of a program at most, on a machine with `cpus` for this process."""
+    """The line for an executor with these slots. `runs`: maximum number of runs per program; `cpus`: CPUs available to this process."""
     cores = f"{len(specs)} x {len(specs[0].cores)} cores"
     if len(specs[0].cores) < limits.cores:
         cores += f" (fewer than the {limits.cores} asked for: this machine has {cpus})"

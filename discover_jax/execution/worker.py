@@ -1,6 +1,6 @@
-"""The process of one slot: keeps a warm sandbox and runs one program after the other.
+"""The process of one slot: keeps a warm sandbox and runs programs one at a time.
 
-It never executes a candidate's code, knows no answers, and imports neither jax nor pandas. Its sandboxes die with it.
+It never executes a program outside a sandbox, has no answers, and imports neither jax nor pandas. Its sandboxes die with it.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from discover_jax.types import Execution, Outcome
 
 
 def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, publics: Sequence[Sequence[Path]]) -> None:
-    """Serves programs until the connection closes: receives (index of the task, of its run, program), sends an Execution or a SandboxError.
+    """Runs programs until the connection closes: receives (task index, run index, program) and sends an Execution or a SandboxError.
 
     Args:
       connection: to the process `parent`.
       parent: pid of the process that started this one.
-      spec: how this slot's sandboxes are made, but for the folder that they see.
-      publics: that folder, for each run of each task's programs.
+      spec: of this slot's sandboxes, except for the folder that they see.
+      publics: the folder that programs see, for each run of each task.
     """
     children.begin(parent)
     os.sched_setaffinity(0, spec.cores)
     specs = [[dataclasses.replace(spec, public=shown) for shown in shown_of_task] for shown_of_task in publics]
-    # By task and run. While a program runs, the sandbox that probably comes next warms up on the same cores.
+    # By task and run. While a program runs, the sandbox that is probably needed next warms up on the same cores.
     spares: dict[tuple[int, int], sandbox.Sandbox | None] = {(0, 0): _start(specs[0][0])}
     running: sandbox.Sandbox | None = None
 
@@ -60,7 +60,7 @@ def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, publics
 
 
 def _start(spec: sandbox.SandboxSpec) -> sandbox.Sandbox | None:
-    """A spare sandbox; None if it cannot be started now, in which case the next program tries again and tells why."""
+    """Starts a spare sandbox; None if it cannot start now. Then the next program tries again and gets the error."""
     try:
         return sandbox.start(spec)
     except SandboxError:
