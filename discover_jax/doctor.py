@@ -58,7 +58,7 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
       workdir: the run directory, which need not exist.
     """
 
-    def look(name: str, check: Callable[..., tuple[str, T]], *arguments: Any) -> Iterator[Finding]:
+    def run_check(name: str, check: Callable[..., tuple[str, T]], *arguments: Any) -> Iterator[Finding]:
         """Yields the finding. Returns the check's result; None if it failed or was skipped."""
         if any(argument is None for argument in arguments):
             yield Finding(name, None, "skipped: an earlier check failed")
@@ -71,15 +71,15 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
         yield Finding(name, True, text)
         return result
 
-    yield from look("packages", _packages)
-    yield from look("devices", _devices)
-    sizes = yield from look("weights", _weights, config)
-    yield from look("tokenizer", _tokenizer, config, sizes)
-    yield from look("disk", _disk, config, sizes, workdir)
+    yield from run_check("packages", _packages)
+    yield from run_check("devices", _devices)
+    sizes = yield from run_check("weights", _weights, config)
+    yield from run_check("tokenizer", _tokenizer, config, sizes)
+    yield from run_check("disk", _disk, config, sizes, workdir)
     with tempfile.TemporaryDirectory(prefix="discover_jax-doctor-") as name:
-        tasks = yield from look("data", _data, config, Path(name))
-        scores = yield from look("grader", _graders, tasks)
-        yield from look("sandbox", _sandbox, config, tasks, scores, Path(name))
+        tasks = yield from run_check("data", _data, config, Path(name))
+        scores = yield from run_check("grader", _graders, tasks)
+        yield from run_check("sandbox", _sandbox, config, tasks, scores, Path(name))
 
 
 def _packages() -> tuple[str, None]:
@@ -124,7 +124,7 @@ def _weights(config: Any) -> tuple[str, ModelConfig]:
     folder = weights_folder(config)
     if folder is None:
         sizes = SHAPES[config.model.shape]
-        return f"random, with the shape of {config.model.shape}: they write no useful programs", sizes
+        return f"random, with the shape of {config.model.shape}: the model writes no useful programs", sizes
     sizes, size = check_folder(folder)
     if config.model.experts == "packed" and sizes.width % 32:
         raise WeightsError(f"Width {sizes.width} is not a multiple of 32, which MXFP4 needs. Set config.model.experts='dense'.")
@@ -137,17 +137,17 @@ def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
 
 
 def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
-    place = Path(os.path.abspath(workdir))
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK) or not place.is_dir():
-        raise RunError(f"{workdir} is not writable (checked {place}). Choose another --workdir.")
+    existing = Path(os.path.abspath(workdir))
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        raise RunError(f"{workdir} is not writable (checked {existing}). Choose another --workdir.")
     adapter = Model(sizes, LoraConfig(**config.lora)).abstract_lora()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter))
     # float32 values and Adam's two moments. While a checkpoint is written, one more exists than is kept.
     needed = 12 * parameters * (config.checkpoint.keep + 1) + (1 << 30)
-    free = shutil.disk_usage(place).free
-    text = f"{free / 1e9:.0f} GB free at {place}; checkpoints of {12 * parameters / 1e6:,.0f} MB, {config.checkpoint.keep} kept"
+    free = shutil.disk_usage(existing).free
+    text = f"{free / 1e9:.0f} GB free at {existing}; checkpoints of {12 * parameters / 1e6:,.0f} MB, {config.checkpoint.keep} kept"
     if free < needed:
         raise RunError(
             f"{text}: about {needed / 1e9:.0f} GB are needed. Free some space, lower config.checkpoint.keep, or choose another --workdir."
@@ -199,7 +199,7 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
     with Executor(
         tasks,
         limits,
-        workers=None if settings.backend == "ray" else 1,  # each node of a cluster runs its canary
+        workers=None if settings.backend == "ray" else 1,  # each node of a cluster runs its own canary
         cache_dir=folder / "cache",
         backend=settings.backend,
         allow_weaker=settings.allow_weaker,
@@ -213,7 +213,7 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
                 f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
                 f" expected ok with score {score}. {verdict.execution.detail or verdict.grade.reason}"
             )
-    return f"{'the canary found no way out' if isolated else 'no canary: programs are not isolated'}; {text}", None
+    return f"{'the canary could not escape' if isolated else 'no canary: programs are not isolated'}; {text}", None
 
 
 def run(config: Any, workdir: Path) -> None:

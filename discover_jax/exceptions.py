@@ -1,12 +1,12 @@
-"""Every error that the project raises on purpose.
+"""All exceptions of the project.
 
-Each one mixes in the standard type that fits, so that `except ValueError` keeps working, and carries one message that says
-what happened, what was given, what is allowed and what to do. All can be pickled, since workers send them to the main process.
+Each one also derives from the matching built-in type, so that `except ValueError` works. Its message says what happened, what was given,
+what is allowed and what to do. All can be pickled, since workers send them to the main process.
 """
 
 
 class DiscoverError(Exception):
-    """Base of all errors of the project: catch this to catch them all."""
+    """Base class of all errors of the project."""
 
 
 class ConfigError(DiscoverError, ValueError):
@@ -18,27 +18,27 @@ class DataError(DiscoverError, ValueError):
 
 
 class WeightsError(DiscoverError, ValueError):
-    """A checkpoint folder lacks a tensor, or holds one of another shape, type or architecture."""
+    """A checkpoint folder lacks a tensor, or has one of another shape, type or architecture."""
 
 
 class TokenizerError(DiscoverError, ValueError):
-    """A tokenizer file is missing or does not know a token that the chat format needs."""
+    """A tokenizer file is missing or lacks a token that the chat format needs."""
 
 
 class SandboxError(DiscoverError, RuntimeError):
-    """The host cannot run programs in isolation as the config demands. Never the program's own fault."""
+    """The host cannot isolate programs as the config requires. Never caused by a program."""
 
 
 class ShardingError(DiscoverError, ValueError):
-    """Two logical axes of one array fall on the same mesh axis, or an axis does not divide."""
+    """Two logical axes of an array map to the same mesh axis, or an axis is not divisible by its mesh axis."""
 
 
 class RunError(DiscoverError, RuntimeError):
-    """The run folder cannot be used: another config, a broken journal, no space left."""
+    """The run directory cannot be used: another config, a damaged journal, no space left."""
 
 
 class HostError(DiscoverError, RuntimeError):
-    """The processes of a run on several hosts did not come together, do not see the same folder, or one of them was lost."""
+    """The processes of a run on several hosts did not come together or do not share the run directory, or one was lost."""
 
 
 class CapacityError(DiscoverError, ValueError):
@@ -46,8 +46,8 @@ class CapacityError(DiscoverError, ValueError):
 
 
 class LearningError(DiscoverError, ValueError):
-    """Rewards, advantages, rollouts or gradients from which no sound update can be computed: not finite, or of unequal lengths."""
+    """Rewards, advantages, rollouts or gradients are not finite or differ in length, so no valid update exists."""
 
 
 class GradingError(DiscoverError, RuntimeError):
-    """The grading of a submission failed by itself, which is the task's fault and never the program's."""
+    """The grader itself failed on a submission. Never caused by a program."""

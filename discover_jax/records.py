@@ -1,6 +1,6 @@
-"""JSON from disk as the dataclasses that it claims to be. Nothing in it is believed: types, sizes and names are checked, nothing is run.
+"""Reads JSON from disk into dataclasses. It trusts nothing: it checks types, sizes and names, and executes nothing.
 
-For files that somebody may have altered or made up: journal, checkpoints, cached verdicts. (None of them is ever unpickled.)
+For files that may have been altered or forged: journal, checkpoints, cached verdicts. None of them is ever unpickled.
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ import types
 import typing
 from typing import Any, TypeVar
 
-_LARGEST = 2**53  # integers beyond it are not the same in every reader of JSON, and no count of a run comes near it
+_LARGEST = 2**53  # JSON readers disagree on larger integers, and no count of a run comes near it
 _SHOWN = 60
 
 T = TypeVar("T")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; strict: no NaN or Infinity, which Python's reader would take.
+    """The value of a JSON text. Strict: rejects NaN and Infinity, which Python's reader accepts.
 
     Raises:
-      ValueError: it is no JSON, or nested so deeply that reading it would exhaust the stack.
+      ValueError: the text is not JSON, or is nested so deeply that reading it would exhaust the stack.
     """
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not valid in JSON")
 
     try:
         return json.loads(text, parse_constant=refuse)
@@ -35,16 +35,16 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def from_row(kind: type[T], row: Any) -> T:
-    """The dataclass of a row: one entry for each field and no more, each of the field's type. Enums are given by their values.
+    """The dataclass of a row, which must have exactly one entry of the right type for each field. Enums are given by their values.
 
-    Numbers must be finite, whole ones at most 2**53 in magnitude; a whole number may stand for a float, but True is no number.
+    Numbers must be finite, and integers at most 2**53 in magnitude. An integer may be given for a float; True is not a number.
 
     Args:
-      kind: a dataclass whose fields are str, int, float, bool or enums, or one of them or None; of a list only that it is one is checked.
+      kind: a dataclass with fields of type str, int, float, bool, enum or list, optionally None. Elements of lists are not checked.
       row: a value of `parse_json`.
 
     Raises:
-      ValueError: naming the field, what it holds and what it must be.
+      ValueError: the row does not match. The message names the field, its value and what is allowed.
     """
     hints = _hints(kind)
     names = list(hints)
@@ -56,9 +56,9 @@ def from_row(kind: type[T], row: Any) -> T:
     return kind(**{name: _value(name, row[name], hints[name]) for name in names})
 
 
-@functools.cache  # a journal has many rows
+@functools.cache  # called for every row of a journal
 def _hints(kind: type) -> dict[str, Any]:
-    """The type of each field, in their order."""
+    """The type of each field, in order."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
@@ -91,12 +91,12 @@ def _describe(kind: type) -> str:
         return "a list"
     if issubclass(kind, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in kind)
-    return {float: "a finite number", int: "a whole number of at most 2**53", str: "a text", bool: "true or false"}[kind]
+    return {float: "a finite number", int: "an integer of at most 2**53", str: "a string", bool: "true or false"}[kind]
 
 
 def _show(value: Any) -> str:
-    """A value as an error tells of it: a huge integer cannot even be written out."""
+    """A value for an error message; a huge integer cannot be printed."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST:
-        return f"a whole number of {value.bit_length()} bits"
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -1,7 +1,7 @@
 """The data that flows through a step: parents, prompts, rollouts, executions, grades, attempts.
 
-All of it is immutable. Arrays are numpy on the host; each names its axes (P prompt tokens, T generated tokens).
-Nothing here imports jax, so that the workers which run programs start quickly.
+All types are immutable. Arrays are numpy on the host, and their names list the axes (P prompt tokens, T generated tokens).
+This module does not import jax, so that the workers that run programs start quickly.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ class State:
     """A program that ran and was graded, or the empty seed from which a search starts.
 
     Attributes:
-      id: unique within a run and a function of (step, group, index), so that a resumed run names states alike; "seed" for the seed.
-      parent_id: the state whose program was shown in the prompt; None for the seed alone.
+      id: unique within a run. It depends only on (step, group, index), so a resumed run gives the same ids. "seed" for the seed.
+      parent_id: the state whose program was shown in the prompt; None only for the seed.
       code: the program; empty for the seed.
-      value: what the search maximises: the reward of the program, higher is better; None for the seed.
+      value: reward of the program, which the search maximises; None for the seed.
       score: the same signal in the metric's own direction and unit, as prompts show it; None for the seed.
-      stdout: head and tail of what the program printed, already trimmed for a prompt.
-      step: the step that made it, from 0; -1 for the seed.
+      stdout: head and tail of the program's output, already trimmed for a prompt.
+      step: step of its attempt, from 0; -1 for the seed.
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.
-      task: id of the competition that it is for; empty for the seed, from which every competition's search starts.
+      task: id of its competition; empty for the seed, from which the search of every competition starts.
     """
 
     id: str
@@ -47,7 +47,7 @@ SEED = State(id="seed", parent_id=None, code="", value=None, score=None, stdout=
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What one group of rollouts is asked: the parent it builds on, the text shown, and its token ids."""
+    """The prompt of one group of rollouts: its parent, text and token ids."""
 
     group: int
     parent_id: str
@@ -59,9 +59,9 @@ class StopReason(enum.Enum):
     """Why a rollout ended."""
 
     STOP_TOKEN = "stop_token"
-    """The policy chose a stop token; it is the last of the rollout's tokens and bears loss like any other."""
+    """The policy chose a stop token. It is the rollout's last token and is included in the loss."""
     MAX_TOKENS = "max_tokens"
-    """The budget of generated tokens was spent."""
+    """The rollout reached the maximum number of generated tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Rollout:
     """The tokens that the policy generated for a prompt.
 
     Attributes:
-      group, index: which group of the step, and which member of the group.
-      prompt_tokens_P: int32, the prompt's ids.
-      tokens_T: int32, generated ids, the stop token included.
+      group, index: group within the step, and index within the group.
+      prompt_tokens_P: int32, token ids of the prompt.
+      tokens_T: int32, generated token ids, including the stop token.
       logprobs_T: float32, log-probability of each token under the policy that sampled it, at the sampling temperature;
         0 where `chosen_T` is False.
-      chosen_T: bool, False for tokens that were forced and so bear neither loss nor statistics.
+      chosen_T: bool, False for forced tokens, which are excluded from the loss and from statistics.
       stop: why it ended.
-      temperature: that it was sampled at.
-      routes_SLX: uint8 or uint16, the X experts that each of L layers chose for each of the S = P + T - 1 tokens that were read, by which
-        the update repeats the sampler's routing; None if they were not recorded.
+      temperature: sampling temperature.
+      routes_SLX: uint8 or uint16, the X experts that each of the L layers chose for each of the S = P + T - 1 input tokens. The update
+        repeats this routing. None if it was not recorded.
     """
 
     group: int
@@ -113,38 +113,38 @@ class Outcome(enum.Enum):
     """How the attempt to run and grade a program ended."""
 
     OK = "ok"
-    """It ran, its submission is valid, and it has a score."""
+    """The program ran, its submission is valid, and it has a score."""
     FORMAT_ERROR = "format_error"
-    """The rollout holds no program: no fenced Python block in the final channel."""
+    """The rollout has no program: no fenced Python block in the final channel."""
     EXCEPTION = "exception"
-    """The program raised; the traceback's tail is in the detail."""
+    """The program raised an exception; the detail has the end of the traceback."""
     INVALID_SUBMISSION = "invalid_submission"
-    """It ended well, but what it returned cannot be graded; the detail says why."""
+    """The program ran, but its submission is invalid; the detail says why."""
     TIMEOUT = "timeout"
-    """It did not end within the time limit, counted from its own start."""
+    """The program exceeded the time limit, counted from its own start."""
     OUT_OF_MEMORY = "out_of_memory"
-    """It hit the memory limit."""
+    """The program exceeded the memory limit."""
     OUTPUT_FLOOD = "output_flood"
-    """It printed more than the limit."""
+    """The program printed more than the limit."""
     RESULT_TOO_BIG = "result_too_big"
-    """Its submission is larger than the limit."""
+    """The program's submission is larger than the limit."""
     KILLED = "killed"
-    """It died by a signal: a segmentation fault, say."""
+    """A signal killed the program, for example a segmentation fault."""
     SANDBOX_ERROR = "sandbox_error"
-    """The host's fault. Retried; never a reward."""
+    """The host failed. The program is run again; this never becomes a reward."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """What came back from the sandbox for one program.
+    """The sandbox's result for one program.
 
     Attributes:
-      outcome: how it ended; OK means only that the program returned bytes, which are a claim until graded.
+      outcome: how it ended. OK means only that the program returned bytes; grading decides whether they are valid.
       csv: the submission's bytes, or None.
-      stdout: head and tail of standard output and error, bounded.
-      detail: traceback's tail or reason, bounded; empty when OK.
+      stdout: head and tail of standard output and error, of limited length.
+      detail: end of the traceback, or the reason, of limited length; empty if OK.
       seconds: wall time of the program, from its own start.
-      cached: True when the result was taken from an identical earlier execution.
+      cached: whether the result comes from an earlier execution of an identical program.
     """
 
     outcome: Outcome
@@ -157,13 +157,13 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The verdict on a submission.
+    """The grade of a submission.
 
     Attributes:
-      valid: whether it can be graded at all.
-      reason: why not; empty when valid.
-      score: the signal that the search may see, in the metric's own direction: the private answers for the reward `grade`,
-        the held-out rows for `holdout`; None when invalid.
+      valid: whether the submission is valid.
+      reason: why it is invalid; empty if valid.
+      score: the score that the search may see, in the metric's own direction: on the private answers for the reward `grade`, on the
+        held-out rows for `holdout`; None if invalid.
       private_score: score on the private answers, for the record only; equals `score` for the reward `grade`.
     """
 
@@ -175,7 +175,7 @@ class Grade:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the executor hands back for one program: how it ran and what it was worth."""
+    """The executor's result for one program: its execution and grade."""
 
     outcome: Outcome
     grade: Grade
@@ -184,15 +184,15 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One rollout with everything that became of it: a row of the journal.
+    """A rollout and its result: a row of the journal.
 
     Attributes:
-      id, parent_id, task, step, group, index: where it belongs; `id` is that of the State it becomes if it has a score, `task` the
-        competition's.
-      code: the program taken from the rollout; None when there was none.
+      id, parent_id, task, step, group, index: its position in the run. If it has a score, its State has the same `id`. `task` is the
+        competition's id.
+      code: the program in the rollout; None if there is none.
       outcome, detail, stdout: how it ended.
       score, private_score: see Grade; None for a failure.
-      reward: what the advantages see, higher is better; the task's failure reward for a failure.
+      reward: basis of the advantage, higher is better; the task's failure reward for a failure.
       adapter_step: optimiser steps that the adapter had seen.
       tokens, stop: length of the rollout and why it ended.
     """
@@ -215,7 +215,7 @@ class Attempt:
     stop: StopReason
 
     def state(self) -> State | None:
-        """The state that this attempt adds to the archive, or None if it has no score."""
+        """The state of this attempt for the archive; None if it has no score."""
         if self.outcome is not Outcome.OK or self.code is None:
             return None
         return State(
@@ -233,13 +233,13 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class LoweredFunction:
-    """A jitted function of a run on abstract arguments, lowered but not compiled; dry runs compile it to learn its memory.
+    """A jitted function of a run, lowered on abstract arguments but not compiled. Dry runs compile it to measure its memory.
 
     Attributes:
-      name: as people know it: "prefill", "decode".
+      name: name for display, such as "prefill" or "decode".
       lowered: a `jax.stages.Lowered`.
-      live: abstract arrays that lie on the device while it runs, arguments or not, by what they are ("cache"); beside them the weights,
-        the adapter and the optimiser's memory lie there.
+      live: abstract arrays on the device while it runs, whether arguments or not, by name ("cache"). The weights, the adapter and the
+        optimiser state are on the device in addition.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""The processes of one run, one a host: how they start, what they tell each other, and how they end together."""
+"""The processes of a run, one per host: how they start, exchange values and end together."""

@@ -1,7 +1,7 @@
-"""Who the processes of a run are, and what they tell each other: through jax's own collectives, so that no further port or store is needed.
+"""The processes of a run and their communication. It uses jax's collectives, so it needs no additional port or store.
 
-All processes run the same program on the same data. What one alone can know or do (files, outcomes of programs, a device's memory) is told
-to all before anything is decided by it.
+All processes run the same code on the same data. A value that only one process knows (files, outcomes of programs, a device's memory) is
+sent to all before any decision depends on it.
 """
 
 import contextlib
@@ -19,22 +19,24 @@ from jax.experimental import multihost_utils
 from discover_jax.exceptions import ConfigError, HostError
 
 HEARTBEAT_SECONDS = 40
-"""After so long without a sign of life a process counts as lost: jax's own check, beside that of `watch`."""
-_JOIN_SECONDS, _PATIENCE_SECONDS = 300, 15
-"""For the processes to come together, and after which the wait is told of."""
+"""jax treats a process without a heartbeat for this long as lost, in addition to the check in `watch`."""
+_JOIN_SECONDS = 300
+"""Time limit for all processes to join."""
+_PATIENCE_SECONDS = 15
+"""Seconds before a waiting message is printed."""
 _PART_BYTES = 1 << 24
-"""So much of a message lies on a device at once, of each process."""
+"""Bytes of a message, per process, that are on a device at once."""
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among all of a run.
+    """This process and the number of processes of the run.
 
     Attributes:
-      index: of this one; 0 leads: it alone writes journal, metrics, best/ and the screen.
-      count: how many there are.
+      index: index of this process. Process 0 leads: only it writes journal, metrics, best/ and the console.
+      count: number of processes.
     """
 
     index: int = 0
@@ -46,7 +48,7 @@ class Processes:
         return self.index == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order; all must call it. What JSON can hold."""
+        """The values of all processes, by index. All processes must call it. The value must be JSON."""
         if self.count == 1:
             return [value]
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -61,24 +63,24 @@ class Processes:
         return [json.loads(row[:size].tobytes()) for row, size in zip(whole, sizes, strict=True)]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives in the first process, which alone calls it; what JSON can hold. All must call this."""
+        """The result of `make`, which only the first process calls, in all processes. All must call this. The result must be JSON."""
         return self.gather(make() if self.leads else None)[0]
 
     def first_then_others(self, make: Callable[[], T]) -> T:
-        """What `make` gives here. The first process calls it before all others, which then find what it put into a folder."""
+        """The result of `make` in this process. The first process calls it before the others, which then find the files that it wrote."""
         made = make() if self.leads else None
         self.wait()
         return made if made is not None else make()
 
     def wait(self) -> None:
-        """Goes on once all processes have come here."""
+        """Waits until all processes have called this."""
         self.gather(None)
 
     def agree(self, what: str, value: Any, remedy: str) -> None:
-        """Checks that all processes have the same value; all must call it.
+        """Checks that all processes have the same value. All must call it.
 
         Raises:
-          ConfigError: in all processes, naming those that differ from the first, and what both have.
+          ConfigError: values differ. All processes raise it; the message names the processes that differ from the first.
         """
         values = self.gather(value)
         others = [index for index, other in enumerate(values) if other != values[0]]
@@ -93,48 +95,48 @@ ALONE = Processes()
 
 
 def start(coordinator: str, count: int, index: int) -> Processes:
-    """Joins the processes of a run; to be called before jax first looks for devices.
+    """Joins the processes of a run. Call it before jax first looks for devices.
 
     Args:
-      coordinator: HOST:PORT of process 0, where the port is free; empty: jax finds all three by itself (SLURM, Open MPI, Cloud TPU, GKE).
-      count, index: processes in all, and which this is.
+      coordinator: HOST:PORT of process 0, with a free port. If empty, jax detects all three values (SLURM, Open MPI, Cloud TPU, GKE).
+      count, index: number of processes, and index of this one.
 
     Raises:
-      ConfigError: jax cannot tell where it runs, or the numbers do not fit together.
-      HostError: not all processes came.
+      ConfigError: jax cannot detect the processes, or the arguments contradict each other.
+      HostError: not all processes joined.
     """
     if coordinator and not (":" in coordinator and count >= 1 and 0 <= index < count):
         raise ConfigError(
-            f"--coordinator={coordinator} --num_processes={count} --process_id={index}: all three must be given, the address as HOST:PORT,"
-            " the number as 1 or more, and the id from 0 to below it, another one for each process."
+            f"--coordinator={coordinator} --num_processes={count} --process_id={index}: give all three: the address as HOST:PORT,"
+            " the number of processes, at least 1, and a different id for each process, from 0 to that number minus 1."
         )
     given: dict[str, Any] = {}
     if coordinator:
-        # Without detection a process takes all devices of its host, whatever scheduler started it.
+        # With detection off, a process takes all devices of its host, whatever scheduler started it.
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index, "cluster_detection_method": "deactivate"}
     try:
         with _reminder(coordinator or "found by jax"):
             jax.distributed.initialize(**given, initialization_timeout=_JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ConfigError(
-            f"jax could not find out which process of how many this is ({error}). Give --coordinator=HOST:PORT, --num_processes and"
+            f"jax could not detect the processes of this run ({error}). Give --coordinator=HOST:PORT, --num_processes and"
             " --process_id instead of --distributed."
         ) from error
     except RuntimeError as error:
         raise HostError(
             f"The processes of this run did not come together ({str(error).splitlines()[0]}; process 0: {coordinator or 'found by jax'})."
-            f" Start all within {_JOIN_SECONDS} s with the same address of process 0, which all hosts must reach and where the port must be"
-            " free; look into the logs of the others."
+            f" Start all of them within {_JOIN_SECONDS} s with the same address of process 0. All hosts must be able to reach it, and its"
+            " port must be free. Read the logs of the other processes."
         ) from error
     return Processes(jax.process_index(), jax.process_count())
 
 
 @contextlib.contextmanager
 def _reminder(coordinator: str) -> Iterator[None]:
-    """Says what is waited for: if the others do not come, jax ends the process by an abort, which says little."""
+    """Prints a message if joining takes long: when it times out, jax aborts the process and explains little."""
     text = (
-        f"note: waiting for the other processes of this run (process 0: {coordinator}), {_JOIN_SECONDS} s at most. Start all by the same"
-        " command with the same address of process 0, which all hosts must reach; look into the logs of the others."
+        f"note: waiting for the other processes of this run (process 0: {coordinator}), at most {_JOIN_SECONDS} s. Start all of them"
+        " with the same command and the same address of process 0, which all hosts must reach. Read the logs of the other processes."
     )
     timer = threading.Timer(_PATIENCE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
@@ -146,6 +148,6 @@ def _reminder(coordinator: str) -> Iterator[None]:
 
 
 def least(processes: Processes, value: int | None) -> int | None:
-    """The least of a number that may differ from host to host, such as a device's memory; None where all say None."""
+    """The minimum of a number that may differ between hosts, such as a device's memory; None if it is None in all processes."""
     known = [each for each in processes.gather(value) if each is not None]
     return min(known) if known else None

@@ -1,7 +1,7 @@
-"""Ends a run on all its hosts when one of its processes is lost, within half a minute and with a message that says which and why.
+"""Ends a run on all hosts within half a minute when a process is lost, with a message that names the process and the reason.
 
-jax notices a loss, too, but by an abort with a stack trace, or, where a collective waits on a GPU, not before a heartbeat is missed; and it
-says nothing of a process that failed by an error of its own. So each process has a `watcher`.
+jax detects a loss as well, but it aborts with a stack trace, or waits for a missed heartbeat while a collective blocks on a GPU. It does
+not report the error with which a process failed. So each process has a `watcher`.
 """
 
 import contextlib
@@ -22,19 +22,20 @@ from discover_jax.hosts.processes import Processes
 LOST = 3
 """Exit code of a process that ends because another one was lost."""
 _TELLING_SECONDS = 10.0
+"""Time for a failure to reach the other processes."""
 _SAME_ERROR_SECONDS = 2.0
-"""In which this process may come to the same error that another one ended by; twice that is less than the watcher waits for its end."""
+"""Time for this process to raise the same error as another one that ended. Twice this is less than the watcher waits for the end."""
 
 
 class Watch:
-    """Watches over the processes of a run from now on. All processes make theirs at the same time.
+    """Watches the processes of a run from its creation on. All processes create theirs at the same time.
 
     Args:
-      processes: of the run; there is nothing to watch if this one is alone.
-      advice: how the run goes on after a loss, for the message.
+      processes: the processes of the run. With one process there is nothing to watch.
+      advice: how to resume the run after a loss, for the message.
 
     Raises:
-      HostError: the watchers do not reach each other.
+      HostError: the watchers cannot reach each other.
     """
 
     def __init__(self, processes: Processes, advice: str):
@@ -57,15 +58,15 @@ class Watch:
         if "ready" not in answer:
             raise HostError(
                 f"The watcher of process {processes.index} cannot reach that of process 0: {answer.get('unreachable', answer)}. The hosts"
-                " of a run must reach each other on all ports; look for a firewall, and at the hosts' names."
+                " of a run must reach each other on all ports. Check for a firewall and check the host names."
             )
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
     def failed(self, reason: str) -> None:
-        """Tells all others that this process ends, and why; they end, too. To be followed by the process's end.
+        """Tells all other processes that this one ends and why, so that they end too. The caller must then end this process.
 
-        If this process failed only because another was lost, that is told first, and this call does not return. Where the others fail by
-        the same error, such as a config that cannot be, each ends by its own.
+        If this process failed only because another one was lost, the loss is reported first, and this call does not return. If the others
+        fail with the same error, such as an invalid config, each ends with its own.
         """
         if self._watcher is None:
             return
@@ -74,13 +75,13 @@ class Watch:
         if not self._told.wait(1.0):
             if self._lost:
                 threading.Event().wait()  # `_listen` ends this process
-            with contextlib.suppress(HostError):  # the error that counts is being told
+            with contextlib.suppress(HostError):  # the original error is more important
                 self._send({"failed": reason})
                 self._told.wait(_TELLING_SECONDS)
         self._let_others_leave()
 
     def finished(self) -> None:
-        """The run ended well in this process, and in all others."""
+        """The run succeeded in this process; waits for the others."""
         if self._watcher is not None:
             self._done = True
             self._send({"done": 1})
@@ -95,7 +96,7 @@ class Watch:
 
     @property
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        assert self._watcher is not None, "there are others to watch"
+        assert self._watcher is not None, "called only with several processes"
         assert self._watcher.stdin is not None
         assert self._watcher.stdout is not None
         return self._watcher.stdin, self._watcher.stdout
@@ -109,11 +110,11 @@ class Watch:
     def _answer(self) -> dict[str, Any]:
         line = self._pipes[1].readline()
         if not line:
-            raise HostError("The watcher of this process ended before it had begun. Start the same command again on all hosts.")
+            raise HostError("The watcher of this process ended before it was ready. Start the same command again on all hosts.")
         return json.loads(line)
 
     def _listen(self) -> None:
-        """Ends this process when the watcher says so, or is there no more. What is to be said of a loss, the watcher has said."""
+        """Ends this process when the watcher demands it or is gone. The watcher itself prints the message about a loss."""
         while line := self._pipes[1].readline():
             if "told" in (message := json.loads(line)):
                 self._told.set()
@@ -130,18 +131,18 @@ class Watch:
             os._exit(LOST)
 
     def _let_others_leave(self) -> None:
-        """Process 0 goes last: without its service jax aborts all others, who were about to end in good order."""
+        """Process 0 exits last: without its service, jax aborts the other processes before they can exit cleanly."""
         if self._leads:
             time.sleep(_SAME_ERROR_SECONDS + 0.5)
 
 
 def _addresses() -> list[str]:
-    """By which other hosts may reach this one; the loopback last, for processes on one host."""
+    """Addresses at which other hosts may reach this one. The loopback is last, for processes on one host."""
     name, found = socket.gethostname(), []
-    with contextlib.suppress(OSError):  # a host need not know its own name
+    with contextlib.suppress(OSError):  # a host may not resolve its own name
         found += [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # there may be no way out
-        probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel chooses the address of the way out
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # there may be no route
+        probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel chooses the outgoing address
         found.append(probe.getsockname()[0])
     own = [address for address in found if not address.startswith("127.") and address != "::1"]
     return list(dict.fromkeys([*own, name, "127.0.0.1"]))

@@ -1,8 +1,8 @@
-"""The watcher of one process of a run: a process of its own, so that it still speaks when the other was killed or aborted.
+"""The watcher of one process of a run. It is a separate process, so that it can report when the watched process is killed or aborts.
 
-It needs the standard library alone. All watchers are linked to that of process 0; a link that breaks without a goodbye is a lost process,
-and so is one of which nothing was heard for `SILENCE_SECONDS`. Whoever learns of a loss says so on standard error, tells the others, and
-ends the process that it watches, with which it talks by standard input and output. Messages are lines of JSON.
+It uses only the standard library. All watchers connect to the watcher of process 0. A process is lost if its link closes without a goodbye
+or is silent for `SILENCE_SECONDS`. A watcher that learns of a loss prints it to standard error, tells the others, and ends the process
+that it watches. It talks to that process over standard input and output. Messages are lines of JSON.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from typing import Any
 PING_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
 JOIN_SECONDS = 60.0
-"""For all watchers to find that of process 0."""
+"""Time limit for all watchers to connect to the watcher of process 0."""
 _LEAVING_SECONDS = 10.0
-"""For the watched process to end by itself once it is told to."""
+"""Time for the watched process to end by itself before it is killed."""
 _LONGEST = 1 << 16
-"""Bytes of a message; whoever sends more is no watcher."""
-_WITHOUT_A_WORD = "it ended without a word: killed, or out of memory"
+"""Maximum bytes of a message; a sender of more is not a watcher."""
+_WITHOUT_A_WORD = "it ended without a message: killed, or out of memory"
 _PARENT = os.getppid()
 
 
@@ -41,14 +41,14 @@ class Link:
         return self._reader
 
     def send(self, message: dict[str, Any]) -> None:
-        """Nothing happens if nobody is there any more: that shows when reading."""
+        """Sends a message. Ignores a closed link: `receive` detects it."""
         with contextlib.suppress(OSError):
             data = json.dumps(message).encode() + b"\n"
             while data:
                 data = data[os.write(self._writer, data) :]
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come; afterwards `open` says whether more can."""
+        """The messages that have arrived; sets `open` to whether more can arrive."""
         try:
             data = os.read(self._reader, _LONGEST)
         except OSError:
@@ -77,23 +77,23 @@ class Watcher:
     """The state of one watcher.
 
     Args:
-      parent: link to the process that it watches.
-      index, count: of that process.
-      token: that all watchers of the run share.
-      advice: the end of each message on a loss: how the run goes on.
+      parent: link to the watched process.
+      index, count: index of that process, and number of processes.
+      token: secret shared by all watchers of the run.
+      advice: how to resume the run; ends each message about a loss.
     """
 
     def __init__(self, parent: Link, index: int, count: int, token: str, advice: str):
         self._parent, self._index, self._count, self._token, self._advice = parent, index, count, token, advice
         self._server: socket.socket | None = None
-        self._strangers: list[Link] = []  # came to the server, and did not say yet who they are
+        self._strangers: list[Link] = []  # connected to the server, not yet identified
         self._links: dict[int, Link] = {}  # by the index of the process at the other end
         self._names: dict[int, str] = {index: _name()}
         self._gone: set[int] = set()  # said goodbye
         self._left = False
 
     def listen(self) -> int:
-        """Opens the server of process 0; its port."""
+        """Opens the server of process 0 and returns its port."""
         dual = socket.has_dualstack_ipv6()
         self._server = (
             socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) if dual else socket.create_server(("", 0))
@@ -101,10 +101,10 @@ class Watcher:
         return self._server.getsockname()[1]
 
     def join(self, addresses: list[str], port: int) -> None:
-        """Links to the watcher of process 0, at whichever of its addresses answers with the right token.
+        """Connects to the watcher of process 0, at the first of its addresses that answers with the right token.
 
         Raises:
-          OSError: none did within `JOIN_SECONDS`.
+          OSError: no address answered within `JOIN_SECONDS`.
         """
         deadline, refused = time.monotonic() + JOIN_SECONDS, ""
         while time.monotonic() < deadline:
@@ -125,7 +125,7 @@ class Watcher:
         raise OSError(f"none of {', '.join(addresses)} answered at port {port} within {JOIN_SECONDS:g} s ({refused})")
 
     def run(self) -> None:
-        """Watches until the run ends, well or not."""
+        """Watches until the run succeeds or fails."""
         pinged, began, ready = 0.0, time.monotonic(), False
         while not self._is_over():
             ready = ready or self._tell_ready()
@@ -140,10 +140,10 @@ class Watcher:
                 self._hear(source)
             for index, link in list(self._links.items()):
                 if link.open and time.monotonic() - link.heard > SILENCE_SECONDS:
-                    self._lose(index, f"nothing was heard of it for {SILENCE_SECONDS:g} s: its host or the network is down")
+                    self._lose(index, f"no message from it for {SILENCE_SECONDS:g} s: its host or the network is down")
             if not ready and self._server is not None and now - began > JOIN_SECONDS + 10:
                 absent = [index for index in range(1, self._count) if index not in self._links and index not in self._gone]
-                self._lose(absent[0], "its watcher could not reach that of process 0: is a firewall between them?")
+                self._lose(absent[0], "its watcher could not reach the watcher of process 0. Check for a firewall.")
 
     def _tell_ready(self) -> bool:
         known = set(self._links) | self._gone
@@ -153,7 +153,7 @@ class Watcher:
         return True
 
     def _is_over(self) -> bool:
-        """Whether the run ended well here, and everybody who must be heard has said so, too."""
+        """Whether the run succeeded in this process and, for process 0, in all others."""
         return self._left and (self._index != 0 or len(self._gone) == self._count - 1)
 
     def _hear(self, source: Any) -> None:
@@ -212,7 +212,7 @@ class Watcher:
             self._end_after_parent()
 
     def _end_after_parent(self) -> None:
-        """The process that this one watches is gone. If process 0 was lost before it, that is why: jax aborts all others at once then."""
+        """Reports why the watched process is gone. If process 0 was lost first, that is the reason: jax then aborts the others."""
         deadline = time.monotonic() + _LEAVING_SECONDS
         while (link := self._links.get(0)) is not None and time.monotonic() < deadline:
             if not select.select([link], [], [], 0.1)[0]:
@@ -225,7 +225,7 @@ class Watcher:
                     self._end(int(message["lost"]), str(message["name"]), str(message["why"]))
             if not link.open:
                 self._end(0, self._names[0], _WITHOUT_A_WORD)
-        self._say(self._index, self._names[self._index], f"{_WITHOUT_A_WORD}, or aborted by jax, which says why above")
+        self._say(self._index, self._names[self._index], f"{_WITHOUT_A_WORD}, or aborted by jax (see its message above)")
         sys.exit(0)
 
     def _tell_others(self, index: int, why: str) -> None:
@@ -237,12 +237,12 @@ class Watcher:
                 link.send({"failed": why})
 
     def _lose(self, index: int, why: str) -> None:
-        """Process `index` is lost: all who are linked to this one hear of it, and this process ends."""
+        """Tells all linked watchers that process `index` is lost, and ends the watched process."""
         self._tell_others(index, why)
         self._end(index, self._names.get(index, "never seen"), why)
 
     def _end(self, index: int, name: str, why: str) -> None:
-        """Says who was lost, and ends the process that this one watches."""
+        """Prints which process was lost, and ends the watched process."""
         self._say(index, name, why)
         self._parent.send({"lost": index, "why": why})
         deadline = time.monotonic() + _LEAVING_SECONDS
@@ -251,7 +251,7 @@ class Watcher:
                 self._parent.receive()
         if self._parent.open:
             with contextlib.suppress(ProcessLookupError):
-                if os.getppid() == _PARENT:  # else it has ended meanwhile
+                if os.getppid() == _PARENT:  # otherwise it has already ended
                     os.kill(_PARENT, signal.SIGKILL)
         sys.exit(0)
 
@@ -270,8 +270,8 @@ def _link(held: socket.socket) -> Link:
 
 
 def main() -> None:
-    """Reads who it is from standard input, tells its port (process 0) or that it is linked, and watches."""
-    # The process that it watches decides what a signal to the whole group means; this one ends when that does.
+    """Reads its identity from standard input, reports its port (process 0) or that it is connected, and watches."""
+    # The watched process handles signals to the whole group; the watcher ends after it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = Link(sys.stdin.fileno(), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""What became of rollouts: as the journal keeps it, and as rollouts/ shows it to people."""
+"""Rows about rollouts: attempts for the journal, and rows for rollouts/."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,17 +8,17 @@ from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
 
 STDOUT_CHARS = 4000
-"""Of a program's output, so much of the end goes into the journal."""
+"""Characters of a program's output that the journal keeps, from its end."""
 
 
 def attempt_of(
     task: Task, step: int, parent: State, rollout: Rollout, code: str | None, verdict: Verdict | None, adapter_step: int
 ) -> Attempt:
-    """Everything that became of a rollout, as the journal keeps it.
+    """The journal's record of a rollout.
 
     Args:
-      task, parent: that its group was asked about.
-      code, verdict: None if the rollout holds no program.
+      task, parent: task and parent state of its group.
+      code, verdict: None if the rollout has no program.
       adapter_step: optimiser steps that the adapter had seen.
     """
     common = {
@@ -57,17 +57,17 @@ def rollout_rows(
     verdicts: Mapping[RolloutKey, Verdict],
     tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
-    """One row a rollout for rollouts/ (see `rollouts.COLUMNS`), the prompt's text with the first of its group.
+    """One row per rollout for rollouts/, see `rollouts.COLUMNS`. Only the first row of a group has the prompt's text.
 
     Args:
       prompts: by group.
-      advantages: of those rollouts that take part in the update.
-      verdicts: of those that hold a program.
+      advantages: of the rollouts that the update includes.
+      verdicts: of the rollouts with a program.
     """
     rows = []
     for attempt in attempts:
-        place = attempt.group, attempt.index
-        rollout, verdict = rollouts[place], verdicts.get(place)
+        key = attempt.group, attempt.index
+        rollout, verdict = rollouts[key], verdicts.get(key)
         rows.append(
             {
                 "id": attempt.id,
@@ -88,7 +88,7 @@ def rollout_rows(
                 "outcome": attempt.outcome.value,
                 "score": attempt.score,
                 "reward": attempt.reward,
-                "advantage": advantages.get(place),
+                "advantage": advantages.get(key),
                 "seconds": verdict.execution.seconds if verdict is not None else None,
                 "cached": verdict is not None and verdict.execution.cached,
             }

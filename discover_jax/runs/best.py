@@ -1,4 +1,4 @@
-"""best/: the best program of a run with its submission, its grade, how it came about, and how to run it again."""
+"""best/: the best program of a run, its submission, grade and lineage, and a script that runs it again."""
 
 import difflib
 import json
@@ -15,19 +15,19 @@ from discover_jax.types import State, Verdict
 
 
 def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
-    """Where the bundle of a competition lies: best/ itself if the run has no other, else a folder of that name in it."""
+    """The folder of a competition's best program: best/ itself if the run has one competition, else best/COMPETITION."""
     return best_dir if alone else best_dir / competition
 
 
 def grade_of(task: Task, best: State, verdict: Verdict, seed: int) -> dict[str, Any]:
-    """What grade.json says: the scores, the rows that they are of, how sure they are, and what chose the program.
+    """The content of grade.json: scores, their rows and intervals, and what selected the program.
 
     Args:
-      best: the program's state, with a score.
-      verdict: on it.
-      seed: of the run.
+      best: state of the program, with a score.
+      verdict: verdict on the program.
+      seed: seed of the run.
     """
-    assert best.score is not None, "only graded programs are the best"
+    assert best.score is not None, "the best program always has a score"
     private_score, submission = verdict.grade.private_score, verdict.execution.csv
     private_interval = (
         no_interval("there is no private score") if private_score is None else task.private_score_interval(private_score, submission)
@@ -54,35 +54,35 @@ def grade_of(task: Task, best: State, verdict: Verdict, seed: int) -> dict[str, 
 
 
 def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, Any], bytes] | None:
-    """grade.json and the submission of a program; None if the folder holds no whole bundle, or another program's."""
+    """grade.json and the submission of a program; None if the folder is incomplete or holds another program."""
     try:
         grade = parse_json((folder / "grade.json").read_bytes())
         submission = (folder / "submission.csv").read_bytes()
-    except (OSError, ValueError):  # whoever asks says that it is not there
+    except (OSError, ValueError):  # the caller reports the missing bundle
         return None
     mine = isinstance(grade, dict) and (grade.get("id"), grade.get("competition")) == (best.id, competition)
     return (grade, submission) if mine else None
 
 
 def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade: dict[str, Any], disclosure: bytes, rerun: str) -> None:
-    """Replaces the whole folder: built beside it under another name, then swapped in by renaming.
+    """Replaces the whole folder: writes a new one next to it, then swaps the two by renaming.
 
-    A kill between the two renames leaves best/ absent and the old one beside it, as `.best.old`; the next call, which a resumed run
-    makes, puts things right.
+    After a kill between the two renames, best/ is missing and `.best.old` holds the old one. The next call repairs this; a resumed run
+    makes it.
 
     Args:
-      best_dir: the folder; need not exist.
-      lineage: ancestors of the best state and the state itself, oldest first, as `archive.lineage` gives them.
-      submission: bytes of its submission, CSV.
-      grade: score and whatever belongs to it; what JSON can hold.
-      disclosure: the run's disclosure.json, for whoever gets the folder alone.
-      rerun: the text of rerun.sh, as `rerun.script` gives it.
+      best_dir: the folder, which need not exist.
+      lineage: ancestors of the best state and the state itself, oldest first; see `archive.lineage`.
+      submission: its submission, as CSV.
+      grade: content of grade.json, see `grade_of`.
+      disclosure: content of the run's disclosure.json, so that the folder can be shared by itself.
+      rerun: text of rerun.sh, see `rerun.script`.
 
     Raises:
-      RunError: an empty lineage, or a disk that is full or fails; the old folder is then still there.
+      RunError: the lineage is empty, or the disk is full or fails; the old folder is then kept.
     """
     if not lineage:
-        raise RunError(f"There is no lineage to write to {best_dir}: the best program's id is not in the journal.")
+        raise RunError(f"Cannot write {best_dir}: the best program is not in the journal.")
     best_dir = Path(best_dir)
     new, old = best_dir.with_name(f".{best_dir.name}.new"), best_dir.with_name(f".{best_dir.name}.old")
     try:
@@ -109,8 +109,8 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
         _remove(old)
     except OSError as error:
         raise RunError(
-            f"The best program could not be written to {best_dir} ({error}); it is in the journal. Free some space, then start the same"
-            " command again."
+            f"Cannot write the best program to {best_dir} ({error}). It is still in the journal. Free some space and run the same command"
+            " again."
         ) from error
 
 
@@ -119,7 +119,7 @@ def _row(state: State) -> dict[str, Any]:
 
 
 def _diffs(lineage: list[State]) -> str:
-    """What each state changed in the one before it, as unified diffs; the oldest is compared with nothing."""
+    """Unified diffs of each state to the one before it; the oldest is compared with an empty file."""
     parts = []
     before: State | None = None
     for state in lineage:
@@ -131,7 +131,7 @@ def _diffs(lineage: list[State]) -> str:
 
 
 def _text(text: str) -> bytes:
-    """A program's bytes; lone surrogates, which UTF-8 cannot carry, become question marks."""
+    """A program as UTF-8; lone surrogates, which UTF-8 cannot encode, become question marks."""
     return (text if text.endswith("\n") else text + "\n").encode(errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""disclosure.json: what signal reached the search, who graded, and how programs were isolated; for whoever reads a run's scores."""
+"""disclosure.json: the source of rewards, the grader and the isolation of programs, for readers of a run's scores."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ class Isolation:
     """How the programs behind a run's scores were isolated.
 
     Attributes:
-      isolated: whether none of them could reach the answers.
-      lines: one for each way, as `Executor.describe` gives it, in the order of their first use.
+      isolated: whether no program could reach the answers.
+      lines: one per kind of isolation, from `Executor.describe`, in order of first use.
     """
 
     isolated: bool
     lines: tuple[str, ...]
 
     def after(self, later: "Isolation") -> "Isolation":
-        """Of both together; what was weaker once stays so."""
+        """This isolation followed by a `later` one: isolated only if both are."""
         return Isolation(self.isolated and later.isolated, tuple(dict.fromkeys([*self.lines, *later.lines])))
 
 
@@ -39,16 +39,16 @@ def write_disclosure(
     isolation: Isolation,
     goes_on_from: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the file at the start of a run, and again at each resumption.
+    """Writes the file when a run starts or resumes.
 
     Args:
-      search: the settings that say how scores were used: advantage, reuse and the like; what JSON can hold.
-      isolation: of the programs to come, and of those of a run that this one goes on from. A run that is resumed on another machine keeps
-        the lines of both; once not isolated, it stays so.
-      goes_on_from: of that run, what JSON can hold; None if there is none, or it was told before.
+      search: settings that control how scores are used, such as advantage and reuse, as JSON.
+      isolation: of the programs of this run and of the run that it continues. A run resumed on another machine keeps the lines of both
+        machines; once it is not isolated, it stays so.
+      goes_on_from: JSON about the run that this one continues; None if there is none, or the file already has it.
 
     Raises:
-      RunError: an earlier file cannot be read, or this one not written.
+      RunError: an earlier file cannot be read, or the new one cannot be written.
     """
     earlier = read_disclosure(workdir.path)
     if earlier is not None:
@@ -84,7 +84,7 @@ def _disclosed(task: Task) -> dict[str, Any]:
         "leaderboard": {
             "thresholds": {threshold.name: threshold.score for threshold in task.thresholds} or "unavailable",
             "source": task.competition.thresholds_source if task.thresholds else None,
-            "note": task.competition.thresholds_note or "The competition's definition names none.",
+            "note": task.competition.thresholds_note or "The competition's definition has none.",
         },
         "task_fingerprint": task.fingerprint,
     }
@@ -105,7 +105,7 @@ def _isolation(content: dict[str, Any]) -> Isolation:
 
 
 def read_disclosure(folder: Path) -> dict[str, Any] | None:
-    """The content of disclosure.json, of which only the part on isolation has been checked; None if the folder has none.
+    """The content of disclosure.json, with only its isolation checked; None if the folder has no such file.
 
     Raises:
       RunError: the file cannot be read.
@@ -121,7 +121,7 @@ def read_disclosure(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} cannot be read ({error!r}), so it is not known how this run's programs were isolated before. Put the original back, or"
-            " start a new run in another folder (--workdir)."
+            f"Cannot read {path} ({error!r}), which records how this run's programs were isolated. Restore the file, or start a new run in"
+            " another folder (--workdir)."
         ) from error
     return content

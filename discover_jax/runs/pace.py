@@ -1,4 +1,4 @@
-"""How long the step and the run will still take: guesses for people, from the steps before."""
+"""Estimates of the remaining time of a step and a run, from earlier steps."""
 
 import statistics
 import time
@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable
 
 _RECENT = 5
-"""So many steps are looked back on: prompts and replies grow while a run goes on, and steps with them."""
+"""Steps that an estimate uses. Prompts and replies grow during a run, and steps take longer."""
 
 
 class Pace:
-    """Times the phases of the steps of this start of the run.
+    """Times the phases of each step since this process started.
 
     Args:
-      clock: seconds from any moment.
+      clock: seconds since an arbitrary moment.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -26,11 +26,11 @@ class Pace:
         self._steps_later = 0
 
     def step(self, step: int, steps: int) -> None:
-        """A step begins, which ends the one before: `step` from 0, of `steps`."""
+        """Ends the current step and starts step `step`, from 0, of `steps`."""
         if self._phase is not None:
             self._end_phase()
             if len(self._earlier) == 1 and not self._compiled:
-                self._earlier.clear()  # the first one, in which everything was compiled
+                self._earlier.clear()  # the first step, which includes compilation
                 self._compiled = True
             self._earlier.append(self._done)
         self._done, self._phase = {}, ""
@@ -38,7 +38,7 @@ class Pace:
         self._steps_later = steps - step - 1
 
     def phase(self, name: str) -> None:
-        """A phase of the step begins, which ends the one before."""
+        """Ends the current phase and starts the next one."""
         if self._phase is not None:
             self._end_phase()
             self._phase = name
@@ -55,11 +55,11 @@ class Pace:
         return 0.0 if self._phase is None else self._clock() - self._step_began
 
     def left(self, share: float) -> str:
-        """What is left of step and run, in words; "" where nothing can be said yet.
+        """The remaining time of step and run, as text; "" if it is not known yet.
 
         Args:
-          share: of the phase's work, what is done; 0 or 1 where it shows no progress. In the first step of a start it alone tells anything,
-            of that phase only.
+          share: fraction of the phase's work that is done; 0 or 1 if the phase reports no progress. In the first step after a start, the
+            estimate covers only the current phase, and only from this fraction.
         """
         if self._phase is None:
             return ""
@@ -73,11 +73,11 @@ class Pace:
         if of_phase <= 0:  # longer than usual
             of_phase = at_this_rate
         of_step = of_phase + sum(seconds for name, seconds in usual.items() if name != self._phase and name not in self._done)
-        return f"~{duration(of_step)} left, of the run {duration(of_step + self._steps_later * sum(usual.values()))}"
+        return f"~{duration(of_step)} left, run {duration(of_step + self._steps_later * sum(usual.values()))}"
 
 
 def duration(seconds: float) -> str:
-    """A time for people, in two units at most."""
+    """A time in at most two units."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

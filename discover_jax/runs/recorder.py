@@ -1,7 +1,7 @@
 """Everything that a run writes or shows: journal, best/, rollouts, metrics, trackers, report and console.
 
 The first process of a run has a `RunRecorder`, the others a `NullRecorder`, so the loop does not ask which process it is in.
-Checkpoints are apart: all processes write them together (see `checkpoints`).
+It does not write checkpoints: all processes write them together, see `checkpoints`.
 """
 
 import dataclasses
@@ -48,10 +48,10 @@ class StepRecord:
     Attributes:
       step: from 0.
       prompts_G: one for each group.
-      rollouts, verdicts, advantages: by rollout. Rollouts without a program have no verdict; those that the update skips no advantage.
+      rollouts, verdicts, advantages: by rollout. No verdict without a program; no advantage if left out of the update.
       attempts: in the order of their keys.
       frontiers: after the step, by competition id.
-      metrics: those that the stages measured, see `metrics.SCHEMA`.
+      metrics: measured by the stages, see `metrics.SCHEMA`.
     """
 
     step: int
@@ -87,7 +87,7 @@ class Recorder(Protocol):
         ...
 
     def progress(self, progress: StepProgress) -> None:
-        """Shows how far sampling and programs are."""
+        """Shows the progress of sampling and of programs."""
         ...
 
     def passes(self, done: int, total: int) -> None:
@@ -95,11 +95,11 @@ class Recorder(Protocol):
         ...
 
     def record(self, record: StepRecord) -> None:
-        """Writes everything about a step but its checkpoint."""
+        """Writes everything about a step except its checkpoint."""
         ...
 
     def host_state(self, frontiers: Mapping[str, Frontier]) -> dict[str, Any]:
-        """The host's part of the step's checkpoint, as JSON can hold it."""
+        """The host part of the step's checkpoint, as JSON."""
         ...
 
     def end_step(self) -> None:

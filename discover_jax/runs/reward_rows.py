@@ -1,7 +1,7 @@
-"""Which rows made the scores of a run: kept in its checkpoints, so that scores of other rows never get mixed with them.
+"""Which rows made the scores of a run. Checkpoints keep this, so that scores of different rows never mix.
 
-Scores of one competition can be compared, and programs chosen by them, only where the same rows made them. Private scores, above all, must
-not come into a run with the reward `holdout`, of which every summary says that no prompt, reward or choice saw them.
+Scores of a competition are comparable only if the same rows made them. In particular, private scores must not enter a run with the reward
+`holdout`: its summaries state that no prompt, reward or selection used the private answers.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ _CONFIG_NAMES = {
     "reward": "config.task.reward",
     "holdout_fraction": "config.task.holdout_fraction",
     "holdout_folds": "config.task.holdout_folds",
-    "seed": "config.seed, which draws the held-out rows",
+    "seed": "config.seed (draws the held-out rows)",
     "judge": "config.task.grader",
-    "definition_sha256": "the competition's file, SHA-256",
+    "definition_sha256": "SHA-256 of the competition's file",
 }
 
 
@@ -29,8 +29,8 @@ class RewardRows:
     Attributes:
       task: the competition's id.
       reward: "grade" or "holdout".
-      fingerprint: the task's: equal ones grade alike.
-      settings: name and value of each setting that the fingerprint covers, to tell what differs.
+      fingerprint: fingerprint of the task; tasks with equal fingerprints give equal grades.
+      settings: name and value of each setting that the fingerprint covers, to report differences.
     """
 
     task: str
@@ -40,7 +40,7 @@ class RewardRows:
 
 
 def reward_rows(tasks: Iterable[Task], earlier: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """A row for each task, for `HostState.rewards`, and the `earlier` ones of other competitions, whose scores stay in the journal."""
+    """Rows for `HostState.rewards`: one per task, and the `earlier` rows of other competitions, whose scores stay in the journal."""
     mine = [RewardRows(task.id, task.reward_source, task.fingerprint, [list(pair) for pair in task.settings]) for task in tasks]
     ids = {row.task for row in mine}
     return [*(dict(row) for row in earlier if row["task"] not in ids), *map(dataclasses.asdict, mine)]
@@ -49,43 +49,45 @@ def reward_rows(tasks: Iterable[Task], earlier: Sequence[Mapping[str, Any]] = ()
 def check_reward_rows(
     rows: Sequence[Mapping[str, Any]], archive: Sequence[Mapping[str, Any]], tasks: Iterable[Task], *, what: str, remedy: str
 ) -> None:
-    """Refuses to go on where the scores of a checkpoint were made from other rows than those to come.
+    """Raises if other rows made the scores of a checkpoint than will make the next ones.
 
     Args:
-      rows, archive: of the checkpoint's `HostState`.
-      tasks: of the run that is to go on; a competition that the checkpoint does not know may join.
-      what, remedy: of the error: whose checkpoint it is, and what to do.
+      rows, archive: `rewards` and `archive` of the checkpoint's `HostState`.
+      tasks: tasks of the run. Competitions that are not in the checkpoint may be added.
+      what, remedy: for the error message: name of the checkpoint, and what to do.
 
     Raises:
-      RunError: listing each setting that differs; or a row cannot be read.
+      RunError: a setting differs (the message lists all that do), or a row is invalid.
     """
     try:
         known = {(checked := from_row(RewardRows, row)).task: checked for row in rows}
     except ValueError as error:
-        raise RunError(f"{what} does not say which rows made its scores: {error}. It was altered, or made by another version.") from error
+        raise RunError(
+            f"{what} does not record which rows made its scores: {error}. It was altered or written by another version."
+        ) from error
     found = []
     for task in tasks:
         theirs = known.get(task.id)
         if theirs is None and any(row.get("task") == task.id for row in archive):
-            found.append(f"  - {task.id}: {what} has programs of it, but does not say which rows made their scores")
+            found.append(f"  - {task.id}: {what} has programs for it, but does not record which rows made their scores")
         elif theirs is not None and theirs.fingerprint != task.fingerprint:
             found += [f"  - {task.id}: {difference}" for difference in _differences(theirs, task)]
     if found:
         listed = "\n".join(found)
         raise RunError(
-            f"{what} holds scores that were made from other rows, or otherwise, than the scores to come, so that neither its programs nor"
-            f" its adapter can go on here:\n{listed}\n{remedy}"
+            f"{what} has scores that were made from other rows or with other settings, so this run cannot use its programs or adapter:"
+            f"\n{listed}\n{remedy}"
         )
 
 
 def _differences(theirs: RewardRows, task: Task) -> list[str]:
-    """Each setting that differs, in people's words."""
+    """A description of each setting that differs."""
     there = {str(pair[0]): pair[1] for pair in theirs.settings if isinstance(pair, list) and len(pair) == 2}
     here = dict(task.settings)
     names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
     if not names:
-        return ["the prepared tables or the answers are others, though all settings are the same"]
-    return [f"{_CONFIG_NAMES.get(name, name)}: there {_shown(there, name)}, here {_shown(here, name)}" for name in names]
+        return ["the prepared tables or the answers differ, although all settings are equal"]
+    return [f"{_CONFIG_NAMES.get(name, name)}: {_shown(there, name)} in the checkpoint, {_shown(here, name)} in this run" for name in names]
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""rollouts/: what the policy wrote, one Parquet file a step, for reading and plotting. The run itself never reads it back."""
+"""rollouts/: prompts and replies, one Parquet file per step, for reading and plotting. The run itself never reads them."""
 
 import contextlib
 from collections.abc import Sequence
@@ -36,19 +36,19 @@ COLUMNS: dict[str, str] = {
     "seconds": _NUMBER,
     "cached": _YES_NO,
 }
-"""Name -> type, in the order of a file; docs/run_folder.md says what each means. Texts and numbers may be missing, counts may not."""
+"""Name -> type, in the order of a file; docs/run_folder.md defines them. Texts and numbers may be missing, counts may not."""
 
 _ROWS_AT_ONCE = 512
-"""Rows of a row group, all of whose texts are in memory at once in another form: 6,000 replies of 26,000 tokens are 600 MB."""
+"""Rows of a row group. The writer holds a second copy of a row group's texts in memory; 6,000 replies of 26,000 tokens are 600 MB."""
 
 
 def write_rollouts(directory: Path, step: int, rows: Sequence[dict[str, Any]]) -> Path:
-    """Writes step-NNNNNN.parquet, one row a rollout, all or nothing; a resumed run replaces the file of a step that it does again.
+    """Writes step-NNNNNN.parquet atomically, one row per rollout. A resumed run replaces the files of steps that it repeats.
 
     Args:
-      directory: exists.
+      directory: an existing folder.
       step: from 0.
-      rows: each with all names of COLUMNS; None for what is missing.
+      rows: each with all names of COLUMNS; None for a missing value.
 
     Returns:
       The file's path.
@@ -60,7 +60,7 @@ def write_rollouts(directory: Path, step: int, rows: Sequence[dict[str, Any]]) -
     for row in rows:
         if row.keys() != COLUMNS.keys():
             raise ConfigError(
-                "A row of rollouts does not fit discover_jax.runs.rollouts.COLUMNS: unknown"
+                "A rollout row does not match discover_jax.runs.rollouts.COLUMNS: unknown"
                 f" {sorted(row.keys() - COLUMNS.keys())}, missing {sorted(COLUMNS.keys() - row.keys())}."
             )
     table = pd.DataFrame(
@@ -81,7 +81,7 @@ def write_rollouts(directory: Path, step: int, rows: Sequence[dict[str, Any]]) -
 
 
 def _stored(value: Any) -> Any:
-    """The value, lone surrogates of a text as escapes: UTF-8 has none, and what a program printed may hold some."""
+    """The value, with lone surrogates escaped: a program may print them, but UTF-8 cannot encode them."""
     if not isinstance(value, str) or value.isascii():
         return value
     return value.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""What sums a step up: its row of metrics; and a run: its last lines."""
+"""Summaries: the metrics row of a step, and the first and last console lines of a run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ def step_row(
     timings: dict[str, float | None],
     learning_metrics: Mapping[str, float | None],
 ) -> dict[str, Any]:
-    """One row for `MetricsWriter.write`; `metrics.SCHEMA` says what each name means.
+    """One row for `MetricsWriter.write`; `metrics.SCHEMA` defines the names.
 
     Args:
       step: from 0.
       attempts: all rollouts of the step, at least one.
-      best: the best state of each competition after this step, by its id.
-      timings: measured by the caller: `time/...` in seconds, `programs/...`; `sample/tokens_per_s` is worked out here.
-      learning_metrics: of signals, advantages and update, as the learning part gives them.
+      best: the best state after this step, by competition id.
+      timings: `time/...` in seconds and `programs/...`, measured by the caller. `sample/tokens_per_s` is computed here.
+      learning_metrics: metrics of signals, advantages and the update.
 
     Raises:
-      RunError: no attempts.
+      RunError: there are no attempts.
     """
     if not attempts:
-        raise RunError(f"Step {step} has no attempts to sum up.")
+        raise RunError(f"Step {step} has no attempts to summarize.")
     rewards = np.array([attempt.reward for attempt in attempts], np.float64)
     programs = [attempt.code for attempt in attempts if attempt.code is not None]
     tokens = sum(attempt.tokens for attempt in attempts)
@@ -84,7 +84,12 @@ def _constant_frac(attempts: Sequence[Attempt]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run came to on one competition: its best state, None if no program scored, and that one's score on the private answers."""
+    """The result of a run on one competition.
+
+    Attributes:
+      best: the best state; None if no program has a score.
+      private_score: its score on the private answers.
+    """
 
     task: Task
     best: State | None
@@ -92,10 +97,10 @@ class Result:
 
 
 def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
-    """What programs are scored on, and the best so far, where there is one: a run that is resumed, or goes on from another, begins with it.
+    """The source of rewards, and the best score so far if there is one (in resumed runs and in runs that continue another one).
 
     Args:
-      results: as of `closing_lines`; private scores are not shown.
+      results: one per competition; private scores are not shown.
     """
     lines = []
     for result in results:
@@ -109,22 +114,21 @@ def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
 
 
 def scale_warning(tasks: Sequence[Task], advantage: str) -> str | None:
-    """What to know when several competitions share an adapter whose advantages depend on the scale of rewards; None if nothing.
+    """A warning if advantages depend on the scale of rewards and competitions with different scales share an adapter; None otherwise.
 
-    Shares of rows, ranks, and logarithms each count as one scale. Other metrics have a scale of their own in each competition, as an error
-    has the unit of its target, so that two of them may differ.
+    Fractions of rows, ranks and logarithms each count as one scale. Any other metric has its own scale in each competition: an error has
+    the unit of its target.
 
     Args:
-      tasks: the run's.
+      tasks: the tasks of the run.
       advantage: name of the estimator.
     """
     if advantage == "entropic_adaptive" or len({_scale(task) for task in tasks}) < 2:
         return None
     scales = ", ".join(f"{task.id}: {task.metric.name}, transform {task.competition.transform!r}" for task in tasks)
     return (
-        f"Rewards of these competitions may lie on different scales ({scales}), and config.train.advantage = {advantage!r} gives advantages"
-        " that grow with them: one competition can drown the others out. 'entropic_adaptive' does not, nor do competitions with the"
-        " transform 'rank_in_group'."
+        f"The rewards of these competitions may differ in scale ({scales}). With config.train.advantage = {advantage!r}, advantages grow"
+        " with the scale, so one competition can dominate the update. Use 'entropic_adaptive', or the transform 'rank_in_group'."
     )
 
 
@@ -134,33 +138,33 @@ def _scale(task: Task) -> str:
         return "ranks"
     if competition.transform == "log":
         return "logarithms"
-    return "shares" if competition.metric.proportion and competition.transform == "identity" else f"that of {task.id}"
+    return "fractions" if competition.metric.proportion and competition.transform == "identity" else f"scale of {task.id}"
 
 
 def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, kind: RunKind) -> list[str]:
-    """What a run came to, for people: how the mean and the best moved, where the best program lies, how its score was chosen, and how
-    programs were isolated and bounded.
+    """The result of a run, for the console: change of the mean reward and of the best score, path of the best program, what selected it,
+    and how programs were isolated and limited.
 
     Args:
-      results: one for each competition.
-      rows: of metrics, all steps so far.
+      results: one per competition.
+      rows: metrics rows of all steps so far.
 
     Raises:
       RunError: disclosure.json cannot be read.
     """
     isolation = read_isolation(workdir.path)
     assert isolation is not None, "written at the start of every run"
-    ways = [f"programs ran in  {line}" for line in isolation.lines]
+    isolation_lines = [f"programs ran in  {line}" for line in isolation.lines]
     if not isolation.isolated:
         weaker = "; then ".join(isolation.lines)
-        ways.append(f"WEAKER ISOLATION: {weaker}. What programs did to this machine, and what they read, is not known.")
+        isolation_lines.append(f"WEAKER ISOLATION: {weaker}. It is unknown what programs read or changed on this machine.")
     if not rows or all(_score(result.best) is None for result in results):
-        return ["No program has scored yet.", f"Everything is in {workdir.path}", *ways]
+        return ["No program has scored yet.", f"run directory {workdir.path}", *isolation_lines]
     first, last = rows[0], rows[-1]
     return [
         f"{'After training' if kind.learns else 'After search'}, steps {first['step'] + 1} to {last['step'] + 1}:",
         *(line for result in results for line in _result_lines(result, rows, workdir, alone=len(results) == 1)),
-        *ways,
+        *isolation_lines,
     ]
 
 
@@ -185,10 +189,10 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
         if result.private_score is not None:
             interval = task.private_score_interval(result.private_score, submission)
             known = f"{result.private_score:.4f}, {interval.text} ({task.private_rows:,} rows of the private answers)"
-        lines.append(f"its private {name}  {known}; this chose nothing")
+        lines.append(f"its private {name}  {known}; not used for selection")
     return [
         *lines,
-        f"best program {folder / 'solution.py' if submission is not None else f'{best.id} of the journal, which {folder} does not hold'}",
+        f"best program {folder / 'solution.py' if submission is not None else f'{best.id} (in the journal; missing from {folder})'}",
         task.disclosure.text,
         f"leaderboard  {task.leaderboard}",
     ]
@@ -208,5 +212,5 @@ def _submission(best: State, folder: Path, task: Task) -> bytes | None:
 
 
 def _of_rows(task: Task, score: float, submission: bytes | None) -> str:
-    """How sure a best score is, and which rows it is of: what stands behind it wherever it is shown."""
+    """The interval of a best score and the rows that it was measured on; shown after every best score."""
     return f", {task.score_interval(score, submission).text} ({task.disclosure.scored_on})"
