@@ -1,4 +1,4 @@
-"""Batches of packed documents, drawn endlessly by several processes; the i-th batch depends on the seed and i alone."""
+"""An endless stream of batches of packed documents, drawn by several processes. Batch i depends only on the seed and i."""
 
 import contextlib
 import dataclasses
@@ -17,14 +17,14 @@ from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Several documents a row; all arrays are int32 [B rows, T tokens].
+    """Rows of several documents each. All arrays are int32 [B rows, T tokens].
 
     Attributes:
-      tokens_BT: inputs; `pad_id` where nothing is.
-      targets_BT: the token after each.
-      positions_BT: place of a token within its document, from 0.
-      segments_BT: which of its row's documents a token belongs to, from 1; 0 is padding.
-      mask_BT: 1 where the target belongs to the reply, 0 elsewhere: only replies bear loss.
+      tokens_BT: inputs; `pad_id` for padding.
+      targets_BT: the token after each input.
+      positions_BT: position of a token within its document, from 0.
+      segments_BT: number of a token's document within its row, from 1; 0 for padding.
+      mask_BT: 1 where the target belongs to the reply, else 0; the loss includes only replies.
     """
 
     tokens_BT: np.ndarray
@@ -34,12 +34,12 @@ class Batch:
     mask_BT: np.ndarray
 
 
-# A row counts as full once this many documents in a row found no place in any row.
+# Packing ends when this many consecutive documents fit no row.
 _PATIENCE = 8
 
 
 def draw_batch(tokenizer: Tokenizer, *, rows: int, row_tokens: int, seed: int, index: int) -> Batch:
-    """Packs documents into rows, each where it leaves the least space, until several in a row fit nowhere.
+    """Packs documents into rows, each into the fullest row that has room, until `_PATIENCE` consecutive ones fit no row.
 
     Raises:
       CapacityError: a document is longer than a row.

@@ -1,8 +1,8 @@
 """Documents that the apprentice learns from: a prompt, a short plan, a program.
 
-Two kinds. A fresh program is drawn from the grammar. An edit shows a parent program in the prompt and answers with one or two changes of
-it, better or worse alike. What the prompt says of the competition, its metric and the parent's score is drawn at random and has no
-bearing on the program: which programs are good is not for the corpus to teach.
+Two kinds. A fresh program is drawn from the grammar. An edit shows a parent program in the prompt and answers with one or two changes to
+it, for better or worse. The competition, metric and parent's score in the prompt are random and
+independent of the program: the corpus must not teach which programs are good.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Document:
 
 
 def draw_document(rng: random.Random) -> Document:
-    """Draws a fresh program or an edit with a prompt to it."""
+    """Draws a fresh program or an edit, with its prompt."""
     program = programs.sample(rng)
     if rng.random() >= EDIT_FRACTION:
         return Document(_prompt(None, rng), f"plan: {programs.describe(program)}", programs.render(program))
@@ -40,11 +40,11 @@ def draw_document(rng: random.Random) -> Document:
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """Token ids of a whole document and the number of them that are the prompt's; the last id is <|return|>."""
+    """Token ids of a document, and the length of its prompt. The last id is <|return|>."""
     prompt = render([Message("user", document.prompt)], tokenizer)
     answer = f"```python\n{document.code}\n```"
     reply = render([Message("assistant", document.plan, "analysis"), Message("assistant", answer, "final")], tokenizer)
-    # `render` opens with <|start|>assistant, which the prompt already ends in, and closes with <|end|><|start|>assistant.
+    # `render` begins with <|start|>assistant, with which the prompt already ends, and ends with <|end|><|start|>assistant.
     opening = len(render([], tokenizer))
     return prompt + reply[opening : -opening - 1] + [tokenizer.special("<|return|>")], len(prompt)
 
@@ -57,6 +57,6 @@ def _prompt(parent: str | None, rng: random.Random) -> str:
 
 
 def _word(rng: random.Random) -> str:
-    """A made-up name, now and then with a number, as competitions have."""
+    """An invented name, sometimes with a number, as in names of competitions."""
     syllables = (rng.choice(_ONSETS) + rng.choice(_RIMES) for _ in range(rng.randint(1, 4)))
     return "".join(syllables) + rng.choice(("", "", "", str(rng.randint(1, 2030))))

@@ -1,4 +1,4 @@
-"""Measures an apprentice: what part of its programs run and grade, how they differ, how edits keep to their parents.
+"""Measures an apprentice: fraction of valid programs, their diversity, and the similarity of edits to their parents.
 
     python -m discover_jax.apprentice.evaluate [--weights=DIR] [--competition=spaceship-titanic --raw=train.csv] [--samples=256] [--seed=0]
 
@@ -35,12 +35,12 @@ MAX_PROMPT_TOKENS = 640
 MAX_NEW_TOKENS = 512
 PARENTS = 16
 NEAR = 0.85
-"""Two programs are near each other if their lines match at least this much, by `difflib`'s ratio."""
+"""Two programs are near each other if the `difflib` ratio of their lines is at least this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """A program and what became of it; `code` is None if the rollout holds none."""
+    """A program and its verdict; `code` is None if the rollout has no program."""
 
     parent: State
     code: str | None
@@ -53,12 +53,12 @@ class Sampled:
 
 
 def similarity(first: str, second: str) -> float:
-    """Part of the lines of two programs that match, in order, from 0 to 1."""
+    """Fraction of the lines of two programs that match in order, from 0 to 1."""
     return difflib.SequenceMatcher(None, first.split("\n"), second.split("\n"), autojunk=False).ratio()
 
 
 def report(sampled: Sequence[Sampled]) -> str:
-    """One line of numbers for people."""
+    """One line of statistics."""
     scores = [s.score for s in sampled if s.score is not None]
     codes = [s.code for s in sampled if s.code is not None]
     line = (
@@ -96,7 +96,7 @@ def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, sl
 
 
 def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, executor: Executor) -> list[Sampled]:
-    """Runs and grades what the rollouts wrote, in the order given."""
+    """Runs and grades the programs of the rollouts, in the given order."""
     codes = [program_of(rollout, tokenizer) for _, rollout in pairs]
     futures = [None if code is None else executor.submit(code) for code in codes]
     return [
@@ -115,7 +115,7 @@ def choose_parents(fresh: Sequence[Sampled], count: int) -> list[State]:
 
 
 def measure(sample: Sample, tokenizer: Tokenizer, executor: Executor, samples: int) -> tuple[list[Sampled], list[Sampled]]:
-    """Samples first attempts and edits, runs and grades them, and prints what came of it. Returns both; no edits if nothing ran."""
+    """Samples first attempts and edits, runs and grades them, and prints statistics. Returns both; no edits if no program was valid."""
     half = max(1, samples // 2)
     started = time.monotonic()
     pairs = sample([SEED], half, 0)
@@ -138,7 +138,7 @@ def _print_nearness(edits: Sequence[Sampled], parents: Sequence[State]) -> None:
     near = sum(r >= NEAR for r in nearness) / len(edits)
     copies = sum(s.code == s.parent.code for s in edits)
     mean = np.mean(nearness) if nearness else 0.0
-    print(f"  {near:.1%} are near their parent ({NEAR:.0%} of lines match, or more), mean {mean:.3f}; {copies} are its copy")
+    print(f"  {near:.1%} are near their parent ({NEAR:.0%} of lines match, or more), mean {mean:.3f}; {copies} are copies")
     unrelated = [similarity(a.code, b.code) for a, b in itertools.pairwise(parents)]
     if unrelated:
         print(f"  of unrelated programs, {np.mean([r >= NEAR for r in unrelated]):.1%} are near each other, mean {np.mean(unrelated):.3f}")
@@ -155,9 +155,9 @@ def _print_failures(sampled: Sequence[Sampled], shown: int = 8) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the apprentice's folder (the one that ships)")
-    parser.add_argument("--competition", default="digits-parity", help="a built-in id or a .py file (digits-parity)")
-    parser.add_argument("--raw", help="the competition's raw data, if it needs any")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the apprentice (default: the one that ships)")
+    parser.add_argument("--competition", default="digits-parity", help="a built-in id or a .py file (default: digits-parity)")
+    parser.add_argument("--raw", help="raw data of the competition, if it needs any")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The grammar of the apprentice's corpus: every choice that a program makes, and the line of code that each choice writes.
+"""The grammar of the apprentice's corpus: every choice of a program, and the code that each choice writes.
 
 A program fills a fixed skeleton. Each slot of the skeleton is a table of options; each option is a template with named settings, and
-each setting a grid of values. Options and values range from silly to good, and all are drawn alike: which of them are good is for the
-discovery loop to find out. Code for columns that only some competitions have is guarded, so that it does no harm elsewhere.
+each setting a grid of values. Options and values range from bad to good and are drawn with equal probability: finding the good ones is
+the task of the discovery loop. Code for columns that only some competitions have is guarded, so that it is harmless elsewhere.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ class Option:
     """One way to fill a slot.
 
     Attributes:
-      template: code with `{setting}` where a setting's value goes; lines are separated by newlines; empty when the option writes nothing.
-      settings: for each setting, the values it may take, as source text.
-      imports: modules' names that the code needs, as (module, name).
-      seconds: time on two slow cores at 7,800 rows, measured, for the slowest values; see `programs.seconds`.
+      template: code with `{setting}` as placeholder for a setting's value; may have several lines; empty if the option writes nothing.
+      settings: allowed values of each setting, as source text.
+      imports: imports that the code needs, as (module, name).
+      seconds: measured time on two slow cores at 7,800 rows, for the slowest values; see `programs.seconds`.
     """
 
     template: str
@@ -32,7 +32,7 @@ def _values(text: str) -> tuple[str, ...]:
 NOTHING = Option("")
 ALL_ROWS = Option("A, b, B = X[:n], y, X[n:]")
 PLAIN = (NOTHING, ALL_ROWS)
-"""Options that leave their slot's step out."""
+"""Options that skip their slot's step."""
 
 SPENDING = '["RoomService", "FoodCourt", "ShoppingMall", "Spa", "VRDeck"]'
 
@@ -41,7 +41,7 @@ def _guarded(column: str, code: str) -> str:
     return f'if "{column}" in X:\n    {code}'
 
 
-# Added columns: a program has any number of them. Order here is the order in the program.
+# Added columns. A program may have any number of them, in this order.
 FEATURES: dict[str, Option] = {
     "deck": Option(_guarded("Cabin", 'X["deck"] = X["Cabin"].str[0]')),
     "side": Option(_guarded("Cabin", 'X["side"] = X["Cabin"].str[-1]')),
@@ -77,7 +77,7 @@ def _category(expression: str, settings: dict[str, tuple[str, ...]] | None = Non
     return Option(f"for c in cat:\n    X[c] = {expression}", settings or {})
 
 
-# Slots that hold exactly one option, in the order of the program.
+# Slots with exactly one option each, in the order of the program.
 SLOTS: dict[str, dict[str, Option]] = {
     "drop": {
         "none": NOTHING,
@@ -160,7 +160,7 @@ SLOTS: dict[str, dict[str, Option]] = {
 MANY = "[(str(i), m) for i, m in enumerate(models)]"
 _ENSEMBLE = "sklearn.ensemble"
 
-# How the models' answers become one: P, an array of probabilities [rows of test, classes].
+# How the models' predictions are combined into P, an array of probabilities [rows of test, classes].
 COMBINE: dict[str, Option] = {
     "mean": Option("P = np.mean([proba(m, A, b, B) for m in models], axis=0)"),
     "product": Option("P = np.prod([proba(m, A, b, B) for m in models], axis=0)"),
@@ -320,7 +320,7 @@ MODELS: dict[str, Option] = {
     "constant": _model("sklearn.dummy", "DummyClassifier", "strategy={s}", 0.0, s='"prior" "most_frequent"'),
 }
 
-# A model may be bagged: the option's template holds the model's own code at {model}.
+# A model may be bagged: {model} in the template is the placeholder for the model's code.
 BAGGED = Option(
     "BaggingClassifier({model}, {n}, max_samples={part}, random_state=0)",
     {"n": _values("2 3 4 6"), "part": _values("0.5 0.6 0.7 0.8 0.9")},

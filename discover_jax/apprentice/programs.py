@@ -1,6 +1,6 @@
-"""Programs as values: draw one, change one or two of its choices, write its code, say in a few words what it does.
+"""Programs of the grammar as values: draws, changes, renders and describes them.
 
-A program holds one choice for each slot of the grammar, any number of added columns, and one to three models.
+A program has one choice for each slot of the grammar, any number of added columns, and one to three models.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from discover_jax.apprentice.grammar import BAGGED, COMBINE, FEATURES, MODELS, S
 MAX_FEATURES = 6
 MAX_MODELS = 3
 MAX_SECONDS = 2.5
-"""Programs that `seconds` puts above this are not drawn, so that a step of the loop takes seconds on two cores."""
+"""Programs that take longer, by `seconds`, are not drawn, so that a step of the loop takes seconds on two cores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model, and how it is bagged, if at all."""
+    """A model; `bagged` is None if it is not bagged."""
 
     choice: Choice
     bagged: Choice | None = None
@@ -39,7 +39,7 @@ class Program:
       features: added columns, in the order of `FEATURES`, each at most once.
       slots: one choice for each of `SLOTS`, in its order.
       models: one to three, in any order.
-      combine: how the models' answers become one.
+      combine: how the models' predictions are combined.
     """
 
     features: tuple[Choice, ...]
@@ -49,7 +49,7 @@ class Program:
 
 
 def sample(rng: random.Random) -> Program:
-    """Draws a program, every option and value alike, among those that take at most `MAX_SECONDS`."""
+    """Draws a program that takes at most `MAX_SECONDS`, with equal probabilities of options and values."""
     while True:
         names = rng.sample(list(FEATURES), rng.randint(0, MAX_FEATURES))
         program = Program(
@@ -63,10 +63,10 @@ def sample(rng: random.Random) -> Program:
 
 
 def mutate(program: Program, rng: random.Random) -> tuple[Program, tuple[str, ...]]:
-    """Changes one or two choices, for better or worse alike.
+    """Changes one or two choices, for better or worse.
 
     Returns:
-      The new program and, for each change, what it is in a few words ("scale standard -> robust").
+      The new program, and a short description of each change ("scale standard -> robust").
     """
     count = rng.choice((1, 2))
     while True:
@@ -80,14 +80,14 @@ def mutate(program: Program, rng: random.Random) -> tuple[Program, tuple[str, ..
 
 
 def difference(first: Program, second: Program) -> int:
-    """Number of choices in which two programs differ: slots, features added, removed or set otherwise, models, the combination."""
+    """Number of choices in which two programs differ: slots, added, removed or changed features, models, the combination."""
     slots = sum(a != b for a, b in zip(first.slots, second.slots, strict=True))
     features = len({c.option for c in set(first.features) ^ set(second.features)})
     return slots + features + (first.combine != second.combine) + _model_edits(first.models, second.models)
 
 
 def _model_edits(first: tuple[Model, ...], second: tuple[Model, ...]) -> int:
-    """Levenshtein distance between two lists of models: of at most three models each."""
+    """Levenshtein distance between two lists of at most three models each."""
     if not first or not second:
         return len(first) + len(second)
     if first[0] == second[0]:
@@ -97,7 +97,7 @@ def _model_edits(first: tuple[Model, ...], second: tuple[Model, ...]) -> int:
 
 
 def seconds(program: Program) -> float:
-    """Time that the program may take on two slow cores at 7,800 rows, beyond its imports: an upper estimate from measured parts."""
+    """Upper estimate, from measured parts, of the program's time on two slow cores at 7,800 rows, without imports."""
     total = sum(SLOTS[slot][choice.option].seconds for slot, choice in zip(SLOTS, program.slots, strict=True))
     repeats = {"stack": 2.5}.get(program.combine.option, 1.0)
     for model in program.models:
@@ -106,7 +106,7 @@ def seconds(program: Program) -> float:
     return total
 
 
-# Settings to which a model's time is proportional; the option's `seconds` hold for the last value of each grid.
+# A model's time is proportional to these settings. The option's `seconds` are for the last value of each grid.
 _TIMED = {"n", "steps"}
 
 
@@ -127,7 +127,7 @@ def _draw(name: str, option: Option, rng: random.Random) -> Choice:
 
 
 def _draw_from(options: dict[str, Option], rng: random.Random) -> Choice:
-    """Any option alike, but as often as not the one that leaves the slot's step out, where there is one."""
+    """Draws an option. If one skips the slot's step, it has probability 1/2; all others are equally likely."""
     plain = [name for name, option in options.items() if option in grammar.PLAIN]
     name = plain[0] if plain and rng.random() < 0.5 else rng.choice([name for name in options if name not in plain])
     return _draw(name, options[name], rng)
@@ -138,7 +138,7 @@ def _draw_model(rng: random.Random) -> Model:
     return Model(_draw_from(MODELS, rng), bagged)
 
 
-# Changing: each function makes one change and says it
+# Changing: each function makes one change and describes it
 
 
 def _other_value(option: Option, choice: Choice, rng: random.Random) -> tuple[Choice, str]:
@@ -151,7 +151,7 @@ def _other_value(option: Option, choice: Choice, rng: random.Random) -> tuple[Ch
 
 
 def _other_choice(kind: str, options: dict[str, Option], choice: Choice, rng: random.Random) -> tuple[Choice, str]:
-    """Another option, or where there are settings, as often another value of one of them."""
+    """Another option; if the choice has settings, with probability 1/2 another value of one of them instead."""
     if choice.values and rng.random() < 0.5:
         changed, words = _other_value(options[choice.option], choice, rng)
         return changed, f"{kind} {words}"
@@ -239,7 +239,7 @@ TAIL = "return pd.DataFrame({key: test[key], target: labels[P.argmax(axis=1)]})"
 
 
 def render(program: Program) -> str:
-    """The program's code, ending without a newline. A function of the program alone."""
+    """The program's code, without a final newline. Depends only on the program."""
     slots = {slot: (SLOTS[slot][choice.option], choice) for slot, choice in zip(SLOTS, program.slots, strict=True)}
     filled = {slot: _fill(option, choice) for slot, (option, choice) in slots.items()}
     body = [
@@ -292,7 +292,7 @@ def _imports(options: list[Option]) -> list[str]:
 
 
 def describe(program: Program) -> str:
-    """What the program does, in the words that the plan of a fresh program uses: one for each choice that writes a line."""
+    """The plan of a fresh program: a short description of each choice that writes a line."""
     words = [choice.option for choice in program.features]
     for slot, choice in zip(SLOTS, program.slots, strict=True):
         if SLOTS[slot][choice.option] not in grammar.PLAIN:

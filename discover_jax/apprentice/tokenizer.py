@@ -12,14 +12,14 @@ PAD = "<|endoftext|>"
 END = "<|return|>"
 DOCUMENTS = 3000
 _ASCII = "".join(map(chr, range(33, 127)))
-"""Every printable character has a piece of its own, so that programs from elsewhere do not fall to bytes."""
+"""Every printable character has its own piece, so that other programs are not encoded as bytes."""
 
 
 def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, documents: int = DOCUMENTS) -> None:
     """Writes `path`, a byte-pair SentencePiece model whose special tokens are control pieces. The same seed gives the same model.
 
-    A piece may hold spaces and begin with a line break, but never goes on to another line, so that lines that recur cost few tokens.
-    Digits stand alone: numbers are spelled, and so can go beyond the grammar's values.
+    A piece may contain spaces and begin with a line break, but never spans two lines, so frequent lines take few tokens. Each digit is a
+    piece, so numbers are not limited to the grammar's values.
     """
     import sentencepiece
 
@@ -52,9 +52,9 @@ def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, docu
 
 
 def _lines(seed: int, documents: int) -> Iterator[str]:
-    """Text as the trainer needs it: one line at a time, with the line break before it, since the trainer drops one at the end."""
+    """Lines of text for the trainer, each with the line break before it, since the trainer drops one at the end."""
     rng = random.Random(f"tokenizer {seed}")
-    yield from _ASCII  # some versions of the trainer stop at a required character that no text has
+    yield from _ASCII  # some versions of the trainer fail if no text has a required character
     for _ in range(documents):
         document = draw_document(rng)
         yield from ("user", "assistant", "analysis", "final")

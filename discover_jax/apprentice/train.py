@@ -1,12 +1,12 @@
-"""Trains the apprentice from nothing: tokenizer, corpus, weights, in one command.
+"""Trains the apprentice from scratch: tokenizer, corpus and weights in one command.
 
     python -m discover_jax.apprentice.train --out=DIR [--minutes=8 | --steps=N] [--seed=0]
 
 Writes DIR/config.json, DIR/model.safetensors (experts in MXFP4) and DIR/tokenizer.model: a folder like gpt-oss's own, for
-`discover_jax.models.folder.load_folder`. The folder is whole at any time after the first save, so that a killed run leaves a model.
+`discover_jax.models.folder.load_folder`. The folder is complete at any time after the first save, so that a killed run leaves a model.
 
 The weights that ship with the project took 8 minutes on one H200; BUILD_NOTES.md has the numbers. A CPU runs the same code, a few
-hundred times slower. With --steps the result depends on the seed alone, up to the device's rounding; with --minutes the learning rate
+hundred times slower. With --steps the result depends only on the seed, up to the device's rounding. With --minutes the learning rate
 follows the clock.
 """
 
@@ -34,12 +34,12 @@ from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 PEAK_LEARNING_RATE = 2e-3
 WARMUP = 0.02
 DECAY = 0.6
-"""Parts of the run: the learning rate rises over the first, and falls to zero over the last."""
+"""Fractions of the run in which the learning rate rises at the start and falls to zero at the end."""
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
 
 SYNC_STEPS = 20
-"""The host waits for the device this often, so that the clock it reads is the device's."""
+"""Steps after which the host waits for the device, so that measured times include the device's work."""
 LOG_SECONDS = 10.0
 SAVE_SECONDS = 120.0
 
@@ -48,7 +48,7 @@ SAVE_SECONDS = 120.0
 
 
 def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
-    """gpt-oss's architecture, small: 4.2 M parameters at a vocabulary of 2,048."""
+    """A small model with gpt-oss's architecture: 4.2 M parameters at a vocabulary of 2,048."""
     return ModelConfig(
         num_layers=6,
         width=192,
@@ -70,14 +70,14 @@ def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What a step changes: float32 weights in the layout of `Model.init_frozen`, and the optimiser's state."""
+    """The training state: float32 weights in the layout of `Model.init_frozen`, and the optimiser state."""
 
     weights: Any
     opt_state: Any
 
 
 def optimizer() -> optax.GradientTransformation:
-    """AdamW for a learning rate of 1; the step scales what it returns."""
+    """AdamW with a learning rate of 1; the step scales its updates."""
     return optax.chain(
         optax.clip_by_global_norm(CLIP),
         optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
@@ -112,7 +112,7 @@ def reply_loss(model: Model, weights: Any, batch: dict[str, jax.Array]) -> tuple
     """Mean negative log-probability of reply tokens, in nats.
 
     Returns:
-      The loss, and metrics: `loss` and `wrong`, the part of reply tokens that are not the likeliest.
+      The loss, and metrics: `loss` and `wrong`, the fraction of reply tokens that are not the most likely ones.
     """
     hidden_BTD = model.hidden(weights, None, batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"])
     logits_BTV = model.logits(weights, None, hidden_BTD)
@@ -140,7 +140,7 @@ def train_step(
 
 
 def learning_rate_at(progress: float) -> float:
-    """Warm-up, plateau, linear decay to zero, at a part of the run between 0 and 1."""
+    """Warm-up, plateau, linear decay to zero; `progress` is the fraction of the run, from 0 to 1."""
     return PEAK_LEARNING_RATE * min(1.0, progress / WARMUP + 1e-3, max(0.0, 1.0 - progress) / DECAY)
 
 
@@ -148,7 +148,7 @@ def learning_rate_at(progress: float) -> float:
 
 
 def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int, row_tokens: int, workers: int, dtype: Any) -> None:
-    """Trains for `steps`, or if that is None for `minutes` counted from the call; see the module's docstring for what is written."""
+    """Trains for `steps` or, if that is None, for `minutes` from the call. The module's docstring lists the files that it writes."""
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.model"
@@ -172,7 +172,7 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
             waited += time.monotonic() - before
             learner, metrics = train_step(model, learner, vars(batch), jnp.float32(learning_rate_at(progress)))
             step += 1
-            if step == 1:  # compilation is over: the clock that the learning rate follows begins, lest it miss the warm-up
+            if step == 1:  # the learning rate's clock starts after compilation, so that the warm-up is not skipped
                 jax.block_until_ready(metrics)
                 begun = logged_time = time.monotonic()
                 logged_step, waited = 1, 0.0
@@ -201,11 +201,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=8.0, help="length by the clock, all included but the last save (8)")
-    length.add_argument("--steps", type=int, help="length in steps, for a result that can be had again")
+    length.add_argument("--minutes", type=float, default=8.0, help="duration, including everything but the last save (8)")
+    length.add_argument("--steps", type=int, help="number of steps, for a reproducible result")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=64, help="rows a step (64)")
-    parser.add_argument("--row_tokens", type=int, default=512, help="tokens a row; the longest document has about 450 (512)")
+    parser.add_argument("--rows", type=int, default=64, help="rows per step (64)")
+    parser.add_argument("--row_tokens", type=int, default=512, help="tokens per row; the longest document has about 450 (512)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that draw the corpus")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
     arguments = parser.parse_args()

@@ -1,23 +1,23 @@
-"""Taking the program out of an answer: its last fenced Python block."""
+"""Extracts the program from an answer: its last fenced Python block."""
 
 import re
 
-# Three or more backticks or tildes alone on a line, or followed by an info string; an info string after backticks has none in it.
+# Three or more backticks or tildes at the start of a line, with an optional info string, which contains no backticks.
 _FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)$")
 _PYTHON = {"python", "python3", "py", "py3"}
 
 
 def extract_program(final: str, truncated: bool) -> str | None:
-    """The program in an answer, or None if it holds none.
+    """The program in an answer; None if there is none.
 
-    It is the last block fenced as Python (```python, ```py, any case, or ~~~). If no block says that it is Python, the last one without a
-    language that defines `run` is taken. Fences follow CommonMark: a block ends at a fence of the same sign, at least as long, with nothing
-    after it; so a longer fence may hold shorter ones. Two liberties, since models write so: any indentation, which is taken off the block;
-    and a ```python line within an open Python block starts it anew.
+    It is the last block labelled as Python (```python, ```py, any case, or with ~~~). If no block has that label, it is the last block
+    without a language that defines `run`. Fences follow CommonMark: a block ends at a fence of the same character that is at least as long
+    and has no info string, so a longer fence may contain shorter ones. Two extensions cover what models write: a fence may have any
+    indentation, which is removed from the block, and a ```python line inside an open Python block restarts it.
 
     Args:
       final: the answer's text.
-      truncated: whether the token budget cut the answer. Only then is a block that nobody closed taken.
+      truncated: whether the token budget cut the answer. Only then is an unclosed block accepted.
     """
     labelled = unlabelled = None
     for language, code in _blocks(final.replace("\r\n", "\n"), truncated):
@@ -66,6 +66,6 @@ def _language(opening: re.Match[str]) -> str:
 
 
 def _dedent(lines: list[str], opening: re.Match[str]) -> str:
-    """The block's text without the indentation of its opening fence, nor blank lines around it."""
+    """The block's text without the indentation of its opening fence and without surrounding blank lines."""
     indent = len(opening["indent"])
     return "\n".join(line[min(indent, len(line) - len(line.lstrip(" \t"))) :] for line in lines).strip("\n")

@@ -1,6 +1,6 @@
-"""The harmony chat format of gpt-oss: messages to token ids, and generated ids back to what they say.
+"""The harmony chat format of gpt-oss: messages to token ids, and generated ids to replies.
 
-Source: OpenAI's published harmony format. Rendering agrees with the official `openai-harmony` package (tests/text/golden).
+Source: OpenAI's published harmony format. Rendering matches the official `openai-harmony` package (tests/text/golden).
 A message is <|start|>{role}[<|channel|>{channel}]<|message|>{content}<|end|>; the model continues after <|start|>assistant, thinks in the
 channel `analysis`, answers in `final`, and ends with <|return|>.
 """
@@ -17,7 +17,7 @@ _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One message; only an assistant's has a channel. Its content is ordinary text, whatever it says."""
+    """One message. Only assistant messages have a channel. The content is always ordinary text."""
 
     role: str
     content: str
@@ -34,12 +34,12 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the policy wrote.
+    """The reply of the policy.
 
     Attributes:
       analysis: its thinking; several messages are joined by blank lines.
-      final: its answer: the last message in the channel `final`; None if there is none.
-      truncated: whether the answer (or, if there is none, the reply) was still being written when the ids ended: the token budget cut it.
+      final: its answer, the last message in the channel `final`; None if there is none.
+      truncated: whether the token budget cut the answer or, without an answer, the reply.
     """
 
     analysis: str
@@ -48,12 +48,12 @@ class Reply:
 
 
 def system_message(reasoning_effort: str, date: str, channels: Sequence[str] = CHANNELS) -> Message:
-    """gpt-oss's system message, word for word as it was trained on.
+    """gpt-oss's system message, with the exact text of its training.
 
     Args:
       reasoning_effort: "low", "medium" or "high".
-      date: the "current date" that it states, such as "2025-08-05"; pinned, so that equal runs have equal prompts.
-      channels: those that it may speak in.
+      date: its "current date", such as "2025-08-05"; fixed, so that equal runs have equal prompts.
+      channels: channels that the model may use.
     """
     return Message(
         "system",
@@ -66,7 +66,7 @@ def system_message(reasoning_effort: str, date: str, channels: Sequence[str] = C
 
 
 def developer_message(instructions: str) -> Message:
-    """The message that holds what elsewhere is called the system prompt."""
+    """The message with the instructions; other formats call it the system prompt."""
     return Message("developer", f"# Instructions\n\n{instructions}")
 
 
@@ -86,9 +86,9 @@ def _pieces(messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation, open for the assistant's next message: they end in <|start|>assistant.
+    """Token ids of a conversation. They end in <|start|>assistant, so the assistant's next message follows.
 
-    All messages are kept; the official renderer drops the thinking before earlier answers, which prompts here do not have.
+    All messages are kept. The official renderer drops the thinking before earlier answers, but these prompts have none.
     """
     ids: list[int] = []
     for text, special in _pieces(messages):
@@ -97,7 +97,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
 
 
 def render_text(messages: Sequence[Message]) -> str:
-    """The same conversation for people to read, special tokens by their names."""
+    """The conversation as text, with the names of special tokens."""
     return "".join(text for text, _ in _pieces(messages))
 
 
@@ -107,13 +107,13 @@ def answer_opening(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def answer_forced(closing: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends a thinking that is still going on, and begins the answer: `closing`, <|end|><|start|>assistant and the answer's opening."""
+    """The ids that end unfinished thinking and begin the answer: `closing`, <|end|><|start|>assistant and the answer's opening."""
     start = tokenizer.special("<|end|>"), tokenizer.special("<|start|>")
     return *tokenizer.encode(closing), *start, *tokenizer.encode("assistant"), *answer_opening(tokenizer)
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Reply:
-    """What the ids that follow <|start|>assistant say. Any sequence of ids has a Reply; what breaks the format is skipped.
+    """Parses the ids after <|start|>assistant. Any sequence of ids gives a Reply; ids that violate the format are skipped.
 
     A message opens at <|message|>, in the channel that its header names, and closes at <|end|>, <|call|> or <|return|>, or where a new
     header begins at <|start|> or <|channel|>. <|return|> ends the reply. Other special tokens say nothing.
@@ -142,7 +142,7 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Reply:
             close()
             channel_ids = [] if name == "<|channel|>" else None
         elif content_ids is None:
-            # A header may go on after the channel: "commentary to=tool", "final <|constrain|>json".
+            # A header may continue after the channel: "commentary to=tool", "final <|constrain|>json".
             words = tokenizer.decode(channel_ids or []).split()
             channel, channel_ids, content_ids = words[0] if words else "", None, []
         if name == "<|return|>":

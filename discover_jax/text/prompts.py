@@ -1,7 +1,7 @@
-"""Prompts: what one group of rollouts is asked, built from the task and the parent program.
+"""Prompts for groups of rollouts, built from the task and the parent program.
 
-Two styles: `full` for gpt-oss (sections 4.1 and 4.2 of the report) and `brief` for the apprentice, which knows no other.
-Texts depend on their arguments alone, so that a resumed run asks what the unbroken run would have asked.
+Two styles: `full` for gpt-oss (sections 4.1 and 4.2 of the report) and `brief` for the apprentice, which knows only this style.
+Texts depend only on their arguments, so a resumed run has the same prompts as an unbroken one.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from discover_jax.types import Attempt, Outcome, Prompt, State
 STYLES = ("full", "brief")
 REASONING_EFFORTS = ("low", "medium", "high")
 
-# What programs may want to import, by distribution; those that are installed are named in the full prompt.
+# Distributions that programs may import; the full prompt lists those that are installed.
 _PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
 
 IDEAS = (
@@ -51,7 +51,7 @@ class _FileLike(Protocol):
 
 
 class TaskLike(Protocol):
-    """What a prompt tells of a task; `discover_jax.tasks.task.Task` has it."""
+    """The part of a task that prompts use; see `discover_jax.tasks.task.Task`."""
 
     @property
     def id(self) -> str: ...
@@ -68,15 +68,15 @@ class PromptSettings:
     """How prompts are written.
 
     Attributes:
-      style: "full" or "brief"; the brief style uses nothing else but `max_tokens`.
+      style: "full" or "brief". The brief style uses only `max_tokens`.
       max_tokens: longest prompt, in tokens.
       reasoning_effort: "low", "medium" or "high".
-      date: "current date" of the system message, pinned.
+      date: "current date" of the system message, fixed.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
-      packages: what a program may import, as the prompt states it; see `installed_packages`.
-      ideas: offered when a program is to be improved.
-      ideas_shown: so many of them at a time, in turn over groups and steps; 0: all.
-      stdout_chars, error_chars: at most so much of the parent's output's end, and of an error's end.
+      packages: packages that a program may import, as the prompt states them; see `installed_packages`.
+      ideas: suggestions for improving a program.
+      ideas_shown: number of ideas in a prompt, rotating over groups and steps; 0 for all.
+      stdout_chars, error_chars: maximum length of the shown end of the parent's output, and of an error.
     """
 
     style: str
@@ -103,7 +103,7 @@ class PromptSettings:
 
 
 def installed_packages() -> tuple[str, ...]:
-    """Those packages for tables and models that this Python has, with their versions: programs run in the same one."""
+    """The installed packages for tables and models, with versions. Programs run in the same Python environment."""
     found = []
     for name in _PACKAGES:
         try:
@@ -114,7 +114,7 @@ def installed_packages() -> tuple[str, ...]:
 
 
 def brief_text(competition_id: str, metric: str, higher_is_better: bool, previous: tuple[str, float] | None) -> str:
-    """The short user message that the apprentice was trained on; the corpus and the search must use this very function.
+    """The short user message that the apprentice was trained on. The corpus and runs must both use this function.
 
     Args:
       competition_id: id of the competition.
@@ -145,20 +145,20 @@ def build_prompt(
 ) -> Prompt:
     """The prompt of one group.
 
-    If it is too long, the parent's output is shortened first, then the error; the prompt marks what was left out, and `on_shortened` is
-    told how much. The parent's program is never cut.
+    If it is too long, the parent's output is shortened first, then the error. The prompt marks the cut, and `on_shortened` gets a report of
+    it. The parent's program is never cut.
 
     Args:
-      task: what is to be solved.
-      parent: the state to build on; the seed for a first attempt.
+      task: the task to solve.
+      parent: the state to improve; the seed for a first attempt.
       recent_failures: the last attempts on this parent, oldest first, if all of them failed; otherwise empty. The last error is shown.
       settings: style and limits.
-      tokenizer: of the model that is asked.
-      group, step: number of the group within its step, and the step; ideas take turns by them.
-      on_shortened: called, at most once, with a line on what was left out; by default a warning in the log.
+      tokenizer: tokenizer of the policy.
+      group, step: number of the group within its step, and the step; they rotate the ideas.
+      on_shortened: called at most once with a line about the cut. Default: log a warning.
 
     Raises:
-      CapacityError: it is longer than `settings.max_tokens` even so. See `program_fits`.
+      CapacityError: the shortened prompt still exceeds `settings.max_tokens`. See `program_fits`.
     """
     if settings.style == "brief":
         return _finish([harmony.Message("user", _brief(task, parent))], settings, tokenizer, parent, group)
@@ -175,17 +175,17 @@ def build_prompt(
         if len(harmony.render(messages, tokenizer)) <= settings.max_tokens:
             if (shown_output, shown_error) != (output, error):
                 on_shortened(
-                    f"Group {group}, built on {parent.id}: of the output {len(shown_output):,} of {len(output):,} characters are shown, of"
-                    f" the error {len(shown_error):,} of {len(error):,}."
+                    f"Group {group}, built on {parent.id}: shows {len(shown_output):,} of {len(output):,} characters of the output and"
+                    f" {len(shown_error):,} of {len(error):,} of the error."
                 )
             break
     return _finish(messages, settings, tokenizer, parent, group)
 
 
 def program_fits(task: TaskLike, state: State, settings: PromptSettings, tokenizer: Tokenizer) -> bool:
-    """Whether a state can be a parent: whether a prompt with its program, without output and error, has at most `settings.max_tokens`."""
+    """Whether a state can be a parent: whether a prompt with its program but no output or error fits `settings.max_tokens`."""
     try:
-        # With all ideas, which is at least as long as with those whose turn it will be.
+        # With all ideas: at least as long as any prompt that shows only some of them.
         whole = dataclasses.replace(settings, ideas_shown=0)
         build_prompt(task, dataclasses.replace(state, stdout=""), (), whole, tokenizer, group=0, step=0)
     except CapacityError:
@@ -210,7 +210,7 @@ def _brief(task: TaskLike, parent: State) -> str:
 
 
 def _contract(settings: PromptSettings) -> str:
-    """What a program must do, and what it may use: the same for every competition."""
+    """The rules and limits for programs; the same for every competition."""
     return f"""\
 You write Python programs that solve competitions in machine learning. Answer with exactly one Python code block. It must define a
 function `run()` without arguments that returns the submission as a pandas DataFrame, with the columns and the ids of sample_submission.csv.
@@ -224,7 +224,7 @@ function `run()` without arguments that returns the submission as a pandas DataF
 
 
 def _ideas(settings: PromptSettings, turn: int) -> tuple[str, ...]:
-    """The ideas whose turn it is, in the order of the list."""
+    """The ideas for this turn, in the order of the list."""
     count = len(settings.ideas)
     if not settings.ideas_shown or settings.ideas_shown >= count:
         return settings.ideas
@@ -233,7 +233,7 @@ def _ideas(settings: PromptSettings, turn: int) -> tuple[str, ...]:
 
 
 def _request(task: TaskLike, parent: State, output: str, error: str, ideas: tuple[str, ...]) -> str:
-    """The competition, the parent program and what came of it."""
+    """The competition, the parent program and its result."""
     direction = _direction(task.metric.higher_is_better)
     parts = [
         f"# Competition: {task.id}\n\n{task.description}",
@@ -267,7 +267,7 @@ def _describe_file(file: _FileLike) -> str:
 
 
 def _error(recent_failures: Sequence[Attempt]) -> str:
-    """How the last of the failures ended, with what it said."""
+    """The outcome and detail of the last failure."""
     if not recent_failures:
         return ""
     last = recent_failures[-1]
@@ -277,7 +277,7 @@ def _error(recent_failures: Sequence[Attempt]) -> str:
 
 
 def _tail(text: str, limit: int) -> str:
-    """The end of a text in at most `limit` characters, the mark of what is missing included; empty if the limit leaves no room for it."""
+    """The end of a text in at most `limit` characters, including the mark of the cut; empty if the limit is too small."""
     mark = "[...]\n"
     text = text.strip("\n")
     if len(text) <= limit:
@@ -291,7 +291,7 @@ def _cuts(text: str) -> list[str]:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """A Markdown block whose fence is longer than any within the text."""
+    """A Markdown block whose fence is longer than any fence in the text."""
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,6 +1,6 @@
-"""The structure of programs: which are the same but for names, layout and comments, and how far apart two are.
+"""The structure of programs: equality up to names, layout and comments, and the distance between two programs.
 
-Programs are parsed, never run. What cannot be parsed is compared as text.
+Programs are parsed, never run. A program that cannot be parsed is compared as text.
 """
 
 import ast
@@ -13,8 +13,10 @@ _SKIPPED_FIELDS = ("ctx", "type_comment", "kind", "type_ignores")
 
 
 def structure_key(code: str) -> str:
-    """Equal for programs that are the same up to layout, comments, docstrings, the order of imports and of keyword arguments, and the names
-    that a program gives to its own variables, functions and arguments. Constants and the names of others (modules, methods) count.
+    """A key that is equal for programs with the same structure.
+
+    It ignores layout, comments, docstrings, the order of imports and keyword arguments, and the names of the program's own variables,
+    functions and arguments. Constants and other names (modules, methods) count.
     """
     tree = _parse(code)
     text = "\n".join(line.strip() for line in code.splitlines()) if tree is None else "\n".join(_lines(tree))
@@ -22,13 +24,13 @@ def structure_key(code: str) -> str:
 
 
 def structure_parts(code: str) -> collections.Counter[str]:
-    """The parts of a program's tree, counted: for each node its kind, its names and constants, and the kinds of what it holds."""
+    """Counts of the parts of a program's tree. A part is a node's kind, its names and constants, and the kinds of its children."""
     tree = _parse(code)
     return collections.Counter(code.split() if tree is None else (line.strip() for line in _lines(tree)))
 
 
 def structure_distance(first: collections.Counter[str], second: collections.Counter[str]) -> float:
-    """Part of two programs that they do not share, from 0 (the same parts) to 1 (none in common).
+    """The distance of two programs, from 0 (the same parts) to 1 (no common part).
 
     1 - 2 |A n B| / (|A| + |B|) over the multisets of `structure_parts`: Dice's dissimilarity.
     """
@@ -39,14 +41,14 @@ def structure_distance(first: collections.Counter[str], second: collections.Coun
 def _parse(code: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of doubtful escapes and comparisons, which are the program's affair
+            warnings.simplefilter("ignore")  # about dubious escapes and comparisons in the program
             return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # no program, null bytes, too deep
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # invalid syntax, null bytes, too deep
         return None
 
 
 def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, int, list[ast.AST]]]:
-    """All nodes with depth and children, parents first, in the order of `_children`; without recursion, since programs can be deep."""
+    """All nodes with depth and children, parents first, in the order of `_children`. Not recursive, since programs can be deep."""
     stack: list[tuple[ast.AST, int]] = [(tree, 0)]
     while stack:
         node, depth = stack.pop()
@@ -56,7 +58,7 @@ def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, int, list[ast.AST]]]:
 
 
 def _own_names(tree: ast.Module) -> dict[str, str]:
-    """New names for what the program names itself, numbered as they come; `run` is named by the contract."""
+    """New names for the program's own names, numbered in order of appearance. `run` keeps its name, which every program must use."""
     names: dict[str, str] = {}
     for node, _, _ in _nodes(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -75,7 +77,7 @@ def _own_names(tree: ast.Module) -> dict[str, str]:
 
 
 def _lines(tree: ast.Module) -> list[str]:
-    """One line a node, indented by depth: its kind, its own names and constants, and the kinds of its children."""
+    """One line per node, indented by depth: its kind, its own names and constants, and the kinds of its children."""
     names = _own_names(tree)
     lines = []
     for node, depth, children in _nodes(tree):
@@ -85,7 +87,7 @@ def _lines(tree: ast.Module) -> list[str]:
 
 
 def _children(node: ast.AST) -> list[ast.AST]:
-    """What a node holds, where order means nothing in one order, and without docstrings."""
+    """The children of a node, without docstrings. Children whose order has no meaning are sorted."""
     children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context)]
     if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         if ast.get_docstring(node, clean=False) is not None:
@@ -106,7 +108,7 @@ def _imported(node: ast.Import | ast.ImportFrom) -> tuple[str, list[str]]:
 
 
 def _values(node: ast.AST, names: dict[str, str]) -> list[str]:
-    """Names and constants of a node itself."""
+    """The names and constants of the node itself."""
     found = []
     for field, value in ast.iter_fields(node):
         if field in _SKIPPED_FIELDS or value is None or isinstance(value, ast.AST | list):

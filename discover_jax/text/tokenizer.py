@@ -1,7 +1,7 @@
-"""Tokenizers behind one small interface: SentencePiece for the apprentice; for gpt-oss `tokenizer.json`, or its ranks.
+"""Tokenizers with one small interface: SentencePiece for the apprentice; `tokenizer.json` or its ranks for gpt-oss.
 
-All keep ordinary text and the chat format's special tokens apart: `encode` never yields a special id, whatever the text says, so that
-a program or a dataset that contains "<|end|>" cannot end a message. Special ids are had by name alone, from `special`.
+All of them separate ordinary text from the chat format's special tokens. `encode` never returns a special id, so a program or a dataset
+that contains "<|end|>" cannot end a message. Only `special` returns special ids.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from discover_jax.exceptions import TokenizerError
 
-# Names of OpenAI's harmony chat format (o200k_harmony). A tokenizer without all of them cannot serve.
+# Names of OpenAI's harmony chat format (o200k_harmony). A tokenizer must have all of them.
 SPECIAL_TOKENS = (
     "<|startoftext|>",
     "<|endoftext|>",
@@ -26,13 +26,13 @@ SPECIAL_TOKENS = (
 )
 
 RANKS_FILE = "o200k_base.tiktoken"
-_O200K_SIZE = 201_088  # the model's; the package numbers one reserved token more
+_O200K_SIZE = 201_088  # vocabulary of the model; the package has one more reserved token
 _RANKS_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What prompts, parsing and the trainer of the apprentice need of a tokenizer."""
+    """A tokenizer as used by prompts, parsing and the apprentice's trainer."""
 
     @property
     def vocab_size(self) -> int:
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text. Never a special id; `decode(encode(text)) == text` for any text that UTF-8 can hold."""
+        """Ids of ordinary text, never a special id. `decode(encode(text)) == text` for any text that UTF-8 can encode."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         ...
 
 
-# SentencePiece writes a space as this mark, and would decode the mark itself, where it occurs in a text, as a space.
+# SentencePiece encodes a space as this mark, so it would decode a mark in the text as a space.
 _SPACE_MARK = "\u2581"
 _ROUND_TRIP_PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
 
@@ -68,13 +68,13 @@ class SentencePieceTokenizer:
         """Reads `path`, a `tokenizer.model`.
 
         Raises:
-          TokenizerError: the file is missing or broken, lacks a special token, or changes text on its way through.
+          TokenizerError: the file is missing or damaged, lacks a special token, or changes text in a round trip.
         """
         import sentencepiece
 
         self._path = Path(path)
         if not self._path.is_file():
-            raise TokenizerError(f"There is no SentencePiece model at {self._path}. Give the folder that holds `tokenizer.model`.")
+            raise TokenizerError(f"There is no SentencePiece model at {self._path}. Give the folder with `tokenizer.model`.")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(self._path))
         except (OSError, RuntimeError) as error:
@@ -82,7 +82,7 @@ class SentencePieceTokenizer:
         self._special: dict[str, int] = {}
         for name in SPECIAL_TOKENS:
             index = self._model.piece_to_id(name)
-            # An absent piece has the id of the unknown piece; a user-defined one would match in ordinary text.
+            # A missing piece has the id of the unknown piece. A user-defined piece would match ordinary text.
             if self._model.id_to_piece(index) != name or not self._model.is_control(index):
                 raise TokenizerError(
                     f"{self._path} has no control piece {name!r}, which the chat format needs. Train the model with"
@@ -121,7 +121,7 @@ class SentencePieceTokenizer:
 
 def _lookup(table: dict[str, int], name: str) -> int:
     if name not in table:
-        raise TokenizerError(f"{name!r} is not a special token of the chat format; those are {', '.join(SPECIAL_TOKENS)}.")
+        raise TokenizerError(f"{name!r} is not a special token of the chat format; allowed: {', '.join(SPECIAL_TOKENS)}.")
     return table[name]
 
 
@@ -132,24 +132,24 @@ class HuggingFaceTokenizer:
         """Reads `path`, a `tokenizer.json`.
 
         Raises:
-          TokenizerError: the file is missing or broken, lacks a special token, takes ordinary text for one, or changes text.
+          TokenizerError: the file is missing or damaged, lacks a special token, encodes ordinary text as one, or changes text.
         """
         from transformers import PreTrainedTokenizerFast
 
         self._path = Path(path)
         if not self._path.is_file():
-            raise TokenizerError(f"There is no tokenizer at {self._path}. Give the folder that holds `tokenizer.json`.")
+            raise TokenizerError(f"There is no tokenizer at {self._path}. Give the folder with `tokenizer.json`.")
         try:
             self._model = PreTrainedTokenizerFast(tokenizer_file=str(self._path))
         except Exception as error:  # the parser, written in Rust, raises Exception itself
-            raise TokenizerError(f"{self._path} is not a tokenizer that transformers reads ({error}). Copy it again.") from error
+            raise TokenizerError(f"{self._path} is not a tokenizer that transformers can read ({error}). Copy it again.") from error
         added = self._model.get_added_vocab()
-        # The reader renumbers added tokens whose ids leave gaps; the model would then see other tokens than it was trained on.
+        # transformers renumbers added tokens if their ids have gaps; the model would then get wrong tokens.
         written = {token["content"]: token["id"] for token in json.loads(self._path.read_text(encoding="utf-8"))["added_tokens"]}
         if moved := {name: index for name, index in written.items() if added.get(name) != index}:
             raise TokenizerError(
-                f"{self._path}: the added tokens {moved} get other ids when it is read. List every id from the end of the vocabulary"
-                " on, unused ones as reserved tokens, as gpt-oss's tokenizer.json does."
+                f"{self._path}: transformers gives the added tokens {moved} other ids. List every id after the vocabulary, with"
+                " unused ids as reserved tokens, as gpt-oss's tokenizer.json does."
             )
         missing = [name for name in SPECIAL_TOKENS if name not in added]
         if missing:
@@ -175,7 +175,7 @@ class HuggingFaceTokenizer:
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        # split_special_tokens: the names of special tokens in a text are text.
+        # split_special_tokens: names of special tokens in a text are ordinary text.
         return self._model.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -197,21 +197,21 @@ class O200kTokenizer:
         """
         self._path = Path(path)
         if not self._path.is_file():
-            raise TokenizerError(f"There are no ranks at {self._path}. Give the folder that holds `{RANKS_FILE}`.")
+            raise TokenizerError(f"There is no ranks file at {self._path}. Give the folder with `{RANKS_FILE}`.")
         try:
             import openai_harmony
         except ImportError as error:
             raise TokenizerError(
-                f"{self._path} is read by openai-harmony, which is not installed. Run pip install 'discover_jax[harmony]', or give the"
-                " folder of gpt-oss's tokenizer.json."
+                f"Reading {self._path} needs openai-harmony, which is not installed. Run pip install 'discover_jax[harmony]', or give"
+                " the folder with gpt-oss's tokenizer.json."
             ) from error
-        # The package finds the file by this variable, and would download it without; it checks the file's own checksum.
+        # The package finds the file by this variable and would download it otherwise. It verifies the file's checksum.
         before = os.environ.get(_RANKS_VARIABLE)
         os.environ[_RANKS_VARIABLE] = str(self._path.parent)
         try:
             self._model = openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
         except openai_harmony.HarmonyError as error:
-            raise TokenizerError(f"{self._path} is not o200k_base.tiktoken as it is published ({error}). Fetch it again.") from error
+            raise TokenizerError(f"{self._path} is not the published o200k_base.tiktoken ({error}). Download it again.") from error
         finally:
             del os.environ[_RANKS_VARIABLE]
             if before is not None:
@@ -238,11 +238,11 @@ class O200kTokenizer:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder: the first there is of `tokenizer.model` (the apprentice), `tokenizer.json` (gpt-oss), and
+    """The tokenizer of a checkpoint folder, from the first of these files: `tokenizer.model` (the apprentice), `tokenizer.json` (gpt-oss),
     `o200k_base.tiktoken` (gpt-oss's published ranks).
 
     Raises:
-      TokenizerError: there is none, or it does not fit (see the classes).
+      TokenizerError: there is none, or it is invalid (see the classes).
     """
     folder = Path(folder)
     if (folder / "tokenizer.model").is_file():
