@@ -1,6 +1,6 @@
-"""The journal of a run: one JSON line for every attempt, only ever appended to.
+"""The journal of a run: an append-only file with one JSON line per attempt.
 
-Rows hold no clock and their fields keep one order, so that a run which was broken off and resumed leaves the same bytes as an unbroken one.
+Rows have no timestamps and a fixed order of fields, so an interrupted and resumed run writes the same bytes as an uninterrupted one.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ _ENUMS = ("outcome", "stop")
 
 
 def to_json(attempt: Attempt) -> str:
-    """One row, without the line's end: the fields of `Attempt` in their order, enums by value.
+    """One row without the newline: the fields of `Attempt` in order, enums by value.
 
     Raises:
-      RunError: a number is not finite, which no reader of the journal could be expected to take.
+      RunError: a number is not finite, which JSON cannot represent.
     """
     row = {name: getattr(attempt, name) for name in _FIELDS}
     for name in _ENUMS:
         row[name] = row[name].value
     try:
-        # ASCII only: text from a program may hold lone surrogates, which UTF-8 cannot carry.
+        # ASCII only: a program's text may contain lone surrogates, which UTF-8 cannot encode.
         return json.dumps(row, ensure_ascii=True, allow_nan=False)
     except ValueError as error:
         raise RunError(
-            f"Attempt {attempt.id} cannot be journalled ({error}): score {attempt.score}, private_score {attempt.private_score}, reward"
-            f" {attempt.reward}. Each must be finite or, for a score, None; the task's metric or reward is at fault."
+            f"Cannot write attempt {attempt.id} to the journal ({error}): score {attempt.score}, private_score {attempt.private_score},"
+            f" reward {attempt.reward}. Each must be finite; scores may be None. Fix the task's metric or reward."
         ) from error
 
 
@@ -42,32 +42,32 @@ def from_json(line: str) -> Attempt:
     """The attempt of one row.
 
     Raises:
-      RunError: the text is no JSON, lacks a field, has one too many, or holds something else than a field may be.
+      RunError: the text is not JSON, a field is missing or unknown, or a value has the wrong type.
     """
     try:
         return from_row(Attempt, parse_json(line))
     except ValueError as error:
-        raise RunError(f"A row of the journal cannot be read: {error}.") from error
+        raise RunError(f"Invalid journal row: {error}.") from error
 
 
 class Journal:
-    """The file itself. One process writes it at a time (see `workdir`)."""
+    """The journal file. Only one process writes it at a time (see `workdir`)."""
 
     def __init__(self, path: Path):
-        """Opens the journal at `path`, or an empty one if there is none yet. Nothing is written before the first `append`."""
+        """Opens the journal at `path`; a missing file counts as empty. Nothing is written before the first `append`."""
         self._path = Path(path)
-        self._sha256 = None  # of the whole file, kept up to date from the first time that it is asked for
+        self._sha256 = None  # of the whole file; kept up to date after the first call of `digest`
 
     @property
     def position(self) -> int:
-        """Length of the file, bytes: what a checkpoint remembers and `truncate` goes back to."""
+        """Length of the file in bytes. A checkpoint stores it, and `truncate` goes back to it."""
         try:
             return self._path.stat().st_size
         except FileNotFoundError:
             return 0
 
     def digest(self) -> str:
-        """SHA-256 of the rows, in hexadecimal: what a checkpoint remembers, so that `resume` sees every change that was made since.
+        """SHA-256 of the rows in hexadecimal. A checkpoint stores it, so that `resume` detects every later change.
 
         Raises:
           RunError: the file cannot be read.
@@ -77,10 +77,10 @@ class Journal:
         return self._sha256.hexdigest()
 
     def append(self, attempts: Sequence[Attempt]) -> None:
-        """Adds rows, by one write, and returns once they are on the disk.
+        """Appends rows by one write and returns once they are on disk.
 
         Raises:
-          RunError: the disk is full or fails. What the journal held before is then still there, and part rows are taken back if possible.
+          RunError: the disk is full or fails. Earlier rows are unchanged, and incomplete new rows are removed if possible.
         """
         data = "".join(to_json(attempt) + "\n" for attempt in attempts).encode()
         before = self.position
@@ -88,17 +88,17 @@ class Journal:
             append_synced(self._path, data)
         except OSError as error:
             raise RunError(
-                f"{len(attempts)} rows ({len(data)} bytes) could not be written to the journal {self._path} ({error}). The {before} bytes"
-                " from before are safe. Free some space, then start the same command again: it resumes at the last checkpoint."
+                f"Cannot write {len(attempts)} rows ({len(data)} bytes) to the journal {self._path} ({error}). Its first {before} bytes are"
+                " unchanged. Free some space, then start the same command again: it resumes at the last checkpoint."
             ) from error
         if self._sha256 is not None:
             self._sha256.update(data)
 
     def check(self, position: int, sha256: str) -> tuple[bytes, list[Attempt]]:
-        """The first `position` bytes and their rows, once they have proved to be those of which a checkpoint remembers the SHA-256.
+        """The first `position` bytes and their rows, after checking them against the SHA-256 from a checkpoint.
 
         Raises:
-          RunError: rows were deleted, a row is broken (the message gives its line, from 1), or something was altered.
+          RunError: rows were deleted, a row is damaged (the message gives its line, counted from 1), or something was altered.
         """
         data = self._bytes()
         size, head = len(data), data[:position]
@@ -107,23 +107,23 @@ class Journal:
         attempts = self._parse(head)
         if hashlib.sha256(head).hexdigest() != sha256:
             raise RunError(
-                f"The journal {self._path} was altered since the checkpoint was made: its first {position} bytes ({len(attempts)} whole"
-                " rows) are not those that the run wrote. Put the original back, or start a new run in another folder."
+                f"The journal {self._path} was altered since the checkpoint: checksum mismatch in its first {position} bytes"
+                f" ({len(attempts)} rows). Restore the original, or start a new run in another directory."
             )
         return head, attempts
 
     def resume(self, position: int, sha256: str) -> list[Attempt]:
-        """Goes back to a checkpoint: `check`, then `truncate`. The rows that stay.
+        """Goes back to a checkpoint: `check`, then `truncate`. Returns the remaining rows.
 
         Raises:
-          RunError: see there; the journal is then as it was.
+          RunError: see `check` and `truncate`; the journal is then unchanged.
         """
         _, attempts = self.check(position, sha256)
         self.truncate(position)
         return attempts
 
     def truncate(self, position: int) -> None:
-        """Goes back to `position`, bytes. What lay behind it is appended to journal.discarded.jsonl first, so that nothing is lost.
+        """Truncates the file to `position` bytes. First appends the rest to journal.discarded.jsonl, so that nothing is lost.
 
         Raises:
           RunError: the journal is shorter than `position`, `position` is not at the start of a row, or the disk fails.
@@ -140,25 +140,23 @@ class Journal:
                     if file.read(1) != b"\n":
                         raise RunError(
                             f"Byte {position} of the journal {self._path} is not the start of a row, so the journal was edited since the"
-                            " checkpoint. Put the original back, or start a new run in another folder."
+                            " checkpoint. Restore the original, or start a new run in another directory."
                         )
                 file.seek(position)
                 dropped = file.read()
-                # A torn row gets its line's end, so that the next rows put there stay readable.
+                # Terminate an incomplete row, so that rows appended later stay readable.
                 append_synced(self._path.with_name("journal.discarded.jsonl"), dropped if dropped.endswith(b"\n") else dropped + b"\n")
                 file.truncate(position)
                 self._sha256 = None
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(
-                f"The journal {self._path} could not be cut back to {position} bytes ({error}). It still has its rows."
-            ) from error
+            raise RunError(f"Cannot truncate the journal {self._path} to {position} bytes ({error}). It still has all its rows.") from error
 
     def read(self) -> list[Attempt]:
-        """All rows, oldest first. A last line without its end was torn by a kill and is left out.
+        """All rows, oldest first. Skips an incomplete last line, which a kill left behind.
 
         Raises:
-          RunError: another line is broken; the message gives its number, from 1.
+          RunError: another line is damaged; the message gives its number, counted from 1.
         """
         return self._parse(self._bytes())
 
@@ -168,7 +166,7 @@ class Journal:
         except FileNotFoundError:
             return b""
         except OSError as error:
-            raise RunError(f"The journal {self._path} cannot be read ({error}).") from error
+            raise RunError(f"Cannot read the journal {self._path} ({error}).") from error
 
     def _parse(self, data: bytes) -> list[Attempt]:
         """The rows of complete lines."""
@@ -176,13 +174,13 @@ class Journal:
 
     def _too_short(self, position: int, size: int) -> str:
         return (
-            f"The journal {self._path} has {size} bytes, but the checkpoint was made when it had {position}: rows were deleted."
-            " Put the whole journal back, or start a new run in another folder."
+            f"The journal {self._path} has {size} bytes, but it had {position} at the checkpoint: rows were deleted."
+            " Restore the whole journal, or start a new run in another directory."
         )
 
 
 class JournalReader:
-    """Reads a journal that grows: each `read` parses only the rows appended since the one before."""
+    """Reads a growing journal: each `read` parses only the rows appended since the last one."""
 
     def __init__(self, path: Path):
         self._path = Path(path)
@@ -213,7 +211,7 @@ class JournalReader:
             self._forget()
             return []
         except OSError as error:
-            raise RunError(f"The journal {self._path} cannot be read ({error}).") from error
+            raise RunError(f"Cannot read the journal {self._path} ({error}).") from error
         complete = data[: data.rfind(b"\n") + 1]
         self._attempts += _parse(self._path, complete, first_line=len(self._attempts) + 1)
         if complete:

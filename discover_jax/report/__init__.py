@@ -1,1 +1,1 @@
-"""report.html: one self-contained page on a run, made from nothing but the files that the run wrote."""
+"""report.html: one self-contained page about a run, created only from the files in its run directory."""

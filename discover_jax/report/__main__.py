@@ -1,4 +1,4 @@
-"""Makes a run's report: `python -m discover_jax.report --workdir=DIR`, or `--compare A B C` for several runs in one page."""
+"""Writes a run's report: `python -m discover_jax.report --workdir=DIR`, or `--compare A B C` for several runs on one page."""
 
 import argparse
 import sys
@@ -11,20 +11,20 @@ from discover_jax.report.page import COMPARISON, NAME, write_report
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m discover_jax.report", description=(__doc__ or "").strip())
-    parser.add_argument("--workdir", type=Path, help="folder of the run; main and search write its report at each step, too")
+    parser.add_argument("--workdir", type=Path, help="run directory; main and search also write its report after each step")
     parser.add_argument(
         "--compare",
         type=Path,
         nargs="+",
         default=[],
         metavar="DIR",
-        help="runs to draw in one page; without --workdir the first is the main one",
+        help="run directories to show on one page; without --workdir, the first is the main one",
     )
-    parser.add_argument("--out", type=Path, help=f"the file to write (DIR/{NAME}, or DIR/{COMPARISON} where runs are compared)")
+    parser.add_argument("--out", type=Path, help=f"file to write (default: DIR/{NAME}, or DIR/{COMPARISON} for a comparison)")
     arguments = parser.parse_args()
     folders = [*([arguments.workdir] if arguments.workdir else []), *arguments.compare]
     if not folders:
-        parser.error("give a run's folder by --workdir, or several by --compare")
+        parser.error("give a run directory by --workdir, or several by --compare")
     try:
         path = write_report(folders[0], folders[1:], arguments.out)
     except DiscoverError as error:

@@ -1,7 +1,7 @@
-"""The page itself: data packed into one HTML file that asks nothing of any network.
+"""The page: one HTML file with all data that makes no network requests.
 
-Whatever a program or a model wrote reaches the page as data alone: compressed, in base64, and shown by scripts as text, never as markup.
-The page's policy lets no script run but its own, by its hash, and no request be made at all.
+Text from programs and models reaches the page only as data: compressed, in base64, and shown by scripts as text, never as markup. The
+page's Content-Security-Policy allows only its own script, by hash, and no requests.
 """
 
 import base64
@@ -25,7 +25,7 @@ from discover_jax.types import Attempt, Outcome
 
 NAME, COMPARISON = "report.html", "comparison.html"
 LIMIT_BYTES = 5_000_000
-"""Size that a page stays below: programs for which there is no room are left out, and the page says how many."""
+"""Maximum size of a page. Programs that do not fit are left out; the page says how many."""
 _RESERVE_BYTES = 60_000
 _SCRIPTS = ("dom.js", "numbers.js", "axes.js", "charts.js", "programs.js", "diff.js", "tree.js", "details.js", "sections.js", "page.js")
 _OUTCOMES = {
@@ -43,18 +43,18 @@ _OUTCOMES = {
 
 
 def write_report(folder: Path, compare: Sequence[Path] = (), out: Path | None = None) -> Path:
-    """Writes the page on a run, or on several that are compared.
+    """Writes the page about a run, or a comparison of several runs.
 
     Args:
-      folder: of the run; with others to compare it with, the one whose tree and programs are shown.
-      compare: folders of the other runs.
-      out: the file; by default report.html in `folder`, or comparison.html if there are others.
+      folder: run directory. In a comparison, the page shows the tree and programs of this run.
+      compare: directories of the other runs.
+      out: file to write; by default report.html in `folder`, or comparison.html for a comparison.
 
     Returns:
       The file's path.
 
     Raises:
-      RunError: a folder holds no run, one of its files is damaged, or the page cannot be written.
+      RunError: a directory is not a run directory, one of its files is damaged, or the page cannot be written.
     """
     path = out or Path(folder) / (COMPARISON if compare else NAME)
     write_atomic(path, render([read_record(each) for each in (folder, *compare)]).encode())
@@ -62,10 +62,10 @@ def write_report(folder: Path, compare: Sequence[Path] = (), out: Path | None = 
 
 
 class ReportWriter:
-    """Writes the report of a running run again and again; each time it parses only the journal's new rows.
+    """Writes the report of a running run repeatedly. Each time, it parses only the new rows of the journal.
 
     Args:
-      folder: of the run.
+      folder: run directory.
     """
 
     def __init__(self, folder: Path):
@@ -87,10 +87,10 @@ class ReportWriter:
 
 
 def render(records: Sequence[RunRecord]) -> str:
-    """The page on runs, the first of which it shows in full. The same records give the same page.
+    """The page about one or more runs; it shows the first in full. The same records give the same page.
 
     Raises:
-      RunError: what a run wrote contradicts itself.
+      RunError: the files of a run contradict each other.
     """
     data = _packed(page_data(records))
     assets = resources.files("discover_jax.report") / "assets"
@@ -109,13 +109,13 @@ def render(records: Sequence[RunRecord]) -> str:
         "script": script,
     }
     page = (assets / "page.html").read_text("utf-8")
-    # One pass over the template, so that nothing in a part is ever taken for a placeholder.
+    # One pass over the template, so that text in a part is never taken for a placeholder.
     pieces = page.split("@@")
     return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
 def page_data(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """All that the page shows but for programs and their output; JSON can hold it.
+    """Everything that the page shows, except programs and their output, as JSON values.
 
     Raises:
       RunError: see `progress_of` and `panels_of`.
@@ -153,7 +153,7 @@ def _run(record: RunRecord, label: str) -> dict[str, Any]:
 
 
 def _config(record: RunRecord) -> list[list[Any]]:
-    """[name, value as JSON, meaning, whether it is not the default] of each setting; one that this version does not know has no meaning."""
+    """[name, value as JSON, meaning, whether it differs from the default] of each setting. The meaning of unknown settings is empty."""
     known = settings.settings()
     return [
         [name, json.dumps(value), known[name].meaning if name in known else "", name not in known or value != known[name].default]
@@ -162,7 +162,7 @@ def _config(record: RunRecord) -> list[list[Any]]:
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
-    """What tells the runs apart: what they do, or else their folders' names."""
+    """Labels that distinguish the runs: their kinds, otherwise the names or paths of their directories."""
     kinds = [{"train": "training", "search": "search"}[record.kind] for record in records]
     if len(set(kinds)) == len(records):
         return kinds
@@ -171,18 +171,18 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _packed_programs(attempts: Sequence[Attempt], room: int) -> str:
-    """Packed programs, of about `room` letters at most; some are left out where all need more."""
-    estimate = room * 3 // 4  # base64 makes 4 letters of 3 bytes
+    """Packed programs of at most about `room` characters. Programs that do not fit are left out."""
+    estimate = room * 3 // 4  # base64 encodes 3 bytes as 4 characters
     while len(text := _packed(pack(attempts, estimate).to_json())) > room and estimate > 0:
         estimate = estimate * 95 // 100
     return text
 
 
 def _packed(value: Any) -> str:
-    """JSON, compressed, in base64: letters, digits, +, / and = alone. The header holds no clock."""
+    """Compressed JSON in base64: only letters, digits, +, / and =. The header has no timestamp."""
     return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False, separators=(",", ":")).encode(), 6, mtime=0)).decode()
 
 
 def _sha256(text: str) -> str:
-    """A source's hash as a Content-Security-Policy names it."""
+    """A source's hash in the form of a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,4 +1,4 @@
-"""The small charts of metrics.jsonl: which numbers stand together, and what they mean."""
+"""The small charts of metrics.jsonl: which metrics each chart shows, and what they mean."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ class Panel:
 
     Attributes:
       title: of the chart.
-      names: of the metrics in it, each with its label; a chart of several runs shows the first alone, of a range the last.
-      learned: whether only an update gives these numbers, so that a search has none.
-      form: "lines"; "range", whose first line lies between the second and the third; "stack", parts of a whole.
+      names: (metric, label) pairs. A chart of several runs shows only the first metric, or the last one of a range.
+      learned: whether only training updates produce these metrics, so that a search has none.
+      form: "lines"; "range": the first line is between the second and the third; "stack": parts of a whole.
     """
 
     title: str
@@ -50,7 +50,7 @@ PANELS = (
 
 
 def panels_of(metrics: Sequence[Mapping[str, Any]], kind: str, path: Path) -> list[dict[str, Any]]:
-    """The panels with their numbers by row of metrics, null where there is none; JSON can hold it.
+    """The panels with one value per metrics row, null if missing, as JSON values.
 
     Args:
       metrics: rows of metrics.jsonl.
@@ -58,7 +58,7 @@ def panels_of(metrics: Sequence[Mapping[str, Any]], kind: str, path: Path) -> li
       path: of the file, for errors.
 
     Raises:
-      RunError: a metric is no number.
+      RunError: a metric is not a number.
     """
     return [_panel(panel, metrics, kind, path) for panel in PANELS]
 
@@ -80,7 +80,7 @@ def _column(metrics: Sequence[Mapping[str, Any]], name: str, path: Path) -> list
     values = [_number(row, name, path) for row in metrics]
     if name != "time/checkpoint_s":
         return values
-    # A row has the time of the checkpoint before it, which belongs to that step.
+    # A row holds the time of the checkpoint written before it. That checkpoint belongs to the step before.
     shifted = [
         after if later["step"] == row["step"] + 1 else None for row, later, after in zip(metrics, metrics[1:], values[1:], strict=False)
     ]
@@ -91,4 +91,4 @@ def _number(row: Mapping[str, Any], name: str, path: Path) -> float | None:
     value = row.get(name)
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
-    raise RunError(f"{path}: {name} of step {row['step']} is {value!r:.60}, which is no number. Put the original back.")
+    raise RunError(f"{path}: {name} of step {row['step']} must be a number; got {value!r:.60}. Restore the original file.")

@@ -1,4 +1,4 @@
-"""Thousands of programs in a few hundred kilobytes: a child is told by what it takes from its parent, equal texts and lines once."""
+"""Packs thousands of programs into a few hundred kilobytes: children are stored as differences, equal lines and texts once."""
 
 import dataclasses
 import json
@@ -9,22 +9,22 @@ from typing import Any
 from discover_jax.types import Attempt, Outcome
 
 STDOUT_CHARS = 600
-"""Of a program's output, so much of the end is shown; the journal holds more."""
+"""The page shows this many characters of the end of a program's output; the journal holds more."""
 DETAIL_CHARS = 1200
 NONE = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Programs, and what they printed, of many attempts.
+    """Programs and outputs of many attempts.
 
     Attributes:
-      lines: every line of a program that is not its parent's, once.
-      programs: for each different program [base, op, op, ...]: `base` is the program that lines are copied from, or -1. An op is a row of
+      lines: distinct program lines that are not copied from a parent.
+      programs: for each distinct program [base, op, op, ...]: `base` is the program that lines are copied from, or -1. An op is a row of
         `lines`, or two numbers, -(first + 1) and count: lines first, first + 1, ... of the base.
-      texts: details and outputs.
+      texts: distinct details and outputs.
       rows: for each attempt [program, detail, stdout]: rows of `programs` and `texts`, or -1 for none.
-      left_out: number of attempts with a program for which there was no room.
+      left_out: number of attempts with a program that did not fit.
     """
 
     lines: list[str]
@@ -38,11 +38,11 @@ class Packed:
 
 
 def pack(attempts: Sequence[Attempt], room: int) -> Packed:
-    """Packs as many attempts as there is room for, the best first, each with its ancestors; then failures, the latest first.
+    """Packs as many attempts as fit: the best first, each with its ancestors, then failures, the latest first.
 
     Args:
       attempts: rows of the journal.
-      room: about so many bytes they may take once they are compressed.
+      room: approximate limit of the compressed size in bytes.
     """
     packing = _Packing(attempts)
     rows = {attempt.id: [NONE, NONE, NONE] for attempt in attempts}
@@ -66,7 +66,7 @@ def _by_rank(attempts: Sequence[Attempt]) -> Iterator[Attempt]:
 
 
 class _Packing:
-    """The tables while they grow, and how large they are when compressed."""
+    """The growing tables and their compressed size."""
 
     def __init__(self, attempts: Sequence[Attempt]) -> None:
         self.lines: list[str] = []
@@ -77,14 +77,14 @@ class _Packing:
         self._line_of: dict[str, int] = {}
         self._program_of: dict[str, int] = {}
         self._text_of: dict[str, int] = {}
-        # Each table is compressed by itself, since they lie one after another in the page.
+        # Estimate each table separately: the page stores them one after another.
         self._new: dict[str, list[str]] = {"lines": [], "programs": [], "texts": []}
         self._compressors = {name: zlib.compressobj() for name in self._new}
 
     def with_ancestors(self, attempt: Attempt, done: set[str]) -> list[Attempt]:
-        """An attempt and those of its ancestors that are not done, the oldest first."""
+        """An attempt and its ancestors that are not in `done`, oldest first."""
         chain: list[Attempt] = []
-        seen: set[str] = set()  # ids that run in a circle end the chain, too
+        seen: set[str] = set()  # a cycle of ids ends the chain, too
         current: Attempt | None = attempt
         while current is not None and current.id not in done and current.id not in seen:
             chain.append(current)
@@ -93,7 +93,7 @@ class _Packing:
         return chain[::-1]
 
     def add(self, attempt: Attempt) -> list[int]:
-        """Adds an attempt; its row."""
+        """Adds an attempt and returns its row."""
         row = [self._program(attempt), self._text(attempt.detail[-DETAIL_CHARS:]), self._text(attempt.stdout[-STDOUT_CHARS:])]
         for name, new in self._new.items():
             self.size += len(self._compressors[name].compress(json.dumps(new).encode()))
@@ -115,12 +115,12 @@ class _Packing:
         return len(self.programs) - 1
 
     def _ops(self, lines: Sequence[str], base: Sequence[str]) -> list[int]:
-        """Runs of lines that the base has in the same order are copied; a run that ends is sought again at the line's first place."""
+        """Copies runs of consecutive lines from the base. A new run starts at the line's first occurrence in the base."""
         first_place: dict[str, int] = {}
         for place, line in enumerate(base):
             first_place.setdefault(line, place)
         ops: list[int] = []
-        following = None  # the place after the run that `ops` ends with
+        following = None  # the base line after the run at the end of `ops`
         for line in lines:
             if following is not None and following < len(base) and base[following] == line:
                 ops[-1] += 1

@@ -1,4 +1,4 @@
-"""How a run went on one competition, step by step, as the page draws it: scores with intervals, rewards, fates, and the tree of states."""
+"""A run's progress on one competition by step: scores with intervals, rewards, outcomes, and the tree of states."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,19 +12,19 @@ from discover_jax.tasks.interval import wilson_interval
 from discover_jax.types import SEED, Attempt, Outcome, State
 
 BINS = 24
-"""Of the histogram of rewards; the lowest one takes all that lies below."""
+"""Bins of the histogram of rewards; the lowest one also counts all rewards below it."""
 _LOWEST_SHARE = 0.05
-"""Of the valid rewards may lie below the histogram's range, so that one bad program does not squeeze all others into a bin."""
+"""Share of valid rewards that may be below the histogram's range, so that one bad program does not squeeze all others into one bin."""
 _GRADE = ("score", "rows", "scored_on", "interval_95", "interval_95_method", "private_score", "private_rows", "private_interval_95")
 
 
 def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
-    """What the page shows of one competition of a run; JSON can hold it.
+    """What the page shows about one competition of a run, as JSON values. Lists are by step, with null for missing values.
 
-    Rewards decide which program is the best, as in the run itself, the earliest of equals; lists go by step, null where there is nothing.
+    As in the run itself, the best program has the highest reward; among equals, the earliest wins.
 
     Raises:
-      RunError: a score cannot be, or the journal's ancestors run in a circle.
+      RunError: a score is impossible, or the ancestors in the journal form a cycle.
     """
     attempts = [attempt for attempt in record.attempts if attempt.task == competition]
     disclosed = record.disclosed.get(competition)
@@ -55,9 +55,9 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
 
 
 def tree_of(record: RunRecord, competition: str) -> dict[str, list[Any]]:
-    """Columns over the competition's attempts, in the journal's order: the states of the tree and the failures that became none.
+    """Columns over the competition's attempts in journal order: the states of the tree, and the failures.
 
-    `parent` is the parent's row, or -1 for the empty start and for a parent that the journal does not hold, which is then `lost`.
+    `parent` is the parent's row. It is -1 for the empty start, and for a parent that is not in the journal; the latter sets `lost`.
     """
     attempts = [attempt for attempt in record.attempts if attempt.task == competition]
     row_of = {attempt.id: row for row, attempt in enumerate(attempts)}
@@ -103,7 +103,7 @@ def _value(state: State) -> float:
 
 
 def _top(attempts: Sequence[Attempt]) -> float | None:
-    """Score of the step's best program."""
+    """Score of a step's best program."""
     scored = [attempt for attempt in attempts if attempt.score is not None]
     return max(scored, key=lambda attempt: attempt.reward).score if scored else None
 
@@ -113,20 +113,20 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _interval(score: float | None, disclosed: Disclosed | None) -> tuple[float, float] | None:
-    """Wilson's, where scores are shares of rows; otherwise it would need each program's submission, which a run keeps of the best alone."""
+    """Wilson's interval if scores are shares of rows. Other intervals need the submission, which a run keeps only of the best program."""
     if score is None or disclosed is None or not disclosed.share_of_rows:
         return None
     try:
         low, high = wilson_interval(score, disclosed.rows)
     except ValueError as error:
         raise RunError(
-            f"{disclosed.id}: {disclosed.metric} is said to be a share of rows, but the journal has the score {score}."
+            f"{disclosed.id}: disclosure.json says that {disclosed.metric} is a share of rows, but the journal has the score {score}."
         ) from error
     return low, high
 
 
 def _histogram(by_step: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
-    """Counts of valid programs' rewards in bins of equal width, and of failures, by step."""
+    """Histogram of the rewards of valid programs in bins of equal width, and number of failures, by step."""
     valid = np.array([a.reward for attempts in by_step for a in attempts if a.outcome is Outcome.OK], np.float64)
     failed = [sum(a.outcome is not Outcome.OK for a in attempts) for attempts in by_step]
     if not len(valid):

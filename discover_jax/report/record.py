@@ -1,6 +1,6 @@
-"""What a run's folder says: its config, metrics, journal, disclosure and grades, read with the run's own readers and with distrust.
+"""Reads a run directory: config, metrics, journal, disclosure and grades. It uses the run's own readers and checks everything.
 
-What a run lacks is named in `RunRecord.missing`, for the page to say so.
+`RunRecord.missing` lists missing files for the page.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ class Disclosed:
     Attributes:
       id, metric: names.
       higher_is_better: direction of the metric.
-      share_of_rows: whether a score is a share of rows that were right, so that its interval is binomial; None: not said.
-      rows, private_rows: behind a score that the search saw, and of the private answers.
-      reward, text: which rows made the reward: in a word, and in a sentence or two.
-      grader: who graded.
+      share_of_rows: whether a score is a share of correct rows, so that its interval is binomial; None: unknown.
+      rows, private_rows: number of rows of a score that the search saw, and of the private answers.
+      reward, text: which rows the reward comes from: a word, and a sentence or two.
+      grader: which grader was used.
       thresholds: published scores by name; empty if there are none.
-      source, note: where these come from, and how far a comparison holds.
+      source, note: where the thresholds come from, and how far scores are comparable with them.
     """
 
     id: str
@@ -49,20 +49,20 @@ class Disclosed:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run as its folder tells of it.
+    """A run as described by its directory.
 
     Attributes:
-      path: of the folder.
+      path: run directory.
       kind: "train" or "search".
       config: every setting by its dotted name.
       metrics: rows of metrics.jsonl, oldest first.
       attempts: rows of the journal, oldest first.
-      disclosed: by the competition's id, in the run's order.
-      isolation: how programs were isolated, a line for each way; empty if that is not known.
-      isolated: whether none could reach the answers; None if that is not known.
-      goes_on_from: the run whose journal came along; None if there is none.
-      grades: grade.json of the best programs, by the competition's id.
-      missing: what is not there, a sentence each.
+      disclosed: by competition id, in the run's order.
+      isolation: how programs were isolated, one line for each way; empty if unknown.
+      isolated: whether no program could reach the answers; None if unknown.
+      goes_on_from: the run that this one continues and whose journal it took over; None if there is none.
+      grades: grade.json of the best programs, by competition id.
+      missing: what is missing, one sentence each.
     """
 
     path: Path
@@ -83,7 +83,7 @@ class RunRecord:
 
     @property
     def competitions(self) -> list[str]:
-        """The run's own, then those of a run that it goes on from."""
+        """The run's own competitions, then those of the run that it continues."""
         return list(dict.fromkeys([*self.disclosed, *(attempt.task for attempt in self.attempts)]))
 
 
@@ -91,11 +91,11 @@ def read_record(folder: Path, journal: JournalReader | None = None) -> RunRecord
     """Reads the directory of a run that finished, was interrupted or is running. Incomplete rows are skipped.
 
     Args:
-      folder: of the run.
-      journal: a reader of its journal that earlier calls used, so that only new rows are parsed; None parses all rows.
+      folder: run directory.
+      journal: a reader of its journal from earlier calls, so that only new rows are parsed; None parses all rows.
 
     Raises:
-      RunError: there is no run, or one of its files is damaged; with the file and what to do.
+      RunError: there is no run, or one of its files is damaged. The message names the file and says what to do.
     """
     folder = Path(folder).absolute()
     kind, config = _read_config(folder)
@@ -106,16 +106,16 @@ def read_record(folder: Path, journal: JournalReader | None = None) -> RunRecord
     missing = []
     if content is None:
         missing.append(
-            f"{DISCLOSURE}: so neither the metric's direction, nor the rows behind scores, nor thresholds, nor isolation is known; best"
+            f"{DISCLOSURE}: the metric's direction, the number of rows behind scores, the thresholds and the isolation are unknown; best"
             " means the highest reward."
         )
     if not attempts:
-        missing.append("journal.jsonl, or it has no whole row yet: so there are no programs to show.")
+        missing.append("journal.jsonl, or it has no complete row yet: there are no programs to show.")
     if not metrics:
-        missing.append("metrics.jsonl, or it has no whole row yet: so nothing is known of the update, tokens and seconds.")
+        missing.append("metrics.jsonl, or it has no complete row yet: metrics of updates, tokens and times are unknown.")
     grades = {id: grade for id in disclosed if (grade := _read_grade(folder, id, alone=len(disclosed) == 1)) is not None}
     missing += [
-        f"best/: it holds no grade.json of {id} that can be read, so the best program's own interval is not known."
+        f"best/: it has no readable grade.json of {id}, so the interval of the best program is unknown."
         for id in disclosed
         if id not in grades and any(attempt.task == id and attempt.score is not None for attempt in attempts)
     ]
@@ -144,9 +144,11 @@ def _read_config(folder: Path) -> tuple[str, Mapping[str, Any]]:
         if kind not in ("train", "search") or not isinstance(config, dict):
             raise TypeError("kind or config")
     except FileNotFoundError as error:
-        raise RunError(f"{folder} holds no run: there is no config.json in it. Give a run's folder by --workdir or --compare.") from error
+        raise RunError(
+            f"{folder} is not a run directory: it has no config.json. Give a run directory by --workdir or --compare."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read as a run's config ({error!r}). Put the original back.") from error
+        raise RunError(f"{path} is not a valid run config ({error!r}). Restore the original file.") from error
     return kind, config
 
 
@@ -159,7 +161,7 @@ def _disclosed(folder: Path, content: Mapping[str, Any] | None) -> dict[str, Dis
                 raise ValueError(f"rows or thresholds of {row.id!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{folder / DISCLOSURE} does not say what it must of the competitions ({error!r}). Put the original back."
+            f"{folder / DISCLOSURE} has missing or invalid fields of the competitions ({error!r}). Restore the original file."
         ) from error
     return {row.id: row for row in found}
 
@@ -171,7 +173,7 @@ def _row(competition: Mapping[str, Any]) -> dict[str, Any]:
         "id": competition["id"],
         "metric": metric["name"],
         "higher_is_better": metric["higher_is_better"],
-        "share_of_rows": metric.get("share_of_rows"),  # runs made before reports were do not say
+        "share_of_rows": metric.get("share_of_rows"),  # missing in runs from before reports existed
         "rows": reward["rows"],
         "private_rows": competition["private_answers"]["rows"],
         "reward": reward["source"],
@@ -188,11 +190,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_grade(folder: Path, competition: str, *, alone: bool) -> Mapping[str, Any] | None:
-    """grade.json of the competition's best program; None if there is none that can be read, as `runs.best.read_best` has it, too."""
+    """grade.json of the competition's best program; None if it is missing or not readable, as in `runs.best.read_best`."""
     path = bundle_dir(folder / "best", competition, alone=alone) / "grade.json"
     try:
         grade = parse_json(path.read_bytes())
-    except (OSError, ValueError):  # the page says that it is not there
+    except (OSError, ValueError):  # the page reports it as missing
         return None
     is_sound = isinstance(grade, dict) and all(_is_interval(grade.get(name)) for name in ("interval_95", "private_interval_95"))
     return grade if is_sound else None

@@ -1,4 +1,4 @@
-"""Grading a submission against the answers, with MLE-bench's rules in MLE-bench's order, and a reason for every rejection."""
+"""Grades a submission against the answers by MLE-bench's rules in MLE-bench's order, with a reason for every rejection."""
 
 import csv
 import dataclasses
@@ -14,23 +14,23 @@ from discover_jax.tasks.competition import Competition, Metric
 from discover_jax.tasks.tables import read_table
 from discover_jax.types import Grade
 
-# A wide margin over the executor's own limit on what a program may return.
+# Far above the executor's own limit on submissions.
 MAX_SUBMISSION_BYTES = 64 << 20
-# pandas spends seconds and gigabytes on a table of a million columns; extra columns are ignored, so that many are never needed.
+# pandas needs seconds and gigabytes for a table of a million columns. Extra columns are ignored, so no submission needs many.
 _MAX_COLUMNS = 1024
 _MAX_REASON = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a submission is compared with: it must have all of these rows.
+    """The answers that a submission is compared with. It must have all of their rows.
 
     Attributes:
-      id_column, target: names of the two columns that count; both empty where a competition's `judge` alone knows what counts.
-      private: the private answers, one row each.
+      id_column, target: names of the id and target columns; both empty if only the competition's `judge` knows the format.
+      private: the private answers, one per row.
       held_out: answers of rows held out of the training table; None if there are none.
-      private_counts: False if the private answers are for the record only. Then nothing but `Grade.private_score` depends on what they
-        say: neither the score, nor whether the submission is valid, nor the reason.
+      private_counts: False if the private answers are only for the record. Then only `Grade.private_score` depends on their values; the
+        score, the validity of the submission and the reason do not.
     """
 
     id_column: str
@@ -45,19 +45,19 @@ class _InvalidSubmission(Exception):
 
 
 def grade(submission: bytes, answers: Answers, competition: Competition) -> Grade:
-    """The verdict on a submission. Never raises, whatever the bytes: they come from a program that nobody trusts.
+    """Grades a submission. Never raises, whatever the bytes: they come from an untrusted program.
 
-    In MLE-bench's order, a submission is rejected unless it has as many rows as the answers, a target column, an id column, and the same
-    ids (in any order). Other columns are ignored. Then the metric must accept its values. Scores are rounded to 5 places. A competition's
-    `judge`, where it has one, sees the private answers' rows as they were submitted, and decides by itself.
+    A submission must have, checked in MLE-bench's order: as many rows as the answers, a target column, an id column, and the same ids (in
+    any order). Other columns are ignored. Then the metric must accept its values. Scores are rounded to 5 places. If the competition has a
+    `judge`, the judge gets the submitted rows as they are and makes its own checks.
 
     Args:
       submission: a CSV file.
-      answers: the two kinds of rows are scored apart.
-      competition: its metric or its judge.
+      answers: private and held-out rows are scored separately.
+      competition: provides the metric or the judge.
 
     Returns:
-      A Grade. Its score is None for a valid submission, too, if the private answers do not count and no others are there.
+      A Grade. The score of a valid submission is None if the private answers do not count and there are no held-out rows.
     """
     try:
         table = _parse(submission)
@@ -78,10 +78,10 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
 
 
 def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Answers and predictions, as the metric takes them, of the rows of one kind, of a submission that `grade` found valid.
+    """Answers and predictions of the held-out or private rows, as arguments of the metric, for a valid submission.
 
     Raises:
-      ValueError: it is not valid.
+      ValueError: the submission is not valid.
     """
     table = answers.held_out if held_out else answers.private
     assert table is not None, "asked for only where there are such rows"
@@ -93,7 +93,7 @@ def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class _Kinds:
-    """A submission's scores on each kind of rows, computed when asked for; each may raise _InvalidSubmission."""
+    """Functions that compute a submission's score on each kind of rows; each may raise _InvalidSubmission."""
 
     private: Callable[[], float]
     held_out: Callable[[], float]
@@ -104,7 +104,7 @@ def _parse(submission: bytes) -> pd.DataFrame:
         raise _InvalidSubmission(f"The submission has {len(submission):,} bytes; at most {MAX_SUBMISSION_BYTES:,} are read.")
     try:
         text = submission.decode("utf-8")
-        # The header, and the first row: pandas would take surplus fields of that row for index columns. It refuses longer rows after it.
+        # Check the header and the first row: pandas takes surplus fields of that row for index columns. It rejects longer rows after it.
         start = itertools.islice((row for row in csv.reader(io.StringIO(text, newline="")) if row), 2)
         width = max((len(row) for row in start), default=0)
         if width > _MAX_COLUMNS:
@@ -117,7 +117,7 @@ def _parse(submission: bytes) -> pd.DataFrame:
 
 
 def _aligned(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _Kinds:
-    """The metric, on each kind's rows in the order of their ids."""
+    """Scores by the metric on each kind of rows, in the order of their ids."""
     rows = _sorted(submission, answers)
 
     def score_on(table: pd.DataFrame) -> float:
@@ -128,14 +128,14 @@ def _aligned(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _Kin
 
 
 def _pairs(rows: pd.DataFrame, table: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
-    """Answers and predictions of a table's rows, in the order of their ids; `rows` are a submission's, see `_sorted`."""
+    """Answers and predictions of a table's rows in the order of their ids; `rows` is a submission from `_sorted`."""
     ordered = table.sort_values(answers.id_column, kind="stable")
     mine_R = rows.index.isin(ordered[answers.id_column].to_numpy())
     return ordered[answers.target].to_numpy(), rows[answers.target].to_numpy()[mine_R]
 
 
 def _whole(submission: pd.DataFrame, answers: Answers, judge: Callable[[pd.DataFrame, pd.DataFrame], float], name: str) -> _Kinds:
-    """The judge, on the submission as it is; where it has two kinds of rows, on each kind's."""
+    """Scores by the judge on the submission as it is or, with held-out rows, on each kind of rows."""
     if answers.held_out is None:
         return _kinds(
             answers, lambda table: _score(name, lambda: judge(submission.copy(), table.copy()))
@@ -158,7 +158,7 @@ def _kinds(answers: Answers, score_on: Callable[[pd.DataFrame], float]) -> _Kind
 
 
 def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
-    """The submission in the order of its ids, which are its index, too; once it has proved to have the right rows and columns."""
+    """The submission sorted by id, with the ids as index, after checking its rows and columns."""
     id_column, target = answers.id_column, answers.target
     ids = pd.Series(pd.concat([answers.private[id_column], *([] if answers.held_out is None else [answers.held_out[id_column]])]))
     if len(submission) != len(ids):
@@ -199,7 +199,7 @@ def _describe_ids(id_column: str, found: list, expected: list) -> str:
 def _score(name: str, compute: Callable[[], float]) -> float:
     try:
         score = float(compute())
-    except Exception as error:  # whatever a metric raises on values that it cannot judge is the reason
+    except Exception as error:  # any error of a metric is the reason of the rejection
         raise _InvalidSubmission(
             f"{name} cannot be computed from these predictions: {str(error).rstrip('.') or type(error).__name__}."
         ) from error

@@ -1,7 +1,7 @@
-"""How far a score can be trusted: confidence intervals for summaries.
+"""Confidence intervals of scores, for summaries.
 
-They are about the rows alone: how far the score of this very program may lie from that on all rows of the kind. That a search chose it as
-the best of many on the same rows is not in them.
+They cover only the sampling of rows: how far the score of one given program may be from its score on all such rows. They do not account for
+the search, which selected the program as the best of many on the same rows.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ _Z95 = 1.959963984540054
 
 
 def wilson_interval(proportion: float, rows: int, z: float = _Z95) -> tuple[float, float]:
-    """Wilson's score interval of a binomial proportion, 95% unless `z` says otherwise (E. B. Wilson 1927).
+    """Wilson's score interval of a binomial proportion (E. B. Wilson 1927); 95% with the default `z`.
 
     Bounds are (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n).
 
     Args:
-      proportion: share of rows that were right, in [0, 1].
+      proportion: share of correct rows, in [0, 1].
       rows: number of rows, at least 1.
       z: quantile of the normal distribution.
 
@@ -29,7 +29,7 @@ def wilson_interval(proportion: float, rows: int, z: float = _Z95) -> tuple[floa
       ValueError: a value is out of its range.
     """
     if rows < 1 or not 0.0 <= proportion <= 1.0:
-        raise ValueError(f"A proportion lies in [0, 1] and counts at least one row; given {proportion!r} of {rows!r} rows.")
+        raise ValueError(f"proportion must be in [0, 1] and rows at least 1; got {proportion!r} of {rows!r} rows.")
     spread = z * math.sqrt(proportion * (1.0 - proportion) / rows + z * z / (4.0 * rows * rows))
     middle = proportion + z * z / (2.0 * rows)
     scale = 1.0 + z * z / rows
@@ -41,8 +41,8 @@ class Interval:
     """A 95% interval of a score, or the reason why there is none.
 
     Attributes:
-      bounds: lower and upper one; None if there is none.
-      method: how they were found, or why they could not be.
+      bounds: lower and upper bound; None if there is no interval.
+      method: how the bounds were computed, or why they could not be.
     """
 
     bounds: tuple[float, float] | None
@@ -50,7 +50,7 @@ class Interval:
 
     @property
     def text(self) -> str:
-        """As summaries show it."""
+        """The text for summaries."""
         return f"95% interval {self.bounds[0]:.4f} to {self.bounds[1]:.4f}" if self.bounds else f"no interval: {self.method}"
 
     def to_json(self, name: str) -> dict[str, list[float] | str | None]:
@@ -63,28 +63,28 @@ def no_interval(reason: str) -> Interval:
 
 
 def binomial_interval(score: float, rows: int) -> Interval:
-    """Of a score that is a share of rows."""
+    """The interval of a score that is a share of rows."""
     return Interval(wilson_interval(score, rows), "Wilson's score interval of a proportion")
 
 
 RESAMPLES = 1000
 _MIN_RESAMPLES = 200
 _MOST_ROWS = 20_000_000
-"""Of all resamples together, where each costs a call of the metric: some seconds for those of scikit-learn."""
+"""Total rows of all resamples if each needs a call of the metric: a few seconds with scikit-learn's metrics."""
 _CHUNK = 4_000_000
-"""Counts held in memory at once."""
+"""Number of counts in memory at once."""
 _FEWEST_SCORED = 0.95
 
 
 def bootstrap_interval(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray, *, seed: int = 0) -> Interval:
-    """The percentile bootstrap (Efron and Tibshirani 1993, chapter 13): the middle 95% of the scores of tables of as many rows, drawn from
-    these with replacement.
+    """The percentile bootstrap (Efron and Tibshirani 1993, chapter 13): the middle 95% of the scores of resampled tables. A resample has as
+    many rows, drawn with replacement.
 
-    The same for the same arguments. Resamples without a score, those of one class, say, are left out; if more than one in twenty are, there
-    is no interval.
+    Deterministic for the same arguments. Resamples without a score, such as those with a single class, are left out. If these are more than
+    one in twenty, there is no interval.
 
     Args:
-      answers_R, predictions_R: as `metric.function` takes them.
+      answers_R, predictions_R: arguments of `metric.function`.
       seed: of the draws.
     """
     rows = len(answers_R)
@@ -118,6 +118,6 @@ def _scores_by_calls(metric: Metric, answers_R: np.ndarray, predictions_R: np.nd
         drawn_R = rng.integers(0, rows, rows)
         try:
             scores.append(float(metric.function(answers_R[drawn_R], predictions_R[drawn_R])))
-        except Exception:  # a metric may refuse a resample, which counts as one without a score: see `bootstrap_interval`
+        except Exception:  # a metric may reject a resample; it then has no score: see `bootstrap_interval`
             scores.append(math.nan)
     return np.array(scores)

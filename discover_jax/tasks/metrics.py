@@ -1,4 +1,4 @@
-"""Metrics by scikit-learn, ready to be named in a competition's file. scikit-learn is imported when one is first computed."""
+"""scikit-learn metrics for use in competition files. scikit-learn is imported on first use."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def _roc_auc(answers_R: np.ndarray, predictions_R: np.ndarray) -> float:
 def _log_loss(answers_R: np.ndarray, predictions_R: np.ndarray) -> float:
     from sklearn.metrics import log_loss
 
-    # scikit-learn only warns of numbers that are no probabilities.
+    # scikit-learn only warns about values that are not probabilities.
     if predictions_R.min() < 0 or predictions_R.max() > 1:
         raise ValueError(f"probabilities must lie in [0, 1]; they go from {predictions_R.min()} to {predictions_R.max()}")
     return float(log_loss(answers_R, predictions_R))
@@ -32,27 +32,27 @@ def _root_mean_squared_error(answers_R: np.ndarray, predictions_R: np.ndarray) -
     return float(root_mean_squared_error(answers_R, predictions_R))
 
 
-# ---------------------------------------------------------------------- the same of resampled tables; docs of Metric.resampled
+# ---------------------------------------------------------------------- the same metrics on resampled tables; see Metric.resampled
 
 
 def _resampled_roc_auc(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
-    """The share of pairs of a positive and a negative row that are in the right order, equals counting half (Mann and Whitney 1947)."""
+    """The share of (positive, negative) pairs of rows in the right order; ties count half (Mann and Whitney 1947)."""
     _, classes_R = np.unique(answers_R, return_inverse=True)
     _, places_R = np.unique(predictions_R, return_inverse=True)
     order_R = np.argsort(places_R, kind="stable")
-    starts_V = np.flatnonzero(np.diff(places_R[order_R], prepend=-1))  # V different predictions, from the lowest
+    starts_V = np.flatnonzero(np.diff(places_R[order_R], prepend=-1))  # V distinct predictions in ascending order
     positive_R = classes_R[order_R] == 1
     sorted_BR = counts_BR[:, order_R]
     positives_BV = np.add.reduceat(sorted_BR * positive_R, starts_V, axis=1, dtype=np.float64)
     negatives_BV = np.add.reduceat(sorted_BR * ~positive_R, starts_V, axis=1, dtype=np.float64)
     below_BV = np.cumsum(negatives_BV, axis=1) - negatives_BV
     pairs_B = positives_BV.sum(axis=1) * negatives_BV.sum(axis=1)
-    with np.errstate(invalid="ignore"):  # a table of one class has no pairs, and so no score
+    with np.errstate(invalid="ignore"):  # a table with a single class has no pairs and thus no score
         return (positives_BV * (below_BV + negatives_BV / 2)).sum(axis=1) / pairs_B
 
 
 def _resampled_log_loss(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
-    """As scikit-learn's, which keeps probabilities off 0 and 1 by the precision of their type; a table of one class has none."""
+    """Like scikit-learn's log loss, which clips probabilities by the epsilon of their type. A table with a single class has no score."""
     _, classes_R = np.unique(answers_R, return_inverse=True)
     least = np.finfo(predictions_R.dtype if predictions_R.dtype.kind == "f" else np.float64).eps
     p_R = np.clip(predictions_R.astype(np.float64), least, 1 - least)

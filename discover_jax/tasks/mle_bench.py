@@ -1,7 +1,6 @@
-"""The optional `mlebench` package: its graders, its competitions from data that lie on this machine, and its leaderboards if they are real.
+"""The optional `mlebench` package: its graders, its competitions from local data, and its leaderboards if their files are present.
 
-The package is imported when first asked for, and only what is needed: its registry and a competition's own modules. Neither Kaggle's
-credentials nor a network are.
+Only the package's registry and a competition's own modules are imported, on first use. Neither Kaggle credentials nor a network are needed.
 """
 
 import contextlib
@@ -25,14 +24,14 @@ from discover_jax.tasks.tables import read_table
 
 _SOURCE = "from the leaderboard in the installed mlebench"
 PREFIX = "mlebench:"
-"""Before an id in config.task.competition: one of MLE-bench's competitions, with its own preparation and grader."""
+"""Prefix of an id in config.task.competition: selects a competition of MLE-bench with its own preparation and grader."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def with_its_grader(competition: Competition) -> Competition:
-    """The competition with the installed package's grader of the same id as its judge, and its leaderboard's thresholds if that is real.
+    """The competition with the package's grader of the same id as its judge, and with the thresholds of the package's leaderboard.
 
-    If it is not, the competition's own thresholds stay.
+    If the leaderboard's file is missing, the competition keeps its own thresholds.
 
     Raises:
       ConfigError: the package is not installed, or has no such competition.
@@ -48,29 +47,29 @@ def with_its_grader(competition: Competition) -> Competition:
 def mlebench_competition(
     id: str, *, higher_is_better: bool | None = None, proportion: bool = False, failure_reward: float = 0.0, transform: str | None = None
 ) -> Competition:
-    """One of MLE-bench's competitions, from data that lie on this machine; for a file that defines COMPETITION, or for "mlebench:ID".
+    """A competition of MLE-bench from local data; for a file that defines COMPETITION, or for "mlebench:ID".
 
-    config.task.raw is MLE-bench's data folder (empty: the package's default), in which ID/prepared/ was made by `mlebench prepare`, or
-    ID/raw/ holds the raw files, from which the package prepares it. The public files are copied to the run's folder.
+    config.task.raw is MLE-bench's data folder (empty: the package's default). It has either ID/prepared/, written by `mlebench prepare`, or
+    ID/raw/ with the raw files, which the package then prepares. The public files are copied to the run directory.
 
     Args:
-      id: as MLE-bench has it.
-      higher_is_better: the metric's direction; None takes it from the competition's leaderboard, if that is real.
-      proportion: whether the score is a share of rows that were right; see Metric.
+      id: MLE-bench's id of the competition.
+      higher_is_better: the metric's direction; None takes it from the competition's leaderboard, if its file is present.
+      proportion: whether the score is a share of correct rows; see Metric.
       failure_reward: reward of a program that fails; must be below that of the sample submission.
-      transform: from score to reward; by default the plain one of the direction.
+      transform: from score to reward; None: "identity" if higher is better, otherwise "negate".
 
     Raises:
-      ConfigError: the package is not installed, has no such competition, or does not tell the direction.
+      ConfigError: the package is not installed, has no such competition, or does not define the direction.
     """
     theirs = _theirs(id)
     thresholds, note, direction = _leaderboard(theirs)
     higher = direction if higher_is_better is None else higher_is_better
     if higher is None:
         raise ConfigError(
-            f"MLE-bench tells which scores of {id!r} are better by its leaderboard alone, which is unavailable: {note} Install the package"
-            " with its Git-LFS files, or write a file with COMPETITION = mlebench_competition(ID, higher_is_better=...), which"
-            " docs/competitions.md shows, and give its path as config.task.competition."
+            f"Only MLE-bench's leaderboard says which scores of {id!r} are better, and it is unavailable: {note} Install the package"
+            " with its Git-LFS files. Or write a file with COMPETITION = mlebench_competition(ID, higher_is_better=...), as shown in"
+            " docs/competitions.md, and set config.task.competition to its path."
         )
     name = theirs.grader.name
     return Competition(
@@ -92,7 +91,7 @@ def mlebench_competition(
 
 @contextlib.contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """The package's modules set up the root logger for themselves when they are imported; this takes that back."""
+    """Restores the root logger, which the package's modules configure when they are imported."""
     handlers, level = list(logging.root.handlers), logging.root.level
     try:
         yield
@@ -102,7 +101,7 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def _theirs(id: str, data: Path | None = None) -> Any:
-    """The package's own Competition; its data lie in `data`, or where the package keeps them.
+    """The package's own Competition object, with its data in `data` or, if None, in the package's default folder.
 
     Raises:
       ConfigError: the package is not installed, lacks something, or has no such competition.
@@ -112,8 +111,8 @@ def _theirs(id: str, data: Path | None = None) -> Any:
             from mlebench.registry import registry  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
-                f"MLE-bench's grader was asked for, but the package `mlebench` cannot be imported ({error}). It is not on the package"
-                " index: install it from its repository, openai/mle-bench, into this environment; or use config.task.grader ="
+                f"MLE-bench's grader is requested, but the package `mlebench` cannot be imported ({error}). It is not on the package"
+                " index: install it from its repository, openai/mle-bench, into this environment. Or use config.task.grader ="
                 " 'native', which follows the same rules."
             ) from error
         if id not in (known := registry.list_competition_ids()):
@@ -125,11 +124,13 @@ def _theirs(id: str, data: Path | None = None) -> Any:
         try:
             return (registry if data is None else registry.set_data_dir(data)).get_competition(id)
         except ImportError as error:
-            raise ConfigError(f"The installed mlebench cannot load its competition {id!r}: {error}. Install what it needs.") from error
+            raise ConfigError(
+                f"The installed mlebench cannot load its competition {id!r}: {error}. Install the missing package."
+            ) from error
 
 
 def _judge(theirs: Any) -> Callable[[pd.DataFrame, pd.DataFrame], float]:
-    # Not the grader itself, which turns whatever goes wrong into None and a line in a log: the reason must reach the program's author.
+    # Not the grader itself: it turns every error into None and a log line, but the model must see the reason.
     return theirs.grader.grade_fn
 
 
@@ -138,7 +139,7 @@ def _no_function(*_: object) -> float:
 
 
 def _version(theirs: Any) -> str:
-    """Package, version, and the beginning of the hash of the grader's source: two checkouts of one version may differ."""
+    """Package version and the first digits of the hash of the grader's source: two checkouts of one version may differ."""
     source = hashlib.sha256(inspect.getsource(inspect.getmodule(theirs.grader.grade_fn) or theirs.grader.grade_fn).encode()).hexdigest()
     try:
         version = importlib.metadata.version("mlebench")
@@ -148,7 +149,7 @@ def _version(theirs: Any) -> str:
 
 
 def _leaderboard(theirs: Any) -> tuple[tuple[Threshold, ...], str, bool | None]:
-    """Thresholds, what they are or why there are none, and whether higher is better; None if that is not known."""
+    """Thresholds, a note on them or on why there are none, and whether higher is better (None if unknown)."""
     path = Path(theirs.leaderboard)
     try:
         data = path.read_bytes()
@@ -181,12 +182,12 @@ def _prepare(id: str, raw: Path | None, public: Path, private: Path) -> None:
             theirs.prepare_fn(raw=theirs.raw_dir, public=public, private=private)
     else:
         raise DataError(
-            f"There are no data of MLE-bench's {id!r} in {theirs.raw_dir.parent}: neither prepared/ nor raw/. Run `mlebench prepare -c"
-            f" {id}`, or put the raw files there; config.task.raw names another data folder than the package's own."
+            f"MLE-bench's {id!r} has no data in {theirs.raw_dir.parent}: neither prepared/ nor raw/ exists. Run `mlebench prepare -c"
+            f" {id}`, or put the raw files there. To use another data folder, set config.task.raw."
         )
     answers = private / Path(theirs.answers).relative_to(theirs.private_dir)
     if answers.suffix != ".csv":
-        raise ConfigError(f"The answers of MLE-bench's {id!r} are a {answers.suffix} file; only tables (.csv) can be graded here.")
+        raise ConfigError(f"The answers of MLE-bench's {id!r} are a {answers.suffix} file; only .csv tables are supported.")
     sample = public / Path(theirs.sample_submission).relative_to(theirs.public_dir)
     for given, wanted in ((answers, private / "test.csv"), (sample, public / "sample_submission.csv")):
         if given != wanted:

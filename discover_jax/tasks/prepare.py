@@ -1,4 +1,4 @@
-"""Prepares a task: writes the competition's tables once, and checks them by their checksums when it finds them again."""
+"""Prepares a task: writes the competition's tables once, and verifies their checksums on later calls."""
 
 import errno
 import hashlib
@@ -46,18 +46,18 @@ def prepare_task(
     Args:
       competition: id of a built-in competition, path of a .py file that defines COMPETITION, or "mlebench:ID".
       raw: path of the raw data; None or "" if there are none.
-      reward: "grade": the private answers make the score. "holdout": rows drawn from the training table do: they leave train.csv and join
-        test.csv without their label, shuffled in, and their ids join sample_submission.csv.
+      reward: "grade": scores come from the private answers. "holdout": scores come from random rows of the training table. These rows move
+        from train.csv to test.csv, shuffled in and without their label, and their ids are added to sample_submission.csv.
       folder: empty, missing, or prepared before with the same settings.
       holdout_fraction: fraction of the training rows that "holdout" holds out.
       holdout_folds: 2 or more: number of folds into which "holdout" splits all training rows instead. Each fold is held out in one run of a
         program, in its own folder fold-N/; one more run, on the whole public/, makes the submission.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
-      seed: of the draw and the shuffle of "holdout".
+      seed: for drawing and shuffling the rows of "holdout".
 
     Raises:
       ConfigError: unknown competition or reward, fraction out of range, or invalid competition file.
-      DataError: raw data missing or altered; `folder` holds something else, or was altered; it cannot be written.
+      DataError: the raw data are missing or altered; `folder` holds something else, was altered, or cannot be written.
     """
     if reward not in REWARDS:
         raise ConfigError(f"config.task.reward must be one of {', '.join(REWARDS)}; got {reward!r}.")
@@ -65,7 +65,8 @@ def prepare_task(
         raise ConfigError(f"config.task.holdout_fraction must be greater than 0 and less than 1; got {holdout_fraction!r}.")
     if holdout_folds < 1 or (holdout_folds > 1 and reward != "holdout"):
         raise ConfigError(
-            f"config.task.holdout_folds = {holdout_folds!r} with config.task.reward = {reward!r}: must be 1 without `holdout`."
+            f"config.task.holdout_folds must be at least 1, and 1 without the reward `holdout`; got {holdout_folds!r} with"
+            f" config.task.reward = {reward!r}."
         )
     if grader not in GRADERS:
         raise ConfigError(f"config.task.grader must be one of {', '.join(GRADERS)}; got {grader!r}.")
@@ -75,7 +76,7 @@ def prepare_task(
         definition = mle_bench.with_its_grader(definition)
     if reward == "holdout" and not definition.id_column:
         raise ConfigError(
-            f"Competition {definition.id!r} does not support the reward `holdout`, since only its grader knows its answers' format. Set"
+            f"Competition {definition.id!r} does not support the reward `holdout`: only its grader knows the format of its answers. Set"
             " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
         )
     settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, seed)
@@ -86,7 +87,7 @@ def prepare_task(
         record = _read_record(folder, settings)
         task = _task(source, digest, grader, folder, record)
     except OSError as error:
-        raise DataError(f"The task cannot be prepared in {folder}: {error}. Free some space, or choose another folder.") from error
+        raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
     _check_sample(task)
     return task
 
@@ -95,13 +96,13 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
     """The tasks of a run.
 
     Args:
-      settings: config.task; several competitions are separated by commas, and so are their raw data, in the same order.
-      folder: of the one task, or of a folder for each.
+      settings: config.task. Commas separate several competitions, and their raw data in the same order.
+      folder: of the only task, or parent of one folder per task.
       seed: see `prepare_task`.
 
     Raises:
-      ConfigError: as `prepare_task`; or one competition is named twice, or there is another number of raw data than of competitions.
-      DataError: as `prepare_task`.
+      ConfigError: see `prepare_task`; or a competition is named twice, or the number of raw data paths differs from that of competitions.
+      DataError: see `prepare_task`.
     """
     competitions = named_competitions(settings)
     names = [name for name, _ in competitions]
@@ -124,23 +125,23 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
 
 
 def named_competitions(settings: Any) -> list[tuple[str, str]]:
-    """The competitions of a run as config.task names them, each with the path of its raw data, "" where it brings its own.
+    """The competitions in config.task, each with the path of its raw data; "" for a competition that brings its own.
 
     Raises:
-      ConfigError: there is another number of raw data than of competitions.
+      ConfigError: the number of raw data paths differs from that of competitions.
     """
     names = [name.strip() for name in settings.competition.split(",")]
     raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
     if len(raws) != len(names):
         raise ConfigError(
-            f"config.task.raw = {settings.raw!r} names {len(raws)} paths for {len(names)} competitions. Give one for each, separated by"
-            " commas, and nothing between two commas where a competition brings its own data."
+            f"config.task.raw = {settings.raw!r} has {len(raws)} paths for {len(names)} competitions. Give one for each, separated by"
+            " commas. Leave it empty for a competition that brings its own data."
         )
     return list(zip(names, raws, strict=True))
 
 
 def _settings(definition: Competition, digest: str, reward: str, fraction: float, folds: int, seed: int) -> dict[str, Any]:
-    """Everything beside the data that a grade depends on."""
+    """All settings that a grade depends on, in addition to the data."""
     holdout: dict[str, Any] = {}
     if reward == "holdout":
         holdout = {"holdout_folds": folds, "seed": seed} if folds > 1 else {"holdout_fraction": fraction, "seed": seed}
@@ -161,9 +162,9 @@ def _settings(definition: Competition, digest: str, reward: str, fraction: float
 
 
 def _build(definition: Competition, raw: Path | None, folder: Path, settings: dict[str, Any]) -> None:
-    """Writes everything beside `folder`, then renames it there: a killed run leaves no half of it behind."""
+    """Writes everything to a folder next to `folder`, then renames it: a killed run leaves no incomplete `folder` behind."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is not a task's folder: it has no {_RECORD}, but is not empty. Choose another folder, or empty it.")
+        raise DataError(f"{folder} is not a prepared task: it is not empty, but has no {_RECORD}. Choose another folder, or empty it.")
     work = folder.with_name(folder.name + ".preparing")
     if work.exists():  # left by a killed run
         shutil.rmtree(work)
@@ -177,8 +178,8 @@ def _build(definition: Competition, raw: Path | None, folder: Path, settings: di
             found = hashlib.md5((work / name).read_bytes(), usedforsecurity=False).hexdigest()
             if found != expected:
                 raise DataError(
-                    f"{definition.id}: the prepared {name} has MD5 {found}, expected {expected}, though the raw data are right. The"
-                    f" installed pandas ({pd.__version__}) or scikit-learn prepares it otherwise; install the versions in constraints/."
+                    f"{definition.id}: the prepared {name} has MD5 {found}, expected {expected}, although the raw data are correct. The"
+                    f" installed pandas ({pd.__version__}) or scikit-learn prepares it differently. Install the versions in constraints/."
                 )
         if "holdout_folds" in settings:
             _make_folds(definition, work, settings["holdout_folds"], settings["seed"])
@@ -210,12 +211,12 @@ def _run_prepare(definition: Competition, raw: Path | None, public: Path, privat
 
 
 def _check_tables(definition: Competition, public: Path, private: Path) -> None:
-    """Refuses a preparation that broke its promise, before anything is built on it."""
+    """Checks the tables that prepare() wrote before they are used."""
 
     def refuse(problem: str) -> ConfigError:
-        return ConfigError(f"Competition {definition.id!r}: its prepare() {problem} docs/competitions.md says what it must write.")
+        return ConfigError(f"Competition {definition.id!r}: its prepare() {problem} See docs/competitions.md for what it must write.")
 
-    if not definition.id_column:  # only its judge knows more
+    if not definition.id_column:  # only its judge knows the format of its tables
         for path in (public / "sample_submission.csv", private / "test.csv"):
             if not path.is_file():
                 raise refuse(f"did not write {path.parent.name}/{path.name}.")
@@ -235,7 +236,7 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
         raise refuse(f"wrote the target {definition.target!r} into public/test.csv, where every program could read it.")
     ids = {name: sorted(table[definition.id_column]) for name, table in tables.items() if name != "public/train.csv"}
     if len(set(ids["private/test.csv"])) < len(ids["private/test.csv"]) or "" in ids["private/test.csv"]:
-        raise refuse("wrote private/test.csv with ids that are empty or repeat.")
+        raise refuse("wrote private/test.csv with empty or repeated ids.")
     for name in ("public/test.csv", "public/sample_submission.csv"):
         if ids[name] != ids["private/test.csv"]:
             raise refuse(f"wrote {name} with other ids than private/test.csv.")
@@ -244,8 +245,8 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
 
 
 def _hold_out_part(definition: Competition, work: Path, fraction: float, seed: int) -> None:
-    """Holds a random part of the training rows out of public/; their answers go to private/holdout.csv."""
-    random = np.random.RandomState(seed)  # its stream is frozen by numpy's policy
+    """Holds out a random part of the training rows from public/; their answers go to private/holdout.csv."""
+    random = np.random.RandomState(seed)  # numpy guarantees that its stream never changes
     rows = _holdable_rows(definition, work / "public")
     count = min(max(1, math.floor(fraction * rows + 0.5)), rows - 1)
     held_R = np.zeros(rows, bool)
@@ -254,7 +255,7 @@ def _hold_out_part(definition: Competition, work: Path, fraction: float, seed: i
 
 
 def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> None:
-    """Parts the training rows at random into folds of equal size but for one row: fold-N/ is public/ with fold N held out."""
+    """Splits the training rows randomly into folds whose sizes differ by at most one row: fold-N/ is public/ with fold N held out."""
     random = np.random.RandomState(seed)
     rows = _holdable_rows(definition, work / "public")
     if folds > rows:
@@ -267,7 +268,7 @@ def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> N
 
 
 def _holdable_rows(definition: Competition, public: Path) -> int:
-    """Number of training rows, once the tables have proved to be fit for the reward `holdout`."""
+    """Number of training rows, after checking that the tables support the reward `holdout`."""
     id_column = definition.id_column
     train, test = (read_text_table((public / name).read_bytes()) for name in _PUBLIC_TABLES[:2])
     problem = None
@@ -287,12 +288,12 @@ def _holdable_rows(definition: Competition, public: Path) -> int:
 
 
 def _hold_out(definition: Competition, shown: Path, answers: Path, held_R: np.ndarray, random: np.random.RandomState) -> None:
-    """Moves training rows of the folder `shown` to its test table, shuffled in; their answers go to `answers`. Cells keep their text."""
+    """Moves training rows of the folder `shown` to its test table, shuffled in; their answers go to `answers`. Cell texts do not change."""
     id_column, target = definition.id_column, definition.target
     train, test, sample = (read_text_table((shown / name).read_bytes()) for name in _PUBLIC_TABLES)
     held = train.loc[held_R]
     grown = pd.concat([test, held[list(test.columns)]]).iloc[random.permutation(len(test) + len(held))]
-    # The held-out rows get the sample's first row beside their id: samples are constant as a rule.
+    # The held-out rows get the values of the sample's first row: samples are usually constant.
     rest = {column: sample[column].iloc[0] for column in sample.columns if column != id_column}
     grown_sample = pd.concat([sample, held.loc[:, [id_column]].assign(**rest)[list(sample.columns)]])
     grown_sample = grown_sample.set_index(id_column).loc[grown[id_column]].reset_index()[list(sample.columns)]
@@ -303,7 +304,7 @@ def _hold_out(definition: Competition, shown: Path, answers: Path, held_R: np.nd
 
 
 def _shown(settings: dict[str, Any]) -> list[str]:
-    """Names of the folders that programs see, one for each of their runs."""
+    """Names of the folders that programs see, one for each run of a program."""
     return [*(f"fold-{fold + 1}" for fold in range(settings.get("holdout_folds", 0))), "public"]
 
 
@@ -321,20 +322,20 @@ def _describe_tables(public: Path) -> list[dict[str, Any]]:
             tables.append({"name": str(path.relative_to(public)), "rows": len(table), "columns": list(table.columns)})
         elif path.is_file():
             tables.append({"name": str(path.relative_to(public)), "rows": None, "columns": []})
-    # train, test, sample_submission first, in the order in which one reads them; others follow by name.
+    # train, test and sample_submission come first, in reading order; others follow by name.
     order = {name: place for place, name in enumerate(_PUBLIC_TABLES)}
     return sorted(tables, key=lambda table: order.get(table["name"], len(order)))
 
 
 def _set_modes(work: Path) -> None:
-    """What programs see is for all to read, whatever the umask; private/ is the owner's alone."""
+    """Makes what programs see readable by all, whatever the umask, and private/ readable only by the owner."""
     for path in [work, *work.rglob("*")]:
         mine = path.name == _RECORD or work / "private" in (path, *path.parents)
         path.chmod((0o700 if mine else 0o755) if path.is_dir() else (0o600 if mine else 0o644))
 
 
 def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record of a prepared folder, once its settings and files have proved to be the same."""
+    """The record of a prepared folder, after checking its settings and files."""
     again = f"Delete {folder} to prepare it again, or choose another folder."
     try:
         record = json.loads((folder / _RECORD).read_text())
@@ -384,14 +385,14 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
 
 
 def _check_sample(task: Task) -> None:
-    """The sample submission must be gradable and better than a failure: otherwise the metric or the failure reward is wrong."""
+    """Checks that the sample submission is valid and better than a failure; otherwise the metric or the failure reward is wrong."""
     grades = [task.grade((shown / "sample_submission.csv").read_bytes(), run) for run, shown in enumerate(task.public_dirs)]
     grade = next((grade for grade in grades if not grade.valid), None) or task.combine(grades)
     if grade.score is None:
-        raise ConfigError(f"Competition {task.id!r}: its own sample_submission.csv cannot be graded: {grade.reason}")
+        raise ConfigError(f"Competition {task.id!r}: its own sample_submission.csv is not valid: {grade.reason}")
     reward = task.reward(grade.score)
     if not task.failure_reward < reward:
         raise ConfigError(
             f"Competition {task.id!r}: failure_reward = {task.failure_reward} must be below the reward of the sample submission, {reward}"
-            f" ({task.metric.name} {grade.score}), or a program does best to fail."
+            f" ({task.metric.name} {grade.score}). Otherwise failing would be the best strategy."
         )
