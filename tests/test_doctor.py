@@ -1,4 +1,4 @@
-"""The doctor on a machine where all is well, and with one thing after another broken."""
+"""The doctor on a working machine, and with one fault at a time."""
 
 import dataclasses
 import importlib.metadata
@@ -33,7 +33,7 @@ def _findings(tmp_path, **changes):
     return {finding.name: finding for finding in doctor.examine(validate(config), tmp_path / "run")}
 
 
-def test_all_is_well_here(tmp_path):
+def test_all_checks_pass(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "discover_jax.doctor", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"],
         capture_output=True,
@@ -48,7 +48,7 @@ def test_all_is_well_here(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_depends_on_something_broken_is_left_out_and_the_exit_code_tells(tmp_path):
+def test_dependent_checks_are_skipped_and_the_exit_code_is_1(tmp_path):
     command = ["--config=configs/spaceship.py:run1", f"--config.model.weights={tmp_path / 'nowhere'}"]
     done = subprocess.run([sys.executable, "-m", "discover_jax.doctor", *command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -90,7 +90,7 @@ def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     assert str(tmp_path) in disk.text
 
 
-def test_a_grader_that_is_wrong_is_found(tmp_path, monkeypatch):
+def test_wrong_grader_is_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     grade = Task.grade
     monkeypatch.setattr(Task, "grade", lambda self, csv, run=-1: dataclasses.replace(grade(self, csv, run), private_score=0.25))
@@ -101,7 +101,7 @@ def test_a_grader_that_is_wrong_is_found(tmp_path, monkeypatch):
     assert _findings(tmp_path)["grader"].ok is False
 
 
-def test_a_sandbox_that_gives_another_score_is_found(tmp_path, monkeypatch):
+def test_sandbox_with_a_wrong_score_is_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_PROGRAM", "def run():\n    raise ValueError('no')\n")
     found = _findings(tmp_path)
     assert found["sandbox"].ok is False

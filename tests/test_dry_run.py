@@ -153,7 +153,7 @@ print(memory("VmHWM") - before, need.parts["activations"])
 
 @pytest.mark.slow  # that more rows need more, the default run sees
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory can be reset on Linux only")
-def test_the_activations_are_what_the_process_grows_by():
+def test_predicted_activations_match_process_memory():
     # glibc keeps freed memory unless told otherwise: then the second call would not grow.
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", _MEASURED], capture_output=True, text=True, check=False, env=environment)
@@ -176,7 +176,7 @@ def _report(found, machine, **changes):
     return "\n".join(dry_run.report(config, _SIZES, machine, found))
 
 
-def test_the_verdict_names_what_to_turn(found):
+def test_verdict_names_the_settings_to_change(found):
     machine = find_machine("", 1)
     assert fits(_report(found, machine))
     tight = dataclasses.replace(machine, memory=max(n.total for n in found) - 1)
@@ -255,7 +255,7 @@ def test_the_bytes_of_a_mesh_are_what_each_device_holds():
     assert whole / 8 < predicted < whole / 2
 
 
-def test_a_mesh_of_a_machine_that_is_not_here_can_be_asked_about():
+def test_dry_run_accepts_meshes_of_other_machines():
     spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=2")
     done = _command(*_SMALL, *spread, "--machine=h200", module="search")
     assert done.returncode == 0, done.stderr
@@ -273,7 +273,7 @@ def test_a_mesh_of_a_machine_that_is_not_here_can_be_asked_about():
         (("--config.mesh.data=16", "--machine=v5e:2x4", "--dry_run"), r"\bv5e:2x4\b.*\b8\b"),
     ],
 )
-def test_machines_that_cannot_be_asked_about_are_refused(arguments, message):
+def test_unknown_machines_are_refused(arguments, message):
     done = _command("--config=configs/quickstart.py", *arguments)
     assert done.returncode == 2
     assert re.search(message, done.stderr)

@@ -140,9 +140,9 @@ def test_another_config_is_refused_with_the_differences(unbroken):
     _run(unbroken, "--config.train.steps=3", module="search", code=2)
 
 
-@pytest.mark.slow  # tests/test_options.py has a run of the phrase model that goes on from another
-def test_a_second_run_goes_on_from_the_first(unbroken, tmp_path):
-    """As the report's run 4 goes on from run 3: adapter, optimiser, archive, journal and the count of steps come along."""
+@pytest.mark.slow  # tests/test_options.py has a run of the phrase model that continues another
+def test_second_run_continues_the_first(unbroken, tmp_path):
+    """As the report's run 4 continues run 3: it inherits adapter, optimiser, archive, journal and step count."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
     assert re.search(r"\bstep 3\b", done.stdout)
     journal = _rows(tmp_path / "next" / "journal.jsonl")
@@ -153,7 +153,7 @@ def test_a_second_run_goes_on_from_the_first(unbroken, tmp_path):
     assert re.search(r"/nowhere\b", done.stderr)
 
 
-def test_search_samples_the_same_first_step_and_never_learns(unbroken, tmp_path):
+def test_search_has_the_same_first_step_and_never_learns(unbroken, tmp_path):
     _run(tmp_path / "search", "--config.train.steps=2", module="search")
     ours, theirs = _rows(tmp_path / "search" / "journal.jsonl"), _rows(unbroken / "journal.jsonl")
     assert [row["code"] for row in ours[:6]] == [row["code"] for row in theirs[:6]]

@@ -11,7 +11,7 @@ _PROGRAM = Path(__file__).with_name("mesh_program.py")
 
 
 @pytest.mark.slow
-def test_seven_meshes_of_eight_devices_do_what_one_device_does(tmp_path):
+def test_seven_meshes_of_eight_devices_match_one_device(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
     done = subprocess.run([sys.executable, str(_PROGRAM), str(tmp_path)], capture_output=True, text=True, env=environment, check=False)

@@ -135,7 +135,7 @@ def test_tpus_run_the_references_and_the_report_says_so():
     assert re.search(r"(?i)\bno mesh\b", _report(_config(), _machine(4, "v5e", int(15.75 * 2**30))))
 
 
-def test_nothing_is_predicted_where_nothing_is_known():
+def test_unknown_machines_get_no_prediction():
     here = dataclasses.replace(_machine(1), name="1 x cpu", speeds=None)
     assert "1 x cpu" in _report(_config(), here)
     for report in (_report(_config(), here), _report(_config(model__dtype="float32"), _machine(1))):

@@ -118,7 +118,7 @@ COMPETITION = dataclasses.replace(COMPETITION, id="{id}", {changes})
 
 
 class Notes(QuietConsole):
-    """Keeps what people are told."""
+    """Records notes."""
 
     def __init__(self):
         self.notes = []
@@ -288,7 +288,7 @@ def test_transforms_make_rewards_and_signals(results):
     assert "negated: error, transform 'negate'" in warning
 
 
-def test_when_scales_differ_is_said_and_when_not(tmp_path):
+def test_warns_only_if_scales_differ(tmp_path):
     def tasks(competitions):
         config = apprentice_config()
         config.task.competition = competitions
@@ -305,7 +305,7 @@ def test_when_scales_differ_is_said_and_when_not(tmp_path):
     assert scale_warning(mixed[2:], "entropic") is None
 
 
-def test_groups_whose_copies_leave_too_few_are_counted_for_people():
+def test_groups_with_too_few_distinct_programs_are_counted():
     """Constant groups are not among them: they teach nothing to any estimator."""
     values_K, all_K, two_K = np.array([0.5, 0.5, 0.75]), np.array([True, True, True]), np.array([True, False, True])
     signals = [Signals(values_K, all_K), Signals(values_K, two_K), Signals(np.full(3, 0.5), two_K)]
@@ -314,7 +314,7 @@ def test_groups_whose_copies_leave_too_few_are_counted_for_people():
     }
 
 
-def test_a_prompt_that_is_shortened_is_told_and_counted(results):
+def test_shortened_prompts_are_reported_and_counted(results):
     folder, _, metrics, notes = results(USERS)
     assert [row["prompt/shortened"] for row in metrics] == [0, 1]
     (told,) = (note for note in notes if "shortened" in note)
@@ -374,18 +374,18 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
     assert prompts == same
 
 
-def test_one_of_a_user_s_competitions_goes_on_alone(results, root, tmp_path, monkeypatch):
+def test_continue_one_of_a_users_competitions(results, root, tmp_path, monkeypatch):
     changes = {"task.competition": str(root / "negated.py"), "groups": 1}
     check_that_one_goes_on_alone(results, monkeypatch, tmp_path / "alone", USERS, "negated", users_config(root), **changes)
 
 
 @pytest.mark.slow
-def test_one_of_several_competitions_goes_on_alone(results, tmp_path, monkeypatch):
+def test_continue_one_of_several_competitions(results, tmp_path, monkeypatch):
     check_that_one_goes_on_alone(results, monkeypatch, tmp_path / "alone", SEVERAL, "digits-parity", apprentice_config(), groups=1)
 
 
 @pytest.mark.slow
-def test_a_run_with_puct_that_was_killed_is_the_unbroken_one(tmp_path):
+def test_killed_puct_run_matches_the_unbroken_one(tmp_path):
     """kill -9 within its third step, when programs have children; then the same command."""
     write_phrase_model(tmp_path / "model")
     environment = tiny_run.environment(tmp_path)

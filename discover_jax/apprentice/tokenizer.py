@@ -1,4 +1,4 @@
-"""Trains the apprentice's SentencePiece tokenizer on documents of the corpus: any text survives it, and no text makes a special token."""
+"""Trains the apprentice's SentencePiece tokenizer on documents of the corpus. It keeps any text, and no text becomes a special token."""
 
 import random
 from collections.abc import Iterator

@@ -115,8 +115,8 @@ def answer_forced(closing: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Reply:
     """Parses the ids after <|start|>assistant. Any sequence of ids gives a Reply; ids that violate the format are skipped.
 
-    A message opens at <|message|>, in the channel that its header names, and closes at <|end|>, <|call|> or <|return|>, or where a new
-    header begins at <|start|> or <|channel|>. <|return|> ends the reply. Other special tokens say nothing.
+    A message opens at <|message|>, in the channel that its header names. It closes at <|end|>, <|call|> or <|return|>, or at the next
+    header (<|start|> or <|channel|>). <|return|> ends the reply. Other special tokens are ignored.
     """
     name_of = {tokenizer.special(name): name for name in ("<|start|>", "<|channel|>", "<|message|>", *_ENDS)}
     closed: list[tuple[str, str]] = []  # (channel, content)

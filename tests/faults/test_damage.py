@@ -38,7 +38,7 @@ from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
 class Noting(QuietConsole):
-    """Keeps what a run says of itself."""
+    """Records the lines and notes of a run."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -163,7 +163,7 @@ def test_every_file_of_a_checkpoint_torn_flipped_or_gone(two_checkpoints, tmp_pa
     assert len(noticed) > len(needed)
 
 
-def test_a_flipped_bit_of_an_array_is_told_by_the_array_s_name(two_checkpoints, tmp_path):
+def test_flipped_bit_is_reported_with_the_name_of_the_array(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "c")
     flip(largest(tmp_path / "c" / "2"))
     step, notes = resumed(tmp_path / "c")
@@ -173,7 +173,7 @@ def test_a_flipped_bit_of_an_array_is_told_by_the_array_s_name(two_checkpoints, 
 
 
 @pytest.mark.parametrize("part", ["", "host", "train_state"])
-def test_whole_folders_gone(two_checkpoints, tmp_path, part):
+def test_missing_checkpoint_folders(two_checkpoints, tmp_path, part):
     shutil.copytree(two_checkpoints, tmp_path / "c")
     shutil.rmtree(tmp_path / "c" / "2" / part)
     if not part:
@@ -184,7 +184,7 @@ def test_whole_folders_gone(two_checkpoints, tmp_path, part):
 
 
 @pytest.mark.parametrize("text", ["[]", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": 1%s}' % ("0" * 40), "\0"])
-def test_what_orbax_notes_of_its_own_cannot_keep_a_checkpoint_from_being_opened(two_checkpoints, tmp_path, monkeypatch, text):
+def test_damaged_orbax_metadata_does_not_prevent_resuming(two_checkpoints, tmp_path, monkeypatch, text):
     """Its time of writing, say, which nothing here needs; also not where users have no name, as in containers."""
 
     def nobody(uid: int):
@@ -211,7 +211,7 @@ def test_a_step_is_set_aside_as_often_as_it_is_damaged(two_checkpoints, tmp_path
         assert sorted(path.name for path in (tmp_path / "c.damaged").iterdir()) == [f"2-{n}" for n in range(1, number + 1)]
 
 
-def test_no_whole_checkpoint_is_an_error_that_deletes_nothing(two_checkpoints, tmp_path):
+def test_no_valid_checkpoint_is_an_error_and_deletes_nothing(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "c")
     flip(largest(tmp_path / "c" / "1"))
     (tmp_path / "c" / "2" / "host" / "metadata").unlink()
@@ -236,7 +236,7 @@ class Payload:
         return os.mkdir, (str(self._mark),)
 
 
-def test_damaged_and_planted_files_cost_two_steps_and_change_nothing(root, whole, workdir, tmp_path):
+def test_run_recovers_from_damaged_and_planted_files(root, whole, workdir, tmp_path):
     """The last checkpoint and all cached verdicts are replaced by pickles with a payload, the checkpoint before has one flipped bit."""
     payload = pickle.dumps(Payload(tmp_path / "mark"))
     planted = [path for folder in ("cache", "checkpoints/3") for path in (workdir / folder).rglob("*") if path.is_file()]
@@ -281,7 +281,7 @@ def raise_a_reward(workdir: Path) -> None:
         (raise_a_reward, r"journal\b.*\b24\b"),
     ],
 )
-def test_what_cannot_be_repaired_ends_in_one_error_and_stays_as_it_is(root, workdir, damage, message):
+def test_irreparable_damage_is_one_error_and_changes_nothing(root, workdir, damage, message):
     damage(workdir)
     before = contents(workdir)
     with pytest.raises(RunError, match=message):
@@ -317,7 +317,7 @@ def test_a_clock_that_jumps_changes_nothing(root, whole, workdir, monkeypatch):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3"}
 
 
-def test_no_process_of_a_run_asks_for_the_date():
+def test_no_process_of_a_run_reads_the_date():
     """Workers and sandboxes too, whose clock the test above cannot set: they know only clocks that never jump, and no file's age.
 
     TensorBoard's events have a date to be shown; nothing is decided by it.
@@ -412,7 +412,7 @@ def rows_edited(edit):
         (lambda data: b"", "journal"),
     ],
 )
-def test_a_journal_that_is_not_what_the_run_wrote(workdir, stand, damage, message):
+def test_altered_journal_is_refused(workdir, stand, damage, message):
     path = workdir / "journal.jsonl"
     damaged = damage(path.read_bytes())
     assert damaged != path.read_bytes()
@@ -424,7 +424,7 @@ def test_a_journal_that_is_not_what_the_run_wrote(workdir, stand, damage, messag
 
 
 @pytest.mark.parametrize("tail", [b'{"id": "0004-000', b"\x00" * 4096, b'{"id": "0004-000-000"}\n', b"\xff\n{"])
-def test_what_lies_behind_the_last_checkpoint_is_set_aside(workdir, stand, tail):
+def test_rows_after_the_last_checkpoint_are_set_aside(workdir, stand, tail):
     """Whatever it is: rows of a step that was not finished, a row that a kill tore, the zeros that some disks leave after a power cut."""
     path = workdir / "journal.jsonl"
     before = path.read_bytes()
@@ -449,7 +449,7 @@ def test_what_lies_behind_the_last_checkpoint_is_set_aside(workdir, stand, tail)
         {"more": 1},
     ],
 )
-def test_a_checkpoint_that_does_not_say_where_the_run_stands(stand, change):
+def test_invalid_host_state_is_refused(stand, change):
     with pytest.raises(RunError, match="heckpoint 3"):
         HostState.from_json(stand.to_json() | change, 3)
     assert HostState.from_json(stand.to_json(), 3) == stand
@@ -501,7 +501,7 @@ def nested(depth: int) -> bytes:
         *(lambda data, mark, depth=depth: nested(depth) for depth in (100, 960, 980, 990, 1000, 100_000)),
     ],
 )
-def test_an_altered_verdict_is_none(cache, entry, tmp_path, caplog, alter):
+def test_altered_verdict_is_ignored(cache, entry, tmp_path, caplog, alter):
     """The program runs again, which is always right, and the log tells why."""
     data = entry.read_bytes()
     entry.write_bytes(alter(data, tmp_path / "mark"))
@@ -511,7 +511,7 @@ def test_an_altered_verdict_is_none(cache, entry, tmp_path, caplog, alter):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_verdict_on_another_program_is_none(cache, entry, tmp_path):
+def test_verdict_on_another_program_is_ignored(cache, entry, tmp_path):
     """A file copied to the name of another program, which would give that its score."""
     other = cache.key("q")
     place = tmp_path / "cache" / other[:2] / f"{other}.json"

@@ -1,4 +1,4 @@
-"""Several processes on this machine, joined by jax's own runtime: they do what one does, and when one is lost, all end and can go on."""
+"""Several processes on this machine, joined by jax: results match one process; when one is lost, all end and can resume."""
 
 import contextlib
 import importlib.util
@@ -97,8 +97,8 @@ def strike(hosts: Hosts, victim: int) -> None:
             assert re.search(lost, hosts.said(index)), hosts.said(index)[-3000:]
 
 
-def test_two_processes_do_what_one_does_until_one_is_lost(root, tmp_path):
-    """That the run then goes on, on any number of processes, the slow tests see."""
+def test_two_processes_match_one_until_one_is_lost(root, tmp_path):
+    """The slow tests check that the run then resumes with any number of processes."""
     expected = (unbroken(root) / "journal.jsonl").read_bytes()
     hosts = Hosts(root, tmp_path / "run", 2)
     hosts.await_phase("sampling", 2)
@@ -113,7 +113,7 @@ def test_two_processes_do_what_one_does_until_one_is_lost(root, tmp_path):
 @pytest.mark.parametrize(
     ("count", "victim", "phase"), [(2, 0, "sampling"), (2, 1, "saving"), (4, 2, "learning"), (4, 0, "running programs")]
 )
-def test_the_loss_of_any_process_at_any_time_is_told_and_the_run_goes_on(root, tmp_path, count, victim, phase):
+def test_loss_of_any_process_is_reported_and_the_run_resumes(root, tmp_path, count, victim, phase):
     expected = unbroken(root)
     hosts = Hosts(root, tmp_path / "run", count)
     hosts.await_phase(phase, 2)
@@ -123,7 +123,7 @@ def test_the_loss_of_any_process_at_any_time_is_told_and_the_run_goes_on(root, t
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(root, tmp_path):
+def test_run_resumes_with_other_process_counts_and_meshes(root, tmp_path):
     expected, workdir = unbroken(root), tmp_path / "run"
     for number, (count, mesh) in enumerate([(2, (1, 2, 1)), (4, (4, 1, 1)), (1, (1, 1, 1)), (2, (2, 1, 1))], start=1):
         last = number == STEPS
@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_on_other_meshes(root,
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_and_is_told_by_all(root, tmp_path):
+def test_error_of_one_process_ends_all_and_is_reported_by_all(root, tmp_path):
     unbroken(root)
     hosts = Hosts(root, tmp_path / "run", 2, DISCOVER_TEST_FAIL_IN="learning")
     assert hosts.end(120) == [2, LOST]

@@ -186,7 +186,7 @@ def test_some_kills(root, tmp_path):
 
 
 @pytest.mark.slow  # that a step counts what it runs again, tests/hosts/test_hosts_in_threads.py sees
-def test_programs_that_were_run_again_are_counted(root, tmp_path):
+def test_retried_programs_are_counted(root, tmp_path):
     """In one start, so that no count is lost: the metrics have as many as the log has lines."""
     kills = [Kill("sandbox", "running programs", 0.1), Kill("worker", "running programs", 0.1)]
     assert check(root, tmp_path, STEPS, kills).total() == 2

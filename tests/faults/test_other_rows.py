@@ -34,7 +34,7 @@ def start(root: Path, workdir: Path, source: Path, **task) -> None:
 
 
 @pytest.mark.parametrize("folds", [1, 2])
-def test_holdout_does_not_go_on_from_private_scores(root, graded, tmp_path, monkeypatch, folds):
+def test_holdout_cannot_continue_from_private_scores(root, graded, tmp_path, monkeypatch, folds):
     monkeypatch.setattr(sandbox, "PRELOAD", ())
     monkeypatch.setattr(main, "load_policy", lambda *_: pytest.fail("weights were loaded before the run was refused"))
     with pytest.raises(RunError, match=r"remainders\b.*config\.task\.reward\b.*'grade'.*'holdout'(?s:.)*config\.train\.resume_from\b"):
@@ -44,7 +44,7 @@ def test_holdout_does_not_go_on_from_private_scores(root, graded, tmp_path, monk
     assert found == {"config.json", ".lock", "task"}
 
 
-def test_a_source_whose_checkpoint_was_altered_to_say_otherwise_is_refused(root, graded, tmp_path, monkeypatch):
+def test_source_with_an_altered_checkpoint_is_refused(root, graded, tmp_path, monkeypatch):
     """Its record of the rows lies under the checkpoint's checksum."""
     monkeypatch.setattr(sandbox, "PRELOAD", ())
     source = Path(shutil.copytree(graded, tmp_path / "source"))

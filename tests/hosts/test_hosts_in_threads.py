@@ -1,4 +1,4 @@
-"""Several hosts, imitated by threads: how programs are shared out and become known to all, and what a folder that is not shared does."""
+"""Several hosts, simulated by threads: distribution of programs, exchange of verdicts, and a run directory that is not shared."""
 
 import concurrent.futures
 import dataclasses
@@ -73,7 +73,7 @@ def _spread(slots_H, programs):
 PROGRAMS = {(group, index): (group % 2, f"program {group} {index % 30}") for group in range(4) for index in range(40)}
 
 
-def test_shares_are_those_of_the_slots_and_all_know_all():
+def test_programs_are_distributed_by_slots_and_all_hosts_get_all_verdicts():
     executors, told = _spread([2, 6, 4], PROGRAMS)
     distinct = [len(set(executor.ran)) for executor in executors]
     assert distinct == [20, 60, 40]  # of 120 different programs, 2 : 6 : 4
@@ -90,14 +90,14 @@ def test_shares_are_those_of_the_slots_and_all_know_all():
         assert verdict.execution.seconds == 0.1 + 0.2
 
 
-def test_a_cluster_s_slots_are_the_first_host_s_alone():
+def test_only_the_first_host_uses_the_slots_of_a_cluster():
     executors, told = _spread([6, 0], PROGRAMS)
     assert not executors[1].ran
     assert told[1] == told[0]
     assert list(told[0][0]) == list(PROGRAMS)
 
 
-def test_one_host_alone_hands_on_what_its_executor_gives():
+def test_single_host_returns_its_executors_verdicts():
     executor = Imitated(0)
     step = StepExecutions(executor, [2], ALONE)
     step.submit("first", "a program", 0)
@@ -106,7 +106,7 @@ def test_one_host_alone_hands_on_what_its_executor_gives():
     assert step.retried == 1
 
 
-def test_how_programs_ended_is_known_as_soon_as_they_have():
+def test_outcomes_are_available_as_programs_end():
     futures = {name: concurrent.futures.Future() for name in ("a", "b", "c", "broken", "cancelled")}
     executor = Imitated(0)
     executor.submit = lambda program, task: futures[program]
@@ -121,7 +121,7 @@ def test_how_programs_ended_is_known_as_soon_as_they_have():
     assert step.outcomes == {Outcome.OK: 1, Outcome.TIMEOUT: 2}
 
 
-def test_what_the_host_failed_by_is_raised():
+def test_host_failures_are_raised():
     step = StepExecutions(Imitated(0), [1], ALONE)
     step.submit("first", "broken", 0)
     with pytest.raises(SandboxError, match="no sandbox to be had"):

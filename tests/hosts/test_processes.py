@@ -1,4 +1,4 @@
-"""What processes tell each other, by three real ones on this machine."""
+"""Communication between three real processes on this machine."""
 
 import os
 import socket
@@ -63,7 +63,7 @@ def test_three_processes_with_two_devices_each():
     assert all("agreed" in text for text in said)
 
 
-def test_alone_everything_is_as_it_is():
+def test_single_process_needs_no_communication():
     assert ALONE.leads
     assert ALONE.gather({"a": (1, 2)}) == [{"a": (1, 2)}]
     assert ALONE.from_first(lambda: 3) == ALONE.first_then_others(lambda: 3) == 3
@@ -71,6 +71,6 @@ def test_alone_everything_is_as_it_is():
 
 
 @pytest.mark.parametrize(("coordinator", "count", "index"), [("host", 2, 0), ("host:1", 0, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
-def test_numbers_that_do_not_fit_together_are_refused(coordinator, count, index):
+def test_contradictory_process_arguments_are_refused(coordinator, count, index):
     with pytest.raises(ConfigError, match="coordinator"):
         start(coordinator, count, index)

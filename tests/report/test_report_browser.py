@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws itself without a complaint, answers the pointer, lets no text become a script, asks no network."""
+"""The page in a real browser: it renders without errors, reacts to the pointer, runs no text as a script, sends no requests."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def shown(browser: Browser) -> str:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", WIDTHS)
-def test_it_draws_itself(fresh, run, size, dark):
+def test_report_renders_without_problems(fresh, run, size, dark):
     width, height, phone = WIDTHS[size]
     fresh.view(width, height, dark=dark, phone=phone)
     fresh.open(run / "report.html")
@@ -130,7 +130,7 @@ def test_texts_of_a_run_are_shown_as_they_are(fresh, hostile):
     assert is_sound(fresh)
 
 
-def test_the_policy_stops_what_would_get_past_that(fresh, hostile):
+def test_content_security_policy_blocks_injected_scripts(fresh, hostile):
     """A control, too: the browser's complaints do reach this test."""
     fresh.open(hostile)
     fresh.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned = 1'}))")
@@ -182,7 +182,7 @@ def test_competitions_are_shown_one_at_a_time(fresh, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["nothing yet", "no score yet", "no disclosure", "one attempt"])
-def test_runs_that_have_little_to_show(fresh, tmp_path, case):
+def test_incomplete_runs_render(fresh, tmp_path, case):
     failure = attempt(0, 0, 0, "seed", None, None, outcome=Outcome.FORMAT_ERROR)
     attempts = {"nothing yet": [], "no score yet": [failure], "one attempt": [attempt(0, 0, 0, "seed", "a", 0.7)]}.get(
         case, searched(3, 2, 2, edited(5, 0.2))

@@ -1,4 +1,4 @@
-"""What the report says of a run is what its files say, read here by other means; what they lack is said, what is damaged is refused."""
+"""The report's data match the run's files, read here by other means; missing data are reported, damaged files refused."""
 
 import base64
 import gzip
@@ -56,7 +56,7 @@ def test_a_run_writes_its_report_and_the_command_writes_the_same(copy):
     assert (copy / NAME).read_bytes() == written
 
 
-def test_scores_rewards_and_fates_are_those_of_journal_and_metrics(copy):
+def test_scores_rewards_and_outcomes_match_journal_and_metrics(copy):
     journal, metrics = rows(copy / "journal.jsonl"), rows(copy / "metrics.jsonl")
     grade = json.loads((copy / "best" / "grade.json").read_text())
     data = unpacked((copy / NAME).read_text(), "data")
@@ -84,7 +84,7 @@ def test_scores_rewards_and_fates_are_those_of_journal_and_metrics(copy):
     assert checkpoint["values"] == [row["time/checkpoint_s"] for row in metrics[1:]] + [None]  # a row has that of the step before
 
 
-def test_tree_and_programs_are_those_of_the_journal(copy):
+def test_tree_and_programs_match_the_journal(copy):
     journal = rows(copy / "journal.jsonl")
     page = (copy / NAME).read_text()
     (tree,) = unpacked(page, "data")["trees"].values()
@@ -103,7 +103,7 @@ def test_programs_survive_packing():
     assert restored(json.loads(json.dumps(pack(attempts, 10**6).to_json()))) == [*codes, None]
 
 
-def test_programs_that_find_no_room_are_counted_and_the_best_come_first():
+def test_omitted_programs_are_counted_and_the_best_are_kept():
     attempts = searched(8, 4, 6, edited(40, 0.3, 0.3))
     packed = pack(attempts, 20_000)
     kept = restored(packed.to_json())
@@ -136,7 +136,7 @@ def test_a_metric_that_is_no_share_of_rows_has_no_bands_and_best_is_the_highest_
         progress_of(record, "spaceship-titanic")
 
 
-def test_what_a_run_lacks_is_said_and_not_invented(tmp_path):
+def test_missing_data_is_reported(tmp_path):
     run = write_run(
         tmp_path / "run", [attempt(0, 0, 0, "seed", "a", 0.7), attempt(1, 0, 0, "9999-000-000", "b", 0.8)], kind="search", disclosure=None
     )
@@ -196,7 +196,7 @@ def test_a_report_of_a_growing_run_equals_a_fresh_one(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"id": "0000-000-000", "interval_95": ["<b>", 1]}'])
 def test_a_grade_that_cannot_be_read_is_missing(tmp_path, text):
-    """As in a run itself, which goes on without it."""
+    """As in a run itself, which continues without it."""
     run = write_run(tmp_path / "run", searched(1, 1, 2, edited(5, 0.2)))
     (run / "best").mkdir()
     (run / "best" / "grade.json").write_text(text)
@@ -228,7 +228,7 @@ def test_a_folder_without_a_run(tmp_path):
         write_report(tmp_path)
 
 
-def test_runs_are_told_apart(tmp_path):
+def test_compared_runs_have_distinct_names(tmp_path):
     """By what they do, or else by their folders."""
     attempts = searched(2, 2, 2, edited(5, 0.2))
     a, b = write_run(tmp_path / "a", attempts), write_run(tmp_path / "b", attempts, kind="search")

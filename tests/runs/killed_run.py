@@ -1,8 +1,8 @@
 """A small run, killed before its n-th file operation, killed once more while it resumes, then left alone: `killed_run.py FOLDER N [N ...]`.
 
-The run keeps its books as `main` does (its order of journal, best/, rollouts, metrics, checkpoint). Instead of a model there is one number,
-from which the scores of a step follow and which the step changes, so that state lost or counted twice shows in all that comes after.
-Each start is a fork of this process, which has imported everything and done nothing else yet.
+The run writes its files in the same order as `main`: journal, best/, rollouts, metrics, checkpoint. Its model is one number, which
+determines the scores of a step and which the step changes, so lost or repeated state shows in all later steps.
+Each start is a fork of this process, which has only imported everything.
 """
 
 import os
@@ -133,7 +133,7 @@ def count_operations(kill_at: int) -> list[int]:
 
 
 def start(folder: Path, kill_at: int = 0) -> int | None:
-    """A start of the run in a process of its own: None if it was killed, else how many file operations it did."""
+    """Starts the run in a new process. Returns its number of file operations; None if it was killed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

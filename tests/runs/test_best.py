@@ -1,4 +1,4 @@
-"""best/: what it holds, that it is replaced as a whole, and that a failing disk leaves the old one."""
+"""best/: content, atomic replacement, and a failing disk."""
 
 import json
 import os

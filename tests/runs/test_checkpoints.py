@@ -1,4 +1,4 @@
-"""Checkpoints: round trip, what is kept, mismatches, a disk that fails, and kill -9 at random moments."""
+"""Checkpoints: round trip, retention, mismatches, a failing disk, and kill -9 at random moments."""
 
 import random
 import re
@@ -116,7 +116,7 @@ def test_broken_checkpoint_is_named(tmp_path):
         Checkpoints(tmp_path, keep=2, every=0).restore(1, train_state(1.0))
 
 
-def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=2, every=0)
     checkpoints.save(1, train_state(1.0), HOST)
     before = sorted(tmp_path.rglob("*"))
@@ -147,8 +147,8 @@ except RunError as error:
 """
 
 
-def test_failing_disk_leaves_the_earlier_ones(tmp_path):
-    """The kernel refuses writes beyond 4 KiB a file, as a disk that fills up meanwhile would; the next process goes on."""
+def test_failing_disk_keeps_earlier_checkpoints(tmp_path):
+    """The kernel refuses writes beyond 4 KiB a file, like a disk that fills up; the next process continues."""
     ended = subprocess.run([sys.executable, "-c", _FAILING_WRITER, str(tmp_path)], capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
     assert "heckpoint 2" in ended.stderr
@@ -217,7 +217,7 @@ while True:
 
 
 def test_kill_at_random_moments(tmp_path):
-    """After each kill the latest checkpoint is whole, no older than the last one reported as saved, and writing goes on from it."""
+    """After each kill the latest checkpoint is whole, no older than the last one reported as saved, and writing continues from it."""
     rng = random.Random(0)
     abstract = init_train_state({"a": jnp.zeros((256, 256))}, adam())
     saved = 0

@@ -1,4 +1,4 @@
-"""The folder of compiled programs: made for its user alone, refused if others could have put code there."""
+"""The folder of compiled functions: only its user may write to it; it is refused if others could."""
 
 import os
 import stat
@@ -20,7 +20,7 @@ def mode(path) -> int:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
-def test_it_is_made_for_its_user_alone_whatever_the_umask(folder, umask):
+def test_folder_is_private_for_any_umask(folder, umask):
     before = os.umask(umask)
     try:
         own_folder(folder)
@@ -75,7 +75,7 @@ def restored():
         jax.config.update(name, value)
 
 
-def test_jax_is_told(folder, monkeypatch, restored):
+def test_jax_uses_the_folder(folder, monkeypatch, restored):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parents[1]))
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -86,7 +86,7 @@ def test_jax_is_told(folder, monkeypatch, restored):
         cache_compilations()
 
 
-def test_who_names_a_folder_is_not_asked(folder, monkeypatch, restored):
+def test_environment_settings_take_precedence(folder, monkeypatch, restored):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parents[1]))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     before = jax.config.jax_compilation_cache_dir
@@ -95,7 +95,7 @@ def test_who_names_a_folder_is_not_asked(folder, monkeypatch, restored):
     assert not folder.exists()
 
 
-def test_a_home_that_cannot_be_written_costs_time_and_not_the_run(monkeypatch, restored, caplog):
+def test_unwritable_home_only_logs_a_warning(monkeypatch, restored, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
         monkeypatch.delenv(name, raising=False)

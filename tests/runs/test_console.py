@@ -1,4 +1,4 @@
-"""Plain lines: what they say, how often, no control codes. The terminal's bars: finished steps stay, bars go."""
+"""Plain lines: content, frequency, no control codes. Terminal: finished steps stay, bars disappear."""
 
 import io
 import os
@@ -89,7 +89,7 @@ def test_plain_progress_is_rare():
     assert lines[7:] == ["done"]
 
 
-def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
+def test_plain_lines_show_failures_and_remaining_time():
     lines, now = [], [0.0]
     console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
     for step in (0, 1):  # the first takes twice as long, since it compiles
@@ -121,7 +121,7 @@ def test_plain_tells_failures_what_is_left_and_what_cannot_show_progress():
     assert re.search(r"\b2 format errors\b.*\b1 timeout\b", lines[0])
 
 
-def test_lines_grow_rarer_in_long_steps():
+def test_lines_are_less_frequent_in_long_steps():
     lines, now = [], [0.0]
     console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
     console.step(0, 1)
@@ -152,7 +152,7 @@ except RunError as error:
 """
 
 
-def test_colour_by_force_draws_no_bars_into_a_pipe():
+def test_forced_colour_draws_no_bars_into_a_pipe():
     said = subprocess.run([sys.executable, "-c", _SAY], env=os.environ | {"FORCE_COLOR": "1"}, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("PlainConsole\n")
     assert "\x1b" not in said.stdout

@@ -1,4 +1,4 @@
-"""What a run says of its scores: disclosure.json and the closing lines name the rows, their number, the interval, and weak isolation."""
+"""disclosure.json and the closing lines report the rows of scores, the interval and weaker isolation."""
 
 import dataclasses
 import io
@@ -69,7 +69,7 @@ def test_cross_validation(workdir, tmp_path):
     assert not re.search(r"\d\.\d", private)  # no score
 
 
-def test_weaker_isolation_is_never_forgotten(workdir, tmp_path):
+def test_weaker_isolation_stays_recorded(workdir, tmp_path):
     """Neither by a run that has no score yet, nor when it is resumed elsewhere."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     disclose(workdir, task)
@@ -93,7 +93,7 @@ def test_an_altered_file_is_refused(workdir, tmp_path, text):
         disclose(workdir, task)
 
 
-def test_how_memory_was_bounded_is_said_at_the_end_too(workdir, tmp_path):
+def test_closing_lines_show_the_memory_limit(workdir, tmp_path):
     """As it was said at the beginning: `Executor.describe`'s line, whether a program has scored or not."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     line = "bubblewrap 0.11, under this user's uid; memory: best effort (4 GiB a process; no writable control group); 2 x 1 cores"
@@ -102,7 +102,7 @@ def test_how_memory_was_bounded_is_said_at_the_end_too(workdir, tmp_path):
         assert closing(task, best, None, workdir)[-1].endswith(f"  {line}")
 
 
-# ---------------------------------------------------------------------- scores that are no proportion
+# ---------------------------------------------------------------------- scores that are not fractions
 
 
 def predicted(task, noise) -> bytes:
@@ -149,7 +149,7 @@ def test_log_loss_has_an_interval_wherever_it_is_shown(workdir, tmp_path, reward
     assert (shown is not None) == (reward == "holdout")
 
 
-def test_where_there_is_no_interval_the_reason_is_said(workdir, tmp_path):
+def test_missing_interval_has_a_reason(workdir, tmp_path):
     """Cross-validation keeps one of a program's submissions; a best/ may be another program's, or none."""
     folded = prepare_task("breast-cancer", raw=None, reward="holdout", holdout_folds=3, folder=tmp_path / "folded")
     disclose(workdir, folded)
@@ -169,7 +169,7 @@ def test_where_there_is_no_interval_the_reason_is_said(workdir, tmp_path):
     assert closing(whole, dataclasses.replace(best, score=0.1234), None, workdir) != closing(whole, best, None, workdir)
 
 
-def test_before_the_first_score_only_the_rows_are_told(workdir, tmp_path):
+def test_opening_lines_without_a_score_show_only_the_rows(workdir, tmp_path):
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     (line,) = opening_lines([Result(task, None, None)], workdir)
     assert line.endswith(task.disclosure.text)

@@ -29,7 +29,7 @@ def do(pace, now, step, steps, **phases):
         now[0] += seconds
 
 
-def test_in_the_first_step_only_the_phase_itself_can_be_told(pace, now):
+def test_first_step_estimates_only_the_current_phase(pace, now):
     pace.phase("loading")
     assert (pace.elapsed, pace.left(0.5)) == (0.0, "")
     pace.step(0, 3)
@@ -43,7 +43,7 @@ def test_in_the_first_step_only_the_phase_itself_can_be_told(pace, now):
     assert re.fullmatch(r"~30 s\b.*\blearning\b.*", pace.left(0.25))
 
 
-def test_later_steps_take_the_medians_of_the_last_five_without_the_first(pace, now):
+def test_later_steps_use_medians_of_the_last_five_without_the_first(pace, now):
     for step, seconds in enumerate((1000, 50, 60, 70, 9000, 80)):
         do(pace, now, step, 20, sampling=seconds, learning=10, checkpoint=2)
     pace.step(6, 20)
@@ -60,7 +60,7 @@ def test_later_steps_take_the_medians_of_the_last_five_without_the_first(pace, n
     assert lefts(pace.left(1.0)) == ["0 s", duration(13 * 82)]
 
 
-def test_the_first_step_is_better_than_nothing(pace, now):
+def test_second_step_uses_the_first(pace, now):
     do(pace, now, 4, 6, sampling=80, learning=20)
     pace.step(5, 6)
     assert lefts(pace.left(0.0)) == ["2 min", "2 min"]  # none comes after it

@@ -77,7 +77,7 @@ def test_the_score_is_reproduced(bundle):
 
 
 @pytest.mark.slow
-def test_another_score_and_other_data_are_told(bundle, tmp_path):
+def test_different_score_and_data_are_reported(bundle, tmp_path):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(bundle), str(copy)], check=True)
     (copy / "solution.py").write_text(CODE.replace("KNeighborsClassifier(3)", "KNeighborsClassifier(299)"))
@@ -88,7 +88,7 @@ def test_another_score_and_other_data_are_told(bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_program_that_fails_is_told(bundle, tmp_path):
+def test_failing_program_is_reported(bundle, tmp_path):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(bundle), str(copy)], check=True)
     (copy / "solution.py").write_text("def run():\n    return 1 / 0\n")

@@ -43,7 +43,7 @@ ROW = {
 FAILED = ROW | {"prompt": None, "program": None, "score": None, "advantage": None, "seconds": None, "cached": False}
 
 
-def test_what_was_written_comes_back(tmp_path):
+def test_rows_round_trip(tmp_path):
     path = write_rollouts(tmp_path, 7, [ROW, FAILED])
     assert path.name == "step-000007.parquet"
     table = pd.read_parquet(path)
@@ -60,7 +60,7 @@ def test_text_that_utf8_cannot_hold_is_escaped(tmp_path):
     assert text == "ä\\ud800€"
 
 
-def test_a_step_that_is_done_again_replaces_its_file_by_the_same_bytes(tmp_path):
+def test_repeated_step_writes_the_same_bytes(tmp_path):
     path = write_rollouts(tmp_path, 7, [ROW])
     before = path.read_bytes()
     write_rollouts(tmp_path, 7, [FAILED] * 3)
@@ -140,7 +140,7 @@ def test_rows_of_a_step():
 PAGE = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text()
 
 
-def test_the_page_tells_of_every_column_field_and_outcome():
+def test_page_documents_every_column_field_and_outcome():
     of_rollouts, of_journal = (PAGE.split(f"## {name}\n")[1].split("\n## ")[0] for name in ("rollouts/", "journal.jsonl"))
     assert re.findall(r"^\| `(\w+)` \|", of_rollouts, re.MULTILINE) == list(COLUMNS)
     assert re.findall(r"^\| `(\w+)` \|", of_journal, re.MULTILINE) == [field.name for field in dataclasses.fields(Attempt)]

@@ -51,7 +51,7 @@ def test_the_page_is_current():
     assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text() == markdown()
 
 
-def test_names_and_units_are_those_that_people_rely_on():
+def test_names_and_units_are_stable():
     """Scripts, TensorBoard and W&B know metrics by name. A new one is added to the list;
     to rename one, or to change its unit, breaks them.
     """
@@ -155,7 +155,7 @@ def test_step_row():
     assert sum(row[f"outcome/{outcome.value}"] for outcome in Outcome) == 6
 
 
-def test_step_row_of_a_hopeless_step(tmp_path):
+def test_step_row_without_valid_programs(tmp_path):
     failures = [attempt(0, n, 0.0, Outcome.FORMAT_ERROR, None) for n in range(2)]
     row = step_row(3, failures, best={"boats": None}, timings={}, learning_metrics={"tokens": 0.0, "update/skipped": 1.0})
     assert row["best/score"] is row["rollouts/distinct_frac"] is row["logprob_gap/mean"] is None

@@ -1,4 +1,4 @@
-"""Going on from another run: what comes along, and that scores of other rows, private ones above all, never do."""
+"""Continuing another run: which state is inherited; scores of other rows, above all private ones, never are."""
 
 import dataclasses
 import json
@@ -107,7 +107,7 @@ def go_on(path, source, tasks, note=print) -> tuple[RunState, Isolation | None]:
         return standing, read_isolation(workdir.path)
 
 
-def test_what_comes_along(tmp_path, prepare):
+def test_continued_run_inherits_state(tmp_path, prepare):
     task = prepare()
     source = make_run(tmp_path / "first", [task])
     standing, _ = go_on(tmp_path / "next", source, [prepare()])
@@ -154,14 +154,14 @@ def test_scores_of_other_rows_are_refused_before_anything_is_copied(tmp_path, pr
     assert not any((tmp_path / "next" / "checkpoints").iterdir())
 
 
-def test_other_data_under_the_same_settings_are_refused(tmp_path, prepare):
+def test_other_data_with_equal_settings_are_refused(tmp_path, prepare):
     task = prepare()
     source = make_run(tmp_path / "first", [dataclasses.replace(task, fingerprint="0" * 64)])
     with pytest.raises(RunError, match="digits-parity"):
         go_on(tmp_path / "next", source, [task])
 
 
-def test_one_of_several_competitions_goes_on_alone_and_then_with_another(tmp_path, prepare):
+def test_continue_one_of_several_competitions_then_add_another(tmp_path, prepare):
     """Each run remembers which rows made the scores of competitions that it does not have: its journal holds them."""
     tasks = [prepare("digits-parity", "holdout"), prepare("diabetes", "holdout"), prepare("breast-cancer", "holdout")]
     several = make_run(tmp_path / "several", tasks[:2])
@@ -181,7 +181,7 @@ def test_one_of_several_competitions_goes_on_alone_and_then_with_another(tmp_pat
     go_on(tmp_path / "back too", alone, [tasks[1]])
 
 
-def test_programs_of_which_no_row_tells_the_origin_are_refused(prepare):
+def test_programs_without_recorded_rows_are_refused(prepare):
     task = prepare()
     for rows, message in (
         ([], task.id),
@@ -195,7 +195,7 @@ def test_programs_of_which_no_row_tells_the_origin_are_refused(prepare):
 
 
 def test_weaker_isolation_is_inherited(tmp_path, prepare):
-    """Along a chain of runs; and a run that does not say how its programs were isolated cannot be gone on from."""
+    """Along a chain of runs; and a run without recorded isolation cannot be continued."""
     task = prepare()
     weak = Isolation(False, ("unsafe-subprocess: NO ISOLATION",))
     source = make_run(tmp_path / "first", [task], isolation=weak)
@@ -209,7 +209,7 @@ def test_weaker_isolation_is_inherited(tmp_path, prepare):
         go_on(tmp_path / "third", source, [task])
 
 
-def test_once_it_has_checkpoints_a_run_needs_its_source_no_more(tmp_path, prepare):
+def test_run_with_checkpoints_does_not_need_its_source(tmp_path, prepare):
     """And what it said of the source stays."""
     task = prepare()
     source = make_run(tmp_path / "first", [task], isolation=Isolation(False, ("none",)))
@@ -226,7 +226,7 @@ def test_once_it_has_checkpoints_a_run_needs_its_source_no_more(tmp_path, prepar
     assert json.loads((tmp_path / "next" / "disclosure.json").read_text())["goes_on_from"]["run"] == str(source)
 
 
-def test_a_task_that_was_prepared_anew_from_other_data_is_noticed_by_the_run_itself(tmp_path, prepare):
+def test_resumed_run_detects_a_task_prepared_from_other_data(tmp_path, prepare):
     task = prepare()
     path = make_run(tmp_path / "run", [task])
     standing, _ = go_on(path, "", [task])
@@ -235,7 +235,7 @@ def test_a_task_that_was_prepared_anew_from_other_data_is_noticed_by_the_run_its
         go_on(path, "", [dataclasses.replace(task, fingerprint="0" * 64)])
 
 
-def test_a_best_program_that_the_source_lost_is_told(tmp_path, prepare):
+def test_missing_best_program_of_the_source_is_reported(tmp_path, prepare):
     task = prepare()
     source = make_run(tmp_path / "first", [task])
     (source / "best" / "grade.json").write_text('{"id": "0009-000-000", "competition": "digits-parity"}')

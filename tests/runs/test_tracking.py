@@ -83,7 +83,7 @@ def test_a_resumed_run_has_each_step_once(workdir):
     assert named == ROW.keys() - {"step", "loss", "best/score"}  # neither what is no number nor what there is none of
 
 
-def test_every_row_is_there_at_once_and_a_torn_one_does_no_harm(tmp_path):
+def test_rows_are_written_at_once_and_torn_rows_are_skipped(tmp_path):
     files = EventFiles(tmp_path / "tensorboard")
     files.begin(0)
     files.write(ROW | {"step": 0})
@@ -101,7 +101,7 @@ def test_every_row_is_there_at_once_and_a_torn_one_does_no_harm(tmp_path):
     assert {step for _, step in shown(path.parent)} == {0, 1}
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_full_disk_is_reported(tmp_path):
     files = EventFiles(tmp_path / "tensorboard")
     files.begin(0)
     files._file._file = open("/dev/full", "wb")  # noqa: SIM115
@@ -110,7 +110,7 @@ def test_a_full_disk_is_told(tmp_path):
     files.close(failed=True)
 
 
-def test_other_processes_tell_nobody(workdir):
+def test_other_processes_track_nothing(workdir):
     run(workdir, [0], leads=False, wandb="online")
     assert not workdir.tensorboard_dir.exists()
 
@@ -212,7 +212,7 @@ def test_real_wandb_offline(workdir, monkeypatch):
     assert (workdir.path / "wandb_id").read_text().strip() in file.name
 
 
-def test_settings_of_nobody_are_refused_and_tracking_may_change_on_resume(tmp_path):
+def test_unknown_settings_are_refused_and_tracking_may_change_on_resume(tmp_path):
     config = config_of(project="boats")
     with pytest.raises(ConfigError, match=r"config\.tracking\.project"):
         settings.validate(config)

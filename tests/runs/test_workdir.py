@@ -54,7 +54,7 @@ def test_folder_of_something_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_what_a_kill_at_the_start_leaves(tmp_path):
+def test_folder_killed_at_the_start_is_usable(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.tmp").write_text("{")
     with open_workdir(tmp_path, CONFIG, "train") as opened:
