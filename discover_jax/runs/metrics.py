@@ -82,7 +82,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "update/filled_frac": ("fraction", "positions of the update's packed rows that hold a token; the rest is padding"),
     "update/skipped": ("", "1 if there was no update because every group was left out; else 0"),
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
-    "sample/utilisation": ("fraction", "busy decoding slots while rollouts waited for a slot; 1 if none ever waited"),
+    "sample/utilisation": ("fraction", "decoding slots that were busy while rollouts waited for a slot; 1 if none ever waited"),
     "sample/set_aside": ("rollouts", "how often a rollout was moved to host memory because the KV cache was full"),
     "sample/cache_tokens": ("tokens", "peak use of the KV cache, in whole pages, summed over devices"),
     "sample/compilations": ("", "functions that the sampler compiled since the start; must not grow after the first steps"),
