@@ -1,21 +1,21 @@
-"""Attention of new tokens to the pages of their rows' cached keys: the plain-JAX references, exact for any lengths."""
+"""Attention of new tokens to cached keys in pages: the plain-JAX references, exact for any lengths."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 PLACES = 512
-"""Places read at once, or one page if that is longer. The loop over them ends at the longest row, so a cache costs what is in it."""
+"""Keys read per iteration, or one page if that is more. The loop ends at the longest row, so the cost follows the tokens in the cache."""
 
 Softmax = tuple[jax.Array, jax.Array, jax.Array]
-"""A sum under way: the highest score so far and the sum of exponentials relative to it, both [B, K, R, 1], and the sum of values so
-weighted [B, K, R, H]; float32. R counts the queries of one key/value head."""
+"""Running sums: the highest score so far and the sum of exponentials relative to it, both [B, K, R, 1], and the weighted sum of values
+[B, K, R, H]; float32. R counts the queries of one key/value head."""
 
 
 def add_block(sums: Softmax, q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BRS: jax.Array) -> Softmax:
-    """The sums with S more places (online softmax; Milakov and Gimelshein, arXiv 1805.02867).
+    """The sums after S more keys (online softmax; Milakov and Gimelshein, arXiv 1805.02867).
 
-    Places that no query of the row sees may hold anything, NaN too: pages are reused, and one row must not spoil another. R may be 1 in
+    Keys that no query of the row sees may hold anything, even NaN: pages are reused, and one row must not affect another. R may be 1 in
     `seen_BRS`.
     """
     highest, total, out_BKRH = sums
@@ -37,29 +37,29 @@ def prefill_attention_reference(
     lengths_B: jax.Array,
     sinks_N: jax.Array,
 ) -> jax.Array:
-    """o_t = sum_j e^{l_tj} v_j / (sum_j e^{l_tj} + e^sink) over the places j <= lengths + t of each row, l_tj = q_t k_j / sqrt(H).
+    """o_t = sum_j e^{l_tj} v_j / (sum_j e^{l_tj} + e^sink) over the positions j <= lengths + t of each row, l_tj = q_t k_j / sqrt(H).
 
-    Summed in float32, the sink being the first term. One compiled program serves all lengths; its loop ends at the longest row.
+    Summed in float32, starting with the sink. One compiled function serves all lengths; its loop ends at the longest row.
 
     Args:
-      q_BTNH: queries of the tokens at places `lengths + t`, heads of one key/value head being neighbours.
-      keys_LPKsH, values_LPKsH: a stack of pools of pages of s places, which hold the new tokens already.
-      layer: int32 scalar, which of the stack.
-      pages_BM: int32, the page of each row's places j s to (j + 1) s - 1; entries past the last place in use mean nothing.
-      lengths_B: int32, tokens of each row before the new ones; with them at most M s.
-      sinks_N: one logit a head.
+      q_BTNH: queries of the tokens at positions `lengths + t`. Heads that share a key/value head are adjacent.
+      keys_LPKsH, values_LPKsH: a stack of pools of pages of s tokens. They already contain the new tokens.
+      layer: int32 scalar, the index into the stack.
+      pages_BM: int32, entry j is the page of the row's positions j s to (j + 1) s - 1. Entries past the last position in use are ignored.
+      lengths_B: int32, tokens of each row before the new ones. With the new ones there are at most M s.
+      sinks_N: one logit per head.
 
     Returns:
-      [B, T, N, H] in the type of the values.
+      [B, T, N, H] in the dtype of the values.
     """
     _, pool, kv_heads, size, head_size = keys_LPKsH.shape
     batch, tokens, heads, _ = q_BTNH.shape
     groups = heads // kv_heads
     at_once = min(max(1, PLACES // size), pages_BM.shape[1])
     pages_BM = jnp.clip(jnp.pad(pages_BM, ((0, 0), (0, -pages_BM.shape[1] % at_once))), 0, pool - 1)
-    # The queries of one key/value head as rows of one matrix, R = G T.
+    # The queries of one key/value head are the rows of one matrix, R = G T.
     q_BKRH = q_BTNH.reshape(batch, tokens, kv_heads, groups, head_size).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
-    last_BR = jnp.tile(lengths_B[:, None] + jnp.arange(tokens), (1, groups))  # the last place that each of them sees
+    last_BR = jnp.tile(lengths_B[:, None] + jnp.arange(tokens), (1, groups))  # the last position that each of them sees
 
     def add(i: jax.Array | int, sums: Softmax) -> Softmax:
         pages_Bm = lax.dynamic_slice_in_dim(pages_BM, i * at_once, at_once, axis=1)
@@ -77,7 +77,7 @@ def prefill_attention_reference(
         _, total, out_BKRH = add(0, sums)
     else:
         in_use = -(-(lengths_B.max() + tokens) // (at_once * size))
-        _, total, out_BKRH = lax.fori_loop(0, jnp.minimum(in_use, blocks), add, sums)  # padding of a chunk may lie beyond
+        _, total, out_BKRH = lax.fori_loop(0, jnp.minimum(in_use, blocks), add, sums)  # the padding of a chunk may exceed the row
     out = (out_BKRH / total).reshape(batch, kv_heads, groups, tokens, head_size).transpose(0, 3, 1, 2, 4)
     return out.reshape(q_BTNH.shape).astype(values_LPKsH.dtype)
 
@@ -91,6 +91,6 @@ def paged_attention_reference(
     counts_B: jax.Array,
     sinks_N: jax.Array,
 ) -> jax.Array:
-    """The same for one token a row, [B, N, H], which sees the first `counts_B` places of its row: at least 1, at most M s."""
+    """The same for one token per row, [B, N, H]. It sees the first `counts_B` positions of its row: at least 1, at most M s."""
     options = layer, pages_BM, counts_B - 1, sinks_N
     return prefill_attention_reference(q_BNH[:, None], keys_LPKsH, values_LPKsH, *options)[:, 0]

@@ -1,9 +1,9 @@
-"""Attention of one new token a row to its pages, on a GPU: each row's context is split among programs. Needs the extra `kernels`.
+"""Decoding attention on a GPU: one new token per row attends to the row's pages. Needs the extra `kernels`.
 
-The splits are drawn up in the kernel from the rows' own lengths: equal shares of all rows' blocks, so that one long row among short ones
-keeps no processor waiting, and one compiled program serves all lengths. A second, small kernel merges the shares exactly. Rows of one page
-at most (the rings of sliding layers) are not split, and not merged. Sums are float32; rounded to bfloat16 are the queries, the weights of
-the values, and the result, as in the reference.
+The first kernel splits each row's context among kernel instances. It computes the splits from the rows' lengths and gives each instance an
+equal share of all rows' blocks. So one long row among short ones leaves no processor idle, and one compiled function serves all lengths. A
+second, small kernel merges the shares exactly. Rows of at most one page (the rings of sliding layers) are neither split nor merged. Sums
+are float32. Queries, the weights of the values, and the result are rounded to bfloat16, as in the reference.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from discover_jax.kernels.triton_call import call_kernel
 HEAD_SIZES = (64, 128)
 
 _PROCESSORS = 132
-"""Multiprocessors assumed without a GPU: those of an H200."""
+"""Number of multiprocessors to assume without a GPU: that of an H200."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PagedTiling:
-    """How the kernel is cut.
+    """Tile sizes and launch parameters of the kernel.
 
     Attributes:
-      block: places of an iteration; the largest power of two that also divides the page is taken.
-      warps, stages: of a program, and its iterations in flight.
-      resident: programs that a multiprocessor runs at once, for which there should be work.
-      waves: how often as many programs as that at most.
-      least: blocks of a share at least, unless programs that could run at once would then be idle.
+      block: positions per iteration. The kernel uses the largest power of two up to this that divides the page.
+      warps, stages: warps per kernel instance, and its iterations in flight.
+      resident: kernel instances that a multiprocessor should run at once.
+      waves: limit on the number of instances, as a multiple of those that run at once.
+      least: minimum number of blocks per share, unless that leaves processors idle.
     """
 
     block: int
@@ -45,7 +45,7 @@ class PagedTiling:
 
 
 def choose_tiling(columns: int) -> PagedTiling:
-    """The fastest of what was measured on an H200 at gpt-oss's heads (benchmarks/kernels_decode.py), for rows of so many pages at most."""
+    """The fastest measured on an H200 at gpt-oss's heads (benchmarks/kernels_decode.py), for rows of at most this many pages."""
     return PagedTiling(64, 1, 2) if columns > 1 else PagedTiling(128, 2, 1)
 
 
@@ -64,7 +64,7 @@ def attend_pages(
     *,
     chosen: PagedTiling,
 ) -> jax.Array:
-    """`paged_attention_reference` by the kernels, cut as chosen; see there. For bfloat16 pools, pages of 16 n places and HEAD_SIZES."""
+    """`paged_attention_reference` by the kernels with these tiles. Needs bfloat16 pools, pages of 16 n tokens, and one of HEAD_SIZES."""
     _, pool, kv_heads, size, head_size = keys_LPKsH.shape
     (batch, heads, _), columns = q_BNH.shape, pages_BM.shape[1]
     block = math.gcd(size, chosen.block)
@@ -106,11 +106,11 @@ def paged_attention(
     arguments = (q_BNH, keys_LPKsH, values_LPKsH, layer, pages_BM, counts_B, sinks_N)
     reason = None
     if keys_LPKsH.dtype != jnp.bfloat16 or values_LPKsH.dtype != jnp.bfloat16:
-        reason = f"keys and values are {keys_LPKsH.dtype} and {values_LPKsH.dtype}; it takes bfloat16"
+        reason = f"keys and values are {keys_LPKsH.dtype} and {values_LPKsH.dtype}; the kernel supports bfloat16"
     elif size % 16:
-        reason = f"pages have {size} places; it takes multiples of 16"
+        reason = f"pages have {size} tokens; the kernel supports multiples of 16"
     elif head_size not in HEAD_SIZES:
-        reason = f"the head size is {head_size}; it takes {' or '.join(map(str, HEAD_SIZES))}"
+        reason = f"the head size is {head_size}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
     if reason is not None:
         warn_reference("paged_attention", reason)
         return paged_attention_reference(*arguments)

@@ -1,8 +1,8 @@
-"""Triton kernels of decoding attention: one query a row against the row's pages of keys and values, split over the context.
+"""Triton kernels of decoding attention: one query per row against the row's pages of keys and values, split over the context.
 
-The query heads of one key/value head, padded to 16 at least, are the rows of one matrix. Pages' tiles [places, H] stream through shared
-memory. One program computes one share of one row's blocks for one key/value head; partial results meet in `merge` by their log-sum-exp.
-Exponentials are of base 2, so scores carry log2(e).
+The query heads of one key/value head, padded to at least 16, are the rows of one matrix. Tiles [positions, H] of the pages stream through
+shared memory. One kernel instance computes one share of one row's blocks for one key/value head. `merge` combines the partial results by
+their log-sum-exp. Exponentials are base 2, so scores include log2(e).
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -18,13 +18,13 @@ def attend(
     q_ptr,  # bf16 [B, K GROUP, H]
     keys_ptr,  # bf16 [L, POOL, K, PAGE, H]
     values_ptr,
-    layer_ptr,  # int32: which of L
+    layer_ptr,  # int32: index into L
     pages_ptr,  # int32 [B, M]
     counts_ptr,  # int32 [B]
     sinks_ptr,  # [K GROUP]
-    out_ptr,  # WHOLE: bf16 [B, K GROUP, H]; else float32 [shares, K GROUP, H], each share's result by itself, without the sink
+    out_ptr,  # WHOLE: bf16 [B, K GROUP, H]; else float32 [shares, K GROUP, H], the separate result of each share, without the sink
     lse_ptr,  # not WHOLE: float32 [shares, K GROUP], log2 of the share's sum of exponentials
-    spans_ptr,  # not WHOLE: int32 [2, B], each row's first share and how many it has
+    spans_ptr,  # not WHOLE: int32 [2, B], the first share and the number of shares of each row
     B: tl.constexpr,
     M: tl.constexpr,
     POOL: tl.constexpr,
@@ -32,12 +32,12 @@ def attend(
     GROUP: tl.constexpr,  # query heads of one key/value head
     PAGE: tl.constexpr,
     H: tl.constexpr,
-    BLOCK: tl.constexpr,  # places of an iteration; divides PAGE
+    BLOCK: tl.constexpr,  # positions per iteration; divides PAGE
     STAGES: tl.constexpr,
-    WHOLE: tl.constexpr,  # one program for all of a row
-    SLOTS: tl.constexpr,  # shares that keep the GPU busy
-    MOST: tl.constexpr,  # shares wanted at most, beside one more a row
-    LEAST: tl.constexpr,  # blocks of a share, unless that leaves slots empty
+    WHOLE: tl.constexpr,  # one kernel instance per row and key/value head
+    SLOTS: tl.constexpr,  # number of shares that keeps the GPU busy
+    MOST: tl.constexpr,  # maximum number of shares, plus one per row
+    LEAST: tl.constexpr,  # minimum number of blocks per share, unless that leaves SLOTS empty
 ):
     head, share = tl.program_id(0), tl.program_id(1)
     if WHOLE:
@@ -52,14 +52,14 @@ def attend(
         size = tl.maximum(tl.cdiv(total, MOST), tl.minimum(LEAST, tl.cdiv(total, SLOTS)))
         shares = tl.cdiv(blocks, size)
         ends = tl.cumsum(shares, 0)
-        row = tl.sum((ends <= share).to(tl.int32))  # padding has the last end
+        row = tl.sum((ends <= share).to(tl.int32))  # padding has the last row's end
         if row >= B:
             return
         first = tl.sum(tl.where(b == row, ends - shares, 0))
         of_row = tl.sum(tl.where(b == row, shares, 0))
         count = tl.load(counts_ptr + row)
         own = tl.cdiv(count, BLOCK)
-        begin = own * (share - first) // of_row  # as equal as they can be
+        begin = own * (share - first) // of_row  # shares are as equal as possible
         end = own * (share - first + 1) // of_row
         if (share == first) & (head == 0):
             tl.store(spans_ptr + row, first)
@@ -85,11 +85,11 @@ def attend(
     page = tl.load(pages_at + begin // PER_PAGE)
     for i in tl.range(begin, end, num_stages=STAGES):
         at = ((pool + page) * K + head) * (PAGE * H) + (i % PER_PAGE) * (BLOCK * H)
-        # The next page's number is loaded one iteration early, so that no tile waits for it.
+        # Load the next page number one iteration early, so that no tile waits for it.
         page = tl.load(pages_at + tl.minimum(i + 1, end - 1) // PER_PAGE)
         seen = s < count - i * BLOCK
         k = tl.load(keys_ptr + at + tile)
-        # Places that are not in use may hold NaN, which a weight of zero would let through.
+        # Unused positions may hold NaN, and 0 * NaN is NaN.
         v = tl.load(values_ptr + at + tile, mask=seen[:, None], other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros([ROWS, BLOCK], tl.float32))
         scores = tl.where(seen[None, :], scores * scale, float("-inf"))
@@ -118,9 +118,9 @@ def merge(
     B: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
-    STEP: tl.constexpr,  # shares of an iteration
+    STEP: tl.constexpr,  # shares per iteration
 ):
-    """Shares weighted by their sums of exponentials, the sink being one more share, of nothing."""
+    """Shares weighted by their sums of exponentials. The sink counts as one more share, with the value 0."""
     head, row = tl.program_id(0), tl.program_id(1)
     first, shares = tl.load(spans_ptr + row), tl.load(spans_ptr + B + row)
     i, h = tl.arange(0, STEP), tl.arange(0, H)

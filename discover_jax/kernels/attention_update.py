@@ -1,4 +1,5 @@
-"""Attention of packed rows in the update, on a GPU: the references' results by kernels that hold no scores. Needs the extra `kernels`."""
+"""Attention of packed rows in the update, on a GPU: kernels that match the references without storing the scores. Needs the extra
+`kernels`."""
 
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from discover_jax.kernels.triton_call import call_kernel
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How one kernel is cut: queries and keys of a tile, iterations in flight, warps."""
+    """Launch parameters of one kernel: queries and keys per tile, iterations in flight, warps."""
 
     queries: int
     keys: int
@@ -28,9 +29,9 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTiling:
-    """The launches of the forward kernel, of the one for queries' gradients, and of the one for keys' and values'.
+    """Launch parameters of the three kernels: forward, gradient of queries, and gradients of keys and values.
 
-    Where a kernel walks over keys, its queries are a multiple of them; where it walks over queries, its keys are.
+    Where a kernel loops over keys, its queries must be a multiple of its keys; where it loops over queries, the reverse.
     """
 
     forward: Launch
@@ -40,7 +41,7 @@ class AttentionTiling:
 
 FULL = AttentionTiling(Launch(128, 64, 4, 4), Launch(64, 64, 3, 4), Launch(64, 64, 3, 4))
 WINDOWED = AttentionTiling(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64, 64, 2, 4))
-"""The fastest of what was measured on an H200 (benchmarks/kernels_update.py)."""
+"""The fastest measured on an H200 (benchmarks/kernels_update.py)."""
 
 
 def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array) -> jax.Array:
@@ -60,12 +61,12 @@ def windowed_attention(
 
 
 def _refused(operation: str, *arrays: jax.Array) -> bool:
-    """Whether the kernels cannot take queries, keys and values; why, goes to the log."""
+    """Whether the kernels do not support these queries, keys and values. Logs the reason."""
     reason = None
     if any(array.dtype != jnp.bfloat16 for array in arrays):
-        reason = f"queries, keys and values are {', '.join(str(array.dtype) for array in arrays)}; it takes bfloat16"
+        reason = f"queries, keys and values are {', '.join(str(array.dtype) for array in arrays)}; the kernel supports bfloat16"
     elif arrays[0].shape[-1] not in HEAD_SIZES:
-        reason = f"the head size is {arrays[0].shape[-1]}; it takes {' or '.join(map(str, HEAD_SIZES))}"
+        reason = f"the head size is {arrays[0].shape[-1]}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
     if reason is not None:
         warn_reference(operation, reason)
     return reason is not None
@@ -81,12 +82,12 @@ def attend(
     window: int | None,
     tiling: AttentionTiling,
 ) -> jax.Array:
-    """Of all earlier keys of each query's segment, or of the last `window` of them; zero at padding; sinks get no gradient."""
+    """Attention to all earlier keys of each query's segment, or to the last `window` of them. Padding gets 0, and sinks get no gradient."""
     places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
     first_BT = beginnings(segments_BT)
     if window is not None:
         first_BT = jnp.maximum(first_BT, places_T - (window - 1))
-    first_BT = jnp.where(segments_BT > 0, first_BT, places_T + 1)  # padding sees nothing, which costs next to nothing
+    first_BT = jnp.where(segments_BT > 0, first_BT, places_T + 1)  # padding sees no keys, which costs almost nothing
     return _attention(q_BTNH, k_BTKH, v_BTKH, first_BT, lax.stop_gradient(sinks_N), tiling)
 
 
@@ -112,8 +113,8 @@ def _forward(q_BTNH: Any, k_BTKH: Any, v_BTKH: Any, first_BT: Any, sinks_N: Any,
         stages=launch.stages,
         constants=_constants(q_BTNH, k_BTKH, launch),
     )
-    # Where a loop keeps a kernel's own result, XLA (jax 0.11) runs the kernel a second time to write it there. So what is kept is not its
-    # own, but masked, although padding's output is zero as it is.
+    # If a loop keeps a kernel's own result, XLA (jax 0.11) runs the kernel a second time to write the result there. So keep a masked copy,
+    # although the output at padding is already 0.
     sees_BT = first_BT <= jnp.arange(tokens)
     out_BTNH, lse_BNT = jnp.where(sees_BT[..., None, None], out_BTNH, 0), jnp.where(sees_BT[:, None], lse_BNT, 0)
     out_BTNH, lse_BNT = checkpoint_name(out_BTNH, ATTENTION), checkpoint_name(lse_BNT, ATTENTION)
@@ -149,7 +150,7 @@ def _backward(tiling: AttentionTiling, kept: tuple, d_out_BTNH: jax.Array) -> tu
 
 
 def last_seeing(first_BT: jax.Array) -> jax.Array:
-    """The last query that sees each key: that before the first one whose keys begin later. int32 [B, T]."""
+    """The last query that sees each key: the query before the first one whose keys begin later. int32 [B, T]."""
     places_T = jnp.arange(first_BT.shape[1], dtype=first_BT.dtype)
     return jax.vmap(lambda first_T: jnp.searchsorted(first_T, places_T, side="right", method="scan_unrolled").astype(jnp.int32) - 1)(
         first_BT

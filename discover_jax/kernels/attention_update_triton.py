@@ -1,10 +1,10 @@
-"""Triton kernels of the update's attention: packed rows, a softmax with sinks, forward and backward.
+"""Triton kernels of the update's attention: packed rows, softmax with sinks, forward and backward.
 
-What a query sees is an interval of keys that ends with its own place and begins at `first`, which never falls along a row; so a segment
-and a window are one rule, and of a block of queries only the blocks of keys at both ends need a mask. The forward pass is an online softmax
-(Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) whose first term is the sink. The backward pass computes
-probabilities again from the log-sum-exp, which holds the sink, and so is exact. Exponentials are of base 2, so scores carry log2(e).
-Nothing is added up in an order that differs from run to run.
+A query sees an interval of keys. The interval ends at the query's own position and begins at `first`, which never decreases along a row.
+So one rule covers both segments and windows, and for a block of queries only the blocks of keys at the two ends need a mask. The forward
+pass is an online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) that starts with the sink. The backward
+pass recomputes probabilities from the log-sum-exp, which includes the sink, and so is exact. Exponentials are base 2, so scores include
+log2(e). The order of every sum is the same in each run.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -17,7 +17,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tile(ptr, places, T, width, at, H: tl.constexpr, MASK: tl.constexpr):
-    """[places, H] of rows of `width` numbers, of which this head's begin at `at`."""
+    """[positions, H] of rows of `width` numbers; this head's begin at `at`."""
     h = tl.arange(0, H)
     spots = ptr + places.to(tl.int64)[:, None] * width + at + h[None, :]
     if MASK:
@@ -27,7 +27,7 @@ def _tile(ptr, places, T, width, at, H: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _put(ptr, tile, places, T, width, at, H: tl.constexpr):
-    """Writes what `_tile` would read, rounded to its type."""
+    """Writes what `_tile` reads, rounded to the pointer's dtype."""
     h = tl.arange(0, H)
     spots = ptr + places.to(tl.int64)[:, None] * width + at + h[None, :]
     tl.store(spots, tile.to(ptr.dtype.element_ty), mask=(places < T)[:, None])
@@ -38,7 +38,7 @@ def _attend(
     sums, q, k_ptr, v_ptr, place, first, begin, end, T, kv_width, kv_at,
     H: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax's sums after keys `begin` to `end`."""
+    """The sums of the online softmax after keys `begin` to `end`."""
     out, highest, total = sums
     scale = H**-0.5 * LOG2E
     for at in tl.range(begin, end, BN, num_stages=STAGES):
@@ -60,7 +60,7 @@ def _attend(
 
 @triton.jit
 def _keys(first_ptr, start, T, BM: tl.constexpr, BN: tl.constexpr):
-    """Of queries `start` and on: where their keys begin, where all of them see every key, and where that ends."""
+    """For queries from `start`: where their keys begin, where all of them see every key, and where that ends."""
     last = tl.minimum(start + BM, T) - 1
     begin = tl.load(first_ptr + start) // BN * BN
     whole = tl.cdiv(tl.load(first_ptr + last), BN) * BN
@@ -76,16 +76,16 @@ def forward(
     sinks_ptr,  # [N]
     T,
     out_ptr,  # bf16 [B, T, N, H]
-    lse_ptr,  # float32 [B, N, T], log2 of the sum of exponentials, the sink's included
+    lse_ptr,  # float32 [B, N, T], log2 of the sum of exponentials, sink included
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
-    BM: tl.constexpr,  # queries of a program; a multiple of BN
-    BN: tl.constexpr,  # keys of an iteration
+    BM: tl.constexpr,  # queries per kernel instance; a multiple of BN
+    BN: tl.constexpr,  # keys per iteration
     STAGES: tl.constexpr,
 ):
     head, block, batch = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
-    start = block * BM  # the longest come first
+    start = block * BM  # longest first
     place = start + tl.arange(0, BM)
     first_ptr += batch * T
     row = batch.to(tl.int64) * T
@@ -113,7 +113,7 @@ def _to_queries(
     dq, q, d_out, lse, delta, k_ptr, v_ptr, place, first, begin, end, T, kv_width, kv_at,
     H: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale with what keys `begin` to `end` add."""
+    """dq / scale plus the contribution of keys `begin` to `end`."""
     scale = H**-0.5 * LOG2E
     zeros = tl.zeros([q.shape[0], BN], tl.float32)
     for at in tl.range(begin, end, BN, num_stages=STAGES):
@@ -146,7 +146,7 @@ def backward_queries(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The same walk as the forward pass."""
+    """Loops over keys as the forward pass does."""
     head, block, batch = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
     start = block * BM
     place = start + tl.arange(0, BM)
@@ -175,7 +175,7 @@ def _to_keys(
     sums, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, key, last, begin, end, T, width, at_head,
     H: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv with what queries `begin` to `end` of one head add."""
+    """dk / scale and dv plus the contribution of queries `begin` to `end` of one head."""
     dk, dv = sums
     scale = H**-0.5 * LOG2E
     zeros = tl.zeros([k.shape[0], BM], tl.float32)
@@ -213,13 +213,13 @@ def backward_keys(
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
-    BN: tl.constexpr,  # keys of a program; a multiple of BM
-    BM: tl.constexpr,  # queries of an iteration
+    BN: tl.constexpr,  # keys per kernel instance; a multiple of BM
+    BM: tl.constexpr,  # queries per iteration
     STAGES: tl.constexpr,
 ):
-    """All query heads of one key/value head, one after another."""
+    """Loops over the query heads of one key/value head."""
     kv_head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = block * BN  # the longest come first
+    start = block * BN  # longest first
     key = start + tl.arange(0, BN)
     live = key < T
     last_ptr += batch * T
@@ -231,7 +231,7 @@ def backward_keys(
     d_out_ptr += row * (N * H)
     near = tl.minimum(start + BN, T)
     end = tl.load(last_ptr + near - 1) + 1
-    whole = tl.maximum((tl.load(last_ptr + start) + 1) // BM * BM, near)  # from the keys' own places up to here every query sees all
+    whole = tl.maximum((tl.load(last_ptr + start) + 1) // BM * BM, near)  # every query from the keys' positions up to here sees all keys
     sums = (tl.zeros([BN, H], tl.float32), tl.zeros([BN, H], tl.float32))
     GROUP: tl.constexpr = N // K
     for g in tl.range(GROUP):

@@ -1,4 +1,4 @@
-"""The product of bfloat16 tiles that all Triton kernels share, right on a GPU and in the interpreter."""
+"""The product of bfloat16 tiles for all Triton kernels. It is correct on a GPU and in the interpreter."""
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -9,6 +9,6 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def dot(a, b, sums):
     """sums + a b of bfloat16, summed in float32."""
-    if INTERPRETED:  # it takes the bits of bfloat16 for integers
+    if INTERPRETED:  # the interpreter reads bfloat16 bits as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums)

@@ -1,4 +1,4 @@
-"""Routed rows sorted by expert, in blocks of one expert each. Plain JAX, exact for any routing."""
+"""Routed rows sorted by expert, in blocks that each belong to one expert. Plain JAX, exact for any routing."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Blocks(NamedTuple):
-    """Routed rows sorted by expert, in blocks of one expert each.
+    """Routed rows sorted by expert, in blocks that each belong to one expert.
 
     Attributes:
       slots: int32 [R], for each sorted row its index t X + x among the tokens' choices. Choices of experts on other devices come
@@ -20,7 +20,7 @@ class Blocks(NamedTuple):
 
 
 def most_blocks(rows: int, experts: int, block: int) -> int:
-    """The most blocks that `rows` routed rows can need: one begun for each expert that has any, and one more for each `block` rows."""
+    """Upper bound on blocks for `rows` routed rows: one partly filled block per expert with rows, plus one per `block` rows."""
     hit = min(rows, experts)
     return hit + (rows - hit) // block
 
@@ -29,9 +29,9 @@ def sort_rows(index_TX: jax.Array, experts: int, block: int) -> Blocks:
     """Stable counting sort by expert. It compares all pairs in a few small reductions, which is faster than a general sort.
 
     Args:
-      index_TX: int32, the experts of each token; `experts` for one on another device.
+      index_TX: int32, the experts of each token; `experts` stands for an expert on another device.
       experts: number of experts on this device.
-      block: rows of a block.
+      block: rows per block.
     """
     index_R = index_TX.reshape(-1)
     rows = index_R.shape[0]

@@ -8,18 +8,18 @@ from discover_jax.kernels.expert_rows import Blocks, most_blocks, sort_rows
 from discover_jax.kernels.triton_call import call_kernel
 
 MOST_ROWS = 2048
-"""The kernel compares all pairs of rows; with more rows a sort is faster."""
+"""Row limit of the kernel. It compares all pairs of rows; for more rows a sort is faster."""
 OWN, STEP = 32, 64
-"""Most rows that one kernel instance places, and that it compares at once."""
+"""Maximum number of rows that one kernel instance places, and that it compares at once."""
 
 
 def _power(number: int) -> int:
-    """The next power of two, and at least 2."""
+    """The next power of two, at least 2."""
     return max(2, 1 << (number - 1).bit_length())
 
 
 def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax.Array | int) -> Blocks:
-    """`sort_rows`, with `layer * experts` added to the experts of blocks, as they are numbered in a stack of layers."""
+    """`sort_rows` for one layer of a stack: adds `layer * experts` to the experts of the blocks, which index the stack."""
     routed = index_TX.size
     if routed > MOST_ROWS:
         rows = sort_rows(index_TX, experts, block)

@@ -1,7 +1,7 @@
-"""A Triton kernel that sorts routed rows by expert: `expert_rows.sort_rows` of few tokens in one launch.
+"""A Triton kernel that sorts routed rows by expert: `expert_rows.sort_rows` for few tokens in one launch.
 
-In plain JAX that is some ten small kernels, which take longer to start than to run. Each program counts the rows of every expert anew,
-which is cheaper than a second launch, and then places some rows and describes some blocks of its own.
+Plain JAX needs about ten small kernels for this, which take longer to start than to run. Each kernel instance counts the rows of every
+expert itself, which is cheaper than a second launch. It then places some rows and describes some blocks.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -10,23 +10,23 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 @triton.jit
 def _at(values, index, e):
-    """values[index], values being numbered by e."""
+    """values[index], where e holds the index of each value."""
     return tl.sum(tl.where(index[:, None] == e[None, :], values[None, :], 0), axis=1)
 
 
 @triton.jit
 def sort(
-    index_ptr,  # int32 [R]: the experts of each token, all different, one token after another; rows of number E get no slot
-    layer_ptr,  # int32 [1]: times E is added to the experts of blocks
+    index_ptr,  # int32 [R]: the experts of each token, all different, token by token; rows with the number E get no slot
+    layer_ptr,  # int32 [1]: E times this is added to the experts of blocks
     routed,  # R
-    most,  # blocks; not more than R
+    most,  # number of blocks; at most R
     slots_ptr,  # int32 [R]
     blocks_ptr,  # int32 [3, most]
     E: tl.constexpr,
     EXPERTS: tl.constexpr,  # a power of two, at least E
-    BLOCK: tl.constexpr,  # rows of a block
-    OWN: tl.constexpr,  # rows, and blocks, of a program
-    STEP: tl.constexpr,  # rows that are compared at once
+    BLOCK: tl.constexpr,  # rows per block
+    OWN: tl.constexpr,  # rows, and blocks, per kernel instance
+    STEP: tl.constexpr,  # rows compared at once
 ):
     e, s, own = tl.arange(0, EXPERTS), tl.arange(0, STEP), tl.program_id(0) * OWN + tl.arange(0, OWN)
     mine = tl.load(index_ptr + own, mask=own < routed, other=0)

@@ -1,4 +1,4 @@
-"""The mixture of experts in plain JAX: routing, activation, and the reference, exact and dropless for any routing."""
+"""The mixture of experts in plain JAX: routing, activation, and the reference. Exact and dropless for any routing."""
 
 from typing import Protocol
 
@@ -21,7 +21,7 @@ def route_top(logits_TE: jax.Array, experts_per_token: int) -> tuple[jax.Array, 
 
 
 def route_along(logits_TE: jax.Array, index_TX: jax.Array) -> jax.Array:
-    """The weights [T, X] float32 of experts that were chosen before: a softmax over their logits."""
+    """The weights [T, X] float32 of given experts: a softmax over their logits."""
     return jax.nn.softmax(jnp.take_along_axis(logits_TE.astype(jnp.float32), index_TX, axis=-1), axis=-1)
 
 
@@ -32,7 +32,7 @@ class ExpertMatrix(Protocol):
     """The adapter's alpha / rank; 0 without an adapter."""
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
-        """The arrays [E, ...], or [L, E, ...] for a stack of layers; without the adapter's if not `adapted`."""
+        """The arrays [E, ...], or [L, E, ...] for a stack of layers. Omits the adapter's if not `adapted`."""
         ...
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
@@ -41,7 +41,7 @@ class ExpertMatrix(Protocol):
 
 
 class MixtureOfExperts(Protocol):
-    """An implementation of the experts of one layer: the reference, and the kernels of decoding and of the update."""
+    """An implementation of one layer's experts: the reference, or the kernels of decoding or of the update."""
 
     def __call__(
         self,
@@ -58,12 +58,12 @@ class MixtureOfExperts(Protocol):
         layer: jax.Array | None = None,
         elsewhere: int = 0,
     ) -> jax.Array:
-        """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Only the activation is rounded to x's type.
+        """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Only the activation is rounded to x's dtype.
 
         Args:
           x_TD: activations.
-          index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for an expert on
-            another device; it may occur several times and adds nothing.
+            index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for an expert on
+              another device; it may occur several times and adds nothing.
           gate_up, down: the matrices of all experts on this device.
           experts: number of experts on this device.
           adapted: whether to apply the adapters.
@@ -90,8 +90,8 @@ def moe_reference(
 ) -> jax.Array:
     """The reference of `MixtureOfExperts`: every expert computes every row, one expert after another.
 
-    That is experts / active times the needed arithmetic, but exact for any routing, and only one expert is unpacked at a time. It is for
-    small models on a CPU, and for tests of the kernels.
+    This costs experts / active times the necessary arithmetic, but it is exact for any routing and unpacks only one expert at a time. Use
+    it for small models on a CPU and for tests of the kernels.
     """
     del elsewhere
 

@@ -1,7 +1,7 @@
-"""The mixture of experts in decoding, on a GPU: compact rows, fused kernels on packed MXFP4, adapters unmerged. Needs the extra `kernels`.
+"""The mixture of experts in decoding, on a GPU: compact rows, fused kernels on packed MXFP4, unmerged adapters. Needs the extra `kernels`.
 
-Two kernels read the weights, each once: gate and up with bias, adapter and activation; down with bias, adapter and routing weight. Sums
-are float32; what is rounded to bfloat16 is the input, the activation between the two, and the result, as in the reference.
+Two kernels read the weights once: gate and up with bias, adapter and activation; then down with bias, adapter and routing weight. Sums
+are float32. The input, the activation between the two kernels, and the result are rounded to bfloat16, as in the reference.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
 SPLIT = 5
-"""Parts at most into which the columns of an adapter's A are divided among programs."""
+"""Limit on the parts into which the columns of an adapter's A are divided among kernel instances."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "factors", "bias", "lora_a", "lora_b"], meta_fields=["scale"])
 @dataclasses.dataclass(frozen=True)
 class TiledMatrix:
-    """One matrix [out, in] of every expert, packed in tiles (mxfp4_tiles.lay_out), or of every layer's experts, with L before E.
+    """One matrix [out, in] of every expert, packed in tiles (mxfp4_tiles.lay_out). For a stack of layers every shape has L before E.
 
     Attributes:
       words, factors: the tiles.
@@ -45,9 +45,10 @@ class TiledMatrix:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut: slabs of a program, tiles of 64 columns an iteration, iterations in flight, warps, programs along the columns.
+    """Launch parameters of a kernel: slabs per kernel instance, tiles of 64 columns per iteration, iterations in flight, warps, and
+    instances along the columns.
 
-    Numbers that must divide the matrix's (parts, step, depth) are limits: the largest divisor up to them is taken.
+    Numbers that must divide a size of the matrix (parts, step, depth) are limits: the kernel uses the largest divisor up to them.
     """
 
     parts: int
@@ -59,7 +60,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsTiling:
-    """Rows of a block (a power of two, at least 8), and the launches of both kernels."""
+    """Rows per block (a power of two, at least 8), and the launch parameters of both kernels."""
 
     rows: int
     gate_up: Launch
@@ -67,7 +68,7 @@ class ExpertsTiling:
 
 
 def choose_tiling(routed: int, experts: int) -> ExpertsTiling:
-    """The fastest of what was measured on an H200 for so many routed rows at gpt-oss-120b's shape (benchmarks/kernels_decode.py)."""
+    """The fastest measured on an H200 for this many routed rows at gpt-oss-120b's shape (benchmarks/kernels_decode.py)."""
     if routed <= experts // 8:
         return ExpertsTiling(8, Launch(1, 3, 3, 4, depth=5), Launch(1, 3, 3, 4))
     if routed <= 2 * experts:
@@ -80,7 +81,7 @@ def choose_tiling(routed: int, experts: int) -> ExpertsTiling:
 
 
 def _low(x: jax.Array, matrix: TiledMatrix, rows: Blocks, *, block: int, share: int) -> tuple[jax.Array, int, int]:
-    """Parts of the adapter's inner product, their number, and the rank; a placeholder and zeros without an adapter."""
+    """Parts of the adapter's inner product, their number, and the rank. Without an adapter: a placeholder and zeros."""
     if matrix.lora_a is None:
         return jnp.zeros(1, jnp.float32), 1, 0
     routed, (_, rank, width) = rows.slots.shape[0], matrix.lora_a.shape
@@ -109,7 +110,7 @@ def multiply(
     limit: float,
     alpha: float,
 ) -> jax.Array:
-    """Routed rows times their expert's matrix: the activation in bfloat16 [R, out/2] if paired, else float32 parts [depth, R, out]."""
+    """Routed rows times their expert's matrix: bfloat16 activations [R, out/2] if paired, else float32 parts [depth, R, out]."""
     _, slabs, columns, m16, _ = matrix.words.shape
     routed, count, out = rows.slots.shape[0], rows.blocks.shape[1], slabs * m16 * ROWS
     parts, depth = largest_divisor(slabs, launch.parts), largest_divisor(columns, launch.depth)
@@ -146,18 +147,18 @@ def moe_routed(
     elsewhere: int = 0,
     chosen: ExpertsTiling | None = None,
 ) -> jax.Array:
-    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. It has no derivatives.
+    """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Not differentiable.
 
     Args:
       x_TD: activations; rounded to bfloat16.
-      index_TX, weights_TX: the experts of each token, all different, and their weights. Their number stands for an expert that is not
-        here, perhaps several times, and adds nothing.
-      gate_up, down: `gate_up` laid out with paired rows.
+      index_TX, weights_TX: the experts of each token, all different, and their weights. The number of experts on this device stands for
+        an expert on another device; it may occur several times and adds nothing.
+      gate_up, down: the matrices; `gate_up` is laid out with paired rows.
       limit, alpha: of the activation, see kernels.experts.gated.
-      layer: int32 scalar, which layer, if the matrices hold a stack of layers. Its weights are read where they lie: a slice of the stack
-        as the kernels' argument would be copied first.
-      elsewhere: how many more experts tokens choose from.
-      chosen: how the kernels are cut, instead of `choose_tiling`'s choice.
+      layer: int32 scalar, the layer to use if the matrices are stacks of layers. The kernels read its weights in place: XLA would copy a
+        slice of the stack before passing it to a kernel.
+      elsewhere: number of experts on other devices.
+      chosen: tiles to use instead of `choose_tiling`'s.
     """
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0 if layer is None else 1]
     chosen = chosen or choose_tiling(tokens * share * experts // (experts + elsewhere), experts)
@@ -168,7 +169,7 @@ def moe_routed(
     y_RF = multiply(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
     parts_RD = multiply(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
     weighted = parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1]) * weights_TX.astype(jnp.float32)[..., None]
-    if elsewhere:  # no kernel wrote what others compute
+    if elsewhere:  # no kernel wrote the rows of experts on other devices
         weighted = jnp.where((index_TX < experts)[..., None], weighted, 0.0)
     return weighted.sum(axis=(0, 2))
 

@@ -1,8 +1,8 @@
 """Triton kernels of decoding experts: rows of one expert times its MXFP4 tiles (see mxfp4_tiles), unpacked in registers.
 
-Weights are the tensor cores' left operand and rows of activations, padded to 8 at least, the right one: decoding has few rows an expert,
-and the time goes to reading weights. One program computes some slabs of outputs for one block of rows; blocks never mix experts, and those
-beyond the last used one end at once.
+Weights are the left operand of the tensor cores. Rows of activations, padded to at least 8, are the right operand: in decoding an expert
+has few rows, and reading weights takes most of the time. One kernel instance computes some slabs of outputs for one block of rows. Each
+block belongs to one expert. Instances past the last used block return at once.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -16,8 +16,8 @@ UNSHIFT: tl.constexpr = tl.constexpr(float(2**32))  # 2^mxfp4_tiles.SHIFT
 
 @triton.jit
 def _halves(pair):
-    """Two bfloat16 of a word as float32, lower half first, as a last axis."""
-    if INTERPRETED:  # the interpreter makes subnormal bfloat16 zero; the other way it gets them right, with more instructions on a GPU
+    """The two bfloat16 of each word as float32, lower half first, along a new last axis."""
+    if INTERPRETED:  # the interpreter flushes subnormal bfloat16 to zero; this form is right there but needs more instructions on a GPU
         return tl.join((pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True))
     low = (pair & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -26,14 +26,14 @@ def _halves(pair):
 
 @triton.jit
 def _times(pair, factor):
-    """Both halves times those of the factor. Exact, so the compiler turns it into one multiplication of packed bfloat16."""
+    """The product of both halves with those of the factor. It is exact, so the compiler emits one packed bfloat16 multiplication."""
     return (_halves(pair) * _halves(factor)).to(tl.bfloat16)
 
 
 @triton.jit
 def _word(word, factor):
     """The eight weights of each word: [..., half, j, i]."""
-    factor = (factor & 0xFF) * 0x00800080  # the exponent's field, in both halves
+    factor = (factor & 0xFF) * 0x00800080  # the exponent field, in both halves
     factor = tl.broadcast_to(factor, word.shape)
     pair0 = _times((word << 6) & 0x81C081C0, factor)
     pair1 = _times((word << 2) & 0x81C081C0, factor)
@@ -46,7 +46,7 @@ def _word(word, factor):
 def _unpack(words, factors, M16: tl.constexpr):
     """[M16, 128] words and [M16, 8] factors (uint32) to [16 M16, 64] bfloat16.
 
-    All reshaping keeps each value in the lane that loaded it: the result has the layout of the tensor cores' left operand.
+    All reshaping keeps each value in the lane that loaded it, so the result has the layout of the tensor cores' left operand.
     """
     by_row0, by_row1 = tl.split(words.reshape(M16, 8, 4, 2, 2))  # g q block h
     word00, word01 = tl.split(by_row0)
@@ -64,25 +64,25 @@ def matmul(
     words_ptr,  # int32 [E, slabs, K/64, M16, 128]
     factors_ptr,  # int32 [E, slabs, K/64, M16, 8]
     bias_ptr,  # [E, OUT]
-    slots_ptr,  # int32 [R]: the place of each sorted row among the tokens' choices; row slot // SHARE of x, row slot of everything else
+    slots_ptr,  # int32 [R]: the index of each sorted row among the tokens' choices; row slot // SHARE of x, row slot of everything else
     low_ptr,  # float32 [SPLIT, R, RANK]: parts of rows times the adapter's A, with its scale
     lora_b_ptr,  # [E, OUT, RANK]
     blocks_ptr,  # int32 [3, blocks]: expert, first row and number of rows of each block of rows
-    blocks,  # how many
+    blocks,  # number of blocks
     routed,  # R
     out_ptr,
     K: tl.constexpr,
     OUT: tl.constexpr,
     M16: tl.constexpr,  # tiles of 16 rows in a slab
-    PARTS: tl.constexpr,  # slabs of a program
-    N: tl.constexpr,  # rows of a block
-    STEP: tl.constexpr,  # tiles of 64 columns an iteration; divides K/64
+    PARTS: tl.constexpr,  # slabs per kernel instance
+    N: tl.constexpr,  # rows per block
+    STEP: tl.constexpr,  # tiles of 64 columns per iteration; divides K/64
     STAGES: tl.constexpr,
-    PAIRED: tl.constexpr,  # the first half of a slab has its even outputs (gates), the second the odd ones (ups)
-    GATED: tl.constexpr,  # write the activation, bf16 [R, OUT/2]; else the sums, float32 [DEPTH, R, OUT], which are to be added
-    DEPTH: tl.constexpr,  # parts into which columns are divided among programs; divides K/64; 1 if GATED
-    SHARE: tl.constexpr,  # routed rows of a row of x
-    RANK: tl.constexpr,  # of the adapter, 0 for none
+    PAIRED: tl.constexpr,  # the first half of a slab holds even outputs (gates), the second half odd ones (ups)
+    GATED: tl.constexpr,  # write the activation, bf16 [R, OUT/2]; else the sums, float32 [DEPTH, R, OUT], to be summed by the caller
+    DEPTH: tl.constexpr,  # parts into which columns are divided among instances; divides K/64; 1 if GATED
+    SHARE: tl.constexpr,  # routed rows per row of x
+    RANK: tl.constexpr,  # of the adapter; 0 for none
     SPLIT: tl.constexpr,  # parts of low
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -170,7 +170,7 @@ def times_a(
     SCALE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """SCALE * x A^T of each routed row with its expert's adapter, in SPLIT parts that are to be added."""
+    """SCALE * x A^T of each routed row with its expert's adapter, in SPLIT parts to be summed by the reader."""
     part, block = tl.program_id(0), tl.program_id(1)
     rows = tl.load(blocks_ptr + 2 * blocks + block)
     if rows == 0:

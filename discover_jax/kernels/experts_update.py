@@ -1,10 +1,10 @@
 """The mixture of experts in the update, on a GPU: grouped products of sorted rows, with derivatives. Needs the extra `kernels`.
 
-Exact for any routing and dropless: rows are sorted by expert into blocks that never mix experts, so a block's last rows are all that is
-wasted. A layer's MXFP4 is unpacked to bfloat16 where it is used, in the forward and again in the backward pass, and never kept.
-Derivatives are taken in the activations, the routing weights and the adapters; base weights have none. What is rounded to the activations'
-type on the way forward is what the reference rounds; on the way back it is what products take, and the activation's inputs. That type is
-bfloat16, except in Triton's interpreter, where float32 shows that nothing but rounding differs from the reference.
+Exact and dropless for any routing. Rows are sorted by expert into blocks that each belong to one expert, so only the last rows of a block
+are wasted. A layer's MXFP4 is unpacked to bfloat16 in the forward pass and again in the backward pass, and never kept. Activations, routing
+weights and adapters have derivatives; base weights do not. The forward pass rounds to the activations' dtype where the reference does. The
+backward pass rounds the inputs of products and of the activation. That dtype is bfloat16, except in Triton's interpreter, where float32
+shows that the kernels differ from the reference only by rounding.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from discover_jax.kernels.triton_call import call_kernel
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How the grouped product is cut: outputs of a program, iterations in flight, warps."""
+    """Launch parameters of the grouped product: outputs per kernel instance, iterations in flight, warps."""
 
     outputs: int
     stages: int = 3
@@ -34,9 +34,9 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedTiling:
-    """Rows of a block, and the launches of wide products, of the paired one, and of those to an adapter's rank.
+    """Rows per block, and the launch parameters of wide products, of the paired product, and of products to an adapter's rank.
 
-    The defaults are the fastest of what was measured on an H200 at gpt-oss-120b's shape and 32k tokens (benchmarks/kernels_update.py).
+    The defaults are the fastest measured on an H200 at gpt-oss-120b's shape and 32k tokens (benchmarks/kernels_update.py).
     """
 
     rows: int = 128
@@ -47,7 +47,7 @@ class GroupedTiling:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What does not change from one product of a layer to the next: the rows and their blocks, and how kernels are cut."""
+    """What all products of a layer share: the rows and their blocks, and the tiles."""
 
     rows: Blocks
     share: int
@@ -71,14 +71,14 @@ class _Layer:
         bias: jax.Array | None = None,
         adapter: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """Rows of `x` times their expert's matrix [E, N, K] transposed, or [E, K, N] if `left`: [R, N] of sorted rows, in the type of `x`.
+        """Rows of `x` times their expert's transposed matrix [E, N, K], or [E, K, N] if `left`: [R, N] of sorted rows, in the dtype of `x`.
 
         Args:
           of_tokens: rows of `x` are the tokens, not the sorted rows.
-          to_slots: float32 in the order of the slots.
-          exact: float32.
+          to_slots: returns float32 in the order of the slots.
+          exact: returns float32.
           bias: [E, N].
-          adapter: rows of the rank [R, rank] float32, and the matrix [E, N, rank], or [E, rank, N] if `left`, to be added.
+          adapter: the low-rank rows [R, rank] float32, and the matrix [E, N, rank], or [E, rank, N] if `left`; their product is added.
         """
         outputs = matrix.shape[2 if left else 1]
         launch = self.tiling.narrow if outputs <= 64 else self.tiling.wide
@@ -90,7 +90,7 @@ class _Layer:
     def activation(
         self, x: jax.Array, matrix: jax.Array, bias: jax.Array, adapter: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Of the tokens' rows `x` and a matrix of gates and ups [E, 2 F, K]: [R, F], and what went into it [R, 2 F]."""
+        """The activation of the tokens' rows `x` times gates and ups [E, 2 F, K]: [R, F], and its inputs [R, 2 F]."""
         outputs = matrix.shape[1] // 2
         out = [jax.ShapeDtypeStruct((self.routed, width), x.dtype) for width in (outputs, 2 * outputs)]
         flags = {"LEFT": False, "SHARE": self.share, "SCATTER": False, "FLOAT": False, "PAIRED": True}
@@ -139,7 +139,7 @@ class _Layer:
 
 
 def unpack(matrix: TiledMatrix, dtype: Any = jnp.bfloat16, *, paired: bool) -> jax.Array:
-    """The matrices of all experts [E, out, in], exactly; of paired ones gates come before ups."""
+    """The exact matrices of all experts [E, out, in]; in paired ones gates come before ups."""
     experts, slabs, tiles, m16, _ = matrix.words.shape
     return call_kernel(
         experts_update_triton.unpack,
@@ -153,13 +153,13 @@ def unpack(matrix: TiledMatrix, dtype: Any = jnp.bfloat16, *, paired: bool) -> j
 
 
 def _where_here(index_TX: jax.Array, experts: int, of_choices: jax.Array) -> jax.Array:
-    """[T, X, ...], zero for choices of an expert that is not here, whose rows no kernel has written."""
+    """[T, X, ...], zero for choices of experts on other devices, whose rows no kernel has written."""
     here_TX = index_TX < experts
     return jnp.where(here_TX.reshape(*here_TX.shape, *[1] * (of_choices.ndim - 2)), of_choices, 0)
 
 
 def _gates_first(x: jax.Array) -> jax.Array:
-    """Axis 1 of [E, 2 F, ...], even places before odd ones."""
+    """Axis 1 of [E, 2 F, ...] with even entries before odd ones."""
     return jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
 
 
@@ -188,12 +188,12 @@ def moe_sorted(
 
     Args:
       x_TD: activations.
-      weights_TX, index_TX: the experts of each token, all different, and their weights. Their number stands for an expert that is not
-        here; rows of such choices are never computed.
-      adapters: of gate_up and of down, or None; those within the matrices are not looked at.
-      gate_up, down: of one layer, `gate_up` laid out with paired rows; their `scale` is that of the adapters.
+      weights_TX, index_TX: the experts of each token, all different, and their weights. The number of experts on this device stands for
+        an expert on another device; rows of such choices are never computed.
+      adapters: of gate_up and of down, or None. Adapters within the matrices are ignored.
+      gate_up, down: of one layer; `gate_up` is laid out with paired rows. Their `scale` applies to the adapters.
       limit, alpha: of the activation, see kernels.experts.gated.
-      tiling: how kernels are cut.
+      tiling: the tiles.
     """
     return _forward(x_TD, weights_TX, adapters, index_TX, gate_up, down, limit, alpha, tiling)[0]
 
@@ -226,8 +226,8 @@ def _forward(
 
 
 def _backward(limit: float, alpha: float, tiling: GroupedTiling, kept: Any, d_out_TD: jax.Array) -> tuple:
-    """What `down` gave is not needed: with y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b, whose product
-    the activation's gradient takes anyway. So where a layer is computed again for its derivatives, its last product is not."""
+    """Does not need the output of `down`. With y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b, and the
+    activation's gradient computes the product W^T d_out anyway. So a rematerialised layer skips its last product."""
     x_TD, weights_TX, adapters, index_TX, gate_up, down, rows, active_RF, both_RF2, low_up, low_down = kept
     share, experts = index_TX.shape[1], gate_up.words.shape[0]
     layer = _Layer(rows, share, tiling, limit, alpha)
@@ -241,7 +241,7 @@ def _backward(limit: float, alpha: float, tiling: GroupedTiling, kept: Any, d_ou
     d_low_down: Any = None
     both: Any = adapters or ((None, None), (None, None))
     (a_up, b_up), (a_down, b_down) = both
-    # Of `down`, everything is first that of an output with the weight 1.
+    # First compute the gradients of `down` for outputs with weight 1.
     if adapters is not None:
         d_low_down = down.scale * layer.product(d_rounded_TD, b_down.astype(dtype), left=True, of_tokens=True, exact=True)
         through_down = d_low_down, a_down
@@ -259,7 +259,7 @@ def _backward(limit: float, alpha: float, tiling: GroupedTiling, kept: Any, d_ou
     d_x_TXD = _where_here(index_TX, experts, d_x_RD.reshape(-1, share, d_x_RD.shape[1]))
     d_x_TD = jnp.sum(d_x_TXD, axis=1).astype(x_TD.dtype)
     if adapters is not None:
-        # `low` holds the adapter's scale already, as does its gradient.
+        # `low` and its gradient already include the adapter's scale.
         of_up = layer.outer(x_TD, d_low_up, firsts, of_tokens=True).swapaxes(1, 2), _alternating(layer.outer(d_both_RF2, low_up, firsts))
         of_b_down = layer.outer(d_rounded_TD, weights_R1 * low_down, firsts, of_tokens=True)
         of_down = layer.outer(active_RF, weights_R1 * d_low_down, firsts).swapaxes(1, 2), of_b_down
@@ -268,7 +268,7 @@ def _backward(limit: float, alpha: float, tiling: GroupedTiling, kept: Any, d_ou
 
 
 def _activation_gradient(both_RF2: jax.Array, d_active_RF: jax.Array, limit: float, alpha: float) -> jax.Array:
-    """The gradient in gates and ups, [R, 2 F] in their type, of kernels.experts.gated; zero where they are clamped."""
+    """The gradient of kernels.experts.gated in gates and ups, [R, 2 F] in their dtype; zero where they are clamped."""
 
     def gated(both_RF2: jax.Array) -> jax.Array:
         gate, up = jnp.split(both_RF2.astype(jnp.float32), 2, axis=1)
@@ -296,21 +296,21 @@ def moe_update(
     layer: jax.Array | None = None,
     elsewhere: int = 0,
 ) -> jax.Array:
-    """`MixtureOfExperts` by the kernels if both matrices have the tiles of one layer (arrays `words` and `factors`); differentiable.
+    """`MixtureOfExperts` by the kernels if both matrices have tiles of one layer (arrays `words` and `factors`); differentiable.
 
     Otherwise it uses the reference and logs the reason once.
     """
-    del elsewhere  # one tiling suits any number of rows here
+    del elsewhere  # one tiling suits any number of rows
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     reason = None
     if x_TD.dtype != jnp.bfloat16:
-        reason = f"activations are {x_TD.dtype}; it takes bfloat16"
+        reason = f"activations are {x_TD.dtype}; the kernel supports bfloat16"
     elif any("words" not in own for own in arrays):
         reason = "the experts are not laid out in tiles"
     elif layer is not None:
-        reason = "it takes the weights of one layer, not a stack"
+        reason = "the kernel supports the weights of one layer, not of a stack"
     elif ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
-        reason = "one of the experts' matrices has an adapter and the other has none"
+        reason = "only one of the experts' two matrices has an adapter"
     if reason is not None:
         warn_reference("experts", reason)
         options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}

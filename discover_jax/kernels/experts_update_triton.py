@@ -1,7 +1,7 @@
-"""Triton kernels of the update's experts: many rows an expert, so that arithmetic counts and weights are unpacked beforehand.
+"""Triton kernels of the update's experts. Each expert has many rows, so arithmetic dominates and weights are unpacked beforehand.
 
-Rows are sorted by expert, in blocks that never mix experts (see expert_rows). One program computes one tile [rows of a block, N] of one
-block, for its expert's matrix. Programs of blocks that have no rows end at once.
+Rows are sorted by expert, in blocks that each belong to one expert (see expert_rows). One kernel instance computes one tile [rows of a
+block, N] with the matrix of the block's expert. Instances of empty blocks return at once.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -17,13 +17,13 @@ COLUMNS: tl.constexpr = tl.constexpr(64)
 def unpack(
     words_ptr,  # int32 [E, SLABS, K/64, M16, 128]
     factors_ptr,  # int32 [E, SLABS, K/64, M16, 8]
-    out_ptr,  # bf16 [E, OUT, K]; if PAIRED all even rows (gates) come before all odd ones (ups)
+    out_ptr,  # bf16 [E, OUT, K]; if PAIRED, all even rows (gates) come before all odd ones (ups)
     SLABS: tl.constexpr,
     TILES: tl.constexpr,  # K/64
     M16: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
-    """Tiles of MXFP4 to bfloat16, exactly."""
+    """Unpacks MXFP4 tiles to bfloat16, exactly."""
     expert, slab, k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     M: tl.constexpr = 16 * M16
     tile = ((expert * SLABS + slab) * TILES + k) * M16
@@ -43,7 +43,7 @@ def unpack(
 
 @triton.jit
 def _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N: tl.constexpr, RANK: tl.constexpr, LEFT: tl.constexpr, dtype: tl.constexpr):
-    """sums + low B^T, or low A if LEFT, of an adapter's second product."""
+    """sums + low B^T, or sums + low A if LEFT: the second product of an adapter."""
     PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
     r = tl.arange(0, PADDED)
     low = tl.load(low_ptr + row[:, None] * RANK + r[None, :], mask=live[:, None] & (r < RANK)[None, :], other=0.0)
@@ -58,31 +58,31 @@ def _adapted(sums, low_ptr, b_ptr, expert, row, live, n, N: tl.constexpr, RANK: 
 @triton.jit
 def grouped(
     x_ptr,  # bf16, rows of K
-    w_ptr,  # bf16 [E, N, K], or [E, K, N] if LEFT; of PAIRED [E, 2 N, K]
+    w_ptr,  # bf16 [E, N, K], or [E, K, N] if LEFT; [E, 2 N, K] if PAIRED
     bias_ptr,  # float32 [E, N], or [E, 2 N]
     low_ptr,  # float32 [R, RANK], of sorted rows
     b_ptr,  # [E, N, RANK], or [E, 2 N, RANK], or [E, RANK, N] if LEFT
-    slots_ptr,  # int32 [R]: the place of each sorted row among the tokens' choices
+    slots_ptr,  # int32 [R]: the index of each sorted row among the tokens' choices
     blocks_ptr,  # int32 [3, blocks]: expert, first row and number of rows of each block of rows
     blocks,
     out_ptr,  # [R, N] bf16 of sorted rows; float32 in the order of the slots if SCATTER; the activation, bf16, if PAIRED
     both_ptr,  # PAIRED: bf16 [R, 2 N], gates and ups before the activation
     K: tl.constexpr,
     N: tl.constexpr,
-    BM: tl.constexpr,  # rows of a block
+    BM: tl.constexpr,  # rows per block
     BN: tl.constexpr,
     STAGES: tl.constexpr,
     LEFT: tl.constexpr,  # x W instead of x W^T
-    SHARE: tl.constexpr,  # rows of x are those of tokens, each of which has so many slots; 0: rows of x are the sorted rows
+    SHARE: tl.constexpr,  # slots per token if rows of x are tokens; 0 if rows of x are the sorted rows
     SCATTER: tl.constexpr,
-    FLOAT: tl.constexpr,  # float32 of sorted rows
+    FLOAT: tl.constexpr,  # write float32 of sorted rows
     BIAS: tl.constexpr,
-    RANK: tl.constexpr,  # of the adapter, 0 for none
+    RANK: tl.constexpr,  # of the adapter; 0 for none
     PAIRED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
 ):
-    """Rows times their expert's matrix, with bias and adapter; if PAIRED with the activation of both halves of the outputs."""
+    """Rows times their expert's matrix, with bias and adapter. If PAIRED, also the activation of both halves of the outputs."""
     cut, block = tl.program_id(0), tl.program_id(1)
     rows = tl.load(blocks_ptr + 2 * blocks + block)
     if rows == 0:
@@ -101,7 +101,7 @@ def grouped(
         w_at = w_ptr + ((expert * (2 * N if PAIRED else N) + n)[None, :] * K + k[:, None])
     sums = tl.zeros([BM, BN], tl.float32)
     ups = tl.zeros([BM, BN], tl.float32)
-    # The adapter comes first: after the loop it would hold registers that a second program on the same processor needs.
+    # The adapter comes first: after the loop it would hold registers that a second kernel instance on the same multiprocessor needs.
     if RANK > 0:
         if PAIRED:
             sums = _adapted(sums, low_ptr, b_ptr, 2 * expert, row, live, n, N, RANK, LEFT, x_ptr.dtype.element_ty)
@@ -147,12 +147,12 @@ def outer(
     out_ptr,  # float32 [E, N, RANK]
     N: tl.constexpr,
     BN: tl.constexpr,
-    BR: tl.constexpr,  # rows of an iteration
+    BR: tl.constexpr,  # rows per iteration
     STAGES: tl.constexpr,
     SHARE: tl.constexpr,  # as above
     RANK: tl.constexpr,
 ):
-    """For each expert the sum over its rows of u v^T: the gradient of an adapter's matrix. Zero for an expert without rows."""
+    """For each expert the sum over its rows of u v^T: the gradient of an adapter's matrix. Zero for experts without rows."""
     expert, cut = tl.program_id(0), tl.program_id(1)
     PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
     n, i, r = cut * BN + tl.arange(0, BN), tl.arange(0, BR), tl.arange(0, PADDED)

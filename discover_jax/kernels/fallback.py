@@ -1,4 +1,4 @@
-"""The warning of a kernel that uses the reference because it does not support the arguments."""
+"""The warning of a kernel that uses the reference because it does not support its arguments."""
 
 import functools
 
@@ -9,5 +9,5 @@ SLOWER = "reference, which is many times slower"
 
 @functools.cache
 def warn_reference(operation: str, reason: str) -> None:
-    """Logs, once, that an operation uses the reference although it has a kernel, and why."""
+    """Logs once that an operation uses the reference although it has a kernel, and why."""
     logging.warning("kernel of %s on gpu: %s, because %s", operation, SLOWER, reason)

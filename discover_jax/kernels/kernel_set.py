@@ -1,7 +1,7 @@
 """The kernels of a model: one implementation per operation, chosen once for a platform and a mesh.
 
-To add a platform, add an entry to `PLATFORMS`. To add an operation, add a field to `KernelSet`, its reference to `REFERENCE`, and the way
-in which it is spread over a mesh to `spread.SPREAD`.
+To add a platform, add an entry to `PLATFORMS`. To add an operation, add a field to `KernelSet`, its reference to `REFERENCE`, and a
+function that spreads it over a mesh to `spread.SPREAD`.
 """
 
 import collections
@@ -30,7 +30,7 @@ Write = Callable[..., tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class KernelSet:
-    """One implementation per operation. Two sets for the same platform and mesh are equal, so jit's cache recognises them.
+    """One implementation per operation. Two sets for the same platform and mesh are equal, so they share jit's cache.
 
     Attributes:
       write_token, paged_attention: one token a row.
@@ -68,7 +68,7 @@ REFERENCE = KernelSet(
     decode_projections=project_reference,
     decode_experts=moe_reference,
 )
-"""Plain JAX on one device. It works on every platform, and tests compare kernels with it."""
+"""Plain JAX on one device. It works on every platform; tests compare the kernels with it."""
 
 OPERATIONS = tuple(field.name for field in dataclasses.fields(KernelSet) if field.name not in ("mesh", "kernels"))
 
@@ -78,7 +78,7 @@ class Platform:
     """The kernels of one platform.
 
     Attributes:
-      package: must be importable, besides what the modules import.
+      package: must be importable, in addition to the modules' own imports.
       functions: operation -> (module, function).
     """
 
@@ -118,7 +118,7 @@ def find_kernel(operation: str, platform: str) -> tuple[Callable[..., Any] | Non
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """An operation's implementation, spread over a mesh. Unlike a closure it can be compared.
+    """An operation's implementation, spread over a mesh. Unlike closures, equal ones compare equal.
 
     Attributes:
       spread: see `spread.SPREAD`.
@@ -135,7 +135,7 @@ class Spread:
 
 
 def _over(mesh: AnyMesh | None) -> AnyMesh | None:
-    """The mesh if it has several devices."""
+    """The mesh if it has more than one device, else None."""
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
@@ -169,7 +169,7 @@ def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
     for operation in OPERATIONS:
         kernel, reason = find_kernel(operation, platform)
         if kernel is not None and mesh is not None and not can_spread(operation, mesh):
-            kernel, reason = None, f"config.mesh.tensor = {mesh.shape['tensor']} splits its matrices."
+            kernel, reason = None, f"config.mesh.tensor = {mesh.shape['tensor']} splits its matrices"
         if kernel is not None:
             kernels[operation] = kernel
         elif reason:

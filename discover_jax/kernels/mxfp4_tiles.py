@@ -1,17 +1,17 @@
-"""MXFP4 laid out for the tensor cores: every bit of a weight lies where unpacking it to bfloat16 is a shift and a mask.
+"""MXFP4 in tiles for the tensor cores: the bits are arranged so that a shift and a mask unpack a weight to bfloat16.
 
 A tile holds ROWS x COLUMNS = 16 x 64 weights as 128 words of 32 bits, in the order in which the lanes of a warp hold the left operand of an
-`mma.m16n8k16`: lane (g, q) owns four words, for rows g and g + 8 of both blocks of 32 columns, and each word holds the eight weights
-16 i + 4 q + (0..3), i = 0, 1, of its block. Eight weights are four pairs, one for each half of the word; BITS says where a pair's bits lie.
-In bfloat16 the four bits are the sign, the two lowest bits of the exponent and the highest of the mantissa (bits 15, 8, 7, 6), which
-stands for the value times 2^-126, exactly (0.5 becomes subnormal). So:
+`mma.m16n8k16`. Lane (g, q) owns four words, for rows g and g + 8 of both blocks of 32 columns. Each word holds the eight weights
+16 i + 4 q + (0..3), i = 0, 1, of its block. The eight weights form four pairs, one weight for each half of the word; BITS gives the bits of
+each pair. In bfloat16 the four bits are the sign, the two lowest bits of the exponent and the highest of the mantissa (bits 15, 8, 7, 6).
+This represents the value times 2^-126, exactly (0.5 becomes subnormal). So:
 
     pair 0: (w << 6) & M      pair 2: rotate_right(w, 4) & M            M = 0x81c081c0
     pair 1: (w << 2) & M      pair 3: (w & 0x81808180) | ((w >> 8) & 0x00400040)
 
-Scales are bytes, one for 32 columns of a row, four to a word (rows g and g + 8, first and second block): the exponent of the factor
-2^(scale - 1 - SHIFT) in bfloat16, by which unpacked pairs are multiplied; results are multiplied by 2^SHIFT at the end. The shift keeps
-factors and products within bfloat16.
+Scales are bytes, one per 32 columns of a row, four to a word (rows g and g + 8, first and second block). A byte is the bfloat16 exponent
+of the factor 2^(scale - 1 - SHIFT), which multiplies the unpacked pairs. Results are multiplied by 2^SHIFT at the end. The shift keeps
+factors and products within the range of bfloat16.
 """
 
 import functools
@@ -26,31 +26,31 @@ ROWS, COLUMNS = 16, 64
 BLOCK = 32
 SHIFT = 32
 LOWEST, HIGHEST = 34, 160
-"""Scales that can be laid out: weights between 2^-93 and 2^33, exactly."""
+"""Scales that tiles can hold: they represent weights between 2^-93 and 2^33 exactly."""
 
 BITS = ((0, 1, 2, 9), (4, 5, 6, 13), (10, 11, 12, 19), (14, 7, 8, 15))
-"""For each pair the places of its lower weight's bits (from the mantissa's to the sign) in a word; the upper weight's are 16 further on."""
+"""For each pair the bit positions of its lower weight in a word, from the mantissa to the sign. The upper weight's are 16 higher."""
 
 _EXPONENT = 126 - SHIFT  # added to a scale: the exponent field of 2^(scale - 1 - SHIFT), which is scale - 1 - SHIFT + 127
 
 
 class Slab(NamedTuple):
-    """How a matrix is cut: rows that lie together for each 64 columns, and whether its rows alternate between two matrices (gate, up)."""
+    """Layout of a matrix: rows stored together for each 64 columns, and whether its rows alternate between two matrices (gate, up)."""
 
     rows: int
     paired: bool
 
 
 SLABS = {"gate_up": Slab(128, True), "down": Slab(64, False)}
-"""As both of gpt-oss's matrices were fastest: its widths are 64 times an odd number, so 64 outputs are the most that divide them, and 64
-gates lie beside their 64 ups."""
+"""The fastest for both of gpt-oss's matrices. Their widths are 64 times an odd number, so a slab can hold at most 64 outputs, and 64 gates
+are next to their 64 ups."""
 
 
 def check_sizes(out: int, into: int, slab: Slab) -> None:
-    """That a matrix [out, in] can be laid out.
+    """Checks that a matrix [out, in] can be laid out.
 
     Raises:
-      ConfigError: sizes do not divide.
+      ConfigError: the sizes are not divisible by those of a slab.
     """
     if out % slab.rows or slab.rows % (2 * ROWS if slab.paired else ROWS) or into % COLUMNS:
         raise ConfigError(
@@ -60,12 +60,12 @@ def check_sizes(out: int, into: int, slab: Slab) -> None:
 
 
 def words_shape(out: int, into: int, slab: Slab) -> tuple[int, ...]:
-    """Shape of one expert's words, [out/rows, in/64, rows/16, 128]; the factors' differs in the last axis, which is 8."""
+    """Shape of one expert's words, [out/rows, in/64, rows/16, 128]. The last axis of the factors is 8 instead."""
     return out // slab.rows, into // COLUMNS, slab.rows // ROWS, 8 * ROWS
 
 
 def _split_pairs(x_oi: jax.Array, slab: Slab) -> jax.Array:
-    """Rows in the order of the tiles: if paired, the first half of each slab has even rows, the second their odd partners."""
+    """Rows in the order of the tiles. If paired, the first half of each slab holds even rows, the second half the odd rows next to them."""
     if not slab.paired:
         return x_oi
     out = x_oi.shape[0]
@@ -74,7 +74,7 @@ def _split_pairs(x_oi: jax.Array, slab: Slab) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="slab")
 def lay_out_blocks(blocks: jax.Array, slab: Slab) -> jax.Array:
-    """The words of `lay_out`, of sizes that `check_sizes` allows."""
+    """The words of `lay_out`, for sizes that `check_sizes` allows."""
 
     def one(packed: jax.Array) -> jax.Array:
         out, groups, _ = packed.shape
@@ -96,7 +96,7 @@ def lay_out_blocks(blocks: jax.Array, slab: Slab) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="slab")
 def lay_out_scales(scales: jax.Array, slab: Slab) -> jax.Array:
-    """The factors of `lay_out`, of scales that `check_scales` allows."""
+    """The factors of `lay_out`, for scales that `check_scales` allows."""
 
     def one(scales: jax.Array) -> jax.Array:
         out, groups = scales.shape
@@ -110,10 +110,10 @@ def lay_out_scales(scales: jax.Array, slab: Slab) -> jax.Array:
 
 
 def check_scales(scales: jax.Array) -> None:
-    """That tiles can hold these scales.
+    """Checks that tiles can hold these scales.
 
     Raises:
-      ConfigError: one is out of LOWEST to HIGHEST.
+      ConfigError: a scale is not between LOWEST and HIGHEST.
     """
     lowest, highest = int(scales.min()), int(scales.max())
     if lowest < LOWEST or highest > HIGHEST:
@@ -124,17 +124,17 @@ def check_scales(scales: jax.Array) -> None:
 
 
 def lay_out(blocks: jax.Array, scales: jax.Array, slab: Slab) -> tuple[jax.Array, jax.Array]:
-    """Packed experts as tiles; done once, when weights are loaded. The bytes are as many as before.
+    """Packs experts into tiles of the same total size; called once, when weights are loaded.
 
     Args:
       blocks, scales: uint8 [E, out, in/32, 16] and [E, out, in/32], see models.mxfp4.
-      slab: a multiple of 16 rows (32 if paired) that divides `out`.
+      slab: its rows are a multiple of 16 (32 if paired) that divides `out`.
 
     Returns:
       words int32 [E, out/rows, in/64, rows/16, 128] and factors int32 [E, out/rows, in/64, rows/16, 8].
 
     Raises:
-      ConfigError: sizes that do not divide, or scales out of LOWEST to HIGHEST.
+      ConfigError: the sizes are not divisible, or a scale is not between LOWEST and HIGHEST.
     """
     out, groups = scales.shape[-2:]
     check_sizes(out, groups * BLOCK, slab)
@@ -143,7 +143,7 @@ def lay_out(blocks: jax.Array, scales: jax.Array, slab: Slab) -> tuple[jax.Array
 
 
 def restore(words: jax.Array, factors: jax.Array, *, paired: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `lay_out`, exactly: `blocks` and `scales` of [E, out, in]. May be called inside jit, also for one expert's slice."""
+    """The exact inverse of `lay_out`: `blocks` and `scales` of [E, out, in]. May be called inside jit, also on one expert's slice."""
     experts, slabs, columns, m16, _ = words.shape
     words = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(experts, slabs, columns, m16, 8, 4, 2, 2)  # g q block h
     pairs = [
@@ -152,7 +152,7 @@ def restore(words: jax.Array, factors: jax.Array, *, paired: bool = False) -> tu
     ]
     nibbles = jnp.stack([jnp.stack(pair, axis=-1) for pair in pairs], axis=-2).astype(jnp.uint8)
     nibbles = nibbles.reshape(*words.shape, 2, 2, 2)  # E slab k64 m16 g q block h i j half
-    # to E slab m16 h g k64 block i q j half; neighbours in a pair share a byte, the lower nibble first
+    # to E slab m16 h g k64 block i q j half; the two weights of a pair share a byte, the lower nibble first
     nibbles = nibbles.transpose(0, 1, 3, 7, 4, 2, 6, 8, 5, 9, 10)
     blocks = nibbles[..., 0] | (nibbles[..., 1] << 4)
     rows = m16 * ROWS

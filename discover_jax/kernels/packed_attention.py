@@ -1,7 +1,7 @@
-"""Attention of whole packed rows, with derivatives: the plain-JAX references. Memory grows with the row's length, not with its square.
+"""Attention of whole packed rows, with derivatives: the plain-JAX references. Memory grows linearly with the row's length.
 
-In a row sequences lie one after another, each a segment; a token sees itself and earlier tokens of its own segment. All scores and sums
-are float32; exponentials are rounded to the values' type for their product with the values, as in decoding (see kernels.attention).
+A row is a sequence of segments. A token sees itself and the earlier tokens of its own segment. Scores and sums are float32; exponentials
+are rounded to the values' dtype before their product with the values, as in decoding (see kernels.attention).
 """
 
 import functools
@@ -13,28 +13,28 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 512
-"""Queries, and keys, that full attention looks at together."""
+"""Queries, and keys, per block of full attention."""
 WINDOW_BLOCKS = 16
-"""Blocks of queries that windowed attention looks at together."""
+"""Blocks of queries that windowed attention computes at once."""
 LEAST_WINDOW_BLOCK = 64
 ATTENTION = "attention"
-"""Name, for policies of rematerialisation, of what attention hands on and of what its backward pass needs beside its inputs."""
+"""Name, in rematerialisation policies, of attention's output and of the residuals of its backward pass other than its inputs."""
 
 
 def beginnings(segments_BT: jax.Array) -> jax.Array:
-    """The place where each token's segment begins, int32 [B, T]."""
+    """The position where each token's segment begins, int32 [B, T]."""
     places_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
     begins_BT = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return lax.cummax(jnp.where(begins_BT, places_T, 0), axis=1)
 
 
 def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """With zeros at the end of axis 1 until its size is a multiple."""
+    """Pads axis 1 with zeros at the end to a multiple."""
     return jnp.pad(x, [(0, -x.shape[1] % multiple if axis == 1 else 0) for axis in range(x.ndim)])
 
 
 def _rows_of_heads(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [B, K, G T, H]: the queries of one key/value head as rows of one matrix."""
+    """[B, T, N, H] -> [B, K, G T, H]: the queries of one key/value head are the rows of one matrix."""
     batch, tokens, _, size = x_BTNH.shape
     return x_BTNH.reshape(batch, tokens, kv_heads, -1, size).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
 
@@ -45,7 +45,7 @@ def _heads_of_rows(x_BKRH: jax.Array, tokens: int) -> jax.Array:
     return x_BKRH.reshape(batch, kv_heads, -1, tokens, size).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, -1, size)
 
 
-# ---------------------------------------------------------------------- a window
+# ---------------------------------------------------------------------- sliding window
 
 
 def windowed_attention_reference(
@@ -53,17 +53,17 @@ def windowed_attention_reference(
 ) -> jax.Array:
     """o_t = sum_s e^{l_ts} v_s / (sum_s e^{l_ts} + e^sink), t - window < s <= t of one segment, l_ts = q_t k_s / sqrt(H).
 
-    Each block of queries looks at its own keys and at the block's before; blocks are computed again in the backward pass.
+    Each block of queries sees its own keys and those of the block before. The backward pass recomputes the blocks.
 
     Args:
-      q_BTNH: queries, heads of one key/value head being neighbours.
+      q_BTNH: queries, heads that share a key/value head are adjacent.
       k_BTKH, v_BTKH: keys and values.
-      segments_BT: int32; 0 is padding, whose outputs mean nothing.
-      sinks_N: one logit a head.
-      window: keys that a query sees at most, itself included.
+      segments_BT: int32; 0 is padding, whose outputs are undefined.
+      sinks_N: one logit per head.
+      window: maximum number of keys that a query sees, its own included.
 
     Returns:
-      [B, T, N, H] in the type of the values.
+      [B, T, N, H] in the dtype of the values.
     """
     batch, tokens, heads, size = q_BTNH.shape
     kv_heads, block = k_BTKH.shape[2], max(window, min(LEAST_WINDOW_BLOCK, tokens))
@@ -104,16 +104,16 @@ def windowed_attention_reference(
     return checkpoint_name(jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :tokens], ATTENTION)
 
 
-# ---------------------------------------------------------------------- all that came before
+# ---------------------------------------------------------------------- full attention
 
 
 def packed_attention_reference(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array
 ) -> jax.Array:
-    """The same without a window. Blocks of keys that no query of a block sees are left out; sinks get no gradient.
+    """The same without a window. Skips blocks of keys that no query of a block sees. Sinks get no gradient.
 
-    Forward: an online softmax over blocks of keys, the sink being its first term (Milakov and Gimelshein, arXiv 1805.02867). Backward: the
-    probabilities are computed again from the kept log-sum-exp (Dao et al., arXiv 2205.14135), which holds the sink and so makes them exact.
+    Forward: an online softmax over blocks of keys, starting with the sink (Milakov and Gimelshein, arXiv 1805.02867). Backward: recomputes
+    the probabilities from the saved log-sum-exp (Dao et al., arXiv 2205.14135), which includes the sink, so they are exact.
     """
     tokens = q_BTNH.shape[1]
     block = min(BLOCK, tokens)
@@ -123,9 +123,9 @@ def packed_attention_reference(
 
 
 def _reach(segments_BT: jax.Array, block: int) -> jax.Array:
-    """For each block of queries the first block of keys that one of them sees, over all rows: int32 [T / block].
+    """For each block of queries the first block of keys that any of them sees, over all rows: int32 [T / block].
 
-    That is the block in which the segment of the block's first token begins, since later tokens' segments begin later.
+    That block contains the start of the segment of the query block's first token, since later tokens' segments begin later.
     """
     return beginnings(segments_BT)[:, ::block].min(axis=0) // block
 
@@ -135,7 +135,7 @@ def _slice(x: jax.Array, index: jax.Array | int, block: int, axis: int = 1) -> j
 
 
 def _scores(q_BKRH: jax.Array, k_BSKH: jax.Array, segments_BT: jax.Array, i: jax.Array, j: jax.Array, block: int) -> jax.Array:
-    """[B, K, R, S] of queries of block i and keys of block j, -inf where unseen."""
+    """[B, K, R, S], the scores of block i's queries and block j's keys, -inf where unseen."""
     k_BKSH = k_BSKH.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * q_BKRH.shape[-1] ** -0.5
     mine_Bt, theirs_BS = _slice(segments_BT, i, block), _slice(segments_BT, j, block)

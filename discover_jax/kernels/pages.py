@@ -1,4 +1,4 @@
-"""Keys and values written into pages of the cache: plain JAX, in place where the arrays are a loop's own or donated."""
+"""Writes keys and values into pages of the cache: plain JAX, in place if the arrays belong to a loop's carry or are donated."""
 
 import jax
 
@@ -12,13 +12,13 @@ def write_token(
     k_BKH: jax.Array,
     v_BKH: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The stacks of pools with one token a row.
+    """The stacks of pools after writing one token per row.
 
     Args:
-      keys_LPKsH, values_LPKsH: pools of pages of s places.
-      layer: int32 scalar, which of the stack.
-      pages_B, places_B: int32, the page and the place in it of each row's token; of a number that is no page nothing is written.
-      k_BKH, v_BKH: of the tokens.
+      keys_LPKsH, values_LPKsH: pools of pages of s tokens.
+      layer: int32 scalar, the index into the stack.
+      pages_B, places_B: int32, the page of each row's token and its place in the page. Numbers that are not pages are skipped.
+      k_BKH, v_BKH: keys and values of the tokens.
     """
 
     def write(pool: jax.Array, new_BKH: jax.Array) -> jax.Array:
@@ -35,12 +35,12 @@ def write_pages(
     k_BCKH: jax.Array,
     v_BCKH: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The stacks of pools with whole pages of each row, C = m s.
+    """The stacks of pools after writing whole pages of each row, C = m s.
 
     Args:
       keys_LPKsH, values_LPKsH, layer: see `write_token`.
-      pages_Bm: int32, the page of each row's tokens i s to (i + 1) s - 1; of a number that is no page nothing is written.
-      k_BCKH, v_BCKH: of the tokens.
+      pages_Bm: int32, entry i is the page of the row's tokens i s to (i + 1) s - 1. Numbers that are not pages are skipped.
+      k_BCKH, v_BCKH: keys and values of the tokens.
     """
 
     def write(pool: jax.Array, new_BCKH: jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ def write_pages(
 
 
 def copy_page(keys_LPKsH: jax.Array, values_LPKsH: jax.Array, source: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The stacks of pools, page `target` like page `source` in all layers; nothing happens if `target` is no page."""
+    """The stacks of pools with page `source` copied to page `target` in all layers; unchanged if `target` is not a page."""
 
     def copy(pool: jax.Array) -> jax.Array:
         return pool.at[:, target].set(pool[:, source], mode="drop")

@@ -1,4 +1,4 @@
-"""Several projections of the same rows, out of a stack of layers: the plain-JAX reference."""
+"""Several projections of the same rows by one layer of a stack: the plain-JAX reference."""
 
 import dataclasses
 import functools
@@ -27,12 +27,12 @@ class Stack:
 def project_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float) -> list[jax.Array]:
     """y = x W^T + b + scale (x A^T) B^T of one layer, for each projection: float32 [T, out].
 
-    Products are taken in x's type and added up in float32; between an adapter's two products it is rounded to x's type.
+    Products take x's dtype and are summed in float32. The result of an adapter's first product is rounded to x's dtype.
 
     Args:
       x_Ti: rows.
       stacks: the projections.
-      layer: int32 scalar, which layer.
+      layer: int32 scalar, the index into the stacks.
       scale: the adapter's alpha / rank.
     """
 

@@ -1,6 +1,6 @@
-"""Projections in decoding, on a GPU: a layer's matrices are read where they lie in their stacks. Needs the extra `kernels`.
+"""Projections in decoding, on a GPU: the kernels read a layer's matrices in place from the stacks. Needs the extra `kernels`.
 
-XLA's own products inside a loop over layers are given copies of the layer's matrices, which costs as much again as reading them twice.
+In a loop over layers, XLA copies the layer's matrices before its own products, which costs as much again as reading them twice.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
 COLUMNS = _COLUMNS.value
 MOST_ROWS = 256
-"""With more rows, arithmetic counts, and XLA's own product of a copy is faster."""
+"""Row limit of the kernels. For more rows arithmetic dominates, and XLA's own product of a copy is faster."""
 MOST_STACKS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How the kernel is cut: outputs of a program (a limit: the largest power of two that divides), parts of the columns, stages, warps."""
+    """Launch parameters: outputs per kernel instance (rounded down to a power of two that divides), parts of the columns, stages, warps."""
 
     outputs: int
     parts: int
@@ -31,7 +31,7 @@ class Launch:
 
 
 def choose_launch(rows: int, outputs: int) -> Launch:
-    """For so many rows and outputs in all."""
+    """The launch parameters for this many rows and total outputs."""
     if rows <= 32:
         return Launch(64, 3, 5, 4)
     return Launch(128, 3, 4, 8) if outputs > 4096 else Launch(64, 3, 4, 4)
@@ -45,10 +45,10 @@ def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
 
 
 def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> list[jax.Array]:
-    """`project_reference` by the kernels, for few rows in bfloat16 and widths that divide; else the reference. It has no derivatives.
+    """`project_reference` by the kernels for few bfloat16 rows and divisible widths, else by the reference. Not differentiable.
 
     Args:
-      chosen: how the kernel is cut, instead of `choose_launch`'s choice.
+      chosen: launch parameters to use instead of `choose_launch`'s.
     """
     if not _applies(x_Ti, stacks):
         return project_reference(x_Ti, stacks, layer, scale)

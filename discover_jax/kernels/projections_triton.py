@@ -1,6 +1,6 @@
-"""Triton kernels of projections in decoding: few rows times one layer's matrices, which are read where they lie in their stacks.
+"""Triton kernels of projections in decoding: few rows times one layer's matrices, which are read in place from the stacks.
 
-Weights are the left operand and rows, padded to 16 at least, the right one. Up to three projections of the same rows share a launch.
+Weights are the left operand; rows, padded to at least 16, are the right operand. Up to three projections of the same rows share a launch.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -14,19 +14,19 @@ COLUMNS: tl.constexpr = tl.constexpr(64)
 @triton.jit
 def times_a(
     x_ptr,  # bf16 [T, K]
-    a0_ptr,  # bf16 [L, RANK, K], of each projection
+    a0_ptr,  # bf16 [L, RANK, K], one per projection
     a1_ptr,
     a2_ptr,
     layer_ptr,  # int32 [1]
     rows,  # T
     low_ptr,  # float32 [projections, PARTS, T, RANK]
     K: tl.constexpr,
-    N: tl.constexpr,  # rows of a block
+    N: tl.constexpr,  # rows per block
     RANK: tl.constexpr,
-    PARTS: tl.constexpr,  # into which the columns are divided; divides K/64
+    PARTS: tl.constexpr,  # number of parts of the columns; divides K/64
     STAGES: tl.constexpr,
 ):
-    """x A^T, in parts that are to be added."""
+    """x A^T, in parts to be summed by the reader."""
     which, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     a_ptr = a0_ptr
     if which == 1:
@@ -52,7 +52,7 @@ def times_a(
 @triton.jit
 def project(
     x_ptr,  # bf16 [T, K]
-    w0_ptr,  # bf16 [L, OUT, K], of each projection
+    w0_ptr,  # bf16 [L, OUT, K], one per projection
     w1_ptr,
     w2_ptr,
     bias0_ptr,  # [L, OUT]
@@ -64,20 +64,20 @@ def project(
     low_ptr,  # float32 [projections, LOW_PARTS, T, RANK]: parts of x A^T
     layer_ptr,  # int32 [1]
     rows,  # T
-    out_ptr,  # float32 [PARTS, T, OUT0 + OUT1 + OUT2], which are to be added
+    out_ptr,  # float32 [PARTS, T, OUT0 + OUT1 + OUT2]; the caller adds the parts
     K: tl.constexpr,
     OUT0: tl.constexpr,
     OUT1: tl.constexpr,
     OUT2: tl.constexpr,
-    M: tl.constexpr,  # outputs of a program; divides OUT0, OUT1 and OUT2
-    N: tl.constexpr,  # rows of a block
-    PARTS: tl.constexpr,  # into which the columns are divided among programs
+    M: tl.constexpr,  # outputs per kernel instance; divides OUT0, OUT1 and OUT2
+    N: tl.constexpr,  # rows per block
+    PARTS: tl.constexpr,  # parts into which the columns are divided among instances
     STAGES: tl.constexpr,
-    RANK: tl.constexpr,  # of the adapter, 0 for none
+    RANK: tl.constexpr,  # of the adapter; 0 for none
     LOW_PARTS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """x W^T + b + SCALE (x A^T) B^T, in parts that are to be added."""
+    """x W^T + b + SCALE (x A^T) B^T, in parts to be summed by the caller."""
     cut, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     w_ptr, bias_ptr, b_ptr, width, first, which = w0_ptr, bias0_ptr, b0_ptr, OUT0, 0, 0
     if cut >= OUT0 // M:

@@ -1,10 +1,10 @@
 """Kernels on a mesh: each device runs them on its own part (`jax.shard_map`), with collectives where parts depend on each other.
 
-Rows and tokens are split over the axes `data` and `expert` together if they are divisible, so that nothing is computed twice. Experts are
+Rows and tokens are split over the axes `data` and `expert` together if divisible, so that nothing is computed twice. Experts are
 split over `expert`. Every device gathers the tokens along `expert`, computes its own experts for them, and receives the sum for its own
 tokens: exact and dropless for any routing. If the number of tokens is not divisible, all devices compute on all tokens.
 
-In decoding a row, its ring and its pages are on one device, so that attention needs no collectives. Page numbers are global: each device
+In decoding, a row, its ring and its pages are on one device, so attention needs no collectives. Page numbers are global: each device
 holds a contiguous range. All devices read every prompt, each into its own pages. Heads are split over `tensor`.
 """
 
@@ -37,7 +37,7 @@ def row_devices(mesh: Mesh | None) -> int:
 
 
 def _on_devices(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    # Kernels do not have rules for the types that say over which axes a value varies, so their results cannot be checked.
+    # Kernels have no rules for types that track the mesh axes over which a value varies, so shard_map cannot check their results.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -105,7 +105,7 @@ def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
 
 
 def _spread_write(write: Callable, mesh: Mesh, *specs: PartitionSpec) -> Callable:
-    """Each device writes into its own pages. `specs` are those of the arguments after the layer, pages first."""
+    """Each device writes into its own pages. `specs` are the specs of the arguments after the layer, pages first."""
 
     def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
         return write(keys, values, layer, _to_write(pages, keys), *rest)
@@ -126,7 +126,7 @@ def spread_write_pages(write: Callable, mesh: Mesh) -> Callable:
 
 
 def spread_copy_page(copy: Callable, mesh: Mesh) -> Callable:
-    """The device that has both pages copies."""
+    """The device that holds both pages copies."""
 
     def of_device(keys: jax.Array, values: jax.Array, source: jax.Array, target: jax.Array) -> Any:
         return copy(keys, values, _to_read(source, keys), _to_write(target, keys))
@@ -145,7 +145,7 @@ def spread_projections(project: Callable, mesh: Mesh) -> Callable:
 
 
 class _Own:
-    """A matrix of the experts of one device."""
+    """A matrix of one device's experts."""
 
     def __init__(self, matrix: ExpertMatrix, arrays: dict[str, jax.Array]):
         self._arrays, self.apply, self.scale = arrays, matrix.apply, matrix.scale
@@ -155,7 +155,7 @@ class _Own:
 
 
 def spread_experts(moe: Callable, mesh: Mesh) -> Callable:
-    """Each device computes its own experts. `moe` must skip choices of experts on other devices, which have the number `experts`."""
+    """Each device computes its own experts. `moe` must skip the number `experts`, which stands for experts on other devices."""
     parts = mesh.shape[_EXPERT]
 
     def spread(
@@ -209,6 +209,6 @@ SPREAD = _BY_HEADS | _WHOLE
 
 
 def can_spread(operation: str, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether an operation can be spread over a mesh of this shape. If not, use its reference, which XLA splits: no kernel computes a part
-    of a projection or of an expert's width."""
+    """Whether an operation can be spread over a mesh of this shape. If not, use its reference, which XLA splits: no kernel computes a
+    part of a projection or of an expert's width."""
     return operation in _BY_HEADS or (operation in _WHOLE and mesh.shape[_TENSOR] == 1)

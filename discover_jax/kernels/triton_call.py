@@ -1,9 +1,9 @@
 """Calls Triton kernels from jitted functions, in a form that XLA can put into CUDA graphs. Needs the extra `kernels`.
 
-jax_triton 0.3 emits calls of XLA's older interface, which XLA starts one by one: for the host that takes longer than most of a decoding
-step's kernels take the GPU. jaxlib has the same call for the newer interface (FFI; jax's own Pallas uses it), by which kernels are loaded
-before the first run, and whole stretches of a program become one graph: on an H200 a step of the 120b with one row takes 4.0 instead of
-5.2 ms, with 128 rows 22.7 instead of 23.5 ms.
+jax_triton 0.3 emits custom calls of XLA's older interface, which XLA starts one by one. In a decoding step this takes the host longer than
+the GPU needs for most of the kernels. jaxlib offers the same call through the newer interface (FFI), which jax's own Pallas uses. It loads
+kernels before the first run and turns long stretches of a function into one CUDA graph. On an H200 a step of the 120b takes 4.0 instead
+of 5.2 ms with one row, and 22.7 instead of 23.5 ms with 128 rows.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 HOPPER = 90
-"""Compute capability for which kernels are lowered where there is no GPU."""
+"""Compute capability to lower kernels for when there is no GPU."""
 
 _FFI_TARGET = "triton_kernel_call_ffi"
 _TYPED_FFI = 4
@@ -24,8 +24,8 @@ _TYPED_FFI = 4
 
 @functools.cache
 def _prepare() -> Any:
-    """jax_triton, its calls lowered to the newer interface."""
-    import jax_triton  # pyright: ignore[reportMissingImports] - here, as it imports only where jax has its GPU plugin
+    """jax_triton with its calls lowered to the newer interface."""
+    import jax_triton  # pyright: ignore[reportMissingImports] - a local import: it works only if jax has its GPU plugin
     from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
 
     def lower(ctx: Any, *arguments: Any, **options: Any) -> Sequence[Any]:
@@ -42,13 +42,13 @@ def _prepare() -> Any:
 
 
 def call_kernel(kernel: Any, *arguments: Any, out: Any, grid: tuple[int, ...], warps: int, stages: int, constants: dict[str, Any]) -> Any:
-    """A kernel's outputs, which follow its inputs among its parameters.
+    """Calls a kernel. Its parameters are the inputs, followed by the outputs.
 
     Args:
       arguments: arrays, passed as pointers, and numbers.
       out: a ShapeDtypeStruct, or a list of them.
-      grid: programs along each axis.
-      constants: of the kernel, by name.
+      grid: kernel instances along each axis.
+      constants: the kernel's constants by name.
     """
     capability = None if jax.default_backend() == "gpu" else HOPPER
     options = {"num_warps": warps, "num_stages": stages, "compute_capability": capability}
@@ -56,5 +56,5 @@ def call_kernel(kernel: Any, *arguments: Any, out: Any, grid: tuple[int, ...], w
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number up to `most`: into how many equal parts kernels cut it."""
+    """The largest divisor of a number up to `most`."""
     return next(n for n in range(most, 0, -1) if number % n == 0)
