@@ -1,13 +1,13 @@
-# Targets: quickstart, test, check, docs, apprentice, clean. Every one creates .venv from the newest Python >= 3.11 it finds (PYTHON=... chooses).
+# Targets: quickstart, test, check, docs, apprentice, clean. Each creates .venv with the newest Python >= 3.11 on the PATH; set PYTHON=... to choose another.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
   command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
-# Exact pins of this Python; EXTRAS=cuda or tpu adds the accelerator's packages.
+# Exact pins for this Python. EXTRAS=cuda or EXTRAS=tpu adds the accelerator's packages.
 CONSTRAINTS = constraints/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 EXTRAS ?=
-# Parity tests compare with torch. PARITY=0 leaves torch out (on Linux the default wheel is large); those tests then report themselves as skipped.
+# Parity tests compare with torch. PARITY=0 does not install torch (its default wheel on Linux is large); these tests are then skipped.
 PARITY ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,12 +21,12 @@ DOCS := $(VENV)/.installed-docs
 help:
 	@echo "make quickstart   install, then improve programs for a bundled competition on this machine's CPU (under 10 minutes)"
 	@echo "make test         the default tests;  make check   ruff, pyright, the import contract"
-	@echo "make test-sandbox  the sandbox's tests alone, as root also as an ordinary user"
-	@echo "make docs         docs/ as a site, into site/"
+	@echo "make test-sandbox  only the sandbox tests; root also runs them as an ordinary user"
+	@echo "make docs         build the documentation site into site/"
 	@echo "make apprentice   train the small model again"
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or give its path: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
@@ -46,14 +46,14 @@ install: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/python -m discover_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# One worker a core; the tests of a file stay together, since they share what is dear to set up. tests/conftest.py orders the files.
+# One worker per core. The tests of a file stay together because they share expensive fixtures. tests/conftest.py orders the files.
 test: $(DEV)
 	$(BIN)/python -m pytest -m "not slow and not accelerator" -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
-# The attacks and faults alone; as root a second time as an ordinary user, for whom the sandbox is made otherwise.
+# Only the sandbox tests. Root runs them again as an ordinary user, for whom the sandbox is set up differently.
 test-sandbox: $(DEV)
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/execution $(ARGS)
 	if [ "$$(id -u)" = 0 ]; then $(BIN)/python tests/execution/ordinary_user.py -- $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -n auto --dist loadfile tests/execution $(ARGS); fi
@@ -64,7 +64,7 @@ check: $(DEV)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-# A link that leads nowhere is an error.
+# --strict: a broken link is an error.
 docs: $(DOCS)
 	$(BIN)/python -m mkdocs build --strict
 

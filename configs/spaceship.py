@@ -1,4 +1,4 @@
-"""Kaggle's Spaceship Titanic through MLE-bench: the report's four runs, the paper's setting, and the same with the small model.
+"""Kaggle's Spaceship Titanic through MLE-bench: the report's four runs, the paper's best setting, and a run of the apprentice.
 
   python -m discover_jax.main --config=configs/spaceship.py:run1 --config.task.raw=train.csv --config.model.weights=/path/to/gpt-oss-120b
   python -m discover_jax.main --config=configs/spaceship.py:apprentice --config.task.raw=train.csv
@@ -13,14 +13,14 @@
 | `apprentice` | ships with the project | 8 x 8     | 8     | see BUILD_NOTES.md                  |
 
 `paper` is the best setting of *Learning to Discover at Test Time* (arXiv 2601.16175): adaptive entropic advantages, PUCT, a KL penalty of
-0.1, two-phase sampling, 8 groups of 64. Its rewards are those of a cross-validation here, so that 25,600 graded programs do not wear out
-the 870 rows.
+0.1, two-phase sampling, 8 groups of 64. Here its rewards come from cross-validation, so that 25,600 graded programs do not overfit the
+870 rows.
 
-The report's scores are accuracies on MLE-bench's 870 re-split rows, which are also the rows that the search optimises (reward `grade`);
-their 95% interval is about +-0.026. The raw table is Kaggle's train.csv (8,693 rows); bring your own copy.
+The report's scores are accuracies on MLE-bench's 870 re-split rows. The search optimises the same rows (reward `grade`). The 95% interval
+of a score is about +-0.026. The raw table is Kaggle's train.csv (8,693 rows); bring your own copy.
 
-Cost: a step of run 3 samples 128 rollouts of up to 26,000 tokens and runs 128 programs of at most 5 minutes on 2 cores each.
-The default argument is `apprentice`, which any machine can run.
+Cost: a step of run 3 samples 128 rollouts of up to 26,000 tokens and runs 128 programs for at most 5 minutes on 2 cores each.
+The default argument is `apprentice`, which runs on any machine.
 """
 
 from discover_jax.apprentice.preset import apprentice_on_cpu
@@ -32,9 +32,9 @@ _RUNS = {"run1": (2, 2, 10), "run2": (4, 2, 10), "run3": (16, 8, 17), "run4": (1
 
 
 def get_config(run="apprentice"):
-    """The run of that name."""
+    """The config of the run with this name."""
     if run not in (known := [*_RUNS, "paper", "apprentice"]):
-        raise ConfigError(f"configs/spaceship.py has no run {run!r}; allowed: {', '.join(known)}.")
+        raise ConfigError(f"The argument of configs/spaceship.py must be one of {', '.join(known)}; got {run!r}.")
     config = default_config()
     config.name = f"spaceship-{run}"
     config.task.competition = "spaceship-titanic"
@@ -57,7 +57,7 @@ def get_config(run="apprentice"):
         config.groups, config.group_size, config.train.steps = 8, 64, 50
         config.train.advantage = "entropic_adaptive"
         config.train.kl_coefficient = 0.1
-        config.reuse.sampler, config.reuse.exploration = "puct", 1.0  # which keeps the 2 best children of a parent
+        config.reuse.sampler, config.reuse.exploration = "puct", 1.0  # puct keeps the 2 best children of a parent
         config.sampling.thinking_tokens = 22_000
         config.task.reward, config.task.holdout_folds = "holdout", 5
         return config

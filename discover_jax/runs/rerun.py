@@ -1,6 +1,6 @@
-"""rerun.sh of best/: runs the best program again in the sandbox, on the competition's data prepared anew, and compares its score.
+"""rerun.sh of best/: prepares the competition's data again, reruns the best program in the sandbox, and compares its score.
 
-The script calls `python -m discover_jax.runs.rerun` with every setting that a score depends on, so that it needs nothing of the run.
+The script calls `python -m discover_jax.runs.rerun` with every setting that a score depends on, so it needs no other files of the run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from discover_jax.tasks.prepare import GRADERS, REWARDS, prepare_task
 from discover_jax.types import Outcome, Verdict
 
 ANOTHER_SCORE = 1
-"""Exit code where the program came to another score, or to none."""
+"""Exit code if the program gets another score or none."""
 USER_ERROR = 2
 
 
@@ -28,9 +28,9 @@ class RerunSettings:
     """Every setting that the score of a program depends on, as in the config.
 
     Attributes:
-      competition, raw: name and path of the raw data, as `named_competitions` gives them; an empty path if the competition brings its data.
+      competition, raw: name, and path of the raw data, as from `named_competitions`; an empty path if the competition brings its data.
       reward, holdout_fraction, holdout_folds, grader: of config.task.
-      seed: of the run; it draws the held-out rows.
+      seed: of the run; the held-out rows depend on it.
       seconds, cores, memory_gib, backend, allow_weaker: of config.execution.
     """
 
@@ -61,7 +61,7 @@ def rerun_script(settings: RerunSettings) -> str:
         "seconds": settings.seconds,
         "cores": settings.cores,
         "memory_gib": settings.memory_gib,
-        "backend": BACKENDS[settings.backend],  # on the machine that reruns it, wherever it ran before
+        "backend": BACKENDS[settings.backend],  # rerun on this machine, even if it ran on a cluster before
     }
     flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
     if settings.allow_weaker:
@@ -81,13 +81,13 @@ def rerun_script(settings: RerunSettings) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rerun:
-    """What came of it.
+    """The result of a rerun.
 
     Attributes:
       expected: the score in grade.json.
-      verdict: on the program now.
+      verdict: the new verdict.
       same_submission: whether its submission has the same bytes as submission.csv.
-      same_data: whether data and settings of the grade are those of the run; None if disclosure.json does not say.
+      same_data: whether data and grading settings are those of the run; None if disclosure.json does not say.
       isolation: how the program was isolated.
     """
 
@@ -102,7 +102,7 @@ class Rerun:
         return self.verdict.outcome is Outcome.OK and self.verdict.grade.score == self.expected
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The result as lines of text."""
         verdict = self.verdict
         if verdict.outcome is Outcome.OK:
             found = f"score        {verdict.grade.score} (grade.json: {self.expected})"
@@ -112,8 +112,8 @@ class Rerun:
             )
         data = {
             True: "the run's",
-            False: "NOT the run's: another version prepares or grades otherwise, or the raw data differ",
-            None: "not known",
+            False: "NOT the run's: another version prepares or grades differently, or the raw data differ",
+            None: "unknown",
         }
         return [
             found,
@@ -125,11 +125,11 @@ class Rerun:
 
 
 def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
-    """Runs the program of a bundle once more; nothing is taken from a cache.
+    """Runs the program of a bundle again, without a cache.
 
     Args:
-      bundle: best/, or a copy of it.
-      options: of the command line.
+      bundle: best/ or a copy of it.
+      options: from the command line.
 
     Raises:
       RunError: the bundle lacks a file, or one cannot be read.
@@ -142,8 +142,8 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
         fingerprints = {row["id"]: row["task_fingerprint"] for row in disclosure["competitions"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{bundle} is no whole bundle of a best program ({error!r}). Give a run's best/ by --bundle; that of a run with several"
-            " competitions has a folder for each."
+            f"{bundle} is not a complete bundle of a best program ({error!r}). Give a run's best/ by --bundle. With several competitions,"
+            " give the folder of one of them in best/."
         ) from error
     limits = resource_limits(options.seconds, options.cores, options.memory_gib)
     with tempfile.TemporaryDirectory(prefix="rerun-") as scratch:
@@ -169,15 +169,15 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--bundle", type=Path, required=True, help="the folder with solution.py and grade.json")
-    parser.add_argument("--competition", required=True, help="id of a built-in one, path of a .py file, or mlebench:ID")
-    parser.add_argument("--raw", help="path of the raw data (none)")
+    parser.add_argument("--bundle", type=Path, required=True, help="folder with solution.py and grade.json")
+    parser.add_argument("--competition", required=True, help="id of a built-in competition, path of a .py file, or mlebench:ID")
+    parser.add_argument("--raw", help="path of the raw data (default: none)")
     parser.add_argument("--reward", choices=REWARDS, required=True)
     parser.add_argument("--holdout_fraction", type=float, default=0.2)
     parser.add_argument("--holdout_folds", type=int, default=1)
     parser.add_argument("--grader", choices=GRADERS, default="native")
-    parser.add_argument("--seed", type=int, required=True, help="of the run, which draws held-out rows")
-    parser.add_argument("--seconds", type=float, required=True, help="time limit of each of the program's runs")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the run; the held-out rows depend on it")
+    parser.add_argument("--seconds", type=float, required=True, help="time limit of each run of the program")
     parser.add_argument("--cores", type=int, required=True)
     parser.add_argument("--memory_gib", type=float, required=True)
     parser.add_argument("--backend", default="bubblewrap")

@@ -56,7 +56,7 @@ def find_source(resume_from: str, tasks: Sequence[Task], workdir: Workdir, proce
       None for a run that starts fresh, or that has checkpoints of its own: it resumes from those and no longer needs the other run.
 
     Raises:
-      RunError: there is no such run or it has no checkpoint; other rows made its scores; or it does not say how programs were isolated.
+      RunError: there is no such run, it has no checkpoint, its scores come from other rows, or it does not say how programs were isolated.
     """
     if not resume_from or processes.from_first(lambda: bool(steps_in(workdir.checkpoints_dir))):
         return None
@@ -128,4 +128,6 @@ def bring_best(
                 )
                 break
         else:
-            note(f"The best program of {id} so far is {best.id} of {source.path}, whose best/ does not hold it; it is in the journal here.")
+            note(
+                f"The best program of {id} so far, {best.id} of {source.path}, is missing in that run's best/. It is in this run's journal."
+            )

@@ -59,7 +59,7 @@ class WandbSettings:
 
     Attributes:
       mode: "online" or "offline".
-      project, entity: where it belongs; an empty entity is the user's own.
+      project, entity: project and owner of the run; an empty entity means the user's default.
       name: of the run.
       kind: "train" or "search".
       config: every setting of the run by its dotted name; it is sent along.
@@ -128,7 +128,7 @@ class EventFiles:
     def close(self, failed: bool) -> None:
         """Closes the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # every row was flushed, or its failure raised
+            with contextlib.suppress(OSError):  # every row was flushed, or its error raised
                 self._file.close()
 
     @contextlib.contextmanager

@@ -22,25 +22,25 @@ _RUNTIME_SETTINGS = (
     *("execution.backend", "execution.ray_address"),
     *("tracking.wandb", "tracking.project", "tracking.entity"),
 )
-"""Settings that say on which machines a run is computed, in which parts, and who is told, not what: they may change when it is resumed.
-A backend that isolates less needs `execution.allow_weaker`, which is not among them."""
+"""Settings of machines, parallelism and tracking. They do not affect what a run computes, so they may change when it is resumed. A backend
+with weaker isolation needs `execution.allow_weaker`, which is not one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """Where everything of a run lies. The folders exist.
+    """Paths in the run directory. The folders exist unless noted.
 
     Attributes:
-      path: the folder itself.
+      path: the run directory.
       journal_path: journal.jsonl, see `archive.journal`.
       metrics_path: metrics.jsonl, see `metrics`.
-      rollouts_dir: one file a step, see `rollouts`.
-      tensorboard_dir: made by `tracking`.
+      rollouts_dir: one file per step, see `rollouts`.
+      tensorboard_dir: created by `tracking`.
       checkpoints_dir: see `checkpoints`.
-      best_dir: made by `best` as soon as there is a best program.
+      best_dir: created by `best` when there is a best program.
       task_dir: the prepared task.
       cache_dir: verdicts of programs.
-      resumed: whether the folder already held this run.
+      resumed: whether the directory already held this run.
     """
 
     path: Path
@@ -57,18 +57,18 @@ class Workdir:
 
 @contextlib.contextmanager
 def open_workdir(path: Path, config: dict[str, Any], kind: str) -> Iterator[Workdir]:
-    """Opens the folder of a run, for one process at a time; leaving the context lets the next one in.
+    """Opens a run directory and locks it against other processes until the context ends.
 
     Args:
-      path: made if it does not exist.
-      config: every setting by its dotted name, as `config.flatten` gives it; values that JSON can hold.
+      path: created if it does not exist.
+      config: every setting by its dotted name, as `config.flatten` returns it; JSON values.
       kind: "train" or "search".
 
     Raises:
-      RunError: the folder belongs to another run (each difference is listed), is no run's, is in use, or cannot be written.
+      RunError: the directory belongs to another run (each difference is listed), is not a run directory, is in use, or cannot be written.
     """
     path = Path(path).absolute()
-    given = json.loads(json.dumps({"kind": kind, "config": config}))  # as it would come back: tuples as lists
+    given = json.loads(json.dumps({"kind": kind, "config": config}))  # as it is read back: tuples become lists
     with contextlib.ExitStack() as stack:
         try:
             if path.is_dir() and not (path / _CONFIG).exists():
@@ -78,18 +78,18 @@ def open_workdir(path: Path, config: dict[str, Any], kind: str) -> Iterator[Work
             workdir = _prepare(path, given)
         except OSError as error:
             raise RunError(
-                f"The run folder {path} cannot be used ({error}). Free some space, or name another folder by --workdir."
+                f"Cannot use the run directory {path} ({error}). Free some space, or give another directory by --workdir."
             ) from error
         yield workdir
 
 
 @contextlib.contextmanager
 def open_shared_workdir(path: Path, config: dict[str, Any], kind: str, processes: Processes) -> Iterator[Workdir]:
-    """`open_workdir` for several processes, which all must call it: the first opens the folder, the others see the same one.
+    """`open_workdir` for several processes. All must call it: the first opens the directory, and the others must see the same one.
 
     Raises:
-      HostError: they do not.
-      RunError: see there.
+      HostError: a process does not see the same directory.
+      RunError: see `open_workdir`.
     """
     path = Path(path).absolute()
     with contextlib.ExitStack() as stack:
@@ -101,7 +101,7 @@ def open_shared_workdir(path: Path, config: dict[str, Any], kind: str, processes
 
 
 def _check_shared(path: Path, processes: Processes) -> None:
-    """A token that the first process writes must be what all read."""
+    """Checks that all processes read the token that the first process writes."""
     token = processes.from_first(lambda: secrets.token_hex(16))
     if processes.leads:
         write_atomic(path / _TOKEN, token.encode())
@@ -113,13 +113,13 @@ def _check_shared(path: Path, processes: Processes) -> None:
     seen = processes.gather([socket.gethostname(), found == token])
     if blind := [f"process {index} on {host}" for index, (host, sees) in enumerate(seen) if not sees]:
         raise HostError(
-            f"The run folder {path} is another one, or none, for {', '.join(blind)}. All hosts write their parts of a checkpoint there: put"
-            " it on a file system that they share (NFS, Lustre, a mounted volume), and name it by its whole path in --workdir."
+            f"The run directory {path} is missing or a different one for {', '.join(blind)}. All hosts write their parts of a checkpoint"
+            " there. Put it on a shared file system (NFS, Lustre, a mounted volume), and give its absolute path by --workdir."
         )
 
 
 def _prepare(path: Path, given: dict[str, Any]) -> Workdir:
-    """Compares or writes the config and makes the folders, with the lock held."""
+    """Compares or writes the config and creates the folders. The caller holds the lock."""
     resumed = (path / _CONFIG).exists()
     if resumed:
         _compare(path, given)
@@ -147,18 +147,18 @@ def _places(path: Path, resumed: bool) -> Workdir:
 
 
 def _refuse_strangers(path: Path) -> None:
-    """Refuses a folder that holds something and is no run's. What a kill during the folder's first second leaves is fine."""
+    """Refuses a directory with files that is not a run directory. Ignores what a kill right after its creation leaves behind."""
     strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in (_LOCK, f".{_CONFIG}.tmp"))
     if strangers:
         listed = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
         raise RunError(
-            f"The folder {path} is not empty and holds no run (there is no {_CONFIG}): {listed}. Name an empty or new folder by --workdir."
+            f"{path} is not empty and not a run directory (it has no {_CONFIG}): {listed}. Give an empty or new directory by --workdir."
         )
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds the folder; the kernel lets go of it when the process ends, however it ends."""
+    """Locks the directory. The kernel releases the lock when the process ends, however it ends."""
     descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -166,8 +166,8 @@ def _lock(path: Path) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             raise RunError(
-                f"The run folder {path} is in use by another process{f' (id {holder})' if holder else ''}. Wait for it to end, or name"
-                " another folder by --workdir."
+                f"The run directory {path} is in use by another process{f' (id {holder})' if holder else ''}. Wait for it to end, or give"
+                " another directory by --workdir."
             ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -177,25 +177,25 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compare(path: Path, given: dict[str, Any]) -> None:
-    """Refuses a folder that was made by another command."""
+    """Refuses a directory whose run has another config."""
     try:
         found = json.loads((path / _CONFIG).read_bytes())
         found_all = {"kind": found["kind"], **found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path / _CONFIG} cannot be read as a run's config ({error!r}), so the run cannot be resumed. Put the original back, or name"
-            " another folder by --workdir."
+            f"{path / _CONFIG} is not a valid run config ({error!r}), so the run cannot be resumed. Restore the original file, or give"
+            " another directory by --workdir."
         ) from error
     given_all = {"kind": given["kind"], **given["config"]}
-    # By what JSON makes of them, so that True is not 1 and 1 is not 1.0: the type of a setting matters.
+    # Compare the JSON texts, so that True differs from 1 and 1 from 1.0: the type of a setting matters.
     names = [
         name for name in {**found_all, **given_all} if name not in _RUNTIME_SETTINGS and _shown(found_all, name) != _shown(given_all, name)
     ]
     if names:
-        differences = "\n".join(f"  - {name}: folder has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
+        differences = "\n".join(f"  - {name}: directory has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
         raise RunError(
-            f"The folder {path} holds a run with another config:\n{differences}\nGive the folder's values to resume that run, or name"
-            " another folder by --workdir to start a new one."
+            f"The directory {path} holds a run with another config:\n{differences}\nUse the directory's values to resume that run, or give"
+            " another directory by --workdir to start a new one."
         )
 
 
