@@ -4,19 +4,17 @@
         [--row_tokens=0] [--rows=1] [--steps=2] [--until=0] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
         [--workdir=DIR [--resume]] [--json=FILE]
 
-Real are: the loop with all that it does (parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the update
-with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics, checkpoint), the kernels, and the model's sizes. Not
-real are:
+The loop, the kernels and the model's sizes are real: parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the
+update with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics and checkpoint. These are not real:
 
-- the weights, so every rollout spends its budget of `--new` tokens (the stop token is one in the vocabulary);
-- the tokenizer, which is the apprentice's, since gpt-oss's is not in the repository: a prompt has more tokens than gpt-oss's would have;
-- the programs. Random weights write none, so in place of what a reply holds the executor gets a program of the apprentice's grammar, drawn
-  by the reply's tokens: other ones for other rollouts, which run and score, so that groups differ and nearly all rollouts take part in the
-  update. They take seconds, where those of gpt-oss may take minutes.
+- The weights are random, so every rollout spends its budget of `--new` tokens.
+- The tokenizer is the apprentice's, since gpt-oss's is not in the repository. A prompt has more tokens than with gpt-oss's tokenizer.
+- The programs come from the apprentice's grammar, because random weights write none. The reply's tokens seed each program, so programs differ and
+  score, and nearly all rollouts take part in the update. They take seconds, where gpt-oss's programs may take minutes.
 
-Times are the run's own metrics where it has them. The first step compiles; the table of the last one is the result. The peak of the
-device's memory never falls, so only the first step's peak after sampling is that of sampling. Programs need the sandbox, see README.md;
-`--unsafe` runs them without one, which takes less time.
+Times are the run's own metrics where they exist. The first step compiles; the table of the last one is the result. The peak of device memory
+never falls, so the peak after sampling is valid only in the first step. Programs need the sandbox (docs/security.md); `--unsafe` runs them
+without isolation, which is faster.
 """
 
 import argparse
@@ -51,13 +49,13 @@ from discover_jax.types import Rollout
 
 
 def recorded_program(rollout: Rollout, tokenizer: Tokenizer) -> str:
-    """A program that runs, in place of the one in the rollout, which is looked for all the same: a function of the rollout's tokens."""
+    """A program that runs, determined by the rollout's tokens. The reply is still parsed, so that parsing costs its time."""
     program_of(rollout, tokenizer)
     return programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes()))))
 
 
 class _LeftError(Exception):
-    """The run is left before its end."""
+    """Ends the run after `--until` steps."""
 
 
 class Clock(PlainConsole):
@@ -105,7 +103,7 @@ class Clock(PlainConsole):
                 "tokens": tokens,
                 "tokens_per_s": tokens / whole,
                 "sampling_tokens_per_s": tokens / parts["sampling"],
-                "update_tokens_per_s": row["tokens"] / parts["update"],  # those that bear loss; their prompts are read as well
+                "update_tokens_per_s": row["tokens"] / parts["update"],  # only tokens in the loss; the update also reads the prompts
                 "peak_bytes_after_sampling": self._peaks["running programs"],
                 "peak_bytes_after_update": self._peaks["saving"],
                 "metrics": row,
@@ -117,12 +115,12 @@ def table(step: dict[str, Any]) -> list[str]:
     """A step's parts as lines."""
     lines = [f"{name:24s} {spent:9.2f} s {spent / step['seconds']:6.1%}" for name, spent in step["parts_s"].items()]
     peaks = [step[f"peak_bytes_after_{phase}"] for phase in ("sampling", "update")]
-    told = ", ".join("unknown" if peak is None else f"{peak / 1e9:.2f} GB" for peak in peaks)
+    shown = ", ".join("unknown" if peak is None else f"{peak / 1e9:.2f} GB" for peak in peaks)
     lines.append(
-        f"{'step':24s} {step['seconds']:9.2f} s, {step['tokens']:,.0f} tokens, {step['tokens_per_s']:,.0f} tokens/s; sampling alone"
-        f" {step['sampling_tokens_per_s']:,.0f}, update alone {step['update_tokens_per_s']:,.0f} tokens/s"
+        f"{'step':24s} {step['seconds']:9.2f} s, {step['tokens']:,.0f} tokens, {step['tokens_per_s']:,.0f} tokens/s; sampling"
+        f" {step['sampling_tokens_per_s']:,.0f}, update {step['update_tokens_per_s']:,.0f} tokens/s"
     )
-    return [*lines, f"peak memory after sampling and after the update: {told}"]
+    return [*lines, f"peak memory after sampling and after the update: {shown}"]
 
 
 def configured(arguments: argparse.Namespace) -> Any:
@@ -154,29 +152,30 @@ def main() -> None:
     parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row of the update; 0: longest prompt + rollout")
     parser.add_argument("--rows", type=int, default=1, help="packed rows in a microbatch")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--until", type=int, default=0, help="leave the run after so many of its steps, to be resumed")
+    parser.add_argument("--until", type=int, default=0, help="stop after this many steps, so that --resume can continue")
     add_mesh(parser)
     parser.add_argument("--competition", default="digits-parity", help="one that programs of the apprentice's grammar can solve")
-    parser.add_argument("--raw", default="", help="its raw data, if it brings none")
+    parser.add_argument("--raw", default="", help="its raw data, unless it includes them")
     parser.add_argument("--cores", type=int, default=2, help="leased to a program")
     parser.add_argument(
         "--unsafe", action="store_true", help="run the programs without isolation: they are the apprentice's, not a model's"
     )
-    parser.add_argument("--workdir", type=Path, help="the run's folder, which must be new; by default a temporary one")
-    parser.add_argument("--resume", action="store_true", help="go on in --workdir, perhaps on another mesh")
+    parser.add_argument("--workdir", type=Path, help="run directory, which must be new; default: a temporary one")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --workdir, also on another mesh")
     parser.add_argument("--json", type=Path)
     figures.add_record(parser)
     arguments = parser.parse_args()
     exists = arguments.workdir is not None and arguments.workdir.exists()
     if exists != arguments.resume:
         parser.error(
-            f"--workdir={arguments.workdir} " + ("exists: name a new folder, or --resume." if exists else "is not there to resume.")
+            f"--workdir={arguments.workdir} "
+            + ("exists: name a new folder, or --resume." if exists else "does not exist, so there is no run to resume.")
         )
     take_gpu_memory()
     if arguments.layers:
         SHAPES[arguments.shape] = shape_of(arguments.shape, arguments.layers)  # where the run looks the name up
     config = configured(arguments)
-    # The stage calls it by this name for each rollout that ends.
+    # `stages.sample_and_submit` looks this name up for each finished rollout.
     stages.program_of = recorded_program
     clock = Clock(arguments.until)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_LeftError):
