@@ -4,17 +4,18 @@
         [--row_tokens=0] [--rows=1] [--steps=2] [--until=0] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
         [--workdir=DIR [--resume]] [--json=FILE]
 
-The loop, the kernels and the model's sizes are real: parents, prompts, sampling, sandboxed programs and their grades, advantages, packing, the
-update with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics and checkpoint. These are not real:
+The loop, the kernels and the model's sizes are real: parents, prompts, sampling, sandboxed programs and their grades, advantages,
+packing, the update with routing replay and KL to the base, journal, archive, best/, rollouts/, metrics and checkpoint. These are not
+real:
 
 - The weights are random, so every rollout spends its budget of `--new` tokens.
 - The tokenizer is the apprentice's, since gpt-oss's is not in the repository. A prompt has more tokens than with gpt-oss's tokenizer.
-- The programs come from the apprentice's grammar, because random weights write none. The reply's tokens seed each program, so programs differ and
-  score, and nearly all rollouts take part in the update. They take seconds, where gpt-oss's programs may take minutes.
+- The programs come from the apprentice's grammar, because random weights write none. The reply's tokens seed each program, so programs
+  differ and score, and nearly all rollouts take part in the update. They take seconds, where gpt-oss's programs may take minutes.
 
-Times are the run's own metrics where they exist. The first step compiles; the table of the last one is the result. The peak of device memory
-never falls, so the peak after sampling is valid only in the first step. Programs need the sandbox (docs/security.md); `--unsafe` runs them
-without isolation, which is faster.
+Times are the run's own metrics where they exist. The first step compiles; the table of the last one is the result. The peak of device
+memory never falls, so the peak after sampling is valid only in the first step. Programs need the sandbox (docs/security.md); `--unsafe`
+runs them without isolation, which is faster.
 """
 
 import argparse
