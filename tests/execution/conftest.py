@@ -1,4 +1,4 @@
-"""The competition that the tests run programs for, and one pool that most of them share."""
+"""The test competition, and one executor that most tests share."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from discover_jax.types import Execution, Outcome, Verdict
 
 @pytest.fixture(scope="session", autouse=True)
 def light_sandboxes():
-    """Sandboxes that preload no more than pandas, which saves a second each; `full_spec` preloads everything."""
+    """Sandboxes that preload only pandas, which saves a second each; `full_spec` preloads everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "PRELOAD", ())
         yield
@@ -35,7 +35,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TinyTask:
 @pytest.fixture(scope="session")
 def pool(task: TinyTask, tmp_path_factory: pytest.TempPathFactory):
     """Two slots of one core each."""
-    # What the environment of a training host may hold; no program may see it.
+    # Variables as on a training host; no program may see them.
     os.environ["DISCOVER_TEST_SECRET"] = "hunter2"
     with Executor([task], LIMITS, workers=2, cache_dir=tmp_path_factory.mktemp("cache")) as executor:
         yield executor
@@ -93,7 +93,7 @@ def run_with(beside):
 
 @pytest.fixture(scope="session")
 def spec(task: TinyTask) -> sandbox.SandboxSpec:
-    """How a single sandbox is made, for tests below the pool."""
+    """The spec of a single sandbox, for tests below the executor."""
     cores = tuple(sorted(os.sched_getaffinity(0)))[:1]
     host, uid = bubblewrap.inspect_host(), leases.UIDS[-1] if os.geteuid() == 0 else None  # the last, which no executor here comes to
     return sandbox.SandboxSpec("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
@@ -101,5 +101,5 @@ def spec(task: TinyTask) -> sandbox.SandboxSpec:
 
 @pytest.fixture(scope="session")
 def full_spec(spec: sandbox.SandboxSpec) -> sandbox.SandboxSpec:
-    """The same with all that is preloaded in a real run."""
+    """The same with everything that a real run preloads."""
     return dataclasses.replace(spec, preload=dataclasses.fields(sandbox.SandboxSpec)[-1].default)

@@ -1,4 +1,4 @@
-"""What the canary judges: each fact alone, when it is not as it must be; and that nothing starts once it has found a way out."""
+"""The canary reports each violation separately, and no program starts after it has found one."""
 
 import copy
 import io
@@ -89,7 +89,7 @@ def test_root_on_the_host_is_a_violation(found, spec):
 
 
 def test_a_daemon_that_stays_is_a_violation(spec, monkeypatch):
-    """As if this process, which goes on, had been in the sandbox's pid namespace."""
+    """Simulates that this process, which survives, is in the sandbox's pid namespace."""
     real, namespaces = os.fstat, []
 
     def fstat(descriptor):
@@ -125,7 +125,7 @@ def test_an_executor_does_not_start_where_the_canary_finds_a_way_out(task, tmp_p
 
 
 def test_a_run_does_not_start_where_the_canary_finds_a_way_out(tmp_path, leak, monkeypatch):
-    """Refused before anything is noted of it, or a policy loaded."""
+    """Refused before anything is written or a policy is loaded."""
     from discover_jax import main
     from discover_jax.config import validate
 

@@ -50,7 +50,7 @@ def test_the_slots_of_a_run_are_spread_over_the_nodes(slots_N, workers, expected
     assert ray_driver.shares(slots_N, workers) == expected
 
 
-def test_a_missing_package_is_told(task, tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error(task, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'discover_jax\[ray\]'"):
         Executor([task], LIMITS, cache_dir=tmp_path, backend="ray")
@@ -145,7 +145,7 @@ class Cluster:
         return process
 
     def kill(self, process: subprocess.Popen) -> None:
-        """As a machine is lost: all of a node's processes at once."""
+        """Kills all processes of a node at once, as when a machine is lost."""
         for pid in [process.pid, *descendants(process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -287,7 +287,7 @@ def test_killed_main_process_leaves_nothing_running_on_a_node(tmp_path, started)
 
 
 @real
-def test_no_cluster_and_too_few_cpus_are_told(task, tmp_path, started):
+def test_no_cluster_and_too_few_cpus_are_errors(task, tmp_path, started):
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+"):
         Executor([task], LIMITS, cache_dir=tmp_path, backend="ray", ray_address=started.address)
     started.start(1)

@@ -1,4 +1,4 @@
-"""What a hostile program finds: nothing of the host, no network, no privileges, and walls where it pushes."""
+"""A hostile program sees nothing of the host and has no network and no privileges."""
 
 import ast
 import dataclasses

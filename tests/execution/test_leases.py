@@ -1,4 +1,4 @@
-"""What slots have to themselves: cores within one executor, uids among all that root started."""
+"""Leases of slots: cores within one executor, uids among all executors of root."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def places(tmp_path, monkeypatch) -> tuple[Path, Path]:
     return found
 
 
-def test_uids_are_nobody_elses_until_they_are_given_back(places):
+def test_uids_are_exclusive_until_released(places):
     with leases.lease_uids(3) as first:
         assert first == [60600, 60601, 60602]
         with leases.lease_uids(2) as second:
@@ -50,7 +50,7 @@ def test_uids_are_nobody_elses_until_they_are_given_back(places):
     assert (places[0] / "discover_jax-uids").stat().st_mode & 0o777 == 0o700
 
 
-def test_uids_come_free_with_the_process_that_is_killed(places):
+def test_uids_of_a_killed_process_are_free_again(places):
     program = (
         f"import time\nfrom pathlib import Path\nfrom discover_jax.execution import leases\nleases._PLACES = (Path({str(places[0])!r}),)\n"
         "with leases.lease_uids(2) as uids:\n    print(*uids, flush=True)\n    time.sleep(60)\n"
@@ -102,7 +102,7 @@ def test_without_a_writable_run_the_locks_lie_in_tmp(places, monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give each slot a uid")
 def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
-    """The uids as the kernel sees them, of two executors at once; and a third must not have that of the one which goes on."""
+    """Two executors at once have different uids on the host, and a third does not get the uid of the one that still runs."""
 
     def uid(pool: Executor) -> int:
         """Of its one slot's program while it runs."""

@@ -1,4 +1,4 @@
-"""Memory: control groups, whose fault a kill was, what is counted without them, and who waits until there is enough."""
+"""Memory limits: control groups, causes of kills, measurement without groups, and waiting for free memory."""
 
 import collections
 import dataclasses
@@ -101,7 +101,7 @@ def test_a_kill_is_the_programs_fault_only_at_its_own_limit(tmp_path, version, f
         assert group.exceeded() is exceeded
 
 
-def test_a_group_that_stays_busy_is_told_of(tmp_path, monkeypatch, caplog):
+def test_a_group_that_stays_busy_is_logged(tmp_path, monkeypatch, caplog):
     def busy(_):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
@@ -275,7 +275,7 @@ def test_a_program_enters_only_when_memory_for_it_and_all_who_run_is_free():
         door.leave(number)
 
 
-def test_one_program_may_always_run_and_nobody_is_passed_over():
+def test_one_program_may_always_run_and_order_is_kept():
     door = Door(Admission(1000, available=lambda: 0))
     numbers = [door.ask() for _ in range(4)]
     for at, number in enumerate(numbers):
@@ -285,7 +285,7 @@ def test_one_program_may_always_run_and_nobody_is_passed_over():
         door.leave(number)
 
 
-def test_those_who_gave_up_do_not_block_the_door():
+def test_cancelled_programs_do_not_block_admission():
     door = Door(Admission(1000, available=lambda: 0))
     first, second = door.ask(), door.ask()
     assert door.is_in(first, 5)
@@ -294,7 +294,7 @@ def test_those_who_gave_up_do_not_block_the_door():
     assert door.is_in(second, 5)
 
 
-def test_a_measurement_that_fails_is_heard_and_holds_up_nobody():
+def test_a_failing_measurement_is_raised_and_blocks_no_other_program():
     def broken() -> int:
         raise OSError("no /proc")
 

@@ -1,4 +1,4 @@
-"""Every way in which a program can end has its name."""
+"""Every way a program can end has its own outcome."""
 
 import dataclasses
 import os

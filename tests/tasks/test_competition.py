@@ -1,4 +1,4 @@
-"""A competition's definition is checked when it is made, and found by id or by file."""
+"""Competition definitions are validated on creation and found by id or by file."""
 
 import math
 import pickle
@@ -116,7 +116,7 @@ def test_built_in_competitions():
 
 
 def test_thresholds_are_shown_with_their_source_or_are_unavailable(tmp_path, write_competition):
-    """Whoever shows them shows this line: nobody may take them for a leaderboard's that was read here."""
+    """Thresholds are always shown with this line, so that they are not mistaken for a leaderboard that was read here."""
     for name, fields, expected in (
         ("none", "", "unavailable"),
         ("why", "thresholds_note='The file is a pointer.'", "unavailable. The file is a pointer."),

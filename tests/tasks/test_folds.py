@@ -1,4 +1,4 @@
-"""Cross-validation as the reward: each training row is judged by a run that could not see its label; private answers have no say."""
+"""Cross-validation as the reward: each training row is graded in a run that does not see its label; private answers do not count."""
 
 import dataclasses
 import re
