@@ -277,7 +277,7 @@ def raise_a_reward(workdir: Path) -> None:
     ("damage", "message"),
     [
         (damage_all_checkpoints, "heckpoint 3"),
-        (delete_all_checkpoints, r"\bstep 4\b.*\bcheckpoint\b"),
+        (delete_all_checkpoints, r"journal\b.*\b4 steps\b.*\bcheckpoint\b"),
         (raise_a_reward, r"journal\b.*\b24\b"),
     ],
 )
@@ -325,7 +325,7 @@ def test_no_process_of_a_run_reads_the_date():
     wall_clocks = re.compile(r"\btime\.(time|time_ns|ctime|gmtime|localtime|strftime)\b|\bdatetime\b|CLOCK_REALTIME|st_[mac]time|getmtime")
     package = Path(main.__file__).parent
     asking = [str(path.relative_to(package)) for path in package.rglob("*.py") if wall_clocks.search(path.read_text())]
-    assert asking == ["runs/tracking.py"]
+    assert asking == ["runs/event_files.py"]
 
 
 @pytest.fixture
