@@ -27,7 +27,7 @@ class Policy:
       model: handle of the architecture.
       frozen: base weights.
       tokenizer: of the weights.
-      train_state: adapter and optimizer; None for the base model, which a search samples from.
+      train_state: adapter and optimiser; None for the base model, which a search samples from.
     """
 
     model: Model
@@ -42,7 +42,7 @@ class Policy:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps that the adapter has seen."""
+        """Optimiser steps that the adapter has seen."""
         return int(self.train_state.step) if self.train_state is not None else 0
 
     @property

@@ -246,7 +246,7 @@ def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]
 def save_checkpoint(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], step: int) -> None:
     """Writes the checkpoint of the step. All processes take part."""
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.train_state)) / 1e6
-    run.recorder.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimizer" if run.kind.learns else "")
+    run.recorder.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimiser" if run.kind.learns else "")
     run.checkpoints.save(step, policy.train_state, run.recorder.host_state(frontiers))
 
 

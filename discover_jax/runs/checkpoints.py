@@ -95,7 +95,7 @@ class Checkpoints:
 
         Args:
           step: greater than the step of every earlier checkpoint.
-          train_state: adapter and optimizer; None for a search.
+          train_state: adapter and optimiser; None for a search.
           host: everything else, as JSON values: archive, journal position.
 
         Raises:

@@ -27,7 +27,7 @@ class RunState:
     Attributes:
       first_step: number of the run's first step; not 0 for a run that continues another one.
       step: the next step.
-      train_state: adapter and optimizer; None for a search.
+      train_state: adapter and optimiser; None for a search.
       frontiers: by competition id.
       rewards: the rows that made the scores in the journal and make those of later steps, for `HostState`.
       origin: where the state comes from, for the console.
