@@ -210,7 +210,7 @@ def test_describe_names_the_backend_and_what_is_weaker(task, pool, tmp_path):
     with Executor([task], limits, cache_dir=tmp_path, backend="unsafe-subprocess", allow_weaker=True) as unsafe:
         assert "isolation" in unsafe.describe().lower()
         assert re.search(rf"\b{many}\b", unsafe.describe())
-        assert str(1 << 20) in unsafe.describe()  # GiB
+        assert f"{1 << 20:g} GiB" in unsafe.describe()
         assert unsafe.submit(GOOD).result(60).grade.score == GOOD_SCORE
 
 
