@@ -400,7 +400,7 @@ def main() -> None:
     steps, call = (commands.add_parser(name) for name in ("steps", "call"))
     steps.add_argument("--batch", default="128,1", help="rows, one after another")
     steps.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
-    steps.add_argument("--unread", action="store_true", help="a prompt for each row, none of which is read")
+    steps.add_argument("--unread", action="store_true", help="give each row its own prompt and skip prefill")
     steps.add_argument("--new", type=int, default=256, help="tokens of a rollout")
     steps.add_argument("--profile", action="store_true")
     steps.add_argument("--keep_trace", default="", help="folder for the trace and the compiled function")

@@ -9,7 +9,8 @@ from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.kernels.kernel_set import find_kernel, kernel_set
+from discover_jax.kernels.fallback import SLOWER
+from discover_jax.kernels.kernel_set import KernelSet, kernel_set
 from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
 from discover_jax.kernels.spread import can_spread, row_devices
 from discover_jax.learning.losses import RatioLimits
@@ -38,20 +39,21 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
       platform: the model uses its kernels; None for the platform of the default device.
     """
     platform = platform or jax.default_backend()
-    reads_tiles = config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh, platform)
+    kernels = kernel_set(platform, mesh)
+    reads_tiles = config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
     experts = "tiled" if reads_tiles else config.model.experts
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
-    return Model(sizes, LoraConfig(**config.lora), mesh=mesh, kernels=kernel_set(platform, mesh), **form)
+    return Model(sizes, LoraConfig(**config.lora), mesh=mesh, kernels=kernels, **form)
 
 
-def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, platform: str) -> bool:
-    """Whether the platform has a kernel that decodes packed experts and supports this model; if it does not, logs why."""
-    if find_kernel("decode_experts", platform)[0] is None:
+def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, platform: str, kernels: KernelSet) -> bool:
+    """Whether a kernel decodes packed experts and supports this model. If it does not support the model, logs why."""
+    if "decode_experts" not in kernels.kernels:  # `kernel_set` has logged why
         return False
     try:
         check_tiles(config, sizes, mesh)
     except ConfigError as reason:
-        logging.warning("kernel of decode_experts on %s: reference, which is many times slower. %s", platform, reason)
+        logging.warning("kernel of decode_experts on %s: %s. %s", platform, SLOWER, reason)
         return False
     return True
 

@@ -93,7 +93,9 @@ def _read_run(run: Path) -> Any:
                 node = node[group]
             node[key] = value
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{run} is no folder of a run: its config.json cannot be read ({error!r}). Give a run's folder by --run.") from error
+        raise RunError(
+            f"{run} is not a run directory: its config.json cannot be read ({error!r}). Give a run directory as --run."
+        ) from error
     return config
 
 

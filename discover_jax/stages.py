@@ -170,13 +170,12 @@ def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, s
     """Waits for the programs and their grades."""
     run.recorder.phase("running programs")
     verdicts = sampled.executions.verdicts(while_waiting=lambda: run.recorder.progress(sampled.shown()))
-    attempts = [
-        attempt_of(
-            *(groups[key[0]].task, step, groups[key[0]].parent, sampled.rollouts[key], sampled.programs[key], verdicts.get(key)),
-            policy.optimizer_steps,
-        )
-        for key in sorted(sampled.rollouts)
-    ]
+    adapter_step = policy.optimizer_steps  # read from the device: once, not for each attempt
+    attempts = []
+    for key, rollout in sorted(sampled.rollouts.items()):
+        group = groups[rollout.group]
+        verdict = verdicts.get(key)
+        attempts.append(attempt_of(group.task, step, group.parent, rollout, sampled.programs[key], verdict, adapter_step))
     return Graded(attempts, verdicts)
 
 

@@ -22,7 +22,7 @@ from discover_jax.types import Execution
 
 _OPENING_SECONDS = 900.0
 _NAMED = 4
-"""Number of nodes that summaries name; the others are counted."""
+"""Summaries name this many nodes and count the rest."""
 
 
 class RayBackend:

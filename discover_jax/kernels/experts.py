@@ -62,8 +62,8 @@ class MixtureOfExperts(Protocol):
 
         Args:
           x_TD: activations.
-            index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for an expert on
-              another device; it may occur several times and adds nothing.
+          index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for an expert on
+            another device; it may occur several times and adds nothing.
           gate_up, down: the matrices of all experts on this device.
           experts: number of experts on this device.
           adapted: whether to apply the adapters.

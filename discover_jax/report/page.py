@@ -71,6 +71,8 @@ class ReportWriter:
     def __init__(self, folder: Path):
         self._folder = Path(folder)
         self._journal = JournalReader(self._folder / "journal.jsonl")
+        self.path = self._folder / NAME
+        """The page, report.html."""
 
     def write(self) -> Path:
         """Writes report.html: the same bytes as `write_report`.
@@ -81,9 +83,8 @@ class ReportWriter:
         Raises:
           RunError: see `write_report`.
         """
-        path = self._folder / NAME
-        write_atomic(path, render([read_record(self._folder, self._journal)]).encode())
-        return path
+        write_atomic(self.path, render([read_record(self._folder, self._journal)]).encode())
+        return self.path
 
 
 def render(records: Sequence[RunRecord]) -> str:

@@ -266,7 +266,7 @@ class RunRecorder:
 
     def finish(self) -> None:
         lines = closing_lines(self._results(), self._rows, workdir=self._workdir, kind=self._kind)
-        self._console.finish([*lines, f"report       {self._workdir.path / 'report.html'}"])
+        self._console.finish([*lines, f"report       {self._report.path}"])
 
     def _results(self) -> list[Result]:
         """The result of each competition. Private scores are read only now, when all choices have been made."""

@@ -30,7 +30,7 @@ class PageAllocator:
         return len(self._users) - len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """Takes free pages, each of which then has one user; None, without taking any, if there are too few."""
+        """Allocates free pages with one user each. Returns None, and allocates none, if there are too few."""
         if count > len(self._free):
             return None
         taken = [self._free.pop() for _ in range(count)]

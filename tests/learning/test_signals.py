@@ -47,7 +47,14 @@ def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
 
 def test_dropped_duplicates_are_those_after_the_first():
     signals = group_signals(GROUP, list, Diversity(duplicates="drop"))
-    assert signals.included_K.tolist() == [True, True, False, True, True, True]  # rollouts without a program are no copies of each other
+    assert signals.included_K.tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]  # rollouts without a program are not duplicates of each other
 
 
 @pytest.mark.parametrize(("others", "used"), [([B], False), ([B, C], True)])

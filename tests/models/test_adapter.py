@@ -403,7 +403,7 @@ def test_the_command_exports_a_checkpoint(tmp_path, base):
 
 
 def test_runs_without_an_adapter_are_refused(tmp_path, base):
-    with pytest.raises(RunError, match="no folder of a run"):
+    with pytest.raises(RunError, match="not a run directory"):
         export_adapter(tmp_path, tmp_path / "out")
     run = make_run(tmp_path / "none yet", base[0], steps=())
     with pytest.raises(RunError, match="no complete checkpoint yet"):
