@@ -53,7 +53,7 @@ def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, plat
     try:
         check_tiles(config, sizes, mesh)
     except ConfigError as reason:
-        logging.warning("kernel of decode_experts on %s: %s. %s", platform, SLOWER, reason)
+        logging.warning(SLOWER + ". %s", "decode_experts", platform, reason)
         return False
     return True
 
