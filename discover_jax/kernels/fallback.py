@@ -4,11 +4,10 @@ import functools
 
 from absl import logging
 
-SLOWER = "kernel of %s on %s: reference, which is many times slower"
-"""Start of each warning that an operation uses the reference; logging fills in operation and platform."""
+SLOWER = "reference, which is many times slower"
 
 
 @functools.cache
 def warn_reference(operation: str, reason: str) -> None:
     """Logs once that an operation uses the reference although it has a kernel, and why."""
-    logging.warning(SLOWER + ", because %s", operation, "gpu", reason)
+    logging.warning("kernel of %s on gpu: %s, because %s", operation, SLOWER, reason)

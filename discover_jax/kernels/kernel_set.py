@@ -176,5 +176,5 @@ def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
             without[reason].append(operation)
         logging.info("kernel of %s on %s: %s", operation, platform, "reference" if kernel is None else platform)
     for reason, operations in without.items():
-        logging.warning(SLOWER + ", because %s", ", ".join(operations), platform, reason)
+        logging.warning("kernel of %s on %s: %s, because %s", ", ".join(operations), platform, SLOWER, reason)
     return _gather(kernels, mesh)
