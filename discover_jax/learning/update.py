@@ -1,9 +1,10 @@
-"""The update: gradients of the adapter summed over microbatches of packed rollouts, then one optimiser step.
+"""The update: sums the adapter's gradient over microbatches of packed rollouts, then takes one optimiser step.
 
-All microbatches of a run have one shape, so two functions are compiled: one that adds a microbatch's gradient, one that applies
-the sum. Weights of the reduction are computed over all microbatches beforehand (see losses), so the result depends neither on
-how rollouts are packed nor on how many microbatches there are, up to the order of float32 sums. A third one, compiled only where
-the KL to the base is wanted, reads the microbatches with the adapter left out.
+All microbatches of an optimiser step have one shape. One jitted function adds the gradient of a microbatch to the sum; another applies
+the sum. A third, compiled only if the KL to the base model is measured, runs the forward pass without the adapter.
+
+The weights of the reduction come from all microbatches of the optimiser step (see `losses`). Up to the order of float32 sums, the result
+depends neither on how rollouts are packed nor on the number of microbatches.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ Statistics = dict[str, jax.Array]
 
 
 def _statistics(logprobs_BT: jax.Array, entropy_BT: jax.Array, batch: Batch) -> Statistics:
-    """Sums and extremes over the chosen tokens of one microbatch; neutral elements where there are none."""
+    """Sums and extremes over the chosen tokens of one microbatch; neutral elements if it has none."""
     mask_BT = batch.mask_BT
     gap_BT = jnp.where(mask_BT, logprobs_BT - batch.sampler_logprobs_BT, 0.0)
     return {
@@ -46,10 +47,10 @@ def _statistics(logprobs_BT: jax.Array, entropy_BT: jax.Array, batch: Batch) -> 
 
 
 def _metrics(statistics: Sequence[Statistics]) -> dict[str, float]:
-    """Statistics of all microbatches as the numbers to log; needs at least one chosen token."""
+    """Metrics from the statistics of all microbatches. At least one token must be chosen."""
     stacked = {key: np.asarray([each[key] for each in statistics], np.float64) for key in statistics[0]}
     tokens = stacked["tokens"].sum()
-    with np.errstate(over="ignore"):  # report an infinite ratio instead of failing here
+    with np.errstate(over="ignore"):  # an infinite ratio is logged, not raised
         ratio_min, ratio_max = np.exp(stacked["log_ratio_min"].min()), np.exp(stacked["log_ratio_max"].max())
     metrics = {
         "tokens": tokens,
@@ -67,11 +68,11 @@ def _metrics(statistics: Sequence[Statistics]) -> dict[str, float]:
 
 
 def _joined(substeps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of several optimiser steps as one row; of one, as they are."""
+    """Combines the metrics of all optimiser steps; see `Update.update_in_substeps`."""
     if len(substeps) == 1:
         return substeps[0]
     tokens = [row["tokens"] for row in substeps]
-    # From the second substep on, the trainer's weights are no longer the sampler's: only the first can tell whether the two agree.
+    # Only the first substep has the sampler's weights, so only its gap shows whether sampler and trainer agree.
     joined = {"tokens": sum(tokens), **{name: substeps[0][name] for name in ("logprob_gap/mean", "logprob_gap/max")}}
     for name in substeps[0].keys() - joined.keys():
         values = [row[name] for row in substeps]
@@ -84,7 +85,7 @@ def _joined(substeps: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _norm(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves together."""
+    """Euclidean norm of all leaves taken as one vector."""
     return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.float32(0)))
 
 
@@ -92,32 +93,32 @@ def _chosen(batches: Sequence[Batch]) -> int:
     return sum(int(np.count_nonzero(batch.mask_BT)) for batch in batches)
 
 
-Tell = Callable[[int, int], None]
-"""Takes the number of passes over microbatches that are done, and of all."""
+OnPass = Callable[[int, int], None]
+"""(finished, total) passes over microbatches -> None."""
 
 
 class _Passes:
-    """Tells how many of the passes over microbatches the devices have done.
+    """Counts the passes over microbatches that the devices have finished, and calls `on_pass` after each.
 
-    A pass is waited for only once the next one is in their queue, so that they never wait for the host.
+    It waits for a pass only once the next one is queued, so the devices never wait for the host.
     """
 
-    def __init__(self, total: int, tell: Tell | None):
-        self._total, self._tell = total, tell
-        self._done = 0
+    def __init__(self, total: int, on_pass: OnPass | None):
+        self._total, self._on_pass = total, on_pass
+        self._finished = 0
         self._queued: Any = None
 
     def queued(self, result: Any) -> None:
-        """Another pass was started; `result` is some of what it gives."""
-        if self._tell is None:
+        """Registers a pass that was queued. `result` is any array that it computes."""
+        if self._on_pass is None:
             return
         before, self._queued = self._queued, result
         if before is not None:
             jax.block_until_ready(before)
-            self._count(self._tell)
+            self._count(self._on_pass)
 
     def gather(self, started: Iterable[Any]) -> list[Any]:
-        """What passes give, on the host; iterating starts them."""
+        """The results of passes, on the host. Iterating over `started` queues the passes."""
         results = []
         for result in started:
             results.append(result)
@@ -127,35 +128,35 @@ class _Passes:
         return results
 
     def read(self) -> None:
-        """The host has read what all passes so far gave."""
-        if self._tell is not None and self._queued is not None:
+        """Counts the last queued pass as finished, because the host has read its result."""
+        if self._on_pass is not None and self._queued is not None:
             self._queued = None
-            self._count(self._tell)
+            self._count(self._on_pass)
 
-    def _count(self, tell: Tell) -> None:
-        self._done += 1
-        tell(self._done, self._total)
+    def _count(self, on_pass: OnPass) -> None:
+        self._finished += 1
+        on_pass(self._finished, self._total)
 
 
-_UNTOLD = _Passes(0, None)
+_UNCOUNTED = _Passes(0, None)
 
 
 class Update:
-    """The jitted update of one model with one optimiser and one loss. It holds jitted functions but no state of training.
+    """The jitted update of one model with one optimiser and one loss. It has jitted functions but no training state.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
       optimizer: an optax optimiser, e.g. `train_state.adam()`.
       loss: a name in LOSSES.
       reduction: a name in REDUCTIONS.
-      chunk_tokens: places of a microbatch whose logits exist at once.
-      limits: of the losses that limit ratios.
-      kl_coefficient: lambda of the penalty on the KL to the base model (see kl.py); 0: none.
-      measure_kl: logs the KL to the base even without a penalty, which costs one more forward pass a microbatch.
-      routes: shape [L, X] and type of the routes that batches bring, for `lowered_functions`; None if they bring none.
+      chunk_tokens: positions of a microbatch whose logits are in memory at the same time.
+      limits: limits on the ratio, for the losses that have one.
+      kl_coefficient: lambda of the penalty on the KL to the base model (see `kl`); 0 for no penalty.
+      measure_kl: whether to log the KL to the base model even without a penalty. It costs one more forward pass per microbatch.
+      routes: shape [L, X] and dtype of recorded routes, for `lowered_functions`; None if batches have no routes.
 
     Raises:
-      ConfigError: an unknown name, or a number out of range.
+      ConfigError: a name is unknown or a number is out of range.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Update:
 
         def weighted_loss(lora: Any, frozen: Any, batch: Batch, weights_BT: jax.Array) -> tuple[jax.Array, Statistics]:
             logprobs_BT, statistics = forward(lora, frozen, batch)
-            # Where masked the ratio is set to 1 before the loss, so that no overflow at padding can reach a gradient.
+            # Set the ratio of masked tokens to 1 before the loss, so that no overflow at padding reaches the gradient.
             sampler_BT, advantages_BT = jnp.asarray(batch.sampler_logprobs_BT), jnp.asarray(batch.advantages_BT)
             logprobs_BT = jnp.where(batch.mask_BT, logprobs_BT, sampler_BT)
             if limited is not None:
@@ -209,8 +210,8 @@ class Update:
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
             return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
 
-        # Without a mesh the layouts are None, so jit chooses them. On a mesh results must keep the layout of the arguments, or every
-        # function would be compiled twice.
+        # Without a mesh the layouts are None and jit chooses them. On a mesh, results keep the layout of the arguments; otherwise jit
+        # would compile every function twice.
         state = abstract_train_state(model.abstract_lora(), optimizer)
         layouts = shardings(state)
         jit = functools.partial(jax.jit, compiler_options=EXACT_ROUNDING)
@@ -221,7 +222,7 @@ class Update:
         self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
 
     def _place(self, arrays: Any) -> Any:
-        """Arrays [B, T, ...] with their rows split over the mesh, if there is one."""
+        """Arrays [B, T, ...] on the devices, with their rows split over the mesh if there is one."""
         return jax.tree.map(lambda x: lay_out(x, self._layout(x)), arrays)
 
     def _layout(self, x: Any) -> NamedSharding | None:
@@ -231,8 +232,8 @@ class Update:
             return NamedSharding(self._mesh, PartitionSpec(axes))
         return sharding_for(("batch", "positions", "layers", "choices")[: x.ndim], x.shape, self._mesh)  # it raises ShardingError
 
-    def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch], passes: _Passes = _UNTOLD) -> tuple[Any, dict[str, float]]:
-        """Gradient of the reduced loss with respect to `lora`, with the batches' advantages. At least one token must be chosen.
+    def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch], passes: _Passes = _UNCOUNTED) -> tuple[Any, dict[str, float]]:
+        """Gradient of the reduced loss with respect to `lora`. At least one token must be chosen.
 
         Returns:
           A tree like `lora`, and the metrics of `update` except `kl_base/mean` and `update/skipped`.
@@ -248,11 +249,12 @@ class Update:
         return gradient, _metrics(statistics) | {"grad_norm": float(norm)}
 
     def shape(
-        self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: _Passes = _UNTOLD
+        self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: _Passes = _UNCOUNTED
     ) -> tuple[list[list[Batch]], dict[str, float]]:
-        """All batches of a step with advantages reshaped by the KL to the base, and `kl_base/mean`; unchanged if the KL is off.
+        """Adds the KL penalty to the advantages of all batches of a step; see `kl.shape_advantages`.
 
-        The mean that the penalty is measured from is over the chosen tokens of all substeps together, as in the reference code.
+        Returns:
+          The batches, and `kl_base/mean`. If the KL is neither measured nor penalised: the unchanged batches, and no metric.
         """
         if not self._knows_kl:
             return [list(batches) for batches in substeps], {}
@@ -265,7 +267,7 @@ class Update:
         return passes.gather(self._base_gap(frozen, self._place(batch)) for batch in batches)
 
     def update(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
-        """One optimiser step on all batches together: `update_in_substeps` with one."""
+        """One optimiser step on all batches; see `update_in_substeps`."""
         return self.update_in_substeps(frozen, state, [batches])
 
     def update_in_substeps(
@@ -273,35 +275,45 @@ class Update:
         frozen: Any,
         state: TrainState,
         substeps: Sequence[Sequence[Batch]],
-        tell: Tell | None = None,
+        on_pass: OnPass | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
         """Several optimiser steps, each on its own batches. The buffers of `state` are donated: use only the returned state.
 
         Args:
           frozen: base weights.
           state: adapter and optimiser before the first step.
-          substeps: from `pack_substeps`; all batches have one shape. Substeps without a chosen token are skipped. If none is left
-            (every group is constant), the state is unchanged.
-          tell: called after each pass over a microbatch: one for the gradient and, if wanted, one for the KL to the base.
+          substeps: from `pack_substeps`. Substeps without a chosen token are skipped. If all are (every group is constant), the state
+            is unchanged.
+          on_pass: called after each pass over a microbatch: one for the gradient and, if the KL is measured, one for the base model.
 
         Returns:
-          The new state, and host floats over chosen tokens, measured on the weights before each optimiser step: `loss`, `logprob_gap/mean`
-          and `/max` (|trainer - sampler|, nats), `ratio/min` and `/max` (trainer / sampler), `ratio/limited_frac` (tokens on which a limit
-          of the loss acts; only for losses that have one), `entropy` (nats a token), `grad_norm` (before any clipping), `tokens`,
-          `kl_base/mean` (mean of sampler - base, nats a token; if wanted), `update/filled_frac` (positions that are no padding),
-          `update/skipped`. Of several substeps: sum of tokens, extremes of ratios, means over tokens of entropy and limited_frac, means
-          over substeps of loss and grad_norm, and the log-probability gap of the first one, whose weights are the sampler's. A skipped
-          update has only `tokens` = 0 and `update/skipped` = 1, and `state` stays valid.
+          The new state, and metrics as floats. They are over chosen tokens, with the weights before each optimiser step:
+
+          - `loss`
+          - `logprob_gap/mean`, `logprob_gap/max`: |trainer - sampler|, in nats
+          - `ratio/min`, `ratio/max`: trainer / sampler
+          - `ratio/limited_frac`: tokens on which the loss's limit acts; only for losses that have one
+          - `entropy`: nats per token
+          - `grad_norm`: before clipping
+          - `tokens`
+          - `kl_base/mean`: mean of sampler - base, in nats per token; only if the KL is measured
+          - `update/filled_frac`: positions that are not padding
+          - `update/skipped`
+
+          With several substeps: the sum of tokens, the extremes of ratios, means over tokens of entropy and limited_frac, means over
+          substeps of loss and grad_norm, and the log-probability gap of the first substep, which has the sampler's weights.
+
+          A skipped update has only `tokens` = 0 and `update/skipped` = 1, and `state` stays valid.
 
         Raises:
-          LearningError: loss or gradient is not finite, or the base model's log-probabilities are not. In the first substep `state` is
-            still valid; in a later one it is lost, and only the last checkpoint remains.
+          LearningError: the loss, the gradient or a log-probability of the base model is not finite. If this happens in the first
+            substep, `state` is still valid. In a later one `state` is lost: continue from the last checkpoint.
           ShardingError: the rows of a batch are not divisible by the mesh's data axis.
         """
         substeps = [batches for batches in substeps if _chosen(batches)]
         if not substeps:
             return state, {"tokens": 0.0, "update/skipped": 1.0}
-        passes = _Passes(sum(len(batches) for batches in substeps) * (1 + self._knows_kl), tell)
+        passes = _Passes(sum(len(batches) for batches in substeps) * (1 + self._knows_kl), on_pass)
         substeps, kl_metrics = self.shape(frozen, substeps, passes)
         rows = []
         for batches in substeps:
@@ -316,33 +328,38 @@ class Update:
         gradient, metrics = self.gradient(frozen, state.lora, batches, passes)
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             raise LearningError(
-                f"The gradient of optimiser step {int(state.step)} is not finite: loss {metrics['loss']}, norm {metrics['grad_norm']},"
-                f" ratios {metrics['ratio/min']} to {metrics['ratio/max']}, log-probability gap at most {metrics['logprob_gap/max']}."
-                " It was not applied. Ratios far from 1 mean that sampler and trainer disagree. Otherwise check the scale of rewards"
-                " and weights."
+                f"The loss or gradient of optimiser step {int(state.step)} is not finite: loss {metrics['loss']}, gradient norm"
+                f" {metrics['grad_norm']}, ratios {metrics['ratio/min']} to {metrics['ratio/max']}, largest log-probability gap"
+                f" {metrics['logprob_gap/max']}. The step was not applied. Ratios far from 1 mean that sampler and trainer disagree;"
+                " otherwise, check the scale of the rewards and the weights."
             )
         return self._apply(state, gradient), metrics
 
-    def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch], tell: Tell | None = None) -> dict[str, float]:
-        """The log-probability gap, ratios, entropy, tokens, KL and filling of `update`, without gradient or change; empty if no token was
-        chosen.
+    def measure(self, frozen: Any, lora: Any, batches: Sequence[Batch], on_pass: OnPass | None = None) -> dict[str, float]:
+        """The metrics of `update` that need no gradient, for rollouts that no update uses: those of constant groups or of a search run.
 
-        For rollouts that take part in no update: those of constant groups, or of a search without training. `lora` may be None: the policy
-        then is the base model, and its KL is not measured. `tell` is that of `update_in_substeps`.
+        Args:
+          frozen: base weights.
+          lora: the adapter, or None if the policy is the base model; then the KL is not measured.
+          batches: packed rollouts.
+          on_pass: as for `update_in_substeps`.
+
+        Returns:
+          Log-probability gap, ratios, entropy, tokens, KL and `update/filled_frac`; empty if no token was chosen.
         """
         if _chosen(batches) == 0:
             return {}
-        passes = _Passes(len(batches) * (1 + (self._knows_kl and lora is not None)), tell)
+        passes = _Passes(len(batches) * (1 + (self._knows_kl and lora is not None)), on_pass)
         metrics = _metrics(passes.gather(self._forward(lora, frozen, self._place(batch)) for batch in batches))
         metrics["update/filled_frac"] = filled_frac(batches)
         return metrics | self.shape(frozen, [batches], passes)[1] if lora is not None else metrics
 
     def lowered_functions(self, frozen: Any, state: TrainState, rows: int, row_tokens: int) -> Iterator[LoweredFunction]:
-        """The jitted functions of `update` for microbatches of this shape, lowered but not run.
+        """The jitted functions of `update`, lowered but not run.
 
         Args:
-          frozen, state: abstract, laid out as the real ones will be.
-          rows, row_tokens: of a microbatch.
+          frozen, state: abstract arrays, with the layouts of the real ones.
+          rows, row_tokens: shape of a microbatch.
 
         Raises:
           ShardingError: the rows are not divisible by the mesh's data axis.
@@ -365,7 +382,7 @@ class Update:
             yield LoweredFunction("base", self._base_gap.lower(frozen, batch), {})
 
     def _abstract_batch(self, rows: int, row_tokens: int) -> tuple[Batch, jax.ShapeDtypeStruct]:
-        """A microbatch and its weights, laid out as `_place` does."""
+        """A microbatch and its weights, with the layouts of `_place`."""
         batch = empty_batch(rows, row_tokens, self._routes)
         batch, weights_BT = (
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._layout(x)), arrays)

@@ -1,11 +1,11 @@
-"""The sampler: prompts in, rollouts out as they finish. It decodes one batch of slots and refills a slot when its rollout ends.
+"""The sampler: takes prompts and yields rollouts as they finish. It decodes one batch of slots and refills a slot when its rollout ends.
 
 Decoding runs in launches. A launch is one jitted loop over up to a fixed number of tokens; it ends early once enough rows are finished.
-`schedule` decides what happens between launches. It depends on tokens and the number of pages, never on the clock, so a resumed run
+`schedule` decides what happens between launches. It depends only on tokens and the number of pages, never on the clock, so a resumed run
 repeats it.
 
-Few shapes are compiled: one chunk of a prompt, and a decode loop for each batch size (the slots, and their halves for the tail). The cache
-always has its full capacity; attention reads only the pages in use.
+Few shapes are compiled: one chunk of a prompt, and a decode loop for each batch size (all slots, then half as many, and so on for the
+tail). The cache always has its full capacity; attention reads only the pages in use.
 """
 
 import functools
@@ -27,15 +27,15 @@ from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Progress, SamplerF
 from discover_jax.types import LoweredFunction, Prompt, Rollout
 
 PROMPT_CHUNK = 512
-"""Most tokens of a prompt that are read at once: whole pages."""
+"""Most prompt tokens that one prefill reads; a multiple of the page size."""
 _COLLECTIVES_IN_GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES"}
-"""XLA's default list and COLLECTIVES. By default XLA ends a CUDA graph at each collective, and decoding has two a layer: that costs 0.8 of
-15.6 ms a step of the 120b with 128 rows on two H200s."""
+"""XLA's default list plus COLLECTIVES. By default XLA ends a CUDA graph at each collective, and decoding has two per layer. On two H200s,
+the 120b with 128 rows loses 0.8 of 15.6 ms per decoding step to this."""
 
 
 def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Pages of a device with which its slots never wait for a page. With the pages of one slot, it can sample one rollout at a time."""
-    # A prompt also holds pages until all rollouts of its group have begun.
+    """Pages of a device with which its `slots` never wait for a page. With `most_pages(1, ...)` it can sample one rollout at a time."""
+    # The prompt keeps its own pages until all rollouts of its group have begun.
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
 
 
@@ -44,33 +44,32 @@ def _put(model: Any, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source:
 
 
 def rows_of(slots: int, rollouts: int, devices: int) -> int:
-    """Rows of the batch: at most the slots, no more than the rollouts, rounded up to a multiple of the devices."""
+    """Rows of the batch: the smaller of slots and rollouts, rounded up to a multiple of the devices."""
     return -(-min(slots, rollouts) // devices) * devices
 
 
 class Sampler:
-    """Samples rollouts of one model. It holds jitted functions but no weights and no state between calls.
+    """Samples rollouts of one model. It has jitted functions, but no weights and no state between calls.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
-      slots: rows decoded at once.
+      slots: rows of the decode batch. On a mesh, the rows and their pages are spread over the data and expert axes
+        (`kernels.spread.row_devices`), and the number of rows is rounded up to a multiple of the devices.
       max_prompt_tokens: longest prompt.
-      max_new_tokens: budget of a rollout; the stop token counts.
+      max_new_tokens: budget of a rollout, including the stop token.
       temperature: logits are divided by it.
       temperature_spread: rollouts of a group get temperatures evenly spaced from (1 - spread) to (1 + spread) times `temperature`.
       stop_ids: tokens that end a rollout.
-      second_phase: ends the thinking of rollouts that think too long; None: they may spend their whole budget.
-      launch_steps: most tokens a row that one launch decodes.
-      pages: pages of `PAGE` tokens in the cache, for all slots, rounded down to equal parts; None: as many as slots can need.
-      record_routes: whether rollouts record the experts that read their tokens, so that the update can repeat the routing.
+      second_phase: ends the thinking of rollouts that think too long. None: they may spend their whole budget on thinking.
+      launch_steps: most tokens that one launch decodes per row.
+      pages: pages of `PAGE` tokens in the cache, for all slots, rounded down to equal parts per device. None: as many as the slots can
+        need.
+      record_routes: whether rollouts record which experts each token was routed to, so that the update can repeat the routing.
 
     Raises:
-      ConfigError: a number is out of range, or the second phase does not fit into the budget.
-      CapacityError: the pages cannot hold one rollout.
+      ConfigError: a number is out of range, or the second phase does not fit the budget.
+      CapacityError: the cache is too small for one rollout.
       ShardingError: heads are not divisible by their axis of the model's mesh.
-
-    On a mesh the rows of the batch, with their pages, are spread over its data and expert axes (`kernels.spread.row_devices`); their number
-    is rounded up to a multiple.
     """
 
     def __init__(
@@ -97,24 +96,24 @@ class Sampler:
         if not 0 <= temperature_spread < 1:
             raise ConfigError(f"temperature_spread must be at least 0 and below 1; got {temperature_spread!r}.")
         if not stop_ids:
-            raise ConfigError("The sampler got no stop tokens, so every rollout would spend its whole budget. Give at least one.")
+            raise ConfigError("stop_ids is empty, so every rollout would spend its whole budget. Pass at least one stop token.")
         if second_phase is not None:
             if (needed := second_phase.after + len(second_phase.forced) + 1) > max_new_tokens:
                 raise ConfigError(
-                    f"A first phase of {second_phase.after} tokens and {len(second_phase.forced)} forced ones leave no room for an answer"
-                    f" in max_new_tokens = {max_new_tokens}. Set it to at least {needed}, or shorten the first phase."
+                    f"A first phase of {second_phase.after} tokens and {len(second_phase.forced)} forced tokens leave no room for an answer"
+                    f" in max_new_tokens = {max_new_tokens}. Set max_new_tokens to at least {needed}, or shorten the first phase."
                 )
             if forbidden := set(second_phase.forced) & set(stop_ids):
-                raise ConfigError(f"The forced tokens must not contain stop tokens; got {sorted(forbidden)}.")
+                raise ConfigError(f"The forced tokens of second_phase must not contain stop tokens; got {sorted(forbidden)}.")
         self._row_devices = row_devices(model.mesh)
-        # Collectives in graphs were never tested between processes.
+        # Collectives in CUDA graphs were never tested across processes.
         on_gpus = model.mesh is not None and jax.default_backend() == "gpu" and jax.process_count() == 1
         self._compiler_options = EXACT_ROUNDING | (_COLLECTIVES_IN_GRAPHS if on_gpus else {})
         if pages is not None and pages < (fewest := self._row_devices * most_pages(1, max_prompt_tokens, max_new_tokens)):
             on_each = f" on each of {self._row_devices} devices" if self._row_devices > 1 else ""
             raise CapacityError(
-                f"A cache of {pages * PAGE:,} tokens does not hold one rollout of up to {max_prompt_tokens:,} + {max_new_tokens:,} tokens"
-                f" in addition to its prompt{on_each}. It needs {fewest * PAGE:,}. Lower config.sampling.max_new_tokens or"
+                f"The cache has {pages * PAGE:,} tokens but needs at least {fewest * PAGE:,}: room for one rollout of up to"
+                f" {max_prompt_tokens:,} + {max_new_tokens:,} tokens and its prompt{on_each}. Lower config.sampling.max_new_tokens or"
                 " max_prompt_tokens, or raise config.sampling.cache_tokens."
             )
         self._model = model
@@ -126,7 +125,7 @@ class Sampler:
         self._given_pages = pages
         self._record_routes = record_routes
         self.compilations = 0
-        """Number of functions compiled so far. It must not grow after the first steps of a run."""
+        """Number of compilations so far. It must not grow after the first steps of a run."""
 
         launch = functools.partial(
             decode_launch,
@@ -137,7 +136,7 @@ class Sampler:
             second_phase=second_phase,
             record_routes=record_routes,
         )
-        # On a mesh every array keeps its layout, and arrays that the host reads are replicated.
+        # On a mesh, every array keeps its layout, and arrays that the host reads are replicated.
         whole, pool = replicated(model.mesh), shardings(model.abstract_pool(self._row_devices, PAGE))
         rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
@@ -160,18 +159,18 @@ class Sampler:
         step: int,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Rollout]:
-        """Yields `group_size` rollouts for each prompt, each as soon as it is finished.
+        """Yields `group_size` rollouts for each prompt, each as soon as it finishes.
 
         Args:
           frozen, lora: weights; `lora` may be None.
-          prompts: one for each group, in any order of group numbers; rollouts are begun in the order given.
-          group_size: rollouts of a prompt.
-          seed, step: fold into every draw.
+          prompts: one for each group, in any order of group numbers. Rollouts begin in this order.
+          group_size: rollouts per prompt.
+          seed, step: folded into the key of every draw.
           on_progress: called after each launch.
 
         Raises:
           CapacityError: a prompt is empty or longer than `max_prompt_tokens`.
-          ConfigError: two prompts have the same group number, so their rollouts would be sampled with the same random numbers.
+          ConfigError: two prompts have the same group number, so their rollouts would use the same random numbers.
         """
         groups = [prompt.group for prompt in prompts]
         if len(set(groups)) != len(groups):
@@ -203,13 +202,13 @@ class Sampler:
         """The jitted functions of one call of `sample`, lowered for the longest prompts but not run.
 
         Args:
-          frozen, lora: abstract weights, laid out as the real ones will be.
-          prompts, rollouts: of the call.
+          frozen, lora: abstract weights, with the layouts of the real ones.
+          prompts, rollouts: numbers of the call.
 
         Raises:
           ShardingError: slots, pages or heads are not divisible by their axes of the model's mesh.
         """
-        del prompts  # the sampler reads them one after another
+        del prompts  # they are read one at a time
         limits = self._limits(rollouts)
         batch = limits.slots
         pool = self._model.abstract_pool(limits.pages, PAGE)
@@ -249,12 +248,12 @@ class Sampler:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self._model.abstract_pool(pages, PAGE))
 
     def _temperatures(self, group_size: int) -> list[float]:
-        """Of the rollouts of a group, in float32's precision, so that sampler and update divide by the same numbers."""
+        """Temperatures of a group's rollouts, rounded to float32 so that sampler and update divide by the same numbers."""
         places_K = np.linspace(-1.0, 1.0, group_size) if group_size > 1 else np.zeros(1)
         return (self._temperature * (1.0 + self._spread * places_K)).astype(np.float32).tolist()
 
     def _jit(self, function: Callable, name: str, layouts: Any, *donated: str, taken: Any = None) -> Any:
-        """The jitted function with these layouts of its results, and of its arguments if `taken` is given. Counts compilations."""
+        """Jits `function` with these layouts of results and, if `taken` is given, of arguments. Counts its compilations."""
 
         @functools.wraps(function)
         def traced(*args, **kwargs):

@@ -203,7 +203,7 @@ def test_slots_are_used_until_the_tail():
 
 
 def test_a_cache_that_does_not_hold_one_rollout_is_refused():
-    with pytest.raises(CapacityError, match=r"1,024 tokens does not hold .* 1,792"):
+    with pytest.raises(CapacityError, match="1,792"):
         _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=300, pages=8)
 
 
