@@ -1,14 +1,16 @@
-"""Advantages of the rollouts of one group, from their rewards; and which groups carry no signal at all.
+"""Advantages of the rollouts of one group, computed from their rewards on the host in float64.
 
-Formulas are those of the report, section 3.3 (`entropic`, its default with beta = 2), the plain mean baseline that it compares with, and
-the two of *Learning to Discover at Test Time* (arXiv 2601.16175) and its reference code: `entropic_loo`, whose baseline leaves a rollout's
-own weight out, and `entropic_adaptive` (the paper's default), which besides finds a beta for each group. Everything is computed on the host
-in float64.
+Estimators:
 
-A warning for readers of the report: its worked numbers for beta = 2 (section 3.3: -0.5, +4.2 and -0.6 for attempts 1, 3 and 6,
-"14x more than GRPO") do not follow from the formula printed above them. With its eight scores and beta = 2 the formula gives
--0.0852, +0.7349 and -0.1385, which is 2.5 times the mean baseline's +0.29; numbers like the printed ones need beta near 7.8.
-Here the formula counts.
+- `mean_baseline`: the plain mean baseline with which the report compares.
+- `entropic`: the report's default, with beta = 2 (section 3.3).
+- `entropic_loo`: the baseline excludes the rollout's own weight. From *Learning to Discover at Test Time* (arXiv 2601.16175) and its
+  reference code.
+- `entropic_adaptive`: the paper's default, `entropic_loo` with a beta found for each group.
+
+The report's worked example for beta = 2 (section 3.3: -0.5, +4.2 and -0.6 for attempts 1, 3 and 6, "14x more than GRPO") does not follow
+from its own formula. For its eight scores, the formula with beta = 2 gives -0.0852, +0.7349 and -0.1385, which is 2.5 times the mean
+baseline's +0.29. Numbers like the printed ones need beta near 7.8. This module implements the formula.
 """
 
 import dataclasses
@@ -25,13 +27,13 @@ from discover_jax.learning.tables import Table
 
 @dataclasses.dataclass(frozen=True)
 class Advantages:
-    """What an estimator makes of one group's rewards.
+    """The advantages of one group.
 
     Attributes:
-      values_K: float64, one advantage a rollout.
+      values_K: float64, one advantage per rollout.
       beta: inverse temperature that was used; None if the estimator has none.
-      saturated: True when a numerical limit decided: see each estimator.
-      ties: how many rollouts share the best reward, for the estimators that saturate by them; None for the others.
+      saturated: whether a numerical limit determined the result; see each estimator.
+      ties: number of rollouts that share the best reward; None for estimators that do not depend on it.
     """
 
     values_K: np.ndarray
@@ -41,15 +43,15 @@ class Advantages:
 
 
 class Estimator(Protocol):
-    """Rewards of one group -> advantages. Every estimator takes `beta`, so that the table's entries can be exchanged."""
+    """Rewards of one group -> advantages. Every estimator takes `beta`, so that all have the same signature."""
 
     def __call__(self, rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages: ...
 
 
 KL_TARGET = math.log(2.0)
-"""Nats between the weights of `entropic_adaptive` and the uniform ones (paper)."""
+"""KL between the weights of `entropic_adaptive` and uniform weights, in nats (paper)."""
 
-_BETA_BOUND = 1e6  # doubling from 1 stops at 2^20, the first power of two above it
+_BETA_BOUND = 1e6  # doubling from 1 stops at 2^20, the first power of two above this bound
 _BISECTIONS = 60
 _KL_TOLERANCE = 1e-9
 _LOO_FLOOR = 1e-12
@@ -59,21 +61,21 @@ def _finite_rewards(rewards_K: npt.ArrayLike) -> np.ndarray:
     rewards = np.asarray(rewards_K, dtype=np.float64)
     if rewards.ndim != 1 or rewards.size == 0:
         raise LearningError(
-            f"Rewards of a group have shape {rewards.shape}; they must be one axis with a reward for each of at least one rollout."
+            f"Rewards of a group must have one axis, with one reward per rollout and at least one rollout; got shape {rewards.shape}."
         )
     if not np.isfinite(rewards).all():
         at = np.flatnonzero(~np.isfinite(rewards)).tolist()
         raise LearningError(
-            f"Rewards {rewards[at].tolist()} at positions {at} of a group of {rewards.size} are not finite. Advantages need finite"
-            " rewards: let the task's reward() map such scores to its failure reward."
+            f"Rewards must be finite; got {rewards[at].tolist()} at positions {at} of a group of {rewards.size}. Make the task's reward()"
+            " return its failure reward for such scores."
         )
     return rewards
 
 
 def is_constant(rewards_K: npt.ArrayLike) -> bool:
-    """True when all rewards of a group are equal, so that no estimator finds a signal in it. A group of one always is.
+    """Whether all rewards of a group are equal, so that it carries no signal. A group of one is always constant.
 
-    Equality is exact: the same program gets the same score to the last bit, and any other difference is the estimators' to weigh.
+    Equality is exact: equal programs get equal scores to the last bit, and the estimators weigh every other difference.
 
     Raises:
       LearningError: the rewards are empty, not one-dimensional, or not finite.
@@ -83,27 +85,27 @@ def is_constant(rewards_K: npt.ArrayLike) -> bool:
 
 
 def mean_baseline(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
-    """A_i = r_i - mean(r), without division by the standard deviation. There is no temperature, so `beta` has no effect.
+    """A_i = r_i - mean(r), without division by the standard deviation. `beta` has no effect.
 
     Raises:
-      LearningError: the rewards are empty, not one-dimensional, not finite, or so far apart that a difference overflows float64.
+      LearningError: the rewards are empty, not one-dimensional, not finite, or so far apart that their difference overflows float64.
     """
     del beta
     rewards = _finite_rewards(rewards_K)
     with np.errstate(over="ignore"):
-        values = rewards - np.sum(rewards / rewards.size)  # the sum of the quotients cannot overflow where the sum could
+        values = rewards - np.sum(rewards / rewards.size)  # divided first, so that the sum cannot overflow
     if not np.isfinite(values).all():
         raise LearningError(
-            f"Rewards from {rewards.min()} to {rewards.max()} are too far apart for mean_baseline: a difference overflows float64."
-            " Use a reward transform that bounds them."
+            f"Rewards from {rewards.min()} to {rewards.max()} are too far apart for mean_baseline: their difference overflows float64."
+            " Use a reward with bounded values."
         )
     return Advantages(values, beta=None, saturated=False)
 
 
 def entropic(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
-    """w_i = exp(beta r_i) / mean_j exp(beta r_j); A_i = w_i - 1 (report, section 3.3). Sums to zero; lies in [-1, K - 1].
+    """w_i = exp(beta r_i) / mean_j exp(beta r_j); A_i = w_i - 1 (report, section 3.3). The sum is 0, and each A_i is in [-1, K - 1].
 
-    The largest reward is subtracted first, which changes no weight, so no finite reward overflows.
+    The largest reward is subtracted first. This changes no weight, and no finite reward overflows.
 
     Raises:
       ConfigError: `beta` is negative or not finite.
@@ -117,8 +119,8 @@ def entropic(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
 def entropic_loo(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
     """e_i = exp(beta (r_i - max r)); Z_i = mean of the other rollouts' e; A_i = e_i / (Z_i + 1e-12) - 1 (reference code of the paper).
 
-    Does not sum to zero. A group of one gets 0. No finite reward overflows, but a best rollout whose others all weigh less than the 1e-12
-    gets an advantage of the order of 1e12, which is then the constant's doing: that is reported as saturated.
+    The sum is not 0 in general. A group of one gets 0. No finite reward overflows. If Z of the best rollout is less than 1e-12, its
+    advantage is of the order of 1e12 and comes from that constant; the result is then marked as saturated.
 
     Raises:
       ConfigError: `beta` is negative or not finite.
@@ -131,19 +133,23 @@ def entropic_loo(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
 
 
 def entropic_adaptive(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
-    """`entropic_loo` with the beta for which KL(q || uniform) = ln 2, q being the weights exp(beta r) scaled to sum 1 (paper's default).
+    """`entropic_loo` with the beta that solves KL(q || uniform) = ln 2, where q_i = exp(beta r_i) / sum_j exp(beta r_j) (paper's default).
 
-    The search for beta is the reference code's: hi = 1 is doubled until its KL is at least ln 2 or it has passed 1e6, then the interval
-    from 0 to hi is halved 60 times. There is no solution when at least half of the group shares the best reward, since the KL then stays
-    below ln 2 for every beta: such a group takes 2^20 (by that rule, since at exactly half rounding would decide). `saturated` says so, and
-    also that rewards lie so close together or so far apart that the search ended with a KL off ln 2 by more than 1e-9.
+    The search for beta follows the reference code. It doubles hi = 1 until its KL is at least ln 2 or hi exceeds 1e6. Then it halves the
+    interval from 0 to hi 60 times.
 
-    Beware of groups of two: one of them is half of the group, so the better one always gets the 1e12 of `entropic_loo`. `estimate_groups`
-    therefore leaves groups of fewer than `LEAST_ROLLOUTS` out.
+    There is no solution if at least half of the group shares the best reward: the KL then stays below ln 2 for every beta. Such a group
+    gets beta = 2^20. Counting the ties decides this, because at exactly half the KL is within rounding of ln 2.
+
+    `saturated` is True if there is no solution, or if the rewards are so close together or so far apart that the KL at the end of the
+    search differs from ln 2 by more than 1e-9.
+
+    In a group of two, the better rollout is half of the group, so it always gets the 1e12 of `entropic_loo`. `estimate_groups` therefore
+    excludes groups of fewer than `LEAST_ROLLOUTS`.
 
     Args:
-      rewards_K: as for the others.
-      beta: not used, since it is solved for. `Advantages.beta` has what was found; 0 for a group of one.
+      rewards_K: one reward per rollout.
+      beta: not used. `Advantages.beta` is the solution; 0 for a group of one.
 
     Raises:
       LearningError: the rewards are empty, not one-dimensional, or not finite.
@@ -168,7 +174,7 @@ def entropic_adaptive(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advanta
 
 def _check_beta(beta: float) -> None:
     if not (np.isfinite(beta) and beta >= 0):
-        raise ConfigError(f"beta = {beta!r} cannot be used; the entropic estimators need a finite number of at least 0.")
+        raise ConfigError(f"beta must be finite and at least 0; got {beta!r}.")
 
 
 def _ties(rewards: np.ndarray) -> int:
@@ -176,25 +182,25 @@ def _ties(rewards: np.ndarray) -> int:
 
 
 def _exponents(rewards: np.ndarray, beta: float) -> np.ndarray:
-    """beta (r - max r): at most 0, and finite or -inf, never NaN."""
+    """beta (r - max r): at most 0, finite or -inf, never NaN."""
     with np.errstate(over="ignore"):
-        # The floor keeps -inf away from beta = 0; exp of either is 0 or, for beta = 0, 1.
+        # With a finite floor, beta = 0 gives 0 instead of 0 * -inf = NaN.
         return beta * np.maximum(rewards - rewards.max(), -np.finfo(np.float64).max)
 
 
 def _kl_to_uniform(rewards: np.ndarray, beta: float) -> float:
     """KL(q || uniform) in nats: log K - log sum e + sum q log e."""
-    exponents = np.maximum(_exponents(rewards, beta), -1000.0)  # exp is 0 long before, and 0 * -inf would be NaN
+    exponents = np.maximum(_exponents(rewards, beta), -1000.0)  # exp(-1000) is 0 already, and 0 * -inf would be NaN
     weights = np.exp(exponents)
     return float(math.log(rewards.size) - math.log(weights.sum()) + (weights * exponents).sum() / weights.sum())
 
 
 def _leave_one_out(rewards: np.ndarray, beta: float) -> tuple[np.ndarray, bool]:
-    """The advantages of `entropic_loo`, and whether 1e-12 outweighs the others of the best."""
+    """The advantages of `entropic_loo`, and whether Z of the best rollout is below 1e-12."""
     if rewards.size == 1:
         return np.zeros(1), False
     weights = np.exp(_exponents(rewards, beta))
-    # Sums before and after each place: the total minus one's own weight would lose all digits where that weight dominates.
+    # Sum the weights before and after each rollout. The total minus the own weight would lose all digits if that weight dominates.
     before = np.concatenate([[0.0], np.cumsum(weights[:-1])])
     after = np.concatenate([np.cumsum(weights[:0:-1])[::-1], [0.0]])
     others = (before + after) / (rewards.size - 1)
@@ -207,22 +213,23 @@ ESTIMATORS: Table[Estimator] = Table(
 )
 
 LEAST_ROLLOUTS: Mapping[str, int] = {"mean_baseline": 2, "entropic": 2, "entropic_loo": 2, "entropic_adaptive": 3}
-"""By the estimator: groups of fewer rollouts carry no signal for it. One alone has nothing to be compared with; of two the better one is
-half of the group, for which no beta solves `entropic_adaptive`'s equation, and what it does then is an advantage of 1e12."""
+"""Fewest rollouts of a group for each estimator; smaller groups carry no signal. A single rollout cannot be compared with others. With two,
+`entropic_adaptive` has no solution and gives an advantage of 1e12."""
 
 
 def estimate_groups(rewards_GK: Sequence[npt.ArrayLike], estimator: str, *, beta: float = 2.0) -> list[Advantages | None]:
-    """Advantages of each group of a step; None for one without a signal, which is to be left out of the update.
+    """Advantages of each group of a step; None for a group without a signal, which the update must skip.
 
-    Such a group is constant, or has fewer rollouts than the estimator needs (`LEAST_ROLLOUTS`), as one may have whose copies were dropped.
+    A group has no signal if it is constant or has fewer rollouts than the estimator needs (`LEAST_ROLLOUTS`). The latter happens when
+    duplicates were dropped.
 
     Args:
-      rewards_GK: for each group the rewards of its rollouts; groups may differ in size.
+      rewards_GK: the rewards of each group's rollouts; groups may differ in size.
       estimator: a name in ESTIMATORS.
       beta: inverse temperature, for estimators that have one.
 
     Raises:
-      ConfigError: unknown estimator or impossible `beta`.
+      ConfigError: the estimator is unknown, or `beta` is negative or not finite.
       LearningError: see `is_constant`.
     """
     estimate = ESTIMATORS[estimator]
@@ -233,12 +240,13 @@ def estimate_groups(rewards_GK: Sequence[npt.ArrayLike], estimator: str, *, beta
 
 
 def advantage_metrics(groups: Sequence[Advantages | None]) -> dict[str, float]:
-    """Numbers to log for the result of `estimate_groups`.
+    """Metrics of the result of `estimate_groups`.
 
     Returns:
-      `groups/unused_frac` always (of all groups); `advantage/mean`, `/min`, `/max` over the rollouts of the other groups when there
-      is one; `advantage/beta` (mean over groups) and `advantage/saturated_frac` when the estimator has a beta; `advantage/tied_frac`, the
-      part of a group that shares its best reward (mean over groups), when the estimator counts ties.
+      - `groups/unused_frac`: fraction of groups without a signal. The other metrics are over the groups with a signal, if there are any.
+      - `advantage/mean`, `advantage/min`, `advantage/max`: over rollouts.
+      - `advantage/beta` (mean over groups), `advantage/saturated_frac`: only for estimators with a beta.
+      - `advantage/tied_frac`: fraction of a group that shares its best reward (mean over groups); only for estimators that count ties.
     """
     kept = [group for group in groups if group is not None]
     metrics = {"groups/unused_frac": 1.0 - len(kept) / len(groups) if groups else 0.0}

@@ -1,4 +1,4 @@
-"""The advantages of a whole step: signals of each group, then the estimator, then one number for each rollout that takes part."""
+"""The advantages of a step: the signals of each group, then the estimator, then one advantage for each rollout in the update."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ class Estimates:
     """The advantages of a step.
 
     Attributes:
-      advantages: of the rollouts that take part in the update. Rollouts of groups without a signal, and dropped duplicates, are absent.
-      too_few: number of groups that differ, but lost so many duplicates that the estimator has too few rollouts left to compare.
+      advantages: of the rollouts in the update. Dropped duplicates and rollouts of groups without a signal are absent.
+      too_few: number of groups whose rewards differ, but that have too few rollouts for the estimator after duplicates were dropped.
       metrics: see `metrics.SCHEMA`.
     """
 
@@ -37,7 +37,7 @@ def estimate_step(
 
     Args:
       attempts_GK: attempts by group, in order.
-      transforms_G: for each group, from its rewards to what the estimator compares, as `Task.signals`.
+      transforms_G: for each group, the function from its rewards to signals; see `Task.signals`.
       estimator: a name in `advantages.ESTIMATORS`.
       beta: inverse temperature, for estimators that have one.
       diversity: novelty bonus and duplicates.
@@ -57,7 +57,7 @@ def estimate_step(
 
 
 def groups_with_too_few(signals_G: Sequence[Signals], estimator: str) -> int:
-    """Number of groups with a signal but fewer included rollouts than the estimator needs."""
+    """Number of groups whose rewards differ, but that have fewer included rollouts than the estimator needs."""
     included_G = [_included(signals) for signals in signals_G]
     return sum(not is_constant(values_K) and len(values_K) < LEAST_ROLLOUTS[estimator] for values_K in included_G)
 

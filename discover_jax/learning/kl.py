@@ -1,4 +1,4 @@
-"""The KL penalty to the base model, as a part of each token's advantage."""
+"""The KL penalty to the base model, added to each token's advantage."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from discover_jax.learning.packing import Batch
 
 
 def shape_advantages(batches: Sequence[Batch], gaps: Sequence[np.ndarray], coefficient: float) -> tuple[list[Batch], float]:
-    """A_t += lambda (mean(d) - d_t) with d_t = logp_sampler - logp_base, the mean over all chosen tokens of all batches (reference code).
+    """A_t += lambda (mean(d) - d_t), d_t = logp_sampler - logp_base, with the mean over all chosen tokens of all batches (reference code).
 
-    Computed in float64 on the host from all batches of a step at once, so that neither packing nor microbatches can change it.
+    Computed in float64 on the host from all batches of a step together, so packing and microbatches do not change the result.
 
     Args:
-      batches: those of all substeps, which share the mean.
-      gaps: d_BT of each batch; values at masked places are ignored.
+      batches: the batches of all substeps; they share the mean.
+      gaps: d_BT of each batch; values at masked positions are ignored.
       coefficient: lambda; 0 leaves the batches unchanged.
 
     Returns:
-      The batches with new advantages, still 0 where masked; and mean(d), which estimates KL(sampler || base) in nats a token (0 without
-      tokens).
+      The batches with new advantages, still 0 where masked; and mean(d), an estimate of KL(sampler || base) in nats per token (0 if there
+      are no chosen tokens).
 
     Raises:
       LearningError: a d_t is not finite.
@@ -29,8 +29,8 @@ def shape_advantages(batches: Sequence[Batch], gaps: Sequence[np.ndarray], coeff
     chosen = np.concatenate([np.asarray(gap_BT)[batch.mask_BT] for batch, gap_BT in zip(batches, gaps, strict=True)] or [np.zeros(0)])
     if not np.isfinite(chosen).all():
         raise LearningError(
-            f"{np.count_nonzero(~np.isfinite(chosen))} of {chosen.size} tokens have no finite difference between the log-probabilities of"
-            " sampler and base model: the base gives them probability 0 or NaN. Check the weights, or turn the KL off: set"
+            f"The log-probabilities of sampler and base model have no finite difference for {np.count_nonzero(~np.isfinite(chosen))} of"
+            f" {chosen.size} tokens: the base model gives them probability 0 or NaN. Check the weights, or turn the KL off: set"
             " config.train.kl_coefficient to 0 and config.train.measure_kl to False."
         )
     mean = float(chosen.mean(dtype=np.float64)) if chosen.size else 0.0

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of the policy at packed tokens, without holding the logits of all of them.
+"""Log-probabilities and entropies of the policy at packed tokens, without all logits in memory at the same time.
 
-With a vocabulary of 201,088, a row of 26k tokens has 21 GB of float32 logits. So tokens are scanned in chunks, and the backward pass
-computes each chunk's logits again.
+With a vocabulary of 201,088, a row of 26k tokens has 21 GB of float32 logits. Therefore tokens are scanned in chunks, and the backward
+pass recomputes each chunk's logits.
 """
 
 import math
@@ -15,29 +15,29 @@ from discover_jax.learning.packing import Batch
 
 
 def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the entropy of p at every place, p being the distribution that was sampled from: softmax(logits / temperature).
+    """log p(target) and the entropy of p at every position, where p = softmax(logits / temperature) as in sampling.
 
-    Differentiable in `lora` through the log-probabilities; the entropies are statistics and have no gradient.
+    The log-probabilities are differentiable in `lora`; the entropies have no gradient.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
       frozen, lora: its parameters.
-      batch: arrays [B, T], each rollout's temperature among them.
-      chunk_tokens: places whose logits exist at once on a device, all its rows together (at least one place of each row).
+      batch: packed rollouts, arrays [B, T].
+      chunk_tokens: positions whose logits are in a device's memory at the same time, over all its rows; at least one position of each row.
 
     Returns:
-      logprobs_BT, entropy_BT: float32, entropy in nats; undefined at padding.
+      logprobs_BT, entropy_BT: float32, in nats; undefined at padding.
     """
     routes = () if batch.routes_BTLX is None else (batch.routes_BTLX,)
     hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT, *routes)
     rows, length = batch.tokens_BT.shape
     spread = 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in rows_axes(rows, model.mesh))
-    # Chunks are cut along T and keep all rows, so that rows can stay spread over the mesh.
+    # Chunks split T and keep all rows, so that rows stay spread over the mesh.
     chunks = -(-length // max(1, chunk_tokens * spread // rows))
-    chunk = -(-length // chunks)  # of equal length, or the last one would be mostly padding
+    chunk = -(-length // chunks)  # equal lengths, so that the last chunk is not mostly padding
 
     def split(x_BT: jax.Array) -> jax.Array:
-        # The last place's values once more, rather than zeros: a temperature must not be 0.
+        # Pad with the values of the last position instead of zeros, because a temperature must not be 0.
         padded = jnp.pad(x_BT, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x_BT.ndim - 2), mode="edge")
         return jnp.moveaxis(padded.reshape(rows, chunks, chunk, *x_BT.shape[2:]), 1, 0)
 

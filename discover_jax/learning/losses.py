@@ -1,4 +1,4 @@
-"""Policy-gradient losses of single tokens, and reductions of token losses to the loss of a batch."""
+"""Policy-gradient losses per token, and reductions of token losses to the loss of an optimiser step."""
 
 import dataclasses
 import math
@@ -19,8 +19,8 @@ class RatioLimits:
     """Limits of a token's ratio rho = p_theta / p_sampler, for the losses that limit it.
 
     Attributes:
-      clip_low, clip_high: of `ppo`: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      truncate: of `truncated_importance_sampling`: the largest ratio.
+      clip_low, clip_high: `ppo` clips the ratio to [1 - clip_low, 1 + clip_high].
+      truncate: largest ratio in `truncated_importance_sampling`.
 
     Raises:
       ConfigError: a number is out of range.
@@ -34,18 +34,18 @@ class RatioLimits:
         for name, highest in (("clip_low", 1.0), ("clip_high", math.inf), ("truncate", math.inf)):
             value = getattr(self, name)
             if not 0 < value <= highest or math.isinf(value):
-                allowed = f"above 0{'' if math.isinf(highest) else f' and at most {highest:g}'}"
-                raise ConfigError(f"{name} = {value!r} must be {allowed}.")
+                allowed = "finite and above 0" if math.isinf(highest) else f"above 0 and at most {highest:g}"
+                raise ConfigError(f"{name} must be {allowed}; got {value!r}.")
 
 
 DEFAULT_LIMITS = RatioLimits()
 
 
 class TokenLoss(Protocol):
-    """(logp_theta, logp_sampler, advantage), all of one shape, float32 -> loss of each token, same shape.
+    """(logp_theta, logp_sampler, advantage), float32 of one shape -> loss of each token, same shape.
 
-    Every loss takes `limits`, so that the table's entries can be exchanged. Whatever reshapes the advantage of a token (a KL penalty, say)
-    is done before, so losses need not know of it.
+    Every loss takes `limits`, so that all have the same signature. Changes of a token's advantage, such as the KL penalty, are applied
+    beforehand.
     """
 
     def __call__(
@@ -56,7 +56,7 @@ class TokenLoss(Protocol):
 def importance_sampling(
     logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS
 ) -> jax.Array:
-    """-exp(logp_theta - logp_sampler) A, unclipped: an unbiased policy gradient for tokens that another version of the policy drew."""
+    """-exp(logp_theta - logp_sampler) A, unclipped: an unbiased policy gradient for tokens that another version of the policy sampled."""
     del limits
     return -jnp.exp(logp_theta - logp_sampler) * advantage
 
@@ -64,11 +64,12 @@ def importance_sampling(
 def truncated_importance_sampling(
     logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS
 ) -> jax.Array:
-    """-min(rho, c) A logp_theta with the cut ratio as a constant: its gradient is -min(rho, c) A grad logp_theta.
+    """-min(rho, c) A logp_theta, with the truncated ratio as a constant. Its gradient is -min(rho, c) A grad logp_theta.
 
-    So a token beyond c = `limits.truncate` still pushes, with weight c; below c the gradient is that of `importance_sampling`. This is the
-    truncation of importance weights (Ionides 2008) as V-trace (arXiv 1802.01561) and CISPO (arXiv 2506.13585) apply it to policy gradients;
-    cutting rho in -rho A itself would silence the token instead. The loss's value means little; its gradient is what counts.
+    A token with a ratio above c = `limits.truncate` keeps a gradient, with weight c. Below c the gradient is that of `importance_sampling`.
+    This is the truncation of importance weights (Ionides 2008) as applied to policy gradients in V-trace (arXiv 1802.01561) and CISPO
+    (arXiv 2506.13585). Truncating rho in -rho A instead would remove the token's gradient. Only the gradient of this loss is meaningful,
+    not its value.
     """
     weight = jnp.minimum(jnp.exp(logp_theta - logp_sampler), limits.truncate)
     return -jax.lax.stop_gradient(weight) * advantage * logp_theta
@@ -76,14 +77,14 @@ def truncated_importance_sampling(
 
 def ppo(logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS) -> jax.Array:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (Schulman et al., arXiv 1707.06347, equation 7)."""
-    # The smaller branch, chosen on the logarithms: a ratio that overflows where the clipped branch rules leaves no NaN in the gradient.
+    # Choose the smaller branch in log space, so that a ratio that overflows leaves no NaN in the gradient if the clipped branch applies.
     gap = logp_theta - logp_sampler
     limited = jnp.where(advantage > 0, jnp.minimum(gap, jnp.log1p(limits.clip_high)), jnp.maximum(gap, jnp.log1p(-limits.clip_low)))
     return -jnp.exp(limited) * advantage
 
 
 def reinforce(logp_theta: jax.Array, logp_sampler: jax.Array, advantage: jax.Array, limits: RatioLimits = DEFAULT_LIMITS) -> jax.Array:
-    """-A logp_theta (report, section 4.3), which takes the tokens as its own: `importance_sampling` with every ratio taken for 1."""
+    """-A logp_theta (report, section 4.3): treats the tokens as on-policy. Its gradient is that of `importance_sampling` with ratio 1."""
     del logp_sampler, limits
     return -advantage * logp_theta
 
@@ -105,7 +106,7 @@ def _truncated(ratio: jax.Array, advantage: jax.Array, limits: RatioLimits) -> j
 
 
 def _clipped(ratio: jax.Array, advantage: jax.Array, limits: RatioLimits) -> jax.Array:
-    """Where the clipped branch is the smaller one, so that the token has no gradient."""
+    """Whether the clipped branch is the smaller one, so that the token has no gradient."""
     return jnp.where(advantage > 0, ratio > 1.0 + limits.clip_high, (ratio < 1.0 - limits.clip_low) & (advantage < 0))
 
 
@@ -113,11 +114,11 @@ LIMITED: dict[str, Callable[[jax.Array, jax.Array, RatioLimits], jax.Array]] = {
     "truncated_importance_sampling": _truncated,
     "ppo": _clipped,
 }
-"""For the losses that limit ratios: (ratio, advantage, limits) -> bool, the tokens on which the limit acts."""
+"""For the losses that limit ratios: (ratio, advantage, limits) -> bool, whether the limit acts on a token."""
 
 
 def _sum(batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Weight 1 for every chosen token: long rollouts and large batches weigh more (the reference's behaviour)."""
+    """Weight 1 for every chosen token, so long rollouts and large batches weigh more (as in the reference code)."""
     return [batch.mask_BT.astype(np.float32) for batch in batches]
 
 
@@ -128,7 +129,7 @@ def _token_mean(batches: Sequence[Batch]) -> list[np.ndarray]:
 
 
 def _sequence_mean(batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Mean over rollouts of the mean over each rollout's chosen tokens, so that length does not count."""
+    """Mean over rollouts of the mean over each rollout's chosen tokens, so that all rollouts weigh the same."""
     tokens_of_segment_BT, rollouts = [], 0
     for batch in batches:
         tokens_BT = np.ones(batch.mask_BT.shape)
@@ -144,9 +145,9 @@ def _sequence_mean(batches: Sequence[Batch]) -> list[np.ndarray]:
 
 
 Reduction = Callable[[Sequence[Batch]], list[np.ndarray]]
-"""All batches of one optimiser step -> for each the float32 weights_BT of its token losses, 0 where masked; the loss is the weighted sum.
+"""All batches of one optimiser step -> weights_BT of the token losses of each batch, float32, 0 where masked. The loss is the weighted sum.
 
-Weights come from all batches at once, on the host, so that neither packing nor the number of microbatches can change the result.
+The host computes the weights from all batches together, so packing and the number of microbatches do not change the result.
 """
 
 REDUCTIONS: Table[Reduction] = Table("reduction", {"sum": _sum, "token_mean": _token_mean, "sequence_mean": _sequence_mean})

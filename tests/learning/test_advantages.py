@@ -1,4 +1,4 @@
-"""Advantages against the spec's vectors, formulas worked in exact or naive arithmetic, and properties that must hold for any rewards."""
+"""Advantages, compared with the spec's vectors, with formulas in exact or naive arithmetic, and with properties of any rewards."""
 
 import math
 import pickle
@@ -23,12 +23,12 @@ from discover_jax.learning.advantages import (
 REPORT_SCORES = [0.60, 0.55, 0.92, 0.58, 0.61, 0.57, 0.59, 0.62]
 finite = st.floats(allow_nan=False, allow_infinity=False)
 moderate = st.floats(-100, 100)
-# Sixteenths: shifts by such numbers, and products with powers of two, are exact, so that any change of a result is the estimator's doing.
+# Multiples of 1/16. Their shifts, and products with powers of two, are exact, so any change of a result comes from the estimator.
 lattice = st.lists(st.integers(-64, 64).map(lambda n: n / 16), min_size=1, max_size=20)
 
 
 def test_entropic_of_the_reports_scores():
-    """Vector of spec/algorithm.md; the report's own printed numbers differ (module docstring)."""
+    """The vector of spec/algorithm.md. The report prints other numbers; see the docstring of `advantages`."""
     result = entropic(REPORT_SCORES, beta=2.0)
     np.testing.assert_allclose(result.values_K, [-0.0852, -0.1723, 0.7349, -0.1211, -0.0667, -0.1385, -0.1033, -0.0479], atol=5e-5)
     assert result.beta == 2.0
@@ -67,7 +67,7 @@ def test_entropic_never_overflows(rewards, beta):
 
 
 @given(lattice, st.integers(-(2**20), 2**20))
-def test_a_shift_of_all_rewards_changes_nothing(rewards, shift):
+def test_advantages_do_not_depend_on_a_shift_of_all_rewards(rewards, shift):
     for name, estimate in ESTIMATORS.items():
         ours, before = estimate(np.asarray(rewards) + shift), estimate(rewards)
         np.testing.assert_allclose(ours.values_K, before.values_K, rtol=0, atol=1e-8 if name == "mean_baseline" else 0)
@@ -75,18 +75,18 @@ def test_a_shift_of_all_rewards_changes_nothing(rewards, shift):
 
 
 @given(lattice, st.randoms(use_true_random=False))
-def test_the_order_of_a_group_does_not_matter(rewards, random):
+def test_advantages_do_not_depend_on_the_order_of_a_group(rewards, random):
     order = random.sample(range(len(rewards)), len(rewards))
     for estimate in ESTIMATORS.values():
         ours, before = estimate(np.asarray(rewards)[order]), estimate(rewards)
-        # A KL that is within rounding of ln 2 may end the search one halving apart: 2^-60 of the bracket.
+        # If a KL is within rounding of ln 2, the searches may differ in their last halving: 2^-60 of the interval.
         assert ours.beta == before.beta or ours.beta == pytest.approx(before.beta, rel=1e-12)
         assert (ours.saturated, ours.ties) == (before.saturated, before.ties)
         np.testing.assert_allclose(ours.values_K, before.values_K[order], rtol=1e-8, atol=1e-8)
 
 
 @given(lattice)
-def test_equal_rewards_get_equal_advantages_and_better_ones_no_less(rewards):
+def test_advantages_increase_with_rewards_and_are_equal_for_equal_rewards(rewards):
     rewards = np.sort(rewards)
     for estimate in ESTIMATORS.values():
         values = estimate(rewards).values_K
@@ -97,7 +97,7 @@ def test_equal_rewards_get_equal_advantages_and_better_ones_no_less(rewards):
 
 
 def loo_by_loops(rewards, beta):
-    """Each rollout against the others, summed exactly."""
+    """The leave-one-out formula with one exact sum per rollout."""
     weights = [math.exp(beta * (r - max(rewards))) for r in rewards]
     means = [math.fsum(w for j, w in enumerate(weights) if j != i) / (len(weights) - 1) for i in range(len(weights))]
     return [w / (mean + 1e-12) - 1 for w, mean in zip(weights, means, strict=True)]
@@ -115,11 +115,11 @@ def test_entropic_loo_by_hand():
     """r = (0, 0, ln 4 / beta): weights 1/4, 1/4, 1; the others' means 5/8, 5/8, 1/4; so A = -3/5, -3/5, 3."""
     for beta in (0.5, 2.0, 7.0):
         result = entropic_loo([0.0, 0.0, math.log(4) / beta], beta=beta)
-        np.testing.assert_allclose(result.values_K, [-0.6, -0.6, 3.0], atol=1e-10)  # the formula's 1e-12 shows
+        np.testing.assert_allclose(result.values_K, [-0.6, -0.6, 3.0], atol=1e-10)  # the 1e-12 of the formula is visible
         assert not result.saturated
 
 
-def test_entropic_loo_says_when_its_constant_decides():
+def test_entropic_loo_is_saturated_when_its_constant_dominates():
     result = entropic_loo([0.0, 0.0, 100.0], beta=2.0)
     np.testing.assert_allclose(result.values_K, [-1, -1, 1e12], rtol=1e-9)
     assert result.saturated
@@ -145,8 +145,8 @@ def test_entropic_adaptive_vectors_of_the_spec(rewards, beta, advantages):
 
 @pytest.mark.parametrize("best", [1.0, 1.0 + 1e-9, 1e300])
 @pytest.mark.parametrize("ties", [4, 5, 7])
-def test_half_a_group_of_ties_saturates(ties, best):
-    """Spec: four 1 and four 0 give 1.3333 and -1. At beta = 2^20 only the best weigh: Z = (ties - 1) / 7 for them, ties / 7 for others."""
+def test_ties_of_half_a_group_saturate(ties, best):
+    """Spec: four 1 and four 0 give 1.3333 and -1. At beta = 2^20 only the best count: Z = (ties - 1) / 7 for them, ties / 7 for others."""
     result = entropic_adaptive([best] * ties + [0.0] * (8 - ties))
     assert result.saturated
     assert result.beta == 2.0**20
@@ -155,7 +155,7 @@ def test_half_a_group_of_ties_saturates(ties, best):
 
 
 @given(st.lists(moderate, min_size=3, max_size=20))
-def test_entropic_adaptive_solves_its_equation_or_says_that_it_did_not(rewards):
+def test_entropic_adaptive_solves_its_equation_or_is_saturated(rewards):
     result = entropic_adaptive(rewards)
     if 2 * rewards.count(max(rewards)) >= len(rewards):
         assert result.saturated
@@ -165,12 +165,12 @@ def test_entropic_adaptive_solves_its_equation_or_says_that_it_did_not(rewards):
     kl = math.fsum(w / total * math.log(w / total * len(rewards)) for w in weights if w)
     assert result.saturated == (abs(kl - math.log(2)) > 1e-9)
     if max(rewards) - min(rewards) > 1e-3 and sorted(rewards)[len(rewards) // 2] < max(rewards) - 1e-3:
-        assert not result.saturated  # nothing but ties, real or in effect, keeps it from solving at this scale
+        assert not result.saturated  # at this scale, only ties or near-ties prevent a solution
     np.testing.assert_allclose(result.values_K, loo_by_loops(rewards, result.beta), rtol=1e-9, atol=1e-9)
 
 
 @given(lattice, st.integers(-10, 10))
-def test_entropic_adaptive_does_not_care_about_the_unit_of_the_reward(rewards, power):
+def test_entropic_adaptive_does_not_depend_on_the_unit_of_the_reward(rewards, power):
     ours, before = entropic_adaptive(np.asarray(rewards) * 2.0**power), entropic_adaptive(rewards)
     assert ours.saturated == before.saturated
     np.testing.assert_allclose(ours.values_K, before.values_K, rtol=1e-6, atol=1e-6)
@@ -190,7 +190,7 @@ def test_leave_one_out_never_overflows(name, rewards):
 
 @pytest.mark.parametrize("spread", [1e300, 1e-300, 5e-324, 2.0**-40])
 def test_spreads_beyond_the_search_are_reported(spread):
-    """Far apart: beta ends at the last halving, 2^-60, and only the best weighs. Close together: 2^20, and all weigh alike."""
+    """Far apart: beta is 2^-60, from the last halving; only the best counts. Close together: beta is 2^20; all weights are nearly equal."""
     result = entropic_adaptive([0.0] * 5 + [spread])
     assert result.saturated
     assert result.beta == (2.0**-60 if spread > 1 else 2.0**20)
@@ -243,18 +243,18 @@ def test_constant_groups():
     assert is_constant([0.8])
     assert is_constant([0.1 + 0.2] * 5)
     assert is_constant([0.0, -0.0])
-    assert not is_constant([0.1 + 0.2, 0.3])  # they differ in the last bit, so they are two scores
+    assert not is_constant([0.1 + 0.2, 0.3])  # the scores differ in the last bit
     assert not is_constant([0.0, 0.0, 1e-12])
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_constant_rewards_have_no_advantage(name):
-    # The leave-one-out formula's constant leaves -1e-12. Constant groups take part in no update anyway.
+    # The constant of the leave-one-out formula leaves -1e-12. The update excludes constant groups anyway.
     np.testing.assert_allclose(ESTIMATORS[name]([0.7] * 6).values_K, np.zeros(6), atol=2e-12)
 
 
-def test_unknown_estimator_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'grpo' is unknown; allowed: .*entropic.*mean_baseline"):
+def test_an_unknown_estimator_is_refused_with_the_list_of_known_ones():
+    with pytest.raises(ConfigError, match=r"'grpo'.*entropic.*mean_baseline"):
         ESTIMATORS["grpo"]
 
 
@@ -287,12 +287,12 @@ def test_groups_too_small_for_the_estimator_have_no_signal(name):
     assert groups[2] is not None
     assert all(np.abs(group.values_K).max() < 1e3 for group in kept)
     assert advantage_metrics(groups)["groups/unused_frac"] == pytest.approx(1 - len(kept) / 3)
-    with pytest.raises(LearningError, match="not finite"):
+    with pytest.raises(LearningError, match="finite"):
         estimate_groups([[math.nan, 1.0]], name)
 
 
 @given(st.lists(st.lists(moderate, min_size=1, max_size=4), min_size=1, max_size=4))
-def test_no_group_of_a_step_gets_an_advantage_that_only_a_numerical_limit_made(rewards):
-    """The 1e12 of the leave-one-out formula's constant never comes out of entropic_adaptive, however few its rollouts and far apart."""
+def test_entropic_adaptive_gives_no_group_of_a_step_the_advantage_of_1e12(rewards):
+    """The 1e12 comes from the constant of the leave-one-out formula. The number and spread of rewards do not matter."""
     for group in estimate_groups(rewards, "entropic_adaptive"):
         assert group is None or np.abs(group.values_K).max() < 1e4

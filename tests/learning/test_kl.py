@@ -1,4 +1,4 @@
-"""Reshaping advantages by the KL to the base: against a loop over tokens, whatever the packing."""
+"""The KL penalty on advantages, compared with a loop over tokens for any packing."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from discover_jax.types import Rollout, StopReason
 
 
 def _rollouts(chosen_of, rng):
-    """Sampler's log-probabilities that are all different, so that a token's base log-probability can be looked up by it."""
+    """Rollouts whose log-probabilities are all different, so that they identify tokens."""
     return [
         Rollout(0, i, np.ones(2, np.int32), np.ones(len(c), np.int32), np.float32(np.where(c, -rng.uniform(1, 9, len(c)), 0)), np.array(c),
                 StopReason.STOP_TOKEN)
@@ -50,16 +50,16 @@ def test_shaping_equals_a_loop_over_tokens(chosen_of, row_tokens, rows, coeffici
         found |= dict(zip(batch.sampler_logprobs_BT[batch.mask_BT].tolist(), batch.advantages_BT[batch.mask_BT].tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     total = sum(advantage * r.chosen_T.sum() for advantage, r in zip(advantages, rollouts, strict=True))
-    assert sum(found.values()) == pytest.approx(total, rel=1e-4, abs=1e-4)  # the penalty itself sums to zero over the tokens
+    assert sum(found.values()) == pytest.approx(total, rel=1e-4, abs=1e-4)  # the penalty sums to zero over the tokens
 
 
-def test_nothing_to_shape():
+def test_no_batches_stay_no_batches():
     assert shape_advantages([], [], 0.5) == ([], 0.0)
 
 
-def test_a_base_that_gives_no_probability_is_an_error():
+def test_a_base_model_that_gives_a_token_probability_0_is_refused():
     batches = pack(_rollouts([[True, True]], np.random.default_rng(0)), [1.0], row_tokens=8, rows=1)
     gaps = [np.where(batch.mask_BT, np.inf, 0.0) for batch in batches]
     for coefficient in (0.0, 0.1):
-        with pytest.raises(LearningError, match="2 of 2 tokens"):
+        with pytest.raises(LearningError, match=r"(?s)2 of 2 .*config\.train\.kl_coefficient"):
             shape_advantages(batches, gaps, coefficient)

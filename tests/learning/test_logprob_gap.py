@@ -1,4 +1,4 @@
-"""One model serves sampler and trainer: on the same weights their log-probabilities agree to rounding, on others they do not."""
+"""Sampler and trainer use one model: with the same weights their log-probabilities agree to rounding; with other weights they differ."""
 
 import dataclasses
 
@@ -17,9 +17,9 @@ from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt
 
 
-@jax.default_matmul_precision("highest")  # a GPU's is lower by default
+@jax.default_matmul_precision("highest")  # GPUs use a lower precision by default
 def test_gap_between_sampler_and_trainer_is_rounding():
-    """Rollouts longer than the window, from prefill and cached decode; then packed rows, the whole sequence at once."""
+    """Rollouts longer than the sliding window: the sampler uses prefill and cached decode, the trainer whole packed sequences."""
     model = Model(ModelConfig(2, 32, 4, 2, 16, 4, 2, 32, 53, sliding_window=8), LoraConfig(2, 2, 2, 4.0))
     frozen = model.init_frozen(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -47,8 +47,8 @@ def test_gap_between_sampler_and_trainer_is_rounding():
 
 @pytest.mark.accelerator
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-def test_on_a_gpu_the_fused_experts_decode_the_model_that_the_packed_form_updates():
-    """In bfloat16 the gap is no larger than where both sides compute the experts by the reference."""
+def test_on_a_gpu_fused_and_packed_experts_agree():
+    """In bfloat16 the gap is no larger than if both sides compute the experts by the reference."""
     pytest.importorskip("jax_triton", reason="needs the extra `kernels`")
     gaps = gaps_of_forms()
     assert gaps["packed"] > 0
@@ -56,7 +56,7 @@ def test_on_a_gpu_the_fused_experts_decode_the_model_that_the_packed_form_update
 
 
 def gaps_of_forms():
-    """The mean gap between rollouts sampled with the experts in each form, and what the packed form says of them."""
+    """Mean gap between rollouts that were sampled with each form of the experts and their log-probabilities in the packed form."""
     sizes = ModelConfig(4, 256, 4, 2, 32, 8, 2, 128, 211, sliding_window=8)
     models = {form: Model(sizes, LoraConfig(4, 8, 4, 8.0), dtype="bfloat16", experts=form) for form in ("packed", "tiled")}
     rng = np.random.default_rng(0)
@@ -71,8 +71,8 @@ def gaps_of_forms():
     return gaps
 
 
-def test_with_the_sampler_s_routes_the_gap_is_rounding_even_where_experts_are_nearly_tied():
-    """Random weights in bfloat16, eight layers, 4 of 32 experts: of two near ones sampler and update often take different ones."""
+def test_with_recorded_routes_the_gap_is_rounding_even_if_experts_are_nearly_tied():
+    """Random bfloat16 weights, eight layers, 4 of 32 experts: sampler and update often choose differently between nearly tied experts."""
     sizes = ModelConfig(8, 64, 8, 2, 16, 32, 4, 32, 503, sliding_window=32)
     model = Model(sizes, LoraConfig(4, 0, 4, 8.0), dtype="bfloat16", experts="packed")
     frozen, lora = model.init_frozen(jax.random.key(1)), model.init_lora(jax.random.key(1))
@@ -83,18 +83,18 @@ def test_with_the_sampler_s_routes_the_gap_is_rounding_even_where_experts_are_ne
     (batch,) = pack(rollouts, np.ones(12), row_tokens=256, rows=3)
     assert batch.routes_BTLX.shape == (3, 256, 8, 4)
     update = Update(model, adam(), measure_kl=True)
-    along = update.measure(frozen, lora, [batch])
-    alone = update.measure(frozen, lora, [dataclasses.replace(batch, routes_BTLX=None)])
-    assert along["tokens"] == 288
-    assert along["logprob_gap/mean"] < 0.001
-    assert along["logprob_gap/mean"] < 0.7 * alone["logprob_gap/mean"]
-    assert along["logprob_gap/max"] < 0.05 < alone["logprob_gap/max"]
-    assert along["kl_base/mean"] == alone["kl_base/mean"]  # the base model is not told which experts to take
+    replayed = update.measure(frozen, lora, [batch])
+    rerouted = update.measure(frozen, lora, [dataclasses.replace(batch, routes_BTLX=None)])
+    assert replayed["tokens"] == 288
+    assert replayed["logprob_gap/mean"] < 0.001
+    assert replayed["logprob_gap/mean"] < 0.7 * rerouted["logprob_gap/mean"]
+    assert replayed["logprob_gap/max"] < 0.05 < rerouted["logprob_gap/max"]
+    assert replayed["kl_base/mean"] == rerouted["kl_base/mean"]  # the base model uses its own expert routing
 
 
-@pytest.mark.slow  # another of the same in float32 stays
+@pytest.mark.slow  # a float32 test of the gap runs in every suite
 def test_in_bfloat16_the_gap_of_a_trained_model_stays_small():
-    """The apprentice, at the temperature it was trained for. Where XLA may round as it likes, the mean is 0.006."""
+    """The apprentice, at the temperature of its training. Without `EXACT_ROUNDING` the mean is 0.006."""
     config = default_config()
     config.model.dtype = "bfloat16"
     policy = load_policy(config)

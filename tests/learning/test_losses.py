@@ -1,4 +1,4 @@
-"""The token loss by hand, and reductions against plain loops over rollouts."""
+"""Token losses, compared with values by hand; reductions, compared with plain loops over rollouts."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from discover_jax.types import Rollout, StopReason
 
 
 def test_importance_sampling_by_hand():
-    """Ratio 3, advantage 2: loss -6; its slope in logp is again -6. Far ratios are not clipped."""
+    """Ratio 3, advantage 2: the loss is -6, and so is its slope in logp. Large ratios are not clipped."""
     at = np.float32(np.log(0.6)), np.float32(np.log(0.2)), np.float32(2.0)
     assert importance_sampling(*at) == pytest.approx(-6, rel=1e-6)
     assert jax.grad(importance_sampling)(*at) == pytest.approx(-6, rel=1e-6)
@@ -45,7 +45,7 @@ def test_slopes_and_limits_by_hand(ratio, advantage, slope, limited):
 
 
 def test_values_by_hand():
-    """Ratio 3 at logp_theta = log 0.6, with the default limits: ppo's is clipped to 1.2; truncation and reinforce weigh log 0.6."""
+    """Ratio 3 at logp_theta = log 0.6, with the default limits. `ppo` clips to 1.2; truncation and `reinforce` multiply log 0.6."""
     for advantage, clipped in ((2.0, -2.4), (-2.0, 6.0)):
         at = np.float32(np.log(0.6)), np.float32(np.log(0.2)), np.float32(advantage)
         assert ppo(*at) == pytest.approx(clipped, rel=1e-6)
@@ -53,15 +53,15 @@ def test_values_by_hand():
         assert truncated_importance_sampling(*at) == pytest.approx(-2 * advantage * np.log(0.6), rel=1e-6)
 
 
-def test_at_ratio_one_all_losses_have_one_gradient():
+def test_at_ratio_one_all_losses_have_the_same_gradient():
     logp, advantages = np.log(np.linspace(0.05, 0.95, 7)).astype(np.float32), np.linspace(-2, 3, 7).astype(np.float32)
     for loss in LOSSES.values():
         slopes = jax.grad(lambda theta, loss=loss: loss(theta, logp, advantages).sum())(logp)
         np.testing.assert_allclose(slopes, -advantages, rtol=1e-6)
 
 
-def test_a_ratio_that_overflows_is_cut():
-    """exp(200) is infinite in float32; the truncated weight is 2, ppo's clipped branch silent."""
+def test_a_ratio_that_overflows_is_limited():
+    """exp(200) is infinite in float32. The truncated weight is 2, and ppo's clipped branch has no gradient."""
     at = np.float32(0), np.float32(-200), np.float32(1)
     assert jax.grad(truncated_importance_sampling)(*at) == -2.0
     assert jax.grad(ppo)(*at) == 0.0
@@ -72,16 +72,14 @@ def test_a_ratio_that_overflows_is_cut():
     [{"clip_low": 0.0}, {"clip_low": 1.1}, {"clip_high": -0.2}, {"clip_high": float("inf")}, {"truncate": 0.0}, {"truncate": float("nan")}],
 )
 def test_limits_are_checked(bad):
-    with pytest.raises(ConfigError, match=f"{next(iter(bad))} = .* above 0"):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
         RatioLimits(**bad)
 
 
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(
-        ConfigError, match=r"loss 'dpo' is unknown; allowed: importance_sampling, ppo, reinforce, truncated_importance_sampling"
-    ):
+def test_unknown_names_are_refused_with_the_list_of_known_ones():
+    with pytest.raises(ConfigError, match=r"loss .*'dpo'.*importance_sampling, ppo, reinforce, truncated_importance_sampling"):
         LOSSES["dpo"]
-    with pytest.raises(ConfigError, match=r"reduction 'mean' is unknown; allowed: sequence_mean, sum, token_mean"):
+    with pytest.raises(ConfigError, match=r"reduction .*'mean'.*sequence_mean, sum, token_mean"):
         REDUCTIONS["mean"]
 
 
@@ -93,11 +91,11 @@ def test_unknown_names_list_the_known_ones():
     st.integers(0, 2**31),
 )
 def test_reductions_equal_loops_over_rollouts(chosen_of, row_tokens, rows, seed):
-    """Each token has its own loss; whatever the packing, the weighted sum is what the name says."""
+    """Each token has its own loss. For any packing, the weighted sum must be the reduction that the name states."""
     rng = np.random.default_rng(seed)
     losses = [rng.normal(size=len(chosen)).astype(np.float32) for chosen in chosen_of]
     rollouts = [
-        # The loss travels in the place of the log-probability, so that it can be read off the packed batch.
+        # Pass the loss as the log-probability, so that the packed batch contains it.
         Rollout(0, i, np.ones(2, np.int32), np.ones(len(c), np.int32), np.where(c, loss, 0), np.array(c), StopReason.STOP_TOKEN)
         for i, (c, loss) in enumerate(zip(chosen_of, losses, strict=True))
     ]
