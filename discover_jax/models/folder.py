@@ -1,11 +1,11 @@
-"""Checkpoint folders: config.json and *.safetensors, in any layout of `models.layouts`, read and written a tensor at a time."""
+"""Reads and writes checkpoint folders: config.json and *.safetensors, in any layout of `models.layouts`, one tensor at a time."""
 
 import dataclasses
 import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,32 @@ from discover_jax.models.mxfp4 import dequantise, quantise
 from discover_jax.models.parameters import Tree
 
 SHARD_BYTES = 1 << 30
-"""A file is closed when it holds so much; a tensor is never cut."""
+"""Maximum size of a written file. A tensor is never split, so a larger tensor gets a file of its own."""
 
 READ_BYTES = 1 << 27
-"""So much of a tensor is read at once."""
+"""Bytes of a tensor that are read at a time."""
 
 OnProgress = Callable[[int, int], None]
-"""(bytes done, bytes in all) of what this process reads or writes."""
+"""(bytes done, total bytes) that this process reads or writes."""
 
 _INDEX = "model.safetensors.index.json"
-_KINDS = ("sliding", "full")
+_LAYER_KINDS = ("sliding", "full")
+_NO_ADAPTER = LoraConfig(0, 0, 0)
 _FLOATS = ("BF16", "F16", "F32")
 _ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
-_SHOWN = 5
+_MAX_NAMED = 5
+"""Names that an error message lists before it only counts them."""
+
+_TensorEntry = tuple[str, tuple[ParamPath, ...], int | None]
+"""A tensor on disk: its name, the parameters that it concatenates, and their layer; see `Layout.tensors`."""
 
 
-# ---------------------------------------------------------------------- what lies in a folder
+# ---------------------------------------------------------------------- contents of a folder
 
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """What a file says of one of its tensors."""
+    """File, shape and type of a tensor, as the file's header states them."""
 
     file: Path
     shape: tuple[int, ...]
@@ -68,44 +73,64 @@ class _Folder:
     headers: dict[str, _Header]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}. Fetch the folder again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no JSON object. Fetch the folder again.")
-    return content
-
-
 def find_folder(path: str | Path) -> Path:
-    """The folder itself, or its `original/` where only that has weights, as the published repositories can be fetched."""
+    """The folder itself, or its `original/` if only that has weights, as in a partial download of a published repository."""
     path = Path(path)
     if not any(path.glob("*.safetensors")) and any((path / "original").glob("*.safetensors")):
         return path / "original"
     return path
 
 
-def _open(path: Path) -> _Folder:
-    """Lists a folder from its files' headers, which also shows truncated files, before anything large is read."""
+def _open_folder(path: Path) -> _Folder:
+    """Reads config.json and the headers of all files. This detects truncated files before anything large is read.
+
+    Raises:
+      WeightsError: a file is missing or damaged, or the folder is not a gpt-oss checkpoint.
+    """
     path = find_folder(path)
     if not (path / "config.json").exists():
         raise WeightsError(
-            f"No weights at {str(path)!r}: it has no config.json. Set config.model.weights to a folder with config.json and *.safetensors,"
-            " or to 'apprentice' for the small model that ships with the project."
+            f"No weights at {str(path)!r}: config.json is missing. Set config.model.weights to a folder with config.json and *.safetensors"
+            " files, or to 'apprentice' for the small model that ships with the project."
         )
     config = ModelConfig.from_json(_read_json(path / "config.json"))
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise WeightsError(f"{path} has a config.json but no *.safetensors; fetch the weights too.")
+        raise WeightsError(f"{path} has config.json but no *.safetensors files. Download the weights too.")
+    _check_indices(path, files)
+    headers = _read_headers(files)
+    layout = layout_of(headers)
+    if layout is None:
+        raise WeightsError(
+            f"{path} is not a gpt-oss checkpoint: its {len(headers)} tensors ({', '.join(sorted(headers)[:3])}, ...) include no known"
+            " embedding. Use a folder of gpt-oss-20b or gpt-oss-120b."
+        )
+    return _Folder(path, config, layout, headers)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"Cannot read {path}: {error}. Download the folder again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} must contain a JSON object; got {type(content).__name__}. Download the folder again.")
+    return content
+
+
+def _check_indices(path: Path, files: list[Path]) -> None:
+    """Raises WeightsError if an index file names a shard that is missing."""
     for index in sorted(path.glob("*.index.json")):
         named = _read_json(index).get("weight_map", {}).values()
         absent = sorted({str(name) for name in named} - {file.name for file in files})
         if absent:
             raise WeightsError(
-                f"{path} lacks {len(absent)} of the {len(set(named))} files that {index.name} names: {', '.join(absent[:_SHOWN])}."
-                " The download is incomplete; fetch them."
+                f"{path} lacks {len(absent)} of the {len(set(named))} files that {index.name} names: {', '.join(absent[:_MAX_NAMED])}."
+                " The download is incomplete; download the missing files."
             )
+
+
+def _read_headers(files: list[Path]) -> dict[str, _Header]:
     headers: dict[str, _Header] = {}
     for file in files:
         try:
@@ -116,20 +141,19 @@ def _open(path: Path) -> _Folder:
         except (SafetensorError, OSError) as error:
             size = file.stat().st_size
             raise WeightsError(
-                f"{file} ({size:,} bytes) cannot be read: {error}. The file is damaged or truncated; fetch it again."
+                f"Cannot read {file} ({size:,} bytes): {error}. The file is damaged or truncated; download it again."
             ) from error
-    layout = layout_of(headers)
-    if layout is None:
-        raise WeightsError(
-            f"The tensors of {path} have no names of a gpt-oss checkpoint (it has {len(headers)}, such as"
-            f" {', '.join(sorted(headers)[:3])}). Take a folder of gpt-oss-20b or -120b."
-        )
-    return _Folder(path, config, layout, headers)
+    return headers
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
-    """Rows of one tensor on disk, as they are wanted: `shape` is the parameter's, [E, in, out] on disk where `transposed`."""
+class _StoredParameter:
+    """A parameter's rows of a tensor on disk.
+
+    Attributes:
+      shape: the parameter's. If `transposed`, its last two axes are swapped on disk.
+      first_row: the parameter's first row in the tensor, which may concatenate several parameters.
+    """
 
     header: _Header
     name: str
@@ -138,74 +162,81 @@ class _Stored:
     transposed: bool
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of the parameter; only its bytes are read."""
+        """A part of the parameter. Only the bytes of this part are read."""
         ranges = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape, strict=True)]
         ranges[0] = slice(ranges[0].start + self.first_row, ranges[0].stop + self.first_row)
         if self.transposed:
             ranges[-1], ranges[-2] = ranges[-2], ranges[-1]
-        # A tensor is read in parts, since the mapped pages of what is read count as this process's memory until the file is closed.
+        try:
+            array = self._read_rows(ranges)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"Cannot read tensor {self.name!r} of {self.header.file}: {error}. The file is damaged or missing; download it again."
+            ) from error
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+    def _read_rows(self, ranges: list[slice]) -> np.ndarray:
+        """These ranges of the tensor on disk. The file is reopened for each `READ_BYTES`: its mapped pages count as memory of this process
+        until it is closed."""
         count = ranges[0].stop - ranges[0].start
         row_bytes = self.header.itemsize * math.prod(part.stop - part.start for part in ranges[1:])
         rows = max(1, READ_BYTES // max(row_bytes, 1))
-        try:
-            whole = None
-            for first in range(0, count, rows):
-                last = min(first + rows, count)
-                with safetensors.safe_open(self.header.file, framework="numpy") as opened:
-                    part = opened.get_slice(self.name)[(slice(ranges[0].start + first, ranges[0].start + last), *ranges[1:])]
-                if whole is None:
-                    whole = part if last == count else np.empty((count, *part.shape[1:]), part.dtype)
-                if whole is not part:
-                    whole[first:last] = part
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"Tensor {self.name!r} cannot be read from {self.header.file}: {error}. The file is damaged or missing; fetch it again."
-            ) from error
+        whole = None
+        for first in range(0, count, rows):
+            last = min(first + rows, count)
+            with safetensors.safe_open(self.header.file, framework="numpy") as opened:
+                part = opened.get_slice(self.name)[(slice(ranges[0].start + first, ranges[0].start + last), *ranges[1:])]
+            if whole is None:
+                whole = part if last == count else np.empty((count, *part.shape[1:]), part.dtype)
+            if whole is not part:
+                whole[first:last] = part
         assert whole is not None, "no parameter is empty"
-        return whole.swapaxes(-1, -2) if self.transposed else whole
+        return whole
 
 
-def _check(folder: _Folder, shapes: dict[ParamPath, jax.ShapeDtypeStruct]) -> dict[tuple[ParamPath, int | None], _Stored]:
-    """Where each parameter is stored on disk.
+def _locate_parameters(
+    folder: _Folder, structs: dict[ParamPath, jax.ShapeDtypeStruct]
+) -> dict[tuple[ParamPath, int | None], _StoredParameter]:
+    """Where each parameter is stored on disk, by path and layer.
 
     Raises:
-      WeightsError: tensors are missing or of another shape or type; names the first few and counts the rest.
+      WeightsError: tensors are missing, or have a wrong shape or type. The message names the first few and counts all.
     """
-    stored: dict[tuple[ParamPath, int | None], _Stored] = {}
+    stored: dict[tuple[ParamPath, int | None], _StoredParameter] = {}
     missing, wrong = [], []
     known = set()
     for name, params, layer in folder.layout.tensors(folder.config.num_layers):
         known.add(name)
-        rows = [shapes[param].shape[0] for param in params]
-        shape = (sum(rows), *shapes[params[0]].shape[1:])
+        rows = [structs[param].shape[0] for param in params]
+        shape = (sum(rows), *structs[params[0]].shape[1:])
         transposed = folder.layout.is_transposed(params[0])
         if transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        types = ("U8",) if shapes[params[0]].dtype == jnp.uint8 else _FLOATS
+        types = ("U8",) if structs[params[0]].dtype == jnp.uint8 else _FLOATS
         header = folder.headers.get(name)
         if header is None:
             missing.append(name)
             continue
         if header.shape != shape:
-            wrong.append(f"{name} in {header.file.name} has shape {header.shape}, and config.json demands {shape}")
+            wrong.append(f"{name} in {header.file.name} has shape {header.shape}; config.json requires {shape}")
         elif header.dtype not in types:
-            wrong.append(f"{name} in {header.file.name} is {header.dtype}, and must be {' or '.join(types)}")
+            wrong.append(f"{name} in {header.file.name} has type {header.dtype}; allowed: {', '.join(types)}")
         first = 0
         for param, count in zip(params, rows, strict=True):
-            stored[param, layer] = _Stored(header, name, shapes[param].shape, first, transposed)
+            stored[param, layer] = _StoredParameter(header, name, structs[param].shape, first, transposed)
             first += count
     if missing:
         raise WeightsError(
-            f"{folder.path} lacks {len(missing)} tensors, such as {', '.join(missing[:_SHOWN])} (it has {len(folder.headers)}). The"
-            " download is incomplete, or config.json belongs to another model; fetch the folder again."
+            f"{folder.path} has {len(folder.headers)} tensors and lacks {len(missing)}: {', '.join(missing[:_MAX_NAMED])}. The download is"
+            " incomplete, or config.json belongs to another model; download the folder again."
         )
     if wrong:
         raise WeightsError(
-            f"{folder.path} has {len(wrong)} tensors that do not fit: {'; '.join(wrong[:_SHOWN])}. The files do not belong together; fetch"
-            " the folder again."
+            f"{folder.path} has {len(wrong)} tensors with a wrong shape or type: {'; '.join(wrong[:_MAX_NAMED])}. The files belong to"
+            " different models; download the folder again."
         )
     if unknown := sorted(folder.headers.keys() - known):
-        logging.warning("%s: %d tensors are not used, such as %s", folder.path, len(unknown), ", ".join(unknown[:_SHOWN]))
+        logging.warning("%s: ignoring %d unknown tensors, such as %s", folder.path, len(unknown), ", ".join(unknown[:_MAX_NAMED]))
     return stored
 
 
@@ -216,9 +247,9 @@ def read_config(path: str | Path) -> ModelConfig:
     """The sizes of the model in a folder.
 
     Raises:
-      WeightsError: there is no readable config.json of a gpt-oss model.
+      WeightsError: config.json or the headers of the weights cannot be read, or belong to another architecture.
     """
-    return _open(Path(path)).config
+    return _open_folder(Path(path)).config
 
 
 def check_folder(path: str | Path) -> tuple[ModelConfig, int]:
@@ -227,10 +258,10 @@ def check_folder(path: str | Path) -> tuple[ModelConfig, int]:
     Raises:
       WeightsError: see `load_folder`.
     """
-    folder = _open(Path(path))
+    folder = _open_folder(Path(path))
     form = "dense" if folder.layout.transposed else "packed"
-    structs = _structs(folder, Model(folder.config, LoraConfig(0, 0, 0), experts=form))
-    stored = _check(folder, structs)
+    structs = _parameter_structs(folder, Model(folder.config, _NO_ADAPTER, experts=form))
+    stored = _locate_parameters(folder, structs)
     return folder.config, sum(math.prod(entry.shape) * entry.header.itemsize for entry in stored.values())
 
 
@@ -244,55 +275,71 @@ def load_folder(
 ) -> tuple[ModelConfig, Tree]:
     """Reads a folder as the frozen tree of `Model(config, dtype=dtype, experts=experts, mesh=mesh)`.
 
-    All names, shapes and types are checked before anything is read. Then one tensor of one layer at a time goes from disk to the devices,
-    and of it only what this process's devices hold, so that the host needs room for one such tensor (twice for a moment).
+    All names, shapes and types are checked first. Then one tensor of one layer at a time goes from disk to the devices, and only the parts
+    that this process's devices hold. The host therefore needs memory for one such tensor, and briefly for two.
 
     Raises:
-      WeightsError: a file or tensor is missing, damaged, or of another shape or type; the message names it.
-      ConfigError: the experts are wanted in tiles, which cannot hold them.
+      WeightsError: a file or tensor is missing, damaged, or has a wrong shape or type; the message names it.
+      ConfigError: `experts` is "tiled", and a scale is outside the range that tiles can represent.
     """
-    folder = _open(Path(path))
+    folder = _open_folder(Path(path))
     config, layout = folder.config, folder.layout
     if layout.transposed and experts != "dense":
         raise WeightsError(
-            f"{folder.path} holds dequantised experts; they are not packed again, which would lose digits. Set"
-            " config.model.experts='dense', or use the MXFP4 checkpoint."
+            f"{folder.path} has dequantised experts; packing them again would lose precision. Set config.model.experts='dense', or use the"
+            " MXFP4 checkpoint."
         )
-    wanted = Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
-    form = "dense" if layout.transposed else "packed"
-    structs = _structs(folder, Model(config, LoraConfig(0, 0, 0), dtype=dtype, experts=form, mesh=mesh))
-    stored = _check(folder, structs)
-    progress = _Progress(sum(_local_bytes(structs[param]) for param, _ in stored), on_progress)
-
-    def read(param: ParamPath, layer: int | None) -> jax.Array:
-        struct, source = structs[param], stored[param, layer]
-        array = jax.make_array_from_callback(
-            struct.shape, _sharding(struct), lambda index: source.read(index or ()).astype(struct.dtype, copy=False)
-        )
-        progress.add(_local_bytes(struct))
-        return array
+    stored_form = "dense" if layout.transposed else "packed"
+    structs = _parameter_structs(folder, Model(config, _NO_ADAPTER, dtype=dtype, experts=stored_form, mesh=mesh))
+    reader = _Reader(structs, _locate_parameters(folder, structs), on_progress)
 
     def leaf(path: tuple[str, ...], struct: jax.ShapeDtypeStruct) -> jax.Array:
         if path[0] != "pairs":
-            return read(path, None)
-        _, kind, *inside = path
-        param, layers = tuple(inside), range(_KINDS.index(kind), config.num_layers, 2)
-        if param in structs:
-            parts = (read(param, layer) for layer in layers)
-        elif param[-1] == "words":
-            parts = (lay_out_blocks(read((*param[:-1], "blocks"), layer), SLABS[param[1]]) for layer in layers)
-        elif param[-1] == "factors":
-            parts = (_factors(read((*param[:-1], "scales"), layer), SLABS[param[1]]) for layer in layers)
-        else:  # a dense matrix from its MXFP4 form
-            blocks, scales = ((*param[:-1], name) for name in ("blocks", "scales"))
-            parts = (_dequantise(read(blocks, layer), read(scales, layer), dtype) for layer in layers)
-        return _stack(struct, parts)
+            return reader.read(path, None)
+        _, kind, *param = path
+        layers = range(_LAYER_KINDS.index(kind), config.num_layers, 2)
+        return _stack_layers(struct, (reader.read_layer(tuple(param), layer, dtype) for layer in layers))
 
-    return config, jax.tree_util.tree_map_with_path(lambda path, struct: leaf(tuple(key.key for key in path), struct), wanted)
+    abstract = Model(config, _NO_ADAPTER, dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
+    return config, jax.tree_util.tree_map_with_path(lambda path, struct: leaf(tuple(key.key for key in path), struct), abstract)
 
 
-def _structs(folder: _Folder, model: Model) -> dict[ParamPath, jax.ShapeDtypeStruct]:
-    """Each parameter as it is read; a layer's has the shape and sharding of the stack without its first axis."""
+class _Reader:
+    """Reads parameters from disk to the devices, and reports progress."""
+
+    def __init__(
+        self,
+        structs: dict[ParamPath, jax.ShapeDtypeStruct],
+        stored: dict[tuple[ParamPath, int | None], _StoredParameter],
+        on_progress: OnProgress | None,
+    ):
+        self._structs, self._stored = structs, stored
+        self._progress = _Progress(sum(_local_bytes(structs[param]) for param, _ in stored), on_progress)
+
+    def read(self, param: ParamPath, layer: int | None) -> jax.Array:
+        """A parameter as it is stored, except for its type."""
+        struct, source = self._structs[param], self._stored[param, layer]
+        array = jax.make_array_from_callback(
+            struct.shape, _sharding(struct), lambda index: source.read(index or ()).astype(struct.dtype, copy=False)
+        )
+        self._progress.add(_local_bytes(struct))
+        return array
+
+    def read_layer(self, param: ParamPath, layer: int, dtype: Any) -> jax.Array:
+        """A layer's parameter. Experts' matrices stored in MXFP4 are tiled or dequantised if the tree has them in that form."""
+        if param in self._structs:
+            return self.read(param, layer)
+        _, matrix, form = param
+        blocks, scales = (("experts", matrix, name) for name in ("blocks", "scales"))
+        if form == "words":
+            return lay_out_blocks(self.read(blocks, layer), SLABS[matrix])
+        if form == "factors":
+            return _tile_scales(self.read(scales, layer), SLABS[matrix])
+        return _dequantise(self.read(blocks, layer), self.read(scales, layer), dtype)
+
+
+def _parameter_structs(folder: _Folder, model: Model) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+    """Shape, type and sharding of each parameter as it is read. A layer's parameter lacks the stack's first axis."""
     singles = folder.layout.singles.values()
     return {
         param: struct if param in singles else _without_first_axis(struct) for param, struct in paths_of(model.abstract_frozen()).items()
@@ -311,31 +358,31 @@ def _without_first_axis(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _local_bytes(struct: jax.ShapeDtypeStruct) -> int:
-    """Bytes of the distinct parts of an array that this process's devices hold."""
+    """Bytes of an array's distinct parts on this process's devices."""
     indices = _sharding(struct).addressable_devices_indices_map(struct.shape).values()
     parts = {tuple(part.indices(size)[:2] for part, size in zip(index or (), struct.shape, strict=True)) for index in indices}
     return sum(math.prod(stop - start for start, stop in part) for part in parts) * struct.dtype.itemsize
 
 
-def _stack(struct: jax.ShapeDtypeStruct, parts: Iterator[jax.Array]) -> jax.Array:
-    """The parts as one array on the devices, each written in place: there is never a second copy of the stack."""
+def _stack_layers(struct: jax.ShapeDtypeStruct, layers: Iterator[jax.Array]) -> jax.Array:
+    """The layers' arrays as one array. Each is written in place, so that memory never holds a second copy of the stack."""
     stack = jnp.zeros(struct.shape, struct.dtype, device=_sharding(struct))
-    for index, part in enumerate(parts):
-        stack = _put(stack, part, index)
+    for index, layer in enumerate(layers):
+        stack = _set_layer(stack, layer, index)
     return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
 
 
 _dequantise = jax.jit(dequantise, static_argnums=2)
 
 
-def _factors(scales: jax.Array, slab: Slab) -> jax.Array:
+def _tile_scales(scales: jax.Array, slab: Slab) -> jax.Array:
     check_scales(scales)
     return lay_out_scales(scales, slab)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, part: jax.Array, index: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, part.astype(stack.dtype), index, 0)
 
 
 class _Progress:
@@ -355,13 +402,13 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
     """Writes a frozen tree as a folder, see `write_folder`.
 
     Args:
-      frozen: of a `Model` of that config, its experts in any form; dense ones are rounded to the nearest MXFP4.
+      frozen: the tree of a `Model` of this config, with experts in any form. Dense experts are rounded to the nearest MXFP4 values.
     """
-    leaves_of = {kind: paths_of(frozen, kind) for kind in _KINDS}
+    leaves_of = {kind: paths_of(frozen, kind) for kind in _LAYER_KINDS}
 
     @functools.lru_cache(maxsize=1)
     def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
-        leaves = leaves_of[_KINDS[layer % 2]]
+        leaves = leaves_of[_LAYER_KINDS[layer % 2]]
         forms = {
             name: leaves["experts", matrix, name][layer // 2]
             for name in ("weight", "words", "factors")
@@ -371,7 +418,7 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
         return dict(zip(("blocks", "scales"), values, strict=True))
 
     def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
-        leaves = leaves_of[_KINDS[(layer or 0) % 2]]
+        leaves = leaves_of[_LAYER_KINDS[(layer or 0) % 2]]
         if layer is None:
             return np.asarray(leaves[param])
         if param not in leaves:
@@ -389,75 +436,94 @@ def write_folder(
     layout: str = HUGGINGFACE.name,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Writes config.json and safetensors: bfloat16, and experts in MXFP4. Each file is replaced at once, config.json last.
+    """Writes config.json and safetensors: experts in MXFP4, everything else in bfloat16.
+
+    Each file is replaced atomically. config.json is written last.
 
     Args:
-      path: the folder; made if it is not there. Other files in it stay.
-      tensor: (param, layer or None) -> the parameter; called once for each, in the order of the file.
+      path: the folder; created if missing. Other files in it are kept.
+      tensor: (param, layer or None) -> the parameter. It is called once for each parameter, in the order of the files.
       layout: a name in `layouts.LAYOUTS`.
 
     Raises:
-      WeightsError: an unknown layout, a folder that holds other weights already, or a disk without room.
+      WeightsError: the layout is unknown, the folder already contains other weights, or the disk has too little space.
     """
     if layout not in LAYOUTS:
-        raise WeightsError(f"Layout {layout!r} is not known; allowed: {', '.join(LAYOUTS)}.")
+        raise WeightsError(f"Unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}.")
     chosen, path = LAYOUTS[layout], Path(path)
-    shapes = paths_of(Model(config, LoraConfig(0, 0, 0), dtype=jnp.bfloat16, experts="packed").abstract_frozen())
+    shapes = paths_of(Model(config, _NO_ADAPTER, dtype=jnp.bfloat16, experts="packed").abstract_frozen())
     shapes |= {param: _without_first_axis(struct) for param, struct in shapes.items() if param not in chosen.singles.values()}
-    shards: list[list[tuple[str, tuple[ParamPath, ...], int | None]]] = []
+    shards, total = _split_into_shards(chosen.tensors(config.num_layers), shapes)
+    sharded = len(shards) > 1
+    names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
+    names = names if sharded else ["model.safetensors"]
+    _prepare_folder(path, {*names, _INDEX} if sharded else {*names}, total)
+    progress = _Progress(total, on_progress)
+    for name, shard in zip(names, shards, strict=True):
+        progress.add(_write_shard(path / name, shard, tensor))
+    if sharded:
+        file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
+        _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+    _write_json(path / "config.json", config.to_hf() if chosen is HUGGINGFACE else config.to_original())
+
+
+def _split_into_shards(
+    entries: Iterable[_TensorEntry], shapes: dict[ParamPath, jax.ShapeDtypeStruct]
+) -> tuple[list[list[_TensorEntry]], int]:
+    """Tensors of each file, in order and at most `SHARD_BYTES` a file, and the bytes of all tensors."""
+    shards: list[list[_TensorEntry]] = []
     room, total = 0, 0
-    for entry in chosen.tensors(config.num_layers):
+    for entry in entries:
         size = sum(math.prod(shapes[param].shape) * shapes[param].dtype.itemsize for param in entry[1])
         if not shards or size > room:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(entry)
         room, total = room - size, total + size
-
-    names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    _prepare(path, {*names, _INDEX} if len(shards) > 1 else {*names}, total)
-    progress = _Progress(total, on_progress)
-    for name, shard in zip(names, shards, strict=True):
-        arrays = {}
-        for entry, params, layer in shard:
-            parts = [tensor(param, layer) for param in params]
-            parts = [part if part.dtype == np.uint8 else part.astype(ml_dtypes.bfloat16, copy=False) for part in parts]
-            arrays[entry] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
-        replace_file(path / name, lambda file, arrays=arrays: safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"}))
-        progress.add(sum(array.nbytes for array in arrays.values()))
-    if len(shards) > 1:
-        file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
-        _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
-    _write_json(path / "config.json", config.to_hf() if chosen is HUGGINGFACE else config.to_original())
+    return shards, total
 
 
-def _prepare(path: Path, names: set[str], total: int) -> None:
+def _write_shard(file: Path, shard: list[_TensorEntry], tensor: Callable[[ParamPath, int | None], np.ndarray]) -> int:
+    """Writes the tensors of one file; returns their bytes. They are freed on return, so that two shards are never in memory together."""
+    arrays = {name: _concatenate([tensor(param, layer) for param in params]) for name, params, layer in shard}
+    replace_file(file, lambda temporary: safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"}))
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    """The rows of all parts in one contiguous array: uint8, or bfloat16 for any other type."""
+    parts = [part if part.dtype == np.uint8 else part.astype(ml_dtypes.bfloat16, copy=False) for part in parts]
+    return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+
+def _prepare_folder(path: Path, names: set[str], total: int) -> None:
+    """Creates the folder and checks that it has no weights but files of these names, and space for `total` bytes."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         others = {file.name for pattern in ("*.safetensors", "*.index.json") for file in path.glob(pattern)} - names
         if others:
             raise WeightsError(
-                f"{path} holds other weights already: {', '.join(sorted(others)[:_SHOWN])}. Choose another folder, or delete them."
+                f"{path} already contains other weights: {', '.join(sorted(others)[:_MAX_NAMED])}. Choose another folder, or delete these"
+                " files."
             )
-        # What is replaced stays until its successor is written, so its room does not count.
+        # A replaced file is kept until the new one is written, so its space does not count as free.
         if (free := shutil.disk_usage(path).free) < total:
-            raise WeightsError(f"{path} has room for {free:,} bytes, and the weights are {total:,}. Free some space, or choose another.")
+            raise WeightsError(f"{path} has {free:,} bytes free; the weights need {total:,}. Free some space, or choose another folder.")
     except OSError as error:
-        raise WeightsError(f"{path} cannot be used for weights: {error}.") from error
+        raise WeightsError(f"Cannot write weights to {path}: {error}. Choose another folder.") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Replaces a file at once by what `write` puts into the path that it is given.
+    """Replaces a file atomically. `write` writes the new content to the path that it is given.
 
     Raises:
-      WeightsError: it cannot be written; the old file is then still there.
+      WeightsError: the file cannot be written; the old one is unchanged.
     """
     try:
         with replacement(path) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} could not be written: {error}. Free some space, or choose another folder.") from error
+        raise WeightsError(f"Cannot write {path}: {error}. Free some space, or choose another folder.") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Checkpoint folders: layouts, shards, what is read of them, and what is said of damaged ones."""
+"""Checkpoint folders: layouts, shards, partial reads, and errors about damaged files."""
 
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from discover_jax.models.folder import load_folder, read_config, save_folder
 from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ORIGINAL
 from discover_jax.models.synthetic import write_synthetic
 
-# Every size differs from every other, and eos and pad are the published ones, which the original layout takes for granted.
+# All sizes differ, so that a mistaken axis fails. eos_id and pad_id are the published ones: the original layout does not store them.
 CONFIG = ModelConfig(
     num_layers=4,
     width=96,
@@ -56,7 +57,7 @@ def _assert_equal(first, second):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), first, second)
 
 
-def test_both_layouts_of_a_seed_hold_the_same_model(folder, tmp_path):
+def test_both_layouts_of_a_seed_are_the_same_model(folder, tmp_path):
     write_synthetic(tmp_path, CONFIG, seed=3)
     for experts in ("packed", "dense"):
         config, tree = load_folder(folder, dtype="bfloat16", experts=experts)
@@ -67,8 +68,8 @@ def test_both_layouts_of_a_seed_hold_the_same_model(folder, tmp_path):
     assert not np.array_equal(other["embedding"].astype(jnp.float32), tree["embedding"].astype(jnp.float32))
 
 
-def test_values_are_those_of_the_file(folder):
-    """Two tensors followed by hand: rows of the fused projection or its part, and layer 3 as the second full layer."""
+def test_values_equal_those_in_the_file(folder):
+    """Two tensors located by hand: layer 3 is the second full layer, and its keys are rows of the fused projection or a tensor."""
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.numpy.load_file(file).items()}
     _, tree = load_folder(folder, dtype="float32", experts="packed")
     k3 = tree["pairs"]["full"]["attention"]["k"]["weight"][1]
@@ -80,7 +81,7 @@ def test_values_are_those_of_the_file(folder):
     np.testing.assert_array_equal(tree["pairs"]["sliding"]["experts"]["down"]["scales"][1], tensors[name])
 
 
-def test_shards_change_nothing(folder, tmp_path, monkeypatch):
+def test_sharded_files_load_the_same_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "SHARD_BYTES", 50_000)
     layout = ORIGINAL if (json.loads((folder / "config.json").read_text())).get("model_type") is None else HUGGINGFACE
     write_synthetic(tmp_path, CONFIG, seed=3, layout=layout.name)
@@ -91,15 +92,15 @@ def test_shards_change_nothing(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 1000, 5000])
-def test_reading_in_parts_changes_nothing(folder, monkeypatch, size):
+def test_reading_in_parts_gives_equal_values(folder, monkeypatch, size):
     expected = load_folder(folder, experts="packed")[1]
     monkeypatch.setattr(folders, "READ_BYTES", size)
     _assert_equal(load_folder(folder, experts="packed")[1], expected)
 
 
 @pytest.mark.parametrize("experts", ["packed", "dense"])
-def test_saving_what_was_loaded_gives_it_back(folder, tmp_path, experts):
-    """Dense experts are rounded to MXFP4, which loses nothing of values that came from it."""
+def test_saving_and_loading_is_exact(folder, tmp_path, experts):
+    """Also for dense experts, which are rounded to MXFP4: their values come from MXFP4."""
     config, tree = load_folder(folder, dtype="bfloat16", experts=experts)
     for layout in LAYOUTS:
         save_folder(tmp_path / layout, config, tree, layout=layout)
@@ -112,15 +113,15 @@ def test_the_original_folder_is_found_inside_a_repository(folder, tmp_path):
     assert read_config(tmp_path / "repository") == CONFIG
 
 
-def test_configs_of_both_layouts_keep_every_size():
+def test_config_json_of_both_layouts_round_trips():
     for config in (GPT_OSS_20B, GPT_OSS_120B, CONFIG):
         assert ModelConfig.from_json(config.to_original()) == config
         assert ModelConfig.from_json(config.to_hf()) == config
-    with pytest.raises(WeightsError, match="lacks head_dim"):
+    with pytest.raises(WeightsError, match="head_dim"):
         ModelConfig.from_json({k: v for k, v in CONFIG.to_original().items() if k != "head_dim"})
 
 
-def test_progress_counts_the_bytes_that_are_read(folder):
+def test_progress_counts_the_bytes_of_the_files(folder):
     seen = []
     load_folder(folder, dtype="bfloat16", experts="packed", on_progress=lambda *counts: seen.append(counts))
     done, total = zip(*seen, strict=True)
@@ -130,23 +131,23 @@ def test_progress_counts_the_bytes_that_are_read(folder):
     assert total[0] == size
 
 
-def test_a_folder_that_is_not_there_or_is_another_models(tmp_path, copy):
-    with pytest.raises(WeightsError, match=r"config\.json.*'apprentice'"):
+def test_folders_without_a_gpt_oss_model_are_refused(tmp_path, copy):
+    with pytest.raises(WeightsError, match=r"nowhere.*config\.json.*config\.model\.weights"):
         load_folder(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
-    with pytest.raises(WeightsError, match=r"no \*\.safetensors"):
+    with pytest.raises(WeightsError, match=r"\*\.safetensors"):
         load_folder(tmp_path)
     safetensors.numpy.save_file({"transformer.wte.weight": np.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"no names of a gpt-oss checkpoint.*transformer\.wte"):
+    with pytest.raises(WeightsError, match=r"gpt-oss.*transformer\.wte"):
         load_folder(tmp_path)
-    for content, message in (({"model_type": "llama"}, "llama"), ({}, "gpt_oss"), ([], "no JSON object")):
+    for content, message in (({"model_type": "llama"}, "llama"), ({}, "gpt_oss"), ([], r"config\.json.*list")):
         (copy / "config.json").write_text(json.dumps(content))
         with pytest.raises(WeightsError, match=message):
             load_folder(copy)
 
 
 def _edit(path, change):
-    """Rewrites the folder's one file with other tensors."""
+    """Applies `change` to the tensors of the folder's only file."""
     tensors = safetensors.numpy.load_file(path / "model.safetensors")
     change(tensors)
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
@@ -158,11 +159,11 @@ def test_missing_tensors_are_named_and_counted(copy):
             del tensors[name]
 
     _edit(copy, drop)
-    with pytest.raises(WeightsError, match=r"lacks 3 tensors.*(layers|block)\.1\..*norm.*incomplete"):
+    with pytest.raises(WeightsError, match=r"lacks 3\b.*(layers|block)\.1\..*norm"):
         load_folder(copy)
 
 
-def test_wrong_shapes_and_types_are_named_before_anything_is_read(copy, monkeypatch):
+def test_wrong_shapes_and_types_are_named_before_any_weight_is_read(copy, monkeypatch):
     def change(tensors):
         for name, array in list(tensors.items()):
             if name.endswith("scales") and ".2." in name:
@@ -171,21 +172,22 @@ def test_wrong_shapes_and_types_are_named_before_anything_is_read(copy, monkeypa
                 tensors[name] = array[:-1]
 
     _edit(copy, change)
-    monkeypatch.setattr(folders, "_stack", lambda *_: pytest.fail("something was read"))
+    monkeypatch.setattr(folders, "_stack_layers", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(WeightsError) as caught:
         load_folder(copy)
     text = str(caught.value)
-    assert "3 tensors that do not fit" in text
+    assert "3 tensors" in text
     assert "(95,)" in text
     assert "(96,)" in text
-    assert "I32, and must be U8" in text
+    assert "I32" in text
+    assert "U8" in text
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
 def test_truncated_files_are_named(copy, keep):
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[:keep])
-    with pytest.raises(WeightsError, match=r"model\.safetensors.*damaged or truncated"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*truncated"):
         load_folder(copy)
 
 
@@ -194,12 +196,12 @@ def test_missing_shards_are_named(tmp_path, monkeypatch):
     write_synthetic(tmp_path, CONFIG)
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(WeightsError, match=f"lacks 1 of .*{lost.name}.*incomplete"):
+    with pytest.raises(WeightsError, match=f"lacks 1 of .*{lost.name}"):
         load_folder(tmp_path)
 
 
 def test_dequantised_experts_are_not_packed_again(tmp_path):
-    pytest.importorskip("torch", reason="such folders are written by transformers")
+    pytest.importorskip("torch", reason="transformers writes such folders")
     write_synthetic(tmp_path / "mxfp4", CONFIG)
     tensors = {}
     _, tree = load_folder(tmp_path / "mxfp4")
@@ -214,21 +216,21 @@ def test_dequantised_experts_are_not_packed_again(tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "dense" / "model.safetensors")
     shutil.copy(tmp_path / "mxfp4" / "config.json", tmp_path / "dense")
     _assert_equal(load_folder(tmp_path / "dense")[1], tree)
-    with pytest.raises(WeightsError, match=r"experts='dense'"):
+    with pytest.raises(WeightsError, match=r"config\.model\.experts='dense'"):
         load_folder(tmp_path / "dense", experts="packed")
 
 
-def test_writing_refuses_what_it_cannot_do_well(tmp_path, monkeypatch):
+def test_writing_refuses_other_weights_unknown_layouts_and_full_disks(tmp_path, monkeypatch):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match="other weights already: model-00001"):
+    with pytest.raises(WeightsError, match="model-00001-of-00002"):
         write_synthetic(tmp_path, CONFIG)
-    with pytest.raises(WeightsError, match="allowed: huggingface, original"):
+    with pytest.raises(WeightsError, match=r"'gguf'.*huggingface, original"):
         write_synthetic(tmp_path, CONFIG, layout="gguf")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10))
-    with pytest.raises(WeightsError, match="room for 10 bytes"):
+    with pytest.raises(WeightsError, match=r"\b10 bytes"):
         write_synthetic(tmp_path / "full", CONFIG)
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightsError, match="cannot be used"):
+    with pytest.raises(WeightsError, match="/file"):
         write_synthetic(tmp_path / "file", CONFIG)
 
 
@@ -236,18 +238,20 @@ def test_the_command_writes_a_shape(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(synthetic.SHAPES, "small", CONFIG)
     monkeypatch.setattr(sys, "argv", ["synthetic", "--shape=small", f"--out={tmp_path}", "--layers=2", "--layout=original"])
     synthetic.main()
-    assert "2 layers, original layout" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 layers" in out
+    assert "original" in out
     assert read_config(tmp_path) == dataclasses.replace(CONFIG, num_layers=2)
     monkeypatch.setattr(sys, "argv", ["synthetic", "--shape=gpt-4", f"--out={tmp_path}"])
     with pytest.raises(SystemExit):
         synthetic.main()
-    assert "known: gpt-oss-120b, gpt-oss-20b, small" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="even"):
+    assert re.search("'gpt-4'.*gpt-oss-120b, gpt-oss-20b, small", capsys.readouterr().err)
+    with pytest.raises(ConfigError, match="num_layers = 3"):
         synthetic.shape_of("gpt-oss-20b", 3)
 
 
-def test_each_device_gets_its_part_and_no_more_is_read():
-    """On a mesh of four CPU devices, in a process of its own: equal values, and reads that are parts."""
+def test_each_device_reads_only_its_part():
+    """On a mesh of four CPU devices, in a separate process: values are equal, and each read is a part of the tensor."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", _ON_A_MESH], capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -266,9 +270,9 @@ from discover_jax.models.synthetic import write_synthetic
 
 config = ModelConfig(2, 64, 4, 2, 16, 6, 2, 64, 32, sliding_window=8)
 mesh = make_mesh(expert=2, tensor=2)
-read, largest = folders._Stored.read, {}
+read, largest = folders._StoredParameter.read, {}
 
-def noted(self, index):
+def recorded(self, index):
     array = read(self, index)
     largest[self.name] = max(largest.get(self.name, 0), array.size / np.prod(self.shape))
     return array
@@ -278,12 +282,12 @@ for layout in ("huggingface", "original"):
         write_synthetic(path, config, seed=1, layout=layout)
         for experts in ("packed", "dense"):
             _, whole = load_folder(path, experts=experts)
-            folders._Stored.read, largest = noted, {}
+            folders._StoredParameter.read, largest = recorded, {}
             _, parts = load_folder(path, experts=experts, mesh=mesh)
-            folders._Stored.read = read
-            wanted = Model(config, experts=experts, mesh=mesh).abstract_frozen()
+            folders._StoredParameter.read = read
+            expected = Model(config, experts=experts, mesh=mesh).abstract_frozen()
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, parts)
-            jax.tree.map(lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else 1 / 0, parts, wanted)
+            jax.tree.map(lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else 1 / 0, parts, expected)
             assert all(part <= 0.25 for name, part in largest.items() if "mlp1_weight.blocks" in name or "gate_up_proj_blocks" in name)
             assert len(largest) > 20
 print("equal")

@@ -1,4 +1,4 @@
-"""MXFP4: against the format's definition written out slowly, and quantisation's promises."""
+"""MXFP4 against a slow implementation of the format's definition, and properties of quantisation."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ _VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
 def _slow(blocks, scales):
-    """Byte by byte: low nibble first, bit 3 is the sign, times 2^(scale - 127)."""
+    """The definition, byte by byte: the low nibble comes first, bit 3 is the sign, and the value is multiplied by 2^(scale - 127)."""
     out = np.zeros((*scales.shape, 32))
     for place in np.ndindex(*scales.shape):
         for i, byte in enumerate(blocks[place]):
@@ -29,16 +29,16 @@ def test_dequantise_follows_the_definition_and_bfloat16_is_exact():
     np.testing.assert_array_equal(np.asarray(dequantise(blocks, scales, jnp.bfloat16), np.float64), expected)
 
 
-def test_exact_values_come_back_unchanged():
+def test_quantising_exact_values_is_lossless():
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (4, 5, 3, 16)).astype(np.uint8)
-    blocks[..., 0] = (blocks[..., 0] & 0xF0) | 7  # a 6 in each block, so that its scale is determined
+    blocks[..., 0] = (blocks[..., 0] & 0xF0) | 7  # a 6 in each block determines its scale
     scales = rng.integers(90, 160, (4, 5, 3)).astype(np.uint8)
     weights = dequantise(blocks, scales, jnp.float32)
     np.testing.assert_array_equal(dequantise(*quantise(weights), jnp.float32), weights)
 
 
-def test_rounding_is_no_worse_than_any_single_scale_of_the_usual_rule():
+def test_quantisation_error_is_at_most_that_of_the_usual_scale():
     weights = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32)
     got = np.asarray(dequantise(*quantise(weights), jnp.float32))
     blocks = weights.reshape(8, 2, 32)
@@ -57,7 +57,7 @@ def test_zeros_and_extremes():
     np.testing.assert_allclose(restored[2], 1e30, rtol=0.25)
 
 
-def test_fake_quantisation_is_the_round_trip_with_the_gradient_of_the_identity():
+def test_fake_quantise_equals_the_round_trip_and_has_the_gradient_of_the_identity():
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(3, 64)).astype(np.float32)) * 0.037
     np.testing.assert_array_equal(fake_quantise(weights), dequantise(*quantise(weights), jnp.float32))
     gradient = jax.grad(lambda w: jnp.sum(fake_quantise(w) * jnp.arange(64)))(weights)
