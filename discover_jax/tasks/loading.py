@@ -49,7 +49,7 @@ def locate_competition(competition: str) -> tuple[str, str]:
         problem = f"no built-in competition has that id{f'; did you mean {close[0]!r}?' if close else '.'}"
     raise ConfigError(
         f"config.task.competition = {competition!r}: {problem} Allowed: {', '.join(sorted(_BUILT_IN))}, the path of a .py file that"
-        " defines COMPETITION (docs/competitions.md shows one), or 'mlebench:ID' for a competition of the installed package mlebench."
+        " defines COMPETITION (docs/own_competition.md shows one), or 'mlebench:ID' for a competition of the installed package mlebench."
     )
 
 
@@ -79,7 +79,7 @@ def load_competition(source: str, digest: str) -> Competition:
     if not isinstance(competition, Competition):
         found = "no such name" if competition is None else f"COMPETITION = {competition!r}"
         raise ConfigError(
-            f"{path} must define COMPETITION, a discover_jax.tasks.competition.Competition; found {found}. docs/competitions.md shows one."
+            f"{path} must define COMPETITION, a discover_jax.tasks.competition.Competition; found {found}. docs/own_competition.md shows one."
         )
     return competition
 
