@@ -1,9 +1,9 @@
-"""Packing: several rollouts in one row of fixed length, kept apart by segment ids, and rows in batches of one shape.
+"""Packing: puts several rollouts into one row of fixed length, separated by segment ids, and rows into batches of one shape.
 
-A rollout with P prompt and T generated tokens takes P + T - 1 places of a row: place j holds token j and is asked for token j + 1.
-The last token is never an input and the first never a target. Rows are filled first-fit, longest rollout first: never more
-than 11/9 of the fewest possible rows plus one (the classical bound of first-fit decreasing), and a function of the lengths alone. A
-group's prompt is computed once for each of its rollouts: docs/performance.md says why.
+A rollout with P prompt tokens and T generated tokens takes P + T - 1 positions of a row: its inputs are all tokens but the last, and its
+targets all tokens but the first. Rows are filled by first-fit decreasing: the number of rows is at most 11/9 of the minimum plus one (the
+classical bound), and the result depends only on the lengths. A group's prompt is computed once for each of its rollouts;
+docs/performance.md says why.
 """
 
 import dataclasses
@@ -19,25 +19,25 @@ from discover_jax.exceptions import CapacityError, ConfigError, LearningError
 from discover_jax.types import Rollout
 
 TILE = 128
-"""Lengths of rows are multiples of it, so that kernels' tiles are full."""
+"""Row lengths are multiples of this, so that the kernels' tiles are full."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rollouts; all arrays [B rows, T places].
+    """Packed rollouts; all arrays [B rows, T positions].
 
     Attributes:
       tokens_BT: int32, inputs; 0 at padding.
-      targets_BT: int32, the token that follows each input within its rollout; 0 at padding.
-      positions_BT: int32, place of the input in its rollout, from 0; 0 at padding.
-      segments_BT: int32, 1, 2, ... for the rollouts of a row in order; 0 for padding.
-      mask_BT: bool, True where the target is a token that the policy chose: only these bear loss or statistics.
+      targets_BT: int32, the token after each input in its rollout; 0 at padding.
+      positions_BT: int32, position of the input in its rollout, from 0; 0 at padding.
+      segments_BT: int32, 1, 2, ... for the rollouts of a row in order; 0 at padding.
+      mask_BT: bool, True where the policy chose the target; loss and statistics include only these tokens.
       sampler_logprobs_BT: float32, log-probability of the target under the sampler; 0 where masked.
       advantages_BT: float32, the rollout's advantage; 0 where masked.
-      temperatures_BT: float32, that the rollout was sampled at; 1 at padding.
-      routes_BTLX: uint8 or uint16, the experts that each layer of the sampler chose for the input, 0, 1, ... at padding; None if they were
-        not recorded.
+      temperatures_BT: float32, the rollout's sampling temperature; 1 at padding.
+      routes_BTLX: uint8 or uint16, the experts to which each layer of the sampler routed the input; 0, 1, ... at padding. None if they
+        were not recorded.
     """
 
     tokens_BT: np.ndarray
@@ -52,7 +52,7 @@ class Batch:
 
 
 def empty_batch(rows: int, row_tokens: int, routes: Any = None) -> Batch:
-    """Rows of padding; with routes of the shape [L, X] and dtype of `routes`, if given."""
+    """Rows of padding. `routes` gives the shape [L, X] and dtype of routes, if there are any."""
     shape = (rows, row_tokens)
     zeros = functools.partial(np.zeros, shape)
     routes_BTLX = None
@@ -71,7 +71,8 @@ def empty_batch(rows: int, row_tokens: int, routes: Any = None) -> Batch:
     )
 
 
-def _places(rollout: Rollout) -> int:
+def _inputs(rollout: Rollout) -> int:
+    """Number of input tokens: all but the last."""
     return len(rollout.prompt_tokens_P) + len(rollout.tokens_T) - 1
 
 
@@ -79,25 +80,27 @@ def _check(rollout: Rollout, row_tokens: int) -> None:
     name = f"Rollout {rollout.index} of group {rollout.group}"
     lengths = len(rollout.tokens_T), len(rollout.logprobs_T), len(rollout.chosen_T)
     if len(set(lengths)) > 1:
-        raise LearningError(f"{name} has {lengths[0]} tokens, {lengths[1]} log-probabilities and {lengths[2]} flags; all must be equal.")
+        raise LearningError(
+            f"{name} has {lengths[0]} tokens_T, {lengths[1]} logprobs_T and {lengths[2]} chosen_T; their lengths must be equal."
+        )
     if not 0 < rollout.temperature < float("inf"):
         raise LearningError(f"{name} has temperature {rollout.temperature!r}; it must be finite and above 0.")
     if len(rollout.prompt_tokens_P) == 0:
-        raise LearningError(f"{name} has an empty prompt, so its first token has no probability; prompts need at least one token.")
+        raise LearningError(f"{name} has an empty prompt; it must have at least 1 token, or the first generated token has no probability.")
     if not np.isfinite(rollout.logprobs_T[rollout.chosen_T]).all():
         raise LearningError(f"{name} has log-probabilities that are not finite: the sampler's logits overflowed or were NaN.")
-    if rollout.routes_SLX is not None and len(rollout.routes_SLX) != _places(rollout):
-        raise LearningError(f"{name} has routes of {len(rollout.routes_SLX)} tokens; they must be those of {_places(rollout)} inputs.")
-    if _places(rollout) > row_tokens:
+    if rollout.routes_SLX is not None and len(rollout.routes_SLX) != _inputs(rollout):
+        raise LearningError(f"{name} has routes for {len(rollout.routes_SLX)} tokens, but {_inputs(rollout)} inputs; they must be equal.")
+    if _inputs(rollout) > row_tokens:
         raise CapacityError(
-            f"{name} has {len(rollout.prompt_tokens_P)} prompt and {len(rollout.tokens_T)} generated tokens and takes {_places(rollout)}"
-            f" places; a row of the update has {row_tokens}. Set config.train.row_tokens to 0 or to the longest prompt plus the budget"
-            " of a rollout."
+            f"{name} has {len(rollout.prompt_tokens_P)} prompt tokens and {len(rollout.tokens_T)} generated tokens, so it needs a row of"
+            f" {_inputs(rollout)} tokens; rows of the update have {row_tokens}. Set config.train.row_tokens to 0, or to at least"
+            " config.sampling.max_prompt_tokens + max_new_tokens."
         )
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of indices into `lengths`, each of total length at most `capacity`; equal lengths keep their order.
+    """Bins of indices into `lengths`; the total length of a bin is at most `capacity`. Equal lengths keep their order.
 
     Every length must be at most `capacity`.
     """
@@ -115,43 +118,44 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 
 def _routes(rollouts: Sequence[Rollout]) -> jax.ShapeDtypeStruct | None:
-    """Shape [L, X] and type of the routes that all rollouts have; None if none has any."""
+    """Shape [L, X] and dtype of the rollouts' routes; None if none has routes."""
     found = {None if r.routes_SLX is None else (r.routes_SLX.shape[1:], r.routes_SLX.dtype) for r in rollouts} or {None}
     if len(found) > 1:
-        raise LearningError(f"All rollouts of a step must have routes of one shape and type, or none; got {found}.")
+        raise LearningError(f"The routes of all rollouts of a step must have one shape and dtype, or all must be None; got {found}.")
     (only,) = found
     return None if only is None else jax.ShapeDtypeStruct(*only)
 
 
 def row_lengths(row_tokens: int, lengths: int) -> list[int]:
-    """So many lengths of rows, from half of `row_tokens` to the whole in equal steps, rounded up to whole tiles: longest first.
+    """`lengths` row lengths in equal steps from `row_tokens` down to half of it, each rounded up to whole tiles.
 
-    Fewer if rounding makes some equal.
+    There are fewer if rounding makes some equal.
     """
     parts = [row_tokens - row_tokens * part // (2 * max(1, lengths - 1)) for part in range(lengths)]
     return sorted({min(row_tokens, -(-part // TILE) * TILE) for part in parts}, reverse=True)
 
 
-def _fill(places: Sequence[int], row_tokens: int, rows: int, lengths: int) -> tuple[int, list[list[int]]]:
-    """The length of rows that takes the fewest positions in all, padding and empty rows included, and what goes into each row."""
-    longest = max(places, default=0)
-    fillings = [(length, first_fit_decreasing(places, length)) for length in row_lengths(row_tokens, lengths) if length >= longest]
-    return min(fillings, key=lambda filling: -(-len(filling[1]) // rows) * filling[0])  # of equal ones the first, which is the longest
+def _fill(sizes: Sequence[int], row_tokens: int, rows: int, lengths: int) -> tuple[int, list[list[int]]]:
+    """The row length with the fewest positions in total, including padding and empty rows, and the indices of `sizes` in each row."""
+    longest = max(sizes, default=0)
+    fillings = [(length, first_fit_decreasing(sizes, length)) for length in row_lengths(row_tokens, lengths) if length >= longest]
+    return min(fillings, key=lambda filling: -(-len(filling[1]) // rows) * filling[0])  # ties: the first, which is the longest
 
 
 def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: int, rows: int, lengths: int = 1) -> list[Batch]:
-    """Rollouts and their advantages as batches of one shape [rows, length]; the last is filled up with empty rows.
+    """Packs rollouts and their advantages into batches of one shape [rows, length]. The last batch is padded with empty rows.
 
-    The length is whichever of `row_lengths` leaves the least padding: rollouts of a third of a row and a bit would leave a third of it.
+    The length is the one of `row_lengths` that leaves the least padding. With only one length, rollouts slightly longer than a third of a
+    row would leave a third of it empty.
 
-    Rollouts without a chosen token have nothing to say and are left out. No rollouts give no batches.
+    Rollouts without a chosen token are skipped. No rollouts give no batches.
 
     Args:
-      rollouts: those that take part in the update.
+      rollouts: the rollouts of the update.
       advantages: one finite number for each rollout.
-      row_tokens: places of the longest row.
+      row_tokens: length of the longest row.
       rows: rows of a microbatch.
-      lengths: of rows that may be chosen from; each is a shape for which the update is compiled once.
+      lengths: number of row lengths to choose from. The update is compiled once for each length that is used.
 
     Raises:
       CapacityError: a rollout is longer than a row.
@@ -159,18 +163,19 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
       LearningError: lengths disagree, a prompt is empty, or an advantage or log-probability is not finite in float32.
     """
     if min(row_tokens, rows, lengths) < 1:
-        raise ConfigError(f"row_tokens = {row_tokens}, rows = {rows} and lengths = {lengths} cannot be packed. All must be at least 1.")
+        raise ConfigError(f"row_tokens, rows and lengths must be at least 1; got {row_tokens}, {rows} and {lengths}.")
     with np.errstate(over="ignore"):
         advantage_of = np.asarray(advantages, np.float64).astype(np.float32)
     if advantage_of.shape != (len(rollouts),):
-        raise LearningError(f"{len(rollouts)} rollouts need as many advantages; got the shape {advantage_of.shape}.")
+        raise LearningError(f"There must be one advantage for each of {len(rollouts)} rollouts; got shape {advantage_of.shape}.")
     if not np.isfinite(advantage_of).all():
-        raise LearningError(f"Advantages {np.asarray(advantages)[~np.isfinite(advantage_of)].tolist()} are not finite in float32.")
+        wrong = np.asarray(advantages)[~np.isfinite(advantage_of)].tolist()
+        raise LearningError(f"Advantages must be finite in float32; got {wrong}.")
     for rollout in rollouts:
         _check(rollout, row_tokens)
 
     kept = [(rollout, advantage) for rollout, advantage in zip(rollouts, advantage_of, strict=True) if rollout.chosen_T.any()]
-    length, bins = _fill([_places(rollout) for rollout, _ in kept], row_tokens, rows, lengths)
+    length, bins = _fill([_inputs(rollout) for rollout, _ in kept], row_tokens, rows, lengths)
     routes = _routes([rollout for rollout, _ in kept])
     batches = [empty_batch(rows, length, routes) for _ in range(-(-len(bins) // rows))]
     for number, members in enumerate(bins):
@@ -178,7 +183,7 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
         for segment, member in enumerate(members, start=1):
             rollout, advantage = kept[member]
             tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
-            end = start + _places(rollout)
+            end = start + _inputs(rollout)
             batch.tokens_BT[row, start:end] = tokens[:-1]
             batch.targets_BT[row, start:end] = tokens[1:]
             batch.positions_BT[row, start:end] = np.arange(end - start)
@@ -202,25 +207,24 @@ def filled_frac(batches: Sequence[Batch]) -> float:
 def pack_substeps(
     rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, substeps: int, row_tokens: int, rows: int, lengths: int = 1
 ) -> list[list[Batch]]:
-    """The batches of each of several optimiser steps that share the rollouts: every rollout is used once, in one of them.
+    """Splits the rollouts over several optimiser steps and packs each part. Every rollout is used in exactly one step.
 
-    As in the reference code, the rollouts are cut in their order into as equal parts as possible, of which the first may have one more;
-    given group by group, groups stay whole where their number divides by `substeps`. A part is a function of the rollouts alone, so neither
-    packing nor microbatches nor devices change what an optimiser step sees. Fewer usable rollouts than substeps make fewer substeps, and
-    none make none.
+    As in the reference code, the rollouts are split in the given order into parts whose sizes differ by at most one, larger parts first. If
+    they are given group by group, groups stay whole if `substeps` divides their number. The split depends only on the rollouts; packing,
+    microbatches and devices do not change it. If there are fewer usable rollouts than substeps, there are fewer substeps, possibly none.
 
     Args:
       rollouts, advantages, row_tokens, rows, lengths: as for `pack`.
-      substeps: optimiser steps, at least 1; with 1, `pack` of everything.
+      substeps: optimiser steps, at least 1. With 1, the result is `[pack(...)]`.
 
     Raises:
-      CapacityError, ConfigError, LearningError: as `pack`; ConfigError for fewer than one substep, too.
+      CapacityError, ConfigError, LearningError: as `pack`; also ConfigError if `substeps` is below 1.
     """
     if substeps < 1:
         raise ConfigError(f"substeps must be at least 1; got {substeps}.")
     values = np.asarray(advantages, np.float64)
     if values.shape != (len(rollouts),):
-        raise LearningError(f"{len(rollouts)} rollouts need as many advantages; got the shape {values.shape}.")
+        raise LearningError(f"There must be one advantage for each of {len(rollouts)} rollouts; got shape {values.shape}.")
     usable = [index for index, rollout in enumerate(rollouts) if rollout.chosen_T.any()]
     parts = [part for part in np.array_split(np.asarray(usable, np.int64), substeps) if part.size]
     return [pack([rollouts[i] for i in part], values[part], row_tokens=row_tokens, rows=rows, lengths=lengths) for part in parts]

@@ -1,6 +1,6 @@
-"""Signals: the rewards of a group, optionally with a novelty bonus and without duplicates. Advantages are computed from them.
+"""Signals: the rewards of a group, optionally with a novelty bonus and without duplicates. Advantages are computed from signals.
 
-Both options are off by default, as in the report. They counter the collapse of a group into one program, which gives no gradient.
+Both options are off by default, as in the report. They counter the collapse of a group to one program, which gives no gradient.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ class Diversity:
     """Options that change a group's rewards before advantages are estimated.
 
     Attributes:
-      novelty_bonus: added to the signal of a program with a score, times its distance (0 to 1) to the nearest other such program of the
-        group. In the reward's unit; 0 disables it.
-      duplicates: "keep", or "drop": among programs of a group that differ only in names and layout, only the first counts, for baseline
-        and update.
+      novelty_bonus: bonus for a program with a score, in the reward's unit, times its distance (0 to 1) to the nearest other program with
+        a score in its group; 0 disables it.
+      duplicates: "keep" or "drop". With "drop", baseline and update use only the first of a group's programs that differ only in names and
+        layout.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -44,8 +44,8 @@ class Signals:
     """Signals of one group.
 
     Attributes:
-      values_K: float64, the value of each rollout for the estimator.
-      included_K: bool, False for rollouts excluded from baseline and update.
+      values_K: float64, the signal of each rollout.
+      included_K: bool, False for rollouts that baseline and update exclude.
     """
 
     values_K: np.ndarray
@@ -56,9 +56,9 @@ def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[f
     """The signals of a group.
 
     Args:
-      attempts_K: of one group, in order.
-      transform: from the group's rewards to what is compared, as `Task.signals`.
-      diversity: bonus and duplicates.
+      attempts_K: the attempts of one group, in order.
+      transform: the function from the group's rewards to signals; see `Task.signals`.
+      diversity: novelty bonus and duplicates.
     """
     values_K = np.asarray(transform([attempt.reward for attempt in attempts_K]), np.float64)
     included_K = np.ones(len(attempts_K), bool)
@@ -70,7 +70,7 @@ def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[f
 
 
 def diversity_metrics(groups: Sequence[Sequence[Attempt]]) -> dict[str, float | None]:
-    """How different the programs of a step are, for `metrics.SCHEMA`.
+    """The `diversity/` metrics of a step: how different its programs are.
 
     Args:
       groups: the attempts of each group.
@@ -87,7 +87,7 @@ def diversity_metrics(groups: Sequence[Sequence[Attempt]]) -> dict[str, float | 
 
 
 def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
-    """bool [K]: whether a program equals an earlier one of the group in structure. Rollouts without a program never do."""
+    """bool [K]: whether a program has the same structure as an earlier one of the group. False for rollouts without a program."""
     seen: set[str] = set()
     repeated_K = np.zeros(len(attempts_K), bool)
     for index, attempt in enumerate(attempts_K):
@@ -99,7 +99,7 @@ def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
 
 
 def _novelty(attempts_K: Sequence[Attempt]) -> np.ndarray:
-    """float64 [K]: distance to the nearest other program of the group that scored; 0 for failures, and for one that scored alone."""
+    """float64 [K]: distance to the nearest other program of the group with a score. 0 for failures, and if no other has a score."""
     scored = [index for index, attempt in enumerate(attempts_K) if attempt.outcome is Outcome.OK]
     novelty_K = np.zeros(len(attempts_K))
     if len(scored) > 1:

@@ -1,4 +1,4 @@
-"""A table of named functions that refuses unknown names: the one way in which config strings choose code in learning."""
+"""A table of named functions that refuses unknown names. Config strings select functions of `learning` only through such tables."""
 
 from typing import NoReturn, TypeVar
 
@@ -8,7 +8,7 @@ F = TypeVar("F")
 
 
 class Table(dict[str, F]):
-    """Name -> function. `table[name]` with an unknown name is a ConfigError that lists the known ones."""
+    """Name -> function. `table[name]` raises a ConfigError that lists the known names if `name` is unknown."""
 
     def __init__(self, kind: str, entries: dict[str, F]):
         super().__init__(entries)

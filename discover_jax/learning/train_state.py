@@ -1,4 +1,4 @@
-"""The train state: adapter, optimiser state and number of optimiser steps."""
+"""The train state: the adapter, the optimiser state and the number of optimiser steps."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,12 @@ from discover_jax.models.sharding import replicated, shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree; checkpoints store it whole.
+    """A pytree that checkpoints store whole.
 
     Attributes:
       lora: the adapter, float32.
-      opt_state: of the optax optimiser, shaped by `lora`.
-      step: int32 scalar, optimiser steps done; a skipped update does not count.
+      opt_state: state of the optax optimiser, with the shapes of `lora`.
+      step: int32 scalar, number of optimiser steps, without skipped updates.
     """
 
     lora: Any
@@ -30,20 +30,20 @@ class TrainState:
 def adam(
     learning_rate: float = 4e-5, *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, max_grad_norm: float = 0.0
 ) -> optax.GradientTransformation:
-    """Adam as in the report (section 5): constant rate, no warmup, no weight decay.
+    """Adam as in the report (section 5): constant learning rate, no warm-up, no weight decay.
 
-    `max_grad_norm` above 0 first scales gradients down to that global norm; 0, the default, does not.
+    `max_grad_norm` above 0 clips gradients to that global norm first; 0, the default, does not clip.
     """
     optimizer = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer) if max_grad_norm > 0 else optimizer
 
 
 def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and types of a state, as a checkpoint is restored into: moments laid out over the mesh like the adapter, scalars everywhere.
+    """Shapes, dtypes and shardings of a state, for restoring a checkpoint. Moments have the adapter's layout; scalars are replicated.
 
     Args:
-      lora: an adapter, or its `Model.abstract_lora()`; without a mesh the state has no shardings.
-      optimizer: of the run.
+      lora: an adapter, or `Model.abstract_lora()`. Without a mesh the state has no shardings.
+      optimizer: the run's optimiser.
     """
     lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on_mesh(leaf)), lora)
     meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(lora) if leaf.sharding is not None]
@@ -61,11 +61,11 @@ def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> 
 
 
 def init_train_state(lora: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 of `lora`. The state owns the adapter's buffers, and the first update frees them: keep a copy if you need one."""
+    """The state at step 0. It owns the adapter's buffers, which the first update frees; keep a copy if you need one."""
     layouts = shardings(abstract_train_state(lora, optimizer))
     if not jax.tree.leaves(layouts):
         return TrainState(lora, optimizer.init(lora), jnp.zeros((), jnp.int32))
-    # Scalars that stayed on one device would make the second update compile anew, as the first one returns them on all.
+    # Replicate scalars: the first update returns them on all devices, so the second would compile again if they started on one.
     begin = jax.jit(lambda lora: (optimizer.init(lora), jnp.zeros((), jnp.int32)), out_shardings=(layouts.opt_state, layouts.step))
     return TrainState(lora, *begin(lora))
 

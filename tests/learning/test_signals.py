@@ -1,4 +1,4 @@
-"""Signals of a group: rewards as they are by default; bonus and duplicates by hand on small programs."""
+"""Signals of a group: the rewards by default; novelty bonus and duplicates by hand on small programs."""
 
 import numpy as np
 import pytest
@@ -30,14 +30,14 @@ GROUP = [
 ]
 
 
-def test_by_default_they_are_the_rewards():
+def test_by_default_signals_are_the_rewards():
     signals = group_signals(GROUP, list, Diversity())
     assert signals.values_K.tolist() == [0.5, 0.75, 0.75, 0.0, 0.0, 0.0]
     assert signals.included_K.all()
 
 
-def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
-    """Copies of each other get none; a failure gets none, and is nobody's neighbour."""
+def test_the_bonus_is_the_distance_to_the_nearest_program_with_a_score():
+    """Copies of each other get no bonus. Failures get no bonus either, and do not count as neighbours."""
     signals = group_signals(GROUP, list, Diversity(novelty_bonus=0.2))
     distance = structure_distance(structure_parts(A), structure_parts(C))
     assert 0.3 < distance < 1.0
@@ -46,20 +46,14 @@ def test_the_bonus_is_the_distance_to_the_nearest_that_scored():
 
 
 def test_dropped_duplicates_are_those_after_the_first():
+    """Rollouts without a program are not duplicates of each other."""
     signals = group_signals(GROUP, list, Diversity(duplicates="drop"))
-    assert signals.included_K.tolist() == [
-        True,
-        True,
-        False,
-        True,
-        True,
-        True,
-    ]  # rollouts without a program are not duplicates of each other
+    assert signals.included_K.tolist() == [True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize(("others", "used"), [([B], False), ([B, C], True)])
-def test_copies_that_leave_too_few_are_no_signal_for_the_adaptive_estimator(others, used):
-    """Seven copies and one other program leave two that count, which would have got advantages of -1 and 1e12."""
+def test_groups_with_too_few_distinct_programs_have_no_signal_for_the_adaptive_estimator(others, used):
+    """Seven copies and one other program leave two rollouts, which would get advantages of -1 and 1e12."""
     group = [attempt(index, A, 0.5) for index in range(7)] + [
         attempt(7 + index, code, 0.75 + index / 8) for index, code in enumerate(others)
     ]
@@ -76,12 +70,12 @@ def test_copies_that_leave_too_few_are_no_signal_for_the_adaptive_estimator(othe
     [
         ((0.5, 0.5), Diversity(), 1.0, 1.0),
         ((0.5, 0.75), Diversity(), 0.0, 0.0),
-        ((0.5, 0.5, 0.5), Diversity(novelty_bonus=0.1), 1.0, 0.0),  # two alike and one that is not
+        ((0.5, 0.5, 0.5), Diversity(novelty_bonus=0.1), 1.0, 0.0),  # two copies and a different program
         ((0.5, 0.5), Diversity(novelty_bonus=0.1), 1.0, 1.0),
-        ((0.5, 0.6), Diversity(duplicates="drop"), 0.0, 1.0),  # noise made the same program's rewards differ
+        ((0.5, 0.6), Diversity(duplicates="drop"), 0.0, 1.0),  # one program with two rewards, because of noise
     ],
 )
-def test_a_step_counts_groups_of_equal_rewards_and_groups_without_a_signal_apart(rewards, diversity, constant, unused):
+def test_a_step_counts_groups_of_equal_rewards_and_groups_without_a_signal_separately(rewards, diversity, constant, unused):
     codes = (A, A, C)
     attempts = [attempt(index, codes[index], reward) for index, reward in enumerate(rewards)]
     if diversity == Diversity():
@@ -92,7 +86,7 @@ def test_a_step_counts_groups_of_equal_rewards_and_groups_without_a_signal_apart
     assert (row["groups/constant_frac"], row["groups/unused_frac"]) == (constant, unused)
 
 
-def test_the_task_s_transform_comes_first():
+def test_the_bonus_is_added_after_the_task_s_transform():
     signals = group_signals(GROUP, lambda rewards: [10 * reward for reward in rewards], Diversity(novelty_bonus=0.2))
     assert signals.values_K[1] == 7.5
     assert 5.0 < signals.values_K[0] < 5.2
@@ -111,6 +105,6 @@ def test_metrics_of_a_step():
 
 
 @pytest.mark.parametrize("bad", [{"novelty_bonus": -0.1}, {"novelty_bonus": float("nan")}, {"duplicates": "some"}])
-def test_bad_settings(bad):
+def test_invalid_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Diversity(**bad)

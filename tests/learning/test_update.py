@@ -410,9 +410,9 @@ def test_measure_equals_the_update_and_needs_no_adapter(tables):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match=r"loss 'ppo2' is unknown"):
+    with pytest.raises(ConfigError, match="loss 'ppo2'"):
         Update(Bigram(), adam(), loss="ppo2")
-    with pytest.raises(ConfigError, match=r"reduction 'mean' is unknown"):
+    with pytest.raises(ConfigError, match="reduction 'mean'"):
         Update(Bigram(), adam(), reduction="mean")
     with pytest.raises(ConfigError, match="chunk_tokens"):
         Update(Bigram(), adam(), chunk_tokens=0)
