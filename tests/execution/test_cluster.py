@@ -215,7 +215,7 @@ def test_verdicts_are_those_of_this_machine_and_nodes_and_actors_may_die(task, t
         assert wait_for(lambda: all(map(busy, nodes)), 60)
         started.kill(nodes[1])
         assert [future.result(120).grade.score for future in futures] == [GOOD_SCORE] * 4
-        assert re.search(r"\S+ \(\w{8}\).*\b2\D+3\b", caplog.text)
+        assert re.search(r"node \S+ \(\w{8}\) .*try 2 of 3", caplog.text)
         assert pool.retries >= 2
     with Executor([task], limits, workers=1, cache_dir=tmp_path / "there") as local:
         assert local.submit(GOOD).result(60).execution.cached
@@ -236,9 +236,9 @@ def test_a_node_whose_sandbox_does_not_start_is_refused_by_name(task, tmp_path, 
     with pytest.raises(SandboxError) as error:
         Executor([task], LIMITS, cache_dir=tmp_path / "cache", backend="ray", ray_address=started.address)
     said = str(error.value)
-    assert re.search(r"\b1\b.*\b2\b.*\bnodes\b", said)
-    assert re.search(rf"\S+ \(\w{{8}}\): .*{DENIED}", said)
-    assert len(re.findall(r"\S+ \(\w{8}\)", said)) == 2  # the refused node and the usable one
+    assert re.match(r"1 of \D*\b2 nodes cannot run programs", said)
+    assert re.search(rf"- \S+ \(\w{{8}}\): .*{DENIED}", said)
+    assert re.search(r"nodes are fine: \S+ \(\w{8}\)\.", said)
 
 
 DENIED = "No permissions to create new namespace"
@@ -253,7 +253,7 @@ def test_a_cluster_that_is_lost_is_one_clear_error(task, tmp_path, started):
         assert wait_for(lambda: busy(head), 30)
         started.kill(head)
         for future in futures:
-            with pytest.raises(RunError, match="ray cluster"):
+            with pytest.raises(RunError, match=r"(?s)ray cluster .*(was lost|no usable node).*resumes at the last checkpoint"):
                 future.result(120)
 
 
@@ -288,7 +288,7 @@ def test_killed_main_process_leaves_nothing_running_on_a_node(tmp_path, started)
 
 @real
 def test_no_cluster_and_too_few_cpus_are_errors(task, tmp_path, started):
-    with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+"):
+    with pytest.raises(RunError, match=r"Cannot join a ray cluster at '127\.0\.0\.1:\d+'"):
         Executor([task], LIMITS, cache_dir=tmp_path, backend="ray", ray_address=started.address)
     started.start(1)
     limits = dataclasses.replace(LIMITS, cores=2)

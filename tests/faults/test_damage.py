@@ -156,7 +156,7 @@ def test_every_file_of_a_checkpoint_torn_flipped_or_gone(two_checkpoints, tmp_pa
             continue
         noticed.add(name)
         place = folder.with_name("checkpoints.damaged") / "2-1"
-        assert re.search(rf"\b2\b.*\b1\b.*{place}", notes)
+        assert re.search(rf"(?s)Checkpoint 2 is damaged: .*\bfrom checkpoint 1\b.*\bmoved to {place}", notes)
         assert contents(place) == damaged
     needed = {Path("2/host/metadata"), Path("2/train_state/_METADATA"), Path("2/train_state/manifest.ocdbt")}
     assert noticed >= needed
@@ -168,8 +168,7 @@ def test_flipped_bit_is_reported_with_the_name_of_the_array(two_checkpoints, tmp
     flip(largest(tmp_path / "c" / "2"))
     step, notes = resumed(tmp_path / "c")
     assert step == 1
-    assert re.search(r"\blora/A\b", notes)
-    assert "lora/B" not in notes
+    assert "checksum mismatch in 1 arrays: lora/A." in notes
 
 
 @pytest.mark.parametrize("part", ["", "host", "train_state"])
@@ -180,7 +179,7 @@ def test_missing_checkpoint_folders(two_checkpoints, tmp_path, part):
         (tmp_path / "c" / "2").mkdir()
     step, notes = resumed(tmp_path / "c")
     assert step == 1
-    assert "heckpoint 2" in notes
+    assert "Checkpoint 2 is damaged" in notes
 
 
 @pytest.mark.parametrize("text", ["[]", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": 1%s}' % ("0" * 40), "\0"])
@@ -200,7 +199,7 @@ def test_damaged_orbax_metadata_does_not_prevent_resuming(two_checkpoints, tmp_p
     flip(largest(tmp_path / "c" / "2"))
     step, notes = resumed(tmp_path / "c")
     assert step == 1
-    assert "heckpoint 2" in notes
+    assert "Checkpoint 2 is damaged" in notes
 
 
 def test_a_step_is_set_aside_as_often_as_it_is_damaged(two_checkpoints, tmp_path):
@@ -217,7 +216,7 @@ def test_no_valid_checkpoint_is_an_error_and_deletes_nothing(two_checkpoints, tm
     (tmp_path / "c" / "2" / "host" / "metadata").unlink()
     before = contents(tmp_path)
     checkpoints = Checkpoints(tmp_path / "c", keep=2, every=0)
-    with pytest.raises(RunError, match=r"(?s)heckpoint 2\b.*heckpoint 1\b.*\blora/A\b"):
+    with pytest.raises(RunError, match=r"(?s)Cannot restore any checkpoint.*checkpoint 2: .*checkpoint 1: .*\blora/A\b.*copy"):
         checkpoints.resume(state_of(0), pytest.fail)
     checkpoints.close()
     assert contents(tmp_path) == before
@@ -245,8 +244,8 @@ def test_run_recovers_from_damaged_and_planted_files(root, whole, workdir, tmp_p
         path.write_bytes(payload)
     flip(largest(workdir / "checkpoints" / "2"))
     said = resume(root, workdir)
-    assert re.search(r"heckpoint 3\b.*\bcheckpoint 1\b", said)
-    assert re.search(r"heckpoint 2\b.*\bcheckpoint 1\b", said)
+    for step in (3, 2):
+        assert re.search(rf"(?s)Checkpoint {step} is damaged.*\bfrom checkpoint 1\b", said)
     assert re.search(r"\bresume[sd]\b.*\bstep 2\b", said)
     assert not (tmp_path / "mark").exists()
     assert results(workdir) == results(whole)
@@ -276,9 +275,9 @@ def raise_a_reward(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_all_checkpoints, "heckpoint 3"),
-        (delete_all_checkpoints, r"journal\b.*\b4 steps\b.*\bcheckpoint\b"),
-        (raise_a_reward, r"journal\b.*\b24\b"),
+        (damage_all_checkpoints, r"(?s)Cannot restore any checkpoint.*checkpoint 3: "),
+        (delete_all_checkpoints, r"journal\b.*\b4 steps\b.*\bno checkpoint\b"),
+        (raise_a_reward, r"journal\b.*altered since the checkpoint.*\b24 rows\b"),
     ],
 )
 def test_irreparable_damage_is_one_error_and_changes_nothing(root, workdir, damage, message):
@@ -362,9 +361,9 @@ def test_a_disk_that_fills(root, whole, small_disk):
     told = set()
     for pages in (0, 1, 9):
         fill(small_disk, pages)
-        with pytest.raises(RunError, match=r"\bspace\b") as caught:
+        with pytest.raises(RunError, match=r"Free some space(?s:.)*resumes?\b") as caught:
             resume(root, workdir)
-        told.add(re.sub(r"\d[\d.,]*", "N", str(caught.value)))
+        told.add(re.split(r" \(|: ", str(caught.value).replace(str(workdir), "RUN"))[0])  # without the operating system's reason
         assert kept.items() <= contents(workdir).items()
     assert len(told) == 3, told
     (small_disk / "filler").unlink()
@@ -396,20 +395,23 @@ def rows_edited(edit):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data.replace(b'{"id": "0001-000-001"', b'{"id"; "0001-000-001"'), r"(?i)\bline 8\b"),
-        (lambda data: data.replace(b'{"id": "0001-000-001"', b'{"id": "\xff001-000-001"'), r"(?i)\bline 8\b"),
-        (lambda data: data.replace(b'"tokens": ', b'"tokens": NaN, "t": ', 1), r"(?i)\bline 1\b.*\bNaN\b"),
-        (lambda data: data.replace(b'"tokens": ', b'"tokens": 1' + b"0" * 5000, 1), r"(?i)\bline 1\b"),
-        (lambda data: data.replace(b'"tokens": ', b'"tokens": 1' + b"0" * 50, 1), r"(?i)\bline 1\b.*\btokens\b"),
-        (lambda data: data.replace(b'"reward": 0', b'"reward": ' + b"[" * 3000 + b"]" * 3000, 1), r"(?i)\bline 1\b"),
-        (lambda data: data.replace(b'"reward": 0.', b'"reward": 1.', 1), "journal"),
-        (lambda data: data.replace(b"fox", b"owl", 1), "journal"),
-        (rows_edited(lambda rows: rows.reverse()), "journal"),
-        (rows_edited(lambda rows: rows.pop(3)), "journal"),
-        (rows_edited(lambda rows: rows.pop()), "journal"),
-        (rows_edited(lambda rows: rows.insert(3, rows[4])), "journal"),
-        (lambda data: data[:-7], "journal"),
-        (lambda data: b"", "journal"),
+        (lambda data: data.replace(b'{"id": "0001-000-001"', b'{"id"; "0001-000-001"'), "Line 8 of the journal .* is damaged"),
+        (lambda data: data.replace(b'{"id": "0001-000-001"', b'{"id": "\xff001-000-001"'), "Line 8 of the journal .* is damaged"),
+        (lambda data: data.replace(b'"tokens": ', b'"tokens": NaN, "t": ', 1), r"Line 1 of the journal .*\bNaN\b"),
+        (lambda data: data.replace(b'"tokens": ', b'"tokens": 1' + b"0" * 5000, 1), "Line 1 of the journal .* is damaged"),
+        (lambda data: data.replace(b'"tokens": ', b'"tokens": 1' + b"0" * 50, 1), r"Line 1 of the journal .*\btokens\b.*\bbits\b"),
+        (
+            lambda data: data.replace(b'"reward": 0', b'"reward": ' + b"[" * 3000 + b"]" * 3000, 1),
+            "Line 1 of the journal .* is damaged",
+        ),
+        (lambda data: data.replace(b'"reward": 0.', b'"reward": 1.', 1), "altered since the checkpoint"),
+        (lambda data: data.replace(b"fox", b"owl", 1), "altered since the checkpoint"),
+        (rows_edited(lambda rows: rows.reverse()), "altered since the checkpoint"),
+        (rows_edited(lambda rows: rows.pop(3)), "rows were deleted"),
+        (rows_edited(lambda rows: rows.pop()), "rows were deleted"),
+        (rows_edited(lambda rows: rows.insert(3, rows[4])), "altered since the checkpoint"),
+        (lambda data: data[:-7], "rows were deleted"),
+        (lambda data: b"", "rows were deleted"),
     ],
 )
 def test_altered_journal_is_refused(workdir, stand, damage, message):
@@ -450,7 +452,7 @@ def test_rows_after_the_last_checkpoint_are_set_aside(workdir, stand, tail):
     ],
 )
 def test_invalid_host_state_is_refused(stand, change):
-    with pytest.raises(RunError, match="heckpoint 3"):
+    with pytest.raises(RunError, match="host state of checkpoint 3 is invalid"):
         HostState.from_json(stand.to_json() | change, 3)
     assert HostState.from_json(stand.to_json(), 3) == stand
 
@@ -507,7 +509,7 @@ def test_altered_verdict_is_ignored(cache, entry, tmp_path, caplog, alter):
     entry.write_bytes(alter(data, tmp_path / "mark"))
     assert entry.read_bytes() != data
     assert cache.get(cache.key("p")) is None
-    assert str(entry) in caplog.text
+    assert f"verdict in {entry} is damaged" in caplog.text
     assert not (tmp_path / "mark").exists()
 
 
@@ -547,27 +549,29 @@ def as_fifo(entry: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "named"),
+    ("make", "named", "message"),
     [
-        (as_link, "entry"),
-        (folder_as_link, "folder"),
-        (as_fifo, "entry"),
-        (lambda entry: entry.chmod(0o620), "entry"),
-        (lambda entry: entry.parent.chmod(0o702), "folder"),
-        (lambda entry: os.truncate(entry, 2**31), "entry"),
+        (as_link, "entry", "Cannot read"),
+        (folder_as_link, "folder", "is a link"),
+        (as_fifo, "entry", "not a regular file"),
+        (lambda entry: entry.chmod(0o620), "entry", "written by others .mode 620"),
+        (lambda entry: entry.parent.chmod(0o702), "folder", "written by others .mode 702"),
+        (lambda entry: os.truncate(entry, 2**31), "entry", "2,147,483,648 bytes"),
     ],
 )
-def test_a_verdict_that_others_may_have_put_there_ends_the_run(cache, entry, make, named):
+def test_a_verdict_that_others_may_have_put_there_ends_the_run(cache, entry, tmp_path, make, named, message):
     make(entry)
-    with pytest.raises(RunError, match=rf"{entry if named == 'entry' else entry.parent}\b"):
+    with pytest.raises(RunError, match=rf"{message}.*Delete the folder {tmp_path / 'cache'}\b") as caught:
         cache.get(cache.key("p"))
+    assert re.search(rf"{entry if named == 'entry' else entry.parent}[ :]", str(caught.value))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("whose", ["file", "folder", "cache"])
 def test_another_user_s_verdicts_end_the_run(cache, entry, tmp_path, whose):
-    os.chown({"file": entry, "folder": entry.parent, "cache": tmp_path / "cache"}[whose], 60_598, -1)
-    with pytest.raises(RunError, match=str(tmp_path / "cache")):
+    owned = {"file": entry, "folder": entry.parent, "cache": tmp_path / "cache"}[whose]
+    os.chown(owned, 60_598, -1)
+    with pytest.raises(RunError, match=f"^{owned} belongs to another user"):
         VerdictCache(tmp_path / "cache", {"task": "t"}).get(cache.key("p"))
 
 
@@ -609,7 +613,7 @@ def test_a_worker_that_hangs_is_ended_and_its_program_runs_again(task, tmp_path,
         verdict = future.result(120)
         assert verdict.outcome is Outcome.OK
         assert not worker.is_alive()
-    assert re.search(rf"\b{worker.pid}\b.*\b7 s\b.*\b2\D+3\b", caplog.text)
+    assert re.search(rf"process {worker.pid} did not reply within 7 s.*try 2 of 3", caplog.text)
 
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(task, tmp_path, monkeypatch):

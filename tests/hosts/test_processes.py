@@ -72,5 +72,5 @@ def test_single_process_needs_no_communication():
 
 @pytest.mark.parametrize(("coordinator", "count", "index"), [("host", 2, 0), ("host:1", 0, 0), ("host:1", 2, 2), ("host:1", 2, -1)])
 def test_contradictory_process_arguments_are_refused(coordinator, count, index):
-    with pytest.raises(ConfigError, match="coordinator"):
+    with pytest.raises(ConfigError, match=f"--coordinator={coordinator} --num_processes={count} --process_id={index}: give all three"):
         start(coordinator, count, index)
