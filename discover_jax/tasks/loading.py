@@ -79,7 +79,8 @@ def load_competition(source: str, digest: str) -> Competition:
     if not isinstance(competition, Competition):
         found = "no such name" if competition is None else f"COMPETITION = {competition!r}"
         raise ConfigError(
-            f"{path} must define COMPETITION, a discover_jax.tasks.competition.Competition; found {found}. docs/own_competition.md shows one."
+            f"{path} must define COMPETITION, a discover_jax.tasks.competition.Competition; found {found}. docs/own_competition.md"
+            " shows one."
         )
     return competition
 
