@@ -1,8 +1,9 @@
-"""Adapters in peft's format: logits and gradients against peft over transformers, the round trip, refusals, and the command."""
+"""Adapters in peft's format: logits and gradients against peft over transformers, round trips, errors, and the command."""
 
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -41,16 +42,16 @@ LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=6.0)
 RANKS = {
     "three ranks": LORA,
     "one rank": LoraConfig(4, 4, 4, alpha=4.0),
-    "attention alone": LoraConfig(5, 0, 0, alpha=2.5),
-    "experts alone": LoraConfig(0, 3, 0, alpha=8.0),
-    "head alone": LoraConfig(0, 0, 2, alpha=1.0),
+    "only attention": LoraConfig(5, 0, 0, alpha=2.5),
+    "only experts": LoraConfig(0, 3, 0, alpha=8.0),
+    "only head": LoraConfig(0, 0, 2, alpha=1.0),
     "attention and head": LoraConfig(2, 0, 6),
 }
 GROUPS = {"attention_rank": "self_attn", "expert_rank": "mlp.experts", "head_rank": "lm_head"}
 
 
 def random_lora(lora: LoraConfig, seed=0, config=SMALL):
-    """Every weight drawn, B too: products of about a tenth of the base's."""
+    """All weights are random, also B. The adapter's products are about a tenth of the base's."""
     rng = np.random.default_rng(seed)
 
     def draw(path, struct):
@@ -90,7 +91,7 @@ def libraries():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder of base weights, and what we read from it."""
+    """A folder of base weights, and the tree that we load from it."""
     path = tmp_path_factory.mktemp("base")
     write_synthetic(path, SMALL, seed=1)
     return path, load_folder(path)[1]
@@ -98,7 +99,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def reference(libraries, base):
-    """transformers' model of the same folder; anew for each test, since peft puts its wrappers into it."""
+    """transformers' model of the same folder. Each test gets a new one, because peft inserts its wrappers into the model."""
     torch, transformers, _ = libraries
     return transformers.GptOssForCausalLM.from_pretrained(
         base[0],
@@ -116,7 +117,7 @@ def torch_logits(torch, model, tokens_BT):
 
 @pytest.mark.filterwarnings("error:.*(rank_pattern|missing adapter keys|unexpected keys)")
 @pytest.mark.parametrize("name", RANKS)
-def test_peft_computes_the_same_logits_from_what_we_save(tmp_path, libraries, base, reference, name):
+def test_peft_loads_our_adapter_and_computes_equal_logits(tmp_path, libraries, base, reference, name):
     torch, _, peft = libraries
     lora = random_lora(RANKS[name], seed=len(name))
     save_peft(tmp_path, lora, SMALL, RANKS[name], str(base[0]))
@@ -124,7 +125,7 @@ def test_peft_computes_the_same_logits_from_what_we_save(tmp_path, libraries, ba
     plain = torch_logits(torch, reference, tokens_BT)
     model = peft.PeftModel.from_pretrained(reference, tmp_path)
     adapted = torch_logits(torch, model, tokens_BT)
-    assert np.abs(adapted - plain).max() > 0.1  # otherwise agreement would say nothing of the adapter
+    assert np.abs(adapted - plain).max() > 0.1  # otherwise the comparison would not test the adapter
     ours = logits(Model(SMALL, RANKS[name]), base[1], lora, tokens_BT)
     np.testing.assert_allclose(ours, adapted, atol=1e-4, rtol=0)
     merged = torch_logits(torch, model.merge_and_unload(), tokens_BT)  # docs/adapters.md recommends it
@@ -133,8 +134,8 @@ def test_peft_computes_the_same_logits_from_what_we_save(tmp_path, libraries, ba
 
 @pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
 @pytest.mark.parametrize("name", RANKS)
-def test_we_compute_the_same_logits_from_what_peft_saves(tmp_path, libraries, base, reference, name):
-    """An adapter that never was ours: named, configured, drawn and saved by peft. With the head it saves a copy of the base's head, too."""
+def test_we_load_pefts_adapter_and_compute_equal_logits(tmp_path, libraries, base, reference, name):
+    """peft creates, configures and saves the adapter. If it adapts the head, it also saves a copy of the base's head."""
     torch, _, peft = libraries
     lora = RANKS[name]
     modules = {f"{letter}_proj": lora.attention_rank for letter in "qkvo"} | {"lm_head": lora.head_rank}
@@ -165,7 +166,7 @@ def test_we_compute_the_same_logits_from_what_peft_saves(tmp_path, libraries, ba
 
 
 def test_gradients_equal_torch(tmp_path, libraries, base, reference):
-    """Of a scalar of the logits with respect to every adapter weight, matched by the names under which both sides save them."""
+    """Gradients of a scalar of the logits with respect to every adapter weight, matched by the names in both saved files."""
     torch, _, peft = libraries
     model, lora, tokens_BT = Model(SMALL, LORA), random_lora(LORA, seed=7), random_tokens(seed=7)
     weights_BTV = np.random.default_rng(8).standard_normal((*tokens_BT.shape, SMALL.vocab_size)).astype(np.float32) / tokens_BT.size
@@ -186,7 +187,7 @@ def test_gradients_equal_torch(tmp_path, libraries, base, reference):
         np.testing.assert_allclose(ours[name], gradient, atol=1e-4 * np.abs(gradient).max(), rtol=0, err_msg=name)
 
 
-# ---------------------------------------------------------------------- the format by itself
+# ---------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("name", RANKS)
@@ -202,7 +203,7 @@ def test_round_trip_is_exact(tmp_path, name):
 
 
 @pytest.mark.parametrize("left_out", GROUPS)
-def test_rank_0_leaves_a_target_out(tmp_path, left_out):
+def test_targets_of_rank_0_are_not_saved(tmp_path, left_out):
     ranks = dataclasses.replace(LORA, **{left_out: 0})
     save_peft(tmp_path, random_lora(ranks), SMALL, ranks, "base")
     names = safetensors.numpy.load_file(tmp_path / WEIGHTS).keys()
@@ -210,13 +211,13 @@ def test_rank_0_leaves_a_target_out(tmp_path, left_out):
         assert any(part in name for name in names) == (rank != left_out)
     content = json.loads((tmp_path / CONFIG).read_text())
     targets = [*content["target_modules"], *(content["target_parameters"] or [])]
-    wanted = {"attention_rank": ["q_proj", "k_proj", "v_proj", "o_proj"], "head_rank": ["lm_head"]}
-    wanted["expert_rank"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    assert sorted(targets) == sorted(target for rank, some in wanted.items() if rank != left_out for target in some)
+    expected = {"attention_rank": ["q_proj", "k_proj", "v_proj", "o_proj"], "head_rank": ["lm_head"]}
+    expected["expert_rank"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert sorted(targets) == sorted(target for rank, some in expected.items() if rank != left_out for target in some)
 
 
-def test_read_onto_a_mesh(tmp_path):
-    """Laid out as the model wants it; four devices are simulated in another process."""
+def test_loading_onto_a_mesh(tmp_path):
+    """Shardings are the model's, and values are equal. A separate process simulates four devices."""
     even = dataclasses.replace(SMALL, vocab_size=98)
     save_peft(tmp_path, random_lora(LORA, config=even), even, LORA, "base")
     code = """
@@ -241,7 +242,7 @@ print("equal")
     assert ended.stdout == "equal\n", ended.stderr
 
 
-# ---------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------- errors
 
 
 @pytest.fixture
@@ -264,7 +265,7 @@ def change_tensors(path, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_rslora": True}, r"use_rslora = True.*plain LoRA"),
+        ({"use_rslora": True}, "use_rslora = True"),
         ({"use_dora": True}, "use_dora = True"),
         ({"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"lora_bias": True, "modules_to_save": ["embed_tokens"]}, r"lora_bias = True; modules_to_save = \['embed_tokens'\]"),
@@ -272,34 +273,34 @@ def change_tensors(path, change):
         ({"kasa_config": {"beta": 1.0}}, "kasa_config"),
         ({"some_later_variant": {"on": True}}, "some_later_variant"),
         ({"peft_type": "LOHA"}, r"peft_type = 'LOHA' \(allowed: 'LORA'\)"),
-        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'.*changes the base weights"),
-        ({"rank_pattern": {"k_proj": 3}}, r"different ranks of attention targets: 2 \(model.layers.0.self_attn.q_proj\), 3 \(.*k_proj\)"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+        ({"rank_pattern": {"k_proj": 3}}, r"attention.* 2 \(model.layers.0.self_attn.q_proj\), 3 \(.*k_proj\)"),
         (
             {"alpha_pattern": {r"layers\.2\.mlp\.experts\.down_proj": 1}},
-            r"different alphas: 6 .*, 1 \(model.layers.2.mlp.experts.down_proj",
+            r"alphas: 6 .*, 1 \(model.layers.2.mlp.experts.down_proj",
         ),
-        ({"rank_pattern": {"(": 3}}, "rank_pattern = {'\\(': 3}, which cannot be read"),
-        ({"r": None}, "None among the ranks of expert targets"),
-        ({"lora_alpha": "much"}, "'much' among the alphas"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern = {'\(': 3}"),
+        ({"r": None}, "None.*ranks.*expert"),
+        ({"lora_alpha": "much"}, "'much'.*alphas"),
     ],
 )
-def test_configs_that_cannot_be_represented(saved, changes, message):
+def test_unsupported_configs_are_refused(saved, changes, message):
     change_config(saved, **changes)
     with pytest.raises(WeightsError, match=message):
         load_peft(saved, Model(SMALL, LORA))
 
 
-def test_other_targets_are_named(saved):
+def test_unsupported_targets_are_named(saved):
     router = "base_model.model.model.layers.1.mlp.router.lora_A.weight"
     change_tensors(saved, lambda arrays: arrays.update({router: np.zeros((2, 64), np.float32)}))
-    with pytest.raises(WeightsError, match=r"1 tensors that have no adapter here, such as .*layers.1.mlp.router.lora_A.*Possible targets"):
+    with pytest.raises(WeightsError, match=r"1 tensors.*layers.1.mlp.router.lora_A"):
         load_peft(saved, Model(SMALL, LORA))
 
 
 @pytest.mark.parametrize("part", ["layers.3.self_attn.k_proj", "layers.0.mlp.experts.base_layer", "lm_head.lora_B"])
 def test_missing_tensors_are_named(saved, part):
     change_tensors(saved, lambda arrays: [arrays.pop(name) for name in list(arrays) if part in name])
-    with pytest.raises(WeightsError, match=rf"lacks \d tensors, such as .*{part}"):
+    with pytest.raises(WeightsError, match=rf"lacks \d tensors.*{part}"):
         load_peft(saved, Model(SMALL, LORA))
 
 
@@ -312,23 +313,19 @@ def test_wrong_shapes_and_types_are_named(saved):
         arrays["base_model.model.lm_head.lora_A.weight"] = arrays["base_model.model.lm_head.lora_A.weight"].astype(np.float64)
 
     change_tensors(saved, change)
-    with pytest.raises(
-        WeightsError, match=r"5 tensors that do not fit: .*base_layer.lora_A.weight has shape \(8, 96\), and \(8, 64\)"
-    ) as caught:
+    with pytest.raises(WeightsError, match=r"5 tensors.*base_layer.lora_A.weight.*\(8, 96\).*\(8, 64\)") as caught:
         load_peft(saved, Model(SMALL, LORA))
-    assert "lm_head.lora_A.weight is F64, and must be F32 or BF16 or F16" in str(caught.value)
+    assert re.search(r"lm_head.lora_A.weight .*F64", str(caught.value))
 
 
-def test_an_adapter_of_another_model_is_refused(saved):
-    with pytest.raises(
-        WeightsError, match=r"holds an adapter with LoraConfig\(attention_rank=4.*and the model has LoraConfig\(attention_rank=32"
-    ):
+def test_adapters_of_other_models_are_refused(saved):
+    with pytest.raises(WeightsError, match=r"LoraConfig\(attention_rank=4.*LoraConfig\(attention_rank=32"):
         load_peft(saved, Model(SMALL))
-    with pytest.raises(WeightsError, match="have no adapter here"):
+    with pytest.raises(WeightsError, match=r"layers\.2\..* 2 layers"):
         load_peft(saved, Model(dataclasses.replace(SMALL, num_layers=2), LORA))
     with pytest.raises(WeightsError, match="lacks 24 tensors"):
         load_peft(saved, Model(dataclasses.replace(SMALL, num_layers=6), LORA))
-    with pytest.raises(WeightsError, match="has shape"):
+    with pytest.raises(WeightsError, match=r"layers\.0\.mlp\.experts.*\(8, 64\).*\(16, 64\)"):
         load_peft(saved, Model(dataclasses.replace(SMALL, num_experts=8), LORA))
 
 
@@ -336,27 +333,27 @@ def test_damaged_folders_are_named(saved):
     model = Model(SMALL, LORA)
     whole = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(whole[:-10])
-    with pytest.raises(WeightsError, match="damaged or truncated"):
+    with pytest.raises(WeightsError, match=f"{WEIGHTS}.*truncated"):
         load_peft(saved, model)
     (saved / WEIGHTS).unlink()
-    with pytest.raises(WeightsError, match=r"has no adapter_model.safetensors; adapter_model.bin is not read"):
+    with pytest.raises(WeightsError, match=WEIGHTS):
         load_peft(saved, model)
     (saved / CONFIG).write_text("[]")
-    with pytest.raises(WeightsError, match="no JSON object"):
+    with pytest.raises(WeightsError, match=f"{CONFIG}.*list"):
         load_peft(saved, model)
-    with pytest.raises(WeightsError, match=r"nowhere.adapter_config.json cannot be read.*Give a folder as `peft` saves it"):
+    with pytest.raises(WeightsError, match=r"nowhere.adapter_config\.json"):
         load_peft(saved / "nowhere", model)
 
 
-def test_what_cannot_be_saved(tmp_path):
-    with pytest.raises(WeightsError, match="All ranks of this adapter are 0"):
+def test_save_peft_refuses_wrong_trees_and_paths(tmp_path):
+    with pytest.raises(WeightsError, match=r"ranks.* 0"):
         save_peft(tmp_path / "a", {}, SMALL, LoraConfig(0, 0, 0), "base")
     other = dataclasses.replace(LORA, head_rank=2)
-    with pytest.raises(WeightsError, match=r"2 arrays differ: head/lora_a is \(3, 64\), not \(2, 64\); head/lora_b"):
+    with pytest.raises(WeightsError, match=r"2 arrays.*head/lora_a.*\(2, 64\).*\(3, 64\).*head/lora_b"):
         save_peft(tmp_path / "a", random_lora(LORA), SMALL, other, "base")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(WeightsError, match="cannot be used for an adapter"):
+    with pytest.raises(WeightsError, match="/file"):
         save_peft(tmp_path / "file", random_lora(LORA), SMALL, LORA, "base")
 
 
@@ -364,7 +361,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 
 def make_run(path, weights, *, max_grad_norm=0.0, steps=(0, 1, 2), **changes):
-    """What a training run leaves behind: config.json, and checkpoints with an adapter each."""
+    """The files of a training run: config.json, and checkpoints with adapters."""
     config = settings.default_config()
     config.model.weights = str(weights)
     config.lora.update(dataclasses.asdict(LORA))
@@ -388,43 +385,44 @@ def test_the_command_exports_a_checkpoint(tmp_path, base):
     before = sorted(run.rglob("*"))
     ended = command(f"--run={run}", f"--out={tmp_path / 'latest'}")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == f"checkpoint 2 of {run}: ranks 4 (attention), 2 (experts), 3 (head), alpha 6: {tmp_path / 'latest'}\n"
+    assert re.search(r"checkpoint 2\b.*ranks 4 .*2 .*3 .*alpha 6\b", ended.stdout)
+    assert str(tmp_path / "latest") in ended.stdout
     assert_identical(load_peft(tmp_path / "latest", Model(SMALL, LORA)), random_lora(LORA, seed=2))
     assert json.loads((tmp_path / "latest" / CONFIG).read_text())["base_model_name_or_path"] == str(base[0])
     ended = command(f"--run={run}", "--step=0", f"--out={tmp_path / 'first'}", "--base=openai/gpt-oss-20b")
     assert ended.returncode == 0, ended.stderr
     assert_identical(load_peft(tmp_path / "first", Model(SMALL, LORA)), random_lora(LORA, seed=0))
     assert json.loads((tmp_path / "first" / CONFIG).read_text())["base_model_name_or_path"] == "openai/gpt-oss-20b"
-    assert sorted(run.rglob("*")) == before  # the run may be going on: nothing in it is touched
+    assert sorted(run.rglob("*")) == before  # export must not change a run directory that may be in use
     ended = command(f"--run={run}", "--step=7", f"--out={tmp_path / 'none'}", module="discover_jax.models.export_adapter")  # its old name
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: There is no checkpoint 7")
+    assert re.match("error: .*checkpoint 7", ended.stderr)
     assert "Traceback" not in ended.stderr
 
 
 def test_runs_without_an_adapter_are_refused(tmp_path, base):
-    with pytest.raises(RunError, match="not a run directory"):
+    with pytest.raises(RunError, match=r"--run"):
         export_adapter(tmp_path, tmp_path / "out")
     run = make_run(tmp_path / "none yet", base[0], steps=())
-    with pytest.raises(RunError, match="no complete checkpoint yet"):
+    with pytest.raises(RunError, match=r"none yet.*checkpoint"):
         export_adapter(run, tmp_path / "out")
     (run / "checkpoints").rmdir()
-    with pytest.raises(RunError, match="no checkpoints yet"):
+    with pytest.raises(RunError, match=r"none yet.*checkpoints"):
         export_adapter(run, tmp_path / "out")
     search = make_run(tmp_path / "search", base[0], steps=())
     Checkpoints(search / "checkpoints", keep=1, every=0).save(0, None, {})
-    with pytest.raises(RunError, match="has no adapter"):
+    with pytest.raises(RunError, match=r"Checkpoint 0\b.*adapter"):
         export_adapter(search, tmp_path / "out")
     moved = make_run(tmp_path / "moved", tmp_path / "elsewhere", steps=(0,))
-    with pytest.raises(WeightsError, match="sizes of the model are read from the weights"):
+    with pytest.raises(WeightsError, match="elsewhere"):
         export_adapter(moved, tmp_path / "out")
     drawn = make_run(tmp_path / "drawn", "random", steps=(), **{"model.shape": "gpt-oss-20b"})
-    with pytest.raises(RunError, match="random weights"):
+    with pytest.raises(RunError, match=r"random.*--base"):
         export_adapter(drawn, tmp_path / "out")
     older = make_run(tmp_path / "older", base[0], steps=(0,))
     content = json.loads((older / "config.json").read_text())
     del content["config"]["train.max_grad_norm"]
     (older / "config.json").write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"lacks a setting.*max_grad_norm"):
+    with pytest.raises(RunError, match=r"config\.json.*max_grad_norm"):
         export_adapter(older, tmp_path / "out")
     assert not (tmp_path / "out").exists()
