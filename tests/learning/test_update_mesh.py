@@ -1,4 +1,4 @@
-"""The update on a mesh of simulated devices equals the update on one, and its results stay laid out as the adapter is."""
+"""The update on a mesh of simulated devices equals the update on one device, and its results keep the adapter's layout."""
 
 import os
 import subprocess
@@ -46,10 +46,10 @@ for model in (alone, spread):
     state, metrics = update.update_in_substeps(weights, state, parts)
     assert int(state.step) == 2
     if model.mesh is not None:
-        wanted = [s.sharding for s in jax.tree.leaves(model.abstract_lora())]
-        assert sum(not s.is_fully_replicated for s in wanted) > 10
+        expected = [s.sharding for s in jax.tree.leaves(model.abstract_lora())]
+        assert sum(not s.is_fully_replicated for s in expected) > 10
         for tree in (state.lora, state.opt_state[0].mu, state.opt_state[0].nu):
-            for leaf, sharding in zip(jax.tree.leaves(tree), wanted, strict=True):
+            for leaf, sharding in zip(jax.tree.leaves(tree), expected, strict=True):
                 assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (leaf.sharding, sharding)
         state, _ = update.update(weights, state, batches)
         assert update._accumulate._cache_size() == update._apply._cache_size() == 1
@@ -59,14 +59,14 @@ for model in (alone, spread):
         except ShardingError as error:
             assert "size 3" in str(error)
         else:
-            raise AssertionError("3 rows were spread over 2 devices")
+            raise AssertionError("3 rows were accepted on 2 devices")
     results.append((gradient, metrics))
 (one, one_metrics), (many, many_metrics) = results
 for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
     assert np.linalg.norm(a) > 1e-4
     assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
 assert ("kl_base/mean" in one_metrics) == (kl_coefficient > 0)
-# Adam's first step divides each entry by its size, so rounding in small ones shows in the second substep.
+# Adam's first step divides each entry by its size, so rounding errors of small entries affect the second substep.
 for key, value in one_metrics.items():
     assert abs(value - many_metrics[key]) <= 1e-3 * max(1, abs(value)), key
 print("equal")

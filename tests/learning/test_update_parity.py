@@ -1,4 +1,4 @@
-"""The whole update against an independent autograd: torch on transformers' GptOssForCausalLM with the adapter merged into its weights."""
+"""The whole update, compared with torch's autograd on transformers' GptOssForCausalLM with the adapter merged into its weights."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ MATRICES = {
 
 @pytest.fixture(scope="module")
 def reference():
-    """A random gpt-oss in float32, eager in attention and experts, with a window of 8 that rollouts outgrow."""
+    """A random gpt-oss in float32, with eager attention and experts, and a sliding window of 8, which is shorter than the rollouts."""
     config = transformers.GptOssConfig(
         num_hidden_layers=4,
         num_local_experts=4,
@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def case(reference, tmp_path_factory):
-    """The same weights in JAX, an adapter whose B is not zero (or A would have no gradient), and rollouts with ratios around 1."""
+    """The same weights in JAX, an adapter whose B is not zero (otherwise A has no gradient), and rollouts with ratios around 1."""
     folder = tmp_path_factory.mktemp("gpt_oss")
     reference.save_pretrained(folder)
     config, frozen = load_folder(folder)
@@ -108,7 +108,7 @@ def case(reference, tmp_path_factory):
 
 
 def torch_leaves(lora):
-    """Hugging Face name of a weight -> its A and B as torch leaves; our stacked pairs are unstacked into layers."""
+    """Hugging Face name of a weight -> its A and B as torch leaves. Stacked pairs of layers are unstacked."""
     leaves = {"lm_head.weight": lora["head"]}
     for kind, layers in lora["pairs"].items():
         for name, (block, matrix) in MATRICES.items():
@@ -122,7 +122,7 @@ def torch_leaves(lora):
 
 
 def torch_logprobs(reference, leaves, tokens, prompt):
-    """Log-probabilities of the generated tokens of one rollout, alone in its batch, with W + (alpha / rank) B A for every weight."""
+    """Log-probabilities of the generated tokens of one unpacked rollout, with W + (alpha / rank) B A for every weight."""
     merged = {}
     for name, weight in reference.named_parameters():
         if name in leaves:
@@ -146,7 +146,7 @@ TORCH_LOSSES = {
 
 
 def torch_loss(reference, leaves, case, loss="importance_sampling", advantages=None):
-    """sum over chosen tokens of a loss: by default -exp(logp - logp_sampler) A. Advantages are by rollout, or arrays by token."""
+    """Sum of a loss over chosen tokens. An advantage is a number per rollout, or an array with a number per token."""
     total = torch.zeros(())
     for rollout, advantage in zip(case.rollouts, case.advantages if advantages is None else advantages, strict=True):
         tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
@@ -163,7 +163,7 @@ def update(case):
 
 @pytest.fixture(scope="module")
 def batches(case):
-    """Several microbatches, of which some rows hold several rollouts."""
+    """Several microbatches. Some rows have several rollouts."""
     batches = pack(case.rollouts, case.advantages, row_tokens=48, rows=1)
     assert len(batches) > 1
     assert max(batch.segments_BT.max() for batch in batches) > 1
@@ -171,12 +171,12 @@ def batches(case):
 
 
 def assert_close(ours, theirs, tolerance):
-    """Each leaf within a relative distance (Euclidean); all leaves compared."""
+    """Checks that the relative Euclidean distance of each pair of leaves is at most `tolerance`."""
     ours, theirs = jax.tree_util.tree_leaves_with_path(ours), jax.tree_util.tree_leaves_with_path(theirs)
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         norm = np.linalg.norm(b)
-        assert norm > 1e-4, path  # every matrix takes part, so that the comparison means something
+        assert norm > 1e-4, path  # a comparison of zeros would prove nothing
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= tolerance * norm, path
 
 
@@ -185,12 +185,12 @@ def as_numpy(leaves, of):
 
 
 def renamed(tree):
-    """A tree of ours in the order and form of `torch_leaves`, as numpy."""
+    """A tree of the adapter in the order and form of `torch_leaves`, as numpy."""
     return as_numpy(torch_leaves(tree), lambda leaf: leaf)
 
 
 def test_gradient_equals_torch(reference, case, update, batches):
-    """All of it: packing, segments, temperature, loss, every adapter."""
+    """Covers packing, segments, temperature, loss, and every matrix of the adapter."""
     leaves = torch_leaves(case.lora)
     loss = torch_loss(reference, leaves, case)
     loss.backward()
@@ -217,7 +217,7 @@ def test_gradients_of_the_other_losses_equal_torch(reference, case, batches, los
 
 
 def test_kl_shaping_equals_torch(reference, case, update, batches):
-    """The base model is the same one without its adapter, at the sampler's temperature."""
+    """The base model is the model without its adapter, at the sampler's temperature."""
     gaps = []
     for rollout in case.rollouts:
         tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
@@ -231,12 +231,12 @@ def test_kl_shaping_equals_torch(reference, case, update, batches):
     (shaped,), metrics = shaping.shape(case.frozen, [batches])
     assert metrics["kl_base/mean"] == pytest.approx(mean, rel=1e-4)
     assert abs(mean) > 0.01  # the adapter of this case is far from zero
-    gradient, _ = update.gradient(case.frozen, case.lora, shaped)  # as `shaping`'s own, already compiled
+    gradient, _ = update.gradient(case.frozen, case.lora, shaped)  # the same function as `shaping`'s, and already compiled
     assert_close(renamed(gradient), as_numpy(leaves, lambda leaf: leaf.grad), 1e-5)
 
 
 def test_adam_step_equals_torch(reference, case, update, batches):
-    """Report's settings. Adam divides a gradient by its size, so only entries well above its rounding error are compared one by one."""
+    """The report's settings. Adam divides a gradient by its size, so only entries far above rounding error are compared one by one."""
     leaves = torch_leaves(case.lora)
     torch_loss(reference, leaves, case).backward()
     before = as_numpy(leaves, lambda leaf: leaf)
@@ -257,7 +257,7 @@ def test_adam_step_equals_torch(reference, case, update, batches):
 
 def test_packing_microbatches_and_order_do_not_change_the_gradient(case, update, batches):
     expected = renamed(update.gradient(case.frozen, case.lora, batches)[0])
-    for row_tokens, rows in ((48, 1), (30, 5)):  # the same shape in another order; one microbatch with a rollout a row
+    for row_tokens, rows in ((48, 1), (30, 5)):  # the same shape in another order; one microbatch with one rollout per row
         packed = pack(case.rollouts[::-1], case.advantages[::-1], row_tokens=row_tokens, rows=rows)
         gradient, _ = update.gradient(case.frozen, case.lora, packed)
         assert_close(renamed(gradient), expected, 1e-5)
@@ -267,7 +267,7 @@ def test_packing_microbatches_and_order_do_not_change_the_gradient(case, update,
 
 
 def test_no_leak_between_rollouts_of_a_row(case):
-    """Every token of one rollout is changed: the log-probabilities of its neighbours in the row stay, its own change."""
+    """A change of every token of one rollout changes its log-probabilities, but not those of the other rollouts in the row."""
     (batch,) = pack(case.rollouts, case.advantages, row_tokens=128, rows=1)
     assert batch.segments_BT.max() == len(case.rollouts)
     run = jax.jit(lambda batch: token_logprobs(case.model, case.frozen, case.lora, batch, chunk_tokens=32)[0])
