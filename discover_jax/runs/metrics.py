@@ -28,80 +28,74 @@ REQUIRED: tuple[str, ...] = (
 """Present in every row; null if there is nothing to measure."""
 
 _OUTCOMES = {
-    Outcome.OK: "rollouts whose program got a score",
-    Outcome.FORMAT_ERROR: "rollouts without a program in the final channel",
-    Outcome.EXCEPTION: "rollouts whose program raised an exception",
-    Outcome.INVALID_SUBMISSION: "rollouts whose program returned an invalid submission",
-    Outcome.TIMEOUT: "rollouts whose program exceeded the time limit",
-    Outcome.OUT_OF_MEMORY: "rollouts whose program exceeded the memory limit",
-    Outcome.OUTPUT_FLOOD: "rollouts whose program printed too much",
-    Outcome.RESULT_TOO_BIG: "rollouts whose program returned too large a submission",
-    Outcome.KILLED: "rollouts whose program was killed by a signal",
-    Outcome.SANDBOX_ERROR: "always 0: after a host fault the program runs again (programs/retried); if that fails too, the run stops",
+    Outcome.OK: "program got a score",
+    Outcome.FORMAT_ERROR: "without a program in the final channel",
+    Outcome.EXCEPTION: "program raised an exception",
+    Outcome.INVALID_SUBMISSION: "program returned an invalid submission",
+    Outcome.TIMEOUT: "program exceeded the time limit",
+    Outcome.OUT_OF_MEMORY: "program exceeded the memory limit",
+    Outcome.OUTPUT_FLOOD: "program printed too much",
+    Outcome.RESULT_TOO_BIG: "submission was too large",
+    Outcome.KILLED: "program was killed by a signal",
+    Outcome.SANDBOX_ERROR: "always 0: host faults are retried (programs/retried) or stop the run",
 }
 
 SCHEMA: dict[str, tuple[str, str]] = {
     "step": ("", "step number, from 0"),
-    "reward/mean": ("reward", "mean over the step's rollouts, including failures and constant groups"),
+    "reward/mean": ("reward", "mean over the step's rollouts, failures included"),
     "reward/max": ("reward", "highest reward of the step"),
     "reward/min": ("reward", "lowest reward of the step"),
-    "best/score": ("metric", "score of the run's best program so far, in the metric's own direction; null before the first valid program"),
+    "best/score": ("metric", "score of the run's best program so far; null before the first valid program"),
     "rollouts/count": ("rollouts", "rollouts of the step"),
     "rollouts/valid_frac": ("fraction", "rollouts whose program got a score"),
-    "rollouts/distinct_frac": ("fraction", "distinct programs among the rollouts with a program; null if there are none"),
+    "rollouts/distinct_frac": ("fraction", "distinct programs among those of the step; null if there are none"),
     "groups/constant_frac": ("fraction", "groups whose rewards are all equal"),
-    "groups/unused_frac": (
-        "fraction",
-        "groups left out of the update, because their signals (docs/algorithm.md) are all equal or too few for the estimator",
-    ),
+    "groups/unused_frac": ("fraction", "groups left out of the update: their signals are all equal or too few (docs/algorithm.md)"),
     "prompt/shortened": ("prompts", "prompts whose output or error was cut to fit sampling.max_prompt_tokens"),
     "tokens/mean": ("tokens", "mean length of a rollout"),
     **{f"outcome/{outcome.value}": ("rollouts", meaning) for outcome, meaning in _OUTCOMES.items()},
-    "advantage/mean": ("", "mean advantage, without groups left out of the update"),
+    "advantage/mean": ("", "mean advantage in the groups of the update"),
     "advantage/min": ("", "lowest advantage"),
     "advantage/max": ("", "highest advantage"),
     "advantage/beta": ("1/reward", "inverse temperature of the entropic estimator, mean over groups"),
     "advantage/saturated_frac": ("fraction", "groups in which the estimator reached a numerical limit"),
     "advantage/tied_frac": ("fraction", "rollouts of a group that share its best signal, mean over groups"),
-    "diversity/duplicate_frac": ("fraction", "programs equal to an earlier one of their group, ignoring names and layout"),
-    "diversity/distinct_frac": ("fraction", "distinct programs of the step, ignoring names and layout"),
-    "diversity/distance": ("", "mean structural distance between programs of a group: 0 identical, 1 nothing in common"),
+    "diversity/duplicate_frac": ("fraction", "programs equal to an earlier one of their group, up to names and layout"),
+    "diversity/distinct_frac": ("fraction", "distinct programs of the step, up to names and layout"),
+    "diversity/distance": ("", "mean distance between programs of a group: 0 identical, 1 nothing in common"),
     "loss": ("", "reduced loss before the update"),
     "tokens": ("tokens", "tokens included in the loss"),
-    "logprob_gap/mean": (
-        "nats",
-        "mean absolute difference between trainer and sampler log-probability of a sampled token, before the update",
-    ),
+    "logprob_gap/mean": ("nats", "mean absolute difference between trainer and sampler log-probability of a token, before the update"),
     "logprob_gap/max": ("nats", "largest such difference"),
-    "ratio/min": ("", "smallest probability ratio trainer / sampler of a token"),
-    "ratio/max": ("", "largest probability ratio trainer / sampler of a token"),
+    "ratio/min": ("", "smallest probability ratio trainer / sampler"),
+    "ratio/max": ("", "largest probability ratio trainer / sampler"),
     "ratio/limited_frac": ("fraction", "tokens whose ratio the loss clips or truncates"),
-    "kl_base/mean": ("nats", "mean of log p_sampler - log p_base over tokens: an estimate of the KL to the base model"),
+    "kl_base/mean": ("nats", "KL to the base model: mean of log p_sampler - log p_base over tokens"),
     "entropy": ("nats", "mean policy entropy at the sampled tokens"),
     "grad_norm": ("", "L2 norm of the gradient before clipping"),
-    "update/filled_frac": ("fraction", "positions of the update's packed rows that hold a token; the rest is padding"),
-    "update/skipped": ("", "1 if there was no update because every group was left out; else 0"),
+    "update/filled_frac": ("fraction", "share of the update's packed rows that is not padding"),
+    "update/skipped": ("", "1 if every group was left out, so there was no update; else 0"),
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
-    "sample/utilisation": ("fraction", "decoding slots that were busy while rollouts waited for a slot; 1 if none ever waited"),
+    "sample/utilisation": ("fraction", "busy decoding slots while rollouts waited for one; 1 if none waited"),
     "sample/set_aside": ("rollouts", "how often a rollout was moved to host memory because the KV cache was full"),
     "sample/cache_tokens": ("tokens", "peak use of the KV cache, in whole pages, summed over devices"),
-    "sample/compilations": ("", "functions that the sampler compiled since the start; must not grow after the first steps"),
+    "sample/compilations": ("", "functions that the sampler compiled since the start; constant after the first steps"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),
     "programs/seconds": ("s", "total running time of the step's programs, without cached ones"),
-    "programs/retried": ("", "how often a program of the step was run again after a real or possible host fault"),
+    "programs/retried": ("", "how often a program ran again after a possible host fault"),
     "programs/cached_frac": ("fraction", "programs whose verdict came from an identical earlier one"),
-    "time/sample_s": ("s", "from the start of the step to the last rollout; programs already run meanwhile"),
+    "time/sample_s": ("s", "from the start of the step to the last rollout; programs run meanwhile"),
     "time/execute_s": ("s", "waiting for programs after the last rollout"),
-    "time/update_s": ("s", "advantages, packing and optimiser steps; without an update, measuring the log-probability gap"),
+    "time/update_s": ("s", "advantages, packing and optimiser steps; without an update, the log-probability gap"),
     "time/save_s": ("s", "writing the journal, best/ and rollouts"),
-    "time/checkpoint_s": ("s", "writing the checkpoint and report of the step before; null in the first step after a start"),
+    "time/checkpoint_s": ("s", "checkpoint and report of the step before; null in the first step after a start"),
     "time/step_s": ("s", "the whole step up to this row, without its own checkpoint"),
 }
 """Name -> (unit, meaning), in the order of a row."""
 
 TASK_SCHEMA: dict[str, tuple[str, str]] = {
     "reward_mean": ("reward", "mean over the competition's rollouts of the step; null without rollouts"),
-    "best_score": ("metric", "score of its best program so far"),
+    "best_score": ("metric", "score of its best program so far (best/score is null)"),
 }
 """Columns task/ID/NAME of each competition in runs with several, whose best/score is null."""
 
@@ -194,9 +188,9 @@ def markdown() -> str:
     """The text of docs/metrics.md."""
     head = (
         "# Metrics\n\n"
-        "`main` and `search` write one JSON object per step and line to `metrics.jsonl`, under the same names. A name is absent if it\n"
-        "does not apply (a search has no loss) and null if there was nothing to measure. Names in bold are in every row. Names, units and\n"
-        "meanings are stable; new names may be added. TensorBoard and W&B use the same names and steps.\n\n"
+        "`metrics.jsonl` has one JSON object per step and line. A name is absent if it does not apply (a search has no loss) and null if\n"
+        "there was nothing to measure. Names in bold are in every row. Names and units are stable; new names may be added. TensorBoard\n"
+        "and W&B use the same names and steps.\n\n"
         "Generated by `python -m discover_jax.runs.metrics > docs/metrics.md`.\n\n"
         "| name | unit | meaning |\n|---|---|---|\n"
     )
@@ -205,8 +199,7 @@ def markdown() -> str:
         for name, (unit, meaning) in SCHEMA.items()
     )
     of_tasks = (
-        f"| `task/ID/{name}` | {unit} | {meaning}; only with several competitions, where best/score is null |\n"
-        for name, (unit, meaning) in TASK_SCHEMA.items()
+        f"| `task/ID/{name}` | {unit} | {meaning}; only with several competitions |\n" for name, (unit, meaning) in TASK_SCHEMA.items()
     )
     return head + "".join([*rows, *of_tasks])
 
