@@ -14,11 +14,11 @@ from discover_jax.sampling.draw import draw_tokens, rollout_keys
 
 @dataclasses.dataclass(frozen=True)
 class SecondPhase:
-    """Makes a rollout that thinks too long begin its answer. The policy does not choose forced tokens, so they have no log-probability.
+    """Forces a rollout that thinks too long to begin its answer. Forced tokens have log-probability 0 and are excluded from the loss.
 
     Attributes:
-      after: tokens of the first phase. A rollout that has not begun its answer by then gets the forced tokens and continues freely.
-      opening: consecutive tokens with which an answer begins; the first one must not repeat.
+      after: tokens of the first phase. A rollout that has not begun its answer by then gets the forced tokens; then sampling continues.
+      opening: consecutive tokens that begin an answer; the first one must not occur again among them.
       forced: the forced tokens; they must end in `opening` and contain no stop token.
 
     Raises:
@@ -31,11 +31,11 @@ class SecondPhase:
 
     def __post_init__(self):
         if self.after < 1:
-            raise ConfigError(f"The first phase must have at least 1 token; got {self.after}.")
+            raise ConfigError(f"after, the length of the first phase, must be at least 1 token; got {self.after}.")
         if not self.opening or self.opening[0] in self.opening[1:]:
-            raise ConfigError(f"The opening of an answer must not be empty or repeat its first token; got {self.opening}.")
+            raise ConfigError(f"opening must not be empty, and its first token must not occur again in it; got {self.opening}.")
         if self.forced[-len(self.opening) :] != self.opening:
-            raise ConfigError(f"The forced tokens must end in the opening {self.opening} of an answer; got {self.forced}.")
+            raise ConfigError(f"forced must end with the tokens of opening, {self.opening}; got {self.forced}.")
 
 
 @jax.tree_util.register_dataclass
@@ -45,13 +45,14 @@ class Rows:
 
     Attributes:
       ring_k_LBKWH, ring_v_LBKWH, lengths_B: of the cache; a length of 0 marks an empty or finished row.
-      hidden_BD: the stream at each row's last token; the next token is sampled from it.
-      groups_B, indices_B: int32, the row's rollout.
-      temperatures_B: float32, of sampling.
-      counts_B: int32, tokens generated.
+      hidden_BD: hidden state at each row's last token; the next token is sampled from it.
+      groups_B, indices_B: int32, group and index of the row's rollout.
+      temperatures_B: float32, sampling temperature.
+      counts_B: int32, number of generated tokens.
       alive_B: bool, False for rows that are finished or empty.
-      opened_B: int32, number of tokens of `SecondPhase.opening` that came last; constant once all came. 0 without a second phase.
-      forcing_B: bool, whether the last token was forced, so that the next one may be.
+      opened_B: int32, number of tokens of `SecondPhase.opening` that the row ends with. Constant once the opening is complete; 0 without a
+        second phase.
+      forcing_B: bool, whether the last token was forced.
     """
 
     ring_k_LBKWH: jax.Array
@@ -68,32 +69,32 @@ class Rows:
 
 
 Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""Tokens, log-probabilities, whether the policy chose the token, and the experts that read it [..., L, X]."""
+"""Tokens, their log-probabilities, whether the policy chose them, and the experts that they were routed to [..., L, X]."""
 
 
 def _axis(name: str) -> int:
     return 1 if name.startswith("ring") else 0
 
 
-def take_rows(rows: Rows, places_R: jax.Array) -> Rows:
-    """These rows, in this order."""
-    taken = {field.name: jnp.take(getattr(rows, field.name), places_R, _axis(field.name)) for field in dataclasses.fields(Rows)}
+def take_rows(rows: Rows, slots_R: jax.Array) -> Rows:
+    """The rows of these slots, in this order."""
+    taken = {field.name: jnp.take(getattr(rows, field.name), slots_R, _axis(field.name)) for field in dataclasses.fields(Rows)}
     return Rows(**taken)
 
 
-def put_row(rows: Rows, place: jax.Array, one: Rows) -> Rows:
-    """The rows with one replaced by the only row of `one`."""
+def put_row(rows: Rows, slot: jax.Array, one: Rows) -> Rows:
+    """The rows, with that of `slot` replaced by the only row of `one`."""
     put = {}
     for field in dataclasses.fields(Rows):
         into, value = getattr(rows, field.name), getattr(one, field.name)
-        put[field.name] = jax.lax.dynamic_update_index_in_dim(into, value, place, _axis(field.name))
+        put[field.name] = jax.lax.dynamic_update_index_in_dim(into, value, slot, _axis(field.name))
     return Rows(**put)
 
 
 def new_rows(
     rings: tuple[jax.Array, jax.Array], lengths_B: Any, hidden_BD: jax.Array, groups_B: Any, indices_B: Any, temperatures_B: Any
 ) -> Rows:
-    """Rows whose prompts were read and that have no tokens yet. Rows of length 0 are empty."""
+    """Rows after prefill, without generated tokens. Rows of length 0 are empty."""
     ring_k, ring_v = rings
     lengths_B, batch = jnp.asarray(lengths_B, jnp.int32), len(lengths_B)
     return Rows(
@@ -112,7 +113,7 @@ def new_rows(
 
 
 def abstract_rows(model: Any, batch: int) -> Rows:
-    """Shapes and types of `batch` rows, with shardings on a mesh."""
+    """Shapes and dtypes of `batch` rows; on a mesh, with shardings."""
 
     def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
@@ -139,14 +140,14 @@ def empty_rows(model: Any, batch: int) -> Rows:
 
 
 def _force(phase: SecondPhase | None, rows: Rows, tokens_B: jax.Array, logprobs_B: jax.Array) -> tuple[jax.Array, ...]:
-    """Replaces sampled tokens by forced ones: tokens, log-probabilities, and the new `opened_B` and `forcing_B`, each [B]."""
+    """Replaces sampled tokens with forced ones. Returns tokens, log-probabilities, and the new `opened_B` and `forcing_B`, each [B]."""
     if phase is None:
         return tokens_B, logprobs_B, rows.opened_B, rows.forcing_B
     forced, opening = (jnp.asarray(ids, jnp.int32) for ids in (phase.forced, phase.opening))
     since_B = rows.counts_B - phase.after
     forcing_B = (rows.forcing_B | ((since_B == 0) & (rows.opened_B < len(opening)))) & (since_B < len(forced))
     tokens_B = jnp.where(forcing_B, forced.at[since_B].get(mode="clip"), tokens_B)
-    # The opening either continues with its next token or starts again with its first.
+    # A token either continues the opening or starts it again.
     next_B = jnp.where(
         tokens_B == opening.at[rows.opened_B].get(mode="clip"), rows.opened_B + 1, (tokens_B == opening[0]).astype(jnp.int32)
     )
@@ -171,23 +172,25 @@ def decode_launch(
     second_phase: SecondPhase | None,
     record_routes: bool,
 ) -> tuple[Pool, Rows, Drawn]:
-    """Up to `launch_steps` tokens for every live row, until only `enough` rows are live.
+    """Decodes up to `launch_steps` tokens for every live row. Ends early once at most `enough` rows are live.
 
     Args:
       model: a `discover_jax.models.gpt_oss.Model`.
       frozen, lora: weights; `lora` may be None.
-      pool, rows: the batch.
+      pool, rows: the decode batch.
       pages_BM: int32, the pages of each row, with room for `launch_steps` more tokens.
-      enough: int32.
-      seed, step: fold into every draw.
-      max_new_tokens, stop_ids: end a rollout.
+      enough: int32, number of live rows at which the launch ends.
+      seed, step: folded into the key of every draw.
+      launch_steps: most tokens per row.
+      max_new_tokens, stop_ids: the budget and the stop tokens that end a rollout.
       second_phase: see `SecondPhase`.
-      record_routes: whether to return the experts that read the tokens; otherwise those of zero layers.
+      record_routes: whether to return the experts that tokens were routed to. If False, the array of routes has zero layers.
 
     Returns:
-      Pool, rows, and `Drawn` with arrays [B, launch_steps, ...]. A row's new tokens come first; their number is the increase of its count.
+      Pool, rows, and `Drawn` with arrays [B, launch_steps, ...]. A row's new tokens come first; their number is the increase of
+      `counts_B`.
     """
-    lora = model.cast(lora)  # once, instead of in each layer for each token
+    lora = model.cast(lora)  # cast once instead of in each layer for each token
     keys_B = rollout_keys(seed, step, rows.groups_B, rows.indices_B)
     stops = jnp.asarray(stop_ids, jnp.int32)
     shape = launch_steps, len(rows.alive_B)
@@ -211,7 +214,7 @@ def decode_launch(
             rows,
             ring_k_LBKWH=cache.ring_k_LBKWH,
             ring_v_LBKWH=cache.ring_v_LBKWH,
-            # A finished row becomes empty: attention stops reading its tokens, and its pages no longer change.
+            # A finished row becomes empty, so attention no longer reads its tokens, and its pages no longer change.
             lengths_B=jnp.where(alive_B, cache.lengths_B, 0),
             hidden_BD=hidden_BD,
             counts_B=counts_B,

@@ -1,4 +1,4 @@
-"""Drawing tokens: which one, and how likely it was. The draw of a token depends on (seed, step, group, index, t) and its logits alone."""
+"""Draws tokens and computes their log-probabilities. A draw depends only on (seed, step, group, index, t) and the token's logits."""
 
 import math
 
@@ -7,26 +7,26 @@ import jax.numpy as jnp
 
 
 def rollout_keys(seed: jax.Array, step: jax.Array, groups_B: jax.Array, indices_B: jax.Array) -> jax.Array:
-    """One key a row, folded from seed, step, group and index, so that a resumed run draws what the unbroken run would have drawn."""
+    """One key per row, folded from seed, step, group and index. A resumed run therefore draws the same tokens as an uninterrupted one."""
     base = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda group, index: jax.random.fold_in(jax.random.fold_in(base, group), index))(groups_B, indices_B)
 
 
 def draw_tokens(keys_B: jax.Array, counts_B: jax.Array, logits_BV: jax.Array, temperatures_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A token a row from softmax(logits / temperature), and its log-probability under that distribution.
+    """Draws one token per row from softmax(logits / temperature).
 
-    The vocabulary is cut into about sqrt(V) blocks: first a block is drawn by its mass, then a token within it, both by Gumbel-max. The
-    product of the two probabilities is the token's own, and a row needs about 2 sqrt(V) random numbers instead of V, which were a fifth
-    of a decoded token's time on a CPU.
+    The vocabulary is split into about sqrt(V) blocks. Gumbel-max draws a block by its probability mass, then a token within the block; the
+    product of the two probabilities is the token's probability. A row thus needs about 2 sqrt(V) random numbers instead of V, which took a
+    fifth of the decoding time on a CPU.
 
     Args:
-      keys_B: of the rollouts.
-      counts_B: int32, tokens that each rollout has so far.
+      keys_B: one key per row, from `rollout_keys`.
+      counts_B: int32, number of tokens that each rollout has so far.
       logits_BV: float32; -inf for tokens that must not be drawn.
       temperatures_B: float32, above 0.
 
     Returns:
-      int32 tokens [B] and float32 log-probabilities [B].
+      tokens_B, int32, and their log-probabilities under that distribution, logprobs_B, float32.
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperatures_B[:, None], axis=-1)
     vocab = logprobs_BV.shape[-1]

@@ -1,4 +1,4 @@
-"""The page allocator: on the host, it counts the users of every page of the cache."""
+"""The page allocator. It runs on the host and counts the users of every page of the cache."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 class PageAllocator:
     """Counts the users of every page of a pool. A page without users is free; a page can be shared.
 
-    Which pages it hands out depends only on the order of calls.
+    The pages that it allocates depend only on the order of calls.
 
     Args:
-      total: pages of the pool.
+      total: number of pages.
       first: number of the first page.
     """
 
@@ -48,7 +48,7 @@ class PageAllocator:
         return list(pages)
 
     def release(self, pages: Iterable[int]) -> None:
-        """Removes one user of each page; pages without users become free."""
+        """Removes one user from each page. Pages without users become free."""
         freed = []
         for page in pages:
             if self._users[page] < 1:

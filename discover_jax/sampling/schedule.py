@@ -1,10 +1,12 @@
-"""One call of the sampler on the host: between launches it assigns rollouts to slots, and pages to rollouts.
+"""The host side of the sampler: between launches, it assigns rollouts to slots and pages to rollouts.
 
-Between launches every live row gets the pages that it may need next, and free slots are filled from the queue, both in a fixed order.
-A group's prompt is read when its first rollout begins. Rollouts share its full pages and copy the last, partial one. When pages run out,
-the rollout that began last is set aside: its row and pages move to host memory, and return before any other rollout begins.
+Between launches, every live row gets the pages that it may need next, and free slots are filled from the queue, both in a fixed order.
+A group's prompt is read when its first rollout begins. Its rollouts share the prompt's full pages and copy the last, partial one.
 
-Each device has an equal, contiguous part of the slots and of the pages; a row's pages are on the device of its slot. All devices read
+If pages run out, the rollout that began last is set aside: its row and pages move to host memory. It returns to a slot before any new
+rollout begins.
+
+Each device has an equal, contiguous part of the slots and of the pages. A row's pages are on the device of its slot. All devices read
 every prompt.
 """
 
@@ -27,19 +29,19 @@ from discover_jax.types import Prompt, Rollout, StopReason
 PAGE = 128
 """Tokens per page."""
 FEWEST_ROWS = 8
-"""Smallest decode batch to which the tail is halved."""
+"""Smallest decode batch; the tail does not halve it further."""
 MOVED_PAGES = 16
-"""Pages that move to or from host memory at once."""
+"""Pages per transfer to or from host memory."""
 
 
 def half_of(rows: int, row_devices: int) -> int:
-    """Half of the rows of a batch on this number of devices; 0 if it cannot be halved."""
+    """Half of the rows of a batch on `row_devices` devices; 0 if the batch cannot be halved."""
     half = rows // 2
     return half if half >= FEWEST_ROWS and half % row_devices == 0 else 0
 
 
 def pages_of(tokens: int) -> int:
-    """Pages needed for this number of tokens."""
+    """Number of pages for this number of tokens."""
     return -(-tokens // PAGE)
 
 
@@ -48,11 +50,11 @@ class Progress:
     """Progress of a call of `sample`.
 
     Attributes:
-      finished, total: rollouts.
-      tokens: generated so far.
-      seconds: since it began.
-      utilisation: fraction of the decoded slots that were live, counted while rollouts waited for a slot; 1 if none waited.
-      set_aside: number of times that a rollout was set aside because pages ran out.
+      finished, total: numbers of rollouts.
+      tokens: generated tokens so far.
+      seconds: time since the call.
+      utilisation: fraction of decoded slots that were live, counted only while rollouts waited for a slot; 1 if none waited.
+      set_aside: number of times that a rollout was set aside.
       pages: most pages in use at once.
     """
 
@@ -67,7 +69,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerFunctions:
-    """The jitted functions that the schedule calls; see the functions of these names in `decoding`, `models.cache` and `Model`."""
+    """The jitted functions that the schedule calls. Functions of the same names are in `decoding`, `models.cache` and `Model`."""
 
     empty_pool: Callable[[int], Pool]
     empty_rows: Callable[[int], Rows]
@@ -82,10 +84,18 @@ class SamplerFunctions:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleLimits:
-    """Limits of one call: slots, pages in total and per row, and tokens of a rollout, of a launch and of a prompt's chunk.
+    """Limits of one call.
 
-    The batch (`slots` rows at first) and the pages are split equally over `row_devices`. `record_routes`: whether rollouts record the
-    experts that read their tokens.
+    Attributes:
+      slots: rows of the decode batch at the start, split equally over the devices.
+      row_devices: number of devices over which rows and pages are split.
+      pages: total number of pages, split equally over the devices.
+      row_pages: most pages of one row.
+      new_tokens: token budget of a rollout.
+      launch_steps: most tokens that one launch decodes per row.
+      chunk: prompt tokens that one prefill reads.
+      stop_ids: tokens that end a rollout.
+      record_routes: whether rollouts record the experts that tokens were routed to.
     """
 
     slots: int
@@ -101,7 +111,7 @@ class ScheduleLimits:
 
 @dataclasses.dataclass
 class _Prefix:
-    """A prompt that was read: the row with which its rollouts begin, its pages on each device, and, if recorded, its routes by chunk."""
+    """A prompt after prefill: the row that its rollouts start from, its pages on each device, and its routes by chunk, if recorded."""
 
     row: Rows
     pages_R: list[list[int]]
@@ -113,17 +123,17 @@ class _Open:
     """An unfinished rollout.
 
     Attributes:
-      place: position of its prompt in the call.
-      index: in the group.
-      temperature: of sampling.
+      prompt_index: position of its prompt in the call.
+      index: its index in the group.
+      temperature: sampling temperature.
       began: number of rollouts that began before it; -1 before it begins.
-      count: tokens so far; `tokens`, `logprobs`, `chosen` and `routes` hold them by launch.
+      count: number of tokens so far; `tokens`, `logprobs`, `chosen` and `routes` have one array per launch.
       prompt_routes: routes of its prompt, by chunk.
-      pages: those of its prompt and its own, while it has a slot.
-      aside: row and pages while it is set aside.
+      pages: pages of its prompt and its own pages, while it has a slot.
+      aside: its row and pages while it is set aside.
     """
 
-    place: int
+    prompt_index: int
     index: int
     temperature: float
     began: int = -1
@@ -141,7 +151,8 @@ class Schedule:
     """The state of one call.
 
     Args:
-      functions, limits: of the sampler.
+      functions: the sampler's jitted functions.
+      limits: the limits of this call.
       prompts: one per group; rollouts begin in this order.
       temperatures_K: temperatures of the rollouts of every group.
     """
@@ -149,7 +160,9 @@ class Schedule:
     def __init__(self, functions: SamplerFunctions, limits: ScheduleLimits, prompts: Sequence[Prompt], temperatures_K: Sequence[float]):
         self._do, self._limits, self._prompts = functions, limits, prompts
         self._queue = collections.deque(
-            _Open(place, index, temperature) for place in range(len(prompts)) for index, temperature in enumerate(temperatures_K)
+            _Open(prompt_index, index, temperature)
+            for prompt_index in range(len(prompts))
+            for index, temperature in enumerate(temperatures_K)
         )
         self._total = len(self._queue)
         self._aside: list[_Open] = []
@@ -181,42 +194,42 @@ class Schedule:
     # Pages
 
     def _length(self, rollout: _Open) -> int:
-        return len(self._prompts[rollout.place].tokens_P) + rollout.count
+        return len(self._prompts[rollout.prompt_index].tokens_P) + rollout.count
 
     def _needed(self, rollout: _Open, launches: int = 1) -> int:
-        """Pages that it needs for the next launch, or for several."""
+        """Pages that the rollout needs for the next `launches` launches."""
         return min(pages_of(self._length(rollout) + launches * self._limits.launch_steps), self._most(rollout))
 
     def _most(self, rollout: _Open) -> int:
-        """Most pages that it can need."""
-        return pages_of(len(self._prompts[rollout.place].tokens_P) + self._limits.new_tokens)
+        """Most pages that the rollout can need."""
+        return pages_of(len(self._prompts[rollout.prompt_index].tokens_P) + self._limits.new_tokens)
 
     def _device(self, slot: int) -> int:
         return slot * self._limits.row_devices // len(self._slots)
 
     def _live(self, device: int) -> list[_Open]:
-        """The live rollouts of a device, in the order in which they began."""
+        """The live rollouts of a device, oldest first."""
         live = [rollout for slot, rollout in enumerate(self._slots) if rollout is not None and self._device(slot) == device]
         return sorted(live, key=lambda rollout: rollout.began)
 
     def _make_room(self, device: int, count: int, keep: int = -1) -> bool:
-        """Whether a device has `count` free pages. If needed, first frees prompts, which can be read again, except `keep`."""
+        """Whether a device has `count` free pages. If not, first frees all prompts except `keep`; they can be read again."""
         if self._allocators[device].free < count:
-            for place in [place for place in self._prefixes if place != keep]:
-                self._forget(place)
+            for prompt_index in [prompt_index for prompt_index in self._prefixes if prompt_index != keep]:
+                self._forget(prompt_index)
         return self._allocators[device].free >= count
 
-    def _forget(self, place: int) -> None:
-        for allocator, pages in zip(self._allocators, self._prefixes.pop(place).pages_R, strict=True):
+    def _forget(self, prompt_index: int) -> None:
+        for allocator, pages in zip(self._allocators, self._prefixes.pop(prompt_index).pages_R, strict=True):
             allocator.release(pages)
 
     def _take(self, device: int, count: int) -> list[int]:
         pages = self._allocators[device].take(count)
-        assert pages is not None, "room was made before"
+        assert pages is not None, "_make_room was not called or its result was ignored"
         return pages
 
     def _give_pages(self) -> None:
-        """Gives every live row its pages, in the order in which rows began. If pages run out, sets aside the rows that began last."""
+        """Gives every live row its pages, oldest row first. If pages run out, sets aside the rows that began last."""
         for device in range(len(self._allocators)):
             live = self._live(device)
             while live:
@@ -240,7 +253,7 @@ class Schedule:
         self._set_asides += 1
 
     def _in_parts(self, pages: list[int]) -> Iterator[np.ndarray]:
-        """Page numbers in parts of equal size, padded with a number that is not a page."""
+        """Page numbers in parts of `MOVED_PAGES`, padded with an invalid page number."""
         for first in range(0, len(pages), MOVED_PAGES):
             part = pages[first : first + MOVED_PAGES]
             yield np.array(part + [self._limits.pages] * (MOVED_PAGES - len(part)), np.int32)
@@ -248,7 +261,7 @@ class Schedule:
     # Slots
 
     def _put(self, slot: int, row: Rows, source: int = 0, target: int | None = None) -> None:
-        """Puts a row into a slot, and, if `target` is given, copies page `source` to it."""
+        """Puts a row into a slot. If `target` is given, also copies page `source` to page `target`."""
         target = self._limits.pages if target is None else target
         self._pool, self._rows = self._do.put_row(self._pool, self._rows, row, slot, source, target)
 
@@ -259,8 +272,8 @@ class Schedule:
                 full.add(self._device(slot))
 
     def _fill(self, slot: int) -> bool:
-        """Fills a slot; returns whether there was a rollout, and room for it."""
-        # Leave free what live rows need in the launch after the next, or a rollout that begins now would be set aside at once.
+        """Fills a slot if a rollout waits and there is room for it. Returns whether it did."""
+        # Reserve the pages that live rows need for the launch after the next. Otherwise a rollout that begins now would be set aside soon.
         spare_R = [0] * len(self._allocators)
         for other, rollout in enumerate(self._slots):
             if rollout is not None:
@@ -274,7 +287,7 @@ class Schedule:
         if not self._make_room(device, needed + spare_R[device]):
             return False
         rollout.pages = self._take(device, needed)
-        assert rollout.aside is not None, "only rollouts that were set aside return"
+        assert rollout.aside is not None, "the rollout was not set aside"
         row, parts = rollout.aside
         used = rollout.pages[: pages_of(self._length(rollout))]
         for ids, part in zip(self._in_parts(used), parts, strict=True):
@@ -285,15 +298,15 @@ class Schedule:
         return True
 
     def _begin(self, slot: int, rollout: _Open, spare_R: list[int]) -> bool:
-        device, place, length = self._device(slot), rollout.place, self._length(rollout)
+        device, prompt_index, length = self._device(slot), rollout.prompt_index, self._length(rollout)
         shared = length // PAGE
         own = self._needed(rollout) - shared
-        to_read = 0 if place in self._prefixes else pages_of(length)
+        to_read = 0 if prompt_index in self._prefixes else pages_of(length)
         needed_R = [to_read + spare if to_read else 0 for spare in spare_R]
         needed_R[device] = to_read + own + spare_R[device]
-        if not all(self._make_room(other, needed, keep=place) for other, needed in enumerate(needed_R)):
+        if not all(self._make_room(other, needed, keep=prompt_index) for other, needed in enumerate(needed_R)):
             return False
-        prefix = self._prefixes.get(place) or self._read(place)
+        prefix = self._prefixes.get(prompt_index) or self._read(prompt_index)
         pages = prefix.pages_R[device]
         rollout.pages = self._allocators[device].share(pages[:shared]) + self._take(device, own)
         own_1 = {"indices_B": jnp.array([rollout.index], jnp.int32), "temperatures_B": jnp.array([rollout.temperature], jnp.float32)}
@@ -303,13 +316,13 @@ class Schedule:
         rollout.prompt_routes = prefix.routes
         rollout.began, self._begun = self._begun, self._begun + 1
         self._slots[slot] = self._queue.popleft()
-        if not self._queue or self._queue[0].place != place:  # the last of its group
-            self._forget(place)
+        if not self._queue or self._queue[0].prompt_index != prompt_index:  # the last of its group
+            self._forget(prompt_index)
         return True
 
-    def _read(self, place: int) -> _Prefix:
-        """Reads a prompt. All devices must have room for it."""
-        prompt, chunk = self._prompts[place], self._limits.chunk
+    def _read(self, prompt_index: int) -> _Prefix:
+        """Runs prefill on a prompt. All devices must have room for it."""
+        prompt, chunk = self._prompts[prompt_index], self._limits.chunk
         length = len(prompt.tokens_P)
         pages_R = [self._take(device, pages_of(length)) for device in range(len(self._allocators))]
         pages_RM = np.zeros((len(pages_R), self._limits.row_pages), np.int32)
@@ -325,14 +338,14 @@ class Schedule:
                 routes.append(routes_1CLX)
             self._pool, rings = cache.pool, (cache.ring_k_LBKWH, cache.ring_v_LBKWH)
         row = new_rows(rings, np.array([length], np.int32), hidden, [prompt.group], [0], [1.0])
-        self._prefixes[place] = _Prefix(row, pages_R, routes)
-        return self._prefixes[place]
+        self._prefixes[prompt_index] = _Prefix(row, pages_R, routes)
+        return self._prefixes[prompt_index]
 
     def _waiting(self) -> bool:
         return bool(self._queue or self._aside)
 
     def _shrink(self) -> None:
-        """Once no rollout waits, halves the batch as often as the live rows of each device fit."""
+        """Once no rollout waits, halves the batch as often as possible with room for the live rows of each device."""
         if (rows := self._halved()) == len(self._slots):
             return
         each, kept = rows // self._limits.row_devices, []
@@ -343,7 +356,7 @@ class Schedule:
         self._slots = [self._slots[slot] for slot in kept]
 
     def _halved(self) -> int:
-        """The rows that remain after halving the batch as often as possible; all rows while rollouts wait."""
+        """Number of rows after halving the batch as often as possible; all rows while rollouts wait."""
         devices, rows = self._limits.row_devices, len(self._slots)
         most = max(len(self._live(device)) for device in range(devices))
         while not self._waiting() and half_of(rows, devices) >= max(1, most * devices):
@@ -353,7 +366,7 @@ class Schedule:
     # Decoding
 
     def _decode(self) -> tuple[list[Rollout], int]:
-        """Runs one launch: the finished rollouts, and the number of generated tokens."""
+        """Runs one launch. Returns the finished rollouts and the number of generated tokens."""
         pages_BM = np.zeros((len(self._slots), self._limits.row_pages), np.int32)
         live = [(slot, rollout) for slot, rollout in enumerate(self._slots) if rollout is not None]
         waiting = self._waiting()
@@ -367,7 +380,7 @@ class Schedule:
             grown.append(new)
             rollout.count += new
             for kept, x_BT in zip((rollout.tokens, rollout.logprobs, rollout.chosen, rollout.routes), drawn_BT, strict=True):
-                kept.append(x_BT[slot, :new].copy())  # a view would keep the arrays of the whole launch
+                kept.append(x_BT[slot, :new].copy())  # a view would keep the whole launch's arrays in memory
             if not alive_B[slot]:
                 done.append(self._close(rollout))
                 self._allocators[self._device(slot)].release(rollout.pages)
@@ -378,15 +391,15 @@ class Schedule:
         return done, sum(grown)
 
     def _enough(self, live: int) -> int:
-        """A launch ends early at this number of live rows: then a quarter can be refilled or, in the tail, the batch can be halved."""
+        """Number of live rows at which a launch ends early: a quarter can be refilled or, in the tail, the batch can be halved."""
         if self._waiting():
             return live - max(1, live // 4)
         half = half_of(len(self._slots), self._limits.row_devices)
-        return half if half < live else 0  # already few enough, but too many on one device
+        return half if half < live else 0  # 0 if the rows would fit half a batch, but one device has too many of them
 
     def _close(self, rollout: _Open) -> Rollout:
         tokens_T = np.concatenate(rollout.tokens).astype(np.int32)
-        prompt = self._prompts[rollout.place]
+        prompt = self._prompts[rollout.prompt_index]
         return Rollout(
             group=prompt.group,
             index=rollout.index,
@@ -400,6 +413,6 @@ class Schedule:
         )
 
     def _routes(self, rollout: _Open) -> np.ndarray:
-        """Routes of the prompt's tokens and of its own, except the last, which the model never read."""
+        """Routes of the prompt and of the generated tokens, except the last, which the model never reads."""
         prompt = np.concatenate([np.asarray(routes_1CLX)[0] for routes_1CLX in rollout.prompt_routes])
-        return np.concatenate([prompt[: len(self._prompts[rollout.place].tokens_P)], *rollout.routes])[:-1]
+        return np.concatenate([prompt[: len(self._prompts[rollout.prompt_index].tokens_P)], *rollout.routes])[:-1]

@@ -1,4 +1,4 @@
-"""The allocator of pages, against one that is kept naively: who uses what."""
+"""The page allocator, compared with naive lists of users."""
 
 import collections
 
@@ -12,7 +12,7 @@ MOVES = st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.int
 
 
 @given(total=st.integers(1, 12), moves=MOVES)
-def test_no_page_has_two_owners_and_none_is_lost(total, moves):
+def test_the_allocator_agrees_with_lists_of_users(total, moves):
     allocator, holders, most = PageAllocator(total), [], 0
     for kind, number in moves:
         if kind == "take":
