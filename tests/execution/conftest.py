@@ -43,13 +43,13 @@ def pool(task: TinyTask, tmp_path_factory: pytest.TempPathFactory):
 
 
 def worker_pids() -> set[int]:
-    """Of all executors of this process."""
+    """The worker processes of all executors of this process."""
     return {child.pid for child in multiprocessing.active_children() if child.name.startswith("execution-") and child.pid}
 
 
 @pytest.fixture(scope="session")
 def beside(pool: Executor):
-    """A context in which a good program runs in the pool too; at its end that one must have its score, and all workers must be alive."""
+    """A context in which a good program also runs in the pool. On exit, it must have its score and all workers must be alive."""
     numbers = itertools.count()
 
     @contextlib.contextmanager
@@ -66,7 +66,7 @@ def beside(pool: Executor):
 
 @pytest.fixture(scope="session")
 def ask(pool: Executor, beside):
-    """Runs one program in the pool, with a neighbour, and waits."""
+    """Runs one program in the pool, next to a neighbour, and returns its verdict."""
 
     def run(program: str) -> Verdict:
         with beside():
@@ -77,7 +77,7 @@ def ask(pool: Executor, beside):
 
 @pytest.fixture(scope="session")
 def run_with(beside):
-    """Runs one program in one sandbox with other limits than the pool's, with a neighbour in the pool."""
+    """Runs one program in a sandbox with its own limits, next to a neighbour in the pool."""
 
     def run(spec: sandbox.SandboxSpec, program: str, **limits) -> Execution:
         with beside():
@@ -95,7 +95,10 @@ def run_with(beside):
 def spec(task: TinyTask) -> sandbox.SandboxSpec:
     """The spec of a single sandbox, for tests below the executor."""
     cores = tuple(sorted(os.sched_getaffinity(0)))[:1]
-    host, uid = bubblewrap.inspect_host(), leases.UIDS[-1] if os.geteuid() == 0 else None  # the last, which no executor here comes to
+    host, uid = (
+        bubblewrap.inspect_host(),
+        leases.UIDS[-1] if os.geteuid() == 0 else None,
+    )  # the last one; no executor of these tests uses it
     return sandbox.SandboxSpec("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
 
 

@@ -1,6 +1,6 @@
-"""Starts a command as an ordinary user, from root: `python tests/execution/ordinary_user.py -- python -m pytest tests/execution`.
+"""Starts a command as an ordinary user. Requires root: `python tests/execution/ordinary_user.py -- python -m pytest tests/execution`.
 
-Folders that only root may enter, such as a Python in root's home, are bound around first, in a mount namespace of the command's own.
+Some folders may be closed to other users, such as a Python in root's home. The command gets its own mount namespace in which they are open.
 """
 
 import os
@@ -15,12 +15,12 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def possible() -> bool:
-    """Whether this process may do that here."""
+    """Whether this process can do that."""
     return os.geteuid() == 0 and all(map(shutil.which, ("unshare", "mount", "setpriv")))
 
 
 def command(argv: list[str]) -> list[str]:
-    """`argv` with what has to come before it; for a process with root's rights."""
+    """The command that runs `argv` as the ordinary user, for a process of root."""
     needed = sorted(
         {
             sys.prefix,
@@ -44,7 +44,7 @@ def command(argv: list[str]) -> list[str]:
 
 
 def environment(home: str) -> dict[str, str]:
-    """Of such a command: nothing of root's."""
+    """The environment for such a command, without root's variables."""
     return {"PATH": os.environ["PATH"], "HOME": home, "PYTHONPATH": str(_REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
 
 

@@ -1,7 +1,7 @@
-"""What a hostile program tries, one attack a test, through the real launch path; after each a neighbour runs and is scored as ever.
+"""Attacks by hostile programs, one per test, through the real launch path. A neighbour runs after each and must get its usual score.
 
-The attacks that only ask whether something is refused are in test_isolation.py, the ways in which a program can end in test_outcomes.py.
-Everything here is submitted to one pool at once, each attack followed by a neighbour in the other slot, since they mostly wait.
+test_isolation.py tests what is refused, and test_outcomes.py how programs can end.
+All programs are submitted to one pool together, since they mostly wait. Each attack is followed by a neighbour in the other slot.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def attempt(action):
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A program, how it may end, and what it must have said (a pattern that its output and the reason together contain)."""
+    """A program, its allowed outcomes, and a pattern that must occur in its output, the detail or the reason."""
 
     program: str
     ends: tuple[Outcome, ...]
@@ -49,17 +49,17 @@ class Attack:
 
 
 def _body(text: str) -> str:
-    """A program whose run() is these lines."""
+    """A program whose run() has these lines."""
     return _HELPERS + "def run():\n" + "".join(f"    {line}\n" for line in text.strip("\n").split("\n"))
 
 
 def _says(expression: str, said: str) -> Attack:
-    """It prints what came of something and goes on to a valid submission."""
+    """A program that prints the value of an expression, then returns a valid submission."""
     return Attack(_HELPERS + f"print('found', {expression})\n" + GOOD, (Outcome.OK,), f"found ({said})")
 
 
 _ANY_REFUSAL = "|".join(_REFUSED)
-# Where a control group can be made it bounds all of this; elsewhere the limit of a process, or what the filter denies, may come first.
+# A control group bounds all of this. Without one, the limit of a process or the system call filter may come first.
 _OUT_OF_MEMORY = (Outcome.OUT_OF_MEMORY,) if memory.find_cgroups() else (Outcome.OUT_OF_MEMORY, Outcome.EXCEPTION)
 _NO_MEMORY = "GiB of memory|Cannot allocate memory|MemoryError|Operation not permitted"
 _X86 = platform.machine() == "x86_64"
@@ -89,10 +89,10 @@ ATTACKS = {
     "a sparse file of a terabyte": _says("attempt(lambda: os.truncate(os.open('s', os.O_CREAT | os.O_RDWR), 1 << 40))", "EFBIG"),
     "a million empty files": Attack(
         _body("for number in range(1_000_000):\n    os.mknod(f'f{number}')\nraise RuntimeError('all made')"),
-        (Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY, Outcome.TIMEOUT),  # the last on a crowded machine
+        (Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY, Outcome.TIMEOUT),  # the last on a busy machine
     ),
     "folders ten thousand deep": _says("[(os.mkdir('d'), os.chdir('d')) for _ in range(10_000)] and os.chdir('/sandbox')", "None"),
-    "protecting itself from the killer of those who use too much memory": _says(
+    "protection from the OOM killer": _says(
         "attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000'))", _ANY_REFUSAL
     ),
     # --- against processes
@@ -101,7 +101,7 @@ ATTACKS = {
         (Outcome.EXCEPTION,),
         "can't start new thread",
     ),
-    "killing pid 1 and everybody": _says("[attempt(lambda: os.kill(1, 9)), attempt(lambda: os.kill(-1, 9))]", r"\['(done|EPERM)'"),
+    "killing pid 1 and all others": _says("[attempt(lambda: os.kill(1, 9)), attempt(lambda: os.kill(-1, 9))]", r"\['(done|EPERM)'"),
     "stopping itself": Attack(_body("os.kill(os.getpid(), signal.SIGSTOP)"), (Outcome.TIMEOUT,)),
     "writing into the memory of pid 1": _says(
         "attempt(lambda: os.pwrite(os.open('/proc/1/mem', os.O_RDWR), b'x', 4096))", "EACCES|EPERM|EIO"
@@ -110,9 +110,9 @@ ATTACKS = {
     "a better nice value": _says("attempt(lambda: os.setpriority(os.PRIO_PROCESS, 0, -10))", "EACCES|EPERM"),
     "recursion that smashes the stack": Attack(
         _body("sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6):\n    x = [x]\nrepr(x)"),
-        (Outcome.KILLED, Outcome.EXCEPTION),  # newer interpreters count C's frames apart
+        (Outcome.KILLED, Outcome.EXCEPTION),  # newer interpreters count C frames separately
     ),
-    "threads that go on after run()": Attack(
+    "threads that continue after run()": Attack(
         "import threading\ndef spin():\n    while True:\n        pass\nthreading.Thread(target=spin).start()\n" + GOOD, (Outcome.OK,)
     ),
     "an exit handler that never ends": Attack("import atexit, time\natexit.register(time.sleep, 60)\n" + GOOD, (Outcome.OK,)),
@@ -143,10 +143,10 @@ ATTACKS = {
         rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]",
     ),
     "devices made by itself": _says("attempt(lambda: os.mknod('disk', 0o60666, os.makedev(8, 0)))", "EPERM"),
-    "becoming another user through a file's mode": _says(
+    "becoming another user by a setuid file": _says(
         "(os.close(os.open('s', os.O_CREAT)), os.chmod('s', 0o6777)) and attempt(lambda: os.chown('s', 0, 0))", "EPERM|EINVAL"
     ),
-    # --- towards the host
+    # --- against the host
     "a socket of the host by its abstract name": _says(
         "attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0discover-jax-test'))", "ECONNREFUSED"
     ),
@@ -155,13 +155,13 @@ ATTACKS = {
         " (('1', 'root', 'etc'), ('self', 'root', 'root'), ('1', 'cwd', 'home'))]",
         rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]|.*'ENOENT'\]",
     ),
-    "links out of the scratch": Attack(
+    "links out of the scratch folder": Attack(
         _body("os.symlink('/etc/shadow', 'link')\nos.rename('solution.py', 'old')\nos.symlink('/etc/passwd', 'solution.py')\n1 / 0"),
         (Outcome.EXCEPTION,),
         "ZeroDivisionError",
     ),
-    # --- against what comes back
-    "closing the way back": Attack(_body("os.closerange(3, 1024)\nreturn 1"), (Outcome.EXCEPTION, Outcome.KILLED)),
+    # --- against the reply
+    "closing the reply's descriptor": Attack(_body("os.closerange(3, 1024)\nreturn 1"), (Outcome.EXCEPTION, Outcome.KILLED)),
     "answering, then hanging": Attack(
         _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv 5\\nid,y\\n'))\ntime.sleep(60)"), (Outcome.TIMEOUT,)
     ),
@@ -188,7 +188,7 @@ ATTACKS = {
         "def run():\n    1 / 0\n",
         (Outcome.EXCEPTION,),
     ),
-    "escape sequences for whoever looks": Attack(
+    "escape sequences in output": Attack(
         "print('\\x1b[2J\\x1b]0;title\\x07', flush=True)\ndef run():\n    raise ValueError('\\x1b[31mred\\x9b')\n",
         (Outcome.EXCEPTION,),
         "ValueError: \N{REPLACEMENT CHARACTER}\\[31mred",
@@ -198,7 +198,7 @@ ATTACKS = {
     "brackets a hundred thousand deep": Attack("x = " + "(" * 100_000 + "\n" + GOOD, (Outcome.EXCEPTION,), "too many nested"),
 }
 if _X86:
-    # int 0x80 with the number of getpid: a system call through the 32-bit table, which the filter does not cover but ends.
+    # int 0x80 with the number of getpid: a system call through the 32-bit table. The filter kills a process that uses it.
     ATTACKS["system calls of another architecture"] = Attack(
         _body(
             "code = mmap.mmap(-1, 4096, prot=7)\ncode.write(bytes.fromhex('b814000000cd80c3'))\n"
@@ -210,24 +210,24 @@ if _X86:
 
 
 def _workers() -> set[int | None]:
-    """Worker processes of all executors here."""
+    """The worker processes of all executors of this process."""
     return {child.pid for child in multiprocessing.active_children() if child.name.startswith("execution-")}
 
 
 @pytest.fixture(scope="module")
 def attacked(task, tmp_path_factory):
-    """A pool as the tests share it, but with little patience."""
+    """A pool like the shared one, with a shorter time limit."""
     limits = dataclasses.replace(LIMITS, seconds=15)
     others = _workers()
     with Executor([task], limits, workers=2, cache_dir=tmp_path_factory.mktemp("attacks")) as pool:
-        while len(_workers() - others) < 2:  # so that `ends` can tell whether they lived through it
+        while len(_workers() - others) < 2:  # so that `ends` can check that they survive
             time.sleep(0.01)
         yield pool
 
 
 @pytest.fixture(scope="module")
 def ends(attacked) -> dict[str, tuple[Verdict, Verdict]]:
-    """What became of each attack, and of its neighbour; through all of them the workers stay the same."""
+    """The verdicts of each attack and of its neighbour. The worker processes must stay the same throughout."""
     workers = _workers()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0discover-jax-test")
@@ -239,30 +239,30 @@ def ends(attacked) -> dict[str, tuple[Verdict, Verdict]]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack_ends_as_it_should_and_its_neighbour_is_scored(ends, name):
+def test_attack_has_its_outcome_and_its_neighbour_is_scored(ends, name):
     attack, (verdict, neighbour) = ATTACKS[name], ends[name]
     told = f"{verdict.execution.stdout}\n{verdict.execution.detail}\n{verdict.grade.reason}"
     assert verdict.outcome in attack.ends, told
     assert re.search(attack.said, told), told
     assert (neighbour.outcome, neighbour.grade.score) == (Outcome.OK, GOOD_SCORE)
-    # An attack earns what its submission is worth, and that is nothing unless it returned the good one.
+    # An attack gets the score of its submission: none, unless it returned the good one.
     assert verdict.grade.score == (GOOD_SCORE if Outcome.OK in attack.ends else None)
 
 
-def test_nothing_of_the_attacks_is_left(ends, attacked, spec):
+def test_attacks_leave_nothing_behind(ends, attacked, spec):
     assert ends
     assert attacked.submit(f"{GOOD}# after everything\n").result(timeout=60).grade.score == GOOD_SCORE
     workers = _workers()
     parents, boxes = {}, []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended
             state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 parents[pid] = int(parent)
                 if b"/harness.py" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                     boxes.append(pid)
     mine = [pid for pid in boxes if _descends(pid, workers, parents)]
-    # Each of the pools of these tests has two slots, and each slot keeps one sandbox warm: bubblewrap outside and inside, and the harness.
+    # Each pool of these tests has two slots. Each slot keeps one warm sandbox: bubblewrap outside, bubblewrap inside, and the harness.
     assert len(workers) <= 4
     assert len(mine) <= 3 * len(workers), mine
     if spec.cgroups is not None:

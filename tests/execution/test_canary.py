@@ -23,7 +23,7 @@ pytestmark = pytest.mark.sandbox
 
 @pytest.fixture(scope="module")
 def found(spec: SandboxSpec) -> dict[str, Any]:
-    """What the probe finds in a real sandbox."""
+    """The facts that the probe reports from a real sandbox."""
     probe = Path(canary.__file__).with_name("probe.py")
     box = Sandbox(spec, probe, {"hidden": []})
     try:
@@ -34,7 +34,7 @@ def found(spec: SandboxSpec) -> dict[str, Any]:
     return json.loads(execution.csv or b"")
 
 
-def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(found, spec):
+def test_real_sandbox_has_no_violation_and_every_fact_is_checked(found, spec):
     read: set[str] = set()
 
     class Facts(dict):
@@ -70,7 +70,7 @@ def test_nothing_is_wrong_with_a_real_sandbox_and_all_that_it_tells_is_judged(fo
         ("packages", ["numpy"], "pandas"),
     ],
 )
-def test_each_fact_alone_is_a_violation(found, spec, name, value, said):
+def test_each_fact_by_itself_is_a_violation(found, spec, name, value, said):
     facts = copy.deepcopy(found)
     if name == "environment+":
         facts["environment"].append(value)
@@ -105,7 +105,7 @@ def test_a_daemon_that_stays_is_a_violation(spec, monkeypatch):
 
 @pytest.fixture
 def leak(monkeypatch):
-    """A machine on which the canary finds a way out."""
+    """A machine on which the canary can escape."""
 
     def check(*_):
         raise SandboxError("The sandbox does not hold, so no program was run:\n  - programs can see /answers")
@@ -117,15 +117,15 @@ def _running() -> tuple[set[str], set[str]]:
     return {child.name for child in multiprocessing.active_children()}, {thread.name for thread in threading.enumerate()}
 
 
-def test_an_executor_does_not_start_where_the_canary_finds_a_way_out(task, tmp_path, leak):
+def test_executor_does_not_start_if_the_canary_escapes(task, tmp_path, leak):
     before = _running()
     with pytest.raises(SandboxError, match="/answers"):
         Executor([task], LIMITS, workers=1, cache_dir=tmp_path)
     assert _running() == before
 
 
-def test_a_run_does_not_start_where_the_canary_finds_a_way_out(tmp_path, leak, monkeypatch):
-    """Refused before anything is written or a policy is loaded."""
+def test_run_does_not_start_if_the_canary_escapes(tmp_path, leak, monkeypatch):
+    """It is refused before anything is written and before the policy is loaded."""
     from discover_jax import main
     from discover_jax.config import validate
 

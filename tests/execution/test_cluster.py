@@ -1,6 +1,6 @@
-"""Programs on the nodes of a ray cluster: the same verdicts as here, nodes that are refused or lost, and what travels to them.
+"""Programs on the nodes of a ray cluster: the same verdicts as on this machine, refused and lost nodes, and the files sent to nodes.
 
-The clusters are real ones of one machine: a head, and more nodes beside it as further processes. Without ray those tests are skipped.
+The clusters are real, on one machine: a head and more nodes, each a process. Without ray, these tests are skipped.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ ENDS = {
         ([4, 2], 100, [4, 2]),
     ],
 )
-def test_the_slots_of_a_run_are_spread_over_the_nodes(slots_N, workers, expected):
+def test_slots_are_distributed_over_the_nodes(slots_N, workers, expected):
     assert ray_driver.shares(slots_N, workers) == expected
 
 
@@ -56,7 +56,7 @@ def test_a_missing_package_is_an_error(task, tmp_path, monkeypatch):
         Executor([task], LIMITS, cache_dir=tmp_path, backend="ray")
 
 
-def test_a_process_that_does_not_lead_has_no_slots(task, tmp_path):
+def test_only_the_first_process_has_slots(task, tmp_path):
     with Executor([task], LIMITS, cache_dir=tmp_path, backend="ray", leads=False) as nowhere:
         assert (nowhere.slots, nowhere.isolated, nowhere.describe()) == (0, True, "")
 
@@ -70,13 +70,13 @@ def opened(node: ray_node.Node, task, *, wanted=None, folders=None):
     return node.open(archive, [len(folders or [0])], wanted or packages(), LIMITS, **settings)
 
 
-def test_only_public_files_travel(task):
+def test_only_public_files_are_sent(task):
     with tarfile.open(fileobj=io.BytesIO(ray_node.pack([[task.public_dir]]))) as archive:
         names = set(archive.getnames())
     assert names == {"0/0", *(f"0/0/{name}.csv" for name in ("train", "test", "sample_submission"))}
 
 
-def test_a_node_runs_programs_and_leaves_nothing(task, tmp_path, monkeypatch):
+def test_node_runs_programs_and_leaves_nothing(task, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_node.tempfile, "tempdir", str(tmp_path))
     node = ray_node.Node()
     try:
@@ -96,7 +96,7 @@ def test_a_node_with_other_packages_is_refused(task):
     assert "Install the same on all nodes" in str(said)
 
 
-def test_what_a_killed_node_left_is_removed_and_what_a_living_one_holds_is_not(tmp_path, monkeypatch):
+def test_folders_of_killed_nodes_are_removed_and_those_of_running_ones_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_node.tempfile, "tempdir", str(tmp_path))
     living = ray_node._Folder()
     left = tmp_path / f"{ray_node._PREFIX}left"
@@ -115,7 +115,7 @@ HERE = f"{Path(__file__).resolve().parents[2]}:{Path(__file__).parent}"
 
 
 class Cluster:
-    """Processes of `ray start --block`: a head, and as many nodes beside it as are added."""
+    """Processes of `ray start --block`: a head and any number of further nodes."""
 
     def __init__(self, folder: str) -> None:
         with socket.socket() as free:
@@ -125,7 +125,7 @@ class Cluster:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, cpus: int, path: str = "") -> subprocess.Popen:
-        """One more node; the first is the head. `path` comes before all else on its PYTHONPATH."""
+        """Starts a node; the first is the head. `path` comes first on its PYTHONPATH."""
         port = self.address.rpartition(":")[2]
         head = ["--head", f"--port={port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
         where = [f"--address={self.address}"] if self.processes else head
@@ -154,13 +154,13 @@ class Cluster:
 
 @pytest.fixture
 def started(monkeypatch):
-    """A cluster that ends with the test; a token of its own, so that ray writes none into the user's home."""
+    """A cluster that ends with the test. It has its own token, so that ray writes none to the user's home."""
     if importlib.util.find_spec("ray") is None:  # not imported, which would change this process's path
         pytest.skip("needs the extra ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short, for the paths of sockets have a limit
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short, since the paths of sockets have a limit
         monkeypatch.setenv("TMPDIR", folder)
         cluster = Cluster(folder)
         try:
@@ -171,18 +171,18 @@ def started(monkeypatch):
 
 
 def actors(process: subprocess.Popen) -> list[int]:
-    """The processes of this project's actors on a node."""
+    """The pids of this project's actors on a node."""
     return [pid for pid, command in commands(descendants(process.pid)).items() if command.startswith(b"ray::Node")]
 
 
 def busy(process: subprocess.Popen) -> bool:
-    """Whether a program has begun on a node: its source lies in its sandbox."""
+    """Whether a program has started on a node: its source is in its sandbox."""
     inside = [pid for pid, command in commands(descendants(process.pid)).items() if b"/harness.py" in command]
     return any(Path("/proc", str(pid), "root", "sandbox", "solution.py").exists() for pid in inside)
 
 
 @real
-def test_verdicts_are_those_of_this_machine_and_nodes_and_actors_may_die(task, tmp_path, started, caplog):
+def test_verdicts_match_this_machine_and_survive_lost_actors_and_nodes(task, tmp_path, started, caplog):
     limits = dataclasses.replace(LIMITS, seconds=4)
     nodes = [started.start(1), started.start(1)]
     with Executor([task], limits, workers=1, cache_dir=tmp_path / "here") as local:
@@ -197,7 +197,7 @@ def test_verdicts_are_those_of_this_machine_and_nodes_and_actors_may_die(task, t
             same = dataclasses.replace(there.execution, seconds=here[name].execution.seconds)
             assert dataclasses.replace(there, execution=same) == here[name]
 
-        # An actor dies while its node's program runs: that runs again, and no process of either is left.
+        # An actor dies while its program runs: the program runs again, and no process of either is left.
         slow = "import time\ntime.sleep(2)\n" + GOOD
         future = pool.submit(slow)
         assert wait_for(future.running, 5)
@@ -210,7 +210,7 @@ def test_verdicts_are_those_of_this_machine_and_nodes_and_actors_may_die(task, t
         assert wait_for(lambda: not alive(family), 20)
         assert wait_for(lambda: all(actors(node) for node in nodes), 60), "its node got no new actor"
 
-        # A whole node is lost: the other one runs all.
+        # A whole node is lost: the other one runs all programs.
         futures = [pool.submit(f"{slow}# {number}\n") for number in range(4)]
         assert wait_for(lambda: all(map(busy, nodes)), 60)
         started.kill(nodes[1])
@@ -245,7 +245,7 @@ DENIED = "No permissions to create new namespace"
 
 
 @real
-def test_a_cluster_that_is_lost_is_one_clear_error(task, tmp_path, started):
+def test_lost_cluster_is_one_clear_error(task, tmp_path, started):
     head = started.start(1)
     with Executor([task], LIMITS, cache_dir=tmp_path / "cache", backend="ray", ray_address=started.address) as pool:
         assert pool.submit(GOOD).result(60).grade.score == GOOD_SCORE

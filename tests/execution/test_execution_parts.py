@@ -1,4 +1,4 @@
-"""Small parts of the execution: limits, kept output, links to the interpreter."""
+"""Small parts of execution: limits, truncated output, links to the interpreter."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_head_and_tail_of_any_stream(chunks, limit):
 def test_normalised_text():
     text = "/a/b/lib/x.py:3: <f at 0x7f00deadbeef> /sandbox/solution.py 0xff"
     assert normalised(text, ["/a", None, "/a/b", "/sandbox"]) == "lib/x.py:3: <f at 0x...> solution.py 0xff"
-    # What would move a terminal's cursor or change its colours is made visible and harmless.
+    # Characters that move a terminal's cursor or change its colours are replaced.
     assert normalised("a\r\nb\rc\t\x1b[2J\x00\x9b", []) == "a\nb\nc\t\ufffd[2J\ufffd\ufffd"
 
 
@@ -39,7 +39,7 @@ def test_limits_are_checked(values):
 
 
 def test_links_on_the_way_to_the_interpreter(tmp_path):
-    """A chain venv/python -> outside/python3 -> real/python: only the link outside of what is bound has to be made again."""
+    """A chain venv/python -> outside/python3 -> real/python: only the link outside the bound folders must be created again."""
     for name in ("venv", "outside", "real"):
         (tmp_path / name).mkdir()
     (tmp_path / "real" / "python").touch()

@@ -17,7 +17,7 @@ from discover_jax.types import Outcome
 
 pytestmark = pytest.mark.sandbox
 
-# Written down again from the kernel's tables, not taken from the filter: (x86_64, aarch64).
+# From the kernel's tables, independent of the filter: (x86_64, aarch64).
 SYSTEM_CALLS = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -43,7 +43,7 @@ EPERM, ENOSYS = 1, 38
 
 @pytest.fixture(scope="module")
 def find(ask):
-    """Evaluates expressions inside one sandbox, after some statements; an OSError comes back as its errno's name."""
+    """Executes statements in a sandbox, then evaluates expressions. An OSError is returned as its errno's name."""
 
     def evaluate(*expressions: str, before: str = "") -> list[object]:
         program = (
@@ -74,20 +74,20 @@ def test_answers_and_checkout_do_not_exist(find, task):
 
 
 def test_project_is_not_importable_and_bundled_data_are_masked(find):
-    # A competition may be made from scikit-learn's own data, whose labels would be the answers.
+    # A competition may use scikit-learn's own data, whose labels would be the answers.
     bundled = "os.listdir(os.path.join(os.path.dirname(sklearn.datasets.__file__), 'data'))"
     assert find("importlib.util.find_spec('discover_jax')", bundled, before="import sklearn.datasets") == [None, []]
 
 
-def test_nothing_outside_of_the_scratch_can_be_written(find):
+def test_only_the_scratch_folder_can_be_written(find):
     paths = ["data/new", "/new", "/usr/new", "/dev/new", "/harness.py", "/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern"]
     found = find("open('new', 'w').close()", *(f"open({path!r}, 'r+' if os.path.exists({path!r}) else 'w').close()" for path in paths))
-    assert found[0] is None  # the scratch itself
+    assert found[0] is None  # the scratch folder
     assert set(found[1:]) <= {"EROFS", "EACCES"}, found
 
 
 def test_data_and_python_cannot_be_changed(find):
-    """The files are open to everybody on the host, so it is the mount that refuses."""
+    """The files are writable by all on the host, so the mount must refuse."""
     assert find(
         "open('data/train.csv', 'a').close()",
         "open('data/new', 'w').close()",
@@ -116,7 +116,7 @@ def test_denied_system_calls(find):
         f"call({CLONE3[COLUMN]}, 0, 0)",
         f"[call({CLONE[COLUMN]}, flag | 17, 0, 0, 0, 0) for flag in {flags!r}]",
         f"fcntl.ioctl(1, {tiocsti}, b'x')",
-        f"call({GETPID[COLUMN]}) == os.getpid()",  # the filter does let others through
+        f"call({GETPID[COLUMN]}) == os.getpid()",  # other calls are allowed
         before="import fcntl",
     ) == [dict.fromkeys(numbers, -EPERM), -ENOSYS, [-EPERM] * len(flags), "EPERM", True]
 
@@ -151,7 +151,7 @@ def test_environment_and_descriptors_of_the_host_are_absent(find):
         "[os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.lexists(f'/proc/self/fd/{fd}')]",
         "[name for name in os.listdir('/dev') if 'nvidia' in name or name in ('dri', 'kfd', 'mem', 'kvm', 'vda')]",
     )
-    assert readable  # so that the next line says something
+    assert readable  # otherwise the next line proves nothing
     assert seen is False
     assert all(link.startswith("pipe:") or link == "/dev/null" for link in links), links
     assert devices == []
@@ -208,13 +208,13 @@ def test_two_programs_cannot_see_each_other(pool):
     assert [future.result(timeout=60).outcome for future in futures] == [Outcome.OK] * 3
 
 
-def test_canary_passes_here_and_sees_what_is_visible(spec, task):
+def test_canary_passes_here_and_detects_what_is_visible(spec, task):
     canary.check(spec, [task.public_dir.parent / "private"])
     with pytest.raises(SandboxError, match="/usr"):
         canary.check(spec, [Path("/usr")])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root could leave programs with root's uid")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs with root's uid")
 def test_canary_refuses_programs_that_run_as_root(spec):
     with pytest.raises(SandboxError, match=r"\broot\b"):
         canary.check(dataclasses.replace(spec, uid=None, host=dataclasses.replace(spec.host, root=False)), [])
@@ -236,7 +236,7 @@ def test_missing_bubblewrap_says_how_to_install_it(monkeypatch):
         bubblewrap.find_bwrap()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's sandbox reads what the user can read")
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's sandbox can read whatever the user can")
 def test_data_that_the_unprivileged_uid_cannot_read_are_named(spec, task, tmp_path):
     public = tmp_path / "public"
     public.mkdir()

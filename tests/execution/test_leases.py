@@ -1,4 +1,4 @@
-"""Leases of slots: cores within one executor, uids among all executors of root."""
+"""Leases of slots: cores within one executor, and uids across all executors of root."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_leases_are_exclusive(cpus, cores):
     assert {len(lease) for lease in leases} == {min(cores, len(cpus))}
 
 
-def test_more_workers_than_cores_share():
+def test_workers_share_cores_if_there_are_too_few():
     assert lease_cores([4, 5], 2, 3) == [(4, 5), (4, 5), (4, 5)]
     assert lease_cores([0, 1, 2], 1, 2) == [(0,), (1,)]
     assert lease_cores([0, 1, 2], 2, 2) == [(0, 1), (0, 2)]
@@ -32,7 +32,7 @@ def test_more_workers_than_cores_share():
 
 @pytest.fixture
 def places(tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """Where the locks may lie: folders of the test's own in place of the machine's, which other runs use."""
+    """Folders for locks. They replace those of the machine, which other runs use."""
     found = (tmp_path / "run", tmp_path / "tmp")
     for place in found:
         place.mkdir()
@@ -69,7 +69,7 @@ def test_uids_of_a_killed_process_are_free_again(places):
         assert after == [60600]
 
 
-def test_too_few_uids_say_how_many_and_give_back_all(places, monkeypatch):
+def test_too_few_uids_is_an_error_that_releases_all(places, monkeypatch):
     monkeypatch.setattr(leases, "UIDS", range(60600, 60604))
     with (
         leases.lease_uids(1),
@@ -81,7 +81,7 @@ def test_too_few_uids_say_how_many_and_give_back_all(places, monkeypatch):
         assert len(all_of_them) == 4
 
 
-def test_a_folder_of_locks_that_others_may_enter_is_refused(places):
+def test_lock_folder_that_others_can_enter_is_refused(places):
     (places[0] / "discover_jax-uids").mkdir(mode=0o755)
     with pytest.raises(SandboxError, match=r"discover_jax-uids[\s\S]*\b755\b"), leases.lease_uids(1):
         pass
@@ -91,7 +91,7 @@ def test_a_folder_of_locks_that_others_may_enter_is_refused(places):
         pass
 
 
-def test_without_a_writable_run_the_locks_lie_in_tmp(places, monkeypatch):
+def test_locks_are_in_tmp_if_run_is_not_writable(places, monkeypatch):
     monkeypatch.setattr(leases, "_PLACES", (places[0] / "missing", places[1]))
     with leases.lease_uids(1):
         assert (places[1] / "discover_jax-uids" / "60600").exists()
@@ -102,10 +102,10 @@ def test_without_a_writable_run_the_locks_lie_in_tmp(places, monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give each slot a uid")
 def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
-    """Two executors at once have different uids on the host, and a third does not get the uid of the one that still runs."""
+    """Two concurrent executors have different uids on the host. A third does not get the uid of the one that still runs."""
 
     def uid(pool: Executor) -> int:
-        """Of its one slot's program while it runs."""
+        """The uid of a running program in the pool's only slot."""
         future = pool.submit("import time\ntime.sleep(1)\n" + GOOD)
         (spec,) = pool._backend.specs
         while not future.done():
@@ -113,7 +113,7 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
                 try:
                     found = int(status.read_text().split("\nUid:\t")[1].split()[1])
                     command = (status.parent / "cmdline").read_bytes()
-                except OSError:  # ended meanwhile
+                except OSError:  # it has ended
                     continue
                 if found == spec.uid and b"/harness.py" in command:
                     assert future.result(60).grade.score == GOOD_SCORE

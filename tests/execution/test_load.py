@@ -1,4 +1,4 @@
-"""The benchmark of many programs, in small: every end as expected, and nothing left behind; and that it would see what is left."""
+"""A small version of the load benchmark: all outcomes as expected, and nothing left behind. Also, that it detects leaks."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sandbox.py"
 
 
-@pytest.mark.slow  # test_pool and test_outcomes see each kind alone
+@pytest.mark.slow  # test_pool and test_outcomes test each kind by itself
 def test_programs_of_every_kind_leave_nothing_behind():
     command = [sys.executable, str(SCRIPT), "--programs=18", "--preload=none"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
@@ -36,8 +36,8 @@ def script():
     return module
 
 
-def test_benchmark_sees_what_a_worker_holds(script):
-    """A child of this process in the worker's place, which leaves a descriptor, a thread, a zombie and memory."""
+def test_benchmark_detects_leaks_of_a_worker(script):
+    """A child of this process stands in for the worker. It leaks a descriptor, a thread, a zombie and memory."""
     leak = (
         "import os, sys, threading, time\ninput()\nopened = os.open('/dev/null', 0)\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"
@@ -62,8 +62,8 @@ def test_benchmark_sees_what_a_worker_holds(script):
     assert found == {"worker descriptors": 1, "worker threads": 1, "worker processes": 1}
 
 
-def test_benchmark_sees_what_is_left_after_the_end(script, tmp_path):
-    """A sandbox that nobody is the parent of any more is found by its command line; its zombie child, a file and a thread of ours too."""
+def test_benchmark_detects_what_is_left_at_the_end(script, tmp_path):
+    """An orphaned sandbox is found by its command line. Its zombie child, a file and a thread of this process are found, too."""
     mark = f'"result_bytes": {os.getpid()}99'
     before = script._after_close(tmp_path, mark)
     waiting = "import sys; sys.stdin.read()"
@@ -73,7 +73,7 @@ def test_benchmark_sees_what_is_left_after_the_end(script, tmp_path):
     with subprocess.Popen([sys.executable, "-c", orphan, mark], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         parent.stdout.readline()
-        os.waitid(os.P_PID, parent.pid, os.WEXITED | os.WNOWAIT)  # ended, and not collected: a zombie
+        os.waitid(os.P_PID, parent.pid, os.WEXITED | os.WNOWAIT)  # it has ended but was not collected: a zombie
         (tmp_path / "left").touch()
         thread.start()
         after = script._after_close(tmp_path, mark)

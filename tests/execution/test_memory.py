@@ -36,7 +36,7 @@ _FILES = {
 
 
 def make_group(version: int, folder: Path) -> memory.Group:
-    """A group of files laid out as the kernel's documentation says, since a machine has writable groups of one version at most."""
+    """A group of plain files, laid out as in the kernel's documentation: a machine has writable groups of at most one version."""
     real_mkdir = Path.mkdir
 
     def mkdir_like_kernel(self, *args, **kwargs):
@@ -58,7 +58,7 @@ def test_control_group_of_version_2(tmp_path):
         str(256 + 16),
     ]
     assert group.procs_files == [str(folder / "cgroup.procs")]
-    group.kill()  # a kernel before 5.14
+    group.kill()  # without cgroup.kill, as in kernels before 5.14
     assert not (folder / "cgroup.kill").exists()
     (folder / "cgroup.kill").touch()
     group.kill()
@@ -70,7 +70,7 @@ _CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
 
 
 def _most(memory: int, with_swap: int | None) -> dict[str, str | None]:
-    """The most that a group of version 1 has held; None where swap is not accounted."""
+    """The peak usage of a group of version 1; None for swap if it is not accounted."""
     return {"memory.max_usage_in_bytes": f"{memory}\n", "memory.memsw.max_usage_in_bytes": None if with_swap is None else f"{with_swap}\n"}
 
 
@@ -78,10 +78,10 @@ def _most(memory: int, with_swap: int | None) -> dict[str, str | None]:
     ("version", "files", "exceeded"),
     [
         (2, {"memory.events": _EVENTS.format(0, 0, 0)}, False),
-        (2, {"memory.events": _EVENTS.format(12, 1, 0)}, False),  # an allocation that failed without a kill: the program's to handle
+        (2, {"memory.events": _EVENTS.format(12, 1, 0)}, False),  # an allocation failed without a kill: the program handles it
         (2, {"memory.events": _EVENTS.format(12, 1, 3)}, True),
         (2, {"memory.events": _EVENTS.format(0, 0, 1)}, None),
-        (2, {"memory.events": _EVENTS.format(900, 0, 1)}, None),  # pages of read files were given back at its limit; killed from above
+        (2, {"memory.events": _EVENTS.format(900, 0, 1)}, None),  # file pages were reclaimed at its limit; an outer group killed it
         (1, {"memory.oom_control": _CONTROL.format(0), **_most(1 << 30, 1 << 30)}, False),
         (1, {"memory.oom_control": _CONTROL.format(1), **_most(1 << 30, 1 << 30)}, True),
         (1, {"memory.oom_control": _CONTROL.format(1), **_most((1 << 30) - 8192, 1 << 30)}, True),
@@ -89,7 +89,7 @@ def _most(memory: int, with_swap: int | None) -> dict[str, str | None]:
         (1, {"memory.oom_control": _CONTROL.format(1), **_most(1 << 29, None)}, None),
     ],
 )
-def test_a_kill_is_the_programs_fault_only_at_its_own_limit(tmp_path, version, files, exceeded):
+def test_kill_is_the_programs_fault_only_at_its_own_limit(tmp_path, version, files, exceeded):
     group, folder = make_group(version, tmp_path), tmp_path / f"discover_jax-{os.getpid()}-0-0"
     for name, text in files.items():
         if text is not None:
@@ -101,7 +101,7 @@ def test_a_kill_is_the_programs_fault_only_at_its_own_limit(tmp_path, version, f
         assert group.exceeded() is exceeded
 
 
-def test_a_group_that_stays_busy_is_logged(tmp_path, monkeypatch, caplog):
+def test_group_that_stays_busy_is_logged(tmp_path, monkeypatch, caplog):
     def busy(_):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
@@ -117,7 +117,7 @@ def test_a_group_that_stays_busy_is_logged(tmp_path, monkeypatch, caplog):
 
 @pytest.fixture
 def narrow(spec):
-    """Where groups can be made within a bound of 250 MiB on all of them together, as a container's is; less than a program's own limit."""
+    """Control groups below one with 250 MiB, as in a container; less than the limit of a program."""
     if spec.cgroups is None:
         pytest.skip("needs a control group that can be divided")
     folder = spec.cgroups.memory / f"discover_jax-{os.getpid()}-narrow"
@@ -134,7 +134,7 @@ def narrow(spec):
         folder.rmdir()
 
 
-def test_a_container_that_runs_out_of_memory_is_never_a_verdict(task, tmp_path, monkeypatch, narrow, caplog):
+def test_container_out_of_memory_is_never_a_verdict(task, tmp_path, monkeypatch, narrow, caplog):
     monkeypatch.setattr(memory, "find_cgroups", lambda: narrow)
     hoard = "def run():\n    hold = []\n    while True:\n        hold.append(bytearray(b'x') * 20_000_000)\n"
     with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
@@ -160,7 +160,7 @@ def test_memory_of_a_process_tree_counts_children():
 
 
 def test_without_a_control_group_empty_files_count(spec, run_with):
-    """Each takes about a kilobyte of the kernel's memory, and none of the folder's size."""
+    """An empty file takes about a kilobyte of kernel memory and adds nothing to the folder's size."""
     weaker = dataclasses.replace(spec, cgroups=None)
     make = (
         "import os\ndef run():\n    for number in range(5_000_000):\n        os.mknod(f'f{number}')\n    raise RuntimeError('all made')\n"
@@ -172,7 +172,7 @@ def test_without_a_control_group_empty_files_count(spec, run_with):
 
 
 def test_folder_bytes_of_files_with_and_without_content(spec):
-    """Looked at while a program waits that has made a thousand empty files, and then one of 8 MiB in another folder."""
+    """Measured while the program waits: after creating a thousand empty files, then after one of 8 MiB in another folder."""
     box = sandbox.start(dataclasses.replace(spec, cgroups=None, limits=dataclasses.replace(spec.limits, seconds=4)))
     made = "[open(f'f{number}', 'w').close() for number in range(1000)]\ntime.sleep(1.5)\n"
     program = f"import time\n{made}open('/tmp/content', 'wb').write(bytes({8 * MIB}))\ntime.sleep(60)\n"
@@ -187,8 +187,10 @@ def test_folder_bytes_of_files_with_and_without_content(spec):
             time.sleep(0.02)
     finally:
         box.close()
-    empty, whole = sorted(number for number, looks in seen.items() if looks > 3)[-2:]  # what was seen once or twice was in the making
-    assert 1000 * 960 <= empty <= 1000 * 2000  # 960: measured as the growth of a control group
+    empty, whole = sorted(number for number, looks in seen.items() if looks > 3)[
+        -2:
+    ]  # values seen once or twice are from files being written
+    assert 1000 * 960 <= empty <= 1000 * 2000  # 960 bytes each: the measured growth of a control group
     assert 8 * MIB + 1000 * 960 <= whole <= 8 * MIB + 1000 * 2000
 
 
@@ -199,8 +201,8 @@ def write_files(folder: Path, **texts: object) -> Path:
     return folder
 
 
-def test_what_is_free_is_what_the_least_limit_leaves(tmp_path, monkeypatch):
-    """Limits of this group and of those above it, in both versions; pages of files on a disk count as free, the rest does not."""
+def test_free_memory_is_bounded_by_the_tightest_limit(tmp_path, monkeypatch):
+    """Limits of this group and of those above it, in both versions. Only pages of files on disk count as free."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setattr(admission, "own_folder", lambda _: None)
     assert admission.memory_limit() == machine
@@ -222,14 +224,14 @@ def test_what_is_free_is_what_the_least_limit_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(admission, "own_folder", lambda controller: old if controller == "memory" else None)
     assert admission.memory_limit() == 400_000_000
     assert admission.available_bytes() == 100_000_000
-    (old / "memory.usage_in_bytes").write_text("500000000\n")  # a limit that was lowered
+    (old / "memory.usage_in_bytes").write_text("500000000\n")  # above the limit, which was lowered
     assert admission.available_bytes() == 0
-    write_files(old, **{**limits, "memory__limit_in_bytes": 9223372036854771712})  # the kernel's word for none
+    write_files(old, **{**limits, "memory__limit_in_bytes": 9223372036854771712})  # the kernel's value for no limit
     assert admission.memory_limit() == machine
 
 
 class Door:
-    """Programs that ask an Admission for entry, each in a thread, and stay until they are told to go."""
+    """Programs that ask an Admission for entry, each in a thread, and stay until released."""
 
     def __init__(self, admitting: Admission) -> None:
         self._admission = admitting
@@ -251,7 +253,7 @@ class Door:
         self._threads.append(threading.Thread(target=program, daemon=True))
         self._threads[-1].start()
         while len(self._admission._waiting) + sum(event.is_set() for event in self._entered) < number + 1:
-            time.sleep(0.001)  # until it stands in the queue, so that the order is known
+            time.sleep(0.001)  # until it is in the queue, so that the order is known
         return number
 
     def is_in(self, number: int, seconds: float = 0.0) -> bool:
@@ -262,15 +264,15 @@ class Door:
         self._threads[number].join(10)
 
 
-def test_a_program_enters_only_when_memory_for_it_and_all_who_run_is_free():
+def test_program_starts_only_if_memory_is_free_for_it_and_all_running_ones():
     free = [2000]
     door = Door(Admission(1000, available=lambda: free[0]))
     first, second, third = door.ask(), door.ask(), door.ask()
     assert door.is_in(first, 5)
     assert door.is_in(second, 5)
-    assert not door.is_in(third, 0.5)  # 3000 would have to be free, as none of those who run has used anything yet
+    assert not door.is_in(third, 0.5)  # needs 3000: the two that run have not used any memory yet
     free[0] = 3000
-    assert door.is_in(third, 5)  # without anybody's leaving: others on the machine gave it back
+    assert door.is_in(third, 5)  # no program left, but other processes freed memory
     for number in (first, second, third):
         door.leave(number)
 
@@ -280,7 +282,7 @@ def test_one_program_may_always_run_and_order_is_kept():
     numbers = [door.ask() for _ in range(4)]
     for at, number in enumerate(numbers):
         assert door.is_in(number, 5)
-        time.sleep(0.3)  # longer than it takes until the others look again
+        time.sleep(0.3)  # longer than the interval at which the others check again
         assert [door.is_in(later) for later in numbers[at + 1 :]] == [False] * (3 - at)
         door.leave(number)
 
@@ -294,7 +296,7 @@ def test_cancelled_programs_do_not_block_admission():
     assert door.is_in(second, 5)
 
 
-def test_a_failing_measurement_is_raised_and_blocks_no_other_program():
+def test_failing_measurement_is_raised_and_blocks_no_other_program():
     def broken() -> int:
         raise OSError("no /proc")
 
@@ -305,7 +307,7 @@ def test_a_failing_measurement_is_raised_and_blocks_no_other_program():
         pass
 
 
-# Those that may overlap take longer, so that they do on a crowded machine too.
+# Programs that may overlap take longer, so that they do even on a busy machine.
 @pytest.mark.parametrize(("programs_worth", "seconds", "overlap"), [(1, 1.5, False), (2, 5.0, True)])
 def test_without_a_control_group_programs_wait_for_each_others_memory(task, tmp_path, monkeypatch, programs_worth, seconds, overlap):
     monkeypatch.setattr(memory, "find_cgroups", lambda: None)
@@ -324,7 +326,7 @@ def test_without_a_control_group_programs_wait_for_each_others_memory(task, tmp_
     assert (c < b) is overlap
 
 
-def test_summary_goes_by_the_containers_memory(pool, monkeypatch):
+def test_summary_uses_the_memory_of_the_container(pool, monkeypatch):
     monkeypatch.setattr("discover_jax.execution.summary.memory_limit", lambda: GIB)
     assert re.search(r"\b1 GiB", pool.describe())
     monkeypatch.setattr("discover_jax.execution.summary.memory_limit", lambda: 2 * GIB)

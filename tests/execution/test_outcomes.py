@@ -82,7 +82,7 @@ def run():
         (UNPRINTABLE, "cannot be written as CSV"),
     ],
 )
-def test_what_is_no_submission(ask, program, said):
+def test_invalid_submissions(ask, program, said):
     verdict = ask(program)
     assert verdict.outcome is Outcome.INVALID_SUBMISSION
     assert said in verdict.grade.reason
@@ -102,7 +102,7 @@ def test_segmentation_fault_and_own_signals(ask):
     assert (verdict.outcome, verdict.execution.detail) == (Outcome.KILLED, "the process died by SIGKILL")
 
 
-def test_result_too_big_from_the_harness_and_around_it(ask):
+def test_too_large_results_from_the_harness_and_bypassing_it(ask):
     verdict = ask("import pandas as pd\ndef run():\n    return pd.DataFrame({'a': ['x' * 1000] * 2000})\n")
     assert verdict.outcome is Outcome.RESULT_TOO_BIG
     around = """
@@ -163,14 +163,14 @@ def test_memory_hog_anonymous_and_files(ask):
 
 
 def test_files_in_memory_count_as_memory(spec, run_with):
-    """A scratch folder larger than the program's memory: it is the control group, where there is one, that ends it, not a full folder."""
+    """The scratch folder is larger than the program's memory, so the control group, if there is one, ends the program first."""
     fill = "with open('big', 'wb') as f:\n    for _ in range(1500):\n        f.write(b'x' * (1 << 20))\nraise RuntimeError('all written')\n"
     execution = run_with(spec, fill, scratch_bytes=1 << 31)
     assert (execution.outcome, execution.detail) == (Outcome.OUT_OF_MEMORY, "it used more than 0.88 GiB of memory")
 
 
 def test_memory_without_a_control_group(spec, run_with):
-    """Best effort: the address space bounds one process, and the sum of several is looked at."""
+    """Best effort: the address space bounds one process, and the sum of several is sampled."""
     weaker = dataclasses.replace(spec, cgroups=None)
     limit = 5 << 28  # 1.25 GiB
     alone = run_with(weaker, f"def run():\n    return bytearray({limit})\n", memory_bytes=limit)
@@ -210,7 +210,7 @@ def run():
         box = sandbox.start(dataclasses.replace(spec, limits=limits))
         try:
             box.wait_ready()
-            namespace = os.open(f"/proc/{box.pid}/ns/pid", os.O_RDONLY)  # while it is open, no other gets its number
+            namespace = os.open(f"/proc/{box.pid}/ns/pid", os.O_RDONLY)  # while it is open, its number is not reused
             began = time.monotonic()
             execution = box.run(program)
             assert execution.outcome is Outcome.TIMEOUT
@@ -231,16 +231,16 @@ def _namespace(pid: str) -> int | None:
         return None
 
 
-def test_orphan_that_holds_the_pipes_does_not_hold_up_the_run(spec, run_with):
+def test_orphan_with_open_pipes_does_not_delay_the_run(spec, run_with):
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n    os._exit(0)\n" + GOOD
     began = time.monotonic()
     execution = run_with(spec, program)
     assert execution.outcome is Outcome.OK
-    assert time.monotonic() - began < 40  # the orphan would stay for 60
+    assert time.monotonic() - began < 40  # the orphan sleeps for 60
 
 
-def test_forged_answers_are_only_claims(ask):
-    """A program can write to the answer's descriptor itself, but can claim no more than a submission that is then graded."""
+def test_forged_replies_are_still_graded(ask):
+    """A program can write to the reply's descriptor itself. It can only claim a submission, which is then graded."""
 
     def forging(answer: bytes) -> str:
         return (
@@ -257,7 +257,7 @@ def test_forged_answers_are_only_claims(ask):
     assert (verdict.outcome, verdict.grade.score) == (Outcome.OK, 1.0)
 
 
-def test_main_block_of_a_program_stays_out(ask):
+def test_main_block_of_a_program_does_not_run(ask):
     verdict = ask(GOOD + "\nif __name__ == '__main__':\n    raise SystemExit('ran twice')\n")
     assert verdict.outcome is Outcome.OK
 
@@ -266,7 +266,7 @@ def test_processes_and_threads_of_the_packages_work(full_spec, task, run_with):
     program = """
 def double(x):
     return 2 * x
-def run():  # imports here, so that the processes it spawns, which import this module, do without them
+def run():  # imports are inside, since spawned processes import this module
     import joblib, multiprocessing, numpy as np, pandas as pd
     from sklearn.ensemble import HistGradientBoostingClassifier
     from xgboost import XGBClassifier

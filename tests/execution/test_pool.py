@@ -1,4 +1,4 @@
-"""The pool: sharing and caching of verdicts, recovery from crashes, and an end that leaves nothing behind."""
+"""The pool: sharing and caching of verdicts, recovery from crashes, and a clean end."""
 
 import contextlib
 import dataclasses
@@ -36,8 +36,8 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def test_duplicates_in_flight_share_one_execution_and_later_ones_the_cache(task, tmp_path):
-    """The program prints a random number from the kernel: equal output means that it ran once."""
+def test_concurrent_duplicates_share_one_execution_and_later_ones_use_the_cache(task, tmp_path):
+    """The program prints a random number from the kernel, so equal output means that it ran once."""
     program = "import os\nprint(os.urandom(8).hex())\n" + GOOD
     with Executor([task], LIMITS, workers=1, cache_dir=tmp_path) as pool:
         verdicts = [future.result(60) for future in [pool.submit(program) for _ in range(4)]]
@@ -55,7 +55,7 @@ def test_duplicates_in_flight_share_one_execution_and_later_ones_the_cache(task,
         assert from_disk.execution.csv == verdicts[0].execution.csv
         fresh = pool.submit(program + "# other\n").result(60)
         assert not fresh.execution.cached
-    # Other data or other limits are another question.
+    # The cache key includes data and limits.
     for other_task, other_limits in (
         (dataclasses.replace(task, fingerprint="tiny-2"), LIMITS),
         (task, dataclasses.replace(LIMITS, seconds=61)),
@@ -80,7 +80,7 @@ def run():
 
 
 def test_real_competition(tmp_path):
-    """The embedded competition, scored once more here from the answers' file."""
+    """The built-in competition; the score is computed independently from the answers' file."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         verdict = pool.submit(DIGITS).result(120)
@@ -117,7 +117,7 @@ def test_full_disk_is_one_clear_error(task, tmp_path, monkeypatch):
 
 
 def test_verdicts_are_the_same_in_every_run(task, tmp_path):
-    """Seeds, hashes of strings, addresses and folders: nothing of them differs between two runs."""
+    """Seeds, hashes of strings, addresses and folders do not differ between runs."""
     program = """import random, warnings
 import numpy as np
 print(random.random(), np.random.rand(), hash("x"), sorted({"a", "b", "c"}, key=hash), object(), __file__)
@@ -154,7 +154,7 @@ def test_crashed_worker_is_replaced_and_its_program_runs_again(task, tmp_path):
 
 
 def test_host_faults_are_never_verdicts(tmp_path):
-    """A worker that dies each time: the caller gets an error, nothing is cached."""
+    """The worker dies in each try: the caller gets an error, and nothing is cached."""
     task = make(tmp_path / "competition", CannotBeUnpickled)
     with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         with pytest.raises(SandboxError, match=r"\b3\b[\s\S]*\b7\b"):
@@ -162,7 +162,7 @@ def test_host_faults_are_never_verdicts(tmp_path):
         assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_failing_metric_is_an_error_of_its_own(tmp_path):
+def test_failing_metric_is_a_grading_error(tmp_path):
     task = make(tmp_path / "competition", BrokenGrading)
     with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         with pytest.raises(GradingError, match="ZeroDivisionError: metric"):
@@ -170,7 +170,7 @@ def test_failing_metric_is_an_error_of_its_own(tmp_path):
         assert pool.submit("def run():\n    1 / 0\n").result(60).outcome is Outcome.EXCEPTION
 
 
-def test_close_cancels_what_waits_ends_what_runs_and_may_be_repeated(task, tmp_path):
+def test_close_cancels_waiting_programs_ends_running_ones_and_is_idempotent(task, tmp_path):
     others = worker_pids()
     pool = Executor([task], LIMITS, workers=1, cache_dir=tmp_path)
     running = pool.submit("import time\ntime.sleep(50)\n")
@@ -217,7 +217,7 @@ def test_describe_names_the_backend_and_what_is_weaker(task, pool, tmp_path):
 MAIN = """
 import os, sys, time
 from pathlib import Path
-with open(sys.argv[1], "a") as file:  # whoever imports this script leaves a line
+with open(sys.argv[1], "a") as file:  # records each import of this script
     print("imported by", os.getpid(), file=file)
 from tiny_competition import make
 from discover_jax.execution import Executor, ResourceLimits
@@ -249,7 +249,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    """Those that still run; the dead that init has not collected yet do not."""
+    """Those that still run. Zombies do not."""
     found = set()
     for pid in pids:
         try:
@@ -263,7 +263,7 @@ def alive(pids: set[int]) -> set[int]:
 def commands(pids: set[int]) -> dict[int, bytes]:
     found = {}
     for pid in pids:
-        with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended
             found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
     return found
 
@@ -293,7 +293,7 @@ def test_killed_main_process_leaves_nothing_running(tmp_path, moment):
 
 @pytest.mark.skipif(not ordinary_user.possible(), reason="needs root and util-linux")
 def test_ordinary_user_can_run_programs(tmp_path):
-    """The whole folder can be run so: `make test-sandbox`."""
+    """`make test-sandbox` runs the whole folder as an ordinary user."""
     program = (
         "import os, tempfile\nfrom pathlib import Path\nfrom tiny_competition import GOOD, make\n"
         f"from discover_jax.execution import Executor, ResourceLimits\nassert os.getuid() == {ordinary_user.UID}\n"
@@ -311,7 +311,7 @@ def test_ordinary_user_can_run_programs(tmp_path):
 
 
 def test_several_tasks_in_one_pool(tmp_path):
-    """Each program sees its own task's data alone and is graded by its own answers; verdicts are kept apart."""
+    """Each program sees only its own task's data and is graded by its answers. Cached verdicts are separate."""
     tasks = [make(tmp_path / name) for name in ("first", "second")]
     marked = tasks[1].public_dir / "train.csv"
     marked.write_text(marked.read_text().replace("x", "z", 1))

@@ -1,5 +1,4 @@
-"""The filter's bytes, run by an interpreter written here for the purpose, for both architectures. That the kernel obeys is tested in
-test_isolation.py, on the machine's own architecture."""
+"""The filter's bytes, run by a small BPF interpreter, for both architectures. test_isolation.py tests the kernel on this architecture."""
 
 import struct
 
@@ -18,7 +17,7 @@ CLONE, CLONE3, SOCKET, IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
 
 
 def verdict(program: bytes, audit: int, number: int, *arguments: int) -> int:
-    """What classic BPF with this program says of one system call."""
+    """The result of this classic BPF program for one system call."""
     data = struct.pack("<IIQ6Q", number, audit, 0, *arguments, *[0] * (6 - len(arguments)))
     code = [struct.unpack_from("<HBBI", program, offset) for offset in range(0, len(program), 8)]
     accumulator, at = 0, 0
@@ -51,14 +50,14 @@ def test_filter(machine, column):
         "bpf": EPERM,
         "io_uring_setup": EPERM,
     }
-    thread = 0x003D0F00  # the flags with which pthread_create makes threads
+    thread = 0x003D0F00  # the flags of pthread_create
     assert ask(CLONE, thread) == ALLOW
     assert ask(CLONE, 17) == ALLOW  # fork
     for flag in (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000):
         assert ask(CLONE, flag | 17) == EPERM
     assert ask(CLONE3, 0, 88) == ENOSYS
     assert [ask(SOCKET, family, 1) for family in (1, 2, 10, 16, 17, 40)] == [ALLOW] + [EPERM] * 5
-    assert ask(SOCKET, 1 << 32 | 2, 1) == EPERM  # the kernel looks at the low word only
+    assert ask(SOCKET, 1 << 32 | 2, 1) == EPERM  # the kernel uses only the low word
     assert [ask(IOCTL, 0, request) for request in (0x5401, 0x5412, 0x541C, 1 << 32 | 0x5412)] == [ALLOW, EPERM, EPERM, EPERM]
     # RLIMIT_CORE is 4, RLIMIT_AS 9; prlimit with a null pointer only reads.
     assert [ask(SETRLIMIT, limit, 1) for limit in (4, 9)] == [EPERM, ALLOW]
@@ -67,14 +66,14 @@ def test_filter(machine, column):
         assert verdict(program, other, 0) == KILL
 
 
-def test_memory_that_belongs_to_no_process_is_denied_where_no_control_group_bounds_it():
+def test_memory_without_an_owner_is_denied_without_a_control_group():
     memfd_create, shmget = 319, 29
     for bounded, expected in ((True, ALLOW), (False, EPERM)):
         program = filter_program("x86_64", unseen_memory=bounded)
         assert [verdict(program, AUDIT["x86_64"], number, 0) for number in (memfd_create, shmget)] == [expected] * 2
 
 
-def test_x32_table_is_closed():
+def test_x32_calls_are_denied():
     program = filter_program("x86_64")
     assert verdict(program, AUDIT["x86_64"], 0x40000000 | 101) == EPERM
     assert verdict(program, AUDIT["x86_64"], 0x3FFFFFFF) == ALLOW

@@ -1,4 +1,4 @@
-"""A competition of a few rows, small enough to work out by hand, in a module that worker processes can import."""
+"""A competition with a few rows that can be worked out by hand, in a module that worker processes can import."""
 
 import dataclasses
 import io
@@ -78,7 +78,7 @@ def make(folder: Path, kind: type[TinyTask] = TinyTask) -> TinyTask:
     pd.DataFrame({"id": [10, 11, 12, 13], "x": range(4)}).to_csv(public / "test.csv", index=False)
     pd.DataFrame({"id": [10, 11, 12, 13], "y": 0}).to_csv(public / "sample_submission.csv", index=False)
     pd.DataFrame({"id": [10, 11, 12, 13], "y": ANSWERS}).to_csv(private / "answers.csv", index=False)
-    # Open to everybody, so that it is the sandbox that protects the files, not their modes.
+    # Writable by all, so that the sandbox must protect the files, not their modes.
     public.chmod(0o777)
     for file in public.iterdir():
         file.chmod(0o666)
