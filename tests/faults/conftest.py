@@ -1,4 +1,4 @@
-"""The unbroken run with which the struck ones are compared, made once for all test processes."""
+"""The folder of uninterrupted runs, shared by all test processes. Runs with faults are compared with them."""
 
 import os
 import sys
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-# The tests here import each other's parts by name.
+# The modules of this folder import each other by name.
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the model, of compiled programs and of unbroken runs."""
+    """The folder of the model, the compiled functions and the uninterrupted runs."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults"

@@ -1,4 +1,4 @@
-"""Settings of the tiny run: `--config=tests/faults/phrase_config.py:WEIGHTS`, WEIGHTS being a folder of `phrase_model`."""
+"""Settings of the tiny run: `--config=tests/faults/phrase_config.py:WEIGHTS`, where WEIGHTS is a folder of `phrase_model`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from discover_jax.config import default_config
 
 
 def get_config(weights: str = ""):
-    """Two groups of three programs a step, four steps."""
+    """Four steps of two groups with three programs each."""
     config = default_config()
     config.name = "phrases"
     config.task.competition = str(Path(__file__).with_name("remainders.py"))

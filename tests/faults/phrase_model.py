@@ -1,8 +1,8 @@
-"""A gpt-oss checkpoint whose weights are made by hand, and its tokenizer: it writes small programs of ten tokens that really run.
+"""A gpt-oss checkpoint with constructed weights, and its tokenizer. It writes valid programs of ten tokens.
 
-Each piece of the tokenizer is a phrase of a program. Embeddings are one-hot and attention and experts are nearly silent, so that the head
-alone decides: it gives each token the probabilities of the phrases that may follow it. What it writes is a sentence of this grammar, with
-scores that differ; training moves the odds. A step costs milliseconds, though everything around it is as in any run.
+Each piece of the tokenizer is a phrase of a program. Embeddings are one-hot, and attention and experts contribute almost nothing, so only
+the head matters: it gives each token the probabilities of the phrases that may follow it. The programs are sentences of this grammar, with
+different scores, and training changes the probabilities. A step takes milliseconds; everything else is as in any run.
 """
 
 import io
@@ -38,7 +38,7 @@ _FOLLOWERS: dict[tuple[str, ...], dict[str, float]] = {
     ("assistant",): {"<|channel|>": 1},
     ("<|channel|>",): {"final": 1},
     ("final",): {"<|message|>": 1},
-    ("<|message|>",): {_HEAD: 0.95, "<|return|>": 0.05},  # now and then a reply without a program
+    ("<|message|>",): {_HEAD: 0.95, "<|return|>": 0.05},  # sometimes a reply without a program
     (_HEAD,): dict.fromkeys(_ADJECTIVES, 1 / 8),
     _ADJECTIVES: dict.fromkeys(_NOUNS, 1 / 8),
     _NOUNS: {_WAIT: 1},
@@ -49,14 +49,14 @@ _FOLLOWERS: dict[tuple[str, ...], dict[str, float]] = {
     (_RETURN, _RAISE): {"<|return|>": 1},
 }
 _NEVER = -20.0
-"""Logit of what the grammar does not allow: once in a million tokens or so."""
+"""Logit of phrases that the grammar does not allow: about once in a million tokens."""
 
 
 def write_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Writes `path`: the phrases, and bytes for all other text."""
+    """Writes the tokenizer to `path`: the phrases, and bytes for all other text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["ab", "b a"]),  # the trainer wants a text, with a space in it
+        sentence_iterator=iter(["ab", "b a"]),  # the trainer needs a text with a space
         model_writer=model,
         model_type="char",
         vocab_size=1000,
@@ -79,7 +79,7 @@ def write_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def write_phrase_model(folder: Path) -> None:
-    """Writes config.json, model.safetensors and tokenizer.model into `folder`, which is made."""
+    """Creates `folder` with config.json, model.safetensors and tokenizer.model."""
     folder.mkdir(parents=True)
     pieces = write_tokenizer(folder / "tokenizer.model")
 
@@ -116,7 +116,7 @@ def write_phrase_model(folder: Path) -> None:
         if place == ("embedding",):
             values = 100.0 * np.eye(*shape)
         elif place == ("head", "weight"):
-            values = logits / math.sqrt(config.width)  # the final norm makes sqrt(width) of the one-hot's 1
+            values = logits / math.sqrt(config.width)  # the final norm scales the one-hot's 1 to sqrt(width)
         elif place[-1] == "norm":
             values = np.ones(shape)
         elif place[-1] in ("blocks", "scales"):

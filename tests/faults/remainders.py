@@ -1,4 +1,4 @@
-"""A competition for the phrase model: is the remainder of a number by 7 below 3?"""
+"""A competition for the phrase model: is a number modulo 7 below 3?"""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from discover_jax.tasks.competition import Competition, Metric
 
 
 def _accuracy(answers_R: np.ndarray, predictions_R: np.ndarray) -> float:
-    """Without scikit-learn, whose import would be half the time that a start takes."""
+    """Avoids scikit-learn: its import would take half of the start-up time."""
     return float((np.asarray(answers_R) == np.asarray(predictions_R)).mean())
 
 
 def prepare(raw: Path | None, public: Path, private: Path) -> None:
-    """Writes the four tables; `raw`, if given, is a table of other private answers to put in the right ones' place."""
+    """Writes the four tables. `raw`, if given, is a table of private answers that replaces the correct ones."""
     table = pd.DataFrame({"id": range(100)})
     table["y"] = (table["id"] % 7 < 3).astype(int)
     train, test = table.iloc[:30], table.iloc[30:]

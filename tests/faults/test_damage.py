@@ -1,4 +1,4 @@
-"""Damaged and planted files, a full disk, a jumping clock, a hanging worker: a clear message, nothing lost before the last step."""
+"""Damaged and planted files, a full disk, a jumping clock, a hanging worker: a clear message, and nothing lost before the last step."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ class Noting(QuietConsole):
 
 @pytest.fixture(scope="module")
 def whole(root) -> Iterator[Path]:
-    """The unbroken run's folder; runs of this process find the programs that it compiled."""
+    """The folder of the uninterrupted run. Runs in this process reuse its compiled functions."""
     folder = unbroken(root)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(root).items():
@@ -70,19 +70,19 @@ def whole(root) -> Iterator[Path]:
 
 @pytest.fixture
 def workdir(whole, tmp_path) -> Path:
-    """A copy of the unbroken run."""
+    """A copy of the uninterrupted run."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def resume(root: Path, workdir: Path) -> str:
-    """Starts the run again, in this process. What it said of itself."""
+    """Resumes the run in this process and returns its console output."""
     console = Noting()
     main.run(settings.validate(get_config(str(root / "model"))), workdir, console=console)
     return "\n".join(console.notes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but those that every start writes anew."""
+    """All files except those that every start writes again."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "disclosure.json"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -117,7 +117,7 @@ def two_checkpoints(tmp_path_factory) -> Path:
 
 
 def resumed(folder: Path) -> tuple[int, str]:
-    """Resumes; the step, which must be what was saved in it, and the notes."""
+    """Resumes and checks the state against the step's. Returns the step and the notes."""
     notes: list[str] = []
     checkpoints = Checkpoints(folder, keep=2, every=0)
     found = checkpoints.resume(state_of(0), notes.append)
@@ -132,7 +132,7 @@ def resumed(folder: Path) -> tuple[int, str]:
 
 
 def test_every_file_of_a_checkpoint_torn_flipped_or_gone(two_checkpoints, tmp_path):
-    """Either the damage does not matter, and all is as it was saved, or the checkpoint before is taken and the damaged one set aside."""
+    """Either everything is restored as it was saved, or the run resumes from the checkpoint before and the damaged one is set aside."""
     rng = random.Random(0)
     damages = {
         "deleted": lambda path: path.unlink(),
@@ -184,7 +184,7 @@ def test_missing_checkpoint_folders(two_checkpoints, tmp_path, part):
 
 @pytest.mark.parametrize("text", ["[]", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": 1%s}' % ("0" * 40), "\0"])
 def test_damaged_orbax_metadata_does_not_prevent_resuming(two_checkpoints, tmp_path, monkeypatch, text):
-    """Its time of writing, say, which nothing here needs; also not where users have no name, as in containers."""
+    """This project does not use it, for example the time of writing. Also tests users without a name, as in containers."""
 
     def nobody(uid: int):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -202,7 +202,7 @@ def test_damaged_orbax_metadata_does_not_prevent_resuming(two_checkpoints, tmp_p
     assert "Checkpoint 2 is damaged" in notes
 
 
-def test_a_step_is_set_aside_as_often_as_it_is_damaged(two_checkpoints, tmp_path):
+def test_damaged_checkpoints_of_one_step_are_all_kept(two_checkpoints, tmp_path):
     for number in (1, 2):
         shutil.copytree(two_checkpoints, tmp_path / "c", dirs_exist_ok=True)
         flip(tmp_path / "c" / "2" / "host" / "metadata")
@@ -226,7 +226,7 @@ def test_no_valid_checkpoint_is_an_error_and_deletes_nothing(two_checkpoints, tm
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path):
         self._mark = mark
@@ -236,7 +236,7 @@ class Payload:
 
 
 def test_run_recovers_from_damaged_and_planted_files(root, whole, workdir, tmp_path):
-    """The last checkpoint and all cached verdicts are replaced by pickles with a payload, the checkpoint before has one flipped bit."""
+    """Pickles with a payload replace the last checkpoint and all cached verdicts. The checkpoint before has one flipped bit."""
     payload = pickle.dumps(Payload(tmp_path / "mark"))
     planted = [path for folder in ("cache", "checkpoints/3") for path in (workdir / folder).rglob("*") if path.is_file()]
     assert len(planted) > 20
@@ -265,7 +265,7 @@ def delete_all_checkpoints(workdir: Path) -> None:
 
 
 def raise_a_reward(workdir: Path) -> None:
-    """By a digit, so that all stays in its place."""
+    """Changes one digit, so that the file keeps its length."""
     path = workdir / "journal.jsonl"
     text = path.read_text()
     start = text.index('"reward": 0.') + len('"reward": 0.')
@@ -288,8 +288,8 @@ def test_irreparable_damage_is_one_error_and_changes_nothing(root, workdir, dama
     assert contents(workdir) == before
 
 
-def test_a_clock_that_jumps_changes_nothing(root, whole, workdir, monkeypatch):
-    """The last step again, while the clock shows another year whenever it is asked, with files from the future and from long ago."""
+def test_jumping_clock_changes_nothing(root, whole, workdir, monkeypatch):
+    """Repeats the last step while each reading of the clock gives another year; files are from the future and the distant past."""
     shutil.rmtree(workdir / "checkpoints" / "3")
     rng = random.Random(0)
     for path in workdir.rglob("*"):
@@ -304,7 +304,7 @@ def test_a_clock_that_jumps_changes_nothing(root, whole, workdir, monkeypatch):
         patch.setattr(time, "time", clock)
         patch.setattr(time, "time_ns", lambda: int(1e9 * clock()))
         said = resume(root, workdir)
-    assert asked  # orbax notes the time in what it writes
+    assert asked  # orbax writes the time
     assert re.search(r"\bresume[sd]\b.*\bstep 3\b", said)
     assert results(workdir) == results(whole)
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -317,9 +317,9 @@ def test_a_clock_that_jumps_changes_nothing(root, whole, workdir, monkeypatch):
 
 
 def test_no_process_of_a_run_reads_the_date():
-    """Workers and sandboxes too, whose clock the test above cannot set: they know only clocks that never jump, and no file's age.
+    """Covers workers and sandboxes, whose clocks the test above cannot set: they use only monotonic clocks and no times of files.
 
-    TensorBoard's events have a date to be shown; nothing is decided by it.
+    TensorBoard's events contain a date for display; no decision depends on it.
     """
     wall_clocks = re.compile(r"\btime\.(time|time_ns|ctime|gmtime|localtime|strftime)\b|\bdatetime\b|CLOCK_REALTIME|st_[mac]time|getmtime")
     package = Path(main.__file__).parent
@@ -337,15 +337,15 @@ def small_disk(tmp_path) -> Iterator[Path]:
     )
     if not mounted:
         pytest.skip(
-            "needs the right to mount a small disk, which root has and ordinary users have not. That each writer bears a full disk is"
-            " tested for them, too: checkpoints, metrics, best/ and files in tests/runs, the journal in tests/archive"
+            "needs root, to mount a small disk. Other tests simulate a full disk for each writer: checkpoints, metrics, best/ and files"
+            " in tests/runs, the journal in tests/archive"
         )
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill(disk: Path, pages: int) -> None:
-    """Leaves room for so many pages of 4 KiB."""
+    """Fills the disk up to `pages` free pages of 4 KiB."""
     with (disk / "filler").open("wb") as file:
         space = os.statvfs(disk)
         file.write(bytes(max(0, space.f_bavail * space.f_frsize - 4096 * pages)))
@@ -353,8 +353,8 @@ def fill(disk: Path, pages: int) -> None:
     assert space.f_bavail * space.f_frsize == 4096 * pages
 
 
-def test_a_disk_that_fills(root, whole, small_disk):
-    """No room to begin with, then a little more each time, so that one writer after the other fails; then enough."""
+def test_full_disk(root, whole, small_disk):
+    """No space at first, then a little more each time, so that different writers fail; finally enough."""
     workdir = Path(shutil.copytree(whole, small_disk / "run"))
     shutil.rmtree(workdir / "checkpoints" / "3")
     kept = {name: data for name, data in contents(workdir).items() if name.startswith(("checkpoints", "best", "config"))}
@@ -376,13 +376,13 @@ def test_a_disk_that_fills(root, whole, small_disk):
 
 @pytest.fixture
 def stand(workdir) -> HostState:
-    """What the last checkpoint remembers of the journal."""
+    """The host state of the last checkpoint, with position and checksum of the journal."""
     metadata = json.loads((workdir / "checkpoints" / "3" / "host" / "metadata").read_bytes())
     return HostState.from_json(metadata["host"], 3)
 
 
 def rows_edited(edit):
-    """An edit of the journal's rows as one of the file's bytes."""
+    """Turns an edit of the journal's rows into an edit of the file's bytes."""
 
     def of_bytes(data: bytes) -> bytes:
         rows = data.splitlines(keepends=True)
@@ -427,7 +427,7 @@ def test_altered_journal_is_refused(workdir, stand, damage, message):
 
 @pytest.mark.parametrize("tail", [b'{"id": "0004-000', b"\x00" * 4096, b'{"id": "0004-000-000"}\n', b"\xff\n{"])
 def test_rows_after_the_last_checkpoint_are_set_aside(workdir, stand, tail):
-    """Whatever it is: rows of a step that was not finished, a row that a kill tore, the zeros that some disks leave after a power cut."""
+    """Rows of an unfinished step, a row cut off by a kill, or zeros that some disks leave after a power failure."""
     path = workdir / "journal.jsonl"
     before = path.read_bytes()
     path.write_bytes(before + tail)
@@ -470,7 +470,7 @@ def cache(tmp_path) -> VerdictCache:
 
 @pytest.fixture
 def entry(cache, tmp_path) -> Path:
-    """The file of a verdict on the program "p"."""
+    """The file with the verdict on the program "p"."""
     cache.put(cache.key("p"), VERDICT)
     (path,) = (tmp_path / "cache").glob("*/*.json")
     found = cache.get(cache.key("p"))
@@ -504,7 +504,7 @@ def nested(depth: int) -> bytes:
     ],
 )
 def test_altered_verdict_is_ignored(cache, entry, tmp_path, caplog, alter):
-    """The program runs again, which is always right, and the log tells why."""
+    """The program runs again, which is always correct, and the log says why."""
     data = entry.read_bytes()
     entry.write_bytes(alter(data, tmp_path / "mark"))
     assert entry.read_bytes() != data
@@ -514,7 +514,7 @@ def test_altered_verdict_is_ignored(cache, entry, tmp_path, caplog, alter):
 
 
 def test_verdict_on_another_program_is_ignored(cache, entry, tmp_path):
-    """A file copied to the name of another program, which would give that its score."""
+    """A file is copied to the name of another program, which would otherwise get its score."""
     other = cache.key("q")
     place = tmp_path / "cache" / other[:2] / f"{other}.json"
     place.parent.mkdir(mode=0o700, exist_ok=True)
@@ -522,8 +522,8 @@ def test_verdict_on_another_program_is_ignored(cache, entry, tmp_path):
     assert cache.get(other) is None
 
 
-def test_a_forged_verdict_with_a_right_checksum_must_not_contradict_itself(cache, entry):
-    """Who can write the folder can make checksums, too; but a score without a submission never becomes a reward."""
+def test_forged_verdict_with_a_valid_checksum_must_be_consistent(cache, entry):
+    """Whoever can write to the folder can also write checksums. But a score without a submission never becomes a reward."""
     from discover_jax.execution import cache as cache_module
 
     row = json.loads(entry.read_bytes())["verdict"]
@@ -559,14 +559,14 @@ def as_fifo(entry: Path) -> None:
         (lambda entry: os.truncate(entry, 2**31), "entry", "2,147,483,648 bytes"),
     ],
 )
-def test_a_verdict_that_others_may_have_put_there_ends_the_run(cache, entry, tmp_path, make, named, message):
+def test_verdict_that_others_could_have_written_ends_the_run(cache, entry, tmp_path, make, named, message):
     make(entry)
     with pytest.raises(RunError, match=rf"{message}.*Delete the folder {tmp_path / 'cache'}\b") as caught:
         cache.get(cache.key("p"))
     assert re.search(rf"{entry if named == 'entry' else entry.parent}[ :]", str(caught.value))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of files")
 @pytest.mark.parametrize("whose", ["file", "folder", "cache"])
 def test_another_user_s_verdicts_end_the_run(cache, entry, tmp_path, whose):
     owned = {"file": entry, "folder": entry.parent, "cache": tmp_path / "cache"}[whose]
@@ -593,7 +593,7 @@ def task(whole, tmp_path):
 
 
 def stop_worker(pool: Executor, others: set[int | None]):
-    """Submits a program and, while it runs, stops the worker that waits for it. The future, and the worker."""
+    """Submits a program and, while it runs, stops the worker that waits for it. Returns the future and the worker."""
     future = pool.submit(PROGRAM)
     deadline = time.monotonic() + 60
     while not future.running():
@@ -605,7 +605,7 @@ def stop_worker(pool: Executor, others: set[int | None]):
     return future, worker
 
 
-def test_a_worker_that_hangs_is_ended_and_its_program_runs_again(task, tmp_path, caplog):
+def test_hanging_worker_is_killed_and_its_program_runs_again(task, tmp_path, caplog):
     others = {child.pid for child in multiprocessing.active_children()}
     limits = ResourceLimits(seconds=4, cores=1)
     with Executor([task], limits, workers=1, cache_dir=tmp_path / "cache", grace_seconds=3) as pool:
@@ -616,8 +616,8 @@ def test_a_worker_that_hangs_is_ended_and_its_program_runs_again(task, tmp_path,
     assert re.search(rf"process {worker.pid} did not reply within 7 s.*try 2 of 3", caplog.text)
 
 
-def test_closing_does_not_wait_for_a_worker_that_hangs(task, tmp_path, monkeypatch):
-    """Its grace would be ten minutes."""
+def test_close_does_not_wait_for_a_hanging_worker(task, tmp_path, monkeypatch):
+    """The worker's grace period would be ten minutes."""
     monkeypatch.setattr("discover_jax.execution.children._LEAVING_SECONDS", 0.5)
     others = {child.pid for child in multiprocessing.active_children()}
     pool = Executor([task], ResourceLimits(seconds=60, cores=1), workers=1, cache_dir=tmp_path / "cache")

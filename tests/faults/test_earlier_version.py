@@ -1,7 +1,7 @@
-"""Run directories that an earlier version of the project wrote resume, and end as that version ended them.
+"""Run directories of an earlier version of this project resume, with the results that this version had.
 
-`version_0_runs.tar.gz` has two runs of `phrase_config.py` that commit 7ef98d7 wrote, a training run and a search. Each was killed in its
-third step; its report, event files and older checkpoint were left out. Beside them are the journals with which that commit finished them.
+`version_0_runs.tar.gz` has two runs of `phrase_config.py` by commit 7ef98d7: a training run and a search. Each was killed in its third
+step. Reports, event files and older checkpoints are omitted. It also has the journals of the runs when that commit finished them.
 """
 
 import shutil
@@ -21,7 +21,7 @@ _MODULES = {"train": "main", "search": "search"}
 
 
 @pytest.mark.parametrize("kind", _MODULES)
-def test_a_run_directory_of_an_earlier_version_resumes(kind, tmp_path):
+def test_run_directory_of_an_earlier_version_resumes(kind, tmp_path):
     with tarfile.open(_HERE / "version_0_runs.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     write_phrase_model(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Several processes on this machine, joined by jax: results match one process; when one is lost, all end and can resume."""
+"""Several processes on this machine, joined by jax. Results match one process; when one is lost, all end and the run can resume."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,7 @@ _MESHES = {2: (2, 1, 1), 4: (2, 2, 1), 1: (1, 1, 1)}
 
 
 class Hosts:
-    """One start of a run by several processes, each with its log."""
+    """One start of a run by several processes, each with its own log."""
 
     def __init__(self, root: Path, workdir: Path, count: int, *extra: str, mesh: tuple[int, int, int] | None = None, **variables: str):
         data, expert, tensor = mesh or _MESHES[count]
@@ -47,7 +47,7 @@ class Hosts:
         return self._logs[index].read_text()
 
     def await_phase(self, name: str, times: int) -> None:
-        """Until the run comes to the phase of that name for the n-th time."""
+        """Waits until the run enters the phase `name` for the `times`-th time."""
         deadline = time.monotonic() + 300
         while self.said(0).count(f"phase {name}\n") < times:
             assert self.processes[0].poll() is None, self.said(0)
@@ -55,7 +55,7 @@ class Hosts:
             time.sleep(0.02)
 
     def end(self, seconds: float = 300) -> list[int]:
-        """Exit codes, once all have ended; those that do not are killed."""
+        """Waits for all processes, kills those that do not end, and returns the exit codes."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(subprocess.TimeoutExpired):
             return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
@@ -65,7 +65,7 @@ class Hosts:
 
 
 def check_results(found_in: Path, expected_in: Path) -> None:
-    """Journal and best/ to the byte; what is a sum over devices as far as rounding goes."""
+    """Journal and best/ must be equal to the byte, and sums over devices up to rounding."""
     found, expected = results(found_in), results(expected_in)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -78,19 +78,19 @@ def check_results(found_in: Path, expected_in: Path) -> None:
                 assert row.keys() == wanted.keys()
                 for key, number in wanted.items():
                     same = math.isclose(row[key], number, rel_tol=1e-3, abs_tol=1e-5) if isinstance(number, float) else row[key] == number
-                    # Of gaps nothing but rounding is left; the others tell of shapes and devices, each of which has pages of a prompt.
+                    # Gaps are nothing but rounding. The others depend on shapes and devices: each device has its own pages of a prompt.
                     free = ("logprob_gap/", "sample/compilations", "sample/cache_tokens", "update/filled_frac")
                     assert same or key.startswith(free), (name, key)
 
 
 def strike(hosts: Hosts, victim: int) -> None:
-    """Kills one process and checks that all others end within a minute, told which it was and how to go on."""
+    """Kills one process. All others must end within a minute and say which one was lost and how to resume."""
     hosts.processes[victim].send_signal(signal.SIGKILL)
     codes = hosts.end(60)
     assert codes[victim] == -signal.SIGKILL
     for index, code in enumerate(codes):
         if index != victim:
-            # Where process 0 is lost, jax's own abort may come before the watcher's request to end.
+            # If process 0 is lost, jax may abort before the watcher ends the process.
             assert code == LOST or (victim == 0 and code == -signal.SIGABRT), (index, code, hosts.said(index)[-3000:])
             pid = hosts.processes[victim].pid
             lost = rf"error: process {victim} of {len(codes)} \(host {re.escape(socket.gethostname())}, id {pid}\) was lost"
@@ -132,7 +132,7 @@ def test_run_resumes_with_other_process_counts_and_meshes(root, tmp_path):
         if last:
             assert hosts.end() == [0] * count
         else:
-            hosts.await_phase("sampling", 2)  # so one step was done and kept
+            hosts.await_phase("sampling", 2)  # so one step was finished and saved
             for process in hosts.processes:
                 process.kill()
             hosts.end()
@@ -149,7 +149,7 @@ def test_error_of_one_process_ends_all_and_is_reported_by_all(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside_by_all(root, tmp_path):
+def test_damaged_checkpoint_is_set_aside_by_all(root, tmp_path):
     expected, workdir = unbroken(root), tmp_path / "run"
     hosts = Hosts(root, workdir, 2)
     hosts.await_phase("sampling", 3)
@@ -169,9 +169,9 @@ def test_a_damaged_checkpoint_is_set_aside_by_all(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
 def test_two_processes_whose_programs_run_on_a_ray_cluster(root, tmp_path):
-    """The first one hands them all out; nothing but the line on isolation tells where they ran."""
+    """The first process submits all programs. Only the line on isolation shows where they ran."""
     expected = results(unbroken(root))
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # so that ray writes none into the user's home
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # so that ray writes none to the user's home
     flags = ["--config.execution.backend=ray", "--config.execution.ray_address=local"]
     hosts = Hosts(root, tmp_path / "run", 2, *flags, **token)
     assert hosts.end() == [0, 0]

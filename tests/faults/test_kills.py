@@ -1,4 +1,4 @@
-"""kill -9 of the main process, of workers and of sandboxed programs at random moments of a real run: it ends as if nothing had been."""
+"""kill -9 of the main process, workers and sandboxed programs at random moments of a real run: its results stay the same."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,12 @@ from tiny_run import STEPS, command, environment, results, unbroken
 from discover_jax.runs.metrics import read_metrics
 
 SECONDS = {"starting": 2.0, "sampling": 0.02, "running programs": 1.0, "learning": 0.012, "saving": 0.15}
-"""How long each phase of the run lasts, about; a moment is drawn within. The announcement itself takes a millisecond to be heard."""
+"""Approximate seconds of each phase; the moment of a kill is drawn from it. The announcement takes a millisecond to arrive."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """Who is to die, in the next such phase, `delay` seconds after its beginning."""
+    """What to kill: `delay` seconds after the next such phase starts."""
 
     victim: str  # "main", "worker" or "sandbox"
     phase: str
@@ -33,7 +33,7 @@ class Kill:
 
 
 def draw_kills(victims: Sequence[str], seed: int) -> list[Kill]:
-    """One kill for each victim; those of the main process go through all phases in turn, the others strike at any moment of a step."""
+    """One kill for each victim. The main process is killed in each phase in turn, the others at any moment of a step."""
     rng = random.Random(seed)
     phases_of_main = itertools.cycle(rng.sample(list(SECONDS), len(SECONDS)))
     kills = []
@@ -45,7 +45,7 @@ def draw_kills(victims: Sequence[str], seed: int) -> list[Kill]:
 
 
 class Start:
-    """One start of the run: its process, and the phase that it has announced last."""
+    """One start of the run: its process and the phases that it has announced."""
 
     def __init__(self, root: Path, workdir: Path, steps: int, log: Path):
         self._log = log.open("w")
@@ -53,7 +53,7 @@ class Start:
             command(root, workdir, steps), env=environment(root), stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self._news = threading.Condition()
-        self._phases = ["starting"]  # all that it went through
+        self._phases = ["starting"]  # all phases so far
         self._ended = False
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -70,7 +70,7 @@ class Start:
             self._news.notify_all()
 
     def await_phase(self, name: str, seconds: float = 120) -> bool:
-        """Waits for the next phase of this name to begin; False if the run ends before. ("starting" has begun, and may have ended.)"""
+        """Waits for the next phase of this name to start; False if the run ends first. ("starting" has started and may have ended.)"""
         if name == "starting":
             return True
         with self._news:
@@ -83,7 +83,7 @@ class Start:
         return self._phases[-1]
 
     def end(self, signal_number: int | None = None) -> int:
-        """Waits for the process, after sending it a signal if one is given; its exit code."""
+        """Sends the signal, if one is given, waits for the process and returns its exit code."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
         code = self.process.wait(300)
@@ -93,10 +93,10 @@ class Start:
 
 
 def children() -> dict[int, list[int]]:
-    """The pids of all processes' children, oldest first."""
+    """The pids of each process's children, oldest first."""
     found: dict[int, list[tuple[int, int]]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended
             fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
             if fields[0] != "Z":
                 found.setdefault(int(fields[1]), []).append((int(fields[19]), int(name)))
@@ -113,7 +113,7 @@ def worker_pids(main: int) -> list[int]:
 
 
 def sandbox_pids(main: int) -> list[int]:
-    """The oldest sandbox of each worker, which runs a program if any does: bubblewrap's two processes, and the program's."""
+    """The pids of each worker's oldest sandbox, which is the first to run a program: two of bubblewrap, and the program's."""
     tree = children()
     found = []
     for worker in worker_pids(main):
@@ -125,7 +125,7 @@ def sandbox_pids(main: int) -> list[int]:
 
 
 def strike(start: Start, kill: Kill, rng: random.Random) -> str | None:
-    """Kills as it is told; the phase in which that was, or None if there was nobody to kill just then."""
+    """Carries out the kill and returns its phase; None if there was no process to kill."""
     if not start.await_phase(kill.phase):
         return None
     time.sleep(kill.delay)
@@ -140,7 +140,7 @@ def strike(start: Start, kill: Kill, rng: random.Random) -> str | None:
     with contextlib.suppress(ProcessLookupError):  # it ended by itself
         descriptor = os.pidfd_open(pid)
         try:
-            if pid in find(main):  # and its number is not another process's by now
+            if pid in find(main):  # its number may have been reused
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                 return phase
         finally:
@@ -149,7 +149,7 @@ def strike(start: Start, kill: Kill, rng: random.Random) -> str | None:
 
 
 def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counter[tuple[str, str]]:
-    """Strikes a run, lets it end, and compares it with the unbroken one. How often who was killed in which phase."""
+    """Carries out the kills, lets the run end, and compares it with the uninterrupted one. Returns the kills by victim and phase."""
     expected = results(unbroken(root, steps))
     workdir, logs = folder / "run", (folder / f"start-{number}.txt" for number in itertools.count())
     struck: Counter[tuple[str, str]] = Counter()
@@ -166,7 +166,7 @@ def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counte
     retries = len(re.findall(r"\b[23] of 3\b", said))  # a warning for each second and third try
     print(f"killed: {dict(struck)}; programs run again: {retries}")
     assert "Traceback" not in said
-    # What was killed with its program was noticed, and tried again; and that was counted, but for steps that were done again.
+    # Each kill of a running program was detected and retried. The retries were counted, except in steps that were repeated.
     assert retries
     retried = sum(row["programs/retried"] for row in read_metrics(workdir / "metrics.jsonl"))
     assert retried <= retries
@@ -180,14 +180,14 @@ def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counte
 
 
 def test_some_kills(root, tmp_path):
-    """A sandbox while its program runs, a worker, and the main process while it saves; the slow test strikes at random moments."""
+    """Kills a sandbox while its program runs, a worker, and the main process while it saves. The slow test kills at random moments."""
     kills = [Kill("sandbox", "running programs", 0.1), Kill("worker", "running programs", 0.1), Kill("main", "saving", 0.02)]
     assert check(root, tmp_path, STEPS, kills).total() == 3
 
 
-@pytest.mark.slow  # that a step counts what it runs again, tests/hosts/test_hosts_in_threads.py sees
+@pytest.mark.slow  # tests/hosts/test_hosts_in_threads.py tests the counting of retries
 def test_retried_programs_are_counted(root, tmp_path):
-    """In one start, so that no count is lost: the metrics have as many as the log has lines."""
+    """One start, so that no count is lost: the metrics count as many retries as the log has lines."""
     kills = [Kill("sandbox", "running programs", 0.1), Kill("worker", "running programs", 0.1)]
     assert check(root, tmp_path, STEPS, kills).total() == 2
 
@@ -198,4 +198,4 @@ def test_thirty_kills(root, tmp_path):
     struck = check(root, tmp_path, 40, draw_kills(victims, seed=4))
     assert struck.total() == 30
     assert {victim for victim, _ in struck} == {"main", "worker", "sandbox"}
-    assert len({phase for victim, phase in struck if victim == "main"}) >= 3  # which, depends on how fast the machine is
+    assert len({phase for victim, phase in struck if victim == "main"}) >= 3  # which ones depends on the machine's speed

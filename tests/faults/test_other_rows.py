@@ -1,4 +1,4 @@
-"""A whole run with the reward `holdout` cannot go on from one that private answers rewarded: nothing of that comes into its folder."""
+"""A run with the reward `holdout` cannot continue one that was rewarded by private answers: nothing of that run enters its directory."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from discover_jax.runs.console import QuietConsole
 
 @pytest.fixture(scope="module")
 def graded(root) -> Path:
-    """A run whose rewards, archive and best program came from the private answers."""
+    """A run whose rewards, archive and best program come from the private answers."""
     return unbroken(root)
 
 
@@ -39,13 +39,13 @@ def test_holdout_cannot_continue_from_private_scores(root, graded, tmp_path, mon
     monkeypatch.setattr(main, "load_policy", lambda *_: pytest.fail("weights were loaded before the run was refused"))
     with pytest.raises(RunError, match=r"remainders\b.*config\.task\.reward\b.*'grade'.*'holdout'(?s:.)*config\.train\.resume_from\b"):
         start(root, tmp_path / "run", graded, reward="holdout", holdout_folds=folds)
-    # The folder holds the prepared task and the config, and not a program, a score or an adapter of the other run.
+    # The folder has the prepared task and the config, but no program, score or adapter of the other run.
     found = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert found == {"config.json", ".lock", "task"}
 
 
 def test_source_with_an_altered_checkpoint_is_refused(root, graded, tmp_path, monkeypatch):
-    """Its record of the rows lies under the checkpoint's checksum."""
+    """The checksum of the checkpoint covers its record of the reward's rows."""
     monkeypatch.setattr(sandbox, "PRELOAD", ())
     source = Path(shutil.copytree(graded, tmp_path / "source"))
     for path in (source / "checkpoints").glob("*/host/metadata"):

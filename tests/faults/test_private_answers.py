@@ -1,4 +1,4 @@
-"""Two whole runs with the reward `holdout` that differ in their private answers alone: nothing but the private scores may differ."""
+"""Two runs with the reward `holdout` that differ only in their private answers: only the private scores may differ."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ HELD_OUT_ROWS = {"split": 15, "folds": 30}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
-    """The file of the other answers."""
+    """The file of different private answers."""
     path = tmp_path_factory.mktemp("private") / "other.csv"
     pd.DataFrame({"id": range(30, 100), "y": [(n // 3) % 2 for n in range(30, 100)]}).to_csv(path, index=False)
     return path
@@ -29,8 +29,8 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def runs(root, other, kind) -> tuple[Path, Path]:
-    """One after the other, so that the second finds what the first compiled."""
-    unbroken(root)  # which writes the model
+    """Two runs, one after the other, so that the second reuses the compiled functions of the first."""
+    unbroken(root)  # writes the model
     folders = other.with_name(f"{kind} ours"), other.with_name(f"{kind} altered")
     for folder, extra in zip(folders, ([], [f"--config.task.raw={other}"]), strict=True):
         start = [*command(root, folder, STEPS), "--config.task.reward=holdout", *KINDS[kind], *extra]
@@ -43,7 +43,7 @@ def rows(path: Path, *without: str) -> list[dict]:
     return [{key: value for key, value in json.loads(line).items() if key not in without} for line in path.read_text().splitlines()]
 
 
-def test_the_private_answers_do_differ(runs):
+def test_private_answers_differ(runs):
     ours, altered = ([row["private_score"] for row in rows(run / "journal.jsonl")] for run in runs)
     assert any(score is not None for score in ours)
     assert ours != altered
@@ -71,17 +71,17 @@ def test_prompts_replies_and_advantages_are_the_same(runs):
 
 
 def test_archive_and_adapter_are_the_same(runs):
-    """In every checkpoint: the states that may become parents, in their order, and each array of adapter and optimiser."""
+    """In every checkpoint: the archive's states in order, and each array of the adapter and the optimiser."""
     for step in range(STEPS):
         ours, altered = (json.loads((run / "checkpoints" / str(step) / "host" / "metadata").read_bytes()) for run in runs)
         assert ours["host"]["archive"]
         assert ours["host"]["archive"] == altered["host"]["archive"]
         assert ours["arrays"]
         assert ours["arrays"] == altered["arrays"]
-        assert ours["host"]["journal_sha256"] != altered["host"]["journal_sha256"]  # which holds the private scores
+        assert ours["host"]["journal_sha256"] != altered["host"]["journal_sha256"]  # the journal has the private scores
 
 
-def test_the_best_program_is_the_same(runs, kind):
+def test_best_program_is_the_same(runs, kind):
     ours, altered = runs
     for name in ("solution.py", "submission.csv", "lineage.diff"):
         assert (ours / "best" / name).read_bytes() == (altered / "best" / name).read_bytes()

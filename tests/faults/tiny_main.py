@@ -1,6 +1,6 @@
-"""`discover_jax.main` as users start it, but for two things: sandboxes preload no more than pandas, which saves each a second of importing,
-and each phase of a step is announced by a line `phase NAME`, so that a test can strike in it. In the phase that the environment variable
-DISCOVER_TEST_FAIL_IN names the run fails.
+"""`discover_jax.main` as users start it, with two changes. Sandboxes preload only pandas, which saves each a second of importing. A line
+`phase NAME` announces each phase of a step, so that a test can inject a fault in it. The run fails in the phase that the environment
+variable DISCOVER_TEST_FAIL_IN names.
 """
 
 import functools
@@ -13,7 +13,7 @@ from discover_jax.runs.console import PlainConsole
 
 
 class Announcing(PlainConsole):
-    """Lines without control codes, and one more for each phase."""
+    """Adds a line for each phase."""
 
     def phase(self, name: str, detail: str = "") -> None:
         super().phase(name, detail)

@@ -1,4 +1,4 @@
-"""The run that the faults strike: how it is started, and what of its folder must be the same whatever struck it."""
+"""The run of the fault tests: how it is started, and which of its results must be the same after any fault."""
 
 import contextlib
 import fcntl
@@ -19,19 +19,19 @@ from discover_jax.runs.metrics import read_metrics
 STEPS = 4
 _HERE = Path(__file__).parent
 _CONFIG = _HERE / "phrase_config.py"
-# Measured times, and what depends on whether a program ran in this start of the run or was answered from the cache.
+# Measured times, and values that depend on whether a verdict came from the cache.
 _TIMED_METRICS = ("time/", "programs/", "sample/tokens_per_s")
 _TIMED_ROLLOUTS = ("seconds", "cached")
 
 
 def command(root: Path, workdir: Path, steps: int = STEPS) -> list[str]:
-    """Starts the run in `workdir`, or resumes it; `root` as in `environment`."""
+    """The command that starts or resumes the run in `workdir`; `root` as in `environment`."""
     config = f"--config={_CONFIG}:{root / 'model'}"
     return [sys.executable, str(_HERE / "tiny_main.py"), config, f"--config.train.steps={steps}", f"--workdir={workdir}"]
 
 
 def environment(root: Path) -> dict[str, str]:
-    """That of all runs whose model and compiled programs lie in `root`."""
+    """The environment of all runs with their model and compiled functions in `root`."""
     return {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
@@ -40,7 +40,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def unbroken(root: Path, steps: int = STEPS) -> Path:
-    """The folder of a run that nothing struck. Several test processes may ask for it: the first makes it, the others wait."""
+    """The folder of an uninterrupted run. Several test processes may call this: the first runs it, the others wait."""
     root.mkdir(exist_ok=True)
     workdir = root / f"unbroken-{steps}"
     with _locked(root / "lock"):
@@ -63,7 +63,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def results(workdir: Path) -> dict[str, Any]:
-    """What a run leaves behind, but for times: journal and best/ as bytes, metrics and rollouts as rows, arrays as SHA-256."""
+    """The results of a run, without times: journal and best/ as bytes, metrics and rollouts as rows, arrays as SHA-256."""
     found: dict[str, Any] = {"journal.jsonl": (workdir / "journal.jsonl").read_bytes()}
     for path in (workdir / "best").rglob("*"):
         if path.is_file():
@@ -73,7 +73,7 @@ def results(workdir: Path) -> dict[str, Any]:
         rows = json.loads(pd.read_parquet(path, engine="fastparquet").to_json(orient="records"))
         found[path.name] = [_without(row, _TIMED_ROLLOUTS) for row in rows]
     last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    found["last checkpoint"] = json.loads((last / "host" / "metadata").read_bytes())  # with the SHA-256 of each array, and of all
+    found["last checkpoint"] = json.loads((last / "host" / "metadata").read_bytes())  # with the SHA-256 of each array and of everything
     return found
 
 
