@@ -17,7 +17,7 @@ from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
 class Imitated:
-    """An executor that answers at once, with what the program and the host make of it."""
+    """An executor that returns a verdict immediately. It depends on the program and the host."""
 
     def __init__(self, host: int):
         self.host, self.retries, self.ran = host, 0, []
@@ -37,7 +37,7 @@ class Imitated:
 
 @dataclasses.dataclass(frozen=True)
 class Imitation(Processes):
-    """Processes that are threads: what they gather is put together when all have come."""
+    """Processes simulated by threads that meet at a barrier to gather values."""
 
     values: list = dataclasses.field(default_factory=list)
     barrier: threading.Barrier | None = None
@@ -46,19 +46,19 @@ class Imitation(Processes):
         self.values[self.index] = json.loads(json.dumps(value))
         self.barrier.wait(60)
         told = list(self.values)
-        self.barrier.wait(60)  # before anybody's next value
+        self.barrier.wait(60)  # before any thread's next value
         return told
 
 
 def _on_all(count, host):
-    """What `host(processes)` gives on each of so many."""
+    """The results of `host(processes)` on `count` simulated processes."""
     values, barrier = [None] * count, threading.Barrier(count)
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda index: host(Imitation(index, count, values, barrier)), range(count)))
 
 
 def _spread(slots_H, programs):
-    """The executors, and the verdicts that each host has in the end."""
+    """The executors, and the verdicts and retries of each host."""
     executors = [Imitated(host) for host in range(len(slots_H))]
 
     def host(processes):
@@ -116,7 +116,7 @@ def test_outcomes_are_available_as_programs_end():
     assert step.outcomes == Counter()
     for name, outcome in (("a", Outcome.OK), ("b", Outcome.TIMEOUT), ("c", Outcome.TIMEOUT)):
         futures[name].set_result(Verdict(outcome, Grade(False, "", None, None), Execution(outcome, None, "", "", 1.0)))
-    futures["broken"].set_exception(SandboxError("no sandbox to be had"))  # the host's, which is no outcome
+    futures["broken"].set_exception(SandboxError("no sandbox to be had"))  # an error of the host, not an outcome
     futures["cancelled"].cancel()
     assert step.outcomes == {Outcome.OK: 1, Outcome.TIMEOUT: 2}
 
@@ -136,7 +136,7 @@ def _opened(folder_of, processes):
         return str(error)
 
 
-def test_all_hosts_are_given_the_same_folder(tmp_path):
+def test_all_hosts_get_the_same_folder(tmp_path):
     first, second = _on_all(2, lambda processes: _opened(lambda _: tmp_path / "run", processes))
     assert first == second
     assert not first.resumed
@@ -144,7 +144,7 @@ def test_all_hosts_are_given_the_same_folder(tmp_path):
     assert {workdir.resumed for workdir in _on_all(2, lambda processes: _opened(lambda _: tmp_path / "run", processes))} == {True}
 
 
-def test_a_folder_that_is_not_shared_is_refused_by_all(tmp_path):
+def test_folder_that_is_not_shared_is_refused_by_all(tmp_path):
     (tmp_path / "1").mkdir()
     said = _on_all(3, lambda processes: _opened(lambda index: tmp_path / str(min(index, 1)), processes))
     assert len(set(said[1:])) == 1
