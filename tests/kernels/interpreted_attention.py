@@ -2,8 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted_attention.py
 
-Errors are relative to the largest output. Places that are not in use hold NaN, and table entries that mean nothing are no pages: reading
-them ends the program.
+Errors are relative to the largest output. Unused places hold NaN. Unused table entries are not valid pages, so reading them fails.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ LAYERS, LAYER, NO_PAGE = 2, 1, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Counts of rows, and shapes. `spare` pages a row are in the table beyond the longest row's."""
+    """Token counts of the rows, and shapes. The table has `spare` more pages per row than the longest row needs."""
 
     counts: tuple[int, ...]
     chosen: PagedTiling
@@ -61,7 +60,7 @@ def error(case: Case) -> float:
     return float(np.abs(np.asarray(got, np.float64) - expected).max() / np.abs(expected).max())
 
 
-# With 132 processors: `resident` and `waves` of 1 give 66 slots for two kv heads, 132 for one.
+# With 132 processors, `resident` and `waves` of 1 give 66 slots for two kv heads and 132 for one.
 CASES = {
     "rings": Case((128, 1, 77), PagedTiling(128, 1, 1)),
     "a row in many shares": Case((700, 1, 129), PagedTiling(32, 1, 2, resident=1, waves=1, least=2), spare=1),

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted_attention_update.py
 
-Errors are relative to the norm of what is expected; padding is left out. Most cases share their shapes, so that jax compiles little.
+Errors are relative to the norm of the expected values, without padding. Most cases share their shapes, so that jax compiles little.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ TOKENS, HEAD_SIZE = 64, 16
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Lengths of the segments of two rows, the rest being padding."""
+    """Lengths of the segments of two rows; the rest is padding."""
 
     rows: tuple[tuple[int, ...], tuple[int, ...]]
     window: int | None = None
@@ -35,7 +35,7 @@ class Case:
 
 
 def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, sinks: np.ndarray, d_out: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Output and gradients by the softmax written out: dS = P (dP - sum(P dP)), the sink being a column without value."""
+    """Output and gradients by the explicit softmax: dS = P (dP - sum(P dP)). The sink is a column without a value."""
     group = q.shape[2] // k.shape[2]
     keys, values = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
     scores = np.where(seen[:, None], np.einsum("btnh,bsnh->bnts", q, keys) * HEAD_SIZE**-0.5, -np.inf)
@@ -78,7 +78,7 @@ def errors(case: Case) -> dict[str, float]:
 CASES = {
     "bfloat16": Case(((1, 1, 17, 30), (40,)), dtype=jnp.bfloat16),
     "whole blocks": Case(((64,), (32, 32))),
-    "segments that begin anywhere, padding": Case(((1, 1, 17, 30), (40,))),
+    "unaligned segments, padding": Case(((1, 1, 17, 30), (40,))),
     "short segments": Case(((5,) * 12, (23, 9))),
     "a row of padding": Case(((1,), ())),
     "several key heads, rows that do not fill their blocks": Case(((30, 10), (41,)), heads=4, kv_heads=2, tokens=41),

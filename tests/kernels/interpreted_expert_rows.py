@@ -1,4 +1,4 @@
-"""Sorts routed rows by the kernel in Triton's interpreter, on the CPU, and prints as JSON for each case whether plain JAX sorts alike.
+"""Sorts routed rows by the kernel in Triton's interpreter, on the CPU. Prints as JSON whether each case matches plain JAX.
 
 TRITON_INTERPRET=1 python tests/kernels/interpreted_expert_rows.py
 """
@@ -15,7 +15,7 @@ from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 
 
 def same(tokens: int, experts: int, share: int, block: int, skew: float, layer: int, elsewhere: int = 0) -> bool:
-    """A large skew sends all tokens to the same experts. Blocks without rows may name any expert of the layer."""
+    """Whether both sort alike. A large skew sends all tokens to the same experts. Blocks without rows may name any expert of the layer."""
     rng = np.random.default_rng(tokens)
     order = np.argsort(rng.normal(size=(tokens, experts + elsewhere)) + skew * np.arange(experts + elsewhere), axis=1)
     index_TX = jnp.asarray(np.minimum(order[:, :share], experts).astype(np.int32))
@@ -39,9 +39,9 @@ CASES = {
     "the same experts for all": (37, 12, 4, 8, 100.0, 1),
     "full blocks": (32, 4, 4, 16, 0.0, 2),
     "many": (128, 32, 4, 8, 0.0, 3),
-    "several programs, experts no power of two": (100, 12, 4, 16, 0.3, 1),
+    "several programs, experts not a power of two": (100, 12, 4, 16, 0.3, 1),
     "most are elsewhere": (100, 8, 4, 8, 0.0, 1, 24),
-    "elsewhere, experts no power of two": (50, 6, 3, 8, 0.1, 2, 6),
+    "elsewhere, experts not a power of two": (50, 6, 3, 8, 0.1, 2, 6),
 }
 
 

@@ -20,7 +20,7 @@ LIMIT, ALPHA = 7.0, 1.702
 
 
 def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adapted: bool) -> tuple[TiledMatrix, np.ndarray, np.ndarray]:
-    """Tiles, and the same in float64: adapter merged, and bias. All values are exact in bfloat16."""
+    """Tiles, and the same matrix in float64 with the adapter merged, and its bias. All values are exact in bfloat16."""
 
     def exact(*shape: int) -> np.ndarray:
         return np.array(jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
@@ -36,7 +36,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adap
 
 
 def error(tokens: int, skew: float, adapted: bool, tiling: ExpertsTiling | None, elsewhere: int = 0) -> float:
-    """Of one case; a large skew sends all tokens to the same experts."""
+    """The error of one case. A large skew sends all tokens to the same experts."""
     rng = np.random.default_rng(tokens)
     gate_up, w1, b1 = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True, adapted=adapted)
     down, w2, b2 = _matrix(rng, WIDTH, HIDDEN, paired=False, adapted=adapted)
@@ -68,7 +68,7 @@ CASES = {
 
 def main() -> None:
     experts_decode.call_kernel = interpret
-    experts_decode.sort_rows_of_layer = lambda index, experts, block, _: sort_rows(index, experts, block)  # has a check of its own
+    experts_decode.sort_rows_of_layer = lambda index, experts, block, _: sort_rows(index, experts, block)  # tested separately
     print(json.dumps({name: error(*case) for name, case in CASES.items()}))
 
 

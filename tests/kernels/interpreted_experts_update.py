@@ -1,4 +1,4 @@
-"""Runs the update's kernels of experts in Triton's interpreter, on the CPU, and prints errors against the reference in float32 as JSON.
+"""Runs the experts' kernels of the update in Triton's interpreter, on the CPU, and prints errors against the float32 reference as JSON.
 
 TRITON_INTERPRET=1 python tests/kernels/interpreted_experts_update.py
 """
@@ -47,7 +47,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool) -> t
 
 @jax.jit
 def expected(leaves: Any, index: jax.Array, biases: Any, weights: Any, d_out: jax.Array) -> tuple[jax.Array, Any]:
-    """The reference's output, and its derivatives in the leaves: activations, routing weights, adapters."""
+    """The reference's output, and its derivatives by the leaves: activations, routing weights, adapters."""
 
     def reference(x: jax.Array, routing: jax.Array, adapters: Any) -> jax.Array:
         matrices = (Dense(*matrix) for matrix in zip(weights, biases, adapters or (None, None), strict=True))
@@ -59,8 +59,8 @@ def expected(leaves: Any, index: jax.Array, biases: Any, weights: Any, d_out: ja
 
 
 def errors(tokens: int, skew: float, adapted: bool, dtype: Any, elsewhere: int = 0) -> dict[str, float]:
-    """Relative errors of the output and of each derivative; a large skew sends all tokens to the same experts, and one choice of every
-    `elsewhere`-th token is an expert that is not here."""
+    """Relative errors of the output and of each derivative. A large skew sends all tokens to the same experts. One choice of every
+    `elsewhere`-th token is an expert on another device."""
     rng = np.random.default_rng(tokens)
 
     def exact(*shape: int, scale: float = 0.3) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Runs the kernels of projections in Triton's interpreter, on the CPU, and prints their relative errors against float64 as JSON.
+"""Runs the projection kernels in Triton's interpreter, on the CPU, and prints their relative errors against float64 as JSON.
 
 TRITON_INTERPRET=1 python tests/kernels/interpreted_projections.py
 """

@@ -1,7 +1,7 @@
-"""Calls Triton kernels in Triton's interpreter, on the CPU: what the programs `interpreted_*.py` beside it put in place of `call_kernel`.
+"""Calls Triton kernels in Triton's interpreter, on the CPU. The scripts `interpreted_*.py` replace `call_kernel` with it.
 
-They are programs of their own, since Triton reads TRITON_INTERPRET when it is first imported. The interpreter cuts float32 to bfloat16
-where a GPU rounds, so errors are about twice as large as there.
+They are separate scripts, since Triton reads TRITON_INTERPRET when it is first imported. The interpreter truncates float32 to bfloat16
+where a GPU rounds, so errors are about twice as large as on a GPU.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 UNWRITTEN = -(2**30)
-"""What integers hold that no kernel has written; others hold NaN."""
+"""Value of integers that no kernel has written; floats are NaN."""
 
 
 def _torch(argument: Any) -> Any:
@@ -24,7 +24,7 @@ def _torch(argument: Any) -> Any:
 
 
 def interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> Any:
-    """As `discover_jax.kernels.triton_call.call_kernel`."""
+    """Has the signature of `discover_jax.kernels.triton_call.call_kernel`."""
     dtypes = {jnp.dtype(jnp.bfloat16): torch.bfloat16, jnp.dtype(jnp.float32): torch.float32, jnp.dtype(jnp.int32): torch.int32}
     shapes, tree = jax.tree.flatten(out)
     results = [torch.full(o.shape, UNWRITTEN if o.dtype == jnp.int32 else float("nan"), dtype=dtypes[o.dtype]) for o in shapes]

@@ -1,4 +1,4 @@
-"""What is spread over meshes of four imitated devices, beside the same on one: prints the largest relative errors as JSON."""
+"""Runs operations split over meshes of four simulated devices and on one device. Prints the largest relative differences as JSON."""
 
 import json
 from typing import Any
@@ -32,7 +32,7 @@ class Matrix:
 
 
 def experts(moe: Any, tokens: int) -> list[np.ndarray]:
-    """Output and derivatives; the last expert gets no token, the one before all of them."""
+    """Output and derivatives. The last expert gets no token; the one before it gets all."""
     rng = np.random.default_rng(tokens)
     index = np.stack([np.full(tokens, EXPERTS - 2), rng.integers(0, EXPERTS - 2, tokens)], axis=1).astype(np.int32)
     draw = [rng.normal(size=s) for s in ((tokens, WIDTH), (tokens, ACTIVE), (EXPERTS, 2 * WIDTH, WIDTH), (EXPERTS, WIDTH, WIDTH))]
@@ -60,25 +60,25 @@ def attention(attend: Any, rows: int) -> list[np.ndarray]:
 
 
 def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
-    """A prompt read into pages of each device, and then tokens decoded, with the pages of a row on its device: what attention gives.
+    """Attention outputs: a prompt is prefilled into pages of each device, then tokens are decoded with each row's pages on its device.
 
-    On one device the prompt is read in as many copies.
+    On one device, the prompt is prefilled in as many copies.
     """
     rng = np.random.default_rng(0)
     rows, layers, each, size, kv_heads, head_size = 8, 2, 6, 4, 2, 8
-    own = rows // parts  # rows of a device, and so the first page of each device's is `own * each`
-    pool = jnp.full((layers, rows * each, kv_heads, size, head_size), jnp.nan)  # nobody may see what was not written
+    own = rows // parts  # rows of a device; the first page of device d is `d * own * each`
+    pool = jnp.full((layers, rows * each, kv_heads, size, head_size), jnp.nan)  # places that were not written must not be read
     layer, sinks = jnp.int32(1), jnp.asarray(rng.normal(size=4), jnp.float32)
 
     def draw(*shape: int) -> Any:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    # One prompt of three pages, of which the last is half full, into the last three pages of every device.
+    # One prompt of three pages, the last half full, goes into the last three pages of every device.
     prompt_R3 = jnp.asarray([[(device + 1) * own * each - 3 + i for i in range(3)] for device in range(parts)], jnp.int32)
     q, k, v = (jnp.tile(draw(1, 12, heads, head_size), (copies, 1, 1, 1)) for heads in (4, kv_heads, kv_heads))
     keys, values = jax.jit(kernels.write_pages)(pool, pool, layer, prompt_R3, k, v)
     read = jax.jit(kernels.prefill_attention)(q, keys, values, layer, prompt_R3, jnp.zeros(copies, jnp.int32), sinks)
-    # Rows of two pages and a begun one; a row without a place writes nothing.
+    # Rows of two pages and a partial one. A row without a place writes nothing.
     pages_BM = jnp.asarray([[(row // own) * own * each + (row % own) * 3 % (own * each - 3) + i for i in range(3)] for row in range(rows)])
     starts = jnp.arange(rows)
     for place in range(9):
@@ -86,7 +86,7 @@ def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
         options = (jnp.full(rows, place % size), draw(rows, kv_heads, head_size), draw(rows, kv_heads, head_size))
         keys, values = jax.jit(kernels.write_token)(keys, values, layer, page_B.astype(jnp.int32), *options)
     counts_B = jnp.asarray([1, 9, 5, 1, 8, 9, 4, 3], jnp.int32)
-    table_BM = pages_BM.at[3].set((3 // own) * own * each + own * each - 3).astype(jnp.int32)  # it reads the prompt's first page
+    table_BM = pages_BM.at[3].set((3 // own) * own * each + own * each - 3).astype(jnp.int32)  # this row reads the prompt's first page
     out = jax.jit(kernels.paged_attention)(draw(rows, 4, head_size), keys, values, layer, table_BM, counts_B, sinks)
     return [np.asarray(x) for x in (read[:1], out)]
 

@@ -1,4 +1,4 @@
-"""The kernels of paged attention: in Triton's interpreter, on a GPU against float32, and what happens where they do not apply."""
+"""The kernels of paged attention: in Triton's interpreter, on a GPU against float32, and the fallback to the reference."""
 
 import importlib.util
 import json
@@ -36,14 +36,14 @@ def errors():
 
 
 @interpreted
-def test_the_kernels_are_right_to_the_rounding_of_bfloat16(errors):
+def test_kernels_are_accurate_to_bfloat16_rounding(errors):
     assert len(errors) == 6
     for name, error in errors.items():
-        assert error < 1.2e-2, name  # NaN, of a place that was read or an output that was not written, is not below it
+        assert error < 1.2e-2, name  # false for NaN, from an unused place that was read or an output that was not written
 
 
 def _problem(counts, page=128, heads=64, kv_heads=8, head_size=64, spare=1, dtype=jnp.bfloat16):
-    """Pools whose unused places hold NaN, and a table whose unused entries are no pages."""
+    """Pools with NaN in unused places, and a table whose unused entries are not valid pages."""
     rng = np.random.default_rng(len(counts))
     used = -(-np.array(counts) // page)
     pages = np.full((len(counts), used.max() + spare), 2**31 - 1, np.int32)
@@ -87,7 +87,7 @@ def _relative(got, expected):
     ],
     ids=str,
 )
-def test_any_lengths_give_the_reference_in_float32(problem):
+def test_any_lengths_match_the_float32_reference(problem):
     problem = _problem(**problem)
     attend = kernel_set("gpu").paged_attention
     assert attend is not paged_attention_reference
@@ -100,7 +100,7 @@ def test_any_lengths_give_the_reference_in_float32(problem):
 
 @pytest.mark.accelerator
 @on_gpu
-def test_inside_a_scan_each_layer_is_read_where_it_lies():
+def test_scan_reads_each_layer_in_place():
     q, *rest = _problem([300, 1, 129, 2000])
 
     def layers(attend, q, keys, values, pages, counts, sinks):
@@ -114,7 +114,7 @@ def test_inside_a_scan_each_layer_is_read_where_it_lies():
     assert _relative(layers(kernel_set("gpu").paged_attention, q, *rest), expected) < 2e-2
 
 
-def test_the_kernels_lower_for_a_gpu_that_is_not_here():
+def test_kernels_lower_for_an_absent_gpu():
     pytest.importorskip("jax_triton", reason="needs the extra `kernels` and jax's plugin for CUDA", exc_type=ImportError)
     for counts, calls in (([128, 5], 1), ([600, 1], 2)):
         q, keys, values, *rest = _problem(counts, spare=0)
@@ -137,7 +137,7 @@ def logged(monkeypatch):
         ({"dtype": jnp.float32}, "float32"),
     ],
 )
-def test_shapes_that_do_not_fit_take_the_reference_and_the_log_says_so(logged, given, said):
+def test_unsupported_shapes_use_the_reference_and_are_logged(logged, given, said):
     pytest.importorskip("triton", reason="needs the extra `kernels`")
     from discover_jax.kernels import attention_decode
 

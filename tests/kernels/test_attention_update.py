@@ -1,4 +1,4 @@
-"""The update's attention: in Triton's interpreter its kernels give the reference's outputs and gradients for any packing."""
+"""The update's attention: in Triton's interpreter, its kernels match the reference's outputs and gradients for any packing."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 
 
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
-def test_interpreted_kernels_have_the_reference_s_gradients():
+def test_interpreted_kernels_match_the_reference_gradients():
     script = Path(__file__).with_name("interpreted_attention_update.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)

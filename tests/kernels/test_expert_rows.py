@@ -1,4 +1,4 @@
-"""Compact rows: every routed row is in one block of its own expert, whatever the routing; and the kernel sorts as plain JAX does."""
+"""Compact rows: every routed row is in one block of its own expert for any routing, and the kernel sorts like plain JAX."""
 
 import importlib.util
 import json
@@ -22,13 +22,13 @@ def _index(tokens, active, skew):
     return np.argsort(rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS), axis=1)[:, :active]
 
 
-# 3,000 tokens are more than the comparison of all pairs is for.
+# 3,000 tokens are above the limit for comparing all pairs.
 @pytest.mark.parametrize(("tokens", "active"), [(1, 1), (1, 4), (7, 2), (100, 4), (3000, 2)])
 @pytest.mark.parametrize("skew", [0.0, 100.0])
 @pytest.mark.parametrize("block", [8, 16])
 @pytest.mark.parametrize("here", [EXPERTS, EXPERTS // 2])
 def test_each_row_is_in_one_block_of_its_expert(tokens, active, skew, block, here):
-    index = np.minimum(_index(tokens, active, skew), here)  # of the others none is here
+    index = np.minimum(_index(tokens, active, skew), here)  # the other experts are on other devices
     slots, blocks = jax.jit(lambda index: sort_rows(index, here, block))(jnp.asarray(index, jnp.int32))
     slots, blocks = np.asarray(slots), np.asarray(blocks)
     assert blocks.shape == (3, most_blocks(tokens * active, here, block))
@@ -43,7 +43,7 @@ def test_each_row_is_in_one_block_of_its_expert(tokens, active, skew, block, her
 
 
 @pytest.mark.parametrize("block", [1, 8])
-def test_the_bound_on_blocks_is_reached_and_never_passed(block):
+def test_bound_on_blocks_is_tight(block):
     def needed(counts):
         return sum(-(-count // block) for count in counts)
 
@@ -56,7 +56,7 @@ def test_the_bound_on_blocks_is_reached_and_never_passed(block):
 
 
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
-def test_the_kernel_sorts_as_plain_jax_does():
+def test_kernel_sorts_like_plain_jax():
     script = Path(__file__).with_name("interpreted_expert_rows.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
@@ -70,7 +70,7 @@ def test_the_kernel_sorts_as_plain_jax_does():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("tokens", [1, 9, 128, 200, 1000])
 @pytest.mark.parametrize("skew", [0.0, 100.0])
-def test_on_a_gpu_the_kernel_sorts_as_plain_jax_does(tokens, skew):
+def test_kernel_on_a_gpu_sorts_like_plain_jax(tokens, skew):
     from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 
     index = jnp.asarray(_index(tokens, 3, skew), jnp.int32)

@@ -12,7 +12,7 @@ from discover_jax.kernels.experts import gated, moe_reference, route_top
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """One matrix [E, in, out] of every expert, without bias or adapter."""
+    """A matrix [E, in, out] of all experts, without bias or adapter."""
 
     weights: jax.Array
     scale: float = 0.0
@@ -29,7 +29,7 @@ def _act(h, limit, alpha):
     return (up + 1) * gate / (1 + np.exp(-alpha * gate))
 
 
-def test_the_activation_clamps_the_gate_above_and_the_rest_on_both_sides():
+def test_activation_clamps_the_gate_above_and_the_up_values_on_both_sides():
     h = np.array([[-20.0, -20.0, 20.0, 20.0, 1.0, -0.5]], np.float32)
     np.testing.assert_allclose(gated(h, limit=7.0, alpha=1.702)[0], _act(h[0].astype(np.float64), 7.0, 1.702), rtol=1e-6, atol=1e-12)
 
@@ -52,7 +52,7 @@ def test_ties_still_choose_different_experts():
 
 @pytest.mark.parametrize("layer", [None, 0, 2])
 @pytest.mark.parametrize("skew", [0.0, 50.0])
-def test_the_mixture_drops_no_token_however_uneven_the_routing(skew, layer):
+def test_mixture_drops_no_token_for_any_routing(skew, layer):
     rng = np.random.default_rng(1)
     tokens, width, hidden, experts = 40, 6, 10, 4
     x = rng.normal(size=(tokens, width))

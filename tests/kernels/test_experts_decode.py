@@ -1,4 +1,4 @@
-"""The decoding kernels: in Triton's interpreter on the CPU, on a GPU against float32, and what happens where they do not apply."""
+"""The decoding kernels: in Triton's interpreter on the CPU, on a GPU against float32, and the fallback to the reference."""
 
 import dataclasses
 import importlib.util
@@ -36,15 +36,15 @@ def errors():
 
 
 @interpreted
-def test_the_kernels_are_right_to_the_rounding_of_bfloat16(errors):
+def test_kernels_are_accurate_to_bfloat16_rounding(errors):
     assert len(errors) == 5
     for name, error in errors.items():
-        assert error < 8e-3, name  # NaN, of an output that was not written, is not below it
+        assert error < 8e-3, name  # false for NaN, from an output that was not written
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiled:
-    """An expert matrix in tiles, with the plain computation of one expert."""
+    """A tiled expert matrix with a plain computation of one expert."""
 
     held: dict
     paired: bool
@@ -93,7 +93,7 @@ def _relative(got, expected):
 @pytest.mark.parametrize("tokens", [1, 2, 7, 37, 128, 1024, 4096])
 @pytest.mark.parametrize("skew", [0.0, 100.0])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_any_routing_gives_the_reference_in_float32(tokens, skew, adapted):
+def test_any_routing_matches_the_float32_reference(tokens, skew, adapted):
     x_TD, index_TX, weights_TX, gate_up, down = _problem(tokens, skew)
     moe = kernel_set("gpu").decode_experts
     assert moe is not moe_reference
@@ -105,7 +105,7 @@ def test_any_routing_gives_the_reference_in_float32(tokens, skew, adapted):
 
 @pytest.mark.accelerator
 @on_gpu
-def test_inside_a_scan_the_layers_follow_each_other():
+def test_scan_over_layers():
     x_TD, index_TX, weights_TX, gate_up, down = _problem(16, 0.0)
 
     def layers(moe):
@@ -121,7 +121,7 @@ def test_inside_a_scan_the_layers_follow_each_other():
 
 @pytest.mark.accelerator
 @on_gpu
-def test_a_layer_of_a_stack_is_read_where_it_lies():
+def test_layer_of_a_stack_is_read_in_place():
     x_TD, index_TX, weights_TX, _, _ = _problem(16, 0.0)
     layers = [_problem(tokens, 0.0)[3:] for tokens in (16, 17, 18)]
     stacks = [
@@ -142,7 +142,7 @@ def logged(monkeypatch):
     return lines
 
 
-def test_weights_that_are_not_in_tiles_take_the_reference_and_the_log_says_so(logged):
+def test_untiled_weights_use_the_reference_and_are_logged(logged):
     pytest.importorskip("triton", reason="needs the extra `kernels`")
     from discover_jax.kernels import experts_decode
 

@@ -1,4 +1,4 @@
-"""The update's kernels of experts: in Triton's interpreter they give the reference's output and derivatives for any routing."""
+"""The experts' kernels of the update: in Triton's interpreter, they match the reference's output and derivatives for any routing."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
-def test_interpreted_kernels_have_the_reference_s_derivatives():
+def test_interpreted_kernels_match_the_reference_derivatives():
     script = Path(__file__).with_name("interpreted_experts_update.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)

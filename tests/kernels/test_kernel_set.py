@@ -1,4 +1,4 @@
-"""The set of kernels of a platform: what it holds, that sets can be compared, and what the log says."""
+"""The kernel set of a platform: its kernels, equality of sets, and the log."""
 
 import sys
 
@@ -60,7 +60,7 @@ def test_sets_of_one_platform_and_mesh_are_equal(logged, mesh):
     assert sets[0] != reference_set(_mesh(4, 1, 1))
 
 
-def test_operations_that_a_mesh_splits_use_the_reference_and_the_log_says_why(logged, monkeypatch):
+def test_operations_that_a_mesh_splits_use_the_reference_and_are_logged(logged, monkeypatch):
     functions = dict.fromkeys(("experts", "windowed_attention"), ("discover_jax.kernels.experts", "gated"))
     monkeypatch.setitem(PLATFORMS, "tpu", Platform("jax", functions))
     found = kernel_set("tpu", _mesh(1, 1, 2))
@@ -71,7 +71,7 @@ def test_operations_that_a_mesh_splits_use_the_reference_and_the_log_says_why(lo
     assert "config.mesh.tensor" in line
 
 
-def test_a_missing_package_is_named_once_and_the_references_run(logged, monkeypatch):
+def test_missing_package_is_logged_once_and_the_references_run(logged, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     assert kernel_set("gpu") == kernel_set("gpu") == REFERENCE
     (line,) = logged
@@ -80,11 +80,11 @@ def test_a_missing_package_is_named_once_and_the_references_run(logged, monkeypa
     assert all(operation in line for operation in PLATFORMS["gpu"].functions)
 
 
-def test_every_operation_has_a_way_to_be_spread():
+def test_every_operation_can_be_split():
     assert set(SPREAD) == set(OPERATIONS)
 
 
-def test_a_model_is_built_with_the_kernels_of_its_mesh():
+def test_model_uses_the_kernels_of_its_mesh():
     mesh = _mesh(2, 1, 1)
     assert Model(SIZES) == Model(SIZES, kernels=kernel_set("cpu"))
     assert Model(SIZES, mesh=mesh).kernels == reference_set(mesh)

@@ -1,4 +1,4 @@
-"""Tiles against the packed form's own unpacking, and against the bit formulas that the kernels use, in numpy."""
+"""Tiles, compared with the unpacking of the packed form and, in numpy, with the bit formulas of the kernels."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ def _packed(low=LOWEST, high=HIGHEST, out=OUT, into=INTO):
 
 
 def _unpacked(words, factors, paired):
-    """[E, out, in] by shift and mask, lane by lane, as the module's docstring has it."""
+    """[E, out, in] by shift and mask, lane by lane, as in the module's docstring."""
     words, factors = np.asarray(words).view(np.uint32), np.ascontiguousarray(factors).view(np.uint8)
     _, slabs, columns, m16, _ = words.shape
     out = np.zeros((EXPERTS, slabs * m16 * 16, columns * 64))
@@ -46,7 +46,7 @@ def _unpacked(words, factors, paired):
 
 
 @pytest.mark.parametrize(("rows", "paired"), [(64, False), (64, True), (96, True)])
-def test_tiles_hold_the_weights_where_the_kernels_look_for_them(rows, paired):
+def test_tiles_have_the_layout_that_the_kernels_read(rows, paired):
     blocks, scales = _packed()
     words, factors = lay_out(blocks, scales, Slab(rows, paired))
     assert words.shape == (EXPERTS, OUT // rows, INTO // 64, rows // 16, 128)
@@ -56,13 +56,13 @@ def test_tiles_hold_the_weights_where_the_kernels_look_for_them(rows, paired):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_restoring_gives_back_the_same_bytes(paired):
+def test_restoring_returns_the_same_bytes(paired):
     packed = _packed()
     for restored, original in zip(restore(*lay_out(*packed, Slab(64, paired)), paired=paired), packed, strict=True):
         np.testing.assert_array_equal(restored, original)
 
 
-def test_sizes_that_do_not_divide_are_refused():
+def test_indivisible_sizes_are_refused():
     with pytest.raises(ConfigError, match="192 rows and 96 columns"):
         lay_out(*_packed(into=96), Slab(64, False))
     with pytest.raises(ConfigError, match="slabs of 128 x 64"):
@@ -70,6 +70,6 @@ def test_sizes_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize("scales", [(LOWEST - 1, LOWEST - 1), (HIGHEST + 1, HIGHEST + 1)])
-def test_scales_that_do_not_fit_are_refused(scales):
+def test_invalid_scales_are_refused(scales):
     with pytest.raises(ConfigError, match=f"between {scales[0]} and {scales[0]}"):
         lay_out(*_packed(*scales), Slab(64, False))

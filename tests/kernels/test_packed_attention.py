@@ -1,4 +1,4 @@
-"""Attention of packed rows, forward and backward, against the softmax over a mask written out, differentiated by jax itself."""
+"""Attention of packed rows, forward and backward, compared with an explicit masked softmax that jax differentiates."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from discover_jax.kernels.packed_attention import packed_attention_reference, wi
 
 
 def _direct(q, k, v, segments, sinks, window=None):
-    """[B, T, N, H] by one matrix of scores a head."""
+    """[B, T, N, H], with a full matrix of scores per head."""
     b, t, n, h = q.shape
     keys, values = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, keys) / np.sqrt(h)
@@ -81,8 +81,8 @@ def test_heads(monkeypatch, heads):
     _check(packed_attention_reference, _direct, _problem([[20, 30]], 50, *heads))
 
 
-def test_no_array_grows_with_the_square_of_the_length():
-    """Of 4,096 tokens both passes together take less than a quarter of one matrix of scores."""
+def test_memory_is_not_quadratic_in_the_length():
+    """For 4,096 tokens, both passes together take less than a quarter of one matrix of scores."""
     q, k, v, segments, sinks, d_out = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _problem([[4096]], 4096, 1, 1, 4))
 
     for attend in (packed_attention_reference, lambda *a: windowed_attention_reference(*a, window=128)):

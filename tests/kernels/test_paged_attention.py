@@ -1,4 +1,4 @@
-"""Attention over pages against the softmax written out in float64, one row and head at a time."""
+"""Attention over pages, compared with an explicit softmax in float64, one row and head at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ LAYERS = 2
 
 
 def _problem(size, counts, spare=0, heads=6, kv_heads=2, head_size=8, seed=0):
-    """Pools whose unused places hold NaN, and a table whose unused entries are no pages. Pages of a row lie anywhere."""
+    """Pools with NaN in unused places, and a table whose unused entries are not valid pages. The pages of a row are scattered."""
     rng = np.random.default_rng(seed)
     used = [-(-count // size) for count in counts]
     pages = np.full((len(counts), max(used) + spare), 2**31 - 1, np.int32)
@@ -46,7 +46,7 @@ def _call(attend, problem, layer):
 @pytest.mark.parametrize(
     ("size", "counts", "spare"),
     [
-        (128, [128, 1, 77], 0),  # rings: one page a row
+        (128, [128, 1, 77], 0),  # rings: one page per row
         (128, [1, 129, 700], 3),
         (5, [1, 5, 6, 23], 1),
         (1, [1, 2, 9], 0),
@@ -54,14 +54,14 @@ def _call(attend, problem, layer):
         (16, [3 * PLACES + 1, 16, PLACES], 0),
     ],
 )
-def test_equals_the_softmax_with_a_sink(size, counts, spare):
+def test_matches_the_softmax_with_a_sink(size, counts, spare):
     problem = _problem(size, counts, spare)
     for layer in range(LAYERS):
         np.testing.assert_allclose(_call(_attend, problem, layer), _expected(*problem[:3], layer, *problem[3:]), atol=5e-6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (16, 2)])
-def test_heads_of_one_key_value_head_are_neighbours(heads, kv_heads):
+def test_query_heads_of_one_kv_head_are_adjacent(heads, kv_heads):
     problem = _problem(16, [40, 7], heads=heads, kv_heads=kv_heads)
     np.testing.assert_allclose(_call(_attend, problem, 1), _expected(*problem[:3], 1, *problem[3:]), atol=5e-6)
 
@@ -79,11 +79,11 @@ def test_extreme_scores_and_sinks_stay_finite():
         out = np.asarray(_call(_attend, (q * 1e3, keys, values, pages, counts, np.full(6, sink, np.float32)), 0))
         assert np.isfinite(out).all()
         assert (np.abs(out) < np.nanmax(np.abs(values)) + 1e-3).all()
-    # A sink above every score takes the whole weight.
+    # A sink above every score takes all the weight.
     np.testing.assert_array_equal(np.asarray(_call(_attend, (q, keys, values, pages, counts, np.full(6, 1e4, np.float32)), 0)), 0)
 
 
-def test_bfloat16_is_as_near_as_its_inputs_allow():
+def test_bfloat16_is_as_accurate_as_its_inputs():
     q, keys, values, *rest = _problem(16, [600, 100, 1])
     low = [jnp.asarray(x, jnp.bfloat16) for x in (q, keys, values)]
     out = _call(_attend, (*low, *rest), 1)
@@ -92,7 +92,7 @@ def test_bfloat16_is_as_near_as_its_inputs_allow():
     np.testing.assert_allclose(out.astype(np.float32), expected, atol=0.02)
 
 
-def test_one_program_serves_all_lengths():
+def test_all_lengths_share_one_compilation():
     traces = 0
 
     @jax.jit
@@ -112,8 +112,8 @@ def test_one_program_serves_all_lengths():
 @pytest.mark.parametrize(
     ("size", "lengths", "tokens"), [(4, [0, 0, 0], 8), (8, [16, 0, 40], 5), (128, [640, 128, 0], 3), (3, [1, 7, 30], 1)]
 )
-def test_tokens_of_a_chunk_see_what_came_before_them(size, lengths, tokens):
-    """Each as if it were alone, the last one of its row."""
+def test_tokens_of_a_chunk_attend_to_earlier_tokens(size, lengths, tokens):
+    """Each token has the result that it has as the last one of its row."""
     q, keys, values, pages, counts, sinks = _problem(size, [length + tokens for length in lengths], spare=2)
     rng = np.random.default_rng(1)
     q_BTNH = 3 * rng.normal(size=(len(lengths), tokens, *q.shape[1:])).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Projections out of stacks: the reference against numpy, the kernels in Triton's interpreter and on a GPU, and when they do not apply."""
+"""Projections from stacked layers: the reference against numpy, the kernels in Triton's interpreter and on a GPU, and the fallback."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def _problem(rows, width, outs, rank, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_reference_is_the_formula_for_the_layer_asked_for(rank):
+def test_reference_matches_the_formula_for_each_layer(rank):
     x, stacks = _problem(5, 12, (7, 4), rank, jnp.float32)
     for got, stack in zip(jax.jit(project_reference)(x, stacks, jnp.int32(2), SCALE), stacks, strict=True):
         weight, bias = np.asarray(stack.weight[2], np.float64), np.asarray(stack.bias[2])
@@ -44,7 +44,7 @@ def test_the_reference_is_the_formula_for_the_layer_asked_for(rank):
 
 
 @interpreted
-def test_the_kernels_are_right_to_the_rounding_of_bfloat16():
+def test_kernels_are_accurate_to_bfloat16_rounding():
     script = Path(__file__).with_name("interpreted_projections.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
@@ -52,14 +52,14 @@ def test_the_kernels_are_right_to_the_rounding_of_bfloat16():
     errors = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 4
     for name, error in errors.items():
-        assert error < 4e-3, name  # NaN, of an output that was not written, is not below it
+        assert error < 4e-3, name  # false for NaN, from an output that was not written
 
 
 @pytest.mark.parametrize(
     ("rows", "width", "outs", "dtype"),
     [(2, 64, (32,), jnp.float32), (2, 96, (32,), jnp.bfloat16), (2, 64, (32, 24), jnp.bfloat16), (300, 64, (32,), jnp.bfloat16)],
 )
-def test_what_the_kernels_do_not_take_goes_to_the_reference(rows, width, outs, dtype):
+def test_unsupported_inputs_use_the_reference(rows, width, outs, dtype):
     pytest.importorskip("triton", reason="needs the extra `kernels`")
     from discover_jax.kernels.projections_decode import project
 
@@ -68,7 +68,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(rows, width, outs, d
         np.testing.assert_array_equal(got, expected)
 
 
-def test_the_kernels_lower_for_a_gpu_that_is_not_here():
+def test_kernels_lower_for_an_absent_gpu():
     pytest.importorskip("jax_triton", reason="needs the extra `kernels` and jax's plugin for CUDA", exc_type=ImportError)
     from discover_jax.kernels.projections_decode import project
 
@@ -82,7 +82,7 @@ def test_the_kernels_lower_for_a_gpu_that_is_not_here():
 @pytest.mark.parametrize("rows", [1, 7, 64, 128, 256])
 @pytest.mark.parametrize(("width", "outs"), [(2880, (4096, 512, 512)), (4096, (2880,)), (320, (48, 16))])
 @pytest.mark.parametrize("rank", [0, 32])
-def test_in_a_scan_the_kernels_give_the_reference(rows, width, outs, rank):
+def test_kernels_in_a_scan_match_the_reference(rows, width, outs, rank):
     from discover_jax.kernels.projections_decode import project
 
     x, stacks = _problem(rows, width, outs, rank)

@@ -1,4 +1,4 @@
-"""What is spread over a mesh gives what one device gives, forward and backward, whether rows and tokens divide or not."""
+"""Operations split over a mesh match one device, forward and backward, also if rows and tokens do not divide evenly."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_what_is_spread_over_four_devices_computes_the_same():
+def test_four_devices_match_one():
     script = Path(__file__).with_name("spread_program.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
