@@ -1,4 +1,4 @@
-"""The scripts that start runs on several hosts: well formed, complete, and the list of hosts really run by two local processes."""
+"""The scripts that start runs on several hosts are well formed and complete. hosts.sh really starts two local processes."""
 
 import os
 import re
@@ -20,21 +20,21 @@ def test_there_is_a_script_for_each_kind_of_cluster():
 
 
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda script: script.name)
-def test_bash_can_read_it_and_shellcheck_finds_nothing(script):
+def test_scripts_are_valid_bash_and_pass_shellcheck(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     subprocess.run([shellcheck, "--shell=bash", script], check=True)
 
 
 @pytest.mark.parametrize("script", ["hosts.sh", "tpu-pod.sh"])
-def test_without_arguments_it_says_how_it_is_used(script):
+def test_scripts_without_arguments_print_their_usage(script):
     done = subprocess.run([_LAUNCH / script], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"usage: launch/{script} ")
 
 
 def _pod(name: str) -> tuple[dict, dict, dict]:
-    """The JobSet, its only job, and its only container."""
+    """The JobSet, its only job and its only container."""
     (jobset,) = yaml.safe_load_all((_LAUNCH / name).read_text())
     assert jobset["apiVersion"].startswith("jobset.x-k8s.io/")
     assert jobset["kind"] == "JobSet"
@@ -45,12 +45,12 @@ def _pod(name: str) -> tuple[dict, dict, dict]:
 
 
 @pytest.mark.parametrize(("name", "device", "each"), [("gke-gpu.yaml", "nvidia.com/gpu", 8), ("gke-tpu.yaml", "google.com/tpu", 4)])
-def test_a_jobset_has_one_process_a_host_with_all_its_devices(name, device, each):
+def test_jobset_has_one_process_per_host_with_all_its_devices(name, device, each):
     jobset, job, container = _pod(name)
     hosts = job["parallelism"]
     assert job["completions"] == hosts > 1
     assert job["completionMode"] == "Indexed"
-    # One pod that starts again alone could not join the others: all do, by JobSet.
+    # A single restarted pod could not join the others, so JobSet restarts all.
     assert job["backoffLimit"] == 0
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
@@ -70,7 +70,7 @@ def test_a_jobset_has_one_process_a_host_with_all_its_devices(name, device, each
         assert flags["process_id"] == "${JOB_COMPLETION_INDEX}"
 
 
-def test_every_flag_of_the_scripts_is_known():
+def test_all_flags_of_the_scripts_exist():
     done = subprocess.run(
         [sys.executable, "-m", "discover_jax.main", "--helpfull"],
         capture_output=True,
@@ -83,7 +83,7 @@ def test_every_flag_of_the_scripts_is_known():
 
 
 @pytest.mark.slow
-def test_the_list_of_hosts_runs_with_two_local_processes(tmp_path):
+def test_hosts_script_runs_two_local_processes(tmp_path):
     sys.path.insert(0, str(_FAULTS))
     from phrase_model import write_phrase_model
 
@@ -104,7 +104,7 @@ def test_the_list_of_hosts_runs_with_two_local_processes(tmp_path):
     assert re.search(r"\b2 processes\b", done.stdout)
     assert (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") == 6
     assert [log.name for log in (tmp_path / "logs").iterdir()] == ["process-1.txt"]
-    # And what one of them ends by is the script's own code.
+    # The script exits with the code of a failing process.
     done = subprocess.run(
         [_LAUNCH / "hosts.sh", "localhost,localhost", *config, "--config.mesh.data=4", "--config.train.rows=4"],
         capture_output=True,
