@@ -1,9 +1,9 @@
-"""What `discover_jax.costs` predicts, compared with measurements.csv: a table of docs/scaling.md.
+"""Compares the predictions of `discover_jax.costs` with measurements.csv.
 
-    python benchmarks/predictions.py
+    python benchmarks/predictions.py    # every measurement; docs/scaling.md shows the summary
 
-Nothing is run. `fitted` are the measurements that the constants of costs.py come from, so they agree by construction. No constant was
-fitted to the others.
+Nothing is run. The constants of costs.py were fitted to the `fitted` measurements, so those agree by construction. No constant was fitted
+to the `held out` measurements.
 """
 
 import argparse
@@ -29,17 +29,35 @@ ADAPTER = {1: 2.25e9, 2: 1.13e9, 4: 0.57e9}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A speed in tokens/s."""
+    """A speed in tokens/s.
+
+    Attributes:
+      what: the measurement.
+      predicted, measured: the speeds.
+      use: `FITTED`, `PARTLY` or `HELD_OUT`.
+      devices: number of GPUs.
+      kernels: false for plain-JAX references.
+    """
 
     what: str
     predicted: float
     measured: float
     use: str
+    devices: int = 1
+    kernels: bool = True
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Error of the prediction, relative to the measurement."""
         return self.predicted / self.measured - 1
+
+    @property
+    def group(self) -> str:
+        """Line of the summary."""
+        if not self.kernels:
+            return "plain-JAX references"
+        activity = "sampling" if self.what.startswith(("decoding", "sampling")) else "update"
+        return f"{activity}, {'one GPU' if self.devices == 1 else 'several GPUs'}"
 
 
 def _speeds(name: str) -> Speeds:
@@ -60,7 +78,7 @@ def _decode(
     mesh: MeshShape = costs.ONE,
 ) -> Row:
     step = costs.decode_step(of, LORA, _speeds(device), rows, context, mesh)
-    return Row(f"decoding, {what}", rows / sum(step.values()), measured, use)
+    return Row(f"decoding, {what}", rows / sum(step.values()), measured, use, mesh.size)
 
 
 def _sampling(what: str, measured: float, use: str, prompts: int, prompt: int, rows: int, new: float) -> Row:
@@ -75,7 +93,7 @@ def _reference_sampling(what: str, measured: float, use: str, of: ModelConfig, p
     speeds = _speeds("h200")
     step = costs.decode_step(of, LORA, speeds, rows, prompt + new / 2, kernels=False)
     seconds = new * sum(step.values()) + prompts * costs.prefill(of, LORA, speeds, prompt, kernels=False)
-    return Row(f"references: sampling, {what}", rows * new / seconds, measured, use)
+    return Row(f"references: sampling, {what}", rows * new / seconds, measured, use, kernels=False)
 
 
 def _gradient(
@@ -90,7 +108,7 @@ def _gradient(
     mesh: MeshShape = costs.ONE,
 ) -> Row:
     cost = costs.microbatch(of, lora, _speeds("h200"), tokens, rollout, mesh, gradient=True, adapter=ADAPTER[mesh.expert])
-    return Row(f"gradient, {what}", mesh.size * tokens / sum(cost.values()), measured, use)
+    return Row(f"gradient, {what}", mesh.size * tokens / sum(cost.values()), measured, use, mesh.size)
 
 
 def _update(
@@ -111,7 +129,8 @@ def _update(
     options = {"kernels": kernels, "adapter": adapter}
     passes = [costs.microbatch(of, LORA, speeds, tokens, rollout, mesh, gradient=gradient, **options) for gradient in (False, True)]
     seconds = microbatches * sum(sum(one.values()) for one in passes) + costs.apply(speeds, adapter)
-    return Row(f"{'' if kernels else 'references: '}update, {what}", microbatches * filled * mesh.size * tokens / seconds, measured, use)
+    speed = microbatches * filled * mesh.size * tokens / seconds
+    return Row(f"{'' if kernels else 'references: '}update, {what}", speed, measured, use, mesh.size, kernels)
 
 
 def rows() -> Iterator[Row]:
@@ -174,7 +193,7 @@ def _axes(mesh: MeshShape) -> str:
 
 
 def comparison() -> str:
-    """The table of docs/scaling.md: predicted beside measured."""
+    """A table with a line for each measurement."""
     lines = ["| tokens/s | predicted | measured | difference | |", "|---|---|---|---|---|"]
     for row in rows():
         predicted, measured = (f"{x:,.0f}" if x >= 100 else f"{x:.1f}" for x in (row.predicted, row.measured))
@@ -182,7 +201,25 @@ def comparison() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"predictions": comparison}
+def summary() -> str:
+    """The table of docs/scaling.md: a line for each group of measurements, with the range of the errors."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows():
+        groups.setdefault(row.group, []).append(row)
+    lines = ["| speed | held out | error of the prediction | fitted | error |", "|---|---|---|---|---|"]
+    for name, members in groups.items():
+        held_out = sorted(row.error for row in members if row.use == HELD_OUT)
+        fitted = sorted(row.error for row in members if row.use != HELD_OUT)
+        cells = [f"{len(errors)} | {_interval(errors)}" for errors in (held_out, fitted)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(errors: list[float]) -> str:
+    return " to ".join(f"{error:+.1%}" for error in dict.fromkeys((*errors[:1], *errors[-1:])))
+
+
+TABLES = {"predictions": summary}
 
 
 def main() -> None:
