@@ -11,9 +11,9 @@ from discover_jax.kernels import pages
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Pages of keys and values of the full layers. Rows get pages as they grow, and may share pages that are no longer written.
+    """Pages of keys and values of the full layers. Rows get pages as they grow, and can share pages that are no longer written.
 
-    Axes: L pairs of layers, P pages, K key/value heads, s places of a page, H head size.
+    Axes: L pairs of layers, P pages, K key/value heads, s positions of a page, H head size.
     """
 
     keys_LPKsH: jax.Array
@@ -33,13 +33,13 @@ class Pool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A batch of rows. Axes as in `Pool`, and: B rows, W window, M pages of the longest row.
+    """The KV cache of a batch of rows. Axes: those of `Pool`, B rows, W window, M pages of the longest row.
 
     Attributes:
-      pool: of all rows.
-      ring_k_LBKWH, ring_v_LBKWH: position p of a row is at place p mod W.
-      pages_BM: int32, position p of a row is in page `pages_BM[b, p // s]` at place p mod s. Entries past a row's length are undefined.
-      lengths_B: int32, tokens of each row so far; the position of the next one.
+      pool: the pages of all rows.
+      ring_k_LBKWH, ring_v_LBKWH: position p of a row is at index p mod W of its ring.
+      pages_BM: int32. Position p of row b is at index p mod s of page `pages_BM[b, p // s]`. Entries past a row's length are undefined.
+      lengths_B: int32, number of tokens of each row, which is also the position of the next token.
     """
 
     pool: Pool
@@ -50,21 +50,20 @@ class Cache:
 
 
 def copy_page(pool: Pool, source: jax.Array, target: jax.Array, copy: Callable[..., tuple[jax.Array, jax.Array]] = pages.copy_page) -> Pool:
-    """The pool with page `source` copied to page `target` of the same device; unchanged if `target` is not a page.
+    """The pool with page `source` copied to page `target` of the same device; unchanged if `target` is not a valid page.
 
     Args:
-      pool: pages.
       source, target: int32 scalars.
-      copy: the model's kernel, see `Model.copy_page`.
+      copy: the kernel, see `Model.copy_page`.
     """
     return Pool(*copy(pool.keys_LPKsH, pool.values_LPKsH, source, target))
 
 
 def take_pages(pool: Pool, pages_C: jax.Array) -> Pool:
-    """A pool of these pages; the contents are undefined for numbers that are not pages."""
+    """A pool of these C pages. Contents are undefined for invalid page numbers."""
     return jax.tree.map(lambda x: x.at[:, pages_C].get(mode="clip"), pool)
 
 
 def put_pages(pool: Pool, pages_C: jax.Array, other: Pool) -> Pool:
-    """The pool with pages replaced by those of `other`; numbers that are not pages are skipped."""
+    """The pool with these C pages replaced by those of `other`. Invalid page numbers are skipped."""
     return jax.tree.map(lambda x, new: x.at[:, pages_C].set(new, mode="drop"), pool, other)

@@ -1,4 +1,4 @@
-"""Sizes and constants of a gpt-oss model, and the ranks of the adapter on it; to and from Hugging Face's config.json."""
+"""Sizes and constants of a gpt-oss model, its conversion from and to config.json, and the ranks of an adapter."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ _HF_ROPE_NAMES = {
     "rope_beta_slow": "beta_slow",
     "rope_truncate": "truncate",
 }
-# config.json beside the original layout; sizes that it lacks are constants of gpt-oss.
+# config.json of the original layout. Sizes that it lacks are constants of gpt-oss.
 _ORIGINAL_NAMES = {
     "num_layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -49,17 +49,17 @@ _ORIGINAL_NAMES = {
 }
 
 REMAT = ("none", "layers", "pairs")
-"""What the update may compute again instead of keeping it; see `Model.remat`."""
+"""Rematerialisation policies of the update, see `Model.remat`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of gpt-oss, every size free. Defaults are the constants that the published models share.
+    """The architecture of gpt-oss with any sizes. Defaults are the constants that the published models share.
 
     Attributes:
-      num_layers: even; layers alternate between a sliding window (even ones) and all keys (odd ones).
-      sliding_window: keys that a sliding layer sees, the query's own included.
-      rope_*: YaRN; `rope_truncate` rounds the bounds of its ramp (the published models do not).
+      num_layers: must be even. Layers with an even index use a sliding window; those with an odd index see all keys.
+      sliding_window: keys that a query of a sliding layer sees, including its own.
+      rope_*: constants of YaRN. `rope_truncate` rounds the bounds of its ramp; it is off in the published models.
       swiglu_limit, swiglu_alpha: clamp and slope of the experts' activation.
     """
 
@@ -88,15 +88,17 @@ class ModelConfig:
     def __post_init__(self):
         problems = []
         if self.num_layers < 2 or self.num_layers % 2:
-            problems.append(f"num_layers = {self.num_layers}: layers come in pairs (sliding, full), so it must be even and at least 2")
+            problems.append(
+                f"num_layers = {self.num_layers}, but must be even and at least 2, because layers come in pairs (sliding, full)"
+            )
         if self.num_heads % self.num_kv_heads:
-            problems.append(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+            problems.append(f"num_heads = {self.num_heads}, but must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_size % 2:
-            problems.append(f"head_size = {self.head_size}: rotary embedding turns halves, so it must be even")
+            problems.append(f"head_size = {self.head_size}, but must be even, because rotary embedding pairs its halves")
         if not 1 <= self.experts_per_token <= self.num_experts:
-            problems.append(f"experts_per_token = {self.experts_per_token} must be between 1 and num_experts = {self.num_experts}")
+            problems.append(f"experts_per_token = {self.experts_per_token}, but must be between 1 and num_experts = {self.num_experts}")
         if problems:
-            raise ConfigError("This model cannot be built: " + "; ".join(problems) + ".")
+            raise ConfigError("Invalid sizes of a model: " + "; ".join(problems) + ".")
 
     @property
     def num_pairs(self) -> int:
@@ -104,18 +106,18 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From the content of a config.json, Hugging Face's or the original one.
+        """From the content of a config.json of either layout.
 
         Raises:
-          WeightsError: another architecture, or a size that is missing.
+          WeightsError: the architecture is not gpt-oss, or a size is missing.
         """
-        # The original one names no architecture; these two names occur together in no other model's.
+        # The original layout does not name the architecture. Only gpt-oss has both of these fields.
         original = "model_type" not in config and {"rope_scaling_factor", "num_experts"} <= config.keys()
         return cls.from_original(config) if original else cls.from_hf(config)
 
     @classmethod
     def from_original(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From the config.json of gpt-oss's original layout.
+        """From the content of a config.json of the original layout.
 
         Raises:
           WeightsError: a size is missing.
@@ -123,32 +125,34 @@ class ModelConfig:
         optional = ("swiglu_limit", "rope_theta", "rope_ntk_beta", "rope_ntk_alpha", "initial_context_length")
         missing = [name for name in _ORIGINAL_NAMES.values() if name not in config and name not in optional]
         if missing:
-            raise WeightsError(f"config.json lacks {', '.join(missing)}; take the file that came with the weights.")
+            raise WeightsError(f"config.json lacks {', '.join(missing)}. Use the file that was published with the weights.")
         return cls(**{ours: config[name] for ours, name in _ORIGINAL_NAMES.items() if name in config})
 
     def to_original(self) -> dict[str, Any]:
-        """The content of a config.json of the original layout; it has no place for eos_id, pad_id and a rounded ramp."""
+        """The content of a config.json of the original layout, which has no fields for eos_id, pad_id and rope_truncate."""
         return {name: getattr(self, ours) for ours, name in _ORIGINAL_NAMES.items()}
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From the content of a config.json.
+        """From the content of a config.json of Hugging Face's layout.
 
         Raises:
-          WeightsError: another architecture, or a size that is missing.
+          WeightsError: the architecture is not gpt-oss, or a size is missing.
         """
         if config.get("model_type") != "gpt_oss":
-            raise WeightsError(f"config.json says model_type = {config.get('model_type')!r}; only 'gpt_oss' is supported.")
-        # transformers 5 writes rope_parameters; earlier versions rope_scaling beside rope_theta.
+            raise WeightsError(f"config.json has model_type = {config.get('model_type')!r}; only 'gpt_oss' is supported.")
+        # transformers 5 writes rope_parameters; earlier versions write rope_scaling and rope_theta.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", "yarn") != "yarn":
-            raise WeightsError(f"config.json says rope_type = {rope['rope_type']!r}; gpt-oss uses 'yarn'.")
+            raise WeightsError(f"config.json has rope_type = {rope['rope_type']!r}; only 'yarn' is supported.")
         missing = [hf for hf in _HF_NAMES.values() if hf not in config and hf not in ("swiglu_limit", "rms_norm_eps", "pad_token_id")]
         if missing:
-            raise WeightsError(f"config.json lacks {', '.join(missing)}; take the file that came with the weights.")
+            raise WeightsError(f"config.json lacks {', '.join(missing)}. Use the file that was published with the weights.")
         pattern = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
         if config.get("layer_types", pattern) != pattern:
-            raise WeightsError("config.json has layer_types that do not alternate sliding_attention, full_attention as gpt-oss's do.")
+            raise WeightsError(
+                "config.json has unsupported layer_types; they must alternate between sliding_attention and full_attention, in this order."
+            )
         values = {ours: config[hf] for ours, hf in _HF_NAMES.items() if config.get(hf) is not None}
         values |= {ours: rope[hf] for ours, hf in _HF_ROPE_NAMES.items() if rope.get(hf) is not None}
         theta = rope.get("rope_theta", config.get("rope_theta"))
@@ -159,7 +163,7 @@ class ModelConfig:
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a config.json that `transformers` reads as the same model, experts in MXFP4."""
+        """The content of a config.json from which `transformers` builds the same model, with experts in MXFP4."""
         return {
             "architectures": ["GptOssForCausalLM"],
             "model_type": "gpt_oss",
@@ -185,7 +189,7 @@ SHAPES = {"gpt-oss-120b": GPT_OSS_120B, "gpt-oss-20b": GPT_OSS_20B}
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Ranks of the adapter; 0 leaves a target out. Each product B A is scaled by alpha / rank."""
+    """Ranks of the adapter. Targets of rank 0 have no adapter. Each product B A is scaled by alpha / rank."""
 
     attention_rank: int = 32
     expert_rank: int = 8

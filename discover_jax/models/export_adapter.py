@@ -1,4 +1,4 @@
-"""The old name of the command `python -m discover_jax.export_adapter`; it still works."""
+"""Alias of the command `python -m discover_jax.export_adapter`, kept for users of its old name."""
 
 import runpy
 

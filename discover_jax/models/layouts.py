@@ -1,7 +1,7 @@
-"""Names of a checkpoint's tensors, in the layouts in which gpt-oss is published and saved.
+"""Names of a checkpoint's tensors in each layout of gpt-oss.
 
-A parameter's path is its position in the frozen tree (`Model.abstract_frozen`): ("embedding",), or within a layer, whose number is kept
-separately, ("attention", "q", "weight").
+A parameter's path is its position in the frozen tree (`Model.abstract_frozen`), such as ("embedding",). For a parameter of a layer, it is
+the position within the layer, such as ("attention", "q", "weight"); the layer's number is passed separately.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ MATRICES = ("gate_up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way of naming and arranging tensors on disk.
+    """Names and arrangement of the tensors on disk.
 
     Attributes:
-      singles: name -> path, for tensors that exist once.
-      layers: name within a layer -> paths, whose rows are concatenated in that tensor.
-      prefix: prefix of a layer's names, which contains `{layer}`.
-      file: name of a shard if there are several; it contains `{number}` and `{count}`.
-      transposed: the experts' matrices are dense and stored as [E, in, out]; in the tree they are [E, out, in].
+      singles: name -> path, for tensors outside of layers.
+      layers: name within a layer -> paths of the parameters whose rows the tensor concatenates.
+      prefix: prefix of the names in a layer; contains `{layer}`.
+      file: name of each file if there are several; contains `{number}` and `{count}`.
+      transposed: the experts' matrices are dense and stored as [E, in, out]; the tree has [E, out, in].
     """
 
     name: str
@@ -33,7 +33,7 @@ class Layout:
     transposed: bool = False
 
     def tensors(self, num_layers: int) -> Iterable[tuple[str, tuple[ParamPath, ...], int | None]]:
-        """Every tensor of a model, in the order of the layers: name, paths, and the layer or None."""
+        """Every tensor of a model, in the order of the layers: name, paths, and the layer's number or None."""
         singles = [(name, (path,), None) for name, path in self.singles.items()]
         yield singles[0]
         for layer in range(num_layers):
@@ -92,11 +92,11 @@ ORIGINAL = Layout(
     file="model--{number:05d}-of-{count:05d}.safetensors",
 )
 LAYOUTS = {layout.name: layout for layout in (HUGGINGFACE, ORIGINAL)}
-"""Layouts that can be written; a folder of dequantised experts is only read."""
+"""Layouts that can be written. Dequantised experts can only be read."""
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:
-    """The layout that has these names, or None."""
+    """The layout to which these tensor names belong; None if they are not gpt-oss's."""
     names = set(names)
     if "embedding.weight" in names:
         return ORIGINAL
@@ -106,7 +106,7 @@ def layout_of(names: Iterable[str]) -> Layout | None:
 
 
 def paths_of(tree: dict[str, Any], kind: str = "sliding") -> dict[ParamPath, Any]:
-    """The leaves of a frozen tree by path. Leaves of layers are the stacks of the "sliding" or of the "full" layers."""
+    """The leaves of a frozen tree by path. A layer's parameter is the stack over all layers of `kind`, "sliding" or "full"."""
     flat: dict[ParamPath, Any] = {}
 
     def walk(node: Any, path: ParamPath) -> None:

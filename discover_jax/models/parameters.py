@@ -1,4 +1,4 @@
-"""Where parameters are declared: each once, with shape, type, logical axes and initialisation; every tree derives from that."""
+"""Declarations of parameters: shape, type, logical axes and initialisation. All trees of parameters are derived from them."""
 
 import dataclasses
 import math
@@ -15,20 +15,25 @@ from discover_jax.models.mxfp4 import BLOCK
 from discover_jax.models.sharding import sharding_for
 
 Tree = dict[str, Any]
-"""Nested dicts with arrays (or their abstract stand-ins) as leaves."""
+"""Nested dicts whose leaves are arrays or jax.ShapeDtypeStruct."""
 
 
 class Frozen(nnx.Variable):
-    """A base weight: never trained."""
+    """A base weight; never trained."""
 
 
 class Lora(nnx.Variable):
-    """An adapter's weight: float32, trained."""
+    """An adapter's weight; float32, trained."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Declare:
-    """Declares parameters of one module; `pairs` is the leading axis of those that are stacked over pairs of layers, or 0."""
+    """Declares the parameters of a module.
+
+    Attributes:
+      dtype: default type of frozen weights.
+      pairs: if above 0, the number of pairs of layers, the first axis of stacked parameters.
+    """
 
     dtype: Any
     pairs: int = 0
@@ -44,49 +49,49 @@ class Declare:
 
     @property
     def branch_gain(self) -> float:
-        """Of weights that end a branch, one of two in each layer: then the stream's variance does not grow with depth (as in GPT-2)."""
+        """Gain of the last weights of a residual branch (two a layer): the stream's variance does not grow with depth (as in GPT-2)."""
         return (4 * self.pairs) ** -0.5
 
     def weight(
         self, shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab = "fan_in", dtype: Any = None, gain: float = 1.0
     ) -> nnx.Variable:
-        """A frozen weight.
+        """Declares a frozen weight.
 
         Args:
-          shape, axes: sizes and logical axes of one pair.
-          init: "fan_in" (normal, variance gain^2 / last axis), "embedding" (normal, variance 1), "ones", "zeros", or for packed MXFP4
-            "blocks" (random bytes) and "scales" (constant, so that a fan_in of the unpacked axis has about that gain); for tiles (`words`
-            and `factors`) their slab: they hold what `blocks` and `scales` would, for the same key.
-          dtype: instead of the module's.
-          gain: of the product, see `init`.
+          shape, axes: sizes and logical axes for one pair of layers.
+          init: "fan_in" (normal, variance gain^2 / last axis), "embedding" (normal, variance 1), "ones" or "zeros". For packed MXFP4:
+            "blocks" (random bytes) or "scales" (a constant for which products have about this gain). For tiles (`words` and `factors`):
+            their slab; their values equal those of `blocks` and `scales` for the same key.
+          dtype: overrides the module's type.
+          gain: gain of the product, see `init`.
         """
         return self._variable(Frozen, shape, axes, init, self.dtype if dtype is None else dtype, gain)
 
     def lora(self, shape: tuple[int, ...], axes: tuple[str, ...], init: str) -> nnx.Variable:
-        """An adapter's weight, "fan_in" for A and "zeros" for B, so that the policy starts as the base."""
+        """Declares an adapter's weight. Use `init` "fan_in" for A and "zeros" for B: the policy then starts equal to the base model."""
         return self._variable(Lora, shape, axes, init, jnp.float32)
 
 
-def _draw(key: jax.Array, variable: nnx.Variable) -> jax.Array:
+def _init_variable(key: jax.Array, variable: nnx.Variable) -> jax.Array:
     struct, (init, gain) = variable.get_value(), (variable.get_metadata()[name] for name in ("init", "gain"))
     if init == "ones":
         return jnp.ones(struct.shape, struct.dtype)
     if init == "zeros":
         return jnp.zeros(struct.shape, struct.dtype)
     if variable.get_metadata()["axes"][0] == "pairs":
-        # One pair after another: drawing takes some multiple of the memory of what is drawn, and a stack may fill the device.
+        # One pair at a time: random generation needs several times the memory of its result, and a stack can fill the device.
         one = jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype)
-        return jax.lax.map(lambda pair: _draw_one(jax.random.fold_in(key, pair), one, init, gain), jnp.arange(struct.shape[0]))
-    return _draw_one(key, struct, init, gain)
+        return jax.lax.map(lambda pair: _init_array(jax.random.fold_in(key, pair), one, init, gain), jnp.arange(struct.shape[0]))
+    return _init_array(key, struct, init, gain)
 
 
-def _draw_one(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str | Slab, gain: float) -> jax.Array:
+def _init_array(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str | Slab, gain: float) -> jax.Array:
     if isinstance(init, Slab):
         experts, slabs, columns, m16, last = struct.shape
         shape = (experts, slabs * m16 * ROWS, columns * COLUMNS // BLOCK)
         if last == 8:
-            return lay_out_scales(_draw_one(key, jax.ShapeDtypeStruct(shape, jnp.uint8), "scales", gain), init)
-        return lay_out_blocks(_draw_one(key, jax.ShapeDtypeStruct((*shape, BLOCK // 2), jnp.uint8), "blocks", gain), init)
+            return lay_out_scales(_init_array(key, jax.ShapeDtypeStruct(shape, jnp.uint8), "scales", gain), init)
+        return lay_out_blocks(_init_array(key, jax.ShapeDtypeStruct((*shape, BLOCK // 2), jnp.uint8), "blocks", gain), init)
     if init == "blocks":
         return jax.random.bits(key, struct.shape, jnp.uint8)
     if init == "scales":
@@ -101,13 +106,13 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _map(function: Any, state: nnx.State) -> Tree:
-    """`function(path, variable)` over a state's variables, as nested dicts."""
+    """The results of `function(path, variable)` for all variables of a state, as nested dicts."""
     mapped = jax.tree_util.tree_map_with_path(lambda path, leaf: function(jax.tree_util.keystr(path), leaf), state, is_leaf=_is_variable)
     return nnx.to_pure_dict(mapped)
 
 
 def abstract_tree(state: nnx.State, mesh: Mesh | None) -> Tree:
-    """Shapes and types, with shardings if there is a mesh."""
+    """Shapes and types of a state, with shardings if there is a mesh."""
 
     def struct(_: str, variable: nnx.Variable) -> jax.ShapeDtypeStruct:
         value = variable.get_value()
@@ -119,11 +124,11 @@ def abstract_tree(state: nnx.State, mesh: Mesh | None) -> Tree:
 
 
 def init_tree(state: nnx.State, key: jax.Array, mesh: Mesh | None) -> Tree:
-    """Random values; each parameter's draw depends on the key and its own path alone, and tiles are drawn as what they hold."""
+    """Random values for a state. Each parameter depends only on the key and its path. Tiled weights equal packed ones."""
 
     def draw(path: str, variable: nnx.Variable) -> jax.Array:
         path = path.replace("['words']", "['blocks']")
-        value = _draw(jax.random.fold_in(key, zlib.crc32(path.encode())), variable)
+        value = _init_variable(jax.random.fold_in(key, zlib.crc32(path.encode())), variable)
         if mesh is None:
             return value
         return jax.lax.with_sharding_constraint(value, sharding_for(variable.get_metadata()["axes"], value.shape, mesh))

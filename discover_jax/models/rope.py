@@ -1,4 +1,4 @@
-"""Rotary positions with YaRN's interpolation, as gpt-oss has them (spec: YaRN, arXiv 2309.00071, section 3)."""
+"""Rotary position embeddings with YaRN's interpolation, as in gpt-oss (YaRN, arXiv 2309.00071, section 3)."""
 
 import math
 
@@ -10,21 +10,24 @@ from discover_jax.models.config import ModelConfig
 
 
 def yarn_ramp(config: ModelConfig) -> tuple[float, float]:
-    """Bounds of the ramp, in pairs of the head: below `low` frequencies stay, above `high` they are divided by the factor."""
+    """Bounds (low, high) of YaRN's ramp, as indices of a head's H/2 frequencies.
 
-    def pair(rotations: float) -> float:
-        # The pair that turns `rotations` times over the original context.
+    Frequencies below `low` are kept; those above `high` are divided by `rope_factor`.
+    """
+
+    def index_of(rotations: float) -> float:
+        # Index of the frequency that makes this many rotations over the original context.
         ratio = config.rope_original_length / (rotations * 2 * math.pi)
         return config.head_size * math.log(ratio) / (2 * math.log(config.rope_theta))
 
-    low, high = pair(config.rope_beta_fast), pair(config.rope_beta_slow)
+    low, high = index_of(config.rope_beta_fast), index_of(config.rope_beta_slow)
     if config.rope_truncate:
         low, high = math.floor(low), math.ceil(high)
     return max(low, 0.0), min(high, config.head_size - 1.0)
 
 
 def yarn_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair, float32 [H/2], and the factor of cosines and sines (attention's temperature, 0.1 ln factor + 1)."""
+    """Radians per position, float32 [H/2], and the factor of cosines and sines (YaRN's attention temperature: 0.1 ln(rope_factor) + 1)."""
     pairs = np.arange(config.head_size // 2)
     low, high = yarn_ramp(config)
     period = config.rope_theta ** (2 * pairs / config.head_size)
@@ -34,7 +37,7 @@ def yarn_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Turns the halves of each head by the angles of its position (NeoX convention); angles and arithmetic in float32."""
+    """Rotates the two halves of each head by the angles of its position (NeoX convention). Angles and arithmetic are in float32."""
     frequencies, factor = yarn_frequencies(config)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor

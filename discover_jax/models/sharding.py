@@ -1,4 +1,4 @@
-"""How arrays are laid out over a mesh: logical axes to mesh axes, in one table for all parameters, caches and batches."""
+"""Shardings: one table from logical axes to mesh axes for all parameters, caches and batches, and transfers between host and devices."""
 
 import functools
 import math
@@ -14,12 +14,12 @@ from discover_jax.kernels.spread import ROWS
 
 MESH_AXES = ("data", "expert", "tensor")
 
-# An axis that is replicated must be listed too, with None.
+# None: replicated. Every logical axis must be listed.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": "data",
     "slots": ROWS,  # rows of the decode batch
-    "pages": ROWS,  # of the cache: a row and its pages are on the same device
-    "prompts": None,  # few, and rollouts on all devices read each of them
+    "pages": ROWS,  # a row of the cache and its pages are on the same device
+    "prompts": None,  # replicated: few, and read by rollouts on all devices
     "experts": "expert",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -28,7 +28,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "pairs": None,
     "layers": None,
     "choices": None,
-    "logits": None,  # of a router: every token needs all of its own
+    "logits": None,  # of the router, which needs the logits of all experts of a token
     "width": None,
     "rank": None,
     "head_size": None,
@@ -38,7 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over the first data * expert * tensor devices, by default jax's own.
+    """The mesh over the first data * expert * tensor of `devices`, by default of `jax.devices()`.
 
     Raises:
       ShardingError: there are too few devices.
@@ -48,16 +48,16 @@ def make_mesh(data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence
     if (needed := int(np.prod(shape))) > len(devices):
         raise ShardingError(
             f"config.mesh asks for {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), but only {len(devices)} are"
-            " available. Lower one of the three."
+            " available. Lower config.mesh.data, .expert or .tensor."
         )
     return Mesh(np.asarray(devices[:needed]).reshape(shape), MESH_AXES)
 
 
 def mesh_of_run(data: int, expert: int, tensor: int) -> Mesh | None:
-    """The mesh of a run over the devices of all its processes; None for one process with one device.
+    """The mesh over the devices of all processes of a run; None for one process with one device.
 
     Raises:
-      ShardingError: there are too few devices, or a run of several processes would leave some unused.
+      ShardingError: there are too few devices, or several processes would leave some devices unused.
     """
     needed, processes = data * expert * tensor, jax.process_count()
     if processes == 1:
@@ -65,7 +65,7 @@ def mesh_of_run(data: int, expert: int, tensor: int) -> Mesh | None:
     if needed != jax.device_count():
         raise ShardingError(
             f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor), but the {processes} processes of"
-            f" this run have {jax.device_count()}. A run uses all devices of its processes: set config.mesh so that the product is"
+            f" this run have {jax.device_count()}. A run must use all devices of its processes. Set config.mesh so that the product is"
             f" {jax.device_count()}."
         )
     return make_mesh(data, expert, tensor)
@@ -80,7 +80,7 @@ def spec_for(axes: Sequence[str]) -> PartitionSpec:
     taken: dict[str, str] = {}
     for axis in axes:
         if axis not in RULES:
-            raise ShardingError(f"Logical axis {axis!r} is unknown; known: {', '.join(RULES)}. Add it to the table.")
+            raise ShardingError(f"Unknown logical axis {axis!r}; known: {', '.join(RULES)}. Add it to `RULES`.")
         for mesh_axis in _mesh_axes(RULES[axis]):
             if mesh_axis in taken:
                 raise ShardingError(f"Logical axes {taken[mesh_axis]!r} and {axis!r} of one array both map to mesh axis {mesh_axis!r}.")
@@ -108,30 +108,30 @@ def sharding_for(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> Named
 
 
 def shardings(tree: Any) -> Any:
-    """The sharding of each array, abstract or not; None where an array has none."""
+    """The sharding of each array, concrete or abstract; None if it has none."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of an array that every device holds whole, so that every process can read it; None without a mesh."""
+    """The sharding that replicates an array on every device, so that every process can read it; None without a mesh."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of these arrays, abstract or not. It holds arrays without a sharding whole."""
+    """Bytes of these arrays, concrete or abstract, on one device. Arrays without a sharding count fully."""
 
-    def of(leaf: Any) -> int:
+    def leaf_bytes(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
-    return sum(of(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 # ---------------------------------------------------------------------- between hosts and devices
 
 
 def lay_out(value: Any, sharding: NamedSharding | None) -> Any:
-    """A host array on the devices. Every process must have the same array, and sends the parts of its own devices.
+    """Puts a host array on the devices. All processes must have the same array; each one transfers the parts of its own devices.
 
     Without a sharding, returns the array unchanged.
     """
@@ -142,14 +142,14 @@ def lay_out(value: Any, sharding: NamedSharding | None) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Device arrays as numpy arrays on every host. All processes must call it, with the same tree."""
-    return jax.device_get(jax.tree.map(_readable, tree))
+    """Copies device arrays to numpy arrays on every host. All processes must call it with the same tree."""
+    return jax.device_get(jax.tree.map(_fully_addressable, tree))
 
 
-def _readable(leaf: Any) -> Any:
+def _fully_addressable(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
-    assert isinstance(leaf.sharding, NamedSharding), "an array of several processes is on a mesh"
+    assert isinstance(leaf.sharding, NamedSharding), "only arrays on a mesh span several processes"
     return _replicate(leaf.sharding.mesh)(leaf)
 
 

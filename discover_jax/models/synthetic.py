@@ -1,9 +1,9 @@
-"""Random checkpoints of any shape and layout, for tests, benchmarks and rehearsals without the published weights.
+"""Random checkpoints of any shape and layout, for tests, benchmarks and rehearsals without published weights.
 
     python -m discover_jax.models.synthetic --shape=gpt-oss-20b --out=DIR [--layout=original] [--layers=4] [--seed=0]
 
-The weights are drawn so that activations neither vanish nor overflow, and norms, biases and sinks are not neutral, so that leaving one out
-shows. A parameter's values depend only on the seed and its path: both layouts of one seed hold the same model.
+Activations neither vanish nor overflow. Norms, biases and sinks are not neutral, so that omitting one changes the logits. A parameter's
+values depend only on the seed and its path, so that both layouts of one seed are the same model.
 """
 
 import argparse
@@ -24,24 +24,25 @@ from discover_jax.models.gpt_oss import Model
 from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ParamPath, paths_of
 
 _MEAN_SQUARE = 7.33 * 1.75
-"""Of the 16 values of a random nibble (0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives), times that of 1/2, 1 and 2 for the scale."""
+"""Mean square of a random nibble's 16 values (0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives), times that of its relative scale (1/2, 1 or
+2)."""
 
 
 def shape_of(name: str, layers: int = 0) -> ModelConfig:
-    """A published shape, cut to `layers` if that is above 0.
+    """The sizes of a published model, with `layers` layers if that is above 0.
 
     Raises:
-      ConfigError: no such shape, or an odd or negative number of layers.
+      ConfigError: the name is unknown, or the number of layers is odd or negative.
     """
     if name not in SHAPES:
-        raise ConfigError(f"No model has the shape {name!r}; known: {', '.join(SHAPES)}.")
+        raise ConfigError(f"Unknown shape {name!r}; allowed: {', '.join(SHAPES)}.")
     return dataclasses.replace(SHAPES[name], num_layers=layers) if layers else SHAPES[name]
 
 
 def write_synthetic(
     path: str | Path, config: ModelConfig, *, seed: int = 0, layout: str = HUGGINGFACE.name, on_progress: OnProgress | None = None
 ) -> None:
-    """Writes a random checkpoint; the host holds one file's tensors at a time.
+    """Writes a random checkpoint. The host needs memory for the tensors of one file.
 
     Raises:
       WeightsError: see `write_folder`.
@@ -51,18 +52,20 @@ def write_synthetic(
 
     def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
         shape = structs[param].shape if layer is None else structs[param].shape[1:]
-        return _draw(np.random.default_rng([seed, zlib.crc32("/".join(param).encode()), 0 if layer is None else layer + 1]), param, shape)
+        return _random_values(
+            np.random.default_rng([seed, zlib.crc32("/".join(param).encode()), 0 if layer is None else layer + 1]), param, shape
+        )
 
     write_folder(path, config, tensor, layout=layout, on_progress=on_progress)
 
 
-def _draw(rng: np.random.Generator, param: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
+def _random_values(rng: np.random.Generator, param: ParamPath, shape: tuple[int, ...]) -> np.ndarray:
     if param[-1] == "blocks":
         return np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
     if param[-1] == "scales":
-        # A sum over the input has about unit gain; neighbouring scales differ, so that a mistaken order shows.
-        usual = 127 + round(math.log2((shape[-1] * 32 * _MEAN_SQUARE) ** -0.5))
-        return rng.integers(usual - 1, usual + 1, shape, np.uint8, endpoint=True)
+        # Products have about unit gain. Neighbouring scales differ, so that a wrong order changes the result.
+        middle = 127 + round(math.log2((shape[-1] * 32 * _MEAN_SQUARE) ** -0.5))
+        return rng.integers(middle - 1, middle + 1, shape, np.uint8, endpoint=True)
     values = rng.standard_normal(shape, np.float32)
     if param[-1] == "norm":
         values = 1 + 0.1 * values
@@ -76,13 +79,13 @@ def _draw(rng: np.random.Generator, param: ParamPath, shape: tuple[int, ...]) ->
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", required=True, help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--layout", default=HUGGINGFACE.name, help=f"one of {', '.join(LAYOUTS)} ({HUGGINGFACE.name})")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has (all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", default=HUGGINGFACE.name, help=f"one of {', '.join(LAYOUTS)} (default: {HUGGINGFACE.name})")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers; must be even (default: the shape's)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     arguments = parser.parse_args()
     started = time.monotonic()
 
@@ -96,7 +99,7 @@ def main() -> None:
     except DiscoverError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    print(f"{arguments.shape} with {config.num_layers} layers, {arguments.layout} layout: {arguments.out}")
+    print(f"Wrote {arguments.shape} with {config.num_layers} layers in the {arguments.layout} layout to {arguments.out}.")
 
 
 if __name__ == "__main__":
