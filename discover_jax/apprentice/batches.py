@@ -1,4 +1,4 @@
-"""An endless stream of batches of packed documents, drawn by several processes. Batch i depends only on the seed and i."""
+"""An endless stream of batches of packed documents. Several processes draw it; batch i depends only on the seed and i."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,10 @@ from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of several documents each. All arrays are int32 [B rows, T tokens].
+    """Packed documents, several in each row. All arrays are int32 [B rows, T tokens].
 
     Attributes:
-      tokens_BT: inputs; `pad_id` for padding.
+      tokens_BT: inputs; <|endoftext|> for padding.
       targets_BT: the token after each input.
       positions_BT: position of a token within its document, from 0.
       segments_BT: number of a token's document within its row, from 1; 0 for padding.
@@ -34,8 +34,8 @@ class Batch:
     mask_BT: np.ndarray
 
 
-# Packing ends when this many consecutive documents fit no row.
 _PATIENCE = 8
+"""Packing ends when this many consecutive documents fit no row."""
 
 
 def draw_batch(tokenizer: Tokenizer, *, rows: int, row_tokens: int, seed: int, index: int) -> Batch:
@@ -57,7 +57,7 @@ def draw_batch(tokenizer: Tokenizer, *, rows: int, row_tokens: int, seed: int, i
         ids, prompt_length = encode(draw_document(rng), tokenizer)
         length = len(ids) - 1
         if length > row_tokens:
-            raise CapacityError(f"A document of {length} tokens does not fit a row of {row_tokens}. Make rows longer.")
+            raise CapacityError(f"A document of {length} tokens does not fit a row of {row_tokens} tokens. Raise row_tokens.")
         fits_B = used_B + length <= row_tokens
         if not fits_B.any():
             misses += 1
@@ -77,9 +77,9 @@ def draw_batch(tokenizer: Tokenizer, *, rows: int, row_tokens: int, seed: int, i
 
 @contextlib.contextmanager
 def batch_stream(tokenizer_path: Path, *, rows: int, row_tokens: int, seed: int, workers: int) -> Iterator[Callable[[], Batch]]:
-    """A function that returns the next batch, drawn ahead of time by `workers` processes that end with the context.
+    """A context whose value is a function that returns the next batch. `workers` processes draw batches ahead of time.
 
-    The order does not depend on the number of workers.
+    The order of batches does not depend on the number of workers. The processes end with the context.
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -103,7 +103,7 @@ def batch_stream(tokenizer_path: Path, *, rows: int, row_tokens: int, seed: int,
             except queue.Empty:
                 if not processes[worker].is_alive():
                     raise RuntimeError(
-                        f"Corpus process {worker} ended with code {processes[worker].exitcode}; its error is above."
+                        f"Corpus process {worker} ended with exit code {processes[worker].exitcode}; its error is above."
                     ) from None
                 continue
             taken += 1

@@ -1,8 +1,8 @@
-"""Documents that the apprentice learns from: a prompt, a short plan, a program.
+"""The documents on which the apprentice is trained. Each has a prompt, a short plan and a program.
 
-Two kinds. A fresh program is drawn from the grammar. An edit shows a parent program in the prompt and answers with one or two changes to
-it, for better or worse. The competition, metric and parent's score in the prompt are random and
-independent of the program: the corpus must not teach which programs are good.
+There are two kinds. One answers with a fresh program from the grammar. The other, an edit, shows a parent program in the prompt and answers
+with one or two changes to it, for better or worse. The competition, the metric and the parent's score in the prompt are random and
+independent of the program, because the corpus must not teach which programs are good.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _RIMES = ("a", "al", "an", "ar", "e", "en", "er", "i", "in", "ing", "o", "on", "
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One example: the user's text, the plan for the channel `analysis`, and the program for the channel `final`."""
+    """One document: the user's message, the plan for the channel `analysis`, and the program for the channel `final`."""
 
     prompt: str
     plan: str
@@ -44,7 +44,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
     prompt = render([Message("user", document.prompt)], tokenizer)
     answer = f"```python\n{document.code}\n```"
     reply = render([Message("assistant", document.plan, "analysis"), Message("assistant", answer, "final")], tokenizer)
-    # `render` begins with <|start|>assistant, with which the prompt already ends, and ends with <|end|><|start|>assistant.
+    # Drop <|start|>assistant at the beginning, because the prompt ends with it, and <|end|><|start|>assistant at the end.
     opening = len(render([], tokenizer))
     return prompt + reply[opening : -opening - 1] + [tokenizer.special("<|return|>")], len(prompt)
 
@@ -57,6 +57,6 @@ def _prompt(parent: str | None, rng: random.Random) -> str:
 
 
 def _word(rng: random.Random) -> str:
-    """An invented name, sometimes with a number, as in names of competitions."""
+    """An invented name, sometimes with a number, like the name of a competition."""
     syllables = (rng.choice(_ONSETS) + rng.choice(_RIMES) for _ in range(rng.randint(1, 4)))
     return "".join(syllables) + rng.choice(("", "", "", str(rng.randint(1, 2030))))

@@ -1,8 +1,8 @@
-"""Measures an apprentice: fraction of valid programs, their diversity, and the similarity of edits to their parents.
+"""Measures an apprentice: its fraction of valid programs, their diversity, and the similarity of edits to their parents.
 
     python -m discover_jax.apprentice.evaluate [--weights=DIR] [--competition=spaceship-titanic --raw=train.csv] [--samples=256] [--seed=0]
 
-Half of the samples are first attempts. The other half are edits of parents: programs from the first half that ran. No weights change.
+Half of the samples are first attempts. The other half are edits of parents: valid programs from the first half. No weights change.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MAX_PROMPT_TOKENS = 640
 MAX_NEW_TOKENS = 512
 PARENTS = 16
 NEAR = 0.85
-"""Two programs are near each other if the `difflib` ratio of their lines is at least this."""
+"""Two programs are near each other if their `similarity` is at least this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Sampled:
 
 
 def similarity(first: str, second: str) -> float:
-    """Fraction of the lines of two programs that match in order, from 0 to 1."""
+    """Fraction of the lines of two programs that match in order (`difflib` ratio), from 0 to 1."""
     return difflib.SequenceMatcher(None, first.split("\n"), second.split("\n"), autojunk=False).ratio()
 
 
@@ -62,7 +62,7 @@ def report(sampled: Sequence[Sampled]) -> str:
     scores = [s.score for s in sampled if s.score is not None]
     codes = [s.code for s in sampled if s.code is not None]
     line = (
-        f"{len(sampled)} samples: {len(scores) / len(sampled):.1%} run and grade, {len(set(codes))} distinct programs,"
+        f"{len(sampled)} samples: {len(scores) / len(sampled):.1%} valid, {len(set(codes))} distinct programs,"
         f" {np.mean([s.tokens for s in sampled]):.0f} tokens each"
     )
     if not scores:
@@ -76,7 +76,7 @@ Sample = Callable[[Sequence[State], int, int], Sequence[tuple[State, Rollout]]]
 
 
 def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, slots: int, seed: int) -> Sample:
-    """The apprentice at temperature 1."""
+    """Samples from the apprentice at temperature 1."""
     sampler = Sampler(
         model,
         slots=slots,
@@ -96,7 +96,7 @@ def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, sl
 
 
 def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, executor: Executor) -> list[Sampled]:
-    """Runs and grades the programs of the rollouts, in the given order."""
+    """Runs and grades the programs of rollouts, in the given order."""
     codes = [program_of(rollout, tokenizer) for _, rollout in pairs]
     futures = [None if code is None else executor.submit(code) for code in codes]
     return [
@@ -106,7 +106,7 @@ def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, e
 
 
 def choose_parents(fresh: Sequence[Sampled], count: int) -> list[State]:
-    """The first `count` distinct programs that ran, as states."""
+    """The first `count` distinct valid programs, as states."""
     scores = {s.code: s.score for s in fresh if s.code is not None and s.score is not None}
     return [
         State(f"parent-{i}", SEED.id, code, score, score, stdout="", step=0, adapter_step=0)
@@ -115,7 +115,11 @@ def choose_parents(fresh: Sequence[Sampled], count: int) -> list[State]:
 
 
 def measure(sample: Sample, tokenizer: Tokenizer, executor: Executor, samples: int) -> tuple[list[Sampled], list[Sampled]]:
-    """Samples first attempts and edits, runs and grades them, and prints statistics. Returns both; no edits if no program was valid."""
+    """Samples, runs and grades first attempts and edits of them, and prints statistics.
+
+    Returns:
+      First attempts, and edits. There are no edits if no first attempt is valid.
+    """
     half = max(1, samples // 2)
     started = time.monotonic()
     pairs = sample([SEED], half, 0)
@@ -138,16 +142,17 @@ def _print_nearness(edits: Sequence[Sampled], parents: Sequence[State]) -> None:
     near = sum(r >= NEAR for r in nearness) / len(edits)
     copies = sum(s.code == s.parent.code for s in edits)
     mean = np.mean(nearness) if nearness else 0.0
-    print(f"  {near:.1%} are near their parent ({NEAR:.0%} of lines match, or more), mean {mean:.3f}; {copies} are copies")
+    print(f"  {near:.1%} near their parent (similarity of at least {NEAR}), mean similarity {mean:.3f}; {copies} copies")
     unrelated = [similarity(a.code, b.code) for a, b in itertools.pairwise(parents)]
     if unrelated:
-        print(f"  of unrelated programs, {np.mean([r >= NEAR for r in unrelated]):.1%} are near each other, mean {np.mean(unrelated):.3f}")
+        fraction = np.mean([r >= NEAR for r in unrelated])
+        print(f"  for comparison, pairs of parents: {fraction:.1%} near each other, mean similarity {np.mean(unrelated):.3f}")
 
 
 def _print_failures(sampled: Sequence[Sampled], shown: int = 8) -> None:
     for failure in [s for s in sampled if s.score is None][:shown]:
         if failure.verdict is None:
-            print("  failed: no program in the answer")
+            print("  failed: no program in the reply")
         else:
             lines = (failure.verdict.grade.reason or failure.verdict.execution.detail).strip().splitlines()
             print(f"  failed: {failure.verdict.outcome.value}: {lines[-1][:200] if lines else ''}")
@@ -155,9 +160,9 @@ def _print_failures(sampled: Sequence[Sampled], shown: int = 8) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the apprentice (default: the one that ships)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the apprentice's folder (default: the one in this package)")
     parser.add_argument("--competition", default="digits-parity", help="a built-in id or a .py file (default: digits-parity)")
-    parser.add_argument("--raw", help="raw data of the competition, if it needs any")
+    parser.add_argument("--raw", help="the competition's raw data, if it needs any")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The grammar of the apprentice's corpus: every choice of a program, and the code that each choice writes.
+"""The grammar of the apprentice's corpus: the choices of a program, and the code that each choice writes.
 
-A program fills a fixed skeleton. Each slot of the skeleton is a table of options; each option is a template with named settings, and
-each setting a grid of values. Options and values range from bad to good and are drawn with equal probability: finding the good ones is
-the task of the discovery loop. Code for columns that only some competitions have is guarded, so that it is harmless elsewhere.
+A program fills a fixed skeleton. Each slot of the skeleton has a table of options, each option is a template with named settings, and each
+setting has a grid of values. Options and values range from bad to good, because finding the good ones is the task of the discovery loop.
+Code for columns that only some competitions have is guarded, so that it does nothing in others.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ class Option:
     """One way to fill a slot.
 
     Attributes:
-      template: code with `{setting}` as placeholder for a setting's value; may have several lines; empty if the option writes nothing.
+      template: code with `{setting}` as the placeholder for a setting's value. It may have several lines, or be empty.
       settings: allowed values of each setting, as source text.
       imports: imports that the code needs, as (module, name).
-      seconds: measured time on two slow cores at 7,800 rows, for the slowest values; see `programs.seconds`.
+      seconds: time measured on two slow cores with 7,800 rows and the slowest values; see `programs.seconds`.
     """
 
     template: str
@@ -41,7 +41,7 @@ def _guarded(column: str, code: str) -> str:
     return f'if "{column}" in X:\n    {code}'
 
 
-# Added columns. A program may have any number of them, in this order.
+# Added columns. A program has up to `programs.MAX_FEATURES` of them, in this order.
 FEATURES: dict[str, Option] = {
     "deck": Option(_guarded("Cabin", 'X["deck"] = X["Cabin"].str[0]')),
     "side": Option(_guarded("Cabin", 'X["side"] = X["Cabin"].str[-1]')),
@@ -77,7 +77,7 @@ def _category(expression: str, settings: dict[str, tuple[str, ...]] | None = Non
     return Option(f"for c in cat:\n    X[c] = {expression}", settings or {})
 
 
-# Slots with exactly one option each, in the order of the program.
+# Slots in the order of the program. A program has exactly one option for each.
 SLOTS: dict[str, dict[str, Option]] = {
     "drop": {
         "none": NOTHING,
@@ -320,7 +320,7 @@ MODELS: dict[str, Option] = {
     "constant": _model("sklearn.dummy", "DummyClassifier", "strategy={s}", 0.0, s='"prior" "most_frequent"'),
 }
 
-# A model may be bagged: {model} in the template is the placeholder for the model's code.
+# A model may be bagged. {model} in the template is the placeholder for the model's code.
 BAGGED = Option(
     "BaggingClassifier({model}, {n}, max_samples={part}, random_state=0)",
     {"n": _values("2 3 4 6"), "part": _values("0.5 0.6 0.7 0.8 0.9")},

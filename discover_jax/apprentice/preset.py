@@ -1,10 +1,10 @@
-"""Settings for the small model on a CPU: prompt style, lengths, number format and learning rate."""
+"""Settings shared by all configs that run the apprentice, the small model, on a CPU."""
 
 from typing import Any
 
 
 def apprentice_on_cpu(config: Any) -> None:
-    """Sets in place what all runs of the apprentice on a CPU share."""
+    """Changes `config` in place: weights, prompt style, token budgets, batch shapes, learning rate and limits of programs."""
     config.model.weights = "apprentice"
     config.model.dtype = "float32"
     config.model.experts = "dense"
@@ -13,8 +13,8 @@ def apprentice_on_cpu(config: Any) -> None:
     config.sampling.max_prompt_tokens = 640
     config.sampling.max_new_tokens = 512
     config.sampling.slots = 64
-    config.train.row_lengths = 1  # compiling for another length costs more than padding
-    config.train.rows = 1  # more rows gain nothing on a CPU, and the last microbatch would be padded
+    config.train.row_lengths = 1  # compiling a second length takes longer than computing the padding
+    config.train.rows = 1  # more rows are no faster on a CPU, and would pad the last microbatch
     config.train.learning_rate = 2e-3
     config.execution.seconds = 60.0
-    config.execution.cores = 1  # most of its programs mostly use one core
+    config.execution.cores = 1  # most of the apprentice's programs use one core most of the time

@@ -1,6 +1,6 @@
-"""Programs of the grammar as values: draws, changes, renders and describes them.
+"""Programs of the grammar as values: draws, edits, renders and describes them.
 
-A program has one choice for each slot of the grammar, any number of added columns, and one to three models.
+A program has one choice for each slot of the grammar, up to `MAX_FEATURES` added columns, and one to three models.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from discover_jax.apprentice.grammar import BAGGED, COMBINE, FEATURES, MODELS, S
 MAX_FEATURES = 6
 MAX_MODELS = 3
 MAX_SECONDS = 2.5
-"""Programs that take longer, by `seconds`, are not drawn, so that a step of the loop takes seconds on two cores."""
+"""Programs whose estimated time exceeds this are not drawn, so that a step of the loop takes seconds on two cores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model; `bagged` is None if it is not bagged."""
+    """A model. `bagged` is None if it is not bagged."""
 
     choice: Choice
     bagged: Choice | None = None
@@ -33,7 +33,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Every choice of one program.
+    """All choices of one program.
 
     Attributes:
       features: added columns, in the order of `FEATURES`, each at most once.
@@ -49,7 +49,7 @@ class Program:
 
 
 def sample(rng: random.Random) -> Program:
-    """Draws a program that takes at most `MAX_SECONDS`, with equal probabilities of options and values."""
+    """Draws a program with an estimated time of at most `MAX_SECONDS`; see `_draw_from` for the probabilities."""
     while True:
         names = rng.sample(list(FEATURES), rng.randint(0, MAX_FEATURES))
         program = Program(
@@ -70,17 +70,17 @@ def mutate(program: Program, rng: random.Random) -> tuple[Program, tuple[str, ..
     """
     count = rng.choice((1, 2))
     while True:
-        edited, said = program, []
+        edited, descriptions = program, []
         edits = rng.sample((_edit_features, _edit_slot, _edit_slot, _edit_models, _edit_models, _edit_combine), count)
         for edit in edits:
             edited, words = edit(edited, rng)
-            said.append(words)
+            descriptions.append(words)
         if difference(program, edited) == count and seconds(edited) <= MAX_SECONDS:
-            return edited, tuple(said)
+            return edited, tuple(descriptions)
 
 
 def difference(first: Program, second: Program) -> int:
-    """Number of choices in which two programs differ: slots, added, removed or changed features, models, the combination."""
+    """Number of choices in which two programs differ, over slots, features, models and the combination."""
     slots = sum(a != b for a, b in zip(first.slots, second.slots, strict=True))
     features = len({c.option for c in set(first.features) ^ set(second.features)})
     return slots + features + (first.combine != second.combine) + _model_edits(first.models, second.models)
@@ -97,7 +97,7 @@ def _model_edits(first: tuple[Model, ...], second: tuple[Model, ...]) -> int:
 
 
 def seconds(program: Program) -> float:
-    """Upper estimate, from measured parts, of the program's time on two slow cores at 7,800 rows, without imports."""
+    """Upper estimate of the program's time on two slow cores with 7,800 rows, without imports. The parts' times are measured."""
     total = sum(SLOTS[slot][choice.option].seconds for slot, choice in zip(SLOTS, program.slots, strict=True))
     repeats = {"stack": 2.5}.get(program.combine.option, 1.0)
     for model in program.models:
@@ -106,8 +106,8 @@ def seconds(program: Program) -> float:
     return total
 
 
-# A model's time is proportional to these settings. The option's `seconds` are for the last value of each grid.
 _TIMED = {"n", "steps"}
+"""A model's time is proportional to these settings. `Option.seconds` is for the last value of each grid."""
 
 
 def _model_seconds(choice: Choice) -> float:
@@ -138,11 +138,11 @@ def _draw_model(rng: random.Random) -> Model:
     return Model(_draw_from(MODELS, rng), bagged)
 
 
-# Changing: each function makes one change and describes it
+# Editing: each function makes one change and describes it
 
 
 def _other_value(option: Option, choice: Choice, rng: random.Random) -> tuple[Choice, str]:
-    """Another value for one setting of a choice whose option has settings."""
+    """Another value for one setting of the choice. Its option must have settings."""
     index = rng.randrange(len(choice.values))
     name, grid = list(option.settings.items())[index]
     value = rng.choice([v for v in grid if v != choice.values[index]])
@@ -151,7 +151,7 @@ def _other_value(option: Option, choice: Choice, rng: random.Random) -> tuple[Ch
 
 
 def _other_choice(kind: str, options: dict[str, Option], choice: Choice, rng: random.Random) -> tuple[Choice, str]:
-    """Another option; if the choice has settings, with probability 1/2 another value of one of them instead."""
+    """Another option. If the choice has settings: with probability 1/2, another value of one of them instead."""
     if choice.values and rng.random() < 0.5:
         changed, words = _other_value(options[choice.option], choice, rng)
         return changed, f"{kind} {words}"
@@ -175,17 +175,17 @@ def _edit_combine(program: Program, rng: random.Random) -> tuple[Program, str]:
 
 
 def _edit_features(program: Program, rng: random.Random) -> tuple[Program, str]:
-    held = {choice.option: choice for choice in program.features}
-    name = rng.choice(list(FEATURES) if len(held) < MAX_FEATURES else list(held))
-    if name not in held:
-        held[name] = _draw(name, FEATURES[name], rng)
+    features = {choice.option: choice for choice in program.features}
+    name = rng.choice(list(FEATURES) if len(features) < MAX_FEATURES else list(features))
+    if name not in features:
+        features[name] = _draw(name, FEATURES[name], rng)
         words = f"add {name}"
-    elif held[name].values and rng.random() < 0.5:
-        held[name], words = _other_value(FEATURES[name], held[name], rng)
+    elif features[name].values and rng.random() < 0.5:
+        features[name], words = _other_value(FEATURES[name], features[name], rng)
     else:
-        del held[name]
+        del features[name]
         words = f"remove {name}"
-    return dataclasses.replace(program, features=tuple(held[name] for name in FEATURES if name in held)), words
+    return dataclasses.replace(program, features=tuple(features[name] for name in FEATURES if name in features)), words
 
 
 def _edit_models(program: Program, rng: random.Random) -> tuple[Program, str]:
@@ -213,7 +213,7 @@ def _edit_models(program: Program, rng: random.Random) -> tuple[Program, str]:
     return dataclasses.replace(program, models=tuple(models)), words
 
 
-# Writing
+# Rendering
 
 HEAD = """def proba(m, A, b, B):
     m.fit(A, b)
@@ -292,7 +292,7 @@ def _imports(options: list[Option]) -> list[str]:
 
 
 def describe(program: Program) -> str:
-    """The plan of a fresh program: a short description of each choice that writes a line."""
+    """The plan of a fresh program: a short description of each choice that writes code."""
     words = [choice.option for choice in program.features]
     for slot, choice in zip(SLOTS, program.slots, strict=True):
         if SLOTS[slot][choice.option] not in grammar.PLAIN:

@@ -1,4 +1,4 @@
-"""Trains the apprentice's SentencePiece tokenizer on documents of the corpus. It keeps any text, and no text becomes a special token."""
+"""Trains the apprentice's SentencePiece tokenizer on the corpus. It round-trips any text, and never encodes text as a special token."""
 
 import random
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ PAD = "<|endoftext|>"
 END = "<|return|>"
 DOCUMENTS = 3000
 _ASCII = "".join(map(chr, range(33, 127)))
-"""Every printable character has its own piece, so that other programs are not encoded as bytes."""
+"""Each printable character has a piece, so that programs outside the grammar are not encoded as bytes."""
 
 
 def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, documents: int = DOCUMENTS) -> None:
-    """Writes `path`, a byte-pair SentencePiece model whose special tokens are control pieces. The same seed gives the same model.
+    """Writes a byte-pair SentencePiece model to `path`. Its special tokens are control pieces. The same seed gives the same model.
 
-    A piece may contain spaces and begin with a line break, but never spans two lines, so frequent lines take few tokens. Each digit is a
+    A piece may contain spaces and begin with a line break, so frequent lines take few tokens; it never spans two lines. Each digit is a
     piece, so numbers are not limited to the grammar's values.
     """
     import sentencepiece
@@ -52,7 +52,7 @@ def train_tokenizer(path: Path, *, seed: int, vocab_size: int = VOCAB_SIZE, docu
 
 
 def _lines(seed: int, documents: int) -> Iterator[str]:
-    """Lines of text for the trainer, each with the line break before it, since the trainer drops one at the end."""
+    """Lines of text for the trainer. Each begins with its line break, because the trainer drops one at the end."""
     rng = random.Random(f"tokenizer {seed}")
     yield from _ASCII  # some versions of the trainer fail if no text has a required character
     for _ in range(documents):

@@ -2,12 +2,12 @@
 
     python -m discover_jax.apprentice.train --out=DIR [--minutes=8 | --steps=N] [--seed=0]
 
-Writes DIR/config.json, DIR/model.safetensors (experts in MXFP4) and DIR/tokenizer.model: a folder like gpt-oss's own, for
-`discover_jax.models.folder.load_folder`. The folder is complete at any time after the first save, so that a killed run leaves a model.
+Writes DIR/config.json, DIR/model.safetensors (experts in MXFP4) and DIR/tokenizer.model. The folder has the format of gpt-oss's own and is
+read by `discover_jax.models.folder.load_folder`. After the first save it is always complete, so an interrupted run leaves a valid model.
 
-The weights that ship with the project took 8 minutes on one H200; BUILD_NOTES.md has the numbers. A CPU runs the same code, a few
-hundred times slower. With --steps the result depends only on the seed, up to the device's rounding. With --minutes the learning rate
-follows the clock.
+Training the weights in this package took 8 minutes on one H200; BUILD_NOTES.md has the figures. A CPU runs the same code, a few hundred
+times slower. With --steps, the result depends only on the seed, up to the device's rounding. With --minutes, the learning rate follows
+the clock.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 PEAK_LEARNING_RATE = 2e-3
 WARMUP = 0.02
 DECAY = 0.6
-"""Fractions of the run in which the learning rate rises at the start and falls to zero at the end."""
+"""Fractions of the run: the learning rate rises during WARMUP at the start and falls to zero during DECAY at the end."""
 WEIGHT_DECAY = 0.05
 CLIP = 1.0
 
 SYNC_STEPS = 20
-"""Steps after which the host waits for the device, so that measured times include the device's work."""
+"""The host waits for the device every SYNC_STEPS steps, so that measured times include the device's work."""
 LOG_SECONDS = 10.0
 SAVE_SECONDS = 120.0
 
@@ -48,7 +48,7 @@ SAVE_SECONDS = 120.0
 
 
 def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
-    """A small model with gpt-oss's architecture: 4.2 M parameters at a vocabulary of 2,048."""
+    """A small model with gpt-oss's architecture: 4.2 M parameters with a vocabulary of 2,048."""
     return ModelConfig(
         num_layers=6,
         width=192,
@@ -70,7 +70,7 @@ def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """The training state: float32 weights in the layout of `Model.init_frozen`, and the optimiser state."""
+    """The training state: float32 weights with the structure of `Model.init_frozen`, and the optimiser state."""
 
     weights: Any
     opt_state: Any
@@ -92,7 +92,7 @@ def init_learner(model: Model, seed: int) -> Learner:
 
 
 def rounded(weights: Any) -> Any:
-    """The weights as `save_folder` will store them, experts in MXFP4 and the rest in bfloat16, with the gradient of the identity."""
+    """The weights as `save_folder` stores them, experts in MXFP4 and the rest in bfloat16. The gradient is that of the identity."""
 
     def round_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if [key.key for key in path[-2:]] in (["gate_up", "weight"], ["down", "weight"]):
@@ -104,7 +104,7 @@ def rounded(weights: Any) -> Any:
 
 
 def _is_matrix(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of the frozen tree is a matrix of a projection or an expert, rather than a bias, a norm's scale, or the embedding."""
+    """Whether a leaf of the frozen tree is a matrix of a projection or an expert; not a bias, a norm's scale or the embedding."""
     return path[-1].key == "weight"
 
 
@@ -128,7 +128,7 @@ def reply_loss(model: Model, weights: Any, batch: dict[str, jax.Array]) -> tuple
 def train_step(
     model: Model, learner: Learner, batch: dict[str, jax.Array], learning_rate: jax.Array
 ) -> tuple[Learner, dict[str, jax.Array]]:
-    """One step on a batch (the arrays of `batches.Batch`), straight through the rounding of the experts to MXFP4."""
+    """One step on a batch (the arrays of `batches.Batch`), with a straight-through gradient for the rounding of the weights."""
 
     def loss_of(weights: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return reply_loss(model, rounded(weights), batch)
@@ -140,7 +140,7 @@ def train_step(
 
 
 def learning_rate_at(progress: float) -> float:
-    """Warm-up, plateau, linear decay to zero; `progress` is the fraction of the run, from 0 to 1."""
+    """Warm-up, plateau, then linear decay to zero. `progress` is the finished fraction of the run, from 0 to 1."""
     return PEAK_LEARNING_RATE * min(1.0, progress / WARMUP + 1e-3, max(0.0, 1.0 - progress) / DECAY)
 
 
@@ -148,7 +148,7 @@ def learning_rate_at(progress: float) -> float:
 
 
 def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int, row_tokens: int, workers: int, dtype: Any) -> None:
-    """Trains for `steps` or, if that is None, for `minutes` from the call. The module's docstring lists the files that it writes."""
+    """Trains for `steps` or, if `steps` is None, until `minutes` after the call. The module's docstring lists the files that it writes."""
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.model"
@@ -172,7 +172,7 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
             waited += time.monotonic() - before
             learner, metrics = train_step(model, learner, vars(batch), jnp.float32(learning_rate_at(progress)))
             step += 1
-            if step == 1:  # the learning rate's clock starts after compilation, so that the warm-up is not skipped
+            if step == 1:  # start the clock after compilation, so that the warm-up is not skipped
                 jax.block_until_ready(metrics)
                 begun = logged_time = time.monotonic()
                 logged_step, waited = 1, 0.0
@@ -199,10 +199,10 @@ def train(out: Path, *, minutes: float, steps: int | None, seed: int, rows: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=8.0, help="duration, including everything but the last save (8)")
-    length.add_argument("--steps", type=int, help="number of steps, for a reproducible result")
+    length.add_argument("--minutes", type=float, default=8.0, help="duration of the command, without the last save (8)")
+    length.add_argument("--steps", type=int, help="number of steps, for reproducible weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=64, help="rows per step (64)")
     parser.add_argument("--row_tokens", type=int, default=512, help="tokens per row; the longest document has about 450 (512)")

@@ -1,4 +1,4 @@
-"""Documents, their token ids, the tokenizer's honesty, and packing."""
+"""Documents, their token ids, round trips of the tokenizer, and packing."""
 
 import random
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_documents_are_of_both_kinds_and_edits_show_their_parent(documents):
             assert document.prompt.endswith(" is better\nwrite run()")
 
 
-def test_prompt_says_nothing_of_the_program():
-    """The same program comes with any competition, metric, direction and score."""
+def test_prompts_do_not_depend_on_the_program():
+    """A program comes with any competition, metric, direction and score."""
     prompts = {corpus.draw_document(random.Random(seed)).prompt.split("\n```")[0] for seed in range(200)}
     heads = {prompt.split("\n")[0] for prompt in prompts}
     assert len(heads) > 100
@@ -113,13 +113,13 @@ def test_tokenizer_is_a_function_of_the_seed(tmp_path):
     assert models[0] == models[1] != models[2]
 
 
-@pytest.mark.slow  # of what was made once
-def test_the_shipped_tokenizer_can_be_had_again(tmp_path):
+@pytest.mark.slow  # the shipped file does not change
+def test_the_shipped_tokenizer_can_be_reproduced(tmp_path):
     train_tokenizer(tmp_path / "tokenizer.model", seed=0)
     assert (tmp_path / "tokenizer.model").read_bytes() == SHIPPED.read_bytes()
 
 
-def test_batches_hold_whole_documents(tokenizer):
+def test_batches_contain_whole_documents(tokenizer):
     batch = batches.draw_batch(tokenizer, rows=6, row_tokens=512, seed=3, index=7)
     assert batch.tokens_BT.shape == (6, 512)
     filled = batch.segments_BT > 0
@@ -127,14 +127,14 @@ def test_batches_hold_whole_documents(tokenizer):
     end = tokenizer.special("<|return|>")
     for row in range(6):
         for segment in range(1, batch.segments_BT[row].max() + 1):
-            place = np.flatnonzero(batch.segments_BT[row] == segment)
-            assert np.array_equal(place, np.arange(place[0], place[-1] + 1))
-            assert np.array_equal(batch.positions_BT[row, place], np.arange(len(place)))
-            ids = [*batch.tokens_BT[row, place], batch.targets_BT[row, place[-1]]]
-            assert np.array_equal(batch.targets_BT[row, place], ids[1:])
+            span = np.flatnonzero(batch.segments_BT[row] == segment)
+            assert np.array_equal(span, np.arange(span[0], span[-1] + 1))
+            assert np.array_equal(batch.positions_BT[row, span], np.arange(len(span)))
+            ids = [*batch.tokens_BT[row, span], batch.targets_BT[row, span[-1]]]
+            assert np.array_equal(batch.targets_BT[row, span], ids[1:])
             assert ids[-1] == end
-            # The mask begins where the prompt ends: at the first token after <|start|>assistant.
-            prompt_length = len(ids) - int(batch.mask_BT[row, place].sum())
+            # The mask begins after the prompt: at the first token after <|start|>assistant.
+            prompt_length = len(ids) - int(batch.mask_BT[row, span].sum())
             reply = harmony.parse(ids[prompt_length:], tokenizer)
             code = code_text.extract_program(reply.final, False)
             assert code is not None
@@ -153,13 +153,13 @@ def test_batches_depend_on_seed_and_index_not_on_workers(tokenizer):
     assert not np.array_equal(expected[0].tokens_BT, expected[1].tokens_BT)
 
 
-def test_a_row_too_short_is_an_error(tokenizer):
-    with pytest.raises(CapacityError, match=r"\b64\b"):
+def test_a_row_too_short_for_a_document_is_refused(tokenizer):
+    with pytest.raises(CapacityError, match=r"\b64\b.*row_tokens"):
         batches.draw_batch(tokenizer, rows=2, row_tokens=64, seed=0, index=0)
 
 
-def test_longest_documents_fit_the_row():
-    """Edits of the longest parents: the most features and models."""
+def test_the_longest_documents_fit_the_row():
+    """The longest documents are edits of the longest parents, with the most features and models."""
     tokenizer = SentencePieceTokenizer(SHIPPED)
     rng = random.Random(9)
     longest = max((programs.sample(rng) for _ in range(3000)), key=lambda p: len(tokenizer.encode(programs.render(p))))

@@ -1,4 +1,4 @@
-"""The evaluation's numbers, on replies taken from the corpus itself, run by the real executor."""
+"""The evaluation's statistics, on replies from the corpus that the real executor runs."""
 
 import itertools
 import random
@@ -40,7 +40,7 @@ def _rollout(plan, code, group, index, tokenizer, cut=0):
 
 
 def _corpus_policy(tokenizer, seed):
-    """Samples as a perfect apprentice would: fresh programs first, then true edits of each parent."""
+    """Samples like a perfect apprentice: fresh programs first, then edits of each parent."""
     rng = random.Random(seed)
     drawn = {}
 
@@ -58,19 +58,19 @@ def _corpus_policy(tokenizer, seed):
 
 
 @pytest.mark.slow  # a development tool
-def test_a_perfect_apprentice_measures_as_such(tokenizer, executor, capsys):
+def test_the_statistics_of_a_perfect_apprentice(tokenizer, executor, capsys):
     fresh, edits = evaluate.measure(_corpus_policy(tokenizer, seed=4), tokenizer, executor, samples=8)
     assert len(fresh) == len(edits) == 4
     assert all(s.score is not None for s in [*fresh, *edits])
     assert {s.parent.code for s in edits} == {s.code for s in fresh}
-    said = capsys.readouterr().out
-    assert re.search(r"\b4 samples\b.*\b100\.0%.*\b4 distinct\b", said)
-    assert re.search(r"\b8 samples\b.*\b100\.0%", said)
-    assert re.search(r"\b100\.0%[^\n]*\bparent\b", said)
-    assert re.search(r"\b0\b[^\n%]*\bcop(?:y|ies)\b", said)
+    output = capsys.readouterr().out
+    assert re.search(r"\b4 samples\b.*\b100\.0%.*\b4 distinct\b", output)
+    assert re.search(r"\b8 samples\b.*\b100\.0%", output)
+    assert re.search(r"\b100\.0%[^\n]*\bparent\b", output)
+    assert re.search(r"\b0\b[^\n%]*\bcop(?:y|ies)\b", output)
 
 
-def test_failures_are_counted_and_named(tokenizer, executor, capsys):
+def test_failures_are_counted_and_their_reasons_printed(tokenizer, executor, capsys):
     code = "def run():\n    raise ValueError('no such luck')"
 
     def sample(parents, samples, step):
@@ -79,22 +79,22 @@ def test_failures_are_counted_and_named(tokenizer, executor, capsys):
     fresh, edits = evaluate.measure(sample, tokenizer, executor, samples=4)
     assert [s.score for s in fresh] == [None, None]
     assert edits == []
-    said = capsys.readouterr().out
-    assert re.search(r"\b0\.0%", said)
-    assert "exception" in said
-    assert "no such luck" in said
+    output = capsys.readouterr().out
+    assert re.search(r"\b0\.0%", output)
+    assert "exception" in output
+    assert "no such luck" in output
 
 
-def test_nearness_tells_edits_from_strangers():
+def test_edits_are_near_their_parent_and_other_programs_are_not():
     rng = random.Random(1)
     drawn = [programs.sample(rng) for _ in range(200)]
     codes = [programs.render(p) for p in drawn]
     edits = [evaluate.similarity(code, programs.render(programs.mutate(p, rng)[0])) for p, code in zip(drawn, codes, strict=True)]
-    strangers = [evaluate.similarity(a, b) for a, b in itertools.pairwise(codes)]
-    assert min(edits) >= evaluate.NEAR > max(strangers)
+    unrelated = [evaluate.similarity(a, b) for a, b in itertools.pairwise(codes)]
+    assert min(edits) >= evaluate.NEAR > max(unrelated)
 
 
-def test_parents_are_distinct_programs_that_ran(tokenizer, executor):
+def test_parents_are_distinct_valid_programs(tokenizer, executor):
     fresh = evaluate.run_programs(
         [
             (evaluate.SEED, _rollout("plan", code, 0, i, tokenizer))

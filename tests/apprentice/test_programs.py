@@ -1,4 +1,4 @@
-"""The grammar's programs: valid Python, a function of the seed alone, and edits that change what they say."""
+"""The grammar's programs are valid Python and depend only on the seed, and edits make the changes that they describe."""
 
 import ast
 import difflib
@@ -45,13 +45,13 @@ def test_every_option_and_value_is_drawn():
             assert imported in text, name
         for setting, grid in option.settings.items():
             assert len(set(grid)) == len(grid) > 1, f"{name}.{setting}"
-            # The option's own line, with the setting's value in place, occurs for every value of the grid.
+            # The option's own line occurs with every value of the grid.
             before = option.template.split("{" + setting + "}")[0].split("\n")[-1].split("}")[-1]
             for value in grid:
                 assert before + value in text, f"{name}.{setting}={value}"
 
 
-def test_sampling_and_rendering_are_functions_of_the_seed():
+def test_sampling_and_rendering_depend_only_on_the_seed():
     first = [programs.render(programs.sample(random.Random(seed))) for seed in range(50)]
     second = [programs.render(programs.sample(random.Random(seed))) for seed in range(50)]
     assert first == second
@@ -63,7 +63,7 @@ def test_programs_are_varied():
     assert len({programs.sample(rng) for _ in range(5000)}) == 5000
 
 
-def test_an_edit_makes_one_or_two_changes_and_says_them():
+def test_an_edit_makes_one_or_two_changes_and_describes_them():
     rng = random.Random(3)
     ratios = []
     for _ in range(1000):
@@ -74,7 +74,7 @@ def test_an_edit_makes_one_or_two_changes_and_says_them():
         old, new = programs.render(parent).split("\n"), programs.render(child).split("\n")
         assert old != new
         changed = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")]
-        # A change touches one step of the body (two lines, out and in, with a guard at most) and the imports.
+        # A change affects one step of the body (at most two lines removed and two added, with a guard) and the imports.
         assert len(changed) <= 8 * len(words)
         ratios.append(difflib.SequenceMatcher(None, old, new, autojunk=False).ratio())
     assert min(ratios) > 0.7

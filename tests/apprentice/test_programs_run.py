@@ -1,4 +1,4 @@
-"""Programs of the corpus do what they promise: run on a real competition, in its folder, and give a submission that can be graded."""
+"""Programs of the corpus run on a real competition, in its folder, and return a valid submission."""
 
 import random
 import types
@@ -18,12 +18,12 @@ def task(tmp_path_factory):
 
 
 def _submission(code: str, folder, monkeypatch) -> bytes:
-    """Runs a program as the harness does: in a folder with data/, seeded, the answer as CSV."""
+    """Runs a program like the harness: in a folder with data/, with seeds, and with the submission as CSV."""
     monkeypatch.chdir(folder)
     random.seed(0)
     np.random.seed(0)
     module = types.ModuleType("program")
-    # Some programs do not converge, or divide by a constant column's spread; sklearn warns, and goes on.
+    # sklearn warns if a program does not converge or divides by the spread of a constant column.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(code, "program.py", "exec"), module.__dict__)
@@ -37,7 +37,7 @@ def scratch(task, tmp_path):
 
 
 def _bare(model: str, seed: int) -> programs.Program:
-    """A program whose one model is the given one, the rest drawn."""
+    """A random program whose only model is the given one."""
     rng = random.Random(seed)
     while True:
         program = programs.sample(rng)
@@ -56,7 +56,7 @@ def test_each_model_runs_and_is_graded(model, task, scratch, monkeypatch):
         assert _submission(code, scratch, monkeypatch) == first
 
 
-def test_scores_are_spread(task, scratch, monkeypatch):
+def test_scores_vary(task, scratch, monkeypatch):
     rng = random.Random(23)
     scores = [task.grade(_submission(programs.render(programs.sample(rng)), scratch, monkeypatch)).score for _ in range(6)]
     assert None not in scores

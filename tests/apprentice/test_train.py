@@ -1,4 +1,4 @@
-"""Training of the apprentice: a tiny model learns in a few steps, and what is saved is what was trained."""
+"""Training of the apprentice: a tiny model learns in a few steps, and the saved weights are the trained ones."""
 
 import dataclasses
 import itertools
@@ -56,12 +56,12 @@ def test_loss_falls_in_a_few_steps(model, batch):
     for _ in range(12):
         learner, metrics = train.train_step(model, learner, batch, jnp.float32(1e-2))
         losses.append(float(metrics["loss"]))
-    assert abs(losses[0] - np.log(model.config.vocab_size)) < 1.0  # a fresh model knows nothing
+    assert abs(losses[0] - np.log(model.config.vocab_size)) < 1.0  # a fresh model predicts about uniformly
     assert losses[-1] < 0.75 * losses[0]
     assert 0.0 < float(metrics["wrong"]) < 1.0
 
 
-def test_only_replies_bear_loss(model, batch):
+def test_the_loss_includes_only_replies(model, batch):
     weights = train.init_learner(model, seed=0).weights
     altered = dict(batch)
     altered["targets_BT"] = np.where(batch["mask_BT"] == 1, batch["targets_BT"], 5)
@@ -72,8 +72,8 @@ def test_only_replies_bear_loss(model, batch):
     assert float(reply_loss(model, weights, altered)[0]) != float(first)
 
 
-def test_saving_loses_nothing(model, batch, tmp_path):
-    """Training sees the experts as MXFP4 rounds them, so the saved model has the loss that training saw."""
+def test_the_saved_model_has_the_loss_of_training(model, batch, tmp_path):
+    """Training rounds the experts to MXFP4, as saving does."""
     learner = train.init_learner(model, seed=0)
     for _ in range(3):
         learner, _ = train.train_step(model, learner, batch, jnp.float32(1e-2))
@@ -87,7 +87,7 @@ def test_saving_loses_nothing(model, batch, tmp_path):
     assert float(saved) != pytest.approx(float(unrounded), rel=1e-6)
 
 
-def test_learning_rate_rises_stays_and_falls_to_zero():
+def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     rates = [train.learning_rate_at(progress) for progress in np.linspace(0, 1, 201)]
     peak = train.PEAK_LEARNING_RATE
     assert 0 < rates[0] < 0.01 * peak
