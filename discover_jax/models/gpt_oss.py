@@ -1,4 +1,4 @@
-"""gpt-oss as pure functions over two pytrees, `frozen` and `lora`. All jitted code uses the model in this form."""
+"""gpt-oss as pure functions of two pytrees: `frozen` (base weights) and `lora` (adapter). Safe to call inside jit."""
 
 import dataclasses
 import functools
@@ -23,25 +23,25 @@ from discover_jax.models.sharding import sharding_for, shardings
 
 EXPERTS = ("packed", "tiled", "dense")
 _LAYER = "layer"
-"""Name of a sliding layer's output, for rematerialisation policies. The loop keeps the output of a full layer."""
+"""Name of a sliding layer's output for rematerialisation policies. A full layer's output is the scan's carry, which is always kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A hashable handle without arrays. Its methods are pure and may be called inside jit.
+    """A hashable description of the model, without arrays. Its methods are pure and may be called inside jit.
+
+    In all methods, `lora` = None means the base model.
 
     Attributes:
       config, lora: sizes, and the adapter's ranks.
-      dtype: of the inputs of products, and of weights that are not MXFP4. The residual stream and all sums are float32, and are rounded
-        when a product reads them. Sampler and update round at the same places, with any kernels.
-      experts: "packed" keeps the experts in MXFP4 and unpacks them where they are used; "tiled" keeps the same bits in the order that the
-        decoding kernels need (see kernels.mxfp4_tiles, whose `check_sizes` must allow it); "dense" holds them in `dtype`.
-      mesh: devices over which parameters are laid out, or None for the default device.
-      remat: what the backward pass of whole sequences computes again. "pairs": everything; only the input of each pair of layers is kept.
-        "layers": everything except attention; what its backward pass needs is kept too. "none": nothing.
-      kernels: one implementation per operation, see kernels.kernel_set; by default the references, spread over the mesh.
-
-    In all methods `lora` may be None: the base model.
+      dtype: type of the inputs of products, and of weights that are not MXFP4. The residual stream and all sums are float32, and are
+        rounded when a product reads them. Sampler and update round at the same places with any kernels.
+      experts: form of the experts' weights. "packed": MXFP4, unpacked where used. "tiled": the same bits in the order that the decoding
+        kernels need (the sizes must pass kernels.mxfp4_tiles.check_sizes). "dense": `dtype`.
+      mesh: devices for the parameters; None for the default device.
+      remat: what the backward pass of whole sequences recomputes. "pairs": everything; only the input of each pair of layers is kept.
+        "layers": everything except attention; the residuals of its backward pass are kept too. "none": nothing.
+      kernels: one implementation per operation, see kernels.kernel_set. Default: the references, spread over the mesh.
     """
 
     config: ModelConfig
@@ -54,25 +54,25 @@ class Model:
 
     def __post_init__(self):
         if self.experts not in EXPERTS:
-            raise ConfigError(f"experts = {self.experts!r} is unknown; allowed: {', '.join(EXPERTS)}.")
+            raise ConfigError(f"Unknown experts = {self.experts!r}; allowed: {', '.join(EXPERTS)}.")
         if self.remat not in REMAT:
-            raise ConfigError(f"remat = {self.remat!r} is unknown; allowed: {', '.join(REMAT)}.")
+            raise ConfigError(f"Unknown remat = {self.remat!r}; allowed: {', '.join(REMAT)}.")
         if self.kernels == REFERENCE:
             object.__setattr__(self, "kernels", reference_set(self.mesh))
         if self.kernels.mesh != reference_set(self.mesh).mesh:
             raise ConfigError(
-                f"The kernels are for the mesh {self.kernels.mesh}, and the model for {self.mesh}. Build both with the same mesh."
+                f"The kernels were built for mesh {self.kernels.mesh}, but the model for {self.mesh}. Build both with the same mesh."
             )
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that jnp.float32 and "float32" hash alike
 
     # Parameters
 
     def abstract_frozen(self) -> Tree:
-        """Shapes and types of the base weights, with shardings on a mesh."""
+        """Shapes and types of the base weights; with shardings if there is a mesh."""
         return abstract_tree(_declared(self).frozen, self.mesh)
 
     def abstract_lora(self) -> Tree:
-        """Shapes and types of the adapter, with shardings on a mesh."""
+        """Shapes and types of the adapter; with shardings if there is a mesh."""
         return abstract_tree(_declared(self).lora, self.mesh)
 
     def init_frozen(self, key: jax.Array) -> Tree:
@@ -80,11 +80,11 @@ class Model:
         return self._init(_declared(self).frozen, self.abstract_frozen(), key)
 
     def init_lora(self, key: jax.Array) -> Tree:
-        """A fresh adapter. Its products are zero, so that the policy equals the base exactly."""
+        """A new adapter. Its products are zero, so the policy equals the base model exactly."""
         return self._init(_declared(self).lora, self.abstract_lora(), key)
 
     def cast(self, lora: Tree | None) -> Tree | None:
-        """The adapter in the model's type. Every product rounds it to that type anyway, so results are bit-identical."""
+        """The adapter in the model's type. Products round it to this type anyway, so results are bit-identical."""
         return jax.tree.map(lambda x: x.astype(self.dtype), lora)
 
     # Whole sequences
@@ -98,14 +98,14 @@ class Model:
         segments_BT: jax.Array,
         routes_BTLX: jax.Array | None = None,
     ) -> jax.Array:
-        """The stream after the final norm, [B, T, D].
+        """The residual stream after the final norm, [B, T, D].
 
         Args:
           tokens_BT, positions_BT: int32; positions restart in each segment.
-          segments_BT: int32; the tokens of a segment are contiguous and see only earlier ones of the same segment; 0 is padding, whose
-            outputs are undefined.
-          routes_BTLX: the X different experts that each of L layers uses for each token, as `decode` and `prefill` return them; None: those
-            with the largest logits. Their weights are computed in both cases.
+          segments_BT: int32; segments are contiguous. A token sees itself and earlier tokens of its segment. 0 is padding, whose outputs
+            are undefined.
+          routes_BTLX: the X distinct experts that each of L layers uses for each token, as returned by `prefill` and `decode`. None: the
+            experts with the largest logits. Their weights are computed in both cases.
         """
         c, adapted = self.config, lora is not None
 
@@ -127,7 +127,7 @@ class Model:
         parameters = (frozen["pairs"], (lora or {}).get("pairs", {}), routes)
         if self.remat != "none":
             names = (ATTENTION, _LAYER) if self.remat == "layers" else ()
-            # In a loop's body, common subexpressions cannot undo the rematerialisation; preventing their elimination would only cost time.
+            # CSE cannot undo rematerialisation in the body of a loop, so preventing it would only cost time.
             step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
         x_BTD, _ = jax.lax.scan(step, x_BTD, parameters)
         return rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
@@ -141,22 +141,22 @@ class Model:
 
     @property
     def routes(self) -> jax.ShapeDtypeStruct:
-        """Shape and type of the experts chosen for a token, [L, X], as `prefill` and `decode` return them."""
+        """Shape [L, X] and type of the chosen experts of a token, as returned by `prefill` and `decode`."""
         c = self.config
         return jax.ShapeDtypeStruct((c.num_layers, c.experts_per_token), jnp.uint8 if c.num_experts <= 256 else jnp.uint16)
 
     def init_pool(self, pages: int, page_size: int) -> Pool:
-        """Empty pages of `page_size` tokens each, for the full layers of all rows."""
+        """Empty pages of `page_size` tokens each, for the full layers."""
         c = self.config
         shape = (c.num_pairs, pages, c.num_kv_heads, page_size, c.head_size)
         return Pool(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def copy_page(self, pool: Pool, source: jax.Array, target: jax.Array) -> Pool:
-        """The pool with page `source` copied to page `target` of the same device; unchanged if `target` is not a page."""
+        """The pool with page `source` copied to page `target` of the same device; unchanged if `target` is not a valid page."""
         return copy_page(pool, source, target, self.kernels.copy_page)
 
     def init_rings(self, batch: int) -> tuple[jax.Array, jax.Array]:
-        """Empty keys and values of the sliding layers of `batch` rows."""
+        """Empty rings of keys and values for the sliding layers of `batch` rows."""
         c = self.config
         shape = (c.num_pairs, batch, c.num_kv_heads, c.sliding_window, c.head_size)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
@@ -168,7 +168,7 @@ class Model:
         return Cache(self.init_pool(batch * each, page_size), *self.init_rings(batch), pages_BM, jnp.zeros(batch, jnp.int32))
 
     def abstract_pool(self, pages: int, page_size: int) -> Pool:
-        """Shapes and types of a pool. On a mesh it has shardings, and each of `row_devices` holds an equal, contiguous part of the pages.
+        """Shapes and types of a pool. On a mesh it has shardings: each of the `row_devices` has an equal, contiguous part of the pages.
 
         Raises:
           ShardingError: pages or heads are not divisible by their mesh axes.
@@ -183,32 +183,33 @@ class Model:
     def prefill(
         self, frozen: Tree, lora: Tree | None, tokens_BC: jax.Array, counts_B: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """Reads a right-padded chunk of each row's prompt. Earlier chunks were full: lengths and C are multiples of the page size.
+        """Reads a right-padded chunk of each row's prompt. Earlier chunks must have been full.
 
         Args:
           frozen, lora: weights.
-          tokens_BC: the rows' next tokens.
+          tokens_BC: the next C tokens of each row. C and the rows' lengths are multiples of the page size.
           counts_B: int32, number of tokens that are not padding; at least 1.
-          cache: with room for these tokens. On a mesh every device reads all rows, and `pages_BM` lists the pages of the B rows device by
-            device.
+          cache: must have pages for these tokens. On a mesh every device reads all rows, and `pages_BM` has the pages of the B rows on the
+            first device, then those on the second, and so on.
 
         Returns:
-          The stream after the final norm at each row's last token [B, D], the cache with the chunk, and the chosen experts [B, C, L, X].
+          The residual stream after the final norm at each row's last token [B, D], the cache including the chunk, and the chosen experts
+          [B, C, L, X].
 
         Raises:
-          CapacityError: C is not a multiple of the page size, or exceeds the rows' pages.
+          CapacityError: C is not a multiple of the page size, or exceeds the pages of a row.
         """
         c, adapted = self.config, lora is not None
         (batch, chunk), size, window = tokens_BC.shape, cache.pool.page_size, c.sliding_window
         if chunk % size or chunk > cache.pages_BM.shape[1] * size:
             raise CapacityError(
-                f"A chunk of {chunk} tokens cannot be read into rows of {cache.pages_BM.shape[1]} pages of {size} tokens. It must be"
-                " whole pages, and no more than a row has."
+                f"Cannot read a chunk of {chunk} tokens into rows of {cache.pages_BM.shape[1]} pages of {size} tokens. Use a multiple of"
+                f" {size}, at most {cache.pages_BM.shape[1] * size}."
             )
         lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
         positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
         firsts_m = jnp.arange(0, chunk, size)
-        # The pages differ between devices; the places in them do not.
+        # Devices have different pages of a row; the positions in them are the same.
         pages_RBM, places_Bm = cache.pages_BM.reshape(-1, batch, cache.pages_BM.shape[1]), (lengths_B[:, None] + firsts_m) // size
         pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
         pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
@@ -248,30 +249,33 @@ class Model:
         return x_BD, Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1), self._routes_of_token(routes)
 
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
-        """Reads one more token a row, at position `cache.lengths_B`. The row must have a page for it, on a mesh on its own device.
+        """Reads the next token of each row, at position `cache.lengths_B`.
 
-        A row of length 0 is empty: its token is not written, and its stream is undefined.
+        The row must have a page for it; on a mesh, on the row's device. A row of length 0 is empty: its token is not written, and its
+        output is undefined.
 
         Returns:
-          The stream after the final norm [B, D], the cache with the token, and the chosen experts [B, L, X].
+          The residual stream after the final norm [B, D], the cache including the token, and the chosen experts [B, L, X].
 
         Raises:
-          ShardingError: the number of rows is not divisible by the devices over which they are split.
+          ShardingError: the number of rows is not a multiple of the number of devices that share them.
         """
         if tokens_B.shape[0] % row_devices(self.mesh):
-            raise ShardingError(f"{tokens_B.shape[0]} rows cannot be split over {row_devices(self.mesh)} devices. Use a multiple.")
+            raise ShardingError(
+                f"Cannot split {tokens_B.shape[0]} rows over {row_devices(self.mesh)} devices. Use a multiple of this number."
+            )
         c, adapted = self.config, lora is not None
         size, lengths_B, rows_B = cache.pool.page_size, cache.lengths_B, jnp.arange(tokens_B.shape[0])
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
         pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
-        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # past the last page, so the write is dropped
+        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # an invalid page, so the write is dropped
         counts_B = lengths_B + 1
-        # A ring is one page per row, filled from its first place.
+        # A ring is one page per row.
         rings = {"pages": rows_B, "places": lengths_B % c.sliding_window}
         rings |= {"table": rows_B[:, None], "counts": jnp.minimum(counts_B, c.sliding_window)}
         full = {"pages": pages_B, "places": lengths_B % size, "table": cache.pages_BM, "counts": counts_B}
 
-        # The loop does not slice large arrays: kernels would get copies of the slices.
+        # The scan must not slice large arrays, because kernels would get copies of the slices.
         (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
 
         def read(
@@ -285,7 +289,7 @@ class Model:
             y_BTD, routes_BTX = layer.experts.decode(x_BTD, pair, adapted=adapted)
             return x_BTD + y_BTD, pool, routes_BTX
 
-        # The caches are the loop's carry, so that each step writes one place instead of copying them.
+        # The caches are in the carry, so that a step writes one position in place instead of copying them.
         def step(carry: tuple[jax.Array, Pool, Pool], parameters: tuple[jax.Array, Tree, Tree]):
             x_BTD, pool, ring = carry
             index, frozen_pair, lora_pair = parameters
@@ -300,7 +304,7 @@ class Model:
         cache = Cache(pool, ring.keys_LPKsH, ring.values_LPKsH, cache.pages_BM, counts_B)
         return x_BD, cache, self._routes_of_token(routes)[:, 0]
 
-    # Inside
+    # Private helpers
 
     def _init(self, state: nnx.State, abstract: Tree, key: jax.Array) -> Tree:
         return jax.jit(lambda key: init_tree(state, key, self.mesh), out_shardings=shardings(abstract))(key)
@@ -308,8 +312,7 @@ class Model:
     def _project_chunk(
         self, attention: Attention, x_BCD: jax.Array, positions_BC: jax.Array, layer: jax.Array | None, *, adapted: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of a prompt's chunk. On a mesh each device has the queries of its own tokens, and all keys and
-        values."""
+        """Queries, keys and values of a prompt's chunk. On a mesh, a device has the queries of its own tokens and all keys and values."""
         q, k, v = attention.project(x_BCD, positions_BC, layer, adapted=adapted)
         if self.mesh is not None:
             split = rows_axes(x_BCD.shape[1], self.mesh)
@@ -322,28 +325,28 @@ class Model:
 
     @staticmethod
     def _routes_of_token(routes: jax.Array) -> jax.Array:
-        """Those of all pairs [pairs, 2, B, T, X] as [B, T, L, X]."""
+        """Converts the routes of all pairs [pairs, 2, B, T, X] to [B, T, L, X]."""
         return jnp.moveaxis(routes.reshape(-1, *routes.shape[2:]), 0, 2)
 
     @property
     def _stacked(self) -> bool:
-        """Whether attention's projections also stay in their stacks, because their kernel reads them there."""
+        """Whether the projections of attention stay stacked too, because their kernel reads them from the stack."""
         return self.mesh is None or can_spread("decode_projections", self.mesh)
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
         return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))
 
     def _bind(self, frozen: Tree, lora: Tree | None) -> GptOss:
-        """The module with these arrays; arrays missing from the trees stay declarations."""
+        """The module with these arrays. Parameters that are not in the trees stay declarations."""
         return _merge(_declared(self), frozen, lora)
 
     def _bind_pair(self, frozen: Tree, lora: Tree) -> Pair:
-        """A pair of layers with its slice of the stacked arrays; without the adapter if `lora` is empty."""
+        """A pair of layers with its slices of the stacks; without the adapter if `lora` is empty."""
         return self._bind({"pairs": frozen}, {"pairs": lora} if lora else None).pairs
 
 
 def _split_matrices(tree: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """The tree of pairs without the matrices of these names, and a tree of only those."""
+    """The tree of pairs without the nodes of these names, and a tree with only those nodes."""
     rest: Tree = {}
     matrices: Tree = {}
     for name, node in tree.items():
@@ -364,7 +367,7 @@ def _join(first: Tree, second: Tree) -> Tree:
 
 @dataclasses.dataclass(frozen=True)
 class _Declared:
-    """A model's modules without arrays, split at the border."""
+    """A model's nnx module without arrays, split into graph and states."""
 
     graph: nnx.GraphDef
     frozen: nnx.State

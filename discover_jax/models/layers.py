@@ -1,6 +1,6 @@
 """The layers of gpt-oss as flax.nnx modules: projections with adapters, attention with sinks, the mixture of experts.
 
-Modules hold declarations (see parameters) until `Model` binds arrays to them. Every adapter is applied unmerged:
+Modules contain declarations (see models.parameters) until `Model` binds arrays to them. Adapters are applied unmerged:
 y = x W^T + b + (alpha / rank) (x A^T) B^T.
 """
 
@@ -23,7 +23,7 @@ from discover_jax.models.rope import rotate
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """Root-mean-square norm in float32, scaled before the downcast to `dtype`, by default x's own."""
+    """Root-mean-square norm in float32, scaled and then cast to `dtype` (default: x's type)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype if dtype is None else dtype)
@@ -31,8 +31,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jax.typing.DType
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight_oi: jax.Array) -> jax.Array:
-    """x W^T in float32. The weights, and the gradient of the result, are cast to x's type: products in float32 would take twice as long,
-    and would need a cast of their other factors."""
+    """x W^T in float32. Weights and the result's gradient are cast to x's type: float32 products take twice as long, and would need a cast
+    of x."""
     return jnp.einsum("...i,oi->...o", x, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -40,11 +40,11 @@ def _product_forward(x: jax.Array, weight_oi: jax.Array) -> tuple[jax.Array, tup
     return _product(x, weight_oi), (x, weight_oi)
 
 
-def _product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight_oi = kept
+def _product_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight_oi = residuals
     d_y = d_y.astype(x.dtype)
     d_x = jnp.einsum("...o,oi->...i", d_y, weight_oi.astype(x.dtype), preferred_element_type=jnp.float32)
-    d_weight_oi = jnp.einsum("...o,...i->oi", d_y, x, preferred_element_type=jnp.float32)  # XLA removes it if it is unused
+    d_weight_oi = jnp.einsum("...o,...i->oi", d_y, x, preferred_element_type=jnp.float32)  # XLA removes it if unused
     return d_x.astype(x.dtype), d_weight_oi.astype(weight_oi.dtype)
 
 
@@ -53,13 +53,13 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _adapter_product(x: jax.Array, a_ri: jax.Array, b_or: jax.Array, scale: float) -> jax.Array:
     """scale (x A^T) B^T in float32, rounded to x's type between the two products."""
-    # Without the barrier XLA would join A to the weights in one product, and copy both at each use (1.2 GB for the head).
+    # Without the barrier, XLA merges A and the weights into one product and copies both at each use (1.2 GB for the head).
     x = jax.lax.optimization_barrier(x)
     return _product((scale * _product(x, a_ri)).astype(x.dtype), b_or)
 
 
 class Projection(nnx.Module):
-    """x [..., in] -> [..., out], with bias and adapter where declared."""
+    """x [..., in] -> [..., out], with optional bias and adapter."""
 
     def __init__(
         self, declare: Declare, out: int, into: int, axes: tuple[str, str], *, rank: int, alpha: float, bias: bool = True, gain: float = 1.0
@@ -71,7 +71,7 @@ class Projection(nnx.Module):
         self.scale = alpha / rank if rank else 0.0
 
     def __call__(self, x: jax.Array, *, adapted: bool, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """The result in `out_dtype`, by default x's own. It is summed in float32 and rounded once."""
+        """The projection in `out_dtype` (default: x's type), summed in float32 and rounded once."""
         y = _product(x, self.weight[...])
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
@@ -83,10 +83,10 @@ class Projection(nnx.Module):
 def project_stacked(
     project: Callable[..., list[jax.Array]], projections: list[Projection], x: jax.Array, layer: jax.Array, *, adapted: bool
 ) -> list[jax.Array]:
-    """One layer of projections to which whole stacks are bound, by the kernel `project`, of the same x [..., in]: float32 [..., out]."""
+    """Projects x [..., in] by one layer of stacked weights with the kernel `project`. Returns float32 [..., out] for each projection."""
 
     def stack(one: Projection) -> Stack:
-        assert one.bias is not None, "attention's projections have biases"
+        assert one.bias is not None, "all projections of attention have biases"
         adapter = (one.lora_a[...], one.lora_b[...]) if adapted and one.lora_a is not None and one.lora_b is not None else ()
         return Stack(one.weight[...], one.bias[...], *adapter)
 
@@ -95,7 +95,7 @@ def project_stacked(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with a learned sink per head; the caller says which keys each query sees."""
+    """Grouped-query attention with a learned sink per head. The caller decides which keys a query sees."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet):
         self.config, self.dtype, self.kernels = config, declare.dtype, kernels
@@ -111,9 +111,9 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, layer: jax.Array | None = None, *, adapted: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], and keys and values [B, T, K, H], of the stream. Queries and keys have their rotary positions.
+        """Queries [B, T, N, H], keys [B, T, K, H] and values [B, T, K, H]. Queries and keys are rotated to their positions.
 
-        `layer` is the layer to use if the projections are stacks.
+        `layer` selects a layer if the projections are stacked.
         """
         c = self.config
         x_BTD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype)
@@ -137,15 +137,15 @@ class Attention(nnx.Module):
         *,
         adapted: bool,
     ) -> jax.Array:
-        """Attention of queries to the keys that they see, then the output projection: [B, T, D] float32.
+        """Attention to the keys for which `seen_BTS` is true, then the output projection: float32 [B, T, D].
 
-        o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink); scores and softmax in float32.
+        o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink); scores and softmax are in float32.
         """
         c = self.config
         b, t = q_BTNH.shape[:2]
         groups = c.num_heads // c.num_kv_heads
         q_BKGTH = q_BTNH.reshape(b, t, c.num_kv_heads, groups, c.head_size).transpose(0, 2, 3, 1, 4)
-        # The queries of one key/value head as rows of one matrix: [G T, H] x [H, S].
+        # All queries of a key/value head are rows of one matrix: [G T, H] x [H, S].
         q_BKRH = q_BKGTH.reshape(b, c.num_kv_heads, groups * t, c.head_size)
         scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * c.head_size**-0.5
         scores = scores.reshape(b, c.num_kv_heads, groups, t, -1)
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
     def attend_packed(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None, *, adapted: bool
     ) -> jax.Array:
-        """The same for packed rows: queries see earlier keys of their segment, or the last `window` of them. Differentiable."""
+        """`attend` for packed rows: a query sees its own and earlier keys of its segment, at most the last `window`. Differentiable."""
         if window is None:
             out_BTNH = self.kernels.packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...])
         else:
@@ -180,7 +180,7 @@ class Attention(nnx.Module):
         *,
         adapted: bool,
     ) -> jax.Array:
-        """The same for one query a row that sees the first `counts_B` places of the row's pages: [B, 1, D] float32."""
+        """`attend` for one query a row, which sees the first `counts_B` positions of the row's pages: float32 [B, 1, D]."""
         arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks[...]
         out_BNH = self.kernels.paged_attention(*arguments)
         return self._out(out_BNH.reshape(*q_B1NH.shape[:2], -1), layer, adapted=adapted)
@@ -196,7 +196,7 @@ class Attention(nnx.Module):
         *,
         adapted: bool,
     ) -> jax.Array:
-        """The same for the queries of positions `lengths_B + c`, each of which sees the row's places up to its own: [B, C, D] float32."""
+        """`attend` for a chunk of C queries from position `lengths_B`. A query sees its own and earlier positions: float32 [B, C, D]."""
         arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks[...]
         out_BCNH = self.kernels.prefill_attention(*arguments)
         return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
@@ -209,20 +209,20 @@ class Attention(nnx.Module):
 
 @jax.checkpoint
 def _times_packed(x_Ti: jax.Array, blocks: jax.Array, scales: jax.Array) -> jax.Array:
-    """x W^T of a matrix in MXFP4, [T, out]. Checkpointed: the backward pass unpacks it again. Otherwise all experts of a
-    layer would be kept unpacked, at four times their packed bytes (72 GB of temporaries in the 120b)."""
+    """x W^T of a packed matrix, [T, out]. The backward pass unpacks it again (jax.checkpoint). Otherwise all unpacked experts of a layer
+    would be kept, at four times their packed bytes (72 GB for the 120b)."""
     return _product(x_Ti, dequantise(blocks, scales, x_Ti.dtype))
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)
 def _times_tiled(x_Ti: jax.Array, words: jax.Array, factors: jax.Array, paired: bool) -> jax.Array:
-    """The same for a matrix in tiles, bit-identical."""
+    """`_times_packed` for a tiled matrix; bit-identical."""
     blocks, scales = restore(words[None], factors[None], paired=paired)
     return _product(x_Ti, dequantise(blocks[0], scales[0], x_Ti.dtype))
 
 
 class ExpertMatrix(nnx.Module):
-    """One matrix of every expert, [E, out, in], with bias and adapter; see `Model.experts` for its forms."""
+    """A matrix of all experts, [E, out, in], with bias and adapter. `form` is one of `Model.experts`."""
 
     def __init__(
         self,
@@ -256,13 +256,13 @@ class ExpertMatrix(nnx.Module):
         self.paired = slab.paired
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
-        """The arrays that `apply` needs, [E, ...]; or [L, E, ...] if a stack of layers is bound."""
+        """The arrays that `apply` needs: [E, ...], or [L, E, ...] if stacks are bound."""
         adapter = ("lora_a", "lora_b") if adapted and self.lora_a is not None else ()
         named = {name: getattr(self, name, None) for name in ("weight", "blocks", "scales", "words", "factors", "bias", *adapter)}
         return {name: variable[...] for name, variable in named.items() if variable is not None}
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
-        """One expert, given by its slice of `arrays`, applied to every row: float32."""
+        """Applies one expert, given as its slice of `arrays`, to all rows: float32 [T, out]."""
         if "words" in one:
             y = _times_tiled(x_Ti, one["words"], one["factors"], self.paired)
         elif "blocks" in one:
@@ -276,7 +276,7 @@ class ExpertMatrix(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Router and experts: sum over each token's top experts of weight * (W2 act(W1 x + b1) + b2)."""
+    """Router and experts: the sum over a token's top experts of weight * (W2 act(W1 x + b1) + b2)."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.config, self.dtype, self.kernels = config, declare.dtype, kernels
@@ -288,11 +288,11 @@ class Experts(nnx.Module):
         self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), slab=SLABS["down"], gain=declare.branch_gain, **options)
 
     def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
-        """Whole sequences; differentiable. `routes_BTX` are the experts to use; None: those with the largest logits."""
+        """The output for whole sequences; differentiable. `routes_BTX` are the experts to use; None for those with the largest logits."""
         return self._moe(self.kernels.experts, x_BTD, routes_BTX, adapted=adapted)[0]
 
     def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
-        """A few tokens a row, with matrices of a stack of pairs (see `Model.decode`): the output, and the experts [B, T, X]."""
+        """The output and the chosen experts [B, T, X] for a few tokens a row. Matrices are stacked over pairs; `pair` selects one."""
         return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=pair)
 
     def _moe(
@@ -300,7 +300,7 @@ class Experts(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
-        # In float32: rounded logits would often tie, and a tiny difference between sampler and update would then choose other experts.
+        # Logits stay in float32: rounded ones would often tie, and then tiny differences between sampler and update change the experts.
         logits_TE = self.router(x_TD, adapted=False, out_dtype=jnp.float32)
         if routes_BTX is None:
             index_TX, weights_TX = route_top(logits_TE, c.experts_per_token)
@@ -313,7 +313,7 @@ class Experts(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and experts. The caller adds their outputs to the stream and keeps the keys and values."""
+    """Attention and experts. The caller adds their outputs to the residual stream and stores keys and values."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.attention = Attention(declare, config, lora, kernels)
@@ -321,7 +321,7 @@ class Layer(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A sliding layer and a full layer: the unit that is stacked and scanned."""
+    """A sliding layer and a full layer. Pairs are stacked and scanned over."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.sliding = Layer(declare, config, lora, kernels, form=form)
@@ -329,7 +329,7 @@ class Pair(nnx.Module):
 
 
 class GptOss(nnx.Module):
-    """All parameters: embedding, stacked pairs, final norm, head. `form` is of the experts' matrices, see `Model.experts`."""
+    """All parameters: embedding, stacked pairs, final norm, head. `form` is that of the experts' matrices, see `Model.experts`."""
 
     def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, kernels: KernelSet, *, form: str):
         single = Declare(dtype)

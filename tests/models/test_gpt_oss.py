@@ -1,4 +1,4 @@
-"""The model against itself: cached decoding, packing, adapters, packed weights, and the constants of the published sizes."""
+"""Self-consistency of the model: cached decoding, packed sequences, adapters, rematerialisation; and published constants."""
 
 import dataclasses
 import functools
@@ -35,16 +35,16 @@ MODEL = Model(CONFIG, LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, a
 
 @pytest.fixture(scope="module")
 def frozen():
-    return _shaken(MODEL.init_frozen(jax.random.key(0)), 0.05)
+    return _perturb(MODEL.init_frozen(jax.random.key(0)), 0.05)
 
 
 @pytest.fixture(scope="module")
 def lora():
-    """An adapter that does something: B is zero at the start."""
-    return _shaken(MODEL.init_lora(jax.random.key(1)), 0.08)
+    """An adapter with an effect. (A new one has B = 0.)"""
+    return _perturb(MODEL.init_lora(jax.random.key(1)), 0.08)
 
 
-def _shaken(tree, scale):
+def _perturb(tree, scale):
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     return jax.tree.unflatten(structure, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
@@ -68,7 +68,7 @@ _prefill = jax.jit(MODEL.prefill)
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
-    """Rows of different lengths, shorter and longer than the window, decoded well past it."""
+    """Rows are shorter and longer than the window, and are decoded well past it."""
     lora = lora if adapted else None
     tokens_BT = _tokens(3, 40)
     expected = _logits(MODEL, frozen, lora, tokens_BT)
@@ -84,8 +84,8 @@ def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
 
 
 @pytest.mark.parametrize(("length", "chunk", "page_size"), [(37, 8, 4), (37, 20, 20), (40, 40, 8), (5, 12, 12), (33, 16, 16)])
-def test_a_prompt_may_be_read_in_chunks(frozen, lora, length, chunk, page_size):
-    """Chunks longer and shorter than the window; pages in no order; then it goes on token by token."""
+def test_prompts_read_in_chunks_give_equal_logits(frozen, lora, length, chunk, page_size):
+    """Chunks are longer and shorter than the window, and pages are in random order. Decoding continues token by token."""
     tokens_1T = _tokens(1, 50, seed=length)
     expected = _logits(MODEL, frozen, lora, tokens_1T)[0]
     cache = MODEL.init_cache(1, 60, page_size)
@@ -97,13 +97,13 @@ def test_a_prompt_may_be_read_in_chunks(frozen, lora, length, chunk, page_size):
         hidden_BD, cache, _ = _prefill(frozen, lora, padded, jnp.array([part.shape[1]]), cache)
     assert cache.lengths_B.tolist() == [length]
     decode = jax.jit(MODEL.decode)
-    for place in range(length, 50):
-        np.testing.assert_allclose(MODEL.logits(frozen, lora, hidden_BD)[0], expected[place - 1], atol=1e-4, rtol=0)
-        hidden_BD, cache, _ = decode(frozen, lora, tokens_1T[:, place], cache)
+    for position in range(length, 50):
+        np.testing.assert_allclose(MODEL.logits(frozen, lora, hidden_BD)[0], expected[position - 1], atol=1e-4, rtol=0)
+        hidden_BD, cache, _ = decode(frozen, lora, tokens_1T[:, position], cache)
 
 
-def test_routes_are_those_that_reading_takes_and_can_be_taken_again(frozen, lora):
-    """Of prompts read in chunks and tokens read one by one; the whole sequence along them, then along others."""
+def test_replaying_routes_gives_equal_outputs(frozen, lora):
+    """Routes come from chunked prefill and from decoding. Replaying them equals free routing; changing one changes later tokens."""
     tokens_1T = _tokens(1, 30, seed=5)
     cache, read = MODEL.init_cache(1, 32, page_size=4), []
     for first, count in ((0, 8), (8, 3)):
@@ -111,33 +111,33 @@ def test_routes_are_those_that_reading_takes_and_can_be_taken_again(frozen, lora
         _, cache, routes = _prefill(frozen, lora, padded, jnp.array([count]), cache)
         read.append(routes[:, :count])
     decode = jax.jit(MODEL.decode)
-    for place in range(11, 30):
-        _, cache, routes = decode(frozen, lora, tokens_1T[:, place], cache)
+    for position in range(11, 30):
+        _, cache, routes = decode(frozen, lora, tokens_1T[:, position], cache)
         read.append(routes[:, None])
     routes_1TLX = jnp.concatenate(read, axis=1)
     assert routes_1TLX.shape == (1, 30, *MODEL.routes.shape)
     assert routes_1TLX.dtype == MODEL.routes.dtype == jnp.uint8
     positions, ones = jnp.arange(30)[None], jnp.ones((1, 30), jnp.int32)
-    along = jax.jit(MODEL.hidden)
-    free = along(frozen, lora, tokens_1T, positions, ones)
-    np.testing.assert_allclose(along(frozen, lora, tokens_1T, positions, ones, routes_1TLX), free, atol=1e-4)
-    # One other expert in the last layer, at the last token, changes that token alone; in the first layer at place 7 all from there on.
-    for place, layer in ((29, 3), (7, 0)):
-        others = set(range(CONFIG.num_experts)) - set(routes_1TLX[0, place, layer].tolist())
-        other = along(frozen, lora, tokens_1T, positions, ones, routes_1TLX.at[0, place, layer, 1].set(min(others)))
+    hidden = jax.jit(MODEL.hidden)
+    free = hidden(frozen, lora, tokens_1T, positions, ones)
+    np.testing.assert_allclose(hidden(frozen, lora, tokens_1T, positions, ones, routes_1TLX), free, atol=1e-4)
+    # Another expert in the last layer at the last token changes only that token; in the first layer at position 7, it changes later ones.
+    for position, layer in ((29, 3), (7, 0)):
+        others = set(range(CONFIG.num_experts)) - set(routes_1TLX[0, position, layer].tolist())
+        other = hidden(frozen, lora, tokens_1T, positions, ones, routes_1TLX.at[0, position, layer, 1].set(min(others)))
         changed = np.abs(np.asarray(other - free)).max(axis=(0, 2)) > 1e-3
-        assert not changed[:place].any()
-        assert changed[place]
+        assert not changed[:position].any()
+        assert changed[position]
 
 
-def test_rows_share_pages_and_pages_move(frozen):
-    """Two rows go on from one prompt of a full page and a begun one; the second one's pages come from a copy of the pool."""
+def test_rows_share_and_copy_pages(frozen):
+    """Two rows continue a prompt that fills one page and part of another. Then they do so from pages moved to another pool."""
     tokens_1T = _tokens(1, 6)
     _, read, _ = _prefill(frozen, None, np.pad(tokens_1T, ((0, 0), (0, 2))), jnp.array([6]), MODEL.init_cache(1, 16, page_size=4))
     assert read.pages_BM.tolist() == [[0, 1, 2, 3]]
     pool = copy_page(read.pool, jnp.int32(1), jnp.int32(3))
-    elsewhere = put_pages(MODEL.init_pool(6, 4), jnp.array([5, 0, 6]), take_pages(pool, jnp.array([0, 3, 9])))  # 6 and 9 are no pages
-    np.testing.assert_array_equal(copy_page(pool, jnp.int32(0), jnp.int32(4)).keys_LPKsH, pool.keys_LPKsH)  # nor is 4 of that pool
+    elsewhere = put_pages(MODEL.init_pool(6, 4), jnp.array([5, 0, 6]), take_pages(pool, jnp.array([0, 3, 9])))  # pages 6 and 9 are invalid
+    np.testing.assert_array_equal(copy_page(pool, jnp.int32(0), jnp.int32(4)).keys_LPKsH, pool.keys_LPKsH)  # page 4 is invalid in this pool
     ring_k, ring_v = (jnp.repeat(ring, 2, axis=1) for ring in (read.ring_k_LBKWH, read.ring_v_LBKWH))
     for pages, pages_BM in ((pool, [[0, 1], [0, 3]]), (elsewhere, [[5, 0], [5, 0]])):
         rows = Cache(pages, ring_k, ring_v, jnp.array(pages_BM), jnp.array([6, 6]))
@@ -149,7 +149,7 @@ def test_rows_share_pages_and_pages_move(frozen):
         assert after.lengths_B.tolist() == [7, 7]
 
 
-def test_an_empty_row_writes_on_no_page(frozen):
+def test_empty_rows_write_no_page(frozen):
     cache = MODEL.init_cache(2, 8, page_size=4)
     _, cache, _ = _prefill(frozen, None, _tokens(2, 4), jnp.array([4, 4]), cache)
     emptied = dataclasses.replace(cache, lengths_B=jnp.array([4, 0]))
@@ -159,8 +159,8 @@ def test_an_empty_row_writes_on_no_page(frozen):
 
 
 @pytest.mark.parametrize(("chunk", "capacity"), [(6, 16), (12, 8)])
-def test_chunks_that_do_not_fit_are_refused(frozen, chunk, capacity):
-    with pytest.raises(CapacityError, match="whole pages"):
+def test_invalid_chunk_sizes_are_refused(frozen, chunk, capacity):
+    with pytest.raises(CapacityError, match=rf"\b{chunk} tokens.*pages"):
         MODEL.prefill(frozen, None, _tokens(1, chunk), jnp.array([4]), MODEL.init_cache(1, capacity, page_size=4))
 
 
@@ -175,7 +175,7 @@ def test_packed_sequences_do_not_see_each_other(frozen, lora):
     assert np.isfinite(got).all()
 
 
-def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(frozen, lora):
+def test_a_new_adapter_has_no_effect_and_a_trained_one_does(frozen, lora):
     tokens_BT = _tokens(2, 20)
     base = _logits(MODEL, frozen, None, tokens_BT)
     np.testing.assert_array_equal(_logits(MODEL, frozen, MODEL.init_lora(jax.random.key(1)), tokens_BT), base)
@@ -183,7 +183,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(frozen, lora):
 
 
 def test_unmerged_adapter_equals_merged_weights(frozen, lora):
-    """W + alpha / rank B A, worked out here by hand for every target."""
+    """Merges W + alpha / rank B A here for every target."""
 
     def merge(base, adapter):
         merged = dict(base)
@@ -200,7 +200,7 @@ def test_unmerged_adapter_equals_merged_weights(frozen, lora):
     np.testing.assert_allclose(_logits(MODEL, frozen, lora, tokens_BT), expected, atol=2e-3, rtol=1e-4)
 
 
-def test_rank_zero_leaves_a_target_out():
+def test_targets_of_rank_0_have_no_adapter():
     model = Model(CONFIG, LoraConfig(attention_rank=4, expert_rank=0, head_rank=0))
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(model.abstract_lora())}
     assert len(names) == 2 * 4 * 2  # two kinds of layers, four projections, A and B
@@ -208,7 +208,7 @@ def test_rank_zero_leaves_a_target_out():
 
 
 @pytest.mark.slow
-def test_remat_changes_memory_and_not_numbers(frozen, lora):
+def test_remat_changes_memory_but_not_gradients(frozen, lora):
     tokens_BT, gradients, sizes = _tokens(1, 200), [], []
     for remat in REMAT:
         model = dataclasses.replace(MODEL, remat=remat)
@@ -225,8 +225,8 @@ def test_remat_changes_memory_and_not_numbers(frozen, lora):
     assert sizes[-1] < 0.9 * sizes[0]
 
 
-def test_published_sizes_have_the_published_numbers_of_parameters():
-    """116.8 B and 20.9 B parameters (model card), counted from the abstract trees: no array is made."""
+def test_published_sizes_have_the_published_parameter_counts():
+    """116.8 B and 20.9 B parameters (model card), counted in abstract trees without creating arrays."""
     for config, billions in ((GPT_OSS_120B, 116.8), (GPT_OSS_20B, 20.9)):
         tree = Model(config, dtype=jnp.bfloat16, experts="dense").abstract_frozen()
         assert sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e9 == pytest.approx(billions, abs=0.05)
@@ -242,17 +242,17 @@ def test_yarn_has_the_published_constants():
     assert (low, high) == (pytest.approx(8.0928, abs=1e-4), pytest.approx(17.3980, abs=1e-4))
     frequencies, factor = yarn_frequencies(GPT_OSS_120B)
     assert factor == pytest.approx(1.346574, abs=1e-6)
-    assert frequencies[8] == pytest.approx(150_000 ** (-16 / 64), rel=1e-6)  # below the ramp: untouched
-    assert frequencies[18] == pytest.approx(150_000 ** (-36 / 64) / 32, rel=1e-6)  # above it: stretched 32 times
+    assert frequencies[8] == pytest.approx(150_000 ** (-16 / 64), rel=1e-6)  # below the ramp: unchanged
+    assert frequencies[18] == pytest.approx(150_000 ** (-36 / 64) / 32, rel=1e-6)  # above it: divided by 32
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 3}, {"num_heads": 3}, {"experts_per_token": 5}, {"head_size": 15}])
-def test_impossible_sizes_are_refused(change):
+def test_invalid_sizes_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change)
 
 
-def test_axes_that_collide_are_named():
+def test_sharding_errors_name_axes_and_devices():
     with pytest.raises(ShardingError, match=r"'heads'.*'vocab'.*'tensor'"):
         spec_for(("heads", "vocab"))
     with pytest.raises(ShardingError, match="colour"):

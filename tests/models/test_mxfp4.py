@@ -12,11 +12,11 @@ _VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 def _slow(blocks, scales):
     """The definition, byte by byte: the low nibble comes first, bit 3 is the sign, and the value is multiplied by 2^(scale - 127)."""
     out = np.zeros((*scales.shape, 32))
-    for place in np.ndindex(*scales.shape):
-        for i, byte in enumerate(blocks[place]):
+    for index in np.ndindex(*scales.shape):
+        for i, byte in enumerate(blocks[index]):
             for j, nibble in enumerate((byte & 15, byte >> 4)):
                 value = _VALUES[nibble & 7] * (-1 if nibble & 8 else 1)
-                out[(*place, 2 * i + j)] = value * 2.0 ** (int(scales[place]) - 127)
+                out[(*index, 2 * i + j)] = value * 2.0 ** (int(scales[index]) - 127)
     return out.reshape(*scales.shape[:-1], -1)
 
 

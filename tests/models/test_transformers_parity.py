@@ -1,4 +1,4 @@
-"""The model against `transformers`' GptOssForCausalLM, both reading the same folder from disk."""
+"""The model against transformers' GptOssForCausalLM; both load the same folder."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ CONFIGS = {
 
 
 def reference(path, dtype=torch.float32):
-    """transformers' model of the folder; dequantised by transformers itself, and in its plainest code throughout."""
+    """transformers' model of the folder, with eager implementations and its own dequantisation."""
     return transformers.GptOssForCausalLM.from_pretrained(
         path,
         quantization_config=transformers.Mxfp4Config(dequantize=True),
@@ -94,7 +94,7 @@ def test_logits_equal_transformers(tmp_path, name):
     write_synthetic(tmp_path, config, seed=len(name))
     tokens_BT = random_tokens(config, 2, 3 * config.sliding_window + 5 if config.sliding_window < 64 else 200)
     expected = reference_logits(reference(tmp_path), tokens_BT)
-    assert expected.std() > 0.5  # otherwise agreement would say little
+    assert expected.std() > 0.5  # otherwise the comparison would test little
     for experts in ("packed", "dense") if name == "grouped" else ("packed",):
         read, frozen = load_folder(tmp_path, experts=experts)
         assert read == config
@@ -102,8 +102,8 @@ def test_logits_equal_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("length", [pytest.param(127, marks=pytest.mark.slow), 128, 129, pytest.param(130, marks=pytest.mark.slow)])
-def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
-    """The prompt read at once, and its last two tokens and two more one by one from the cache."""
+def test_sliding_window_has_128_keys(tmp_path, length):
+    """The whole sequence in one forward pass; then its last four tokens one at a time from the cache."""
     config = CONFIGS["published window"]
     write_synthetic(tmp_path, config, seed=3)
     tokens_BT = random_tokens(config, 1, length + 2)
@@ -112,14 +112,14 @@ def test_the_window_holds_128_keys_and_not_129(tmp_path, length):
     model = Model(config, experts="packed")
     np.testing.assert_allclose(logits(model, frozen, tokens_BT), expected, atol=1e-4, rtol=0)
     hidden_BD, cache, _ = prefill(model, frozen, tokens_BT[:, :-4], jnp.array([length - 2]), 256)
-    for place in range(length - 2, length + 2):
-        np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, place - 1], atol=1e-4, rtol=0)
-        hidden_BD, cache, _ = decode(model, frozen, tokens_BT[:, place], cache)
+    for position in range(length - 2, length + 2):
+        np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, position - 1], atol=1e-4, rtol=0)
+        hidden_BD, cache, _ = decode(model, frozen, tokens_BT[:, position], cache)
     np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, -1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["grouped", "every expert active"])
-def test_bfloat16_costs_no_more_accuracy_than_it_costs_transformers(tmp_path, name):
+def test_bfloat16_error_is_at_most_that_of_transformers(tmp_path, name):
     config = CONFIGS[name]
     write_synthetic(tmp_path, config, seed=11)
     tokens_BT = random_tokens(config, 4, 150)
@@ -131,11 +131,11 @@ def test_bfloat16_costs_no_more_accuracy_than_it_costs_transformers(tmp_path, na
     assert 0 < our_error <= their_error
 
 
-def test_folder_of_dequantised_experts_reads_alike(tmp_path):
-    """transformers writes such a folder: [E, in, out] in its own type."""
+def test_dequantised_experts_give_equal_logits(tmp_path):
+    """transformers writes the folder: experts [E, in, out] in its own type."""
     write_synthetic(tmp_path / "mxfp4", _SMALL, seed=5)
     model = reference(tmp_path / "mxfp4")
-    # A model that was never packed: one that was is saved with dense tensors under the names of packed ones (transformers 5.23).
+    # Copy into a model that was never packed: transformers 5.23 saves a dequantised model under the names of packed tensors.
     plain = transformers.GptOssForCausalLM(model.config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(tmp_path / "plain")
@@ -144,8 +144,8 @@ def test_folder_of_dequantised_experts_reads_alike(tmp_path):
     np.testing.assert_allclose(logits(Model(config), frozen, tokens_BT), reference_logits(model, tokens_BT), atol=1e-4, rtol=0)
 
 
-def test_the_shipped_apprentice_reads_alike():
-    """The weights that ship are an ordinary gpt-oss folder: transformers computes the same."""
+def test_the_shipped_apprentice_gives_equal_logits():
+    """The shipped weights are an ordinary gpt-oss folder, which transformers can load."""
     from discover_jax.policy import APPRENTICE
 
     config, frozen = load_folder(APPRENTICE)
