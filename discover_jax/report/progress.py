@@ -36,7 +36,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
     grade = record.grades.get(competition, {})
     return {
         "id": competition,
-        "disclosed": _told(disclosed),
+        "disclosed": _disclosed_json(disclosed),
         "steps": steps,
         "rollouts": np.cumsum([len(mine) for mine in by_step]).tolist(),
         "best": [state.score if state is not None else None for state in bests],
@@ -48,7 +48,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "valid_reward_mean": [_mean([a.reward for a in mine if a.outcome is Outcome.OK]) for mine in by_step],
         "reward_mean": [_mean([attempt.reward for attempt in mine]) for mine in by_step],
         "rewards": _histogram(by_step),
-        "fates": {outcome.value: [sum(a.outcome is outcome for a in mine) for mine in by_step] for outcome in Outcome},
+        "outcomes": {outcome.value: [sum(a.outcome is outcome for a in mine) for mine in by_step] for outcome in Outcome},
         "lineage": [state.id for state in lineage(attempts, best.id)] if best is not None else [],
         "grade": {name: grade.get(name) for name in _GRADE} if best is not None and grade.get("id") == best.id else None,
     }
@@ -80,7 +80,7 @@ def tree_of(record: RunRecord, competition: str) -> dict[str, list[Any]]:
     }
 
 
-def _told(disclosed: Disclosed | None) -> dict[str, Any] | None:
+def _disclosed_json(disclosed: Disclosed | None) -> dict[str, Any] | None:
     return None if disclosed is None else dict(vars(disclosed))
 
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by the DevTools protocol: what a page logs, asks of a network, and looks like."""
+"""A headless Chromium, controlled over a pipe with the DevTools protocol. It records a page's log, its requests and its appearance."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One tab. `events` has all that the browser told, in order."""
+    """One tab. `events` has all events of the browser, in order."""
 
     def __init__(self, executable: str, profile: Path):
         to_browser, ours_out = os.pipe()
@@ -29,7 +29,7 @@ class Browser:
         self._out, self._in, self._buffer, self._number = ours_out, ours_in, b"", 0
         self._session: str | None = None
 
-        def place() -> None:  # the browser reads from descriptor 3 and writes to 4
+        def connect_pipes() -> None:  # the browser reads from descriptor 3 and writes to 4
             reading, writing = os.dup(to_browser), os.dup(from_browser)
             os.dup2(reading, 3)
             os.dup2(writing, 4)
@@ -39,7 +39,7 @@ class Browser:
             [
                 executable,
                 "--headless",
-                "--no-sandbox",  # tests may run as root, whom Chromium's own sandbox refuses; the page is ours
+                "--no-sandbox",  # Chromium's sandbox does not start as root, and the pages are our own
                 "--disable-gpu",
                 "--disable-dev-shm-usage",
                 "--no-first-run",
@@ -50,7 +50,7 @@ class Browser:
                 "about:blank",
             ],
             close_fds=False,
-            preexec_fn=place,
+            preexec_fn=connect_pipes,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -68,7 +68,7 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         self._session = None
         try:
-            self.call("Browser.close")  # its helper processes end with it, which a kill would leave behind for a while
+            self.call("Browser.close")  # also ends its helper processes; a kill would leave them running for a while
             self._process.wait(10)
         finally:
             self._process.kill()
@@ -109,22 +109,22 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def open(self, page: Path, fragment: str = "") -> None:
-        """Opens a file and waits until the report has drawn itself."""
-        self.call("Page.navigate", url="about:blank")  # so that another fragment of the same file loads it anew
+        """Opens a file and waits until the report is drawn."""
+        self.call("Page.navigate", url="about:blank")  # so that a new fragment of the same file reloads it
         self.call("Page.navigate", url=page.absolute().as_uri() + (f"#{fragment}" if fragment else ""))
         self.wait("document.documentElement?.dataset.ready === 'yes'")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, as JSON has it; a promise is waited for."""
+        """The value of a JavaScript expression, converted through JSON. Awaits a promise."""
         reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in reply, reply["exceptionDetails"]
         return reply["result"].get("value")
 
     def wait(self, condition: str, accept: Callable[[Any], bool] = bool) -> Any:
-        """Waits for an expression's value."""
+        """Waits until `accept` returns True for the expression's value, and returns the value."""
         deadline = time.monotonic() + _SECONDS
         while not accept(value := self.evaluate(condition)):
-            assert time.monotonic() < deadline, f"{condition} stayed {value!r}; the page says: {self.problems()}"
+            assert time.monotonic() < deadline, f"{condition} stayed {value!r}; problems of the page: {self.problems()}"
             time.sleep(0.05)
         return value
 
@@ -147,19 +147,19 @@ class Browser:
         return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 12_000), "scale": 1}}
 
     def problems(self) -> list[str]:
-        """What the page logged as a warning or an error, and exceptions; violations of its policy are among them."""
-        told = []
+        """Logged warnings and errors, including violations of the page's policy, and exceptions."""
+        found = []
         for event in self.events:
             kind, about = event.get("method"), event.get("params", {})
             if kind == "Runtime.exceptionThrown":
-                told.append(json.dumps(about["exceptionDetails"])[:500])
+                found.append(json.dumps(about["exceptionDetails"])[:500])
             elif kind == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert"):
-                told.append(json.dumps(about["args"])[:500])
+                found.append(json.dumps(about["args"])[:500])
             elif kind == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
-                told.append(json.dumps(about["entry"])[:500])
-        return told
+                found.append(json.dumps(about["entry"])[:500])
+        return found
 
     def requests(self) -> list[str]:
-        """Addresses of all requests but those of the files that were opened."""
+        """URLs of all requests, without those of the opened files."""
         urls = [event["params"]["request"]["url"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [url for url in urls if not url.startswith("file:") and url != "about:blank"]

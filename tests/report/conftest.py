@@ -1,4 +1,4 @@
-"""A real run to report on: the unbroken one of tests/faults, which all test processes share; and a browser, where there is one."""
+"""Fixtures: a real run, which is the uninterrupted one of tests/faults and shared by all test processes; and a browser, if there is one."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# The tests here import each other's parts by name, and the tiny run of the faults.
+# The tests import modules of this folder and the tiny run of tests/faults by name.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "faults")]
 
 from browser import NAMES, Browser, find_chromium  # noqa: E402
@@ -16,7 +16,7 @@ from tiny_run import unbroken  # noqa: E402
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four steps; not to be written to."""
+    """The run directory of a run of four steps. Tests must not write to it."""
     base = tmp_path_factory.getbasetemp()
     return unbroken((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults")
 

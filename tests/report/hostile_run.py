@@ -1,4 +1,4 @@
-"""A run whose every text tries to become markup or a script."""
+"""A run in which every text tries to become markup or a script."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ REQUEST = '<img src="https://example.org/pixel"><link rel=stylesheet href="//exa
 
 
 def write_hostile_run(folder: Path) -> Path:
-    """Two steps: a parent, a child that changes it, and a failure; texts of programs, output, errors, config and disclosure attack."""
+    """Two steps: a parent, a child that changes it, and a failure. Programs, output, errors, config and disclosure contain the attacks."""
     code = f'x = """{ATTACK}"""\n# {REQUEST}\ndef run():\n    return 1\n'
     attempts = [
         attempt(0, 0, 0, "seed", code, 0.7, stdout=ATTACK + REQUEST),
@@ -20,10 +20,10 @@ def write_hostile_run(folder: Path) -> Path:
         attempt(1, 0, 1, "0000-000-000", code, None, outcome=Outcome.EXCEPTION, detail=ATTACK + REQUEST),
     ]
     disclosure = json.loads(json.dumps(DISCLOSURE).replace("native", "native <b>"))
-    told = disclosure["competitions"][0]
-    told["metric"]["name"] = f"accuracy {ATTACK}"
-    told["reward"]["text"] = told["leaderboard"]["note"] = told["leaderboard"]["source"] = ATTACK + REQUEST
-    told["leaderboard"]["thresholds"] = {f"Kaggle {ATTACK}": 0.7957}
+    competition = disclosure["competitions"][0]
+    competition["metric"]["name"] = f"accuracy {ATTACK}"
+    competition["reward"]["text"] = competition["leaderboard"]["note"] = competition["leaderboard"]["source"] = ATTACK + REQUEST
+    competition["leaderboard"]["thresholds"] = {f"Kaggle {ATTACK}": 0.7957}
     disclosure["isolation"]["lines"] = [ATTACK]
     run = write_run(folder, attempts, disclosure=disclosure)
     config = json.loads((run / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Folders of runs that nobody ran: as large and as strange as a test wants them, written by the project's own writers."""
+"""Synthetic run directories for tests, written by the project's own writers."""
 
 import json
 import random
@@ -35,7 +35,7 @@ DISCLOSURE: dict[str, Any] = {
 
 
 def attempt(step: int, group: int, index: int, parent: str, code: str | None, score: float | None, **changes: Any) -> Attempt:
-    """An attempt; one without a score raised an exception."""
+    """An attempt. Without a score, its program raised an exception."""
     values: dict[str, Any] = {
         "id": f"{step:04d}-{group:03d}-{index:03d}",
         "parent_id": parent,
@@ -58,7 +58,7 @@ def attempt(step: int, group: int, index: int, parent: str, code: str | None, sc
 
 
 def write_run(folder: Path, attempts: Sequence[Attempt], *, kind: str = "train", disclosure: Any = DISCLOSURE) -> Path:
-    """The folder of a run with these attempts."""
+    """Writes the run directory of a run with these attempts."""
     folder.mkdir(parents=True)
     config = default_config()
     config.name = folder.name
@@ -88,10 +88,10 @@ def write_run(folder: Path, attempts: Sequence[Attempt], *, kind: str = "train",
 
 
 def searched(steps: int, groups: int, size: int, program: Callable[[random.Random, str], str], seed: int = 0) -> list[Attempt]:
-    """Attempts of a search: children of good programs, mostly a little better or worse, some of which fail.
+    """Attempts of a search. Most are children of good programs and score slightly better or worse; some fail.
 
     Args:
-      program: (random, parent's program, "" for none) -> a program.
+      program: (random, parent's program or "") -> a program.
     """
     draw = random.Random(seed)
     rows: list[Attempt] = []
@@ -124,7 +124,7 @@ _WORDS = ("age", "cabin", "deck", "side", "spend", "cryo", "planet", "group", "f
 
 
 def line(draw: random.Random) -> str:
-    """A line as programs for tables have them."""
+    """A line like those of programs for tables."""
     a, b, c = (draw.choice(_WORDS) for _ in range(3))
     number = draw.randrange(1, 1000)
     return draw.choice(
@@ -139,7 +139,7 @@ def line(draw: random.Random) -> str:
 
 
 def edited(lines: int, share: float, anew: float = 0.0) -> Callable[[random.Random, str], str]:
-    """Programs of so many lines, of which a child changes a share; with probability `anew` it is written from nothing."""
+    """Programs of `lines` lines. A child changes a fraction `share` of its parent's lines; with probability `anew` all lines are new."""
 
     def program(draw: random.Random, parent: str) -> str:
         if not parent or draw.random() < anew:

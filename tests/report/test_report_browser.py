@@ -13,7 +13,9 @@ from discover_jax.report.page import write_report
 from discover_jax.types import Outcome
 
 WIDTHS = {"desk": (1200, 900, False), "phone": (390, 844, True)}
-PLACE_OF = """(() => {
+SECTIONS = ["Scores", "Rewards", "Outcomes", "Programs", "Update and sampling", "Disclosure", "Config"]
+HEADINGS = "[...document.querySelectorAll('main section')].map((section) => section.querySelector(':scope > h2')?.textContent)"
+POSITION_OF = """(() => {
   const box = document.querySelector('.scroll svg').getBoundingClientRect();
   const path = document.querySelector('.scroll svg path.dots.%s').getAttribute('d');
   const [x, y] = path.match(/M([\\d.]+) ([\\d.]+)/).slice(1).map(Number);
@@ -28,7 +30,7 @@ def hostile(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh(browser) -> Browser:
-    """The browser, with nothing told of earlier pages."""
+    """The browser, without events of earlier pages."""
     browser.view(1200, 900)
     browser.events.clear()
     return browser
@@ -53,15 +55,15 @@ def test_report_renders_without_problems(fresh, run, size, dark):
     fresh.open(run / "report.html")
     assert shown(fresh)
     assert fresh.wait("document.querySelectorAll('svg.chart').length", lambda charts: charts >= 10)
-    assert fresh.evaluate("document.documentElement.scrollWidth") <= width  # nothing pushes the page aside
-    headings = fresh.evaluate("[...document.querySelectorAll('h2')].map((h) => h.textContent)")
-    assert len(set(headings) - {""}) == 7
+    assert fresh.evaluate("document.documentElement.scrollWidth") <= width  # no element is wider than the window
+    assert fresh.evaluate(HEADINGS) == SECTIONS
+    assert fresh.evaluate("document.querySelectorAll('h2').length") == len(SECTIONS)  # no heading is outside of a section
     light = sum(map(int, fresh.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)")))
     assert (light < 200) is dark
     assert is_sound(fresh)
 
 
-def test_the_tree_answers_hover_click_and_keys(fresh, tmp_path):
+def test_the_tree_responds_to_hover_click_and_keys(fresh, tmp_path):
     attempts = [
         attempt(0, 0, 0, "seed", "a\nb\nc\n", 0.7),
         attempt(1, 0, 0, "0000-000-000", "a\nB\nc\n", 0.75),
@@ -70,10 +72,10 @@ def test_the_tree_answers_hover_click_and_keys(fresh, tmp_path):
     fresh.open(write_report(write_run(tmp_path / "run", attempts)))
     assert shown(fresh) == "0001-000-000"  # the best
     fresh.evaluate("document.querySelector('.scroll svg').scrollIntoView({block: 'center'})")
-    fresh.hover(*fresh.evaluate(PLACE_OF % "o-timeout"))
+    fresh.hover(*fresh.evaluate(POSITION_OF % "o-timeout"))
     assert fresh.evaluate("document.querySelector('.tip').hidden") is False
     assert re.match(r"0001-000-001\b.*2\s*timeout", fresh.evaluate("document.querySelector('.tip').textContent"))
-    fresh.click(*fresh.evaluate(PLACE_OF % "o-timeout"))
+    fresh.click(*fresh.evaluate(POSITION_OF % "o-timeout"))
     fresh.wait("document.getElementById('attempt').dataset.id === '0001-000-001'")
     assert "after 60 s" in fresh.evaluate("document.querySelector('#attempt .said pre').textContent")
     assert fresh.evaluate("location.hash") == "#0001-000-001"
@@ -92,8 +94,8 @@ def test_the_tree_answers_hover_click_and_keys(fresh, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["real", "long"])
-def test_programs_are_shown_as_the_journal_has_them(fresh, request, tmp_path, case):
-    """Of every attempt of a run, by its address: unpacked, rebuilt from its ancestors, compared with its parent."""
+def test_programs_and_diffs_match_the_journal(fresh, request, tmp_path, case):
+    """Opens every attempt of a run by its URL. The page unpacks its program, rebuilds it from its ancestors and shows the diff."""
     if case == "real":
         run = request.getfixturevalue("run")
     else:
@@ -116,7 +118,7 @@ def test_programs_are_shown_as_the_journal_has_them(fresh, request, tmp_path, ca
     assert is_sound(fresh)
 
 
-def test_texts_of_a_run_are_shown_as_they_are(fresh, hostile):
+def test_texts_of_a_run_are_shown_verbatim(fresh, hostile):
     for id in ("0001-000-000", "0001-000-001", "0000-000-000"):
         fresh.open(hostile, id)
         assert shown(fresh) == id
@@ -131,7 +133,7 @@ def test_texts_of_a_run_are_shown_as_they_are(fresh, hostile):
 
 
 def test_content_security_policy_blocks_injected_scripts(fresh, hostile):
-    """A control, too: the browser's complaints do reach this test."""
+    """This also shows that the browser's warnings reach the tests."""
     fresh.open(hostile)
     fresh.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned = 1'}))")
     fresh.evaluate("document.body.append(Object.assign(document.createElement('img'), {src: 'https://example.org/pixel'}))")
@@ -141,7 +143,7 @@ def test_content_security_policy_blocks_injected_scripts(fresh, hostile):
 
 
 def test_a_request_would_be_noticed(fresh, tmp_path):
-    """A control of `requests`, with an address that nothing answers at."""
+    """Checks `requests` with an address at which no server listens."""
     page = tmp_path / "page.html"
     page.write_text("<script>document.documentElement.dataset.ready = 'yes'</script><img src='http://127.0.0.1:9/pixel'>")
     fresh.open(page)
@@ -149,7 +151,7 @@ def test_a_request_would_be_noticed(fresh, tmp_path):
     assert fresh.requests() == ["http://127.0.0.1:9/pixel"]
 
 
-def test_runs_are_compared(fresh, tmp_path):
+def test_a_comparison_shows_all_runs(fresh, tmp_path):
     a = write_run(tmp_path / "a", searched(6, 3, 4, edited(20, 0.2)))
     b = write_run(tmp_path / "b", searched(6, 2, 4, edited(20, 0.2), seed=1), kind="search")
     fresh.open(write_report(a, [b]))
@@ -158,13 +160,16 @@ def test_runs_are_compared(fresh, tmp_path):
         "training",
         "search",
     ]
-    assert "rollouts" in fresh.evaluate("document.querySelector('svg.chart').textContent")  # unequal steps: at equal numbers of rollouts
-    assert "A search learns nothing" in fresh.evaluate("document.body.textContent")
+    assert fresh.evaluate(HEADINGS) == [*SECTIONS[:-1], "Config differences"]
+    assert "rollouts" in fresh.evaluate("document.querySelector('svg.chart').textContent")  # the runs' steps differ in size
+    absent = fresh.evaluate("[...document.querySelectorAll('.panel .absent')].map((note) => note.textContent)")
+    assert absent
+    assert all(note.startswith("search: ") for note in absent)
     assert is_sound(fresh)
 
 
 def test_competitions_are_shown_one_at_a_time(fresh, tmp_path):
-    """The second one's programs lie behind the first one's."""
+    """The page stores the second competition's programs after the first one's."""
     disclosure = json.loads(json.dumps(DISCLOSURE))
     disclosure["competitions"].append(disclosure["competitions"][0] | {"id": "boats"})
     attempts = [

@@ -1,4 +1,4 @@
-"""The report's data match the run's files, read here by other means; missing data are reported, damaged files refused."""
+"""The report's data match the run's files, which the tests read independently. Missing data are reported, damaged files refused."""
 
 import base64
 import gzip
@@ -25,13 +25,13 @@ def rows(path: Path) -> list[dict]:
 
 
 def unpacked(page: str, id: str):
-    """A packed part of a page, by Python's own means."""
+    """A packed part of a page, unpacked with Python's standard library."""
     text = page.split(f'id="{id}">')[1].split("</script>")[0]
     return json.loads(gzip.decompress(base64.b64decode(text, validate=True)))
 
 
 def restored(packed: dict) -> list[str | None]:
-    """The programs of a page, by attempt: what its format says, written out once more."""
+    """The programs of a page, by attempt, restored by a second implementation of the format."""
     built: list[list[str]] = []
     for base, *ops in packed["programs"]:
         lines, ops = [], iter(ops)
@@ -52,7 +52,7 @@ def test_a_run_writes_its_report_and_the_command_writes_the_same(copy):
     done = subprocess.run([sys.executable, "-m", "discover_jax.report", f"--workdir={copy}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert str(copy / NAME) in done.stdout
-    # The last grade.json etc. were there when the run wrote its last report, so nothing has changed since.
+    # The run wrote its last report after all other files, so the input is the same.
     assert (copy / NAME).read_bytes() == written
 
 
@@ -61,27 +61,27 @@ def test_scores_rewards_and_outcomes_match_journal_and_metrics(copy):
     grade = json.loads((copy / "best" / "grade.json").read_text())
     data = unpacked((copy / NAME).read_text(), "data")
     (run,) = data["runs"]
-    (told,) = run["competitions"]
+    (progress,) = run["competitions"]
     assert (run["kind"], run["planned"], run["missing"]) == ("train", 4, [])
-    assert told["steps"] == run["metric_steps"] == [0, 1, 2, 3]
-    assert told["best"] == [row["best/score"] for row in metrics]
-    assert told["reward_mean"] == pytest.approx([row["reward/mean"] for row in metrics])
+    assert progress["steps"] == run["metric_steps"] == [0, 1, 2, 3]
+    assert progress["best"] == [row["best/score"] for row in metrics]
+    assert progress["reward_mean"] == pytest.approx([row["reward/mean"] for row in metrics])
     for outcome in Outcome:
-        assert told["fates"][outcome.value] == [row[f"outcome/{outcome.value}"] for row in metrics]
-    for step, (mean, top) in enumerate(zip(told["mean"], told["top"], strict=True)):
+        assert progress["outcomes"][outcome.value] == [row[f"outcome/{outcome.value}"] for row in metrics]
+    for step, (mean, top) in enumerate(zip(progress["mean"], progress["top"], strict=True)):
         scores = [row["score"] for row in journal if row["step"] == step and row["score"] is not None]
         assert mean == (pytest.approx(sum(scores) / len(scores)) if scores else None)
         assert top == max(scores, default=None)
-    assert told["best_interval"][-1] == pytest.approx(grade["interval_95"])  # which the run worked out from the submission
-    assert told["grade"]["interval_95"] == grade["interval_95"]
-    counted = [sum(counts) + failed for counts, failed in zip(told["rewards"]["counts"], told["rewards"]["failed"], strict=True)]
+    assert progress["best_interval"][-1] == pytest.approx(grade["interval_95"])  # the run computed it from the submission
+    assert progress["grade"]["interval_95"] == grade["interval_95"]
+    counted = [sum(counts) + failed for counts, failed in zip(progress["rewards"]["counts"], progress["rewards"]["failed"], strict=True)]
     assert counted == [row["rollouts/count"] for row in metrics]
-    assert told["disclosed"]["rows"] == grade["rows"] == 70
-    assert [row["id"] for row in json.loads((copy / "best" / "lineage" / "lineage.json").read_text())] == told["lineage"]
+    assert progress["disclosed"]["rows"] == grade["rows"] == 70
+    assert [row["id"] for row in json.loads((copy / "best" / "lineage" / "lineage.json").read_text())] == progress["lineage"]
     entropy = next(panel for panel in run["panels"] if panel["title"] == "Entropy")
     assert entropy["series"][0]["values"] == [row["entropy"] for row in metrics]
     checkpoint = next(panel for panel in run["panels"] if panel["form"] == "stack")["series"][-1]
-    assert checkpoint["values"] == [row["time/checkpoint_s"] for row in metrics[1:]] + [None]  # a row has that of the step before
+    assert checkpoint["values"] == [row["time/checkpoint_s"] for row in metrics[1:]] + [None]  # a row has the time of the step before
 
 
 def test_tree_and_programs_match_the_journal(copy):
@@ -96,7 +96,7 @@ def test_tree_and_programs_match_the_journal(copy):
 
 
 def test_programs_survive_packing():
-    """Whatever they hold: repeated and empty lines, no end of line, carriage returns, lone surrogates; parents that come later or never."""
+    """Repeated and empty lines, no final newline, carriage returns, lone surrogates; parents that come later or are missing."""
     codes = ["a\nb\na\nb\n\n\n", "b\na\n\n\nb\na", "", "\n", "a\r\nb", "x = '\ud800'\n", "a\nb\na\nb\n\n\n", "b\n" * 50 + "a"]
     attempts = [attempt(0, 0, i, "seed" if i == 0 else f"0000-000-{(i * 5) % 8:03d}", code, i / 10) for i, code in enumerate(codes)]
     attempts.append(attempt(1, 0, 0, "0009-000-000", None, None, outcome=Outcome.FORMAT_ERROR))
@@ -116,20 +116,20 @@ def test_omitted_programs_are_counted_and_the_best_are_kept():
     assert len(shown) >= len(with_code) - packed.left_out
 
 
-def test_the_range_of_rewards_is_not_one_bad_programs(tmp_path):
+def test_one_bad_program_does_not_stretch_the_range_of_rewards(tmp_path):
     attempts = [attempt(0, 0, i, "seed", f"{i}", score) for i, score in enumerate([0.1] + [0.8 + i / 1000 for i in range(39)])]
-    told = progress_of(read_record(write_run(tmp_path / "run", attempts)), "spaceship-titanic")["rewards"]
-    assert told["edges"][0] >= 0.8
-    assert told["below"] >= 1
-    assert sum(told["counts"][0]) == 40  # the bad one is in the lowest bin
+    progress = progress_of(read_record(write_run(tmp_path / "run", attempts)), "spaceship-titanic")["rewards"]
+    assert progress["edges"][0] >= 0.8
+    assert progress["below"] >= 1
+    assert sum(progress["counts"][0]) == 40  # the bad one is in the lowest bin
 
 
-def test_a_metric_that_is_no_share_of_rows_has_no_bands_and_best_is_the_highest_reward(tmp_path):
+def test_a_metric_that_is_not_a_share_of_rows_has_no_bands_and_the_best_has_the_highest_reward(tmp_path):
     disclosure = json.loads(json.dumps(DISCLOSURE))
     disclosure["competitions"][0]["metric"] = {"name": "RMSE", "higher_is_better": False, "share_of_rows": False}
     attempts = [attempt(0, 0, 0, "seed", "a", 60.0, reward=-4.1), attempt(1, 0, 0, "0000-000-000", "b", 55.0, reward=-4.0)]
-    told = progress_of(read_record(write_run(tmp_path / "run", attempts, disclosure=disclosure)), "spaceship-titanic")
-    assert (told["best"], told["best_interval"], told["mean_interval"]) == ([60.0, 55.0], [None, None], [None, None])
+    progress = progress_of(read_record(write_run(tmp_path / "run", attempts, disclosure=disclosure)), "spaceship-titanic")
+    assert (progress["best"], progress["best_interval"], progress["mean_interval"]) == ([60.0, 55.0], [None, None], [None, None])
     disclosure["competitions"][0]["metric"]["share_of_rows"] = True
     record = read_record(write_run(tmp_path / "false", attempts, disclosure=disclosure))
     with pytest.raises(RunError, match=r"\b60\.0"):
@@ -144,22 +144,22 @@ def test_missing_data_is_reported(tmp_path):
     record = read_record(run)
     assert len(record.missing) == 2
     assert all(name in line for name, line in zip(["disclosure.json", "metrics.jsonl"], record.missing, strict=True))
-    (told,) = page_data([record])["runs"]
-    (progress,) = told["competitions"]
+    (run_data,) = page_data([record])["runs"]
+    (progress,) = run_data["competitions"]
     assert (progress["disclosed"], progress["best_interval"], progress["grade"]) == (None, [None, None], None)
-    assert all(panel["absent"] for panel in told["panels"])
-    assert len({panel["absent"] for panel in told["panels"]}) > 1  # without metrics, or a search
+    assert all(panel["absent"] for panel in run_data["panels"])
+    assert len({panel["absent"] for panel in run_data["panels"]}) > 1  # reasons: no metrics, or a search run
     tree = tree_of(record, "spaceship-titanic")
     assert (tree["parent"], tree["lost"]) == ([-1, -1], [False, True])
 
 
-def test_a_run_that_has_done_nothing_yet_has_a_report(tmp_path):
+def test_a_run_without_steps_has_a_report(tmp_path):
     run = write_run(tmp_path / "run", [])
     assert len(read_record(run).missing) == 2
     assert unpacked(write_report(run).read_text(), "data")["runs"][0]["competitions"][0]["steps"] == []
 
 
-def test_half_written_rows_are_left_out_and_damaged_ones_refused(tmp_path):
+def test_incomplete_last_rows_are_skipped_and_damaged_rows_refused(tmp_path):
     run = write_run(tmp_path / "run", searched(2, 2, 2, edited(5, 0.2)))
     journal, metrics = run / "journal.jsonl", run / "metrics.jsonl"
     before = write_report(run).read_bytes()
@@ -174,7 +174,7 @@ def test_half_written_rows_are_left_out_and_damaged_ones_refused(tmp_path):
     done = subprocess.run([sys.executable, "-m", "discover_jax.report", f"--workdir={run}"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.match(r"(?i)error: .*\bline 2\b", done.stderr)
-    assert (run / NAME).read_bytes() == before  # the old page stays
+    assert (run / NAME).read_bytes() == before  # the old page is kept
 
 
 def test_a_report_of_a_growing_run_equals_a_fresh_one(tmp_path):
@@ -187,7 +187,7 @@ def test_a_report_of_a_growing_run_equals_a_fresh_one(tmp_path):
         journal.write_bytes(content)
         assert writer.write().read_bytes() == write_report(run, out=tmp_path / "fresh.html").read_bytes()
     replaced.write_bytes(b"".join(lines[6:]))
-    replaced.replace(journal)  # another file: nothing of the old one is kept
+    replaced.replace(journal)  # a new file: the writer must not reuse rows of the old one
     assert writer.write().read_bytes() == write_report(run, out=tmp_path / "fresh.html").read_bytes()
     replaced.unlink(missing_ok=True)
     journal.unlink()
@@ -195,8 +195,8 @@ def test_a_report_of_a_growing_run_equals_a_fresh_one(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"id": "0000-000-000", "interval_95": ["<b>", 1]}'])
-def test_a_grade_that_cannot_be_read_is_missing(tmp_path, text):
-    """As in a run itself, which continues without it."""
+def test_an_invalid_grade_is_reported_as_missing(tmp_path, text):
+    """A run, too, continues without it."""
     run = write_run(tmp_path / "run", searched(1, 1, 2, edited(5, 0.2)))
     (run / "best").mkdir()
     (run / "best" / "grade.json").write_text(text)
@@ -223,13 +223,13 @@ def test_damaged_files_are_refused(tmp_path, name, text, message):
         write_report(run)
 
 
-def test_a_folder_without_a_run(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"config\.json"):
         write_report(tmp_path)
 
 
 def test_compared_runs_have_distinct_names(tmp_path):
-    """By what they do, or else by their folders."""
+    """Runs are named by their kind, or by their folders if kinds are equal."""
     attempts = searched(2, 2, 2, edited(5, 0.2))
     a, b = write_run(tmp_path / "a", attempts), write_run(tmp_path / "b", attempts, kind="search")
     c = write_run(tmp_path / "c", attempts)

@@ -1,4 +1,4 @@
-"""The page as a file: nothing that a run wrote becomes markup, its policy fits its own script, it is small, it knows no address."""
+"""The page as a file: no text of a run becomes markup, its policy allows only its own script, it is small, and it contains no address."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ def test_no_text_of_a_run_becomes_markup(hostile, tmp_path):
     assert elements.texts["title"] == [f"run {ATTACK}"]  # escaped in the file
 
 
-def test_the_policy_names_the_pages_own_script_and_nothing_else(hostile):
+def test_the_policy_allows_only_the_pages_own_script_and_style(hostile):
     elements = Elements()
     elements.feed(hostile)
     (policy,) = [attributes["content"] for tag, attributes in elements.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
@@ -64,7 +64,7 @@ def test_the_policy_names_the_pages_own_script_and_nothing_else(hostile):
     assert set(rules) == {"default-src", "script-src", "style-src", "base-uri", "form-action"}
 
 
-def test_assets_name_no_address_and_parse_no_markup():
+def test_assets_contain_no_address_and_parse_no_markup():
     for asset in (resources.files("discover_jax.report") / "assets").iterdir():
         text = asset.read_text("utf-8")
         assert re.findall(r"https?:[^\"\s]*|//[a-z0-9.-]+\.[a-z]{2,}", text) in ([], ["http://www.w3.org/2000/svg"]), asset.name
@@ -96,7 +96,7 @@ def test_a_page_that_would_be_too_large_leaves_programs_out(tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize(("share", "anew"), [(0.08, 0.05), (0.3, 0.3), (1.0, 1.0)])
 def test_six_thousand_rollouts_stay_below_the_limit(tmp_path, share, anew):
-    """With programs of 120 lines, of which a child changes this share; and with nothing but new ones, which do not fit."""
+    """Programs have 120 lines, and a child changes `share` of them. With only new programs, not all of them fit."""
     run = write_run(tmp_path / "run", searched(50, 15, 8, edited(120, share, anew)))
     assert (run / "journal.jsonl").stat().st_size > 50e6
     assert write_report(run).stat().st_size < LIMIT_BYTES == 5_000_000

@@ -1,8 +1,8 @@
-// Scales and axes. A frame is the room that a chart draws in, with its two scales.
+// Scales and axes. A frame is the area of a chart, with its two scales.
 
-function ticks(low, high, wanted) {
+function ticks(low, high, target) {
   if (!(high > low)) return [low];
-  const raw = (high - low) / Math.max(1, wanted);
+  const raw = (high - low) / Math.max(1, target);
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999) * power;
   const found = [];
@@ -10,7 +10,7 @@ function ticks(low, high, wanted) {
   return found;
 }
 
-// Smallest range of the known values, widened by a part of itself.
+// The range of the known values, widened by a fraction of its size at each end.
 function extent(values, margin = 0.06) {
   const real = values.filter(known);
   if (!real.length) return [0, 1];
@@ -38,7 +38,7 @@ function tickText(tick, all) {
   return tick.toLocaleString("en", { minimumFractionDigits: 0, maximumFractionDigits: Math.max(0, Math.ceil(-Math.log10(step) - 1e-9)) });
 }
 
-// `xs`: the x values of all series; `yRange`: of the y axis. Ticks of x are whole numbers.
+// `xs`: the x values of all series. `yRange`: the range of the y axis. Ticks of the x axis are whole numbers.
 function frame({ width, height, xs, yRange, xLabel, margin, label, yTicks = 5, xPad = 0 }) {
   const room = { top: 14, right: 14, bottom: 24, left: 52, ...margin };
   const xLow = Math.min(...xs) - xPad;
@@ -65,14 +65,14 @@ function frame({ width, height, xs, yRange, xLabel, margin, label, yTicks = 5, x
   return { root, x, y, left: room.left, right, top: room.top, bottom, width, height };
 }
 
-// The index of the value that lies nearest to a place on the axis.
-function nearest(places, place) {
+// Index of the value that is nearest to `target`.
+function nearest(values, target) {
   let best = 0;
-  for (let i = 1; i < places.length; i += 1) if (Math.abs(places[i] - place) < Math.abs(places[best] - place)) best = i;
+  for (let i = 1; i < values.length; i += 1) if (Math.abs(values[i] - target) < Math.abs(values[best] - target)) best = i;
   return best;
 }
 
-// Moves labels, {y, ...} each, apart so that none covers another, and keeps them between two bounds.
+// Sets `at` of each label {y, ...} so that labels do not overlap and stay between two bounds.
 function spread(labels, gap, top, bottom) {
   const sorted = [...labels].sort((a, b) => a.y - b.y);
   for (const label of sorted) label.at = Math.min(Math.max(label.y, top), bottom);
@@ -88,7 +88,7 @@ function spread(labels, gap, top, bottom) {
   return sorted;
 }
 
-// The path through the known points; a gap where there is none.
+// The path through the known points, with gaps at unknown ones.
 function linePath(xs, ys, x, y) {
   let path = "";
   let drawing = false;
@@ -99,7 +99,7 @@ function linePath(xs, ys, x, y) {
   return path;
 }
 
-// A band between lower and upper values, cut where either is not known.
+// The area between lower and upper values, with gaps where either is unknown.
 function bandPath(xs, lows, highs, x, y) {
   let path = "";
   let run = [];

@@ -1,8 +1,8 @@
-// Charts over the steps, which count from 1 here, as on the console.
+// Charts over the steps. Steps count from 1, as on the console.
 
 const NARROW = 620;
 
-// Names and last values beside the lines' ends where there is room, else as a list below the chart.
+// Writes names and last values next to the ends of the lines.
 function endLabels(plot, labels) {
   const group = svg("g", { class: "ends" });
   for (const label of spread(labels, 15, plot.top + 4, plot.bottom - 2)) {
@@ -15,7 +15,7 @@ function endLabels(plot, labels) {
   plot.root.append(group);
 }
 
-// A text of at most so many letters, which keeps its end: a value.
+// Shortens a label to about `room` letters. Keeps its last word, the value.
 function shortened(text, room) {
   const most = Math.max(6, Math.floor(room));
   const end = text.slice(text.lastIndexOf(" "));
@@ -26,7 +26,8 @@ function listLabels(labels) {
   return el("ul", { class: "key" }, labels.map((label) => el("li", null, el("i", { class: `swatch ${label.className}` }), label.text)));
 }
 
-// Best and mean scores with their intervals. `series`: {label, className, xs, lines: [{name, values, low, high, className}]} for each run.
+// Best and mean scores with their intervals. `series` has {xs, lines: [{name, values, low, high, className}]} for each run. On a narrow
+// screen the labels are listed below the chart.
 function scoreChart(series, thresholds, xLabel, describe) {
   const lines = series.flatMap((run) => run.lines.map((line) => ({ ...line, xs: run.xs, steps: run.steps })));
   return responsive("plot", (width) => {
@@ -59,26 +60,26 @@ function scoreChart(series, thresholds, xLabel, describe) {
     const cross = svg("line", { class: "cross", y1: plot.top, y2: plot.bottom, visibility: "hidden" });
     plot.root.append(cross);
     const xs = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
-    answers(plot.root, (px) => {
+    onPointer(plot.root, (px) => {
       cross.setAttribute("visibility", px === null ? "hidden" : "visible");
       if (px === null) return null;
       const at = xs[nearest(xs.map(plot.x), px)];
       cross.setAttribute("x1", plot.x(at));
       cross.setAttribute("x2", plot.x(at));
-      const told = [];
+      const shown = [];
       for (const line of lines) {
         const i = line.xs.indexOf(at);
         if (i < 0 || !known(line.values[i])) continue;
-        const sure = line.low && known(line.low[i]) ? ` (95%: ${score(line.low[i])} to ${score(line.high[i])})` : "";
-        told.push([line.className, `${line.name} ${score(line.values[i])}${sure}`]);
+        const interval = line.low && known(line.low[i]) ? ` (95%: ${score(line.low[i])} to ${score(line.high[i])})` : "";
+        shown.push([line.className, `${line.name} ${score(line.values[i])}${interval}`]);
       }
-      return [`${xLabel} ${at.toLocaleString("en")}`, ...told];
+      return [`${xLabel} ${at.toLocaleString("en")}`, ...shown];
     });
     return narrow ? [plot.root, listLabels(labels)] : [plot.root];
   });
 }
 
-// How the rewards of valid programs are spread, a column a step; failures have a row of their own.
+// A histogram of the rewards of valid programs per step, as a column of cells. Failures have a separate row.
 function rewardChart(steps, rewards, validMeans, means, tallest) {
   const bins = rewards.edges.length - 1;
   return responsive("plot", (width) => {
@@ -91,7 +92,7 @@ function rewardChart(steps, rewards, validMeans, means, tallest) {
       yRange: bins > 0 ? [rewards.edges[0], rewards.edges[bins]] : [0, 1],
       xLabel: "step",
       margin: { bottom: 24 + strip, left: 56 },
-      label: `Rewards of valid programs in ${steps.length} steps, as a histogram for each`,
+      label: `Histograms of the rewards of valid programs in ${steps.length} steps`,
     });
     const wide = Math.max(1, plot.x(steps[0] + 1) - plot.x(steps[0]) || plot.right - plot.left);
     const cell = Math.max(1, wide > 6 ? Math.min(0.9 * wide, 90) : wide);
@@ -119,22 +120,22 @@ function rewardChart(steps, rewards, validMeans, means, tallest) {
     steps.forEach((step, s) => {
       if (known(inside[s])) plot.root.append(svg("line", { class: "mean-mark", x1: plot.x(step) - cell / 2, x2: plot.x(step) + cell / 2, y1: plot.y(inside[s]), y2: plot.y(inside[s]) }));
     });
-    answers(plot.root, (px, py) => {
+    onPointer(plot.root, (px, py) => {
       if (px === null || px < plot.left || px > plot.right) return null;
       const s = nearest(steps.map(plot.x), px);
-      const told = [`step ${steps[s]}`, `mean reward ${score(validMeans[s])}, with failures ${score(means[s])}`];
+      const shown = [`step ${steps[s]}`, `mean reward ${score(validMeans[s])}, with failures ${score(means[s])}`];
       if (bins > 0 && py <= plot.bottom) {
         const b = rewards.edges.slice(0, -1).findIndex((_, i) => py <= plot.y(rewards.edges[i]) && py >= plot.y(rewards.edges[i + 1]));
-        if (b >= 0) told.push(`${count(rewards.counts[s][b], "program")} from ${b ? score(rewards.edges[b]) : "the lowest"} to ${score(rewards.edges[b + 1])}`);
+        if (b >= 0) shown.push(`${count(rewards.counts[s][b], "program")} from ${b ? score(rewards.edges[b]) : "the lowest"} to ${score(rewards.edges[b + 1])}`);
       }
-      told.push(`${count(rewards.failed[s], "failure")}`);
-      return told;
+      shown.push(`${count(rewards.failed[s], "failure")}`);
+      return shown;
     });
     return [plot.root];
   });
 }
 
-// Parts of a whole, a bar a step. `parts`: {label, className, values}.
+// Stacked bars, one per step. `parts` has {label, className, values} for each part.
 function stackChart(steps, parts, { height = 240, unit = "", xLabel = "step", text = number, label, margin = {} }) {
   const sums = steps.map((_, i) => total(parts.map((part) => part.values[i] || 0)));
   return responsive("plot", (width) => {
@@ -151,17 +152,17 @@ function stackChart(steps, parts, { height = 240, unit = "", xLabel = "step", te
         below += value;
       }
     });
-    answers(plot.root, (px) => {
+    onPointer(plot.root, (px) => {
       if (px === null || px < plot.left || px > plot.right) return null;
       const i = nearest(steps.map(plot.x), px);
-      const told = parts.filter((part) => part.values[i]).map((part) => [part.className, `${part.label} ${text(part.values[i])}${unit}`]);
-      return [`step ${steps[i]}`, ...told.reverse()];
+      const shown = parts.filter((part) => part.values[i]).map((part) => [part.className, `${part.label} ${text(part.values[i])}${unit}`]);
+      return [`step ${steps[i]}`, ...shown.reverse()];
     });
     return [plot.root];
   });
 }
 
-// A small chart of lines, or of one line between two others.
+// A small chart of lines, or of one line with a range around it.
 function lineChart(lines, { height = 150, xLabel = "step", label, range = null }) {
   return responsive("plot", (width) => {
     const all = [...lines.flatMap((line) => line.values), ...(range ? [...range.low, ...range.high] : [])];
@@ -187,15 +188,15 @@ function lineChart(lines, { height = 150, xLabel = "step", label, range = null }
     }
     endLabels(plot, labels);
     const xs = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
-    answers(plot.root, (px) => {
+    onPointer(plot.root, (px) => {
       if (px === null) return null;
       const at = xs[nearest(xs.map(plot.x), px)];
-      const told = lines.map((line) => [line.className, `${line.label} ${number(line.values[line.xs.indexOf(at)], 3)}`]);
+      const shown = lines.map((line) => [line.className, `${line.label} ${number(line.values[line.xs.indexOf(at)], 3)}`]);
       if (range) {
         const i = lines[0].xs.indexOf(at);
-        told.push(`from ${number(range.low[i], 3)} to ${number(range.high[i], 3)}`);
+        shown.push(`from ${number(range.low[i], 3)} to ${number(range.high[i], 3)}`);
       }
-      return [`${xLabel} ${at.toLocaleString("en")}`, ...told];
+      return [`${xLabel} ${at.toLocaleString("en")}`, ...shown];
     });
     return [plot.root];
   });

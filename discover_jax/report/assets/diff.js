@@ -1,9 +1,9 @@
-// What a child changed in its parent, line by line.
+// Line diffs between a program and its parent.
 
 const MOST_CELLS = 4e6;
 const CONTEXT = 3;
 
-// [kind, left line's index or -1, right line's index or -1], kind being " ", "-" or "+": a longest common subsequence.
+// Rows [kind, left line's index or -1, right line's index or -1] of a diff by longest common subsequence. `kind` is " ", "-" or "+".
 function diffLines(left, right) {
   let start = 0;
   while (start < left.length && start < right.length && left[start] === right[start]) start += 1;
@@ -18,7 +18,7 @@ function diffLines(left, right) {
   const n = leftEnd - start;
   const m = rightEnd - start;
   if (n * m > MOST_CELLS) {
-    // Too long to compare every line with every other: told as taken out and put in.
+    // Too long for the comparison of all pairs of lines: show all lines as removed and added.
     for (let i = start; i < leftEnd; i += 1) rows.push(["-", i, -1]);
     for (let j = start; j < rightEnd; j += 1) rows.push(["+", -1, j]);
   } else {
@@ -51,19 +51,19 @@ function diffLines(left, right) {
   return rows;
 }
 
-// Lines that were taken out stand beside those that took their place: [left index, right index] of each row.
+// Pairs removed lines with the added lines that replace them: [left index, right index, changed] of each row.
 function sideBySide(rows) {
   const pairs = [];
-  let out = [];
-  let into = [];
+  let removed = [];
+  let added = [];
   const flush = () => {
-    for (let k = 0; k < Math.max(out.length, into.length); k += 1) pairs.push([k < out.length ? out[k] : -1, k < into.length ? into[k] : -1, true]);
-    out = [];
-    into = [];
+    for (let k = 0; k < Math.max(removed.length, added.length); k += 1) pairs.push([k < removed.length ? removed[k] : -1, k < added.length ? added[k] : -1, true]);
+    removed = [];
+    added = [];
   };
   for (const [kind, i, j] of rows) {
-    if (kind === "-") out.push(i);
-    else if (kind === "+") into.push(j);
+    if (kind === "-") removed.push(i);
+    else if (kind === "+") added.push(j);
     else {
       flush();
       pairs.push([i, j, false]);
@@ -73,7 +73,7 @@ function sideBySide(rows) {
   return pairs;
 }
 
-// A line's text with the part marked that its counterpart does not have.
+// A line's text, with the part marked that differs from the other line.
 function marked(text, other) {
   if (other === null) return [text];
   const words = text.match(/\w+|\W/g) || [];
@@ -90,12 +90,12 @@ function marked(text, other) {
 function half(side, index, text, other, changed) {
   const kind = index < 0 ? "none" : changed ? (side === "left" ? "out" : "in") : "same";
   return [
-    el("span", { class: `place ${side} ${kind}` }, index < 0 ? "" : String(index + 1)),
+    el("span", { class: `line-number ${side} ${kind}` }, index < 0 ? "" : String(index + 1)),
     el("code", { class: `${side} ${kind}` }, index < 0 ? "" : changed ? marked(text, other) : text),
   ];
 }
 
-// Two programs beside each other; on a narrow screen one below the other, line by line. Unchanged lines far from a change are folded.
+// Two programs side by side; on a narrow screen, changed lines are below each other. Unchanged lines far from a change are folded.
 function diffView(left, right) {
   const pairs = sideBySide(diffLines(left, right));
   const near = pairs.map(() => false);
@@ -123,5 +123,5 @@ function diffView(left, right) {
 }
 
 function codeView(lines) {
-  return el("pre", { class: "program" }, lines.map((line, i) => el("div", null, el("span", { class: "place" }, String(i + 1)), el("code", null, line))));
+  return el("pre", { class: "program" }, lines.map((line, i) => el("div", null, el("span", { class: "line-number" }, String(i + 1)), el("code", null, line))));
 }

@@ -1,4 +1,4 @@
-// Elements. Text only ever enters as text nodes: nothing here parses markup, so whatever a program printed stays what it is.
+// Creates elements. Text is inserted only as text nodes and never parsed as markup, so no text of a run can become an element.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -20,7 +20,7 @@ function svg(tag, attributes, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-// A chart that is drawn again at each width it gets: `draw(width)` gives its elements.
+// An element that is redrawn when its width changes. `draw(width)` returns its children.
 function responsive(className, draw) {
   const host = el("div", { class: className });
   let drawn = 0;
@@ -36,7 +36,7 @@ function responsive(className, draw) {
 
 const tip = el("div", { class: "tip", role: "status", hidden: true });
 
-// Shows lines of text beside a pointer; each is a string, or [series' class, text].
+// Shows lines of text next to the pointer. Each line is a string or [class of the series, text].
 function showTip(event, lines) {
   tip.replaceChildren(
     ...lines.map((line) => (typeof line === "string" ? el("div", null, line) : el("div", null, el("i", { class: `swatch ${line[0]}` }), line[1]))),
@@ -53,14 +53,15 @@ function hideTip() {
   tip.hidden = true;
 }
 
-// Lets a chart answer the pointer: `at(x, y)`, in the chart's own pixels, gives the lines to show, or null for none.
-function answers(root, at, click) {
-  const place = (event) => {
+// Adds a tooltip and a click handler to a chart. `at(x, y)`, in pixels of the chart, returns the tooltip's lines, or null for no tooltip.
+// It is called with nulls when the pointer leaves.
+function onPointer(root, at, click) {
+  const position = (event) => {
     const box = root.getBoundingClientRect();
     return [event.clientX - box.left, event.clientY - box.top];
   };
   const move = (event) => {
-    const lines = at(...place(event));
+    const lines = at(...position(event));
     if (lines) showTip(event, lines);
     else hideTip();
   };
@@ -70,5 +71,5 @@ function answers(root, at, click) {
     at(null, null);
     hideTip();
   });
-  if (click) root.addEventListener("click", (event) => click(...place(event)));
+  if (click) root.addEventListener("click", (event) => click(...position(event)));
 }

@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formats numbers for people.
 
 const MISSING = "–";
 
@@ -9,13 +9,13 @@ function known(value) {
 function number(value, digits = 4) {
   if (!known(value)) return MISSING;
   const size = Math.abs(value);
-  if (size < 1e-12) return "0"; // what rounding leaves of a sum that is 0
+  if (size < 1e-12) return "0"; // the rounding error of a sum that is 0
   if (size < 1e-3 || size >= 1e7) return value.toExponential(1).replace("e+", "e");
   if (Number.isInteger(value)) return value.toLocaleString("en");
   return value.toLocaleString("en", { maximumSignificantDigits: Math.max(digits, Math.ceil(Math.log10(size))) });
 }
 
-// Scores to four decimals, as the console shows them.
+// Scores have four decimals, as on the console.
 function score(value) {
   if (!known(value)) return MISSING;
   return Math.abs(value) < 1e4 ? value.toFixed(4) : number(value, 6);

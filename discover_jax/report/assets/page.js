@@ -1,4 +1,4 @@
-// Puts the page together, once its data are unpacked.
+// Builds the page from its unpacked data.
 
 const OUTCOME_CLASSES = {
   ok: "o-ok",
@@ -13,8 +13,8 @@ const OUTCOME_CLASSES = {
   sandbox_error: "o-sandbox",
 };
 
-// What is done when the address names an attempt, as the browser's back button does; the tree that is shown sets it.
-let addressed = () => {};
+// Called with the id of an attempt when the URL's fragment changes, as by the back button. The tree section sets it.
+let openAttempt = () => {};
 
 function show(data, competition) {
   const main = document.getElementById("page");
@@ -31,36 +31,36 @@ function show(data, competition) {
     ids.length > 1
       ? el("label", { class: "choose" }, "competition ", el("select", { onchange: (event) => show(data, event.target.value) }, ids.map((id) => el("option", { value: id, selected: id === competition }, id))))
       : null;
-  const what = data.runs.length > 1 ? data.runs.map((run) => run.label).join(" against ") : verb(first.kind);
-  const header = el("header", null, el("h1", null, data.runs.length > 1 ? `${first.name}: ${what}` : first.name), el("p", { class: "subtitle" }, competition ? `${competition}, ${data.runs.length > 1 ? "compared" : what}` : what), chooser);
+  const what = data.runs.length > 1 ? data.runs.map((run) => run.label).join(" vs. ") : kindText(first.kind);
+  const header = el("header", null, el("h1", null, data.runs.length > 1 ? `${first.name}: ${what}` : first.name), el("p", { class: "subtitle" }, competition ? `${competition}, ${data.runs.length > 1 ? "comparison of runs" : what}` : what), chooser);
   if (!runs.length) {
     document.documentElement.dataset.ready = "yes";
-    main.replaceChildren(header, missing(data.runs.map((run) => ({ run }))) ?? "", el("p", { class: "note" }, "There is nothing to draw yet."));
+    main.replaceChildren(header, missing(data.runs.map((run) => ({ run }))) ?? "", el("p", { class: "note" }, "No data yet."));
     return;
   }
-  const wanted = location.hash.slice(1);
+  const fragment = location.hash.slice(1);
   main.replaceChildren(
     header,
     ...[
-      runs.length > 1 ? comparison(runs) : opening(runs[0].run, runs[0].progress),
-      without.length ? el("p", { class: "note" }, `Not in ${without.map((run) => run.label).join(", ")}: ${competition}.`) : null,
+      runs.length > 1 ? comparison(runs) : headline(runs[0].run, runs[0].progress),
+      without.length ? el("p", { class: "note" }, `These runs do not have ${competition}: ${without.map((run) => run.label).join(", ")}.`) : null,
       missing(runs),
       runs[0].progress.disclosed ? el("p", { class: "disclosed" }, runs[0].progress.disclosed.text) : null,
       scores(runs),
-      el("div", { class: runs.length > 1 ? null : "two" }, rewards(runs), fates(runs, outcomes)),
-      runs[0].run === first ? treeSection(data, competition, first, runs[0].progress, offset, outcomes, wanted) : null,
+      el("div", { class: runs.length > 1 ? null : "two" }, rewards(runs), outcomesSection(runs, outcomes)),
+      runs[0].run === first ? treeSection(data, competition, first, runs[0].progress, offset, outcomes, fragment) : null,
       panels(runs),
       disclosure(runs),
       configuration(runs),
-      el("footer", null, "Made by discover_jax from the files in the run's folder alone. This page asks nothing of any network."),
+      el("footer", null, "Written by discover_jax from the files in the run directory. This page sends no network requests."),
     ].filter((part) => part !== null),
   );
   document.documentElement.dataset.ready = "yes";
 }
 
 document.body.append(tip);
-addEventListener("hashchange", () => addressed(location.hash.slice(1)));
+addEventListener("hashchange", () => openAttempt(location.hash.slice(1)));
 unpack("data").then(
   (data) => show(data, (data.runs[0].competitions[0] || { id: "" }).id),
-  (error) => document.getElementById("page").replaceChildren(el("p", { class: "note" }, `This page's data could not be unpacked (${error.message}). It needs a browser of 2023 or later.`)),
+  (error) => document.getElementById("page").replaceChildren(el("p", { class: "note" }, `Could not unpack this page's data: ${error.message}. Use a browser of 2023 or later.`)),
 );

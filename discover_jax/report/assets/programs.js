@@ -1,4 +1,4 @@
-// Packed data: gzip in base64, unpacked by the browser itself.
+// Packed data: gzip in base64, decompressed by the browser.
 
 async function unpack(id) {
   const text = document.getElementById(id).textContent;
@@ -9,13 +9,13 @@ async function unpack(id) {
 
 let unpacking = null;
 
-// Programs and outputs, unpacked when they are first asked for.
+// Programs and outputs, unpacked at the first call.
 function programs() {
   unpacking = unpacking || unpack("programs").then((packed) => new Programs(packed));
   return unpacking;
 }
 
-// The other side of report/programs.py.
+// Reads the format that report/program_table.py writes.
 class Programs {
   constructor(packed) {
     this.packed = packed;
@@ -23,7 +23,7 @@ class Programs {
     this.leftOut = packed.left_out;
   }
 
-  // Lines of the program of an attempt; null if it has none here.
+  // Lines of an attempt's program; null if the page does not have it.
   lines(row) {
     const program = this.packed.rows[row][0];
     return program < 0 ? null : this.build(program);
@@ -37,8 +37,8 @@ class Programs {
     return this.text(this.packed.rows[row][2]);
   }
 
-  text(place) {
-    return place < 0 ? "" : this.packed.texts[place];
+  text(index) {
+    return index < 0 ? "" : this.packed.texts[index];
   }
 
   build(program) {

@@ -1,24 +1,25 @@
-// The tree of states: each dot is an attempt, at its step and its score, joined to the program that it was made from.
+// The tree of attempts: a dot per attempt at its step and score, with an edge to its parent.
 
 const STRIP = 30;
 const REACH = 28;
 const WORST_SHARE = 0.08;
 const shownStep = (step) => step + 1;
 
-// Families of a tree: ancestors of a row, the row itself last; and its children, best first.
+// Ancestors of a row, oldest first, and the row itself.
 function ancestors(tree, row) {
   const chain = [];
   for (let at = row; at >= 0 && chain.length <= tree.id.length; at = tree.parent[at]) chain.push(at);
   return chain.reverse();
 }
 
+// Children of a row, best first.
 function childrenOf(tree, row) {
   const found = [];
   for (let i = 0; i < tree.id.length; i += 1) if (tree.parent[i] === row) found.push(i);
   return found.sort((a, b) => tree.reward[b] - tree.reward[a]);
 }
 
-// The y axis leaves out the worst few, which lie on its edge instead.
+// The range of the y axis. It excludes the worst scores, which are drawn at the chart's edge.
 function scoreRange(values, higher) {
   const sorted = values.filter(known).sort((a, b) => a - b);
   if (!sorted.length) return [0, 1];
@@ -26,7 +27,7 @@ function scoreRange(values, higher) {
   return extent(higher ? [sorted[skipped], sorted[sorted.length - 1]] : [sorted[0], sorted[sorted.length - 1 - skipped]], 0.05);
 }
 
-// `outcomes`: what each kind of outcome is called and looks like; `choose(row)` is called with the row that was clicked.
+// `outcomes`: label and class of each outcome. `choose(row)` is called for the selected row.
 function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choose }) {
   const rows = tree.id.map((_, row) => row);
   const values = higher === null ? tree.reward.map((reward, row) => (known(tree.score[row]) ? reward : null)) : tree.score;
@@ -109,7 +110,7 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
       }
       return found;
     };
-    answers(
+    onPointer(
       plot.root,
       (x, y) => {
         const row = x === null ? -1 : under(x, y);
@@ -146,7 +147,7 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
 
 function hoverLines(tree, row, scoreName, outcomes) {
   const parent = tree.parent[row];
-  const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent])} on its parent)` : "";
+  const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent])} vs. parent)` : "";
   return [
     `${tree.id[row]}, step ${shownStep(tree.step[row])}`,
     known(tree.score[row]) ? [outcomes[tree.outcome[row]].className, `${scoreName} ${score(tree.score[row])}${change}`] : [outcomes[tree.outcome[row]].className, outcomes[tree.outcome[row]].label],
@@ -154,7 +155,7 @@ function hoverLines(tree, row, scoreName, outcomes) {
   ];
 }
 
-// Where an arrow key leads: to the parent, the best child, or a sibling; -1 for nowhere.
+// The row that an arrow key selects: parent, best child or sibling; -1 if there is none.
 function neighbour(tree, row, key) {
   if (row < 0) return -1;
   if (key === "ArrowLeft") return tree.parent[row];
