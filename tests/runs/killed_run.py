@@ -1,4 +1,4 @@
-"""A small run, killed before its n-th file operation, killed once more while it resumes, then left alone: `killed_run.py FOLDER N [N ...]`.
+"""A small run, killed before its n-th file operation and again while it resumes; then it finishes. `killed_run.py FOLDER N [N ...]`
 
 The run writes its files in the same order as `main`: journal, best/, rollouts, metrics, checkpoint. Its model is one number, which
 determines the scores of a step and which the step changes, so lost or repeated state shows in all later steps.
@@ -30,11 +30,11 @@ from discover_jax.types import Attempt, Outcome, StopReason
 BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}
 STEPS, GROUPS, GROUP_SIZE = 3, 2, 3
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-"""As Python's audit events name them; `os.write` and `os.fsync`, which have none, are wrapped."""
+"""File operations, by the names of Python's audit events. `os.write` and `os.fsync` have none and are wrapped."""
 
 
 def attempts_of(step: int, parents: list, number: float) -> list[Attempt]:
-    """Scores follow from the step, the parents and the number; some programs fail, and some are equal."""
+    """Scores depend on the step, the parents and the number. Some programs fail, and some are equal."""
     rng = np.random.default_rng([step, *number.hex().encode(), *"".join(p.id for p in parents).encode()])
     rows = []
     for group, parent in enumerate(parents):
@@ -65,13 +65,13 @@ def attempts_of(step: int, parents: list, number: float) -> list[Attempt]:
 
 
 def run(folder: Path) -> None:
-    """Runs or resumes."""
+    """Starts or resumes the run."""
     with open_workdir(folder, {"seed": 5}, "train") as workdir:
         journal, metrics = Journal(workdir.journal_path), MetricsWriter(workdir.metrics_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         state = init_train_state({"number": jnp.zeros(3)}, adam())
         first, archive = 0, Archive((), 4)
-        if (found := checkpoints.resume(state, sys.exit)) is not None:  # a kill damages none
+        if (found := checkpoints.resume(state, sys.exit)) is not None:  # kills damage no checkpoint
             latest, restored, row = found
             assert restored is not None
             host = HostState.from_json(row, latest)
@@ -101,7 +101,7 @@ def run(folder: Path) -> None:
 
 
 def count_operations(kill_at: int) -> list[int]:
-    """From now on counts file operations, in the returned list's only element; dies before number `kill_at`, or midway if it is a write."""
+    """Counts file operations in the only element of the returned list. Dies before number `kill_at`, or midway if it is a write."""
     count = [0]
     write, fsync = os.write, os.fsync
 

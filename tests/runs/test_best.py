@@ -40,7 +40,7 @@ def test_bundle(tmp_path):
 
 
 def test_diffs_rebuild_the_program(tmp_path):
-    """`patch` itself, applied to nothing at all, goes through the ancestors to the solution."""
+    """`patch`, applied to an empty file, goes through the ancestors to the solution."""
     write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"", grade={}, **BESIDE)
     (tmp_path / "program.py").write_text("")
     diff = (tmp_path / "best" / "lineage.diff").read_text()
@@ -53,9 +53,9 @@ def test_diffs_rebuild_the_program(tmp_path):
     assert (tmp_path / "program.py").read_text() == SECOND.code
 
 
-def test_replaced_as_a_whole(tmp_path):
+def test_bundle_is_replaced_atomically(tmp_path):
     write_best(tmp_path / "best", lineage=[FIRST, SECOND], submission=b"a", grade={"score": 1}, **BESIDE)
-    (tmp_path / ".best.new").mkdir()  # what a kill leaves
+    (tmp_path / ".best.new").mkdir()  # left by a kill
     (tmp_path / ".best.new" / "solution.py").write_text("half")
     (tmp_path / ".best.old").mkdir()
     write_best(tmp_path / "best", lineage=[FIRST], submission=b"b", grade={"score": 2}, **BESIDE)
@@ -79,11 +79,11 @@ def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     assert (tmp_path / "best" / "solution.py").read_text() == SECOND.code
 
 
-def test_needs_a_lineage(tmp_path):
+def test_empty_lineage_is_refused(tmp_path):
     with pytest.raises(RunError, match="lineage"):
         write_best(tmp_path / "best", lineage=[], submission=b"", grade={}, **BESIDE)
 
 
-def test_code_that_utf8_cannot_carry(tmp_path):
+def test_code_that_utf8_cannot_encode(tmp_path):
     write_best(tmp_path / "best", lineage=[state("0-0-0", "seed", "x = '\ud800'", 0.5)], submission=b"", grade={}, **BESIDE)
     assert (tmp_path / "best" / "solution.py").read_bytes() == b"x = '?'\n"

@@ -57,7 +57,7 @@ def test_without_train_state(tmp_path):
     assert checkpoints.restore(3, None) == (None, HOST)
 
 
-def test_what_is_kept(tmp_path):
+def test_retention(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2, every=3)
     for step in range(1, 9):
         checkpoints.save(step, None, {"step": step})
@@ -69,7 +69,7 @@ def test_read_only_touches_nothing(tmp_path):
     writer = Checkpoints(tmp_path, keep=3, every=0)
     for step in (1, 2, 3):
         writer.save(step, train_state(float(step)), HOST)
-    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()  # the other run is just writing it
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()  # the other run is writing it
     before = sorted(tmp_path.rglob("*"))
     reader = Checkpoints(tmp_path, keep=1, every=0, read_only=True)
     assert reader.latest() == 3
@@ -148,12 +148,12 @@ except RunError as error:
 
 
 def test_failing_disk_keeps_earlier_checkpoints(tmp_path):
-    """The kernel refuses writes beyond 4 KiB a file, like a disk that fills up; the next process continues."""
+    """The kernel refuses writes beyond 4 KiB per file, like a full disk. The next process continues."""
     ended = subprocess.run([sys.executable, "-c", _FAILING_WRITER, str(tmp_path)], capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
     assert "heckpoint 2" in ended.stderr
-    assert "step 1" in ended.stderr  # where the run resumes
-    assert "_SignalingThread" not in ended.stderr  # orbax's own tale of it, for every array
+    assert "step 1" in ended.stderr  # the step at which the run resumes
+    assert "_SignalingThread" not in ended.stderr  # orbax's traceback for each array
     again = Checkpoints(tmp_path, keep=2, every=0)
     assert again.latest() == 1
     expected = np.asarray(np.random.default_rng(0).normal(size=(300, 300)), np.float32)
@@ -196,7 +196,7 @@ print("all equal")
 
 
 def test_restored_onto_another_mesh(tmp_path):
-    """Saved on one device or spread over four, in one way or another: restored values are laid out as the run that restores wants them."""
+    """Saved on one device or sharded over four in several ways: restored arrays have the sharding of the restoring run."""
     ended = subprocess.run([sys.executable, "-c", _MESH, str(tmp_path)], capture_output=True, text=True)
     assert ended.stdout == "all equal\n", ended.stderr
 
@@ -217,7 +217,7 @@ while True:
 
 
 def test_kill_at_random_moments(tmp_path):
-    """After each kill the latest checkpoint is whole, no older than the last one reported as saved, and writing continues from it."""
+    """After each kill, the latest checkpoint is complete and not older than the last one reported as saved. Writing continues from it."""
     rng = random.Random(0)
     abstract = init_train_state({"a": jnp.zeros((256, 256))}, adam())
     saved = 0
@@ -225,7 +225,7 @@ def test_kill_at_random_moments(tmp_path):
         writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         assert writer.stdout.readline() == f"from {saved}\n"
-        # Every other start gets as far as its first checkpoint, however busy the machine is.
+        # Every other start reaches its first checkpoint, even on a busy machine.
         first = writer.stdout.readline() if start % 2 else ""
         time.sleep(rng.uniform(0.05, 0.8))
         writer.send_signal(signal.SIGKILL)

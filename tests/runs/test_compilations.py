@@ -38,7 +38,7 @@ def test_folders_that_others_can_write_are_refused(folder, bits, which):
     path.chmod(bits)
     with pytest.raises(RunError, match=rf"write to {path} .*\b{bits:o}\b.*native code.*Delete {path} .*chmod -R go-w {path} "):
         own_folder(folder)
-    path.chmod(0o755)  # to be read by all is no harm
+    path.chmod(0o755)  # all may read it
     own_folder(folder)
 
 
@@ -48,10 +48,10 @@ def test_folders_of_other_users_are_refused(folder, which, monkeypatch):
     path = folder if which == "compiled" else folder.parent
     if os.geteuid() == 0:
         os.chown(path, 12345, 12345)
-    else:  # who may not give a folder away pretends to be somebody else: new files are then another's, too
+    else:  # not root, so simulate another user; new files then belong to another one, too
         monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
         monkeypatch.setattr("discover_jax.runs.compilations._owner_of_new_files", lambda folder: None)
-        path = folder.parent  # which is looked at first
+        path = folder.parent  # checked first
     with pytest.raises(RunError, match=rf"{path} belongs to another user.*native code.*Delete {path} .*JAX_COMPILATION_CACHE_DIR"):
         own_folder(folder)
 
@@ -68,7 +68,7 @@ def test_links_and_files_are_refused(folder, which, tmp_path):
 
 @pytest.fixture
 def restored():
-    """Jax's settings, put back."""
+    """Restores jax's settings."""
     before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
     yield
     for name, value in before.items():

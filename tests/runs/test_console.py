@@ -30,7 +30,7 @@ def best(score: float) -> State:
 
 
 def numbers(line: str) -> list[str]:
-    """The numbers of a line, in order, with their signs; words around them may change."""
+    """The signed numbers of a line, in order."""
     return re.findall(r"[+-]?\d[\d,.]*(?<![,.])", line)
 
 
@@ -42,7 +42,7 @@ def progress(rollouts: int, programs: int, failures=None) -> StepProgress:
     return StepProgress(rollouts, 16, programs, 16, 1234.5, failures or {})
 
 
-def test_a_step_of_several_competitions():
+def test_step_line_of_several_competitions():
     line = step_line(ROW, [Improvement("boats", best(0.71), best(0.7)), Improvement("trains", None, None)], 10)
     assert re.search(r"\bboats\b.*\b0\.7100\b.*\+0\.0100\b.*\btrains\b", line)
 
@@ -62,7 +62,7 @@ def test_step_line():
     assert len(columns) == 1
 
 
-def test_plain_progress_is_rare():
+def test_plain_progress_is_infrequent():
     lines, now = [], [100.0]
     console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
     console.loading(0, 13_761_264_768)
@@ -92,7 +92,7 @@ def test_plain_progress_is_rare():
 def test_plain_lines_show_failures_and_remaining_time():
     lines, now = [], [0.0]
     console = PlainConsole(lines.append, interval=5.0, clock=lambda: now[0])
-    for step in (0, 1):  # the first takes twice as long, since it compiles
+    for step in (0, 1):  # the first step takes twice as long, since it compiles
         console.step(step, 10)
         for phase, seconds in (("sampling", 140), ("learning", 50), ("saving", 0), ("checkpoint", 10)):
             console.phase(phase)
@@ -106,11 +106,11 @@ def test_plain_lines_show_failures_and_remaining_time():
     now[0] += 20
     console.passes(4, 16)
     now[0] += 40
-    console.passes(12, 16)  # longer than the 50 s that it usually takes: 60 s for 12 passes
+    console.passes(12, 16)  # more than the usual 50 s: 60 s for 12 passes
     console.passes(13, 16)
     console.phase("saving")
     console.phase("checkpoint", "3 MB")
-    expected = [  # the phase; what is done; what is left of the step (min or s) and of the run (min); failures
+    expected = [  # phase; progress; time left of the step (min or s) and of the run (min); failures
         ("sampling", ["4", "16", "2", "16", "1,234", "2", "26", "2", "1"]),
         ("learning", ["12", "60", "24"]),
         ("learning", ["4", "16", "40", "24"]),
@@ -128,7 +128,7 @@ def test_lines_are_less_frequent_in_long_steps():
     for second in range(7200):
         now[0] = float(second)
         console.progress(progress(second // 500, 0))
-    assert 70 < len(lines) < 130  # one in 5 s would be 1,440
+    assert 70 < len(lines) < 130  # one every 5 s would be 1,440
 
 
 def test_plain_without_a_terminal(capsys):
@@ -152,13 +152,13 @@ except RunError as error:
 """
 
 
-def test_forced_colour_draws_no_bars_into_a_pipe():
+def test_forced_colour_draws_no_bars_to_a_pipe():
     said = subprocess.run([sys.executable, "-c", _SAY], env=os.environ | {"FORCE_COLOR": "1"}, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("PlainConsole\n")
     assert "\x1b" not in said.stdout
 
 
-def test_a_real_terminal_gets_bars():
+def test_terminal_gets_bars():
     ours, theirs = pty.openpty()
     speaker = subprocess.Popen([sys.executable, "-c", _SAY], env=os.environ | {"TERM": "xterm"}, stdout=theirs)
     os.close(theirs)
@@ -166,7 +166,7 @@ def test_a_real_terminal_gets_bars():
     try:
         while data := os.read(ours, 65536):
             text += data
-    except OSError:  # Linux's way to say that the other side was closed
+    except OSError:  # Linux reports a closed other side this way
         pass
     os.close(ours)
     assert speaker.wait() == 0
@@ -174,7 +174,7 @@ def test_a_real_terminal_gets_bars():
     assert text.rindex(b"\x1b[?25h") > text.rindex(b"\x1b[?25l")
 
 
-def test_standard_output_that_fails():
+def test_failing_standard_output_is_an_error():
     with open("/dev/full", "w") as full:
         said = subprocess.run([sys.executable, "-c", _SAY], stdout=full, stderr=subprocess.PIPE, text=True)
     assert said.returncode == 1
@@ -219,7 +219,7 @@ def test_terminal():
         "/a/long/path/" * 20,
     ):
         assert part in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
 
 
 def test_quiet_console_is_a_console():

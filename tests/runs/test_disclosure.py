@@ -38,7 +38,7 @@ def closing(task, best, private_score, workdir, kind=RunKind.TRAIN):
     return closing_lines([Result(task, best, private_score)], ROWS, workdir=workdir, kind=kind)
 
 
-def test_the_report_s_reward(workdir, tmp_path):
+def test_grade_reward(workdir, tmp_path):
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     content = disclose(workdir, task)
     (of_task,) = content["competitions"]
@@ -70,7 +70,7 @@ def test_cross_validation(workdir, tmp_path):
 
 
 def test_weaker_isolation_stays_recorded(workdir, tmp_path):
-    """Neither by a run that has no score yet, nor when it is resumed elsewhere."""
+    """Also if the run has no score yet, and if it is resumed elsewhere."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     disclose(workdir, task)
     assert read_isolation(workdir.path) == Isolation(True, ("bubblewrap 0.11",))
@@ -86,7 +86,7 @@ def test_weaker_isolation_stays_recorded(workdir, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"isolation": {"isolated": "no", "lines": []}}', '{"isolation": {"isolated": true, "lines": [1]}}']
 )
-def test_an_altered_file_is_refused(workdir, tmp_path, text):
+def test_altered_file_is_refused(workdir, tmp_path, text):
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     (workdir.path / "disclosure.json").write_text(text)
     with pytest.raises(RunError, match=r"disclosure\.json"):
@@ -94,7 +94,7 @@ def test_an_altered_file_is_refused(workdir, tmp_path, text):
 
 
 def test_closing_lines_show_the_memory_limit(workdir, tmp_path):
-    """As it was said at the beginning: `Executor.describe`'s line, whether a program has scored or not."""
+    """The line of `Executor.describe`, as at the start, with and without a score."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
     line = "bubblewrap 0.11, under this user's uid; memory: best effort (4 GiB a process; no writable control group); 2 x 1 cores"
     disclose(workdir, task, line)
@@ -102,7 +102,7 @@ def test_closing_lines_show_the_memory_limit(workdir, tmp_path):
         assert closing(task, best, None, workdir)[-1].endswith(f"  {line}")
 
 
-# ---------------------------------------------------------------------- scores that are not fractions
+# ---------------------------------------------------------------------- scores that are not proportions
 
 
 def predicted(task, noise) -> bytes:
@@ -114,7 +114,7 @@ def predicted(task, noise) -> bytes:
 
 
 def bundle(workdir, task, submission):
-    """Writes best/ as a run does; the best state and its grade.json."""
+    """Writes best/ as a run does. Returns the best state and its grade.json."""
     grade = task.combine([task.grade(submission)] * len(task.splits)) if len(task.splits) == 1 else None
     grade = grade or Grade(valid=True, reason="", score=0.2, private_score=task.grade(submission).private_score)
     best = State("0001-000-000", "seed", "code", value=-1.0, score=grade.score, stdout="", step=1, adapter_step=1)
@@ -124,7 +124,7 @@ def bundle(workdir, task, submission):
 
 
 @pytest.mark.parametrize("reward", ["grade", "holdout"])
-def test_log_loss_has_an_interval_wherever_it_is_shown(workdir, tmp_path, reward):
+def test_log_loss_has_an_interval_everywhere(workdir, tmp_path, reward):
     task = prepare_task("breast-cancer", raw=None, reward=reward, folder=tmp_path / "task")
     disclose(workdir, task)
     best, grade = bundle(workdir, task, predicted(task, 0.1))
@@ -150,7 +150,7 @@ def test_log_loss_has_an_interval_wherever_it_is_shown(workdir, tmp_path, reward
 
 
 def test_missing_interval_has_a_reason(workdir, tmp_path):
-    """Cross-validation keeps one of a program's submissions; a best/ may be another program's, or none."""
+    """Cross-validation keeps only one of a program's submissions. best/ may be missing, or of another program."""
     folded = prepare_task("breast-cancer", raw=None, reward="holdout", holdout_folds=3, folder=tmp_path / "folded")
     disclose(workdir, folded)
     best, grade = bundle(workdir, folded, predicted(folded, 0.1))

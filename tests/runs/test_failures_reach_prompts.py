@@ -1,4 +1,4 @@
-"""The whole chain of a rejected submission: sandbox, grader, journal, metrics, and the next prompt on the same parent."""
+"""The path of a rejected submission: sandbox, grader, journal, metrics, and the next prompt on the same parent."""
 
 import json
 
@@ -40,7 +40,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def verdicts(task, tmp_path_factory):
-    """By program, from real sandboxes and the real grader."""
+    """The verdict of each program, from real sandboxes and the real grader."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "PRELOAD", ())
         limits = ResourceLimits(seconds=60, cores=1, memory_bytes=900 * MIB)
@@ -55,7 +55,7 @@ def tokenizer():
 
 
 def attempts_of(task, step, parent, codes, verdicts):
-    """A group of rollouts, one for each program; None is a reply without one."""
+    """A group of rollouts, one per program; None is a reply without a program."""
     tokens_T = np.zeros(5, np.int32)
     return [
         attempt_of(
@@ -79,12 +79,12 @@ def journalled(tmp_path, attempts):
 
 
 @pytest.mark.parametrize("code", REASONS, ids=["column", "rows", "missing"])
-def test_a_rejected_submission_from_the_sandbox_to_the_next_prompt(task, verdicts, tokenizer, tmp_path, code):
+def test_rejected_submission_reaches_the_next_prompt(task, verdicts, tokenizer, tmp_path, code):
     valid = attempts_of(task, 0, SEED, [VALID], verdicts)
     frontier = Frontier(Archive((), 10)).after(journalled(tmp_path, valid), reusable={valid[0].id}, children=0)
     parent = frontier.best
     assert parent is not None
-    assert frontier.failures(parent) == ()  # nobody has built on it yet
+    assert frontier.failures(parent) == ()  # no attempt has used it as parent yet
 
     # The verdict and the journal.
     attempts = journalled(tmp_path, attempts_of(task, 1, parent, [None, RAISES, code], verdicts))
@@ -111,7 +111,7 @@ def test_a_rejected_submission_from_the_sandbox_to_the_next_prompt(task, verdict
     text = build_prompt(task, parent, failures, FULL, tokenizer, group=0, step=2).text
     assert f"The last attempt to improve it failed:\n\n```\ninvalid submission\n{REASONS[code]}\n```" in text
     assert VALID.strip() in text
-    assert "no such thing" not in text  # of several errors the last one
+    assert "no such thing" not in text  # only the last of several errors is shown
 
     # A prompt on another parent does not.
     assert frontier.failures(SEED) == ()
@@ -121,7 +121,7 @@ def test_a_rejected_submission_from_the_sandbox_to_the_next_prompt(task, verdict
 
 
 def test_errors_are_shown_until_one_attempt_on_the_parent_succeeds(task, verdicts, tokenizer):
-    """And again when those of a later step all fail: the last step that built on the parent counts."""
+    """And again if all attempts of a later step fail: the last step that used the parent counts."""
     frontier = Frontier(Archive((), 10))
     for step, codes, shown in (
         (0, [RAISES, NO_COLUMN], REASONS[NO_COLUMN]),
@@ -138,7 +138,7 @@ def test_errors_are_shown_until_one_attempt_on_the_parent_succeeds(task, verdict
         assert shown is None or shown in text
 
 
-def test_a_resumed_run_shows_the_same_errors(task, verdicts, tmp_path):
+def test_resumed_run_shows_the_same_errors(task, verdicts, tmp_path):
     attempts = [*attempts_of(task, 0, SEED, [VALID], verdicts), *attempts_of(task, 1, SEED, [RAISES, NO_COLUMN], verdicts)]
     read = journalled(tmp_path, attempts)
     resumed = Frontier.resumed(Archive((), 10), read)

@@ -1,4 +1,4 @@
-"""kill -9 before any file operation of a run, or midway through a write, then again while it resumes: it ends as if nothing had been."""
+"""kill -9 before any file operation of a run, or midway through a write, and again while it resumes: the results stay the same."""
 
 import json
 import subprocess
@@ -13,8 +13,8 @@ from discover_jax.runs.checkpoints import Checkpoints
 _SCRIPT = Path(__file__).with_name("killed_run.py")
 
 
-def books(folder: Path) -> dict[str, bytes]:
-    """Every file that a run leaves, but for checkpoints, whose bytes hold the time, and for what was set aside while resuming."""
+def run_files(folder: Path) -> dict[str, bytes]:
+    """All files of a run, except checkpoints, which contain the time, and files that were set aside while resuming."""
     skipped = ("checkpoints", ".lock", "journal.discarded.jsonl")
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.relative_to(folder).parts[0] not in skipped}
@@ -24,7 +24,7 @@ def check(root: Path, moments: list[int]) -> None:
     ended = subprocess.run([sys.executable, str(_SCRIPT), str(root), *map(str, moments)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     _, *lines = ended.stdout.splitlines()
-    expected = books(root / "unbroken")
+    expected = run_files(root / "unbroken")
     assert {"journal.jsonl", "metrics.jsonl", "config.json", "best/solution.py", "rollouts/step-000002.parquet"} <= expected.keys()
     attempts = Journal(root / "unbroken" / "journal.jsonl").read()
     assert len({attempt.step for attempt in attempts}) == 3
@@ -34,11 +34,11 @@ def check(root: Path, moments: list[int]) -> None:
         folder = root / str(moment)
         assert line.split()[:2] == [str(moment), "True"], "the first start was to be killed"
         assert line.split()[3] == "True"
-        assert books(folder) == expected, f"killed before file operation {moment}"
+        assert run_files(folder) == expected, f"killed before file operation {moment}"
         checkpoints = Checkpoints(folder / "checkpoints", keep=2, every=0, read_only=True)
         assert checkpoints.latest() == 2
         assert checkpoints.restore(2, None)[1] == host
-        # What was set aside is in the journal by now, since the steps were done again; torn rows aside.
+        # Rows that were set aside are in the journal again, since the steps were repeated. Incomplete rows are not.
         discarded = folder / "journal.discarded.jsonl"
         for row in discarded.read_text().splitlines() if discarded.exists() else []:
             try:
@@ -49,7 +49,7 @@ def check(root: Path, moments: list[int]) -> None:
 
 
 def operations(root: Path) -> int:
-    """How many file operations the unbroken run does; about 310."""
+    """The number of file operations of the uninterrupted run, about 310."""
     ended = subprocess.run([sys.executable, str(_SCRIPT), str(root)], capture_output=True, text=True, check=True)
     return int(ended.stdout.split()[1])
 
@@ -61,5 +61,5 @@ def test_killed_at_some_moments(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_every_moment(tmp_path):
-    """All but the last few: orbax's threads make the count differ a little between runs."""
+    """All moments except the last few: the count varies a little between runs, because of orbax's threads."""
     check(tmp_path, list(range(1, operations(tmp_path / "count") - 4)))

@@ -50,7 +50,7 @@ def test_later_steps_use_medians_of_the_last_five_without_the_first(pace, now):
     pace.phase("sampling")
     now[0] += 10
     assert lefts(pace.left(0.1)) == ["72 s", duration(72 + 13 * 82)]  # 70 - 10, and 10 + 2
-    now[0] += 70  # longer than usual: what rollouts tell
+    now[0] += 70  # longer than usual: estimated from finished rollouts
     assert lefts(pace.left(0.8)) == ["32 s", duration(32 + 13 * 82)]
     pace.phase("learning")
     now[0] += 4
@@ -63,7 +63,7 @@ def test_later_steps_use_medians_of_the_last_five_without_the_first(pace, now):
 def test_second_step_uses_the_first(pace, now):
     do(pace, now, 4, 6, sampling=80, learning=20)
     pace.step(5, 6)
-    assert lefts(pace.left(0.0)) == ["2 min", "2 min"]  # none comes after it
+    assert lefts(pace.left(0.0)) == ["2 min", "2 min"]  # it is the last step
 
 
 @pytest.mark.parametrize(

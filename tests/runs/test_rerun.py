@@ -1,4 +1,4 @@
-"""rerun.sh: the shell script that a run writes, really run, comes to the score in grade.json again, and says so when it does not."""
+"""rerun.sh, the shell script of a run: it reproduces the score in grade.json, or reports that it does not."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def run():
 
 
 def run_here(public: Path) -> bytes:
-    """What the program submits, found without the project: pandas and scikit-learn in this very process."""
+    """The submission of CODE, computed in this process with only pandas and scikit-learn."""
     names: dict = {}
     exec(CODE.replace("data/", f"{public}/"), names)
     return names["run"]().to_csv(index=False).encode()
@@ -57,7 +57,7 @@ def bundle(request, tmp_path_factory) -> Path:
             disclosure=(workdir.path / "disclosure.json").read_bytes(),
             rerun=rerun_script(rerun_settings(config, 0)),
         )
-    # The bundle alone must do, wherever it lies: with a space and a quote in its path, too.
+    # The bundle must be self-contained and work in any folder, also with a space and a quote in its path.
     return (root / "run" / "best").rename(root / "it's the best")
 
 
@@ -115,7 +115,7 @@ def test_mistakes(bundle, tmp_path):
 
 
 def test_the_script_names_what_a_score_depends_on(tmp_path):
-    """Paths as a shell must be told them, and only the competition's own data of several."""
+    """Paths are quoted for the shell. With several competitions, only this one's data is named."""
     config = default_config()
     raw = tmp_path / "it's here" / "train.csv"
     config.task.competition, config.task.raw = "digits-parity, spaceship-titanic", f",{raw}"
@@ -127,4 +127,6 @@ def test_the_script_names_what_a_score_depends_on(tmp_path):
     assert "--allow_weaker" in words
     assert not any("raw" in word for word in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True))
     config.execution.backend, config.execution.allow_weaker = "ray", False
-    assert "--backend=bubblewrap" in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True)  # here, wherever it ran
+    assert "--backend=bubblewrap" in shlex.split(
+        rerun_script(rerun_settings(config, 0)), comments=True
+    )  # on this machine, even if it ran on a cluster

@@ -1,4 +1,4 @@
-"""rollouts/: read back by pandas as people do, replaced as a whole, never half written."""
+"""rollouts/: readable by pandas, replaced atomically, never incomplete."""
 
 import dataclasses
 import re
@@ -55,7 +55,7 @@ def test_rows_round_trip(tmp_path):
     assert list(pd.read_parquet(path, columns=["tokens", "score"]).columns) == ["tokens", "score"]
 
 
-def test_text_that_utf8_cannot_hold_is_escaped(tmp_path):
+def test_text_that_utf8_cannot_encode_is_escaped(tmp_path):
     (text,) = pd.read_parquet(write_rollouts(tmp_path, 0, [ROW | {"reply": "ä\ud800€"}]))["reply"]
     assert text == "ä\\ud800€"
 
@@ -79,13 +79,13 @@ def test_many_rows_are_written_in_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row", [ROW | {"luck": 1}, {name: value for name, value in ROW.items() if name != "score"}])
-def test_rows_that_do_not_fit(tmp_path, row):
+def test_invalid_rows_are_refused(tmp_path, row):
     with pytest.raises(ConfigError, match=r"luck|score"):
         write_rollouts(tmp_path, 8, [ROW, row])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
+def test_disk_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_rollouts(tmp_path, 7, [ROW])
     before = path.read_bytes()
 
@@ -120,7 +120,7 @@ ATTEMPTS = [Attempt(id=f"0003-000-00{index}", index=index, **_SHARED, **rest) fo
 
 
 def test_rows_of_a_step():
-    """Everything of a rollout in its row, with and without a program."""
+    """A row has everything about a rollout, with and without a program."""
     ids, logprobs = np.array([104, 105], np.int32), np.array([-1.5, -0.25], np.float32)
     prompt = np.arange(5, dtype=np.int32)
     written = {
@@ -141,7 +141,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text()
 
 
 def _documented(heading: str) -> list[str]:
-    """The columns that the section of the page describes."""
+    """The columns described in a section of the page."""
     section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
     return [name for cell in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)]
 
@@ -150,7 +150,7 @@ def test_page_documents_every_column_field_and_outcome():
     both = _documented("Columns of rollouts and journal")
     assert sorted(both + _documented("rollouts/")) == sorted(COLUMNS)
     assert sorted(both + _documented("journal.jsonl")) == sorted(field.name for field in dataclasses.fields(Attempt))
-    assert [o.value for o in Outcome if f'"{o.value}"' not in PAGE] == ["sandbox_error"]  # which never gets there
+    assert [o.value for o in Outcome if f'"{o.value}"' not in PAGE] == ["sandbox_error"]  # never written to the journal
 
 
 def test_the_pages_examples_run(tmp_path, capsys):
@@ -158,7 +158,7 @@ def test_the_pages_examples_run(tmp_path, capsys):
     for step in (0, 1):
         prompt = {"step": step, "prompt_id": f"000{step}-001", "prompt": f"prompt of {step}"}
         write_rollouts(tmp_path / "rollouts", step, [ROW | prompt, FAILED | {"step": step, "index": 3}])
-    (tmp_path / "rollouts" / ".step-000002.parquet.tmp").write_bytes(b"PAR1")  # what a kill leaves
+    (tmp_path / "rollouts" / ".step-000002.parquet.tmp").write_bytes(b"PAR1")  # left by a kill
     Journal(tmp_path / "journal.jsonl").append(ATTEMPTS)
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(examples) == 2

@@ -1,4 +1,4 @@
-"""metrics.jsonl, its schema and page, and the row that sums a step up."""
+"""metrics.jsonl, its schema and documentation, and the row that summarises a step."""
 
 import dataclasses
 import json
@@ -52,8 +52,8 @@ def test_the_page_is_current():
 
 
 def test_names_and_units_are_stable():
-    """Scripts, TensorBoard and W&B know metrics by name. A new one is added to the list;
-    to rename one, or to change its unit, breaks them.
+    """Scripts, TensorBoard and W&B know metrics by name. Add a new metric to the list.
+    Renaming one or changing its unit breaks users.
     """
     frozen = json.loads((Path(__file__).parent / "metrics_schema.json").read_text())
     assert {name: unit for name, (unit, _) in SCHEMA.items()} == frozen["step"]
@@ -66,7 +66,7 @@ def test_scalars():
     assert scalars(row) == {"outcome/ok": 3, "entropy": 0.5}
 
 
-def test_every_name_is_explained():
+def test_every_metric_is_documented():
     assert set(REQUIRED) <= SCHEMA.keys()
     assert all(meaning for _, meaning in SCHEMA.values())
     assert {f"outcome/{outcome.value}" for outcome in Outcome} <= SCHEMA.keys()
@@ -84,7 +84,7 @@ def test_rows(tmp_path):
 
 
 @pytest.mark.parametrize("row", [ROW | {"reward/median": 1.0}, {k: v for k, v in ROW.items() if k != "best/score"}])
-def test_rows_that_do_not_fit(tmp_path, row):
+def test_invalid_rows_are_refused(tmp_path, row):
     with pytest.raises(ConfigError, match=r"reward/median|best/score"):
         MetricsWriter(tmp_path / "metrics.jsonl").write(row)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -166,7 +166,7 @@ def test_step_row_without_valid_programs(tmp_path):
 
 
 def test_step_row_of_several_competitions(tmp_path):
-    """Each has its own columns; there is no best score of them all. What its rows say comes back."""
+    """Each competition has its own columns; there is no best score over all of them. The rows survive a round trip."""
     other = [dataclasses.replace(attempt, task="trains", reward=2.0) for attempt in ATTEMPTS]
     best = {"boats": State("0-0-1", "seed", "y", 0.75, 0.75, "", 0, 0, "boats"), "trains": None, "planes/ä": None}
     row = step_row(0, [*ATTEMPTS, *other], best=best, timings={}, learning_metrics={})

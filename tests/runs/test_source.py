@@ -1,4 +1,4 @@
-"""Continuing another run: which state is inherited; scores of other rows, above all private ones, never are."""
+"""Continuing another run: which state is inherited. Scores of other rows, in particular private ones, never are."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ SANDBOX = Isolation(True, ("bubblewrap 0.11",))
 
 @pytest.fixture
 def prepare(tmp_path):
-    """Prepares a task once for each of its settings."""
+    """Prepares a task once per combination of settings."""
 
     def prepare(name="digits-parity", reward="grade", **settings):
         folder = tmp_path / "-".join([name, reward, *(f"{key}={value}" for key, value in settings.items())])
@@ -75,7 +75,7 @@ def config_of(tasks, resume_from=""):
 
 
 def make_run(path, tasks, isolation=SANDBOX, earlier=()):
-    """A run of one step, in which each task got a program with the score .75, and its adapter the number 7."""
+    """A run of one step. Each task has a program with the score 0.75, and the adapter holds the number 7."""
     with open_workdir(path, {}, "train") as workdir:
         write_disclosure(workdir, tasks, search={}, isolation=isolation)
         journal = Journal(workdir.journal_path)
@@ -92,8 +92,8 @@ def make_run(path, tasks, isolation=SANDBOX, earlier=()):
     return path
 
 
-def go_on(path, source, tasks, note=print) -> tuple[RunState, Isolation | None]:
-    """Starts another run there, as `main` does."""
+def continue_run(path, source, tasks, note=print) -> tuple[RunState, Isolation | None]:
+    """Starts another run in `path`, as `main` does."""
     config = config_of(tasks, source)
     with open_workdir(path, {}, "train") as workdir:
         found = find_source(config.train.resume_from, tasks, workdir)
@@ -110,7 +110,7 @@ def go_on(path, source, tasks, note=print) -> tuple[RunState, Isolation | None]:
 def test_continued_run_inherits_state(tmp_path, prepare):
     task = prepare()
     source = make_run(tmp_path / "first", [task])
-    standing, _ = go_on(tmp_path / "next", source, [prepare()])
+    standing, _ = continue_run(tmp_path / "next", source, [prepare()])
     assert (standing.first_step, standing.step) == (1, 1)
     np.testing.assert_array_equal(standing.train_state.lora["A"], [7, 7, 7])
     frontier = standing.frontiers[task.id]
@@ -146,7 +146,7 @@ OTHER_ROWS = [
 def test_scores_of_other_rows_are_refused_before_anything_is_copied(tmp_path, prepare, there, here, said):
     source = make_run(tmp_path / "first", [prepare(**there)])
     with pytest.raises(RunError) as caught:
-        go_on(tmp_path / "next", source, [prepare(**here)])
+        continue_run(tmp_path / "next", source, [prepare(**here)])
     for part in (*said, re.escape(str(source)), r"config\.train\.resume_from\b", "--workdir"):
         assert re.search(part, str(caught.value)), part
     assert not (tmp_path / "next" / "journal.jsonl").exists()
@@ -158,14 +158,14 @@ def test_other_data_with_equal_settings_are_refused(tmp_path, prepare):
     task = prepare()
     source = make_run(tmp_path / "first", [dataclasses.replace(task, fingerprint="0" * 64)])
     with pytest.raises(RunError, match="digits-parity"):
-        go_on(tmp_path / "next", source, [task])
+        continue_run(tmp_path / "next", source, [task])
 
 
 def test_continue_one_of_several_competitions_then_add_another(tmp_path, prepare):
-    """Each run remembers which rows made the scores of competitions that it does not have: its journal holds them."""
+    """A run records the rows behind all scores in its journal, also for competitions that it no longer has."""
     tasks = [prepare("digits-parity", "holdout"), prepare("diabetes", "holdout"), prepare("breast-cancer", "holdout")]
     several = make_run(tmp_path / "several", tasks[:2])
-    standing, _ = go_on(tmp_path / "alone", several, tasks[:1])
+    standing, _ = continue_run(tmp_path / "alone", several, tasks[:1])
     assert set(standing.frontiers) == {"digits-parity"}
     assert standing.frontiers["digits-parity"].best.task == "digits-parity"
     grade = json.loads((tmp_path / "alone" / "best" / "grade.json").read_text())
@@ -173,12 +173,12 @@ def test_continue_one_of_several_competitions_then_add_another(tmp_path, prepare
     assert {row["task"] for row in standing.rewards} == {"digits-parity", "diabetes"}
 
     alone = make_run(tmp_path / "further", tasks[:1], earlier=standing.rewards)
-    joined, _ = go_on(tmp_path / "joined", alone, [tasks[0], tasks[2]])
+    joined, _ = continue_run(tmp_path / "joined", alone, [tasks[0], tasks[2]])
     assert joined.frontiers["breast-cancer"].best is None
     assert (tmp_path / "joined" / "best" / "digits-parity" / "grade.json").exists()
     with pytest.raises(RunError, match=r"diabetes.*config\.task\.reward\b.*'holdout'.*'grade'"):
-        go_on(tmp_path / "back", alone, [prepare("diabetes", "grade")])
-    go_on(tmp_path / "back too", alone, [tasks[1]])
+        continue_run(tmp_path / "back", alone, [prepare("diabetes", "grade")])
+    continue_run(tmp_path / "back too", alone, [tasks[1]])
 
 
 def test_programs_without_recorded_rows_are_refused(prepare):
@@ -195,32 +195,32 @@ def test_programs_without_recorded_rows_are_refused(prepare):
 
 
 def test_weaker_isolation_is_inherited(tmp_path, prepare):
-    """Along a chain of runs; and a run without recorded isolation cannot be continued."""
+    """Also along a chain of runs. A run without recorded isolation cannot be continued."""
     task = prepare()
     weak = Isolation(False, ("unsafe-subprocess: NO ISOLATION",))
     source = make_run(tmp_path / "first", [task], isolation=weak)
-    _, isolation = go_on(tmp_path / "next", source, [task])
+    _, isolation = continue_run(tmp_path / "next", source, [task])
     assert isolation == Isolation(False, (*weak.lines, *SANDBOX.lines))
     (source / "disclosure.json").unlink()
     with pytest.raises(RunError, match=r"disclosure\.json"):
-        go_on(tmp_path / "third", source, [task])
+        continue_run(tmp_path / "third", source, [task])
     (source / "disclosure.json").write_text("{}")
     with pytest.raises(RunError, match=r"disclosure\.json"):
-        go_on(tmp_path / "third", source, [task])
+        continue_run(tmp_path / "third", source, [task])
 
 
 def test_run_with_checkpoints_does_not_need_its_source(tmp_path, prepare):
-    """And what it said of the source stays."""
+    """And the record of its source stays."""
     task = prepare()
     source = make_run(tmp_path / "first", [task], isolation=Isolation(False, ("none",)))
-    go_on(tmp_path / "next", source, [task])
+    continue_run(tmp_path / "next", source, [task])
     with open_workdir(tmp_path / "next", {}, "train") as workdir:
         journal = Journal(workdir.journal_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         checkpoints.save(1, state_of(8), HostState.of(1, [], reward_rows([task]), journal).to_json())
         checkpoints.close()
     source.rename(tmp_path / "gone")
-    standing, isolation = go_on(tmp_path / "next", source, [task])
+    standing, isolation = continue_run(tmp_path / "next", source, [task])
     assert (standing.first_step, standing.step) == (1, 2)
     assert isolation == Isolation(False, ("none", *SANDBOX.lines))
     assert json.loads((tmp_path / "next" / "disclosure.json").read_text())["goes_on_from"]["run"] == str(source)
@@ -229,10 +229,10 @@ def test_run_with_checkpoints_does_not_need_its_source(tmp_path, prepare):
 def test_resumed_run_detects_a_task_prepared_from_other_data(tmp_path, prepare):
     task = prepare()
     path = make_run(tmp_path / "run", [task])
-    standing, _ = go_on(path, "", [task])
+    standing, _ = continue_run(path, "", [task])
     assert standing.step == 1
     with pytest.raises(RunError, match=r"heckpoint 0\b(?s:.)*digits-parity"):
-        go_on(path, "", [dataclasses.replace(task, fingerprint="0" * 64)])
+        continue_run(path, "", [dataclasses.replace(task, fingerprint="0" * 64)])
 
 
 def test_missing_best_program_of_the_source_is_reported(tmp_path, prepare):
@@ -240,7 +240,7 @@ def test_missing_best_program_of_the_source_is_reported(tmp_path, prepare):
     source = make_run(tmp_path / "first", [task])
     (source / "best" / "grade.json").write_text('{"id": "0009-000-000", "competition": "digits-parity"}')
     notes = []
-    go_on(tmp_path / "next", source, [task], notes.append)
+    continue_run(tmp_path / "next", source, [task], notes.append)
     assert not (tmp_path / "next" / "best").exists()
     (note,) = notes
     assert "0000-000-000" in note

@@ -1,4 +1,4 @@
-"""Event files as TensorBoard reads them; W&B only on request, refused with a reason, and in its own offline mode where it is installed."""
+"""Event files as TensorBoard reads them. W&B only on request, with clear errors, and in its offline mode if it is installed."""
 
 import struct
 import subprocess
@@ -18,7 +18,7 @@ ROW = dict.fromkeys(REQUIRED, 0.5) | {"loss": float("nan"), "task/planes/reward_
 
 
 def events(path: Path) -> list:
-    """The events of one file: records of length (8 bytes), its checksum (4), bytes and theirs (4); a torn last one is left out."""
+    """The events of a file, without an incomplete last one. A record is the length (8 bytes), its checksum (4), the data, its checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
@@ -35,7 +35,7 @@ def events(path: Path) -> list:
 
 
 def shown(folder: Path) -> dict[tuple[str, int], list[float]]:
-    """What TensorBoard shows: files in the order of their names; a start at a step drops all that was there of it and later ones."""
+    """What TensorBoard shows: files in order of their names. A session start at a step drops earlier events from this step on."""
     from tensorboardX.proto.event_pb2 import SessionLog
 
     points: dict[tuple[str, int], list[float]] = {}
@@ -72,7 +72,7 @@ def run(workdir, steps, *, leads=True, **tracking):
                 trackers.write(ROW | {"step": step, "reward/mean": step / 2})
 
 
-def test_a_resumed_run_has_each_step_once(workdir):
+def test_resumed_run_has_each_step_once(workdir):
     run(workdir, [0, 1, 2])
     run(workdir, [2, 3])
     assert len(list(workdir.tensorboard_dir.iterdir())) == 2
@@ -80,10 +80,10 @@ def test_a_resumed_run_has_each_step_once(workdir):
     assert all(len(values) == 1 for values in points.values())
     assert {step: values for (name, step), values in points.items() if name == "reward/mean"} == {n: [n / 2] for n in range(4)}
     named = {name for name, _ in points}
-    assert named == ROW.keys() - {"step", "loss", "best/score"}  # neither what is no number nor what there is none of
+    assert named == ROW.keys() - {"step", "loss", "best/score"}  # neither the step nor metrics that are None or not finite
 
 
-def test_rows_are_written_at_once_and_torn_rows_are_skipped(tmp_path):
+def test_rows_are_written_immediately_and_incomplete_ones_are_skipped(tmp_path):
     files = EventFiles(tmp_path / "tensorboard")
     files.begin(0)
     files.write(ROW | {"step": 0})
@@ -115,7 +115,7 @@ def test_other_processes_track_nothing(workdir):
     assert not workdir.tensorboard_dir.exists()
 
 
-def test_torch_is_not_imported_for_it():
+def test_tracking_does_not_import_torch():
     code = (
         "import sys; import pathlib, tempfile; from discover_jax.runs.tracking import EventFiles;"
         " EventFiles(pathlib.Path(tempfile.mkdtemp())).begin(0);"
@@ -124,16 +124,16 @@ def test_torch_is_not_imported_for_it():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_wandb_that_is_not_installed(workdir, monkeypatch):
+def test_missing_wandb_is_an_error(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"config.tracking.wandb = 'online'.*pip install 'discover_jax\[tracking\]'"):
         run(workdir, [0], wandb="online")
     assert not workdir.tensorboard_dir.exists()
-    run(workdir, [0])  # which nobody asked for
+    run(workdir, [0])  # wandb was not requested
 
 
 class Recorded:
-    """What a run at W&B is told; `step` is the next one that it would take, as W&B has it."""
+    """Records what is logged to a W&B run. `step` is the next step that W&B accepts."""
 
     def __init__(self, step):
         self.step, self.rows, self.code = step, [], None
@@ -147,7 +147,7 @@ class Recorded:
 
 
 def imitation(monkeypatch, *, logged_in, steps_known=0):
-    """A module in the place of wandb: what it was asked for is in `calls`."""
+    """Replaces the module wandb and records its calls in `calls`."""
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     module = types.ModuleType("wandb")
     calls, runs = [], []
@@ -181,7 +181,7 @@ def test_wandb_without_login(workdir, monkeypatch):
     assert calls == []
 
 
-def test_wandb_gets_numbers_and_settings_and_is_resumed_by_id(workdir, monkeypatch):
+def test_wandb_gets_metrics_and_settings_and_resumes_by_id(workdir, monkeypatch):
     _, calls, runs = imitation(monkeypatch, logged_in=True, steps_known=3)
     run(workdir, [0, 1, 2], wandb="online", project="boats")
     run(workdir, [2, 3], wandb="online", project="boats")
@@ -192,17 +192,17 @@ def test_wandb_gets_numbers_and_settings_and_is_resumed_by_id(workdir, monkeypat
     assert first["settings"]["console"] == "off"
     assert first["settings"]["save_code"] is False
     assert [step for step, _ in runs[0].rows] == [0, 1, 2]
-    assert [step for step, _ in runs[1].rows] == [3]  # it has step 2
+    assert [step for step, _ in runs[1].rows] == [3]  # it already has step 2
     expected = {name: value for name, value in ROW.items() if name not in ("step", "loss", "best/score")}
     assert runs[0].rows[2][1] == expected | {"reward/mean": 1.0}
     assert runs[0].code == 0
-    with pytest.raises(TypeError):  # in the place of any error of a run
+    with pytest.raises(TypeError):  # stands for any error of a run
         run(workdir, [4, "no step"], wandb="online")
     assert runs[2].code == 1
 
 
 def test_real_wandb_offline(workdir, monkeypatch):
-    """What W&B's own file holds; nothing is sent in this mode."""
+    """Reads W&B's own file; this mode sends nothing."""
     pytest.importorskip("wandb", reason="needs the extra `tracking`")
     monkeypatch.setenv("HOME", str(workdir.path / "home"))
     run(workdir, [0, 1], wandb="offline")
@@ -212,7 +212,7 @@ def test_real_wandb_offline(workdir, monkeypatch):
     assert (workdir.path / "wandb_id").read_text().strip() in file.name
 
 
-def test_unknown_settings_are_refused_and_tracking_may_change_on_resume(tmp_path):
+def test_unknown_settings_are_refused_and_tracking_can_change_on_resume(tmp_path):
     config = config_of(project="boats")
     with pytest.raises(ConfigError, match=r"config\.tracking\.project"):
         settings.validate(config)

@@ -1,4 +1,4 @@
-"""The run folder: made, resumed, refused, locked; atomic files on a disk that fails."""
+"""The run directory: creation, resuming, refusals, the lock, and atomic files on a failing disk."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_every_difference_is_named(tmp_path):
     assert "--workdir" in message
 
 
-def test_folder_of_something_else(tmp_path):
+def test_other_folders_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RunError, match=r"thesis\.tex"), open_workdir(tmp_path, CONFIG, "train"):
         pass
@@ -95,7 +95,7 @@ with open_workdir(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), "train"):
     finally:
         holder.kill()
         holder.communicate()
-    with open_workdir(tmp_path / "a", CONFIG, "train") as opened:  # kill -9 lets go of the lock
+    with open_workdir(tmp_path / "a", CONFIG, "train") as opened:  # kill -9 releases the lock
         assert opened.resumed
 
 
