@@ -1,4 +1,4 @@
-"""A tiny competition with a boolean target, and the user's own copy of Kaggle's table where there is one."""
+"""A tiny competition with a boolean target, and the user's own copy of Kaggle's table, if any."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ COMPETITION = Competition(**(dict(
 
 @pytest.fixture
 def write_competition(tmp_path):
-    """Writes the competition's file, with a line added to its prepare() and fields changed; returns its path."""
+    """Writes the competition's file with a line added to prepare() and changed fields. Returns its path."""
 
     def write(change: str = "pass", fields: str = "") -> str:
         path = tmp_path / "boats.py"
@@ -56,7 +56,7 @@ def write_competition(tmp_path):
 
 @pytest.fixture(scope="session")
 def spaceship_raw():
-    """Kaggle's train.csv; it may not be passed on, so the path of your own copy is taken from the environment."""
+    """Kaggle's train.csv. It must not be redistributed, so an environment variable gives the path of your copy."""
     path = os.environ.get("DISCOVER_JAX_SPACESHIP_RAW", "")
     if not path:
         pytest.skip("needs Kaggle's Spaceship Titanic: set DISCOVER_JAX_SPACESHIP_RAW to the path of train.csv")

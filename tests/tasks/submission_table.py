@@ -1,4 +1,4 @@
-"""The table of submissions: what MLE-bench takes and what it does not, row by row, for a competition of boats that sink."""
+"""The table of submissions that MLE-bench accepts and rejects, for a competition about sinking boats."""
 
 import numpy as np
 import pandas as pd
@@ -6,10 +6,10 @@ import pandas as pd
 ROWS = 870
 KEYS = [f"{n:04d}_01" for n in range(ROWS)]
 TRUTH = np.array([n * 7 % 11 < 5 for n in range(ROWS)])
-# Right but for every seventh row; the score is counted by hand below.
+# Correct except in every seventh row; the score is counted by hand below.
 GUESS = np.where(np.arange(ROWS) % 7 == 0, ~TRUTH, TRUTH)
 GUESS_SCORE = round((ROWS - 125) / ROWS, 5)
-# The answers' own rows are out of order, as a random split leaves them.
+# The rows of the answers are shuffled, as after a random split.
 ORDER = np.random.RandomState(1).permutation(ROWS)
 TABLE = pd.DataFrame({"key": np.array(KEYS)[ORDER], "sinks": TRUTH[ORDER]})
 

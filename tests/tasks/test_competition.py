@@ -38,7 +38,7 @@ GOOD = {
         ({"failure_reward": float("-inf")}, "failure_reward"),
     ],
 )
-def test_definitions_that_are_not_allowed(changes, message):
+def test_invalid_definitions_are_refused(changes, message):
     Competition(**GOOD)
     with pytest.raises(ConfigError, match=message):
         Competition(**(GOOD | changes))
@@ -46,7 +46,7 @@ def test_definitions_that_are_not_allowed(changes, message):
 
 @pytest.mark.parametrize(("name", "higher"), [(name, higher) for name, t in TRANSFORMS.items() for higher in t.directions])
 @given(scores=st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=5, unique=True))
-def test_rewards_rise_as_scores_get_better(name, higher, scores):
+def test_better_scores_have_higher_rewards(name, higher, scores):
     metric = ACCURACY if higher else RMSE
     competition = Competition(**(GOOD | {"metric": metric, "transform": name, "failure_reward": -1e7}))
     rewards = [competition.reward(score) for score in sorted(scores, reverse=not higher)]
@@ -64,9 +64,9 @@ def test_transforms_by_hand():
     assert reward("inverse", 3.0) == 0.25
     assert reward("log", math.e) == pytest.approx(-1.0)
     assert reward("log", math.e, ACCURACY) == pytest.approx(1.0)
-    # Halving an error is worth the same at every scale.
+    # Halving an error gains the same at every scale.
     assert reward("log", 40.0) - reward("log", 80.0) == pytest.approx(reward("log", 0.04) - reward("log", 0.08))
-    # Never worse than a failure, however bad.
+    # Never below a failure.
     assert reward("negate", 1e9) == -100.0
     with pytest.raises(ConfigError, match=r"'inverse'.*-0\.5|-0\.5.*'inverse'"):
         reward("inverse", -0.5)
@@ -86,7 +86,7 @@ def test_ranks_in_a_group():
     ("name", "metric", "model"), [("breast-cancer", "log loss", 0.101), ("diabetes", "root mean squared error", 52.54534)]
 )
 def test_competitions_beyond_accuracy(tmp_path, name, metric, model):
-    """A linear model by hand does better than the sample, which does better than a failure."""
+    """A linear model fitted by hand beats the sample, which beats a failure."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -116,7 +116,7 @@ def test_built_in_competitions():
 
 
 def test_thresholds_are_shown_with_their_source_or_are_unavailable(tmp_path, write_competition):
-    """Thresholds are always shown with this line, so that they are not mistaken for a leaderboard that was read here."""
+    """Thresholds are always shown with their source, so that they are not mistaken for a leaderboard on this machine."""
     for name, fields, expected in (
         ("none", "", "unavailable"),
         ("why", "thresholds_note='The file is a pointer.'", "unavailable. The file is a pointer."),
@@ -150,13 +150,13 @@ def test_unknown_competitions(name, message):
         locate_competition(name)
 
 
-def test_a_file_of_another_kind(tmp_path):
+def test_file_of_another_type_is_refused(tmp_path):
     (tmp_path / "boats.yaml").touch()
     with pytest.raises(ConfigError, match=r"boats\.yaml\b.*\.py\b"):
         locate_competition(str(tmp_path / "boats.yaml"))
 
 
-def test_a_users_file(write_competition, monkeypatch, tmp_path):
+def test_file_of_a_user(write_competition, monkeypatch, tmp_path):
     path = write_competition()
     source, digest = locate_competition(path)
     assert load_competition(source, digest).id == "boats"
@@ -179,7 +179,7 @@ def test_a_users_file(write_competition, monkeypatch, tmp_path):
         ),
     ],
 )
-def test_broken_files(tmp_path, text, message):
+def test_invalid_files_are_refused(tmp_path, text, message):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"(?s)mine\.py.*{message}") as raised:
@@ -187,7 +187,7 @@ def test_broken_files(tmp_path, text, message):
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
 
-def test_a_file_that_changes_or_goes_during_a_run(write_competition, tmp_path):
+def test_file_that_changes_or_disappears_during_a_run(write_competition, tmp_path):
     path = write_competition()
     source, digest = locate_competition(path)
     write_competition("x = 1")

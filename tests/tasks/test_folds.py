@@ -1,4 +1,4 @@
-"""Cross-validation as the reward: each training row is graded in a run that does not see its label; private answers do not count."""
+"""Cross-validation as the reward: each training row is graded in a run that does not see its label. Private answers do not count."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ def folded(tmp_path, write_competition):
 
 
 def submissions(task, truth=None):
-    """Right submissions of all runs, as tables."""
+    """Correct submissions of all runs, as tables."""
     truth = (lambda n: n * 7 % 11 < 5) if truth is None else truth
     tables = [pd.read_csv(shown / "sample_submission.csv") for shown in task.public_dirs]
     return [table.assign(sinks=[truth(int(key[:4])) for key in table["key"]]) for table in tables]
@@ -58,8 +58,8 @@ def test_each_row_is_held_out_once(folded, tmp_path, write_competition):
     assert [file.rows for file in folded.files][:2] in ([66, 74], [67, 73])
 
 
-def test_scores_of_the_folds_are_those_of_all_rows_together(folded):
-    """Wrong on seven of the hundred training rows, in whichever fold they lie, and on four of the forty private ones."""
+def test_score_of_the_folds_is_that_of_all_rows_together(folded):
+    """Wrong on 7 of the 100 training rows, in any fold, and on 4 of the 40 private rows."""
     wrong = {3, 17, 31, 44, 58, 72, 99, 101, 110, 120, 139}
     grades = graded(folded, submissions(folded, lambda n: (n * 7 % 11 < 5) != (n in wrong)))
     assert all(grade.valid for grade in grades)
@@ -73,13 +73,13 @@ def test_scores_of_the_folds_are_those_of_all_rows_together(folded):
         folded.combine(grades[:-1])
 
 
-def test_what_a_run_must_submit(folded):
+def test_each_run_must_submit_its_rows(folded):
     tables = submissions(folded)
     assert "it must have" in folded.grade(tables[-1].to_csv(index=False).encode(), 0).reason
     assert "it must have 40" in folded.grade(tables[0].to_csv(index=False).encode()).reason
 
 
-def test_folds_are_drawn_by_the_seed(folded, tmp_path, write_competition):
+def test_folds_depend_on_the_seed(folded, tmp_path, write_competition):
     def prepare(name, **settings):
         return prepare_task(write_competition(), raw=None, reward="holdout", folder=tmp_path / name, **settings)
 
@@ -100,7 +100,7 @@ def test_impossible_folds(tmp_path, write_competition):
         assert not (tmp_path / "task").exists()
 
 
-# ---------------------------------------------------------------------- private answers have no say
+# ---------------------------------------------------------------------- private answers have no influence
 
 OTHER_ANSWERS = {
     "shuffled": "test = test.assign(sinks=test['sinks'].to_numpy()[::-1])",
@@ -111,8 +111,8 @@ OTHER_ANSWERS = {
 
 @pytest.mark.parametrize("folds", [1, 2])
 @pytest.mark.parametrize("change", OTHER_ANSWERS)
-def test_other_private_answers_change_the_private_score_alone(tmp_path, write_competition, change, folds):
-    """Score, validity and reason, for submissions of any quality, are the same; even where the metric fails on the private rows."""
+def test_private_answers_change_only_the_private_score(tmp_path, write_competition, change, folds):
+    """Score, validity and reason stay the same for submissions of any quality, even if the metric fails on the private rows."""
     settings = {"raw": None, "reward": "holdout", "holdout_folds": folds}
     ours = prepare_task(write_competition(), folder=tmp_path / "ours", **settings)
     line = f"{OTHER_ANSWERS[change]}; test.to_csv(private / 'test.csv', index=False)"
@@ -134,7 +134,7 @@ def test_other_private_answers_change_the_private_score_alone(tmp_path, write_co
             mine, theirs = ours.grade(data, run), other.grade(data, run)
             assert (mine.valid, mine.reason, mine.score) == (theirs.valid, theirs.reason, theirs.score)
             private_scores.add((mine.private_score, theirs.private_score))
-    assert any(mine != theirs for mine, theirs in private_scores)  # else nothing was altered
+    assert any(mine != theirs for mine, theirs in private_scores)  # otherwise the change had no effect
     assert ours.disclosure == other.disclosure
 
 
@@ -170,8 +170,8 @@ def light(monkeypatch):
     monkeypatch.setattr(sandbox, "PRELOAD", ())
 
 
-def test_a_program_runs_once_a_fold_and_sees_one_fold_at_a_time(folded, tmp_path, light):
-    """It answers with the labels that it finds: none of the held-out ones is among them, so its score is exactly 0."""
+def test_program_runs_once_per_fold_and_sees_only_that_fold(folded, tmp_path, light):
+    """It submits the labels that it finds. None of them is of a held-out row, so its score is exactly 0."""
     elsewhere = str(folded.public_dirs[1] / "train.csv")
     assert Path(elsewhere).exists()
     with Executor([folded], _LIMITS, workers=1, cache_dir=tmp_path / "cache") as executor:
@@ -181,7 +181,7 @@ def test_a_program_runs_once_a_fold_and_sees_one_fold_at_a_time(folded, tmp_path
         assert re.search(r"\b4 runs\b", executor.describe())
     assert (verdict.outcome, verdict.grade.score, verdict.grade.private_score) == (Outcome.OK, 0.0, 0.0)
     assert verdict.execution.stdout.strip() in (f"{n} ['sample_submission.csv', 'test.csv', 'train.csv'] False" for n in (66, 67))
-    assert (verdict.execution.csv or b"").count(b"\n") == 41  # the submission is the last run's
+    assert (verdict.execution.csv or b"").count(b"\n") == 41  # the submission of the last run
     assert failure.outcome is Outcome.EXCEPTION
     assert "only the whole table" in failure.execution.detail
     assert dataclasses.replace(verdict.execution, cached=True) == again.execution

@@ -1,4 +1,4 @@
-"""Submissions are judged as spec and MLE-bench say: the table of submissions, row by row, and any bytes at all."""
+"""Grading agrees with MLE-bench: the table of submissions, and arbitrary bytes."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ ANSWERS = grading.Answers("key", "sinks", TABLE)
 
 
 def by(metric, id_column="key", target="sinks"):
-    """A competition with nothing but a metric."""
+    """A competition with only a metric."""
     return Competition("boats", "Which boats sink?", id_column, target, metric, lambda *_: None, transform=_PLAIN[metric.higher_is_better])
 
 
@@ -43,15 +43,15 @@ def test_invalid_submissions_have_a_reason(name):
     assert 0 < len(grade.reason) <= 500
 
 
-def test_reasons_come_in_the_order_of_mle_bench():
-    """Rows before target, target before id, id before its values, and those before the predictions."""
+def test_reasons_have_the_order_of_mle_bench():
+    """Rows before target, target before id, id before its values, values before predictions."""
     assert "rows" in grading.grade(b"a\n1\n", ANSWERS, by(ACCURACY)).reason
     assert "no column 'sinks'" in grading.grade(submission(names=("a", "b")), ANSWERS, by(ACCURACY)).reason
     assert "no column 'key'" in grading.grade(submission([np.nan] * ROWS, names=("a", "sinks")), ANSWERS, by(ACCURACY)).reason
     assert "ids" in grading.grade(submission([np.nan] * ROWS, keys=["x"] * ROWS), ANSWERS, by(ACCURACY)).reason
 
 
-def test_a_submission_that_is_too_large(monkeypatch):
+def test_too_large_submission(monkeypatch):
     monkeypatch.setattr(grading, "MAX_SUBMISSION_BYTES", 100)
     assert "at most 100 are read" in grading.grade(submission(), ANSWERS, by(ACCURACY)).reason
 
@@ -69,8 +69,8 @@ def test_any_bytes_have_a_grade(data):
         max_size=3,
     )
 )
-def test_agreement_with_the_plain_way(values):
-    """MLE-bench's way, written plainly: pandas reads, rows are sorted by id, scikit-learn scores, any error is a rejection."""
+def test_agreement_with_a_plain_implementation(values):
+    """A plain version of MLE-bench's grading: pandas reads, rows are sorted by id, scikit-learn scores, any error rejects."""
     answers = pd.DataFrame({"key": ["a", "b", "c"], "sinks": [True, False, True]})
     data = "key,sinks\n" + "".join(f"{k},{v}\n" for k, v in zip("cab", values, strict=True))
     try:
@@ -86,7 +86,7 @@ def test_agreement_with_the_plain_way(values):
     assert grade.valid == (expected is not None)
 
 
-def test_held_out_and_private_rows_are_scored_apart():
+def test_held_out_and_private_rows_are_scored_separately():
     private_R = np.arange(ROWS)[ORDER] % 3 > 0
     answers = grading.Answers("key", "sinks", TABLE[private_R], TABLE[~private_R], private_counts=False)
     grade = grading.grade(shuffled(), answers, by(ACCURACY))
@@ -118,7 +118,7 @@ def test_other_metrics(metric, predictions, expected):
     assert grading.grade(f"id,y\n{rows}".encode(), answers, by(metric)).score == pytest.approx(expected)
 
 
-def test_what_a_metric_refuses_or_returns():
+def test_predictions_that_a_metric_refuses():
     answers = grading.Answers("id", "y", pd.DataFrame({"id": [1, 2], "y": [1.0, 0.0]}))
     assert "probabilities must lie in" in grading.grade(b"id,y\n1,2.5\n2,0\n", answers, by(LOG_LOSS)).reason
     assert "log loss cannot be computed" in grading.grade(b"id,y\n1,yes\n2,no\n", answers, by(LOG_LOSS)).reason

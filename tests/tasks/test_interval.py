@@ -1,4 +1,4 @@
-"""Intervals, against published values, the property that defines Wilson's, and scipy's bootstrap."""
+"""Intervals, compared with published values, Wilson's defining property and scipy's bootstrap."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ def test_against_scipy():
 
 
 @given(st.integers(1, 5000).flatmap(lambda rows: st.tuples(st.integers(0, rows), st.just(rows))))
-def test_its_bounds_are_the_proportions_that_the_data_just_allow(data):
+def test_bounds_satisfy_the_definition_of_wilson(data):
     """(p - q)^2 = z^2 q (1 - q)/n at either bound q, or the bound is 0 or 1."""
     right, rows = data
     for bound in wilson_interval(right / rows, rows, z=2.0):
@@ -31,11 +31,11 @@ def test_its_bounds_are_the_proportions_that_the_data_just_allow(data):
 
 def test_width_on_the_rows_of_spaceship_titanic():
     low, high = wilson_interval(0.81, 870)
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.0133, abs=5e-4)  # the spec's standard error
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.0133, abs=5e-4)  # the known standard error
 
 
 @pytest.mark.parametrize(("proportion", "rows"), [(1.01, 10), (-0.1, 10), (0.5, 0), (float("nan"), 10)])
-def test_values_that_make_no_sense(proportion, rows):
+def test_invalid_values_are_refused(proportion, rows):
     with pytest.raises(ValueError, match=r"(?i)proportion|rows"):
         wilson_interval(proportion, rows)
 
@@ -44,7 +44,7 @@ def test_values_that_make_no_sense(proportion, rows):
 
 
 def table(metric: Metric, rows: int, seed: int = 0, digits: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Answers and predictions that the metric takes; fewer digits make ties."""
+    """Answers and predictions that the metric accepts. Fewer digits give ties."""
     rng = np.random.default_rng(seed)
     if metric is RMSE:
         answers_R = rng.normal(100, 20, rows).round(2)
@@ -60,7 +60,7 @@ METRICS = pytest.mark.parametrize("metric", [LOG_LOSS, RMSE, ROC_AUC], ids=lambd
 @settings(deadline=None)  # the first call imports scikit-learn
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(3, 40), digits=st.sampled_from([1, 6]))
 @pytest.mark.filterwarnings("ignore:Only one class")
-def test_counts_give_what_scikit_learn_gives_of_the_repeated_rows(metric, seed, rows, digits):
+def test_counts_match_scikit_learn_on_repeated_rows(metric, seed, rows, digits):
     answers_R, predictions_R = table(metric, rows, seed, digits)
     if len(np.unique(answers_R)) < 2:
         return
@@ -75,7 +75,7 @@ def test_counts_give_what_scikit_learn_gives_of_the_repeated_rows(metric, seed, 
 
 @METRICS
 def test_against_scipys_bootstrap(metric):
-    """Other draws, so the bounds agree as far as a thousand of them allow."""
+    """The resamples differ, so the bounds agree only to the precision of a thousand resamples."""
     stats = pytest.importorskip("scipy.stats")
     answers_R, predictions_R = table(metric, 250)
     expected = stats.bootstrap(
@@ -89,11 +89,11 @@ def test_against_scipys_bootstrap(metric):
     assert f"{RESAMPLES:,} resamples" in found.method
 
 
-def test_a_metric_that_knows_no_counts_is_called():
+def test_metric_without_counts_is_called_on_each_resample():
     answers_R, predictions_R = table(RMSE, 120)
     called = bootstrap_interval(dataclasses.replace(RMSE, resampled=None), answers_R, predictions_R)
     counted = bootstrap_interval(RMSE, answers_R, predictions_R)
-    assert called == bootstrap_interval(dataclasses.replace(RMSE, resampled=None), answers_R, predictions_R)  # the same each time
+    assert called == bootstrap_interval(dataclasses.replace(RMSE, resampled=None), answers_R, predictions_R)  # deterministic
     assert called.bounds is not None
     assert counted.bounds is not None
     assert called.bounds == pytest.approx(counted.bounds, abs=0.12 * (counted.bounds[1] - counted.bounds[0]))
@@ -107,8 +107,8 @@ def test_many_rows_take_little_time_and_memory(metric):
     assert time.process_time() - started < 20
 
 
-def test_how_often_the_interval_holds_the_truth():
-    """Of 200 samples of which the true error is known, about 190; the bootstrap is a little narrow for few rows."""
+def test_coverage_of_the_interval():
+    """About 190 of 200 samples with a known error. The bootstrap is slightly narrow for few rows."""
     held = 0
     for seed in range(200):
         errors_R = np.random.default_rng(seed).normal(0, 5, 150)
@@ -118,7 +118,7 @@ def test_how_often_the_interval_holds_the_truth():
     assert 178 <= held <= 198
 
 
-def test_reasons_for_none():
+def test_reasons_for_no_interval():
     few = bootstrap_interval(RMSE, np.zeros(1), np.ones(1))
     assert few.text == "no interval: 1 row cannot be resampled"
     rare = np.arange(40) == 0  # a third of the resamples lack the only positive

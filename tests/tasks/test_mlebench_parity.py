@@ -1,4 +1,4 @@
-"""The real mlebench package, where it is installed: its verdicts and ours, its competitions, and what it must not do to its host."""
+"""The real mlebench package, if installed: its verdicts compared with ours, its competitions, and its side effects."""
 
 import logging
 import os
@@ -27,20 +27,20 @@ needs_mlebench = pytest.mark.skipif(
 COLUMNS = {"key": "PassengerId", "sinks": "Transported"}
 ANSWERS = grading.Answers("PassengerId", "Transported", submission_table.TABLE.rename(columns=COLUMNS))
 NATIVE = Competition("spaceship-titanic", "Who was transported?", "PassengerId", "Transported", ACCURACY, lambda *_: None)
-# The table of submissions, with this competition's names of columns; but for those on which the package spends minutes.
+# The table of submissions, with this competition's column names, without those that take the package minutes.
 _DATA = submission_table.VALID | {name: row[0] for name, row in submission_table.INVALID.items() if "too wide" not in name}
 ROWS = {name: data.replace(b"key", b"PassengerId").replace(b"sinks", b"Transported") for name, data in _DATA.items()}
 
 
 def their_score(data: bytes, path: Path) -> float | None:
-    """As `mlebench grade` computes it, with the package's own reader; None if it does not, for whatever reason."""
+    """The score by `mlebench grade`, with the package's own reader; None on any error."""
     from mlebench.registry import registry
     from mlebench.utils import read_csv
 
     path.write_bytes(data)
     try:
         table = read_csv(path)
-    except ValueError:  # ParserError or UnicodeDecodeError, which end their run
+    except ValueError:  # ParserError or UnicodeDecodeError, with which mlebench aborts
         return None
     return registry.get_competition("spaceship-titanic").grader(table, ANSWERS.private)
 
@@ -58,8 +58,8 @@ def test_verdicts_agree_on_the_whole_table(name, tmp_path):
 
 
 @needs_mlebench
-def test_held_out_rows_by_its_grader(tmp_path):
-    """Each kind of rows goes to the grader apart."""
+def test_its_grader_scores_held_out_rows(tmp_path):
+    """The grader gets held-out and private rows separately."""
     private_R = np.arange(submission_table.ROWS) % 3 > 0
     answers = grading.Answers(
         "PassengerId", "Transported", ANSWERS.private[private_R], ANSWERS.private[~private_R].reset_index(drop=True), private_counts=False
@@ -104,13 +104,13 @@ def test_its_own_preparation_of_a_competition(spaceship_raw, tmp_path):
 
 
 @needs_mlebench
-def test_an_unknown_competition_and_an_unknown_direction(tmp_path):
+def test_unknown_competition_and_unknown_direction(tmp_path):
     with pytest.raises(ConfigError, match=r"'spaceship-titan'.*'spaceship-titanic'"):
         prepare_task("mlebench:spaceship-titan", raw=None, reward="grade", folder=tmp_path / "task")
 
 
 class _Grader:
-    """Stands for the package's: medals as its rule says for fewer than 100 teams."""
+    """Replaces the package's grader: medals by its rule for fewer than 100 teams."""
 
     def rank_score(self, score, leaderboard):
         assert score is None
@@ -131,7 +131,7 @@ class _Theirs:
         self.leaderboard, self.grader = leaderboard, _Grader()
 
 
-def test_thresholds_come_from_a_real_leaderboard_alone(tmp_path):
+def test_thresholds_come_only_from_a_real_leaderboard(tmp_path):
     path = tmp_path / "leaderboard.csv"
     thresholds, note, higher = mle_bench._leaderboard(_Theirs(path))
     assert (thresholds, higher) == ((), None)
@@ -150,7 +150,7 @@ def test_thresholds_come_from_a_real_leaderboard_alone(tmp_path):
 
 
 class _Judged(_Theirs):
-    """Their competition, as far as `with_its_grader` looks at it."""
+    """The part of the package's competition that `with_its_grader` uses."""
 
     def __init__(self, leaderboard: Path):
         super().__init__(leaderboard)
@@ -161,8 +161,8 @@ def _judge(submission, answers):
     return 0.5
 
 
-def test_a_real_leaderboard_takes_the_place_of_the_report_s_thresholds(monkeypatch, tmp_path):
-    """And its absence is no reason to lose them: they stay, labelled."""
+def test_real_leaderboard_replaces_the_reports_thresholds(monkeypatch, tmp_path):
+    """Without a leaderboard, the thresholds stay and name their source."""
     path = tmp_path / "leaderboard.csv"
     monkeypatch.setattr(mle_bench, "_theirs", lambda id: _Judged(path))
     ours = load_competition("spaceship-titanic", "")

@@ -1,4 +1,4 @@
-"""Prepared folders: written once, checked at every use, answers apart, held-out rows hidden among the test rows."""
+"""Prepared folders: written once, checked at every use, with separate answers and held-out rows hidden among the test rows."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def text_table(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def test_the_embedded_competition(tmp_path):
+def test_built_in_competition(tmp_path):
     task = prepare_task("digits-parity", raw="", reward="grade", folder=tmp_path / "task")
     assert [(file.name, file.rows, len(file.columns)) for file in task.files] == [
         ("train.csv", 600, 66),
@@ -47,8 +47,8 @@ def test_the_embedded_competition(tmp_path):
         assert [parity[tuple(row)] for row in table[columns].to_numpy()] == table["even"].tolist()
 
 
-def test_headroom_of_the_embedded_competition(tmp_path):
-    """Weak and strong programs lie far apart."""
+def test_headroom_of_the_built_in_competition(tmp_path):
+    """Weak and strong programs have very different scores."""
     from sklearn.naive_bayes import GaussianNB
     from sklearn.svm import SVC
 
@@ -63,7 +63,7 @@ def test_headroom_of_the_embedded_competition(tmp_path):
     assert scores[1] > 0.97
 
 
-def test_private_files_are_the_owners_alone_whatever_the_umask(tmp_path, write_competition):
+def test_private_files_are_closed_to_others_for_any_umask(tmp_path, write_competition):
     old = os.umask(0o077)
     try:
         task = prepare_task(
@@ -82,7 +82,7 @@ def test_private_files_are_the_owners_alone_whatever_the_umask(tmp_path, write_c
     assert [(file.name, file.rows) for file in task.files][-1] == ("more/map.txt", None)
 
 
-def test_a_prepared_folder_is_found_again_and_needs_no_raw_data(tmp_path, write_competition):
+def test_prepared_folder_is_reused_without_raw_data(tmp_path, write_competition):
     path = write_competition("assert raw is not None and raw.exists()")
     raw = tmp_path / "raw"
     raw.touch()
@@ -120,7 +120,7 @@ def test_holdout_moves_rows_unchanged(tmp_path, write_competition, seed):
     assert [len(new[name]) for name in old] == [75, 65, 65]
     assert [(file.rows, file.columns) for file in task.files] == [(len(table), tuple(table.columns)) for table in new.values()]
 
-    # Every cell keeps its text: train and test rows are those of before, moved.
+    # Every cell keeps its text: rows are only moved between the tables.
     def rows(*tables):
         return sorted(tuple(row) for table in tables for row in table.drop(columns="sinks", errors="ignore").to_numpy())
 
@@ -131,16 +131,16 @@ def test_holdout_moves_rows_unchanged(tmp_path, write_competition, seed):
     assert set(new["test.csv"]["key"]) == set(old["test.csv"]["key"]) | held
     assert new["sample_submission.csv"]["key"].tolist() == new["test.csv"]["key"].tolist()
     assert set(new["sample_submission.csv"]["sinks"]) == {"False"}
-    # They are shuffled in: held-out rows are neither first nor last.
+    # Held-out rows are shuffled among the test rows: neither first nor last.
     places = [place for place, key in enumerate(new["test.csv"]["key"]) if key in held]
     assert places[0] < 20
     assert places[-1] > 45
     assert places != list(range(places[0], places[0] + 25))
-    # No label of theirs is anywhere that a program can read.
+    # Programs cannot read their labels anywhere.
     assert not any(key in (task.public_dir / "train.csv").read_text() for key in held)
 
 
-def test_holdout_grades_both_parts_apart(tmp_path, write_competition):
+def test_holdout_grades_both_parts_separately(tmp_path, write_competition):
     path = write_competition()
     whole = prepare_task(path, raw=None, reward="grade", folder=tmp_path / "whole")
     task = prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "task", holdout_fraction=0.25)
@@ -156,7 +156,7 @@ def test_holdout_grades_both_parts_apart(tmp_path, write_competition):
     assert task.grade(table.to_csv(index=False).encode()) == Grade(True, "", 0.8, 1.0)
     table.loc[table.index[table["key"].isin(private)][:4], "sinks"] ^= True
     assert task.grade(table.to_csv(index=False).encode()) == Grade(True, "", 0.8, 0.9)
-    # A submission for the private rows alone is not enough, nor for the held-out rows alone.
+    # A submission must have the private rows and the held-out rows.
     for rows in (table[table["key"].isin(private)], table.loc[held]):
         assert "it must have 65" in task.grade(rows.to_csv(index=False).encode()).reason
 
@@ -172,7 +172,7 @@ def test_disclosure(tmp_path, write_competition):
     assert "is only recorded" in holdout.text
 
 
-def test_a_task_works_in_another_process(tmp_path, write_competition):
+def test_task_works_in_another_process(tmp_path, write_competition):
     task = prepare_task(write_competition(), raw=None, reward="grade", folder=tmp_path / "task")
     assert len(pickle.dumps(task)) < 4096
     (tmp_path / "task.pickle").write_bytes(pickle.dumps(task))
@@ -187,7 +187,7 @@ def test_a_task_works_in_another_process(tmp_path, write_competition):
 
 
 def test_lower_is_better_by_negation(tmp_path, write_competition):
-    # The answers are booleans: the sample's error is the square root of the share of True, here 18 of 40 rows.
+    # The answers are booleans: the sample's error is the square root of the fraction of True, here 18 of 40 rows.
     fields = "metric=metrics.RMSE, transform='negate', failure_reward=-10.0"
     task = prepare_task(write_competition(fields=fields), raw=None, reward="grade", folder=tmp_path / "task")
     sample = pd.read_csv(task.public_dir / "sample_submission.csv").astype({"sinks": float})
@@ -199,7 +199,7 @@ def test_lower_is_better_by_negation(tmp_path, write_competition):
     assert "not at hand" in task.score_interval(score, None).text
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path, write_competition):
+def test_remains_of_a_killed_preparation_are_not_used(tmp_path, write_competition):
     left = tmp_path / "task.preparing"
     (left / "private").mkdir(parents=True)
     (left / "private" / "stale.csv").touch()
@@ -208,8 +208,8 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path, write_compet
     assert not left.exists()
 
 
-def test_a_failed_preparation_leaves_nothing(tmp_path, write_competition):
-    (tmp_path / "task").mkdir()  # an empty folder will do
+def test_failed_preparation_leaves_nothing(tmp_path, write_competition):
+    (tmp_path / "task").mkdir()  # an empty folder is accepted
     with pytest.raises(DataError, match="No space left"):
         prepare_task(
             write_competition("import errno; raise OSError(errno.ENOSPC, 'No space left on device')"),
@@ -222,7 +222,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, write_competition):
     assert prepare_task(write_competition(), raw=None, reward="grade", folder=tmp_path / "task").private_rows == 40
 
 
-def test_a_preparation_that_raises(tmp_path, write_competition):
+def test_exception_in_prepare_is_reported(tmp_path, write_competition):
     with pytest.raises(DataError, match=r"boats\b.*KeyError: 'age'"):
         prepare_task(write_competition("train['age']"), raw=None, reward="grade", folder=tmp_path / "task")
     with pytest.raises(DataError, match=r"absent\.csv\b.*FileNotFoundError"):
@@ -257,7 +257,7 @@ def alter(folder, what):
         ("no record", "task"),
     ],
 )
-def test_an_altered_folder_is_refused(tmp_path, write_competition, what, message):
+def test_altered_folder_is_refused(tmp_path, write_competition, what, message):
     path = write_competition()
     prepare_task(path, raw=None, reward="grade", folder=tmp_path / "task")
     alter(tmp_path / "task", what)
@@ -265,7 +265,7 @@ def test_an_altered_folder_is_refused(tmp_path, write_competition, what, message
         prepare_task(path, raw=None, reward="grade", folder=tmp_path / "task")
 
 
-def test_another_setting_is_refused_with_the_difference(tmp_path, write_competition):
+def test_different_setting_is_refused_and_named(tmp_path, write_competition):
     path = write_competition()
     prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "task", seed=1)
     with pytest.raises(DataError, match=r"\bseed\b.*\b1\b.*\b2\b"):
@@ -276,7 +276,7 @@ def test_another_setting_is_refused_with_the_difference(tmp_path, write_competit
 
 def test_answers_altered_during_a_run(tmp_path, write_competition):
     task = prepare_task(write_competition(), raw=None, reward="grade", folder=tmp_path / "task")
-    moved = dataclasses.replace(task, folder=tmp_path / "moved")  # nothing of it is loaded yet
+    moved = dataclasses.replace(task, folder=tmp_path / "moved")  # it has not loaded the answers yet
     shutil.copytree(task.folder, moved.folder)
     alter(moved.folder, "answers")
     with pytest.raises(DataError, match=r"private/test\.csv"):
@@ -303,7 +303,7 @@ def test_answers_altered_during_a_run(tmp_path, write_competition):
         ),
     ],
 )
-def test_a_competition_that_breaks_its_promise(tmp_path, write_competition, change, message):
+def test_inconsistent_competition_is_refused(tmp_path, write_competition, change, message):
     with pytest.raises(ConfigError, match=f"boats.*{message}"):
         prepare_task(write_competition(change), raw=None, reward="grade", folder=tmp_path / "task")
 
@@ -318,17 +318,17 @@ def test_a_competition_that_breaks_its_promise(tmp_path, write_competition, chan
         ("train.assign(sinks=None).to_csv(public / 'train.csv', index=False)", "target"),
     ],
 )
-def test_a_competition_that_cannot_be_held_out(tmp_path, write_competition, change, message):
+def test_competition_without_possible_holdout_is_refused(tmp_path, write_competition, change, message):
     with pytest.raises(ConfigError, match=f"holdout.*{message}"):
         prepare_task(write_competition(change), raw=None, reward="holdout", folder=tmp_path / "task")
 
 
-def test_a_failure_must_be_worse_than_the_sample(tmp_path, write_competition):
+def test_failure_must_score_below_the_sample(tmp_path, write_competition):
     with pytest.raises(ConfigError, match=r"failure_reward = 0\.6\b.*\b0\.\d+"):
         prepare_task(write_competition(fields="failure_reward=0.6"), raw=None, reward="grade", folder=tmp_path / "task")
 
 
-def test_an_md5_that_does_not_match(tmp_path, write_competition):
+def test_md5_mismatch_is_refused(tmp_path, write_competition):
     with pytest.raises(DataError, match=r"public/test\.csv\b.*\b(?!0{32})\w{32}\b.*\b0{32}\b"):
         prepare_task(
             write_competition(fields=f"prepared_md5={{'public/test.csv': '{'0' * 32}'}}"), raw=None, reward="grade", folder=tmp_path / "t"
@@ -339,13 +339,13 @@ def test_an_md5_that_does_not_match(tmp_path, write_competition):
     ("reward", "fraction", "message"),
     [("private", 0.2, "grade, holdout"), ("holdout", 0.0, "holdout_fraction"), ("holdout", 1.0, "holdout_fraction")],
 )
-def test_settings_that_are_not_allowed(tmp_path, reward, fraction, message):
+def test_invalid_settings_are_refused(tmp_path, reward, fraction, message):
     with pytest.raises(ConfigError, match=message):
         prepare_task("digits-parity", raw=None, reward=reward, folder=tmp_path / "task", holdout_fraction=fraction)
 
 
-def test_the_example_in_the_docs(tmp_path):
-    """The file that docs/competitions.md links to can be prepared, solved and graded, both ways."""
+def test_example_in_the_docs(tmp_path):
+    """The file linked in docs/competitions.md can be prepared, solved and graded with both rewards."""
     docs = Path(__file__).parents[2] / "docs"
     example = docs / "examples" / "my_competition.py"
     assert "(examples/my_competition.py)" in (docs / "competitions.md").read_text()

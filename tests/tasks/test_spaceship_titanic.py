@@ -1,4 +1,4 @@
-"""Spaceship Titanic: recognised by checksum, prepared as MLE-bench does, graded with its scores; wrong files are refused with advice."""
+"""Spaceship Titanic: recognised by checksum, prepared and graded like MLE-bench. Wrong files are refused with advice."""
 
 import hashlib
 import re
@@ -30,13 +30,13 @@ def task(spaceship_raw, tmp_path_factory):
     return prepare(spaceship_raw, tmp_path_factory.mktemp("spaceship"))
 
 
-def test_the_prepared_files_are_mle_benchs(task):
+def test_prepared_files_match_mle_bench(task):
     assert {name: hashlib.md5((task.folder / name).read_bytes()).hexdigest() for name in MD5} == MD5
     assert [file.rows for file in task.files] == [7823, 870, 870]
     assert (task.private_rows, len(task.thresholds)) == (870, 3)
 
 
-def test_facts_of_the_spec(task):
+def test_facts_of_the_competition(task):
     answers = pd.read_csv(task.folder / "private" / "test.csv")
     assert answers["Transported"].sum() == 432
     groups = pd.read_csv(task.public_dir / "train.csv")["PassengerId"].str[:4]
@@ -54,7 +54,7 @@ def test_scores_of_known_submissions(task):
     assert low < 0.785 < 0.834 < high
 
 
-def test_a_plain_baseline_scores_what_the_spec_says(task):
+def test_baseline_has_its_known_score(task):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -112,7 +112,7 @@ def test_wrong_data(tmp_path):
     check_refusal(other, tmp_path, r"other\.csv")
 
 
-def test_zips_without_it_and_broken_ones(tmp_path):
+def test_zips_without_the_table_and_broken_zips(tmp_path):
     path = tmp_path / "data.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("test.csv", "PassengerId\n")
@@ -125,7 +125,7 @@ def test_zips_without_it_and_broken_ones(tmp_path):
     check_refusal(path, tmp_path, "Bad CRC-32")
 
 
-def test_an_altered_copy(spaceship_raw, tmp_path):
+def test_altered_copy(spaceship_raw, tmp_path):
     copy = tmp_path / "train.csv"
     copy.write_bytes(Path(spaceship_raw).read_bytes().replace(b"\n", b"\r\n"))
     check_refusal(copy, tmp_path, r"\b8,694 lines\b")
