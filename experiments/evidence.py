@@ -42,17 +42,17 @@ BROKEN = 0.05
 """A child that scores so much less than its parent counts as broken."""
 MEASURES = {
     "last_two_mean": "mean of the last two steps, on the reward's rows",
-    "last_two_private": "the same programs, on rows that nothing saw",
+    "last_two_private": "the same programs, on unseen rows",
     "best": "best program, on the reward's rows",
-    "private": "that program, on rows that nothing saw",
+    "private": "that program, on unseen rows",
     "better": "children better than their parent, second half of the steps",
     "broken": f"children that failed or lost more than {BROKEN}, second half",
 }
 SAME_PROMPTS = {
     "mean": "mean, on the reward's rows",
-    "private_mean": "the same programs, on rows that nothing saw",
+    "private_mean": "the same programs, on unseen rows",
     "max": "the best of them, on the reward's rows",
-    "valid": "part that ran and could be graded",
+    "valid": "valid programs",
     "better": "children better than their parent",
     "broken": f"children that failed or lost more than {BROKEN}",
 }
@@ -199,15 +199,15 @@ def comparisons(csv_folder: Path, base: str) -> Iterator[tuple[dict[str, dict[fl
 def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str]) -> None:
     """Prints each setting's measures and, seed by seed, their differences to `base`."""
     others = [name for name in found if name != base]
-    print(f"\n| | {' | '.join([*found, *(f'{name} less {base}' for name in others)])} |")
+    pairs = {name: len(found[name].keys() & found[base].keys()) for name in others}
+    print(f"\n| | {' | '.join([*found, *(f'{name} minus {base} ({count} seeds)' for name, count in pairs.items())])} |")
     print("|---" * (1 + len(found) + len(others)) + "|")
     for measure, told in measures.items():
         if any(row[measure] == "" for runs in found.values() for row in runs.values()):
             continue  # no child has a parent where reuse is off
         cells = [interval([row[measure] for row in runs.values()]) for runs in found.values()]
         for name in others:
-            values = differences(found[name], found[base], measure)
-            cells.append(f"{interval(values, signed=True)} ({len(values)} seeds)")
+            cells.append(interval(differences(found[name], found[base], measure), signed=True))
         print(f"| {told} | {' | '.join(cells)} |")
 
 
@@ -231,7 +231,7 @@ def _draw_differences(plt: Any, csv_folder: Path, base: str) -> Any:
         for measure in ACCURACIES:
             for name in found:
                 if measure in measures and name != other:
-                    lines.append((f"{name} less {other}: {measures[measure]}", differences(found[name], found[other], measure)))
+                    lines.append((f"{name} minus {other}: {measures[measure]}", differences(found[name], found[other], measure)))
     figure, axis = plt.subplots(figsize=(10, 0.5 + 0.4 * len(lines)), constrained_layout=True)
     axis.axvline(0, color="0.8", zorder=0)
     for place, (_, values) in enumerate(lines):

@@ -43,7 +43,8 @@ def test_measures_by_hand(tmp_path):
     }
     for setting, values in expected.items():
         assert {name: float(runs[setting][name]) for name in values} == pytest.approx(values)
-    assert "| best program, on the reward's rows | 0.6100 | 0.7000 | -0.0900 (1 seeds) |" in printed
+    assert "| greedy-entropic minus greedy-none (1 seeds) |" in printed
+    assert "| best program, on the reward's rows | 0.6100 | 0.7000 | -0.0900 |" in printed
     traits = {(row["setting"], row["step"], row["trait"]): row["share"] for row in csv.DictReader((tmp_path / "csv" / "traits.csv").open())}
     assert traits["greedy-entropic", "2", "column deck"] == "0.5"
     assert traits["greedy-entropic", "1", "several models"] == "0.5"
