@@ -1,4 +1,4 @@
-"""Small tokenizers of both kinds, trained on the spot."""
+"""Small tokenizers of both kinds, trained for the tests."""
 
 import io
 
@@ -10,7 +10,7 @@ _LINES = ["competition: spaceship-titanic", "import pandas as pd", "def run():",
 
 
 def _train_sentencepiece(path, **changes):
-    """Writes a `tokenizer.model` that fits, but for `changes` of the trainer's options."""
+    """Writes a valid `tokenizer.model`; `changes` override the trainer's options."""
     import sentencepiece
 
     options = {
@@ -31,7 +31,7 @@ def _train_sentencepiece(path, **changes):
 
 
 def _train_hugging_face(path, special=SPECIAL_TOKENS, ordinary=()):
-    """Writes a byte-level `tokenizer.json`: `special` tokens, and `ordinary` added tokens that are matched in any text."""
+    """Writes a byte-level `tokenizer.json` with `special` tokens, and `ordinary` added tokens that match in any text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -71,7 +71,7 @@ def hugging_face_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=["sentencepiece", "hugging_face"])
 def tokenizer(request):
-    """Each of the two kinds in turn."""
+    """A tokenizer of each kind."""
     from discover_jax.text.tokenizer import load_tokenizer
 
     return load_tokenizer(request.getfixturevalue(f"{request.param}_folder"))

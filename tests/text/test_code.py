@@ -12,7 +12,7 @@ RUN = "def run():\n    return 1"
 @pytest.mark.parametrize(
     "language", ["python", "Python", "PYTHON", "py", "python3", "{python}", 'python title="a.py"', " python", "python "]
 )
-def test_a_block_that_says_it_is_python(language):
+def test_block_marked_as_python(language):
     assert extract_program(f"Here:\n\n```{language}\n{RUN}\n```\nDone.", truncated=False) == RUN
 
 
@@ -61,7 +61,7 @@ def test_blocks(final, expected):
         (f"```\n{RUN}\n", RUN),
     ],
 )
-def test_a_block_that_nobody_closed_counts_only_if_the_budget_cut_it(final, expected):
+def test_unclosed_block_counts_only_if_the_budget_cut_it(final, expected):
     assert extract_program(final, truncated=True) == expected
     assert extract_program(final, truncated=False) == ("a = 1" if "a = 1" in final else None)
 
@@ -71,13 +71,13 @@ def test_a_block_that_nobody_closed_counts_only_if_the_budget_cut_it(final, expe
     lines=st.lists(st.text(alphabet="abc =()#'\"\\:", min_size=1), min_size=1),
     after=st.text("ab \n"),
 )
-def test_any_code_without_a_fence_comes_back(before, lines, after):
+def test_any_code_without_a_fence_round_trips(before, lines, after):
     code = "\n".join(lines)
     expected = code if code.strip() else None
     assert extract_program(f"{before}\n```python\n{code}\n```\n{after}", truncated=False) == expected
 
 
 @given(st.text(alphabet="`~ \npython def run", max_size=80), st.booleans())
-def test_any_text_is_taken(final, truncated):
+def test_any_text_is_accepted(final, truncated):
     program = extract_program(final, truncated)
     assert program is None or (program.strip() and "".join(program.split()) in "".join(final.split()))

@@ -1,6 +1,6 @@
-"""Whole prompts of a bundled competition, byte for byte as they are in golden/: first and later attempts, in both styles.
+"""Prompts of a built-in competition match golden/ to the byte: first and later attempts, in both styles.
 
-After a change that is meant, `python tests/text/test_golden_prompts.py` writes them again; read the difference before it is committed.
+After an intended change, `python tests/text/test_golden_prompts.py` writes them again. Read the difference before you commit it.
 """
 
 import re
@@ -39,7 +39,7 @@ PARENT = State(
     adapter_step=3,
     task="diabetes",
 )
-# A traceback as sandboxes give it, longer than what is shown of it.
+# A traceback from a sandbox, longer than the part that prompts show.
 DETAIL = (
     "Traceback (most recent call last):\n"
     '  File "program.py", line 9, in run\n    model.fit(train[features], train["progresion"])\n'
@@ -89,7 +89,7 @@ PROMPTS = {
 
 
 def built(name: str, task: Task, tokenizer: Tokenizer) -> Prompt:
-    """Ideas are those of the third turn: the last two of the list."""
+    """The prompt of that name. Its ideas are those of the third turn: the last two of the list."""
     parent, failures, settings = PROMPTS[name]
     return build_prompt(task, parent, failures, settings, tokenizer, group=1, step=4)
 
@@ -100,16 +100,16 @@ def task(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_are_those_of_the_golden_files(task, name):
+def test_prompts_match_the_golden_files(task, name):
     tokenizer = load_tokenizer(APPRENTICE)
     prompt = built(name, task, tokenizer)
     assert prompt.text.encode() == (GOLDEN / f"{name}.txt").read_bytes()
-    # What the model reads is what people are shown; special tokens have no text.
+    # The model reads the text that people see; special tokens have no text.
     assert tokenizer.decode(prompt.tokens_P.tolist()) == re.sub(r"<\|\w+\|>", "", prompt.text)
 
 
-def test_the_golden_later_prompt_shows_all_that_the_spec_asks_for():
-    """Of the file itself, so that a file written again after a mistake is noticed."""
+def test_golden_later_prompt_is_complete():
+    """Reads the file itself, to catch a golden file that was rewritten after a mistake."""
     text = (GOLDEN / "later_full.txt").read_text()
     assert CODE in text
     assert "Previous score: 53.16842 (root mean squared error, lower is better)" in text
@@ -117,7 +117,7 @@ def test_the_golden_later_prompt_shows_all_that_the_spec_asks_for():
     assert "CV RMSE 55.1 +- 3.2\n```" in text
     assert "The last attempt to improve it failed:\n\n```\n[...]\n" in text
     assert "KeyError: 'progresion'\n```" in text
-    assert "It ran for more than" not in text  # of two failures the last
+    assert "It ran for more than" not in text  # only the last of two failures is shown
     assert "Consider: tuning by cross-validation on the training rows, thresholds on predicted probabilities." in text
     assert "meaningful improvement" in text
     first = (GOLDEN / "first_full.txt").read_text()

@@ -1,4 +1,4 @@
-"""Rendering and parsing agree with what the official package gave (golden/harmony.json), and parsing takes whatever comes."""
+"""Rendering and parsing match the official package (golden/harmony.json), and parsing accepts any input."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("harmony.json").
 
 
 def encode(segments, tokenizer):
-    """Ids of a golden list of ordinary texts and {"special": name}."""
+    """The ids of a golden list of ordinary texts and {"special": name}."""
     ids = []
     for segment in segments:
         ids += tokenizer.encode(segment) if isinstance(segment, str) else [tokenizer.special(segment["special"])]
@@ -32,7 +32,7 @@ def encode(segments, tokenizer):
 
 
 def segment(ids, tokenizer):
-    """The inverse: ordinary texts and {"special": name}."""
+    """The inverse of `encode`."""
     names = {tokenizer.special(name): name for name in SPECIAL_TOKENS}
     segments, run = [], []
     for token in [*ids, None]:
@@ -81,10 +81,10 @@ ANALYSIS = [CHANNEL, "analysis", MESSAGE, "plan", END, START, "assistant"]
         ([*ANALYSIS, CHANNEL, "final", MESSAGE], Reply("plan", "", True)),
         ([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", END], Reply("plan", "a", False)),
         ([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", RETURN, "b", CHANNEL, "final", MESSAGE, "c"], Reply("plan", "a", False)),
-        # The last final counts; a later thought that the budget cut does not make it unfinished.
+        # The last final message counts, also if the budget cuts a later analysis message.
         ([CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "final", MESSAGE, "b", RETURN], Reply("", "b", False)),
         ([CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "analysis", MESSAGE, "b"], Reply("b", "a", False)),
-        # Broken formats: a header that nobody closed the message before, a second <|message|>, a message without a channel.
+        # Invalid formats: a header while the message before is open, a second <|message|>, a message without a channel.
         ([CHANNEL, "analysis", MESSAGE, "plan", CHANNEL, "final", MESSAGE, "a", RETURN], Reply("plan", "a", False)),
         ([CHANNEL, "analysis", MESSAGE, "plan", START, "assistant", CHANNEL, "final", MESSAGE, "a", RETURN], Reply("plan", "a", False)),
         ([CHANNEL, "final", MESSAGE, "a", MESSAGE, "b", RETURN], Reply("", "ab", False)),
@@ -102,12 +102,12 @@ _tokens = st.one_of(
 
 
 @given(segments=st.lists(_tokens, max_size=30), junk=st.lists(st.integers(-3, 1000), max_size=5))
-def test_any_ids_have_a_reply(tokenizer, segments, junk):
+def test_any_ids_parse(tokenizer, segments, junk):
     ids = encode(segments, tokenizer) + junk
     reply = parse(ids, tokenizer)
     assert isinstance(reply.analysis, str)
     assert reply.final is None or isinstance(reply.final, str)
-    # What follows <|return|> changes nothing.
+    # Tokens after <|return|> have no effect.
     whole = parse([*ids, tokenizer.special("<|return|>")], tokenizer)
     assert not whole.truncated
     assert parse([*ids, tokenizer.special("<|return|>"), *ids], tokenizer) == whole
@@ -115,18 +115,18 @@ def test_any_ids_have_a_reply(tokenizer, segments, junk):
 
 
 @given(analysis=st.text(), final=st.text())
-def test_what_was_said_comes_back(tokenizer, analysis, final):
+def test_rendered_replies_parse_back(tokenizer, analysis, final):
     segments = [CHANNEL, "analysis", MESSAGE, analysis, END, START, "assistant", CHANNEL, "final", MESSAGE, final, RETURN]
     assert parse(encode(segments, tokenizer), tokenizer) == Reply(analysis, final, truncated=False)
 
 
 @pytest.mark.parametrize(("role", "channel"), [("tool", None), ("user", "final"), ("assistant", "thoughts")])
-def test_messages_that_the_format_does_not_know(role, channel):
+def test_unknown_messages_are_refused(role, channel):
     with pytest.raises(ValueError, match=channel or role):
         Message(role, "x", channel)
 
 
-def test_an_answer_that_is_forced_after_unfinished_thinking_is_parsed_as_one(tokenizer):
+def test_forced_answer_after_unfinished_thinking_parses_as_an_answer(tokenizer):
     thinking = [
         tokenizer.special("<|channel|>"),
         *tokenizer.encode("analysis"),

@@ -1,6 +1,6 @@
-"""gpt-oss's own tokenizer and chat format against the official package, where the published ranks are at hand.
+"""gpt-oss's own tokenizer and chat format, compared with the official package, if the published ranks are available.
 
-Set DISCOVER_JAX_O200K to the folder that holds o200k_base.tiktoken.
+Set DISCOVER_JAX_O200K to the folder with o200k_base.tiktoken.
 """
 
 import os
@@ -21,7 +21,7 @@ harmony = pytest.importorskip("openai_harmony")
 _FOLDER = os.environ.get("DISCOVER_JAX_O200K")
 needs_ranks = pytest.mark.skipif(not _FOLDER, reason="needs gpt-oss's ranks: set DISCOVER_JAX_O200K to the folder of o200k_base.tiktoken")
 
-# Text that breaks careless code: names of special tokens, odd spaces, controls, astral signs, code.
+# Difficult text: names of special tokens, unusual spaces, control characters, characters beyond 16 bits, code.
 _awkward = st.lists(
     st.one_of(
         st.text(max_size=20),
@@ -63,7 +63,7 @@ def test_special_tokens_have_the_published_ids(tokenizer):
 
 @needs_ranks
 @given(_awkward)
-def test_text_survives_and_never_yields_a_special_token(tokenizer, text):
+def test_text_round_trips_and_never_yields_a_special_token(tokenizer, text):
     ids = tokenizer.encode(text)
     assert all(index < 199_998 for index in ids)
     assert tokenizer.decode(ids) == text
@@ -81,7 +81,7 @@ def test_half_a_character_is_a_replacement_and_pickling_keeps_the_tokenizer(toke
 @needs_ranks
 @settings(deadline=None)
 @given(_awkward, _awkward, st.sampled_from(["low", "medium", "high"]))
-def test_prompts_are_rendered_as_the_official_package_does(tokenizer, instructions, question, effort):
+def test_rendering_matches_the_official_package(tokenizer, instructions, question, effort):
     theirs = harmony.Conversation.from_messages(
         [
             harmony.Message.from_role_and_content(
@@ -102,7 +102,7 @@ def test_prompts_are_rendered_as_the_official_package_does(tokenizer, instructio
 @needs_ranks
 @settings(deadline=None)
 @given(_awkward, _awkward)
-def test_replies_are_parsed_as_the_official_package_does(tokenizer, thinking, answer):
+def test_parsing_matches_the_official_package(tokenizer, thinking, answer):
     def message(channel, content, end):
         ids = [tokenizer.special("<|channel|>"), *tokenizer.encode(channel), tokenizer.special("<|message|>"), *tokenizer.encode(content)]
         return [*ids, tokenizer.special(end)]
@@ -114,7 +114,7 @@ def test_replies_are_parsed_as_the_official_package_does(tokenizer, thinking, an
     assert [(m.channel, m.content[0].text) for m in theirs] == [("analysis", reply.analysis), ("final", reply.final)]
 
 
-def test_ranks_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", "kept")
     with pytest.raises(TokenizerError, match=r"o200k_base\.tiktoken"):
         O200kTokenizer(tmp_path / "o200k_base.tiktoken")
@@ -128,7 +128,7 @@ def test_ranks_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 @needs_ranks
-def test_a_broken_copy_of_the_ranks_is_noticed(tmp_path):
+def test_damaged_copy_of_the_ranks_is_detected(tmp_path):
     shutil.copy(Path(str(_FOLDER)) / "o200k_base.tiktoken", tmp_path)
     path = tmp_path / "o200k_base.tiktoken"
     path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""Programs are the same where only names and layout differ, and not where anything else does; nothing that a model writes breaks this."""
+"""Programs have the same structure if only names and layout differ. The comparison accepts any text."""
 
 import itertools
 import random
@@ -49,14 +49,14 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_same_program(name):
+def test_equal_structure(name):
     assert SAME[name] != BASE
     assert structure_key(SAME[name]) == structure_key(BASE)
     assert structure_distance(structure_parts(SAME[name]), structure_parts(BASE)) == 0.0
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_program(name):
+def test_different_structure(name):
     assert OTHER[name] != BASE
     assert structure_key(OTHER[name]) != structure_key(BASE)
 
@@ -66,7 +66,7 @@ def test_all_pairs_differ():
 
 
 def test_distances_grow_with_edits():
-    """Of the apprentice's grammar: an edit is nearer than another program, on the average of many."""
+    """For the apprentice's grammar: on average, an edited program is closer than another program."""
     rng = random.Random(0)
     near, far = [], []
     for _ in range(40):
@@ -102,12 +102,12 @@ def test_renamed_programs_of_the_grammar_are_recognised():
     ],
     ids=["no syntax", "empty", "null byte", "deep", "deep minus", "long chain", "surrogate", "nested lists"],
 )
-def test_whatever_a_model_writes(code):
+def test_any_reply_is_accepted(code):
     assert structure_key(code) == structure_key(code)
     assert structure_distance(structure_parts(code), structure_parts(code)) == 0.0
 
 
-def test_text_that_is_no_program_is_compared_as_text():
+def test_text_that_is_not_a_program_is_compared_as_text():
     assert structure_key("def run(:\n  x") == structure_key("def run(:\n x")
     assert structure_key("def run(:") != structure_key("def run(:)")
 

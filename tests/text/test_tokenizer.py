@@ -1,4 +1,4 @@
-"""Tokenizers keep text as it is and never let ordinary text become special."""
+"""Tokenizers preserve text and never turn ordinary text into special tokens."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from discover_jax.text.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer, Se
 
 
 @given(text=st.text(max_size=200))
-def test_text_comes_back(tokenizer, text):
+def test_text_round_trips(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
@@ -24,7 +24,7 @@ def test_text_comes_back(tokenizer, text):
     "text",
     ["<|end|><|start|>assistant", "\u2581x \u2581", "<0x41>", "<s></s><unk>", "a\x00b", "  \r\n\t", "\U0001f680", "\ufffd", " , ' .", ""],
 )
-def test_awkward_text_comes_back_without_special_ids(tokenizer, text):
+def test_difficult_text_round_trips_without_special_ids(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not {tokenizer.special(name) for name in SPECIAL_TOKENS} & set(ids)
@@ -36,18 +36,18 @@ def test_any_ids_decode(tokenizer, ids):
 
 
 def test_bytes_that_are_not_utf8_decode_to_the_replacement_character(tokenizer):
-    first, *_ = tokenizer.encode("\u00e9")  # two bytes, a token each: neither tokenizer was trained on it
+    first, *_ = tokenizer.encode("\u00e9")  # two bytes, one token each: neither tokenizer was trained on it
     assert tokenizer.decode([first, *tokenizer.encode("x")]) == "\ufffdx"
 
 
-def test_special_ids_give_no_text_and_are_distinct(tokenizer):
+def test_special_ids_have_no_text_and_are_distinct(tokenizer):
     ids = [tokenizer.special(name) for name in SPECIAL_TOKENS]
     assert len(set(ids)) == len(SPECIAL_TOKENS)
     assert tokenizer.decode(ids) == ""
     assert isinstance(tokenizer, Tokenizer)
 
 
-def test_it_can_be_pickled(tokenizer):
+def test_tokenizers_can_be_pickled(tokenizer):
     assert pickle.loads(pickle.dumps(tokenizer)).encode("def run():") == tokenizer.encode("def run():")
 
 
@@ -65,12 +65,12 @@ def test_unknown_special_name(tokenizer):
         ({"normalization_rule_name": "nmt_nfkc"}, r"tokenizer\.model"),
     ],
 )
-def test_unfit_sentencepiece_models_are_refused(tmp_path, train_sentencepiece, changes, message):
+def test_unsuitable_sentencepiece_models_are_refused(tmp_path, train_sentencepiece, changes, message):
     with pytest.raises(TokenizerError, match=message):
         SentencePieceTokenizer(train_sentencepiece(tmp_path / "tokenizer.model", **changes))
 
 
-def test_unfit_hugging_face_tokenizers_are_refused(tmp_path, train_hugging_face):
+def test_unsuitable_hugging_face_tokenizers_are_refused(tmp_path, train_hugging_face):
     with pytest.raises(TokenizerError, match=r"<\|call\|>"):
         HuggingFaceTokenizer(train_hugging_face(tmp_path / "lacking.json", special=SPECIAL_TOKENS[:-1]))
     with pytest.raises(TokenizerError, match="'def'"):
@@ -93,7 +93,7 @@ def test_missing_and_broken_files(tmp_path, kind):
         kind(broken)
 
 
-def test_a_folder_decides_which_kind(sentencepiece_folder, hugging_face_folder, tmp_path):
+def test_folder_determines_the_kind(sentencepiece_folder, hugging_face_folder, tmp_path):
     assert isinstance(load_tokenizer(sentencepiece_folder), SentencePieceTokenizer)
     assert isinstance(load_tokenizer(str(hugging_face_folder)), HuggingFaceTokenizer)
     (tmp_path / "vocab.txt").touch()
