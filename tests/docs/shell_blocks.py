@@ -1,4 +1,4 @@
-"""Finds the commands of README.md, CONTRIBUTING.md and docs/*.md: in shell blocks, with the marks above a block, and in running text.
+"""Finds the commands in README.md, CONTRIBUTING.md and docs/*.md: in shell blocks with the marks above them, and in running text.
 
 A mark is an HTML comment: `<!-- needs: weights, gpu -->` or `<!-- run by: tests/test_main.py::unbroken -->`. A mark that starts with a
 word, such as `<!-- doctor needs: data -->`, applies only to commands whose program begins or ends with that word.

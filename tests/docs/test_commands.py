@@ -1,4 +1,4 @@
-"""Every command of README and docs names the test that runs it, says what it needs, or runs here (once for each set of flags).
+"""Every command in README and docs names the test that runs it, says what it needs, or runs here (once per set of flags).
 
 In all cases its program, flags and settings exist, and a run accepts its config.
 """
@@ -21,7 +21,7 @@ from discover_jax.config import settings, validate
 LANGUAGES = {"bash", "python", "text"}
 NEEDS = {"gpu", "weights", "data", "hosts", "network", "minutes"}
 OTHERS = {"source", "pip", "ray", "tensorboard", "mkdocs"}
-"""Programs of others, with unchecked flags."""
+"""External programs; their flags are not checked."""
 
 ALL = shell_commands()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -52,7 +52,7 @@ def test_marks_are_known():
 
 @functools.cache
 def _source(program: str) -> Path:
-    """File of a Python program."""
+    """The file of a Python program."""
     path = ROOT / program if program.endswith(".py") else ROOT / program.replace(".", "/")
     found = next((file for file in (path, path.with_suffix(".py"), path / "__main__.py") if file.is_file()), None)
     assert found is not None, f"program not found: {program}"
@@ -61,7 +61,7 @@ def _source(program: str) -> Path:
 
 @functools.cache
 def _flags(program: str) -> frozenset[str]:
-    """Flags of a program: main, search and doctor define theirs with absl in cli.py, the others with argparse."""
+    """The flags of a program. main, search and doctor define theirs with absl in cli.py, the others with argparse."""
     names = {"--help"}
     launched = re.search(r"cli\.launch\((.+)\)", _source(program).read_text())
     tree = ast.parse((ROOT / "discover_jax/cli.py" if launched else _source(program)).read_text())
@@ -71,7 +71,7 @@ def _flags(program: str) -> frozenset[str]:
                 names.add(f"--{node.args[0].value}")
             elif not launched and node.func.attr == "add_argument":
                 names.add(str(node.args[0].value))
-    if launched and "," not in launched[1]:  # commands that start no run
+    if launched and "," not in launched[1]:  # commands that do not start a run
         names &= {"--help", "--config", "--workdir"}
     return frozenset(names)
 
@@ -114,7 +114,7 @@ def test_config_is_valid(command, monkeypatch):
     validate(config, for_run="dry_run" not in given)
 
 
-def test_settings_that_pages_name_exist():
+def test_settings_named_on_pages_exist():
     known = settings()
     groups = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
     for page in PAGES:

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "my_table.py"
 
 
-def test_the_page_shows_the_file():
+def test_page_shows_the_file():
     assert f"```python\n{EXAMPLE.read_text()}```" in (ROOT / "docs" / "own_competition.md").read_text()
     assert len(EXAMPLE.read_text().splitlines()) <= 30  # the page promises a short file
 
 
 @pytest.mark.parametrize("reward", ["grade", "holdout"])
-def test_a_table_is_split_and_graded(tmp_path, reward):
+def test_table_is_split_and_graded(tmp_path, reward):
     months = np.random.default_rng(0).integers(1, 60, 200)
     table = pd.DataFrame({"id": [f"c{number}" for number in range(200)], "left": months < 20, "months": months})
     table.to_csv(tmp_path / "customers.csv", index=False)

@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[2]
 
 def _figures():
     spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
-    module = sys.modules["figures"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    module = sys.modules["figures"] = importlib.util.module_from_spec(spec)  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 figures = _figures()
-sys.path.append(str(ROOT / "benchmarks"))  # predictions.py, which a page's table comes from
+sys.path.append(str(ROOT / "benchmarks"))  # for predictions.py, the source of a page's table
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def test_sections_are_in_order_and_short():
     assert len(README.split()) <= 1100
 
 
-def test_measured_figures_are_those_of_the_results():
+def test_measured_figures_match_the_results():
     results = (ROOT / "docs" / "results.md").read_text()
     rows = [line for line in README.splitlines() if "unseen rows |" in line]
     assert len(rows) == 3
@@ -29,7 +29,7 @@ def test_measured_figures_are_those_of_the_results():
         assert any(difference in line for line in of_both), row
 
 
-def test_links_lead_to_files():
+def test_links_point_to_files():
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", README):
         assert (ROOT / target).exists(), target
 
@@ -43,7 +43,7 @@ def test_citation_names_the_paper():
     assert paper["url"].rpartition("/")[2] in README
 
 
-def test_layers_of_the_architecture_are_the_contract():
+def test_layers_of_the_architecture_match_the_contract():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     table = (ROOT / "docs" / "architecture.md").read_text().partition("| layer |\n|---|\n")[2].partition("\n\n")[0]
     shown = [set(re.findall(r"`(\w+)`", row)) - ({"config"} if "`runs`" in row else set()) for row in table.splitlines()]

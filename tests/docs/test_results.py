@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are those that experiments/evidence.py prints from the data in experiments/."""
+"""The tables in docs/results.md match those that experiments/evidence.py prints from the data in experiments/."""
 
 import csv
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n'
 
 
-def test_the_page_shows_the_measurements():
+def test_page_shows_the_measurements():
     command = [sys.executable, "experiments/evidence.py", "--csv=experiments/evidence"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if line.startswith("|")]

@@ -24,7 +24,7 @@ def site(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_site_has_every_page(site):
+def test_site_has_every_page(site):
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
     assert pages == {page.stem for page in site.glob("*.html")} - {"404"}
 
@@ -41,7 +41,7 @@ def test_pages_load_nothing_from_other_hosts(site):
 
 
 @pytest.mark.slow
-def test_no_link_leaves_the_site(site):
+def test_links_stay_in_the_site(site):
     """Pages name repository files outside docs/ without a link, since the site lacks them."""
     for page in site.rglob("*.html"):
         assert not re.findall(r"href=\"[^\"]*\.\./(?:discover_jax|BUILD_NOTES)[^\"]*", page.read_text()), page

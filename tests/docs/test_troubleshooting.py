@@ -1,4 +1,4 @@
-"""Each row of docs/troubleshooting.md describes a message that the package can give, and every error class is on the page.
+"""Each row of docs/troubleshooting.md matches a message of the package, and every error class is on the page.
 
 Messages may be reworded without a change here. A quoted message counts as current if one string of the package has half of its words and
 all of its settings, and if the module of that string uses an error class that the row or its section names.
@@ -71,7 +71,7 @@ MESSAGES = _messages()
 
 
 def _closest(row: Row) -> tuple[float, str]:
-    """Largest share of the row's words in a string of a module that uses one of the row's error classes, and that string."""
+    """The string that has the largest share of the row's words, and that share. Its module must use one of the row's error classes."""
     words = _words(row.message.replace("...", " "))
     settings = {word for word in words if word.startswith("config.") and "_" in word}
     shares = [
@@ -82,13 +82,13 @@ def _closest(row: Row) -> tuple[float, str]:
     return max(shares, default=(0.0, ""))
 
 
-def test_the_page_is_read():
+def test_page_has_rows():
     assert len(_rows()) >= 20
     assert all(row.classes for row in _rows())
 
 
 @pytest.mark.parametrize("row", _rows(), ids=lambda row: row.message)
-def test_a_quoted_message_is_one_of_the_package(row):
+def test_quoted_message_is_in_the_package(row):
     share, text = _closest(row)
     assert share >= SHARE, f"docs/troubleshooting.md: update `{row.message}`; the closest message is {text!r}"
 
@@ -102,7 +102,7 @@ def test_a_quoted_message_is_one_of_the_package(row):
     ],
     ids=["words", "setting", "class"],
 )
-def test_a_message_that_the_package_does_not_have_is_found(message, name):
+def test_obsolete_message_is_detected(message, name):
     assert _closest(Row(message, frozenset({name})))[0] < SHARE
 
 
