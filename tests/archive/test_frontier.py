@@ -1,4 +1,4 @@
-"""The frontier that a resumed run makes of journal and checkpoint is the one that it had, on random searches by each sampler."""
+"""A resumed run rebuilds the same frontier from journal and checkpoint, on random searches by each parent selector."""
 
 import json
 
@@ -15,7 +15,7 @@ from discover_jax.types import Attempt, Outcome, StopReason
 
 @st.composite
 def searches(draw):
-    """Sizes of a search; for each program a value (None for a failure), a text that others may have, too, and whether a prompt holds it."""
+    """Sizes of a search. For each program: a value (None for a failure), a text that may repeat, and whether it fits in a prompt."""
     groups, size, steps = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
     value = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5]), st.floats(-1, 1))
     program = st.tuples(value, st.integers(0, 30), st.integers(0, 9).map(bool))
@@ -24,7 +24,7 @@ def searches(draw):
 
 
 def as_resumed(frontier: Frontier, rows: list[Attempt]) -> Frontier:
-    """What a run that starts again has: the archive of its checkpoint and the rows of its journal, both read back from JSON."""
+    """The frontier of a resumed run: from the archive of its checkpoint and the rows of its journal, both read from JSON."""
     archive = Archive.from_json(json.loads(json.dumps(frontier.archive.to_json())), frontier.archive.capacity)
     return Frontier.resumed(archive, [journal.from_json(journal.to_json(row)) for row in rows])
 
@@ -36,7 +36,7 @@ def parents_of(sampler: str, frontier: Frontier, groups: int, step: int):
 @pytest.mark.parametrize("sampler", sorted(SELECTORS))
 @settings(max_examples=60, deadline=None)
 @given(searches())
-def test_a_resumed_frontier_is_the_one_of_the_unbroken_run(sampler, search):
+def test_resumed_frontier_equals_the_uninterrupted_one(sampler, search):
     groups, size, steps, programs, capacity = search
     frontier, rows = Frontier(Archive((), capacity)), []
     for step in range(steps):
@@ -70,7 +70,7 @@ def test_a_resumed_frontier_is_the_one_of_the_unbroken_run(sampler, search):
         resumed = as_resumed(frontier, rows)
         assert resumed == frontier
         assert parents_of(sampler, resumed, groups, step + 1) == parents_of(sampler, frontier, groups, step + 1)
-        # And independently of either: the best of all, those that fit no prompt included; the errors of the last step on each parent.
+        # Independently of both: the best of all, including those that fit no prompt, and each parent's errors of the last step.
         assert frontier.best == best_of(state for row in rows if (state := row.state()) is not None)
         for state in frontier.archive.states:
             on_it = [row for row in rows if row.parent_id == state.id]
@@ -78,7 +78,7 @@ def test_a_resumed_frontier_is_the_one_of_the_unbroken_run(sampler, search):
             assert list(frontier.failures(state)) == (last if all(row.outcome is not Outcome.OK for row in last) else [])
 
 
-def test_how_many_children_of_a_parent_are_kept():
+def test_number_of_kept_children_per_parent():
     assert kept_children("puct", USUAL_CHILDREN) == 2  # the paper's
     assert kept_children("greedy", USUAL_CHILDREN) == kept_children("fixed", USUAL_CHILDREN) == 0
     assert [kept_children(sampler, children) for sampler in ("puct", "greedy") for children in (0, 3)] == [0, 3, 0, 3]

@@ -1,4 +1,4 @@
-"""The journal: what goes in comes out, torn and broken lines, going back, a disk that fails."""
+"""The journal: round trips, incomplete and damaged lines, truncation, a failing disk."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ def attempt(number: int, **changes) -> Attempt:
         code="def run():\n    return 'ä\u2028'\n",
         outcome=Outcome.OK,
         detail="",
-        stdout="line\r\n\ud800",  # a lone surrogate, as broken output of a program may hold
+        stdout="line\r\n\ud800",  # a lone surrogate, as in a program's invalid output
         score=0.1 + 0.2,
         private_score=None,
         reward=0.1,
@@ -33,7 +33,7 @@ def attempt(number: int, **changes) -> Attempt:
     return dataclasses.replace(base, **changes)
 
 
-def test_rows_come_back_equal(tmp_path):
+def test_rows_round_trip(tmp_path):
     rows = [attempt(0), attempt(1, code=None, outcome=Outcome.FORMAT_ERROR, score=None, stop=StopReason.MAX_TOKENS)]
     journal = Journal(tmp_path / "journal.jsonl")
     assert journal.read() == []
@@ -55,7 +55,7 @@ def test_batches_do_not_change_the_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200])
-def test_torn_last_line_is_left_out(tmp_path, cut):
+def test_incomplete_last_line_is_skipped(tmp_path, cut):
     path = tmp_path / "journal.jsonl"
     Journal(path).append([attempt(n) for n in range(3)])
     path.write_bytes(path.read_bytes()[:-cut])
@@ -63,7 +63,7 @@ def test_torn_last_line_is_left_out(tmp_path, cut):
 
 
 @pytest.mark.parametrize("line", ['{"id": 1}', "nonsense", "", "[]"])
-def test_broken_middle_line_is_named(tmp_path, line):
+def test_damaged_middle_line_is_named(tmp_path, line):
     path = tmp_path / "journal.jsonl"
     path.write_text("\n".join([to_json(attempt(0)), line, to_json(attempt(2))]) + "\n")
     with pytest.raises(RunError, match=r"(?i)\bline 2\b"):
@@ -83,7 +83,7 @@ def test_numbers_must_be_finite(tmp_path, name):
     assert not path.exists()
 
 
-def test_truncate_keeps_what_it_drops(tmp_path):
+def test_truncate_sets_rows_aside(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append([attempt(0)])
     position = journal.position
@@ -91,11 +91,11 @@ def test_truncate_keeps_what_it_drops(tmp_path):
         journal.append([attempt(last)])
         journal.truncate(position)
         assert journal.read() == [attempt(0)]
-    journal.truncate(position)  # nothing to drop
+    journal.truncate(position)  # nothing to truncate
     assert Journal(tmp_path / "journal.discarded.jsonl").read() == [attempt(1), attempt(2)]
 
 
-def test_truncate_ends_a_torn_row(tmp_path):
+def test_truncate_terminates_an_incomplete_row(tmp_path):
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
     journal.append([attempt(0)])
@@ -106,7 +106,7 @@ def test_truncate_ends_a_torn_row(tmp_path):
     assert (tmp_path / "journal.discarded.jsonl").read_bytes() == b'{"id": "0-0\n'
 
 
-def test_truncate_refuses_a_journal_that_does_not_fit(tmp_path):
+def test_truncate_refuses_a_mismatched_journal(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append([attempt(0)])
     with pytest.raises(RunError, match="journal"):
@@ -135,12 +135,12 @@ def test_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert journal.read() == [attempt(0), attempt(2)]
 
 
-def test_a_device_that_is_full():
+def test_full_device():
     with pytest.raises(RunError, match="No space left on device"):
         Journal("/dev/full").append([attempt(0)])  # type: ignore[arg-type]
 
 
-def test_a_reader_parses_only_new_rows(tmp_path, monkeypatch):
+def test_reader_parses_only_new_rows(tmp_path, monkeypatch):
     path = tmp_path / "journal.jsonl"
     parsed = []
     monkeypatch.setattr(journal_module, "from_json", lambda line: parsed.append(line) or from_json(line))

@@ -1,4 +1,4 @@
-"""PUCT by hand, against a naive count over the journal, and on random searches: batches, lineages, bounds, resumption."""
+"""PUCT by hand, against a naive count over the journal, and on random searches: batches, lineages, bounds, resuming."""
 
 import json
 
@@ -16,7 +16,7 @@ from discover_jax.types import SEED, Attempt, Outcome, StopReason
 
 
 def attempt(id, parent, value, step, group, code=None) -> Attempt:
-    """A value of None is a failure."""
+    """An attempt; a value of None is a failure."""
     return Attempt(
         id=id,
         parent_id=parent,
@@ -46,7 +46,7 @@ HISTORY = [
     attempt("e", "a", 0.2, 1, 0),
     attempt("y", "c", None, 1, 1),
 ]
-"""Two groups from the seed, then one from a and one from c, of which nothing came."""
+"""Two groups from the seed, then one from a and one from c. The last has no valid program."""
 
 
 def archive_of(attempts, capacity=100):
@@ -59,7 +59,7 @@ def test_scores_by_hand():
     expected = {
         "d": 0.7 + 0.5 * 6 / 21 * root,
         "a": 0.7 + 0.5 * 5 / 21 * root / 2,
-        "c": 0.4 + 0.5 * 4 / 21 * root / 2,  # expanded in vain: its own value, a smaller bonus
+        "c": 0.4 + 0.5 * 4 / 21 * root / 2,  # expanded without success: its own value, a smaller bonus
         "b": 0.3 + 0.5 * 3 / 21 * root,
         "e": 0.2 + 0.5 * 2 / 21 * root,
         "seed": 0.5 + 0.5 * 1 / 21 * root / 5,
@@ -74,16 +74,16 @@ def test_scores_by_hand():
     np.testing.assert_allclose(np.subtract(twice, once), np.subtract(once, none))
 
 
-def test_a_batch_by_hand():
-    """By score d, a, seed, c, b, e. d blocks a and seed; then a is unblocked and blocks the seed; then the seed; then all over again."""
+def test_batch_by_hand():
+    """Score order: d, a, seed, c, b, e. d blocks a and the seed, so c, b and e follow. Then a blocks the seed. Then all repeats."""
     archive, expansions = archive_of(HISTORY), Expansions().add(HISTORY)
     for groups in range(1, 10):
         picks = puct(archive, groups, step_rng(0, 2), expansions=expansions)
         assert "".join(s.id[0] for s in picks) == "dcbeasdcb"[:groups]
 
 
-def test_the_seed_that_scores_best_is_taken_and_blocks_everything():
-    """a's only group came to little: Q of a falls to 0.1, and the seed, whose best child is a, leads."""
+def test_seed_with_the_best_score_blocks_everything():
+    """The only group of a has low values, so Q of a falls to 0.1. The seed, whose best child is a, leads."""
     rows = [attempt("a", "seed", 0.5, 0, 0), attempt("b", "seed", 0.45, 0, 1), attempt("c", "a", 0.1, 1, 0)]
     picks = puct(archive_of(rows), 4, step_rng(0, 2), exploration=0.01, expansions=Expansions().add(rows))
     assert [s.id for s in picks] == ["seed", "b", "a", "c"]
@@ -91,12 +91,12 @@ def test_the_seed_that_scores_best_is_taken_and_blocks_everything():
 
 def test_ties_go_to_the_higher_value_then_to_the_earlier_state():
     rows = [attempt("low", "seed", 0.25, 0, 0), attempt("first", "seed", 0.5, 0, 0), attempt("second", "seed", 0.5, 0, 1)]
-    rows.append(attempt("child", "low", 0.5, 1, 0))  # lifts Q of low to 0.5
+    rows.append(attempt("child", "low", 0.5, 1, 0))  # raises Q of low to 0.5
     picks = puct(archive_of(rows[:3]), 3, step_rng(0, 1), exploration=0.0, expansions=Expansions().add(rows))
     assert [s.id for s in picks] == ["first", "second", "low"]
 
 
-def test_the_first_steps_groups_get_the_seed():
+def test_groups_of_the_first_step_get_the_seed():
     for expansions in (NO_EXPANSIONS, Expansions().add([attempt("x", "seed", None, 0, 0)])):
         assert puct(Archive((), 10), 5, step_rng(0, 0), expansions=expansions) == [SEED] * 5
         assert puct_scores(Archive((), 10), expansions) == [-np.inf]
@@ -113,7 +113,7 @@ def test_equal_and_extreme_values():
         assert len(puct(archive_of(far), 5, step_rng(0, 1), exploration=exploration, expansions=Expansions().add(far))) == 5
 
 
-def test_a_journal_that_does_not_fit_is_refused():
+def test_mismatched_journal_is_refused():
     archive = archive_of(HISTORY)
     for expansions in (NO_EXPANSIONS, Expansions().add(HISTORY[:4])):
         with pytest.raises(RunError, match=r"state '\w'.*do not belong together"):
@@ -134,11 +134,11 @@ def test_at_most_two_children_of_a_parent_are_kept():
     archive = Archive((), 100)
     for group in ([("a", "seed", 0.1), ("b", "seed", 0.3), ("c", "seed", 0.2)], [("d", "seed", 0.05)], [("e", "b", 0.5), ("f", "b", 0.4)]):
         archive = archive.add_group([attempt(*row, 0, 0).state() for row in group], children=2)
-    assert [s.id for s in archive.states] == ["e", "f", "b", "c", "d"]  # d: the seed is a parent anew for each group
+    assert [s.id for s in archive.states] == ["e", "f", "b", "c", "d"]  # d is kept: the seed counts as a new parent in each group
     later = [attempt("g", "b", 0.45, 2, 0).state(), attempt("h", "b", 0.5, 2, 0, code="# e").state()]
     archive = archive.add_group(later, children=2)
-    assert [s.id for s in archive.states] == ["e", "g", "b", "c", "d"]  # h is a copy of e, and g displaces f
-    assert archive.add_group([attempt("i", "b", 0.45, 3, 0).state()], children=2) == archive  # of equals the earlier stays
+    assert [s.id for s in archive.states] == ["e", "g", "b", "c", "d"]  # h is a copy of e, and g replaces f
+    assert archive.add_group([attempt("i", "b", 0.45, 3, 0).state()], children=2) == archive  # the earlier of two equal states stays
     assert archive.add_group([], children=2) == archive
     assert len(archive.add_group([attempt("i", "b", 0.45, 3, 0).state()], children=0).states) == 6
     with pytest.raises(RunError, match=r"'b', 'c'.*one parent"):
@@ -149,7 +149,7 @@ def test_at_most_two_children_of_a_parent_are_kept():
 
 @st.composite
 def searches(draw):
-    """Sizes of a search, and what its programs are worth; some are copies of each other."""
+    """Sizes of a search and the values of its programs. Some programs are copies of others."""
     groups, size, steps = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
     value = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 0.75]), st.floats(-1, 1))
     values = draw(st.lists(value, min_size=groups * size * steps, max_size=groups * size * steps))
@@ -158,14 +158,14 @@ def searches(draw):
 
 
 def related(one, other, rows):
-    """Whether one is the other or its ancestor, by the journal's own lineages; the seed is everyone's ancestor."""
+    """Whether one is the other or its ancestor, by the lineages in the journal. The seed is an ancestor of all."""
     if one.is_seed or other.is_seed:
         return True
     return one in lineage(rows, other.id) or other in lineage(rows, one.id)
 
 
 def naive_scores(archive, rows, exploration):
-    """The formula with each state's groups counted one by one through the lineages of their parents."""
+    """The formula, with each state's groups counted one by one through the lineages of their parents."""
     parent_of_group = {(row.step, row.group): row.parent_id for row in rows}
     used = [{"seed", *(s.id for s in lineage(rows, parent))} for parent in parent_of_group.values()]
     values = [s.value for s in archive.states]
@@ -186,7 +186,7 @@ def test_random_searches(search):
     groups, size, steps, values, codes, capacity, exploration = search
     archive, expansions, rows = Archive((), capacity), NO_EXPANSIONS, []
     for step in range(steps):
-        # A resumed run has the archive of its checkpoint, and the journal's rows.
+        # A resumed run has its checkpoint's archive and the journal's rows.
         again = Archive.from_json(json.loads(json.dumps(archive.to_json())), capacity)
         replayed = Expansions().add([journal.from_json(journal.to_json(row)) for row in rows])
         assert replayed == expansions == expansions.add(rows[len(rows) // 2 :])
@@ -201,7 +201,7 @@ def test_random_searches(search):
         np.testing.assert_allclose(scores, naive_scores(archive, rows, exploration), rtol=1e-12, atol=1e-12)
         assert scores[candidates.index(parents[0])] == max(scores)
         assert len({p.id for p in parents}) == min(groups, len(candidates))  # repeated only when all were picked
-        # Where a relative of an earlier pick is taken, no stranger to those before it was left.
+        # A relative of an earlier pick is taken only if no unrelated candidate is left.
         for place, parent in enumerate(parents):
             if any(related(parent, earlier, rows) for earlier in parents[:place]):
                 left = [c for c in candidates if c not in parents[:place]]
@@ -225,14 +225,14 @@ def test_random_searches(search):
             line = lineage(rows, state.id)
             assert line[0].parent_id == "seed"
             assert line[-1] == state
-            assert [s.step for s in line] == sorted({s.step for s in line})  # each younger than its parent: no cycles
+            assert [s.step for s in line] == sorted({s.step for s in line})  # each is from a later step than its parent: no cycles
             assert expansions.ancestors(state.id) == [*(s.id for s in line[-2::-1]), "seed"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(searches())
-def test_what_is_kept_without_copies(search):
-    """An independent statement: the two best of each parent (of each group, for the seed), of these the best of all, whatever came when."""
+def test_kept_states_without_copies(search):
+    """An independent definition: the two best of each parent (for the seed, of each group), and the best of these, in any arrival order."""
     groups, size, steps, values, _, capacity, exploration = search
     archive, expansions, rows = Archive((), capacity), NO_EXPANSIONS, []
     for step in range(steps):
@@ -250,7 +250,7 @@ def test_what_is_kept_without_copies(search):
     assert best_of(archive.states) == best_of(s for row in rows if (s := row.state()) is not None)
 
 
-def test_the_other_samplers_take_and_ignore_what_puct_needs():
+def test_other_selectors_ignore_the_arguments_of_puct():
     archive, expansions = archive_of(HISTORY), Expansions().add(HISTORY)
     for name in ("greedy", "fixed"):
         plain = SELECTORS[name](archive, 20, step_rng(3, 4), epsilon=0.5)

@@ -1,4 +1,4 @@
-"""Properties of the archive under random histories, lineages, and how often each sampler picks what."""
+"""Properties of the archive under random histories, lineages, and how often each selector picks each state."""
 
 import json
 
@@ -19,7 +19,7 @@ def state(number: int, code: str, value: float) -> State:
 
 @st.composite
 def histories(draw):
-    """States in order of their making; a program always has the same value, as graded programs do."""
+    """States in order of creation. Equal programs have equal values, as after grading."""
     codes = draw(st.lists(st.sampled_from("abcdefghij"), max_size=30))
     values = {code: draw(st.sampled_from([0.0, 0.25, 0.5, 0.75])) for code in sorted(set(codes))}
     return [state(number, code, values[code]) for number, code in enumerate(codes)]
@@ -33,7 +33,7 @@ def test_archive_properties(history, capacity, sizes):
         size = sizes[turn % len(sizes)]
         batched, rest, turn = batched.add(rest[:size]), rest[size:], turn + 1
     assert batched == whole
-    # An independent statement of what is kept: first finds, stably sorted by value.
+    # An independent definition of the archive: first occurrences, stably sorted by value.
     firsts = list({s.code: s for s in reversed(history)}.values())
     expected = sorted(sorted(firsts, key=lambda s: int(s.id[1:])), key=lambda s: -s.value)[:capacity]
     assert list(whole.states) == expected
@@ -43,7 +43,7 @@ def test_archive_properties(history, capacity, sizes):
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(-1, 1)), max_size=40), st.integers(1, 4))
 def test_archive_of_noisy_values(pairs, capacity):
-    """Programs whose value differs from run to run, too, keep the archive bounded, sorted and free of duplicates."""
+    """The archive stays bounded, sorted and free of duplicates even if a program's value varies."""
     archive, bests = Archive((), capacity), []
     for number, (code, value) in enumerate(pairs):
         archive = archive.add([state(number, code, value)])
@@ -96,7 +96,7 @@ def test_lineage():
 
 
 def test_greedy_frequencies():
-    """Each kept state but the best with probability epsilon / n; the rest is the best's. Bounds are 5 standard deviations."""
+    """Each state except the best has probability epsilon / n; the best has the rest. Bounds are 5 standard deviations."""
     archive = Archive((), 10).add(state(n, f"code {n}", n / 10) for n in range(4))
     draws, epsilon = 20_000, 0.125
     picked = SELECTORS["greedy"](archive, draws, step_rng(7, 3), epsilon=epsilon)
@@ -113,7 +113,7 @@ def test_greedy_extremes():
     assert SELECTORS["fixed"](archive, 5, step_rng(0, 0), epsilon=0.5) == [SEED] * 5
 
 
-def test_draws_depend_on_seed_and_step_alone():
+def test_draws_depend_only_on_seed_and_step():
     archive = Archive((), 100).add(state(n, f"code {n}", n / 100) for n in range(100))
 
     def draw(seed, step):
@@ -124,13 +124,13 @@ def test_draws_depend_on_seed_and_step_alone():
     assert draw(1, 2) != draw(1, 3)
 
 
-def test_variety_among_parents():
-    """By hand: repeats give way to the best that nobody has; the last groups start from nothing."""
+def test_distinct_parents():
+    """By hand: repeated parents are replaced by the best unused states. The last groups start from scratch."""
     archive = Archive((), 10).add([state(n, f"code {n}", 1.0 - n / 10) for n in range(4)])
     best, second, third, fourth = archive.states
     assert diversify_parents([best, best, best], archive) == [best, best, best]
     assert diversify_parents([best, best, third, best], archive, distinct=True) == [best, second, third, fourth]
-    assert diversify_parents([best] * 5, archive, distinct=True) == [best, second, third, fourth, best]  # there are no more
+    assert diversify_parents([best] * 5, archive, distinct=True) == [best, second, third, fourth, best]  # no more states
     assert diversify_parents([best, second, third, best], archive, fresh=0.5) == [best, second, SEED, SEED]
     assert diversify_parents([best], archive, fresh=0.4) == [best]
     assert diversify_parents([SEED, SEED], Archive((), 10), distinct=True) == [SEED, SEED]
