@@ -1,6 +1,6 @@
-"""What all tests share: cheap compilations. Most of these tests' time is compilation of small programs that run once.
+"""Settings of all tests that make compilation cheap: most of their time goes into compiling small functions that run once.
 
-The whole-run tests in test_main take XLA's flags as users have them.
+The whole-run tests in test_main use XLA's flags as users have them.
 """
 
 import atexit
@@ -11,11 +11,11 @@ import tempfile
 from importlib.metadata import version
 
 _FLAGS = ["--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # later ones end at a flag that they do not know
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third less to compile
+if version("jaxlib").startswith("0.10."):  # later versions abort at unknown flags
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # compiles a third faster
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
-# What was compiled once in this session is not again, by whichever of its processes: this one, its workers, the programs that tests start.
+# All processes of the session share compiled functions: this one, its workers, and the scripts that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """Files of whole runs first: they take longest, and begun last they would leave the other workers idle."""
+    """Runs the files of whole runs first: they take longest, and at the end they would leave other workers idle."""
     here = pathlib.Path(__file__).parent
     whole_runs = (here, here / "faults", here / "execution", here / "kernels")
     items.sort(key=lambda item: whole_runs.index(item.path.parent) if item.path.parent in whole_runs else len(whole_runs))

@@ -1,4 +1,4 @@
-"""All that a run does with its devices, on one mesh of eight imitated ones after the next: `mesh_program.py FOLDER` names what differs."""
+"""Runs everything that uses devices on several meshes of eight simulated ones. `mesh_program.py FOLDER` prints the differences."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ TOKENS = np.random.default_rng(0).integers(3, 96, (8, 20), dtype=np.int32)
 
 
 def build(folder: Path, mesh):
-    """Weights from disk and an adapter that is not neutral, laid out over the mesh."""
+    """Weights from disk and an adapter that is not zero, sharded over the mesh."""
     model = Model(CONFIG, LORA, experts="packed", mesh=mesh)
     _, frozen = load_folder(folder, experts="packed", mesh=mesh)
     drawn = model.init_lora(jax.random.key(1))
@@ -67,11 +67,11 @@ def check(condition: bool, what: str) -> None:
 
 
 def results(folder: Path, mesh):
-    """What one mesh computes: logits, rollouts, metrics and adapter of an update, and the state that it leaves."""
+    """The results of one mesh: logits, rollouts, the update's metrics and adapter, and the train state."""
     model, frozen, lora = build(folder, mesh)
     places, one = np.broadcast_to(np.arange(20, dtype=np.int32), (8, 20)), np.ones((8, 20), np.int32)
     logits = jax.jit(lambda frozen, lora: model.logits(frozen, lora, model.hidden(frozen, lora, TOKENS, places, one)))(frozen, lora)
-    # With so few pages rollouts must wait for each other, but where each has a device of its own.
+    # With so few pages, rollouts must wait for each other, unless each has its own device.
     pages = max(7, 4 * row_devices(mesh))
     sampler = Sampler(model, slots=4, max_prompt_tokens=140, max_new_tokens=100, temperature=1.0, stop_ids=(3,), pages=pages)
     prompts = [Prompt(group, "seed", "", TOKENS.reshape(-1)[: 130 - 100 * group]) for group in range(2)]
@@ -106,7 +106,7 @@ def main(root: Path) -> None:
         else:
             raise AssertionError(f"{shape} was not refused")
     one = results(root / "weights", None)
-    check(sum(len(r.tokens_T) for r in one[2]) > 200, "rollouts are long enough to tell something")
+    check(sum(len(r.tokens_T) for r in one[2]) > 200, "rollouts are long enough")
     checkpoints = Checkpoints(root / "checkpoints", keep=20, every=0)
     checkpoints.save(0, one[3], {"mesh": "none"})
     for number, shape in enumerate(MESHES, start=1):
@@ -116,7 +116,7 @@ def main(root: Path) -> None:
         if shape[1] > 1:
             leaf = many[3].lora["pairs"]["full"]["experts"]["gate_up"]["lora_a"]
             check(leaf.addressable_shards[0].data.shape[1] == CONFIG.num_experts // shape[1], f"{shape}: experts are spread")
-        # Written on this mesh, read on the one before and on none; and the other way round.
+        # Written on this mesh, and read on the one before and without a mesh; and vice versa.
         checkpoints.save(number, many[3], {"mesh": list(shape)})
         for wanted in (
             abstract_train_state(dataclasses.replace(many[0], mesh=None, kernels=REFERENCE).abstract_lora(), adam(1e-3, max_grad_norm=1.0)),

@@ -39,7 +39,7 @@ def test_overrides_and_default_folder():
         (("--config=configs/quickstart.py", "stray"), "stray"),
     ],
 )
-def test_mistakes_end_in_one_message_that_names_them(arguments, message):
+def test_mistakes_are_one_message_that_names_them(arguments, message):
     done = _run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -48,7 +48,7 @@ def test_mistakes_end_in_one_message_that_names_them(arguments, message):
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
-def test_help_prints_the_flags_the_main_settings_and_where_the_rest_is(flag):
+def test_help_prints_flags_main_settings_and_where_to_find_the_rest(flag):
     done = _run(flag)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

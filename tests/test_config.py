@@ -25,7 +25,7 @@ def _load(path, *argument):
 def test_the_reports_runs_have_the_reports_values(run, shape):
     config = settings.validate(_load("configs/spaceship.py", run))
     assert (config.groups, config.group_size, config.train.steps) == shape
-    # Section 5.1 and 5.2 of the report, typed by hand.
+    # Sections 5.1 and 5.2 of the report, typed by hand.
     expected = {
         "lora.attention_rank": 32,
         "train.learning_rate": 4e-5,
@@ -68,7 +68,7 @@ def test_every_rule_names_settings_that_exist():
             assert set(re.findall(r"config\.([a-z_.]*[a-z_])", rule.fix)) <= known.keys() | {"config"}, name
 
 
-def test_the_first_tier_is_about_a_dozen_settings():
+def test_first_tier_has_about_a_dozen_settings():
     first = {name for name, row in settings.settings().items() if row.tier == 1}
     assert first == {
         *("task.competition", "task.raw", "task.reward", "model.weights", "groups", "group_size"),
@@ -78,14 +78,14 @@ def test_the_first_tier_is_about_a_dozen_settings():
     assert {row.tier for row in settings.settings().values()} == {1, 2}
 
 
-def test_the_settings_page_is_current():
+def test_settings_page_is_current():
     page = Path("docs/settings.md").read_text()
     assert page == settings_page(), "run: python -m discover_jax.config --write docs/settings.md"
     assert all(page.count(f"| `{name}` |") == 1 for name in settings.settings())
 
 
 def problems_of(config, **options):
-    """The lines of the error, by the setting that each is about."""
+    """The lines of the error by setting."""
     with pytest.raises(ConfigError) as error:
         settings.validate(config, **options)
     lines = re.findall(r"^  - (config\.([a-z_0-9.]*[a-z_0-9]).*)$", str(error.value), re.MULTILINE)
@@ -134,7 +134,7 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("prompt.style", "full", ("config.model.weights = 'apprentice'",)),
     ],
 )
-def test_an_error_names_the_setting_its_value_and_what_is_allowed(name, value, allowed):
+def test_error_names_the_setting_its_value_and_the_allowed_ones(name, value, allowed):
     config = _load("configs/quickstart.py")
     with config.ignore_type():
         config.update_from_flattened_dict({name: value})
@@ -156,13 +156,13 @@ def test_addresses_of_ray_clusters(address, known):
         assert problems_of(config).keys() == {"execution.ray_address"}
 
 
-def test_all_problems_are_named_at_once():
+def test_all_problems_are_reported_together():
     config = _load("configs/quickstart.py")
     config.groups, config.train.steps = 0, 0
     assert problems_of(config).keys() == {"groups", "train.steps"}
 
 
-def test_a_dry_run_may_ask_about_meshes_and_weights_that_no_run_takes():
+def test_dry_run_accepts_meshes_and_weights_that_runs_refuse():
     config = _load("configs/spaceship.py")
     config.mesh.data, config.model.weights, config.model.shape = 8, "random", "gpt-oss-120b"
     assert settings.validate(config, for_run=False).mesh.data == 8
@@ -208,7 +208,7 @@ def test_options_that_contradict_each_other_are_refused(changes, name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"reuse.sampler": "puct", "reuse.children": 0},  # the paper's rule can be left out
+        {"reuse.sampler": "puct", "reuse.children": 0},  # the paper's rule can be disabled
         {"reuse.children": 2},  # and used without puct
         {"reuse.fresh": 0.25, "reuse.distinct": True},
         {"reuse.distinct": True, "groups": 4, "task.competition": "a, b, c"},  # one of them has two groups
@@ -217,21 +217,21 @@ def test_options_that_contradict_each_other_are_refused(changes, name):
         {"train.kl_coefficient": 0.0, "train.measure_kl": False},
     ],
 )
-def test_options_that_look_odd_but_have_an_effect_are_accepted(changes):
+def test_unusual_options_with_an_effect_are_accepted(changes):
     config = _load("configs/quickstart.py")
     config.update_from_flattened_dict(changes)
     settings.validate(config)
 
 
-def test_forcing_an_answer_takes_at_least_the_tokens_of_the_rule():
-    """The exact number depends on the tokenizer; the rule must refuse nothing that would fit."""
+def test_forced_answer_needs_at_least_the_tokens_of_the_rule():
+    """The exact number depends on the tokenizer. The rule must not refuse values that would fit."""
     tokenizer = load_tokenizer(APPRENTICE)
     assert len(answer_forced("", tokenizer)) >= FORCED_TOKENS
 
 
 @pytest.mark.parametrize("run", ["run1", "run2", "run3", "run4", "paper"])
 def test_additions_to_the_method_are_off_in_the_reports_and_the_papers_runs(run):
-    """The values are typed by hand, so that the test notices changed defaults."""
+    """The values are typed by hand, so that the test detects changed defaults."""
     flat = settings.flatten(settings.validate(_load("configs/spaceship.py", run)))
     off = {
         "diversity.novelty_bonus": 0.0,
@@ -248,7 +248,7 @@ def test_additions_to_the_method_are_off_in_the_reports_and_the_papers_runs(run)
     assert kept_children(flat["reuse.sampler"], flat["reuse.children"]) == (2 if run == "paper" else 0)
 
 
-def test_the_paper_s_setting():
+def test_papers_setting():
     config = _load("configs/spaceship.py", "paper")
     settings.validate(config)
     assert (config.groups, config.group_size, config.train.steps) == (8, 64, 50)

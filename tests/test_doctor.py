@@ -61,7 +61,7 @@ def test_dependent_checks_are_skipped_and_the_exit_code_is_1(tmp_path):
     assert str(tmp_path / "nowhere") in done.stdout
 
 
-def test_weights_and_tokenizer_that_do_not_belong_together(tmp_path, monkeypatch):
+def test_weights_and_tokenizer_that_do_not_match(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     sizes = folders.read_config(APPRENTICE)
     write_synthetic(tmp_path / "small", dataclasses.replace(sizes, num_layers=2, vocab_size=512))
@@ -82,7 +82,7 @@ def test_weights_and_tokenizer_that_do_not_belong_together(tmp_path, monkeypatch
     assert "tensors that do not fit" in found["weights"].text
 
 
-def test_a_full_disk_and_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+def test_full_disk_and_unwritable_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10**8))
     found = _findings(tmp_path)
@@ -115,7 +115,7 @@ def test_sandbox_with_a_wrong_score_is_detected(tmp_path, monkeypatch):
     assert "ValueError: no" in found["sandbox"].text
 
 
-def test_the_doctor_claims_no_canary_where_nothing_holds_programs(tmp_path):
+def test_doctor_reports_no_canary_without_isolation(tmp_path):
     found = _findings(tmp_path, execution__backend="unsafe-subprocess", execution__allow_weaker=True)
     assert found["sandbox"].ok
     assert re.search(r"no canary\b.*\bunsafe-subprocess: NO ISOLATION", found["sandbox"].text)
@@ -123,7 +123,7 @@ def test_the_doctor_claims_no_canary_where_nothing_holds_programs(tmp_path):
     assert re.search(r"canary could not escape.*\bbubblewrap\b", found["sandbox"].text)
 
 
-def test_packages_that_are_missing_or_old_are_named(tmp_path, monkeypatch):
+def test_missing_and_old_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     version = importlib.metadata.version
 
@@ -139,7 +139,7 @@ def test_packages_that_are_missing_or_old_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("present", "extra"), [("/dev/nvidia0", "cuda"), ("/dev/accel0", "tpu")])
-def test_an_accelerator_that_jax_does_not_see_is_named(tmp_path, monkeypatch, present, extra):
+def test_accelerator_that_jax_does_not_see_is_named(tmp_path, monkeypatch, present, extra):
     monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     exists = os.path.exists

@@ -1,4 +1,4 @@
-"""What a dry run says, against real arrays, the process's measured memory, and the command line as a user meets it."""
+"""The dry run, compared with real arrays and the process's measured memory, and its command line."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ def found():
     return _needs(_config())
 
 
-def test_weights_adapter_and_optimiser_are_those_of_real_arrays(found):
+def test_weights_adapter_and_optimiser_match_real_arrays(found):
     config = _config()
     model = build_model(config, _SIZES)
     state = init_train_state(model.init_lora(jax.random.key(0)), build_optimizer(config))
@@ -58,17 +58,17 @@ def test_weights_adapter_and_optimiser_are_those_of_real_arrays(found):
     assert expected["weights"] > 0 < expected["adapter"] < expected["optimiser"]
 
 
-def test_a_cache_holds_keys_and_values_of_every_slot(found):
-    # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer keeps a ring of 8 places for each of 4 slots. The
-    # other one has pages of 128: one a slot, for 24 + 40 tokens, and one for a prompt.
+def test_cache_has_keys_and_values_of_every_slot(found):
+    # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer has a ring of 8 places for each of 4 slots. The
+    # other layer has pages of 128: one per slot, for 24 + 40 tokens, and one for a prompt.
     (decode,) = (need for need in found if need.function == "decode")
     of_place = 2 * 2 * 16 * 2
     of_rows = decode.parts["cache"] - (4 * 8 + (4 + 1) * 128) * of_place
-    assert 0 < of_rows < 4 * 1024  # the stream and numbers of each row
+    assert 0 < of_rows < 4 * 1024  # the activations and numbers of each row
 
 
-@pytest.mark.slow  # test_meshes has the rule
-def test_the_cache_takes_no_more_than_the_memory_leaves():
+@pytest.mark.slow  # test_meshes tests the rule
+def test_cache_fits_in_the_remaining_memory():
     config = _config()
     config.groups, config.group_size, config.sampling.slots = 16, 16, 256
     model = build_model(config, _SIZES)
@@ -83,7 +83,7 @@ def test_the_cache_takes_no_more_than_the_memory_leaves():
 
     assert pages() == pages(memory=10**9) == 257
     memory = int((resident + 256 * 512 * 4 * 4 + 100 * of_page) / 0.97)
-    assert 0 < pages(memory=memory) < 100  # the adapter's copy and the rings are there too
+    assert 0 < pages(memory=memory) < 100  # the adapter's copy and the rings also take memory
     assert pages(memory=memory, learn=False) > pages(memory=memory)
     with pytest.raises(CapacityError, match=r"weights\b.*adapter\b.*optimiser"):
         pages(memory=resident)
@@ -91,7 +91,7 @@ def test_the_cache_takes_no_more_than_the_memory_leaves():
     assert pages() == pages(memory=memory) == 30
 
 
-def test_the_phases_and_programs_of_a_step_come_in_its_order(found):
+def test_phases_and_functions_have_the_order_of_a_step(found):
     assert [(need.phase, need.function) for need in found] == [
         ("sampling", "prefill"),
         ("sampling", "decode"),
@@ -104,7 +104,7 @@ def test_the_phases_and_programs_of_a_step_come_in_its_order(found):
     assert all(need.total == sum(need.parts.values()) > 0 for need in found)
 
 
-def test_a_search_only_measures_and_more_rows_need_more():
+def test_search_has_no_gradient_and_more_rows_need_more():
     config = _config()
     before = _needs(config, learn=False)
     assert {need.phase for need in before} == {"sampling", "measuring"}
@@ -115,7 +115,7 @@ def test_a_search_only_measures_and_more_rows_need_more():
     assert after[-1].parts["activations"] > 1.5 * before[-1].parts["activations"]
 
 
-# What the process's memory grows by while the gradient is computed, against the prediction. The peak is reset after compilation.
+# The growth of the process's memory while the gradient is computed, and the prediction. The peak is reset after compilation.
 _MEASURED = """
 import jax, numpy as np
 from discover_jax import dry_run
@@ -151,21 +151,21 @@ print(memory("VmHWM") - before, need.parts["activations"])
 """
 
 
-@pytest.mark.slow  # that more rows need more, the default run sees
+@pytest.mark.slow  # the default run tests that more rows need more
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process's memory can be reset on Linux only")
 def test_predicted_activations_match_process_memory():
-    # glibc keeps freed memory unless told otherwise: then the second call would not grow.
+    # By default glibc keeps freed memory, so the second call would not grow.
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", _MEASURED], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     assert predicted > 100e6
-    # Matrix products of the CPU's library pack operands into memory of their own, which its compiler does not know of.
+    # The CPU's matrix product library packs operands into buffers that the compiler does not know of.
     assert 0.6 * measured < predicted < 1.1 * measured
 
 
 def fits(report: str) -> bool:
-    """Whether the verdict is that the run fits."""
+    """Whether the report says that the run fits."""
     return re.search(r"(?i)\bfits\b", report) is not None and re.search(r"(?i)\bnot fit\b", report) is None
 
 
@@ -187,14 +187,14 @@ def test_verdict_names_the_settings_to_change(found):
     assert not re.search(r"(?i)\bsampling\b.*\bnot fit\b", text)
 
 
-def test_a_compilers_refusal_is_shown_and_does_not_fit(found):
+def test_compiler_error_is_shown_and_does_not_fit(found):
     refused = [*found[:-2], dataclasses.replace(found[-2], complaint="RESOURCE_EXHAUSTED: Ran out of memory. Used 9G of 8G")]
     text = _report(refused, find_machine("", 1))
     assert "Used 9G of 8G" in text
     assert not fits(text)
 
 
-def test_an_estimate_says_that_it_is_one(found):
+def test_estimate_is_marked_as_one(found):
     here = find_machine("", 1)
     absent = Machine("8 x NVIDIA H200", here.devices, here.memory, "", "gpu", exact=False)
     assert re.search(r"\bestimate[sd]?\b.*\bCPU\b", _report(found, absent))
@@ -207,7 +207,7 @@ def _command(*arguments, module="main"):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_command_prints_config_table_and_verdict_and_leaves_nothing(tmp_path):
+def test_command_prints_config_table_and_verdict_and_writes_nothing(tmp_path):
     done = _command(*_SMALL, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert re.search(r"\* sampling\.max_new_tokens = 64\b", done.stdout)
@@ -219,9 +219,9 @@ def test_the_command_prints_config_table_and_verdict_and_leaves_nothing(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow  # the verdict and its words are tested without the command
-def test_what_does_not_fit_ends_with_code_1():
-    # More rows than a v5e's memory takes; a slice that is not here.
+@pytest.mark.slow  # other tests check the verdict without the command
+def test_exit_code_is_1_if_the_run_does_not_fit():
+    # More rows than fit in the memory of a v5e; this machine has no such slice.
     rows = ("--config.train.rows=256", "--config.sampling.max_new_tokens=512")
     done = _command(*_SMALL, *rows, "--machine=v5e:2x4")
     assert done.returncode == 1, done.stderr
@@ -247,7 +247,7 @@ print(local_bytes(abstract), *held, sum(leaf.nbytes for leaf in jax.tree.leaves(
 """
 
 
-def test_the_bytes_of_a_mesh_are_what_each_device_holds():
+def test_bytes_of_a_mesh_match_those_on_each_device():
     done = subprocess.run([sys.executable, "-c", _SPREAD], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     predicted, *held, whole = map(int, done.stdout.split())

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, and appended rows are cut back after a failure."""
+"""Files are replaced atomically, and a failed append is truncated."""
 
 import os
 
@@ -30,7 +30,7 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
     assert path.read_bytes() == b"new"
 
 
-def test_an_interrupted_replacement_keeps_the_old_file(tmp_path):
+def test_interrupted_replacement_keeps_the_old_file(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"old")
 
@@ -45,7 +45,7 @@ def test_an_interrupted_replacement_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_failed_append_is_cut_back(tmp_path, monkeypatch):
+def test_failed_append_is_truncated(tmp_path, monkeypatch):
     path = tmp_path / "rows"
     append_synced(path, b"one\n")
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Whole runs with the apprentice on the bundled competition, as a user starts them: train, search, kill -9, resume, mistakes."""
+"""Whole runs with the apprentice on the built-in competition, as a user starts them: train, search, kill -9, resume, mistakes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _SMALL = (
 )
 
 
-# As users have it: without what tests/conftest.py sets, so with the folder of compiled programs that all of a user's runs share.
+# The environment of users, without the settings of tests/conftest.py. All runs of a user share the folder of compiled functions.
 _OF_TESTS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
 
@@ -55,7 +55,7 @@ def unbroken(tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_run_leaves_what_the_readme_says(unbroken):
+def test_run_leaves_the_files_listed_in_the_readme(unbroken):
     metrics = _rows(unbroken / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
     required = {"reward/mean", "reward/max", "best/score", "rollouts/valid_frac", "groups/constant_frac", "logprob_gap/mean"}
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_the_readme_says(unbroken):
     assert json.loads((unbroken / "config.json").read_text())
 
 
-def test_best_grade_is_what_the_task_says_of_the_submission(unbroken):
+def test_best_grade_matches_the_tasks_grade(unbroken):
     from discover_jax.tasks.prepare import prepare_task
 
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=unbroken / "task")
@@ -92,9 +92,9 @@ def test_best_grade_is_what_the_task_says_of_the_submission(unbroken):
     assert task.grade((unbroken / "best" / "submission.csv").read_bytes()).score == grade["score"]
 
 
-@pytest.mark.slow  # the kills of tests/faults are quicker
-def test_kill_9_and_resume_gives_the_journal_of_the_unbroken_run(unbroken, tmp_path):
-    """Killed while sampling or running programs of the second step, and again soon after its restart."""
+@pytest.mark.slow  # the kills in tests/faults are faster
+def test_kill_9_and_resume_gives_the_same_journal(unbroken, tmp_path):
+    """Killed while sampling or running programs of the second step, and again soon after the restart."""
     workdir = tmp_path / "run"
     for until in (lambda: _lines(workdir / "metrics.jsonl") >= 1, lambda: True):
         process = subprocess.Popen(
@@ -125,14 +125,14 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_finished_run_starts_again_without_doing_anything(unbroken):
+def test_restarted_finished_run_does_nothing(unbroken):
     before = (unbroken / "journal.jsonl").read_bytes()
     done = _run(unbroken, "--config.train.steps=3")
     assert re.search(r"\bresume[sd]\b.*\bstep 3\b", done.stdout)
     assert (unbroken / "journal.jsonl").read_bytes() == before
 
 
-def test_another_config_is_refused_with_the_differences(unbroken):
+def test_different_config_is_refused_with_the_differences(unbroken):
     done = _run(unbroken, "--config.train.steps=3", "--config.seed=5", code=2)
     assert "seed" in done.stderr
     assert "5" in done.stderr
@@ -142,7 +142,7 @@ def test_another_config_is_refused_with_the_differences(unbroken):
 
 @pytest.mark.slow  # tests/test_options.py has a run of the phrase model that continues another
 def test_second_run_continues_the_first(unbroken, tmp_path):
-    """As the report's run 4 continues run 3: it inherits adapter, optimiser, archive, journal and step count."""
+    """As the report's run 4 continues run 3, it inherits adapter, optimiser, archive, journal and step count."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
     assert re.search(r"\bstep 3\b", done.stdout)
     journal = _rows(tmp_path / "next" / "journal.jsonl")
@@ -171,14 +171,14 @@ def test_search_has_the_same_first_step_and_never_learns(unbroken, tmp_path):
         (("--config.model.weights=/nowhere",), "/nowhere"),
     ],
 )
-def test_mistakes_end_in_one_clear_error_and_leave_nothing_broken(tmp_path, extra, message):
+def test_mistakes_are_one_clear_error_and_damage_nothing(tmp_path, extra, message):
     done = _run(tmp_path / "run", "--config.train.steps=1", *extra, code=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow  # its parts are tested in tests/text/test_prompts.py and tests/archive/test_frontier.py
-def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(tmp_path):
+def test_program_too_long_for_a_prompt_is_kept_as_best_but_never_a_parent(tmp_path):
     done = _run(tmp_path / "run", "--config.train.steps=2", "--config.sampling.max_prompt_tokens=48", module="search")
     assert re.search(r"\b48 tokens\b", done.stdout)
     journal = _rows(tmp_path / "run" / "journal.jsonl")
@@ -189,7 +189,7 @@ def test_a_program_too_long_for_a_prompt_is_kept_as_the_best_but_never_a_parent(
 
 @pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
 def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, tmp_path):
-    """What the run learned, on the program that it found best: in our model, in peft over transformers, and read from what peft saved."""
+    """Logits of the trained adapter on the run's best program: in our model, in peft over transformers, and after peft saved it."""
     torch = pytest.importorskip("torch", reason="needs torch and peft (make test installs them; PARITY=0 leaves them out)")
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     import jax
@@ -233,7 +233,7 @@ def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, t
     adapted = peft.PeftModel.from_pretrained(base, out).eval()
     trained = ours(state.lora)
     moved = np.abs(trained - plain).max()
-    assert moved > 0.05  # three updates: what is compared is more than the base model
+    assert moved > 0.05  # after three updates, the adapter must differ from the base model
     np.testing.assert_allclose(trained, theirs(adapted), atol=2e-4, rtol=0)
     adapted.save_pretrained(tmp_path / "again")
     np.testing.assert_array_equal(trained, ours(load_peft(tmp_path / "again", policy.model)))

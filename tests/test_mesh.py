@@ -1,4 +1,4 @@
-"""Logits, sampled tokens, update and checkpoint agree, however the devices are arranged; arrangements that cannot be are refused."""
+"""Logits, sampled tokens, update and checkpoint agree on all meshes. Impossible meshes are refused."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Which mesh is recommended, which are left out and why, the memory that was measured, and the names of machines."""
+"""Recommended meshes, excluded meshes with the reason, measured memory, and names of machines."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def test_all_meshes_of_some_devices():
     assert all(math.prod(mesh) == 12 for mesh in found)
 
 
-def test_the_fastest_that_fits_is_recommended_first():
+def test_fastest_mesh_that_fits_is_recommended_first():
     found = meshes.recommend(_config(), GPT_OSS_120B, _machine(8), _LENGTHS)
     assert len(found) == len(meshes.shapes(8))
     usable = [one for one in found if not one.obstacle]
@@ -54,7 +54,7 @@ def test_the_fastest_that_fits_is_recommended_first():
     assert one_device.seconds / 8 < usable[0].seconds < one_device.seconds / 3
 
 
-def test_what_does_not_divide_or_fit_is_left_out_with_the_reason():
+def test_indivisible_and_too_large_meshes_are_excluded_with_the_reason():
     def obstacle(sizes, machine, *mesh):
         return meshes.predict(_config(), sizes, machine, MeshShape(*mesh), _LENGTHS).obstacle
 
@@ -68,14 +68,14 @@ def test_what_does_not_divide_or_fit_is_left_out_with_the_reason():
 
 
 @pytest.mark.parametrize(("mesh", "measured"), [((1, 1), 116.2), ((1, 2), 85.2), ((2, 1), 116.2)])
-def test_memory_is_near_the_peaks_that_were_measured(mesh, measured):
-    # One row of 32,768 tokens for each device (docs/scaling.md).
+def test_memory_is_close_to_the_measured_peaks(mesh, measured):
+    # One row of 32,768 tokens per device (docs/scaling.md).
     config = _config(train__row_tokens=32_768)
     one = meshes.predict(config, GPT_OSS_120B, _machine(math.prod(mesh)), MeshShape(*mesh), _LENGTHS)
     assert one.bytes / 1e9 == pytest.approx(measured, rel=0.02)
 
 
-def test_memory_of_references_is_near_what_the_tpus_compiler_says():
+def test_memory_of_references_is_close_to_the_tpu_compilers():
     # v5p:2x2x2, libtpu 0.0.42, jax 0.10.2: the gradient with a row of 4,096 tokens on each of eight devices of `expert` takes 86.0 GB.
     config = _config(train__row_tokens=4096, train__rows=8)
     machine = _machine(8, "v5p", int(95.73 * 2**30))
@@ -95,7 +95,7 @@ def test_memory_of_an_adapter_on_attention_and_of_less_rematerialisation():
     assert pairs.bytes / 1e9 == pytest.approx(100.7, rel=0.03)
 
 
-def test_the_cache_limits_how_many_rollouts_are_live():
+def test_cache_limits_concurrent_rollouts():
     config = _config(sampling__slots=512)
     config.groups, config.group_size = 8, 64
     config.sampling.max_new_tokens = 26_000
@@ -105,7 +105,7 @@ def test_the_cache_limits_how_many_rollouts_are_live():
     assert one.live < 512 <= eight.live
 
 
-def test_a_search_has_neither_optimiser_nor_gradient():
+def test_search_has_neither_optimiser_nor_gradient():
     config = _config()
     search, run = (meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS, learn=learn) for learn in (False, True))
     assert search.bytes < run.bytes - 9e9
@@ -117,19 +117,19 @@ def _report(config, machine, sizes=GPT_OSS_120B):
     return "\n".join(meshes.report(config, sizes, machine, _LENGTHS))
 
 
-def test_the_report_says_what_is_recommended_and_what_is_assumed():
+def test_report_lists_recommendations_and_assumptions():
     config = _config(mesh__expert=8)
     text = _report(config, _machine(8))
     best = meshes.recommend(config, GPT_OSS_120B, _machine(8), _LENGTHS)[0]
     recommended = f"--config.mesh.data={best.mesh.data} --config.mesh.expert={best.mesh.expert} --config.mesh.tensor=1"
     assert f"{recommended} --config.train.rows={best.rows}" in text
     assert sum(line.startswith(("  * ", "->* ")) for line in text.splitlines()) == 1
-    assert re.search(r"\blink, network, network latency\b", text)  # speeds that were assumed
+    assert re.search(r"\blink, network, network latency\b", text)  # assumed speeds
     assert "tensor above 1" not in text
     assert "tensor above 1" in _report(_config(mesh__tensor=8), _machine(8))
 
 
-def test_tpus_run_the_references_and_the_report_says_so():
+def test_report_says_that_tpus_run_the_references():
     text = _report(_config(), _machine(8, "v5p", int(95.73 * 2**30)))
     assert re.search(r"\bTPU\b.*\bkernels\b", text)
     assert re.search(r"(?i)\bno mesh\b", _report(_config(), _machine(4, "v5e", int(15.75 * 2**30))))
@@ -172,13 +172,13 @@ def test_names_of_machines(monkeypatch, name, needed, devices, node):
 
 
 @pytest.mark.parametrize(("name", "needed"), [("h200x4", 8), ("v5p-16", 16), ("v5p-12", 1), ("3xh200", 1), ("0xh200x8", 1)])
-def test_machines_that_are_too_small_or_unknown(monkeypatch, name, needed):
+def test_too_small_and_unknown_machines_are_refused(monkeypatch, name, needed):
     monkeypatch.setattr(machines, "_cpus", lambda count: [None] * count)
     with pytest.raises(ConfigError, match=rf"config\.mesh\b.*\b{needed} devices\b|{name}\b"):
         find_machine(name, needed)
 
 
-def test_speeds_are_found_by_jaxs_names_too():
+def test_speeds_are_found_by_jaxs_device_names():
     assert speeds_of("NVIDIA H200") == speeds_of("h200")
     assert speeds_of("TPU v6 lite") == speeds_of("v6e")
     assert speeds_of("cpu") is None

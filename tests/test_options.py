@@ -1,6 +1,6 @@
-"""Every option of the method in whole runs, in this process: each value of each choice in at least one of them.
+"""Whole runs in this process with every option of the method: each value of each choice is in at least one run.
 
-Those of the phrase model of tests/faults, which takes any prompt and costs milliseconds, are in the default run; the apprentice's are slow.
+Runs of the phrase model in tests/faults, which accepts any prompt and takes milliseconds, run by default. The apprentice's are slow.
 """
 
 import json
@@ -84,7 +84,7 @@ RUNS = {
 }
 PARAMETERS = [pytest.param(name, marks=[] if name in (PHRASES, USERS) else pytest.mark.slow) for name in RUNS]
 
-# The phrase model's competition with other transforms; and one that none of its programs solves.
+# The phrase model's competition with other transforms, and one that none of its programs solves.
 USERS_COMPETITIONS = {
     "negated": 'metric=ERROR, transform="negate", failure_reward=-2.0',
     "inverse": 'metric=ERROR, transform="inverse", failure_reward=0.0',
@@ -138,8 +138,8 @@ def apprentice_config():
 
 
 def phrases_config(root):
-    """Brief prompts, and three of the competitions in files."""
-    users_config(root)  # which writes them and the model
+    """Brief prompts and three of the competition files."""
+    users_config(root)  # writes them and the model
     config = phrase_config.get_config(str(root / "model"))
     config.train.steps = 2
     config.update_from_flattened_dict(PAPER)
@@ -148,7 +148,7 @@ def phrases_config(root):
 
 
 def users_config(root):
-    """Four competitions in files, and a budget of prompts that all fit into but the hopeless one's with all of its error."""
+    """Four competition files, and a prompt budget that fits all but the prompts of `hopeless`, with their long errors."""
     if not (root / "model").exists():
         write_phrase_model(root / "model")
         for id, changes in USERS_COMPETITIONS.items():
@@ -192,7 +192,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(root):
-    """Runs by name, each done when it is first asked for."""
+    """Runs by name, each started when it is first requested."""
     done = {}
 
     def result(name):
@@ -205,8 +205,8 @@ def results(root):
     return result
 
 
-def test_the_runs_use_every_choice():
-    """What a run does not set it has from the defaults, so every value is that of a run."""
+def test_runs_use_every_choice():
+    """Settings that a run does not set have their defaults, which count as used."""
     known = settings.settings()
     tables = {
         "reuse.sampler": SELECTORS,
@@ -217,11 +217,11 @@ def test_the_runs_use_every_choice():
         "task.reward": ("grade", "holdout"),
         "prompt.style": STYLES,
     }
-    brief = {"prompt.style": "brief"}  # of the apprentice
+    brief = {"prompt.style": "brief"}  # needed by the apprentice
     for name, table in tables.items():
         assert set(known[name].choices) == set(table)
         assert {(brief | changes).get(name, known[name].default) for changes in RUNS.values()} == set(table)
-    bundled = {"identity", "log"}  # of those in SEVERAL
+    bundled = {"identity", "log"}  # the transforms in SEVERAL
     assert bundled | {name for name in TRANSFORMS if any(f'"{name}"' in changes for changes in USERS_COMPETITIONS.values())} == set(
         TRANSFORMS
     )
@@ -247,24 +247,24 @@ def test_runs_end_to_end(results, name):
     substeps = RUNS[name].get("train.num_substeps", 1)
     assert [row["adapter_step"] for row in journal] == [0] * (len(journal) // 2) + [substeps] * (len(journal) // 2)
     if "train.kl_coefficient" in RUNS[name]:
-        assert metrics[0]["kl_base/mean"] == pytest.approx(0.0, abs=1e-5)  # the adapter begins as the base model
+        assert metrics[0]["kl_base/mean"] == pytest.approx(0.0, abs=1e-5)  # the initial adapter is zero
     if RUNS[name].get("reuse.sampler") == "fixed":
         assert {row["parent_id"] for row in journal} == {"seed"}
         assert "kl_base/mean" not in metrics[0]
     if "reuse.fresh" in RUNS[name]:
         assert {row["parent_id"] for row in journal if row["group"] == 1} == {"seed"}
-    # The apprentice needs three tokens to begin an answer, so that two are never enough.
+    # The apprentice needs three tokens to start an answer, so two are never enough.
     assert {row["sample/forced_frac"] for row in metrics} == {1.0 if "sampling.thinking_tokens" in RUNS[name] else 0.0}
 
 
 @pytest.mark.parametrize("name", [PHRASES, pytest.param(SEVERAL, marks=pytest.mark.slow)])
-def test_the_groups_of_several_competitions_take_turns(results, name):
+def test_groups_of_several_competitions_alternate(results, name):
     folder, journal, metrics, _ = results(name)
     ids = [path.removesuffix(".py") for path in RUNS[name]["task.competition"].split(", ")]
     assert [journal[group * 3]["task"] for group in range(4)] == [*ids, ids[0]]
     assert all(row["parent_id"] == "seed" or row["task"] == journal[0]["task"] for row in journal)
     known = {row["id"]: row["task"] for row in journal}
-    assert all(known.get(row["parent_id"], row["task"]) == row["task"] for row in journal)  # a parent is of the same competition
+    assert all(known.get(row["parent_id"], row["task"]) == row["task"] for row in journal)  # a parent has the same competition
     assert {f"task/{id}/best_score" for id in ids} <= metrics[-1].keys()
     disclosed = json.loads((folder / "disclosure.json").read_text())["competitions"]
     assert [each["id"] for each in disclosed] == ids
@@ -273,7 +273,7 @@ def test_the_groups_of_several_competitions_take_turns(results, name):
 
 
 def test_transforms_make_rewards_and_signals(results):
-    """By hand, from the scores and advantages that the run wrote down."""
+    """By hand, from the scores and advantages that the run recorded."""
     folder, journal, _, notes = results(USERS)
     scored = [row for row in journal if row["score"] is not None]
     by_hand = {"negated": lambda score: -score, "inverse": lambda score: 1 / (1 + score), "ranked": lambda score: score}
@@ -301,13 +301,13 @@ def test_warns_only_if_scales_differ(tmp_path):
         assert said is not None
         assert "digits-parity: accuracy, transform 'identity'" in said
         assert f"config.train.advantage = {advantage!r}" in said
-        assert scale_warning([*shares, *shares], advantage) is None  # shares of rows are shares of rows
+        assert scale_warning([*shares, *shares], advantage) is None  # both metrics are fractions of rows
     assert scale_warning(mixed, "entropic_adaptive") is None
     assert scale_warning(mixed[2:], "entropic") is None
 
 
 def test_groups_with_too_few_distinct_programs_are_counted():
-    """Constant groups are not among them: they teach nothing to any estimator."""
+    """Constant groups do not count: no estimator learns from them."""
     values_K, all_K, two_K = np.array([0.5, 0.5, 0.75]), np.array([True, True, True]), np.array([True, False, True])
     signals = [Signals(values_K, all_K), Signals(values_K, two_K), Signals(np.full(3, 0.5), two_K)]
     assert {name: groups_with_too_few(signals, name) for name in ESTIMATORS} == {
@@ -329,15 +329,15 @@ def test_shortened_prompts_are_reported_and_counted(results):
         assert sum(idea in prompt for idea in IDEAS) == 2
 
 
-def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config, **changes):
-    """Specialising on one of a run's competitions: archive, journal, adapter and optimiser come along."""
+def check_continuing_one_competition(results, monkeypatch, folder, name, id, config, **changes):
+    """Continues one of a run's competitions, with its archive, journal, adapter and optimiser."""
     source, journal, _, _ = results(name)
     stands = []
     restore = main.restore
 
     def restore_and_keep(*arguments, **options):
         stand = restore(*arguments, **options)
-        stands.append(jax.tree.map(np.array, stand.train_state))  # the arrays themselves are given to the update
+        stands.append(jax.tree.map(np.array, stand.train_state))  # the update donates the arrays
         return stand
 
     monkeypatch.setattr(main, "restore", restore_and_keep)
@@ -351,7 +351,7 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
         metrics[-1]["best/score"] == max([*mine, *(row for row in new if row["score"] is not None)], key=lambda row: row["reward"])["score"]
     )
 
-    # The adapter is the other run's after its last step: its count of updates, its weights, its optimiser.
+    # The adapter is that of the other run after its last step: count of updates, weights and optimiser.
     updates = 2 * RUNS[name].get("train.num_substeps", 1)
     assert {row["adapter_step"] for row in new} == {updates}
     (state,) = stands
@@ -363,10 +363,10 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
     ours, others = jax.tree.leaves(state), jax.tree.leaves(theirs)
     assert len(ours) == len(others)
     assert all(np.array_equal(a, b) for a, b in zip(ours, others, strict=True))
-    # They have learned something, and are not what a run begins with: half of an adapter's matrices are zero then.
+    # The adapter is trained: half of a new adapter's matrices are zero.
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.lora))
 
-    # A search from the same place takes the same prompts to the base model: what learning alone changed.
+    # A search from the same state gives the same prompts to the base model, so only learning differs.
     base_folder = folder.with_name("base")
     base, _, _ = run(base_folder, config, kind=RunKind.SEARCH, **{"train.resume_from": str(source), "train.steps": 1, **changes})
     assert stands[1] is None
@@ -377,17 +377,17 @@ def check_that_one_goes_on_alone(results, monkeypatch, folder, name, id, config,
 
 def test_continue_one_of_a_users_competitions(results, root, tmp_path, monkeypatch):
     changes = {"task.competition": str(root / "negated.py"), "groups": 1}
-    check_that_one_goes_on_alone(results, monkeypatch, tmp_path / "alone", USERS, "negated", users_config(root), **changes)
+    check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", USERS, "negated", users_config(root), **changes)
 
 
 @pytest.mark.slow
 def test_continue_one_of_several_competitions(results, tmp_path, monkeypatch):
-    check_that_one_goes_on_alone(results, monkeypatch, tmp_path / "alone", SEVERAL, "digits-parity", apprentice_config(), groups=1)
+    check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", SEVERAL, "digits-parity", apprentice_config(), groups=1)
 
 
 @pytest.mark.slow
-def test_killed_puct_run_matches_the_unbroken_one(tmp_path):
-    """kill -9 within its third step, when programs have children; then the same command."""
+def test_killed_puct_run_matches_the_uninterrupted_one(tmp_path):
+    """kill -9 during the third step, when programs have children; then the same command again."""
     write_phrase_model(tmp_path / "model")
     environment = tiny_run.environment(tmp_path)
 
@@ -412,4 +412,4 @@ def test_killed_puct_run_matches_the_unbroken_one(tmp_path):
     expected, found = tiny_run.results(tmp_path / "unbroken"), tiny_run.results(tmp_path / "killed")
     assert found == expected
     parents = {row["parent_id"] for row in rows(tmp_path / "killed" / "journal.jsonl")}
-    assert len(parents - {"seed"}) > 2  # puct had something to choose from
+    assert len(parents - {"seed"}) > 2  # puct had several candidates

@@ -18,7 +18,7 @@ ROW = dict.fromkeys(REQUIRED, 0.5) | {"loss": float("nan"), "task/planes/reward_
 
 
 def events(path: Path) -> list:
-    """The events of a file, without an incomplete last one. A record is the length (8 bytes), its checksum (4), the data, its checksum (4)."""
+    """The events of a file, without an incomplete last one. A record: length (8 bytes), its checksum (4), the data, its checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
