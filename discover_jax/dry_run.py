@@ -1,8 +1,8 @@
-"""What a run will need of each device's memory and how fast it will be: `python -m discover_jax.main --config=... --dry_run`.
+"""Reports the memory per device and the speed of a run: `python -m discover_jax.main --config=... --dry_run`.
 
-Nothing is loaded or computed. First `meshes` predicts the speed on each mesh of the machine's devices, by formulas. Then the run's own
-jitted functions are lowered on abstract arrays and compiled for the machine; the compiler tells what each needs beside its arguments.
-`--machine=h200`, or a slice of TPUs such as `--machine=v5e:4x4`, asks about machines that are not here.
+A dry run loads and computes nothing. First `meshes` predicts the speed on each mesh of the machine's devices by formulas. Then the run's
+jitted functions are lowered on abstract arrays and compiled for the machine, and the compiler reports the memory of each.
+`--machine=h200`, or a TPU slice such as `--machine=v5e:4x4`, selects a machine other than this one.
 """
 
 import dataclasses
@@ -31,12 +31,13 @@ _BAR = 60
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one jitted function needs on one device.
+    """The memory of one jitted function on one device.
 
     Attributes:
-      phase, function: "sampling" or "update", and the jitted function's name within it.
-      parts: bytes of each of `PARTS`; activations are all that the compiler adds to the arguments.
-      complaint: of the compiler, if it refused the function for its size; activations are then what it named, or 0.
+      phase: "sampling", "update" or "measuring".
+      function: name of the jitted function.
+      parts: bytes of each of `PARTS`. Activations are the memory that the compiler adds to the arguments.
+      complaint: the compiler's error if it rejected the function for its size; activations are then the size in that error, or 0.
     """
 
     phase: str
@@ -46,20 +47,20 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All parts together, bytes."""
+        """Sum of all parts in bytes."""
         return sum(self.parts.values())
 
 
 def needs(
     config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool = True, on_compile: Callable[[str], None] = print
 ) -> list[Need]:
-    """What every jitted function of a step needs on one device, in the order of a step.
+    """The memory of every jitted function of a step on one device, in the order of the step.
 
     Args:
       config: validated.
-      sizes: of the model.
-      machine: to compile for.
-      learn: False for a search, which has no adapter and measures instead of updating.
+      sizes: the model's sizes.
+      machine: the machine to compile for.
+      learn: False for a search run, which has no adapter and measures instead of updating.
       on_compile: called with a line of text before each compilation, which may take a minute.
 
     Raises:
@@ -68,7 +69,7 @@ def needs(
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
     model = build_model(config, sizes, mesh, machine.platform)
     optimizer = build_optimizer(config)
-    # The choice of stop tokens makes no difference here.
+    # Stop tokens do not affect the memory.
     memory = machine.memory if machine.platform != "cpu" else None
     sampler = build_sampler(config, model, stop_ids=(0,), memory=memory, learn=learn)
     update = build_update(config, model, optimizer)
@@ -105,11 +106,11 @@ def needs(
 def remat_totals(
     config: Any, sizes: ModelConfig, machine: Machine, found: Sequence[Need], *, on_compile: Callable[[str], None] = print
 ) -> dict[str, int | None]:
-    """Bytes on one device while the gradient runs, for each value of `config.model.remat`; None if the compiler rejects it.
+    """Bytes on one device while the gradient runs, for each value of `config.model.remat`; None if the compiler rejects the function.
 
     Args:
       config, sizes, machine, on_compile: as for `needs`.
-      found: result of `needs`, whose functions are not compiled again.
+      found: result of `needs`. Its functions are not compiled again.
     """
     totals: dict[str, int | None] = {}
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
@@ -131,7 +132,7 @@ def remat_totals(
 
 
 def _compile(function: LoweredFunction, machine: Machine) -> tuple[int, str]:
-    """Bytes in addition to the arguments, and the compiler's complaint if it rejected the function."""
+    """Bytes in addition to the arguments, and the compiler's error if it rejected the function for its size."""
     try:
         compiled = function.lowered.compile(compiler_options=machine.options or None)
     except jax.errors.JaxRuntimeError as error:
@@ -148,16 +149,16 @@ def _compile(function: LoweredFunction, machine: Machine) -> tuple[int, str]:
 
 
 def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True) -> bool:
-    """Prints the resolved config, predictions for each mesh, the memory table and a verdict; returns whether everything fits.
+    """Prints the resolved config, the predictions, the memory table and the conclusion. Returns whether everything fits.
 
     Args:
       config: validated.
       machine_name: see `machines.find_machine`.
       lengths: see `meshes.lengths_of`.
-      learn: False for a search.
+      learn: False for a search run.
 
     Raises:
-      DiscoverError: the config, the weights' config.json, the machine's name or the lengths cannot be used.
+      DiscoverError: the config, the weights' config.json, the machine's name or the lengths are invalid.
     """
     expected = meshes.lengths_of(lengths, config)
     folder = weights_folder(config)
@@ -188,13 +189,13 @@ def _fits(need: Need, machine: Machine) -> bool:
     return not need.complaint and need.total <= machine.memory
 
 
-_REMAT_COSTS = {"none": "nothing is computed again", "layers": "about a quarter more arithmetic", "pairs": "about a third more arithmetic"}
+_REMAT_COSTS = {"none": "no recomputation", "layers": "about a quarter more arithmetic", "pairs": "about a third more arithmetic"}
 
 
 def _remat_lines(config: Any, machine: Machine, totals: Mapping[str, int | None]) -> Iterator[str]:
-    """Memory of each rematerialisation policy, with a mark at the configured one."""
+    """Memory of each rematerialisation policy; * marks the config's."""
     if totals:
-        yield "The gradient with config.model.remat ="
+        yield "Memory of the gradient by config.model.remat:"
         for remat, total in totals.items():
             needed = "more than the compiler accepts" if total is None else f"{_gb(total)} GB ({total / machine.memory:.0%})"
             yield f"  {'*' if remat == config.model.remat else ' '} {remat:<8}{needed:<34}{_REMAT_COSTS[remat]}"
@@ -204,12 +205,12 @@ def _remat_lines(config: Any, machine: Machine, totals: Mapping[str, int | None]
 def report(
     config: Any, sizes: ModelConfig, machine: Machine, found: list[Need], totals: Mapping[str, int | None] = types.MappingProxyType({})
 ) -> list[str]:
-    """Lines of the table, the bars and the verdict; with `totals` from `remat_totals`, also of the rematerialisation policies."""
+    """Lines of the table, the bars and the conclusion; with `totals` from `remat_totals`, also of the rematerialisation policies."""
     mesh = f"data {config.mesh.data} x expert {config.mesh.expert} x tensor {config.mesh.tensor}"
     lines = [
         f"model    {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts",
         f"machine  {machine.name}; mesh {mesh}",
-        f"memory   {_gb(machine.memory)} GB a device ({machine.note})",
+        f"memory   {_gb(machine.memory)} GB per device ({machine.note})",
         "figures  " + ("from the machine's own compiler" if machine.exact else _estimate(machine)),
         "",
         f"GB (10^9 bytes) on one device while a function runs; {_LETTERS_LEGEND}",
@@ -247,7 +248,7 @@ def _gb(size: float) -> str:
 
 
 def _bar(need: Need, machine: Machine) -> str:
-    """A bar of the parts, in proportion to the memory. Parts that do not fit extend past its end."""
+    """A bar of the parts, scaled to the device's memory. Parts that do not fit extend past its end."""
     bar, end = "", 0.0
     for part in PARTS:
         end += need.parts[part] / machine.memory * _BAR
@@ -258,33 +259,33 @@ def _bar(need: Need, machine: Machine) -> str:
 def _estimate(machine: Machine) -> str:
     extra = "cuda" if machine.platform == "gpu" else "tpu"
     return (
-        "estimates of the CPU's compiler, which computes bfloat16 in float32: activations up to twice too high. For exact ones install the"
-        f" machine's compiler: pip install 'discover_jax[{extra}]'; it needs no {machine.platform.upper()}"
+        "estimates from the CPU compiler, which computes bfloat16 in float32, so activations may be twice too high. For exact figures,"
+        f" install the machine's compiler: pip install 'discover_jax[{extra}]'. It works without a {machine.platform.upper()}"
     )
 
 
 def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> Iterator[str]:
-    """Settings to change so that a phase fits, largest part first."""
-    over = f", {_gb(need.total - machine.memory)} GB too much" if need.total > machine.memory else ""
-    yield f"The {need.phase} does not fit{over}. Largest parts, and the settings to change:"
+    """Lines with the settings to change so that a phase fits, largest part first."""
+    over = f": it exceeds the memory by {_gb(need.total - machine.memory)} GB" if need.total > machine.memory else ""
+    yield f"The phase {need.phase} does not fit{over}. Largest parts, and the settings to change:"
     slots = min(config.sampling.slots, config.groups * config.group_size)
     length = row_tokens(config)
     prompt, new = config.sampling.max_prompt_tokens, config.sampling.max_new_tokens
     ranks = ", ".join(f"{name} = {config.lora[name]}" for name in ("expert_rank", "attention_rank", "head_rank"))
-    remat = "" if config.model.remat == "pairs" else "; config.model.remat='pairs' keeps less"
+    remat = "" if config.model.remat == "pairs" else "; config.model.remat='pairs' stores less"
     activations = {
-        "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}: prompts are read in chunks",
-        "gradient": f"rows of {length:,} tokens (longest prompt and rollout), config.train.rows = {microbatch_rows(config)} at once{remat}",
+        "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}",
+        "gradient": f"config.train.rows = {microbatch_rows(config)}, with rows of {length:,} tokens (longest prompt and rollout){remat}",
     }
     knobs = {
         "weights": "; ".join(
             ["config.model.experts='packed'"] * (config.model.experts != "packed")
             + ["config.model.dtype='bfloat16'"] * (config.model.dtype != "bfloat16")
-            + [f"more devices: config.mesh.expert = {config.mesh.expert} spreads the experts"]
+            + [f"config.mesh.expert = {config.mesh.expert}: with more devices, each stores fewer experts"]
         ),
-        **dict.fromkeys(("adapter", "optimiser", "gradient"), f"config.lora: {ranks}; the experts' is the largest by far"),
-        "cache": f"config.sampling.slots: {slots} rollouts at once, {_gb(need.parts['cache'] / slots)} GB each; or fewer tokens"
-        f" (max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,}, cache_tokens = {config.sampling.cache_tokens:,})",
+        **dict.fromkeys(("adapter", "optimiser", "gradient"), f"config.lora: {ranks}; expert_rank counts most"),
+        "cache": f"config.sampling.slots = {slots}, with {_gb(need.parts['cache'] / slots)} GB each; or fewer tokens:"
+        f" max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,}, cache_tokens = {config.sampling.cache_tokens:,}",
         "activations": activations.get(
             need.function, activations["gradient"] if need.phase != "sampling" else f"config.sampling.slots = {slots}"
         ),

@@ -1,6 +1,6 @@
-"""Predicts, without compiling, time and memory of a step on every mesh that a machine's devices can form.
+"""Predicts the time and memory of a step on every mesh of a machine's devices, without compiling.
 
-`--dry_run` prints this before it compiles the config's own mesh, for which the compiler reports the exact memory.
+`--dry_run` prints this before it compiles the config's own mesh. For that mesh, the compiler reports the exact memory.
 """
 
 import dataclasses
@@ -26,14 +26,15 @@ SHOWN = 5
 FILLED = 0.95
 """Fraction of the update's positions that are not padding (docs/performance.md, Packing)."""
 ROUTED, ROUTED_REFERENCE = 25, 45
-"""Bytes of temporary arrays of the update's experts, a value of each token that a device sees and expert that reads it. Kernels: 116.2 GB
-were measured with one row of 32,768 tokens, and 85.2 with one on each of two devices of `expert`. References: the TPU's compiler (libtpu
-0.0.42) takes 86.0 GB of a v5p with one row of 4,096 tokens on each of eight devices of `expert`."""
+"""Bytes of temporary arrays of the update's experts, per unit of expert width, token and expert that reads the token.
+
+Kernels: measured 116.2 GB with one row of 32,768 tokens, and 85.2 GB with one row on each of two devices of `expert`. References: the TPU
+compiler (libtpu 0.0.42) reports 86.0 GB on a v5p with one row of 4,096 tokens on each of eight devices of `expert`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a prompt and of a rollout without it."""
+    """Mean tokens of a prompt, and of a rollout without its prompt."""
 
     prompt: int
     rollout: int
@@ -44,7 +45,7 @@ class Lengths:
 
 
 def lengths_of(text: str, config: Any) -> Lengths:
-    """From the command line's "PROMPT,ROLLOUT"; an empty text means the limits of the config.
+    """Parses "PROMPT,ROLLOUT" of the command line. An empty text means the config's limits.
 
     Raises:
       ConfigError: the text is not two numbers of tokens within the limits.
@@ -58,24 +59,25 @@ def lengths_of(text: str, config: Any) -> Lengths:
         if 0 < given.prompt <= limits.prompt and 0 < given.rollout <= limits.rollout:
             return given
     raise ConfigError(
-        f"--lengths={text!r} must be the mean tokens of a prompt and of a rollout, such as --lengths=1500,8000: from 1 to"
-        f" {limits.prompt:,} (config.sampling.max_prompt_tokens) and from 1 to {limits.rollout:,} (config.sampling.max_new_tokens)."
+        f"--lengths must be the mean tokens of a prompt and of a rollout, for example --lengths=1500,8000; got {text!r}. Allowed: 1 to"
+        f" {limits.prompt:,} (config.sampling.max_prompt_tokens) and 1 to {limits.rollout:,} (config.sampling.max_new_tokens)."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Prediction for one mesh.
+    """The prediction for one mesh.
 
     Attributes:
       mesh: devices along each axis.
-      kernels: whether it uses the kernels.
+      kernels: whether the run uses kernels on this mesh.
       rows: packed rows of a microbatch: the config's, rounded up to a multiple of `data` x `expert`.
-      live: rollouts decoded at once: the slots, or as many as fit into the cache.
-      bytes: approximate peak of the update on a device.
+      live: rollouts decoded at the same time: the slots, or as many as the cache has room for.
+      bytes: approximate peak memory of the update on one device.
       sampling, update: seconds of a step, by part.
-      sampled, learned: tokens sampled, and tokens read by the update, including prompts.
-      obstacle: why it cannot be used; empty if it can.
+      sampled: tokens that a step samples.
+      learned: tokens that the update reads, including prompts.
+      obstacle: why the mesh cannot be used; empty if it can.
     """
 
     mesh: MeshShape
@@ -101,8 +103,7 @@ def shapes(devices: int) -> list[MeshShape]:
 
 
 def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape) -> bool:
-    """Whether a run on these devices has kernels, by the rules of `engine.build_model` and `kernels.spread`, if their packages are
-    installed."""
+    """Whether a run on these devices uses kernels if their packages are installed, by the rules of `engine.build_model`."""
     try:
         check_tiles(config, sizes, AbstractMesh(mesh, MESH_AXES))
     except ConfigError:
@@ -111,15 +112,15 @@ def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape)
 
 
 def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, lengths: Lengths, *, learn: bool = True) -> Prediction:
-    """Time and memory of a step on a mesh of the machine's devices.
+    """Predicts the time and memory of a step on one mesh.
 
     Args:
-      config: validated; in bfloat16 with packed experts.
-      sizes: of the model.
-      machine: whose speeds are known.
-      mesh: of as many devices as shall be used.
-      lengths: of the step's rollouts.
-      learn: False for a search, which measures instead of updating.
+      config: validated, with bfloat16 and packed experts.
+      sizes: the model's sizes.
+      machine: its speeds must be known.
+      mesh: devices along each axis.
+      lengths: mean lengths of prompts and rollouts.
+      learn: False for a search run, which measures instead of updating.
     """
     assert machine.speeds is not None
     lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
@@ -132,12 +133,12 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
         state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
         pages = cache_pages(config, model, machine.memory, learn=learn)
     except CapacityError:
-        return Prediction(mesh, kernels, rows, obstacle="weights and adapter leave no room for one rollout's keys and values")
+        return Prediction(mesh, kernels, rows, obstacle="weights and adapter leave no room for the KV cache of one rollout")
     except ShardingError as error:
         return Prediction(mesh, kernels, rows, obstacle=str(error))
     adapter = local_bytes(state.lora) if state is not None else 0
-    tokens = rows * row_tokens(config) // split  # of a microbatch, on each device
-    # The gradient so far, and the microbatch's own.
+    tokens = rows * row_tokens(config) // split  # tokens of a microbatch on each device
+    # Twice the adapter: the sum of gradients, and the microbatch's gradient.
     needed = frozen + local_bytes(state) + 2 * adapter + _activations(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
     taken = Prediction(mesh, kernels, rows, bytes=needed)
     if needed > machine.memory:
@@ -145,7 +146,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
 
     count, options = config.groups * config.group_size, {"mesh": mesh, "kernels": kernels}
     of_model = sizes, lora, machine.speeds
-    # A group shares its prompt's pages on a device, but may lie on several; of its own a rollout has half on average.
+    # A group shares its prompt's pages on one device, but may be spread over several. On average a live rollout has half of its tokens.
     shared = lengths.prompt / (config.group_size if split == 1 else 1)
     room = math.inf if pages is None else pages * PAGE // (shared + lengths.rollout / 2)
     live = max(1, int(min(config.sampling.slots, count, room)))
@@ -154,7 +155,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     sampling["prompts"] = config.groups * costs.prefill(*of_model, lengths.prompt, **options)
 
     learned = count * lengths.both
-    microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5)  # rows may be half as long
+    microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5)  # the shortest rows have half of the length
     base = config.train.measure_kl or config.train.kl_coefficient > 0
     options |= {"remat": config.model.remat, "adapter": adapter}
     passes = [costs.microbatch(*of_model, tokens, lengths.both, gradient=False, **options)] * (base or not learn)
@@ -167,40 +168,41 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
 def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
     """Approximate bytes that the gradient needs in addition to its arguments, for `tokens` on each device."""
     layers, stream, attention = sizes.num_layers, 4 * sizes.width, sizes.num_heads * (2 * sizes.head_size + 4)
-    # A device of `expert` sees the tokens of all; of the references its own experts all read them, or where `tensor` splits them, all do.
+    # A device gets the tokens of all devices along `expert`. In the references, all of its experts read all of these tokens; if `tensor`
+    # splits the experts, all experts do.
     read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
     routed = read * sizes.expert_width * tokens
     kept = {"layers": layers * (stream + attention), "pairs": layers // 2 * stream, "none": 0}[remat] * tokens
     unpacked = 2 * costs.expert_weights(sizes) * (sizes.num_experts // mesh.expert if kernels else 1)
     if mesh.tensor > 1 and mesh.expert > 1:
-        unpacked += sizes.num_experts // mesh.tensor * costs.expert_bytes(sizes)  # a layer's, gathered
+        unpacked += sizes.num_experts // mesh.tensor * costs.expert_bytes(sizes)  # the gathered experts of one layer
     if not learn:
         return stream * tokens + routed + unpacked
     return kept + routed * (layers if remat == "none" else 1) + unpacked
 
 
 def recommend(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> list[Prediction]:
-    """All meshes of the machine's devices: usable ones, fastest first, then the others."""
+    """Predictions for all meshes of the machine's devices: usable ones, fastest first, then the others."""
     found = [predict(config, sizes, machine, mesh, lengths, learn=learn) for mesh in shapes(len(machine.devices))]
     return sorted(found, key=lambda one: (bool(one.obstacle), one.seconds, one.mesh.tensor, one.mesh.expert))
 
 
-# ---------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------- output
 
 
 def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> Iterator[str]:
-    """Lines with the best meshes and the config's own, or why nothing is predicted."""
+    """Lines with the best meshes and the config's own, or the reason why there is no prediction."""
     if machine.speeds is None:
-        yield f"No speed is predicted: the speed of {machine.name} is unknown."
+        yield f"No prediction of speed: the speeds of {machine.name} are unknown."
         return
     if (config.model.dtype, config.model.experts) != ("bfloat16", "packed"):
-        yield "No speed is predicted: this requires config.model.dtype='bfloat16' and config.model.experts='packed'."
+        yield "No prediction of speed: it requires config.model.dtype='bfloat16' and config.model.experts='packed'."
         return
     own = predict(config, sizes, machine, MeshShape(config.mesh.data, config.mesh.expert, config.mesh.tensor), lengths, learn=learn)
     found = recommend(config, sizes, machine, lengths, learn=learn)
     usable = [one for one in found if not one.obstacle]
     yield (
-        f"Speed of a step, predicted: {config.groups} x {config.group_size} rollouts of {lengths.rollout:,} tokens after prompts of"
+        f"Predicted speed of a step with {config.groups} x {config.group_size} rollouts of {lengths.rollout:,} tokens after prompts of"
         f" {lengths.prompt:,} (set the mean lengths with --lengths), on meshes of {len(machine.devices)} devices"
     )
     yield f"    {'data expert tensor   rows   live':<34}{'GB':>6}{'sampling, tokens/s':>20}{'update, tokens/s':>18}{'step, s':>9}"
@@ -208,14 +210,17 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
     for one in [*shown, *([] if own.mesh in (each.mesh for each in shown) else [own])]:
         yield _row(one, recommended=bool(usable) and one is usable[0], own=one.mesh == own.mesh)
     yield (
-        "    -> recommended, * the config's; rows: of a microbatch (config.train.rows); live: rollouts decoded at once; GB: at the update's"
-        f" peak, about; {len(found) - len(usable)} of {len(found)} meshes do not fit or divide"
+        "    ->: recommended; *: this config; rows: packed rows per microbatch (config.train.rows); live: rollouts decoded at the same"
+        f" time; GB: approximate peak of the update on a device. {len(found) - len(usable)} of {len(found)} meshes cannot be used"
     )
     if usable:
-        yield f"Recommended: {_settings(usable[0])}; time of a step: {_parts(usable[0])}"
+        yield f"Recommended: {_settings(usable[0])}. Time of a step: {_parts(usable[0])}"
     else:
         least = min(found, key=lambda one: one.bytes or math.inf)
-        yield f"No mesh of these devices can be used. The closest is {_settings(least)}: {least.obstacle}. Shorten the rows."
+        yield (
+            f"No mesh of these devices can be used. The closest is {_settings(least)}: {least.obstacle}. Lower"
+            " config.sampling.max_new_tokens or config.train.row_tokens."
+        )
     yield from _remarks(machine, [own, *usable[:1]])
 
 
@@ -235,31 +240,34 @@ def _settings(one: Prediction) -> str:
 
 
 def _parts(one: Prediction) -> str:
-    def told(phase: str, parts: costs.Cost) -> str:
+    def line(phase: str, parts: costs.Cost) -> str:
         total = sum(parts.values())
         shares = [
             f"{part} {parts[part] / total:.0%}" for part in sorted(parts, key=lambda part: -parts[part]) if parts[part] > 0.01 * total
         ]
         return f"{phase} {total:,.0f} s ({', '.join(shares)})"
 
-    return f"{told('sampling', one.sampling)}, {told('update', one.update)}"
+    return f"{line('sampling', one.sampling)}, {line('update', one.update)}"
 
 
 def _remarks(machine: Machine, shown: Sequence[Prediction]) -> Iterator[str]:
-    """What the figures exclude or assume."""
+    """Lines on what the predictions exclude or assume."""
     assert machine.speeds is not None
-    yield "Excluded: programs and grading, checkpoints, unequal lengths (the last rollouts decode with few rows), unequal load of experts."
+    yield (
+        "Not included: programs and grading, checkpoints, unequal lengths of rollouts (the last ones decode with few rows), unequal load of"
+        " experts."
+    )
     if machine.speeds.assumed:
         assumed = ", ".join(sorted(machine.speeds.assumed)).replace("_", " ")
         yield f"Assumed for this machine, not measured: {assumed} (discover_jax/machines.py)."
     if not all(one.kernels for one in shown):
         why = "with tensor above 1" if machine.platform == "gpu" else f"on a {machine.platform.upper()}"
         yield (
-            f"references: {why} there are no kernels, and every expert computes every row. Their efficiency was measured on one GPU only,"
-            " with few tokens, so these figures are an order of magnitude."
+            f"references: {why} there are no kernels, and every expert computes every row. The efficiency of the references was"
+            " measured only on one GPU with few tokens, so these figures are only an order of magnitude."
         )
     if any(one.kernels for one in shown) and len(machine.devices) > 1:
         yield (
-            "Kernels: their efficiency is that of one H200. On 2 and 4 of one node sampling and update were within 10% of what is predicted"
-            " (docs/scaling.md)."
+            "Kernels: their efficiency was measured on one H200. On 2 and 4 H200s of one node, sampling and update were within 10% of the"
+            " prediction (docs/scaling.md)."
         )
