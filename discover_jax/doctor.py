@@ -1,7 +1,7 @@
-"""Checks everything that a run needs before it starts: `python -m discover_jax.doctor --config=configs/spaceship.py:run3 ...`.
+"""Checks the requirements of a run before it starts: `python -m discover_jax.doctor --config=configs/spaceship.py:run3 ...`.
 
-Takes the command line of main. Prints one line per check: `ok`, or `FIX` with what to do. The exit code is 0 if all checks pass, else 1.
-Writes only to a temporary folder, and reads only the headers of the weights' files.
+Takes the command line of `main`. Prints one line per check: `ok`, `FIX` with what to do, or `--` for a skipped check. The exit code is 0 if
+all checks pass, otherwise 1. Writes only to a temporary folder, and reads only the headers of the weights' files.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The result of one check: its name, whether it passed (None: skipped), and what was found or what to do."""
+    """The result of one check: its name, whether it passed (None if skipped), and what it found or what to do."""
 
     name: str
     ok: bool | None
@@ -51,7 +51,7 @@ class Finding:
 
 
 def examine(config: Any, workdir: Path) -> Iterator[Finding]:
-    """Runs the checks in order, the quick ones first. A check that depends on a failed one is skipped and says so.
+    """Runs the checks in order, quick ones first. A check that depends on a failed one is skipped.
 
     Args:
       config: validated.
@@ -59,7 +59,7 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
     """
 
     def run_check(name: str, check: Callable[..., tuple[str, T]], *arguments: Any) -> Iterator[Finding]:
-        """Yields the finding. Returns the check's result; None if it failed or was skipped."""
+        """Yields the finding. Returns the check's result, or None if it failed or was skipped."""
         if any(argument is None for argument in arguments):
             yield Finding(name, None, "skipped: an earlier check failed")
             return None
@@ -84,11 +84,11 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
 
 def _packages() -> tuple[str, None]:
     try:
-        wanted = [Requirement(line) for line in importlib.metadata.requires("discover_jax") or []]
+        requirements = [Requirement(line) for line in importlib.metadata.requires("discover_jax") or []]
     except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigError("discover_jax is not installed in this Python. Run `pip install -e .` in its folder, or `make`.") from error
+        raise ConfigError("discover_jax is not installed in this Python. Run `pip install -e .` or `make` in its folder.") from error
     problems, found = [], []
-    for requirement in wanted:
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -124,16 +124,18 @@ def _weights(config: Any) -> tuple[str, ModelConfig]:
     folder = weights_folder(config)
     if folder is None:
         sizes = SHAPES[config.model.shape]
-        return f"random, with the shape of {config.model.shape}: the model writes no useful programs", sizes
+        return f"random weights with the shape of {config.model.shape}: the model cannot write useful programs", sizes
     sizes, size = check_folder(folder)
     if config.model.experts == "packed" and sizes.width % 32:
-        raise WeightsError(f"Width {sizes.width} is not a multiple of 32, which MXFP4 needs. Set config.model.experts='dense'.")
+        raise WeightsError(
+            f"config.model.experts='packed' (MXFP4) needs a width that is a multiple of 32; got {sizes.width}. Set it to 'dense'."
+        )
     return f"{folder}: {sizes.num_layers} layers, {sizes.num_experts} experts, {size / 1e6:,.0f} MB, all tensors present", sizes
 
 
 def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
     tokenizer = check_tokenizer(config, sizes)
-    return f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids, has the chat format's special tokens", None
+    return f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids, with the chat format's special tokens", None
 
 
 def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
@@ -144,13 +146,13 @@ def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
         raise RunError(f"{workdir} is not writable (checked {existing}). Choose another --workdir.")
     adapter = Model(sizes, LoraConfig(**config.lora)).abstract_lora()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter))
-    # float32 values and Adam's two moments. While a checkpoint is written, one more exists than is kept.
+    # Float32 values and Adam's two moments. While a checkpoint is written, there is one more than config.checkpoint.keep.
     needed = 12 * parameters * (config.checkpoint.keep + 1) + (1 << 30)
     free = shutil.disk_usage(existing).free
     text = f"{free / 1e9:.0f} GB free at {existing}; checkpoints of {12 * parameters / 1e6:,.0f} MB, {config.checkpoint.keep} kept"
     if free < needed:
         raise RunError(
-            f"{text}: about {needed / 1e9:.0f} GB are needed. Free some space, lower config.checkpoint.keep, or choose another --workdir."
+            f"{text}. About {needed / 1e9:.0f} GB are needed. Free some space, lower config.checkpoint.keep, or choose another --workdir."
         )
     return text, None
 
@@ -170,12 +172,15 @@ def _graders(tasks: list[Task]) -> tuple[str, list[float]]:
 
 
 def _grader(task: Task) -> tuple[str, float]:
-    """Grades three submissions with known verdicts, in all runs of a program: the sample, the answers, and one without its last row."""
+    """Grades three submissions with known results: the sample, the answers, and the sample without its last row.
+
+    With several splits of the data, the sample and the answers are graded on each.
+    """
     samples = [(shown / "sample_submission.csv").read_bytes() for shown in task.public_dirs]
     answers = [task.answers_as_submission(run) for run in range(len(task.splits))]
     grade, perfect = (_combined(task, submissions) for submissions in (samples, answers))
     if grade.score is None or grade.private_score is None or perfect.score is None:
-        raise DataError(f"The sample submission or the answers are not a valid submission: {grade.reason or perfect.reason}")
+        raise DataError(f"The grader rejects the sample submission or the answers: {grade.reason or perfect.reason}")
     known = task.competition.sample_score
     if known is not None and not math.isclose(grade.private_score, known, abs_tol=1e-5):
         raise DataError(f"The sample submission scores {grade.private_score:.5f}; expected {known:.5f}.")
@@ -184,8 +189,8 @@ def _grader(task: Task) -> tuple[str, float]:
             f"The answers score {perfect.score:.5f}, no better than the sample's {grade.score:.5f}. Check the metric's direction."
         )
     if task.grade(samples[-1][: samples[-1].rstrip().rfind(b"\n") + 1]).valid:
-        raise DataError("A submission without its last row was accepted as valid.")
-    return f"sample {grade.score:.5f}, answers {perfect.score:.5f}, a submission without its last row is rejected", grade.score
+        raise DataError("The grader accepts a submission without its last row. Check that it requires every row.")
+    return f"sample {grade.score:.5f}, answers {perfect.score:.5f}; rejects a submission without its last row", grade.score
 
 
 def _combined(task: Task, submissions: list[bytes]) -> Grade:
@@ -210,8 +215,8 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
     for verdict, score in zip(verdicts, scores, strict=True):
         if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
             raise RunError(
-                f"A program that returns the sample submission ended as {verdict.outcome.value} with score {verdict.grade.score};"
-                f" expected ok with score {score}. {verdict.execution.detail or verdict.grade.reason}"
+                f"A program that returns the sample submission must end as ok with score {score}; got {verdict.outcome.value} with score"
+                f" {verdict.grade.score}. {verdict.execution.detail or verdict.grade.reason}"
             )
     return f"{'the canary could not escape' if isolated else 'no canary: programs are not isolated'}; {text}", None
 

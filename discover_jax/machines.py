@@ -1,4 +1,4 @@
-"""Machines that a dry run supports: this one, and others by name.
+"""The machines that a dry run supports: this one, and others by name.
 
 A dry run can compile for a GPU or TPU that this machine does not have if its compiler is installed (the extra `cuda` or `tpu`). Otherwise
 it uses the CPU's compiler, and the report says so.
@@ -18,23 +18,23 @@ from jax.experimental import topologies
 from discover_jax.exceptions import ConfigError
 
 GPU_FRACTION = 0.9
-"""Fraction of a GPU's memory that jax uses for arrays by default here; jax's own default is 0.75."""
-_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is its older name
+"""Default fraction of a GPU's memory that jax uses for arrays; jax's own default is 0.75."""
+_FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Speeds of a device and its links; `costs` predicts a run's speed from them.
+    """Speeds of a device and its links. `costs` predicts a run's speed from them.
 
     Attributes:
       platform: as in `kernels.kernel_set`: "gpu", "tpu".
       product: FLOP/s of a large bfloat16 matrix product.
       copy: bytes/s, read and written, of a large copy within the device's memory.
-      link: bytes/s to a device from others of its node, or of its TPU slice.
+      link: bytes/s to a device from other devices of its node or TPU slice.
       network: bytes/s to a device from other nodes.
-      latency, network_latency: seconds of a small collective, including the start of its kernel.
-      node: devices per node; 0: all links are equal.
-      assumed: names of the values above that were not measured with this project.
+      latency, network_latency: seconds of a small collective, including its kernel launch, within a node and between nodes.
+      node: devices per node; 0 if all links are equal.
+      assumed: names of the values above that were not measured in this project.
     """
 
     platform: str
@@ -48,18 +48,28 @@ class Speeds:
     assumed: tuple[str, ...]
 
 
-# Parts of a data sheet's figure that are reached. An H200's 790 of 989 TFLOP/s and 4.2 of 4.8 TB/s were measured, an H100's 3.01 of
-# 3.35 TB/s too (docs/performance.md); for other devices they are assumed to hold. That of the links is NCCL's usual one for large messages.
+# Achieved fractions of the data sheets' figures. Measured: 790 of 989 TFLOP/s and 4.2 of 4.8 TB/s on an H200, 3.01 of 3.35 TB/s on an H100
+# (docs/performance.md). Other devices are assumed to reach the same. The fraction of links is typical of NCCL with large messages.
 _PRODUCT, _COPY, _LINK = 0.8, 0.88, 0.85
-# Of a small collective in a loop: on two H200s the gathering and the sums of a layer of decoding (128 rows) took 13.7 us each. Others are
-# assumed: NCCL's own tests show 6 to 20 us within a node and 20 to 50 over InfiniBand.
+# Latency of a small collective in a loop. On two H200s, the gather and the sum of a decoding layer (128 rows) took 13.7 us each. The others
+# are assumed: NCCL's own tests show 6 to 20 us within a node and 20 to 50 us over InfiniBand.
 _NVLINK_LATENCY, _NETWORK_LATENCY, _ICI_LATENCY = 15e-6, 40e-6, 5e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-    """From the vendor's data sheets: what XLA's compiler asks of a GPU (bytes, counts, bytes per second), and for `Speeds` dense bfloat16
-    FLOP/s, bytes/s one way by NVLink, and by the network of the vendor's own node of eight (DGX); `measured` stands beside them."""
+    """A GPU's properties from the vendor's data sheets.
+
+    Attributes:
+      kind: jax's name of the device.
+      memory, cache, shared_memory, shared_memory_of_block: sizes in bytes, for XLA's compiler.
+      compute_capability, cores, clock_ghz, fpus_of_core: for XLA's compiler.
+      bandwidth: bytes/s of the memory.
+      flops: dense bfloat16 FLOP/s.
+      nvlink: bytes/s by NVLink, in one direction.
+      network: bytes/s by the network of the vendor's own node of eight (DGX).
+      measured: fields of `Speeds` that were measured; they replace those computed from the data sheet.
+    """
 
     kind: str
     memory: int
@@ -82,7 +92,7 @@ class _Gpu:
         return Speeds("gpu", **(reached | self.measured), node=node, assumed=tuple(reached.keys() - self.measured.keys()))
 
     def target(self) -> str:
-        """The description of the target that XLA takes, in protobuf's text form."""
+        """XLA's description of the target, in protobuf's text format."""
         return f"""
             gpu_device_info {{
               cuda_compute_capability {{ major: {self.compute_capability} }}
@@ -115,8 +125,16 @@ _GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
-    """Bytes that the compiler gives to programs on one device; of a chip, by its page in Cloud TPU's documentation, dense bfloat16 FLOP/s,
-    bytes/s of its memory, and bytes/s one way of one of its links; jax's name of the device, and devices of a chip."""
+    """A TPU's properties. The speeds are per chip, from Cloud TPU's documentation.
+
+    Attributes:
+      memory: bytes that the compiler allows an executable on one device.
+      flops: dense bfloat16 FLOP/s.
+      bandwidth: bytes/s of the memory.
+      link: bytes/s of one link, in one direction.
+      kind: jax's name of the device.
+      devices_of_chip: jax devices per chip.
+    """
 
     memory: int
     flops: float
@@ -126,13 +144,13 @@ class _Tpu:
     devices_of_chip: int = 1
 
     def speeds(self) -> Speeds:
-        # A mesh's axis may lie along one link only, and so a device's neighbours send through one.
+        # An axis of the mesh may use only one link, so only one link per device counts.
         chip = {"product": _PRODUCT * self.flops, "copy": _COPY * self.bandwidth, "link": _LINK * self.link}
         reached = {name: value / self.devices_of_chip for name, value in chip.items()} | {"latency": _ICI_LATENCY}
         return Speeds("tpu", **reached, network=0.0, network_latency=0.0, node=0, assumed=tuple(reached))
 
 
-# The memory is what libtpu 0.0.52 names when a program is too large.
+# The memory is the limit in libtpu 0.0.52's error for an executable that is too large.
 _TPUS = {
     "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite"),
     "v5p": _Tpu(int(95.73 * _GIB), 459e12, 2765e9, 100e9, "TPU v5"),
@@ -140,7 +158,7 @@ _TPUS = {
     "tpu7x": _Tpu(int(94.74 * _GIB), 2307e12, 7370e9, 100e9, "TPU7x", 2),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-# Names of Cloud TPU's slices; those of v5p count cores, of which a chip has two.
+# Cloud TPU's names of slices. Those of v5p count cores, and a chip has two cores.
 _SLICES = {f"{tpu}-{chips}": f"{tpu}:{shape}" for tpu in ("v5e", "v6e") for chips, shape in _FLAT.items()}
 _SLICES |= {f"v5p-{2 * 4 * n}": f"v5p:{shape}" for n, shape in {1: "2x2x1", 2: "2x2x2", 4: "2x2x4", 8: "2x4x4", 16: "4x4x4"}.items()}
 _SLICE = re.compile(rf"({'|'.join(_TPUS)}):(\d+(?:x\d+){{1,2}})")
@@ -149,8 +167,8 @@ NODE = 8
 """GPUs per node by default."""
 
 NAMES = (
-    f"{', '.join(_GPUS)} (as many as config.mesh asks for; h200x8 for a node of eight, 2xh200x8 for two of them), or a slice of TPUs such"
-    f" as v5e:2x4 ({', '.join(_TPUS)}) or v5p-16"
+    f"{', '.join(_GPUS)} (as many as config.mesh needs; h200x8 for a node of eight, 2xh200x8 for two nodes), or a TPU slice such as v5e:2x4"
+    f" ({', '.join(_TPUS)}) or v5p-16"
 )
 
 
@@ -159,14 +177,14 @@ class Machine:
     """Devices to compile for.
 
     Attributes:
-      name: for display: "8 x NVIDIA H200".
-      devices: jax devices; those of another machine can only be compiled for.
+      name: for display, such as "8 x NVIDIA H200".
+      devices: jax devices. Those of another machine support only compilation.
       memory: bytes available to arrays and executables on one device.
       note: source of `memory`.
       platform: as in `kernels.kernel_set`: "cpu", "gpu", "tpu".
       exact: whether the compiler is the machine's own; otherwise figures are estimates.
-      options: for the compiler.
-      speeds: of each device, if known.
+      options: compiler options.
+      speeds: speeds of each device, if known.
     """
 
     name: str
@@ -191,9 +209,9 @@ def device_memory() -> int | None:
 
 
 def find_machine(name: str, devices: int) -> Machine:
-    """The machine of this name, with at least `devices` devices; an empty name means this machine.
+    """The machine of this name, with at least `devices` devices. An empty name means this machine.
 
-    For another machine this process gives up its accelerators, so jax must not have initialised its devices.
+    For another machine, this process restricts jax to the CPU, so call this before jax initialises its devices.
 
     Raises:
       ConfigError: the name is unknown, or the machine has too few devices.
@@ -212,11 +230,11 @@ def find_machine(name: str, devices: int) -> Machine:
         tpu, chips = _TPUS[match[1]], math.prod(map(int, match[2].split("x")))
         _check_count(name, chips * tpu.devices_of_chip, devices)
         return _tpus(match[0], tpu, chips, devices)
-    raise ConfigError(f"--machine={name!r} is unknown; allowed: {NAMES}. Omit it for this machine.")
+    raise ConfigError(f"--machine={name!r} is unknown; allowed: {NAMES}. Omit --machine for this machine.")
 
 
 def speeds_of(name: str, node: int = NODE) -> Speeds | None:
-    """Speeds of a device by its name here ("h200", "v5p") or in jax ("NVIDIA H200"); `node`: GPUs per node. None if unknown."""
+    """Speeds of a device by its name for --machine ("h200", "v5p") or in jax ("NVIDIA H200"); None if unknown. `node`: GPUs per node."""
     for known, device in {**_GPUS, **_TPUS}.items():
         if name in (known, device.kind):
             return device.speeds(node) if isinstance(device, _Gpu) else device.speeds()
@@ -232,28 +250,29 @@ def _this_machine(needed: int) -> Machine:
     devices = jax.devices()
     if len(devices) < needed:
         raise ConfigError(
-            f"config.mesh asks for {needed} devices, but this machine has {len(devices)}. Choose another with --machine: {NAMES}."
+            f"config.mesh asks for {needed} devices, but this machine has {len(devices)}. Choose a smaller mesh, or another machine with"
+            f" --machine: {NAMES}."
         )
     platform = jax.default_backend()
     limit = device_memory()
     if limit is not None:
-        note = f"as jax has it; {_FRACTION_NAMES[0]} changes that" if platform == "gpu" else "as jax has it"
+        note = f"jax's limit; {_FRACTION_NAMES[0]} changes it" if platform == "gpu" else "jax's limit"
     else:
-        limit, note = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the host's, which other processes need as well"
+        limit, note = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the host's memory, shared with other processes"
     kind, speeds = devices[0].device_kind, speeds_of(devices[0].device_kind, jax.local_device_count())
-    return Machine(f"{len(devices)} x {kind}, which are here", devices, limit, note, platform, exact=True, speeds=speeds)
+    return Machine(f"{len(devices)} x {kind}, this machine", devices, limit, note, platform, exact=True, speeds=speeds)
 
 
 def _gpus(gpu: _Gpu, nodes: int, each: int) -> Machine:
     fraction = float(next((os.environ[name] for name in _FRACTION_NAMES if os.environ.get(name)), GPU_FRACTION))
-    note = f"{fraction:.0%} of {gpu.memory / 1e9:.1f} GB; {_FRACTION_NAMES[0]} changes that"
+    note = f"{fraction:.0%} of {gpu.memory / 1e9:.1f} GB; {_FRACTION_NAMES[0]} changes it"
     count = nodes * each
     try:
         topology = topologies.get_topology_desc("", "cuda", target_config=gpu.target(), topology=f"1x{nodes}x{each}")
         devices, exact = topology.devices, True
     except NotImplementedError:  # this platform's plugin is not installed
         devices, exact = _cpus(count), False
-    # Autotuning would run kernels on the device.
+    # Autotuning would run kernels on a device.
     options = {"xla_gpu_autotune_level": 0} if exact else {}
     return Machine(f"{count} x {gpu.kind}", devices, int(fraction * gpu.memory), note, "gpu", exact, options, gpu.speeds(each))
 
@@ -265,15 +284,15 @@ def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
         devices, exact = topologies.get_topology_desc(name, "tpu").devices, True
     except RuntimeError as error:
         if "not installed" not in str(error):
-            raise ConfigError(f"--machine={name!r} is not a slice that the TPU compiler supports: {error}") from error
+            raise ConfigError(f"--machine={name!r} is not a slice that the TPU compiler supports: {error}. Choose another.") from error
         devices, exact = _cpus(count), False
-    note = f"of {count} devices, {needed} in use" if count > needed else "what the compiler gives to programs"
+    note = f"{needed} of {count} devices in use" if count > needed else "the compiler's limit"
     return Machine(name, devices, tpu.memory, note, "tpu", exact, speeds=tpu.speeds())
 
 
 def _cpus(count: int) -> Sequence[Any]:
     """Simulated CPU devices."""
-    # jax refuses this once its devices are initialised. Then the existing ones are used; `make_mesh` raises if they are too few.
+    # jax rejects this once its devices are initialised. Then the existing ones are used, and `make_mesh` raises if there are too few.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
     return jax.devices("cpu")
