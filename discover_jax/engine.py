@@ -1,4 +1,4 @@
-"""Builds the jitted parts of a run from its config: model, sampler, optimiser, update. Runs and dry runs both use it."""
+"""Builds the jitted parts of a run from its config: model, sampler, optimiser and update. Runs and dry runs use it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,19 +23,19 @@ from discover_jax.sampling.sampler import Sampler, most_pages, rows_of
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
-"""Arrays of the logits' size that drawing a token may need at once: float32 logits, log-probabilities, and those in blocks."""
+"""Arrays of the logits' size that may be in memory together when a token is drawn: float32 logits, log-probabilities, and their blocks."""
 _TEMPORARY = 0.03
 """Fraction of the memory reserved for other temporary arrays of sampling."""
 
 
 def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platform: str | None = None) -> Model:
-    """The handle of a model of these sizes; the config gives the adapter's ranks and the form of the weights.
+    """The model of these sizes. The config sets the adapter's ranks and the number format.
 
     Args:
       config: validated.
-      sizes: of the weights' folder or of `config.model.shape`.
+      sizes: sizes of the weights' folder or of `config.model.shape`.
       mesh: devices over which parameters are laid out; None for the default device.
-      platform: the model uses its kernels; None for the platform of the default device.
+      platform: platform whose kernels the model uses; None for that of the default device.
     """
     platform = platform or jax.default_backend()
     kernels = kernel_set(platform, mesh)
@@ -46,8 +46,8 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
 
 
 def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, platform: str, kernels: KernelSet) -> bool:
-    """Whether a kernel decodes packed experts and supports this model. If it does not support the model, logs why."""
-    if "decode_experts" not in kernels.kernels:  # `kernel_set` has logged why
+    """Whether a kernel decodes packed experts and supports this model. If it does not support the model, logs the reason."""
+    if "decode_experts" not in kernels.kernels:  # `kernel_set` has logged the reason
         return False
     try:
         check_tiles(config, sizes, mesh)
@@ -58,10 +58,10 @@ def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, plat
 
 
 def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:
-    """Checks that the kernel that decodes packed experts, which reads tiles, supports this model.
+    """Checks that the kernel for decoding packed experts, which reads tiles, supports this model.
 
     Raises:
-      ConfigError: it does not; the message says why.
+      ConfigError: it does not; the message has the reason.
     """
     if config.model.dtype != "bfloat16":  # the kernel would round values that the update does not round
         raise ConfigError(f"The kernel computes in bfloat16, but config.model.dtype is {config.model.dtype!r}.")
@@ -84,15 +84,15 @@ def build_sampler(
 
     Args:
       config: validated.
-      model: of `build_model`.
+      model: from `build_model`.
       stop_ids: tokens that end a rollout.
-      second_phase: for rollouts that think too long.
-      memory: bytes available on one device, or None if unknown; the cache uses no more than what the rest leaves.
+      second_phase: see `SecondPhase`.
+      memory: bytes available on one device, or None if unknown. The cache uses at most what weights and buffers leave free.
       learn: whether adapter and optimiser also need memory.
 
     Raises:
       ConfigError: the sampler does not support a setting.
-      CapacityError: the cache of one rollout does not fit.
+      CapacityError: the cache has no room for one rollout.
     """
     return Sampler(
         model,
@@ -109,7 +109,7 @@ def build_sampler(
 
 
 def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:
-    """Pages of the cache: as set, or as many as the memory leaves room for; None if nothing limits them."""
+    """Pages of the cache: as configured, or as many as the memory has room for; None if there is no limit."""
     if config.sampling.cache_tokens:
         return config.sampling.cache_tokens // PAGE
     if memory is None:
@@ -121,7 +121,7 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
     taken = {
         "weights": local_bytes(model.abstract_frozen()),
         "adapter and optimiser": local_bytes(state),
-        "its copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
+        "adapter's copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
         "rings": local_bytes(abstract_rows(model, rows)),
         "logits": _LOGITS * rows // devices * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
@@ -130,15 +130,15 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
     if pages < pages_of_1:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
         raise CapacityError(
-            f"Of {memory / 1e9:.1f} GB on a device, weights and buffers leave room in the cache for {max(pages, 0) * PAGE:,} tokens,"
-            f" but one rollout may need {pages_of_1 * PAGE:,} (GB: {parts}). Lower config.sampling.max_new_tokens, max_prompt_tokens or"
-            " slots, or the adapter's ranks. --dry_run shows how much memory each part needs."
+            f"After weights and buffers, the cache has room for only {max(pages, 0) * PAGE:,} tokens on a device with"
+            f" {memory / 1e9:.1f} GB, but one rollout may need {pages_of_1 * PAGE:,} (GB: {parts}). Lower config.sampling.max_new_tokens,"
+            " max_prompt_tokens or slots, or the adapter's ranks (config.lora). --dry_run shows the memory of each part."
         )
     return devices * pages
 
 
 def build_optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimiser of the adapter."""
+    """The adapter's optimiser."""
     return adam(
         config.train.learning_rate,
         b1=config.train.adam_b1,
@@ -163,10 +163,10 @@ def build_update(config: Any, model: Model, optimizer: optax.GradientTransformat
 
 
 def microbatch_rows(config: Any) -> int:
-    """Packed rows of a microbatch of the update: as set, or one for each part of the mesh's data axis."""
+    """Packed rows of a microbatch: as configured, or one for each part of the mesh's data axis."""
     return config.train.rows or config.mesh.data
 
 
 def row_tokens(config: Any) -> int:
-    """Tokens of a packed row of the update: as set, or the longest prompt and rollout together."""
+    """Tokens of the longest packed row: as configured, or those of the longest prompt and rollout together."""
     return config.train.row_tokens or config.sampling.max_prompt_tokens + config.sampling.max_new_tokens

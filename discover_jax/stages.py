@@ -1,6 +1,6 @@
-"""The stages of a step. `main` calls them in order; each takes the run and what the stages before it returned.
+"""The stages of a step. `main` calls them in order; each takes the run and the results of earlier stages.
 
-This is where the config ends: a stage unpacks the settings that it needs and passes plain values to the folder that does the work.
+The stages unpack the config: each passes plain values to the folder that does the work.
 """
 
 import dataclasses
@@ -42,20 +42,20 @@ from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, Ru
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same during a run, as this process has it.
+    """Everything that does not change during a run, in this process.
 
     Attributes:
       config: validated.
       kind: training, or search without an update.
-      processes: of the run, one a host.
+      processes: the run's processes, one per host.
       tasks: the competitions; groups take turns.
       executor: runs programs on this host.
-      slots_H: programs that each host runs at once.
-      sampler, updater: the jitted part.
-      prompt_settings: how prompts are written.
-      checkpoints: of the run directory. All processes save and restore together.
-      recorder: writes files and shows progress; a null recorder in all processes but the first.
-      first_step, last_step: the steps that this start of the run does; `last_step` is excluded.
+      slots_H: number of programs that each host runs at the same time.
+      sampler, updater: the jitted parts.
+      prompt_settings: style and limits of prompts.
+      checkpoints: checkpoints in the run directory. All processes save and restore together.
+      recorder: writes files and shows progress. All processes except the first have a null recorder.
+      first_step, last_step: range of the steps to run; `last_step` is excluded.
     """
 
     config: Any
@@ -75,11 +75,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What one group of rollouts builds on.
+    """The competition and the parent of one group of rollouts.
 
     Attributes:
-      task: its competition.
-      parent: the state whose program it improves.
+      task: the competition.
+      parent: the state whose program the rollouts improve.
       failures: the last attempts on the parent, if all of them failed.
     """
 
@@ -94,10 +94,10 @@ class Sampled:
 
     Attributes:
       total: number of rollouts that the step samples.
-      executions: of the programs, over all hosts.
-      rollouts: those that have ended.
-      programs: the program of each; None if the rollout has none.
-      progress: the sampler's last report.
+      executions: executions of the programs, over all hosts.
+      rollouts: finished rollouts.
+      programs: the program of each finished rollout; None if it has none.
+      progress: the sampler's last progress.
     """
 
     total: int
@@ -107,7 +107,7 @@ class Sampled:
     progress: Progress | None = None
 
     def shown(self) -> StepProgress:
-        """What the console shows of it now."""
+        """The current progress, for the console."""
         outcomes: Counter[Outcome] = self.executions.outcomes
         outcomes[Outcome.FORMAT_ERROR] += sum(program is None for program in self.programs.values())
         speed = self.progress.tokens / max(self.progress.seconds, 1e-9) if self.progress is not None else 0.0
@@ -116,14 +116,14 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """What became of the rollouts: `attempts` in the order of their keys, and the verdict on each program."""
+    """The graded rollouts: `attempts` in the order of their keys, and the verdict on each program."""
 
     attempts: Sequence[Attempt]
     verdicts: Mapping[RolloutKey, Verdict]
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:
-    """The competition and the parent of each group. Competitions take turns across steps, so that each gets its share."""
+    """The competition and the parent of each group. Competitions take turns across steps, so that all get equally many groups."""
     config = run.config
     tasks_G = [run.tasks[(step * config.groups + group) % len(run.tasks)] for group in range(config.groups)]
     reuse = ReuseSettings(
@@ -170,7 +170,7 @@ def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, s
     """Waits for the programs and their grades."""
     run.recorder.phase("running programs")
     verdicts = sampled.executions.verdicts(while_waiting=lambda: run.recorder.progress(sampled.shown()))
-    adapter_step = policy.optimizer_steps  # read from the device: once, not for each attempt
+    adapter_step = policy.optimizer_steps  # read from the device once, not for each attempt
     attempts = []
     for key, rollout in sorted(sampled.rollouts.items()):
         group = groups[rollout.group]
@@ -180,7 +180,7 @@ def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, s
 
 
 def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt]) -> Estimates:
-    """The advantages of the rollouts, by group."""
+    """The advantages of the rollouts."""
     attempts_GK = [[attempt for attempt in attempts if attempt.group == number] for number in range(len(groups))]
     train, diversity = run.config.train, run.config.diversity
     estimates = estimate_step(
@@ -199,9 +199,9 @@ def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt]) -> 
 
 
 def update(run: Run, policy: Policy, rollouts: Mapping[RolloutKey, Rollout], estimates: Estimates) -> tuple[Policy, dict[str, float]]:
-    """One update of the adapter on the groups that carry a signal, and its metrics.
+    """Updates the adapter on the groups that carry a signal. Returns the new policy, and metrics.
 
-    A search, and a step without any signal, measure the log-probability gap on all rollouts instead.
+    A search run, or a step without any signal, changes nothing and measures the log-probability gap on all rollouts.
     """
     config, advantages = run.config, estimates.advantages
     shape = {"row_tokens": row_tokens(config), "rows": microbatch_rows(config), "lengths": config.train.row_lengths}
@@ -226,7 +226,7 @@ def _batches_line(rollouts: int, batches: Sequence[Batch]) -> str:
 
 
 def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], attempts: Sequence[Attempt]) -> dict[str, Frontier]:
-    """The frontier of each competition after the step. A program that fits into no prompt cannot become a parent."""
+    """The frontier of each competition after the step. A program that is too long for a prompt cannot become a parent."""
     children = kept_children(run.config.reuse.sampler, run.config.reuse.children)
     after = {}
     for task in run.tasks:
@@ -235,23 +235,23 @@ def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]
         reusable = {state.id for state in states if program_fits(task, state, run.prompt_settings, policy.tokenizer)}
         if len(reusable) < len(states):
             run.recorder.note(
-                f"{len(states) - len(reusable)} programs are longer than a prompt of {run.prompt_settings.max_tokens:,} tokens"
-                " (config.sampling.max_prompt_tokens), so they cannot be parents. The journal and best/ still include them."
+                f"{len(states) - len(reusable)} programs do not fit a prompt of {run.prompt_settings.max_tokens:,} tokens"
+                " (config.sampling.max_prompt_tokens), so they cannot be parents. The journal and best/ include them."
             )
         after[task.id] = frontiers[task.id].after(own, reusable=reusable, children=children)
     return after
 
 
 def save_checkpoint(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], step: int) -> None:
-    """Writes the checkpoint of the step. All processes take part."""
+    """Writes the checkpoint of the step. All processes must call this."""
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.train_state)) / 1e6
     run.recorder.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimiser" if run.kind.learns else "")
     run.checkpoints.save(step, policy.train_state, run.recorder.host_state(frontiers))
 
 
 def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verdict]) -> dict[str, float | None]:
-    """Metrics of sampling and of the programs' executions, see `metrics.SCHEMA`."""
-    assert sampled.progress is not None, "the sampler reports at its end"
+    """Metrics of sampling and of the programs' executions; see `metrics.SCHEMA`."""
+    assert sampled.progress is not None, "the sampler reports progress after each launch"
     executions = [verdict.execution for verdict in verdicts.values()]
     return {
         "sample/utilisation": sampled.progress.utilisation,
@@ -266,7 +266,7 @@ def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verd
 
 
 def second_phase(config: Any, tokenizer: Tokenizer) -> SecondPhase | None:
-    """What ends the thinking of a rollout that thinks too long; None if config.sampling.thinking_tokens is 0."""
+    """The second phase, which ends the thinking of a rollout that thinks too long; None if config.sampling.thinking_tokens is 0."""
     if not config.sampling.thinking_tokens:
         return None
     forced = answer_forced(config.sampling.thinking_closing, tokenizer)
@@ -274,7 +274,7 @@ def second_phase(config: Any, tokenizer: Tokenizer) -> SecondPhase | None:
 
 
 def prompt_settings(config: Any) -> PromptSettings:
-    """How prompts are written, by the config."""
+    """The settings of prompts."""
     return PromptSettings(
         style=config.prompt.style,
         max_tokens=config.sampling.max_prompt_tokens,
@@ -290,7 +290,7 @@ def prompt_settings(config: Any) -> PromptSettings:
 
 
 def rerun_settings(config: Any, number: int) -> RerunSettings:
-    """The settings of best/rerun.sh for the competition of that number in config.task."""
+    """The settings of best/rerun.sh for the competition with this number in config.task."""
     name, raw = named_competitions(config.task)[number]
     task, execution = config.task, config.execution
     rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.grader, config.seed)
