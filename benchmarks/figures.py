@@ -1,8 +1,8 @@
 """Measured figures: read from and append to measurements.csv, and keep the tables in docs current.
 
     python benchmarks/figures.py --check    # exit code 1 if a page differs from measurements.csv
-    python benchmarks/figures.py --write    # fill all pages again
-    python benchmarks/figures.py --show=decode_120b    # print the figures whose ids begin with this
+    python benchmarks/figures.py --write    # update all pages
+    python benchmarks/figures.py --show=decode_120b    # print the figures whose ids start with this
 
 Each figure is stored once, in measurements.csv. A page shows figures in two ways:
 
@@ -10,9 +10,9 @@ Each figure is stored once, in measurements.csv. A page shows figures in two way
     <!-- end -->
     <!-- figure: ID --><!-- end -->   one figure within a sentence
 
-A placeholder is `{ID}` in tables.md and `ID` in a page. `ID:FORMAT` adds a format of Python, `A/B` is the ratio of two figures and `A-B`
-their difference. Without a format a fraction is shown as a percentage, and every other number as it is stored, with thousands separators.
-Everything between the markers is overwritten.
+A placeholder is `{ID}` in tables.md and `ID` in a page. `ID:FORMAT` adds a Python format, `A/B` is the ratio of two figures and `A-B` their
+difference. Without a format, a fraction is shown as a percentage, and any other number as stored, with thousands separators. Text between
+the markers is overwritten.
 """
 
 import argparse
@@ -42,16 +42,16 @@ _SPAN = re.compile(r"(<!-- figure: (\S+) -->).*?(<!-- end -->)", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One measured figure; a column that is not known is empty.
+    """One measured figure. Unknown columns are empty.
 
     Attributes:
-      id: lower-case words joined by `_`: what was measured, of which model, with which sizes, and which quantity.
+      id: lower-case words joined by `_`: what was measured, the model, the sizes and the quantity.
       value: a decimal number.
-      unit: such as `tokens/s`, `ms`, `GB`; `fraction` for a part of 1.
+      unit: such as `tokens/s`, `ms`, `GB`; `fraction` for values from 0 to 1.
       card: number and kind of the devices, such as `1 x H200`; for a CPU its cores and model.
       date: of the measurement, YYYY-MM-DD.
       versions: packages, such as `jax 0.11.2; triton 3.6.0`.
-      command: what measured it, from the repository's root; `published` for a figure that others published.
+      command: the command that measured it, run in the repository's root; `published` for a figure published by others.
     """
 
     id: str
@@ -90,13 +90,13 @@ def read(path: Path = CSV) -> dict[str, Figure]:
 
 
 def append(id: str, value: float, unit: str, command: str = "", *, devices: int = 1, path: Path = CSV) -> Figure:
-    """Records a figure that was measured now on this machine. A row with the same id is replaced: git keeps the old one.
+    """Records a figure measured on this machine. Replaces a row with the same id; git keeps the old one.
 
     Args:
       id: see `Figure`.
       value: rounded to five digits.
       unit: see `Figure`.
-      command: what measured it; by default this process's own command line.
+      command: the command that measured it; by default this process's command line.
       devices: number of accelerators in use.
       path: the file.
     """
@@ -118,7 +118,7 @@ def add_record(parser: argparse.ArgumentParser) -> None:
 
 
 def record(prefix: str, values: Mapping[str, tuple[float, str]], *, devices: int = 1) -> None:
-    """Appends (value, unit) by the rest of the id; does nothing if the prefix is empty."""
+    """Appends (value, unit) pairs, keyed by the rest of the id. Does nothing if the prefix is empty."""
     for name, (value, unit) in values.items() if prefix else ():
         append(f"{prefix}_{name}", value, unit, devices=devices)
 
@@ -179,7 +179,7 @@ def templates() -> dict[str, str]:
 
 
 def filled(page: str, figures: Mapping[str, Figure]) -> str:
-    """A page whose tables and figures are current.
+    """The page with current tables and figures.
 
     Raises:
       ValueError: a marker names a table or a figure that does not exist.
@@ -203,8 +203,8 @@ def filled(page: str, figures: Mapping[str, Figure]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit code 1 if a page is not current")
-    parser.add_argument("--write", action="store_true", help="fill all pages again")
-    parser.add_argument("--show", metavar="PREFIX", help="print the figures whose ids begin with this")
+    parser.add_argument("--write", action="store_true", help="update all pages")
+    parser.add_argument("--show", metavar="PREFIX", help="print the figures whose ids start with this")
     arguments = parser.parse_args()
     if not (arguments.check or arguments.write or arguments.show is not None):
         parser.error("give --check, --write or --show")

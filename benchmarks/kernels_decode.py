@@ -1,22 +1,22 @@
-"""The kernels of decoding at gpt-oss-120b's sizes, against this GPU's own ceilings in the same run.
+"""The decoding kernels at gpt-oss-120b's sizes, compared with this GPU's ceilings measured in the same run.
 
     python benchmarks/kernels_decode.py experts [--tokens=1,8,32,128,512] [--rank=8] [--skew=0,1]
     python benchmarks/kernels_decode.py attention [--cases=NAME,NAME]
     python benchmarks/kernels_decode.py projections [--rows=1,32,128] [--rank=32] [--launches]
 
-Each also takes --json=FILE and --record=PREFIX. A layer's time is measured in a scan over many layers. All times are the best of five
-repetitions. They need a GPU and the extra `kernels`.
+Each also takes --json=FILE and --record=PREFIX, and needs a GPU and the extra `kernels`. A layer's time is measured in a scan over many
+layers. All times are the best of five repetitions.
 
-experts: from the chosen experts to the summed output, on random packed weights. Rates count the packed bytes of the experts that are hit,
-each once, and the multiplications of the routed rows. Errors are relative to the norm, against float32 on dequantised weights. Routing is
-drawn from normal logits; a skew adds a normal preference for each expert, of that standard deviation.
+experts: from the chosen experts to the summed output, on random packed weights. Rates count the packed bytes of each chosen expert once,
+and the multiplications of the routed rows. Errors are relative to the norm, against float32 on dequantised weights. Routing is drawn from
+normal logits. A skew is the standard deviation of an additional normal preference per expert.
 
-attention: one new token of each row attends to its pages, which are anywhere in the pool. Rates count the keys and values in use, each
-once. `layer` is the loop's time per layer; where little is read it is the host's time to start kernels. `kernels` is the device time of the
-two kernels, from a trace. Errors are relative to the largest output, against float32.
+attention: one new token per row attends to its pages, which are scattered over the pool. Rates count each key and value in use once.
+`layer` is the loop's time per layer; for small reads, it is the host's time to launch kernels. `kernels` is the device time of the two
+kernels, from a trace. Errors are relative to the largest output, against float32.
 
-projections: queries, keys and values (2880 to 4096 + 512 + 512), and the output (4096 to 2880), of 18 layers out of their stacks, so that
-no cache holds the weights. Rates count the weights' bytes. `--launches` also tries other launches of the kernel.
+projections: queries, keys and values (2880 to 4096 + 512 + 512), and the output (4096 to 2880). 18 layers are read from their stacks, so
+that no cache can hold the weights. Rates count the weights' bytes. `--launches` also tries other launch parameters.
 """
 
 import argparse
@@ -53,7 +53,7 @@ EXPERT_LAYERS = 24
 
 
 def matrix(key: jax.Array, out: int, into: int, rank: int, *, paired: bool) -> TiledMatrix:
-    """Random tiles; the adapter in bfloat16, as a sampler casts it once."""
+    """Random tiles, with the adapter in bfloat16, as the sampler casts it."""
     keys = jax.random.split(key, 5)
     blocks = jax.jit(lambda k: jax.random.bits(k, (EXPERTS, out, into // 32, 16), jnp.uint8))(keys[0])
     scales = jax.random.randint(keys[1], (EXPERTS, out, into // 32), 119, 123).astype(jnp.uint8)
@@ -79,7 +79,7 @@ def experts_seconds(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMat
     @jax.jit
     def layers(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, up: TiledMatrix, low: TiledMatrix) -> jax.Array:
         def layer(x_TD: jax.Array, _: None) -> tuple[jax.Array, None]:
-            own_TX = index_TX + jnp.isnan(x_TD[0, 0]).astype(jnp.int32)  # so that the sorting is not moved out of the loop
+            own_TX = index_TX + jnp.isnan(x_TD[0, 0]).astype(jnp.int32)  # keeps the sorting inside the loop
             out_TD = moe_routed(x_TD, own_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen)
             return (0.5 * x_TD + 1e-3 * out_TD).astype(x_TD.dtype), None
 
@@ -98,7 +98,7 @@ def multiply_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: Expert
         def call(x: jax.Array, _: None) -> tuple[jax.Array, None]:
             options = {"block": chosen.rows, "paired": paired, "share": ACTIVE if paired else 1, "limit": LIMIT, "alpha": ALPHA}
             y = multiply(x, held, rows, chosen.gate_up if paired else chosen.down, **options)
-            # The next call takes a trace of this result, so that it waits for it.
+            # The next call depends on this result, so that it waits for it.
             return x + (1e-30 * y.reshape(-1)[0]).astype(x.dtype), None
 
         return jax.lax.scan(call, x, length=EXPERT_LAYERS)[0]
@@ -107,7 +107,7 @@ def multiply_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: Expert
 
 
 def experts_error(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: ExpertsTiling) -> float:
-    """Against float32, expert by expert, with adapters merged."""
+    """The error against float32, computed expert by expert with merged adapters."""
     weights_TE = np.zeros((len(x_TD), EXPERTS), np.float32)
     np.put_along_axis(weights_TE, index, weights, axis=1)
 
@@ -180,7 +180,7 @@ def measure_experts(arguments: argparse.Namespace, most: dict[str, float], keep:
 
 HEADS, KV_HEADS, SIZE, PAGE = 64, 8, 64, 128
 LAYERS = 18
-"""Of a pool: the full layers, or the sliding ones, of gpt-oss-120b. Together they are far larger than a GPU's cache."""
+"""Layers of a pool: the full or the sliding ones of gpt-oss-120b. Together they are far larger than a GPU's cache."""
 
 CASES: dict[str, list[int]] = {
     "128 x ring": [PAGE] * 128,
@@ -216,7 +216,7 @@ def rows_of(counts: list[int], pages: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def attention_loop(attend: Callable[..., jax.Array], keys: jax.Array, values: jax.Array, counts: list[int]) -> Callable[[], jax.Array]:
-    """A call of the attention of all layers, one after the other."""
+    """A function that runs the attention of all layers in sequence."""
     q_BNH, table, counts_B = rows_of(counts, keys.shape[1])
 
     @jax.jit
@@ -338,7 +338,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="kernel", required=True)
     experts, attention, projections = (commands.add_parser(name) for name in ("experts", "attention", "projections"))
     experts.add_argument("--tokens", default="1,8,32,128,512")
-    experts.add_argument("--rank", type=int, default=8, help="of the experts' adapters in a second pass; 0 leaves it out")
+    experts.add_argument("--rank", type=int, default=8, help="rank of the experts' adapters in a second pass; 0: no second pass")
     experts.add_argument("--skew", default="0,1")
     attention.add_argument("--cases", default=",".join(CASES), help="names of CASES, in this module")
     projections.add_argument("--rows", default="1,32,128")
@@ -355,7 +355,7 @@ def main() -> None:
     print(f"copy {most['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product {most['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s")
 
     def keep(row: dict[str, Any], name: str, told: str) -> None:
-        """After each row, so that one that fails leaves the others."""
+        """Called after each row, so that a later failure does not lose it."""
         result["rows"].append(row)
         print(f"{name:24s} {told}", flush=True)
         if arguments.json:

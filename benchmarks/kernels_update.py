@@ -1,19 +1,19 @@
-"""The update's kernels of one layer, against this GPU's own matrix product in the same run: forward, and forward with backward.
+"""The update's kernels of one layer, compared with this GPU's matrix product in the same run: forward, and forward with backward.
 
     python benchmarks/kernels_update.py experts [--shape=gpt-oss-120b] [--tokens=16384,65536] [--skew=0] [--tiles=128x256,64x256,128x128]
     python benchmarks/kernels_update.py attention [--cases="NAME;NAME"]
 
-Both also take --json=FILE and --record=PREFIX. They need a GPU and the extra `kernels`. All times are the best of five repetitions.
+Both also take --json=FILE and --record=PREFIX, and need a GPU and the extra `kernels`. All times are the best of five repetitions.
 
-experts: random weights, rank-8 adapters. The operations counted are those of the routed rows' products with the base matrices: 2 x 3 x
-width x expert width a row forward, and as many again backward, where base weights have no gradients. `--skew` makes routing uneven: 0 is
-uniform. `--tiles` are rows of a block x outputs of a wide product; the paired product takes a quarter as many of both halves. Errors are
-relative to the norm, against the plain-JAX reference in float32, with routing so uneven that some experts get no rows.
+experts: random weights, rank-8 adapters. Rates count the products of the routed rows with the base matrices: 2 x 3 x width x expert width
+per row forward, and the same backward, since base weights have no gradients. `--skew` makes routing uneven; 0 is uniform. `--tiles` are
+rows of a block x outputs of a wide product; the paired product has a quarter of both halves. Errors are relative to the norm, against the
+plain-JAX reference in float32, with routing so uneven that some experts get no rows.
 
-attention: one row of packed rollouts, gpt-oss's heads. Rates count the pairs of a query and a key that see each other: 4 H operations a
-pair and head forward, 10 H backward. cuDNN's attention (jax.nn.dot_product_attention) has neither sinks nor segments, so it is measured
-only on rows of one rollout. Errors are relative to the norm, of the outputs and of each gradient, against the plain-JAX reference in
-float32, on a row of 2,048 tokens.
+attention: one row of packed rollouts, with gpt-oss's heads. Rates count the unmasked pairs of a query and a key: 4 H operations per pair
+and head forward, 10 H backward. cuDNN's attention (jax.nn.dot_product_attention) has neither sinks nor segments, so it is measured only on
+rows of one rollout. Errors are those of the outputs and of each gradient, relative to the norm, against the plain-JAX reference in float32,
+on a row of 2,048 tokens.
 """
 
 import argparse
@@ -47,7 +47,7 @@ RANK, LIMIT, ALPHA = 8, 7.0, 1.702
 
 
 def matrix(key: jax.Array, experts: int, out: int, into: int, name: str) -> TiledMatrix:
-    """Random tiles whose products have about the size of their rows."""
+    """Random tiles whose products have about the norm of their rows."""
     keys = jax.random.split(key, 2)
     blocks = jax.random.bits(keys[0], (experts, out, into // 32, 16), jnp.uint8)
     scales = jnp.full((experts, out, into // 32), 120, jnp.uint8)
@@ -71,7 +71,7 @@ class Plain:
 def experts_errors(
     gate_up: TiledMatrix, down: TiledMatrix, leaves: tuple[Any, Any, Any], index: jax.Array, d_out: jax.Array
 ) -> dict[str, float]:
-    """Of the output and of each derivative."""
+    """The errors of the output and of each derivative."""
 
     def reference(x: Any, weights: Any, adapters: Any, index: Any, *matrices: tuple[jax.Array, jax.Array]) -> jax.Array:
         plain = (Plain(*matrix, adapter) for matrix, adapter in zip(matrices, adapters, strict=True))
@@ -112,7 +112,9 @@ def measure_experts(arguments: argparse.Namespace, ceiling: dict[str, float], ke
     shapes = ((experts, RANK, width), (experts, 2 * hidden, RANK)), ((experts, RANK, hidden), (experts, width, RANK))
     adapters = jax.tree.map(lambda s: 0.02 * jax.random.normal(keys[2], s), shapes, is_leaf=lambda node: isinstance(node[0], int))
     both = jax.jit(lambda up, low: (unpack(up, paired=True), unpack(low, paired=False)))
-    moved = (17 / 32 + 2) * experts * 3 * hidden * width  # of each weight half a byte and a part of a scale are read, two bytes written
+    moved = (
+        (17 / 32 + 2) * experts * 3 * hidden * width
+    )  # per weight, half a byte and its part of a scale are read, and two bytes are written
     spent = seconds(lambda: both(gate_up, down))
     unpacking = {"ms": 1e3 * spent, "of_copy": moved / spent / ceiling["copy_bytes_per_s"]}
     print(f"unpacking a layer {unpacking['ms']:.2f} ms, {unpacking['of_copy']:.0%} of the copy")
@@ -162,7 +164,7 @@ CASES: dict[str, tuple[list[int], int | None]] = {
 
 
 def arrays(lengths: list[int], dtype: Any = jnp.bfloat16) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-    """Queries, keys, values and the output's gradient; segments, the row being filled up to a multiple of 128; sinks."""
+    """Queries, keys, values and the output's gradient; segments, padded to a multiple of 128; sinks."""
     tokens = -(-sum(lengths) // 128) * 128
     keys = jax.random.split(jax.random.key(0), 5)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
@@ -173,13 +175,13 @@ def arrays(lengths: list[int], dtype: Any = jnp.bfloat16) -> tuple[tuple[jax.Arr
 
 
 def pairs(lengths: Sequence[int], window: int | None) -> int:
-    """Of a query and a key that see each other."""
+    """The number of unmasked pairs of a query and a key."""
     seen = [min(n, window or n) for n in lengths]
     return sum(w * (w + 1) // 2 + (n - w) * w for n, w in zip(lengths, seen, strict=True))
 
 
 def attention_errors(window: int | None) -> dict[str, float]:
-    """Of the output and of each gradient."""
+    """The errors of the output and of each gradient."""
     drawn, segments, sinks = arrays([1_000, 700, 40, 200])
     options = {} if window is None else {"window": window}
     own, reference = (
@@ -236,7 +238,7 @@ def main() -> None:
     experts, attention = (commands.add_parser(name) for name in ("experts", "attention"))
     experts.add_argument("--shape", default="gpt-oss-120b")
     experts.add_argument("--tokens", default="16384,65536")
-    experts.add_argument("--skew", type=float, default=0.0, help="standard deviation of the experts' own logits; that of the tokens is 1")
+    experts.add_argument("--skew", type=float, default=0.0, help="standard deviation of the experts' logits; that of the tokens' is 1")
     experts.add_argument("--tiles", default="128x256,64x256,128x128")
     attention.add_argument("--cases", default=";".join(CASES), help="names of CASES, in this module, separated by semicolons")
     for command in (experts, attention):

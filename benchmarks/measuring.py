@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, the device's own ceilings, traces by function, and the flags of a mesh."""
+"""Shared parts of the benchmarks: clocks, the device's ceilings, traces by function, and the flags of a mesh."""
 
 import argparse
 import collections
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from discover_jax.models.sharding import mesh_of_run
 
 SHOWN, DEPTH = 30, 3
-"""Rows of a profile, and the functions that a row names, the innermost first."""
+"""Rows of a profile, and the functions that each row covers, innermost first."""
 
 
 # ---------------------------------------------------------------------- clocks and ceilings
@@ -50,7 +50,7 @@ def matmul_flops_per_s(size: int = 8192) -> float:
 
 
 def ceilings(copy_bytes: int = 1 << 32, matmul: int = 8192) -> dict[str, float]:
-    """Both ceilings, measured now, since a bound from a data sheet or from another run would not be comparable."""
+    """Both ceilings, measured in this run: bounds from a data sheet or another run would not be comparable."""
     return {"copy_bytes_per_s": copy_bytes_per_s(copy_bytes), "matmul_flops_per_s": matmul_flops_per_s(matmul)}
 
 
@@ -70,7 +70,7 @@ class Trace:
       whole_ns: from the first kernel's start to the last one's end.
       idle_ns: the part of it in which no kernel ran.
       events: number of kernels.
-      by_function: nanoseconds and number of kernels, by the project's functions that they come from.
+      by_function: nanoseconds and number of kernels by the project's function.
       by_kernel: the same by kernel.
     """
 
@@ -85,8 +85,8 @@ def trace(call: Callable[[], Any], text: str, keep: Path | None = None, name: st
     """Traces a call.
 
     Args:
-      call: runs the executable, and returns when the device has finished.
-      text: the executable's compiled text; kernels of other executables are left out.
+      call: runs the executable and returns when the device has finished.
+      text: the executable's compiled text; other executables' kernels are ignored.
       keep: a folder for the trace and the text, as NAME.xplane.pb.gz and NAME.hlo.txt.gz.
       name: NAME of those files.
 
@@ -120,7 +120,7 @@ def trace(call: Callable[[], Any], text: str, keep: Path | None = None, name: st
 
 
 def kernel_seconds(call: Callable[[], Any], names: tuple[str, ...]) -> dict[str, float]:
-    """Mean device time of each kernel of these names within a call."""
+    """Mean device time of each of the named kernels within a call."""
     found = collections.defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -140,7 +140,7 @@ def _stream_events(path: Path) -> Iterator[Any]:
 
 
 def _events(path: Path, module: str) -> Iterator[tuple[str, str, float, float]]:
-    """(instruction, kernel, start, nanoseconds) of what an executable ran on the device, or in the CPU's threads."""
+    """(instruction, kernel, start, nanoseconds) of everything that an executable ran on the device, or in the CPU's threads."""
     for event in _stream_events(path):
         stats = dict(event.stats)
         if stats.get("hlo_module") == module and not str(stats["hlo_op"]).startswith("while"):
@@ -148,7 +148,7 @@ def _events(path: Path, module: str) -> Iterator[tuple[str, str, float, float]]:
 
 
 def _functions(text: str) -> dict[str, str]:
-    """For each instruction of a compiled text, also by the name that its kernel has, the project's functions that it comes from."""
+    """The project's function of each instruction in a compiled text, also by the name of its kernel."""
     tables: dict[str, dict[int, str]] = {}
     current: dict[int, str] | None = None
     for line in text.splitlines():
@@ -193,10 +193,10 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 
 
 def set_mesh(config: Any, arguments: argparse.Namespace) -> None:
-    """Writes both into a run's config."""
+    """Sets both in a run's config."""
     config.mesh.data, config.mesh.expert = arguments.data, arguments.expert
 
 
 def mesh_of(config: Any) -> Mesh | None:
-    """The mesh of a config on this machine's devices; None for one device."""
+    """The mesh of a config on this machine's devices; None for a single device."""
     return mesh_of_run(config.mesh.data, config.mesh.expert, config.mesh.tensor)

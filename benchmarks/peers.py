@@ -1,20 +1,20 @@
-"""The peers: `transformers` generates and `transformers` with `peft` updates, on random weights of a published shape.
+"""Baselines: generation with `transformers` and updates with `transformers` and `peft`, on random weights of a published shape.
 
     python benchmarks/peers.py generate --shape=gpt-oss-20b [--batch=128] [--prompt=512] [--new=32]
     python benchmarks/peers.py update --shape=gpt-oss-20b [--batch=2] [--tokens=4096] [--prompt=512] [--attention=flex_attention|eager]
         [--calls=5]
 
-Both also take --layers, --json=FILE and --record=PREFIX, and need torch and transformers, which the project does not depend on. Experts are
-computed by the grouped matrix product of transformers.
+Both also take --layers, --json=FILE and --record=PREFIX, and need torch and transformers, which the project does not depend on. Experts
+use the grouped matrix product of transformers.
 
-generate: two calls are timed. One generates `--new` tokens a row, the other one token, so that reading the prompts can be subtracted.
+generate: times two calls. One generates `--new` tokens per row, the other one token, so that prefill can be subtracted.
 
-update (needs peft): what update.py does with `--lora=attention --tokens=T --rollouts=B`. There are as many sequences of as many random
-tokens. Those after the prompt have the loss ratio x advantage, with advantages -1 and +1 in turn. The adapter has rank 32 on q, k, v and o
-of every layer; base weights are bfloat16 (the project's experts are MXFP4). Each layer is computed again in the backward pass, and logits
-exist for 1,024 tokens at a time. A step is forward, backward and AdamW on the adapter, without a KL to the base: compare it with
-update.py's `gradient`, since the optimiser takes little time with so small an adapter. The router chooses on random weights, where
-update.py replays routes that were drawn. Two steps warm up; the time is the median of the others.
+update (needs peft): the equivalent of update.py with `--lora=attention --tokens=T --rollouts=B`: B sequences of T random tokens. Tokens
+after the prompt have the loss ratio x advantage, with alternating advantages -1 and +1. The adapter has rank 32 on q, k, v and o of every
+layer. Base weights are bfloat16 (the project's experts are MXFP4). The backward pass recomputes each layer, and logits exist for 1,024
+tokens at a time. A step is forward, backward and AdamW on the adapter, without a KL to the base. Compare it with update.py's `gradient`,
+since the optimiser takes little time for such a small adapter. Here the router chooses on random weights; update.py replays drawn routes.
+Two steps warm up; the time is the median of the others.
 """
 
 import argparse
@@ -37,7 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(shape: str, layers: int) -> Any:
-    """A model of that shape with random weights, as transformers initialises them."""
+    """A model of that shape, with random weights as initialised by transformers."""
     sizes = shape_of(shape, layers)
     known = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
     config = transformers.GptOssConfig(
@@ -81,16 +81,16 @@ def generate_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
 
 RANK, ALPHA, TARGETS = 32, 32, ("q_proj", "k_proj", "v_proj", "o_proj")
 CHUNK = 1024
-"""Tokens whose logits exist at once."""
+"""Tokens whose logits exist at the same time."""
 WARM_UP = 2
 
 
 def adapted(model: Any) -> Any:
-    """The model with an adapter in float32 and everything else frozen, that computes each layer again in its backward pass."""
+    """The model with an adapter in float32 and frozen base weights. The backward pass recomputes each layer."""
     import peft
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)  # the adapter in float32: peft's own default for one that is trained
+    model = peft.get_peft_model(model, config)  # peft's default: a trained adapter is float32
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
@@ -103,7 +103,7 @@ def loss_of(model: Any, tokens_BT: torch.Tensor, prompt: int) -> torch.Tensor:
     advantages_B = torch.tensor([1.0 if row % 2 else -1.0 for row in range(len(tokens_BT))], device=tokens_BT.device)
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     advantages = advantages_B[:, None].expand(targets_BT.shape).flatten()
-    sampler = -torch.log(torch.tensor(float(model.config.vocab_size)))  # what random weights give about all tokens
+    sampler = -torch.log(torch.tensor(float(model.config.vocab_size)))  # roughly the log-probability of any token with random weights
 
     def of_chunk(hidden_td: torch.Tensor, targets_t: torch.Tensor, advantages_t: torch.Tensor) -> torch.Tensor:
         logits_tv = causal.lm_head(hidden_td).float()
@@ -134,7 +134,7 @@ def measure_generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_update(arguments: argparse.Namespace) -> dict[str, Any]:
-    torch.set_float32_matmul_precision("high")  # TF32 for the adapter's products, which is to the peer's advantage
+    torch.set_float32_matmul_precision("high")  # TF32 for the adapter's products, which favours the baseline
     base = build(arguments.shape, arguments.layers)
     base.set_attn_implementation(arguments.attention)
     if base.config._attn_implementation != arguments.attention:
@@ -161,7 +161,7 @@ def measure_update(arguments: argparse.Namespace) -> dict[str, Any]:
         spent.append(time.perf_counter() - started)
         print(f"step {number}: {spent[-1]:.3f} s, loss {seen[-1][0]:.4f}, gradient {seen[-1][1]:.4g}", flush=True)
     if not all(torch.isfinite(torch.tensor(pair)).all() for pair in seen):
-        sys.exit(f"Losses and gradients are not all finite: {seen}; times of such an update mean nothing.")
+        sys.exit(f"Losses and gradients are not all finite: {seen}; times of such an update are meaningless.")
     seconds = statistics.median(spent[WARM_UP:])
     return {
         "attention": base.config._attn_implementation,
@@ -182,10 +182,10 @@ def main() -> None:
     generate, update = (commands.add_parser(name) for name in ("generate", "update"))
     generate.add_argument("--batch", type=int, default=128)
     generate.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
-    generate.add_argument("--new", type=int, default=32, help="tokens generated a row")
+    generate.add_argument("--new", type=int, default=32, help="tokens generated per row")
     update.add_argument("--batch", type=int, default=2, help="sequences")
     update.add_argument("--tokens", type=int, default=4096, help="of a sequence")
-    update.add_argument("--prompt", type=int, default=512, help="tokens of a sequence that have no loss")
+    update.add_argument("--prompt", type=int, default=512, help="tokens of a sequence without loss")
     update.add_argument("--attention", choices=("flex_attention", "eager"), default="flex_attention")
     update.add_argument("--calls", type=int, default=5, help=f"timed, after {WARM_UP} that warm up")
     for command in (generate, update):

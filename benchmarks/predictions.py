@@ -2,8 +2,8 @@
 
     python benchmarks/predictions.py    # every measurement; docs/scaling.md shows the summary
 
-Nothing is run. The constants of costs.py were fitted to the `fitted` measurements, so those agree by construction. No constant was fitted
-to the `held out` measurements.
+This runs no model. The constants in costs.py were fitted to the `fitted` measurements, so those agree by construction. No constant was
+fitted to the `held out` measurements.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import figures
 FITTED, PARTLY, HELD_OUT = "fitted", "its prompts fitted", "held out"
 LORA = LoraConfig()
 ADAPTER = {1: 2.25e9, 2: 1.13e9, 4: 0.57e9}
-"""Bytes of the 120b's adapter on a device, by the size of the axis `expert`."""
+"""Bytes of the 120b's adapter on a device, by size of the axis `expert`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        """Line of the summary."""
+        """The line of the summary."""
         if not self.kernels:
             return "plain-JAX references"
         activity = "sampling" if self.what.startswith(("decoding", "sampling")) else "update"
@@ -82,7 +82,7 @@ def _decode(
 
 
 def _sampling(what: str, measured: float, use: str, prompts: int, prompt: int, rows: int, new: float) -> Row:
-    """A call of the sampler in which all rows begin and end together."""
+    """A call of the sampler in which all rows start and end together."""
     speeds = _speeds("h200")
     step = costs.decode_step(GPT_OSS_120B, LORA, speeds, rows, prompt + new / 2)
     seconds = new * sum(step.values()) + prompts * costs.prefill(GPT_OSS_120B, LORA, speeds, prompt)
@@ -124,7 +124,7 @@ def _update(
     microbatches: int = 1,
     filled: float = 1.0,
 ) -> Row:
-    """A whole update, with the KL and the optimiser, of microbatches of so many tokens on each device."""
+    """A whole update, with the KL and the optimiser; `tokens` is the size of a microbatch per device."""
     speeds, adapter = _speeds("h200"), ADAPTER[mesh.expert]
     options = {"kernels": kernels, "adapter": adapter}
     passes = [costs.microbatch(of, LORA, speeds, tokens, rollout, mesh, gradient=gradient, **options) for gradient in (False, True)]
@@ -134,7 +134,7 @@ def _update(
 
 
 def rows() -> Iterator[Row]:
-    """All of them, in the order of the table."""
+    """All rows, in the order of the table."""
     measured = {id: float(figure.value) for id, figure in figures.read().items()}
     two, four, by_data = MeshShape(1, 2), MeshShape(1, 4), MeshShape(2, 1)
 
@@ -180,7 +180,7 @@ def rows() -> Iterator[Row]:
     for mesh in (two, by_data, four, MeshShape(2, 2)):
         for count in (128, 512):
             speed = measured.get(f"scaling_120b_{mesh.data}x{mesh.expert}_decode_b{count}_tokens_per_s")
-            if speed is not None:  # with `data` = 2, 512 rows of this context do not fit on two
+            if speed is not None:  # with `data` = 2, 512 rows of this context do not fit on two GPUs
                 yield _decode(f"120b, {_axes(mesh)}, {count} rows, context 8,112", speed, HELD_OUT, count, 8112, mesh=mesh)
     for mesh in (four, MeshShape(2, 2)):
         id = f"scaling_120b_{mesh.data}x{mesh.expert}"

@@ -1,17 +1,17 @@
-"""One step of a run without a task, on weights of a published shape: sampling and one update; or only how fast a checkpoint is read.
+"""One step of a run without a task, on weights of a published shape: sampling and one update. Or only the loading of a checkpoint.
 
     python benchmarks/rehearsal.py --shape=gpt-oss-120b                     # random weights, drawn on the device
-    python benchmarks/rehearsal.py --folder=DIR [--load_only]               # a checkpoint's, published or synthetic
+    python benchmarks/rehearsal.py --folder=DIR [--load_only]               # a published or synthetic checkpoint
     python benchmarks/rehearsal.py --shape=gpt-oss-20b --layers=2 ...       # a rehearsal of the rehearsal
 
 `python -m discover_jax.models.synthetic --shape=gpt-oss-20b --out=DIR` writes a synthetic checkpoint.
 
-Prints one JSON object: what a dry run predicts, bytes of weights, adapter and optimiser, seconds and the device's peak memory after each
-phase (the peak never falls, so a phase that needs less than the one before shows that one's), tokens a second, and the log-probability
-gap between sampler and update, which says whether both compute the same model. Advantages are made up: +1 and -1 in turn.
+Prints one JSON object: the dry run's prediction; bytes of weights, adapter and optimiser; seconds and peak device memory after each phase;
+tokens per second; and the log-probability gap between sampler and update, which shows whether both compute the same model. The peak never
+falls, so a phase that needs less than an earlier one shows the earlier peak. Advantages alternate between +1 and -1.
 
-With --folder it also has the host's peak memory above what the process held before, and the rate of a plain read of the same files from the
-disk's cache afterwards. On a CPU the weights themselves are part of that peak; `above_weights_bytes` leaves them out.
+With --folder, it also prints by how much loading raised the host's peak memory, and the rate of a plain read of the same files from the
+page cache afterwards. On a CPU, this peak includes the weights; `above_weights_bytes` excludes them.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from discover_jax.types import Prompt
 
 
 class _Clock:
-    """Seconds since the last look, and the device's peak so far (None where the backend does not tell)."""
+    """Seconds since the last reading, and the device's peak memory so far (None if the backend does not report it)."""
 
     def __init__(self):
         self._started = time.monotonic()
@@ -55,7 +55,7 @@ def _host_peak() -> int:
 
 
 def _plain_read(path: Path) -> dict[str, float]:
-    """Bytes and seconds of reading all files through a buffer of 16 MiB."""
+    """Bytes and seconds of reading all files with a buffer of 16 MiB."""
     buffer, total, started = bytearray(16 << 20), 0, time.monotonic()
     for file in sorted(find_folder(path).glob("*.safetensors")):
         with file.open("rb", buffering=0) as opened:
@@ -118,7 +118,7 @@ def main() -> None:
     state = init_train_state(model.init_lora(jax.random.key(1)), optimizer)
     out["adapter"] = clock.look(state) | {"bytes": local_bytes(state.lora), "optimiser_bytes": local_bytes(state.opt_state)}
 
-    # The last id stops, so that almost every rollout spends its budget.
+    # Only the last id stops, so almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     rng = np.random.default_rng(0)
     prompts = [
@@ -136,7 +136,7 @@ def main() -> None:
     for name in ("update_with_compilation", "update"):
         state, metrics = update.update(frozen, state, batches)
         out[name] = clock.look(state) | {"tokens": sum(r.prompt_tokens_P.size + r.tokens_T.size for r in rollouts)}
-        # Of the first update: the second one's adapter is another than the sampler's.
+        # Of the first update: before the second one, the adapter already differs from the sampler's.
         out.setdefault("logprob_gap", {key: value for key, value in metrics.items() if key.startswith("logprob_gap")})
     out["update"]["tokens_per_s"] = round(out["update"]["tokens"] / out["update"]["seconds"], 2)
     for phase, name in (("sampling", "sample"), ("update", "update")):

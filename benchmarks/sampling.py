@@ -1,4 +1,4 @@
-"""The sampler on random weights of a published shape: steps of decoding against the device's bandwidth, or a whole call.
+"""The sampler on random weights of a published shape: decoding steps compared with the device's bandwidth, or a whole call.
 
     python benchmarks/sampling.py steps --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--unread] [--new=256] [--profile]
     python benchmarks/sampling.py call --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
@@ -6,17 +6,17 @@
 
 Both also take --layers, --dtype, --data, --expert, --no_adapter, --json=FILE and --record=PREFIX.
 
-steps: one prompt, and as many rollouts of it as the batch has rows, through the sampler as a run uses it. With `--unread` there is a prompt
-for each row and none is read, so that long contexts cost nothing to reach: their keys and values are zeros, each row's on pages of its own.
-The speed is that of whole launches after those that compile, with every row live. The floor of a step is the time in which a plain large
-copy moves the bytes that the step must read: all weights but the experts' matrices; those of the experts that a uniform routing would
-choose; the adapter likewise, in the model's type; and keys and values up to the mean context. On a mesh it is that of one device, without
-communication. `--profile` also prints in which functions a launch's device time went.
+steps: one prompt with a rollout for each row of the batch, through the sampler as a run uses it. With `--unread`, each row has its own
+prompt and prefill is skipped, so that long contexts cost nothing: keys and values are zeros, on each row's own pages. The speed is that of
+whole launches after those that compile, with every row live. The floor of a step is the time that a large plain copy takes for the bytes
+that the step must read: all weights except the experts' matrices; the matrices of the experts that uniform routing would choose; the
+adapter likewise, in the model's dtype; and keys and values up to the mean context. On a mesh, it is the floor of one device, without
+communication. `--profile` also prints a launch's device time by function.
 
-call: what a run waits for, prompts included. Every prompt differs. A rollout ends at its budget, unless `--stop_every` gives a mean
-length: then lengths differ, slots are refilled, and a small `--cache_tokens` makes rollouts wait. `--contexts` also gives the speed and the
-floor at contexts that are passed. `--measure=N` gives N of the rollouts to the trainer, and compares its log-probabilities with the
-sampler's: with the sampler's expert routing, and with its own.
+call: the time that a run waits, with prefill. All prompts differ. A rollout ends at its budget, unless `--stop_every` sets a mean length:
+then lengths differ, slots are refilled, and with a small `--cache_tokens` rollouts wait. `--contexts` also prints speed and floor at these
+contexts. With `--measure=N`, the trainer computes the log-probabilities of N rollouts, with the sampler's expert routing and with its own,
+and compares them with the sampler's.
 """
 
 import argparse
@@ -55,13 +55,13 @@ MATRICES = ("gate_up", "down")
 
 
 def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: float) -> dict[str, float]:
-    """What one step must read at least on a device, bytes by what they are."""
+    """The bytes that one step must read on a device, by kind."""
     c, data = model.config, 1 if model.mesh is None else model.mesh.shape["data"]
     hit = 1 - (1 - c.experts_per_token / c.num_experts) ** (rows / data)
     rows = rows // row_devices(model.mesh)
 
     def split(tree: Any) -> tuple[int, int]:
-        """Elements' bytes of the experts' matrices, and of all else."""
+        """Bytes of the experts' matrices, and of everything else."""
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         inside = [leaf for path, leaf in leaves if any(getattr(key, "key", None) in MATRICES for key in path)]
         return local_bytes(inside), local_bytes(tree) - local_bytes(inside)
@@ -71,7 +71,7 @@ def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: fl
     of_place = 2 * c.num_pairs * c.num_kv_heads * c.head_size * model.dtype.itemsize
     return {
         "experts": hit * experts,
-        "other_weights": rest - (c.vocab_size - rows) * c.width * model.dtype.itemsize,  # of the embedding a row for each token
+        "other_weights": rest - (c.vocab_size - rows) * c.width * model.dtype.itemsize,  # of the embedding, one row per token
         "adapter": hit * experts_lora + rest_lora,
         "keys_and_values": rows * of_place * (context + min(context, c.sliding_window)),
     }
@@ -96,7 +96,7 @@ class _EnoughError(Exception):
 def sample(
     sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, step: int, launches: float = float("inf")
 ) -> list[tuple[float, int]]:
-    """The time and the tokens so far after each launch, up to so many launches, of a group of so many rows for each prompt."""
+    """Time and tokens so far after each launch, for up to `launches` launches, with one group per prompt."""
     seen: list[tuple[float, int]] = []
 
     def note(progress: Progress) -> None:
@@ -114,7 +114,7 @@ def sample(
 
 
 def leave_prompts_unread(sampler: Any, model: Model) -> None:
-    """Rows begin as if their prompts had been read, with what the cache holds, and zeros for the stream."""
+    """Rows start as if their prompts had been prefilled, with the cache as it is and zero activations."""
     hidden_1D = jnp.zeros((1, model.config.width), model.dtype)
 
     def unread(frozen: Any, lora: Any, tokens_1C: Any, counts_1: Any, cache: Cache) -> tuple[jax.Array, Cache, np.ndarray]:
@@ -129,7 +129,7 @@ def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: 
     config = config_of_steps(arguments, rows)
     sizes = shape_of(arguments.shape, arguments.layers)
     model = build_model(config, sizes, mesh_of(config))
-    # The last id stops, so that almost every rollout spends its budget.
+    # Only the last id stops, so almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     if arguments.unread:
         leave_prompts_unread(sampler, model)
@@ -170,7 +170,7 @@ def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: 
 
 
 def profile(sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, keep: str) -> dict[str, Any]:
-    """Microseconds a step of decoding by function and by kernel, their number, and the time in which the device was idle."""
+    """Microseconds per decoding step by function and by kernel, the number of kernels, and the device's idle time."""
     shapes, shapes_lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen, lora))
     (decoding,) = (function for function in sampler.lowered_functions(shapes, shapes_lora, 1, rows) if function.name == "decode")
     seen: list[tuple[float, int]] = []
@@ -273,7 +273,7 @@ def config_of_call(arguments: argparse.Namespace) -> Any:
 
 
 def speeds(seen: list[Progress], contexts: list[int], prompt: int, rollouts: int, floor: Any) -> list[dict[str, Any]]:
-    """Tokens a second around each context, of launches in which every rollout was live."""
+    """Tokens per second near each context, from launches in which every rollout was live."""
     found = []
     for context in contexts:
         near = [p for p in seen if abs(prompt + p.tokens / rollouts - context) <= max(128, context // 16) and p.finished == 0]
@@ -285,7 +285,7 @@ def speeds(seen: list[Progress], contexts: list[int], prompt: int, rollouts: int
 
 
 def gap(model: Any, frozen: Any, lora: Any, rollouts: list[Rollout]) -> dict[str, Any]:
-    """How far the trainer's log-probabilities are from the sampler's, along its routes and on the trainer's own; and the entropy."""
+    """The gap between trainer's and sampler's log-probabilities, with the sampler's routing and the trainer's; and the entropy."""
     longest = max(len(r.prompt_tokens_P) + len(r.tokens_T) for r in rollouts)
     batches = pack(rollouts, np.ones(len(rollouts)), row_tokens=-(-longest // PAGE) * PAGE, rows=1)
     alone = [dataclasses.replace(batch, routes_BTLX=None) for batch in batches]
@@ -300,7 +300,7 @@ def gap(model: Any, frozen: Any, lora: Any, rollouts: list[Rollout]) -> dict[str
 
 
 def distribution(gaps: np.ndarray) -> dict[str, Any]:
-    """Of trainer - sampler, in nats a token, and of their ratio."""
+    """The distribution of trainer - sampler, in nats per token, and of their ratio."""
     gaps = gaps.astype(np.float64)
     far = np.abs(np.expm1(gaps))
     return {
@@ -319,7 +319,7 @@ def measure_call(arguments: argparse.Namespace) -> None:
     model = build_model(config, sizes, mesh_of(config))
     frozen = model.init_frozen(jax.random.key(0))
     lora = None if arguments.no_adapter else model.init_lora(jax.random.key(1))
-    # With random weights about one token in `vocab_size / stops` is a stop; without any, a number that is no token stands for it.
+    # With random weights, about one token in `vocab_size / stops` is a stop. Without stops, use an id that is not a token.
     stops = round(sizes.vocab_size / arguments.stop_every) if arguments.stop_every else 0
     stop_ids = tuple(range(sizes.vocab_size - stops, sizes.vocab_size)) or (sizes.vocab_size,)
     sampler = build_sampler(config, model, stop_ids, memory=device_memory(), learn=not arguments.no_adapter)
@@ -398,7 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     steps, call = (commands.add_parser(name) for name in ("steps", "call"))
-    steps.add_argument("--batch", default="128,1", help="rows, one after another")
+    steps.add_argument("--batch", default="128,1", help="batch sizes, measured one after another")
     steps.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     steps.add_argument("--unread", action="store_true", help="give each row its own prompt and skip prefill")
     steps.add_argument("--new", type=int, default=256, help="tokens of a rollout")
@@ -413,7 +413,7 @@ def main() -> None:
     call.add_argument("--stop_every", type=int, default=0, help="mean tokens of a rollout; 0: all end at their budget")
     call.add_argument("--temperature", type=float, default=1.0)
     call.add_argument("--contexts", default="4096,8192")
-    call.add_argument("--measure", type=int, default=0, help="rollouts whose log-probabilities the trainer computes, too")
+    call.add_argument("--measure", type=int, default=0, help="rollouts whose log-probabilities the trainer also computes")
     for command in (steps, call):
         command.add_argument("--shape", default="gpt-oss-20b")
         command.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")

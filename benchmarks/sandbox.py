@@ -1,14 +1,14 @@
-"""Many programs through the executor: how many a minute, what the sandbox adds to each, and whether anything is left behind.
+"""Many programs through the executor: programs per minute, the sandbox's overhead for each, and anything left behind.
 
     python benchmarks/sandbox.py                        # 1,000 programs: quick, slow, crashing, flooding, invalid
     python benchmarks/sandbox.py --programs=100 --preload=none
 
-Prints one JSON object. `overhead_s` is a slot's time beyond the program's own: a fresh sandbox, what it imports ahead, the kill, and
-grading. What the main process and each worker hold is counted when a tenth of the programs have ended and nothing runs, and again after
-the last: descriptors, threads, processes (zombies too), control groups, memory. `grown` says what is more then (of memory, only what goes
-beyond --growth_mib a process), `left` what is there after close() and was not before: processes, files in the temporary folder, mounts and
-so on, and sandboxes of this executor anywhere on the machine. The exit code is 1 if anything grew or is left, or a program ended otherwise
-than it should.
+Prints one JSON object. `overhead_s` is a slot's time beyond the program's own: a fresh sandbox, its preloaded imports, the kill, and
+grading. The resources of the main process and of each worker are counted when a tenth of the programs have ended and nothing runs, and
+again at the end: descriptors, threads, processes (including zombies), control groups, memory. `grown` lists what increased (memory only if
+it grew by more than --growth_mib in a process). `left` lists what is new after close(): processes, files in the temporary folder, mounts
+and so on, and sandboxes of this executor anywhere on the machine. The exit code is 1 if anything grew or is left, or if a program had an
+unexpected outcome.
 """
 
 import argparse
@@ -47,11 +47,11 @@ PROGRAMS = {
 _SETTLE_SECONDS = 60.0
 
 Held = dict[str, dict[str, int]]
-"""What each process of ours holds: by the process's name ("main", "worker 0"), then by kind."""
+"""The resources of each process of the benchmark: by its name ("main", "worker 0"), then by kind."""
 
 
 def _parents() -> dict[int, int]:
-    """Parent of each process on the machine, zombies included."""
+    """The parent of each process on the machine, including zombies."""
     found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # ended meanwhile
@@ -79,7 +79,7 @@ def _resident(pid: int) -> int:
 
 
 def _groups(pid: int, cgroups: memory.Cgroups | None) -> int:
-    """Control groups that a worker has made and not removed."""
+    """The number of control groups that a worker created and did not remove."""
     parents = {cgroups.memory, cgroups.pids or cgroups.memory} if cgroups else set()
     return sum(len(list(parent.glob(f"discover_jax-{pid}-*"))) for parent in parents)
 
@@ -88,7 +88,7 @@ def _held(workers: dict[str, int], cgroups: memory.Cgroups | None) -> Held:
     parents, found = _parents(), {}
     for name, pid in {"main": os.getpid(), **workers}.items():
         below = _descendants(pid, parents)
-        if name == "main":  # the workers' are counted as theirs
+        if name == "main":  # those of the workers are counted separately
             below -= set().union(*({worker} | _descendants(worker, parents) for worker in workers.values()))
         found[name] = {
             "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
@@ -101,7 +101,7 @@ def _held(workers: dict[str, int], cgroups: memory.Cgroups | None) -> Held:
 
 
 def _settled(look: Callable[[], Held], enough: Callable[[Held], bool]) -> Held:
-    """What is held once it is `enough`, or after a minute: a sandbox that warms up holds other things from one moment to the next."""
+    """The resources once they are `enough`, or after a minute. They vary while a sandbox warms up."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while not enough(found := look()) and time.monotonic() < deadline:
         time.sleep(0.25)
@@ -109,7 +109,7 @@ def _settled(look: Callable[[], Held], enough: Callable[[Held], bool]) -> Held:
 
 
 def _growth(before: Held, after: Held, spared_bytes: int) -> dict[str, int]:
-    """What is more than before; memory that grew by no more than `spared_bytes` in a process does not count."""
+    """The increases. Memory counts only if it grew by more than `spared_bytes` in a process."""
     found = {}
     for name, kinds in after.items():
         for kind, number in kinds.items():
@@ -120,9 +120,11 @@ def _growth(before: Held, after: Held, spared_bytes: int) -> dict[str, int]:
 
 
 def _after_close(temporary: Path, mark: str) -> dict[str, int]:
-    """What is there that a closed executor could have left. `mark`: stands in the command of each of its sandboxes, and in no other's."""
+    """Everything that a closed executor could have left behind. `mark` is only in the commands of its sandboxes."""
     commands = {pid: _command(pid) for pid in _parents()}
-    below = {pid for pid in _descendants(os.getpid(), _parents()) if "resource_tracker" not in commands.get(pid, "")}  # multiprocessing's
+    below = {
+        pid for pid in _descendants(os.getpid(), _parents()) if "resource_tracker" not in commands.get(pid, "")
+    }  # multiprocessing's own
     return {
         "processes": len(below),
         "sandboxes": sum(mark in command for command in commands.values()),
@@ -138,7 +140,7 @@ def _workers() -> dict[str, int]:
 
 
 def _run(pool: Executor, kinds: list[str], first: int, total: int, began: float) -> list[tuple[Outcome, float]]:
-    """Outcome and own seconds of each; no verdict is kept, so that what the main process holds does not grow by them."""
+    """The outcome and the program's seconds of each. Verdicts are dropped, so that they do not take memory."""
     futures: collections.deque[Future[Verdict]] = collections.deque(
         pool.submit(f"{PROGRAMS[kind][0]}# {first + index}\n") for index, kind in enumerate(kinds)
     )
@@ -154,24 +156,28 @@ def _run(pool: Executor, kinds: list[str], first: int, total: int, began: float)
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--programs", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=0, help="slots; 0: as many as there are cores")
-    parser.add_argument("--preload", choices=("all", "none"), default="all", help="what a sandbox imports ahead, besides numpy and pandas")
-    parser.add_argument("--growth_mib", type=int, default=16, help="memory by which a process may grow")
+    parser.add_argument("--workers", type=int, default=0, help="slots; 0: one per core")
+    parser.add_argument(
+        "--preload", choices=("all", "none"), default="all", help="preloaded imports of a sandbox, besides numpy and pandas"
+    )
+    parser.add_argument("--growth_mib", type=int, default=16, help="allowed growth of a process's memory")
     arguments = parser.parse_args()
     if arguments.preload == "none":
         sandbox.PRELOAD = ()
-    # No other run has this bound on a result, which a sandbox is told on its command line: so its own are found wherever they end up.
+    # This limit on a result is on the command line of its sandboxes and unique to this run, so they can be found anywhere.
     limits = ResourceLimits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB, result_bytes=8 * MIB + os.getpid())
     mark = f'"result_bytes": {limits.result_bytes}'
     kinds = list(itertools.islice(itertools.cycle(PROGRAMS), arguments.programs))
     tenth = max(1, len(kinds) // 10)
     with tempfile.TemporaryDirectory() as name:
-        temporary = Path(name) / "temporary"  # its own, so that what others put beside it does not count; the workers', too
+        temporary = Path(name) / "temporary"  # its own folder, also for workers, so that files of other processes do not count
         temporary.mkdir()
         os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
         task = prepare_task("digits-parity", raw=None, reward="grade", folder=Path(name) / "task")
         cgroups = memory.find_cgroups()
-        with Executor([task], limits, workers=1, cache_dir=Path(name) / "first") as pool:  # starts what stays, such as the tracker
+        with Executor(
+            [task], limits, workers=1, cache_dir=Path(name) / "first"
+        ) as pool:  # starts processes that stay, such as the resource tracker
             pool.submit(_QUICK).result()
         before, began = _after_close(temporary, mark), time.monotonic()
         with Executor([task], limits, workers=arguments.workers or None, cache_dir=Path(name) / "cache") as pool:
@@ -182,7 +188,7 @@ def main() -> int:
             def look() -> Held:
                 return _held(_workers(), cgroups)
 
-            # In each worker the one sandbox that waits for the next program: bubblewrap outside and inside, and the harness.
+            # Each worker has one warm sandbox: bubblewrap outside, bubblewrap inside, and the harness.
             early = _settled(look, lambda held: all(held[worker]["processes"] == 3 for worker in workers))
             paused = time.monotonic()
             ends += _run(pool, kinds[tenth:], tenth, len(kinds), began)

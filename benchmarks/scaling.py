@@ -1,13 +1,13 @@
-"""Sampling and update on 1, 2, 4 ... GPUs of this host, side by side: which mesh is fastest, and how near to n times one GPU.
+"""Sampling and update on 1, 2, 4 ... GPUs of this host: the fastest mesh, and how close it is to n times one GPU.
 
     python benchmarks/scaling.py [--gpus=8] [--shape=gpt-oss-120b] [--layers=0] [--batch=128,512] [--context=8192] [--tokens=8192]
         [--row_tokens=32768] [--meshes=1x1,1x2,2x1,...] [--only=decode,update] [--limit=240] [--json=FILE] [--logs=DIR]
         [--record=PREFIX]
 
-Each measurement is `sampling.py steps` or `update.py` in a process of its own, which sees as many GPUs as its mesh (data x expert) has
-devices. Several run at once while there are GPUs for them. Decoding is that of `sampling.py steps --unread`: rows of the context's length,
-each on pages of its own. The update's microbatch has a row for each device. If a measurement fails (512 rows of such a context do not fit
-on one H200) or takes longer than `--limit` seconds, that is printed and the others continue.
+Each measurement runs `sampling.py steps` or `update.py` in its own process, which sees as many GPUs as its mesh (data x expert) has
+devices. Several run in parallel while there are free GPUs. Decoding is `sampling.py steps --unread`: rows of the context's length, each on
+its own pages. The update's microbatch has a row per device. If a measurement fails (512 rows of such a context do not fit on one H200) or
+takes longer than `--limit` seconds, this is printed and the others continue.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def meshes_of(gpus: int) -> list[tuple[int, int]]:
-    """(data, expert) for each number of GPUs up to that, doubling: all experts apart, half of them, all data."""
+    """(data, expert) for 1, 2, 4 ... up to `gpus` GPUs: all GPUs on `expert`, half on `data`, all on `data`."""
     found, count = [], 1
     while count <= gpus:
         found += dict.fromkeys([(1, count), (min(2, count), max(1, count // 2)), (count, 1)])
@@ -34,7 +34,7 @@ def meshes_of(gpus: int) -> list[tuple[int, int]]:
 
 
 def job(arguments: argparse.Namespace, kind: str, data: int, expert: int, folder: Path) -> dict[str, Any]:
-    """One measurement: its command, and where its result will be."""
+    """One measurement: its command and the file of its result."""
     result = folder / f"{kind}-{data}x{expert}.json"
     options = [f"--shape={arguments.shape}", f"--layers={arguments.layers}", f"--data={data}", f"--expert={expert}", f"--json={result}"]
     devices = data * expert
@@ -50,7 +50,7 @@ def job(arguments: argparse.Namespace, kind: str, data: int, expert: int, folder
 
 
 def run_all(jobs: list[dict[str, Any]], gpus: int, limit: float, folder: Path) -> None:
-    """Runs them, each as soon as there are devices for it, the first first."""
+    """Runs the jobs in order, each as soon as enough devices are free."""
     waiting, running, free = list(jobs), [], list(range(gpus))
     while waiting or running:
         if waiting and waiting[0]["devices"] <= len(free):
@@ -80,7 +80,7 @@ def run_all(jobs: list[dict[str, Any]], gpus: int, limit: float, folder: Path) -
 
 
 def rows_of(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """What it measured: tokens a second by name; empty if it left nothing."""
+    """Tokens per second by name; empty if the measurement has no result."""
     if not one["result"].exists():
         return []
     found = json.loads(one["result"].read_text())
@@ -95,7 +95,7 @@ def rows_of(one: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Tokens a second of each, and against one device."""
+    """Tokens per second of each measurement, also relative to one device."""
     lines = [f"{'what':22s} data x expert    tokens/s   of one   a device"]
     for what in dict.fromkeys(row["what"] for row in rows):
         of_what = [row for row in rows if row["what"] == what]
@@ -112,23 +112,23 @@ def main() -> None:
     parser.add_argument("--shape", default="gpt-oss-120b")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--batch", default="128,512", help="rows of the decode batch, one after another")
-    parser.add_argument("--context", type=int, default=8192, help="tokens of a row at the end of the decoding that is measured")
-    parser.add_argument("--new", type=int, default=160, help="of them, tokens that are decoded")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a rollout of the update")
-    parser.add_argument("--row_tokens", type=int, default=32768, help="of a row of the update")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of a row at the end of the measured decoding")
+    parser.add_argument("--new", type=int, default=160, help="the part of them that is decoded")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a rollout of the update")
+    parser.add_argument("--row_tokens", type=int, default=32768, help="tokens of a row of the update")
     parser.add_argument("--meshes", default="", help="data x expert, such as 1x1,1x2; by default those of 1, 2, 4 ... GPUs")
     parser.add_argument("--only", default="decode,update")
-    parser.add_argument("--limit", type=float, default=240, help="seconds of a measurement")
-    parser.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array by whose copies bandwidth is measured")
+    parser.add_argument("--limit", type=float, default=240, help="maximum seconds of a measurement")
+    parser.add_argument("--copy_bytes", type=int, default=1 << 32, help="size of the array that is copied to measure bandwidth")
     parser.add_argument("--json", type=Path)
     figures.add_record(parser)
-    parser.add_argument("--logs", type=Path, default=Path("scaling"), help="folder of the measurements' own results and logs")
+    parser.add_argument("--logs", type=Path, default=Path("scaling"), help="folder for the results and logs of the measurements")
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     named = [tuple(map(int, mesh.split("x"))) for mesh in arguments.meshes.split(",") if mesh]
     meshes = [mesh for mesh in named or meshes_of(arguments.gpus) if mesh[0] * mesh[1] <= arguments.gpus]
     jobs = [job(arguments, kind, *mesh, arguments.logs) for kind in arguments.only.split(",") for mesh in meshes]
-    jobs.sort(key=lambda one: one["devices"])  # those of few devices run beside each other
+    jobs.sort(key=lambda one: one["devices"])  # those with few devices run in parallel
     run_all(jobs, arguments.gpus, arguments.limit, arguments.logs)
     rows = [row for one in jobs for row in rows_of(one)]
     print(table(rows), flush=True)

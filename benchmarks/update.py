@@ -1,29 +1,28 @@
-"""Tokens a second of the update on random weights of a published shape, beside the device's own matrix product and the dry run's memory.
+"""Tokens per second of the update on random weights of a published shape, with the device's matrix product and the dry run's memory.
 
     python benchmarks/update.py --shape=gpt-oss-120b [--layers=0] [--tokens=8192] [--prompt=512] [--rollouts=4] [--row_tokens=0] [--rows=1]
         [--lora=report|attention] [--data=1] [--expert=1] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
 
-Model and update are built from a config as a run builds them; the rollouts are made up: random tokens, advantages -1 and +1 in turn, and
-for the replay of routing random experts, all different, for each layer and token. So the load of the experts is as even as chance makes it.
-Timed are the gradient alone (`Update.gradient`: packed batches from the host, forward, backward, sums over microbatches) and the whole
-update, which adds the KL to the base (one more forward pass, as the default config has it) and the optimiser: each once to compile, then
-the median of `--calls`. Tokens are all of the rollouts', prompts included. `--lora=attention` is rank 32 on q, k, v and o alone, as
-peers.py trains.
+Model and update are built from a config as in a run. The rollouts are synthetic: random tokens, alternating advantages -1 and +1, and, for
+the replay of routing, distinct random experts for each layer and token. So the load of the experts is as even as chance makes it. Two
+functions are timed: the gradient (`Update.gradient`: packed batches from the host, forward, backward, sums over microbatches), and the
+whole update, which adds the KL to the base (one more forward pass, as in the default config) and the optimiser. Each runs once to compile;
+the time is the median of `--calls` more. Tokens include prompts. `--lora=attention` is rank 32 on only q, k, v and o, as in peers.py.
 
-Operations, with N the weights that a token meets (a layer's q, k, v, o and router, and its chosen experts' three matrices), V D those of
-the head, and a = 4 x heads x head size for each pair of a token and a key that it sees: in a rollout of S tokens S (S + 1) / 2 pairs a full
-layer and w (w + 1) / 2 + (S - w) w, w = min(S, window), a sliding one:
+Operations: N is the number of weights that a token uses (each layer's q, k, v, o and router, and its chosen experts' three matrices), and V
+D that of the head. a is 4 x heads x head size for each pair of a token and a key that it attends to. A rollout of S tokens has S (S + 1) /
+2 pairs in a full layer and w (w + 1) / 2 + (S - w) w, w = min(S, window), in a sliding one:
 
-    needed       4 N S + 3 a + 4 V D (tokens that bear loss): each product forward once, and backward once to its input, since base
-                 weights have no gradient (for attention: twice, to queries, keys, scores and values). Nothing for what is computed again.
-    full remat   6 (N + V D) S + 4.5 a: with all of the forward pass computed again, attention's backward once more within its kernel,
-                 and the head at every token. For the 120b at 8,192 tokens 36.4 GFLOP a token, a figure that is often quoted.
+    needed       4 N S + 3 a + 4 V D (tokens in the loss): each product once forward, and once backward to its input, since base
+                 weights have no gradient (for attention: twice, to queries, keys, scores and values). Recomputation does not count.
+    full remat   6 (N + V D) S + 4.5 a: the whole forward pass recomputed, attention's backward recomputed in its kernel, and the
+                 head at every token. For the 120b at 8,192 tokens: 36.4 GFLOP per token, an often quoted figure.
 
-The adapter's own products are left out of both (1.4% for the report's ranks, gradients of its matrices included). A pass for the KL adds
-2 N S + a + 2 V D (tokens that bear loss) to what the whole update needs.
+Both exclude the adapter's products (1.4% for the report's ranks, including gradients of its matrices). The pass for the KL adds
+2 N S + a + 2 V D (tokens in the loss) to what the whole update needs.
 
-`--profile=DIR` traces one more gradient of the first microbatch and writes DIR/top.json (milliseconds by function and by kernel), and the
-trace and the compiled program beside it.
+`--profile=DIR` traces another gradient of the first microbatch. It writes DIR/top.json (milliseconds by function and by kernel), the trace
+and the compiled function.
 """
 
 import argparse
@@ -68,9 +67,9 @@ def configured(arguments: argparse.Namespace) -> Any:
     config = settings.default_config()
     config.model.weights, config.model.shape, config.model.dtype = "random", arguments.shape, arguments.dtype
     prompt, new = arguments.prompt, arguments.tokens - arguments.prompt
-    config.groups, config.group_size = 1, max(2, arguments.rollouts)  # groups of one are refused; the update knows nothing of groups
+    config.groups, config.group_size = 1, max(2, arguments.rollouts)  # groups of one are refused; the update does not use groups
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = prompt, new
-    # The dry run compiles a sampler, too: of one rollout, which has room beside any update.
+    # The dry run also compiles a sampler, here for a single rollout, which fits next to any update.
     config.sampling.slots, config.sampling.cache_tokens = 1, most_pages(1, prompt, new) * PAGE
     config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
     set_mesh(config, arguments)
@@ -81,7 +80,7 @@ def configured(arguments: argparse.Namespace) -> Any:
 
 
 def drawn(model: Model, number: int, prompt: int, new: int, *, replay: bool) -> Rollout:
-    """A rollout of random tokens, a function of its number; its tokens have the log-probability that random weights give about all."""
+    """A rollout of random tokens, determined by its number. Its log-probabilities are roughly those of any token with random weights."""
     rng, c = np.random.default_rng(number), model.config
     tokens, routes_SLX = rng.integers(0, c.vocab_size, prompt + new).astype(np.int32), None
     if replay:
@@ -105,7 +104,7 @@ class Operations:
 
 
 def operations(sizes: ModelConfig, places: Sequence[int], bearing: int) -> Operations:
-    """Of rollouts that take so many places of a row each, `bearing` of them bearing loss."""
+    """The operations of rollouts with `places` tokens each; `bearing` tokens of each are in the loss."""
     attention = sizes.width * sizes.head_size * 2 * (sizes.num_heads + sizes.num_kv_heads)
     experts = sizes.experts_per_token * 3 * sizes.width * sizes.expert_width
     layers = sizes.num_layers * (attention + experts + sizes.width * sizes.num_experts) * sum(places)
@@ -120,7 +119,7 @@ def operations(sizes: ModelConfig, places: Sequence[int], bearing: int) -> Opera
 
 
 def predicted(config: Any, sizes: ModelConfig, *, gradient_only: bool) -> dict[str, dict[str, Any]]:
-    """What the dry run says of each program of the update on this machine, bytes; without an optimiser its part is left out."""
+    """The dry run's bytes for each function of the update on this machine; without those of the optimiser if it does not run."""
     found = {}
     machine = find_machine("", config.mesh.data * config.mesh.expert)
     for need in needs(config, sizes, machine, on_compile=lambda line: print(line, flush=True)):
@@ -135,7 +134,7 @@ def _gb(size: int | None) -> str:
 
 
 class _Chosen(logging.Handler):
-    """Keeps what the log says of kernels."""
+    """Keeps the log's messages about kernels."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +167,7 @@ def timed(call: Callable[[], dict[str, float]], calls: int) -> dict[str, Any]:
 
 
 def profile(update: Update, config: Any, model: Model, frozen: Any, lora: Any, batch: Batch, folder: Path) -> dict[str, Any]:
-    """Milliseconds of one microbatch's gradient by function and by kernel, and the time in which the device was idle."""
+    """Milliseconds of one microbatch's gradient by function and by kernel, and the device's idle time."""
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config))
     functions = update.lowered_functions(model.abstract_frozen(), state, *batch.tokens_BT.shape)
     text = next(function for function in functions if function.name == "gradient").lowered.compile().as_text()
@@ -198,18 +197,18 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shape", default="gpt-oss-20b")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a rollout, its prompt included")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a rollout that bear no loss")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a rollout, including its prompt")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a rollout without loss")
     parser.add_argument("--rollouts", type=int, default=4)
-    parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row; 0: that of a rollout")
+    parser.add_argument("--row_tokens", type=int, default=0, help="tokens of a packed row; 0: those of a rollout")
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch, a multiple of --data x --expert")
     add_mesh(parser)
-    parser.add_argument("--remat", default="", help="another policy than the config's default")
+    parser.add_argument("--remat", default="", help="rematerialisation policy; default: the config's")
     parser.add_argument("--lora", choices=("report", "attention"), default="report")
-    parser.add_argument("--gradient_only", action="store_true", help="without optimiser and KL, and the memory of the former")
-    parser.add_argument("--calls", type=int, default=5, help="timed after the one that compiles")
+    parser.add_argument("--gradient_only", action="store_true", help="no optimiser, no KL, and no memory for the optimiser")
+    parser.add_argument("--calls", type=int, default=5, help="timed calls after the one that compiles")
     parser.add_argument("--matmul", type=int, default=8192, help="width of the matrices of the ceiling")
-    parser.add_argument("--no_prediction", action="store_true", help="leaves the dry run out, which compiles everything once more")
+    parser.add_argument("--no_prediction", action="store_true", help="skip the dry run, which compiles everything again")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--json", type=Path)
     figures.add_record(parser)
@@ -239,7 +238,7 @@ def main() -> None:
     }
 
     def keep() -> None:
-        """After each part, so that one that fails leaves the others'."""
+        """Called after each part, so that a later failure does not lose it."""
         if arguments.json:
             arguments.json.write_text(json.dumps(result | {"kernels": kernels.lines}, indent=1) + "\n")
 
@@ -268,7 +267,7 @@ def main() -> None:
     def finish(name: str, row: dict[str, Any], flops: float, programs: Sequence[str]) -> None:
         bad = [key for key in ("loss", "grad_norm") if not np.isfinite(row[key])]
         if bad:
-            sys.exit(f"{name}: {', '.join(f'{key} is {row[key]}' for key in bad)}; times of such an update mean nothing.")
+            sys.exit(f"{name}: {', '.join(f'{key} is {row[key]}' for key in bad)}; times of such an update are meaningless.")
         row |= {"tokens_per_s": tokens / row["seconds"], "flops_per_s": flops / row["seconds"]}
         row["of_matmul"] = row["flops_per_s"] / ceiling
         if name == "gradient":
@@ -292,7 +291,7 @@ def main() -> None:
         )
 
     finish("gradient", timed(lambda: update.gradient(frozen, lora, batches)[1], arguments.calls), needed.needed, ("gradient",))
-    if arguments.profile:  # before the whole update, which takes the adapter's buffers
+    if arguments.profile:  # before the whole update, which frees the adapter's buffers
         result["profile"] = profile(update, config, model, frozen, lora, batches[0], arguments.profile)
         keep()
         for row in result["profile"]["by_function"]:

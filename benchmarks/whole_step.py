@@ -1,4 +1,4 @@
-"""Where the time of a whole step goes: the run's own loop, `discover_jax.main.run`, on random weights of a published shape.
+"""The time of each part of a step: runs `discover_jax.main.run` on random weights of a published shape.
 
     python benchmarks/whole_step.py --shape=gpt-oss-120b [--layers=0] [--groups=16] [--group_size=8] [--prompt=3072] [--new=2048]
         [--row_tokens=0] [--rows=1] [--steps=2] [--until=0] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]

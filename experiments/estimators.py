@@ -1,16 +1,16 @@
-"""Which reuse and which advantages help? Runs of the apprentice at equal numbers of programs, and a table with intervals over seeds.
+"""Which reuse and which advantages help? Runs the apprentice at equal numbers of programs; prints a table with intervals over seeds.
 
     python experiments/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
         [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
         [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--first_seed=0] [--cores=0] [--same_prompts=CELL]
         [--summary] [--csv=FILE]
 
-`entropic@5e-3` in `--learning` is that estimator at that learning rate; without one it is the preset's. Every cell of the table is one
-setting, run once for each seed; a run that is in DIR already is not repeated, so an interrupted comparison goes on. Runs at once share the
-machine's cores evenly, each bound to its own, and all share one cache of verdicts: the first step's programs of a seed are the same in
-every cell. `--diversity` compares, for the report's setting, runs with and without each means against collapse instead.
-`--same_prompts=greedy/entropic` goes on for one more step from each run of that setting, once with its adapter and once without, in
-DIR/same_prompts: what learning alone changed. With `--summary` nothing is run: the table is made from what is there.
+`entropic@5e-3` in `--learning` is that estimator at that learning rate; by default it is the preset's. Every cell of the table is one
+setting, run once per seed. Runs that are in DIR already are not repeated, so an interrupted comparison resumes. Parallel runs share the
+machine's cores evenly, each bound to its own. All runs share one cache of verdicts: the first step's programs of a seed are the same in
+every cell. `--diversity` instead compares, for the report's setting, runs with and without each means against collapse.
+`--same_prompts=greedy/entropic` continues each run of that setting for one step, once with its adapter and once without, in
+DIR/same_prompts. This isolates the effect of learning. `--summary` runs nothing and prints the table of the existing runs.
 """
 
 import argparse
@@ -56,19 +56,19 @@ DIVERSITY = {
         "--config.sampling.temperature_spread=0.3",
     ),
 }
-# Student's t, two-sided 95%, by degrees of freedom; beyond ten the normal's is near enough.
+# Student's t, two-sided 95%, by degrees of freedom. Beyond ten, the normal distribution is close enough.
 _T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def interval(values: list[float], *, signed: bool = False) -> str:
-    """Mean and half width of its 95% interval over seeds, by Student's t."""
+    """The mean and the half width of its 95% interval over seeds, by Student's t, as text."""
     mean, half = mean_and_half_width(values)
     told = f"{mean:+.4f}" if signed else f"{mean:.4f}"
     return told if math.isnan(half) else f"{told} +- {half:.4f}"
 
 
 def mean_and_half_width(values: list[float]) -> tuple[float, float]:
-    """Mean, and half width of its 95% interval by Student's t; that of a single value is not known: nan."""
+    """The mean and the half width of its 95% interval by Student's t; nan for a single value."""
     count, mean = len(values), sum(values) / len(values)
     if count < 2:
         return mean, math.nan
@@ -88,7 +88,7 @@ class Run:
 
 
 def run(one: Run, arguments: argparse.Namespace) -> str:
-    """Runs it, unless it is there already; returns what went wrong, or nothing."""
+    """Runs it unless it exists already. Returns an error message, or an empty string."""
     if len(rows(one.folder)) >= one.steps:
         return ""
     command = [
@@ -114,19 +114,19 @@ def run(one: Run, arguments: argparse.Namespace) -> str:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics of a run, as far as it has come."""
+    """The metrics of a run, so far."""
     return read_metrics(folder / "metrics.jsonl")
 
 
 def seeds(arguments: argparse.Namespace) -> range:
-    """Seeds of the runs of each cell."""
+    """The seeds of each cell."""
     return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
 
 
 def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Name of a setting -> module and flags."""
+    """The module and flags of each setting, by name."""
     if arguments.diversity:
-        # At the preset's rate little collapses within a few steps; a higher one shows what the means are for.
+        # At the preset's rate, little collapses within a few steps; a higher rate shows the effect of the means.
         harder = learning_rate(arguments.learning_rate)
         return {name: ("main", (*harder, *DIVERSITY[name])) for name in arguments.means.split(",")}
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
@@ -138,7 +138,7 @@ def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]
 
 
 def learning_rate(rate: float | str) -> tuple[str, ...]:
-    """The flag of a rate; none of 0 or "", which leave the preset's."""
+    """The flag of a learning rate; no flag for 0 or "", so that the preset's is used."""
     return (f"--config.train.learning_rate={rate}",) if rate else ()
 
 
@@ -150,7 +150,7 @@ def runs_of_cells(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def runs_on_same_prompts(arguments: argparse.Namespace) -> Iterator[Run]:
-    """One more step of each run of a setting, with its adapter and with the base model; both see the same prompts."""
+    """One more step of each run of a setting, with its adapter and with the base model, on the same prompts."""
     _, flags = cells(arguments)[arguments.same_prompts]
     for seed in seeds(arguments):
         source = folder_of(arguments, arguments.same_prompts, seed)
@@ -161,17 +161,17 @@ def runs_on_same_prompts(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def folder_of(arguments: argparse.Namespace, name: str, seed: int) -> Path:
-    """Where the run of a setting lies."""
+    """The folder of a run."""
     return arguments.out / f"{name.replace('/', '-')}-{seed}"
 
 
 def run_all(todo: Iterable[Run], arguments: argparse.Namespace) -> None:
-    """Runs them, as many at once as there are jobs, each bound to cores of its own or, if asked for more than there are, shared evenly."""
+    """Runs them in `--jobs` parallel jobs. Each is bound to its own cores; with too few cores, they are shared evenly."""
     cpus = sorted(os.sched_getaffinity(0))
     cores: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
     for lease in lease_cores(cpus, arguments.cores or max(1, len(cpus) // arguments.jobs), arguments.jobs):
         cores.put(lease)
-    # Affinity belongs to a thread, and the run that it starts inherits it.
+    # Affinity belongs to a thread, and the run that the thread starts inherits it.
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, cores.get())) as pool:
         futures = [pool.submit(run, one, arguments) for one in todo]
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
@@ -179,7 +179,7 @@ def run_all(todo: Iterable[Run], arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Results by setting: of complete runs only, each list by seed."""
+    """Results by setting, of complete runs only; lists are ordered by seed."""
     result = {}
     for name in cells(arguments):
         runs = {seed: rows(folder_of(arguments, name, seed)) for seed in seeds(arguments)}
@@ -201,20 +201,20 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def constant(row: dict[str, Any]) -> float:
-    """Part of the groups whose rewards were all equal."""
+    """The fraction of groups with equal rewards."""
     return row["groups/constant_frac"]
 
 
 def paired(found: dict[str, Any], name: str, other: str, key: str) -> str:
-    """The difference to another setting, seed by seed, with its interval."""
+    """The paired difference to another setting, with its interval."""
     mine, theirs = (dict(zip(found[one]["seeds"], found[one][key], strict=True)) for one in (name, other))
     both = sorted(mine.keys() & theirs.keys())
     return interval([mine[seed] - theirs[seed] for seed in both], signed=True) if both else ""
 
 
 def show(found: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """The table, as Markdown."""
-    print("Means over seeds and their 95% intervals (Student's t). Scores are those of the rows that made the rewards.\n")
+    """Prints the table as Markdown."""
+    print("Means over seeds and their 95% intervals (Student's t). Scores are on the rows of the reward.\n")
     if arguments.diversity:
         print("| setting | seeds | best | mean of the last two steps | constant groups, steps 2 on | half of the groups constant by step |")
     else:
@@ -247,17 +247,17 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--cores", type=int, default=0, help="of each run; 0: an even share of what there is")
+    parser.add_argument("--cores", type=int, default=0, help="cores of each run; 0: an even share of all")
     parser.add_argument("--same_prompts", default="", help="a setting of the table whose adapters are compared with the base model")
-    parser.add_argument("--workers", type=int, default=0, help="programs at once, of each run")
+    parser.add_argument("--workers", type=int, default=0, help="parallel programs of each run")
     parser.add_argument("--reuse", default=",".join(REUSE))
     parser.add_argument("--learning", default=",".join(LEARNING))
     parser.add_argument("--diversity", action="store_true")
-    parser.add_argument("--means", default=",".join(DIVERSITY), help="those of the comparison of diversity")
-    parser.add_argument("--learning_rate", type=float, default=0.0, help="of the comparison of diversity; 0: the preset's")
-    parser.add_argument("--flag", action="append", default=[], help="another flag of the run, such as --flag=--config.execution.cores=1")
-    parser.add_argument("--csv", type=Path, help="also write a row for each step of each run here")
-    parser.add_argument("--summary", action="store_true", help="only the table of what is there")
+    parser.add_argument("--means", default=",".join(DIVERSITY), help="means to compare with --diversity")
+    parser.add_argument("--learning_rate", type=float, default=0.0, help="learning rate for --diversity; 0: the preset's")
+    parser.add_argument("--flag", action="append", default=[], help="a flag for every run, such as --flag=--config.execution.cores=1")
+    parser.add_argument("--csv", type=Path, help="also write a row per step of each run to this file")
+    parser.add_argument("--summary", action="store_true", help="only print the table of the existing runs")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.summary:

@@ -1,15 +1,15 @@
-"""Does training beat search, and what do its programs come to be? Tables and small CSVs from the runs of estimators.py.
+"""Does training beat search, and how do its programs change? Tables and small CSVs from the runs of estimators.py.
 
     python experiments/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR --seeds=8 --reuse=greedy
         --learning=none,entropic --same_prompts=greedy/entropic --flag=--config.task.reward=holdout [...]
     python experiments/evidence.py --runs=DIR --csv=experiments/evidence [--steps=N]  # collects; prints the paired differences
     python experiments/evidence.py --csv=experiments/evidence --plots=docs/images  # draws; extra `plots`
 
-A run's folder is named REUSE-LEARNING-SEED. Runs are compared seed by seed, at equal numbers of programs: both begin with the same ones.
-With the reward `holdout` the private answers are rows that no reward, prompt or choice saw. `steps.csv` has a row for each step, `runs.csv`
-for each run, `traits.csv` for each step and trait of a program (a column that it adds, a model that it fits), with the share of that step's
-scored programs that have it; `same_prompts.csv` a row for each of the steps that went on with and without the adapter. `--steps` looks at
-the first N steps of every run only.
+A run's folder is named REUSE-LEARNING-SEED. Runs are compared seed by seed, at equal numbers of programs; both start with the same ones.
+With the reward `holdout`, the private answers are rows that no reward, prompt or choice saw. `steps.csv` has a row per step and `runs.csv`
+a row per run. `traits.csv` has a row per step and trait of a program (a column that it adds, a model that it fits), with the fraction of
+the step's scored programs that have it. `same_prompts.csv` has a row for each further step with and without the adapter. `--steps` uses
+only the first N steps of every run.
 """
 
 import argparse
@@ -39,7 +39,7 @@ COLUMNS = (
     "time/step_s",
 )
 BROKEN = 0.05
-"""A child that scores so much less than its parent counts as broken."""
+"""A child that scores this much less than its parent counts as broken."""
 MEASURES = {
     "last_two_mean": "mean of the last two steps, on the reward's rows",
     "last_two_private": "the same programs, on unseen rows",
@@ -57,20 +57,20 @@ SAME_PROMPTS = {
     "broken": f"children that failed or lost more than {BROKEN}",
 }
 ACCURACIES = ("mean", "private_mean", "max", "last_two_mean", "last_two_private", "best", "private")
-"""Measures that are drawn beside each other."""
+"""Measures that are drawn next to each other."""
 _ADDED = re.compile(r'^\s*X\["(\w+)"\] = ', re.MULTILINE)
 _MODEL = re.compile(r"\b([A-Z]\w*(?:Classifier|Regression(?:CV)?|SVC|NB|Perceptron|Analysis))\(")
 
 
 def traits(code: str) -> set[str]:
-    """Columns that a program adds, `column NAME`, and models that it fits, `model NAME`; `several models` if it fits more than one."""
+    """The columns that a program adds, `column NAME`, and the models that it fits, `model NAME`; `several models` if more than one."""
     models = _MODEL.findall(code)
     found = {f"column {name}" for name in _ADDED.findall(code)} | {f"model {name}" for name in models}
     return found | ({"several models"} if len(models) > 1 else set())
 
 
 def runs_in(folder: Path) -> Iterator[tuple[str, int, Path]]:
-    """Setting, seed and folder of each run."""
+    """The setting, seed and folder of each run."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         setting, _, seed = path.name.rpartition("-")
         if setting and seed.isdigit() and (path / "journal.jsonl").exists():
@@ -78,8 +78,8 @@ def runs_in(folder: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
-    """Writes the tables, of the first `steps` steps; 0: as many as the longest run has; None: of all, however many each has. Runs with
-    fewer are left out, and named.
+    """Writes the tables of the first `steps` steps; 0: as many as the longest run has; None: all steps of each run. Runs with fewer steps
+    are skipped and named.
     """
     found = [(setting, seed, path, read_metrics(path / "metrics.jsonl")) for setting, seed, path in runs_in(folder)]
     if steps == 0:
@@ -115,7 +115,7 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
     csv_folder.mkdir(parents=True, exist_ok=True)
     for name, lines in tables.items():
         path = csv_folder / f"{name}.csv"
-        path.unlink(missing_ok=True)  # of another collection
+        path.unlink(missing_ok=True)  # from an earlier collection
         if len(lines) > 1:
             with path.open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(lines)
@@ -124,7 +124,7 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
 def measured(rows: list[dict[str, Any]], attempts: list[Attempt], private: dict[int, float]) -> list[Any]:
     """A run's columns of runs.csv, from its metrics, its journal and the means on the private answers."""
     scored = [(one.score, one.private_score) for one in attempts if one.score is not None]
-    best, private_score = max(scored, key=lambda pair: pair[0])  # the earliest of equals
+    best, private_score = max(scored, key=lambda pair: pair[0])  # the earliest of equal scores
     last = [row["step"] for row in rows[-2:]]
     last_two = [row["reward/mean"] for row in rows[-2:]], [private[step] for step in last]
     late = children(attempts, {row["step"] for row in rows[len(rows) // 2 :]})
@@ -133,7 +133,7 @@ def measured(rows: list[dict[str, Any]], attempts: list[Attempt], private: dict[
 
 
 def private_means(attempts: list[Attempt]) -> dict[int, float]:
-    """Of each step, the mean score on the private answers; a failure counts 0, as its reward does."""
+    """The mean score of each step on the private answers; a failure counts 0, like its reward."""
     scores: dict[int, list[float]] = collections.defaultdict(list)
     for attempt in attempts:
         scores[attempt.step].append(attempt.private_score or 0.0)
@@ -141,7 +141,7 @@ def private_means(attempts: list[Attempt]) -> dict[int, float]:
 
 
 def children(attempts: list[Attempt], steps: set[int]) -> tuple[float | None, float | None]:
-    """Of the children of those steps, the share that is better than the parent, and the share that failed or lost more than `BROKEN`."""
+    """Fractions of the children of those steps: better than the parent, and failed or worse by more than `BROKEN`."""
     scores = {attempt.id: attempt.score for attempt in attempts}
     pairs = [(one.score, scores[one.parent_id]) for one in attempts if one.step in steps and one.parent_id in scores]
     if not pairs:
@@ -152,7 +152,7 @@ def children(attempts: list[Attempt], steps: set[int]) -> tuple[float | None, fl
 
 
 def shares_by_step(attempts: list[Attempt]) -> dict[int, dict[str, float]]:
-    """Of each step, the share of its scored programs that have a trait."""
+    """For each step, the fraction of its scored programs that have each trait."""
     counts: dict[int, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     totals: collections.Counter[int] = collections.Counter()
     for attempt in attempts:
@@ -163,7 +163,7 @@ def shares_by_step(attempts: list[Attempt]) -> dict[int, dict[str, float]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV, numbers as numbers."""
+    """The rows of a CSV, with numbers parsed."""
 
     def value(text: str) -> Any:
         try:
@@ -176,7 +176,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def by_setting(table: Path) -> dict[str, dict[float, dict[str, Any]]]:
-    """Rows of a table, by its first two columns: setting (or policy), then seed."""
+    """The rows of a table by its first two columns: setting (or policy), then seed."""
     found: dict[str, dict[float, dict[str, Any]]] = collections.defaultdict(dict)
     for row in read(table):
         setting, seed, *_ = row.values()
@@ -185,26 +185,26 @@ def by_setting(table: Path) -> dict[str, dict[float, dict[str, Any]]]:
 
 
 def differences(runs: dict[float, dict[str, Any]], base: dict[float, dict[str, Any]], measure: str) -> list[float]:
-    """What a setting has more of a measure than another, seed by seed."""
+    """The differences of a measure between a setting and the base, seed by seed."""
     return [runs[seed][measure] - base[seed][measure] for seed in sorted(runs.keys() & base.keys())]
 
 
 def comparisons(csv_folder: Path, base: str) -> Iterator[tuple[dict[str, dict[float, dict[str, Any]]], str, dict[str, str]]]:
-    """Rows by setting and seed, the setting that others are compared with, and the measures: of whole runs, then of the same prompts."""
+    """Rows by setting and seed, the setting to compare with, and the measures: first of whole runs, then of the same prompts."""
     yield by_setting(csv_folder / "runs.csv"), base, MEASURES
     if (same_prompts := csv_folder / "same_prompts.csv").exists():
         yield by_setting(same_prompts), "base", SAME_PROMPTS
 
 
 def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str]) -> None:
-    """Prints each setting's measures and, seed by seed, their differences to `base`."""
+    """Prints each setting's measures and their paired differences to `base`."""
     others = [name for name in found if name != base]
     pairs = {name: len(found[name].keys() & found[base].keys()) for name in others}
     print(f"\n| | {' | '.join([*found, *(f'{name} minus {base} ({count} seeds)' for name, count in pairs.items())])} |")
     print("|---" * (1 + len(found) + len(others)) + "|")
     for measure, told in measures.items():
         if any(row[measure] == "" for runs in found.values() for row in runs.values()):
-            continue  # no child has a parent where reuse is off
+            continue  # without reuse, no child has a parent
         cells = [interval([row[measure] for row in runs.values()]) for runs in found.values()]
         for name in others:
             cells.append(interval(differences(found[name], found[base], measure), signed=True))
@@ -212,11 +212,11 @@ def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: 
 
 
 def draw(csv_folder: Path, base: str, plots: Path) -> None:
-    """Differences to `base`, rewards and bests by step, and how the commonest traits' shares change, as SVG."""
+    """Draws differences to `base`, rewards and best scores by step, and the fractions of the most common traits, as SVG."""
     import matplotlib  # pyright: ignore[reportMissingImports] - of the extra `plots`
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same file for the same numbers
+    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # equal numbers give equal files
     from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
     plots.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def draw(csv_folder: Path, base: str, plots: Path) -> None:
 
 
 def _draw_differences(plt: Any, csv_folder: Path, base: str) -> Any:
-    """A line for each setting and measure of accuracy: seeds in grey, mean and interval in orange if the interval leaves 0 out."""
+    """A line per setting and measure of accuracy: seeds in grey, mean and interval in orange if the interval excludes 0."""
     lines: list[tuple[str, list[float]]] = []
     for found, other, measures in reversed(list(comparisons(csv_folder, base))):
         for measure in ACCURACIES:
@@ -287,7 +287,7 @@ def _in_order(rows: list[dict[str, Any]], base: str) -> list[str]:
 
 
 def share(rows: list[dict[str, Any]], setting: str, trait: str, steps: list[float]) -> float:
-    """Mean over seeds and steps; a step without the trait has no row."""
+    """The mean over seeds and steps; a step without the trait has no row."""
     mine = [row for row in rows if row["setting"] == setting and row["step"] in steps]
     runs = {(row["seed"], row["step"]) for row in mine}
     return sum(row["share"] for row in mine if row["trait"] == trait) / max(1, len(runs))
@@ -295,11 +295,11 @@ def share(rows: list[dict[str, Any]], setting: str, trait: str, steps: list[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, help="folder of the runs, to be collected into --csv")
+    parser.add_argument("--runs", type=Path, help="folder of the runs to collect into --csv")
     parser.add_argument("--csv", type=Path, required=True, help="folder of the tables")
-    parser.add_argument("--steps", type=int, default=0, help="look at so many of each run; 0: as many as the longest has")
-    parser.add_argument("--any_length", action="store_true", help="look at each run whole, however long it is")
-    parser.add_argument("--base", default="", help="the setting that others are compared with; else the first without learning")
+    parser.add_argument("--steps", type=int, default=0, help="number of steps to use of each run; 0: as many as the longest run has")
+    parser.add_argument("--any_length", action="store_true", help="use all steps of each run, whatever its length")
+    parser.add_argument("--base", default="", help="the setting to compare with; default: the first without learning")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = parser.parse_args()
     if arguments.runs is not None:
