@@ -72,66 +72,73 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
     Raises:
       SystemExit: with code 2 after an error that the user can fix, 130 after Ctrl-C, `hosts.watch.LOST` if another process was lost.
     """
-    config_flag = config_flags.DEFINE_config_file("config", help_string="FILE[:ARG], such as configs/quickstart.py")
-    workdir_flag = flags.DEFINE_string(
+    config_flags.DEFINE_config_file("config", help_string="FILE[:ARG], such as configs/quickstart.py")
+    flags.DEFINE_string(
         "workdir", None, "run directory; if it holds a run with the same config, that run resumes (default: runs/NAME of config.name)"
     )
-    dry_flag = machine_flag = lengths_flag = None
     if dry_run is not None:
-        flags.DEFINE_bool("distributed", False, "this is one of several processes, which jax detects (SLURM, Open MPI, Cloud TPU, GKE)")
-        flags.DEFINE_string("coordinator", "", "this is one of several processes: HOST:PORT of process 0, with a free port")
-        flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host")
-        flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0")
-        dry_flag = flags.DEFINE_bool(
-            "dry_run",
-            False,
-            "load nothing; print the config, the predicted speed on each mesh, the memory that each device needs, and whether it fits",
-        )
-        machine_flag = flags.DEFINE_string("machine", "", f"with --dry_run: {NAMES}; empty: this machine")
-        lengths_flag = flags.DEFINE_string(
-            "lengths", "", "with --dry_run: PROMPT,ROLLOUT, mean tokens for the predicted speed; empty: the largest that the config allows"
-        )
-
-    def parse(argv: list[str]) -> list[str]:
-        wanted = {a.lstrip("-") for a in argv[1:] if a.startswith("-")} & {"help", "h", "?", "helpshort", "helpfull"}
-        if wanted:
-            print(_help(full="helpfull" in wanted))
-            sys.exit()
-        _check_arguments(argv)
-        rest = flags.FLAGS(argv)
-        if not flags.FLAGS["verbosity"].present:  # libraries log a lot at absl's default, INFO
-            logging.set_verbosity(logging.WARNING)
-        return rest
-
-    def main(argv: list[str]) -> None:
-        take_gpu_memory()
-        if len(argv) > 1:
-            raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Give settings as --config.NAME=VALUE.")
-        machine, lengths = (flag.value if flag is not None else "" for flag in (machine_flag, lengths_flag))
-        if dry_run is not None and dry_flag is not None and dry_flag.value:
-            if not dry_run(settings.validate(config_flag.value, for_run=False), machine, lengths):
-                sys.exit(DOES_NOT_FIT)
-            return
-        if machine:
-            raise ConfigError(
-                f"--machine={machine!r} requires --dry_run: a run uses the devices of this machine. Remove one or add the other."
-            )
-        if lengths:
-            raise ConfigError(
-                f"--lengths={lengths!r} requires --dry_run: a run measures the lengths of its rollouts. Remove one or add the other."
-            )
-        config = settings.validate(config_flag.value)
-        folder = Path(workdir_flag.value or f"runs/{config.name}")
-        processes = _join() if dry_run is not None else None
-        if processes is None:
-            run(config, folder)
-        else:
-            _run_as_one_of_several(run, config, folder, processes)
-
+        _define_run_flags()
     try:
-        app.run(main, flags_parser=parse)
+        app.run(lambda argv: _main(argv, run, dry_run), flags_parser=_parse)
     except (KeyboardInterrupt, DiscoverError, flags.Error) as error:
         sys.exit(_report(error))
+
+
+def _define_run_flags() -> None:
+    """The flags of commands that start runs."""
+    flags.DEFINE_bool("distributed", False, "this is one of several processes, which jax detects (SLURM, Open MPI, Cloud TPU, GKE)")
+    flags.DEFINE_string("coordinator", "", "this is one of several processes: HOST:PORT of process 0, with a free port")
+    flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host")
+    flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0")
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "load nothing; print the config, the predicted speed on each mesh, the memory that each device needs, and whether it fits",
+    )
+    flags.DEFINE_string("machine", "", f"with --dry_run: {NAMES}; empty: this machine")
+    flags.DEFINE_string(
+        "lengths", "", "with --dry_run: PROMPT,ROLLOUT, mean tokens for the predicted speed; empty: the largest that the config allows"
+    )
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags, or prints the help and exits. Returns the other arguments."""
+    asked = {a.lstrip("-") for a in argv[1:] if a.startswith("-")} & {"help", "h", "?", "helpshort", "helpfull"}
+    if asked:
+        print(_help(full="helpfull" in asked))
+        sys.exit()
+    _check_arguments(argv)
+    rest = flags.FLAGS(argv)
+    if not flags.FLAGS["verbosity"].present:  # libraries log a lot at absl's default, INFO
+        logging.set_verbosity(logging.WARNING)
+    return rest
+
+
+def _main(argv: list[str], run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | None) -> None:
+    """Runs the command after its flags were parsed; see `launch`."""
+    take_gpu_memory()
+    given = flags.FLAGS
+    if len(argv) > 1:
+        raise ConfigError(f"Unexpected arguments: {' '.join(argv[1:])}. Give settings as --config.NAME=VALUE.")
+    if dry_run is not None and given.dry_run:
+        if not dry_run(settings.validate(given.config, for_run=False), given.machine, given.lengths):
+            sys.exit(DOES_NOT_FIT)
+        return
+    if dry_run is not None and given.machine:
+        raise ConfigError(
+            f"--machine={given.machine!r} requires --dry_run: a run uses the devices of this machine. Remove one or add the other."
+        )
+    if dry_run is not None and given.lengths:
+        raise ConfigError(
+            f"--lengths={given.lengths!r} requires --dry_run: a run measures the lengths of its rollouts. Remove one or add the other."
+        )
+    config = settings.validate(given.config)
+    folder = Path(given.workdir or f"runs/{config.name}")
+    processes = _join() if dry_run is not None else None
+    if processes is None:
+        run(config, folder)
+    else:
+        _run_as_one_of_several(run, config, folder, processes)
 
 
 def _help(*, full: bool) -> str:

@@ -74,21 +74,12 @@ class Executor:
           SandboxError: bubblewrap cannot start or does not isolate, or there are not enough uids; the message says what to do.
           RunError: the cache cannot be used, or there is no cluster.
         """
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
-        isolation = BACKENDS[backend]
-        if isolation != "bubblewrap" and not allow_weaker:
-            raise ConfigError(
-                f"backend = {backend!r} runs programs without isolation: they can read the answers, write files and use the network. Pass"
-                " allow_weaker=True (execution.allow_weaker) if you accept that, or use 'bubblewrap'."
-            )
-        if workers is not None and workers < 0:
-            raise ConfigError(f"workers must be positive, or 0 or None for as many as the cores allow; got {workers}.")
+        _check_settings(backend, allow_weaker, workers)
         if not tasks:
             raise ConfigError("tasks must have at least one element; got none.")
         cache_dir = Path(cache_dir).resolve()
         # The isolation, not the backend: a verdict does not depend on the machine that ran the program.
-        settings = {"limits": dataclasses.asdict(limits), "backend": isolation, "packages": packages()}
+        settings = {"limits": dataclasses.asdict(limits), "backend": BACKENDS[backend], "packages": packages()}
         self._caches = [VerdictCache(cache_dir, {"task": task.fingerprint, **settings}) for task in tasks]
         self._runs = [len(task.public_dirs) for task in tasks]
         tasks_bytes = pickle.dumps(list(tasks))
@@ -104,7 +95,7 @@ class Executor:
                 publics,
                 limits,
                 workers=workers,
-                isolation=isolation,
+                isolation=BACKENDS[backend],
                 hidden=[cache_dir],
                 preload=sandbox.PRELOAD,
                 grace_seconds=grace_seconds,
@@ -284,6 +275,18 @@ class Executor:
                     return dataclasses.replace(verdict, execution=dataclasses.replace(execution, seconds=seconds))
                 if len(grades) == self._runs[task]:
                     return dataclasses.replace(verdict, execution=dataclasses.replace(execution, seconds=seconds, stdout=stdout))
+
+
+def _check_settings(backend: str, allow_weaker: bool, workers: int | None) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+    if BACKENDS[backend] != "bubblewrap" and not allow_weaker:
+        raise ConfigError(
+            f"backend = {backend!r} runs programs without isolation: they can read the answers, write files and use the network. Pass"
+            " allow_weaker=True (execution.allow_weaker) if you accept that, or use 'bubblewrap'."
+        )
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers must be positive, or 0 or None for as many as the cores allow; got {workers}.")
 
 
 def _killed_perhaps_from_outside(verdict: Verdict) -> bool:

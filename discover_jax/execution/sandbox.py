@@ -135,7 +135,7 @@ class Sandbox:
         return descriptor
 
     def _start(self, script: Path, options: dict) -> None:
-        spec, limits = self._spec, self._spec.limits
+        spec = self._spec
         self._output_reader, output_writer = _pipe()
         self._answer_reader, answer_writer = _pipe()
         self._status_reader, status_writer = _pipe()
@@ -143,37 +143,15 @@ class Sandbox:
         self._own(self._output_reader, output_writer, self._answer_reader, answer_writer)
         self._own(self._status_reader, status_writer, program_reader, self._program_writer)
         text = json.dumps({**options, "result_fd": answer_writer, "rlimits": _own_limits(spec)})
-        keep = [answer_writer]
-        folder = None
         if spec.backend == "bubblewrap":
-            assert spec.host is not None
-            # Created first because the command needs their numbers; filled below.
-            filter_fd, args_fd = self._memory_file("filter"), self._memory_file("args")
-            command = bubblewrap.command(
-                spec.host,
-                script=str(script),
-                options=text,
-                public=spec.public,
-                limits=limits,
-                memory_bounded=spec.cgroups is not None,
-                cores=len(spec.cores),
-                uid=spec.uid,
-                filter_fd=filter_fd,
-                args_fd=args_fd,
-                status_fd=status_writer,
-            )
-            for descriptor, content in ((filter_fd, command.filter), (args_fd, command.arguments)):
-                os.pwrite(descriptor, content, 0)  # keeps the offset, which bubblewrap shares, at 0
-            keep += [filter_fd, args_fd, status_writer]
+            command, files = self._bubblewrap_command(script, text, status_writer)
             argv, stage, uid = list(command.argv), command.stage, command.uid
+            keep = [answer_writer, *files, status_writer]
         else:
-            self._folder = folder = tempfile.mkdtemp(prefix="discover_jax-unsafe-")
-            os.symlink(spec.public, os.path.join(folder, "data"))
-            variables = [f"{name}={value}" for name, value in bubblewrap.environment(len(spec.cores), folder).items()]
-            argv = ["/usr/bin/env", *variables, sys.executable, "-P", "-s", str(script), text]
-            stage, uid = {}, None
+            argv, stage, uid = self._unsafe_command(script, text), {}, None
+            keep = [answer_writer]
         if spec.cgroups is not None:
-            self._group = memory.Group(spec.cgroups, f"{spec.slot}-{next(_counter)}", limits.memory_bytes, limits.processes)
+            self._group = memory.Group(spec.cgroups, f"{spec.slot}-{next(_counter)}", spec.limits.memory_bytes, spec.limits.processes)
         launch = {
             "parent": os.getpid(),
             "cgroup_procs": self._group.procs_files if self._group else [],
@@ -191,13 +169,43 @@ class Sandbox:
             stdout=output_writer,
             stderr=output_writer,
             env={},
-            cwd=folder or "/",
+            cwd=self._folder or "/",
             pass_fds=keep,
             start_new_session=True,
         )
         self._exit = os.pidfd_open(self._process.pid)
         self._own(self._exit)
         self._shut(output_writer, status_writer, program_reader, *keep)
+
+    def _bubblewrap_command(self, script: Path, options: str, status_fd: int) -> tuple[bubblewrap.Command, tuple[int, int]]:
+        """The command, and the descriptors of the two files that bubblewrap reads: the system call filter and its own arguments."""
+        spec = self._spec
+        assert spec.host is not None
+        # Created first because the command needs their numbers.
+        filter_fd, args_fd = self._memory_file("filter"), self._memory_file("args")
+        command = bubblewrap.command(
+            spec.host,
+            script=str(script),
+            options=options,
+            public=spec.public,
+            limits=spec.limits,
+            memory_bounded=spec.cgroups is not None,
+            cores=len(spec.cores),
+            uid=spec.uid,
+            filter_fd=filter_fd,
+            args_fd=args_fd,
+            status_fd=status_fd,
+        )
+        for descriptor, content in ((filter_fd, command.filter), (args_fd, command.arguments)):
+            os.pwrite(descriptor, content, 0)  # keeps the offset, which bubblewrap shares, at 0
+        return command, (filter_fd, args_fd)
+
+    def _unsafe_command(self, script: Path, options: str) -> list[str]:
+        """The command without isolation. Creates the folder that it runs in."""
+        self._folder = tempfile.mkdtemp(prefix="discover_jax-unsafe-")
+        os.symlink(self._spec.public, os.path.join(self._folder, "data"))
+        variables = [f"{name}={value}" for name, value in bubblewrap.environment(len(self._spec.cores), self._folder).items()]
+        return ["/usr/bin/env", *variables, sys.executable, "-P", "-s", str(script), options]
 
     def _read_output(self) -> bool:
         """Reads the output so far; False at the end of the stream."""

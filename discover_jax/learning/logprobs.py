@@ -12,24 +12,25 @@ import jax.numpy as jnp
 
 from discover_jax.kernels.spread import rows_axes
 from discover_jax.learning.packing import Batch
+from discover_jax.models.gpt_oss import Model
 
 
-def token_logprobs(model: Any, frozen: Any, lora: Any, batch: Batch, *, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+def token_logprobs(model: Model, frozen: Any, lora: Any, batch: Batch, *, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the entropy of p at every position, where p = softmax(logits / temperature) as in sampling.
 
     The log-probabilities are differentiable in `lora`; the entropies have no gradient.
 
     Args:
-      model: a `discover_jax.models.gpt_oss.Model`.
-      frozen, lora: its parameters.
+      frozen, lora: parameters of `model`.
       batch: packed rollouts, arrays [B, T].
       chunk_tokens: positions whose logits are in a device's memory at the same time, over all its rows; at least one position of each row.
 
     Returns:
       logprobs_BT, entropy_BT: float32, in nats; undefined at padding.
     """
-    routes = () if batch.routes_BTLX is None else (batch.routes_BTLX,)
-    hidden_BTD = model.hidden(frozen, lora, batch.tokens_BT, batch.positions_BT, batch.segments_BT, *routes)
+    routes_BTLX = None if batch.routes_BTLX is None else jnp.asarray(batch.routes_BTLX)
+    tokens_BT, positions_BT, segments_BT = map(jnp.asarray, (batch.tokens_BT, batch.positions_BT, batch.segments_BT))
+    hidden_BTD = model.hidden(frozen, lora, tokens_BT, positions_BT, segments_BT, routes_BTLX)
     rows, length = batch.tokens_BT.shape
     spread = 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in rows_axes(rows, model.mesh))
     # Chunks split T and keep all rows, so that rows stay spread over the mesh.

@@ -7,9 +7,8 @@ The weights of the reduction come from all microbatches of the optimiser step (s
 depends neither on how rollouts are packed nor on the number of microbatches.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,67 +20,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.kernels.spread import rows_axes
 from discover_jax.learning.kl import shape_advantages
-from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCTIONS, RatioLimits
+from discover_jax.learning.objective import Objective
 from discover_jax.learning.packing import Batch, empty_batch, filled_frac
+from discover_jax.learning.passes import UNCOUNTED, OnPass, Passes
+from discover_jax.learning.statistics import joined_metrics, metrics_of
 from discover_jax.learning.train_state import TrainState, abstract_train_state
+from discover_jax.models.gpt_oss import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import lay_out, replicated, sharding_for, shardings
 from discover_jax.types import LoweredFunction
-
-Statistics = dict[str, jax.Array]
-
-
-def _statistics(logprobs_BT: jax.Array, entropy_BT: jax.Array, batch: Batch) -> Statistics:
-    """Sums and extremes over the chosen tokens of one microbatch; neutral elements if it has none."""
-    mask_BT = batch.mask_BT
-    gap_BT = jnp.where(mask_BT, logprobs_BT - batch.sampler_logprobs_BT, 0.0)
-    return {
-        "gap_sum": jnp.abs(gap_BT).sum(),
-        "gap_max": jnp.abs(gap_BT).max(),
-        "log_ratio_min": jnp.where(mask_BT, gap_BT, jnp.inf).min(),
-        "log_ratio_max": jnp.where(mask_BT, gap_BT, -jnp.inf).max(),
-        "entropy_sum": jnp.where(mask_BT, entropy_BT, 0.0).sum(),
-        "tokens": mask_BT.sum(dtype=jnp.int32),
-    }
-
-
-def _metrics(statistics: Sequence[Statistics]) -> dict[str, float]:
-    """Metrics from the statistics of all microbatches. At least one token must be chosen."""
-    stacked = {key: np.asarray([each[key] for each in statistics], np.float64) for key in statistics[0]}
-    tokens = stacked["tokens"].sum()
-    with np.errstate(over="ignore"):  # an infinite ratio is logged, not raised
-        ratio_min, ratio_max = np.exp(stacked["log_ratio_min"].min()), np.exp(stacked["log_ratio_max"].max())
-    metrics = {
-        "tokens": tokens,
-        "logprob_gap/mean": stacked["gap_sum"].sum() / tokens,
-        "logprob_gap/max": stacked["gap_max"].max(),
-        "ratio/min": ratio_min,
-        "ratio/max": ratio_max,
-        "entropy": stacked["entropy_sum"].sum() / tokens,
-    }
-    if "loss" in stacked:
-        metrics["loss"] = stacked["loss"].sum()
-    if "limited" in stacked:
-        metrics["ratio/limited_frac"] = stacked["limited"].sum() / tokens
-    return {key: float(value) for key, value in metrics.items()}
-
-
-def _joined(substeps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Combines the metrics of all optimiser steps; see `Update.update_in_substeps`."""
-    if len(substeps) == 1:
-        return substeps[0]
-    tokens = [row["tokens"] for row in substeps]
-    # Only the first substep has the sampler's weights, so only its gap shows whether sampler and trainer agree.
-    joined = {"tokens": sum(tokens), **{name: substeps[0][name] for name in ("logprob_gap/mean", "logprob_gap/max")}}
-    for name in substeps[0].keys() - joined.keys():
-        values = [row[name] for row in substeps]
-        if name in ("ratio/min", "ratio/max"):
-            joined[name] = min(values) if name == "ratio/min" else max(values)
-        else:
-            of_tokens = name in ("entropy", "ratio/limited_frac")
-            joined[name] = float(np.average(values, weights=tokens if of_tokens else None))
-    return joined
 
 
 def _norm(tree: Any) -> jax.Array:
@@ -93,59 +41,10 @@ def _chosen(batches: Sequence[Batch]) -> int:
     return sum(int(np.count_nonzero(batch.mask_BT)) for batch in batches)
 
 
-OnPass = Callable[[int, int], None]
-"""(finished, total) passes over microbatches -> None."""
-
-
-class _Passes:
-    """Counts the passes over microbatches that the devices have finished, and calls `on_pass` after each.
-
-    It waits for a pass only once the next one is queued, so the devices never wait for the host.
-    """
-
-    def __init__(self, total: int, on_pass: OnPass | None):
-        self._total, self._on_pass = total, on_pass
-        self._finished = 0
-        self._queued: Any = None
-
-    def queued(self, result: Any) -> None:
-        """Registers a pass that was queued. `result` is any array that it computes."""
-        if self._on_pass is None:
-            return
-        before, self._queued = self._queued, result
-        if before is not None:
-            jax.block_until_ready(before)
-            self._count(self._on_pass)
-
-    def gather(self, started: Iterable[Any]) -> list[Any]:
-        """The results of passes, on the host. Iterating over `started` queues the passes."""
-        results = []
-        for result in started:
-            results.append(result)
-            self.queued(result)
-        results = jax.device_get(results)
-        self.read()
-        return results
-
-    def read(self) -> None:
-        """Counts the last queued pass as finished, because the host has read its result."""
-        if self._on_pass is not None and self._queued is not None:
-            self._queued = None
-            self._count(self._on_pass)
-
-    def _count(self, on_pass: OnPass) -> None:
-        self._finished += 1
-        on_pass(self._finished, self._total)
-
-
-_UNCOUNTED = _Passes(0, None)
-
-
 class Update:
     """The jitted update of one model with one optimiser and one loss. It has jitted functions but no training state.
 
     Args:
-      model: a `discover_jax.models.gpt_oss.Model`.
       optimizer: an optax optimiser, e.g. `train_state.adam()`.
       loss: a name in LOSSES.
       reduction: a name in REDUCTIONS.
@@ -161,7 +60,7 @@ class Update:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         optimizer: optax.GradientTransformation,
         *,
         loss: str = "importance_sampling",
@@ -176,50 +75,27 @@ class Update:
             raise ConfigError(f"chunk_tokens must be at least 1; got {chunk_tokens!r}.")
         if not 0 <= kl_coefficient < float("inf"):
             raise ConfigError(f"kl_coefficient must be finite and at least 0; got {kl_coefficient!r}.")
-        token_loss, limited = LOSSES[loss], LIMITED.get(loss)
+        self._optimizer = optimizer
         self._weights = REDUCTIONS[reduction]
         self._kl_coefficient = kl_coefficient
         self._knows_kl = measure_kl or kl_coefficient > 0
         self._mesh = model.mesh
         self._routes = routes
 
-        def forward(lora: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Statistics]:
-            logprobs_BT, entropy_BT = token_logprobs(model, frozen, lora, batch, chunk_tokens=chunk_tokens)
-            return logprobs_BT, jax.lax.stop_gradient(_statistics(logprobs_BT, entropy_BT, batch))
-
-        def weighted_loss(lora: Any, frozen: Any, batch: Batch, weights_BT: jax.Array) -> tuple[jax.Array, Statistics]:
-            logprobs_BT, statistics = forward(lora, frozen, batch)
-            # Set the ratio of masked tokens to 1 before the loss, so that no overflow at padding reaches the gradient.
-            sampler_BT, advantages_BT = jnp.asarray(batch.sampler_logprobs_BT), jnp.asarray(batch.advantages_BT)
-            logprobs_BT = jnp.where(batch.mask_BT, logprobs_BT, sampler_BT)
-            if limited is not None:
-                ratios_BT = jnp.exp(jax.lax.stop_gradient(logprobs_BT) - sampler_BT)
-                statistics["limited"] = (batch.mask_BT & limited(ratios_BT, advantages_BT, limits)).sum(dtype=jnp.int32)
-            return jnp.sum(weights_BT * token_loss(logprobs_BT, sampler_BT, advantages_BT, limits)), statistics
-
-        def accumulate(gradient: Any, lora: Any, frozen: Any, batch: Batch, weights_BT: jax.Array) -> tuple[Any, Statistics]:
-            (value, statistics), new = jax.value_and_grad(weighted_loss, has_aux=True)(lora, frozen, batch, weights_BT)
-            return jax.tree.map(jnp.add, gradient, new), statistics | {"loss": value}
-
-        def base_gap(frozen: Any, batch: Batch) -> jax.Array:
-            batch = dataclasses.replace(batch, routes_BTLX=None)  # the KL reference model uses its own expert routing
-            base_BT, _ = token_logprobs(model, frozen, None, batch, chunk_tokens=chunk_tokens)
-            return jnp.where(batch.mask_BT, batch.sampler_logprobs_BT - base_BT, 0.0)
-
-        def apply(state: TrainState, gradient: Any) -> TrainState:
-            changes, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
-            return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
-
         # Without a mesh the layouts are None and jit chooses them. On a mesh, results keep the layout of the arguments; otherwise jit
         # would compile every function twice.
-        state = abstract_train_state(model.abstract_lora(), optimizer)
-        layouts = shardings(state)
+        layouts = shardings(abstract_train_state(model.abstract_lora(), optimizer))
+        objective = Objective(model, LOSSES[loss], LIMITED.get(loss), limits, chunk_tokens)
         jit = functools.partial(jax.jit, compiler_options=EXACT_ROUNDING)
-        self._accumulate = jit(accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
-        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=layouts)
-        self._base_gap = jit(base_gap, out_shardings=replicated(self._mesh))  # read by the host of every process
+        self._accumulate = jit(objective.accumulate, donate_argnums=0, out_shardings=(layouts.lora, None))
+        self._apply = jax.jit(self._applied, donate_argnums=0, out_shardings=layouts)
+        self._base_gap = jit(objective.base_gap, out_shardings=replicated(self._mesh))  # read by the host of every process
         self._norm = jax.jit(_norm)
-        self._forward = jit(lambda lora, frozen, batch: forward(lora, frozen, batch)[1])
+        self._forward = jit(objective.measure)
+
+    def _applied(self, state: TrainState, gradient: Any) -> TrainState:
+        changes, opt_state = self._optimizer.update(gradient, state.opt_state, state.lora)
+        return TrainState(optax.apply_updates(state.lora, changes), opt_state, state.step + 1)
 
     def _place(self, arrays: Any) -> Any:
         """Arrays [B, T, ...] on the devices, with their rows split over the mesh if there is one."""
@@ -232,7 +108,7 @@ class Update:
             return NamedSharding(self._mesh, PartitionSpec(axes))
         return sharding_for(("batch", "positions", "layers", "choices")[: x.ndim], x.shape, self._mesh)  # it raises ShardingError
 
-    def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch], passes: _Passes = _UNCOUNTED) -> tuple[Any, dict[str, float]]:
+    def gradient(self, frozen: Any, lora: Any, batches: Sequence[Batch], passes: Passes = UNCOUNTED) -> tuple[Any, dict[str, float]]:
         """Gradient of the reduced loss with respect to `lora`. At least one token must be chosen.
 
         Returns:
@@ -246,10 +122,10 @@ class Update:
             passes.queued(of_batch)
         norm, statistics = jax.device_get((self._norm(gradient), statistics))
         passes.read()
-        return gradient, _metrics(statistics) | {"grad_norm": float(norm)}
+        return gradient, metrics_of(statistics) | {"grad_norm": float(norm)}
 
     def shape(
-        self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: _Passes = _UNCOUNTED
+        self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: Passes = UNCOUNTED
     ) -> tuple[list[list[Batch]], dict[str, float]]:
         """Adds the KL penalty to the advantages of all batches of a step; see `kl.shape_advantages`.
 
@@ -263,7 +139,7 @@ class Update:
         remaining = iter(shaped)
         return [[next(remaining) for _ in batches] for batches in substeps], {"kl_base/mean": mean}
 
-    def _base_gaps(self, frozen: Any, batches: Sequence[Batch], passes: _Passes) -> list[np.ndarray]:
+    def _base_gaps(self, frozen: Any, batches: Sequence[Batch], passes: Passes) -> list[np.ndarray]:
         return passes.gather(self._base_gap(frozen, self._place(batch)) for batch in batches)
 
     def update(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
@@ -313,17 +189,17 @@ class Update:
         substeps = [batches for batches in substeps if _chosen(batches)]
         if not substeps:
             return state, {"tokens": 0.0, "update/skipped": 1.0}
-        passes = _Passes(sum(len(batches) for batches in substeps) * (1 + self._knows_kl), on_pass)
+        passes = Passes(sum(len(batches) for batches in substeps) * (1 + self._knows_kl), on_pass)
         substeps, kl_metrics = self.shape(frozen, substeps, passes)
         rows = []
         for batches in substeps:
             state, metrics = self._optimizer_step(frozen, state, batches, passes)
             rows.append(metrics)
         filled = filled_frac([batch for batches in substeps for batch in batches])
-        return state, _joined(rows) | kl_metrics | {"update/skipped": 0.0, "update/filled_frac": filled}
+        return state, joined_metrics(rows) | kl_metrics | {"update/skipped": 0.0, "update/filled_frac": filled}
 
     def _optimizer_step(
-        self, frozen: Any, state: TrainState, batches: Sequence[Batch], passes: _Passes
+        self, frozen: Any, state: TrainState, batches: Sequence[Batch], passes: Passes
     ) -> tuple[TrainState, dict[str, float]]:
         gradient, metrics = self.gradient(frozen, state.lora, batches, passes)
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
@@ -349,8 +225,8 @@ class Update:
         """
         if _chosen(batches) == 0:
             return {}
-        passes = _Passes(len(batches) * (1 + (self._knows_kl and lora is not None)), on_pass)
-        metrics = _metrics(passes.gather(self._forward(lora, frozen, self._place(batch)) for batch in batches))
+        passes = Passes(len(batches) * (1 + (self._knows_kl and lora is not None)), on_pass)
+        metrics = metrics_of(passes.gather(self._forward(lora, frozen, self._place(batch)) for batch in batches))
         metrics["update/filled_frac"] = filled_frac(batches)
         return metrics | self.shape(frozen, [batches], passes)[1] if lora is not None else metrics
 

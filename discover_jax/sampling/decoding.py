@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.models.cache import Cache, Pool
+from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import sharding_for
 from discover_jax.sampling.draw import draw_tokens, rollout_keys
 
@@ -112,28 +113,31 @@ def new_rows(
     )
 
 
-def abstract_rows(model: Any, batch: int) -> Rows:
+def abstract_rows(model: Model, batch: int) -> Rows:
     """Shapes and dtypes of `batch` rows; on a mesh, with shardings."""
-
-    def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
-        # Per-row numbers are replicated, because the host of every process reads them.
-        axes = axes if leaf.ndim > 1 else ("prompts",)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, model.mesh))
 
     def make() -> Rows:
         zeros = jnp.zeros(batch, jnp.int32)
         hidden = jnp.zeros((batch, model.config.width), model.dtype)
         return new_rows(model.init_rings(batch), zeros, hidden, zeros, zeros, zeros)
 
-    shapes, rows = jax.eval_shape(make), "slots" if batch > 1 else "prompts"
-    if model.mesh is None:
+    shapes = jax.eval_shape(make)
+    mesh = model.mesh
+    if mesh is None:
         return shapes
+    rows = "slots" if batch > 1 else "prompts"
+
+    def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
+        # Per-row numbers are replicated, because the host of every process reads them.
+        axes = axes if leaf.ndim > 1 else ("prompts",)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, mesh))
+
     laid_out: dict[str, Any] = {field.name: lay_out(field.name, getattr(shapes, field.name)) for field in dataclasses.fields(Rows)}
     return Rows(**laid_out)
 
 
-def empty_rows(model: Any, batch: int) -> Rows:
+def empty_rows(model: Model, batch: int) -> Rows:
     """`batch` rows without a rollout, on the devices."""
     made = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract_rows(model, batch))
     return dataclasses.replace(made, temperatures_B=jnp.ones_like(made.temperatures_B))  # logits are divided by it
@@ -156,7 +160,7 @@ def _force(phase: SecondPhase | None, rows: Rows, tokens_B: jax.Array, logprobs_
 
 
 def decode_launch(
-    model: Any,
+    model: Model,
     frozen: Any,
     lora: Any,
     pool: Pool,
@@ -175,7 +179,6 @@ def decode_launch(
     """Decodes up to `launch_steps` tokens for every live row. Ends early once at most `enough` rows are live.
 
     Args:
-      model: a `discover_jax.models.gpt_oss.Model`.
       frozen, lora: weights; `lora` may be None.
       pool, rows: the decode batch.
       pages_BM: int32, the pages of each row, with room for `launch_steps` more tokens.

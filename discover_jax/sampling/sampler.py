@@ -20,6 +20,7 @@ from absl import logging
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels.spread import row_devices
 from discover_jax.models.cache import Cache, Pool, put_pages, take_pages
+from discover_jax.models.gpt_oss import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
@@ -39,7 +40,44 @@ def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
 
 
-def _put(model: Any, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
+def _check_at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1; got {value!r}.")
+
+
+def _check_temperatures(temperature: float, spread: float) -> None:
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be above 0; got {temperature!r}.")
+    if not 0 <= spread < 1:
+        raise ConfigError(f"temperature_spread must be at least 0 and below 1; got {spread!r}.")
+
+
+def _check_ends(stop_ids: Sequence[int], second_phase: SecondPhase | None, max_new_tokens: int) -> None:
+    if not stop_ids:
+        raise ConfigError("stop_ids is empty, so every rollout would spend its whole budget. Pass at least one stop token.")
+    if second_phase is None:
+        return
+    if (needed := second_phase.after + len(second_phase.forced) + 1) > max_new_tokens:
+        raise ConfigError(
+            f"A first phase of {second_phase.after} tokens and {len(second_phase.forced)} forced tokens leave no room for an answer"
+            f" in max_new_tokens = {max_new_tokens}. Set max_new_tokens to at least {needed}, or shorten the first phase."
+        )
+    if forbidden := set(second_phase.forced) & set(stop_ids):
+        raise ConfigError(f"The forced tokens of second_phase must not contain stop tokens; got {sorted(forbidden)}.")
+
+
+def _check_pages(pages: int, devices: int, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    if pages < (fewest := devices * most_pages(1, max_prompt_tokens, max_new_tokens)):
+        on_each = f" on each of {devices} devices" if devices > 1 else ""
+        raise CapacityError(
+            f"The cache has {pages * PAGE:,} tokens but needs at least {fewest * PAGE:,}: room for one rollout of up to"
+            f" {max_prompt_tokens:,} + {max_new_tokens:,} tokens and its prompt{on_each}. Lower config.sampling.max_new_tokens or"
+            " max_prompt_tokens, or raise config.sampling.cache_tokens."
+        )
+
+
+def _put(model: Model, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
     return model.copy_page(pool, source, target), put_row(rows, slot, one)
 
 
@@ -52,7 +90,6 @@ class Sampler:
     """Samples rollouts of one model. It has jitted functions, but no weights and no state between calls.
 
     Args:
-      model: a `discover_jax.models.gpt_oss.Model`.
       slots: rows of the decode batch. On a mesh, the rows and their pages are spread over the data and expert axes
         (`kernels.spread.row_devices`), and the number of rows is rounded up to a multiple of the devices.
       max_prompt_tokens: longest prompt.
@@ -74,7 +111,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         *,
         slots: int,
         max_prompt_tokens: int,
@@ -87,35 +124,15 @@ class Sampler:
         pages: int | None = None,
         record_routes: bool = True,
     ):
-        numbers = {"slots": slots, "max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens, "launch_steps": launch_steps}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1; got {value!r}.")
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be above 0; got {temperature!r}.")
-        if not 0 <= temperature_spread < 1:
-            raise ConfigError(f"temperature_spread must be at least 0 and below 1; got {temperature_spread!r}.")
-        if not stop_ids:
-            raise ConfigError("stop_ids is empty, so every rollout would spend its whole budget. Pass at least one stop token.")
-        if second_phase is not None:
-            if (needed := second_phase.after + len(second_phase.forced) + 1) > max_new_tokens:
-                raise ConfigError(
-                    f"A first phase of {second_phase.after} tokens and {len(second_phase.forced)} forced tokens leave no room for an answer"
-                    f" in max_new_tokens = {max_new_tokens}. Set max_new_tokens to at least {needed}, or shorten the first phase."
-                )
-            if forbidden := set(second_phase.forced) & set(stop_ids):
-                raise ConfigError(f"The forced tokens of second_phase must not contain stop tokens; got {sorted(forbidden)}.")
+        _check_at_least_one(slots=slots, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, launch_steps=launch_steps)
+        _check_temperatures(temperature, temperature_spread)
+        _check_ends(stop_ids, second_phase, max_new_tokens)
         self._row_devices = row_devices(model.mesh)
         # Collectives in CUDA graphs were never tested across processes.
         on_gpus = model.mesh is not None and jax.default_backend() == "gpu" and jax.process_count() == 1
         self._compiler_options = EXACT_ROUNDING | (_COLLECTIVES_IN_GRAPHS if on_gpus else {})
-        if pages is not None and pages < (fewest := self._row_devices * most_pages(1, max_prompt_tokens, max_new_tokens)):
-            on_each = f" on each of {self._row_devices} devices" if self._row_devices > 1 else ""
-            raise CapacityError(
-                f"The cache has {pages * PAGE:,} tokens but needs at least {fewest * PAGE:,}: room for one rollout of up to"
-                f" {max_prompt_tokens:,} + {max_new_tokens:,} tokens and its prompt{on_each}. Lower config.sampling.max_new_tokens or"
-                " max_prompt_tokens, or raise config.sampling.cache_tokens."
-            )
+        if pages is not None:
+            _check_pages(pages, self._row_devices, max_prompt_tokens, max_new_tokens)
         self._model = model
         self._slots = slots
         self._max_prompt, self._max_new = max_prompt_tokens, max_new_tokens
@@ -136,7 +153,11 @@ class Sampler:
             second_phase=second_phase,
             record_routes=record_routes,
         )
-        # On a mesh, every array keeps its layout, and arrays that the host reads are replicated.
+        self._jit_functions(launch)
+
+    def _jit_functions(self, launch: Callable) -> None:
+        """Jits the functions of a launch. On a mesh, every array keeps its layout, and arrays that the host reads are replicated."""
+        model = self._model
         whole, pool = replicated(model.mesh), shardings(model.abstract_pool(self._row_devices, PAGE))
         rows, one = (shardings(abstract_rows(model, count)) for count in (2 * self._row_devices, 1))
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
