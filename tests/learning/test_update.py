@@ -38,7 +38,7 @@ class Bigram:
     def abstract_lora(self):
         return {"table": jax.ShapeDtypeStruct((VOCAB, VOCAB), jnp.float32)}
 
-    def hidden(self, frozen, lora, tokens_BT, positions_BT, segments_BT):
+    def hidden(self, frozen, lora, tokens_BT, positions_BT, segments_BT, routes_BTLX=None):
         return jax.nn.one_hot(tokens_BT, VOCAB)
 
     def logits(self, frozen, lora, hidden_xD):
