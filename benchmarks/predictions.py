@@ -55,7 +55,7 @@ class Row:
     def group(self) -> str:
         """The line of the summary."""
         if not self.kernels:
-            return "plain-JAX references"
+            return "without kernels"
         activity = "sampling" if self.what.startswith(("decoding", "sampling")) else "update"
         return f"{activity}, {'one GPU' if self.devices == 1 else 'several GPUs'}"
 
@@ -207,7 +207,7 @@ def summary() -> str:
     for row in rows():
         groups.setdefault(row.group, []).append(row)
     lines = ["| speed | held out | error of the prediction | fitted | error |", "|---|---|---|---|---|"]
-    for name, members in groups.items():
+    for name, members in sorted(groups.items()):
         held_out = sorted(row.error for row in members if row.use == HELD_OUT)
         fitted = sorted(row.error for row in members if row.use != HELD_OUT)
         cells = [f"{len(errors)} | {_interval(errors)}" for errors in (held_out, fitted)]
