@@ -54,9 +54,9 @@ class Model:
 
     def __post_init__(self):
         if self.experts not in EXPERTS:
-            raise ConfigError(f"Unknown experts = {self.experts!r}; allowed: {', '.join(EXPERTS)}.")
+            raise ConfigError(f"experts must be one of {', '.join(EXPERTS)}; got {self.experts!r}.")
         if self.remat not in REMAT:
-            raise ConfigError(f"Unknown remat = {self.remat!r}; allowed: {', '.join(REMAT)}.")
+            raise ConfigError(f"remat must be one of {', '.join(REMAT)}; got {self.remat!r}.")
         if self.kernels == REFERENCE:
             object.__setattr__(self, "kernels", reference_set(self.mesh))
         if self.kernels.mesh != reference_set(self.mesh).mesh:
