@@ -26,7 +26,7 @@ from discover_jax.apprentice.batches import batch_stream
 from discover_jax.apprentice.tokenizer import END, PAD, train_tokenizer
 from discover_jax.kernels.kernel_set import kernel_set
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.folder import save_folder
+from discover_jax.models.folder_writer import save_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.mxfp4 import fake_quantise
 from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer

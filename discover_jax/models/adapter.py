@@ -28,8 +28,9 @@ from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.folder import replace_file
+from discover_jax.models.folder_writer import replace_file
 from discover_jax.models.gpt_oss import Model
+from discover_jax.models.layouts import LAYER_KINDS
 from discover_jax.models.parameters import Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,7 +40,6 @@ _WRAPPERS = {"gate_up": "mlp.experts.base_layer", "down": "mlp.experts"}
 _GROUPS = ("attention", "expert", "head")
 _BASE_HEAD = _ROOT + "lm_head.base_layer.weight"
 """A copy of the base model's head, which peft may save with the adapter."""
-_LAYER_KINDS = ("sliding", "full")
 _FLOATS = ("F32", "BF16", "F16")
 _MAX_NAMED = 5
 """Names that an error message lists before it only counts them."""
@@ -93,7 +93,7 @@ class _Target:
 
     def leaves(self, tree: Tree) -> Tree:
         """lora_a and lora_b. For a layer, these are the stacks over all pairs of layers."""
-        node = tree if self.layer is None else tree["pairs"][_LAYER_KINDS[self.layer % 2]]
+        node = tree if self.layer is None else tree["pairs"][LAYER_KINDS[self.layer % 2]]
         for key in self.path:
             node = node[key]
         return node
@@ -255,7 +255,7 @@ def load_peft(path: str | Path, model: Model) -> Tree:
     for target in _targets(model.config):
         if not _rank(lora, target.group):
             continue
-        node = target.path if target.layer is None else ("pairs", _LAYER_KINDS[target.layer % 2], *target.path)
+        node = target.path if target.layer is None else ("pairs", LAYER_KINDS[target.layer % 2], *target.path)
         stored_a, stored_b = (tensors.read(name) for name in target.tensors)
         a, b = _from_peft(stored_a, stored_b, target.shapes(abstract))
         stack_a, stack_b = parts.setdefault(node, ([], []))

@@ -1,35 +1,28 @@
-"""Reads and writes checkpoint folders: config.json and *.safetensors, in any layout of `models.layouts`, one tensor at a time."""
+"""Reads checkpoint folders: config.json and *.safetensors, in any layout of `models.layouts`, one tensor at a time."""
 
 import dataclasses
 import functools
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
-from discover_jax.files import replacement
-from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales, restore
+from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, Layout, ParamPath, layout_of, paths_of
-from discover_jax.models.mxfp4 import dequantise, quantise
+from discover_jax.models.layouts import LAYER_KINDS, Layout, ParamPath, layout_of, paths_of
+from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.parameters import Tree
-
-SHARD_BYTES = 1 << 30
-"""Maximum size of a written file. A tensor is never split, so a larger tensor gets a file of its own."""
 
 READ_BYTES = 1 << 27
 """Bytes of a tensor that are read at a time."""
@@ -37,16 +30,23 @@ READ_BYTES = 1 << 27
 OnProgress = Callable[[int, int], None]
 """(bytes done, total bytes) that this process reads or writes."""
 
-_INDEX = "model.safetensors.index.json"
-_LAYER_KINDS = ("sliding", "full")
 _NO_ADAPTER = LoraConfig(0, 0, 0)
 _FLOATS = ("BF16", "F16", "F32")
 _ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _MAX_NAMED = 5
 """Names that an error message lists before it only counts them."""
 
-_TensorEntry = tuple[str, tuple[ParamPath, ...], int | None]
-"""A tensor on disk: its name, the parameters that it concatenates, and their layer; see `Layout.tensors`."""
+
+class Progress:
+    """Counts bytes for an `OnProgress`."""
+
+    def __init__(self, total: int, report: OnProgress | None):
+        self._done, self._total, self._report = 0, total, report
+
+    def add(self, amount: int) -> None:
+        self._done += amount
+        if self._report is not None:
+            self._report(self._done, self._total)
 
 
 # ---------------------------------------------------------------------- contents of a folder
@@ -297,7 +297,7 @@ def load_folder(
         if path[0] != "pairs":
             return reader.read(path, None)
         _, kind, *param = path
-        layers = range(_LAYER_KINDS.index(kind), config.num_layers, 2)
+        layers = range(LAYER_KINDS.index(kind), config.num_layers, 2)
         return _stack_layers(struct, (reader.read_layer(tuple(param), layer, dtype) for layer in layers))
 
     abstract = Model(config, _NO_ADAPTER, dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
@@ -314,7 +314,7 @@ class _Reader:
         on_progress: OnProgress | None,
     ):
         self._structs, self._stored = structs, stored
-        self._progress = _Progress(sum(_local_bytes(structs[param]) for param, _ in stored), on_progress)
+        self._progress = Progress(sum(_local_bytes(structs[param]) for param, _ in stored), on_progress)
 
     def read(self, param: ParamPath, layer: int | None) -> jax.Array:
         """A parameter as it is stored, except for its type."""
@@ -383,149 +383,3 @@ _dequantise = jax.jit(dequantise, static_argnums=2)
 def _tile_scales(scales: jax.Array, slab: Slab) -> jax.Array:
     check_scales(scales)
     return lay_out_scales(scales, slab)
-
-
-class _Progress:
-    def __init__(self, total: int, report: OnProgress | None):
-        self._done, self._total, self._report = 0, total, report
-
-    def add(self, amount: int) -> None:
-        self._done += amount
-        if self._report is not None:
-            self._report(self._done, self._total)
-
-
-# ---------------------------------------------------------------------- writing
-
-
-def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: str = HUGGINGFACE.name) -> None:
-    """Writes a frozen tree as a folder, see `write_folder`.
-
-    Args:
-      frozen: the tree of a `Model` of this config, with experts in any form. Dense experts are rounded to the nearest MXFP4 values.
-    """
-    leaves_of = {kind: paths_of(frozen, kind) for kind in _LAYER_KINDS}
-
-    @functools.lru_cache(maxsize=1)
-    def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
-        leaves = leaves_of[_LAYER_KINDS[layer % 2]]
-        forms = {
-            name: leaves["experts", matrix, name][layer // 2]
-            for name in ("weight", "words", "factors")
-            if ("experts", matrix, name) in leaves
-        }
-        values = quantise(forms["weight"]) if "weight" in forms else restore(**forms, paired=SLABS[matrix].paired)
-        return dict(zip(("blocks", "scales"), values, strict=True))
-
-    def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
-        leaves = leaves_of[_LAYER_KINDS[(layer or 0) % 2]]
-        if layer is None:
-            return np.asarray(leaves[param])
-        if param not in leaves:
-            return np.asarray(packed(param[1], layer)[param[2]])
-        return np.asarray(leaves[param][layer // 2])
-
-    write_folder(path, config, tensor, layout=layout)
-
-
-def write_folder(
-    path: str | Path,
-    config: ModelConfig,
-    tensor: Callable[[ParamPath, int | None], np.ndarray],
-    *,
-    layout: str = HUGGINGFACE.name,
-    on_progress: OnProgress | None = None,
-) -> None:
-    """Writes config.json and safetensors: experts in MXFP4, everything else in bfloat16.
-
-    Each file is replaced atomically. config.json is written last.
-
-    Args:
-      path: the folder; created if missing. Other files in it are kept.
-      tensor: (param, layer or None) -> the parameter. It is called once for each parameter, in the order of the files.
-      layout: a name in `layouts.LAYOUTS`.
-
-    Raises:
-      WeightsError: the layout is unknown, the folder already contains other weights, or the disk has too little space.
-    """
-    if layout not in LAYOUTS:
-        raise WeightsError(f"Unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}.")
-    chosen, path = LAYOUTS[layout], Path(path)
-    shapes = paths_of(Model(config, _NO_ADAPTER, dtype=jnp.bfloat16, experts="packed").abstract_frozen())
-    shapes |= {param: _without_first_axis(struct) for param, struct in shapes.items() if param not in chosen.singles.values()}
-    shards, total = _split_into_shards(chosen.tensors(config.num_layers), shapes)
-    sharded = len(shards) > 1
-    names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
-    names = names if sharded else ["model.safetensors"]
-    _prepare_folder(path, {*names, _INDEX} if sharded else {*names}, total)
-    progress = _Progress(total, on_progress)
-    for name, shard in zip(names, shards, strict=True):
-        progress.add(_write_shard(path / name, shard, tensor))
-    if sharded:
-        file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
-        _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
-    _write_json(path / "config.json", config.to_hf() if chosen is HUGGINGFACE else config.to_original())
-
-
-def _split_into_shards(
-    entries: Iterable[_TensorEntry], shapes: dict[ParamPath, jax.ShapeDtypeStruct]
-) -> tuple[list[list[_TensorEntry]], int]:
-    """Tensors of each file, in order and at most `SHARD_BYTES` a file, and the bytes of all tensors."""
-    shards: list[list[_TensorEntry]] = []
-    room, total = 0, 0
-    for entry in entries:
-        size = sum(math.prod(shapes[param].shape) * shapes[param].dtype.itemsize for param in entry[1])
-        if not shards or size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(entry)
-        room, total = room - size, total + size
-    return shards, total
-
-
-def _write_shard(file: Path, shard: list[_TensorEntry], tensor: Callable[[ParamPath, int | None], np.ndarray]) -> int:
-    """Writes the tensors of one file; returns their bytes. They are freed on return, so that two shards are never in memory together."""
-    arrays = {name: _concatenate([tensor(param, layer) for param in params]) for name, params, layer in shard}
-    replace_file(file, lambda temporary: safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"}))
-    return sum(array.nbytes for array in arrays.values())
-
-
-def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    """The rows of all parts in one contiguous array: uint8, or bfloat16 for any other type."""
-    parts = [part if part.dtype == np.uint8 else part.astype(ml_dtypes.bfloat16, copy=False) for part in parts]
-    return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
-
-
-def _prepare_folder(path: Path, names: set[str], total: int) -> None:
-    """Creates the folder and checks that it has no weights but files of these names, and space for `total` bytes."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        others = {file.name for pattern in ("*.safetensors", "*.index.json") for file in path.glob(pattern)} - names
-        if others:
-            raise WeightsError(
-                f"{path} already contains other weights: {', '.join(sorted(others)[:_MAX_NAMED])}. Choose another folder, or delete these"
-                " files."
-            )
-        # A replaced file is kept until the new one is written, so its space does not count as free.
-        if (free := shutil.disk_usage(path).free) < total:
-            raise WeightsError(f"{path} has {free:,} bytes free; the weights need {total:,}. Free some space, or choose another folder.")
-    except OSError as error:
-        raise WeightsError(f"Cannot write weights to {path}: {error}. Choose another folder.") from error
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Replaces a file atomically. `write` writes the new content to the path that it is given.
-
-    Raises:
-      WeightsError: the file cannot be written; the old one is unchanged.
-    """
-    try:
-        with replacement(path) as temporary:
-            write(temporary)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"Cannot write {path}: {error}. Free some space, or choose another folder.") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    replace_file(path, lambda file: file.write_text(text))

@@ -10,6 +10,12 @@ from typing import Any
 
 ParamPath = tuple[str, ...]
 
+TensorEntry = tuple[str, tuple[ParamPath, ...], int | None]
+"""A tensor on disk: its name, the parameters whose rows it concatenates, and their layer (None outside of layers)."""
+
+LAYER_KINDS = ("sliding", "full")
+"""Kind of the layers with an even and with an odd index, as keys in the frozen and the adapter's tree."""
+
 MATRICES = ("gate_up", "down")
 
 
@@ -32,9 +38,9 @@ class Layout:
     file: str
     transposed: bool = False
 
-    def tensors(self, num_layers: int) -> Iterable[tuple[str, tuple[ParamPath, ...], int | None]]:
-        """Every tensor of a model, in the order of the layers: name, paths, and the layer's number or None."""
-        singles = [(name, (path,), None) for name, path in self.singles.items()]
+    def tensors(self, num_layers: int) -> Iterable[TensorEntry]:
+        """Every tensor of a model, in the order of the layers."""
+        singles: list[TensorEntry] = [(name, (path,), None) for name, path in self.singles.items()]
         yield singles[0]
         for layer in range(num_layers):
             for name, paths in self.layers.items():

@@ -19,7 +19,8 @@ import numpy as np
 
 from discover_jax.exceptions import ConfigError, DiscoverError
 from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
-from discover_jax.models.folder import OnProgress, write_folder
+from discover_jax.models.folder import OnProgress
+from discover_jax.models.folder_writer import write_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ParamPath, paths_of
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from discover_jax.apprentice import batches, corpus, train
-from discover_jax.models.folder import load_folder, save_folder
+from discover_jax.models.folder import load_folder
+from discover_jax.models.folder_writer import save_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.text.tokenizer import SentencePieceTokenizer
 

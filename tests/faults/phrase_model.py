@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.folder import write_folder
+from discover_jax.models.folder_writer import write_folder
 from discover_jax.models.gpt_oss import Model
 from discover_jax.models.layouts import ParamPath, paths_of
 from discover_jax.text.prompts import brief_text

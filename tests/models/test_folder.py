@@ -18,9 +18,10 @@ import safetensors.numpy
 
 from discover_jax.exceptions import ConfigError, WeightsError
 from discover_jax.models import folder as folders
-from discover_jax.models import synthetic
+from discover_jax.models import folder_writer, synthetic
 from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
-from discover_jax.models.folder import load_folder, read_config, save_folder
+from discover_jax.models.folder import load_folder, read_config
+from discover_jax.models.folder_writer import save_folder
 from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ORIGINAL
 from discover_jax.models.synthetic import write_synthetic
 
@@ -82,7 +83,7 @@ def test_values_equal_those_in_the_file(folder):
 
 
 def test_sharded_files_load_the_same_model(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(folder_writer, "SHARD_BYTES", 50_000)
     layout = ORIGINAL if (json.loads((folder / "config.json").read_text())).get("model_type") is None else HUGGINGFACE
     write_synthetic(tmp_path, CONFIG, seed=3, layout=layout.name)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
@@ -192,7 +193,7 @@ def test_truncated_files_are_named(copy, keep):
 
 
 def test_missing_shards_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(folder_writer, "SHARD_BYTES", 50_000)
     write_synthetic(tmp_path, CONFIG)
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
