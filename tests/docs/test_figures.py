@@ -31,6 +31,12 @@ def test_pages_are_current(measured):
     assert not stale, "run python benchmarks/figures.py --write"
 
 
+def test_no_line_of_a_sentence_begins_with_a_marker():
+    """A line that begins with an HTML comment ends the paragraph before it on the site."""
+    broken = [f"{page.name}: {line}" for page in figures.PAGES for line in page.read_text().splitlines() if line.startswith("<!-- figure")]
+    assert not broken
+
+
 def test_commands_name_scripts_that_exist(measured):
     for figure in measured.values():
         for script in re.findall(r"benchmarks/\w+\.py", figure.command):
