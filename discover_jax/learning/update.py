@@ -168,13 +168,13 @@ class Update:
           - `loss`
           - `logprob_gap/mean`, `logprob_gap/max`: |trainer - sampler|, in nats
           - `ratio/min`, `ratio/max`: trainer / sampler
-          - `ratio/limited_frac`: tokens on which the loss's limit acts; only for losses that have one
+          - `ratio/limited_frac`: fraction of tokens on which the loss's limit acts; only for losses that have one
           - `entropy`: nats per token
           - `grad_norm`: before clipping
-          - `tokens`
+          - `tokens`: number of chosen tokens
           - `kl_base/mean`: mean of sampler - base, in nats per token; only if the KL is measured
-          - `update/filled_frac`: positions that are not padding
-          - `update/skipped`
+          - `update/filled_frac`: fraction of positions that are not padding
+          - `update/skipped`: 1 if the update was skipped, else 0
 
           With several substeps: the sum of tokens, the extremes of ratios, means over tokens of entropy and limited_frac, means over
           substeps of loss and grad_norm, and the log-probability gap of the first substep, which has the sampler's weights.
