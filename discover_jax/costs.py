@@ -147,12 +147,12 @@ def _token_cost(
     """Seconds of one token for each row. A device has `own` rows and reads `cached` bytes of their KV cache; experts see `seen` rows."""
     bandwidth, layers, t = DECODE_BANDWIDTH_FRACTION * speeds.copy, sizes.num_layers, mesh.tensor
     share = sizes.experts_per_token / sizes.num_experts
-    held = layers * _experts_per_device(sizes, mesh)
+    device_experts = layers * _experts_per_device(sizes, mesh)
     if kernels:
         hit = 1 - (1 - share) ** seen
-        experts = held * hit * expert_bytes(sizes, lora.expert_rank) / bandwidth * unpackings(seen * share / hit)
+        experts = device_experts * hit * expert_bytes(sizes, lora.expert_rank) / bandwidth * unpackings(seen * share / hit)
     else:
-        experts = held / t * (_reference_unpack_seconds(sizes, speeds) + _reference_product_seconds(sizes, speeds, 2) * seen)
+        experts = device_experts / t * (_reference_unpack_seconds(sizes, speeds) + _reference_product_seconds(sizes, speeds, 2) * seen)
     other = other_bytes(sizes, lora) / t
     # Activations in bfloat16; chosen experts and their weights; sums in float32.
     sent = layers * seen * (2 * sizes.width + 8 * sizes.experts_per_token + 4 * sizes.width)
@@ -285,17 +285,17 @@ def microbatch(
     dense = passes.products * (layers * layer_weights(sizes) + sizes.vocab_size * sizes.width) + passes.attention * attention_operations(
         sizes, length
     )
-    held = layers * _experts_per_device(sizes, mesh)
+    device_experts = layers * _experts_per_device(sizes, mesh)
     if kernels:
         operations = (dense + passes.products * layers * sizes.experts_per_token * weights) * tokens
         products = operations / (UPDATE_PRODUCT_FRACTION * speeds.product)
         # Unpacking does not depend on tokens: a device unpacks its own experts once a pass.
-        unpacking = passes.unpackings * held * (expert_bytes(sizes) + 2 * weights) / (UPDATE_UNPACK_FRACTION * speeds.copy)
+        unpacking = passes.unpackings * device_experts * (expert_bytes(sizes) + 2 * weights) / (UPDATE_UNPACK_FRACTION * speeds.copy)
     else:
         # A device's experts compute the tokens of all devices along `expert`; for `tensor` > 1, all experts compute its own tokens.
         products = dense / t * tokens / (REFERENCE_PRODUCT_FRACTION * speeds.product)
         products += layers * sizes.num_experts / t * tokens * _reference_product_seconds(sizes, speeds, passes.products)
-        unpacking = held / t * _reference_unpack_seconds(sizes, speeds)
+        unpacking = device_experts / t * _reference_unpack_seconds(sizes, speeds)
     sent = layers * tokens * mesh.expert * passes.sent * sizes.width
     collectives = _expert_axis_seconds(sizes, lora, speeds, mesh, sent, _SEQUENCE_COLLECTIVES, passes.sums)
     collectives += _tensor_axis_seconds(sizes, speeds, mesh, tokens, passes.sums)

@@ -276,7 +276,7 @@ def load_folder(
     """Reads a folder as the frozen tree of `Model(config, dtype=dtype, experts=experts, mesh=mesh)`.
 
     All names, shapes and types are checked first. Then one tensor of one layer at a time goes from disk to the devices, and only the parts
-    that this process's devices hold. The host therefore needs memory for one such tensor, and briefly for two.
+    that belong on this process's devices. The host therefore needs memory for one such tensor, and briefly for two.
 
     Raises:
       WeightsError: a file or tensor is missing, damaged, or has a wrong shape or type; the message names it.
@@ -365,7 +365,7 @@ def _local_bytes(struct: jax.ShapeDtypeStruct) -> int:
 
 
 def _stack_layers(struct: jax.ShapeDtypeStruct, layers: Iterator[jax.Array]) -> jax.Array:
-    """The layers' arrays as one array. Each is written in place, so that memory never holds a second copy of the stack."""
+    """The layers' arrays as one array. Each is written in place, so that there is never a second copy of the stack."""
     stack = jnp.zeros(struct.shape, struct.dtype, device=_sharding(struct))
     for index, layer in enumerate(layers):
         stack = _set_layer(stack, layer, index)

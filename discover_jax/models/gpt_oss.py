@@ -214,7 +214,7 @@ class Model:
         pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
         pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
         pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
-        # Place w of a ring holds the last position congruent to w, if there is one.
+        # Index w of a ring is the last position p with p mod W = w, if there is one.
         held_BW, holds_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
         # Sliding layers attend to the ring before the chunk, and to the chunk.
         keys_at_BS = jnp.concatenate([held_BW, positions_BC], axis=1)
