@@ -343,7 +343,7 @@ def main() -> None:
     attention.add_argument("--cases", default=",".join(CASES), help="names of CASES, in this module")
     projections.add_argument("--rows", default="1,32,128")
     projections.add_argument("--rank", type=int, default=32)
-    projections.add_argument("--launches", action="store_true", help="also try other launches")
+    projections.add_argument("--launches", action="store_true", help="also try other launch parameters")
     for command in (experts, attention, projections):
         command.add_argument("--json", type=Path)
         figures.add_record(command)

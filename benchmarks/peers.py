@@ -184,7 +184,7 @@ def main() -> None:
     generate.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     generate.add_argument("--new", type=int, default=32, help="tokens generated per row")
     update.add_argument("--batch", type=int, default=2, help="sequences")
-    update.add_argument("--tokens", type=int, default=4096, help="of a sequence")
+    update.add_argument("--tokens", type=int, default=4096, help="tokens of a sequence")
     update.add_argument("--prompt", type=int, default=512, help="tokens of a sequence without loss")
     update.add_argument("--attention", choices=("flex_attention", "eager"), default="flex_attention")
     update.add_argument("--calls", type=int, default=5, help=f"timed, after {WARM_UP} that warm up")

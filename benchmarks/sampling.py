@@ -144,7 +144,7 @@ def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: 
     launches = sample(sampler, frozen, lora, prompts, config.group_size, step=1)
     seen = [(when, tokens) for when, tokens in launches if tokens < rows * arguments.new * 0.98]
     if len(seen) < 2:
-        sys.exit(f"--new={arguments.new} is too short: there are no two launches to measure.")
+        sys.exit(f"--new={arguments.new} is too short for two measured launches; use more tokens.")
     (started, first), (ended, last) = seen[0], seen[-1]
     steps = (last - first) / rows
     seconds = (ended - started) / steps

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--shape", default="gpt-oss-120b")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
-    parser.add_argument("--batch", default="128,512", help="rows of the decode batch, one after another")
+    parser.add_argument("--batch", default="128,512", help="decode batch sizes, measured one after another")
     parser.add_argument("--context", type=int, default=8192, help="tokens of a row at the end of the measured decoding")
     parser.add_argument("--new", type=int, default=160, help="the part of them that is decoded")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a rollout of the update")

@@ -9,9 +9,9 @@ functions are timed: the gradient (`Update.gradient`: packed batches from the ho
 whole update, which adds the KL to the base (one more forward pass, as in the default config) and the optimiser. Each runs once to compile;
 the time is the median of `--calls` more. Tokens include prompts. `--lora=attention` is rank 32 on only q, k, v and o, as in peers.py.
 
-Operations: N is the number of weights that a token uses (each layer's q, k, v, o and router, and its chosen experts' three matrices), and V
-D that of the head. a is 4 x heads x head size for each pair of a token and a key that it attends to. A rollout of S tokens has S (S + 1) /
-2 pairs in a full layer and w (w + 1) / 2 + (S - w) w, w = min(S, window), in a sliding one:
+Operations: N is the number of weights that a token uses (each layer's q, k, v, o and router, and its chosen experts' three matrices), and
+V D that of the head. a is 4 x heads x head size for each pair of a token and a key that it attends to. A rollout of S tokens has
+S (S + 1) / 2 pairs in a full layer and w (w + 1) / 2 + (S - w) w, w = min(S, window), in a sliding one:
 
     needed       4 N S + 3 a + 4 V D (tokens in the loss): each product once forward, and once backward to its input, since base
                  weights have no gradient (for attention: twice, to queries, keys, scores and values). Recomputation does not count.

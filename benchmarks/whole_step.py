@@ -155,9 +155,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--until", type=int, default=0, help="stop after this many steps, so that --resume can continue")
     add_mesh(parser)
-    parser.add_argument("--competition", default="digits-parity", help="one that programs of the apprentice's grammar can solve")
-    parser.add_argument("--raw", default="", help="its raw data, unless it includes them")
-    parser.add_argument("--cores", type=int, default=2, help="leased to a program")
+    parser.add_argument("--competition", default="digits-parity", help="a competition that the apprentice's grammar can solve")
+    parser.add_argument("--raw", default="", help="the competition's raw data, unless it includes them")
+    parser.add_argument("--cores", type=int, default=2, help="cores of each program")
     parser.add_argument(
         "--unsafe", action="store_true", help="run the programs without isolation: they are the apprentice's, not a model's"
     )

@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--group_size", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs")
     parser.add_argument("--cores", type=int, default=0, help="cores of each run; 0: an even share of all")
     parser.add_argument("--same_prompts", default="", help="a setting of the table whose adapters are compared with the base model")
     parser.add_argument("--workers", type=int, default=0, help="parallel programs of each run")
