@@ -12,7 +12,7 @@ import pytest
 from discover_jax import dry_run
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_optimizer, build_sampler
-from discover_jax.exceptions import CapacityError
+from discover_jax.exceptions import CapacityError, DiscoverError
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import ModelConfig
@@ -265,16 +265,22 @@ def test_dry_run_accepts_meshes_of_other_machines():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("machine", "data", "message"),
     [
-        (("--machine=h300", "--dry_run"), r"\bh300\b.*\ba100, h100, h200, b200\b"),
-        (("--machine=h200",), r"--machine=.?h200\b.*--dry_run"),
-        (("--config.mesh.data=4", "--dry_run"), r"config\.mesh\b.*\b4\b.*\b1\b"),
-        (("--config.mesh.data=16", "--machine=v5e:2x4", "--dry_run"), r"\bv5e:2x4\b.*\b8\b"),
+        ("h300", 1, r"\bh300\b.*\ba100, h100, h200, b200\b"),
+        ("", 4, r"config\.mesh\b.*\b4\b.*\b1\b"),
+        ("v5e:2x4", 16, r"\bv5e:2x4\b.*\b8\b"),
     ],
 )
-def test_unknown_machines_are_refused(arguments, message):
-    done = _command("--config=configs/quickstart.py", *arguments)
+def test_unknown_machines_and_too_few_devices_are_refused(machine, data, message):
+    config = _config()
+    config.mesh.data = data
+    with pytest.raises(DiscoverError, match=message):
+        dry_run.run(config, machine)
+
+
+def test_machine_requires_a_dry_run():
+    done = _command("--config=configs/quickstart.py", "--machine=h200")
     assert done.returncode == 2
-    assert re.search(message, done.stderr)
+    assert re.search(r"--machine=.?h200\b.*--dry_run", done.stderr)
     assert "Traceback" not in done.stderr

@@ -166,8 +166,6 @@ def test_search_has_the_same_first_step_and_never_learns(unbroken, tmp_path):
     ("extra", "message"),
     [
         (("--config.task.competition=spaceship-titanic", "--config.task.raw=/nowhere/train.csv"), "/nowhere/train.csv"),
-        (("--config.task.competition=spaceship-titanic",), "raw"),
-        (("--config.task.competition=spaceship",), "spaceship-titanic"),
         (("--config.model.weights=/nowhere",), "/nowhere"),
     ],
 )

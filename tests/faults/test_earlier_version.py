@@ -21,7 +21,7 @@ _MODULES = {"train": "main", "search": "search"}
 
 
 @pytest.mark.parametrize("kind", _MODULES)
-def test_run_directory_of_an_earlier_version_resumes(kind, tmp_path):
+def test_run_directory_of_an_earlier_version_resumes(kind, root, tmp_path):
     with tarfile.open(_HERE / "version_0_runs.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     write_phrase_model(tmp_path / "model")
@@ -30,7 +30,7 @@ def test_run_directory_of_an_earlier_version_resumes(kind, tmp_path):
 
     command = [sys.executable, "-m", f"discover_jax.{_MODULES[kind]}", f"--config={_HERE / 'phrase_config.py'}:model"]
     options = ["--config.task.competition=remainders.py", "--config.checkpoint.keep=2", f"--workdir={kind}"]
-    done = subprocess.run(command + options, cwd=tmp_path, env=tiny_run.environment(tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(command + options, cwd=tmp_path, env=tiny_run.environment(root), capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / kind / "journal.jsonl").read_bytes() == (tmp_path / f"{kind}-journal.jsonl").read_bytes()
