@@ -106,7 +106,7 @@ def tiles_of(text: str) -> GroupedTiling:
 
 def measure_experts(arguments: argparse.Namespace, ceiling: dict[str, float], keep: Keep) -> dict[str, Any]:
     sizes = shape_of(arguments.shape)
-    experts, share, width, hidden = sizes.num_experts, sizes.experts_per_token, sizes.width, sizes.expert_width
+    experts, share, width, hidden = sizes.num_experts, sizes.experts_per_token, sizes.width, sizes.mlp_width
     keys = jax.random.split(jax.random.key(0), 8)
     gate_up, down = matrix(keys[0], experts, 2 * hidden, width, "gate_up"), matrix(keys[1], experts, width, hidden, "down")
     shapes = ((experts, RANK, width), (experts, 2 * hidden, RANK)), ((experts, RANK, hidden), (experts, width, RANK))

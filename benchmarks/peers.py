@@ -43,7 +43,7 @@ def build(shape: str, layers: int) -> Any:
     config = transformers.GptOssConfig(
         num_hidden_layers=known["num_layers"],
         hidden_size=known["width"],
-        intermediate_size=known["expert_width"],
+        intermediate_size=known["mlp_width"],
         num_local_experts=known["num_experts"],
         num_experts_per_tok=known["experts_per_token"],
         num_attention_heads=known["num_heads"],

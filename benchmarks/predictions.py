@@ -16,7 +16,8 @@ from typing import Any
 from discover_jax import costs
 from discover_jax.costs import MeshShape
 from discover_jax.machines import Speeds, speeds_of
-from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, LoraConfig, ModelConfig
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that loads this file by its path
 import figures

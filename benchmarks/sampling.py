@@ -43,7 +43,7 @@ from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.packing import pack
 from discover_jax.machines import device_memory, take_gpu_memory
 from discover_jax.models.cache import Cache
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
@@ -68,7 +68,7 @@ def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: fl
 
     experts, rest = split(frozen)
     experts_lora, rest_lora = (size * model.dtype.itemsize // 4 for size in split(lora)) if lora is not None else (0, 0)
-    of_place = 2 * c.num_pairs * c.num_kv_heads * c.head_size * model.dtype.itemsize
+    of_place = 2 * c.num_repeats * c.num_kv_heads * c.head_size * model.dtype.itemsize
     return {
         "experts": hit * experts,
         "other_weights": rest - (c.vocab_size - rows) * c.width * model.dtype.itemsize,  # of the embedding, one row per token

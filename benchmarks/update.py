@@ -51,7 +51,7 @@ from discover_jax.learning.train_state import abstract_train_state, init_train_s
 from discover_jax.learning.update import Update
 from discover_jax.machines import device_memory, find_machine, take_gpu_memory
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
 from discover_jax.runs.compilations import cache_compilations
@@ -106,11 +106,11 @@ class Operations:
 def operations(sizes: ModelConfig, places: Sequence[int], bearing: int) -> Operations:
     """The operations of rollouts with `places` tokens each; `bearing` tokens of each are in the loss."""
     attention = sizes.width * sizes.head_size * 2 * (sizes.num_heads + sizes.num_kv_heads)
-    experts = sizes.experts_per_token * 3 * sizes.width * sizes.expert_width
+    experts = sizes.experts_per_token * 3 * sizes.width * sizes.mlp_width
     layers = sizes.num_layers * (attention + experts + sizes.width * sizes.num_experts) * sum(places)
     head = sizes.vocab_size * sizes.width
     seen = pairs(places, None) + pairs(places, sizes.sliding_window)
-    scores = 4 * sizes.num_heads * sizes.head_size * sizes.num_pairs * seen
+    scores = 4 * sizes.num_heads * sizes.head_size * sizes.num_repeats * seen
     return Operations(
         needed=4 * layers + 3 * scores + 4 * head * bearing,
         full_remat=6 * (layers + head * sum(places)) + 4.5 * scores,

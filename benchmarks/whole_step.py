@@ -40,7 +40,7 @@ from discover_jax import main as loop
 from discover_jax import stages
 from discover_jax.apprentice import programs
 from discover_jax.machines import device_memory, take_gpu_memory
-from discover_jax.models.config import SHAPES
+from discover_jax.models.families import SHAPES
 from discover_jax.models.synthetic import shape_of
 from discover_jax.policy import APPRENTICE
 from discover_jax.runs.console import Improvement, PlainConsole

@@ -73,12 +73,12 @@ ONE = MeshShape(1, 1, 1)
 
 def expert_weights(sizes: ModelConfig) -> int:
     """Weights of one expert's matrices."""
-    return 3 * sizes.width * sizes.expert_width
+    return 3 * sizes.width * sizes.mlp_width
 
 
 def expert_bytes(sizes: ModelConfig, rank: int = 0) -> int:
     """Bytes of one expert of one layer: four bits a weight, a byte of scale a block, and biases and an adapter of `rank` in bfloat16."""
-    d, f = sizes.width, sizes.expert_width
+    d, f = sizes.width, sizes.mlp_width
     return expert_weights(sizes) * (BLOCK // 2 + 1) // BLOCK + 2 * (2 * f + d) + 2 * rank * (2 * d + 3 * f)
 
 
@@ -99,14 +99,14 @@ def other_bytes(sizes: ModelConfig, lora: LoraConfig) -> int:
 def cached_bytes(sizes: ModelConfig, context: float) -> float:
     """Bytes of keys and values that one token reads: `context` positions in each full layer, at most a window in each sliding layer."""
     position = 2 * 2 * sizes.num_kv_heads * sizes.head_size
-    return sizes.num_pairs * position * (context + min(context, sizes.sliding_window))
+    return sizes.num_repeats * position * (context + min(context, sizes.sliding_window))
 
 
 def attention_operations(sizes: ModelConfig, length: float) -> float:
     """FLOP per token of attention's two products in all layers, for a sequence of this length."""
     window = min(length, sizes.sliding_window)
     seen = (length + 1) / 2 + window - window * (window - 1) / (2 * length)
-    return 4 * sizes.num_heads * sizes.head_size * sizes.num_pairs * seen
+    return 4 * sizes.num_heads * sizes.head_size * sizes.num_repeats * seen
 
 
 # ---------------------------------------------------------------------- communication

@@ -23,9 +23,10 @@ from discover_jax import cli
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError, WeightsError
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB, resource_limits
-from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import check_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.policy import check_tokenizer, weights_folder
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.task import Task

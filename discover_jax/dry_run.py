@@ -19,7 +19,8 @@ from discover_jax import meshes
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
-from discover_jax.models.config import REMAT, SHAPES, ModelConfig
+from discover_jax.models.config import REMAT, ModelConfig
+from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import read_config
 from discover_jax.models.sharding import local_bytes, make_mesh
 from discover_jax.policy import weights_folder

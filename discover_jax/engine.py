@@ -16,7 +16,7 @@ from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.train_state import abstract_train_state, adam
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
 from discover_jax.sampling.sampler import Sampler, most_pages, rows_of
@@ -67,8 +67,8 @@ def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | Non
         raise ConfigError(f"The kernel computes in bfloat16, but config.model.dtype is {config.model.dtype!r}.")
     if mesh is not None and not can_spread("decode_experts", mesh):
         raise ConfigError(f"The kernel computes whole experts, but config.mesh.tensor = {mesh.shape['tensor']} splits them.")
-    check_sizes(2 * sizes.expert_width, sizes.width, SLABS["gate_up"])
-    check_sizes(sizes.width, sizes.expert_width, SLABS["down"])
+    check_sizes(2 * sizes.mlp_width, sizes.width, SLABS["gate_up"])
+    check_sizes(sizes.width, sizes.mlp_width, SLABS["down"])
 
 
 def build_sampler(

@@ -19,9 +19,10 @@ import optax
 from discover_jax.exceptions import DiscoverError, RunError, WeightsError
 from discover_jax.learning.train_state import abstract_train_state, adam
 from discover_jax.models.adapter import save_peft
-from discover_jax.models.config import SHAPES, LoraConfig
+from discover_jax.models.config import LoraConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import read_config
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.parameters import Tree
 from discover_jax.policy import weights_folder
 from discover_jax.runs.checkpoints import Checkpoints

@@ -18,7 +18,7 @@ from discover_jax.kernels.kernel_set import PLATFORMS
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import MESH_AXES, local_bytes
 from discover_jax.sampling.schedule import PAGE
 
@@ -171,7 +171,7 @@ def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *
     # A device gets the tokens of all devices along `expert`. In the references, all of its experts read all of these tokens; if `tensor`
     # splits the experts, all experts do.
     read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
-    routed = read * sizes.expert_width * tokens
+    routed = read * sizes.mlp_width * tokens
     kept = {"layers": layers * (stream + attention), "pairs": layers // 2 * stream, "none": 0}[remat] * tokens
     unpacked = 2 * costs.expert_weights(sizes) * (sizes.num_experts // mesh.expert if kernels else 1)
     if mesh.tensor > 1 and mesh.expert > 1:

@@ -9,9 +9,10 @@ import jax
 from discover_jax.engine import build_model
 from discover_jax.exceptions import TokenizerError
 from discover_jax.learning.train_state import TrainState
-from discover_jax.models.config import SHAPES, ModelConfig
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import OnProgress, load_folder, read_config
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import mesh_of_run
 from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -16,8 +16,8 @@ from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import abstract_train_state, adam, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.sharding import fetch, make_mesh, shardings
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.runs.checkpoints import Checkpoints
@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
     head_size=16,
     num_experts=8,
     experts_per_token=2,
-    expert_width=128,
+    mlp_width=128,
     vocab_size=96,
     sliding_window=16,
 )

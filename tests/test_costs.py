@@ -10,8 +10,9 @@ import pytest
 from discover_jax import costs
 from discover_jax.costs import MeshShape
 from discover_jax.machines import speeds_of
-from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 from discover_jax.models.sharding import local_bytes
 
 _H200 = speeds_of("h200")

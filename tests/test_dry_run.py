@@ -235,7 +235,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes, make_mesh
 
 model = Model(ModelConfig(2, 64, 4, 2, 16, 4, 2, 64, 512), LoraConfig(8, 8, 8, 8.0), mesh=make_mesh(data=2, expert=2, tensor=2))

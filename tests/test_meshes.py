@@ -12,7 +12,7 @@ from discover_jax.costs import MeshShape
 from discover_jax.exceptions import ConfigError
 from discover_jax.machines import Machine, find_machine, speeds_of
 from discover_jax.meshes import Lengths
-from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B
+from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 
 _H200_MEMORY = int(0.9 * 143_771 * 2**20)
 

@@ -20,8 +20,8 @@ import numpy as np
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.kernels.kernel_set import kernel_set
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task

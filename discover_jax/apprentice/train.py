@@ -26,8 +26,8 @@ from discover_jax.apprentice.batches import batch_stream
 from discover_jax.apprentice.tokenizer import END, PAD, train_tokenizer
 from discover_jax.kernels.kernel_set import kernel_set
 from discover_jax.models.config import ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder_writer import save_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.mxfp4 import fake_quantise
 from discover_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -57,7 +57,7 @@ def apprentice_config(tokenizer: Tokenizer) -> ModelConfig:
         head_size=32,
         num_experts=4,
         experts_per_token=2,
-        expert_width=192,
+        mlp_width=192,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.special(END),
         pad_id=tokenizer.special(PAD),

@@ -3,7 +3,8 @@
 from typing import Any
 
 from discover_jax.config.setting import Rule, Setting
-from discover_jax.models.config import REMAT, SHAPES
+from discover_jax.models.config import REMAT
+from discover_jax.models.families import SHAPES
 
 MODEL: dict[str, Any] = {
     "weights": Setting(

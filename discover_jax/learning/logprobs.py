@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels.spread import rows_axes
 from discover_jax.learning.packing import Batch
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 
 
 def token_logprobs(model: Model, frozen: Any, lora: Any, batch: Batch, *, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.packing import Batch
 from discover_jax.learning.statistics import Statistics, token_statistics
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from discover_jax.learning.packing import Batch, empty_batch, filled_frac
 from discover_jax.learning.passes import UNCOUNTED, OnPass, Passes
 from discover_jax.learning.statistics import joined_metrics, metrics_of
 from discover_jax.learning.train_state import TrainState, abstract_train_state
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import lay_out, replicated, sharding_for, shardings
 from discover_jax.types import LoweredFunction

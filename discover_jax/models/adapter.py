@@ -28,16 +28,16 @@ from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder_writer import replace_file
-from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import LAYER_KINDS
 from discover_jax.models.parameters import Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _ROOT = "base_model.model."
 _WRAPPERS = {"gate_up": "mlp.experts.base_layer", "down": "mlp.experts"}
-_GROUPS = ("attention", "expert", "head")
+_MLP = ("gate", "up", "down")
+_GROUPS = ("attention", "expert", "mlp", "head")
 _BASE_HEAD = _ROOT + "lm_head.base_layer.weight"
 """A copy of the base model's head, which peft may save with the adapter."""
 _FLOATS = ("F32", "BF16", "F16")
@@ -74,16 +74,16 @@ class _Target:
     """One adapted matrix.
 
     Attributes:
-      group: "attention", "expert" or "head", each with a rank in `LoraConfig`.
-      path: path of its two leaves in the tree of a layer; for the head, in the whole tree.
-      layer: number of the layer; None for the head.
+      group: "attention", "expert", "mlp" or "head", each with a rank in `LoraConfig`.
+      node: path of its two leaves in the tree. Those of layers are stacks.
+      index: index of its layer in the stack; None for the head.
       name: name of the linear layer or parameter, as the patterns in adapter_config.json match it.
       prefix: common prefix of its two tensors' names.
     """
 
     group: str
-    path: tuple[str, ...]
-    layer: int | None
+    node: tuple[str, ...]
+    index: int | None
     name: str
     prefix: str
 
@@ -92,28 +92,35 @@ class _Target:
         return f"{self.prefix}.lora_A.weight", f"{self.prefix}.lora_B.weight"
 
     def leaves(self, tree: Tree) -> Tree:
-        """lora_a and lora_b. For a layer, these are the stacks over all pairs of layers."""
-        node = tree if self.layer is None else tree["pairs"][LAYER_KINDS[self.layer % 2]]
-        for key in self.path:
+        """lora_a and lora_b. For a layer, these are the stacks."""
+        node = tree
+        for key in self.node:
             node = node[key]
         return node
 
     def shapes(self, abstract: Tree) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of lora_a and lora_b of this layer in the adapter's tree."""
         leaves = self.leaves(abstract)
-        a, b = (leaves[name].shape if self.layer is None else leaves[name].shape[1:] for name in ("lora_a", "lora_b"))
+        a, b = (leaves[name].shape if self.index is None else leaves[name].shape[1:] for name in ("lora_a", "lora_b"))
         return a, b
 
 
 def _targets(config: ModelConfig) -> Iterator[_Target]:
     """All matrices that can have an adapter, layer by layer."""
     for layer in range(config.num_layers):
-        inside = f"model.layers.{layer}."
+        kind, index = config.position(layer)
+        inside, stack = f"model.layers.{layer}.", (config.stack, kind)
         for letter in "qkvo":
             name = f"{inside}self_attn.{letter}_proj"
-            yield _Target("attention", ("attention", letter), layer, name, _ROOT + name)
-        for matrix, wrapper in _WRAPPERS.items():
-            yield _Target("expert", ("experts", matrix), layer, f"{inside}mlp.experts.{matrix}_proj", _ROOT + inside + wrapper)
+            yield _Target("attention", (*stack, "attention", letter), index, name, _ROOT + name)
+        if config.num_experts:
+            for matrix, wrapper in _WRAPPERS.items():
+                name = f"{inside}mlp.experts.{matrix}_proj"
+                yield _Target("expert", (*stack, "experts", matrix), index, name, _ROOT + inside + wrapper)
+        else:
+            for matrix in _MLP:
+                name = f"{inside}mlp.{matrix}_proj"
+                yield _Target("mlp", (*stack, "mlp", matrix), index, name, _ROOT + name)
     yield _Target("head", ("head",), None, "lm_head", _ROOT + "lm_head")
 
 
@@ -162,7 +169,7 @@ def save_peft(path: str | Path, lora_tree: Tree, model_config: ModelConfig, lora
         if not _rank(lora_config, target.group):
             continue
         leaves = target.leaves(tree)
-        a, b = (leaves[name] if target.layer is None else leaves[name][target.layer // 2] for name in ("lora_a", "lora_b"))
+        a, b = (leaves[name] if target.index is None else leaves[name][target.index] for name in ("lora_a", "lora_b"))
         arrays |= zip(target.tensors, map(np.ascontiguousarray, _to_peft(a, b)), strict=True)
     path = Path(path)
     try:
@@ -198,9 +205,12 @@ def _named_shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 def _peft_config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
     # `r` is the experts' rank if they have one. rank_pattern works for parameters too, but peft 0.21 wrongly warns that it does not.
-    rank = lora.expert_rank or lora.attention_rank or lora.head_rank
+    rank = lora.expert_rank or lora.mlp_rank or lora.attention_rank or lora.head_rank
     modules = [f"{letter}_proj" for letter in "qkvo"] if lora.attention_rank else []
     ranks = dict.fromkeys(modules, lora.attention_rank)
+    if lora.mlp_rank:
+        modules += [f"{matrix}_proj" for matrix in _MLP]
+        ranks |= dict.fromkeys((f"{matrix}_proj" for matrix in _MLP), lora.mlp_rank)
     if lora.head_rank:
         modules.append("lm_head")
         ranks["lm_head"] = lora.head_rank
@@ -255,17 +265,16 @@ def load_peft(path: str | Path, model: Model) -> Tree:
     for target in _targets(model.config):
         if not _rank(lora, target.group):
             continue
-        node = target.path if target.layer is None else ("pairs", LAYER_KINDS[target.layer % 2], *target.path)
         stored_a, stored_b = (tensors.read(name) for name in target.tensors)
         a, b = _from_peft(stored_a, stored_b, target.shapes(abstract))
-        stack_a, stack_b = parts.setdefault(node, ([], []))
+        stack_a, stack_b = parts.setdefault(target.node, ([], []))
         stack_a.append(a)
         stack_b.append(b)
 
     def leaf(path: tuple[Any, ...], struct: jax.ShapeDtypeStruct) -> jax.Array:
         *node, name = (key.key for key in path)
         matrices = parts[tuple(node)][("lora_a", "lora_b").index(name)]
-        value = np.stack(matrices) if node[0] == "pairs" else matrices[0]
+        value = np.stack(matrices) if node[0] == model.config.stack else matrices[0]
         return jax.device_put(np.ascontiguousarray(value, struct.dtype), struct.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)

@@ -13,7 +13,7 @@ from discover_jax.kernels import pages
 class Pool:
     """Pages of keys and values of the full layers. Rows get pages as they grow, and can share pages that are no longer written.
 
-    Axes: L pairs of layers, P pages, K key/value heads, s positions of a page, H head size.
+    Axes: L full layers, P pages, K key/value heads, s positions of a page, H head size.
     """
 
     keys_LPKsH: jax.Array

@@ -1,66 +1,37 @@
-"""Sizes and constants of a gpt-oss model, its conversion from and to config.json, and the ranks of an adapter."""
+"""The architecture of a model as data: sizes, and which options each of its layers has. Also the ranks of an adapter."""
 
 import dataclasses
-from typing import Any
 
-from discover_jax.exceptions import ConfigError, WeightsError
-
-_HF_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_width": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "sliding_window": "sliding_window",
-    "rms_eps": "rms_norm_eps",
-    "swiglu_limit": "swiglu_limit",
-    "eos_id": "eos_token_id",
-    "pad_id": "pad_token_id",
-}
-_HF_ROPE_NAMES = {
-    "rope_factor": "factor",
-    "rope_original_length": "original_max_position_embeddings",
-    "rope_beta_fast": "beta_fast",
-    "rope_beta_slow": "beta_slow",
-    "rope_truncate": "truncate",
-}
-# config.json of the original layout. Sizes that it lacks are constants of gpt-oss.
-_ORIGINAL_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "num_experts": "num_experts",
-    "experts_per_token": "experts_per_token",
-    "expert_width": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "sliding_window": "sliding_window",
-    "swiglu_limit": "swiglu_limit",
-    "rope_theta": "rope_theta",
-    "rope_factor": "rope_scaling_factor",
-    "rope_original_length": "initial_context_length",
-    "rope_beta_fast": "rope_ntk_beta",
-    "rope_beta_slow": "rope_ntk_alpha",
-}
+from discover_jax.exceptions import ConfigError
 
 REMAT = ("none", "layers", "pairs")
 """Rematerialisation policies of the update, see `Model.remat`."""
+PATTERNS = (("sliding", "full"), ("full",))
+"""Kinds of layers that repeat through a model."""
+ROPE_KINDS = ("plain", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of gpt-oss with any sizes. Defaults are the constants that the published models share.
+    """A decoder-only transformer. Defaults are the constants of gpt-oss; `models.families` makes the configs of other families.
 
     Attributes:
-      num_layers: must be even. Layers with an even index use a sliding window; those with an odd index see all keys.
-      sliding_window: keys that a query of a sliding layer sees, including its own.
-      rope_*: constants of YaRN. `rope_truncate` rounds the bounds of its ramp; it is off in the published models.
+      num_experts: 0 for a dense feed-forward layer: down(silu(gate x) * up x). Otherwise experts with gpt-oss's activation.
+      experts_per_token: 0 for a dense model.
+      mlp_width: width of the hidden layer of the feed-forward, or of each expert.
+      sliding_window: keys that a sliding layer sees, including the query's own; ignored if no layer slides.
+      rope_kind: one of ROPE_KINDS. "plain" has only `rope_theta`. "llama3" has a factor, the original length, `rope_low_factor` and
+        `rope_high_factor`. "yarn" has a factor, the original length, two betas and `rope_truncate`, which rounds the bounds of the ramp
+        (the published gpt-oss models do not round).
+      rms_eps: added to the mean square in norms.
       swiglu_limit, swiglu_alpha: clamp and slope of the experts' activation.
+      eos_id, pad_id: ids of the end and of padding.
+      family: the name in `models.families.FAMILIES` that reads and writes this model.
+      pattern: kinds of the layers that repeat, one of PATTERNS.
+      sinks: whether each head has a learned sink in the softmax.
+      qk_norm: whether queries and keys are normed before their rotary positions.
+      qkv_bias, o_bias: whether the attention's projections have biases.
+      tied: whether the head is the embedding.
     """
 
     num_layers: int
@@ -70,7 +41,7 @@ class ModelConfig:
     head_size: int
     num_experts: int
     experts_per_token: int
-    expert_width: int
+    mlp_width: int
     vocab_size: int
     sliding_window: int = 128
     rope_theta: float = 150_000.0
@@ -84,114 +55,77 @@ class ModelConfig:
     swiglu_alpha: float = 1.702
     eos_id: int = 200_002
     pad_id: int = 199_999
+    family: str = "gpt_oss"
+    pattern: tuple[str, ...] = PATTERNS[0]
+    sinks: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    o_bias: bool = True
+    rope_kind: str = "yarn"
+    rope_low_factor: float = 1.0
+    rope_high_factor: float = 4.0
+    tied: bool = False
 
     def __post_init__(self):
         problems = []
-        if self.num_layers < 2 or self.num_layers % 2:
+        if self.pattern not in PATTERNS:
+            problems.append(f"pattern = {self.pattern!r}; allowed: {', '.join(map(repr, PATTERNS))}")
+        elif self.num_layers < 1 or self.num_layers % len(self.pattern):
             problems.append(
-                f"num_layers = {self.num_layers}, but must be even and at least 2, because layers come in pairs (sliding, full)"
+                f"num_layers = {self.num_layers}, but must be at least {len(self.pattern)} and a multiple of it, because layers repeat as"
+                f" {', '.join(self.pattern)}"
             )
         if self.num_heads % self.num_kv_heads:
             problems.append(f"num_heads = {self.num_heads}, but must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_size % 2:
             problems.append(f"head_size = {self.head_size}, but must be even, because rotary embedding pairs its halves")
-        if not 1 <= self.experts_per_token <= self.num_experts:
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             problems.append(f"experts_per_token = {self.experts_per_token}, but must be between 1 and num_experts = {self.num_experts}")
+        if not self.num_experts and self.experts_per_token:
+            problems.append(f"experts_per_token = {self.experts_per_token}, but must be 0, because num_experts is 0")
+        if self.rope_kind not in ROPE_KINDS:
+            problems.append(f"rope_kind = {self.rope_kind!r}; allowed: {', '.join(ROPE_KINDS)}")
         if problems:
-            raise ConfigError("Invalid sizes of a model: " + "; ".join(problems) + ".")
+            raise ConfigError("This model cannot be built: " + "; ".join(problems) + ".")
 
     @property
-    def num_pairs(self) -> int:
-        return self.num_layers // 2
+    def num_repeats(self) -> int:
+        """Number of times that the pattern of layers repeats."""
+        return self.num_layers // len(self.pattern)
 
-    @classmethod
-    def from_json(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From the content of a config.json of either layout.
+    @property
+    def stack(self) -> str:
+        """Key of the stacked layers in the trees of parameters."""
+        return "pairs" if len(self.pattern) == 2 else "layers"
 
-        Raises:
-          WeightsError: the architecture is not gpt-oss, or a size is missing.
-        """
-        # The original layout does not name the architecture. Only gpt-oss has both of these fields.
-        original = "model_type" not in config and {"rope_scaling_factor", "num_experts"} <= config.keys()
-        return cls.from_original(config) if original else cls.from_hf(config)
+    @property
+    def num_sliding(self) -> int:
+        """Number of sliding layers."""
+        return self.num_repeats * self.pattern.count("sliding")
 
-    @classmethod
-    def from_original(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From the content of a config.json of the original layout.
+    @property
+    def num_full(self) -> int:
+        """Number of layers that see all keys."""
+        return self.num_repeats * self.pattern.count("full")
 
-        Raises:
-          WeightsError: a size is missing.
-        """
-        optional = ("swiglu_limit", "rope_theta", "rope_ntk_beta", "rope_ntk_alpha", "initial_context_length")
-        missing = [name for name in _ORIGINAL_NAMES.values() if name not in config and name not in optional]
-        if missing:
-            raise WeightsError(f"config.json lacks {', '.join(missing)}. Use the file that was published with the weights.")
-        return cls(**{ours: config[name] for ours, name in _ORIGINAL_NAMES.items() if name in config})
-
-    def to_original(self) -> dict[str, Any]:
-        """The content of a config.json of the original layout, which has no fields for eos_id, pad_id and rope_truncate."""
-        return {name: getattr(self, ours) for ours, name in _ORIGINAL_NAMES.items()}
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """From the content of a config.json of Hugging Face's layout.
-
-        Raises:
-          WeightsError: the architecture is not gpt-oss, or a size is missing.
-        """
-        if config.get("model_type") != "gpt_oss":
-            raise WeightsError(f"config.json has model_type = {config.get('model_type')!r}; only 'gpt_oss' is supported.")
-        # transformers 5 writes rope_parameters; earlier versions write rope_scaling and rope_theta.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", "yarn") != "yarn":
-            raise WeightsError(f"config.json has rope_type = {rope['rope_type']!r}; only 'yarn' is supported.")
-        missing = [hf for hf in _HF_NAMES.values() if hf not in config and hf not in ("swiglu_limit", "rms_norm_eps", "pad_token_id")]
-        if missing:
-            raise WeightsError(f"config.json lacks {', '.join(missing)}. Use the file that was published with the weights.")
-        pattern = ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2)
-        if config.get("layer_types", pattern) != pattern:
-            raise WeightsError(
-                "config.json has unsupported layer_types; they must alternate between sliding_attention and full_attention, in this order."
-            )
-        values = {ours: config[hf] for ours, hf in _HF_NAMES.items() if config.get(hf) is not None}
-        values |= {ours: rope[hf] for ours, hf in _HF_ROPE_NAMES.items() if rope.get(hf) is not None}
-        theta = rope.get("rope_theta", config.get("rope_theta"))
-        if theta is not None:
-            values["rope_theta"] = theta
-        if isinstance(values.get("eos_id"), list):
-            values["eos_id"] = values["eos_id"][0]
-        return cls(**values)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a config.json from which `transformers` builds the same model, with experts in MXFP4."""
-        return {
-            "architectures": ["GptOssForCausalLM"],
-            "model_type": "gpt_oss",
-            **{hf: getattr(self, ours) for ours, hf in _HF_NAMES.items()},
-            "rope_theta": self.rope_theta,
-            "rope_scaling": {"rope_type": "yarn", **{hf: getattr(self, ours) for ours, hf in _HF_ROPE_NAMES.items()}},
-            "max_position_embeddings": int(self.rope_factor * self.rope_original_length),
-            "layer_types": ["sliding_attention", "full_attention"] * self.num_pairs,
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-            "hidden_act": "silu",
-            "quantization_config": {
-                "quant_method": "mxfp4",
-                "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
-            },
-        }
-
-
-GPT_OSS_120B = ModelConfig(36, 2880, 64, 8, 64, 128, 4, 2880, 201_088)
-GPT_OSS_20B = ModelConfig(24, 2880, 64, 8, 64, 32, 4, 2880, 201_088)
-SHAPES = {"gpt-oss-120b": GPT_OSS_120B, "gpt-oss-20b": GPT_OSS_20B}
+    def position(self, layer: int) -> tuple[str, int]:
+        """The kind of a layer, and its index in the stack of that kind."""
+        return self.pattern[layer % len(self.pattern)], layer // len(self.pattern)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Ranks of the adapter. Targets of rank 0 have no adapter. Each product B A is scaled by alpha / rank."""
+    """Ranks of the adapter. Targets of rank 0 have no adapter. Each product B A is scaled by alpha / rank.
+
+    `expert_rank` is of the experts' matrices, `mlp_rank` of a dense model's gate, up and down projections.
+    """
 
     attention_rank: int = 32
     expert_rank: int = 8
     head_rank: int = 32
     alpha: float = 32.0
+    mlp_rank: int = 0
+
+    def of_model(self, config: ModelConfig) -> "LoraConfig":
+        """The ranks that a model has: rank 0 for the experts of a dense model, and for the dense layers of a model with experts."""
+        return dataclasses.replace(self, **({"mlp_rank": 0} if config.num_experts else {"expert_rank": 0}))

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from discover_jax.exceptions import WeightsError
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import LAYER_KINDS, Layout, ParamPath, layout_of, paths_of
+from discover_jax.models.decoder import Model
+from discover_jax.models.families import find_layout, read_model_config
+from discover_jax.models.layouts import Layout, ParamPath, paths_of
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.parameters import Tree
 
@@ -93,17 +94,13 @@ def _open_folder(path: Path) -> _Folder:
             f"No weights at {str(path)!r}: config.json is missing. Set config.model.weights to a folder with config.json and *.safetensors"
             " files, or to 'apprentice' for the small model that ships with the project."
         )
-    config = ModelConfig.from_json(_read_json(path / "config.json"))
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise WeightsError(f"{path} has config.json but no *.safetensors files. Download the weights too.")
-    _check_indices(path, files)
-    headers = _read_headers(files)
-    layout = layout_of(headers)
+    config = read_model_config(_read_json(path / "config.json"))
+    headers = _read_headers(path)
+    layout = find_layout(config, set(headers))
     if layout is None:
         raise WeightsError(
-            f"{path} is not a gpt-oss checkpoint: its {len(headers)} tensors ({', '.join(sorted(headers)[:3])}, ...) include no known"
-            " embedding. Use a folder of gpt-oss-20b or gpt-oss-120b."
+            f"{path} is not a checkpoint of {config.family}, which its config.json names: its {len(headers)} tensors"
+            f" ({', '.join(sorted(headers)[:3])}, ...) include no known embedding. Download the folder again."
         )
     return _Folder(path, config, layout, headers)
 
@@ -118,32 +115,53 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_indices(path: Path, files: list[Path]) -> None:
-    """Raises WeightsError if an index file names a shard that is missing."""
-    for index in sorted(path.glob("*.index.json")):
-        named = _read_json(index).get("weight_map", {}).values()
-        absent = sorted({str(name) for name in named} - {file.name for file in files})
-        if absent:
-            raise WeightsError(
-                f"{path} lacks {len(absent)} of the {len(set(named))} files that {index.name} names: {', '.join(absent[:_MAX_NAMED])}."
-                " The download is incomplete; download the missing files."
-            )
-
-
-def _read_headers(files: list[Path]) -> dict[str, _Header]:
+def _read_headers(path: Path) -> dict[str, _Header]:
+    """The headers of all tensors. With an index, each is read from the file that the index names, so that left-over files do not count."""
+    files = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
+    if not files:
+        raise WeightsError(f"{path} has config.json but no *.safetensors files. Download the weights too.")
+    file_of = _read_indices(path, {file.name for file in files})
     headers: dict[str, _Header] = {}
     for file in files:
-        try:
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    part = opened.get_slice(name)
-                    headers[name] = _Header(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            size = file.stat().st_size
-            raise WeightsError(
-                f"Cannot read {file} ({size:,} bytes): {error}. The file is damaged or truncated; download it again."
-            ) from error
+        if file_of and file.name not in file_of.values():
+            continue
+        for name, header in _read_file_headers(file).items():
+            if file_of and file_of.get(name) != file.name:
+                continue
+            if name in headers:
+                raise WeightsError(
+                    f"{path} has tensor {name!r} twice: in {headers[name].file.name} and in {file.name}. Delete the file that does not"
+                    " belong to this checkpoint."
+                )
+            headers[name] = header
     return headers
+
+
+def _read_indices(path: Path, files: set[str]) -> dict[str, str]:
+    """The file of each tensor from the index files; empty if there are none. Raises WeightsError if a file is missing."""
+    file_of: dict[str, str] = {}
+    for index in sorted(path.glob("*.index.json")):
+        if index.name.startswith("."):
+            continue
+        named = {str(name): str(file) for name, file in _read_json(index).get("weight_map", {}).items()}
+        if absent := sorted(set(named.values()) - files):
+            raise WeightsError(
+                f"{path} lacks {len(absent)} of the {len(set(named.values()))} files that {index.name} names:"
+                f" {', '.join(absent[:_MAX_NAMED])}. The download is incomplete; download the missing files."
+            )
+        file_of |= named
+    return file_of
+
+
+def _read_file_headers(file: Path) -> dict[str, _Header]:
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+            return {name: _Header(file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"Cannot read {file} ({file.stat().st_size:,} bytes): {error}. The file is damaged or truncated; download it again."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,10 +312,10 @@ def load_folder(
     reader = _Reader(structs, _locate_parameters(folder, structs), on_progress)
 
     def leaf(path: tuple[str, ...], struct: jax.ShapeDtypeStruct) -> jax.Array:
-        if path[0] != "pairs":
+        if path[0] != config.stack:
             return reader.read(path, None)
         _, kind, *param = path
-        layers = range(LAYER_KINDS.index(kind), config.num_layers, 2)
+        layers = range(config.pattern.index(kind), config.num_layers, len(config.pattern))
         return _stack_layers(struct, (reader.read_layer(tuple(param), layer, dtype) for layer in layers))
 
     abstract = Model(config, _NO_ADAPTER, dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
@@ -342,7 +360,8 @@ def _parameter_structs(folder: _Folder, model: Model) -> dict[ParamPath, jax.Sha
     """Shape, type and sharding of each parameter as it is read. A layer's parameter lacks the stack's first axis."""
     singles = folder.layout.singles.values()
     return {
-        param: struct if param in singles else _without_first_axis(struct) for param, struct in paths_of(model.abstract_frozen()).items()
+        param: struct if param in singles else _without_first_axis(struct)
+        for param, struct in paths_of(model.abstract_frozen(), folder.config).items()
     }
 
 

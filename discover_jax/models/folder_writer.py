@@ -1,4 +1,4 @@
-"""Writes checkpoint folders: config.json and *.safetensors, in any layout of `models.layouts.LAYOUTS`, one file at a time."""
+"""Writes checkpoint folders: config.json and *.safetensors, in any writable layout of the family, one file at a time."""
 
 import functools
 import json
@@ -19,9 +19,10 @@ from discover_jax.exceptions import WeightsError
 from discover_jax.files import replacement
 from discover_jax.kernels.mxfp4_tiles import SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families import config_content, family_of
 from discover_jax.models.folder import OnProgress, Progress
-from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import HUGGINGFACE, LAYER_KINDS, LAYOUTS, Layout, ParamPath, TensorEntry, paths_of
+from discover_jax.models.layouts import HF_NAME, Layout, ParamPath, TensorEntry, paths_of
 from discover_jax.models.mxfp4 import quantise
 from discover_jax.models.parameters import Tree
 
@@ -33,32 +34,32 @@ _MAX_NAMED = 5
 """Names that an error message lists."""
 
 
-def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: str = HUGGINGFACE.name) -> None:
+def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: str = HF_NAME) -> None:
     """Writes a frozen tree as a folder, see `write_folder`.
 
     Args:
       frozen: the tree of a `Model` of this config, with experts in any form. Dense experts are rounded to the nearest MXFP4 values.
     """
-    leaves_of = {kind: paths_of(frozen, kind) for kind in LAYER_KINDS}
+    leaves_of = {kind: paths_of(frozen, config, kind) for kind in config.pattern}
 
     @functools.lru_cache(maxsize=1)
     def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
-        leaves = leaves_of[LAYER_KINDS[layer % 2]]
+        kind, repeat = config.position(layer)
+        leaves = leaves_of[kind]
         forms = {
-            name: leaves["experts", matrix, name][layer // 2]
-            for name in ("weight", "words", "factors")
-            if ("experts", matrix, name) in leaves
+            name: leaves["experts", matrix, name][repeat] for name in ("weight", "words", "factors") if ("experts", matrix, name) in leaves
         }
         values = quantise(forms["weight"]) if "weight" in forms else restore(**forms, paired=SLABS[matrix].paired)
         return dict(zip(("blocks", "scales"), values, strict=True))
 
     def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
-        leaves = leaves_of[LAYER_KINDS[(layer or 0) % 2]]
+        kind, repeat = config.position(layer or 0)
+        leaves = leaves_of[kind]
         if layer is None:
             return np.asarray(leaves[param])
         if param not in leaves:
             return np.asarray(packed(param[1], layer)[param[2]])
-        return np.asarray(leaves[param][layer // 2])
+        return np.asarray(leaves[param][repeat])
 
     write_folder(path, config, tensor, layout=layout)
 
@@ -68,7 +69,7 @@ def write_folder(
     config: ModelConfig,
     tensor: Callable[[ParamPath, int | None], np.ndarray],
     *,
-    layout: str = HUGGINGFACE.name,
+    layout: str = HF_NAME,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Writes config.json and safetensors: experts in MXFP4, everything else in bfloat16.
@@ -78,14 +79,15 @@ def write_folder(
     Args:
       path: the folder; created if missing. Other files in it are kept.
       tensor: (param, layer or None) -> the parameter. It is called once for each parameter, in the order of the files.
-      layout: a name in `layouts.LAYOUTS`.
+      layout: name of a writable layout of the family.
 
     Raises:
       WeightsError: the layout is unknown, the folder already contains other weights, or the disk has too little space.
     """
-    if layout not in LAYOUTS:
-        raise WeightsError(f"Unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}.")
-    chosen, path = LAYOUTS[layout], Path(path)
+    layouts = {each.name: each for each in family_of(config).layouts(config) if each.writable}
+    if layout not in layouts:
+        raise WeightsError(f"Unknown layout {layout!r} of {config.family}; allowed: {', '.join(layouts)}.")
+    chosen, path = layouts[layout], Path(path)
     shards, total = _split_into_shards(chosen.tensors(config.num_layers), _parameter_bytes(config, chosen))
     sharded = len(shards) > 1
     names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
@@ -97,7 +99,7 @@ def write_folder(
     if sharded:
         file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
         _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
-    _write_json(path / "config.json", config.to_hf() if chosen is HUGGINGFACE else config.to_original())
+    _write_json(path / "config.json", config_content(config, chosen))
 
 
 def _parameter_bytes(config: ModelConfig, layout: Layout) -> dict[ParamPath, int]:
@@ -106,7 +108,7 @@ def _parameter_bytes(config: ModelConfig, layout: Layout) -> dict[ParamPath, int
     singles = layout.singles.values()
     return {
         param: math.prod(struct.shape if param in singles else struct.shape[1:]) * struct.dtype.itemsize
-        for param, struct in paths_of(abstract).items()
+        for param, struct in paths_of(abstract, config).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""The layers of gpt-oss as flax.nnx modules: projections with adapters, attention with sinks, the mixture of experts.
+"""The layers of a decoder as flax.nnx modules: projections with adapters, attention, the mixture of experts, the dense MLP.
 
 Modules contain declarations (see models.parameters) until `Model` binds arrays to them. Adapters are applied unmerged:
 y = x W^T + b + (alpha / rank) (x A^T) B^T.
@@ -59,20 +59,40 @@ def _adapter_product(x: jax.Array, a_ri: jax.Array, b_or: jax.Array, scale: floa
 
 
 class Projection(nnx.Module):
-    """x [..., in] -> [..., out], with optional bias and adapter."""
+    """x [..., in] -> [..., out], with optional bias and adapter. A tied projection has no weight of its own: the caller passes it."""
 
     def __init__(
-        self, declare: Declare, out: int, into: int, axes: tuple[str, str], *, rank: int, alpha: float, bias: bool = True, gain: float = 1.0
+        self,
+        declare: Declare,
+        out: int,
+        into: int,
+        axes: tuple[str, str],
+        *,
+        rank: int,
+        alpha: float,
+        bias: bool = True,
+        gain: float = 1.0,
+        tied: bool = False,
     ):
-        self.weight = declare.weight((out, into), axes, gain=gain)
+        self.weight = None if tied else declare.weight((out, into), axes, gain=gain)
         self.bias = declare.weight((out,), axes[:1], "zeros") if bias else None
         self.lora_a = declare.lora((rank, into), ("rank", axes[1]), "fan_in") if rank else None
         self.lora_b = declare.lora((out, rank), (axes[0], "rank"), "zeros") if rank else None
         self.scale = alpha / rank if rank else 0.0
 
-    def __call__(self, x: jax.Array, *, adapted: bool, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """The projection in `out_dtype` (default: x's type), summed in float32 and rounded once."""
-        y = _product(x, self.weight[...])
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        adapted: bool,
+        out_dtype: jax.typing.DTypeLike | None = None,
+        weight_oi: jax.Array | None = None,
+    ) -> jax.Array:
+        """The projection in `out_dtype` (default: x's type), summed in float32 and rounded once. `weight_oi`: of a tied projection."""
+        if self.weight is not None:
+            weight_oi = self.weight[...]
+        assert weight_oi is not None, "a tied projection needs the weight"
+        y = _product(x, weight_oi)
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         if adapted and self.lora_a is not None and self.lora_b is not None:
@@ -88,25 +108,42 @@ def project_stacked(
     def stack(one: Projection) -> Stack:
         assert one.bias is not None, "all projections of attention have biases"
         adapter = (one.lora_a[...], one.lora_b[...]) if adapted and one.lora_a is not None and one.lora_b is not None else ()
+        assert one.weight is not None, "attention's projections are not tied"
         return Stack(one.weight[...], one.bias[...], *adapter)
 
     ys = project(x.reshape(-1, x.shape[-1]), [stack(one) for one in projections], layer, projections[0].scale)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
+def branch_gain(config: ModelConfig) -> float:
+    """Gain of the last weights of a residual branch (two a layer): the stream's variance does not grow with depth (as in GPT-2)."""
+    return (2 * config.num_layers) ** -0.5
+
+
+NO_SINK = -1e30
+"""Sink of a head without one: its weight in the softmax is 0. It is finite, so that outputs at padding are finite too."""
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with a learned sink per head. The caller decides which keys a query sees."""
+    """Grouped-query attention, with a learned sink per head if the model has sinks. The caller decides which keys a query sees."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet):
         self.config, self.dtype, self.kernels = config, declare.dtype, kernels
         d, n, k, h = config.width, config.num_heads, config.num_kv_heads, config.head_size
         options = {"rank": lora.attention_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
-        self.q = Projection(declare, n * h, d, ("heads", "width"), **options)
-        self.k = Projection(declare, k * h, d, ("kv_heads", "width"), **options)
-        self.v = Projection(declare, k * h, d, ("kv_heads", "width"), **options)
-        self.o = Projection(declare, d, n * h, ("width", "heads"), gain=declare.branch_gain, **options)
-        self.sinks = declare.weight((n,), ("heads",), "zeros")
+        self.q = Projection(declare, n * h, d, ("heads", "width"), bias=config.qkv_bias, **options)
+        self.k = Projection(declare, k * h, d, ("kv_heads", "width"), bias=config.qkv_bias, **options)
+        self.v = Projection(declare, k * h, d, ("kv_heads", "width"), bias=config.qkv_bias, **options)
+        self.o = Projection(declare, d, n * h, ("width", "heads"), bias=config.o_bias, gain=branch_gain(config), **options)
+        self.q_norm = declare.weight((h,), ("head_size",), "ones") if config.qk_norm else None
+        self.k_norm = declare.weight((h,), ("head_size",), "ones") if config.qk_norm else None
+        self.sinks = declare.weight((n,), ("heads",), "zeros") if config.sinks else None
+
+    @property
+    def sinks_N(self) -> jax.Array:
+        """The sink of each head."""
+        return jnp.full(self.config.num_heads, NO_SINK, self.dtype) if self.sinks is None else self.sinks[...]
 
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, layer: jax.Array | None = None, *, adapted: bool
@@ -125,6 +162,8 @@ class Attention(nnx.Module):
                 y.astype(self.dtype) for y in project_stacked(self.kernels.decode_projections, projections, x_BTD, layer, adapted=adapted)
             ]
         q, k, v = (y.reshape(*x_BTD.shape[:-1], -1, c.head_size) for y in ys)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (rms_norm(x, norm[...], c.rms_eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         return rotate(q, positions_BT, c), rotate(k, positions_BT, c), v
 
     def attend(
@@ -150,7 +189,7 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * c.head_size**-0.5
         scores = scores.reshape(b, c.num_kv_heads, groups, t, -1)
         scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-        sinks = self.sinks[...].astype(jnp.float32).reshape(1, c.num_kv_heads, groups, 1, 1)
+        sinks = self.sinks_N.astype(jnp.float32).reshape(1, c.num_kv_heads, groups, 1, 1)
         highest = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - highest)
@@ -164,9 +203,9 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """`attend` for packed rows: a query sees its own and earlier keys of its segment, at most the last `window`. Differentiable."""
         if window is None:
-            out_BTNH = self.kernels.packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...])
+            out_BTNH = self.kernels.packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks_N)
         else:
-            out_BTNH = self.kernels.windowed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks[...], window=window)
+            out_BTNH = self.kernels.windowed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks_N, window=window)
         return self._out(out_BTNH.reshape(*q_BTNH.shape[:2], -1), None, adapted=adapted)
 
     def attend_cached(
@@ -181,7 +220,7 @@ class Attention(nnx.Module):
         adapted: bool,
     ) -> jax.Array:
         """`attend` for one query a row, which sees the first `counts_B` positions of the row's pages: float32 [B, 1, D]."""
-        arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks[...]
+        arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks_N
         out_BNH = self.kernels.paged_attention(*arguments)
         return self._out(out_BNH.reshape(*q_B1NH.shape[:2], -1), layer, adapted=adapted)
 
@@ -197,7 +236,7 @@ class Attention(nnx.Module):
         adapted: bool,
     ) -> jax.Array:
         """`attend` for a chunk of C queries from position `lengths_B`. A query sees its own and earlier positions: float32 [B, C, D]."""
-        arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks[...]
+        arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks_N
         out_BCNH = self.kernels.prefill_attention(*arguments)
         return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
 
@@ -280,12 +319,12 @@ class Experts(nnx.Module):
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.config, self.dtype, self.kernels = config, declare.dtype, kernels
-        d, e, f = config.width, config.num_experts, config.expert_width
+        d, e, f = config.width, config.num_experts, config.mlp_width
         options = {"form": form, "rank": lora.expert_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
         self.router = Projection(declare, e, d, ("logits", "width"), rank=0, alpha=0.0)
-        self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("expert_width", "width"), slab=SLABS["gate_up"], gain=1.0, **options)
-        self.down = ExpertMatrix(declare, e, d, f, ("width", "expert_width"), slab=SLABS["down"], gain=declare.branch_gain, **options)
+        self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("mlp_width", "width"), slab=SLABS["gate_up"], gain=1.0, **options)
+        self.down = ExpertMatrix(declare, e, d, f, ("width", "mlp_width"), slab=SLABS["down"], gain=branch_gain(config), **options)
 
     def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
         """The output for whole sequences; differentiable. `routes_BTX` are the experts to use; None for those with the largest logits."""
@@ -312,30 +351,70 @@ class Experts(nnx.Module):
         return out_TD.reshape(x_BTD.shape), index_TX.reshape(*x_BTD.shape[:-1], -1)
 
 
+class Mlp(nnx.Module):
+    """The feed-forward layer of a dense model: down(silu(gate x) * up x)."""
+
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig):
+        self.config, self.dtype = config, declare.dtype
+        d, f = config.width, config.mlp_width
+        options = {"bias": False, "rank": lora.mlp_rank, "alpha": lora.alpha}
+        self.norm = declare.weight((d,), ("width",), "ones")
+        self.gate = Projection(declare, f, d, ("mlp_width", "width"), **options)
+        self.up = Projection(declare, f, d, ("mlp_width", "width"), **options)
+        self.down = Projection(declare, d, f, ("width", "mlp_width"), gain=branch_gain(config), **options)
+
+    def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
+        """The output, [B, T, D] float32. `routes_BTX` is empty: a dense layer does not route."""
+        del routes_BTX
+        x_BTD = rms_norm(x_BTD, self.norm[...], self.config.rms_eps, self.dtype)
+        gate_BTF, up_BTF = (one(x_BTD, adapted=adapted, out_dtype=jnp.float32) for one in (self.gate, self.up))
+        return self.down((jax.nn.silu(gate_BTF) * up_BTF).astype(self.dtype), adapted=adapted, out_dtype=jnp.float32)
+
+    def decode(self, x_BTD: jax.Array, repeat: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
+        """The output, and the chosen experts [B, T, 0], for a few tokens a row."""
+        del repeat  # the matrices are those of this layer
+        return self(x_BTD, adapted=adapted), jnp.zeros((*x_BTD.shape[:-1], 0), jnp.int32)
+
+
 class Layer(nnx.Module):
-    """Attention and experts. The caller adds their outputs to the residual stream and stores keys and values."""
+    """Attention and feed-forward. The caller adds their outputs to the residual stream and stores keys and values."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
         self.attention = Attention(declare, config, lora, kernels)
-        self.experts = Experts(declare, config, lora, kernels, form=form)
+        if config.num_experts:
+            self.experts = Experts(declare, config, lora, kernels, form=form)
+        else:
+            self.mlp = Mlp(declare, config, lora)
+
+    @property
+    def feed_forward(self) -> Experts | Mlp:
+        """The experts, or a dense model's MLP."""
+        return self.experts if hasattr(self, "experts") else self.mlp
 
 
-class Pair(nnx.Module):
-    """A sliding layer and a full layer. Pairs are stacked and scanned over."""
+class Repeat(nnx.Module):
+    """One repeat of the pattern of layers, each under its kind. Repeats are stacked and scanned over."""
 
     def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet, *, form: str):
-        self.sliding = Layer(declare, config, lora, kernels, form=form)
-        self.full = Layer(declare, config, lora, kernels, form=form)
+        for kind in config.pattern:
+            setattr(self, kind, Layer(declare, config, lora, kernels, form=form))
 
 
-class GptOss(nnx.Module):
-    """All parameters: embedding, stacked pairs, final norm, head. `form` is that of the experts' matrices, see `Model.experts`."""
+class Decoder(nnx.Module):
+    """All parameters: embedding, stacked layers, final norm, head. `form` is that of the experts' matrices, see `Model.experts`."""
 
     def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, kernels: KernelSet, *, form: str):
         single = Declare(dtype)
         self.embedding = single.weight((config.vocab_size, config.width), ("vocab", "width"), "embedding")
-        self.pairs = Pair(Declare(dtype, config.num_pairs), config, lora, kernels, form=form)
+        setattr(self, config.stack, Repeat(Declare(dtype, config.num_repeats), config, lora, kernels, form=form))
         self.norm = single.weight((config.width,), ("width",), "ones")
         self.head = Projection(
-            single, config.vocab_size, config.width, ("vocab", "width"), rank=lora.head_rank, alpha=lora.alpha, bias=False
+            single,
+            config.vocab_size,
+            config.width,
+            ("vocab", "width"),
+            rank=lora.head_rank,
+            alpha=lora.alpha,
+            bias=False,
+            tied=config.tied,
         )

@@ -32,25 +32,20 @@ class Declare:
 
     Attributes:
       dtype: default type of frozen weights.
-      pairs: if above 0, the number of pairs of layers, the first axis of stacked parameters.
+      repeats: if above 0, how often the pattern of layers repeats: the first axis of stacked parameters.
     """
 
     dtype: Any
-    pairs: int = 0
+    repeats: int = 0
 
     def _variable(
         self, kind: type[nnx.Variable], shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab, dtype: Any, gain: float = 1.0
     ) -> nnx.Variable:
         if len(shape) != len(axes):
             raise AssertionError(f"{len(shape)} sizes but {len(axes)} logical axes: {shape}, {axes}")
-        if self.pairs:
-            shape, axes = (self.pairs, *shape), ("pairs", *axes)
+        if self.repeats:
+            shape, axes = (self.repeats, *shape), ("repeats", *axes)
         return kind(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init, gain=gain)
-
-    @property
-    def branch_gain(self) -> float:
-        """Gain of the last weights of a residual branch (two a layer): the stream's variance does not grow with depth (as in GPT-2)."""
-        return (4 * self.pairs) ** -0.5
 
     def weight(
         self, shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab = "fan_in", dtype: Any = None, gain: float = 1.0
@@ -58,7 +53,7 @@ class Declare:
         """Declares a frozen weight.
 
         Args:
-          shape, axes: sizes and logical axes for one pair of layers.
+          shape, axes: sizes and logical axes for one repeat of the pattern of layers.
           init: "fan_in" (normal, variance gain^2 / last axis), "embedding" (normal, variance 1), "ones" or "zeros". For packed MXFP4:
             "blocks" (random bytes) or "scales" (a constant for which products have about this gain). For tiles (`words` and `factors`):
             their slab; their values equal those of `blocks` and `scales` for the same key.
@@ -78,10 +73,10 @@ def _init_variable(key: jax.Array, variable: nnx.Variable) -> jax.Array:
         return jnp.ones(struct.shape, struct.dtype)
     if init == "zeros":
         return jnp.zeros(struct.shape, struct.dtype)
-    if variable.get_metadata()["axes"][0] == "pairs":
-        # One pair at a time: random generation needs several times the memory of its result, and a stack can fill the device.
+    if variable.get_metadata()["axes"][0] == "repeats":
+        # One repeat at a time: random generation needs several times the memory of its result, and a stack can fill the device.
         one = jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype)
-        return jax.lax.map(lambda pair: _init_array(jax.random.fold_in(key, pair), one, init, gain), jnp.arange(struct.shape[0]))
+        return jax.lax.map(lambda repeat: _init_array(jax.random.fold_in(key, repeat), one, init, gain), jnp.arange(struct.shape[0]))
     return _init_array(key, struct, init, gain)
 
 

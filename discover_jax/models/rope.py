@@ -1,4 +1,4 @@
-"""Rotary position embeddings with YaRN's interpolation, as in gpt-oss (YaRN, arXiv 2309.00071, section 3)."""
+"""Rotary position embeddings: plain, with Llama 3's scaling, and with YaRN's interpolation (arXiv 2309.00071, section 3)."""
 
 import math
 
@@ -36,9 +36,34 @@ def yarn_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     return frequencies.astype(np.float32), 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
 
 
+def plain_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position, float64 [H/2] (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    return config.rope_theta ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
+
+
+def llama3_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position, float64 [H/2], scaled as in Llama 3.1 (`rope_type` "llama3" of transformers).
+
+    A frequency with fewer than `rope_low_factor` rotations over the original length is divided by `rope_factor`, one with more than
+    `rope_high_factor` is kept, and those in between are interpolated.
+    """
+    frequencies = plain_frequencies(config)
+    rotations = config.rope_original_length * frequencies / (2 * math.pi)
+    keep = np.clip((rotations - config.rope_low_factor) / (config.rope_high_factor - config.rope_low_factor), 0.0, 1.0)
+    return (1.0 - keep) * frequencies / config.rope_factor + keep * frequencies
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians per position, float32 [H/2], and the factor of cosines and sines."""
+    if config.rope_kind == "yarn":
+        return yarn_frequencies(config)
+    frequencies = llama3_frequencies(config) if config.rope_kind == "llama3" else plain_frequencies(config)
+    return frequencies.astype(np.float32), 1.0
+
+
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotates the two halves of each head by the angles of its position (NeoX convention). Angles and arithmetic are in float32."""
-    frequencies, factor = yarn_frequencies(config)
+    frequencies, factor = rope_frequencies(config)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -24,8 +24,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",
-    "expert_width": "tensor",
-    "pairs": None,
+    "mlp_width": "tensor",
+    "repeats": None,
     "layers": None,
     "choices": None,
     "logits": None,  # of the router, which needs the logits of all experts of a token

@@ -18,11 +18,12 @@ import ml_dtypes
 import numpy as np
 
 from discover_jax.exceptions import ConfigError, DiscoverError
-from discover_jax.models.config import SHAPES, LoraConfig, ModelConfig
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import OnProgress
 from discover_jax.models.folder_writer import write_folder
-from discover_jax.models.gpt_oss import Model
-from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ParamPath, paths_of
+from discover_jax.models.layouts import HF_NAME, ParamPath, paths_of
 
 _MEAN_SQUARE = 7.33 * 1.75
 """Mean square of a random nibble's 16 values (0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives), times that of its relative scale (1/2, 1 or
@@ -41,7 +42,7 @@ def shape_of(name: str, layers: int = 0) -> ModelConfig:
 
 
 def write_synthetic(
-    path: str | Path, config: ModelConfig, *, seed: int = 0, layout: str = HUGGINGFACE.name, on_progress: OnProgress | None = None
+    path: str | Path, config: ModelConfig, *, seed: int = 0, layout: str = HF_NAME, on_progress: OnProgress | None = None
 ) -> None:
     """Writes a random checkpoint. The host needs memory for the tensors of one file.
 
@@ -49,7 +50,7 @@ def write_synthetic(
       WeightsError: see `write_folder`.
     """
     abstract = Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen()
-    structs = paths_of(abstract)
+    structs = paths_of(abstract, config)
 
     def tensor(param: ParamPath, layer: int | None) -> np.ndarray:
         shape = structs[param].shape if layer is None else structs[param].shape[1:]
@@ -68,7 +69,7 @@ def _random_values(rng: np.random.Generator, param: ParamPath, shape: tuple[int,
         middle = 127 + round(math.log2((shape[-1] * 32 * _MEAN_SQUARE) ** -0.5))
         return rng.integers(middle - 1, middle + 1, shape, np.uint8, endpoint=True)
     values = rng.standard_normal(shape, np.float32)
-    if param[-1] == "norm":
+    if param[-1] in ("norm", "q_norm", "k_norm"):
         values = 1 + 0.1 * values
     elif param[-1] == "bias":
         values *= 0.1
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", required=True, help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--layout", default=HUGGINGFACE.name, help=f"one of {', '.join(LAYOUTS)} (default: {HUGGINGFACE.name})")
+    parser.add_argument("--layout", default=HF_NAME, help=f"{HF_NAME} (the default), or original for gpt-oss")
     parser.add_argument("--layers", type=int, default=0, help="number of layers; must be even (default: the shape's)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.models.cache import Cache, Pool
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import sharding_for
 from discover_jax.sampling.draw import draw_tokens, rollout_keys
 
@@ -128,7 +128,7 @@ def abstract_rows(model: Model, batch: int) -> Rows:
     rows = "slots" if batch > 1 else "prompts"
 
     def lay_out(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = ("pairs", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
+        axes = ("repeats", rows, "kv_heads", "positions", "head_size") if name.startswith("ring") else (rows, "width")
         # Per-row numbers are replicated, because the host of every process reads them.
         axes = axes if leaf.ndim > 1 else ("prompts",)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(axes, leaf.shape, mesh))

@@ -20,7 +20,7 @@ from absl import logging
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels.spread import row_devices
 from discover_jax.models.cache import Cache, Pool, put_pages, take_pages
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from discover_jax.apprentice import batches, corpus, train
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
 from discover_jax.models.folder_writer import save_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.text.tokenizer import SentencePieceTokenizer
 
 reply_loss = jax.jit(train.reply_loss, static_argnums=0)
@@ -35,7 +35,7 @@ def model(tokenizer):
         num_heads=2,
         num_kv_heads=1,
         head_size=16,
-        expert_width=32,
+        mlp_width=32,
     )
     return Model(config, dtype=jnp.float32, experts="dense")
 

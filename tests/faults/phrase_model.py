@@ -14,8 +14,8 @@ import numpy as np
 import sentencepiece
 
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder_writer import write_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.layouts import ParamPath, paths_of
 from discover_jax.text.prompts import brief_text
 from discover_jax.text.tokenizer import SPECIAL_TOKENS
@@ -97,7 +97,7 @@ def write_phrase_model(folder: Path) -> None:
         head_size=16,
         num_experts=2,
         experts_per_token=1,
-        expert_width=32,
+        mlp_width=32,
         vocab_size=vocabulary,
         sliding_window=32,
         eos_id=id_of("<|return|>"),
@@ -108,7 +108,7 @@ def write_phrase_model(folder: Path) -> None:
         for phrase in before:
             for follower, probability in followers.items():
                 logits[id_of(follower), id_of(phrase)] = math.log(probability)
-    structs = paths_of(Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen())
+    structs = paths_of(Model(config, LoraConfig(0, 0, 0), dtype="bfloat16", experts="packed").abstract_frozen(), config)
     rng = np.random.default_rng(0)
 
     def tensor(place: ParamPath, layer: int | None) -> np.ndarray:

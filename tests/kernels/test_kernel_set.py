@@ -11,7 +11,7 @@ from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.kernel_set import OPERATIONS, PLATFORMS, REFERENCE, Platform, find_kernel, kernel_set, reference_set
 from discover_jax.kernels.spread import SPREAD
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 
 SIZES = ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, 61, sliding_window=16)
 

@@ -11,7 +11,7 @@ from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import adam
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.policy import load_policy
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt

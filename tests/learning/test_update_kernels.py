@@ -11,7 +11,7 @@ from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.packing import pack
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.types import Rollout, StopReason
 
@@ -23,7 +23,7 @@ SIZES = ModelConfig(
     head_size=64,
     num_experts=8,
     experts_per_token=2,
-    expert_width=384,
+    mlp_width=384,
     vocab_size=512,
     sliding_window=128,
 )

@@ -16,7 +16,7 @@ from discover_jax.learning.packing import pack, pack_substeps
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import make_mesh
 from discover_jax.types import Rollout, StopReason
 

@@ -13,8 +13,8 @@ from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.types import Rollout, StopReason
 
 torch = pytest.importorskip("torch")

@@ -19,8 +19,8 @@ from discover_jax.export_adapter import export_adapter
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.models.adapter import CONFIG, WEIGHTS, load_peft, read_lora_config, save_peft
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.runs.checkpoints import Checkpoints
 
@@ -32,7 +32,7 @@ SMALL = ModelConfig(
     head_size=32,
     num_experts=4,
     experts_per_token=2,
-    expert_width=96,
+    mlp_width=96,
     vocab_size=97,
     sliding_window=16,
     eos_id=1,
@@ -228,7 +228,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from discover_jax.models.adapter import load_peft
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import make_mesh
 config, lora = eval(sys.argv[2]), eval(sys.argv[3])
 model = Model(config, lora, mesh=make_mesh(1, 2, 2))

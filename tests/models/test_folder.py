@@ -19,7 +19,8 @@ import safetensors.numpy
 from discover_jax.exceptions import ConfigError, WeightsError
 from discover_jax.models import folder as folders
 from discover_jax.models import folder_writer, synthetic
-from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 from discover_jax.models.folder import load_folder, read_config
 from discover_jax.models.folder_writer import save_folder
 from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ORIGINAL
@@ -34,7 +35,7 @@ CONFIG = ModelConfig(
     head_size=8,
     num_experts=5,
     experts_per_token=2,
-    expert_width=64,
+    mlp_width=64,
     vocab_size=37,
     sliding_window=16,
     rope_theta=10_000.0,
@@ -265,7 +266,7 @@ import jax, numpy as np
 from discover_jax.models import folder as folders
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.folder import load_folder
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import make_mesh
 from discover_jax.models.synthetic import write_synthetic
 

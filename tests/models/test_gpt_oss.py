@@ -11,8 +11,9 @@ import pytest
 
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.models.cache import Cache, copy_page, put_pages, take_pages
-from discover_jax.models.config import GPT_OSS_20B, GPT_OSS_120B, REMAT, LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 from discover_jax.models.rope import yarn_frequencies, yarn_ramp
 from discover_jax.models.sharding import make_mesh, spec_for
 
@@ -24,7 +25,7 @@ CONFIG = ModelConfig(
     head_size=32,
     num_experts=4,
     experts_per_token=2,
-    expert_width=32,
+    mlp_width=32,
     vocab_size=97,
     sliding_window=8,
     eos_id=1,

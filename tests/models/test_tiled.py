@@ -15,9 +15,9 @@ from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.kernel_set import PLATFORMS, Platform, find_kernel, kernel_set
 from discover_jax.kernels.mxfp4_tiles import HIGHEST, SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
 from discover_jax.models.folder_writer import save_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.synthetic import write_synthetic
 
 CONFIG = ModelConfig(4, 128, 4, 2, 32, 4, 2, 64, 97, sliding_window=8)

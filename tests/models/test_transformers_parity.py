@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from discover_jax.models.config import ModelConfig
+from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
-from discover_jax.models.gpt_oss import Model
 from discover_jax.models.synthetic import write_synthetic
 
 torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
@@ -24,7 +24,7 @@ _SMALL = ModelConfig(
     head_size=32,
     num_experts=4,
     experts_per_token=2,
-    expert_width=32,
+    mlp_width=32,
     vocab_size=97,
     sliding_window=16,
     eos_id=1,
@@ -34,8 +34,8 @@ CONFIGS = {
     "grouped": _SMALL,
     "every expert active": dataclasses.replace(_SMALL, num_experts=3, experts_per_token=3),
     "one expert active, four layers": dataclasses.replace(_SMALL, num_layers=4, num_experts=8, experts_per_token=1),
-    "one key head": dataclasses.replace(_SMALL, num_heads=8, num_kv_heads=1, head_size=16, width=96, expert_width=64),
-    "no grouping, wide experts": dataclasses.replace(_SMALL, num_kv_heads=4, expert_width=128, swiglu_limit=0.5),
+    "one key head": dataclasses.replace(_SMALL, num_heads=8, num_kv_heads=1, head_size=16, width=96, mlp_width=64),
+    "no grouping, wide experts": dataclasses.replace(_SMALL, num_kv_heads=4, mlp_width=128, swiglu_limit=0.5),
     "other rotary constants": dataclasses.replace(
         _SMALL, rope_theta=10_000.0, rope_factor=4.0, rope_original_length=32, rope_beta_fast=8.0, head_size=64
     ),

@@ -13,7 +13,7 @@ from scipy import special, stats
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.models.cache import Pool, copy_page
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt, StopReason

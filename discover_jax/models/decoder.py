@@ -1,8 +1,9 @@
-"""gpt-oss as pure functions of two pytrees: `frozen` (base weights) and `lora` (adapter). Safe to call inside jit."""
+"""A decoder-only model as pure functions of two pytrees: `frozen` (base weights) and `lora` (adapter). Safe to call inside jit."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from discover_jax.kernels.packed_attention import ATTENTION
 from discover_jax.kernels.spread import can_spread, row_devices, rows_axes
 from discover_jax.models.cache import Cache, Pool, copy_page
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
-from discover_jax.models.layers import Attention, GptOss, Layer, Pair, rms_norm
+from discover_jax.models.layers import Attention, Decoder, Layer, Repeat, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
 from discover_jax.models.sharding import sharding_for, shardings
 
@@ -39,7 +40,8 @@ class Model:
       experts: form of the experts' weights. "packed": MXFP4, unpacked where used. "tiled": the same bits in the order that the decoding
         kernels need (the sizes must pass kernels.mxfp4_tiles.check_sizes). "dense": `dtype`.
       mesh: devices for the parameters; None for the default device.
-      remat: what the backward pass of whole sequences recomputes. "pairs": everything; only the input of each pair of layers is kept.
+      remat: what the backward pass of whole sequences recomputes. "pairs": everything; only the input of each repeat of the
+        layers' pattern is kept, which in gpt-oss is a pair of layers.
         "layers": everything except attention; the residuals of its backward pass are kept too. "none": nothing.
       kernels: one implementation per operation, see kernels.kernel_set. Default: the references, spread over the mesh.
     """
@@ -63,6 +65,7 @@ class Model:
             raise ConfigError(
                 f"The kernels were built for mesh {self.kernels.mesh}, but the model for {self.mesh}. Build both with the same mesh."
             )
+        object.__setattr__(self, "lora", self.lora.of_model(self.config))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # so that jnp.float32 and "float32" hash alike
 
     # Parameters
@@ -112,19 +115,24 @@ class Model:
         def read(layer: Layer, x_BTD: jax.Array, window: int | None, routes_BTX: jax.Array | None) -> jax.Array:
             q, k, v = layer.attention.project(x_BTD, positions_BT, adapted=adapted)
             x_BTD += layer.attention.attend_packed(q, k, v, segments_BT, window, adapted=adapted)
-            return x_BTD + layer.experts(x_BTD, routes_BTX, adapted=adapted)
+            return x_BTD + layer.feed_forward(x_BTD, routes_BTX, adapted=adapted)
 
         def step(x_BTD: jax.Array, parameters: tuple[Tree, Tree, jax.Array | None]) -> tuple[jax.Array, None]:
             *own, routes = parameters
-            pair, (first, second) = self._bind_pair(*own), (None, None) if routes is None else (routes[0], routes[1])
-            x_BTD = checkpoint_name(read(pair.sliding, x_BTD, c.sliding_window, first), _LAYER)
-            return read(pair.full, x_BTD, None, second), None
+            repeat = self._bind_repeat(*own)
+            for number, kind in enumerate(c.pattern):
+                if number:
+                    x_BTD = checkpoint_name(x_BTD, _LAYER)
+                window = c.sliding_window if kind == "sliding" else None
+                x_BTD = read(getattr(repeat, kind), x_BTD, window, None if routes is None else routes[number])
+            return x_BTD, None
 
         x_BTD = frozen["embedding"][tokens_BT].astype(jnp.float32)
         routes = routes_BTLX
-        if routes is not None:  # pairs, layers of a pair, B, T, X
-            routes = jnp.moveaxis(routes, 2, 0).reshape(c.num_pairs, 2, *routes.shape[:2], -1)
-        parameters = (frozen["pairs"], (lora or {}).get("pairs", {}), routes)
+        if routes is not None:  # repeats, layers of the pattern, B, T, X
+            shape = (c.num_repeats, len(c.pattern), *routes.shape[:2], c.experts_per_token)
+            routes = jnp.moveaxis(routes, 2, 0).reshape(shape)
+        parameters = (frozen[c.stack], (lora or {}).get(c.stack, {}), routes)
         if self.remat != "none":
             names = (ATTENTION, _LAYER) if self.remat == "layers" else ()
             # CSE cannot undo rematerialisation in the body of a loop, so preventing it would only cost time.
@@ -134,8 +142,9 @@ class Model:
 
     def logits(self, frozen: Tree, lora: Tree | None, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        head = self._bind({"head": frozen["head"]}, lora and {"head": lora.get("head", {})})
-        return head.head(hidden, adapted=lora is not None, out_dtype=jnp.float32)
+        head = self._bind({"head": frozen.get("head", {})}, lora and {"head": lora.get("head", {})}).head
+        weight = frozen["embedding"] if self.config.tied else None
+        return head(hidden, adapted=lora is not None, out_dtype=jnp.float32, weight_oi=weight)
 
     # Token by token
 
@@ -148,7 +157,7 @@ class Model:
     def init_pool(self, pages: int, page_size: int) -> Pool:
         """Empty pages of `page_size` tokens each, for the full layers."""
         c = self.config
-        shape = (c.num_pairs, pages, c.num_kv_heads, page_size, c.head_size)
+        shape = (c.num_full, pages, c.num_kv_heads, page_size, c.head_size)
         return Pool(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def copy_page(self, pool: Pool, source: jax.Array, target: jax.Array) -> Pool:
@@ -158,7 +167,7 @@ class Model:
     def init_rings(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """Empty rings of keys and values for the sliding layers of `batch` rows."""
         c = self.config
-        shape = (c.num_pairs, batch, c.num_kv_heads, c.sliding_window, c.head_size)
+        shape = (c.num_sliding, batch, c.num_kv_heads, c.sliding_window, c.head_size)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
     def init_cache(self, batch: int, capacity: int, page_size: int = 128) -> Cache:
@@ -176,7 +185,7 @@ class Model:
         pool = jax.eval_shape(lambda: self.init_pool(pages, page_size))
         if self.mesh is None:
             return pool
-        axes = ("pairs", "pages", "kv_heads", "positions", "head_size")
+        axes = ("repeats", "pages", "kv_heads", "positions", "head_size")
         sharding = sharding_for(axes, pool.keys_LPKsH.shape, self.mesh)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), pool)
 
@@ -200,53 +209,40 @@ class Model:
           CapacityError: C is not a multiple of the page size, or exceeds the pages of a row.
         """
         c, adapted = self.config, lora is not None
-        (batch, chunk), size, window = tokens_BC.shape, cache.pool.page_size, c.sliding_window
-        if chunk % size or chunk > cache.pages_BM.shape[1] * size:
-            raise CapacityError(
-                f"Cannot read a chunk of {chunk} tokens into rows of {cache.pages_BM.shape[1]} pages of {size} tokens. Use a multiple of"
-                f" {size}, at most {cache.pages_BM.shape[1] * size}."
-            )
-        lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
-        positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
-        firsts_m = jnp.arange(0, chunk, size)
-        # Devices have different pages of a row; the positions in them are the same.
-        pages_RBM, places_Bm = cache.pages_BM.reshape(-1, batch, cache.pages_BM.shape[1]), (lengths_B[:, None] + firsts_m) // size
-        pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
-        pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
-        pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
-        # Index w of a ring is the last position p with p mod W = w, if there is one.
-        held_BW, holds_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
-        # Sliding layers attend to the ring before the chunk, and to the chunk.
-        keys_at_BS = jnp.concatenate([held_BW, positions_BC], axis=1)
-        distance_BCS = positions_BC[:, :, None] - keys_at_BS[:, None]
-        sliding_BCS = (distance_BCS >= 0) & (distance_BCS < window) & (keys_at_BS >= 0)[:, None]
-        kept_BW = jnp.where(holds_BW >= lengths_B[:, None], window + holds_BW - lengths_B[:, None], jnp.arange(window))
-        (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
+        at = _locate_chunk(cache, counts_B, tokens_BC.shape[1], c.sliding_window if c.num_sliding else None)
+        (frozen_layers, frozen_stacks), (lora_layers, lora_stacks) = map(self._split, (frozen[c.stack], (lora or {}).get(c.stack, {})))
 
-        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree, tuple[jax.Array, jax.Array]]):
+        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree, Any]):
             x_BCD, pool = carry
-            index, frozen_pair, lora_pair, rings = parameters
-            pair = self._bind_pair(_join(frozen_pair, frozen_stacks), _join(lora_pair, lora_stacks))
-            attention, layer = pair.sliding.attention, index if self._stacked else None
-            q, k, v = self._project_chunk(attention, x_BCD, positions_BC, layer, adapted=adapted)
-            keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
-            rings = tuple(jnp.take_along_axis(x, kept_BW[:, None, :, None], axis=2) for x in (keys, values))
-            x_BCD += attention.attend(q, keys, values, sliding_BCS, layer, adapted=adapted)
-            y_BCD, first_BCX = pair.sliding.experts.decode(x_BCD, index, adapted=adapted)
-            x_BCD += y_BCD
-            attention = pair.full.attention
-            q, k, v = self._project_chunk(attention, x_BCD, positions_BC, layer, adapted=adapted)
-            pool = Pool(*self.kernels.write_pages(pool.keys_LPKsH, pool.values_LPKsH, index, pages_Bm, k, v))
-            x_BCD += attention.attend_chunk(q, pool, index, cache.pages_BM, lengths_B, layer, adapted=adapted)
-            y_BCD, second_BCX = pair.full.experts.decode(x_BCD, index, adapted=adapted)
-            return (x_BCD + y_BCD, pool), (*rings, self._routes_of_pair(first_BCX, second_BCX))
+            index, frozen_repeat, lora_repeat, rings = parameters
+            repeat = self._bind_repeat(_join(frozen_repeat, frozen_stacks), _join(lora_repeat, lora_stacks))
+            stacked = index if self._stacked else None
+            routes = []
+            for kind in c.pattern:
+                layer: Layer = getattr(repeat, kind)
+                q, k, v = self._project_chunk(layer.attention, x_BCD, at.positions_BC, stacked, adapted=adapted)
+                if kind == "sliding":
+                    assert at.seen_BCS is not None and at.kept_BW is not None
+                    kept_B1W1 = at.kept_BW[:, None, :, None]
+                    keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
+                    rings = tuple(jnp.take_along_axis(x, kept_B1W1, axis=2) for x in (keys, values))
+                    x_BCD += layer.attention.attend(q, keys, values, at.seen_BCS, stacked, adapted=adapted)
+                else:
+                    pool = Pool(*self.kernels.write_pages(pool.keys_LPKsH, pool.values_LPKsH, index, at.pages_Bm, k, v))
+                    x_BCD += layer.attention.attend_chunk(q, pool, index, cache.pages_BM, cache.lengths_B, stacked, adapted=adapted)
+                y_BCD, routes_BCX = layer.feed_forward.decode(x_BCD, index, adapted=adapted)
+                x_BCD += y_BCD
+                routes.append(routes_BCX)
+            return (x_BCD, pool), (rings, self._routes_of_repeat(routes))
 
         x_BCD = frozen["embedding"][tokens_BC].astype(jnp.float32)
-        inputs = (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs, (cache.ring_k_LBKWH, cache.ring_v_LBKWH))
-        (x_BCD, pool), (ring_k, ring_v, routes) = jax.lax.scan(step, (x_BCD, cache.pool), inputs)
+        rings = (cache.ring_k_LBKWH, cache.ring_v_LBKWH) if c.num_sliding else None
+        inputs = (jnp.arange(c.num_repeats), frozen_layers, lora_layers, rings)
+        (x_BCD, pool), (rings, routes) = jax.lax.scan(step, (x_BCD, cache.pool), inputs)
         x_BD = jnp.take_along_axis(x_BCD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
         x_BD = rms_norm(x_BD, frozen["norm"], c.rms_eps, self.dtype)
-        return x_BD, Cache(pool, ring_k, ring_v, cache.pages_BM, last_B + 1), self._routes_of_token(routes)
+        ring_k, ring_v = rings or (cache.ring_k_LBKWH, cache.ring_v_LBKWH)
+        return x_BD, Cache(pool, ring_k, ring_v, cache.pages_BM, cache.lengths_B + counts_B), self._routes_of_token(routes)
 
     def decode(self, frozen: Tree, lora: Tree | None, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, jax.Array]:
         """Reads the next token of each row, at position `cache.lengths_B`.
@@ -265,46 +261,39 @@ class Model:
                 f"Cannot split {tokens_B.shape[0]} rows over {row_devices(self.mesh)} devices. Use a multiple of this number."
             )
         c, adapted = self.config, lora is not None
-        size, lengths_B, rows_B = cache.pool.page_size, cache.lengths_B, jnp.arange(tokens_B.shape[0])
+        lengths_B = cache.lengths_B
+        at = {"full": _locate_in_pages(cache), "sliding": _locate_in_rings(cache, c.sliding_window)}
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
-        pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
-        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # an invalid page, so the write is dropped
-        counts_B = lengths_B + 1
-        # A ring is one page per row.
-        rings = {"pages": rows_B, "places": lengths_B % c.sliding_window}
-        rings |= {"table": rows_B[:, None], "counts": jnp.minimum(counts_B, c.sliding_window)}
-        full = {"pages": pages_B, "places": lengths_B % size, "table": cache.pages_BM, "counts": counts_B}
+        # The loop does not slice large arrays: kernels would get copies of the slices.
+        (frozen_layers, frozen_stacks), (lora_layers, lora_stacks) = map(self._split, (frozen[c.stack], (lora or {}).get(c.stack, {})))
 
-        # The scan must not slice large arrays, because kernels would get copies of the slices.
-        (frozen_pairs, frozen_stacks), (lora_pairs, lora_stacks) = map(self._split, (frozen["pairs"], (lora or {}).get("pairs", {})))
-
-        def read(
-            layer: Layer, x_BTD: jax.Array, pool: Pool, pair: jax.Array, at: dict[str, jax.Array]
-        ) -> tuple[jax.Array, Pool, jax.Array]:
-            stacked = pair if self._stacked else None
+        def read(layer: Layer, x_BTD: jax.Array, pool: Pool, index: jax.Array, at: _Places) -> tuple[jax.Array, Pool, jax.Array]:
+            stacked = index if self._stacked else None
             q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, lengths_B[:, None], stacked, adapted=adapted)
-            new = pair, at["pages"], at["places"], k_B1KH[:, 0], v_B1KH[:, 0]
+            new = index, at.pages_B, at.places_B, k_B1KH[:, 0], v_B1KH[:, 0]
             pool = Pool(*self.kernels.write_token(pool.keys_LPKsH, pool.values_LPKsH, *new))
-            x_BTD += layer.attention.attend_cached(q, pool, pair, at["table"], at["counts"], stacked, adapted=adapted)
-            y_BTD, routes_BTX = layer.experts.decode(x_BTD, pair, adapted=adapted)
+            x_BTD += layer.attention.attend_cached(q, pool, index, at.table_BM, at.counts_B, stacked, adapted=adapted)
+            y_BTD, routes_BTX = layer.feed_forward.decode(x_BTD, index, adapted=adapted)
             return x_BTD + y_BTD, pool, routes_BTX
 
-        # The caches are in the carry, so that a step writes one position in place instead of copying them.
-        def step(carry: tuple[jax.Array, Pool, Pool], parameters: tuple[jax.Array, Tree, Tree]):
-            x_BTD, pool, ring = carry
-            index, frozen_pair, lora_pair = parameters
-            pair = self._bind_pair(_join(frozen_pair, frozen_stacks), _join(lora_pair, lora_stacks))
-            x_BTD, ring, first_BTX = read(pair.sliding, x_BTD, ring, index, rings)
-            x_BTD, pool, second_BTX = read(pair.full, x_BTD, pool, index, full)
-            return (x_BTD, pool, ring), self._routes_of_pair(first_BTX, second_BTX)
+        # The caches are the loop's carry, so that each step writes one place instead of copying them.
+        def step(carry: tuple[jax.Array, dict[str, Pool]], parameters: tuple[jax.Array, Tree, Tree]):
+            x_BTD, pools = carry
+            index, frozen_repeat, lora_repeat = parameters
+            repeat = self._bind_repeat(_join(frozen_repeat, frozen_stacks), _join(lora_repeat, lora_stacks))
+            routes = []
+            for kind in c.pattern:
+                x_BTD, pool, routes_BTX = read(getattr(repeat, kind), x_BTD, pools[kind], index, at[kind])
+                pools = pools | {kind: pool}
+                routes.append(routes_BTX)
+            return (x_BTD, pools), self._routes_of_repeat(routes)
 
-        carry = (x_BTD, cache.pool, Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH))
-        (x_BTD, pool, ring), routes = jax.lax.scan(step, carry, (jnp.arange(c.num_pairs), frozen_pairs, lora_pairs))
+        pools = {"full": cache.pool, "sliding": Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH)}
+        (x_BTD, pools), routes = jax.lax.scan(step, (x_BTD, pools), (jnp.arange(c.num_repeats), frozen_layers, lora_layers))
         x_BD = rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps, self.dtype)
-        cache = Cache(pool, ring.keys_LPKsH, ring.values_LPKsH, cache.pages_BM, counts_B)
+        rings = pools["sliding"]
+        cache = Cache(pools["full"], rings.keys_LPKsH, rings.values_LPKsH, cache.pages_BM, lengths_B + 1)
         return x_BD, cache, self._routes_of_token(routes)[:, 0]
-
-    # Private helpers
 
     def _init(self, state: nnx.State, abstract: Tree, key: jax.Array) -> Tree:
         return jax.jit(lambda key: init_tree(state, key, self.mesh), out_shardings=shardings(abstract))(key)
@@ -320,33 +309,100 @@ class Model:
             q, k, v = (jax.lax.with_sharding_constraint(x, layout) for x, layout in ((q, of_own), (k, of_all), (v, of_all)))
         return q, k, v
 
-    def _routes_of_pair(self, first_BTX: jax.Array, second_BTX: jax.Array) -> jax.Array:
-        return jnp.stack([first_BTX, second_BTX]).astype(self.routes.dtype)
+    def _routes_of_repeat(self, routes: Sequence[jax.Array]) -> jax.Array:
+        return jnp.stack(routes).astype(self.routes.dtype)
 
     @staticmethod
     def _routes_of_token(routes: jax.Array) -> jax.Array:
-        """Converts the routes of all pairs [pairs, 2, B, T, X] to [B, T, L, X]."""
-        return jnp.moveaxis(routes.reshape(-1, *routes.shape[2:]), 0, 2)
+        """Converts the routes of all repeats [repeats, layers of the pattern, B, T, X] to [B, T, L, X]."""
+        return jnp.moveaxis(routes.reshape(routes.shape[0] * routes.shape[1], *routes.shape[2:]), 0, 2)
 
     @property
     def _stacked(self) -> bool:
         """Whether the projections of attention stay stacked too, because their kernel reads them from the stack."""
-        return self.mesh is None or can_spread("decode_projections", self.mesh)
+        biased = self.config.qkv_bias and self.config.o_bias  # the kernel adds a bias
+        return biased and (self.mesh is None or can_spread("decode_projections", self.mesh))
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
         return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))
 
-    def _bind(self, frozen: Tree, lora: Tree | None) -> GptOss:
+    def _bind(self, frozen: Tree, lora: Tree | None) -> Decoder:
         """The module with these arrays. Parameters that are not in the trees stay declarations."""
         return _merge(_declared(self), frozen, lora)
 
-    def _bind_pair(self, frozen: Tree, lora: Tree) -> Pair:
-        """A pair of layers with its slices of the stacks; without the adapter if `lora` is empty."""
-        return self._bind({"pairs": frozen}, {"pairs": lora} if lora else None).pairs
+    def _bind_repeat(self, frozen: Tree, lora: Tree) -> Repeat:
+        """One repeat of the layers' pattern with its slices of the stacks; without the adapter if `lora` is empty."""
+        stack = self.config.stack
+        return getattr(self._bind({stack: frozen}, {stack: lora} if lora else None), stack)
+
+
+class _Chunk(NamedTuple):
+    """Where a chunk of C tokens a row is, in pages of s places: m pages. W: places of a ring; S = W + C keys.
+
+    Attributes:
+      positions_BC: positions of the tokens.
+      pages_Bm: pages to write; on a mesh, those of all devices. The pages of padding are out of range, so they are not written.
+      seen_BCS: whether a token of a sliding layer sees a key of the ring before the chunk or of the chunk; None without sliding layers.
+      kept_BW: for each place of the ring after the chunk, the index among these S keys; None without sliding layers.
+    """
+
+    positions_BC: jax.Array
+    pages_Bm: jax.Array
+    seen_BCS: jax.Array | None
+    kept_BW: jax.Array | None
+
+
+def _locate_chunk(cache: Cache, counts_B: jax.Array, chunk: int, window: int | None) -> _Chunk:
+    """See `Model.prefill`, whose errors it raises."""
+    batch, size, row_pages = len(counts_B), cache.pool.page_size, cache.pages_BM.shape[1]
+    if chunk % size or chunk > row_pages * size:
+        raise CapacityError(
+            f"A chunk of {chunk} tokens cannot be read into rows of {row_pages} pages of {size} tokens. It must be whole pages, and no more"
+            " than a row has."
+        )
+    lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
+    positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
+    firsts_m = jnp.arange(0, chunk, size)
+    # The pages differ between devices; the places in them do not.
+    pages_RBM, places_Bm = cache.pages_BM.reshape(-1, batch, row_pages), (lengths_B[:, None] + firsts_m) // size
+    pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
+    pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
+    pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
+    if window is None:
+        return _Chunk(positions_BC, pages_Bm, None, None)
+    # Place w of a ring has the last position congruent to w, if there is one.
+    before_BW, after_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
+    keys_at_BS = jnp.concatenate([before_BW, positions_BC], axis=1)
+    distance_BCS = positions_BC[:, :, None] - keys_at_BS[:, None]
+    seen_BCS = (distance_BCS >= 0) & (distance_BCS < window) & (keys_at_BS >= 0)[:, None]
+    kept_BW = jnp.where(after_BW >= lengths_B[:, None], window + after_BW - lengths_B[:, None], jnp.arange(window))
+    return _Chunk(positions_BC, pages_Bm, seen_BCS, kept_BW)
+
+
+class _Places(NamedTuple):
+    """Where the next token of each row is written, and where its keys are: `counts_B` places of the pages in `table_BM`."""
+
+    pages_B: jax.Array
+    places_B: jax.Array
+    table_BM: jax.Array
+    counts_B: jax.Array
+
+
+def _locate_in_pages(cache: Cache) -> _Places:
+    size, lengths_B = cache.pool.page_size, cache.lengths_B
+    pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
+    pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # past the last page, so the write is dropped
+    return _Places(pages_B, lengths_B % size, cache.pages_BM, lengths_B + 1)
+
+
+def _locate_in_rings(cache: Cache, window: int) -> _Places:
+    """A ring is one page per row, filled from its first place."""
+    rows_B = jnp.arange(len(cache.lengths_B))
+    return _Places(rows_B, cache.lengths_B % max(window, 1), rows_B[:, None], jnp.minimum(cache.lengths_B + 1, window))
 
 
 def _split_matrices(tree: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """The tree of pairs without the nodes of these names, and a tree with only those nodes."""
+    """The tree of layers without the nodes of these names, and a tree with only those nodes."""
     rest: Tree = {}
     matrices: Tree = {}
     for name, node in tree.items():
@@ -376,11 +432,11 @@ class _Declared:
 
 @functools.cache
 def _declared(model: Model) -> _Declared:
-    module = GptOss(model.config, model.lora, model.dtype, model.kernels, form=model.experts)
+    module = Decoder(model.config, model.lora, model.dtype, model.kernels, form=model.experts)
     return _Declared(*nnx.split(module, Frozen, Lora))
 
 
-def _merge(declared: _Declared, frozen: Tree, lora: Tree | None) -> GptOss:
+def _merge(declared: _Declared, frozen: Tree, lora: Tree | None) -> Decoder:
     def bound(state: nnx.State, tree: Tree | None) -> nnx.State:
         bound = nnx.map_state(lambda _, variable: variable.copy(), state)
         if tree:

@@ -1,0 +1,50 @@
+"""Llama 3.x and models of the same architecture, such as SmolLM2: dense, usually without biases."""
+
+from typing import Any
+
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.families import dense
+from discover_jax.models.families.family import Family
+
+LLAMA_3_1_8B = ModelConfig(
+    32,
+    4_096,
+    32,
+    8,
+    128,
+    0,
+    0,
+    14_336,
+    128_256,
+    sliding_window=0,
+    rope_theta=500_000.0,
+    rope_kind="llama3",
+    rope_factor=8.0,
+    rope_original_length=8_192,
+    rope_low_factor=1.0,
+    rope_high_factor=4.0,
+    rms_eps=1e-5,
+    eos_id=128_001,
+    pad_id=-1,
+    family="llama",
+    pattern=("full",),
+    sinks=False,
+    qkv_bias=False,
+    o_bias=False,
+)
+
+
+def from_hf(content: dict[str, Any]) -> ModelConfig:
+    """See `dense.from_hf`."""
+    biased = bool(content.get("attention_bias", False))
+    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, qkv_bias=biased, o_bias=biased)
+
+
+FAMILY = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    from_hf=from_hf,
+    to_hf=lambda config: dense.to_hf(config, FAMILY.architecture, attention_bias=config.qkv_bias),
+    layouts=lambda config: (dense.layout(config),),
+    shapes={"llama-3.1-8b": LLAMA_3_1_8B},
+)

@@ -1,0 +1,55 @@
+"""Qwen2 and Qwen2.5, also Qwen2.5-Coder: dense, biases on q, k and v."""
+
+from typing import Any
+
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.families import dense
+from discover_jax.models.families.family import Family
+
+_OPTIONS: dict[str, Any] = {"qkv_bias": True, "o_bias": False}
+
+
+def from_hf(content: dict[str, Any]) -> ModelConfig:
+    """See `dense.from_hf`."""
+    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, **_OPTIONS)
+
+
+def _shape(num_layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, vocab_size: int, *, tied: bool) -> ModelConfig:
+    head_size = width // heads
+    return ModelConfig(
+        num_layers,
+        width,
+        heads,
+        kv_heads,
+        head_size,
+        0,
+        0,
+        mlp_width,
+        vocab_size,
+        sliding_window=0,
+        rope_theta=1e6,
+        rope_kind="plain",
+        rms_eps=1e-6,
+        eos_id=151_645,
+        pad_id=151_643,
+        family="qwen2",
+        pattern=("full",),
+        sinks=False,
+        tied=tied,
+        **_OPTIONS,
+    )
+
+
+FAMILY = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    from_hf=from_hf,
+    to_hf=lambda config: dense.to_hf(config, FAMILY.architecture, use_sliding_window=False),
+    layouts=lambda config: (dense.layout(config),),
+    shapes={
+        "qwen2.5-coder-0.5b": _shape(24, 896, 14, 2, 4_864, 151_936, tied=True),
+        "qwen2.5-coder-1.5b": _shape(28, 1_536, 12, 2, 8_960, 151_936, tied=True),
+        "qwen2.5-coder-7b": _shape(28, 3_584, 28, 4, 18_944, 152_064, tied=False),
+        "qwen2.5-coder-32b": _shape(64, 5_120, 40, 8, 27_648, 152_064, tied=False),
+    },
+)

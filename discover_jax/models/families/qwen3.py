@@ -1,0 +1,48 @@
+"""Qwen3, dense models: no biases, queries and keys are normed."""
+
+from typing import Any
+
+from discover_jax.models.config import ModelConfig
+from discover_jax.models.families import dense
+from discover_jax.models.families.family import Family, check_present
+
+_FIXED: dict[str, Any] = {"qkv_bias": False, "o_bias": False, "qk_norm": True}
+
+QWEN3_8B = ModelConfig(
+    36,
+    4_096,
+    32,
+    8,
+    128,
+    0,
+    0,
+    12_288,
+    151_936,
+    sliding_window=0,
+    rope_theta=1e6,
+    rope_kind="plain",
+    rms_eps=1e-6,
+    eos_id=151_645,
+    pad_id=151_643,
+    family="qwen3",
+    pattern=("full",),
+    sinks=False,
+    **_FIXED,
+)
+
+
+def from_hf(content: dict[str, Any]) -> ModelConfig:
+    """See `dense.from_hf`. The size of a head is not derived: in this family it is not width / heads."""
+    check_present(content, ("head_dim",))
+    biased = bool(content.get("attention_bias", False))
+    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, **_FIXED | {"qkv_bias": biased, "o_bias": biased})
+
+
+FAMILY = Family(
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    from_hf=from_hf,
+    to_hf=lambda config: dense.to_hf(config, FAMILY.architecture, attention_bias=config.qkv_bias, use_sliding_window=False),
+    layouts=lambda config: (dense.layout(config),),
+    shapes={"qwen3-8b": QWEN3_8B},
+)
