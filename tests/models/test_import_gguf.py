@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import struct
 import sys
 import tracemalloc
 
@@ -497,8 +498,6 @@ def test_memory_is_one_tensor(tmp_path, monkeypatch):
         monkeypatch.setitem(SIZES, name, size)
     model = _random_model("llama")
     source = _write_model(tmp_path / "m.gguf", model, "llama", types=dict.fromkeys(_matrices(model, "llama"), TYPES.Q8_0))
-    gguf_file = GgufFile(source)  # the reader's objects count per token, not per weight
-    monkeypatch.setattr(import_gguf, "GgufFile", lambda path: gguf_file)
     tracemalloc.start()
     imported = import_gguf.import_gguf(source, tmp_path / "out")
     _, peak = tracemalloc.get_traced_memory()
@@ -550,6 +549,38 @@ def test_folder_below_a_file_is_an_error(qwen, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match=r"Cannot write to .*--out"):
         import_gguf.import_gguf(qwen[0], tmp_path / "file" / "out")
+
+
+# ---------------------------------------------------------------------- reading files
+
+
+def test_file_is_read_as_the_package_gguf_reads_it(tmp_path):
+    arrays = {
+        "vector": np.arange(7, dtype=np.float32),
+        "matrix": np.arange(192, dtype=np.float32).reshape(3, 64),
+        "cube": np.ones((2, 3, 32), np.float32),
+    }
+    types = {"matrix": TYPES.Q4_0, "cube": TYPES.F16}
+    metadata = _metadata("llama") | {
+        "a.flag": True,
+        "a.negative": -1.5,
+        "a.bytes": [1, 2, 3],
+        "a.texts": ["é", ""],
+        "a.flags": [True, False],
+    }
+    source = _write_gguf(tmp_path / "model.gguf", metadata, arrays, types)
+    file, reference = GgufFile(source), gguf.GGUFReader(source)
+    keys = [key for key in reference.fields if not key.startswith("GGUF.")]
+    assert list(file._metadata) == keys
+    for key in keys:
+        assert file._metadata[key] == reference.fields[key].contents(), key
+    assert list(file.tensors) == [tensor.name for tensor in reference.tensors]
+    for expected in reference.tensors:
+        tensor = file.tensors[expected.name]
+        assert tensor.shape == arrays[expected.name].shape
+        assert tensor.type == expected.tensor_type.name
+        assert tensor.data.dtype == expected.data.dtype
+        np.testing.assert_array_equal(tensor.data, expected.data)
 
 
 # ---------------------------------------------------------------------- errors of files
@@ -650,6 +681,47 @@ def test_unsupported_type_of_a_tensor(qwen, tmp_path):
     message = str(_refused(source, tmp_path / "out"))
     assert "blk.1.ffn_up.weight is MXFP4" in message
     assert "Supported: F32, F16, BF16, Q8_0" in message
+
+
+def _replaced(source, path, old, new):
+    """A copy of a file with the only occurrence of some bytes replaced by others of the same length."""
+    content = source.read_bytes()
+    assert content.count(old) == 1
+    assert len(new) == len(old)
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def _entry(tensor, kind):
+    """The header's bytes of a matrix of the file `qwen`: name, axes, shape and type."""
+    name = tensor.encode()
+    return len(name).to_bytes(8, "little") + name + struct.pack("<IQQI", 2, 96, 160, kind)
+
+
+def test_type_that_the_package_does_not_know(qwen, tmp_path):
+    name = "blk.1.ffn_up.weight"
+    source = _replaced(qwen[0], tmp_path / "model.gguf", _entry(name, 0), _entry(name, 999))
+    assert f"{name} is type 999" in str(_refused(source, tmp_path / "out"))
+
+
+def test_damaged_header(qwen, tmp_path):
+    source = tmp_path / "model.gguf"
+    for old, new, message in [
+        (b"GGUF\3\0\0\0", b"GGUF\1\0\0\0", "version 1 of the GGUF format"),
+        (b"GGUF\3\0\0\0", b"GGUF\0\0\0\3", "big-endian"),
+        (b"qwen2.block_count", b"qwen2.\xff\xffock_count", "not valid UTF-8"),
+        (_entry("blk.1.ffn_up.weight", 0), _entry("blk.0.ffn_up.weight", 0), "'blk.0.ffn_up.weight' twice"),
+        (struct.pack("<Q", 17) + b"qwen2.block_count", struct.pack("<Q", 2**60) + b"qwen2.block_count", "needs more than"),
+        (b"blk.1.ffn_up.weight" + struct.pack("<I", 2), b"blk.1.ffn_up.weight" + struct.pack("<I", 9), "has 9 axes"),
+    ]:
+        error = str(_refused(_replaced(qwen[0], source, old, new), tmp_path / "out"))
+        assert message in error
+
+
+def test_rows_that_do_not_fit_the_blocks_of_their_type(qwen, tmp_path):
+    name = "blk.1.ffn_up.weight"
+    source = _replaced(qwen[0], tmp_path / "model.gguf", _entry(name, 0), _entry(name, int(TYPES.Q4_K)))
+    assert f"rows of {name} have 96 values, but Q4_K stores 256 at a time" in str(_refused(source, tmp_path / "out"))
 
 
 def test_missing_package(qwen, tmp_path, monkeypatch):
