@@ -1,6 +1,5 @@
 """The attention heads of the models that the benchmarks of attention's kernels measure."""
 
-import argparse
 import dataclasses
 from typing import Any
 
@@ -28,9 +27,3 @@ SHAPES = {
     "qwen2.5-7b": Heads(28, 4, 128),
     "llama-3.1-8b": Heads(32, 8, 128),
 }
-
-
-def add_heads(parser: argparse.ArgumentParser) -> None:
-    """Adds --heads and --launches."""
-    parser.add_argument("--heads", default="gpt-oss-120b", choices=SHAPES, help="the model whose attention heads are measured")
-    parser.add_argument("--launches", action="store_true", help="also try other launch parameters")

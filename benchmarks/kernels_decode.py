@@ -35,7 +35,7 @@ import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_shapes import SHAPES, Heads, add_heads
+from attention_shapes import SHAPES, Heads
 from measuring import ceilings, kernel_seconds, seconds
 
 from discover_jax.kernels.attention import paged_attention_reference
@@ -355,7 +355,8 @@ def main() -> None:
     experts.add_argument("--tokens", default="1,8,32,128,512")
     experts.add_argument("--rank", type=int, default=8, help="rank of the experts' adapters in a second pass; 0: no second pass")
     experts.add_argument("--skew", default="0,1")
-    add_heads(attention)
+    attention.add_argument("--heads", default="gpt-oss-120b", choices=SHAPES, help="the model whose attention heads are measured")
+    attention.add_argument("--launches", action="store_true", help="also try other launch parameters")
     attention.add_argument("--cases", default=",".join(CASES), help="names of CASES, in this module")
     projections.add_argument("--rows", default="1,32,128")
     projections.add_argument("--rank", type=int, default=32)

@@ -28,7 +28,7 @@ import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_shapes import SHAPES, Heads, add_heads
+from attention_shapes import SHAPES, Heads
 from measuring import ceilings, kernel_seconds, seconds
 
 from discover_jax.kernels import attention_update
@@ -283,7 +283,8 @@ def main() -> None:
     experts.add_argument("--tokens", default="16384,65536")
     experts.add_argument("--skew", type=float, default=0.0, help="standard deviation of the experts' logits; that of the tokens' is 1")
     experts.add_argument("--tiles", default="128x256,64x256,128x128")
-    add_heads(attention)
+    attention.add_argument("--heads", default="gpt-oss-120b", choices=SHAPES, help="the model whose attention heads are measured")
+    attention.add_argument("--launches", action="store_true", help="also try other launch parameters")
     attention.add_argument("--cases", default=";".join(CASES), help="names of CASES, in this module, separated by semicolons")
     for command in (experts, attention):
         command.add_argument("--json", type=Path)
