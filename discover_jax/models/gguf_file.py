@@ -44,33 +44,30 @@ class StoredTensor:
 
 
 class GgufFile:
-    """An open GGUF file.
+    """An open GGUF file, or the files of a split one.
 
     Attributes:
-      tensors: by name, in the order of the file.
+      path: of the file, or of the first one.
+      tensors: by name, in the order of the files.
     """
 
     def __init__(self, path: str | Path):
         """Parses the header and maps the tensors.
 
+        Args:
+          path: of a split file, its first part. The other parts must be in the same folder.
+
         Raises:
-          WeightsError: the file is missing, not GGUF, damaged, truncated, or one part of several; or the package `gguf` is missing.
+          WeightsError: a file is missing, not GGUF, damaged or truncated, or not the first part; or the package `gguf` is missing.
         """
         self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                header = _Header(file, self.path)
-                self._metadata, infos = header.read()
-                end = file.tell()
-        except OSError as error:
-            raise WeightsError(f"Cannot read {self.path}: {error.strerror or error}. Set --gguf to a GGUF file.") from error
-        alignment = max(1, self.get("general.alignment", int, _ALIGNMENT))
-        self.tensors = _map_tensors(self.path, header.size, infos, -(-end // alignment) * alignment)
-        if (parts := self.get("split.count", int, 1)) > 1:
-            raise WeightsError(
-                f"{self.path} is part {self.get('split.no', int, 0) + 1} of {parts}. Merge the parts into one file:"
-                " llama-gguf-split --merge FIRST_PART OUT.gguf."
-            )
+        self._metadata, self.tensors = _open(self.path)
+        if (count := self.get("split.count", int, 1)) > 1:
+            for part in _other_parts(self.path, self.get("split.no", int), count):
+                _, tensors = _open(part)
+                if twice := self.tensors.keys() & tensors.keys():
+                    raise WeightsError(f"{part} has the tensor {min(twice)}, and so has an earlier part. Download the files again.")
+                self.tensors |= tensors
 
     def get(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
         """The value of a metadata key.
@@ -100,6 +97,40 @@ class GgufFile:
     def get_float32(self, key: str, default: float | None = None) -> float:
         """A number that the file stores in float32, as the shortest decimal with that value: 1e-06, not 9.999999974752427e-07."""
         return float(str(np.float32(self.get(key, float, default))))
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The metadata and the tensors of one file."""
+    try:
+        with path.open("rb") as file:
+            header = _Header(file, path)
+            metadata, infos = header.read()
+            end = file.tell()
+    except OSError as error:
+        raise WeightsError(f"Cannot read {path}: {error.strerror or error}. Set --gguf to a GGUF file.") from error
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 1:
+        raise WeightsError(f"{path} is damaged: general.alignment is {alignment!r}, not a positive integer. Download the file again.")
+    return metadata, _map_tensors(path, header.size, infos, -(-end // alignment) * alignment)
+
+
+def _other_parts(path: Path, number: int, count: int) -> list[Path]:
+    """The parts of a split file after the first one. llama.cpp names them NAME-00001-of-00003.gguf and so on.
+
+    Args:
+      number: of the part at `path`, from 0.
+    """
+    ending = f"-{number + 1:05d}-of-{count:05d}.gguf"
+    if not path.name.endswith(ending):
+        raise WeightsError(f"{path} is part {number + 1} of {count}, so its name must end with {ending!r}. Give all parts their old names.")
+    parts = [path.with_name(f"{path.name.removesuffix(ending)}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)]
+    if number:
+        raise WeightsError(f"{path} is part {number + 1} of {count}. Set --gguf to the first part, {parts[0].name}.")
+    if missing := [part.name for part in parts if not part.exists()]:
+        raise WeightsError(
+            f"{path} is part 1 of {count}, and these parts are missing: {', '.join(missing)}. Download them to the same folder."
+        )
+    return parts[1:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,13 +131,14 @@ def _metadata(family, theta=10_000.0):
     }
 
 
-def _write_gguf(path, metadata, tensors, types=None):
+def _write_gguf(path, metadata, tensors, types=None, split=0):
     """Writes a file.
 
     Args:
+      split: tensors of each file; 0 for all in one.
       types: type by name of tensor; F32 for the others. Arrays of bytes are already in their type.
     """
-    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"], split_max_tensors=split)
     for key, value in metadata.items():
         if key == "general.architecture" or value is None:
             continue
@@ -162,10 +163,10 @@ def _write_gguf(path, metadata, tensors, types=None):
     return path
 
 
-def _write_model(path, model, family, *, types=None, metadata=None, tensors=None):
+def _write_model(path, model, family, *, types=None, metadata=None, tensors=None, split=0):
     """Writes a model, with changes: None removes a metadata key or a tensor."""
     stored = {name: array for name, array in (_gguf_tensors(model, family) | (tensors or {})).items() if array is not None}
-    return _write_gguf(path, _metadata(family) | (metadata or {}), stored, types)
+    return _write_gguf(path, _metadata(family) | (metadata or {}), stored, types, split)
 
 
 def _matrices(model, family):
@@ -583,6 +584,17 @@ def test_file_is_read_as_the_package_gguf_reads_it(tmp_path):
         np.testing.assert_array_equal(tensor.data, expected.data)
 
 
+def test_split_file_is_read_as_one(qwen, tmp_path):
+    _write_model(tmp_path / "model.gguf", qwen[1], "qwen2", split=10)
+    parts = [tmp_path / f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert sorted(tmp_path.iterdir()) == parts
+    import_gguf.import_gguf(parts[0], tmp_path / "out")
+    np.testing.assert_array_equal(_logits(_load(tmp_path / "out")), _logits(qwen[1]))
+    assert "Set --gguf to the first part, model-00001-of-00003.gguf" in str(_refused(parts[1], tmp_path / "other"))
+    parts[2].unlink()
+    assert "missing: model-00003-of-00003.gguf" in str(_refused(parts[0], tmp_path / "other"))
+
+
 # ---------------------------------------------------------------------- errors of files
 
 
@@ -629,7 +641,7 @@ BAD_METADATA = {
     "sizes per layer": ({"qwen2.attention.head_count_kv": [2, 4]}, WeightsError, "must be an integer"),
     "zero heads": ({"qwen2.attention.head_count": 0}, WeightsError, "head_count is 0"),
     "more layers": ({"qwen2.block_count": 3}, WeightsError, r"lacks 12 of the .* blk\.2\."),
-    "split": ({"split.count": 3, "split.no": 0}, WeightsError, "part 1 of 3.*llama-gguf-split --merge"),
+    "name of a part": ({"split.count": 3, "split.no": 0}, WeightsError, "part 1 of 3.*'-00001-of-00003.gguf'"),
     "sentencepiece": ({"tokenizer.ggml.model": "llama"}, TokenizerError, r"kind 'llama'\. Supported: 'gpt2'"),
     "splitting": ({"tokenizer.ggml.pre": "tekken"}, TokenizerError, "is 'tekken'. Supported: llama-bpe"),
     "no splitting": ({"tokenizer.ggml.pre": None}, TokenizerError, "is 'default'. Supported: llama-bpe"),
