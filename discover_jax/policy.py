@@ -78,9 +78,9 @@ def check_chat_format(config: Any, sizes: ModelConfig) -> ChatFormat:
     # Random weights know no chat format, so theirs is that of the tokenizer.
     family = family_of(folder if weights is None else find_folder(weights)) or HARMONY_FAMILY
     chat = load_chat_format(folder, family, config.prompt.reasoning_effort)
-    if (size := max(chat.tokenizer.vocab_size, *(index + 1 for index in chat.stop_ids))) > sizes.vocab_size:
+    if chat.tokenizer.vocab_size > sizes.vocab_size or chat.stop_ids[-1] >= sizes.vocab_size:
         raise TokenizerError(
-            f"The tokenizer of {folder} has {size:,} ids, but the model knows {sizes.vocab_size:,}. They do not belong"
+            f"The tokenizer of {folder} has {chat.tokenizer.vocab_size:,} ids and the stop ids {chat.stop_ids}, but the model knows {sizes.vocab_size:,}. They do not belong"
             " together. Set config.model.tokenizer to the folder that came with the weights."
         )
     if config.sampling.thinking_tokens:

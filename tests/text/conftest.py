@@ -3,11 +3,14 @@
 import functools
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from discover_jax.text.tokenizer import SPECIAL_TOKENS
+
+sys.path.insert(0, str(Path(__file__).parent))  # for test_prompts
 
 _LINES = ["competition: spaceship-titanic", "import pandas as pd", "def run():", "    return 1  # done", "metric: accuracy"] * 40
 
@@ -132,6 +135,15 @@ def tokenizer(request):
     from discover_jax.text.tokenizer import load_tokenizer
 
     return load_tokenizer(request.getfixturevalue(f"{request.param}_folder"))
+
+
+@pytest.fixture(scope="session")
+def hugging_face_chat(hugging_face_folder):
+    """Harmony with one tokenizer."""
+    from discover_jax.text.harmony import Harmony
+    from discover_jax.text.tokenizer import load_tokenizer
+
+    return Harmony(load_tokenizer(hugging_face_folder))
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from discover_jax.exceptions import ConfigError, TokenizerError
 from discover_jax.text.chat import Reply
 from discover_jax.text.folder_tokenizer import FolderTokenizer
-from discover_jax.text.formats import family_of, load_chat_format
-from discover_jax.text.harmony import Harmony
 from discover_jax.text.template import Template
 from discover_jax.text.tokenizer import Tokenizer
 
@@ -262,27 +260,6 @@ def test_loading_opens_no_connection(chat_folder, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert Template(chat_folder("qwen3")).render(REQUEST).ids
-
-
-# ---------------------------------------------------------------------- the choice of the format
-
-
-def test_family_determines_the_format(chat_folder, hugging_face_folder):
-    assert isinstance(load_chat_format(hugging_face_folder, "gpt_oss", "high"), Harmony)
-    assert isinstance(load_chat_format(chat_folder("qwen2.5"), "qwen2"), Template)
-    with pytest.raises(ConfigError, match=r"config\.prompt\.reasoning_effort = 'high'.*'qwen2'"):
-        load_chat_format(chat_folder("qwen2.5"), "qwen2", "high")
-
-
-def test_family_is_the_model_type(tmp_path):
-    assert family_of(tmp_path) is None
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    assert family_of(tmp_path) == "qwen3"
-    (tmp_path / "config.json").write_text('{"num_experts": 32}')
-    assert family_of(tmp_path) == "gpt_oss"
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"config\.json"):
-        family_of(tmp_path)
 
 
 # ---------------------------------------------------------------------- unsuitable folders
