@@ -79,6 +79,12 @@ def import_gguf(source: str | Path, out: str | Path, on_progress: OnProgress | N
     if not file.has("tokenizer.chat_template"):
         remarks.append("The file has no chat template: add one to tokenizer_config.json, or use an instruction-tuned model.")
 
+    if _may_lack_scaling(config):
+        remarks.append(
+            "The file has Llama 3.1's theta and context but no rope_freqs.weight, so positions are not scaled. The first conversions of"
+            " Llama 3.1 lost that tensor: if this is one of them, use a newer file."
+        )
+
     shards = _split_into_shards(targets)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
@@ -115,6 +121,12 @@ def _place_head(file: GgufFile, config: dict[str, Any]) -> tuple[list[Target], b
         f" distance of {distance:.2g}. {better.name} is used for both."
     )
     return targets, True, [remark]
+
+
+def _may_lack_scaling(config: dict[str, Any]) -> bool:
+    """Whether a llama model looks like Llama 3.1 to 3.3 but has no rope scaling."""
+    theta, length = config["rope_theta"], config["max_position_embeddings"]
+    return config["model_type"] == "llama" and config["rope_scaling"] is None and theta == 500_000 and length > 8192
 
 
 # ---------------------------------------------------------------------- writing

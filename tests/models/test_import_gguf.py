@@ -398,6 +398,14 @@ def test_llama3_scaling_reaches_the_folder(tmp_path):
     np.testing.assert_array_equal(_logits(_load(tmp_path / "out")), _logits(model))
 
 
+@pytest.mark.parametrize(("length", "remarked"), [(131_072, True), (8192, False)])
+def test_early_conversion_of_llama_3_1_is_remarked(length, remarked, tmp_path):
+    metadata = {"llama.rope.freq_base": 500_000.0, "llama.context_length": length}
+    source = _write_model(tmp_path / "model.gguf", _random_model("llama"), "llama", metadata=metadata)
+    remarks = import_gguf.import_gguf(source, tmp_path / "out").remarks
+    assert any("no rope_freqs.weight" in remark for remark in remarks) is remarked
+
+
 def test_factors_of_another_scaling_are_an_error(tmp_path):
     factors = np.array([1, 1, 1.5, 1.2, 3, 2, 8, 8], np.float32)
     assert recover_llama3_scaling(factors, 10_000.0) is None
