@@ -80,8 +80,8 @@ def check_chat_format(config: Any, sizes: ModelConfig) -> ChatFormat:
     chat = load_chat_format(folder, family, config.prompt.reasoning_effort)
     if chat.tokenizer.vocab_size > sizes.vocab_size or chat.stop_ids[-1] >= sizes.vocab_size:
         raise TokenizerError(
-            f"The tokenizer of {folder} has {chat.tokenizer.vocab_size:,} ids and the stop ids {chat.stop_ids}, but the model knows {sizes.vocab_size:,}. They do not belong"
-            " together. Set config.model.tokenizer to the folder that came with the weights."
+            f"The tokenizer of {folder} has {chat.tokenizer.vocab_size:,} ids and the stop ids {chat.stop_ids}, but the model knows"
+            f" {sizes.vocab_size:,}. They do not belong together. Set config.model.tokenizer to the folder that came with the weights."
         )
     if config.sampling.thinking_tokens:
         chat.answer_opening()  # raises if the format has no thinking
