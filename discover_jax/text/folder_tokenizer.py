@@ -37,6 +37,8 @@ class FolderTokenizer:
         self._name = re.compile(f"(?=({'|'.join(map(re.escape, self._added)) or '(?!)'}))(.)", re.DOTALL)
         self._markup = self._model.backend_tokenizer
         self._markup.no_truncation()
+        self._markup.no_padding()
+        self._markup.encode_special_tokens = False
         self._ordinary = _without(self._added, self._markup)
         for text in [*self._added, _PROBE]:
             ids = self.encode(text)

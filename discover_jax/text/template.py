@@ -59,7 +59,7 @@ class Template:
 
     def render(self, request: str, instructions: str = "") -> Rendered:
         """Instructions precede the request in the user's message if the template does not show a system message."""
-        mark = unused_mark(request + instructions)
+        mark = unused_mark(request + instructions + self._template)
         protected = self.tokenizer.protect(request, mark), self.tokenizer.protect(instructions, mark)
         text = self._applied(self._messages(*protected), reply_follows=True)
         return Rendered(tuple(self.tokenizer.encode_markup(text, mark)), text.replace(mark, ""))
@@ -130,10 +130,7 @@ class Template:
 
     def _turn_end(self) -> set[int]:
         """The added token that follows a reply, if there is one."""
-        try:
-            text = self._applied([_message("user", _USER), _message("assistant", _REPLY)], reply_follows=False)
-        except TokenizerError:
-            return set()
+        text = self._applied([_message("user", _USER), _message("assistant", _REPLY)], reply_follows=False)
         _, shown, after = text.rpartition(_REPLY)
         first = self.tokenizer.encode_markup(after.lstrip())[:1] if shown else []
         return set(first) & set(self.tokenizer.added.values())
@@ -175,12 +172,10 @@ class _Segment(NamedTuple):
 
 
 def _segments_of_text(text: str, opened: bool) -> list[_Segment]:
-    if not opened:
-        opening = re.match(rf"\s*{THINK}", text)
-        if not opening:
-            return [_Segment(False, text)]
-        text = text[opening.end() :]
-    thinking, ended, answer = text.partition(END_THINK)
+    opening = re.match(rf"\s*{THINK}", text)
+    if not opened and not opening:
+        return [_Segment(False, text)]
+    thinking, ended, answer = text[opening.end() if opening else 0 :].partition(END_THINK)
     return [_Segment(True, thinking), *([_Segment(False, answer)] if ended else [])]
 
 

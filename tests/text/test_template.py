@@ -317,6 +317,14 @@ def test_templates_that_cannot_be_rendered(folder, text):
     refused(folder, "user", r"tokenizer_config\.json")
 
 
+def test_templates_without_replies(folder):
+    change(
+        folder / "tokenizer_config.json",
+        chat_template="{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('no') }}{% endif %}",
+    )
+    refused(folder, "user, assistant", r"tokenizer_config\.json")
+
+
 def test_templates_whose_date_cannot_be_fixed(folder):
     change(folder / "tokenizer_config.json", chat_template="{% set f = '%d' %}{{ strftime_now(f) }}{{ messages[0].content }}")
     refused(folder, "strftime_now", r"tokenizer_config\.json")
