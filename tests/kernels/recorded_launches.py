@@ -25,7 +25,7 @@ class Recorded:
         return self.kernel.fn.__name__
 
 
-def record(monkeypatch: Any, module: Any, function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> list[Recorded]:
+def record(monkeypatch: Any, module: Any, function: Callable[..., Any], *shapes: Any) -> list[Recorded]:
     """The launches of a function whose kernels this module calls. Nothing is computed."""
     launches = []
 

@@ -1,5 +1,6 @@
-"""Attention's kernels compile for every card, without the card, and their shared memory fits it: dense models, and gpt-oss's attention."""
+"""The kernels of dense models, and those that gpt-oss shares with them, compile for every card, without it, and fit its shared memory."""
 
+import functools
 import importlib.util
 import itertools
 
@@ -8,23 +9,30 @@ import jax.numpy as jnp
 import pytest
 from recorded_launches import compile_for, record
 
+from discover_jax.kernels.projections import Stack
 from discover_jax.kernels.triton_call import SHARED_KIB
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra `parity` or `kernels`)")
 
 CARDS = (80, 89, 90, 100, 120)
-HEADS = {
-    "qwen2.5-0.5b": (14, 2, 64),
-    "qwen2.5-1.5b": (12, 2, 128),
-    "qwen2.5-7b": (28, 4, 128),
-    "llama-3.1-8b": (32, 8, 128),
-    "gpt-oss": (64, 8, 64),
+MODELS = {
+    "qwen2.5-0.5b": (896, 14, 2, 64),
+    "qwen2.5-1.5b": (1536, 12, 2, 128),
+    "qwen2.5-7b": (3584, 28, 4, 128),
+    "llama-3.1-8b": (4096, 32, 8, 128),
+    "gpt-oss": (2880, 64, 8, 64),
 }
-"""Query heads, key/value heads and head size."""
-PARTS = {"decode": ["attend", "merge", "attend"], "forward": ["forward"], "backward": ["backward_queries", "backward_keys"]}
+"""Width, query heads, key/value heads and head size."""
+PARTS = {
+    "decode": ["attend", "merge", "attend"],
+    "forward": ["forward"],
+    "backward": ["backward_queries", "backward_keys"],
+    "projections": ["times_a", "project"],
+}
+"""Kernels in the order in which `_launches` calls them."""
 TENSOR_MEMORY = 512
 """Columns of a Blackwell GPU's tensor memory."""
-ROWS, PAGE, COLUMNS, TOKENS = 32, 128, 64, 4096
+ROWS, PAGE, COLUMNS, TOKENS, RANK = 128, 128, 64, 4096, 32
 
 
 def _shape(*sizes, dtype=jnp.bfloat16):
@@ -32,11 +40,12 @@ def _shape(*sizes, dtype=jnp.bfloat16):
 
 
 def _launches(monkeypatch, model, card, window=None):
-    """Decoding over many pages and over one; the update forward and backward."""
-    from discover_jax.kernels import attention_decode, attention_update
+    """Decoding over many pages and over one; the update forward and backward; projections in decoding."""
+    from discover_jax.kernels import attention_decode, attention_update, projections_decode
 
-    heads, kv_heads, size = HEADS[model]
-    monkeypatch.setattr(attention_update, "compute_capability", lambda: card)
+    width, heads, kv_heads, size = MODELS[model]
+    for module in (attention_update, projections_decode):
+        monkeypatch.setattr(module, "compute_capability", lambda: card)
     pool, sinks = _shape(2, 100, kv_heads, PAGE, size), _shape(heads)
     launches = []
     for columns in (COLUMNS, 1):
@@ -51,7 +60,11 @@ def _launches(monkeypatch, model, card, window=None):
         return pull(out)
 
     rows = [_shape(1, TOKENS, n, size) for n in (heads, kv_heads, kv_heads)]
-    return launches + record(monkeypatch, attention_update, update, *rows, _shape(1, TOKENS, dtype=jnp.int32), sinks)
+    launches += record(monkeypatch, attention_update, update, *rows, _shape(1, TOKENS, dtype=jnp.int32), sinks)
+    outs = [n * size for n in (heads, kv_heads, kv_heads)]
+    stacks = [Stack(_shape(2, out, width), _shape(2, out), _shape(2, RANK, width), _shape(2, out, RANK)) for out in outs]
+    project = functools.partial(projections_decode.project, scale=1.0)
+    return launches + record(monkeypatch, projections_decode, project, _shape(ROWS, width), stacks, _shape(dtype=jnp.int32))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +72,7 @@ def _launches(monkeypatch, model, card, window=None):
     [
         # A few seconds of compiling are in the default run.
         pytest.param(*case, marks=[] if case[:2] == ("qwen2.5-1.5b", 89) and case[2] != "backward" else pytest.mark.slow)
-        for case in itertools.product(HEADS, CARDS, PARTS)
+        for case in itertools.product(MODELS, CARDS, PARTS)
     ],
 )
 def test_kernels_fit_the_shared_memory(monkeypatch, tmp_path, model, card, part):
@@ -76,20 +89,24 @@ def test_kernels_fit_the_shared_memory(monkeypatch, tmp_path, model, card, part)
 
 @pytest.mark.parametrize("card", CARDS)
 def test_gpt_oss_launches_are_those_measured(monkeypatch, card):
-    """The launches of docs/performance.md's figures, on every card."""
+    """The launches of docs/performance.md's figures, on every card. On small cards, projections have fewer iterations in flight."""
     full, window = (_launches(monkeypatch, "gpt-oss", card, window) for window in (None, 128))
     found = [
-        (launch.name, *(launch.constants.get(name) for name in ("BLOCK", "BM", "BN", "STAGES")), launch.warps, launch.stages)
-        for launch in (*full, *window[3:])
+        (launch.name, *(launch.constants.get(name) for name in ("BLOCK", "M", "N", "BM", "BN")), launch.stages, launch.warps)
+        for launch in (*full[:3], *full[6:], *full[3:6], *window[3:6])
     ]
+    stages = {launch.constants["STAGES"] == launch.stages for launch in full + window if launch.name != "merge"}
+    assert stages == {True}
     assert found == [
-        ("attend", 64, None, None, 2, 1, 2),
-        ("merge", None, None, None, None, 1, 1),
-        ("attend", 128, None, None, 1, 2, 1),
-        ("forward", None, 128, 64, 4, 4, 4),
-        ("backward_queries", None, 64, 64, 3, 4, 3),
-        ("backward_keys", None, 64, 64, 3, 4, 3),
-        ("forward", None, 64, 64, 2, 4, 2),
-        ("backward_queries", None, 64, 64, 2, 4, 2),
-        ("backward_keys", None, 64, 64, 2, 4, 2),
+        ("attend", 64, COLUMNS, None, None, None, 2, 1),
+        ("merge", None, None, 64, None, None, 1, 1),
+        ("attend", 128, 1, None, None, None, 1, 2),
+        ("times_a", None, None, 128, None, None, 3, 4),
+        ("project", None, 128, 128, None, None, 4 if SHARED_KIB[card] > 99 else 3, 8),
+        ("forward", None, None, 64, 128, 64, 4, 4),
+        ("backward_queries", None, None, 64, 64, 64, 3, 4),
+        ("backward_keys", None, None, 64, 64, 64, 3, 4),
+        ("forward", None, None, 64, 64, 64, 2, 4),
+        ("backward_queries", None, None, 64, 64, 64, 2, 4),
+        ("backward_keys", None, None, 64, 64, 64, 2, 4),
     ]
