@@ -1,7 +1,8 @@
-"""The decoding kernels at gpt-oss-120b's sizes, compared with this GPU's ceilings measured in the same run.
+"""The decoding kernels at gpt-oss-120b's sizes, and attention also at those of dense models, compared with this GPU's ceilings measured in
+the same run.
 
     python benchmarks/kernels_decode.py experts [--tokens=1,8,32,128,512] [--rank=8] [--skew=0,1]
-    python benchmarks/kernels_decode.py attention [--cases=NAME,NAME]
+    python benchmarks/kernels_decode.py attention [--heads=gpt-oss-120b] [--cases=NAME,NAME] [--launches]
     python benchmarks/kernels_decode.py projections [--rows=1,32,128] [--rank=32] [--launches]
 
 Each also takes --json=FILE and --record=PREFIX, and needs a GPU and the extra `kernels`. A layer's time is measured in a scan over many
@@ -16,7 +17,9 @@ attention: one new token per row attends to its pages, which are scattered over 
 kernels, from a trace. Errors are relative to the largest output, against float32.
 
 projections: queries, keys and values (2880 to 4096 + 512 + 512), and the output (4096 to 2880). 18 layers are read from their stacks, so
-that no cache can hold the weights. Rates count the weights' bytes. `--launches` also tries other launch parameters.
+that no cache can hold the weights. Rates count the weights' bytes.
+
+`--launches` also tries other launch parameters.
 """
 
 import argparse
@@ -32,10 +35,11 @@ import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_shapes import SHAPES, Heads
 from measuring import ceilings, kernel_seconds, seconds
 
 from discover_jax.kernels.attention import paged_attention_reference
-from discover_jax.kernels.attention_decode import paged_attention
+from discover_jax.kernels.attention_decode import PagedTiling, attend_pages, paged_attention
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import gated
 from discover_jax.kernels.experts_decode import ExpertsTiling, TiledMatrix, choose_tiling, moe_routed, multiply
@@ -178,13 +182,21 @@ def measure_experts(arguments: argparse.Namespace, most: dict[str, float], keep:
 
 # ---------------------------------------------------------------------- attention
 
-HEADS, KV_HEADS, SIZE, PAGE = 64, 8, 64, 128
+PAGE = 128
 LAYERS = 18
 """Layers of a pool: the full or the sliding ones of gpt-oss-120b. Together they are far larger than a GPU's cache."""
+POOL_BYTES = 4e10
+"""Size limit of keys and values. Pools that would be larger have fewer layers."""
+TILINGS = [
+    PagedTiling(block, warps, stages, resident)
+    for block, warps, stages in ((32, 1, 3), (64, 1, 2), (64, 1, 3), (64, 2, 3), (128, 4, 2))
+    for resident in (4, 6)
+]
 
 CASES: dict[str, list[int]] = {
     "128 x ring": [PAGE] * 128,
     "128 x 1k": [1024] * 128,
+    "128 x 2k": [2048] * 128,
     "128 x 4k": [4096] * 128,
     "128 x 8k": [8192] * 128,
     "26k + 127 x 2k": [26_000] + [2048] * 127,
@@ -198,46 +210,46 @@ CASES: dict[str, list[int]] = {
 """Cache positions in use of each row."""
 
 
-def pool(key: jax.Array, pages: int) -> jax.Array:
-    """Random keys or values [L, P, K, s, H]."""
-    shape = (pages, KV_HEADS, PAGE, SIZE)
-    return jax.jit(lambda k: jax.lax.map(lambda one: jax.random.normal(one, shape, jnp.bfloat16), jax.random.split(k, LAYERS)))(key)
+def pools(heads: Heads, pages: int) -> tuple[jax.Array, jax.Array]:
+    """Random keys and values [L, P, K, s, H]."""
+    shape = (pages, heads.kv_heads, PAGE, heads.size)
+    layers = min(LAYERS, int(POOL_BYTES / (4 * np.prod(shape))))
+    draw = jax.jit(lambda k: jax.lax.map(lambda one: jax.random.normal(one, shape, jnp.bfloat16), jax.random.split(k, layers)))
+    return draw(jax.random.key(0)), draw(jax.random.key(1))
 
 
-def rows_of(counts: list[int], pages: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, a table for rows of up to 8k (or the longest, if that is longer; for rings, of one page), and counts."""
+def rows_of(heads: Heads, counts: list[int], pages: int) -> tuple[jax.Array, ...]:
+    """Queries, a table for rows of up to 8k (or the longest, if that is longer; for rings, of one page), counts and sinks."""
     used = [-(-count // PAGE) for count in counts]
     columns = 1 if max(used) == 1 else max(64, *used)
     table = np.full((len(counts), columns), 2**30, np.int32)
     for row, own in enumerate(np.split(np.random.default_rng(0).permutation(pages)[: sum(used)], np.cumsum(used)[:-1])):
         table[row, : used[row]] = own
-    q_BNH = jax.random.normal(jax.random.key(1), (len(counts), HEADS, SIZE), jnp.bfloat16)
-    return q_BNH, jnp.asarray(table), jnp.array(counts, jnp.int32)
+    q_BNH = jax.random.normal(jax.random.key(1), (len(counts), heads.heads, heads.size), jnp.bfloat16)
+    return q_BNH, jnp.asarray(table), jnp.array(counts, jnp.int32), heads.draw_sinks(jax.random.key(2), jnp.bfloat16)
 
 
-def attention_loop(attend: Callable[..., jax.Array], keys: jax.Array, values: jax.Array, counts: list[int]) -> Callable[[], jax.Array]:
+def attention_loop(attend: Callable[..., jax.Array], keys: jax.Array, values: jax.Array, rows: tuple[jax.Array, ...]) -> Callable[[], Any]:
     """A function that runs the attention of all layers in sequence."""
-    q_BNH, table, counts_B = rows_of(counts, keys.shape[1])
 
     @jax.jit
-    def layers(q_BNH: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, counts_B: jax.Array) -> jax.Array:
+    def layers(q_BNH: jax.Array, keys: jax.Array, values: jax.Array, *rest: jax.Array) -> jax.Array:
         def layer(q_BNH: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-            return 0.5 * q_BNH + attend(q_BNH, keys, values, i, table, counts_B, jnp.ones(HEADS, jnp.bfloat16)), None
+            return 0.5 * q_BNH + attend(q_BNH, keys, values, i, *rest), None
 
-        return jax.lax.scan(layer, q_BNH, jnp.arange(LAYERS))[0]
+        return jax.lax.scan(layer, q_BNH, jnp.arange(len(keys)))[0]
 
-    return lambda: layers(q_BNH, keys, values, table, counts_B)
+    return lambda: layers(rows[0], keys, values, *rows[1:])
 
 
-def attention_error(keys: jax.Array, values: jax.Array, counts: list[int]) -> float:
-    q_BNH, table, counts_B = rows_of(counts, keys.shape[1])
-    rest, sinks_N = (table, counts_B), jnp.ones(HEADS, jnp.float32)
-    got = jax.jit(paged_attention)(q_BNH, keys, values, jnp.int32(LAYERS - 1), *rest, sinks_N).astype(jnp.float32)
+def attention_error(keys: jax.Array, values: jax.Array, rows: tuple[jax.Array, ...]) -> float:
+    q_BNH, *rest = rows
+    got = jax.jit(paged_attention)(q_BNH, keys, values, jnp.int32(len(keys) - 1), *rest).astype(jnp.float32)
 
     @jax.jit
     def expected(q_BNH: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        last = (x[LAYERS - 1 :].astype(jnp.float32) for x in (keys, values))
-        return paged_attention_reference(q_BNH.astype(jnp.float32), *last, jnp.int32(0), *rest, sinks_N)
+        last = (x[-1:].astype(jnp.float32) for x in (keys, values))
+        return paged_attention_reference(q_BNH.astype(jnp.float32), *last, jnp.int32(0), *rest)
 
     with jax.default_matmul_precision("highest"):
         right = expected(q_BNH, keys, values)
@@ -245,28 +257,31 @@ def attention_error(keys: jax.Array, values: jax.Array, counts: list[int]) -> fl
 
 
 def measure_attention(arguments: argparse.Namespace, most: dict[str, float], keep: Callable[[dict[str, Any], str, str], None]) -> None:
-    cases, copy = arguments.cases.split(","), most["copy_bytes_per_s"]
-    pages = max(sum(-(-count // PAGE) for count in CASES[name]) for name in cases)
-    keys, values = (pool(jax.random.key(i), pages) for i in range(2))
-    for name in cases:
-        counts = CASES[name]
-        run = attention_loop(paged_attention, keys, values, counts)
-        spent = seconds(run) / LAYERS
-        plain = seconds(attention_loop(paged_attention_reference, keys, values, counts)) / LAYERS
+    heads, cases, copy = SHAPES[arguments.heads], arguments.cases.split(","), most["copy_bytes_per_s"]
+    keys, values = pools(heads, max(sum(-(-count // PAGE) for count in CASES[name]) for name in cases))
+    tried: dict[str, Callable[..., jax.Array]] = {"": paged_attention}
+    for chosen in TILINGS if arguments.launches else ():
+        label = f"_{chosen.block}_{chosen.warps}_{chosen.stages}_{chosen.resident}"
+        tried[label] = functools.partial(attend_pages, chosen=chosen)
+    for name, (label, attend) in itertools.product(cases, tried.items()):
+        rows, bytes_read = rows_of(heads, CASES[name], keys.shape[1]), sum(CASES[name]) * heads.kv_heads * heads.size * 4
+        run = attention_loop(attend, keys, values, rows)
+        spent = seconds(run) / len(keys)
         kernels = kernel_seconds(run, ("attend", "merge"))
-        bytes_read = sum(counts) * KV_HEADS * SIZE * 2 * keys.dtype.itemsize
         row = {
             "case": name,
+            "heads": arguments.heads,
             "layer_us": 1e6 * spent,
             "layer_of_copy": bytes_read / spent / copy,
             **{f"{kernel}_us": 1e6 * one for kernel, one in kernels.items()},
             "kernels_of_copy": bytes_read / sum(kernels.values()) / copy if kernels else 0.0,
-            "reference_us": 1e6 * plain,
-            "relative_error": attention_error(keys, values, counts),
         }
         told = f"layer {row['layer_us']:7.1f} us {row['layer_of_copy']:4.0%}  kernels {row['kernels_of_copy']:4.0%}"
-        told += f"  reference {row['reference_us']:9.1f} us  {row['relative_error']:.1e}"
-        keep(row, name.replace(" + ", "_").replace(" ", "_"), told)
+        if not label:
+            row["reference_us"] = 1e6 * seconds(attention_loop(paged_attention_reference, keys, values, rows)) / len(keys)
+            row["relative_error"] = attention_error(keys, values, rows)
+            told += f"  reference {row['reference_us']:9.1f} us  {row['relative_error']:.1e}"
+        keep(row, name.replace(" + ", "_").replace(" ", "_") + label, told)
 
 
 # ---------------------------------------------------------------------- projections
@@ -340,6 +355,8 @@ def main() -> None:
     experts.add_argument("--tokens", default="1,8,32,128,512")
     experts.add_argument("--rank", type=int, default=8, help="rank of the experts' adapters in a second pass; 0: no second pass")
     experts.add_argument("--skew", default="0,1")
+    attention.add_argument("--heads", default="gpt-oss-120b", choices=SHAPES, help="the model whose attention heads are measured")
+    attention.add_argument("--launches", action="store_true", help="also try other launch parameters")
     attention.add_argument("--cases", default=",".join(CASES), help="names of CASES, in this module")
     projections.add_argument("--rows", default="1,32,128")
     projections.add_argument("--rank", type=int, default=32)

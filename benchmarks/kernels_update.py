@@ -1,7 +1,7 @@
 """The update's kernels of one layer, compared with this GPU's matrix product in the same run: forward, and forward with backward.
 
     python benchmarks/kernels_update.py experts [--shape=gpt-oss-120b] [--tokens=16384,65536] [--skew=0] [--tiles=128x256,64x256,128x128]
-    python benchmarks/kernels_update.py attention [--cases="NAME;NAME"]
+    python benchmarks/kernels_update.py attention [--heads=gpt-oss-120b] [--cases="NAME;NAME"] [--launches]
 
 Both also take --json=FILE and --record=PREFIX, and need a GPU and the extra `kernels`. All times are the best of five repetitions.
 
@@ -10,13 +10,14 @@ per row forward, and the same backward, since base weights have no gradients. `-
 rows of a block x outputs of a wide product; the paired product has a quarter of both halves. Errors are relative to the norm, against the
 plain-JAX reference in float32, with routing so uneven that some experts get no rows.
 
-attention: one row of packed rollouts, with gpt-oss's heads. Rates count the unmasked pairs of a query and a key: 4 H operations per pair
-and head forward, 10 H backward. cuDNN's attention (jax.nn.dot_product_attention) has neither sinks nor segments, so it is measured only on
-rows of one rollout. Errors are those of the outputs and of each gradient, relative to the norm, against the plain-JAX reference in float32,
-on a row of 2,048 tokens.
+attention: one row of packed rollouts. Rates count the unmasked pairs of a query and a key: 4 H operations per pair and head forward, 10 H
+backward. cuDNN's attention (jax.nn.dot_product_attention) has neither sinks nor segments, so it is measured only on rows of one rollout.
+Errors are those of the outputs and of each gradient, relative to the norm, against the plain-JAX reference in float32, on a row of 2,048
+tokens. `--launches` also times each kernel with other launch parameters (device time, from a trace).
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -27,14 +28,17 @@ import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import ceilings, seconds
+from attention_shapes import SHAPES, Heads
+from measuring import ceilings, kernel_seconds, seconds
 
+from discover_jax.kernels import attention_update
 from discover_jax.kernels.attention_update import packed_attention, windowed_attention
 from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.experts_update import GroupedTiling, Launch, moe_sorted, unpack
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
+from discover_jax.kernels.triton_call import compute_capability, shared_kib
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.synthetic import shape_of
 
@@ -150,28 +154,36 @@ def measure_experts(arguments: argparse.Namespace, ceiling: dict[str, float], ke
 
 # ---------------------------------------------------------------------- attention
 
-HEADS, KV_HEADS, SIZE, WINDOW = 64, 8, 64, 128
+WINDOW = 128
 
 CASES: dict[str, tuple[list[int], int | None]] = {
     "1 x 26k": ([26_624], None),
     "1 x 8k": ([8192], None),
     "4 x 8k": ([8192] * 4, None),
+    "4 x 4k": ([4096] * 4, None),
     "uneven, 32k": ([14_000, 9_000, 5_000, 2_500, 1_200, 600, 400], None),
     "32k, window": ([32_768], WINDOW),
     "uneven, 32k, window": ([14_000, 9_000, 5_000, 2_500, 1_200, 600, 400], WINDOW),
 }
 """Lengths of the rollouts of a row, and the window."""
 
+LAUNCHES = {
+    "forward": [(128, 64, 3, 4), (128, 64, 2, 8), (128, 64, 3, 8), (128, 128, 2, 8), (64, 64, 3, 4), (128, 32, 3, 8)],
+    "to_queries": [(64, 64, 2, 4), (64, 64, 2, 8), (128, 64, 2, 8), (128, 64, 3, 8), (128, 32, 3, 8), (64, 32, 3, 4)],
+    "to_keys": [(64, 64, 2, 4), (64, 64, 2, 8), (32, 64, 2, 8), (32, 64, 3, 8), (32, 128, 2, 8), (64, 128, 2, 8), (32, 64, 3, 4)],
+}
+"""Launch parameters that --launches tries: queries, keys, stages, warps."""
 
-def arrays(lengths: list[int], dtype: Any = jnp.bfloat16) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+
+def arrays(heads: Heads, lengths: list[int], dtype: Any = jnp.bfloat16) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
     """Queries, keys, values and the output's gradient; segments, padded to a multiple of 128; sinks."""
     tokens = -(-sum(lengths) // 128) * 128
     keys = jax.random.split(jax.random.key(0), 5)
-    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    drawn = tuple(jax.random.normal(key, (1, tokens, n, SIZE), dtype) for key, n in zip(keys, heads, strict=False))
+    numbers = (heads.heads, heads.kv_heads, heads.kv_heads, heads.heads)
+    drawn = tuple(jax.random.normal(key, (1, tokens, n, heads.size), dtype) for key, n in zip(keys, numbers, strict=False))
     segments = np.zeros(tokens, np.int32)
     segments[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    return drawn, jnp.asarray(segments)[None], jax.random.normal(keys[4], (HEADS,), dtype)
+    return drawn, jnp.asarray(segments)[None], heads.draw_sinks(keys[4], dtype)
 
 
 def pairs(lengths: Sequence[int], window: int | None) -> int:
@@ -180,9 +192,9 @@ def pairs(lengths: Sequence[int], window: int | None) -> int:
     return sum(w * (w + 1) // 2 + (n - w) * w for n, w in zip(lengths, seen, strict=True))
 
 
-def attention_errors(window: int | None) -> dict[str, float]:
+def attention_errors(heads: Heads, window: int | None) -> dict[str, float]:
     """The errors of the output and of each gradient."""
-    drawn, segments, sinks = arrays([1_000, 700, 40, 200])
+    drawn, segments, sinks = arrays(heads, [1_000, 700, 40, 200])
     options = {} if window is None else {"window": window}
     own, reference = (
         (packed_attention, packed_attention_reference) if window is None else (windowed_attention, windowed_attention_reference)
@@ -200,27 +212,58 @@ def attention_errors(window: int | None) -> dict[str, float]:
     return found
 
 
+def time_launches(heads: Heads, lengths: list[int], name: str) -> None:
+    """Device time of each of the three kernels with each of its LAUNCHES. Launches that need more shared memory than the GPU has fail."""
+    drawn, segments, sinks = arrays(heads, lengths)
+    chosen = attention_update.choose_tiling(heads.size, windowed=False, shared=shared_kib(compute_capability()))
+    kernels = {"forward": "forward", "to_queries": "backward_queries", "to_keys": "backward_keys"}
+    operations = {"forward": 4.0, "to_queries": 6.0, "to_keys": 8.0}
+    for part, launches in LAUNCHES.items():
+        for launch in launches:
+            tiling = dataclasses.replace(chosen, **{part: attention_update.Launch(*launch)})
+
+            @jax.jit
+            def gradients(q: Any, k: Any, v: Any, d_out: Any, tiling: Any = tiling) -> Any:
+                attend = functools.partial(attention_update.attend, window=None, tiling=tiling)
+                return jax.vjp(lambda *x: attend(*x, segments, sinks), q, k, v)[1](d_out)
+
+            label = f"{name}_{part}_{'_'.join(map(str, launch))}" + (" chosen" if getattr(chosen, part) == getattr(tiling, part) else "")
+            try:
+                jax.block_until_ready(gradients(*drawn))
+                spent = kernel_seconds(functools.partial(gradients, *drawn), (kernels[part],))[kernels[part]]
+            except Exception as error:
+                print(f"{label:44s} failed: {str(error).splitlines()[0][:80]}", flush=True)
+                continue
+            rate = operations[part] * heads.size * heads.heads * pairs(lengths, None) / spent
+            print(f"{label:44s} {1e3 * spent:7.3f} ms {rate / 1e12:4.0f} TFLOP/s", flush=True)
+
+
 def measure_attention(arguments: argparse.Namespace, ceiling: dict[str, float], keep: Keep) -> dict[str, Any]:
-    errors = {"full": attention_errors(None), "window": attention_errors(WINDOW)}
+    heads, cases = SHAPES[arguments.heads], arguments.cases.split(";")
+    if not heads.sinks:  # these models have no windows either
+        cases = [name for name in cases if CASES[name][1] is None]
+    errors = {"full": attention_errors(heads, None)} | ({"window": attention_errors(heads, WINDOW)} if heads.sinks else {})
     print(f"errors against float32: {errors}", flush=True)
-    for name in arguments.cases.split(";"):
+    for name in cases:
         lengths, window = CASES[name]
-        drawn, segments, sinks = arrays(lengths)
+        drawn, segments, sinks = arrays(heads, lengths)
         own = functools.partial(windowed_attention, window=window) if window else packed_attention
         cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         variants: dict[str, Callable[..., jax.Array]] = {"kernels": lambda q, k, v, f=own, g=segments, s=sinks: f(q, k, v, g, s)}
         if len(lengths) == 1:
             variants["cudnn"] = functools.partial(cudnn, local_window_size=(window - 1, 0)) if window else cudnn
+        label = name.replace(",", "").replace(" ", "_")
         for variant, attend in variants.items():
 
             def gradients(q: Any, k: Any, v: Any, d_out: Any, attend: Any = attend) -> Any:
                 return jax.vjp(attend, q, k, v)[1](d_out)
 
             spent = {"forward": seconds(jax.jit(attend), *drawn[:3]), "both": seconds(jax.jit(gradients), *drawn)}
-            forward = 4.0 * SIZE * HEADS * pairs(lengths, window)
+            forward = 4.0 * heads.size * heads.heads * pairs(lengths, window)
             rates = {"forward": forward / spent["forward"], "both": 3.5 * forward / spent["both"]}
-            row = {"case": name, "variant": variant, **columns(spent, rates)}
-            keep(row, f"{name.replace(',', '').replace(' ', '_')}_{variant}")
+            keep({"case": name, "heads": arguments.heads, "variant": variant, **columns(spent, rates)}, f"{label}_{variant}")
+        if arguments.launches and window is None:
+            time_launches(heads, lengths, label)
     return {"errors": errors}
 
 
@@ -240,6 +283,8 @@ def main() -> None:
     experts.add_argument("--tokens", default="16384,65536")
     experts.add_argument("--skew", type=float, default=0.0, help="standard deviation of the experts' logits; that of the tokens' is 1")
     experts.add_argument("--tiles", default="128x256,64x256,128x128")
+    attention.add_argument("--heads", default="gpt-oss-120b", choices=SHAPES, help="the model whose attention heads are measured")
+    attention.add_argument("--launches", action="store_true", help="also try other launch parameters")
     attention.add_argument("--cases", default=";".join(CASES), help="names of CASES, in this module, separated by semicolons")
     for command in (experts, attention):
         command.add_argument("--json", type=Path)
@@ -247,7 +292,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ceiling = ceilings()
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **ceiling, "rows": []}
-    print(f"{result['device']}: matrix product {ceiling['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s", flush=True)
+    rates = ceiling["matmul_flops_per_s"] / 1e12, ceiling["copy_bytes_per_s"] / 1e12
+    print(f"{result['device']}: matrix product {rates[0]:.0f} TFLOP/s, copy {rates[1]:.2f} TB/s", flush=True)
 
     def write() -> None:
         if arguments.json:

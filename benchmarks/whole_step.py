@@ -44,14 +44,14 @@ from discover_jax.models.families import SHAPES
 from discover_jax.models.synthetic import shape_of
 from discover_jax.policy import APPRENTICE
 from discover_jax.runs.console import Improvement, PlainConsole
+from discover_jax.text.chat import ChatFormat
 from discover_jax.text.reply import program_of
-from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import Rollout
 
 
-def recorded_program(rollout: Rollout, tokenizer: Tokenizer) -> str:
+def recorded_program(rollout: Rollout, chat: ChatFormat) -> str:
     """A program that runs, determined by the rollout's tokens. The reply is still parsed, so that parsing costs its time."""
-    program_of(rollout, tokenizer)
+    program_of(rollout, chat)
     return programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes()))))
 
 

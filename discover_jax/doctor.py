@@ -27,7 +27,7 @@ from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import check_folder
-from discover_jax.policy import check_tokenizer, weights_folder
+from discover_jax.policy import check_chat_format, weights_folder
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.task import Task
 from discover_jax.types import Grade, Outcome
@@ -135,8 +135,8 @@ def _weights(config: Any) -> tuple[str, ModelConfig]:
 
 
 def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
-    tokenizer = check_tokenizer(config, sizes)
-    return f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} ids, with the chat format's special tokens", None
+    chat = check_chat_format(config, sizes)
+    return f"{type(chat.tokenizer).__name__}, {chat.tokenizer.vocab_size:,} ids; chat format: {chat.describe()}", None
 
 
 def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:

@@ -139,7 +139,7 @@ def _prepared(
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
         sampler = build_sampler(
-            config, policy.model, policy.stop_ids, stages.second_phase(config, policy.tokenizer), memory=memory, learn=kind.learns
+            config, policy.model, policy.stop_ids, stages.second_phase(config, policy.chat), memory=memory, learn=kind.learns
         )
 
         journal = Journal(workdir.journal_path)

@@ -1,4 +1,4 @@
-"""The language model of a run, loaded as the config says: its handle, base weights and tokenizer."""
+"""The language model of a run, loaded as the config says: its handle, base weights, and chat format with its tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -12,12 +12,13 @@ from discover_jax.learning.train_state import TrainState
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
-from discover_jax.models.folder import OnProgress, load_folder, read_config
+from discover_jax.models.folder import OnProgress, find_folder, load_folder, read_config
 from discover_jax.models.sharding import mesh_of_run
-from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
+from discover_jax.text.chat import ChatFormat
+from discover_jax.text.formats import HARMONY_FAMILY, family_of, load_chat_format
+from discover_jax.text.tokenizer import Tokenizer
 
 APPRENTICE = Path(__file__).parent / "apprentice" / "weights"
-STOP_TOKEN = "<|return|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Policy:
     Attributes:
       model: handle of the architecture.
       frozen: base weights.
-      tokenizer: of the weights.
+      chat: chat format of the weights, with their tokenizer.
       train_state: adapter and optimiser; None for the base model, which a search samples from.
     """
 
     model: Model
     frozen: Any
-    tokenizer: Tokenizer
+    chat: ChatFormat
     train_state: TrainState | None = None
 
     @property
@@ -47,8 +48,12 @@ class Policy:
         return int(self.train_state.step) if self.train_state is not None else 0
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self.chat.tokenizer
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.special(STOP_TOKEN),)
+        return self.chat.stop_ids
 
     def init_lora(self, seed: int) -> Any:
         """A fresh adapter, a function of the seed."""
@@ -61,25 +66,31 @@ def weights_folder(config: Any) -> Path | None:
     return named[config.model.weights] if config.model.weights in named else Path(config.model.weights).expanduser()
 
 
-def check_tokenizer(config: Any, sizes: ModelConfig) -> Tokenizer:
-    """The tokenizer of the config, checked against a model of these sizes.
+def check_chat_format(config: Any, sizes: ModelConfig) -> ChatFormat:
+    """The chat format and tokenizer of the config, checked against a model of these sizes.
 
     Raises:
-      TokenizerError: it is missing or damaged, or has more ids than the model.
+      TokenizerError: the tokenizer or chat template is missing or damaged, or has more ids than the model.
+      ConfigError: a setting has no effect with this chat format.
     """
-    folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else weights_folder(config)
+    weights = weights_folder(config)
+    folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else weights
     assert folder is not None, "validate() demands a tokenizer for random weights"
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > sizes.vocab_size:
+    # Random weights know no chat format, so theirs is that of the tokenizer.
+    family = family_of(folder if weights is None else find_folder(weights)) or HARMONY_FAMILY
+    chat = load_chat_format(folder, family, config.prompt.reasoning_effort)
+    if chat.tokenizer.vocab_size > sizes.vocab_size or chat.stop_ids[-1] >= sizes.vocab_size:
         raise TokenizerError(
-            f"The tokenizer of {folder} has {tokenizer.vocab_size:,} ids, but the model knows {sizes.vocab_size:,}. They do not belong"
-            " together. Set config.model.tokenizer to the folder that came with the weights."
+            f"The tokenizer of {folder} has {chat.tokenizer.vocab_size:,} ids and the stop ids {chat.stop_ids}, but the model knows"
+            f" {sizes.vocab_size:,}. They do not belong together. Set config.model.tokenizer to the folder that came with the weights."
         )
-    return tokenizer
+    if config.sampling.thinking_tokens:
+        chat.answer_opening()  # raises if the format has no thinking
+    return chat
 
 
 def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
-    """Reads tokenizer and weights, or draws random weights from the seed, on the devices of `config.mesh`.
+    """Reads chat format and weights, or draws random weights from the seed, on the devices of `config.mesh`.
 
     Args:
       config: validated.
@@ -91,10 +102,10 @@ def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
     """
     folder = weights_folder(config)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
-    tokenizer = check_tokenizer(config, sizes)
+    chat = check_chat_format(config, sizes)
     mesh = mesh_of_run(config.mesh.data, config.mesh.expert, config.mesh.tensor)
     model = build_model(config, sizes, mesh)
     if folder is None:
-        return Policy(model, model.init_frozen(jax.random.key(config.seed)), tokenizer)
+        return Policy(model, model.init_frozen(jax.random.key(config.seed)), chat)
     options = {"dtype": config.model.dtype, "experts": model.experts, "mesh": mesh}
-    return Policy(model, load_folder(folder, on_progress=on_progress, **options)[1], tokenizer)
+    return Policy(model, load_folder(folder, on_progress=on_progress, **options)[1], chat)

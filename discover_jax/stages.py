@@ -33,10 +33,9 @@ from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.prepare import named_competitions
 from discover_jax.tasks.task import Task
-from discover_jax.text.harmony import answer_forced, answer_opening
+from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
 from discover_jax.text.reply import program_of
-from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
 
@@ -137,7 +136,7 @@ def write_prompts(run: Run, policy: Policy, groups: Sequence[Group], step: int) 
     """One prompt for each group."""
     shortened: list[str] = []
     prompts_G = [
-        build_prompt(group.task, group.parent, group.failures, run.prompt_settings, policy.tokenizer, number, step, shortened.append)
+        build_prompt(group.task, group.parent, group.failures, run.prompt_settings, policy.chat, number, step, shortened.append)
         for number, group in enumerate(groups)
     ]
     if shortened:
@@ -160,7 +159,7 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
     ):
         key = rollout.group, rollout.index
         sampled.rollouts[key] = rollout
-        sampled.programs[key] = program = program_of(rollout, policy.tokenizer)
+        sampled.programs[key] = program = program_of(rollout, policy.chat)
         if program is not None:
             executions.submit(key, program, run.tasks.index(groups[rollout.group].task))
     return sampled
@@ -232,7 +231,7 @@ def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]
     for task in run.tasks:
         own = [attempt for attempt in attempts if attempt.task == task.id]
         states = states_of(own)
-        reusable = {state.id for state in states if program_fits(task, state, run.prompt_settings, policy.tokenizer)}
+        reusable = {state.id for state in states if program_fits(task, state, run.prompt_settings, policy.chat)}
         if len(reusable) < len(states):
             run.recorder.note(
                 f"{len(states) - len(reusable)} programs do not fit a prompt of {run.prompt_settings.max_tokens:,} tokens"
@@ -265,12 +264,11 @@ def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verd
     }
 
 
-def second_phase(config: Any, tokenizer: Tokenizer) -> SecondPhase | None:
+def second_phase(config: Any, chat: ChatFormat) -> SecondPhase | None:
     """The second phase, which ends the thinking of a rollout that thinks too long; None if config.sampling.thinking_tokens is 0."""
     if not config.sampling.thinking_tokens:
         return None
-    forced = answer_forced(config.sampling.thinking_closing, tokenizer)
-    return SecondPhase(config.sampling.thinking_tokens, answer_opening(tokenizer), forced)
+    return SecondPhase(config.sampling.thinking_tokens, chat.answer_opening(), chat.answer_forced(config.sampling.thinking_closing))
 
 
 def prompt_settings(config: Any) -> PromptSettings:
@@ -278,7 +276,6 @@ def prompt_settings(config: Any) -> PromptSettings:
     return PromptSettings(
         style=config.prompt.style,
         max_tokens=config.sampling.max_prompt_tokens,
-        reasoning_effort=config.prompt.reasoning_effort,
         seconds=config.execution.seconds,
         cores=config.execution.cores,
         memory_gib=config.execution.memory_gib,

@@ -125,7 +125,7 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("prompt.error_chars", 0, ("config.prompt.style",)),
         ("prompt.reasoning_effort", "low", ("config.prompt.style",)),
         ("sampling.thinking_closing", "Now.", ("config.sampling.thinking_tokens",)),
-        ("sampling.thinking_tokens", 508, ("config.sampling.max_new_tokens = 512",)),
+        ("sampling.thinking_tokens", 510, ("config.sampling.max_new_tokens = 512",)),
         ("reuse.children", -2, ("at least -1",)),
         ("reuse.fresh", 1.0, ("config.groups = 4", "config.reuse.sampler = 'fixed'")),
         ("reuse.fresh", 0.9, ("config.groups = 4", "config.reuse.sampler = 'fixed'")),

@@ -34,6 +34,7 @@ from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
 from discover_jax.tasks.competition import TRANSFORMS
 from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import IDEAS, STYLES, build_prompt
 from discover_jax.text.tokenizer import load_tokenizer
 from discover_jax.types import SEED, RunKind
@@ -158,9 +159,10 @@ def users_config(root):
     config.train.steps = 2
     config.update_from_flattened_dict(RUNS[USERS])
     config.task.competition = ", ".join(str(root / f"{id}.py") for id in USERS_COMPETITIONS)
-    tasks, tokenizer = prepare_tasks(config.task, folder=root / "tasks", seed=0), load_tokenizer(root / "model")
+    tasks = prepare_tasks(config.task, folder=root / "tasks", seed=0)
+    chat = Harmony(load_tokenizer(root / "model"), config.prompt.reasoning_effort)
     config.sampling.max_prompt_tokens = 100_000
-    first = [build_prompt(task, SEED, (), stages.prompt_settings(config), tokenizer, group=0, step=0) for task in tasks]
+    first = [build_prompt(task, SEED, (), stages.prompt_settings(config), chat, group=0, step=0) for task in tasks]
     config.sampling.max_prompt_tokens = max(len(prompt.tokens_P) for prompt in first) + 350
     return config
 

@@ -25,9 +25,11 @@ from discover_jax.models.folder import load_folder
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
+from discover_jax.text.chat import ChatFormat
+from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import PromptSettings, build_prompt
 from discover_jax.text.reply import program_of
-from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
+from discover_jax.text.tokenizer import load_tokenizer
 from discover_jax.types import SEED, Outcome, Rollout, State, Verdict
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -75,7 +77,7 @@ Sample = Callable[[Sequence[State], int, int], Sequence[tuple[State, Rollout]]]
 """(parents, samples, step) -> rollouts in equal groups, one for each parent."""
 
 
-def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, slots: int, seed: int) -> Sample:
+def policy(model: Model, frozen: object, chat: ChatFormat, task: Task, *, slots: int, seed: int) -> Sample:
     """Samples from the apprentice at temperature 1."""
     sampler = Sampler(
         model,
@@ -83,21 +85,21 @@ def policy(model: Model, frozen: object, tokenizer: Tokenizer, task: Task, *, sl
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0,
-        stop_ids=(tokenizer.special("<|return|>"),),
+        stop_ids=chat.stop_ids,
     )
     settings = PromptSettings(style="brief", max_tokens=MAX_PROMPT_TOKENS)
 
     def sample(parents: Sequence[State], samples: int, step: int) -> list[tuple[State, Rollout]]:
-        prompts = [build_prompt(task, parent, (), settings, tokenizer, group, step) for group, parent in enumerate(parents)]
+        prompts = [build_prompt(task, parent, (), settings, chat, group, step) for group, parent in enumerate(parents)]
         rollouts = sampler.sample(frozen, None, prompts, max(1, samples // len(parents)), seed=seed, step=step)
         return [(parents[rollout.group], rollout) for rollout in rollouts]
 
     return sample
 
 
-def run_programs(pairs: Sequence[tuple[State, Rollout]], tokenizer: Tokenizer, executor: Executor) -> list[Sampled]:
+def run_programs(pairs: Sequence[tuple[State, Rollout]], chat: ChatFormat, executor: Executor) -> list[Sampled]:
     """Runs and grades the programs of rollouts, in the given order."""
-    codes = [program_of(rollout, tokenizer) for _, rollout in pairs]
+    codes = [program_of(rollout, chat) for _, rollout in pairs]
     futures = [None if code is None else executor.submit(code) for code in codes]
     return [
         Sampled(parent, code, None if future is None else future.result(), len(rollout.tokens_T))
@@ -114,7 +116,7 @@ def choose_parents(fresh: Sequence[Sampled], count: int) -> list[State]:
     ]
 
 
-def measure(sample: Sample, tokenizer: Tokenizer, executor: Executor, samples: int) -> tuple[list[Sampled], list[Sampled]]:
+def measure(sample: Sample, chat: ChatFormat, executor: Executor, samples: int) -> tuple[list[Sampled], list[Sampled]]:
     """Samples, runs and grades first attempts and edits of them, and prints statistics.
 
     Returns:
@@ -124,12 +126,12 @@ def measure(sample: Sample, tokenizer: Tokenizer, executor: Executor, samples: i
     started = time.monotonic()
     pairs = sample([SEED], half, 0)
     sampled = time.monotonic()
-    fresh = run_programs(pairs, tokenizer, executor)
+    fresh = run_programs(pairs, chat, executor)
     print(f"first attempts: {report(fresh)}")
     print(f"  sampled in {sampled - started:.0f} s, run in {time.monotonic() - sampled:.0f} s")
     edits: list[Sampled] = []
     if parents := choose_parents(fresh, min(PARENTS, half)):
-        edits = run_programs(sample(parents, half, 1), tokenizer, executor)
+        edits = run_programs(sample(parents, half, 1), chat, executor)
         print(f"edits of {len(parents)} parents: {report(edits)}")
         _print_nearness(edits, parents)
         print(f"all: {report([*fresh, *edits])}")
@@ -166,14 +168,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.weights)
+    chat = Harmony(load_tokenizer(arguments.weights))
     config, frozen = load_folder(arguments.weights)
     with tempfile.TemporaryDirectory() as name:
         task = prepare_task(arguments.competition, raw=arguments.raw, reward="grade", folder=Path(name) / "task")
         model = Model(config, kernels=kernel_set(jax.default_backend()))
-        sample = policy(model, frozen, tokenizer, task, slots=min(64, arguments.samples), seed=arguments.seed)
+        sample = policy(model, frozen, chat, task, slots=min(64, arguments.samples), seed=arguments.seed)
         with Executor([task], ResourceLimits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:
-            measure(sample, tokenizer, executor, arguments.samples)
+            measure(sample, chat, executor, arguments.samples)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from typing import Any
 
 from discover_jax.config.setting import Rule, Setting
 
-FORCED_TOKENS = 6
-"""Tokens of `harmony.answer_forced` without the closing words, if each of its fixed words is one token."""
+FORCED_TOKENS = 2
+"""Fewest tokens of `ChatFormat.answer_forced` without the closing words: a line break and </think>. Harmony needs at least 6."""
 
 _CLOSING = "\n\nThe time to think is over; I write the program now."
 
@@ -24,7 +24,7 @@ SAMPLING: dict[str, Any] = {
         rules=(
             Rule(
                 f"`thinking_tokens` + {FORCED_TOKENS + 1} must be at most `sampling.max_new_tokens`: ending the thinking phase takes"
-                f" {FORCED_TOKENS} tokens and those of `thinking_closing`, and the answer at least one",
+                f" at least {FORCED_TOKENS} tokens and those of `thinking_closing`, and the answer at least one",
                 lambda config: (
                     not config.sampling.thinking_tokens
                     or config.sampling.thinking_tokens + FORCED_TOKENS + 1 <= config.sampling.max_new_tokens

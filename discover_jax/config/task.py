@@ -55,7 +55,10 @@ PROMPT: dict[str, Any] = {
         ),
     ),
     "reasoning_effort": Setting(
-        "medium", "reasoning effort requested in the system message", choices=("low", "medium", "high"), only_with=_FULL
+        "medium",
+        "reasoning effort requested in gpt-oss's system message; other models have none",
+        choices=("low", "medium", "high"),
+        only_with=_FULL,
     ),
     "ideas": Setting(0, "number of ideas for improvement in a prompt, rotated over groups and steps; 0: all", low=0, only_with=_FULL),
     "stdout_chars": Setting(2000, "longest tail of the parent's output in a prompt", unit="characters", low=0, only_with=_FULL),

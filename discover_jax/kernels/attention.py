@@ -47,7 +47,7 @@ def prefill_attention_reference(
       layer: int32 scalar, the index into the stack.
       pages_BM: int32, entry j is the page of the row's positions j s to (j + 1) s - 1. Entries past the last position in use are ignored.
       lengths_B: int32, tokens of each row before the new ones. With the new ones there are at most M s.
-      sinks_N: one logit per head.
+      sinks_N: one finite logit per head. A large negative number such as -1e30 is a softmax without sinks.
 
     Returns:
       [B, T, N, H] in the dtype of the values.
@@ -91,6 +91,6 @@ def paged_attention_reference(
     counts_B: jax.Array,
     sinks_N: jax.Array,
 ) -> jax.Array:
-    """The same for one token per row, [B, N, H]. It sees the first `counts_B` positions of its row: at least 1, at most M s."""
+    """The same for one token per row, [B, N, H]. It sees the first `counts_B` positions of its row, at most M s; 0 gives 0."""
     options = layer, pages_BM, counts_B - 1, sinks_N
     return prefill_attention_reference(q_BNH[:, None], keys_LPKsH, values_LPKsH, *options)[:, 0]

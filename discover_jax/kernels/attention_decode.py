@@ -44,9 +44,14 @@ class PagedTiling:
     least: int = 8
 
 
-def choose_tiling(columns: int) -> PagedTiling:
-    """The fastest measured on an H200 at gpt-oss's heads (benchmarks/kernels_decode.py), for rows of at most this many pages."""
-    return PagedTiling(64, 1, 2) if columns > 1 else PagedTiling(128, 2, 1)
+def choose_tiling(columns: int, head_size: int) -> PagedTiling:
+    """The tiles for rows of at most this many pages. They fit the shared memory of every card in `triton_call.SHARED_KIB`.
+
+    For heads of 64 they are the fastest measured on an H200 at gpt-oss's heads (benchmarks/kernels_decode.py).
+    """
+    if columns == 1:
+        return PagedTiling(128, 2, 1) if head_size == 64 else PagedTiling(64, 2, 1)
+    return PagedTiling(64, 1, 2)
 
 
 def _processors() -> int:
@@ -114,4 +119,4 @@ def paged_attention(
     if reason is not None:
         warn_reference("paged_attention", reason)
         return paged_attention_reference(*arguments)
-    return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1]))
+    return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1], head_size))

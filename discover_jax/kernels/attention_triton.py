@@ -1,8 +1,8 @@
 """Triton kernels of decoding attention: one query per row against the row's pages of keys and values, split over the context.
 
-The query heads of one key/value head, padded to at least 16, are the rows of one matrix. Tiles [positions, H] of the pages stream through
-shared memory. One kernel instance computes one share of one row's blocks for one key/value head. `merge` combines the partial results by
-their log-sum-exp. Exponentials are base 2, so scores include log2(e).
+The query heads of one key/value head are the rows of one matrix, padded with masked rows to a power of two of at least 16, so groups may
+have any size. Tiles [positions, H] of the pages stream through shared memory. One kernel instance computes one share of one row's blocks
+for one key/value head. `merge` combines the partial results by their log-sum-exp. Exponentials are base 2, so scores include log2(e).
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -50,8 +50,11 @@ def attend(
         blocks = tl.cdiv(tl.load(counts_ptr + b, mask=b < B, other=0), BLOCK)
         total = tl.sum(blocks)
         size = tl.maximum(tl.cdiv(total, MOST), tl.minimum(LEAST, tl.cdiv(total, SLOTS)))
-        shares = tl.cdiv(blocks, size)
+        shares = tl.cdiv(blocks, tl.maximum(size, 1))
         ends = tl.cumsum(shares, 0)
+        if (share == 0) & (head == 0):
+            tl.store(spans_ptr + b, ends - shares, mask=b < B)
+            tl.store(spans_ptr + B + b, shares, mask=b < B)  # 0 for an empty row: no instance computes it
         row = tl.sum((ends <= share).to(tl.int32))  # padding has the last row's end
         if row >= B:
             return
@@ -61,9 +64,6 @@ def attend(
         own = tl.cdiv(count, BLOCK)
         begin = own * (share - first) // of_row  # shares are as equal as possible
         end = own * (share - first + 1) // of_row
-        if (share == first) & (head == 0):
-            tl.store(spans_ptr + row, first)
-            tl.store(spans_ptr + B + row, of_row)
 
     ROWS: tl.constexpr = triton.next_power_of_2(max(GROUP, 16))
     PER_PAGE: tl.constexpr = PAGE // BLOCK

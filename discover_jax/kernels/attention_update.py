@@ -14,7 +14,7 @@ from discover_jax.kernels import attention_update_triton
 from discover_jax.kernels.attention_decode import HEAD_SIZES
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.packed_attention import ATTENTION, beginnings, packed_attention_reference, windowed_attention_reference
-from discover_jax.kernels.triton_call import call_kernel
+from discover_jax.kernels.triton_call import call_kernel, compute_capability, shared_kib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +41,29 @@ class AttentionTiling:
 
 FULL = AttentionTiling(Launch(128, 64, 4, 4), Launch(64, 64, 3, 4), Launch(64, 64, 3, 4))
 WINDOWED = AttentionTiling(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64, 64, 2, 4))
-"""The fastest measured on an H200 (benchmarks/kernels_update.py)."""
+"""For heads of 64: the fastest measured on an H200 at gpt-oss's heads (benchmarks/kernels_update.py). They fit every card."""
+
+LARGE_HEADS = {
+    227: AttentionTiling(Launch(128, 64, 3, 8), Launch(128, 64, 2, 8), Launch(32, 64, 2, 8)),
+    163: AttentionTiling(Launch(128, 64, 3, 8), Launch(64, 64, 2, 8), Launch(32, 64, 2, 8)),
+    99: AttentionTiling(Launch(128, 64, 2, 8), Launch(64, 64, 2, 8), Launch(32, 64, 2, 8)),
+}
+"""For heads of 128, by the least shared memory in KiB that a card must have."""
+
+
+def choose_tiling(head_size: int, *, windowed: bool, shared: int) -> AttentionTiling:
+    """The launch parameters for a card with this much shared memory in KiB for one kernel instance."""
+    if head_size <= 64:
+        return WINDOWED if windowed else FULL
+    return LARGE_HEADS[max(least for least in LARGE_HEADS if least <= shared)]
 
 
 def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array) -> jax.Array:
     """`packed_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     if _refused("packed_attention", q_BTNH, k_BTKH, v_BTKH):
         return packed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
-    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, tiling=FULL)
+    tiling = choose_tiling(q_BTNH.shape[3], windowed=False, shared=shared_kib(compute_capability()))
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, tiling=tiling)
 
 
 def windowed_attention(
@@ -57,7 +72,8 @@ def windowed_attention(
     """`windowed_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     if _refused("windowed_attention", q_BTNH, k_BTKH, v_BTKH):
         return windowed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window)
-    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, tiling=WINDOWED)
+    tiling = choose_tiling(q_BTNH.shape[3], windowed=True, shared=shared_kib(compute_capability()))
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, tiling=tiling)
 
 
 def _refused(operation: str, *arrays: jax.Array) -> bool:

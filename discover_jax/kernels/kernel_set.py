@@ -22,6 +22,7 @@ from discover_jax.kernels.packed_attention import packed_attention_reference, wi
 from discover_jax.kernels.pages import copy_page, write_pages, write_token
 from discover_jax.kernels.projections import project_reference
 from discover_jax.kernels.spread import SPREAD, can_spread
+from discover_jax.kernels.triton_call import refusal
 
 AnyMesh = Mesh | AbstractMesh
 Attend = Callable[..., jax.Array]
@@ -38,6 +39,7 @@ class KernelSet:
       copy_page: one page of the cache.
       packed_attention, windowed_attention, experts: whole sequences; differentiable.
       decode_experts, decode_projections: one token a row, or a chunk of a prompt.
+        Models without experts or windows do not call those operations.
       mesh: devices over which the operations are spread; None for one device.
       kernels: operations that do not use the reference.
     """
@@ -80,10 +82,12 @@ class Platform:
     Attributes:
       package: must be importable, in addition to the modules' own imports.
       functions: operation -> (module, function).
+      refusal: why this process's device cannot run the kernels; empty if it can.
     """
 
     package: str
     functions: Mapping[str, tuple[str, str]]
+    refusal: Callable[[], str] = lambda: ""
 
 
 PLATFORMS = {
@@ -97,6 +101,7 @@ PLATFORMS = {
             "decode_projections": ("discover_jax.kernels.projections_decode", "project"),
             "decode_experts": ("discover_jax.kernels.experts_decode", "moe_decode"),
         },
+        refusal,
     ),
 }
 """jax's platform name -> its kernels. Other platforms use the references."""
@@ -104,16 +109,18 @@ PLATFORMS = {
 
 @functools.cache
 def find_kernel(operation: str, platform: str) -> tuple[Callable[..., Any] | None, str]:
-    """A platform's kernel, or None and why it cannot be imported; the reason is empty if the platform does not have one."""
+    """A platform's kernel, or None and why it cannot run; the reason is empty if the platform does not have one."""
     if platform not in PLATFORMS or operation not in PLATFORMS[platform].functions:
         return None, ""
     module, function = PLATFORMS[platform].functions[operation]
     try:
         importlib.import_module(PLATFORMS[platform].package)
-        return getattr(importlib.import_module(module), function), ""
+        kernel = getattr(importlib.import_module(module), function)
     except ImportError as error:
         missing = error.name or PLATFORMS[platform].package
         return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[kernels]."
+    reason = PLATFORMS[platform].refusal()
+    return (None, reason) if reason else (kernel, "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,13 @@ class Stack:
     """One projection of every layer.
 
     Attributes:
-      weight, bias: [L, out, in] and [L, out].
+      weight: [L, out, in].
+      bias: [L, out], or None.
       lora_a, lora_b: the adapter, [L, rank, in] and [L, out, rank], or None.
     """
 
     weight: jax.Array
-    bias: jax.Array
+    bias: jax.Array | None = None
     lora_a: jax.Array | None = None
     lora_b: jax.Array | None = None
 
@@ -41,7 +42,9 @@ def project_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array
 
     def one(stack: Stack) -> jax.Array:
         own = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), stack)
-        y = product(x_Ti, own.weight) + own.bias.astype(jnp.float32)
+        y = product(x_Ti, own.weight)
+        if own.bias is not None:
+            y += own.bias.astype(jnp.float32)
         if own.lora_a is None:
             return y
         return y + product((scale * product(x_Ti, own.lora_a)).astype(x_Ti.dtype), own.lora_b)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from discover_jax.kernels import projections_triton
 from discover_jax.kernels.projections import Stack, project_reference
 from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
-from discover_jax.kernels.triton_call import call_kernel, largest_divisor
+from discover_jax.kernels.triton_call import call_kernel, compute_capability, largest_divisor, shared_kib
 
 COLUMNS = _COLUMNS.value
 MOST_ROWS = 256
@@ -22,7 +22,8 @@ MOST_STACKS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Launch parameters: outputs per kernel instance (rounded down to a power of two that divides), parts of the columns, stages, warps."""
+    """Launch parameters: outputs per kernel instance (rounded down to a power of two that divides), parts of the columns, stages (fewer if
+    the GPU's shared memory requires it), warps."""
 
     outputs: int
     parts: int
@@ -37,8 +38,13 @@ def choose_launch(rows: int, outputs: int) -> Launch:
     return Launch(128, 3, 4, 8) if outputs > 4096 else Launch(64, 3, 4, 4)
 
 
+def _stages(most: int, rows: int, columns: int) -> int:
+    """At most this many iterations in flight: as many as fit the GPU's shared memory, with two tiles of so many rows and columns each."""
+    return max(1, min(most, shared_kib(compute_capability()) * 1024 // ((rows + columns) * COLUMNS * 2)))
+
+
 def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
-    same = {None if stack.lora_a is None else stack.lora_a.shape[1:] for stack in stacks}
+    same = {(stack.bias is None, None if stack.lora_a is None else stack.lora_a.shape[1:]) for stack in stacks}
     bfloat16 = all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((x_Ti, list(stacks))))
     divide = x_Ti.shape[1] % COLUMNS == 0 and all(stack.weight.shape[1] % 16 == 0 for stack in stacks)
     return bfloat16 and divide and len(same) == 1 and len(stacks) <= MOST_STACKS and len(x_Ti) <= MOST_ROWS
@@ -60,28 +66,31 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
     blocks, layer_1 = -(-rows // block), jnp.asarray(layer, jnp.int32).reshape(1)
     three = [stacks[min(i, len(stacks) - 1)] for i in range(MOST_STACKS)]
     rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
+    biases = [x_Ti if stack.bias is None else stack.bias for stack in three]  # placeholders without biases
     low_parts, low, lora_b = 1, x_Ti, [x_Ti] * MOST_STACKS  # placeholders without an adapter
     if rank:
         low_parts, lora_b = largest_divisor(width // COLUMNS, 5 if rows > 16 else 16), [stack.lora_b for stack in three]
+        stages = _stages(3, max(16, 1 << (rank - 1).bit_length()), block)
         low = call_kernel(
             projections_triton.times_a,
             *(x_Ti, *(stack.lora_a for stack in three), layer_1, rows),
             out=jax.ShapeDtypeStruct((len(stacks), low_parts, rows, rank), jnp.float32),
             grid=(len(stacks), low_parts, blocks),
             warps=4,
-            stages=3,
-            constants={"K": width, "N": block, "RANK": rank, "PARTS": low_parts, "STAGES": 3},
+            stages=stages,
+            constants={"K": width, "N": block, "RANK": rank, "PARTS": low_parts, "STAGES": stages},
         )
     sizes = {f"OUT{i}": outs[i] if i < len(outs) else 0 for i in range(MOST_STACKS)}
-    cuts = {"M": outputs, "N": block, "PARTS": chosen.parts, "STAGES": chosen.stages}
+    stages = _stages(chosen.stages, outputs, block)
+    cuts = {"M": outputs, "N": block, "PARTS": chosen.parts, "STAGES": stages}
     parts_PTo = call_kernel(
         projections_triton.project,
-        *(x_Ti, *(stack.weight for stack in three), *(stack.bias for stack in three), *lora_b, low, layer_1, rows),
+        *(x_Ti, *(stack.weight for stack in three), *biases, *lora_b, low, layer_1, rows),
         out=jax.ShapeDtypeStruct((chosen.parts, rows, sum(outs)), jnp.float32),
         grid=(sum(outs) // outputs, chosen.parts, blocks),
         warps=chosen.warps,
-        stages=chosen.stages,
-        constants={"K": width, **sizes, **cuts, "RANK": rank, "LOW_PARTS": low_parts, "SCALE": scale},
+        stages=stages,
+        constants={"K": width, **sizes, **cuts, "BIAS": stacks[0].bias is not None, "RANK": rank, "LOW_PARTS": low_parts, "SCALE": scale},
     )
     ends = [sum(outs[: i + 1]) for i in range(len(outs))]
     return jnp.split(parts_PTo.sum(axis=0), ends[:-1], axis=1)

@@ -55,7 +55,7 @@ def project(
     w0_ptr,  # bf16 [L, OUT, K], one per projection
     w1_ptr,
     w2_ptr,
-    bias0_ptr,  # [L, OUT]
+    bias0_ptr,  # [L, OUT]; not read without BIAS
     bias1_ptr,
     bias2_ptr,
     b0_ptr,  # bf16 [L, OUT, RANK]
@@ -73,6 +73,7 @@ def project(
     N: tl.constexpr,  # rows per block
     PARTS: tl.constexpr,  # parts into which the columns are divided among instances
     STAGES: tl.constexpr,
+    BIAS: tl.constexpr,  # whether there are biases
     RANK: tl.constexpr,  # of the adapter; 0 for none
     LOW_PARTS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -92,13 +93,15 @@ def project(
     w_at = w_ptr + out[:, None] * K + part * EACH * COLUMNS + k[None, :]
     x_at = x_ptr + n[None, :] * K + part * EACH * COLUMNS + k[:, None]
     sums = tl.zeros([M, N], tl.float32)
-    for _ in tl.range(0, tl.minimum(EACH, TILES - part * EACH), num_stages=STAGES):
+    left = part * -EACH + TILES  # not TILES - part * EACH, which Triton 3.7's interpreter takes for a constant
+    for _ in tl.range(0, tl.minimum(EACH, left), num_stages=STAGES):
         w = tl.load(w_at, eviction_policy="evict_first")
         sums = dot(w, tl.load(x_at, mask=live[None, :], other=0.0), sums)
         w_at += COLUMNS
         x_at += COLUMNS
     if part == 0:
-        sums += tl.load(bias_ptr + out).to(tl.float32)[:, None]
+        if BIAS:
+            sums += tl.load(bias_ptr + out).to(tl.float32)[:, None]
         if RANK > 0:
             PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
             r = tl.arange(0, PADDED)

@@ -7,6 +7,7 @@ of 5.2 ms with one row, and 22.7 instead of 23.5 ms with 128 rows.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,37 @@ from jaxlib.mlir import ir
 HOPPER = 90
 """Compute capability to lower kernels for when there is no GPU."""
 
+OLDEST = 80
+"""The first compute capability with products of bfloat16."""
+
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+"""Shared memory that one kernel instance may use, by compute capability (CUDA Programming Guide, table of technical specifications)."""
+
 _FFI_TARGET = "triton_kernel_call_ffi"
 _TYPED_FFI = 4
 """`api_version` of a custom call."""
+
+
+def compute_capability() -> int:
+    """That of this process's first GPU, for example 90 for 9.0, or HOPPER without a GPU. 0 if the GPU is not an NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return HOPPER
+    match = re.fullmatch(r"(\d+)\.(\d)", str(getattr(jax.local_devices()[0], "compute_capability", "")))
+    return int(match[1] + match[2]) if match else 0
+
+
+def shared_kib(capability: int) -> int:
+    """Shared memory that one kernel instance may use, in KiB. For an unknown capability, the least of the known ones."""
+    return SHARED_KIB.get(capability, min(SHARED_KIB.values()))
+
+
+def refusal() -> str:
+    """Why this process's GPU cannot run the kernels; empty if it can."""
+    capability = compute_capability()
+    if capability >= OLDEST:
+        return ""
+    given = f"has compute capability {capability / 10}" if capability else "is not an NVIDIA GPU"
+    return f"this GPU {given}; the kernels need an NVIDIA GPU of at least {OLDEST / 10}"
 
 
 @functools.cache

@@ -8,7 +8,13 @@ channel `analysis`, answers in `final`, and ends with <|return|>.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from discover_jax.exceptions import ConfigError
+from discover_jax.text.chat import DATE, Rendered, Reply
 from discover_jax.text.tokenizer import Tokenizer
+
+REASONING_EFFORTS = ("low", "medium", "high")
+DEFAULT_EFFORT = "medium"
+STOP_TOKEN = "<|return|>"
 
 ROLES = ("system", "developer", "user", "assistant")
 CHANNELS = ("analysis", "commentary", "final")
@@ -30,21 +36,6 @@ class Message:
             raise ValueError(
                 f"A message of role {self.role!r} in channel {self.channel!r}: only `assistant` speaks in {', '.join(CHANNELS)}."
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """The reply of the policy.
-
-    Attributes:
-      analysis: its thinking; several messages are joined by blank lines.
-      final: its answer, the last message in the channel `final`; None if there is none.
-      truncated: whether the token budget cut the answer or, without an answer, the reply.
-    """
-
-    analysis: str
-    final: str | None
-    truncated: bool
 
 
 def system_message(reasoning_effort: str, date: str, channels: Sequence[str] = CHANNELS) -> Message:
@@ -151,7 +142,42 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Reply:
     open_final = content_ids is not None and channel == "final"
     close()
     finals = [content for name, content in closed if name == "final"]
-    analysis = "\n\n".join(content for name, content in closed if name == "analysis")
+    thinking = "\n\n".join(content for name, content in closed if name == "analysis")
     if not finals:
-        return Reply(analysis, None, truncated=not ended)
-    return Reply(analysis, finals[-1], truncated=open_final)
+        return Reply(thinking, None, truncated=not ended)
+    return Reply(thinking, finals[-1], truncated=open_final)
+
+
+class Harmony:
+    """Harmony as a `ChatFormat`."""
+
+    def __init__(self, tokenizer: Tokenizer, reasoning_effort: str = DEFAULT_EFFORT, date: str = DATE):
+        """See `system_message` for the last two arguments.
+
+        Raises:
+          ConfigError: the reasoning effort is unknown.
+        """
+        if reasoning_effort not in REASONING_EFFORTS:
+            allowed = ", ".join(REASONING_EFFORTS)
+            raise ConfigError(f"config.prompt.reasoning_effort = {reasoning_effort!r} is not known; allowed: {allowed}.")
+        self.tokenizer = tokenizer
+        self.stop_ids = (tokenizer.special(STOP_TOKEN),)
+        self._system = system_message(reasoning_effort, date)
+
+    def describe(self) -> str:
+        return "harmony"
+
+    def render(self, request: str, instructions: str = "") -> Rendered:
+        """The system message is present only with instructions: the apprentice was trained without either."""
+        before = [self._system, developer_message(instructions)] if instructions else []
+        messages = [*before, Message("user", request)]
+        return Rendered(tuple(render(messages, self.tokenizer)), render_text(messages))
+
+    def parse(self, ids: Sequence[int]) -> Reply:
+        return parse(ids, self.tokenizer)
+
+    def answer_opening(self) -> tuple[int, ...]:
+        return answer_opening(self.tokenizer)
+
+    def answer_forced(self, closing: str) -> tuple[int, ...]:
+        return answer_forced(closing, self.tokenizer)

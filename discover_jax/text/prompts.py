@@ -1,6 +1,6 @@
 """Prompts for groups of rollouts, built from the task and the parent program.
 
-Two styles: `full` for gpt-oss (sections 4.1 and 4.2 of the report) and `brief` for the apprentice, which knows only this style.
+Two styles: `full` for pretrained models (sections 4.1 and 4.2 of the report) and `brief` for the apprentice, which knows only this style.
 Texts depend only on their arguments, so a resumed run has the same prompts as an unbroken one.
 """
 
@@ -14,12 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.text import harmony
-from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.text.chat import ChatFormat, Rendered
 from discover_jax.types import Attempt, Outcome, Prompt, State
 
 STYLES = ("full", "brief")
-REASONING_EFFORTS = ("low", "medium", "high")
 
 # Distributions that programs may import; the full prompt lists those that are installed.
 _PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
@@ -70,8 +68,6 @@ class PromptSettings:
     Attributes:
       style: "full" or "brief". The brief style uses only `max_tokens`.
       max_tokens: longest prompt, in tokens.
-      reasoning_effort: "low", "medium" or "high".
-      date: "current date" of the system message, fixed.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
       packages: packages that a program may import, as the prompt states them; see `installed_packages`.
       ideas: suggestions for improving a program.
@@ -81,8 +77,6 @@ class PromptSettings:
 
     style: str
     max_tokens: int
-    reasoning_effort: str = "medium"
-    date: str = "2025-08-05"
     seconds: float = 300.0
     cores: int = 2
     memory_gib: float = 4.0
@@ -95,9 +89,6 @@ class PromptSettings:
     def __post_init__(self):
         if self.style not in STYLES:
             raise ConfigError(f"config.prompt.style = {self.style!r} is not known; allowed: {', '.join(STYLES)}.")
-        if self.reasoning_effort not in REASONING_EFFORTS:
-            allowed = ", ".join(REASONING_EFFORTS)
-            raise ConfigError(f"config.prompt.reasoning_effort = {self.reasoning_effort!r} is not known; allowed: {allowed}.")
         if self.max_tokens < 1:
             raise ConfigError(f"config.sampling.max_prompt_tokens = {self.max_tokens} must be at least 1.")
 
@@ -138,7 +129,7 @@ def build_prompt(
     parent: State,
     recent_failures: Sequence[Attempt],
     settings: PromptSettings,
-    tokenizer: Tokenizer,
+    chat: ChatFormat,
     group: int,
     step: int,
     on_shortened: Callable[[str], None] = _warn,
@@ -153,7 +144,7 @@ def build_prompt(
       parent: the state to improve; the seed for a first attempt.
       recent_failures: the last attempts on this parent, oldest first, if all of them failed; otherwise empty. The last error is shown.
       settings: style and limits.
-      tokenizer: tokenizer of the policy.
+      chat: chat format of the policy.
       group, step: number of the group within its step, and the step; they rotate the ideas.
       on_shortened: called at most once with a line about the cut. Default: log a warning.
 
@@ -161,47 +152,43 @@ def build_prompt(
       CapacityError: the shortened prompt still exceeds `settings.max_tokens`. See `program_fits`.
     """
     if settings.style == "brief":
-        return _finish([harmony.Message("user", _brief(task, parent))], settings, tokenizer, parent, group)
+        return _finish(chat.render(_brief(task, parent)), settings, parent, group)
     output = _tail(parent.stdout, settings.stdout_chars)
     error = _tail(_error(recent_failures), settings.error_chars)
     ideas = _ideas(settings, group + step)
-    messages: list[harmony.Message] = []
+    rendered = Rendered((), "")
     for shown_output, shown_error in [(cut, error) for cut in _cuts(output)] + [("", cut) for cut in _cuts(error)]:
-        messages = [
-            harmony.system_message(settings.reasoning_effort, settings.date),
-            harmony.developer_message(_contract(settings)),
-            harmony.Message("user", _request(task, parent, shown_output, shown_error, ideas)),
-        ]
-        if len(harmony.render(messages, tokenizer)) <= settings.max_tokens:
+        rendered = chat.render(_request(task, parent, shown_output, shown_error, ideas), _contract(settings))
+        if len(rendered.ids) <= settings.max_tokens:
             if (shown_output, shown_error) != (output, error):
                 on_shortened(
                     f"Group {group}, built on {parent.id}: shows {len(shown_output):,} of {len(output):,} characters of the output and"
                     f" {len(shown_error):,} of {len(error):,} of the error."
                 )
             break
-    return _finish(messages, settings, tokenizer, parent, group)
+    return _finish(rendered, settings, parent, group)
 
 
-def program_fits(task: TaskLike, state: State, settings: PromptSettings, tokenizer: Tokenizer) -> bool:
+def program_fits(task: TaskLike, state: State, settings: PromptSettings, chat: ChatFormat) -> bool:
     """Whether a state can be a parent: whether a prompt with its program but no output or error fits `settings.max_tokens`."""
     try:
         # With all ideas: at least as long as any prompt that shows only some of them.
         whole = dataclasses.replace(settings, ideas_shown=0)
-        build_prompt(task, dataclasses.replace(state, stdout=""), (), whole, tokenizer, group=0, step=0)
+        build_prompt(task, dataclasses.replace(state, stdout=""), (), whole, chat, group=0, step=0)
     except CapacityError:
         return False
     return True
 
 
-def _finish(messages: list[harmony.Message], settings: PromptSettings, tokenizer: Tokenizer, parent: State, group: int) -> Prompt:
-    tokens_P = np.asarray(harmony.render(messages, tokenizer), np.int32)
-    if len(tokens_P) > settings.max_tokens:
+def _finish(rendered: Rendered, settings: PromptSettings, parent: State, group: int) -> Prompt:
+    length = len(rendered.ids)
+    if length > settings.max_tokens:
         raise CapacityError(
             f"The prompt of group {group}, built on state {parent.id!r} with a program of {len(parent.code):,} characters, has"
-            f" {len(tokens_P):,} tokens; config.sampling.max_prompt_tokens allows {settings.max_tokens:,}. Raise it to at"
-            f" least {len(tokens_P):,}."
+            f" {length:,} tokens; config.sampling.max_prompt_tokens allows {settings.max_tokens:,}. Raise it to at"
+            f" least {length:,}."
         )
-    return Prompt(group=group, parent_id=parent.id, text=harmony.render_text(messages), tokens_P=tokens_P)
+    return Prompt(group=group, parent_id=parent.id, text=rendered.text, tokens_P=np.asarray(rendered.ids, np.int32))
 
 
 def _brief(task: TaskLike, parent: State) -> str:

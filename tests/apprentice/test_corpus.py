@@ -59,7 +59,7 @@ def test_encoded_documents_parse_back_to_their_program(documents, tokenizer):
         assert ids[:prompt_length] == harmony.render([harmony.Message("user", document.prompt)], tokenizer)
         assert ids[-1] == tokenizer.special("<|return|>")
         reply = harmony.parse(ids[prompt_length:], tokenizer)
-        assert reply.analysis == document.plan
+        assert reply.thinking == document.plan
         assert not reply.truncated
         assert code_text.extract_program(reply.final, False) == document.code
         assert len(ids) - prompt_length <= 350

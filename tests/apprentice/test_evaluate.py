@@ -12,6 +12,7 @@ from discover_jax.apprentice import corpus, evaluate, programs
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.tasks.prepare import prepare_task
+from discover_jax.text.harmony import Harmony
 from discover_jax.text.tokenizer import SentencePieceTokenizer
 from discover_jax.types import Rollout, StopReason
 
@@ -59,7 +60,7 @@ def _corpus_policy(tokenizer, seed):
 
 @pytest.mark.slow  # a development tool
 def test_the_statistics_of_a_perfect_apprentice(tokenizer, executor, capsys):
-    fresh, edits = evaluate.measure(_corpus_policy(tokenizer, seed=4), tokenizer, executor, samples=8)
+    fresh, edits = evaluate.measure(_corpus_policy(tokenizer, seed=4), Harmony(tokenizer), executor, samples=8)
     assert len(fresh) == len(edits) == 4
     assert all(s.score is not None for s in [*fresh, *edits])
     assert {s.parent.code for s in edits} == {s.code for s in fresh}
@@ -76,7 +77,7 @@ def test_failures_are_counted_and_their_reasons_printed(tokenizer, executor, cap
     def sample(parents, samples, step):
         return [(parents[0], _rollout("plan", code, 0, 0, tokenizer)), (parents[0], _rollout("plan", code, 0, 1, tokenizer, cut=12))]
 
-    fresh, edits = evaluate.measure(sample, tokenizer, executor, samples=4)
+    fresh, edits = evaluate.measure(sample, Harmony(tokenizer), executor, samples=4)
     assert [s.score for s in fresh] == [None, None]
     assert edits == []
     output = capsys.readouterr().out
@@ -100,7 +101,7 @@ def test_parents_are_distinct_valid_programs(tokenizer, executor):
             (evaluate.SEED, _rollout("plan", code, 0, i, tokenizer))
             for i, code in enumerate(["def run():\n    return 1", *[programs.render(programs.sample(random.Random(s))) for s in (5, 5, 6)]])
         ],
-        tokenizer,
+        Harmony(tokenizer),
         executor,
     )
     parents = evaluate.choose_parents(fresh, 5)

@@ -17,7 +17,7 @@ from discover_jax.kernels.projections_decode import Launch, project
 LAYERS, RANK, SCALE = 3, 8, 0.5
 
 
-def error(rows: int, width: int, outs: tuple[int, ...], layer: int, adapted: bool, launch: Launch) -> float:
+def error(rows: int, width: int, outs: tuple[int, ...], layer: int, adapted: bool, launch: Launch, biased: bool = True) -> float:
     """The largest of the projections' relative errors."""
     rng = np.random.default_rng(rows)
 
@@ -31,14 +31,14 @@ def error(rows: int, width: int, outs: tuple[int, ...], layer: int, adapted: boo
     stacks = [
         Stack(
             draw(LAYERS, out, width),
-            draw(LAYERS, out),
+            draw(LAYERS, out) if biased else None,
             *((draw(LAYERS, RANK, width), draw(LAYERS, out, RANK)) if adapted else ()),
         )
         for out in outs
     ]
     worst = 0.0
     for got, stack in zip(project(x, stacks, jnp.int32(layer), SCALE, launch), stacks, strict=True):
-        weight, bias = float64(stack.weight[layer]), float64(stack.bias[layer])
+        weight, bias = float64(stack.weight[layer]), 0.0 if stack.bias is None else float64(stack.bias[layer])
         if stack.lora_a is not None and stack.lora_b is not None:
             weight = weight + SCALE * float64(stack.lora_b[layer]) @ float64(stack.lora_a[layer])
         expected = float64(x) @ weight.T + bias
@@ -52,6 +52,7 @@ CASES = {
     "one row": (1, 128, (64, 32, 32), 2, True, Launch(32, 1, 2, 4)),
     "parts that do not divide": (9, 320, (64, 32, 32), 0, True, Launch(64, 3, 2, 4)),
     "one projection without an adapter": (20, 192, (48,), 1, False, Launch(64, 2, 2, 4)),
+    "without biases": (3, 128, (32, 16), 1, True, Launch(32, 1, 2, 4), False),
     "two blocks of rows": (130, 64, (32, 32), 1, True, Launch(32, 1, 2, 4)),
 }
 

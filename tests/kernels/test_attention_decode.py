@@ -1,6 +1,7 @@
 """The kernels of paged attention: in Triton's interpreter, on a GPU against float32, and the fallback to the reference."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,12 @@ interpreted = pytest.mark.skipif(
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 LAYERS = 3
+DENSE = [
+    {"counts": counts, "heads": heads, "kv_heads": kv_heads, "head_size": size, "sink": -1e30}
+    for heads, kv_heads, size in ((14, 2, 64), (12, 2, 128), (28, 4, 128), (32, 8, 128), (5, 1, 128), (3, 1, 64), (4, 4, 128))
+    for counts in ([2048, 700, 33, 1, 0, 129, 5000], [128, 0, 1, 77])
+]
+"""Heads of dense models (Qwen2.5 0.5B, 1.5B and 7B, Llama 3.1 8B) and other groups, without sinks, with empty rows."""
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +44,13 @@ def errors():
 
 @interpreted
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
-    assert len(errors) == 6
+    assert len(errors) == 9
     for name, error in errors.items():
         assert error < 1.2e-2, name  # false for NaN, from an unused place that was read or an output that was not written
 
 
-def _problem(counts, page=128, heads=64, kv_heads=8, head_size=64, spare=1, dtype=jnp.bfloat16):
-    """Pools with NaN in unused places, and a table whose unused entries are not valid pages."""
+def _problem(counts, page=128, heads=64, kv_heads=8, head_size=64, spare=1, dtype=jnp.bfloat16, sink=None):
+    """Pools with NaN in unused places, and a table whose unused entries are not valid pages. `sink`: all sinks; None for random ones."""
     rng = np.random.default_rng(len(counts))
     used = -(-np.array(counts) // page)
     pages = np.full((len(counts), used.max() + spare), 2**31 - 1, np.int32)
@@ -55,7 +62,8 @@ def _problem(counts, page=128, heads=64, kv_heads=8, head_size=64, spare=1, dtyp
     pools = (jax.random.normal(k, (LAYERS, len(seen), kv_heads, page, head_size), dtype) for k in keys[:2])
     pools = (jnp.where(seen[None, :, None, :, None], pool, jnp.nan) for pool in pools)
     q = 3 * jax.random.normal(keys[2], (len(counts), heads, head_size), dtype)
-    return q, *pools, jnp.asarray(pages), jnp.array(counts, jnp.int32), jax.random.normal(keys[3], (heads,), dtype)
+    sinks = jax.random.normal(keys[3], (heads,), dtype) if sink is None else jnp.full(heads, sink, dtype)
+    return q, *pools, jnp.asarray(pages), jnp.array(counts, jnp.int32), sinks
 
 
 def _float32(problem):
@@ -84,6 +92,7 @@ def _relative(got, expected):
         {"counts": [700, 33, 1], "page": 16, "heads": 8, "kv_heads": 8},
         {"counts": [700, 33, 1], "page": 48, "heads": 32, "kv_heads": 1},
         {"counts": [1000, 2, 300], "page": 256, "heads": 4, "kv_heads": 2, "head_size": 128},
+        *DENSE,
     ],
     ids=str,
 )
@@ -116,8 +125,8 @@ def test_scan_reads_each_layer_in_place():
 
 def test_kernels_lower_for_an_absent_gpu():
     pytest.importorskip("jax_triton", reason="needs the extra `kernels` and jax's plugin for CUDA", exc_type=ImportError)
-    for counts, calls in (([128, 5], 1), ([600, 1], 2)):
-        q, keys, values, *rest = _problem(counts, spare=0)
+    for heads, (counts, calls) in itertools.product(({}, DENSE[2]), (([128, 5], 1), ([600, 1], 2))):
+        q, keys, values, *rest = _problem(**heads | {"counts": counts, "spare": 0})
         traced = jax.jit(kernel_set("gpu").paged_attention).trace(q, keys, values, jnp.int32(0), *rest)
         assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call") == calls
 

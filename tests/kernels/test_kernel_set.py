@@ -8,6 +8,7 @@ from absl import logging
 from jax.sharding import AbstractMesh
 
 from discover_jax.exceptions import ConfigError
+from discover_jax.kernels import triton_call
 from discover_jax.kernels.kernel_set import OPERATIONS, PLATFORMS, REFERENCE, Platform, find_kernel, kernel_set, reference_set
 from discover_jax.kernels.spread import SPREAD
 from discover_jax.models.config import ModelConfig
@@ -78,6 +79,16 @@ def test_missing_package_is_logged_once_and_the_references_run(logged, monkeypat
     assert "jax_triton" in line
     assert "discover_jax[kernels]" in line
     assert all(operation in line for operation in PLATFORMS["gpu"].functions)
+
+
+@pytest.mark.parametrize(("capability", "said"), [(75, "7.5"), (0, "not an NVIDIA GPU")])
+def test_unsupported_gpus_use_the_references_and_are_logged(logged, monkeypatch, capability, said):
+    monkeypatch.setattr(triton_call, "compute_capability", lambda: capability)
+    monkeypatch.setitem(PLATFORMS, "gpu", Platform("jax", {"experts": ("discover_jax.kernels.experts", "gated")}, triton_call.refusal))
+    assert kernel_set("gpu") == REFERENCE
+    (line,) = logged
+    assert "experts" in line
+    assert said in line
 
 
 def test_every_operation_can_be_split():

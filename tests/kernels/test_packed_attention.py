@@ -1,5 +1,7 @@
 """Attention of packed rows, forward and backward, compared with an explicit masked softmax that jax differentiates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,10 +77,31 @@ def test_a_window(monkeypatch, rows, tokens, window, least, at_once):
     _check(attend, lambda *arguments: _direct(*arguments, window), _problem(rows, tokens))
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 3), (7, 1)])
 def test_heads(monkeypatch, heads):
     monkeypatch.setattr(packed_attention, "BLOCK", 16)
     _check(packed_attention_reference, _direct, _problem([[20, 30]], 50, *heads))
+
+
+@pytest.mark.parametrize(("dtype", "window"), [(jnp.bfloat16, None), (jnp.float32, 8)])
+def test_a_sink_of_minus_1e30_is_a_softmax_without_sinks(monkeypatch, dtype, window):
+    """Padding, also a whole row of it, gets finite results and gradients."""
+    monkeypatch.setattr(packed_attention, "BLOCK", 16)
+    q, k, v, segments, _, d_out = _problem([[20, 12], []], 40, 7, 1)
+    options = {} if window is None else {"window": window}
+    attend = packed_attention_reference if window is None else windowed_attention_reference
+
+    def expected(q, k, v, segments, _):
+        """Without a column for the sink; padding sees itself, so that no row is empty."""
+        scores = jnp.einsum("btnh,bsh->bnts", q, k[:, :, 0]) / np.sqrt(q.shape[-1])
+        distance = np.arange(40)[:, None] - np.arange(40)
+        seen = (segments[:, :, None] == segments[:, None]) & (distance >= 0) & (distance < (window or 40))
+        return jnp.einsum("bnts,bsh->btnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1), v[:, :, 0])
+
+    problem = (q, k, v, segments, jnp.full(7, -1e30, dtype), d_out)
+    _check(functools.partial(attend, **options), expected, problem)
+    out, pull = jax.vjp(lambda *x: attend(*x, segments, problem[4], **options), q, k, v)
+    assert all(np.isfinite(x).all() for x in (out, *pull(jnp.ones_like(out))))
 
 
 def test_memory_is_not_quadratic_in_the_length():

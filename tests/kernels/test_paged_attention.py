@@ -28,13 +28,13 @@ def _problem(size, counts, spare=0, heads=6, kv_heads=2, head_size=8, seed=0):
     return q, keys, values, pages, np.array(counts, np.int32), rng.normal(size=heads).astype(np.float32)
 
 
-def _expected(q_BNH, keys, values, layer, pages_BM, counts_B, sinks_N):
+def _expected(q_BNH, keys, values, layer, pages_BM, counts_B, sinks_N=None):
     out, size = np.zeros(q_BNH.shape), keys.shape[3]
     for b, n in np.ndindex(*q_BNH.shape[:2]):
         kv = n // (q_BNH.shape[1] // keys.shape[2])
         k, v = (np.array([x[layer, pages_BM[b, j // size], kv, j % size] for j in range(counts_B[b])], np.float64) for x in (keys, values))
         weights = np.exp(k @ q_BNH[b, n].astype(np.float64) / np.sqrt(q_BNH.shape[-1]))
-        out[b, n] = weights @ v / (weights.sum() + np.exp(float(sinks_N[n])))
+        out[b, n] = weights @ v / (weights.sum() + (0 if sinks_N is None else np.exp(float(sinks_N[n]))))
     return out
 
 
@@ -60,10 +60,22 @@ def test_matches_the_softmax_with_a_sink(size, counts, spare):
         np.testing.assert_allclose(_call(_attend, problem, layer), _expected(*problem[:3], layer, *problem[3:]), atol=5e-6)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (16, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (16, 2), (6, 2), (5, 1), (14, 2)])
 def test_query_heads_of_one_kv_head_are_adjacent(heads, kv_heads):
     problem = _problem(16, [40, 7], heads=heads, kv_heads=kv_heads)
     np.testing.assert_allclose(_call(_attend, problem, 1), _expected(*problem[:3], 1, *problem[3:]), atol=5e-6)
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(jnp.bfloat16, 6), (jnp.float32, 7)])
+def test_a_sink_of_minus_1e30_is_a_softmax_without_sinks(dtype, heads):
+    """Also at scores near -100, where a sink of 0 would take all the weight. A row without tokens gets 0."""
+    q, keys, values, pages, counts, _ = _problem(16, [PLACES + 5, 40, 1, 1], heads=heads, kv_heads=1, head_size=16)
+    q, keys = np.abs(q), keys - 10
+    sinks = jnp.full(heads, -1e30, dtype)
+    expected = _expected(q, keys, values, 1, pages, counts)
+    np.testing.assert_allclose(_call(_attend, (q, keys, values, pages, counts, sinks), 1), expected, atol=1e-4)
+    counts[3], expected[3] = 0, 0
+    np.testing.assert_allclose(_call(_attend, (q, keys, values, pages, counts, sinks), 1), expected, atol=1e-4)
 
 
 def test_rows_may_share_pages():

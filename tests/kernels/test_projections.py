@@ -21,7 +21,7 @@ on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"
 LAYERS, SCALE = 3, 0.5
 
 
-def _problem(rows, width, outs, rank, dtype=jnp.bfloat16):
+def _problem(rows, width, outs, rank, dtype=jnp.bfloat16, biased=True):
     rng = np.random.default_rng(rows)
 
     def draw(*shape):
@@ -30,14 +30,14 @@ def _problem(rows, width, outs, rank, dtype=jnp.bfloat16):
     def adapter(out):
         return (draw(LAYERS, rank, width), draw(LAYERS, out, rank)) if rank else ()
 
-    return draw(rows, width), [Stack(draw(LAYERS, out, width), draw(LAYERS, out), *adapter(out)) for out in outs]
+    return draw(rows, width), [Stack(draw(LAYERS, out, width), draw(LAYERS, out) if biased else None, *adapter(out)) for out in outs]
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_reference_matches_the_formula_for_each_layer(rank):
-    x, stacks = _problem(5, 12, (7, 4), rank, jnp.float32)
+@pytest.mark.parametrize(("rank", "biased"), [(0, True), (3, True), (3, False)])
+def test_reference_matches_the_formula_for_each_layer(rank, biased):
+    x, stacks = _problem(5, 12, (7, 4), rank, jnp.float32, biased)
     for got, stack in zip(jax.jit(project_reference)(x, stacks, jnp.int32(2), SCALE), stacks, strict=True):
-        weight, bias = np.asarray(stack.weight[2], np.float64), np.asarray(stack.bias[2])
+        weight, bias = np.asarray(stack.weight[2], np.float64), np.asarray(stack.bias[2]) if biased else 0
         if rank:
             weight = weight + SCALE * np.asarray(stack.lora_b[2], np.float64) @ np.asarray(stack.lora_a[2], np.float64)
         np.testing.assert_allclose(got, np.asarray(x, np.float64) @ weight.T + bias, rtol=1e-5, atol=1e-5)
@@ -50,7 +50,7 @@ def test_kernels_are_accurate_to_bfloat16_rounding():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 4
+    assert len(errors) == 5
     for name, error in errors.items():
         assert error < 4e-3, name  # false for NaN, from an output that was not written
 
@@ -80,12 +80,22 @@ def test_kernels_lower_for_an_absent_gpu():
 @pytest.mark.accelerator
 @on_gpu
 @pytest.mark.parametrize("rows", [1, 7, 64, 128, 256])
-@pytest.mark.parametrize(("width", "outs"), [(2880, (4096, 512, 512)), (4096, (2880,)), (320, (48, 16))])
+@pytest.mark.parametrize(
+    ("width", "outs", "biased"),
+    [
+        (2880, (4096, 512, 512), True),
+        (4096, (2880,), True),
+        (320, (48, 16), True),
+        (1536, (1536, 256, 256), True),
+        (1536, (1536,), False),
+        (896, (4864, 4864), False),
+    ],
+)
 @pytest.mark.parametrize("rank", [0, 32])
-def test_kernels_in_a_scan_match_the_reference(rows, width, outs, rank):
+def test_kernels_in_a_scan_match_the_reference(rows, width, outs, biased, rank):
     from discover_jax.kernels.projections_decode import project
 
-    x, stacks = _problem(rows, width, outs, rank)
+    x, stacks = _problem(rows, width, outs, rank, biased=biased)
 
     def layers(multiply):
         return jax.jit(lambda: jax.lax.scan(lambda _, i: (None, multiply(x, stacks, i, SCALE)), None, jnp.arange(LAYERS))[1])()

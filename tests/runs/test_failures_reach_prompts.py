@@ -15,6 +15,7 @@ from discover_jax.runs.attempts import STDOUT_CHARS, attempt_of
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.summary import step_row
 from discover_jax.tasks.prepare import prepare_task
+from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import PromptSettings, build_prompt
 from discover_jax.text.tokenizer import load_tokenizer
 from discover_jax.types import SEED, Outcome, Rollout, StopReason
@@ -50,8 +51,8 @@ def verdicts(task, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(APPRENTICE)
+def chat():
+    return Harmony(load_tokenizer(APPRENTICE))
 
 
 def attempts_of(task, step, parent, codes, verdicts):
@@ -79,7 +80,7 @@ def journalled(tmp_path, attempts):
 
 
 @pytest.mark.parametrize("code", REASONS, ids=["column", "rows", "missing"])
-def test_rejected_submission_reaches_the_next_prompt(task, verdicts, tokenizer, tmp_path, code):
+def test_rejected_submission_reaches_the_next_prompt(task, verdicts, chat, tmp_path, code):
     valid = attempts_of(task, 0, SEED, [VALID], verdicts)
     frontier = Frontier(Archive((), 10)).after(journalled(tmp_path, valid), reusable={valid[0].id}, children=0)
     parent = frontier.best
@@ -108,19 +109,19 @@ def test_rejected_submission_reaches_the_next_prompt(task, verdicts, tokenizer, 
     assert frontier.best == parent
     failures = frontier.failures(parent)
     assert list(failures) == attempts
-    text = build_prompt(task, parent, failures, FULL, tokenizer, group=0, step=2).text
+    text = build_prompt(task, parent, failures, FULL, chat, group=0, step=2).text
     assert f"The last attempt to improve it failed:\n\n```\ninvalid submission\n{REASONS[code]}\n```" in text
     assert VALID.strip() in text
     assert "no such thing" not in text  # only the last of several errors is shown
 
     # A prompt on another parent does not.
     assert frontier.failures(SEED) == ()
-    text = build_prompt(task, SEED, frontier.failures(SEED), FULL, tokenizer, group=0, step=2).text
+    text = build_prompt(task, SEED, frontier.failures(SEED), FULL, chat, group=0, step=2).text
     assert REASONS[code] not in text
     assert "failed:" not in text
 
 
-def test_errors_are_shown_until_one_attempt_on_the_parent_succeeds(task, verdicts, tokenizer):
+def test_errors_are_shown_until_one_attempt_on_the_parent_succeeds(task, verdicts, chat):
     """And again if all attempts of a later step fail: the last step that used the parent counts."""
     frontier = Frontier(Archive((), 10))
     for step, codes, shown in (
@@ -132,7 +133,7 @@ def test_errors_are_shown_until_one_attempt_on_the_parent_succeeds(task, verdict
     ):
         frontier = frontier.after(attempts_of(task, step, SEED, codes, verdicts), reusable=(), children=0)
         failures = frontier.failures(SEED)
-        text = build_prompt(task, SEED, failures, FULL, tokenizer, group=0, step=step + 1).text
+        text = build_prompt(task, SEED, failures, FULL, chat, group=0, step=step + 1).text
         assert bool(failures) == (shown is not None)
         assert ("The last attempt failed:" in text) == (shown is not None)
         assert shown is None or shown in text

@@ -12,8 +12,9 @@ import pytest
 from discover_jax.policy import APPRENTICE
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
+from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import PromptSettings, build_prompt
-from discover_jax.text.tokenizer import Tokenizer, load_tokenizer
+from discover_jax.text.tokenizer import load_tokenizer
 from discover_jax.types import SEED, Attempt, Outcome, Prompt, State, StopReason
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -73,7 +74,6 @@ FAILURES = tuple(
 FULL = PromptSettings(
     style="full",
     max_tokens=20_000,
-    date="2025-08-05",
     packages=("numpy 2.3.1", "pandas 2.3.0", "scikit-learn 1.7.0"),
     ideas_shown=2,
     stdout_chars=400,
@@ -88,10 +88,10 @@ PROMPTS = {
 }
 
 
-def built(name: str, task: Task, tokenizer: Tokenizer) -> Prompt:
+def built(name: str, task: Task, chat: Harmony) -> Prompt:
     """The prompt of that name. Its ideas are those of the third turn: the last two of the list."""
     parent, failures, settings = PROMPTS[name]
-    return build_prompt(task, parent, failures, settings, tokenizer, group=1, step=4)
+    return build_prompt(task, parent, failures, settings, chat, group=1, step=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,11 @@ def task(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_match_the_golden_files(task, name):
-    tokenizer = load_tokenizer(APPRENTICE)
-    prompt = built(name, task, tokenizer)
+    chat = Harmony(load_tokenizer(APPRENTICE), date="2025-08-05")
+    prompt = built(name, task, chat)
     assert prompt.text.encode() == (GOLDEN / f"{name}.txt").read_bytes()
     # The model reads the text that people see; special tokens have no text.
-    assert tokenizer.decode(prompt.tokens_P.tolist()) == re.sub(r"<\|\w+\|>", "", prompt.text)
+    assert chat.tokenizer.decode(prompt.tokens_P.tolist()) == re.sub(r"<\|\w+\|>", "", prompt.text)
 
 
 def test_golden_later_prompt_is_complete():
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_task("diabetes", raw=None, reward="grade", folder=Path(folder) / "task")
         for each in PROMPTS:
-            (GOLDEN / f"{each}.txt").write_bytes(built(each, prepared, load_tokenizer(APPRENTICE)).text.encode())
+            (GOLDEN / f"{each}.txt").write_bytes(built(each, prepared, Harmony(load_tokenizer(APPRENTICE))).text.encode())

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from discover_jax.exceptions import ConfigError
+from discover_jax.text.chat import Reply
 from discover_jax.text.harmony import (
+    Harmony,
     Message,
-    Reply,
     answer_forced,
     answer_opening,
     developer_message,
@@ -105,13 +107,13 @@ _tokens = st.one_of(
 def test_any_ids_parse(tokenizer, segments, junk):
     ids = encode(segments, tokenizer) + junk
     reply = parse(ids, tokenizer)
-    assert isinstance(reply.analysis, str)
+    assert isinstance(reply.thinking, str)
     assert reply.final is None or isinstance(reply.final, str)
     # Tokens after <|return|> have no effect.
     whole = parse([*ids, tokenizer.special("<|return|>")], tokenizer)
     assert not whole.truncated
     assert parse([*ids, tokenizer.special("<|return|>"), *ids], tokenizer) == whole
-    assert (whole.analysis, whole.final) == (reply.analysis, reply.final)
+    assert (whole.thinking, whole.final) == (reply.thinking, reply.final)
 
 
 @given(analysis=st.text(), final=st.text())
@@ -137,3 +139,20 @@ def test_forced_answer_after_unfinished_thinking_parses_as_an_answer(tokenizer):
     assert forced[-len(answer_opening(tokenizer)) :] == answer_opening(tokenizer)
     answer = [*tokenizer.encode("```python\npass\n```"), tokenizer.special("<|return|>")]
     assert parse([*thinking, *forced, *answer], tokenizer) == Reply("Let me s\n\nEnough.", "```python\npass\n```", truncated=False)
+
+
+def test_chat_format_is_the_same_harmony(tokenizer):
+    chat = Harmony(tokenizer, "high", "2025-08-05")
+    messages = [system_message("high", "2025-08-05"), developer_message("Be brief."), Message("user", "Hello?")]
+    assert chat.render("Hello?", "Be brief.").ids == tuple(render(messages, tokenizer))
+    assert chat.render("Hello?", "Be brief.").text == render_text(messages)
+    assert chat.render("Hello?").ids == tuple(render(messages[2:], tokenizer))
+    assert chat.stop_ids == (tokenizer.special("<|return|>"),)
+    assert (chat.answer_opening(), chat.answer_forced("x")) == (answer_opening(tokenizer), answer_forced("x", tokenizer))
+    ids = encode([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", RETURN], tokenizer)
+    assert chat.parse(ids) == parse(ids, tokenizer) == Reply("plan", "a", truncated=False)
+
+
+def test_unknown_reasoning_effort(tokenizer):
+    with pytest.raises(ConfigError, match=r"config\.prompt\.reasoning_effort = 'none'"):
+        Harmony(tokenizer, "none")

@@ -111,7 +111,7 @@ def test_parsing_matches_the_official_package(tokenizer, thinking, answer):
     ids = [*message("analysis", thinking, "<|end|>"), *start, *message("final", answer, "<|return|>")]
     theirs = tokenizer._model.parse_messages_from_completion_tokens(ids, harmony.Role.ASSISTANT)
     reply = parse(ids, tokenizer)
-    assert [(m.channel, m.content[0].text) for m in theirs] == [("analysis", reply.analysis), ("final", reply.final)]
+    assert [(m.channel, m.content[0].text) for m in theirs] == [("analysis", reply.thinking), ("final", reply.final)]
 
 
 def test_unreadable_ranks(tmp_path, monkeypatch):

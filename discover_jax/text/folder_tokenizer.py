@@ -1,0 +1,196 @@
+"""The tokenizer of a Hugging Face folder as `transformers` loads it, with the folder's chat template. Nothing is downloaded."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from discover_jax.exceptions import TokenizerError
+
+_PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+class FolderTokenizer:
+    """A `Tokenizer` that can also encode a rendered chat template. Can be pickled.
+
+    Added tokens are the entries of tokenizer.json's `added_tokens` except white space, such as <|im_end|> and <think>. `encode` never
+    returns one. Text survives a round trip up to the tokenizer's own normalisation; Qwen's is Unicode NFC.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Reads tokenizer.json and, if there, tokenizer_config.json and chat_template.jinja.
+
+        Raises:
+          TokenizerError: a file is missing or damaged, needs a download or code of its own, or encodes ordinary text as an added token.
+        """
+        self.folder = Path(folder)
+        self._model = _load(self.folder)
+        self._added = _added_tokens(self.folder / "tokenizer.json", self._model)
+        self._added_ids = frozenset(self._added.values())
+        self._size = max(self._model.get_vocab().values()) + 1
+        flagged = {index for index, token in self._model.added_tokens_decoder.items() if token.special}
+        self._special_ids = flagged | set(self._model.all_special_ids)
+        # The first character of each name of an added token.
+        self._name = re.compile(f"(?=({'|'.join(map(re.escape, self._added)) or '(?!)'}))(.)", re.DOTALL)
+        self._markup = self._model.backend_tokenizer
+        self._markup.no_truncation()
+        self._markup.no_padding()
+        self._markup.encode_special_tokens = False
+        self._ordinary = _without(self._added, self._markup)
+        for text in [*self._added, _PROBE]:
+            ids = self.encode(text)
+            if self._added_ids & set(ids) or self.decode(ids) != text:
+                raise TokenizerError(
+                    f"{self.folder / 'tokenizer.json'} cannot keep the ordinary text {text!r}: it becomes {ids} and comes back as"
+                    f" {self.decode(ids)!r}. Use a byte-level tokenizer, as Qwen and Llama 3 have."
+                )
+
+    def __reduce__(self):
+        return FolderTokenizer, (self.folder,)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-text token that tokenizer_config.json names."""
+        return self._model.eos_token_id
+
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Ids of the added tokens by name."""
+        return self._added
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The folder's chat templates by name; a single one is called "default"."""
+        templates = self._model.chat_template
+        return {"default": templates} if isinstance(templates, str) else templates or {}
+
+    def encode(self, text: str) -> list[int]:
+        return self._ordinary.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Added tokens that are not flagged as special give their names, as in transformers; special tokens give no text."""
+        kept = [int(i) for i in ids if 0 <= i < self._size and int(i) not in self._special_ids]
+        return self._markup.decode(kept, skip_special_tokens=False)
+
+    def special(self, name: str) -> int:
+        if name not in self._added:
+            raise TokenizerError(f"{name!r} is not an added token of {self.folder / 'tokenizer.json'}.")
+        return self._added[name]
+
+    def apply_template(self, template: str, messages: Sequence[Mapping[str, str]], *, reply_follows: bool) -> str:
+        """The text of a chat template for these messages. Exceptions are those of the template."""
+        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": reply_follows}
+        return self._model.apply_chat_template(list(messages), **options)
+
+    def template_ids(self, text: str) -> list[int]:
+        """Ids of `apply_template`'s text, where every name of an added token is one, as in transformers."""
+        return self._markup.encode(text, add_special_tokens=False).ids
+
+    def protect(self, text: str, mark: str) -> str:
+        """Ordinary text for `apply_template`: `mark` breaks every name of an added token, so that `encode_markup` does not see it."""
+        return self._name.sub(lambda found: found.group(2) + mark, text)
+
+    def encode_markup(self, text: str, mark: str = "") -> list[int]:
+        """Ids of a text that names added tokens, without `mark`, which is no part of it. The runs between them are ordinary text."""
+        encoding = self._markup.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        begin = 0
+        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if index in self._added_ids:
+                ids += [*self.encode(_strip(text[begin:start], mark)), index]
+                begin = end
+        return ids + self.encode(_strip(text[begin:], mark))
+
+
+def unused_mark(text: str) -> str:
+    """A character for private use that the text does not contain."""
+    return next(mark for mark in map(chr, _PRIVATE_USE) if mark not in text)
+
+
+def _strip(text: str, mark: str) -> str:
+    return text.replace(mark, "") if mark else text
+
+
+def _added_tokens(path: Path, model: Any) -> dict[str, int]:
+    """Ids of the added tokens except white space, which templates use as ordinary text.
+
+    Raises:
+      TokenizerError: transformers gives them other ids than the file.
+    """
+    added = model.get_added_vocab()
+    written = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", ())}
+    if moved := {name: index for name, index in written.items() if added.get(name) != index}:
+        raise TokenizerError(
+            f"{path}: transformers gives the added tokens {', '.join(moved)} other ids. List every id after the vocabulary, with unused ids"
+            " as reserved tokens."
+        )
+    return {name: index for name, index in added.items() if not name.isspace()}
+
+
+def _without(added: Mapping[str, int], backend: Any) -> Any:
+    """The same tokenizer, but it encodes the names of these added tokens as ordinary text."""
+    import tokenizers
+
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] in added  # the next option affects only special tokens
+    ordinary = tokenizers.Tokenizer.from_str(json.dumps(state))
+    ordinary.encode_special_tokens = True
+    return ordinary
+
+
+def _load(folder: Path) -> Any:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
+        raise TokenizerError(
+            f"There is no tokenizer at {path}; found: {there}. Copy tokenizer.json and tokenizer_config.json there from where the weights"
+            " were published, or set config.model.tokenizer to a folder that contains them."
+        )
+    read_json(path)
+    if (folder / "tokenizer_config.json").is_file() and "auto_map" in read_json(folder / "tokenizer_config.json"):
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'} names code of its own (auto_map), which would be downloaded and run. Use a folder whose"
+            " tokenizer is part of transformers, as those of Qwen and Llama are."
+        )
+    import transformers
+
+    try:
+        model = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each tokenizer's parser raises its own; some raise Exception itself
+        raise TokenizerError(
+            f"transformers cannot load the tokenizer of {folder} from its files ({_first_line(error)}). Copy tokenizer.json,"
+            " tokenizer_config.json and config.json again from where the weights were published."
+        ) from error
+    if not model.is_fast:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'} asks for {type(model).__name__}, which does not read tokenizer.json. Set its"
+            " tokenizer_class to 'PreTrainedTokenizerFast'."
+        )
+    return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+      TokenizerError: it is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"Cannot read {path}: {error}. Copy it again from where the weights were published.") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} must contain a JSON object; got {type(content).__name__}. Copy it again.")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,82 @@
+"""Prompts and rollouts of a model with a chat template: the full prompt, stop ids and the two phases in the sampler, and programs."""
+
+import jax
+import numpy as np
+import pytest
+from test_prompts import FULL, PARENT, Task
+
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.gpt_oss import Model
+from discover_jax.sampling.decoding import SecondPhase
+from discover_jax.sampling.sampler import Sampler
+from discover_jax.text.prompts import build_prompt, program_fits
+from discover_jax.text.reply import program_of
+from discover_jax.text.template import Template
+from discover_jax.types import SEED, Prompt, Rollout, StopReason
+
+CLOSING = "\n\nEnough."
+
+
+def rollout(chat, text, stop=StopReason.STOP_TOKEN):
+    ids = [*chat.tokenizer.encode(text), *(chat.stop_ids[:1] if stop is StopReason.STOP_TOKEN else ())]
+    tokens = np.asarray(ids, np.int32)
+    return Rollout(0, 0, np.zeros(1, np.int32), tokens, np.zeros(len(ids), np.float32), np.ones(len(ids), bool), stop)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwq", "llama3.2", "gemma"])
+def test_full_prompt_has_the_parts_of_every_model(name, chat_folder, hugging_face_chat):
+    """The texts of the contract and of the request are those that gpt-oss gets."""
+    chat = Template(chat_folder(name))
+    for parent in (SEED, PARENT):
+        prompt = build_prompt(Task(), parent, (), FULL, chat, group=0, step=0)
+        harmony = build_prompt(Task(), parent, (), FULL, hugging_face_chat, group=0, step=0).text
+        request = harmony.split("<|start|>user<|message|>")[1].split("<|end|>")[0]
+        contract = harmony.split("# Instructions\n\n")[1].split("<|end|>")[0]
+        assert request in prompt.text
+        assert contract in prompt.text
+        assert prompt.tokens_P.dtype == np.int32
+        assert chat.tokenizer.decode(prompt.tokens_P.tolist()).count(request) == 1
+    assert program_fits(Task(), PARENT, FULL, chat)
+
+
+def test_programs_of_rollouts(chat_folder):
+    chat = Template(chat_folder("qwen3"))
+    answer = "Here it is:\n\n```python\ndef run():\n    return 1\n```\n"
+    assert program_of(rollout(chat, answer), chat) == "def run():\n    return 1"
+    assert program_of(rollout(chat, answer[:-5]), chat) is None  # the policy left the block open
+    assert program_of(rollout(chat, answer[:-5], StopReason.MAX_TOKENS), chat) == "def run():\n    return 1"
+
+
+def test_stop_ids_and_the_two_phases_in_the_sampler(chat_folder):
+    """Random weights: rollouts end at any stop id, and those that still think get the closing text and begin their answer."""
+    chat = Template(chat_folder("qwen3"))
+    model = Model(
+        ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, chat.tokenizer.vocab_size, sliding_window=16, eos_id=1, pad_id=0), LoraConfig(4, 2, 4)
+    )
+    phase = SecondPhase(6, chat.answer_opening(), chat.answer_forced(CLOSING))
+    options = {"slots": 16, "max_prompt_tokens": 64, "max_new_tokens": 160, "temperature": 1.0}
+    sampler = Sampler(model, stop_ids=chat.stop_ids, second_phase=phase, **options)
+    prompt = chat.render("Hello?").ids
+    prompts = [Prompt(0, "seed", "", np.asarray(prompt, np.int32))]
+    rollouts = list(sampler.sample(model.init_frozen(jax.random.key(0)), None, prompts, 64, seed=0, step=0))
+    ends, answers = set(), 0
+    markers = {chat.tokenizer.special(name) for name in ("<think>", "</think>")}
+    for r in rollouts:
+        tokens = r.tokens_T.tolist()
+        assert not set(tokens[:-1]) & set(chat.stop_ids)
+        if r.stop is StopReason.STOP_TOKEN:
+            ends.add(tokens[-1])
+        forced = np.flatnonzero(~r.chosen_T)
+        begun = chat.answer_opening()[0] in tokens[:6]
+        assert len(forced) == (0 if begun or len(tokens) <= 6 else len(phase.forced))
+        if not len(forced):
+            continue
+        assert tuple(r.tokens_T[forced]) == phase.forced
+        reply, written = chat.parse(tokens), tokens[6 + len(phase.forced) :]
+        assert CLOSING.strip() in reply.thinking
+        if not markers & set(written):  # random weights also write markers in an answer
+            assert reply.final == chat.tokenizer.decode(written).lstrip("\n")
+            assert reply.truncated == (r.stop is StopReason.MAX_TOKENS)
+            answers += 1
+    assert ends == set(chat.stop_ids)
+    assert answers > 5
