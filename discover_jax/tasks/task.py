@@ -238,8 +238,8 @@ class Task:
         if self.reward_source == "grade":
             scored_on = f"{self.private_rows:,} rows of the private answers"
             text = (
-                f"Rewards come from the private answers ({self.private_rows:,} rows), which scores are reported on, too. The search"
-                " optimised on the graded rows, so its best score is no estimate for unseen data."
+                f"Rewards come from the private answers ({self.private_rows:,} rows), and so do the reported scores. The search"
+                " optimised on the graded rows, so its best score is too optimistic for unseen data."
             )
         else:
             folds = len(self.splits) - 1
