@@ -8,8 +8,8 @@ from discover_jax.models.config import REMAT, SHAPES
 MODEL: dict[str, Any] = {
     "weights": Setting(
         "apprentice",
-        "path of a checkpoint folder; `apprentice` for the small model that ships with the project; or `random` for random weights of"
-        " `model.shape` (rehearsals and benchmarks)",
+        "path of a checkpoint folder; `apprentice`: the small model that ships with the project; `random`: random weights with the sizes"
+        " of `model.shape` (rehearsals and benchmarks)",
         tier=1,
     ),
     "shape": Setting(
@@ -18,7 +18,7 @@ MODEL: dict[str, Any] = {
         choices=("", *SHAPES),
         rules=(
             Rule(
-                "`random` weights need a shape, and only they take one",
+                "a shape is required with `model.weights` = `random`, and not allowed otherwise",
                 lambda config: (config.model.weights == "random") == bool(config.model.shape),
                 uses=("model.weights",),
                 fix=f"Set config.model.weights = 'random' together with one of {', '.join(SHAPES)}, or set the shape to ''.",
@@ -30,7 +30,7 @@ MODEL: dict[str, Any] = {
         "folder of the tokenizer's files; empty: the folder of the weights",
         rules=(
             Rule(
-                "`random` weights have no tokenizer of their own",
+                "required with `model.weights` = `random`, which has no tokenizer",
                 lambda config: config.model.weights != "random" or bool(config.model.tokenizer),
                 uses=("model.weights",),
                 fix="Set config.model.tokenizer to a folder that contains one.",
@@ -38,17 +38,18 @@ MODEL: dict[str, Any] = {
             ),
         ),
     ),
-    "dtype": Setting("bfloat16", "type of activations and of weights that are not MXFP4", choices=("bfloat16", "float32")),
+    "dtype": Setting("bfloat16", "data type of activations and of weights that are not MXFP4", choices=("bfloat16", "float32")),
     "experts": Setting(
         "packed",
-        "`packed` keeps the experts in MXFP4 on the device, in the layout of its kernel if there is one; `dense` expands them once at load"
+        "form of the experts on the device. `packed`: MXFP4, in the layout of the kernel if there is one; `dense`: expanded once at load"
         " (small models on a CPU)",
         choices=("packed", "dense"),
     ),
     "remat": Setting(
         "layers",
-        "what the update recomputes in the backward pass: `layers` everything in a layer except attention, `pairs` everything in a pair of"
-        " layers (least memory), `none` nothing (most memory)",
+        "what the update recomputes in the backward pass. `layers`: everything in a layer except attention; `pairs`: everything in a"
+        " pair of"
+        " layers (least memory); `none`: nothing (most memory)",
         choices=REMAT,
     ),
 }
@@ -70,7 +71,7 @@ LORA: dict[str, Any] = {
     ),
     "expert_rank": Setting(
         8,
-        "rank of the adapter on each expert's two matrices (rank 32 / 4 active experts); 0: no adapter there",
+        "rank of the adapter on each expert's two matrices; 0: no adapter there. The default is 32 divided by the 4 experts of a token",
         low=0,
         high=1024,
     ),
