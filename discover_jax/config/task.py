@@ -27,7 +27,8 @@ TASK: dict[str, Any] = {
     "holdout_fraction": Setting(0.2, "fraction of the public training rows that `holdout` holds out", low=0.01, high=0.9),
     "holdout_folds": Setting(
         1,
-        "2 or more: cross-validation over all training rows, with this number of folds. Each program runs once per fold, and once more"
+        "1: no cross-validation; 2 or more: cross-validation over all training rows, with this number of folds. Each program runs once"
+        " per fold, and once more"
         " for its submission",
         low=1,
         high=100,
@@ -63,9 +64,9 @@ PROMPT: dict[str, Any] = {
         0, "number of ideas for improvement that a prompt shows; they rotate over groups and steps. 0: all", low=0, only_with=_FULL
     ),
     "stdout_chars": Setting(
-        2000, "maximum length of the end of the parent's output in a prompt", unit="characters", low=0, only_with=_FULL
+        2000, "number of characters that a prompt shows from the end of the parent's output", unit="characters", low=0, only_with=_FULL
     ),
     "error_chars": Setting(
-        800, "maximum length of the end of a failed attempt's error in a prompt", unit="characters", low=0, only_with=_FULL
+        800, "number of characters that a prompt shows from the end of a failed attempt's error", unit="characters", low=0, only_with=_FULL
     ),
 }

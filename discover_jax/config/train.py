@@ -45,7 +45,7 @@ TRAIN: dict[str, Any] = {
     ),
     "kl_coefficient": Setting(
         0.0,
-        "weight of the KL penalty against the base model, which is added to each token's advantage; 0: no penalty. The paper uses 0.1",
+        "weight of the penalty on the KL to the base model. The penalty is added to each token's advantage. 0: no penalty; the paper: 0.1",
         low=0.0,
         high=1e6,
         rules=(
