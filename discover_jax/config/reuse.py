@@ -58,7 +58,7 @@ REUSE: dict[str, Any] = {
                 fix="Lower it, or set config.reuse.sampler = 'fixed' to start every group from the seed.",
             ),
             Rule(
-                "above 0, must give at least one group of a competition after rounding",
+                "a value above 0 must round to at least one group of a competition",
                 lambda config: not config.reuse.fresh or not all(fresh is False for fresh in _fresh(config)),
                 uses=("groups", "task.competition"),
                 fix="Raise it or config.groups, or remove it.",

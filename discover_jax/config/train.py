@@ -50,7 +50,7 @@ TRAIN: dict[str, Any] = {
         high=1e6,
         rules=(
             Rule(
-                "above 0, requires `train.measure_kl` = True, since the penalty is computed from the measured KL",
+                "a value above 0 requires `train.measure_kl` = True, since the penalty is computed from the measured KL",
                 lambda config: not config.train.kl_coefficient or config.train.measure_kl,
                 uses=("train.measure_kl",),
                 fix="Set config.train.measure_kl = True, or the coefficient to 0.",
