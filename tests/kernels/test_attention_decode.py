@@ -26,18 +26,18 @@ on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"
 LAYERS = 3
 
 
-@pytest.fixture(scope="module")
-def errors():
+@pytest.fixture(scope="module", params=[[], pytest.param(["--all"], marks=pytest.mark.slow)])
+def errors(request):
     script = Path(__file__).with_name("interpreted_attention.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, *request.param], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @interpreted
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
-    assert len(errors) == 6
+    assert len(errors) in (3, 6)
     for name, error in errors.items():
         assert error < 1.2e-2, name  # false for NaN, from an unused place that was read or an output that was not written
 
