@@ -76,7 +76,8 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
     flags.DEFINE_string(
         "workdir",
         None,
-        "run directory; if it contains a run with the same config, that run resumes (default: runs/NAME, with NAME from config.name)",
+        "run directory; main and search resume a run that it contains, if the config is the same (default: runs/NAME, with NAME from"
+        " config.name)",
     )
     if dry_run is not None:
         _define_run_flags()

@@ -34,8 +34,8 @@ _OUTCOMES = {
     Outcome.INVALID_SUBMISSION: "program returned an invalid submission",
     Outcome.TIMEOUT: "program exceeded the time limit",
     Outcome.OUT_OF_MEMORY: "program exceeded the memory limit",
-    Outcome.OUTPUT_FLOOD: "program printed too much",
-    Outcome.RESULT_TOO_BIG: "submission was too large",
+    Outcome.OUTPUT_FLOOD: "program printed more than 1 GiB",
+    Outcome.RESULT_TOO_BIG: "submission was larger than 8 MiB",
     Outcome.KILLED: "program was killed by a signal",
     Outcome.SANDBOX_ERROR: "always 0: host faults are retried (programs/retried) or stop the run",
 }
