@@ -72,7 +72,9 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
     Raises:
       SystemExit: with code 2 after an error that the user can fix, 130 after Ctrl-C, `hosts.watch.LOST` if another process was lost.
     """
-    config_flags.DEFINE_config_file("config", help_string="FILE[:ARG], such as configs/quickstart.py")
+    config_flags.DEFINE_config_file(
+        "config", help_string="config file, and the argument of its get_config: FILE[:ARG], such as configs/spaceship.py:run1"
+    )
     flags.DEFINE_string(
         "workdir",
         None,
