@@ -168,8 +168,7 @@ NODE = 8
 
 NAMES = (
     f"{', '.join(_GPUS)} (the number of GPUs follows from config.mesh), h200x8 (one node of eight), 2xh200x8 (two such nodes), or a TPU"
-    f" slice"
-    f" such as v5e:2x4 or v5p-16 (TPU kinds: {', '.join(_TPUS)})"
+    f" slice such as v5e:2x4 or v5p-16 (TPU kinds: {', '.join(_TPUS)})"
 )
 
 
