@@ -18,9 +18,8 @@ EXECUTION: dict[str, Any] = {
     "cache": Setting("", "folder of a verdict cache that several runs on one machine can share; empty: `cache/` in the run directory"),
     "backend": Setting(
         "bubblewrap",
-        "where programs run, and what isolates them. `bubblewrap`: in bubblewrap on this machine; `ray`: in bubblewrap on the nodes of"
-        " a ray"
-        " cluster (docs/scaling.md); `unsafe-subprocess`: on this machine without isolation, for trusted programs only",
+        "where programs run, and what isolates them. `bubblewrap`: in bubblewrap on this machine; `ray`: in bubblewrap on the nodes of a"
+        " ray cluster (docs/scaling.md); `unsafe-subprocess`: on this machine without isolation, for trusted programs only",
         choices=("bubblewrap", "ray", "unsafe-subprocess"),
         rules=(
             Rule(

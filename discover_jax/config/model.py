@@ -48,8 +48,7 @@ MODEL: dict[str, Any] = {
     "remat": Setting(
         "layers",
         "what the update recomputes in the backward pass. `layers`: everything in a layer except attention; `pairs`: everything in a"
-        " pair of"
-        " layers (least memory); `none`: nothing (most memory)",
+        " pair of layers (least memory); `none`: nothing (most memory)",
         choices=REMAT,
     ),
 }

@@ -52,8 +52,7 @@ SAMPLING: dict[str, Any] = {
     ),
     "cache_tokens": Setting(
         0,
-        "capacity of the KV cache, for all slots together; 0: derived, what the slots can use, limited by the device's memory."
-        " When the"
+        "capacity of the KV cache, for all slots together; 0: derived, what the slots can use, limited by the device's memory. When the"
         " cache is full, the rollouts that started last wait in host memory",
         unit="tokens",
         low=0,

@@ -28,8 +28,7 @@ TASK: dict[str, Any] = {
     "holdout_folds": Setting(
         1,
         "1: no cross-validation; 2 or more: cross-validation over all training rows, with this number of folds. Each program runs once"
-        " per fold, and once more"
-        " for its submission",
+        " per fold, and once more for its submission",
         low=1,
         high=100,
         only_with=("task.reward", ("holdout",)),
