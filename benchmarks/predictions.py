@@ -207,7 +207,7 @@ def summary() -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows():
         groups.setdefault(row.group, []).append(row)
-    lines = ["| speed | held out | error of the prediction | fitted | error |", "|---|---|---|---|---|"]
+    lines = ["| speed | held out: measurements | prediction error | fitted: measurements | prediction error |", "|---|---|---|---|---|"]
     for name, members in sorted(groups.items()):
         held_out = sorted(row.error for row in members if row.use == HELD_OUT)
         fitted = sorted(row.error for row in members if row.use != HELD_OUT)

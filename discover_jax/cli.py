@@ -72,9 +72,14 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
     Raises:
       SystemExit: with code 2 after an error that the user can fix, 130 after Ctrl-C, `hosts.watch.LOST` if another process was lost.
     """
-    config_flags.DEFINE_config_file("config", help_string="FILE[:ARG], such as configs/quickstart.py")
+    config_flags.DEFINE_config_file(
+        "config", help_string="config file, and the argument of its get_config: FILE[:ARG], such as configs/spaceship.py:run1"
+    )
     flags.DEFINE_string(
-        "workdir", None, "run directory; if it holds a run with the same config, that run resumes (default: runs/NAME of config.name)"
+        "workdir",
+        None,
+        "run directory; main and search resume a run that it contains, if the config is the same (default: runs/NAME, with NAME from"
+        " config.name)",
     )
     if dry_run is not None:
         _define_run_flags()
@@ -86,18 +91,24 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
 
 def _define_run_flags() -> None:
     """The flags of commands that start runs."""
-    flags.DEFINE_bool("distributed", False, "this is one of several processes, which jax detects (SLURM, Open MPI, Cloud TPU, GKE)")
-    flags.DEFINE_string("coordinator", "", "this is one of several processes: HOST:PORT of process 0, with a free port")
+    flags.DEFINE_bool(
+        "distributed", False, "start this process as one of several; jax detects the others (SLURM, Open MPI, Cloud TPU, GKE)"
+    )
+    flags.DEFINE_string("coordinator", "", "start this process as one of several; HOST:PORT of process 0, with a free port")
     flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host")
     flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0")
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "load nothing; print the config, the predicted speed on each mesh, the memory that each device needs, and whether it fits",
+        "print the config, the predicted speed on each mesh, the memory that each device needs, and whether it fits; load no weights or"
+        " data",
     )
-    flags.DEFINE_string("machine", "", f"with --dry_run: {NAMES}; empty: this machine")
+    flags.DEFINE_string("machine", "", f"with --dry_run: the machine to predict for: {NAMES}; empty: this machine")
     flags.DEFINE_string(
-        "lengths", "", "with --dry_run: PROMPT,ROLLOUT, mean tokens for the predicted speed; empty: the largest that the config allows"
+        "lengths",
+        "",
+        "with --dry_run: mean tokens of prompts and rollouts for the predicted speed, as PROMPT,ROLLOUT; empty: the maximum that the"
+        " config allows",
     )
 
 

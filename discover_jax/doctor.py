@@ -1,7 +1,7 @@
 """Checks the requirements of a run before it starts: `python -m discover_jax.doctor --config=configs/spaceship.py:run3 ...`.
 
-Takes the command line of `main`. Prints one line per check: `ok`, `FIX` with what to do, or `--` for a skipped check. The exit code is 0 if
-all checks pass, otherwise 1. Writes only to a temporary folder, and reads only the headers of the weights' files.
+Takes the same --config and --workdir as `main`. Prints one line per check: `ok`, `FIX` with what to do, or `--` for a skipped check. The
+exit code is 0 if all checks pass, otherwise 1. The doctor writes only to a temporary folder. Of the weights, it reads only the headers.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
     """
     platform = platform or jax.default_backend()
     kernels = kernel_set(platform, mesh)
-    reads_tiles = config.model.experts == "packed" and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
+    reads_tiles = config.model.experts == "packed" and sizes.num_experts > 0 and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
     experts = "tiled" if reads_tiles else config.model.experts
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
     return Model(sizes, LoraConfig(**config.lora), mesh=mesh, kernels=kernels, **form)
@@ -104,7 +104,7 @@ def build_sampler(
         stop_ids=stop_ids,
         second_phase=second_phase,
         pages=cache_pages(config, model, memory, learn=learn),
-        record_routes=config.train.replay_routing,
+        record_routes=config.train.replay_routing and model.config.num_experts > 0,
     )
 
 
@@ -158,7 +158,7 @@ def build_update(config: Any, model: Model, optimizer: optax.GradientTransformat
         limits=RatioLimits(config.train.clip_low, config.train.clip_high, config.train.truncate),
         kl_coefficient=config.train.kl_coefficient,
         measure_kl=config.train.measure_kl,
-        routes=model.routes if config.train.replay_routing else None,
+        routes=model.routes if config.train.replay_routing and model.config.num_experts else None,
     )
 
 

@@ -65,6 +65,7 @@ def export_adapter(run: Path, out: Path, *, step: int | None = None, base: str =
             f"Cannot read the sizes of the model from {folder}, the weights that {run} used: {error}\nExport on a machine that has these"
             " weights. If their path is relative, use the working directory of the run."
         ) from error
+    lora = lora.of_model(sizes)
     step, adapter = _restore_adapter(run, step, Model(sizes, lora).abstract_lora(), optimizer)
     save_peft(out, adapter, sizes, lora, base or str(folder))
     return step, lora
@@ -126,7 +127,7 @@ def main() -> None:
         raise SystemExit(2) from error
     print(
         f"Exported checkpoint {step} of {arguments.run} to {arguments.out}: ranks {lora.attention_rank} (attention), {lora.expert_rank}"
-        f" (experts), {lora.head_rank} (head); alpha {lora.alpha:g}."
+        f" (experts), {lora.mlp_rank} (MLP), {lora.head_rank} (head); alpha {lora.alpha:g}."
     )
 
 

@@ -167,8 +167,8 @@ NODE = 8
 """GPUs per node by default."""
 
 NAMES = (
-    f"{', '.join(_GPUS)} (as many as config.mesh needs; h200x8 for a node of eight, 2xh200x8 for two nodes), or a TPU slice such as v5e:2x4"
-    f" ({', '.join(_TPUS)}) or v5p-16"
+    f"{', '.join(_GPUS)} (the number of GPUs follows from config.mesh), h200x8 (one node of eight), 2xh200x8 (two such nodes), or a TPU"
+    f" slice such as v5e:2x4 or v5p-16 (TPU kinds: {', '.join(_TPUS)})"
 )
 
 

@@ -1,8 +1,8 @@
 """Test-time training on one competition: `python -m discover_jax.main --config=configs/quickstart.py`.
 
-`run` prepares a run and then loops over its steps, each as in section 4.1 of the report: select parents, write prompts, sample rollouts
-and execute their programs, grade, estimate advantages, update the adapter, archive, record. `discover_jax.search` is the same loop without
-the update. `discover_jax.stages` has the stages.
+Prepares a run, then loops over its steps, each as in section 4.1 of *Applying Discover (Test-Time Training) to
+MLE-Bench*: select parents, write prompts, sample rollouts and execute their programs, grade, estimate advantages, update the adapter,
+archive, record. `discover_jax.search` is the same loop without the update. `discover_jax.stages` has the stages.
 """
 
 import contextlib

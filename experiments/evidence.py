@@ -46,7 +46,7 @@ MEASURES = {
     "best": "best program, on the reward's rows",
     "private": "that program, on unseen rows",
     "better": "children better than their parent, second half of the steps",
-    "broken": f"children that failed or lost more than {BROKEN}, second half",
+    "broken": f"children that failed or scored more than {BROKEN} below their parent, second half",
 }
 SAME_PROMPTS = {
     "mean": "mean, on the reward's rows",
@@ -54,7 +54,7 @@ SAME_PROMPTS = {
     "max": "the best of them, on the reward's rows",
     "valid": "valid programs",
     "better": "children better than their parent",
-    "broken": f"children that failed or lost more than {BROKEN}",
+    "broken": f"children that failed or scored more than {BROKEN} below their parent",
 }
 ACCURACIES = ("mean", "private_mean", "max", "last_two_mean", "last_two_private", "best", "private")
 """Measures that are drawn next to each other."""

@@ -115,6 +115,7 @@ def test_sandbox_with_a_wrong_score_is_detected(tmp_path, monkeypatch):
     assert "ValueError: no" in found["sandbox"].text
 
 
+@pytest.mark.slow  # prepares a task twice
 def test_doctor_reports_no_canary_without_isolation(tmp_path):
     found = _findings(tmp_path, execution__backend="unsafe-subprocess", execution__allow_weaker=True)
     assert found["sandbox"].ok

@@ -104,6 +104,7 @@ def test_phases_and_functions_have_the_order_of_a_step(found):
     assert all(need.total == sum(need.parts.values()) > 0 for need in found)
 
 
+@pytest.mark.slow  # the command is tested for a search, too
 def test_search_has_no_gradient_and_more_rows_need_more():
     config = _config()
     before = _needs(config, learn=False)
@@ -207,6 +208,7 @@ def _command(*arguments, module="main"):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # compiles the gradient for each remat policy; test_dry_run_accepts_meshes_of_other_machines runs the command
 def test_command_prints_config_table_and_verdict_and_writes_nothing(tmp_path):
     done = _command(*_SMALL, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
@@ -255,12 +257,13 @@ def test_bytes_of_a_mesh_match_those_on_each_device():
     assert whole / 8 < predicted < whole / 2
 
 
-def test_dry_run_accepts_meshes_of_other_machines():
+def test_dry_run_accepts_meshes_of_other_machines(tmp_path):
     spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=2")
-    done = _command(*_SMALL, *spread, "--machine=h200", module="search")
+    done = _command(*_SMALL, *spread, "--machine=h200", f"--workdir={tmp_path / 'run'}", module="search")
     assert done.returncode == 0, done.stderr
     assert re.search(r"\b8 x NVIDIA H200\b.*\bdata 2 x expert 4 x tensor 1\b", done.stdout)
     assert re.search(r"^measuring", done.stdout, re.MULTILINE)
+    assert not (tmp_path / "run").exists()
     assert "optimiser" in done.stdout
 
 

@@ -153,6 +153,7 @@ def test_second_run_continues_the_first(unbroken, tmp_path):
     assert re.search(r"/nowhere\b", done.stderr)
 
 
+@pytest.mark.slow  # tests/test_options.py has a search with the phrase model
 def test_search_has_the_same_first_step_and_never_learns(unbroken, tmp_path):
     _run(tmp_path / "search", "--config.train.steps=2", module="search")
     ours, theirs = _rows(tmp_path / "search" / "journal.jsonl"), _rows(unbroken / "journal.jsonl")

@@ -83,7 +83,7 @@ RUNS = {
         "task.holdout_folds": 2,
     },
 }
-PARAMETERS = [pytest.param(name, marks=[] if name in (PHRASES, USERS) else pytest.mark.slow) for name in RUNS]
+PARAMETERS = [pytest.param(name, marks=[] if name == USERS else pytest.mark.slow) for name in RUNS]
 
 # The phrase model's competition with other transforms, and one that none of its programs solves.
 USERS_COMPETITIONS = {

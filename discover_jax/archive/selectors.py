@@ -47,7 +47,7 @@ _LEAST_SCALE = 1e-6
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
-    """The generator of one step's draws: a function of (seed, step) alone, so that a resumed run draws what the unbroken one would have."""
+    """The generator of one step's draws. It depends only on seed and step, so a resumed run makes the same draws."""
     return np.random.default_rng([_STREAM, seed, step])
 
 

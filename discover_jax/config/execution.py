@@ -7,16 +7,19 @@ from discover_jax.config.setting import Rule, Setting
 
 EXECUTION: dict[str, Any] = {
     "seconds": Setting(300.0, "time limit of a program, counted from its own start", unit="s", low=0.1, high=86_400),
-    "cores": Setting(2, "CPU cores leased to a program", low=1, high=1024),
+    "cores": Setting(2, "CPU cores that a program has for itself", low=1, high=1024),
     "memory_gib": Setting(4.0, "memory limit of a program", unit="GiB", low=0.25, high=1 << 20),
     "workers": Setting(
-        0, "programs executed at once; 0: derived: as many as the cores of the machine or the ray cluster allow", low=0, high=4096
+        0,
+        "maximum number of programs that run at the same time; 0: derived, as many as the cores of the machine or the ray cluster allow",
+        low=0,
+        high=4096,
     ),
-    "cache": Setting("", "folder of a verdict cache that several runs on a machine share; empty: the run directory's own"),
+    "cache": Setting("", "folder of a verdict cache that several runs on one machine can share; empty: `cache/` in the run directory"),
     "backend": Setting(
         "bubblewrap",
-        "where programs run, and what isolates them: `bubblewrap` on this machine; `ray` bubblewrap on the nodes of a ray cluster"
-        " (docs/scaling.md); `unsafe-subprocess` nothing, for trusted programs only",
+        "where programs run, and what isolates them. `bubblewrap`: in bubblewrap on this machine; `ray`: in bubblewrap on the nodes of a"
+        " ray cluster (docs/scaling.md); `unsafe-subprocess`: on this machine without isolation, for trusted programs only",
         choices=("bubblewrap", "ray", "unsafe-subprocess"),
         rules=(
             Rule(
@@ -29,8 +32,8 @@ EXECUTION: dict[str, Any] = {
     ),
     "ray_address": Setting(
         "auto",
-        "ray cluster: `auto` for the one that this machine belongs to, HOST:PORT of a cluster's head, or `local` for a cluster started on"
-        " this machine for the run",
+        "ray cluster. `auto`: the one that this machine belongs to; HOST:PORT: the one with this head; `local`: a new one on this machine,"
+        " for the run",
         rules=(
             Rule(
                 "must be `auto`, `local` or HOST:PORT of the head, as `ray start --head` prints it",
@@ -41,5 +44,5 @@ EXECUTION: dict[str, Any] = {
         ),
         only_with=("execution.backend", ("ray",)),
     ),
-    "allow_weaker": Setting(False, "accept isolation weaker than bubblewrap's; the run's summary then says so"),
+    "allow_weaker": Setting(False, "accept isolation weaker than bubblewrap's; the summary of the run then states it"),
 }

@@ -28,10 +28,11 @@ _HEAD = """\
 # Settings
 
 A config is a Python file with a function `get_config()`, such as `configs/quickstart.py`. It starts from
-`discover_jax.config.default_config()` and assigns to what differs: `config.train.steps = 6`. The command line overrides single settings:
+`discover_jax.config.default_config()` and changes single settings: `config.train.steps = 6`. The command line overrides the file:
 `--config.train.steps=6`. A misspelt name, a value that is not allowed and a broken rule are errors; one message lists them all.
 
-A run computes "derived" values when it starts; `config.json` in its run directory keeps the setting as it was given.
+The [glossary](../CONTRIBUTING.md#glossary) explains terms such as group, state and parent. [Method](algorithm.md) has the formulas.
+"Derived" means that the run computes the value when it starts; `config.json` in the run directory stores the value that you set.
 """
 
 _TABLE = "| setting | default | unit | allowed | meaning | rules |\n|---|---|---|---|---|---|"

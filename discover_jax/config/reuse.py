@@ -23,41 +23,42 @@ _REUSING = ("reuse.sampler", ("greedy", "puct"))
 REUSE: dict[str, Any] = {
     "sampler": Setting(
         "greedy",
-        "parent selector: `greedy` mostly the best state, `puct` the states with the highest PUCT score, `fixed` always the empty seed",
+        "parent selector. `greedy`: mostly the best state; `puct`: the states with the highest PUCT score; `fixed`: always the seed",
         tier=1,
         choices=("greedy", "puct", "fixed"),
     ),
     "epsilon": Setting(
         0.125,
-        "probability that a group builds on a uniformly random kept state instead of the best",
+        "probability that a group's parent is a uniformly random archived state instead of the best one",
         low=0.0,
         high=1.0,
         only_with=("reuse.sampler", ("greedy",)),
     ),
     "exploration": Setting(
-        1.0, "weight c of the PUCT bonus for states that were rarely built on", low=0.0, high=1e6, only_with=("reuse.sampler", ("puct",))
+        1.0, "weight c of the PUCT bonus for states that were rarely parents", low=0.0, high=1e6, only_with=("reuse.sampler", ("puct",))
     ),
     "children": Setting(
         USUAL_CHILDREN,
-        f"best children of each parent that are kept for reuse; 0: all; {USUAL_CHILDREN}: derived: 2 with `puct`, all with `greedy`",
+        f"number of best children of each parent that the archive keeps; 0: all; {USUAL_CHILDREN}: derived, 2 with `puct` and all with"
+        f" `greedy`",
         low=USUAL_CHILDREN,
         high=1_000_000,
         only_with=_REUSING,
     ),
     "fresh": Setting(
         0.0,
-        "fraction of a step's groups that start from the empty seed, whatever the parent selector chooses",
+        "fraction of a step's groups that start from the seed instead of a selected parent",
         low=0.0,
         high=1.0,
         rules=(
             Rule(
-                "must leave a group to the parent selector",
+                "must leave at least one group of a competition to the parent selector",
                 lambda config: not all(fresh is True for fresh in _fresh(config)),
                 uses=("groups", "task.competition"),
                 fix="Lower it, or set config.reuse.sampler = 'fixed' to start every group from the seed.",
             ),
             Rule(
-                "must round to at least one group of a competition",
+                "a value above 0 must round to at least one group of a competition",
                 lambda config: not config.reuse.fresh or not all(fresh is False for fresh in _fresh(config)),
                 uses=("groups", "task.competition"),
                 fix="Raise it or config.groups, or remove it.",
@@ -67,7 +68,7 @@ REUSE: dict[str, Any] = {
     ),
     "distinct": Setting(
         False,
-        "groups of a step build on different parents, as far as the archive has enough",
+        "groups of a step get different parents if the archive has enough states",
         rules=(
             Rule(
                 "requires a competition with at least 2 groups in a step",
@@ -78,5 +79,5 @@ REUSE: dict[str, Any] = {
         ),
         only_with=_REUSING,
     ),
-    "capacity": Setting(1000, "states kept for reuse; the journal keeps all", low=1, high=1_000_000, only_with=_REUSING),
+    "capacity": Setting(1000, "maximum number of states in the archive; the journal keeps all", low=1, high=1_000_000, only_with=_REUSING),
 }

@@ -5,7 +5,7 @@ from typing import Any
 from discover_jax.config.setting import Setting
 
 RUN: dict[str, Any] = {
-    "groups": Setting(16, "groups in a step, each built on one parent", tier=1, low=1, high=4096),
+    "groups": Setting(16, "groups in a step; each has one parent", tier=1, low=1, high=4096),
     "group_size": Setting(
         8, "rollouts in a group; they share a prompt, and advantages compare them with each other", tier=1, low=2, high=4096
     ),
@@ -21,7 +21,7 @@ MESH: dict[str, Any] = {
 
 CHECKPOINT: dict[str, Any] = {
     "keep": Setting(2, "number of latest checkpoints to keep", low=1, high=10_000),
-    "every": Setting(0, "also keep each checkpoint whose step is a multiple of this; 0: none", low=0, high=1_000_000),
+    "every": Setting(0, "also keep each checkpoint whose step is a multiple of this; 0: keep no others", low=0, high=1_000_000),
 }
 
 _WANDB = ("tracking.wandb", ("online", "offline"))
@@ -29,7 +29,7 @@ _WANDB = ("tracking.wandb", ("online", "offline"))
 TRACKING: dict[str, Any] = {
     "wandb": Setting(
         "off",
-        "Weights & Biases (extra `tracking`): `online` uploads metrics and settings, `offline` writes them to the run directory for"
+        "Weights & Biases (extra `tracking`). `online`: uploads metrics and settings; `offline`: writes them to the run directory for"
         " `wandb sync`. TensorBoard event files are always written",
         choices=("off", "online", "offline"),
     ),

@@ -10,21 +10,21 @@ FORCED_TOKENS = 2
 _CLOSING = "\n\nThe time to think is over; I write the program now."
 
 SAMPLING: dict[str, Any] = {
-    "temperature": Setting(1.0, "divides the logits, in sampling and in the update", low=0.01, high=10.0),
+    "temperature": Setting(1.0, "sampling temperature; the update divides the logits by it, too", low=0.01, high=10.0),
     "temperature_spread": Setting(
-        0.0, "rollouts of a group get temperatures from (1 - spread) to (1 + spread) times `temperature`", low=0.0, high=0.95
+        0.0, "temperatures in a group range from (1 - spread) to (1 + spread) times `temperature`", low=0.0, high=0.95
     ),
     "max_new_tokens": Setting(26_000, "token budget of a rollout", tier=1, unit="tokens", low=1, high=131_072),
     "thinking_tokens": Setting(
         0,
-        "a rollout that has not started its answer after this many tokens is forced to start it; 0: off",
+        "after this number of tokens, a rollout that has not started its answer is forced to start it; 0: no limit",
         unit="tokens",
         low=0,
         high=131_072,
         rules=(
             Rule(
-                f"`thinking_tokens` + {FORCED_TOKENS + 1} must be at most `sampling.max_new_tokens`: ending the thinking phase takes"
-                f" at least {FORCED_TOKENS} tokens and those of `thinking_closing`, and the answer at least one",
+                f"`thinking_tokens` + {FORCED_TOKENS + 1} must be at most `sampling.max_new_tokens`, since ending the thinking phase takes"
+                f" at least {FORCED_TOKENS} tokens and the answer at least one. The tokens of `thinking_closing` are needed in addition",
                 lambda config: (
                     not config.sampling.thinking_tokens
                     or config.sampling.thinking_tokens + FORCED_TOKENS + 1 <= config.sampling.max_new_tokens
@@ -46,12 +46,14 @@ SAMPLING: dict[str, Any] = {
             ),
         ),
     ),
-    "max_prompt_tokens": Setting(8_192, "longest prompt", tier=1, unit="tokens", low=1, high=131_072),
-    "slots": Setting(128, "rollouts decoded at once; finished slots are refilled", low=1, high=4096),
+    "max_prompt_tokens": Setting(8_192, "maximum length of a prompt", tier=1, unit="tokens", low=1, high=131_072),
+    "slots": Setting(
+        128, "maximum number of rollouts decoded at the same time; a waiting rollout takes the slot of a finished one", low=1, high=4096
+    ),
     "cache_tokens": Setting(
         0,
-        "capacity of the KV cache, for all slots together; 0: derived: what the slots can need, or what fits on the device. When the cache"
-        " is full, the rollouts that started last wait in host memory",
+        "capacity of the KV cache, for all slots together; 0: derived, what the slots can use, limited by the device's memory. When the"
+        " cache is full, the rollouts that started last wait in host memory",
         unit="tokens",
         low=0,
         high=2**31 - 1,

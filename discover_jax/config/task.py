@@ -19,21 +19,23 @@ TASK: dict[str, Any] = {
     ),
     "reward": Setting(
         "grade",
-        "rows that give the reward: `grade` uses the private answers, as the report does; `holdout` uses rows held out of the public table",
+        "rows that rewards are computed from. `grade`: the rows with private answers; `holdout`: rows held out of the public training"
+        " table",
         tier=1,
         choices=("grade", "holdout"),
     ),
     "holdout_fraction": Setting(0.2, "fraction of the public training rows that `holdout` holds out", low=0.01, high=0.9),
     "holdout_folds": Setting(
         1,
-        "2 or more: cross-validate over all training rows instead. Each program runs once per fold, and once more for its submission",
+        "1: no cross-validation; 2 or more: cross-validation over all training rows, with this number of folds. Each program runs once"
+        " per fold, and once more for its submission",
         low=1,
         high=100,
         only_with=("task.reward", ("holdout",)),
     ),
     "grader": Setting(
         "native",
-        "grader of submissions: this project, which follows MLE-bench's rules, or the installed package `mlebench`",
+        "grader of submissions. `native`: this project, with MLE-bench's rules; `mlebench`: the installed package",
         choices=("native", "mlebench"),
     ),
 }
@@ -43,7 +45,7 @@ _FULL = ("prompt.style", ("full",))
 PROMPT: dict[str, Any] = {
     "style": Setting(
         "full",
-        "`full` describes the competition; `brief` is the short form that the apprentice was trained on",
+        "`full`: describes the competition; `brief`: the short form that the apprentice was trained on",
         choices=("full", "brief"),
         rules=(
             Rule(
@@ -60,7 +62,13 @@ PROMPT: dict[str, Any] = {
         choices=("low", "medium", "high"),
         only_with=_FULL,
     ),
-    "ideas": Setting(0, "number of ideas for improvement in a prompt, rotated over groups and steps; 0: all", low=0, only_with=_FULL),
-    "stdout_chars": Setting(2000, "longest tail of the parent's output in a prompt", unit="characters", low=0, only_with=_FULL),
-    "error_chars": Setting(800, "longest tail of a failed child's error in a prompt", unit="characters", low=0, only_with=_FULL),
+    "ideas": Setting(
+        0, "number of ideas for improvement that a prompt shows; they rotate over groups and steps. 0: all", low=0, only_with=_FULL
+    ),
+    "stdout_chars": Setting(
+        2000, "number of characters that a prompt shows from the end of the parent's output", unit="characters", low=0, only_with=_FULL
+    ),
+    "error_chars": Setting(
+        800, "number of characters that a prompt shows from the end of a failed attempt's error", unit="characters", low=0, only_with=_FULL
+    ),
 }

@@ -162,6 +162,7 @@ def save_peft(path: str | Path, lora_tree: Tree, model_config: ModelConfig, lora
     Raises:
       WeightsError: the tree does not match the configs, all ranks are 0, or the folder cannot be written.
     """
+    lora_config = lora_config.of_model(model_config)
     _check_tree(lora_tree, model_config, lora_config)
     tree = jax.device_get(lora_tree)
     arrays: dict[str, np.ndarray] = {}

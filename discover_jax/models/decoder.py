@@ -222,7 +222,8 @@ class Model:
                 layer: Layer = getattr(repeat, kind)
                 q, k, v = self._project_chunk(layer.attention, x_BCD, at.positions_BC, stacked, adapted=adapted)
                 if kind == "sliding":
-                    assert at.seen_BCS is not None and at.kept_BW is not None
+                    assert at.seen_BCS is not None, "the model has sliding layers"
+                    assert at.kept_BW is not None, "the model has sliding layers"
                     kept_B1W1 = at.kept_BW[:, None, :, None]
                     keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
                     rings = tuple(jnp.take_along_axis(x, kept_B1W1, axis=2) for x in (keys, values))
@@ -324,7 +325,8 @@ class Model:
         return biased and (self.mesh is None or can_spread("decode_projections", self.mesh))
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
-        return _split_matrices(tree, (*SLABS, "q", "k", "v", "o") if self._stacked else tuple(SLABS))
+        experts = tuple(SLABS) if self.config.num_experts else ()
+        return _split_matrices(tree, (*experts, "q", "k", "v", "o") if self._stacked else experts)
 
     def _bind(self, frozen: Tree, lora: Tree | None) -> Decoder:
         """The module with these arrays. Parameters that are not in the trees stay declarations."""

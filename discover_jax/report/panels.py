@@ -32,11 +32,11 @@ PANELS = (
     Panel("KL to the base model", (("kl_base/mean", "KL"),), learned=True),
     Panel("Log-probability gap", (("logprob_gap/mean", "mean"), ("logprob_gap/max", "max"))),
     Panel("Gradient norm", (("grad_norm", "norm"),), learned=True),
-    Panel("Tokens a rollout", (("tokens/mean", "mean"),)),
+    Panel("Tokens per rollout", (("tokens/mean", "mean"),)),
     Panel("Sampling speed", (("sample/tokens_per_s", "tokens/s"),)),
-    Panel("Distance of programs", (("diversity/distance", "within groups"),)),
+    Panel("Distance between programs", (("diversity/distance", "within groups"),)),
     Panel(
-        "Seconds a step",
+        "Time per step",
         (
             ("time/sample_s", "sample"),
             ("time/execute_s", "execute"),
@@ -71,7 +71,9 @@ def _panel(panel: Panel, metrics: Sequence[Mapping[str, Any]], kind: str, path: 
     if all(value is None for part in series for value in part["values"]):
         names = ", ".join(name for name, _ in panel.names)
         absent = (
-            "A search learns nothing, so it has none." if panel.learned and kind == "search" else f"metrics.jsonl does not have {names}."
+            "A search run has no update, so it does not have this metric."
+            if panel.learned and kind == "search"
+            else f"metrics.jsonl does not have {names}."
         )
     return {"title": panel.title, "unit": SCHEMA[panel.names[0][0]][0], "form": panel.form, "series": series, "absent": absent}
 

@@ -5,7 +5,7 @@ none. Checksums detect later damage, such as a torn file or a flipped bit: each 
 one of its own. Nothing is unpickled.
 
 With several processes, each writes and reads what its own devices hold. Another number of processes may restore the checkpoint, onto
-another mesh. The first process alone finds the latest intact checkpoint: orbax's processes wait for each other, and one that failed on a
+another mesh. Only the first process finds the latest intact checkpoint: orbax's processes wait for each other, and one that failed on a
 damaged file would leave the others waiting.
 """
 

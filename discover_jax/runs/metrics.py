@@ -34,8 +34,8 @@ _OUTCOMES = {
     Outcome.INVALID_SUBMISSION: "program returned an invalid submission",
     Outcome.TIMEOUT: "program exceeded the time limit",
     Outcome.OUT_OF_MEMORY: "program exceeded the memory limit",
-    Outcome.OUTPUT_FLOOD: "program printed too much",
-    Outcome.RESULT_TOO_BIG: "submission was too large",
+    Outcome.OUTPUT_FLOOD: "program printed more than 1 GiB",
+    Outcome.RESULT_TOO_BIG: "submission was larger than 8 MiB",
     Outcome.KILLED: "program was killed by a signal",
     Outcome.SANDBOX_ERROR: "always 0: host faults are retried (programs/retried) or stop the run",
 }
@@ -48,9 +48,9 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "best/score": ("metric", "score of the run's best program so far; null before the first valid program"),
     "rollouts/count": ("rollouts", "rollouts of the step"),
     "rollouts/valid_frac": ("fraction", "rollouts whose program got a score"),
-    "rollouts/distinct_frac": ("fraction", "distinct programs among those of the step; null if there are none"),
+    "rollouts/distinct_frac": ("fraction", "distinct texts among the programs of the step; null if there are no programs"),
     "groups/constant_frac": ("fraction", "groups whose rewards are all equal"),
-    "groups/unused_frac": ("fraction", "groups left out of the update: their signals are all equal or too few (docs/algorithm.md)"),
+    "groups/unused_frac": ("fraction", "groups left out of the update, because their signals are all equal or too few"),
     "prompt/shortened": ("prompts", "prompts whose output or error was cut to fit sampling.max_prompt_tokens"),
     "tokens/mean": ("tokens", "mean length of a rollout"),
     **{f"outcome/{outcome.value}": ("rollouts", meaning) for outcome, meaning in _OUTCOMES.items()},
@@ -59,14 +59,14 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "advantage/max": ("", "highest advantage"),
     "advantage/beta": ("1/reward", "inverse temperature of the entropic estimator, mean over groups"),
     "advantage/saturated_frac": ("fraction", "groups in which the estimator reached a numerical limit"),
-    "advantage/tied_frac": ("fraction", "rollouts of a group that share its best signal, mean over groups"),
+    "advantage/tied_frac": ("fraction", "rollouts of a group that tie for its best signal, mean over groups"),
     "diversity/duplicate_frac": ("fraction", "programs equal to an earlier one of their group, ignoring names and layout"),
-    "diversity/distinct_frac": ("fraction", "distinct programs of the step, ignoring names and layout"),
+    "diversity/distinct_frac": ("fraction", "distinct programs among those of the step, ignoring names and layout"),
     "diversity/distance": ("", "mean distance between programs of a group: 0 identical, 1 nothing in common"),
-    "loss": ("", "reduced loss before the update"),
+    "loss": ("", "loss before the update, combined as train.reduction says"),
     "tokens": ("tokens", "tokens included in the loss"),
     "logprob_gap/mean": ("nats", "mean absolute difference between trainer and sampler log-probability of a token, before the update"),
-    "logprob_gap/max": ("nats", "largest such difference"),
+    "logprob_gap/max": ("nats", "largest absolute difference of this kind"),
     "ratio/min": ("", "smallest probability ratio trainer / sampler"),
     "ratio/max": ("", "largest probability ratio trainer / sampler"),
     "ratio/limited_frac": ("fraction", "tokens whose ratio the loss clips or truncates"),
@@ -76,7 +76,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "update/filled_frac": ("fraction", "positions of the update's packed rows that are not padding"),
     "update/skipped": ("", "1 if every group was left out, so there was no update; else 0"),
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
-    "sample/utilisation": ("fraction", "busy decoding slots while rollouts waited for one; 1 if none waited"),
+    "sample/utilisation": ("fraction", "decoding slots that were busy while rollouts waited for a slot; 1 if none waited"),
     "sample/set_aside": ("rollouts", "how often a rollout was moved to host memory because the KV cache was full"),
     "sample/cache_tokens": ("tokens", "peak use of the KV cache, in whole pages, summed over devices"),
     "sample/compilations": ("", "functions that the sampler compiled since the start; constant after the first steps"),
@@ -86,16 +86,16 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "programs/cached_frac": ("fraction", "programs whose verdict came from an identical earlier one"),
     "time/sample_s": ("s", "from the start of the step to the last rollout; programs run meanwhile"),
     "time/execute_s": ("s", "waiting for programs after the last rollout"),
-    "time/update_s": ("s", "advantages, packing and optimiser steps; without an update, the log-probability gap"),
+    "time/update_s": ("s", "advantages, packing and optimiser steps; if there is no update, measuring the log-probability gap"),
     "time/save_s": ("s", "writing the journal, best/ and rollouts"),
-    "time/checkpoint_s": ("s", "checkpoint and report of the step before; null in the first step after a start"),
-    "time/step_s": ("s", "the whole step up to this row, without its own checkpoint"),
+    "time/checkpoint_s": ("s", "writing the checkpoint and report of the previous step; null in the first step after a start"),
+    "time/step_s": ("s", "the whole step until this row is written; its checkpoint comes later"),
 }
 """Name -> (unit, meaning), in the order of a row."""
 
 TASK_SCHEMA: dict[str, tuple[str, str]] = {
     "reward_mean": ("reward", "mean over the competition's rollouts of the step; null without rollouts"),
-    "best_score": ("metric", "score of its best program so far (best/score is null)"),
+    "best_score": ("metric", "score of the competition's best program so far (best/score is null)"),
 }
 """Columns task/ID/NAME of each competition in runs with several, whose best/score is null."""
 
@@ -188,9 +188,13 @@ def markdown() -> str:
     """The text of docs/metrics.md."""
     head = (
         "# Metrics\n\n"
-        "`metrics.jsonl` has one JSON object per step and line. A name is absent if it does not apply (a search has no loss) and null if\n"
-        "there was nothing to measure. Names in bold are in every row. Names and units are stable; new names may be added. TensorBoard\n"
-        "and W&B use the same names and steps.\n\n"
+        "Each line of `metrics.jsonl` is a JSON object with the metrics of one step. A name is absent if it does not apply (a search has\n"
+        "no loss) and null if there was nothing to measure. Names in bold are in every row. Names and units are stable; new names may be\n"
+        "added. TensorBoard and Weights & Biases use the same names and steps.\n\n"
+        "The unit *metric* is the unit of the competition's metric. The unit *reward* is the unit of the\n"
+        "[transformed score](competitions.md#transforms). A *signal* is the reward after [some"
+        " options](algorithm.md#rewards-and-signals).\n"
+        "Advantages are computed from signals.\n\n"
         "Generated by `python -m discover_jax.runs.metrics > docs/metrics.md`.\n\n"
         "| name | unit | meaning |\n|---|---|---|\n"
     )

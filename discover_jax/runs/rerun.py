@@ -68,9 +68,9 @@ def rerun_script(settings: RerunSettings) -> str:
         flags.append("--allow_weaker")
     lines = [
         "#!/bin/sh",
-        "# Runs solution.py again in the sandbox, on the competition's data prepared anew, and compares its score with grade.json's.",
-        "# Options given to this script come last and win: ./rerun.sh --raw=/path/to/train.csv where the raw data lie elsewhere now.",
-        "# PYTHON=/path/to/python ./rerun.sh takes another Python, which must have discover_jax.",
+        "# Runs solution.py again in the sandbox, with the competition's data prepared again, and compares its score with grade.json.",
+        "# Options of this script override those below. If the raw data moved: ./rerun.sh --raw=/path/to/train.csv",
+        "# To use another Python that has discover_jax: PYTHON=/path/to/python ./rerun.sh",
         f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable or 'python3')}}}",
         'exec "$PYTHON" -m discover_jax.runs.rerun --bundle="$(dirname "$0")" \\',
         *(f"  {flag} \\" for flag in flags),

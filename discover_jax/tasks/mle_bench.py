@@ -135,7 +135,7 @@ def _judge(theirs: Any) -> Callable[[pd.DataFrame, pd.DataFrame], float]:
 
 
 def _no_function(*_: object) -> float:
-    raise AssertionError("MLE-bench's grader judges whole tables")
+    raise AssertionError("MLE-bench's grader grades only whole tables")
 
 
 def _version(theirs: Any) -> str:

@@ -211,8 +211,8 @@ class Task:
         """
         if self.reward_source == "holdout" and len(self.splits) > 1 and not self.metric.proportion:
             return no_interval(
-                f"{self.metric.name} is no share of rows, so its interval needs the predictions of all {len(self.splits) - 1} folds, of"
-                " which only the last run's submission is kept"
+                f"{self.metric.name} is not a share of rows, so its interval needs the predictions of all {len(self.splits) - 1} folds;"
+                " only the last run's submission is kept"
             )
         return self._interval(score, submission, held_out=self.reward_source == "holdout")
 
@@ -224,12 +224,12 @@ class Task:
         if self.metric.proportion:
             return binomial_interval(score, self.score_rows if held_out else self.private_rows)
         if self.competition.judge is not None:
-            return no_interval(f"{self.metric.name} is computed by {self.competition.judge_version}, which judges whole tables alone")
+            return no_interval(f"{self.metric.name} is computed by {self.competition.judge_version}, which grades only whole tables")
         if submission is None:
-            return no_interval("the program's submission is not at hand, and a score that is no share of rows needs it")
+            return no_interval("the program's submission is missing; a score that is not a share of rows needs it")
         grade = self.grade(submission)
         if score != (grade.score if held_out or self.reward_source == "grade" else grade.private_score):
-            return no_interval("the submission at hand has another score, so it is another program's")
+            return no_interval("the submission has a different score, so it belongs to another program")
         answers_R, predictions_R = grading.scored_rows(submission, self._answers(-1), held_out=held_out)
         return bootstrap_interval(self.metric, answers_R, predictions_R)
 
@@ -238,8 +238,8 @@ class Task:
         if self.reward_source == "grade":
             scored_on = f"{self.private_rows:,} rows of the private answers"
             text = (
-                f"Rewards come from the private answers ({self.private_rows:,} rows), which scores are reported on, too. The search"
-                " optimised on the graded rows, so its best score is no estimate for unseen data."
+                f"Rewards come from the private answers ({self.private_rows:,} rows), and so do the reported scores. The search"
+                " optimised on the graded rows, so its best score is too optimistic for unseen data."
             )
         else:
             folds = len(self.splits) - 1

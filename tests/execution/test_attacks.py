@@ -217,7 +217,7 @@ def _workers() -> set[int | None]:
 @pytest.fixture(scope="module")
 def attacked(task, tmp_path_factory):
     """A pool like the shared one, with a shorter time limit."""
-    limits = dataclasses.replace(LIMITS, seconds=15)
+    limits = dataclasses.replace(LIMITS, seconds=10)
     others = _workers()
     with Executor([task], limits, workers=2, cache_dir=tmp_path_factory.mktemp("attacks")) as pool:
         while len(_workers() - others) < 2:  # so that `ends` can check that they survive

@@ -79,6 +79,7 @@ def run():
 """
 
 
+@pytest.mark.slow  # test_main.py runs the real preloaded packages
 def test_real_competition(tmp_path):
     """The built-in competition; the score is computed independently from the answers' file."""
     task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")

@@ -288,6 +288,7 @@ def test_irreparable_damage_is_one_error_and_changes_nothing(root, workdir, dama
     assert contents(workdir) == before
 
 
+@pytest.mark.slow  # another test finds every reading of the wall clock
 def test_jumping_clock_changes_nothing(root, whole, workdir, monkeypatch):
     """Repeats the last step while each reading of the clock gives another year; files are from the future and the distant past."""
     shutil.rmtree(workdir / "checkpoints" / "3")

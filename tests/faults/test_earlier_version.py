@@ -20,7 +20,7 @@ _HERE = Path(__file__).parent
 _MODULES = {"train": "main", "search": "search"}
 
 
-@pytest.mark.parametrize("kind", _MODULES)
+@pytest.mark.parametrize("kind", ["train", pytest.param("search", marks=pytest.mark.slow)])
 def test_run_directory_of_an_earlier_version_resumes(kind, root, tmp_path):
     with tarfile.open(_HERE / "version_0_runs.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")

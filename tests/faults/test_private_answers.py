@@ -33,7 +33,7 @@ def runs(root, other, kind) -> tuple[Path, Path]:
     unbroken(root)  # writes the model
     folders = other.with_name(f"{kind} ours"), other.with_name(f"{kind} altered")
     for folder, extra in zip(folders, ([], [f"--config.task.raw={other}"]), strict=True):
-        start = [*command(root, folder, STEPS), "--config.task.reward=holdout", *KINDS[kind], *extra]
+        start = [*command(root, folder, STEPS), "--config.task.reward=holdout", "--config.groups=1", *KINDS[kind], *extra]
         done = subprocess.run(start, env=environment(root), capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folders

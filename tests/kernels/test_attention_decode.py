@@ -33,18 +33,18 @@ DENSE = [
 """Heads of dense models (Qwen2.5 0.5B, 1.5B and 7B, Llama 3.1 8B) and other groups, without sinks, with empty rows."""
 
 
-@pytest.fixture(scope="module")
-def errors():
+@pytest.fixture(scope="module", params=[[], pytest.param(["--all"], marks=pytest.mark.slow)])
+def errors(request):
     script = Path(__file__).with_name("interpreted_attention.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, *request.param], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @interpreted
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
-    assert len(errors) == 9
+    assert len(errors) in (4, 9)
     for name, error in errors.items():
         assert error < 1.2e-2, name  # false for NaN, from an unused place that was read or an output that was not written
 

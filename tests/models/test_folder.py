@@ -20,11 +20,13 @@ from discover_jax.exceptions import ConfigError, WeightsError
 from discover_jax.models import folder as folders
 from discover_jax.models import folder_writer, synthetic
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
+from discover_jax.models.families import config_content, read_model_config
+from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B, HUGGINGFACE, ORIGINAL
 from discover_jax.models.folder import load_folder, read_config
 from discover_jax.models.folder_writer import save_folder
-from discover_jax.models.layouts import HUGGINGFACE, LAYOUTS, ORIGINAL
 from discover_jax.models.synthetic import write_synthetic
+
+LAYOUTS = {layout.name: layout for layout in (HUGGINGFACE, ORIGINAL)}
 
 # All sizes differ, so that a mistaken axis fails. eos_id and pad_id are the published ones: the original layout does not store them.
 CONFIG = ModelConfig(
@@ -117,10 +119,9 @@ def test_the_original_folder_is_found_inside_a_repository(folder, tmp_path):
 
 def test_config_json_of_both_layouts_round_trips():
     for config in (GPT_OSS_20B, GPT_OSS_120B, CONFIG):
-        assert ModelConfig.from_json(config.to_original()) == config
-        assert ModelConfig.from_json(config.to_hf()) == config
+        assert all(read_model_config(config_content(config, layout)) == config for layout in LAYOUTS.values())
     with pytest.raises(WeightsError, match="head_dim"):
-        ModelConfig.from_json({k: v for k, v in CONFIG.to_original().items() if k != "head_dim"})
+        read_model_config({k: v for k, v in config_content(CONFIG, ORIGINAL).items() if k != "head_dim"})
 
 
 def test_progress_counts_the_bytes_of_the_files(folder):
@@ -136,13 +137,13 @@ def test_progress_counts_the_bytes_of_the_files(folder):
 def test_folders_without_a_gpt_oss_model_are_refused(tmp_path, copy):
     with pytest.raises(WeightsError, match=r"nowhere.*config\.json.*config\.model\.weights"):
         load_folder(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(config_content(CONFIG, HUGGINGFACE)))
     with pytest.raises(WeightsError, match=r"\*\.safetensors"):
         load_folder(tmp_path)
     safetensors.numpy.save_file({"transformer.wte.weight": np.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"gpt-oss.*transformer\.wte"):
+    with pytest.raises(WeightsError, match=r"gpt_oss.*transformer\.wte"):
         load_folder(tmp_path)
-    for content, message in (({"model_type": "llama"}, "llama"), ({}, "gpt_oss"), ([], r"config\.json.*list")):
+    for content, message in (({"model_type": "mamba"}, "mamba.*gpt_oss.*llama"), ({}, "gpt_oss"), ([], r"config\.json.*list")):
         (copy / "config.json").write_text(json.dumps(content))
         with pytest.raises(WeightsError, match=message):
             load_folder(copy)

@@ -69,6 +69,7 @@ def test_random_weights_of_a_key_are_equal_in_value_and_size(frozen):
     _assert_equal(_as_packed(tiled), packed)
 
 
+@pytest.mark.slow  # the loaded and saved tiles are compared bit by bit
 def test_prefill_and_decode_are_equal(frozen, lora):
     tokens_BT, lengths_B = _tokens(3, 14), jnp.array([10, 3, 1])
 

@@ -54,6 +54,7 @@ def operations(root: Path) -> int:
     return int(ended.stdout.split()[1])
 
 
+@pytest.mark.slow  # tests/faults/test_kills.py kills whole runs
 def test_killed_at_some_moments(tmp_path):
     count = operations(tmp_path / "count")
     check(tmp_path, [count * part // 3 + 40 for part in range(3)])

@@ -196,7 +196,7 @@ def test_lower_is_better_by_negation(tmp_path, write_competition):
     assert task.reward(score) == -score
     low, high = task.score_interval(score, sample.to_csv(index=False).encode()).bounds
     assert low < score < high
-    assert "not at hand" in task.score_interval(score, None).text
+    assert "submission is missing" in task.score_interval(score, None).text
 
 
 def test_remains_of_a_killed_preparation_are_not_used(tmp_path, write_competition):

@@ -6,7 +6,7 @@ import pytest
 from test_prompts import FULL, PARENT, Task
 
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.gpt_oss import Model
+from discover_jax.models.decoder import Model
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.text.prompts import build_prompt, program_fits
