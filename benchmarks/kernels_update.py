@@ -38,7 +38,7 @@ from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.experts_update import GroupedTiling, Launch, moe_sorted, unpack
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
-from discover_jax.kernels.triton_call import compute_capability, shared_kib
+from discover_jax.kernels.triton_call import compute_capability
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.synthetic import shape_of
 
@@ -215,7 +215,7 @@ def attention_errors(heads: Heads, window: int | None) -> dict[str, float]:
 def time_launches(heads: Heads, lengths: list[int], name: str) -> None:
     """Device time of each of the three kernels with each of its LAUNCHES. Launches that need more shared memory than the GPU has fail."""
     drawn, segments, sinks = arrays(heads, lengths)
-    chosen = attention_update.choose_tiling(heads.size, windowed=False, shared=shared_kib(compute_capability()))
+    chosen = attention_update.choose_tiling(heads.size, windowed=False, capability=compute_capability())
     kernels = {"forward": "forward", "to_queries": "backward_queries", "to_keys": "backward_keys"}
     operations = {"forward": 4.0, "to_queries": 6.0, "to_keys": 8.0}
     for part, launches in LAUNCHES.items():

@@ -14,7 +14,7 @@ from discover_jax.kernels import attention_update_triton
 from discover_jax.kernels.attention_decode import HEAD_SIZES
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.packed_attention import ATTENTION, beginnings, packed_attention_reference, windowed_attention_reference
-from discover_jax.kernels.triton_call import call_kernel, compute_capability, shared_kib
+from discover_jax.kernels.triton_call import call_kernel, compute_capability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +44,28 @@ WINDOWED = AttentionTiling(Launch(64, 64, 2, 4), Launch(64, 64, 2, 4), Launch(64
 """For heads of 64: the fastest measured on an H200 at gpt-oss's heads (benchmarks/kernels_update.py). They fit every card."""
 
 LARGE_HEADS = {
-    227: AttentionTiling(Launch(128, 64, 3, 8), Launch(128, 64, 2, 8), Launch(32, 64, 2, 8)),
-    163: AttentionTiling(Launch(128, 64, 3, 8), Launch(64, 64, 2, 8), Launch(32, 64, 2, 8)),
-    99: AttentionTiling(Launch(128, 64, 2, 8), Launch(64, 64, 2, 8), Launch(32, 64, 2, 8)),
+    80: AttentionTiling(Launch(128, 64, 3, 8), Launch(64, 64, 2, 8), Launch(32, 64, 2, 8)),
+    90: AttentionTiling(Launch(128, 64, 3, 8), Launch(128, 64, 2, 8), Launch(32, 64, 2, 8)),
+    100: AttentionTiling(Launch(128, 64, 3, 8), Launch(128, 64, 2, 8), Launch(64, 64, 1, 8)),
 }
-"""For heads of 128, by the least shared memory in KiB that a card must have."""
+"""For heads of 128, by compute capability: chosen by the registers and the shared memory that Triton 3.6 needs."""
+
+SMALLEST = AttentionTiling(Launch(128, 64, 2, 8), Launch(64, 64, 2, 8), Launch(32, 64, 2, 8))
+"""For heads of 128 on all other cards: fits 99 KiB of shared memory."""
 
 
-def choose_tiling(head_size: int, *, windowed: bool, shared: int) -> AttentionTiling:
-    """The launch parameters for a card with this much shared memory in KiB for one kernel instance."""
+def choose_tiling(head_size: int, *, windowed: bool, capability: int) -> AttentionTiling:
+    """The launch parameters for a card of this compute capability."""
     if head_size <= 64:
         return WINDOWED if windowed else FULL
-    return LARGE_HEADS[max(least for least in LARGE_HEADS if least <= shared)]
+    return LARGE_HEADS.get(capability, SMALLEST)
 
 
 def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, sinks_N: jax.Array) -> jax.Array:
     """`packed_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     if _refused("packed_attention", q_BTNH, k_BTKH, v_BTKH):
         return packed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
-    tiling = choose_tiling(q_BTNH.shape[3], windowed=False, shared=shared_kib(compute_capability()))
+    tiling = choose_tiling(q_BTNH.shape[3], windowed=False, capability=compute_capability())
     return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=None, tiling=tiling)
 
 
@@ -72,7 +75,7 @@ def windowed_attention(
     """`windowed_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     if _refused("windowed_attention", q_BTNH, k_BTKH, v_BTKH):
         return windowed_attention_reference(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window)
-    tiling = choose_tiling(q_BTNH.shape[3], windowed=True, shared=shared_kib(compute_capability()))
+    tiling = choose_tiling(q_BTNH.shape[3], windowed=True, capability=compute_capability())
     return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, window=window, tiling=tiling)
 
 

@@ -227,7 +227,7 @@ def test_writing_refuses_other_weights_unknown_layouts_and_full_disks(tmp_path, 
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match="model-00001-of-00002"):
         write_synthetic(tmp_path, CONFIG)
-    with pytest.raises(WeightsError, match=r"'gguf'.*huggingface, original"):
+    with pytest.raises(WeightsError, match=r"'gguf'.*original, huggingface"):
         write_synthetic(tmp_path, CONFIG, layout="gguf")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10))
     with pytest.raises(WeightsError, match=r"\b10 bytes"):

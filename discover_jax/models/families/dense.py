@@ -48,8 +48,15 @@ def from_hf(content: dict[str, Any], *, family: str, eps: float, **options: Any)
         "pad_id": content["pad_token_id"] if content.get("pad_token_id") is not None else _NO_ID,
         "tied": bool(content.get("tie_word_embeddings", False)),
     }
-    fixed: dict[str, Any] = {"num_experts": 0, "experts_per_token": 0, "pattern": ("full",), "sinks": False, "sliding_window": 0}
-    return ModelConfig(**defaults | values | fixed | _rope(content, family) | {"family": family} | options)
+    fixed: dict[str, Any] = {
+        "num_experts": 0,
+        "experts_per_token": 0,
+        "pattern": ("full",),
+        "sinks": False,
+        "sliding_window": 0,
+        "family": family,
+    }
+    return ModelConfig(**defaults | values | fixed | _rope(content, family) | options)
 
 
 def _check_options(content: dict[str, Any], family: str) -> None:
