@@ -57,7 +57,7 @@ MATRICES = ("gate_up", "down")
 def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: float) -> dict[str, float]:
     """The bytes that one step must read on a device, by kind."""
     c, data = model.config, 1 if model.mesh is None else model.mesh.shape["data"]
-    hit = 1 - (1 - c.experts_per_token / c.num_experts) ** (rows / data)
+    hit = 1 - (1 - c.experts_per_token / c.num_experts) ** (rows / data) if c.num_experts else 1.0
     rows = rows // row_devices(model.mesh)
 
     def split(tree: Any) -> tuple[int, int]:
@@ -68,12 +68,13 @@ def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: fl
 
     experts, rest = split(frozen)
     experts_lora, rest_lora = (size * model.dtype.itemsize // 4 for size in split(lora)) if lora is not None else (0, 0)
-    of_place = 2 * c.num_repeats * c.num_kv_heads * c.head_size * model.dtype.itemsize
+    of_place = 2 * c.num_kv_heads * c.head_size * model.dtype.itemsize
+    unread = 0 if c.tied else c.vocab_size - rows  # of an embedding that is not the head, one row per token is read
     return {
         "experts": hit * experts,
-        "other_weights": rest - (c.vocab_size - rows) * c.width * model.dtype.itemsize,  # of the embedding, one row per token
+        "other_weights": rest - unread * c.width * model.dtype.itemsize,
         "adapter": hit * experts_lora + rest_lora,
-        "keys_and_values": rows * of_place * (context + min(context, c.sliding_window)),
+        "keys_and_values": rows * of_place * (c.num_full * context + c.num_sliding * min(context, c.sliding_window)),
     }
 
 

@@ -106,11 +106,13 @@ class Operations:
 def operations(sizes: ModelConfig, places: Sequence[int], bearing: int) -> Operations:
     """The operations of rollouts with `places` tokens each; `bearing` tokens of each are in the loss."""
     attention = sizes.width * sizes.head_size * 2 * (sizes.num_heads + sizes.num_kv_heads)
-    experts = sizes.experts_per_token * 3 * sizes.width * sizes.mlp_width
+    experts = max(sizes.experts_per_token, 1) * 3 * sizes.width * sizes.mlp_width
     layers = sizes.num_layers * (attention + experts + sizes.width * sizes.num_experts) * sum(places)
     head = sizes.vocab_size * sizes.width
-    seen = pairs(places, None) + pairs(places, sizes.sliding_window)
-    scores = 4 * sizes.num_heads * sizes.head_size * sizes.num_repeats * seen
+    seen = sizes.num_full * pairs(places, None)
+    if sizes.num_sliding:
+        seen += sizes.num_sliding * pairs(places, sizes.sliding_window)
+    scores = 4 * sizes.num_heads * sizes.head_size * seen
     return Operations(
         needed=4 * layers + 3 * scores + 4 * head * bearing,
         full_remat=6 * (layers + head * sum(places)) + 4.5 * scores,

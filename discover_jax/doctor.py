@@ -127,11 +127,11 @@ def _weights(config: Any) -> tuple[str, ModelConfig]:
         sizes = SHAPES[config.model.shape]
         return f"random weights with the shape of {config.model.shape}: the model cannot write useful programs", sizes
     sizes, size = check_folder(folder)
-    if config.model.experts == "packed" and sizes.width % 32:
+    if sizes.num_experts and config.model.experts == "packed" and sizes.width % 32:
         raise WeightsError(
             f"config.model.experts='packed' (MXFP4) needs a width that is a multiple of 32; got {sizes.width}. Set it to 'dense'."
         )
-    return f"{folder}: {sizes.num_layers} layers, {sizes.num_experts} experts, {size / 1e6:,.0f} MB, all tensors present", sizes
+    return f"{folder}: {sizes.describe()}, {size / 1e6:,.0f} MB, all tensors present", sizes
 
 
 def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:

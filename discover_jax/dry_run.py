@@ -209,7 +209,7 @@ def report(
     """Lines of the table, the bars and the conclusion; with `totals` from `remat_totals`, also of the rematerialisation policies."""
     mesh = f"data {config.mesh.data} x expert {config.mesh.expert} x tensor {config.mesh.tensor}"
     lines = [
-        f"model    {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts",
+        f"model    {sizes.describe()}",
         f"machine  {machine.name}; mesh {mesh}",
         f"memory   {_gb(machine.memory)} GB per device ({machine.note})",
         "figures  " + ("from the machine's own compiler" if machine.exact else _estimate(machine)),
@@ -272,7 +272,7 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
     slots = min(config.sampling.slots, config.groups * config.group_size)
     length = row_tokens(config)
     prompt, new = config.sampling.max_prompt_tokens, config.sampling.max_new_tokens
-    ranks = ", ".join(f"{name} = {config.lora[name]}" for name in ("expert_rank", "attention_rank", "head_rank"))
+    ranks = ", ".join(f"{name} = {config.lora[name]}" for name in ("expert_rank", "mlp_rank", "attention_rank", "head_rank"))
     remat = "" if config.model.remat == "pairs" else "; config.model.remat='pairs' stores less"
     activations = {
         "prefill": f"config.sampling.max_prompt_tokens = {prompt:,}",
@@ -284,7 +284,9 @@ def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> It
             + ["config.model.dtype='bfloat16'"] * (config.model.dtype != "bfloat16")
             + [f"config.mesh.expert = {config.mesh.expert}: with more devices, each stores fewer experts"]
         ),
-        **dict.fromkeys(("adapter", "optimiser", "gradient"), f"config.lora: {ranks}; expert_rank counts most"),
+        **dict.fromkeys(
+            ("adapter", "optimiser", "gradient"), f"config.lora: {ranks}; expert_rank counts most, or mlp_rank in a dense model"
+        ),
         "cache": f"config.sampling.slots = {slots}, with {_gb(need.parts['cache'] / slots)} GB each; or fewer tokens:"
         f" max_prompt_tokens = {prompt:,}, max_new_tokens = {new:,}, cache_tokens = {config.sampling.cache_tokens:,}",
         "activations": activations.get(

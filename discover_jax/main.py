@@ -205,7 +205,7 @@ def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], ways: S
     if (count := jax.process_count()) > 1:
         where += f" of {count} processes"
     return [
-        f"model    {config.model.weights}: {sizes.num_layers} layers, width {sizes.width}, {sizes.num_experts} experts, {where}",
+        f"model    {config.model.weights}: {sizes.describe()}, {where}",
         f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {state.origin}",
         *(f"programs {way}" for way in ways),
         *opening_lines([Result(task, state.frontiers[task.id].best, None) for task in tasks], workdir),

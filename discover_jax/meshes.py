@@ -195,6 +195,9 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
     if machine.speeds is None:
         yield f"No prediction of speed: the speeds of {machine.name} are unknown."
         return
+    if not sizes.num_experts:
+        yield f"No prediction of speed: the constants of dense models ({sizes.family}) have not been measured."
+        return
     if (config.model.dtype, config.model.experts) != ("bfloat16", "packed"):
         yield "No prediction of speed: it requires config.model.dtype='bfloat16' and config.model.experts='packed'."
         return

@@ -12,7 +12,7 @@ from discover_jax.learning.train_state import TrainState
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
-from discover_jax.models.folder import OnProgress, find_folder, load_folder, read_config
+from discover_jax.models.folder import OnProgress, load_folder, read_config
 from discover_jax.models.sharding import mesh_of_run
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.formats import HARMONY_FAMILY, family_of, load_chat_format
@@ -77,7 +77,7 @@ def check_chat_format(config: Any, sizes: ModelConfig) -> ChatFormat:
     folder = Path(config.model.tokenizer).expanduser() if config.model.tokenizer else weights
     assert folder is not None, "validate() demands a tokenizer for random weights"
     # Random weights know no chat format, so theirs is that of the tokenizer.
-    family = family_of(folder if weights is None else find_folder(weights)) or HARMONY_FAMILY
+    family = (family_of(folder) or HARMONY_FAMILY) if weights is None else sizes.family
     chat = load_chat_format(folder, family, config.prompt.reasoning_effort)
     if chat.tokenizer.vocab_size > sizes.vocab_size or chat.stop_ids[-1] >= sizes.vocab_size:
         raise TokenizerError(

@@ -108,6 +108,11 @@ class ModelConfig:
         """Number of layers that see all keys."""
         return self.num_repeats * self.pattern.count("full")
 
+    def describe(self) -> str:
+        """One line for people: family, layers, width, and experts if there are any."""
+        experts = f", {self.num_experts} experts" if self.num_experts else ""
+        return f"{self.family}, {self.num_layers} layers, width {self.width}{experts}"
+
     def position(self, layer: int) -> tuple[str, int]:
         """The kind of a layer, and its index in the stack of that kind."""
         return self.pattern[layer % len(self.pattern)], layer // len(self.pattern)
