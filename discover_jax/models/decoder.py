@@ -231,7 +231,7 @@ class Model:
                 else:
                     pool = Pool(*self.kernels.write_pages(pool.keys_LPKsH, pool.values_LPKsH, index, at.pages_Bm, k, v))
                     x_BCD += layer.attention.attend_chunk(q, pool, index, cache.pages_BM, cache.lengths_B, stacked, adapted=adapted)
-                y_BCD, routes_BCX = layer.feed_forward.decode(x_BCD, index, adapted=adapted)
+                y_BCD, routes_BCX = layer.decode_feed_forward(x_BCD, index, stacked, adapted=adapted)
                 x_BCD += y_BCD
                 routes.append(routes_BCX)
             return (x_BCD, pool), (rings, self._routes_of_repeat(routes))
@@ -274,7 +274,7 @@ class Model:
             new = index, at.pages_B, at.places_B, k_B1KH[:, 0], v_B1KH[:, 0]
             pool = Pool(*self.kernels.write_token(pool.keys_LPKsH, pool.values_LPKsH, *new))
             x_BTD += layer.attention.attend_cached(q, pool, index, at.table_BM, at.counts_B, stacked, adapted=adapted)
-            y_BTD, routes_BTX = layer.feed_forward.decode(x_BTD, index, adapted=adapted)
+            y_BTD, routes_BTX = layer.decode_feed_forward(x_BTD, index, stacked, adapted=adapted)
             return x_BTD + y_BTD, pool, routes_BTX
 
         # The caches are the loop's carry, so that each step writes one place instead of copying them.
@@ -320,13 +320,14 @@ class Model:
 
     @property
     def _stacked(self) -> bool:
-        """Whether the projections of attention stay stacked too, because their kernel reads them from the stack."""
-        biased = self.config.qkv_bias and self.config.o_bias  # the kernel adds a bias
-        return biased and (self.mesh is None or can_spread("decode_projections", self.mesh))
+        """Whether the projections of attention and of a dense MLP stay stacked too, because their kernel reads them from the stack."""
+        return self.mesh is None or can_spread("decode_projections", self.mesh)
 
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
-        experts = tuple(SLABS) if self.config.num_experts else ()
-        return _split_matrices(tree, (*experts, "q", "k", "v", "o") if self._stacked else experts)
+        names = tuple(SLABS) if self.config.num_experts else ()
+        if self._stacked:
+            names += ("q", "k", "v", "o") if self.config.num_experts else ("q", "k", "v", "o", "gate", "up", "down")
+        return _split_matrices(tree, names)
 
     def _bind(self, frozen: Tree, lora: Tree | None) -> Decoder:
         """The module with these arrays. Parameters that are not in the trees stay declarations."""

@@ -106,10 +106,9 @@ def project_stacked(
     """Projects x [..., in] by one layer of stacked weights with the kernel `project`. Returns float32 [..., out] for each projection."""
 
     def stack(one: Projection) -> Stack:
-        assert one.bias is not None, "all projections of attention have biases"
         adapter = (one.lora_a[...], one.lora_b[...]) if adapted and one.lora_a is not None and one.lora_b is not None else ()
-        assert one.weight is not None, "attention's projections are not tied"
-        return Stack(one.weight[...], one.bias[...], *adapter)
+        assert one.weight is not None, "only the head is tied"
+        return Stack(one.weight[...], None if one.bias is None else one.bias[...], *adapter)
 
     ys = project(x.reshape(-1, x.shape[-1]), [stack(one) for one in projections], layer, projections[0].scale)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
@@ -354,8 +353,8 @@ class Experts(nnx.Module):
 class Mlp(nnx.Module):
     """The feed-forward layer of a dense model: down(silu(gate x) * up x)."""
 
-    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig):
-        self.config, self.dtype = config, declare.dtype
+    def __init__(self, declare: Declare, config: ModelConfig, lora: LoraConfig, kernels: KernelSet):
+        self.config, self.dtype, self.kernels = config, declare.dtype, kernels
         d, f = config.width, config.mlp_width
         options = {"bias": False, "rank": lora.mlp_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
@@ -368,12 +367,20 @@ class Mlp(nnx.Module):
         del routes_BTX
         x_BTD = rms_norm(x_BTD, self.norm[...], self.config.rms_eps, self.dtype)
         gate_BTF, up_BTF = (one(x_BTD, adapted=adapted, out_dtype=jnp.float32) for one in (self.gate, self.up))
-        return self.down((jax.nn.silu(gate_BTF) * up_BTF).astype(self.dtype), adapted=adapted, out_dtype=jnp.float32)
+        return self.down(self._activate(gate_BTF, up_BTF), adapted=adapted, out_dtype=jnp.float32)
 
-    def decode(self, x_BTD: jax.Array, repeat: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
-        """The output, and the chosen experts [B, T, 0], for a few tokens a row."""
-        del repeat  # the matrices are those of this layer
-        return self(x_BTD, adapted=adapted), jnp.zeros((*x_BTD.shape[:-1], 0), jnp.int32)
+    def decode(self, x_BTD: jax.Array, layer: jax.Array | None, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
+        """The output, and the chosen experts [B, T, 0], for a few tokens a row. `layer` selects a layer if the projections are stacked."""
+        routes_BTX = jnp.zeros((*x_BTD.shape[:-1], 0), jnp.int32)
+        if layer is None:
+            return self(x_BTD, adapted=adapted), routes_BTX
+        project = functools.partial(project_stacked, self.kernels.decode_projections, layer=layer, adapted=adapted)
+        x_BTD = rms_norm(x_BTD, self.norm[...], self.config.rms_eps, self.dtype)
+        gate_BTF, up_BTF = project([self.gate, self.up], x_BTD)
+        return project([self.down], self._activate(gate_BTF, up_BTF))[0], routes_BTX
+
+    def _activate(self, gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+        return (jax.nn.silu(gate_BTF) * up_BTF).astype(self.dtype)
 
 
 class Layer(nnx.Module):
@@ -384,12 +391,25 @@ class Layer(nnx.Module):
         if config.num_experts:
             self.experts = Experts(declare, config, lora, kernels, form=form)
         else:
-            self.mlp = Mlp(declare, config, lora)
+            self.mlp = Mlp(declare, config, lora, kernels)
 
-    @property
-    def feed_forward(self) -> Experts | Mlp:
-        """The experts, or a dense model's MLP."""
-        return self.experts if hasattr(self, "experts") else self.mlp
+    def feed_forward(self, x_BTD: jax.Array, routes_BTX: jax.Array | None, *, adapted: bool) -> jax.Array:
+        """The output of the experts, or of a dense model's MLP, for whole sequences."""
+        part = self.experts if hasattr(self, "experts") else self.mlp
+        return part(x_BTD, routes_BTX, adapted=adapted)
+
+    def decode_feed_forward(
+        self, x_BTD: jax.Array, repeat: jax.Array, layer: jax.Array | None, *, adapted: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """The output and the chosen experts [B, T, X] for a few tokens a row.
+
+        Args:
+          repeat: index of this layer in the stacks of the experts' matrices.
+          layer: the same, if the dense projections are stacked too; otherwise None.
+        """
+        if hasattr(self, "experts"):
+            return self.experts.decode(x_BTD, repeat, adapted=adapted)
+        return self.mlp.decode(x_BTD, layer, adapted=adapted)
 
 
 class Repeat(nnx.Module):
