@@ -12,7 +12,6 @@ PARITY ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
-TEST_WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 
 comma := ,
 INSTALLED := $(VENV)/.installed-base$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
@@ -47,10 +46,9 @@ install: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/python -m discover_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# One worker more than cores, because tests wait for sandboxes. The tests of a file stay together because they share expensive fixtures.
-# tests/conftest.py orders the files.
+# One worker per core. The tests of a file stay together because they share expensive fixtures. tests/conftest.py orders the files.
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not slow and not accelerator" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not accelerator" -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)

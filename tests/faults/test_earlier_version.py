@@ -1,10 +1,10 @@
 """Run directories of an earlier version of this project resume, with the results that this version had.
 
 `version_0_runs.tar.gz` has two runs of `phrase_config.py` by commit 7ef98d7: a training run and a search. Each was killed in its third
-step. Reports, event files and older checkpoints are omitted. It also has the journals of the runs when that commit finished them.
+step. Reports, event files and older checkpoints are omitted. It also has the journals of the runs when that commit finished them,
+and their competition `remainders.py`.
 """
 
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,7 +25,6 @@ def test_run_directory_of_an_earlier_version_resumes(kind, root, tmp_path):
     with tarfile.open(_HERE / "version_0_runs.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     write_phrase_model(tmp_path / "model")
-    shutil.copy(_HERE / "remainders.py", tmp_path)
     metrics = read_metrics(tmp_path / kind / "metrics.jsonl")
 
     command = [sys.executable, "-m", f"discover_jax.{_MODULES[kind]}", f"--config={_HERE / 'phrase_config.py'}:model"]
