@@ -147,7 +147,8 @@ def from_hf(content: dict[str, Any]) -> ModelConfig:
     values |= {ours: rope[hf] for ours, hf in _ROPE_NAMES.items() if rope.get(hf) is not None}
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
-    return ModelConfig(**values | {"eos_id": first_id(values["eos_id"])})
+    values["eos_id"] = first_id(values["eos_id"])
+    return ModelConfig(**values)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
