@@ -193,7 +193,7 @@ def test_rows_of_a_microbatch_follow_the_mesh_unless_they_are_set(rows, data, de
         ({"reuse.fresh": 0.5, "groups": 3, "task.competition": "a, b, c"}, "reuse.fresh"),
         ({"train.kl_coefficient": 0.1, "train.measure_kl": False}, "train.kl_coefficient"),
         ({"model.shape": "gpt-oss-20b"}, "model.shape"),
-        ({"lora.attention_rank": 0, "lora.expert_rank": 0, "lora.head_rank": 0}, "lora.attention_rank"),
+        ({"lora.attention_rank": 0, "lora.expert_rank": 0, "lora.head_rank": 0, "lora.mlp_rank": 0}, "lora.attention_rank"),
         ({"tracking.project": "mine"}, "tracking.project"),
     ],
 )
