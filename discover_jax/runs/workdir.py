@@ -24,6 +24,8 @@ _RUNTIME_SETTINGS = (
 )
 """Settings of machines, parallelism and tracking. They do not affect what a run computes, so they may change when it is resumed. A backend
 with weaker isolation needs `execution.allow_weaker`, which is not one of them."""
+_LATER_SETTINGS = {"lora.mlp_rank": 32}
+"""Settings that earlier versions lack, with the values that their runs had in effect."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _compare(path: Path, given: dict[str, Any]) -> None:
             " another directory by --workdir."
         ) from error
     given_all = {"kind": given["kind"], **given["config"]}
+    found_all |= {name: value for name, value in _LATER_SETTINGS.items() if name in given_all and name not in found_all}
     # Compare the JSON texts, so that True differs from 1 and 1 from 1.0: the type of a setting matters.
     names = [
         name for name in {**found_all, **given_all} if name not in _RUNTIME_SETTINGS and _shown(found_all, name) != _shown(given_all, name)

@@ -43,7 +43,8 @@ def checked(weights, vocab_size=4096, **changes):
     config = settings.default_config()
     config.model.weights = str(weights)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    return check_chat_format(config, ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, vocab_size))
+    family = "gpt_oss" if weights in (APPRENTICE, "random") else "qwen2"
+    return check_chat_format(config, ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, vocab_size, family=family))
 
 
 def test_chat_format_of_a_policy(folder):
