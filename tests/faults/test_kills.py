@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -134,18 +134,27 @@ def strike(start: Start, kill: Kill, rng: random.Random) -> str | None:
         assert start.end(signal.SIGKILL) == -signal.SIGKILL, "the run was over before it could be killed"
         return phase
     find = worker_pids if kill.victim == "worker" else sandbox_pids
-    if not (pids := find(main)):
-        return None
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline and start.process.poll() is None:
+        if _kill_one(find(main), lambda pid: pid in find(main), rng):
+            return phase
+    return None
+
+
+def _kill_one(pids: Sequence[int], still_lives: Callable[[int], bool], rng: random.Random) -> bool:
+    """Kills one of the processes. False if there is none, or if it ended before it could be killed."""
+    if not pids:
+        return False
     pid = rng.choice(pids)
     with contextlib.suppress(ProcessLookupError):  # it ended by itself
         descriptor = os.pidfd_open(pid)
         try:
-            if pid in find(main):  # its number may have been reused
+            if still_lives(pid):  # its number may have been reused
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                return phase
+                return True
         finally:
             os.close(descriptor)
-    return None
+    return False
 
 
 def check(root: Path, folder: Path, steps: int, kills: Sequence[Kill]) -> Counter[tuple[str, str]]:
