@@ -1,4 +1,4 @@
-"""Converts a GGUF file (Qwen2.5, Qwen3, Llama 3.x, SmolLM2) to a Hugging Face folder in bfloat16 (see docs/models.md).
+"""Converts a GGUF file (Qwen2.5, Qwen3, Llama 3.x, SmolLM2) to a Hugging Face folder in bfloat16.
 
     python -m discover_jax.models.import_gguf --gguf=FILE --out=DIR
 

@@ -425,7 +425,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, lora: LoraConfig, dtype: jax.typing.DTypeLike, kernels: KernelSet, *, form: str):
         single = Declare(dtype)
-        self.embedding = single.weight((config.vocab_size, config.width), ("vocab", "width"), "embedding")
+        # A tied embedding is also the head, whose random logits should have about unit variance.
+        init = "fan_in" if config.tied else "embedding"
+        self.embedding = single.weight((config.vocab_size, config.width), ("vocab", "width"), init)
         setattr(self, config.stack, Repeat(Declare(dtype, config.num_repeats), config, lora, kernels, form=form))
         self.norm = single.weight((config.width,), ("width",), "ones")
         self.head = Projection(
