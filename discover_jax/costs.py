@@ -212,7 +212,7 @@ def decode_step(
       speeds: speeds of a device.
       rows: live rows on the whole mesh, evenly distributed.
       context: mean number of tokens of a row so far.
-      mesh: shape of the mesh. There are no kernels for `tensor` > 1, so set `kernels` to False there.
+      mesh: shape of the mesh. With `tensor` > 1, `kernels` must be False, because no kernel supports it.
       kernels: whether kernels run instead of the references.
     """
     own = rows / (mesh.data * mesh.expert)
@@ -275,7 +275,7 @@ def microbatch(
       speeds: speeds of a device.
       tokens: tokens of the microbatch on each device. Rows are split over `data` and `expert` together.
       length: tokens of a rollout including its prompt, for attention.
-      mesh: shape of the mesh. There are no kernels for `tensor` > 1, so set `kernels` to False there.
+      mesh: shape of the mesh. With `tensor` > 1, `kernels` must be False, because no kernel supports it.
       gradient: whether to compute the gradient or only the forward pass.
       kernels: whether kernels run instead of the references.
       remat: `config.model.remat`.

@@ -12,7 +12,8 @@ from discover_jax.learning.train_state import TrainState
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
-from discover_jax.models.folder import OnProgress, load_folder, read_config
+from discover_jax.models.folder import load_folder, read_config
+from discover_jax.models.progress import OnProgress
 from discover_jax.models.sharding import mesh_of_run
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.formats import HARMONY_FAMILY, family_of, load_chat_format

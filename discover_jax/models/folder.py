@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,16 @@ from discover_jax.models.families import find_layout, read_model_config
 from discover_jax.models.layouts import Layout, ParamPath, paths_of
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.parameters import Tree
+from discover_jax.models.progress import OnProgress, Progress
 
 READ_BYTES = 1 << 27
 """Bytes of a tensor that are read at a time."""
-
-OnProgress = Callable[[int, int], None]
-"""(bytes done, total bytes) that this process reads or writes."""
 
 _NO_ADAPTER = LoraConfig(0, 0, 0)
 _FLOATS = ("BF16", "F16", "F32")
 _ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _MAX_NAMED = 5
 """Names that an error message lists before it only counts them."""
-
-
-class Progress:
-    """Counts bytes for an `OnProgress`."""
-
-    def __init__(self, total: int, report: OnProgress | None):
-        self._done, self._total, self._report = 0, total, report
-
-    def add(self, amount: int) -> None:
-        self._done += amount
-        if self._report is not None:
-            self._report(self._done, self._total)
 
 
 # ---------------------------------------------------------------------- contents of a folder

@@ -21,10 +21,10 @@ from discover_jax.kernels.mxfp4_tiles import SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import config_content, family_of
-from discover_jax.models.folder import OnProgress, Progress
 from discover_jax.models.layouts import HF_NAME, Layout, ParamPath, TensorEntry, paths_of
 from discover_jax.models.mxfp4 import quantise
 from discover_jax.models.parameters import Tree
+from discover_jax.models.progress import OnProgress, Progress
 
 SHARD_BYTES = 1 << 30
 """Maximum size of a file. A tensor is never split, so a larger tensor gets a file of its own."""

@@ -26,6 +26,7 @@ from discover_jax.models.gguf_config import read_config
 from discover_jax.models.gguf_file import GgufFile
 from discover_jax.models.gguf_tensors import HF_EMBEDDING, HF_HEAD, Target
 from discover_jax.models.gguf_tokenizer import build_tokenizer, read_generation_config, read_vocabulary
+from discover_jax.models.progress import OnProgress, Progress
 
 SHARD_BYTES = 1 << 30
 """Maximum size of a file. A tensor is never split, so a larger tensor gets a file of its own."""
@@ -34,9 +35,6 @@ _ITEMSIZE = 2
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.gguf")
 """Patterns of files that contain or list weights."""
-
-OnProgress = Callable[[int, int], None]
-"""(bytes written, total bytes)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,7 @@ def import_gguf(source: str | Path, out: str | Path, on_progress: OnProgress | N
     names = names if len(shards) > 1 else ["model.safetensors"]
     total = sum(map(_size, targets))
     _prepare_folder(out, {*names, _INDEX} if len(shards) > 1 else {*names}, total)
-    progress = _Progress(total, on_progress)
+    progress = Progress(total, on_progress)
     for name, shard in zip(names, shards, strict=True):
         _write(out / name, lambda path, shard=shard: _write_shard(path, shard, file, progress))
     if len(shards) > 1:
@@ -132,18 +130,6 @@ def _may_lack_scaling(config: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------- writing
 
 
-class _Progress:
-    """Counts written bytes."""
-
-    def __init__(self, total: int, report: OnProgress | None):
-        self._done, self._total, self._report = 0, total, report
-
-    def add(self, amount: int) -> None:
-        self._done += amount
-        if self._report is not None:
-            self._report(self._done, self._total)
-
-
 def _size(target: Target) -> int:
     return math.prod(target.shape) * _ITEMSIZE
 
@@ -161,7 +147,7 @@ def _split_into_shards(targets: list[Target]) -> list[list[Target]]:
     return shards
 
 
-def _write_shard(path: Path, shard: list[Target], file: GgufFile, progress: _Progress) -> None:
+def _write_shard(path: Path, shard: list[Target], file: GgufFile, progress: Progress) -> None:
     """Writes a safetensors file one tensor at a time: eight bytes with the header's length, the header, then all values.
 
     `safetensors.numpy.save_file` would need all tensors in memory. Format: https://github.com/huggingface/safetensors#format

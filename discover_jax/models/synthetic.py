@@ -21,9 +21,9 @@ from discover_jax.exceptions import ConfigError, DiscoverError
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
-from discover_jax.models.folder import OnProgress
 from discover_jax.models.folder_writer import write_folder
 from discover_jax.models.layouts import HF_NAME, ParamPath, paths_of
+from discover_jax.models.progress import OnProgress
 
 _MEAN_SQUARE = 7.33 * 1.75
 """Mean square of a random nibble's 16 values (0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives), times that of its relative scale (1/2, 1 or

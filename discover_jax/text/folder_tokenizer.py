@@ -98,7 +98,7 @@ class FolderTokenizer:
         return self._name.sub(lambda found: found.group(2) + mark, text)
 
     def encode_markup(self, text: str, mark: str = "") -> list[int]:
-        """Ids of a text that names added tokens, without `mark`, which is no part of it. The runs between them are ordinary text."""
+        """Ids of a text in which names of added tokens stand for these tokens. The rest is ordinary text; `mark` is removed."""
         encoding = self._markup.encode(text, add_special_tokens=False)
         ids: list[int] = []
         begin = 0

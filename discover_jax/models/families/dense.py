@@ -4,15 +4,11 @@ from typing import Any
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.families.family import check_present, first_id, rope_fields
+from discover_jax.models.families.family import SIZE_NAMES, check_present, first_id, rope_fields
 from discover_jax.models.layouts import HF_EMBEDDING, HF_FILE, HF_NAME, HF_PREFIX, Layout, ParamPath
 
 _NAMES = {
-    "num_layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
+    **SIZE_NAMES,
     "mlp_width": "intermediate_size",
     "vocab_size": "vocab_size",
     "rms_eps": "rms_norm_eps",
@@ -24,6 +20,8 @@ _LLAMA3_NAMES = {
     "rope_high_factor": "high_freq_factor",
 }
 _NO_ID = -1
+FIXED: dict[str, Any] = {"num_experts": 0, "experts_per_token": 0, "sliding_window": 0, "pattern": ("full",), "sinks": False}
+"""Fields of `ModelConfig` that every dense model has."""
 
 
 def from_hf(content: dict[str, Any], *, family: str, eps: float, **options: Any) -> ModelConfig:
@@ -48,15 +46,7 @@ def from_hf(content: dict[str, Any], *, family: str, eps: float, **options: Any)
         "pad_id": content["pad_token_id"] if content.get("pad_token_id") is not None else _NO_ID,
         "tied": bool(content.get("tie_word_embeddings", False)),
     }
-    fixed: dict[str, Any] = {
-        "num_experts": 0,
-        "experts_per_token": 0,
-        "pattern": ("full",),
-        "sinks": False,
-        "sliding_window": 0,
-        "family": family,
-    }
-    return ModelConfig(**defaults | values | fixed | _rope(content, family) | options)
+    return ModelConfig(family=family, **defaults | values | FIXED | _rope(content, family) | options)
 
 
 def _check_options(content: dict[str, Any], family: str) -> None:

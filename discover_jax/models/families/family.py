@@ -8,6 +8,15 @@ from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.layouts import Layout
 
+SIZE_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+}
+"""Fields of `ModelConfig` with the name that they have in every config.json."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:

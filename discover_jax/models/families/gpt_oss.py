@@ -5,15 +5,11 @@ from typing import Any
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.families.family import Family, check_present, first_id, rope_fields
+from discover_jax.models.families.family import SIZE_NAMES, Family, check_present, first_id, rope_fields
 from discover_jax.models.layouts import HF_EMBEDDING, HF_FILE, HF_NAME, HF_PREFIX, MATRICES, Layout
 
 _NAMES = {
-    "num_layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
+    **SIZE_NAMES,
     "num_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
     "mlp_width": "intermediate_size",
@@ -33,11 +29,7 @@ _ROPE_NAMES = {
 }
 # config.json of the original layout. Sizes that it lacks are constants of gpt-oss.
 _ORIGINAL_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
+    **SIZE_NAMES,
     "num_experts": "num_experts",
     "experts_per_token": "experts_per_token",
     "mlp_width": "intermediate_size",

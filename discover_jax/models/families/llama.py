@@ -7,16 +7,13 @@ from discover_jax.models.families import dense
 from discover_jax.models.families.family import Family
 
 LLAMA_3_1_8B = ModelConfig(
-    32,
-    4_096,
-    32,
-    8,
-    128,
-    0,
-    0,
-    14_336,
-    128_256,
-    sliding_window=0,
+    num_layers=32,
+    width=4_096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    mlp_width=14_336,
+    vocab_size=128_256,
     rope_theta=500_000.0,
     rope_kind="llama3",
     rope_factor=8.0,
@@ -27,10 +24,9 @@ LLAMA_3_1_8B = ModelConfig(
     eos_id=128_001,
     pad_id=-1,
     family="llama",
-    pattern=("full",),
-    sinks=False,
     qkv_bias=False,
     o_bias=False,
+    **dense.FIXED,
 )
 
 

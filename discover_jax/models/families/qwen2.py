@@ -15,28 +15,22 @@ def from_hf(content: dict[str, Any]) -> ModelConfig:
 
 
 def _shape(num_layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, vocab_size: int, *, tied: bool) -> ModelConfig:
-    head_size = width // heads
     return ModelConfig(
-        num_layers,
-        width,
-        heads,
-        kv_heads,
-        head_size,
-        0,
-        0,
-        mlp_width,
-        vocab_size,
-        sliding_window=0,
+        num_layers=num_layers,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=width // heads,
+        mlp_width=mlp_width,
+        vocab_size=vocab_size,
         rope_theta=1e6,
         rope_kind="plain",
         rms_eps=1e-6,
         eos_id=151_645,
         pad_id=151_643,
         family="qwen2",
-        pattern=("full",),
-        sinks=False,
         tied=tied,
-        **_OPTIONS,
+        **dense.FIXED | _OPTIONS,
     )
 
 

@@ -6,28 +6,23 @@ from discover_jax.models.config import ModelConfig
 from discover_jax.models.families import dense
 from discover_jax.models.families.family import Family, check_present
 
-_FIXED: dict[str, Any] = {"qkv_bias": False, "o_bias": False, "qk_norm": True}
+_OPTIONS: dict[str, Any] = {"qkv_bias": False, "o_bias": False, "qk_norm": True}
 
 QWEN3_8B = ModelConfig(
-    36,
-    4_096,
-    32,
-    8,
-    128,
-    0,
-    0,
-    12_288,
-    151_936,
-    sliding_window=0,
+    num_layers=36,
+    width=4_096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    mlp_width=12_288,
+    vocab_size=151_936,
     rope_theta=1e6,
     rope_kind="plain",
     rms_eps=1e-6,
     eos_id=151_645,
     pad_id=151_643,
     family="qwen3",
-    pattern=("full",),
-    sinks=False,
-    **_FIXED,
+    **dense.FIXED | _OPTIONS,
 )
 
 
@@ -35,7 +30,7 @@ def from_hf(content: dict[str, Any]) -> ModelConfig:
     """See `dense.from_hf`. The size of a head is not derived: in this family it is not width / heads."""
     check_present(content, ("head_dim",))
     biased = bool(content.get("attention_bias", False))
-    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, **_FIXED | {"qkv_bias": biased, "o_bias": biased})
+    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, **_OPTIONS | {"qkv_bias": biased, "o_bias": biased})
 
 
 FAMILY = Family(
