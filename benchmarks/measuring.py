@@ -133,9 +133,13 @@ def kernel_seconds(call: Callable[[], Any], names: tuple[str, ...]) -> dict[str,
 
 
 def _stream_events(path: Path) -> Iterator[Any]:
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        for line in plane.lines if plane.name.startswith(("/device:", "/host:CPU")) else ():
-            if plane.name.startswith("/host:CPU") or line.name.startswith("Stream"):
+    """What ran in a GPU's streams, or in the CPU's threads if the trace has no device. The host's threads also have events of GPU kernels: their
+    launches."""
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+    on_device = any(plane.name.startswith("/device:") for plane in planes)
+    for plane in planes:
+        for line in plane.lines if plane.name.startswith("/device:" if on_device else "/host:CPU") else ():
+            if not on_device or line.name.startswith("Stream"):
                 yield from line.events
 
 

@@ -1,24 +1,24 @@
 """Baselines: generation with `transformers` and updates with `transformers` and `peft`, on random weights of a published shape.
 
     python benchmarks/peers.py generate --shape=gpt-oss-20b [--batch=128] [--prompt=512] [--new=32]
-    python benchmarks/peers.py update --shape=gpt-oss-20b [--batch=2] [--tokens=4096] [--prompt=512] [--attention=flex_attention|eager]
-        [--calls=5]
+    python benchmarks/peers.py update --shape=gpt-oss-20b [--batch=2] [--tokens=4096] [--prompt=512]
+        [--attention=flex_attention|sdpa|eager] [--calls=5]
 
 Both also take --layers, --json=FILE and --record=PREFIX, and need torch and transformers, which the project does not depend on. Experts
-use the grouped matrix product of transformers.
+use the grouped matrix product of transformers. All shapes of `model.shape` are supported.
 
 generate: times two calls. One generates `--new` tokens per row, the other one token, so that prefill can be subtracted.
 
-update (needs peft): the equivalent of update.py with `--lora=attention --tokens=T --rollouts=B`: B sequences of T random tokens. Tokens
-after the prompt have the loss ratio x advantage, with alternating advantages -1 and +1. The adapter has rank 32 on q, k, v and o of every
-layer. Base weights are bfloat16 (the project's experts are MXFP4). The backward pass recomputes each layer, and logits exist for 1,024
-tokens at a time. A step is forward, backward and AdamW on the adapter, without a KL to the base. Compare it with update.py's `gradient`,
-since the optimiser takes little time for such a small adapter. Here the router chooses on random weights; update.py replays drawn routes.
-Two steps warm up; the time is the median of the others.
+update (needs peft): the equivalent of update.py with `--tokens=T --rollouts=B` and `--lora=attention` (gpt-oss) or `--lora=linear` (dense
+models): B sequences of T random tokens. Tokens after the prompt have the loss ratio x advantage, with alternating advantages -1 and +1. The
+adapter has rank 32 on q, k, v and o of every layer, and in dense models also on gate, up and down. Base weights are bfloat16 (the project's
+experts are MXFP4). The backward pass recomputes each layer, and logits exist for 1,024 tokens at a time. A step is forward, backward and
+AdamW on the adapter, without a KL to the base. Compare it with update.py's `gradient`, since the optimiser takes little time for such a
+small adapter. gpt-oss's router chooses on random weights; update.py replays drawn routes. Two steps warm up; the time is the median of the
+others. The default attention is the fastest that the model supports: flex_attention for gpt-oss, PyTorch's sdpa for dense models.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -31,34 +31,24 @@ import torch
 import torch.utils.checkpoint
 import transformers
 
+from discover_jax.models.families import config_content, family_of
 from discover_jax.models.synthetic import shape_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(shape: str, layers: int) -> Any:
-    """A model of that shape, with random weights as initialised by transformers."""
+    """A model of that shape in bfloat16, with random weights as initialised by transformers."""
     sizes = shape_of(shape, layers)
-    known = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
-    config = transformers.GptOssConfig(
-        num_hidden_layers=known["num_layers"],
-        hidden_size=known["width"],
-        intermediate_size=known["mlp_width"],
-        num_local_experts=known["num_experts"],
-        num_experts_per_tok=known["experts_per_token"],
-        num_attention_heads=known["num_heads"],
-        num_key_value_heads=known["num_kv_heads"],
-        head_dim=known["head_size"],
-        vocab_size=known["vocab_size"],
-        sliding_window=known["sliding_window"],
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    config._experts_implementation = "grouped_mm"
+    config = transformers.AutoConfig.for_model(**config_content(sizes, family_of(sizes).layouts(sizes)[0]))
+    config.eos_token_id, config.pad_token_id = None, 0
+    if sizes.num_experts:
+        config.quantization_config = None
+        config._experts_implementation = "grouped_mm"
     with torch.device(DEVICE):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return transformers.GptOssForCausalLM(config).eval()
+            return transformers.AutoModelForCausalLM.from_config(config).eval()
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -79,17 +69,24 @@ def generate_seconds(model: Any, tokens: torch.Tensor, new: int) -> float:
 
 # ---------------------------------------------------------------------- update
 
-RANK, ALPHA, TARGETS = 32, 32, ("q_proj", "k_proj", "v_proj", "o_proj")
+RANK, ALPHA = 32, 32
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 CHUNK = 1024
 """Tokens whose logits exist at the same time."""
 WARM_UP = 2
+
+
+def is_routed(model: Any) -> bool:
+    """Whether the model has a mixture of experts."""
+    return model.config.model_type == "gpt_oss"
 
 
 def adapted(model: Any) -> Any:
     """The model with an adapter in float32 and frozen base weights. The backward pass recomputes each layer."""
     import peft
 
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    targets = [*ATTENTION, *(() if is_routed(model) else MLP)]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)  # peft's default: a trained adapter is float32
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -119,6 +116,10 @@ def loss_of(model: Any, tokens_BT: torch.Tensor, prompt: int) -> torch.Tensor:
     return total
 
 
+def experts_of(model: Any) -> str | None:
+    return model.config._experts_implementation if is_routed(model) else None
+
+
 def measure_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     model = build(arguments.shape, arguments.layers)
     tokens = torch.randint(0, model.config.vocab_size, (arguments.batch, arguments.prompt), device=DEVICE)
@@ -126,7 +127,7 @@ def measure_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     reading, whole = (generate_seconds(model, tokens, new) for new in (1, arguments.new))
     step = (whole - reading) / (arguments.new - 1)
     return {
-        "experts": model.config._experts_implementation,
+        "experts": experts_of(model),
         "step_ms": 1e3 * step,
         "tokens_per_s": arguments.batch / step,
         "tokens_per_s_with_prompts": arguments.batch * arguments.new / whole,
@@ -136,9 +137,10 @@ def measure_generate(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_update(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")  # TF32 for the adapter's products, which favours the baseline
     base = build(arguments.shape, arguments.layers)
-    base.set_attn_implementation(arguments.attention)
-    if base.config._attn_implementation != arguments.attention:
-        sys.exit(f"transformers took attention {base.config._attn_implementation!r} instead of {arguments.attention!r}.")
+    attention = arguments.attention or ("flex_attention" if is_routed(base) else "sdpa")
+    base.set_attn_implementation(attention)
+    if base.config._attn_implementation != attention:
+        sys.exit(f"transformers took attention {base.config._attn_implementation!r} instead of {attention!r}.")
     model = adapted(base)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=4e-5, betas=(0.9, 0.95), weight_decay=0.0)
@@ -165,7 +167,7 @@ def measure_update(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = statistics.median(spent[WARM_UP:])
     return {
         "attention": base.config._attn_implementation,
-        "experts": base.config._experts_implementation,
+        "experts": experts_of(base),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "trained_type": sorted({str(parameter.dtype) for parameter in trained}),
         "loss": seen[0][0],
@@ -186,7 +188,7 @@ def main() -> None:
     update.add_argument("--batch", type=int, default=2, help="sequences")
     update.add_argument("--tokens", type=int, default=4096, help="tokens of a sequence")
     update.add_argument("--prompt", type=int, default=512, help="tokens of a sequence without loss")
-    update.add_argument("--attention", choices=("flex_attention", "eager"), default="flex_attention")
+    update.add_argument("--attention", choices=("flex_attention", "sdpa", "eager"), help="default: the fastest for the model")
     update.add_argument("--calls", type=int, default=5, help=f"timed, after {WARM_UP} that warm up")
     for command in (generate, update):
         command.add_argument("--shape", default="gpt-oss-20b")

@@ -122,6 +122,7 @@ def leave_prompts_unread(sampler: Any, model: Model) -> None:
         routes = np.zeros((*tokens_1C.shape, *model.routes.shape), model.routes.dtype)
         return hidden_1D, dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_1), routes
 
+    unread.lower = sampler._prefill.lower  # pyright: ignore[reportFunctionMemberAccess] - for `profile`
     sampler._prefill = unread
 
 

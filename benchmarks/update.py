@@ -1,13 +1,14 @@
 """Tokens per second of the update on random weights of a published shape, with the device's matrix product and the dry run's memory.
 
     python benchmarks/update.py --shape=gpt-oss-120b [--layers=0] [--tokens=8192] [--prompt=512] [--rollouts=4] [--row_tokens=0] [--rows=1]
-        [--lora=report|attention] [--data=1] [--expert=1] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
+        [--lora=report|linear|attention] [--data=1] [--expert=1] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
 
 Model and update are built from a config as in a run. The rollouts are synthetic: random tokens, alternating advantages -1 and +1, and, for
 the replay of routing, distinct random experts for each layer and token. So the load of the experts is as even as chance makes it. Two
 functions are timed: the gradient (`Update.gradient`: packed batches from the host, forward, backward, sums over microbatches), and the
 whole update, which adds the KL to the base (one more forward pass, as in the default config) and the optimiser. Each runs once to compile;
-the time is the median of `--calls` more. Tokens include prompts. `--lora=attention` is rank 32 on only q, k, v and o, as in peers.py.
+the time is the median of `--calls` more. Tokens include prompts. `--lora=attention` is rank 32 on only q, k, v and o, and `--lora=linear` on
+all of a layer's matrices but not on the head, as in peers.py.
 
 Operations: N is the number of weights that a token uses (each layer's q, k, v, o and router, and its chosen experts' three matrices), and
 V D that of the head. a is 4 x heads x head size for each pair of a token and a key that it attends to. A rollout of S tokens has
@@ -74,8 +75,10 @@ def configured(arguments: argparse.Namespace) -> Any:
     config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
     set_mesh(config, arguments)
     config.model.remat = arguments.remat or config.model.remat
+    if arguments.lora != "report":
+        config.lora.head_rank = 0
     if arguments.lora == "attention":
-        config.lora.expert_rank = config.lora.head_rank = 0
+        config.lora.expert_rank = config.lora.mlp_rank = 0
     return settings.validate(config, for_run=False)
 
 
@@ -206,7 +209,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1, help="rows of a microbatch, a multiple of --data x --expert")
     add_mesh(parser)
     parser.add_argument("--remat", default="", help="rematerialisation policy; default: the config's")
-    parser.add_argument("--lora", choices=("report", "attention"), default="report")
+    parser.add_argument("--lora", choices=("report", "linear", "attention"), default="report")
     parser.add_argument("--gradient_only", action="store_true", help="no optimiser, no KL, and no memory for the optimiser")
     parser.add_argument("--calls", type=int, default=5, help="timed calls after the one that compiles")
     parser.add_argument("--matmul", type=int, default=8192, help="width of the matrices of the ceiling")

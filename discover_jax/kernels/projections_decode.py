@@ -1,4 +1,4 @@
-"""Projections in decoding, on a GPU: the kernels read a layer's matrices in place from the stacks. Needs the extra `kernels`.
+"""Projections in decoding, on a GPU: the kernel reads a layer's matrices in place from the stacks. Needs the extra `kernels`.
 
 In a loop over layers, XLA copies the layer's matrices before its own products, which costs as much again as reading them twice.
 """
@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from discover_jax.kernels import projections_triton
+from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.projections import Stack, project_reference
 from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
-from discover_jax.kernels.triton_call import call_kernel, compute_capability, largest_divisor, shared_kib
+from discover_jax.kernels.triton_call import call_kernel, compute_capability, multiprocessors, shared_kib
 
 COLUMNS = _COLUMNS.value
 MOST_ROWS = 256
-"""Row limit of the kernels. For more rows arithmetic dominates, and XLA's own product of a copy is faster."""
+"""Row limit of the kernel. For more rows arithmetic dominates, and XLA's own product of a copy is faster."""
+MOST_RANK = 128
+"""Rank limit of the kernel: each instance computes x A^T of its columns for itself."""
 MOST_STACKS = 3
 
 
@@ -31,16 +34,22 @@ class Launch:
     warps: int
 
 
-def choose_launch(rows: int, outputs: int) -> Launch:
-    """The launch parameters for this many rows and total outputs."""
-    if rows <= 32:
-        return Launch(64, 3, 5, 4)
-    return Launch(128, 3, 4, 8) if outputs > 4096 else Launch(64, 3, 4, 4)
+def choose_launch(rows: int, width: int, outs: Sequence[int]) -> Launch:
+    """The launch parameters for this many rows and columns, and for these outputs.
+
+    The columns have so many parts that each multiprocessor has work: two instances of 64 outputs, or one of 128.
+    """
+    large = rows > 32 and all(out % 128 == 0 for out in outs)
+    outputs = 128 if large else 64
+    wanted = multiprocessors() * (1 if large else 2)
+    parts = max(1, min(round(wanted * outputs / sum(outs)), width // COLUMNS // 2))
+    each = -(-width // COLUMNS // parts)
+    return Launch(outputs, -(-width // COLUMNS // each), 5 if rows <= 32 else 3, outputs // 16)
 
 
-def _stages(most: int, rows: int, columns: int) -> int:
-    """At most this many iterations in flight: as many as fit the GPU's shared memory, with two tiles of so many rows and columns each."""
-    return max(1, min(most, shared_kib(compute_capability()) * 1024 // ((rows + columns) * COLUMNS * 2)))
+def _stages(most: int, lines: int) -> int:
+    """At most this many iterations in flight: as many as fit the GPU's shared memory, with tiles of so many lines in total."""
+    return max(1, min(most, shared_kib(compute_capability()) * 1024 // (lines * COLUMNS * 2)))
 
 
 def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
@@ -51,46 +60,40 @@ def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
 
 
 def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> list[jax.Array]:
-    """`project_reference` by the kernels for few bfloat16 rows and divisible widths, else by the reference. Not differentiable.
+    """`project_reference` by the kernel for few bfloat16 rows and divisible widths, else by the reference. Not differentiable.
+
+    The result of an adapter's first product is rounded in parts instead of once.
 
     Args:
       chosen: launch parameters to use instead of `choose_launch`'s.
     """
     if not _applies(x_Ti, stacks):
         return project_reference(x_Ti, stacks, layer, scale)
+    rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
+    if rank > MOST_RANK:
+        warn_reference("decode_projections", f"the adapter's rank {rank} is above {MOST_RANK}")
+        return project_reference(x_Ti, stacks, layer, scale)
     rows, width = x_Ti.shape
     outs = [stack.weight.shape[1] for stack in stacks]
-    chosen = chosen or choose_launch(rows, sum(outs))
+    chosen = chosen or choose_launch(rows, width, outs)
     outputs = next(n for n in (256, 128, 64, 32, 16) if n <= chosen.outputs and all(out % n == 0 for out in outs))
     block = min(128, max(16, 1 << (rows - 1).bit_length()))
-    blocks, layer_1 = -(-rows // block), jnp.asarray(layer, jnp.int32).reshape(1)
     three = [stacks[min(i, len(stacks) - 1)] for i in range(MOST_STACKS)]
-    rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
     biases = [x_Ti if stack.bias is None else stack.bias for stack in three]  # placeholders without biases
-    low_parts, low, lora_b = 1, x_Ti, [x_Ti] * MOST_STACKS  # placeholders without an adapter
+    adapters = [x_Ti] * (2 * MOST_STACKS)  # placeholders without an adapter
     if rank:
-        low_parts, lora_b = largest_divisor(width // COLUMNS, 5 if rows > 16 else 16), [stack.lora_b for stack in three]
-        stages = _stages(3, max(16, 1 << (rank - 1).bit_length()), block)
-        low = call_kernel(
-            projections_triton.times_a,
-            *(x_Ti, *(stack.lora_a for stack in three), layer_1, rows),
-            out=jax.ShapeDtypeStruct((len(stacks), low_parts, rows, rank), jnp.float32),
-            grid=(len(stacks), low_parts, blocks),
-            warps=4,
-            stages=stages,
-            constants={"K": width, "N": block, "RANK": rank, "PARTS": low_parts, "STAGES": stages},
-        )
+        adapters = [stack.lora_a for stack in three] + [stack.lora_b for stack in three]
     sizes = {f"OUT{i}": outs[i] if i < len(outs) else 0 for i in range(MOST_STACKS)}
-    stages = _stages(chosen.stages, outputs, block)
+    stages = _stages(chosen.stages, outputs + block + (max(16, 1 << (rank - 1).bit_length()) if rank else 0))
     cuts = {"M": outputs, "N": block, "PARTS": chosen.parts, "STAGES": stages}
     parts_PTo = call_kernel(
         projections_triton.project,
-        *(x_Ti, *(stack.weight for stack in three), *biases, *lora_b, low, layer_1, rows),
+        *(x_Ti, *(stack.weight for stack in three), *biases, *adapters, jnp.asarray(layer, jnp.int32).reshape(1), rows),
         out=jax.ShapeDtypeStruct((chosen.parts, rows, sum(outs)), jnp.float32),
-        grid=(sum(outs) // outputs, chosen.parts, blocks),
+        grid=(sum(outs) // outputs, chosen.parts, -(-rows // block)),
         warps=chosen.warps,
         stages=stages,
-        constants={"K": width, **sizes, **cuts, "BIAS": stacks[0].bias is not None, "RANK": rank, "LOW_PARTS": low_parts, "SCALE": scale},
+        constants={"K": width, **sizes, **cuts, "BIAS": stacks[0].bias is not None, "RANK": rank, "SCALE": scale},
     )
     ends = [sum(outs[: i + 1]) for i in range(len(outs))]
     return jnp.split(parts_PTo.sum(axis=0), ends[:-1], axis=1)

@@ -1,4 +1,4 @@
-"""Triton kernels of projections in decoding: few rows times one layer's matrices, which are read in place from the stacks.
+"""The Triton kernel of projections in decoding: few rows times one layer's matrices, which are read in place from the stacks.
 
 Weights are the left operand; rows, padded to at least 16, are the right operand. Up to three projections of the same rows share a launch.
 """
@@ -12,44 +12,6 @@ COLUMNS: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit
-def times_a(
-    x_ptr,  # bf16 [T, K]
-    a0_ptr,  # bf16 [L, RANK, K], one per projection
-    a1_ptr,
-    a2_ptr,
-    layer_ptr,  # int32 [1]
-    rows,  # T
-    low_ptr,  # float32 [projections, PARTS, T, RANK]
-    K: tl.constexpr,
-    N: tl.constexpr,  # rows per block
-    RANK: tl.constexpr,
-    PARTS: tl.constexpr,  # number of parts of the columns; divides K/64
-    STAGES: tl.constexpr,
-):
-    """x A^T, in parts to be summed by the reader."""
-    which, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    a_ptr = a0_ptr
-    if which == 1:
-        a_ptr = a1_ptr
-    if which == 2:
-        a_ptr = a2_ptr
-    PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
-    WIDTH: tl.constexpr = K // PARTS
-    n, r, k = block * N + tl.arange(0, N), tl.arange(0, PADDED), tl.arange(0, COLUMNS)
-    layer = tl.load(layer_ptr).to(tl.int64)
-    a_at = a_ptr + (layer * RANK + r)[:, None] * K + part * WIDTH + k[None, :]
-    x_at = x_ptr + n[None, :] * K + part * WIDTH + k[:, None]
-    sums = tl.zeros([PADDED, N], tl.float32)
-    for _ in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
-        a = tl.load(a_at, mask=(r < RANK)[:, None], other=0.0)
-        sums = dot(a, tl.load(x_at, mask=(n < rows)[None, :], other=0.0), sums)
-        a_at += COLUMNS
-        x_at += COLUMNS
-    low_at = low_ptr + ((which * PARTS + part) * rows + n)[None, :] * RANK + r[:, None]
-    tl.store(low_at, sums, mask=(n < rows)[None, :] & (r < RANK)[:, None])
-
-
-@triton.jit
 def project(
     x_ptr,  # bf16 [T, K]
     w0_ptr,  # bf16 [L, OUT, K], one per projection
@@ -58,10 +20,12 @@ def project(
     bias0_ptr,  # [L, OUT]; not read without BIAS
     bias1_ptr,
     bias2_ptr,
+    a0_ptr,  # bf16 [L, RANK, K]; not read if RANK is 0
+    a1_ptr,
+    a2_ptr,
     b0_ptr,  # bf16 [L, OUT, RANK]
     b1_ptr,
     b2_ptr,
-    low_ptr,  # float32 [projections, LOW_PARTS, T, RANK]: parts of x A^T
     layer_ptr,  # int32 [1]
     rows,  # T
     out_ptr,  # float32 [PARTS, T, OUT0 + OUT1 + OUT2]; the caller adds the parts
@@ -75,41 +39,43 @@ def project(
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,  # whether there are biases
     RANK: tl.constexpr,  # of the adapter; 0 for none
-    LOW_PARTS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """x W^T + b + SCALE (x A^T) B^T, in parts to be summed by the caller."""
+    """x W^T + b + SCALE (x A^T) B^T, in parts to be summed by the caller. A part rounds its own x A^T to bfloat16."""
     cut, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    w_ptr, bias_ptr, b_ptr, width, first, which = w0_ptr, bias0_ptr, b0_ptr, OUT0, 0, 0
+    w_ptr, bias_ptr, a_ptr, b_ptr, width, first = w0_ptr, bias0_ptr, a0_ptr, b0_ptr, OUT0, 0
     if cut >= OUT0 // M:
-        w_ptr, bias_ptr, b_ptr, width, first, which = w1_ptr, bias1_ptr, b1_ptr, OUT1, OUT0 // M, 1
+        w_ptr, bias_ptr, a_ptr, b_ptr, width, first = w1_ptr, bias1_ptr, a1_ptr, b1_ptr, OUT1, OUT0 // M
     if cut >= (OUT0 + OUT1) // M:
-        w_ptr, bias_ptr, b_ptr, width, first, which = w2_ptr, bias2_ptr, b2_ptr, OUT2, (OUT0 + OUT1) // M, 2
+        w_ptr, bias_ptr, a_ptr, b_ptr, width, first = w2_ptr, bias2_ptr, a2_ptr, b2_ptr, OUT2, (OUT0 + OUT1) // M
     TILES: tl.constexpr = K // COLUMNS
     EACH: tl.constexpr = (TILES + PARTS - 1) // PARTS
     m, n, k = tl.arange(0, M), block * N + tl.arange(0, N), tl.arange(0, COLUMNS)
     live = n < rows
-    out = tl.load(layer_ptr).to(tl.int64) * width + (cut - first) * M + m
+    layer = tl.load(layer_ptr).to(tl.int64)
+    out = layer * width + (cut - first) * M + m
     w_at = w_ptr + out[:, None] * K + part * EACH * COLUMNS + k[None, :]
     x_at = x_ptr + n[None, :] * K + part * EACH * COLUMNS + k[:, None]
+    if RANK > 0:
+        PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
+        r = tl.arange(0, PADDED)
+        a_at = a_ptr + (layer * RANK + r)[:, None] * K + part * EACH * COLUMNS + k[None, :]
+        low = tl.zeros([PADDED, N], tl.float32)
     sums = tl.zeros([M, N], tl.float32)
     left = part * -EACH + TILES  # not TILES - part * EACH, which Triton 3.7's interpreter takes for a constant
     for _ in tl.range(0, tl.minimum(EACH, left), num_stages=STAGES):
         w = tl.load(w_at, eviction_policy="evict_first")
-        sums = dot(w, tl.load(x_at, mask=live[None, :], other=0.0), sums)
+        x = tl.load(x_at, mask=live[None, :], other=0.0)
+        sums = dot(w, x, sums)
+        if RANK > 0:
+            low = dot(tl.load(a_at, mask=(r < RANK)[:, None], other=0.0), x, low)
+            a_at += COLUMNS
         w_at += COLUMNS
         x_at += COLUMNS
-    if part == 0:
-        if BIAS:
-            sums += tl.load(bias_ptr + out).to(tl.float32)[:, None]
-        if RANK > 0:
-            PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
-            r = tl.arange(0, PADDED)
-            low = tl.zeros([PADDED, N], tl.float32)
-            for i in tl.static_range(LOW_PARTS):
-                low_at = low_ptr + ((which * LOW_PARTS + i) * rows + n)[None, :] * RANK + r[:, None]
-                low += tl.load(low_at, mask=live[None, :] & (r < RANK)[:, None], other=0.0)
-            b = tl.load(b_ptr + out[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-            sums = dot(b, (low * SCALE).to(tl.bfloat16), sums)
+    if BIAS and part == 0:
+        sums += tl.load(bias_ptr + out).to(tl.float32)[:, None]
+    if RANK > 0:
+        b = tl.load(b_ptr + out[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+        sums = dot(b, (low * SCALE).to(tl.bfloat16), sums)
     total = (part * rows + n)[None, :] * (OUT0 + OUT1 + OUT2) + (cut * M + m)[:, None]
     tl.store(out_ptr + total, sums, mask=live[None, :])

@@ -37,6 +37,11 @@ def compute_capability() -> int:
     return int(match[1] + match[2]) if match else 0
 
 
+def multiprocessors() -> int:
+    """Multiprocessors of this process's first GPU, or of an H100 without a GPU."""
+    return jax.local_devices()[0].core_count if jax.default_backend() == "gpu" else 132
+
+
 def shared_kib(capability: int) -> int:
     """Shared memory that one kernel instance may use, in KiB. For an unknown capability, the least of the known ones."""
     return SHARED_KIB.get(capability, min(SHARED_KIB.values()))
