@@ -1,3 +1,3 @@
-"""discover_jax: test-time training of gpt-oss on one hard problem, in JAX."""
+"""discover_jax: test-time training of language models on one hard problem, in JAX."""
 
 __version__ = "0.1.0"
