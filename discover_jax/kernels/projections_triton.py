@@ -1,6 +1,7 @@
 """The Triton kernel of projections in decoding: few rows times one layer's matrices, which are read in place from the stacks.
 
-Weights are the left operand; rows, padded to at least 16, are the right operand. Up to three projections of the same rows share a launch.
+Up to three projections of the same rows share a launch. The operand with more lines is the left one: the weights if there are few rows, which
+are padded to at least 16, else the rows.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -9,6 +10,21 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from discover_jax.kernels.dot_triton import dot
 
 COLUMNS: tl.constexpr = tl.constexpr(64)
+
+
+@triton.jit
+def _along(x, axis: tl.constexpr):
+    """A vector as a matrix that varies along this axis."""
+    return x[:, None] if axis == 0 else x[None, :]
+
+
+@triton.jit
+def _product(weights, rows, sums, ROWS_LEFT: tl.constexpr):
+    if ROWS_LEFT:
+        sums = dot(rows, weights, sums)
+    else:
+        sums = dot(weights, rows, sums)
+    return sums
 
 
 @triton.jit
@@ -35,6 +51,7 @@ def project(
     OUT2: tl.constexpr,
     M: tl.constexpr,  # outputs per kernel instance; divides OUT0, OUT1 and OUT2
     N: tl.constexpr,  # rows per block
+    ROWS_LEFT: tl.constexpr,  # whether the rows are the left operand
     PARTS: tl.constexpr,  # parts into which the columns are divided among instances
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,  # whether there are biases
@@ -50,32 +67,36 @@ def project(
         w_ptr, bias_ptr, a_ptr, b_ptr, width, first = w2_ptr, bias2_ptr, a2_ptr, b2_ptr, OUT2, (OUT0 + OUT1) // M
     TILES: tl.constexpr = K // COLUMNS
     EACH: tl.constexpr = (TILES + PARTS - 1) // PARTS
-    m, n, k = tl.arange(0, M), block * N + tl.arange(0, N), tl.arange(0, COLUMNS)
+    # Axes of outputs (and of the adapter's rank) and of rows in the result.
+    OUT: tl.constexpr = 1 if ROWS_LEFT else 0
+    ROW: tl.constexpr = 0 if ROWS_LEFT else 1
+    n, k = block * N + tl.arange(0, N), tl.arange(0, COLUMNS)
     live = n < rows
     layer = tl.load(layer_ptr).to(tl.int64)
-    out = layer * width + (cut - first) * M + m
-    w_at = w_ptr + out[:, None] * K + part * EACH * COLUMNS + k[None, :]
-    x_at = x_ptr + n[None, :] * K + part * EACH * COLUMNS + k[:, None]
+    out = layer * width + (cut - first) * M + tl.arange(0, M)
+    start = part * EACH * COLUMNS
+    w_at = w_ptr + _along(out * K, OUT) + _along(start + k, ROW)
+    x_at = x_ptr + _along(n * K, ROW) + _along(start + k, OUT)
+    sums = tl.zeros([N, M] if ROWS_LEFT else [M, N], tl.float32)
     if RANK > 0:
         PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
         r = tl.arange(0, PADDED)
-        a_at = a_ptr + (layer * RANK + r)[:, None] * K + part * EACH * COLUMNS + k[None, :]
-        low = tl.zeros([PADDED, N], tl.float32)
-    sums = tl.zeros([M, N], tl.float32)
+        a_at = a_ptr + _along((layer * RANK + r) * K, OUT) + _along(start + k, ROW)
+        low = tl.zeros([N, PADDED] if ROWS_LEFT else [PADDED, N], tl.float32)
     left = part * -EACH + TILES  # not TILES - part * EACH, which Triton 3.7's interpreter takes for a constant
     for _ in tl.range(0, tl.minimum(EACH, left), num_stages=STAGES):
         w = tl.load(w_at, eviction_policy="evict_first")
-        x = tl.load(x_at, mask=live[None, :], other=0.0)
-        sums = dot(w, x, sums)
+        x = tl.load(x_at, mask=_along(live, ROW), other=0.0)
+        sums = _product(w, x, sums, ROWS_LEFT)
         if RANK > 0:
-            low = dot(tl.load(a_at, mask=(r < RANK)[:, None], other=0.0), x, low)
+            low = _product(tl.load(a_at, mask=_along(r < RANK, OUT), other=0.0), x, low, ROWS_LEFT)
             a_at += COLUMNS
         w_at += COLUMNS
         x_at += COLUMNS
     if BIAS and part == 0:
-        sums += tl.load(bias_ptr + out).to(tl.float32)[:, None]
+        sums += _along(tl.load(bias_ptr + out).to(tl.float32), OUT)
     if RANK > 0:
-        b = tl.load(b_ptr + out[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-        sums = dot(b, (low * SCALE).to(tl.bfloat16), sums)
-    total = (part * rows + n)[None, :] * (OUT0 + OUT1 + OUT2) + (cut * M + m)[:, None]
-    tl.store(out_ptr + total, sums, mask=live[None, :])
+        b = tl.load(b_ptr + _along(out * RANK, OUT) + _along(r, ROW), mask=_along(r < RANK, ROW), other=0.0)
+        sums = _product(b, (low * SCALE).to(tl.bfloat16), sums, ROWS_LEFT)
+    total = _along((part * rows + n) * (OUT0 + OUT1 + OUT2), ROW) + _along(cut * M + tl.arange(0, M), OUT)
+    tl.store(out_ptr + total, sums, mask=_along(live, ROW))

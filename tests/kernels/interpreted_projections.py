@@ -53,6 +53,7 @@ CASES = {
     "parts that do not divide": (9, 320, (64, 32, 32), 0, True, Launch(64, 3, 2, 4)),
     "one projection without an adapter": (20, 192, (48,), 1, False, Launch(64, 2, 2, 4)),
     "without biases": (3, 128, (32, 16), 1, True, Launch(32, 1, 2, 4), False),
+    "rows as the left operand": (40, 320, (64, 32, 32), 2, True, Launch(32, 3, 2, 4)),
     "two blocks of rows": (130, 64, (32, 32), 1, True, Launch(32, 1, 2, 4)),
 }
 
