@@ -1,4 +1,4 @@
-"""Runs everything that uses devices on several meshes of eight simulated ones. `mesh_program.py FOLDER` prints the differences."""
+"""Runs everything that uses devices on several meshes of eight simulated ones. `mesh_program.py FOLDER FAMILY` prints the differences."""
 
 import dataclasses
 import re
@@ -17,6 +17,7 @@ from discover_jax.learning.train_state import abstract_train_state, adam, init_t
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
+from discover_jax.models.families.dense import FIXED
 from discover_jax.models.folder import load_folder
 from discover_jax.models.sharding import fetch, make_mesh, shardings
 from discover_jax.models.synthetic import write_synthetic
@@ -24,20 +25,16 @@ from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt
 
-CONFIG = ModelConfig(
-    num_layers=2,
-    width=64,
-    num_heads=8,
-    num_kv_heads=4,
-    head_size=16,
-    num_experts=8,
-    experts_per_token=2,
-    mlp_width=128,
-    vocab_size=96,
-    sliding_window=16,
-)
-LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=4, alpha=8.0)
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (1, 2, 4), (2, 4, 1), (4, 1, 2)]  # data, expert, tensor
+SIZES = {"num_layers": 2, "width": 64, "num_heads": 8, "num_kv_heads": 4, "head_size": 16, "mlp_width": 128, "vocab_size": 96}
+CONFIGS = {
+    "gpt_oss": ModelConfig(**SIZES, num_experts=8, experts_per_token=2, sliding_window=16),
+    "qwen2": ModelConfig(**SIZES, **FIXED, family="qwen2", rope_kind="plain", o_bias=False, tied=True),
+    "llama": ModelConfig(**SIZES, **FIXED, family="llama", rope_kind="plain", qkv_bias=False, o_bias=False),
+}
+LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=4, alpha=8.0, mlp_rank=4)
+# data, expert, tensor
+ROUTED_MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (1, 2, 4), (2, 4, 1), (4, 1, 2)]
+DENSE_MESHES = [(8, 1, 1), (1, 1, 4), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
 WRONG = {
     (1, 1, 8): r"'kv_heads'.*\b4\b.*'tensor'.*\b8\b",
     (1, 3, 1): r"'experts'.*\b8\b.*'expert'.*\b3\b",
@@ -46,9 +43,9 @@ WRONG = {
 TOKENS = np.random.default_rng(0).integers(3, 96, (8, 20), dtype=np.int32)
 
 
-def build(folder: Path, mesh):
+def build(folder: Path, config: ModelConfig, mesh):
     """Weights from disk and an adapter that is not zero, sharded over the mesh."""
-    model = Model(CONFIG, LORA, experts="packed", mesh=mesh)
+    model = Model(config, LORA, experts="packed", mesh=mesh)
     _, frozen = load_folder(folder, experts="packed", mesh=mesh)
     drawn = model.init_lora(jax.random.key(1))
     shaken = jax.jit(lambda lora: jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), lora))
@@ -66,9 +63,9 @@ def check(condition: bool, what: str) -> None:
         raise AssertionError(what)
 
 
-def results(folder: Path, mesh):
+def results(folder: Path, config: ModelConfig, mesh):
     """The results of one mesh: logits, rollouts, the update's metrics and adapter, and the train state."""
-    model, frozen, lora = build(folder, mesh)
+    model, frozen, lora = build(folder, config, mesh)
     places, one = np.broadcast_to(np.arange(20, dtype=np.int32), (8, 20)), np.ones((8, 20), np.int32)
     logits = jax.jit(lambda frozen, lora: model.logits(frozen, lora, model.hidden(frozen, lora, TOKENS, places, one)))(frozen, lora)
     # With so few pages, rollouts must wait for each other, unless each has its own device.
@@ -95,27 +92,29 @@ def compare(name: str, one: tuple, many: tuple) -> None:
         check(np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-12, f"{name}: moments of the optimiser")
 
 
-def main(root: Path) -> None:
-    write_synthetic(root / "weights", CONFIG, seed=2)
+def main(root: Path, config: ModelConfig) -> None:
+    write_synthetic(root / "weights", config, seed=2)
     for shape, message in WRONG.items():
+        if shape[1] == 3 and not config.num_experts:
+            continue
         try:
-            model, _, _ = build(root / "weights", make_mesh(*shape))
+            model, _, _ = build(root / "weights", config, make_mesh(*shape))
             Sampler(model, slots=4, max_prompt_tokens=8, max_new_tokens=8, temperature=1.0, stop_ids=(3,))
         except ShardingError as error:
             check(re.search(message, str(error)) is not None, f"{shape}: {error}")
         else:
             raise AssertionError(f"{shape} was not refused")
-    one = results(root / "weights", None)
+    one = results(root / "weights", config, None)
     check(sum(len(r.tokens_T) for r in one[2]) > 200, "rollouts are long enough")
     checkpoints = Checkpoints(root / "checkpoints", keep=20, every=0)
     checkpoints.save(0, one[3], {"mesh": "none"})
-    for number, shape in enumerate(MESHES, start=1):
+    for number, shape in enumerate(ROUTED_MESHES if config.num_experts else DENSE_MESHES, start=1):
         mesh = make_mesh(*shape)
-        many = results(root / "weights", mesh)
+        many = results(root / "weights", config, mesh)
         compare(str(shape), one, many)
-        if shape[1] > 1:
+        if shape[1] > 1 and config.num_experts:
             leaf = many[3].lora["pairs"]["full"]["experts"]["gate_up"]["lora_a"]
-            check(leaf.addressable_shards[0].data.shape[1] == CONFIG.num_experts // shape[1], f"{shape}: experts are spread")
+            check(leaf.addressable_shards[0].data.shape[1] == config.num_experts // shape[1], f"{shape}: experts are spread")
         # Written on this mesh, and read on the one before and without a mesh; and vice versa.
         checkpoints.save(number, many[3], {"mesh": list(shape)})
         for wanted in (
@@ -132,4 +131,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), CONFIGS[sys.argv[2]])
