@@ -1,5 +1,6 @@
 """The command line as users see it: help, overrides, and errors as one message with exit code 2 and no traceback."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,20 +9,42 @@ import pytest
 
 from discover_jax.config import settings
 
-_COMMAND = """
+# Forks for each command, because importing takes longer than the command. It writes the files `out` and `err` and prints the exit code.
+_COMMANDS = """
+import json, os, sys
 from discover_jax.cli import launch
 def run(config, workdir):
     print(workdir, config.train.learning_rate, config.task.raw)
-launch(run)
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(sys.argv[1], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv[1:] = json.loads(line)
+        launch(run)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def _run(*arguments):
-    return subprocess.run([sys.executable, "-c", _COMMAND, *arguments], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a command with the given arguments."""
+    folder = tmp_path_factory.mktemp("output")
+    with subprocess.Popen([sys.executable, "-c", _COMMANDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forking:
+        assert forking.stdin is not None
+        assert forking.stdout is not None
+
+        def one(*arguments):
+            print(json.dumps(arguments), file=forking.stdin, flush=True)
+            code = int(forking.stdout.readline())
+            return subprocess.CompletedProcess(arguments, code, *((folder / name).read_text() for name in ("out", "err")))
+
+        yield one
+        forking.stdin.close()
 
 
-def test_overrides_and_default_folder():
-    done = _run("--config=configs/spaceship.py:run3", "--config.train.learning_rate=1e-5", "--config.task.raw=x.csv")
+def test_overrides_and_default_folder(run):
+    done = run("--config=configs/spaceship.py:run3", "--config.train.learning_rate=1e-5", "--config.task.raw=x.csv")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["runs/spaceship-run3", "1e-05", "x.csv"]
 
@@ -39,8 +62,8 @@ def test_overrides_and_default_folder():
         (("--config=configs/quickstart.py", "stray"), "stray"),
     ],
 )
-def test_mistakes_are_one_message_that_names_them(arguments, message):
-    done = _run(*arguments)
+def test_mistakes_are_one_message_that_names_them(run, arguments, message):
+    done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -48,8 +71,8 @@ def test_mistakes_are_one_message_that_names_them(arguments, message):
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
-def test_help_prints_flags_main_settings_and_where_to_find_the_rest(flag):
-    done = _run(flag)
+def test_help_prints_flags_main_settings_and_where_to_find_the_rest(run, flag):
+    done = run(flag)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     shown = re.findall(r"^  --(?:config\.)?([a-z_.]+)", done.stdout, re.MULTILINE)
@@ -59,8 +82,8 @@ def test_help_prints_flags_main_settings_and_where_to_find_the_rest(flag):
     assert "--helpfull" in done.stdout
 
 
-def test_full_help_prints_all_settings_and_the_flags_of_libraries():
-    done = _run("--helpfull")
+def test_full_help_prints_all_settings_and_the_flags_of_libraries(run):
+    done = run("--helpfull")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^  --config\.([a-z_0-9.]+)=", done.stdout, re.MULTILINE) == list(settings())
     assert "--verbosity" in done.stdout

@@ -1,7 +1,8 @@
 """Attacks by hostile programs, one per test, through the real launch path. A neighbour runs after each and must get its usual score.
 
 test_isolation.py tests what is refused, and test_outcomes.py how programs can end.
-All programs are submitted to one pool together, since they mostly wait. Each attack is followed by a neighbour in the other slot.
+All programs are submitted to one pool together, since they mostly wait. Each program is followed by a neighbour in the other slot.
+Attacks that leave their sandbox as it was are carried out by one program, one after the other.
 """
 
 import contextlib
@@ -41,11 +42,15 @@ def attempt(action):
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A program, its allowed outcomes, and a pattern that must occur in its output, the detail or the reason."""
+    """A program, its allowed outcomes, and a pattern that must occur in its output, the detail or the reason.
+
+    `attempts` is the expression of an attack that leaves its sandbox as it was. `ends` puts all of these into one program.
+    """
 
     program: str
     ends: tuple[Outcome, ...]
     said: str = ""
+    attempts: str = ""
 
 
 def _body(text: str) -> str:
@@ -56,6 +61,11 @@ def _body(text: str) -> str:
 def _says(expression: str, said: str) -> Attack:
     """A program that prints the value of an expression, then returns a valid submission."""
     return Attack(_HELPERS + f"print('found', {expression})\n" + GOOD, (Outcome.OK,), f"found ({said})")
+
+
+def _tries(expression: str, said: str) -> Attack:
+    """An attack that leaves its sandbox as it was; `said` is the pattern of its value."""
+    return Attack("", (Outcome.OK,), f"({said})\n", expression)
 
 
 _ANY_REFUSAL = "|".join(_REFUSED)
@@ -86,13 +96,13 @@ ATTACKS = {
         "[attempt(lambda: open(path, 'wb').write(bytes(300 << 20))) for path in ('big', '/tmp/big', '/dev/shm/big')]",
         re.escape("['ENOSPC', 'ENOSPC', 'ENOSPC']"),
     ),
-    "a sparse file of a terabyte": _says("attempt(lambda: os.truncate(os.open('s', os.O_CREAT | os.O_RDWR), 1 << 40))", "EFBIG"),
+    "a sparse file of a terabyte": _tries("attempt(lambda: os.truncate(os.open('s', os.O_CREAT | os.O_RDWR), 1 << 40))", "EFBIG"),
     "a million empty files": Attack(
         _body("for number in range(1_000_000):\n    os.mknod(f'f{number}')\nraise RuntimeError('all made')"),
         (Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY, Outcome.TIMEOUT),  # the last on a busy machine
     ),
     "folders ten thousand deep": _says("[(os.mkdir('d'), os.chdir('d')) for _ in range(10_000)] and os.chdir('/sandbox')", "None"),
-    "protection from the OOM killer": _says(
+    "protection from the OOM killer": _tries(
         "attempt(lambda: os.write(os.open('/proc/self/oom_score_adj', os.O_WRONLY), b'-1000'))", _ANY_REFUSAL
     ),
     # --- against processes
@@ -103,11 +113,11 @@ ATTACKS = {
     ),
     "killing pid 1 and all others": _says("[attempt(lambda: os.kill(1, 9)), attempt(lambda: os.kill(-1, 9))]", r"\['(done|EPERM)'"),
     "stopping itself": Attack(_body("os.kill(os.getpid(), signal.SIGSTOP)"), (Outcome.TIMEOUT,)),
-    "writing into the memory of pid 1": _says(
+    "writing into the memory of pid 1": _tries(
         "attempt(lambda: os.pwrite(os.open('/proc/1/mem', os.O_RDWR), b'x', 4096))", "EACCES|EPERM|EIO"
     ),
-    "real-time priority": _says("attempt(lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50)))", "EPERM"),
-    "a better nice value": _says("attempt(lambda: os.setpriority(os.PRIO_PROCESS, 0, -10))", "EACCES|EPERM"),
+    "real-time priority": _tries("attempt(lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50)))", "EPERM"),
+    "a better nice value": _tries("attempt(lambda: os.setpriority(os.PRIO_PROCESS, 0, -10))", "EACCES|EPERM"),
     "recursion that smashes the stack": Attack(
         _body("sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6):\n    x = [x]\nrepr(x)"),
         (Outcome.KILLED, Outcome.EXCEPTION),  # newer interpreters count C frames separately
@@ -128,29 +138,29 @@ ATTACKS = {
         ),
         (Outcome.EXCEPTION, Outcome.OUT_OF_MEMORY),
     ),
-    "watches, asynchronous contexts and write-back": _says(
+    "watches, asynchronous contexts and write-back": _tries(
         f"[{', '.join(f'call({number}, 0)' for number in ((294, 206, 162, 306, 447) if _X86 else (26, 0, 81, 267, 447)))}]",
         re.escape(str(["EPERM"] * 5)),
     ),
-    "the limit on core dumps": _says(
+    "the limit on core dumps": _tries(
         f"[resource.getrlimit(resource.RLIMIT_CORE)[0], call({160 if _X86 else 164}, 4, 0), call({302 if _X86 else 261}, 0, 4, 8, 0)]",
         r"\[[01], 'EPERM', 'EPERM'\]",
     ),
-    "pseudo-terminals": _says("attempt(os.openpty)", "done|" + _ANY_REFUSAL),
-    "magic keys, the clock and the host's name": _says(
+    "pseudo-terminals": _tries("attempt(os.openpty)", "done|" + _ANY_REFUSAL),
+    "magic keys, the clock and the host's name": _tries(
         "[attempt(lambda: os.write(os.open('/proc/sysrq-trigger', os.O_WRONLY), b'b')), attempt(lambda: time.clock_settime(0, 0.0)),"
         " attempt(lambda: socket.sethostname('x'))]",
         rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]",
     ),
-    "devices made by itself": _says("attempt(lambda: os.mknod('disk', 0o60666, os.makedev(8, 0)))", "EPERM"),
-    "becoming another user by a setuid file": _says(
+    "devices made by itself": _tries("attempt(lambda: os.mknod('disk', 0o60666, os.makedev(8, 0)))", "EPERM"),
+    "becoming another user by a setuid file": _tries(
         "(os.close(os.open('s', os.O_CREAT)), os.chmod('s', 0o6777)) and attempt(lambda: os.chown('s', 0, 0))", "EPERM|EINVAL"
     ),
     # --- against the host
-    "a socket of the host by its abstract name": _says(
+    "a socket of the host by its abstract name": _tries(
         "attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0discover-jax-test'))", "ECONNREFUSED"
     ),
-    "the host's folders through /proc": _says(
+    "the host's folders through /proc": _tries(
         "[attempt(lambda: os.listdir(os.path.join('/proc', *path))) for path in"
         " (('1', 'root', 'etc'), ('self', 'root', 'root'), ('1', 'cwd', 'home'))]",
         rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]|.*'ENOENT'\]",
@@ -232,8 +242,12 @@ def ends(attacked) -> dict[str, tuple[Verdict, Verdict]]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0discover-jax-test")
         listener.listen()
-        futures = {name: (attacked.submit(a.program), attacked.submit(f"{GOOD}# beside {name}\n")) for name, a in ATTACKS.items()}
-        found = {name: (attack.result(timeout=300), neighbour.result(timeout=300)) for name, (attack, neighbour) in futures.items()}
+        together = "".join(f"print({name!r}, 'found', {a.attempts})\n" for name, a in ATTACKS.items() if a.attempts)
+        programs = {name: a.program or _HELPERS + together + GOOD for name, a in ATTACKS.items()}
+        beside = {program: f"{GOOD}# beside {name}\n" for name, program in programs.items()}
+        futures = {program: (attacked.submit(program), attacked.submit(neighbour)) for program, neighbour in beside.items()}
+        ended = {program: tuple(future.result(timeout=300) for future in both) for program, both in futures.items()}
+        found = {name: ended[program] for name, program in programs.items()}
     assert _workers() == workers
     return found
 
@@ -243,7 +257,8 @@ def test_attack_has_its_outcome_and_its_neighbour_is_scored(ends, name):
     attack, (verdict, neighbour) = ATTACKS[name], ends[name]
     told = f"{verdict.execution.stdout}\n{verdict.execution.detail}\n{verdict.grade.reason}"
     assert verdict.outcome in attack.ends, told
-    assert re.search(attack.said, told), told
+    said = f"{re.escape(name)} found {attack.said}" if attack.attempts else attack.said
+    assert re.search(said, told), told
     assert (neighbour.outcome, neighbour.grade.score) == (Outcome.OK, GOOD_SCORE)
     # An attack gets the score of its submission: none, unless it returned the good one.
     assert verdict.grade.score == (GOOD_SCORE if Outcome.OK in attack.ends else None)
