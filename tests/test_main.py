@@ -23,6 +23,9 @@ _SMALL = (
 )
 
 
+STEPS = 2
+_ALL_STEPS = f"--config.train.steps={STEPS}"
+
 # The environment of users, without the settings of tests/conftest.py. All runs of a user share the folder of compiled functions.
 _OF_TESTS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
@@ -45,9 +48,9 @@ def _rows(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    done = _run(workdir, "--config.train.steps=3")
-    for step in (1, 2, 3):
-        assert re.search(rf"^step +{step}/3\b", done.stdout, re.MULTILINE)
+    done = _run(workdir, _ALL_STEPS)
+    for step in range(1, STEPS + 1):
+        assert re.search(rf"^step +{step}/{STEPS}\b", done.stdout, re.MULTILINE)
     assert re.search(r"^ *learning\b.*\b\d+ rollouts\b.*\b\d+ microbatch", done.stdout, re.MULTILINE)
     assert re.search(r"^ *checkpoint\b.*\b\d+ MB\b", done.stdout, re.MULTILINE)
     assert str(workdir / "best") in done.stdout
@@ -57,13 +60,13 @@ def unbroken(tmp_path_factory) -> Path:
 
 def test_run_leaves_the_files_listed_in_the_readme(unbroken):
     metrics = _rows(unbroken / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert [row["step"] for row in metrics] == list(range(STEPS))
     required = {"reward/mean", "reward/max", "best/score", "rollouts/valid_frac", "groups/constant_frac", "logprob_gap/mean"}
     required |= {"time/sample_s", "time/execute_s", "time/update_s"}
     assert all(required <= row.keys() for row in metrics)
     assert all(row["logprob_gap/mean"] < 1e-5 for row in metrics)  # one model samples and trains
     journal = _rows(unbroken / "journal.jsonl")
-    assert len(journal) == 3 * 2 * 3
+    assert len(journal) == STEPS * 2 * 3
     best = max((row for row in journal if row["score"] is not None), key=lambda row: row["score"])
     grade = json.loads((unbroken / "best" / "grade.json").read_text())
     assert grade["score"] == best["score"] == metrics[-1]["best/score"]
@@ -73,9 +76,9 @@ def test_run_leaves_the_files_listed_in_the_readme(unbroken):
     assert list(rollouts["id"]) == [row["id"] for row in journal]
     assert list(rollouts["program"].dropna()) == [row["code"] for row in journal if row["code"] is not None]
     assert (rollouts["logprob_sum"] < 0).all()
-    assert list(rollouts["prompt"].notna()) == [True, False, False] * 6
+    assert list(rollouts["prompt"].notna()) == [True, False, False] * 2 * STEPS
     (events,) = (unbroken / "tensorboard").iterdir()
-    assert all(events.read_bytes().count(name.encode()) == 3 for name in required - {"reward/max"} | {"outcome/ok"})
+    assert all(events.read_bytes().count(name.encode()) == STEPS for name in required - {"reward/max"} | {"outcome/ok"})
     assert not (unbroken / "wandb_id").exists()
     disclosure = json.loads((unbroken / "disclosure.json").read_text())
     assert disclosure["competitions"][0]["reward"]["rows"] == grade["rows"] == 1197
@@ -98,7 +101,7 @@ def test_kill_9_and_resume_gives_the_same_journal(unbroken, tmp_path):
     workdir = tmp_path / "run"
     for until in (lambda: _lines(workdir / "metrics.jsonl") >= 1, lambda: True):
         process = subprocess.Popen(
-            _command(workdir, "--config.train.steps=3"),
+            _command(workdir, _ALL_STEPS),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -112,7 +115,7 @@ def test_kill_9_and_resume_gives_the_same_journal(unbroken, tmp_path):
         time.sleep(4.0)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    _run(workdir, "--config.train.steps=3")
+    _run(workdir, _ALL_STEPS)
     assert (workdir / "journal.jsonl").read_bytes() == (unbroken / "journal.jsonl").read_bytes()
     timeless = [
         [{k: v for k, v in row.items() if k in ("step", "reward/mean", "loss", "best/score")} for row in _rows(w / "metrics.jsonl")]
@@ -127,28 +130,28 @@ def _lines(path: Path) -> int:
 
 def test_restarted_finished_run_does_nothing(unbroken):
     before = (unbroken / "journal.jsonl").read_bytes()
-    done = _run(unbroken, "--config.train.steps=3")
-    assert re.search(r"\bresume[sd]\b.*\bstep 3\b", done.stdout)
+    done = _run(unbroken, _ALL_STEPS)
+    assert re.search(rf"\bresume[sd]\b.*\bstep {STEPS}\b", done.stdout)
     assert (unbroken / "journal.jsonl").read_bytes() == before
 
 
 def test_different_config_is_refused_with_the_differences(unbroken):
-    done = _run(unbroken, "--config.train.steps=3", "--config.seed=5", code=2)
+    done = _run(unbroken, _ALL_STEPS, "--config.seed=5", code=2)
     assert "seed" in done.stderr
     assert "5" in done.stderr
     assert "Traceback" not in done.stderr
-    _run(unbroken, "--config.train.steps=3", module="search", code=2)
+    _run(unbroken, _ALL_STEPS, module="search", code=2)
 
 
 @pytest.mark.slow  # tests/test_options.py has a run of the phrase model that continues another
 def test_second_run_continues_the_first(unbroken, tmp_path):
     """As the report's run 4 continues run 3, it inherits adapter, optimiser, archive, journal and step count."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
-    assert re.search(r"\bstep 3\b", done.stdout)
+    assert re.search(rf"\bstep {STEPS}\b", done.stdout)
     journal = _rows(tmp_path / "next" / "journal.jsonl")
-    assert journal[:18] == _rows(unbroken / "journal.jsonl")
-    assert {row["step"] for row in journal[18:]} == {3}
-    assert all(row["adapter_step"] >= 2 for row in journal[18:])
+    assert journal[: STEPS * 6] == _rows(unbroken / "journal.jsonl")
+    assert {row["step"] for row in journal[STEPS * 6 :]} == {STEPS}
+    assert all(row["adapter_step"] >= STEPS - 1 for row in journal[STEPS * 6 :])
     done = _run(tmp_path / "none", "--config.train.steps=1", "--config.train.resume_from=/nowhere", code=2)
     assert re.search(r"/nowhere\b", done.stderr)
 
@@ -211,7 +214,7 @@ def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, t
     policy = load_policy(config)
     checkpoints = Checkpoints(unbroken / "checkpoints", keep=1, every=0, read_only=True)
     wanted = abstract_train_state(policy.model.abstract_lora(), build_optimizer(config))
-    state, _ = checkpoints.restore(2, wanted)
+    state, _ = checkpoints.restore(STEPS - 1, wanted)
     checkpoints.close()
     assert state is not None
     tokens_BT = np.array([policy.tokenizer.encode((unbroken / "best" / "solution.py").read_text())], np.int32)
@@ -232,7 +235,7 @@ def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, t
     adapted = peft.PeftModel.from_pretrained(base, out).eval()
     trained = ours(state.lora)
     moved = np.abs(trained - plain).max()
-    assert moved > 0.05  # after three updates, the adapter must differ from the base model
+    assert moved > 0.05  # after the updates, the adapter must differ from the base model
     np.testing.assert_allclose(trained, theirs(adapted), atol=2e-4, rtol=0)
     adapted.save_pretrained(tmp_path / "again")
     np.testing.assert_array_equal(trained, ours(load_peft(tmp_path / "again", policy.model)))

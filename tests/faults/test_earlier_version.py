@@ -17,7 +17,7 @@ from phrase_model import write_phrase_model
 from discover_jax.runs.metrics import read_metrics
 
 _HERE = Path(__file__).parent
-_MODULES = {"train": "main", "search": "search"}
+_COMMANDS = {"train": [str(_HERE / "tiny_main.py")], "search": ["-m", "discover_jax.search"]}
 
 
 @pytest.mark.parametrize("kind", ["train", pytest.param("search", marks=pytest.mark.slow)])
@@ -27,7 +27,7 @@ def test_run_directory_of_an_earlier_version_resumes(kind, root, tmp_path):
     write_phrase_model(tmp_path / "model")
     metrics = read_metrics(tmp_path / kind / "metrics.jsonl")
 
-    command = [sys.executable, "-m", f"discover_jax.{_MODULES[kind]}", f"--config={_HERE / 'phrase_config.py'}:model"]
+    command = [sys.executable, *_COMMANDS[kind], f"--config={_HERE / 'phrase_config.py'}:model"]
     options = ["--config.task.competition=remainders.py", "--config.checkpoint.keep=2", f"--workdir={kind}"]
     done = subprocess.run(command + options, cwd=tmp_path, env=tiny_run.environment(root), capture_output=True, text=True, check=False)
 
