@@ -140,6 +140,13 @@ LENGTHS = (700, 128, 1, 300, 512, 129)
 RARE_STOP = LOGITS - 3.5 * (np.arange(5) == STOP)  # long rollouts of very different lengths
 
 
+@functools.cache
+def _with_room():
+    """The rollouts of LENGTHS from a cache in which everything fits, by key."""
+    sampler = _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=300, launch_steps=16, slots=30)
+    return _by_key(sampler.sample(RARE_STOP, None, _long_prompts(LENGTHS), 5, seed=4, step=1))
+
+
 # On several devices: everything fits; rollouts wait on each device; the batch is halved once on each.
 _ON_DEVICES = [(None, 9, 3), (28, 8, 2), (44, 16, 2)]
 # Slow, because the case with 14 pages covers them by default.
@@ -153,6 +160,7 @@ _MILDER = [pytest.param(pages, 8, 1, marks=pytest.mark.slow) for pages in (24, 1
 )
 def test_rollouts_do_not_depend_on_the_number_of_pages(pages, slots, devices, monkeypatch):
     """From a cache in which everything fits down to one that barely fits one rollout. Each token depends on the whole cache of its row."""
+    free = _with_room()
     monkeypatch.setattr("discover_jax.sampling.sampler.row_devices", lambda mesh: devices)
     settings = {"max_prompt_tokens": 700, "max_new_tokens": 300, "launch_steps": 16, "slots": slots, "pages": pages}
     seen = []
@@ -169,9 +177,6 @@ def test_rollouts_do_not_depend_on_the_number_of_pages(pages, slots, devices, mo
     else:
         assert seen[-1].pages <= pages
         assert (seen[-1].set_aside > 0) == (slots > 1)
-    free = _by_key(
-        _sampler(Memory(), **settings | {"pages": None, "slots": 30}).sample(RARE_STOP, None, _long_prompts(LENGTHS), 5, seed=4, step=1)
-    )
     for key, r in _by_key(rollouts).items():
         np.testing.assert_array_equal(r.tokens_T, free[key].tokens_T)
 
@@ -221,9 +226,15 @@ def test_every_rollout_comes_once_and_ends_at_a_stop_token_or_its_budget():
         np.testing.assert_array_equal(r.prompt_tokens_P, _prompts(5)[r.group].tokens_P)
 
 
+@functools.cache
+def _usual():
+    """The rollouts of five prompts with the usual slots and launches, by key."""
+    return _by_key(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
+
+
 @pytest.mark.parametrize("settings", [{"slots": 35}, {"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64}, {"slots": 1}])
 def test_draws_do_not_depend_on_slots_and_launches(settings):
-    expected = _by_key(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
+    expected = _usual()
     got = _by_key(_sampler(**settings).sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
     assert got.keys() == expected.keys()
     for key, rollout in got.items():
@@ -232,9 +243,11 @@ def test_draws_do_not_depend_on_slots_and_launches(settings):
 
 
 def test_draws_depend_on_seed_step_group_and_index():
+    sampler = _sampler()
+
     def draw(**change):
         arguments = {"seed": 0, "step": 0} | change
-        return [tuple(r.tokens_T) for r in _by_key(_sampler().sample(LOGITS, None, _prompts(1), 8, **arguments)).values()]
+        return [tuple(r.tokens_T) for r in _by_key(sampler.sample(LOGITS, None, _prompts(1), 8, **arguments)).values()]
 
     assert draw() == draw()
     assert draw() != draw(seed=1)
@@ -351,12 +364,19 @@ def test_an_opening_is_recognised_after_a_false_start():
         assert r.chosen_T.all() == begun
 
 
+_OF_PHASE = {"max_new_tokens": 24, "second_phase": PHASE}
+
+
+@functools.cache
+def _usual_with_phase():
+    """The rollouts of four prompts with a second phase and the usual slots and launches, by key."""
+    return _by_key(_sampler(**_OF_PHASE).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
+
+
 @pytest.mark.parametrize("settings", [{"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64, "slots": 64}])
 def test_a_second_phase_depends_on_neither_slots_nor_launches(settings):
-    options = {"max_new_tokens": 24, "second_phase": PHASE}
-    expected = _by_key(_sampler(**options).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
-    got = _by_key(_sampler(**options | settings).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
-    for key, r in expected.items():
+    got = _by_key(_sampler(**_OF_PHASE | settings).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
+    for key, r in _usual_with_phase().items():
         np.testing.assert_array_equal(got[key].tokens_T, r.tokens_T)
         np.testing.assert_array_equal(got[key].chosen_T, r.chosen_T)
         np.testing.assert_allclose(got[key].logprobs_T, r.logprobs_T, atol=1e-6)
