@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,8 @@ from discover_jax.models.layouts import HF_NAME, Layout, ParamPath, TensorEntry,
 from discover_jax.models.mxfp4 import quantise
 from discover_jax.models.parameters import Tree
 from discover_jax.models.progress import OnProgress, Progress
+from discover_jax.models.shards import INDEX, split_into_shards
 
-SHARD_BYTES = 1 << 30
-"""Maximum size of a file. A tensor is never split, so a larger tensor gets a file of its own."""
-
-_INDEX = "model.safetensors.index.json"
 _MAX_NAMED = 5
 """Names that an error message lists."""
 
@@ -88,17 +85,23 @@ def write_folder(
     if layout not in layouts:
         raise WeightsError(f"Unknown layout {layout!r} of {config.family}; allowed: {', '.join(layouts)}.")
     chosen, path = layouts[layout], Path(path)
-    shards, total = _split_into_shards(chosen.tensors(config.num_layers), _parameter_bytes(config, chosen))
+    sizes = _parameter_bytes(config, chosen)
+
+    def size_of(entry: TensorEntry) -> int:
+        return sum(sizes[param] for param in entry[1])
+
+    shards = split_into_shards(chosen.tensors(config.num_layers), size_of)
+    total = sum(size_of(entry) for shard in shards for entry in shard)
     sharded = len(shards) > 1
     names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
     names = names if sharded else ["model.safetensors"]
-    _prepare_folder(path, {*names, _INDEX} if sharded else {*names}, total)
+    _prepare_folder(path, {*names, INDEX} if sharded else {*names}, total)
     progress = Progress(total, on_progress)
     for name, shard in zip(names, shards, strict=True):
         progress.add(_write_shard(path / name, shard, tensor))
     if sharded:
         file_of = {entry: name for name, shard in zip(names, shards, strict=True) for entry, *_ in shard}
-        _write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+        _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
     _write_json(path / "config.json", config_content(config, chosen))
 
 
@@ -110,20 +113,6 @@ def _parameter_bytes(config: ModelConfig, layout: Layout) -> dict[ParamPath, int
         param: math.prod(struct.shape if param in singles else struct.shape[1:]) * struct.dtype.itemsize
         for param, struct in paths_of(abstract, config).items()
     }
-
-
-def _split_into_shards(entries: Iterable[TensorEntry], sizes: dict[ParamPath, int]) -> tuple[list[list[TensorEntry]], int]:
-    """Tensors of each file, in order and at most `SHARD_BYTES` a file, and the bytes of all tensors."""
-    shards: list[list[TensorEntry]] = []
-    room, total = 0, 0
-    for entry in entries:
-        size = sum(sizes[param] for param in entry[1])
-        if not shards or size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(entry)
-        room, total = room - size, total + size
-    return shards, total
 
 
 def _write_shard(file: Path, shard: list[TensorEntry], tensor: Callable[[ParamPath, int | None], np.ndarray]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.gguf_file import GgufFile
 from discover_jax.models.gguf_tensors import EMBEDDING, ROPE_FACTORS, dequantise
+from discover_jax.models.rope import plain_frequencies, scale_llama3
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """Supported values of general.architecture, which equal Hugging Face's model_type, and the class in transformers."""
@@ -92,10 +93,9 @@ def _check_options(file: GgufFile, family: str) -> None:
 
 def llama3_factors(head_size: int, theta: float, scaling: dict[str, Any]) -> np.ndarray:
     """(head_size / 2,) divisors of the rotary frequencies, as in transformers' `_compute_llama3_parameters`."""
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_size, 2) / head_size)
     length, low, high = (scaling[name] for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
-    smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    frequencies = plain_frequencies(head_size, theta)
+    return frequencies / scale_llama3(frequencies, factor=scaling["factor"], length=length, low=low, high=high)
 
 
 def recover_llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any] | None:

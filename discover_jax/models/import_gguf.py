@@ -27,12 +27,10 @@ from discover_jax.models.gguf_file import GgufFile
 from discover_jax.models.gguf_tensors import HF_EMBEDDING, HF_HEAD, Target
 from discover_jax.models.gguf_tokenizer import build_tokenizer, read_generation_config, read_vocabulary
 from discover_jax.models.progress import OnProgress, Progress
+from discover_jax.models.shards import INDEX, split_into_shards
 
-SHARD_BYTES = 1 << 30
-"""Maximum size of a file. A tensor is never split, so a larger tensor gets a file of its own."""
 _ITEMSIZE = 2
 """Bytes of a bfloat16."""
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.gguf")
 """Patterns of files that contain or list weights."""
 
@@ -83,17 +81,17 @@ def import_gguf(source: str | Path, out: str | Path, on_progress: OnProgress | N
             " Llama 3.1 lost that tensor: if this is one of them, use a newer file."
         )
 
-    shards = _split_into_shards(targets)
+    shards = split_into_shards(targets, _size)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     total = sum(map(_size, targets))
-    _prepare_folder(out, {*names, _INDEX} if len(shards) > 1 else {*names}, total)
+    _prepare_folder(out, {*names, INDEX} if len(shards) > 1 else {*names}, total)
     progress = Progress(total, on_progress)
     for name, shard in zip(names, shards, strict=True):
         _write(out / name, lambda path, shard=shard: _write_shard(path, shard, file, progress))
     if len(shards) > 1:
         weight_map = {target.name: name for name, shard in zip(names, shards, strict=True) for target in shard}
-        texts[_INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+        texts[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, text in [*texts.items(), ("config.json", _json(config))]:
         _write(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return Imported(config, total, len(shards), tuple(remarks))
@@ -132,19 +130,6 @@ def _may_lack_scaling(config: dict[str, Any]) -> bool:
 
 def _size(target: Target) -> int:
     return math.prod(target.shape) * _ITEMSIZE
-
-
-def _split_into_shards(targets: list[Target]) -> list[list[Target]]:
-    """Tensors of each file, in order and at most `SHARD_BYTES` a file."""
-    shards: list[list[Target]] = []
-    room = 0
-    for target in targets:
-        if not shards or _size(target) > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(target)
-        room -= _size(target)
-    return shards
 
 
 def _write_shard(path: Path, shard: list[Target], file: GgufFile, progress: Progress) -> None:

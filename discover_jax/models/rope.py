@@ -36,28 +36,29 @@ def yarn_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     return frequencies.astype(np.float32), 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
 
 
-def plain_frequencies(config: ModelConfig) -> np.ndarray:
+def plain_frequencies(head_size: int, theta: float) -> np.ndarray:
     """Radians per position, float64 [H/2] (RoFormer, arXiv 2104.09864, section 3.2.2)."""
-    return config.rope_theta ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
+    return theta ** (-2.0 * np.arange(head_size // 2) / head_size)
 
 
-def llama3_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position, float64 [H/2], scaled as in Llama 3.1 (`rope_type` "llama3" of transformers).
+def scale_llama3(frequencies: np.ndarray, *, factor: float, length: float, low: float, high: float) -> np.ndarray:
+    """Frequencies scaled as in Llama 3.1 (`rope_type` "llama3" of transformers).
 
-    A frequency with fewer than `rope_low_factor` rotations over the original length is divided by `rope_factor`, one with more than
-    `rope_high_factor` is kept, and those in between are interpolated.
+    A frequency with fewer than `low` rotations over the original length is divided by `factor`, one with more than `high` is kept, and
+    those in between are interpolated.
     """
-    frequencies = plain_frequencies(config)
-    rotations = config.rope_original_length * frequencies / (2 * math.pi)
-    keep = np.clip((rotations - config.rope_low_factor) / (config.rope_high_factor - config.rope_low_factor), 0.0, 1.0)
-    return (1.0 - keep) * frequencies / config.rope_factor + keep * frequencies
+    keep = np.clip((length * frequencies / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+    return (1.0 - keep) * frequencies / factor + keep * frequencies
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per position, float32 [H/2], and the factor of cosines and sines."""
     if config.rope_kind == "yarn":
         return yarn_frequencies(config)
-    frequencies = llama3_frequencies(config) if config.rope_kind == "llama3" else plain_frequencies(config)
+    frequencies = plain_frequencies(config.head_size, config.rope_theta)
+    if config.rope_kind == "llama3":
+        length, low, high = config.rope_original_length, config.rope_low_factor, config.rope_high_factor
+        frequencies = scale_llama3(frequencies, factor=config.rope_factor, length=length, low=low, high=high)
     return frequencies.astype(np.float32), 1.0
 
 

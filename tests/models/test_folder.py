@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from discover_jax.exceptions import ConfigError, WeightsError
 from discover_jax.models import folder as folders
-from discover_jax.models import folder_writer, synthetic
+from discover_jax.models import shards, synthetic
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.families import config_content, read_model_config
 from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B, HUGGINGFACE, ORIGINAL
@@ -86,7 +86,7 @@ def test_values_equal_those_in_the_file(folder):
 
 
 def test_sharded_files_load_the_same_model(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_writer, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 50_000)
     layout = ORIGINAL if (json.loads((folder / "config.json").read_text())).get("model_type") is None else HUGGINGFACE
     write_synthetic(tmp_path, CONFIG, seed=3, layout=layout.name)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
@@ -195,7 +195,7 @@ def test_truncated_files_are_named(copy, keep):
 
 
 def test_missing_shards_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_writer, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 50_000)
     write_synthetic(tmp_path, CONFIG)
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()

@@ -18,7 +18,7 @@ from transformers.integrations.gguf import dequant as torch_dequant
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from discover_jax.exceptions import DiscoverError, TokenizerError, WeightsError
-from discover_jax.models import gguf_tensors, import_gguf
+from discover_jax.models import gguf_tensors, import_gguf, shards
 from discover_jax.models.gguf_config import llama3_factors, recover_llama3_scaling
 from discover_jax.models.gguf_file import GgufFile, StoredTensor
 
@@ -484,7 +484,7 @@ def test_missing_chat_template_is_remarked(tmp_path):
 
 
 def test_shards_have_an_index_and_the_same_logits(qwen, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_gguf, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     source, model = qwen
     imported = import_gguf.import_gguf(source, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -516,7 +516,7 @@ def test_memory_is_one_tensor(tmp_path, monkeypatch):
 
 
 def test_interrupted_import_can_be_repeated(qwen, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_gguf, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     read, calls = gguf_tensors.read, []
 
     def interrupt(tensor, heads=0):

@@ -39,7 +39,9 @@ def expected(prompts):
     with torch.inference_mode():
         exact = [reference(torch.tensor(prompt[None], dtype=torch.long)).logits[0].numpy() for prompt in prompts]
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.0}
-        greedy = [reference.generate(torch.tensor(prompt[None], dtype=torch.long), **options)[0, len(prompt) :].numpy() for prompt in prompts]
+        greedy = [
+            reference.generate(torch.tensor(prompt[None], dtype=torch.long), **options)[0, len(prompt) :].numpy() for prompt in prompts
+        ]
         rounded = reference.to(torch.bfloat16)(torch.tensor(prompts[0][None], dtype=torch.long)).logits[0].float().numpy()
     return exact, rounded, greedy
 
