@@ -133,8 +133,10 @@ def kernel_seconds(call: Callable[[], Any], names: tuple[str, ...]) -> dict[str,
 
 
 def _stream_events(path: Path) -> Iterator[Any]:
-    """What ran in a GPU's streams, or in the CPU's threads if the trace has no device. The host's threads also have events of GPU kernels: their
-    launches."""
+    """What ran in a GPU's streams, or in the CPU's threads if the trace has no device.
+
+    With a GPU, the host's threads have events of the same names: the launches.
+    """
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     on_device = any(plane.name.startswith("/device:") for plane in planes)
     for plane in planes:

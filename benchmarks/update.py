@@ -1,14 +1,15 @@
 """Tokens per second of the update on random weights of a published shape, with the device's matrix product and the dry run's memory.
 
     python benchmarks/update.py --shape=gpt-oss-120b [--layers=0] [--tokens=8192] [--prompt=512] [--rollouts=4] [--row_tokens=0] [--rows=1]
-        [--lora=report|linear|attention] [--data=1] [--expert=1] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE] [--profile=DIR]
+        [--lora=report|linear|attention] [--data=1] [--expert=1] [--gradient_only] [--calls=5] [--no_prediction] [--json=FILE]
+        [--profile=DIR]
 
 Model and update are built from a config as in a run. The rollouts are synthetic: random tokens, alternating advantages -1 and +1, and, for
 the replay of routing, distinct random experts for each layer and token. So the load of the experts is as even as chance makes it. Two
 functions are timed: the gradient (`Update.gradient`: packed batches from the host, forward, backward, sums over microbatches), and the
 whole update, which adds the KL to the base (one more forward pass, as in the default config) and the optimiser. Each runs once to compile;
-the time is the median of `--calls` more. Tokens include prompts. `--lora=attention` is rank 32 on only q, k, v and o, and `--lora=linear` on
-all of a layer's matrices but not on the head, as in peers.py.
+the time is the median of `--calls` more. Tokens include prompts. As in peers.py, `--lora=attention` is rank 32 on only q, k, v and o, and
+`--lora=linear` on all matrices of the layers, but not on the head.
 
 Operations: N is the number of weights that a token uses (each layer's q, k, v, o and router, and its chosen experts' three matrices), and
 V D that of the head. a is 4 x heads x head size for each pair of a token and a key that it attends to. A rollout of S tokens has

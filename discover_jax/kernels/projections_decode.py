@@ -39,7 +39,7 @@ class Launch:
 
 
 def choose_launch(rows: int, width: int, outs: Sequence[int]) -> Launch:
-    """The launch parameters for this many rows and columns, and for these outputs: measured on an H100 at the shapes of Qwen2.5 1.5B and 7B.
+    """The launch parameters for this many rows and columns, and for these outputs, measured on an H100 at Qwen2.5's 1.5B and 7B.
 
     The columns have so many parts that each multiprocessor has one instance, or two if they are small or long.
     """

@@ -1,7 +1,7 @@
 """The Triton kernel of projections in decoding: few rows times one layer's matrices, which are read in place from the stacks.
 
-Up to three projections of the same rows share a launch. The operand with more lines is the left one: the weights if there are few rows, which
-are padded to at least 16, else the rows.
+Up to three projections of the same rows share a launch. The weights are the left operand if there are few rows, which are padded to at
+least 16. Otherwise the rows are.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
