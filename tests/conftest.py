@@ -7,11 +7,12 @@ import atexit
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
-from importlib.util import cache_from_source, find_spec
+
+from discover_jax.execution.bytecode import write_bytecode
+from discover_jax.execution.sandbox import PRELOAD
 
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):  # later versions abort at unknown flags
@@ -23,27 +24,12 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Sandboxes import these packages too, but cannot write their bytecode, and some installers do not either.
-_IMPORT_ALL = """
-import importlib
-from discover_jax.execution.sandbox import PRELOAD
-for name in ("pandas", *PRELOAD):
-    importlib.import_module(name)
-"""
-
-
-def _write_bytecode_of_sandboxes() -> None:
-    xgboost = find_spec("xgboost")
-    if xgboost is not None and xgboost.origin is not None and not os.path.exists(cache_from_source(xgboost.origin)):
-        subprocess.run([sys.executable, "-c", _IMPORT_ALL], check=True)
-
-
 # All processes of the session share compiled functions: this one, its workers, and the scripts that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    _write_bytecode_of_sandboxes()
+    write_bytecode(("pandas", *PRELOAD))  # many tests start sandboxes without an executor, which does this for runs
 
 
 def pytest_collection_modifyitems(items):

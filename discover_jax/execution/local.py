@@ -10,6 +10,7 @@ from pathlib import Path
 from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
 from discover_jax.execution.admission import Admission
 from discover_jax.execution.backend import borrowed
+from discover_jax.execution.bytecode import write_bytecode
 from discover_jax.execution.children import Children, ChildSlot
 from discover_jax.execution.leases import lease_cores, lease_uids
 from discover_jax.execution.limits import ResourceLimits
@@ -44,6 +45,7 @@ class LocalBackend:
           SandboxError: bubblewrap cannot start or does not isolate, or there are not enough uids; the message says what to do.
         """
         publics = [[folder.resolve() for folder in folders] for folders in publics]
+        write_bytecode(("pandas", *preload))
         host = bubblewrap.inspect_host() if isolation == "bubblewrap" else None
         self._cgroups = memory.find_cgroups()
         if self._cgroups is not None:
