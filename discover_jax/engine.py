@@ -36,13 +36,23 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
       sizes: sizes of the weights' folder or of `config.model.shape`.
       mesh: devices over which parameters are laid out; None for the default device.
       platform: platform whose kernels the model uses; None for that of the default device.
+
+    Raises:
+      ConfigError: the only positive rank of the adapter is for matrices that the model lacks.
     """
+    lora = LoraConfig(**config.lora).of_model(sizes)
+    if not any((lora.attention_rank, lora.expert_rank, lora.mlp_rank, lora.head_rank)):
+        lacking, own = ("a dense MLP", "expert_rank") if sizes.num_experts else ("experts", "mlp_rank")
+        raise ConfigError(
+            f"The adapter would be empty: this model has no {lacking}, and all other ranks are 0. Set config.lora.attention_rank, {own} or"
+            " head_rank to at least 1."
+        )
     platform = platform or jax.default_backend()
     kernels = kernel_set(platform, mesh)
     reads_tiles = config.model.experts == "packed" and sizes.num_experts > 0 and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
     experts = "tiled" if reads_tiles else config.model.experts
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
-    return Model(sizes, LoraConfig(**config.lora), mesh=mesh, kernels=kernels, **form)
+    return Model(sizes, lora, mesh=mesh, kernels=kernels, **form)
 
 
 def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, platform: str, kernels: KernelSet) -> bool:
