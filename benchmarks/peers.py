@@ -31,7 +31,7 @@ import torch
 import torch.utils.checkpoint
 import transformers
 
-from discover_jax.models.families import config_content, family_of
+from discover_jax.models.families import family_of
 from discover_jax.models.synthetic import shape_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +40,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def build(shape: str, layers: int) -> Any:
     """A model of that shape in bfloat16, with random weights as initialised by transformers."""
     sizes = shape_of(shape, layers)
-    config = transformers.AutoConfig.for_model(**config_content(sizes, family_of(sizes).layouts(sizes)[0]))
+    config = transformers.AutoConfig.for_model(**family_of(sizes).to_hf(sizes))
     config.eos_token_id, config.pad_token_id = None, 0
     if sizes.num_experts:
         config.quantization_config = None

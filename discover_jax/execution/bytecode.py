@@ -1,7 +1,7 @@
 """Bytecode of the packages that programs import.
 
-Sandboxes cannot write it, and some installers do not. Without it, each program compiles pandas again (2.4 instead of 0.5 s of CPU time, see
-BUILD_NOTES.md), and scikit-learn.
+Sandboxes cannot write it, and some installers do not. Without it, each program compiles pandas and scikit-learn again, which takes several
+times as long as importing them.
 """
 
 import importlib.util

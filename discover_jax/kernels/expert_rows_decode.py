@@ -5,17 +5,12 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import expert_rows_triton
 from discover_jax.kernels.expert_rows import Blocks, most_blocks, sort_rows
-from discover_jax.kernels.triton_call import call_kernel
+from discover_jax.kernels.triton_call import call_kernel, power_of_two
 
 MOST_ROWS = 2048
 """Row limit of the kernel. It compares all pairs of rows; for more rows a sort is faster."""
 OWN, STEP = 32, 64
 """Maximum number of rows that one kernel instance places, and that it compares at once."""
-
-
-def _power(number: int) -> int:
-    """The next power of two, at least 2."""
-    return max(2, 1 << (number - 1).bit_length())
 
 
 def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax.Array | int) -> Blocks:
@@ -24,7 +19,8 @@ def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax
     if routed > MOST_ROWS:
         rows = sort_rows(index_TX, experts, block)
         return rows._replace(blocks=rows.blocks.at[0].add(layer * experts))
-    most, own = most_blocks(routed, experts, block), min(OWN, _power(routed))
+    most, padded = most_blocks(routed, experts, block), max(2, power_of_two(routed))
+    own = min(OWN, padded)
     slots, blocks = call_kernel(
         expert_rows_triton.sort,
         *(index_TX.reshape(-1).astype(jnp.int32), jnp.asarray(layer, jnp.int32).reshape(1), routed, most),
@@ -32,6 +28,12 @@ def sort_rows_of_layer(index_TX: jax.Array, experts: int, block: int, layer: jax
         grid=(-(-routed // own),),
         warps=4,
         stages=1,
-        constants={"E": experts, "EXPERTS": _power(experts), "BLOCK": block, "OWN": own, "STEP": min(STEP, _power(routed))},
+        constants={
+            "E": experts,
+            "EXPERTS": max(2, power_of_two(experts)),
+            "BLOCK": block,
+            "OWN": own,
+            "STEP": min(STEP, padded),
+        },
     )
     return Blocks(slots, blocks)

@@ -20,7 +20,7 @@ from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
-from discover_jax.kernels.triton_call import call_kernel
+from discover_jax.kernels.triton_call import call_kernel, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Layer:
     ) -> list[jax.Array]:
         none = jnp.zeros(1, jnp.float32)
         low, second = adapter if adapter is not None else (none, none)
-        blocks, width = self.rows.blocks.shape[1], max(16, min(launch.outputs, 1 << (outputs - 1).bit_length()))
+        blocks, width = self.rows.blocks.shape[1], max(16, min(launch.outputs, power_of_two(outputs)))
         sizes = {"K": x.shape[1], "N": outputs, "BM": self.tiling.rows, "BN": width, "STAGES": launch.stages}
         more = {"BIAS": bias is not None, "RANK": low.shape[1] if adapter is not None else 0, "LIMIT": self.limit, "ALPHA": self.alpha}
         return call_kernel(
@@ -126,7 +126,7 @@ class _Layer:
     def outer(self, u: jax.Array, v_RX: jax.Array, firsts: jax.Array, *, of_tokens: bool = False) -> jax.Array:
         """For each expert the sum over its rows of u v^T: float32 [E, width of u, rank]."""
         experts, width, rank = firsts.shape[0] - 1, u.shape[1], v_RX.shape[1]
-        block = min(128, 1 << (width - 1).bit_length())
+        block = min(128, power_of_two(width))
         return call_kernel(
             experts_update_triton.outer,
             *(u, v_RX, self.rows.slots, firsts),

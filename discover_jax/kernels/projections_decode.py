@@ -13,7 +13,7 @@ from discover_jax.kernels import projections_triton
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.projections import Stack, project_reference
 from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
-from discover_jax.kernels.triton_call import call_kernel, compute_capability, multiprocessors, shared_kib
+from discover_jax.kernels.triton_call import call_kernel, compute_capability, multiprocessors, power_of_two, shared_kib
 
 COLUMNS = _COLUMNS.value
 MOST_ROWS = 256
@@ -83,14 +83,14 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
     outs = [stack.weight.shape[1] for stack in stacks]
     chosen = chosen or choose_launch(rows, width, outs)
     outputs = next(n for n in (256, 128, 64, 32, 16) if n <= chosen.outputs and all(out % n == 0 for out in outs))
-    block = min(128, max(16, 1 << (rows - 1).bit_length()))
+    block = min(128, max(16, power_of_two(rows)))
     three = [stacks[min(i, len(stacks) - 1)] for i in range(MOST_STACKS)]
     biases = [x_Ti if stack.bias is None else stack.bias for stack in three]  # placeholders without biases
     adapters = [x_Ti] * (2 * MOST_STACKS)  # placeholders without an adapter
     if rank:
         adapters = [stack.lora_a for stack in three] + [stack.lora_b for stack in three]
     sizes = {f"OUT{i}": outs[i] if i < len(outs) else 0 for i in range(MOST_STACKS)}
-    stages = _stages(chosen.stages, outputs + block + (max(16, 1 << (rank - 1).bit_length()) if rank else 0))
+    stages = _stages(chosen.stages, outputs + block + (max(16, power_of_two(rank)) if rank else 0))
     cuts = {"M": outputs, "N": block, "ROWS_LEFT": rows > FEW_ROWS, "PARTS": chosen.parts, "STAGES": stages}
     parts_PTo = call_kernel(
         projections_triton.project,

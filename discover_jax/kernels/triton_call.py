@@ -89,6 +89,11 @@ def call_kernel(kernel: Any, *arguments: Any, out: Any, grid: tuple[int, ...], w
     return _prepare().triton_call(*arguments, kernel=kernel, out_shape=out, grid=grid, **options, **constants)
 
 
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of a number up to `most`."""
     return next(n for n in range(most, 0, -1) if number % n == 0)

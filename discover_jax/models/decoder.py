@@ -326,7 +326,7 @@ class Model:
     def _split(self, tree: Tree) -> tuple[Tree, Tree]:
         names = tuple(SLABS) if self.config.num_experts else ()
         if self._stacked:
-            names += ("q", "k", "v", "o") if self.config.num_experts else ("q", "k", "v", "o", "gate", "up", "down")
+            names += ("q", "k", "v", "o", "gate", "up", "down")
         return _split_matrices(tree, names)
 
     def _bind(self, frozen: Tree, lora: Tree | None) -> Decoder:

@@ -25,7 +25,7 @@ from discover_jax.models.layouts import HF_NAME, Layout, ParamPath, TensorEntry,
 from discover_jax.models.mxfp4 import quantise
 from discover_jax.models.parameters import Tree
 from discover_jax.models.progress import OnProgress, Progress
-from discover_jax.models.shards import INDEX, split_into_shards
+from discover_jax.models.shards import INDEX, name_files, split_into_shards
 
 _MAX_NAMED = 5
 """Names that an error message lists."""
@@ -93,8 +93,7 @@ def write_folder(
     shards = split_into_shards(chosen.tensors(config.num_layers), size_of)
     total = sum(size_of(entry) for shard in shards for entry in shard)
     sharded = len(shards) > 1
-    names = [chosen.file.format(number=number, count=len(shards)) for number in range(1, len(shards) + 1)]
-    names = names if sharded else ["model.safetensors"]
+    names = name_files(chosen.file, len(shards))
     _prepare_folder(path, {*names, INDEX} if sharded else {*names}, total)
     progress = Progress(total, on_progress)
     for name, shard in zip(names, shards, strict=True):

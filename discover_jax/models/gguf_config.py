@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from discover_jax.exceptions import WeightsError
+from discover_jax.models.frequencies import plain_frequencies, scale_llama3
 from discover_jax.models.gguf_file import GgufFile
 from discover_jax.models.gguf_tensors import EMBEDDING, ROPE_FACTORS, dequantise
-from discover_jax.models.rope import plain_frequencies, scale_llama3
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """Supported values of general.architecture, which equal Hugging Face's model_type, and the class in transformers."""

@@ -26,8 +26,9 @@ from discover_jax.models.gguf_config import read_config
 from discover_jax.models.gguf_file import GgufFile
 from discover_jax.models.gguf_tensors import HF_EMBEDDING, HF_HEAD, Target
 from discover_jax.models.gguf_tokenizer import build_tokenizer, read_generation_config, read_vocabulary
+from discover_jax.models.layouts import HF_FILE
 from discover_jax.models.progress import OnProgress, Progress
-from discover_jax.models.shards import INDEX, split_into_shards
+from discover_jax.models.shards import INDEX, name_files, split_into_shards
 
 _ITEMSIZE = 2
 """Bytes of a bfloat16."""
@@ -82,8 +83,7 @@ def import_gguf(source: str | Path, out: str | Path, on_progress: OnProgress | N
         )
 
     shards = split_into_shards(targets, _size)
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    names = name_files(HF_FILE, len(shards))
     total = sum(map(_size, targets))
     _prepare_folder(out, {*names, INDEX} if len(shards) > 1 else {*names}, total)
     progress = Progress(total, on_progress)

@@ -14,7 +14,7 @@ from discover_jax.models.cache import Cache, copy_page, put_pages, take_pages
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
-from discover_jax.models.rope import yarn_frequencies, yarn_ramp
+from discover_jax.models.frequencies import yarn_frequencies, yarn_ramp
 from discover_jax.models.sharding import make_mesh, spec_for
 
 CONFIG = ModelConfig(
