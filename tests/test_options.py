@@ -32,8 +32,8 @@ from discover_jax.learning.signals import DUPLICATES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
-from discover_jax.tasks.competition import TRANSFORMS
 from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import IDEAS, STYLES, build_prompt
 from discover_jax.text.tokenizer import load_tokenizer

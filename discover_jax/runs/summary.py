@@ -11,7 +11,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.runs.best import bundle_dir, read_best
 from discover_jax.runs.disclosure import read_isolation
 from discover_jax.runs.workdir import Workdir
-from discover_jax.tasks.competition import TRANSFORMS
+from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt, Outcome, RunKind, State
 

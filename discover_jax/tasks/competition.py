@@ -1,7 +1,6 @@
-"""What a competition is: its tables, its metric, and how a score becomes a reward. One small file defines one."""
+"""What a competition is: its tables and its metric. One small file defines one."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError
+from discover_jax.tasks.rewards import check_rewards, direction_of, reward_of, signals_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,53 +32,6 @@ class Metric:
     function: Callable[[np.ndarray, np.ndarray], float]
     proportion: bool = False
     resampled: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """Turns a score into a reward; a higher reward is better.
-
-    Attributes:
-      function: (score, higher_is_better) -> reward; a better score gives a higher reward.
-      directions: allowed values of Metric.higher_is_better.
-      at_least: lowest allowed score.
-      in_group: whether advantages use the ranks of rewards in their group instead of the rewards.
-    """
-
-    function: Callable[[float, bool], float]
-    directions: tuple[bool, ...]
-    at_least: float = -math.inf
-    in_group: bool = False
-
-
-_SMALLEST = 1e-12
-"""`log` raises lower scores to this, so that a perfect error of 0 has a finite reward."""
-
-
-def _signed(score: float, higher: bool) -> float:
-    return score if higher else -score
-
-
-def _log(score: float, higher: bool) -> float:
-    return _signed(math.log(max(score, _SMALLEST)), higher)
-
-
-TRANSFORMS: Mapping[str, Transform] = {
-    "identity": Transform(_signed, (True,)),
-    "negate": Transform(_signed, (False,)),
-    "inverse": Transform(lambda score, _: 1.0 / (1.0 + score), (False,), at_least=0.0),
-    "log": Transform(_log, (True, False), at_least=0.0),
-    "rank_in_group": Transform(_signed, (True, False), in_group=True),
-}
-"""By the name in Competition.transform. `identity` is the report's reward. `inverse`, 1 / (1 + score), is in (0, 1]. `log`, with the sign
-of the direction, turns equal ratios of scores into equal differences of rewards, whatever the metric's scale. `rank_in_group` removes the
-scale from the update."""
-
-
-def ranks(rewards_K: Sequence[float]) -> list[float]:
-    """Ranks of a group's rewards, from 0 for the lowest to 1 for the highest. Equal rewards share their mean rank; a group of one has 0."""
-    others = max(len(rewards_K) - 1, 1)
-    return [(sum(r < mine for r in rewards_K) + (sum(r == mine for r in rewards_K) - 1) / 2) / others for mine in rewards_K]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,21 +103,12 @@ class Competition:
             raise refuse(f"id_column and target are both {self.target!r}; they must differ.")
         if not isinstance(self.metric, Metric):
             raise refuse(f"metric must be a Metric, such as discover_jax.tasks.metrics.ACCURACY; got {self.metric!r}.")
-        if self.transform not in TRANSFORMS:
-            raise refuse(f"transform must be one of {', '.join(TRANSFORMS)}; got {self.transform!r}.")
-        if self.metric.higher_is_better not in TRANSFORMS[self.transform].directions:
-            fits = [name for name, transform in TRANSFORMS.items() if self.metric.higher_is_better in transform.directions]
-            raise refuse(
-                f"transform = {self.transform!r} does not fit {self.metric.name}, where {self.direction} is better: a higher"
-                f" reward must be better. Use {' or '.join(map(repr, fits))}."
-            )
-        if not math.isfinite(self.failure_reward):
-            raise refuse(f"failure_reward must be finite, since advantages use it; got {self.failure_reward!r}.")
+        check_rewards(refuse, self.transform, self.metric.name, self.metric.higher_is_better, self.failure_reward)
 
     @property
     def direction(self) -> str:
         """ "higher" or "lower": which scores are better."""
-        return "higher" if self.metric.higher_is_better else "lower"
+        return direction_of(self.metric.higher_is_better)
 
     def reward(self, score: float) -> float:
         """The reward of a score, at least that of a failure; higher is better.
@@ -172,14 +116,11 @@ class Competition:
         Raises:
           ConfigError: the transform is not defined for the score.
         """
-        transform = TRANSFORMS[self.transform]
-        if score < transform.at_least:
-            raise ConfigError(
-                f"Competition {self.id!r}: {self.metric.name} {score} has no reward, since the transform {self.transform!r} takes scores"
-                f" of at least {transform.at_least:g}. Use another transform."
-            )
-        return max(transform.function(score, self.metric.higher_is_better), self.failure_reward)
+        try:
+            return reward_of(score, self.transform, self.metric.higher_is_better, self.failure_reward)
+        except ConfigError as error:
+            raise ConfigError(f"Competition {self.id!r}: {self.metric.name} {error}") from error
 
     def signals(self, rewards_K: Sequence[float]) -> list[float]:
         """What advantages use: the rewards of a group, or their ranks if the transform says so."""
-        return ranks(rewards_K) if TRANSFORMS[self.transform].in_group else list(rewards_K)
+        return signals_of(rewards_K, self.transform)

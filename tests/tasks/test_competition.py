@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError, DataError
-from discover_jax.tasks.competition import TRANSFORMS, Competition, ranks
+from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.loading import load_competition, locate_competition
 from discover_jax.tasks.metrics import ACCURACY, RMSE
 from discover_jax.tasks.prepare import prepare_task
+from discover_jax.tasks.rewards import TRANSFORMS, ranks
 
 GOOD = {
     "id": "boats",

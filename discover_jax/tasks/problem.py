@@ -1,0 +1,153 @@
+"""What a problem is: a task whose solutions are checked by a function. One small file defines one.
+
+A competition compares a table with answers. A problem calls functions of the program, in its sandbox, and checks what they return.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.tasks.rewards import check_rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of checking a valid solution.
+
+    Attributes:
+      score: finite, in the problem's own direction and unit.
+      feedback: what the next prompt shows of it; longer texts are cut.
+      metrics: further numbers by name, for the journal and the report.
+    """
+
+    score: float
+    feedback: str = ""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Rejection(Exception):
+    """Raised by `evaluate`: the solution is not valid. Its text is the reason, which the next prompt shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A returned value with the time of the call, measured outside the sandbox.
+
+    Attributes:
+      value: as `Program.call` returns it.
+      wall_s: wall time in seconds, including the transport of arguments and value.
+      cpu_s: CPU time of all processes of the program, in seconds.
+    """
+
+    value: Any
+    wall_s: float
+    cpu_s: float
+
+
+class Program(Protocol):
+    """A program in its sandbox, as `evaluate` sees it.
+
+    Arguments and values are None, booleans, numbers, strings, lists, tuples, dicts with string keys, and numpy arrays of booleans or
+    numbers. Values arrive as plain Python objects and arrays that own their memory; tuples arrive as lists. Nothing is unpickled.
+
+    Both methods raise Rejection if the call fails: the function is missing or raises, the value cannot be sent or is too large, or time or
+    memory is exceeded. `evaluate` need not catch it.
+    """
+
+    def call(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Any:
+        """Calls a function of the program and returns its value.
+
+        Args:
+          name: of the function.
+          arguments: of the function. The program sees them only now.
+          seconds: limit of this call; by default, what is left of the program's time.
+          fresh: whether to start the program again in a new sandbox first. Otherwise it keeps its state between calls.
+        """
+        ...
+
+    def time(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Timed:
+        """`call`, with the time that it took."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A published score to compare with.
+
+    Attributes:
+      name: who or what reached it.
+      score: in the problem's direction and unit.
+      source: where it was published.
+    """
+
+    name: str
+    score: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The definition of a problem.
+
+    Attributes:
+      id: short name: letters, digits, dot, dash, underscore.
+      description: for the prompt: what the program's functions get and return, what makes a solution valid, and how it is scored.
+      evaluate: (program) -> Evaluation. Runs outside the sandbox, in a process of its own, with limits on time and memory. Values from the
+        program are untrusted: check that numbers are finite first. An exception, including one that an unexpected value causes, rejects the
+        solution, with the exception's text as the reason.
+      higher_is_better: the direction of scores.
+      score_name: as prompts and summaries show it.
+      interface: the line that names the functions to define, such as "`run()` returns centers and radii".
+      seed_program: a plain valid program to start from; empty: the first programs are written from nothing.
+      ideas: suggestions for improvements; may be empty.
+      records: published scores; never invented.
+      files: name -> text of each file that programs see in data/.
+      transform: name in TRANSFORMS, from score to reward.
+      failure_reward: reward of a program that failed; must be below that of every valid solution that is worth having.
+      evaluate_seconds: limit of `evaluate` itself, without the time of calls.
+      evaluate_gib: memory limit of `evaluate`, in GiB.
+
+    Raises:
+      ConfigError: a value is not allowed, or direction and transform contradict each other.
+    """
+
+    id: str
+    description: str
+    evaluate: Callable[[Program], Evaluation]
+    higher_is_better: bool = True
+    score_name: str = "score"
+    interface: str = "`run()` takes no arguments and returns the solution"
+    seed_program: str = ""
+    ideas: tuple[str, ...] = ()
+    records: tuple[Record, ...] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    transform: str = "identity"
+    failure_reward: float = 0.0
+    evaluate_seconds: float = 60.0
+    evaluate_gib: float = 2.0
+
+    def __post_init__(self):
+        def refuse(problem: str) -> ConfigError:
+            return ConfigError(f"Problem {self.id!r}: {problem}")
+
+        if not isinstance(self.id, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.id):
+            raise refuse("the id must consist of letters, digits, '.', '-' and '_', since it names folders.")
+        for name in ("description", "score_name", "interface"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise refuse(f"{name} must be a non-empty string; got {value!r}.")
+        if not callable(self.evaluate):
+            raise refuse(f"evaluate must be a function; got {self.evaluate!r}.")
+        for name in self.files:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise refuse(f"files has the name {name!r}; a name consists of letters, digits, '.', '-' and '_'.")
+        for name in ("evaluate_seconds", "evaluate_gib"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise refuse(f"{name} must be a positive number; got {value!r}.")
+        if not all(math.isfinite(record.score) for record in self.records):
+            raise refuse("the scores of records must be finite.")
+        check_rewards(refuse, self.transform, self.score_name, self.higher_is_better, self.failure_reward)
