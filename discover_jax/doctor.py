@@ -28,9 +28,10 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import check_folder
 from discover_jax.policy import check_chat_format, weights_folder
-from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.tasks.prepare import AnyTask, prepare_tasks
+from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
-from discover_jax.types import Grade, Outcome
+from discover_jax.types import Grade, Outcome, Verdict
 
 _PROGRAM = """import pandas as pd
 
@@ -38,6 +39,8 @@ _PROGRAM = """import pandas as pd
 def run():
     return pd.read_csv("data/sample_submission.csv")
 """
+
+_NO_SOLUTION = "solution = None\n"
 
 T = TypeVar("T")
 
@@ -158,17 +161,21 @@ def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
     return text, None
 
 
-def _data(config: Any, folder: Path) -> tuple[str, list[Task]]:
+def _data(config: Any, folder: Path) -> tuple[str, list[AnyTask]]:
     tasks = prepare_tasks(config.task, folder=folder / "task", seed=config.seed)
     texts = []
     for task in tasks:
+        if isinstance(task, ProblemTask):
+            texts.append(f"{task.id}: a problem, checked by its evaluate()")
+            continue
         checked = "checksums match MLE-bench's" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
         texts.append(f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}")
     return "; ".join(texts), tasks
 
 
-def _graders(tasks: list[Task]) -> tuple[str, list[float]]:
-    found = [_grader(task) for task in tasks]
+def _graders(tasks: list[AnyTask]) -> tuple[str, list[float | None]]:
+    """The score of each competition's sample submission; None for a problem, whose evaluate() needs a sandbox."""
+    found = [("evaluate() is checked in the sandbox", None) if isinstance(task, ProblemTask) else _grader(task) for task in tasks]
     return "; ".join(text for text, _ in found), [score for _, score in found]
 
 
@@ -199,7 +206,7 @@ def _combined(task: Task, submissions: list[bytes]) -> Grade:
     return next((grade for grade in grades if not grade.valid), None) or task.combine(grades)
 
 
-def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) -> tuple[str, None]:
+def _sandbox(config: Any, tasks: list[AnyTask], scores: list[float | None], folder: Path) -> tuple[str, None]:
     settings = config.execution
     limits = resource_limits(settings.seconds, settings.cores, settings.memory_gib)
     with Executor(
@@ -211,15 +218,31 @@ def _sandbox(config: Any, tasks: list[Task], scores: list[float], folder: Path) 
         allow_weaker=settings.allow_weaker,
         ray_address=settings.ray_address,
     ) as executor:
-        verdicts = [executor.submit(_PROGRAM, number).result() for number in range(len(tasks))]
+        programs = [task.problem.seed_program or _NO_SOLUTION if isinstance(task, ProblemTask) else _PROGRAM for task in tasks]
+        verdicts = [executor.submit(program, number).result() for number, program in enumerate(programs)]
         text, isolated = executor.describe(), executor.isolated
-    for verdict, score in zip(verdicts, scores, strict=True):
-        if verdict.outcome is not Outcome.OK or verdict.grade.score != score:
+    found = []
+    for task, verdict, score in zip(tasks, verdicts, scores, strict=True):
+        if isinstance(task, ProblemTask):
+            found.append(_check_problem(task, verdict))
+        elif verdict.outcome is not Outcome.OK or verdict.grade.score != score:
             raise RunError(
                 f"A program that returns the sample submission must end as ok with score {score}; got {verdict.outcome.value} with score"
                 f" {verdict.grade.score}. {verdict.execution.detail or verdict.grade.reason}"
             )
-    return f"{'the canary could not escape' if isolated else 'no canary: programs are not isolated'}; {text}", None
+    return "; ".join([*found, "the canary could not escape" if isolated else "no canary: programs are not isolated", text]), None
+
+
+def _check_problem(task: ProblemTask, verdict: Verdict) -> str:
+    """Checks the verdict on the seed program or, without one, on a program that solves nothing."""
+    reason = verdict.execution.detail or verdict.grade.reason
+    if not task.problem.seed_program:
+        if verdict.outcome is Outcome.OK:
+            raise RunError(f"{task.id}: evaluate() gives the score {verdict.grade.score} to a program that defines no function.")
+        return f"{task.id}: evaluate() rejects a program without functions ({reason})"
+    if verdict.outcome is not Outcome.OK:
+        raise RunError(f"{task.id}: the seed program must be valid; it ended with {verdict.outcome.value}: {reason}")
+    return f"{task.id}: the seed program scores {verdict.grade.score}"
 
 
 def run(config: Any, workdir: Path) -> None:

@@ -50,8 +50,7 @@ from discover_jax.stages import (
     update,
     write_prompts,
 )
-from discover_jax.tasks.prepare import prepare_tasks
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask, prepare_tasks
 from discover_jax.types import RunKind
 
 
@@ -173,7 +172,7 @@ def _check_agreement(processes: Processes, config: Any, kind: RunKind) -> None:
         processes.agree(f"{what} (SHA-256)", digest, remedy)
 
 
-def _executor(config: Any, tasks: Sequence[Task], workdir: Workdir, processes: Processes) -> Executor:
+def _executor(config: Any, tasks: Sequence[AnyTask], workdir: Workdir, processes: Processes) -> Executor:
     return Executor(
         tasks,
         resource_limits(config.execution.seconds, config.execution.cores, config.execution.memory_gib),
@@ -186,7 +185,7 @@ def _executor(config: Any, tasks: Sequence[Task], workdir: Workdir, processes: P
     )
 
 
-def _disclose(config: Any, kind: RunKind, workdir: Workdir, tasks: Sequence[Task], source: Source | None, isolation: Isolation) -> None:
+def _disclose(config: Any, kind: RunKind, workdir: Workdir, tasks: Sequence[AnyTask], source: Source | None, isolation: Isolation) -> None:
     """Writes disclosure.json: what reaches the search, and how programs are isolated."""
     search = {
         "learned": kind.learns,
@@ -199,7 +198,9 @@ def _disclose(config: Any, kind: RunKind, workdir: Workdir, tasks: Sequence[Task
     write_disclosure(workdir, tasks, search=search, isolation=isolation, goes_on_from=goes_on_from)
 
 
-def _opening_lines(config: Any, workdir: Workdir, tasks: Sequence[Task], ways: Sequence[str], policy: Policy, state: RunState) -> list[str]:
+def _opening_lines(
+    config: Any, workdir: Workdir, tasks: Sequence[AnyTask], ways: Sequence[str], policy: Policy, state: RunState
+) -> list[str]:
     sizes = policy.model.config
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
     if (count := jax.process_count()) > 1:

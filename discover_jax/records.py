@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 _LARGEST = 2**53  # JSON readers disagree on larger integers, and no count of a run comes near it
 _SHOWN = 60
+NUMBERS = dict[str, float]
+"""The type of a field with numbers by name."""
 
 T = TypeVar("T")
 
@@ -37,10 +39,12 @@ def parse_json(text: str | bytes) -> Any:
 def from_row(kind: type[T], row: Any) -> T:
     """The dataclass of a row, which must have exactly one entry of the right type for each field. Enums are given by their values.
 
-    Numbers must be finite, and integers at most 2**53 in magnitude. An integer may be given for a float; True is not a number.
+    Fields whose metadata have "later" may be missing, since earlier versions did not write them. Numbers must be finite, and integers at
+    most 2**53 in magnitude. An integer may be given for a float; True is not a number.
 
     Args:
-      kind: a dataclass with fields of type str, int, float, bool, enum or list, optionally None. Elements of lists are not checked.
+      kind: a dataclass with fields of type str, int, float, bool, enum, list or NUMBERS, optionally None. Elements of lists are not
+        checked.
       row: a value of `parse_json`.
 
     Raises:
@@ -50,10 +54,15 @@ def from_row(kind: type[T], row: Any) -> T:
     names = list(hints)
     if not isinstance(row, dict):
         raise ValueError(f"it is {_show(row)}, not an object with the fields {names}")
-    missing, unknown = [name for name in names if name not in row], [name for name in row if name not in names]
+    missing, unknown = [name for name in _required(kind) if name not in row], [name for name in row if name not in names]
     if missing or unknown:
         raise ValueError(f"its fields are not {names}: missing {missing}, unknown {[name[:_SHOWN] for name in unknown[:5]]}")
-    return kind(**{name: _value(name, row[name], hints[name]) for name in names})
+    return kind(**{name: _value(name, row[name], hints[name]) for name in names if name in row})
+
+
+@functools.cache
+def _required(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if not field.metadata.get("later")]
 
 
 @functools.cache  # called for every row of a journal
@@ -68,7 +77,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     for kind in kinds:
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_sound(value):
+        if kind is float and _is_number(value):
             return value
         if kind is int and isinstance(value, int) and not isinstance(value, bool) and _is_sound(value):
             return value
@@ -78,8 +87,14 @@ def _value(name: str, value: Any, hint: Any) -> Any:
             return kind(value)
         if typing.get_origin(kind) is list and isinstance(value, list):
             return value
+        if kind == NUMBERS and isinstance(value, dict) and all(_is_number(number) for number in value.values()):
+            return value
     allowed = " or ".join("null" if kind is type(None) else _describe(kind) for kind in kinds)
     raise ValueError(f"its field {name!r} is {_show(value)}; it must be {allowed}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and _is_sound(value)
 
 
 def _is_sound(number: float) -> bool:
@@ -89,6 +104,8 @@ def _is_sound(number: float) -> bool:
 def _describe(kind: type) -> str:
     if typing.get_origin(kind) is list:
         return "a list"
+    if kind == NUMBERS:
+        return "an object of finite numbers"
     if issubclass(kind, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in kind)
     return {float: "a finite number", int: "an integer of at most 2**53", str: "a string", bool: "true or false"}[kind]

@@ -31,8 +31,7 @@ from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
-from discover_jax.tasks.prepare import named_competitions
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask, named_competitions
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
 from discover_jax.text.reply import program_of
@@ -60,7 +59,7 @@ class Run:
     config: Any
     kind: RunKind
     processes: Processes
-    tasks: Sequence[Task]
+    tasks: Sequence[AnyTask]
     executor: Executor
     slots_H: Sequence[int]
     sampler: Sampler
@@ -82,7 +81,7 @@ class Group:
       failures: the last attempts on the parent, if all of them failed.
     """
 
-    task: Task
+    task: AnyTask
     parent: State
     failures: Sequence[Attempt]
 

@@ -1,4 +1,4 @@
-"""The data that flows through a step: parents, prompts, rollouts, executions, grades, attempts.
+"""The data that flows through a step: parents, prompts, rollouts, executions, evaluations, grades, attempts.
 
 All types are immutable. Arrays are numpy on the host, and their names list the axes (P prompt tokens, T generated tokens).
 This module does not import jax, so that the workers that run programs start quickly.
@@ -6,9 +6,13 @@ This module does not import jax, so that the workers that run programs start qui
 
 import dataclasses
 import enum
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
+
+_LATER = {"later": True}
+"""Marks fields that files of earlier versions do not have (see `records.from_row`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class State:
       step: step of its attempt, from 0; -1 for the seed.
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.
       task: id of its competition; empty for the seed, from which the search of every competition starts.
+      feedback: what the evaluation of a problem's solution says about it.
     """
 
     id: str
@@ -36,6 +41,7 @@ class State:
     step: int
     adapter_step: int
     task: str = ""
+    feedback: str = dataclasses.field(default="", metadata=_LATER)
 
     @property
     def is_seed(self) -> bool:
@@ -140,7 +146,7 @@ class Execution:
 
     Attributes:
       outcome: how it ended. OK means only that the program returned bytes; grading decides whether they are valid.
-      csv: the submission's bytes, or None.
+      csv: the submission's bytes, or for a problem the value that was returned last (see `execution.values`); None if there is none.
       stdout: head and tail of standard output and error, of limited length.
       detail: end of the traceback, or the reason, of limited length; empty if OK.
       seconds: wall time of the program, from its own start.
@@ -156,6 +162,25 @@ class Execution:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answer:
+    """A program's answer to one call of a function.
+
+    Attributes:
+      outcome: OK if the function returned.
+      value: the returned value (see `execution.values`); None if there is none.
+      detail: end of the traceback, or the reason, of limited length; empty if OK.
+      wall_s, cpu_s: time from the request to the end of the answer, and CPU time of the program's processes in it, in seconds. Both are
+        measured outside the sandbox.
+    """
+
+    outcome: Outcome
+    value: bytes | None
+    detail: str
+    wall_s: float
+    cpu_s: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Grade:
     """The grade of a submission.
 
@@ -164,13 +189,77 @@ class Grade:
       reason: why it is invalid; empty if valid.
       score: the score that the search may see, in the metric's own direction: on the private answers for the reward `grade`, on the
         held-out rows for `holdout`; None if invalid.
-      private_score: score on the private answers, for the record only; equals `score` for the reward `grade`.
+      private_score: score on the private answers, for the record only; equals `score` for the reward `grade` and for problems.
+      feedback: what the evaluation of a problem's solution says about it; empty for competitions.
+      metrics: further numbers of that evaluation, by name.
     """
 
     valid: bool
     reason: str
     score: float | None
     private_score: float | None
+    feedback: str = dataclasses.field(default="", metadata=_LATER)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of checking a valid solution.
+
+    Attributes:
+      score: finite, in the problem's own direction and unit.
+      feedback: what the next prompt shows of it; longer texts are cut.
+      metrics: further numbers by name, for the journal and the report.
+    """
+
+    score: float
+    feedback: str = ""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Rejection(Exception):
+    """Raised by `evaluate`: the solution is not valid. Its text is the reason, which the next prompt shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A returned value with the time of the call, measured outside the sandbox.
+
+    Attributes:
+      value: as `Program.call` returns it.
+      wall_s: wall time in seconds, including the transport of arguments and value.
+      cpu_s: CPU time of all processes of the program, in seconds.
+    """
+
+    value: Any
+    wall_s: float
+    cpu_s: float
+
+
+class Program(Protocol):
+    """A program in its sandbox, as `evaluate` sees it.
+
+    Arguments and values are None, booleans, numbers, strings, lists, tuples, dicts with string keys, and numpy arrays of booleans or
+    numbers. Values arrive as plain Python objects and arrays that own their memory; tuples arrive as lists. Nothing is unpickled.
+
+    Both methods raise Rejection if the call fails: the function is missing or raises, the value cannot be sent or is too large, or time or
+    memory is exceeded. `evaluate` need not catch it.
+    """
+
+    def call(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Any:
+        """Calls a function of the program and returns its value.
+
+        Args:
+          name: of the function.
+          arguments: of the function. The program sees them only now.
+          seconds: limit of this call; by default, what is left of the program's time.
+          fresh: whether to start the program again in a new sandbox first. Otherwise it keeps its state between calls.
+        """
+        ...
+
+    def time(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Timed:
+        """`call`, with the time that it took."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +284,7 @@ class Attempt:
       reward: basis of the advantage, higher is better; the task's failure reward for a failure.
       adapter_step: optimiser steps that the adapter had seen.
       tokens, stop: length of the rollout and why it ended.
+      feedback, metrics: see Grade.
     """
 
     id: str
@@ -213,6 +303,8 @@ class Attempt:
     adapter_step: int
     tokens: int
     stop: StopReason
+    feedback: str = dataclasses.field(default="", metadata=_LATER)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
 
     def state(self) -> State | None:
         """The state of this attempt for the archive; None if it has no score."""
@@ -228,6 +320,7 @@ class Attempt:
             step=self.step,
             adapter_step=self.adapter_step,
             task=self.task,
+            feedback=self.feedback,
         )
 
 

@@ -172,6 +172,8 @@ def main() -> None:
     config, frozen = load_folder(arguments.weights)
     with tempfile.TemporaryDirectory() as name:
         task = prepare_task(arguments.competition, raw=arguments.raw, reward="grade", folder=Path(name) / "task")
+        if not isinstance(task, Task):
+            parser.error(f"--competition={arguments.competition}: the apprentice knows only competitions, and this is a problem.")
         model = Model(config, kernels=kernel_set(jax.default_backend()))
         sample = policy(model, frozen, chat, task, slots=min(64, arguments.samples), seed=arguments.seed)
         with Executor([task], ResourceLimits(seconds=60.0), cache_dir=Path(name) / "cache") as executor:

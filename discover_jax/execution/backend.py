@@ -1,12 +1,13 @@
 """The backend interface of the executor. Backends run programs on this machine (local.py) or on a ray cluster (cluster.py)."""
 
 import contextlib
+import dataclasses
 import queue
-from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.types import Execution
 
 T = TypeVar("T")
 
@@ -21,18 +22,95 @@ def borrowed(free: queue.SimpleQueue[T]) -> Iterator[T]:
         free.put(one)
 
 
+class RunTask(Protocol):
+    """The part of a task that runs its programs; see `grading.GradedTask` and `evaluating.EvaluatedTask`.
+
+    Attributes:
+      calls: whether functions of its programs are called one by one, instead of run() once for a submission.
+      public_dirs: the only folder that a program sees, for each of its runs.
+      fingerprint: covers the data and all settings that a score depends on.
+    """
+
+    @property
+    def calls(self) -> bool: ...
+    @property
+    def public_dirs(self) -> Sequence[Path]: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownTask:
+    """What programs see of a task.
+
+    Attributes:
+      folders: the only folder that a program sees, for each of its runs.
+      calls: whether functions of its programs are called one by one, instead of run() once for a submission.
+    """
+
+    folders: Sequence[Path]
+    calls: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Execute:
+    """Runs a program in its own sandbox. The reply is an Execution.
+
+    Attributes:
+      task, run: indices of the task and of the program's run. They select the folder that the program sees.
+      program: its source.
+    """
+
+    task: int
+    run: int
+    program: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Loads a program in a new sandbox, for calls. The reply is an Answer; if it is not OK, the program has ended.
+
+    Attributes:
+      task, program: see Execute.
+      seconds: limit of loading.
+    """
+
+    task: int
+    program: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Calls a function of the loaded program. The reply is an Answer; if it is not OK, the program has ended.
+
+    Attributes:
+      name: of the function.
+      arguments: a list in the form of `values.encode`.
+      seconds: limit of this call.
+    """
+
+    name: str
+    arguments: bytes
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Ends the loaded program, if there is one. The reply is what it printed: a string of limited length."""
+
+
+Request = Execute | Load | Call | End
+
+
 class Slot(Protocol):
     """Runs one program at a time."""
 
-    def execute(self, task: int, run: int, program: str) -> Execution:
-        """Runs a program in its own sandbox.
-
-        Args:
-          task, run: indices of the task and of the program's run. They select the folder that the program sees.
-          program: its source.
+    def ask(self, request: Request) -> Any:
+        """Serves a request and returns its reply.
 
         Raises:
-          SandboxError: the host failed, or the backend was closed.
+          SandboxError: the host failed, or the backend was closed. The program has ended.
         """
         ...
 

@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
@@ -195,6 +195,7 @@ def command(
     *,
     script: str,
     options: str,
+    beside: Sequence[str],
     public: Path,
     limits: ResourceLimits,
     memory_bounded: bool,
@@ -209,6 +210,7 @@ def command(
     Args:
       script: path of the Python file to run; inside the sandbox it is /harness.py.
       options: its only argument.
+      beside: paths of further files, which lie in the same folder as the script.
       public: folder that is mounted read-only as data/ in the working directory.
       memory_bounded: whether a control group limits its memory.
       cores: number of cores leased to this slot.
@@ -219,7 +221,7 @@ def command(
       SandboxError: the program's uid cannot read a path.
     """
     # If bubblewrap is inside Python's folder, use it through that mount: it looks for its library next to itself.
-    sources = [script, str(public), *host.roots, *([] if _below(host.bwrap, ("/usr", *host.roots)) else [host.bwrap])]
+    sources = [script, *beside, str(public), *host.roots, *([] if _below(host.bwrap, ("/usr", *host.roots)) else [host.bwrap])]
     stage = _stage(sources) if host.root else {}
     staged = {path: f"{launcher.STAGE}/{name}" for name, path in stage.items()}
 
@@ -250,6 +252,8 @@ def command(
     for folder in host.masked:
         args += ["--tmpfs", folder, "--remount-ro", folder]
     args += ["--ro-bind", source(script), _HARNESS, "--ro-bind", source(str(public)), f"{SCRATCH}/data"]
+    for path in beside:
+        args += ["--ro-bind", source(path), f"/{os.path.basename(path)}"]
     # Cover the sandbox's own /proc/sys, which is partly writable, with the host's, read-only.
     args += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev", "--size", str(64 * MIB), "--tmpfs", "/dev/shm"]
     args += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", SCRATCH]

@@ -34,6 +34,14 @@ def _without_main_module():
             sys.modules["__main__"] = main
 
 
+class HungError(SandboxError):
+    """A child did not reply in time and was killed."""
+
+
+class EndedError(SandboxError):
+    """A child ended unexpectedly."""
+
+
 class Child:
     """This process's end of the connection to a child. Only one thread at a time may call `ask`."""
 
@@ -58,7 +66,8 @@ class Child:
         message or hang in the middle of its reply.
 
         Raises:
-          SandboxError: the child ended, or was killed because it did not reply within `seconds`.
+          EndedError: the child ended.
+          HungError: it was killed because it did not reply within `seconds`.
         """
         hung = threading.Event()
 
@@ -79,8 +88,8 @@ class Child:
             timer.cancel()
         self._process.join(5)
         if hung.is_set():
-            raise SandboxError(f"The {self._kind} process {self.pid} did not reply within {seconds:g} s and was killed.")
-        raise SandboxError(f"The {self._kind} process {self.pid} ended unexpectedly (exit code {self._process.exitcode}).")
+            raise HungError(f"The {self._kind} process {self.pid} did not reply within {seconds:g} s and was killed.")
+        raise EndedError(f"The {self._kind} process {self.pid} ended unexpectedly (exit code {self._process.exitcode}).")
 
     def interrupt(self) -> None:
         """Asks the process to end and returns at once; a caller that waits for its reply gets an error. Any thread may call it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
 from discover_jax.execution import ray_driver
-from discover_jax.execution.backend import borrowed
+from discover_jax.execution.backend import Execute, Request, borrowed
 from discover_jax.execution.cache import packages
 from discover_jax.execution.children import Children
 from discover_jax.execution.limits import ResourceLimits
@@ -173,5 +173,6 @@ class _RaySlot:
     def __init__(self, backend: RayBackend, number: int) -> None:
         self._backend, self._number = backend, number
 
-    def execute(self, task: int, run: int, program: str) -> Execution:
-        return self._backend.ask(self._number, task, run, program)
+    def ask(self, request: Request) -> Any:
+        assert isinstance(request, Execute), "the executor refuses problems"
+        return self._backend.ask(self._number, request.task, request.run, request.program)

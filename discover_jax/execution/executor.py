@@ -9,16 +9,17 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
 from discover_jax.execution import sandbox
-from discover_jax.execution.backend import Backend, NoSlots
+from discover_jax.execution.backend import Backend, Execute, NoSlots, RunTask, ShownTask
 from discover_jax.execution.cache import VerdictCache, packages
-from discover_jax.execution.grading import GradedTask, Graders
+from discover_jax.execution.evaluating import EvaluatedTask, Evaluators
+from discover_jax.execution.grading import Graders
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
-from discover_jax.types import Grade, Outcome, Verdict
+from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 _TRIES = 3  # after a failure of the host, a program runs up to two more times, each time in a fresh sandbox
 BACKENDS = {"bubblewrap": "bubblewrap", "ray": "bubblewrap", "unsafe-subprocess": "unsafe-subprocess"}
@@ -42,7 +43,7 @@ class Executor:
 
     def __init__(
         self,
-        tasks: Sequence[GradedTask],
+        tasks: Sequence[RunTask],
         limits: ResourceLimits,
         *,
         workers: int | None = None,
@@ -56,7 +57,7 @@ class Executor:
         """Checks the isolation, then starts the workers without waiting for them.
 
         Args:
-          tasks: at least one; each provides the data that programs see (public_dirs) and grades their submissions.
+          tasks: at least one; each a GradedTask, or an EvaluatedTask if `calls`.
           limits: of each program.
           workers: number of programs at once; None or 0: as many as the cores of the machine or the cluster allow.
           cache_dir: folder of verdicts, which later executors and runs may share.
@@ -83,16 +84,22 @@ class Executor:
         self._caches = [VerdictCache(cache_dir, {"task": task.fingerprint, **settings}) for task in tasks]
         self._runs = [len(task.public_dirs) for task in tasks]
         tasks_bytes = pickle.dumps(list(tasks))
-        publics = [list(task.public_dirs) for task in tasks]
+        shown = [ShownTask(list(task.public_dirs), task.calls) for task in tasks]
+        self._tasks = list(tasks)
         self._backend: Backend
         if backend == "ray":
+            if any(task.calls for task in tasks):
+                raise ConfigError(
+                    "execution.backend = 'ray' runs programs of competitions only; functions of a problem's programs are called on this"
+                    " machine. Use execution.backend = 'bubblewrap'."
+                )
             from discover_jax.execution.cluster import RayBackend  # ray is an extra
 
             ray_settings = {"workers": workers, "address": ray_address, "preload": sandbox.PRELOAD, "grace_seconds": grace_seconds}
-            self._backend = RayBackend(publics, limits, **ray_settings) if leads else NoSlots()
+            self._backend = RayBackend([task.folders for task in shown], limits, **ray_settings) if leads else NoSlots()
         else:
             self._backend = LocalBackend(
-                publics,
+                shown,
                 limits,
                 workers=workers,
                 isolation=BACKENDS[backend],
@@ -100,7 +107,14 @@ class Executor:
                 preload=sandbox.PRELOAD,
                 grace_seconds=grace_seconds,
             )
-        self._graders = Graders(tasks_bytes, slots=self._backend.slots, seconds=grace_seconds)
+        competitions = sum(not task.calls for task in tasks)
+        self._graders = Graders(tasks_bytes, slots=self._backend.slots if competitions else 0, seconds=grace_seconds)
+        self._evaluators = Evaluators(
+            tasks_bytes,
+            slots=self._backend.slots if competitions < len(tasks) else 0,
+            program_seconds=limits.seconds,
+            start_seconds=grace_seconds,
+        )
         self._lock = threading.Lock()
         self._closed = False
         self._retries = 0
@@ -188,10 +202,12 @@ class Executor:
             self._jobs.put(None)
         self._backend.close()
         self._graders.close()
+        self._evaluators.close()
         for thread in self._threads:
             thread.join()
         self._backend.release()
         self._graders.release()
+        self._evaluators.release()
 
     def _begin(self, job: _Job) -> bool:
         """Marks a job as running; False if no caller waits for it any more."""
@@ -265,8 +281,10 @@ class Executor:
         grades: list[Grade] = []
         seconds, stdout = 0.0, None
         with self._backend.slot() as slot:
+            if self._tasks[task].calls:
+                return self._evaluators.verdict(task, cast(EvaluatedTask, self._tasks[task]), program, slot)
             while True:
-                execution = slot.execute(task, len(grades), program)
+                execution: Execution = slot.ask(Execute(task, len(grades), program))
                 seconds += execution.seconds
                 verdict = self._graders.verdict(task, execution, grades)
                 stdout = execution.stdout if stdout is None else stdout

@@ -5,26 +5,21 @@ import pickle
 import queue
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Protocol
 
 from discover_jax.exceptions import GradingError
 from discover_jax.execution import children
-from discover_jax.execution.backend import borrowed
+from discover_jax.execution.backend import RunTask, borrowed
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
-class GradedTask(Protocol):
-    """The task interface of the executor; a task must be picklable.
+class GradedTask(RunTask, Protocol):
+    """A task whose programs return submissions. It must be picklable.
 
-    A program runs once for each of `public_dirs`, in order, as long as its submissions are valid. `grade` grades the submission of one run;
-    `combine` turns the grades of all runs into one. `fingerprint` covers the data and all settings that a grade depends on.
+    A program runs once for each of `public_dirs`, in order, as long as its submissions are valid. `grade` grades the submission of one
+    run; `combine` turns the grades of all runs into one.
     """
 
-    @property
-    def public_dirs(self) -> Sequence[Path]: ...
-    @property
-    def fingerprint(self) -> str: ...
     def grade(self, csv: bytes, run: int) -> Grade: ...
     def combine(self, grades: Sequence[Grade]) -> Grade: ...
 

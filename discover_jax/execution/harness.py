@@ -1,9 +1,12 @@
-"""Runs inside the sandbox: imports slow packages, waits for one program, runs it, and sends back its submission as CSV.
+"""Runs inside the sandbox: imports slow packages, waits for one program, and runs it: once for its submission, or one call at a time.
 
-Started as `python harness.py OPTIONS` (JSON), with the program on standard input and a pipe for the answer. It must not import this
-project: the sandbox contains only this file. Once the program runs, nothing that this process sends can be trusted: the program may have
-changed anything here. The worker therefore limits, parses and grades the answer. The answer is `ready` after the imports, then one line
-`KIND LENGTH` followed by that many bytes. KIND is csv, or the value of types.Outcome that says why there is no submission.
+Started as `python harness.py OPTIONS` (JSON), with the program on standard input and a pipe for answers. It must not import this project:
+the sandbox contains only this file and values.py. Once the program runs, nothing that this process sends can be trusted: the program may
+have changed anything here. The worker therefore limits, parses and grades the answers.
+
+The first answer is `ready`, after the imports. Each later one is a line `KIND KEY LENGTH` and that many bytes. KIND is csv or value, or the
+value of types.Outcome that says why there is none. Standard input has frames, a line with a length and that many bytes: the program, then,
+if OPTIONS has `calls`, two for each call: its key and the function's name, and the arguments. KEY is the call's, `-` for a submission.
 """
 
 import builtins
@@ -23,6 +26,10 @@ import types
 PROGRAM = "solution"
 _OWN_FRAMES = 4  # number of the program's own frames in a traceback: enough for run() and its callees
 _MESSAGE = 600  # maximum length of an exception's message: pandas may list every column
+
+
+PREPARE = ""
+"""Name in the request that only loads the program."""
 
 
 class _TooBigError(Exception):
@@ -79,21 +86,94 @@ def _load(source: bytes) -> types.ModuleType:
     return module
 
 
+def _module_beside(name: str) -> types.ModuleType:
+    """A module of this file's folder, without adding the folder to sys.path."""
+    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _read_frame(file: io.BufferedReader) -> bytes | None:
+    """The next frame; None if there will be no more."""
+    line = file.readline()
+    return file.read(int(line)) if line else None
+
+
+class _Submission:
+    """Runs the program once. The answer is the table that `run()` returns, as CSV."""
+
+    def __init__(self, most_bytes: int) -> None:
+        import pandas
+
+        self._most_bytes = most_bytes
+        # References from before the program runs: it may replace them in pandas or builtins.
+        self._frame_type, self._to_csv, self._type_of = pandas.DataFrame, pandas.DataFrame.to_csv, builtins.type
+
+    def answer(self, source: bytes) -> tuple[str, bytes]:
+        run = getattr(_load(source), "run", None)
+        if not callable(run):
+            raise NameError("the program defines no function run()")
+        frame = run()
+        if self._type_of(frame) is not self._frame_type:
+            return "invalid_submission", f"run() returned {self._type_of(frame).__name__}, not a pandas.DataFrame".encode()
+        buffer = _Bounded(self._most_bytes)
+        try:
+            self._to_csv(frame, buffer, index=False)
+        except _TooBigError:
+            return "result_too_big", f"the submission is longer than {self._most_bytes} bytes of CSV".encode()
+        except BaseException as error:
+            return "invalid_submission", f"the DataFrame cannot be written as CSV: {_describe(error)}".encode("utf-8", "replace")
+        return "csv", buffer.getvalue().encode("utf-8", "replace")
+
+
+class _Calls:
+    """Calls functions of the program."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._values = most_bytes, _module_beside("values")
+        self._module: types.ModuleType | None = None
+
+    def request(self, frame: bytes) -> tuple[str, str]:
+        """Key and name of the function."""
+        key, name = self._values.decode(frame)
+        return key, name
+
+    def answer(self, source: bytes, name: str, arguments: bytes) -> tuple[str, bytes]:
+        values = self._values
+        if self._module is None:
+            self._module = _load(source)
+        value = None
+        if name != PREPARE:
+            function = getattr(self._module, name, None)
+            if not callable(function):
+                raise NameError(f"the program defines no function {name}()")
+            value = function(*values.decode(arguments))
+        try:
+            return "value", values.encode(value, self._most_bytes)
+        except values.ValueTooBigError as error:
+            return "result_too_big", f"{name}() returned too large a value: {error}".encode()
+        except ValueError as error:
+            return "invalid_submission", f"{name}() returned a value that cannot be sent: {error}".encode("utf-8", "replace")
+
+
 def main(options: dict) -> None:
     """Serves one program and never returns."""
     _set_limits(options["rlimits"])
     import numpy
-    import pandas
 
     for name in options["preload"]:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
-    # Keep references: the program may replace them in pandas, builtins or os.
-    frame_type, to_csv, type_of = pandas.DataFrame, pandas.DataFrame.to_csv, builtins.type
+    kind_of_program = _Calls if options["calls"] else _Submission
+    program = kind_of_program(options["result_bytes"])
+    # Keep references: the program may replace them in os.
     write, leave, result = os.write, os._exit, options["result_fd"]
 
-    def send(kind: str, payload: bytes) -> None:
-        data = b"%s %d\n%s" % (kind.encode(), len(payload), payload)
+    def send(kind: str, key: str, payload: bytes) -> None:
+        data = b"%s %s %d\n%s" % (kind.encode(), key.encode(), len(payload), payload)
         while data:
             data = data[write(result, data) :]
 
@@ -103,39 +183,37 @@ def main(options: dict) -> None:
     os.dup2(null, 0)
     os.close(null)
     write(result, b"ready\n")
-    with open(data_descriptor, "rb") as file:
-        source = file.read()
+    file = open(data_descriptor, "rb")  # noqa: SIM115 - open until this process ends
+    source = _read_frame(file)
+    if source is None:  # the worker ended without a program
+        leave(0)
+        return
     random.seed(0)
     numpy.random.seed(0)
 
-    try:
-        module = _load(source)
-        run = getattr(module, "run", None)
-        if not callable(run):
-            raise NameError("the program defines no function run()")
-        frame = run()
-    except MemoryError as error:
-        kind, payload = "out_of_memory", _describe(error)
-    except BaseException as error:  # includes SystemExit: exiting early is not a submission
-        linecache.checkcache()
-        kind, payload = "exception", _describe(error)
-    else:
-        if type_of(frame) is not frame_type:
-            kind, payload = "invalid_submission", f"run() returned {type_of(frame).__name__}, not a pandas.DataFrame"
-        else:
-            buffer = _Bounded(options["result_bytes"])
-            try:
-                to_csv(frame, buffer, index=False)
-                kind, payload = "csv", buffer.getvalue()
-            except _TooBigError:
-                kind, payload = "result_too_big", f"the submission is longer than {options['result_bytes']} bytes of CSV"
-            except BaseException as error:
-                kind, payload = "invalid_submission", f"the DataFrame cannot be written as CSV: {_describe(error)}"
-    with contextlib.suppress(BaseException):  # the program may have replaced or closed its streams
-        sys.stdout.flush()
-        sys.stderr.flush()
-    send(kind, payload.encode("utf-8", "replace"))
-    leave(0)  # without waiting for the program's threads or exit handlers
+    while True:
+        key = "-"
+        try:
+            if isinstance(program, _Submission):
+                kind, payload = program.answer(source)
+            else:
+                request, arguments = _read_frame(file), _read_frame(file)
+                if request is None or arguments is None:
+                    leave(0)
+                    return
+                key, name = program.request(request)
+                kind, payload = program.answer(source, name, arguments)
+        except MemoryError as error:
+            kind, payload = "out_of_memory", _describe(error).encode("utf-8", "replace")
+        except BaseException as error:  # includes SystemExit: exiting early is not an answer
+            linecache.checkcache()
+            kind, payload = "exception", _describe(error).encode("utf-8", "replace")
+        with contextlib.suppress(BaseException):  # the program may have replaced or closed its streams
+            sys.stdout.flush()
+            sys.stderr.flush()
+        send(kind, key, payload)
+        if isinstance(program, _Submission):
+            leave(0)  # without waiting for the program's threads or exit handlers
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ import os
 import queue
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
 from discover_jax.execution.admission import Admission
-from discover_jax.execution.backend import borrowed
+from discover_jax.execution.backend import End, Execute, Load, Request, ShownTask, borrowed
 from discover_jax.execution.bytecode import write_bytecode
 from discover_jax.execution.children import Children, ChildSlot
 from discover_jax.execution.leases import lease_cores, lease_uids
 from discover_jax.execution.limits import ResourceLimits
-from discover_jax.types import Execution
 
 
 class LocalBackend:
@@ -22,7 +22,7 @@ class LocalBackend:
 
     def __init__(
         self,
-        publics: Sequence[Sequence[Path]],
+        shown: Sequence[ShownTask],
         limits: ResourceLimits,
         *,
         workers: int | None,
@@ -33,7 +33,7 @@ class LocalBackend:
     ) -> None:
         """
         Args:
-          publics: the folder that programs see, for each run of each task.
+          shown: what programs see of each task.
           limits: of each program.
           workers: number of slots; None or 0: as many as the machine's cores allow.
           isolation: one of sandbox.BACKENDS.
@@ -44,7 +44,7 @@ class LocalBackend:
         Raises:
           SandboxError: bubblewrap cannot start or does not isolate, or there are not enough uids; the message says what to do.
         """
-        publics = [[folder.resolve() for folder in folders] for folders in publics]
+        shown = [dataclasses.replace(task, folders=[folder.resolve() for folder in task.folders]) for task in shown]
         write_bytecode(("pandas", *preload))
         host = bubblewrap.inspect_host() if isolation == "bubblewrap" else None
         self._cgroups = memory.find_cgroups()
@@ -57,22 +57,22 @@ class LocalBackend:
             if host is not None and host.root:
                 uids = held.enter_context(lease_uids(len(cores_of_slots)))
             specs = [
-                sandbox.SandboxSpec(isolation, host, self._cgroups, publics[0][0], limits, slot, cores, uid, tuple(preload))
+                sandbox.SandboxSpec(isolation, host, self._cgroups, shown[0].folders[0], limits, slot, cores, uid, tuple(preload))
                 for slot, (cores, uid) in enumerate(zip(cores_of_slots, uids, strict=True))
             ]
             if host is not None:
-                first = [folders[0] for folders in publics]
+                first = [task.folders[0] for task in shown]
                 unseen = {path for public in first for path in canary.hidden_paths(host, public, hidden)}
                 for public in first:
                     canary.check(dataclasses.replace(specs[0], public=public), sorted(unseen))
             self._uid_leases = held.pop_all()
         # A control group limits each program's memory. Without one, programs wait until enough memory is free.
         admission = Admission(limits.memory_bytes) if self._cgroups is None else None
-        self._summary = specs, limits, max(map(len, publics)), len(cpus)
+        self._summary = specs, limits, max(len(task.folders) for task in shown), len(cpus)
         self._children = Children()
         self.all_slots = [
             LocalSlot(
-                self._children.slot("worker", f"execution-{spec.slot}", worker.main, spec, publics),
+                self._children.slot("worker", f"execution-{spec.slot}", worker.main, spec, shown),
                 limits.seconds + grace_seconds,
                 admission,
                 self._children,
@@ -119,11 +119,26 @@ class LocalSlot:
 
     def __init__(self, slot: ChildSlot, seconds: float, admission: Admission | None, children: Children) -> None:
         self._slot, self._seconds, self._admission, self._children = slot, seconds, admission, children
+        self._admitted = contextlib.ExitStack()
 
     def warm(self) -> None:
         """Starts the worker and its first sandbox without waiting for them."""
         self._slot.warm()
 
-    def execute(self, task: int, run: int, program: str) -> Execution:
-        with self._admission.program(lambda: self._children.closed) if self._admission else contextlib.nullcontext():
-            return self._slot.ask((task, run, program), self._seconds)
+    def ask(self, request: Request) -> Any:
+        if isinstance(request, Execute | Load):
+            self._admit()
+        done = True
+        try:
+            reply = self._slot.ask(request, self._seconds)
+            done = isinstance(request, Execute | End)
+            return reply
+        finally:
+            if done:
+                self._admitted.close()
+
+    def _admit(self) -> None:
+        """Without a control group, a program that may start waits until enough memory is free."""
+        self._admitted.close()
+        if self._admission is not None:
+            self._admitted.enter_context(self._admission.program(lambda: self._children.closed))

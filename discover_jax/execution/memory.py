@@ -1,7 +1,7 @@
 """Limits the memory of a sandbox by a control group (v1 or v2) if possible, otherwise by process limits and regular measurements.
 
 Only a control group limits the total of all processes: anonymous memory, shared memory and the files of the scratch folder. New groups are
-created below the group of this process, so that external limits still apply.
+created below the group of this process, so that external limits still apply. CPU time is measured by the same means.
 """
 
 import contextlib
@@ -210,6 +210,10 @@ class Group:
             )
         return True
 
+    def cpu_seconds(self) -> float | None:
+        """CPU time of its processes so far; None if the kernel does not count it here (v1)."""
+        return self._count("cpu.stat", "usage_usec") / 1e6 if (self._memory / "cpu.stat").exists() else None
+
     def _count(self, file: str, name: str = "") -> int:
         """A kernel counter: the only number of a file, or the one after `name`; 0 if it is missing."""
         path = self._memory / file
@@ -260,6 +264,18 @@ def tree_bytes(pid: int) -> int:
             match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
             total += int(match[1]) * 1024 if match else 0
     return total
+
+
+def tree_cpu_seconds(pid: int) -> float:
+    """CPU time of a process, its descendants, and those that they have reaped, in seconds; in steps of a clock tick (10 ms)."""
+    ticks, waiting = 0, [pid]
+    while waiting:
+        process = waiting.pop()
+        waiting += _children(process)
+        with contextlib.suppress(OSError):  # ended meanwhile
+            after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, after_name[11:15]))  # utime, stime, cutime, cstime
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def folder_bytes(pid: int, folders: tuple[str, ...]) -> int:

@@ -82,7 +82,7 @@ def main(options: dict) -> None:
     sys.stdin.read()
     _leave_a_daemon()
     data = json.dumps(facts(options)).encode()
-    os.write(options["result_fd"], b"csv %d\n%s" % (len(data), data))
+    os.write(options["result_fd"], b"csv - %d\n%s" % (len(data), data))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import DiscoverError, SandboxError
+from discover_jax.execution.backend import Execute, ShownTask
 from discover_jax.execution.cache import packages
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
@@ -78,7 +79,7 @@ class Node:
             self._folder = _Folder()
             publics = self._folder.unpack(archive, runs)
             self._backend = LocalBackend(
-                publics,
+                [ShownTask(folders) for folders in publics],
                 limits,
                 workers=slots,
                 isolation="bubblewrap",
@@ -96,7 +97,7 @@ class Node:
         """See `backend.Slot`."""
         assert self._backend is not None
         try:
-            return self._backend.all_slots[slot].execute(task, run, program)
+            return self._backend.all_slots[slot].ask(Execute(task, run, program))
         except SandboxError as error:
             return error
 

@@ -1,6 +1,7 @@
-"""The life cycle of one sandbox: start, warm up, run one program, end. Also maps its end to an outcome.
+"""The life cycle of one sandbox: start, warm up, run one program or call its functions, end. Also maps its end to an outcome.
 
-All data from the sandbox are untrusted: the output is read and truncated; the answer is limited and parsed only as `KIND LENGTH` and bytes.
+All data from the sandbox are untrusted: the output is read and truncated; an answer is limited and parsed only as `KIND KEY LENGTH` and
+bytes.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -16,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import bubblewrap, memory
-from discover_jax.execution.limits import CORE_BYTES, GIB, ResourceLimits
+from discover_jax.execution import bubblewrap, memory, values
+from discover_jax.execution.harness import PREPARE
+from discover_jax.execution.limits import CORE_BYTES, GIB, MIB, ResourceLimits
 from discover_jax.execution.output import HeadAndTail, normalised
-from discover_jax.types import Execution, Outcome
+from discover_jax.types import Answer, Execution, Outcome
 
 PRELOAD = (
     "sklearn.compose",
@@ -39,11 +43,25 @@ _WARM_SECONDS = 180.0  # imports take 2 s, but much longer on a cold disk or a b
 _END_SECONDS = 20.0
 _TICK_SECONDS = 0.1
 _HEADER_BYTES = 64
+_HEADER = re.compile(rb"([a-z_]{1,32}) ([a-z0-9-]{1,16}) (\d{1,12})")
+_PIPE_BYTES = 1 << 16
+_REQUEST_BYTES = 64 * MIB
 _DETAIL_CHARACTERS = 2000
 _CLAIMS = {
     outcome.value: outcome for outcome in (Outcome.EXCEPTION, Outcome.INVALID_SUBMISSION, Outcome.OUT_OF_MEMORY, Outcome.RESULT_TOO_BIG)
 }
+_Claim = tuple[Outcome, bytes | None, str]
+"""How a program ended: outcome, answer, detail."""
 _counter = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """The answer that is awaited: its kind if it is OK, its key, and the event that it reports."""
+
+    kind: str
+    key: str
+    event: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +77,7 @@ class SandboxSpec:
       slot, cores: number of the slot, and the CPUs leased to it.
       uid: leased uid of its programs; None: this process's own, if it is not root.
       preload: modules that a sandbox imports before it is ready, in addition to numpy and pandas.
+      calls: whether its programs' functions are called one by one, instead of run() once for a submission.
     """
 
     backend: str
@@ -70,6 +89,7 @@ class SandboxSpec:
     cores: tuple[int, ...]
     uid: int | None
     preload: tuple[str, ...] = PRELOAD
+    calls: bool = False
 
 
 def _own_limits(spec: SandboxSpec) -> dict[str, int]:
@@ -89,15 +109,19 @@ def _pipe() -> tuple[int, int]:
 
 
 class Sandbox:
-    """One sandbox. Call `wait_ready`, then `run` once, then `close`. `close` may be called at any time and repeatedly."""
+    """One sandbox. Call `wait_ready`; then `run` once, or `load` once and `call` repeatedly, then `end`; then `close`.
 
-    def __init__(self, spec: SandboxSpec, script: Path, options: dict) -> None:
+    `close` may be called at any time and repeatedly.
+    """
+
+    def __init__(self, spec: SandboxSpec, script: Path, options: dict, beside: Sequence[Path] = ()) -> None:
         """Starts `script options` in a sandbox without waiting for it.
 
         Args:
           spec: how to create it.
           script: Python file to run inside.
           options: its argument as JSON values; `result_fd` and `rlimits` are added.
+          beside: further files, which lie in the same folder as the script.
 
         Raises:
           SandboxError: it cannot be started.
@@ -111,8 +135,9 @@ class Sandbox:
         self._descriptors: set[int] = set()
         self._output = HeadAndTail(spec.limits.stdout_bytes)
         self._answer = bytearray()
+        self._outgoing = bytearray()
         try:
-            self._start(script, options)
+            self._start(script, options, beside)
         except OSError as error:
             self.close()
             raise SandboxError(f"Cannot start a sandbox: {error}.") from error
@@ -134,17 +159,18 @@ class Sandbox:
         self._own(descriptor)
         return descriptor
 
-    def _start(self, script: Path, options: dict) -> None:
+    def _start(self, script: Path, options: dict, beside: Sequence[Path]) -> None:
         spec = self._spec
         self._output_reader, output_writer = _pipe()
         self._answer_reader, answer_writer = _pipe()
         self._status_reader, status_writer = _pipe()
         program_reader, self._program_writer = os.pipe()
+        os.set_blocking(self._program_writer, False)
         self._own(self._output_reader, output_writer, self._answer_reader, answer_writer)
         self._own(self._status_reader, status_writer, program_reader, self._program_writer)
         text = json.dumps({**options, "result_fd": answer_writer, "rlimits": _own_limits(spec)})
         if spec.backend == "bubblewrap":
-            command, files = self._bubblewrap_command(script, text, status_writer)
+            command, files = self._bubblewrap_command(script, text, beside, status_writer)
             argv, stage, uid = list(command.argv), command.stage, command.uid
             keep = [answer_writer, *files, status_writer]
         else:
@@ -177,7 +203,9 @@ class Sandbox:
         self._own(self._exit)
         self._shut(output_writer, status_writer, program_reader, *keep)
 
-    def _bubblewrap_command(self, script: Path, options: str, status_fd: int) -> tuple[bubblewrap.Command, tuple[int, int]]:
+    def _bubblewrap_command(
+        self, script: Path, options: str, beside: Sequence[Path], status_fd: int
+    ) -> tuple[bubblewrap.Command, tuple[int, int]]:
         """The command, and the descriptors of the two files that bubblewrap reads: the system call filter and its own arguments."""
         spec = self._spec
         assert spec.host is not None
@@ -187,6 +215,7 @@ class Sandbox:
             spec.host,
             script=str(script),
             options=options,
+            beside=[str(path) for path in beside],
             public=spec.public,
             limits=spec.limits,
             memory_bounded=spec.cgroups is not None,
@@ -286,32 +315,74 @@ class Sandbox:
             used += memory.folder_bytes(self._child_pid, bubblewrap.WRITABLE)
         return used > self._spec.limits.memory_bytes
 
-    def _watch(self, deadline: float) -> tuple[Outcome, str] | None:
-        """Reads until the program ends by itself (None) or must be killed (outcome and detail)."""
+    def _watch(self, deadline: float, seconds: float, *, until: Callable[[], bool] = lambda: False) -> _Claim | None:
+        """Writes what is outgoing and reads until the program ends or `until` holds (None), or it must be killed.
+
+        Args:
+          deadline: on the monotonic clock.
+          seconds: the limit that ends there, for the detail.
+        """
         limits = self._spec.limits
         poll = select.poll()
         for descriptor in (self._answer_reader, self._output_reader, self._exit):
             poll.register(descriptor, select.POLLIN)
+        if self._outgoing:
+            poll.register(self._program_writer, select.POLLOUT)
         next_look = time.monotonic()
         while True:
             now = time.monotonic()
             if now >= deadline:
-                return Outcome.TIMEOUT, f"it did not end within {limits.seconds:g} s"
+                return Outcome.TIMEOUT, None, f"it did not end within {seconds:g} s"
             if now >= next_look:
                 next_look = now + _TICK_SECONDS
                 if self._over_memory():
-                    return Outcome.OUT_OF_MEMORY, f"it used more than {limits.memory_bytes / GIB:.2f} GiB of memory"
+                    return Outcome.OUT_OF_MEMORY, None, f"it used more than {limits.memory_bytes / GIB:.2f} GiB of memory"
             events = dict(poll.poll(min(deadline - now, next_look - now) * 1000 + 1))
+            if self._program_writer in events and not self._write_or_drop():
+                poll.unregister(self._program_writer)
             if self._output_reader in events and not self._read_output():
                 poll.unregister(self._output_reader)
             if self._answer_reader in events and not self._read_answer():
                 poll.unregister(self._answer_reader)
             if self._output.total > limits.flood_bytes:
-                return Outcome.OUTPUT_FLOOD, f"it printed more than {limits.flood_bytes} bytes"
+                return Outcome.OUTPUT_FLOOD, None, f"it printed more than {limits.flood_bytes} bytes"
             if len(self._answer) > limits.result_bytes + _HEADER_BYTES:
-                return Outcome.RESULT_TOO_BIG, f"the submission is longer than {limits.result_bytes} bytes of CSV"
+                return Outcome.RESULT_TOO_BIG, None, f"the answer is longer than {limits.result_bytes} bytes"
+            if until():
+                return None
             if self._exit in events and not (events.keys() & {self._output_reader, self._answer_reader}):
                 return None  # it has ended, and nothing is left to read
+
+    def _write_or_drop(self) -> bool:
+        """`_write_outgoing` for a program that has started: it may end, or close its end."""
+        try:
+            return self._write_outgoing()
+        except BrokenPipeError:
+            self._outgoing.clear()
+            return False
+
+    def _send(self, data: bytes) -> None:
+        """Adds a frame to what is outgoing."""
+        self._outgoing += b"%d\n%s" % (len(data), data)
+
+    def _write_outgoing(self) -> bool:
+        """Writes a part; whether something is left. Raises BrokenPipeError if nobody reads any more."""
+        with contextlib.suppress(BlockingIOError):
+            del self._outgoing[: os.write(self._program_writer, self._outgoing[:_PIPE_BYTES])]
+        return bool(self._outgoing)
+
+    def _send_program(self, program: str) -> None:
+        """Writes the program, which does not start before all of it has been read.
+
+        Raises:
+          SandboxError: the sandbox ended before.
+        """
+        self._send(program.encode("utf-8", "replace"))
+        try:
+            while self._write_outgoing():
+                select.select([self._exit], [self._program_writer], [])
+        except BrokenPipeError as error:
+            raise self._failed("it ended while waiting for a program") from error
 
     def run(self, program: str) -> Execution:
         """Runs the sandbox's only program. Blocks until all processes in the sandbox have ended.
@@ -319,45 +390,103 @@ class Sandbox:
         Raises:
           SandboxError: the sandbox ended before the program started, the host ran out of memory, or the sandbox cannot be killed.
         """
-        started = time.monotonic()
-        try:
-            data = program.encode("utf-8", "replace")
-            while data:
-                data = data[os.write(self._program_writer, data) :]
-        except BrokenPipeError as error:
-            raise self._failed("it ended while waiting for a program") from error
+        started, limit = time.monotonic(), self._spec.limits.seconds
+        self._send_program(program)
         self._shut(self._program_writer)
-        end = self._watch(started + self._spec.limits.seconds)
+        end = self._watch(started + limit, limit)
         seconds = time.monotonic() - started
+        outcome, csv, detail = self._end(end, _Expected("csv", "-", "run() returned"))
+        return Execution(outcome, csv, self.output(), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
+
+    def load(self, program: str, seconds: float) -> Answer:
+        """Loads the sandbox's only program, in at most this time. See `call`."""
+        self._send_program(program)
+        return self.call(PREPARE, values.encode([], _REQUEST_BYTES), seconds)
+
+    def call(self, name: str, arguments: bytes, seconds: float) -> Answer:
+        """Calls a function of the program. If the answer is not OK, the sandbox has ended.
+
+        An answer counts only if it has the key of its request, which is random: a program can neither answer before it is asked nor repeat
+        an earlier answer.
+
+        Args:
+          name: of the function.
+          arguments: a list in the form of `values.encode`.
+          seconds: limit of this call.
+
+        Raises:
+          SandboxError: see `run`.
+        """
+        expected = _Expected("value", secrets.token_hex(8), f"{name}() returned" if name else "it was loaded")
+        self._send(values.encode([expected.key, name], _REQUEST_BYTES))
+        self._send(arguments)
+        cpu, started = self._cpu_seconds(), time.monotonic()
+        end = self._watch(started + seconds, seconds, until=self._answered)
+        wall, cpu = time.monotonic() - started, max(0.0, self._cpu_seconds() - cpu)
+        claim = self._claim(0, expected) if end is None and self._answered() else None
+        if claim is None or claim[0] is not Outcome.OK:
+            claim = self._end(end, expected, claim)
+        self._answer.clear()
+        outcome, value, detail = claim
+        return Answer(outcome, value, self._clean(detail)[:_DETAIL_CHARACTERS], wall, cpu)
+
+    def end(self) -> str:
+        """Ends the program, and returns head and tail of what it printed."""
+        self._kill()
+        while self._read_output_left():
+            pass
+        return self.output()
+
+    def output(self) -> str:
+        """Head and tail of what the program has printed so far."""
+        return self._clean(self._output.text())
+
+    def _cpu_seconds(self) -> float:
+        """CPU time of all processes of the sandbox so far."""
+        used = self._group.cpu_seconds() if self._group is not None else None
+        return memory.tree_cpu_seconds(self.pid) if used is None else used
+
+    def _answered(self) -> bool:
+        """Whether an answer is complete, or what was read cannot become one."""
+        header, newline, payload = self._answer.partition(b"\n")
+        match = _HEADER.fullmatch(header)
+        if not newline or match is None:
+            return bool(newline) or len(header) > _HEADER_BYTES
+        return len(payload) >= int(match[3])
+
+    def _end(self, end: _Claim | None, expected: "_Expected", claim: _Claim | None = None) -> _Claim:
+        """Ends the sandbox, and returns how the program ended.
+
+        Args:
+          end: why it must be killed; None if it ended by itself or answered.
+          claim: its complete answer to a call; None if the last one is still to be read.
+        """
         over_memory = self._group is not None and self._group.exceeded()  # raises if the host killed a process, however the program ended
         code = self._kill()
         if end is None and over_memory:
-            end = Outcome.OUT_OF_MEMORY, f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
-        csv = None
-        if end is None:
-            outcome, csv, detail = self._claim(code)
-        else:
-            outcome, detail = end
-        return Execution(outcome, csv, self._clean(self._output.text()), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
+            return Outcome.OUT_OF_MEMORY, None, f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
+        return end or claim or self._claim(code, expected)
 
-    def _claim(self, code: int) -> tuple[Outcome, bytes | None, str]:
-        """The program's own answer as (outcome, csv, detail); `code` is the exit status in shell convention."""
+    def _claim(self, code: int, expected: "_Expected") -> _Claim:
+        """The program's own answer; `code` is the exit status in shell convention."""
         if code == 0:
             header, newline, payload = bytes(self._answer).partition(b"\n")
-            match = re.fullmatch(rb"([a-z_]{1,32}) (\d{1,12})", header) if newline else None
-            if match and int(match[2]) == len(payload):
+            match = _HEADER.fullmatch(header) if newline else None
+            if match and match[2].decode() != expected.key:
+                return Outcome.EXCEPTION, None, "it wrote an answer that nobody had asked for"
+            if match and int(match[3]) == len(payload):
                 kind = match[1].decode()
-                if kind == "csv":
+                if kind == expected.kind:
                     if len(payload) > self._spec.limits.result_bytes:
-                        return Outcome.RESULT_TOO_BIG, None, f"the submission is longer than {self._spec.limits.result_bytes} bytes of CSV"
+                        return Outcome.RESULT_TOO_BIG, None, f"the answer is longer than {self._spec.limits.result_bytes} bytes"
                     return Outcome.OK, payload, ""
                 if kind in _CLAIMS:
                     return _CLAIMS[kind], None, payload[: 4 * _DETAIL_CHARACTERS].decode("utf-8", "replace")
-            return Outcome.EXCEPTION, None, "the process ended before run() returned"
+            return Outcome.EXCEPTION, None, f"the process ended before {expected.event}"
         if code > 128:
             with contextlib.suppress(ValueError):  # not a signal number, so it is an ordinary exit code
                 return Outcome.KILLED, None, f"the process died by {signal.Signals(code - 128).name}"
-        return Outcome.EXCEPTION, None, f"the process exited with code {code} before run() returned"
+        return Outcome.EXCEPTION, None, f"the process exited with code {code} before {expected.event}"
 
     def _clean(self, text: str) -> str:
         return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._spec.host.roots if self._spec.host else ())])
@@ -412,5 +541,6 @@ class Sandbox:
 
 def start(spec: SandboxSpec) -> Sandbox:
     """Starts a sandbox that warms up for one program."""
-    harness = Path(__file__).with_name("harness.py")
-    return Sandbox(spec, harness, {"preload": spec.preload, "result_bytes": spec.limits.result_bytes})
+    here = Path(__file__)
+    options = {"preload": spec.preload, "result_bytes": spec.limits.result_bytes, "calls": spec.calls}
+    return Sandbox(spec, here.with_name("harness.py"), options, beside=[Path(values.__file__)])

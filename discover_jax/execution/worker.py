@@ -7,61 +7,93 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import children, sandbox
-from discover_jax.types import Execution, Outcome
+from discover_jax.execution.backend import Call, End, Execute, Load, Request, ShownTask
+from discover_jax.types import Answer, Execution, Outcome
 
 
-def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, publics: Sequence[Sequence[Path]]) -> None:
-    """Runs programs until the connection closes: receives (task index, run index, program) and sends an Execution or a SandboxError.
+def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, shown: Sequence[ShownTask]) -> None:
+    """Serves requests until the connection closes: receives a Request and sends its reply or a SandboxError.
 
     Args:
       connection: to the process `parent`.
       parent: pid of the process that started this one.
-      spec: of this slot's sandboxes, except for the folder that they see.
-      publics: the folder that programs see, for each run of each task.
+      spec: of this slot's sandboxes, except for what depends on the task.
+      shown: what programs see of each task.
     """
     children.begin(parent)
     os.sched_setaffinity(0, spec.cores)
-    specs = [[dataclasses.replace(spec, public=shown) for shown in shown_of_task] for shown_of_task in publics]
-    # By task and run. While a program runs, the sandbox that is probably needed next warms up on the same cores.
-    spares: dict[tuple[int, int], sandbox.Sandbox | None] = {(0, 0): _start(specs[0][0])}
-    running: sandbox.Sandbox | None = None
-
-    def warm(task: int, run: int) -> None:
-        spares[task, run] = spares.get((task, run)) or _start(specs[task][run])
-
+    boxes = _Boxes(spec, shown)
     try:
         while True:
             try:
-                task, run, program = connection.recv()
+                request: Request = connection.recv()
             except EOFError:
                 return
-            reply: Execution | SandboxError
             try:
-                running = spares.pop((task, run), None) or sandbox.start(specs[task][run])
-                running.wait_ready()
-                warm(task, (run + 1) % len(specs[task]))
-                reply = running.run(program)
-                running.close()
-                if reply.outcome is not Outcome.OK:  # no further run of this program will come
-                    warm(task, 0)
+                reply = boxes.serve(request)
             except SandboxError as error:
+                boxes.end()
                 reply = error
-            if running is not None:
-                running.close()
             connection.send(reply)
     finally:
-        for box in (running, *spares.values()):
+        boxes.close()
+
+
+class _Boxes:
+    """The sandbox that is in use, and spares. While one runs, the sandbox that is probably needed next warms up on the same cores."""
+
+    def __init__(self, spec: sandbox.SandboxSpec, shown: Sequence[ShownTask]) -> None:
+        self._specs = [[dataclasses.replace(spec, public=folder, calls=task.calls) for folder in task.folders] for task in shown]
+        self._spares: dict[tuple[int, int], sandbox.Sandbox | None] = {}  # by task and run
+        self._running: sandbox.Sandbox | None = None
+        self._warm(0, 0)
+
+    def serve(self, request: Request) -> Execution | Answer | str:
+        match request:
+            case Execute(task, run, program):
+                box = self._take(task, run, (run + 1) % len(self._specs[task]))
+                execution = box.run(program)
+                self.end()
+                if execution.outcome is not Outcome.OK:  # no further run of this program will come
+                    self._warm(task, 0)
+                return execution
+            case Load(task, program, seconds):
+                self.end()
+                return self._take(task, 0, 0).load(program, seconds)
+            case Call(name, arguments, seconds):
+                assert self._running is not None, "a program was loaded before"
+                return self._running.call(name, arguments, seconds)
+            case End():
+                return self.end()
+
+    def end(self) -> str:
+        """Ends the running sandbox, if there is one, and returns what its program printed."""
+        box, self._running = self._running, None
+        if box is None:
+            return ""
+        try:
+            return box.end()
+        finally:
+            box.close()
+
+    def close(self) -> None:
+        for box in (self._running, *self._spares.values()):
             if box is not None:
                 box.close()
 
+    def _take(self, task: int, run: int, next_run: int) -> sandbox.Sandbox:
+        self._running = self._spares.pop((task, run), None) or sandbox.start(self._specs[task][run])
+        self._running.wait_ready()
+        self._warm(task, next_run)
+        return self._running
 
-def _start(spec: sandbox.SandboxSpec) -> sandbox.Sandbox | None:
-    """Starts a spare sandbox; None if it cannot start now. Then the next program tries again and gets the error."""
-    try:
-        return sandbox.start(spec)
-    except SandboxError:
-        return None
+    def _warm(self, task: int, run: int) -> None:
+        """Starts a spare sandbox. If it cannot start now, the next program tries again and gets the error."""
+        if self._spares.get((task, run)) is None:
+            try:
+                self._spares[task, run] = sandbox.start(self._specs[task][run])
+            except SandboxError:
+                self._spares[task, run] = None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
 
@@ -12,7 +12,7 @@ STDOUT_CHARS = 4000
 
 
 def attempt_of(
-    task: Task, step: int, parent: State, rollout: Rollout, code: str | None, verdict: Verdict | None, adapter_step: int
+    task: AnyTask, step: int, parent: State, rollout: Rollout, code: str | None, verdict: Verdict | None, adapter_step: int
 ) -> Attempt:
     """The journal's record of a rollout.
 
@@ -46,6 +46,8 @@ def attempt_of(
         score=score,
         private_score=verdict.grade.private_score if score is not None else None,
         reward=task.failure_reward if score is None else task.reward(score),
+        feedback=verdict.grade.feedback if score is not None else "",
+        metrics=verdict.grade.metrics if score is not None else {},
     )
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
+from discover_jax.execution import values
 from discover_jax.files import sync_folder, write_synced
 from discover_jax.records import parse_json
 from discover_jax.tasks.interval import no_interval
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.types import State, Verdict
+
+SUBMISSION, RETURNED = "submission.csv", "returned.value"
+"""The file with the program's result: the submission to a competition, or the value that was returned last for a problem, in the form of
+`execution.values`."""
 
 
 def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
@@ -19,7 +24,7 @@ def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
     return best_dir if alone else best_dir / competition
 
 
-def grade_of(task: Task, best: State, verdict: Verdict, seed: int) -> dict[str, Any]:
+def grade_of(task: AnyTask, best: State, verdict: Verdict, seed: int) -> dict[str, Any]:
     """The content of grade.json: scores, their rows and intervals, and what selected the program.
 
     Args:
@@ -57,14 +62,22 @@ def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, An
     """grade.json and the submission of a program; None if the folder is incomplete or holds another program."""
     try:
         grade = parse_json((folder / "grade.json").read_bytes())
-        submission = (folder / "submission.csv").read_bytes()
+        submission = read_result(folder)
     except (OSError, ValueError):  # the caller reports the missing bundle
         return None
     mine = isinstance(grade, dict) and (grade.get("id"), grade.get("competition")) == (best.id, competition)
     return (grade, submission) if mine else None
 
 
-def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade: dict[str, Any], disclosure: bytes, rerun: str) -> None:
+def read_result(folder: Path) -> bytes:
+    """The submission or the returned value in a folder. Raises OSError if it has neither."""
+    returned = folder / RETURNED
+    return (returned if returned.exists() else folder / SUBMISSION).read_bytes()
+
+
+def write_best(
+    best_dir: Path, *, lineage: list[State], result: bytes, calls: bool, grade: dict[str, Any], disclosure: bytes, rerun: str
+) -> None:
     """Replaces the whole folder: writes a new one next to it, then swaps the two by renaming.
 
     After a kill between the two renames, best/ is missing and `.best.old` holds the old one. The next call repairs this; a resumed run
@@ -73,7 +86,8 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
     Args:
       best_dir: the folder, which need not exist.
       lineage: ancestors of the best state and the state itself, oldest first; see `archive.lineage`.
-      submission: its submission, as CSV.
+      result: its submission, as CSV, or for a problem the value that was returned last.
+      calls: whether it is for a problem. Then returned.json has the value for readers, with arrays as lists.
       grade: content of grade.json, see `grade_of`.
       disclosure: content of the run's disclosure.json, so that the folder can be shared by itself.
       rerun: text of rerun.sh, see `rerun.script`.
@@ -90,7 +104,9 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
         _remove(new)
         (new / "lineage").mkdir(parents=True)
         write_synced(new / "solution.py", _text(lineage[-1].code))
-        write_synced(new / "submission.csv", submission)
+        write_synced(new / (RETURNED if calls else SUBMISSION), result)
+        if calls:
+            write_synced(new / "returned.json", _readable(result))
         write_synced(new / "grade.json", _json(grade))
         write_synced(new / "lineage.diff", _text(_diffs(lineage)))
         write_synced(new / "disclosure.json", disclosure)
@@ -112,6 +128,11 @@ def write_best(best_dir: Path, *, lineage: list[State], submission: bytes, grade
             f"Cannot write the best program to {best_dir} ({error}). It is still in the journal. Free some space and run the same command"
             " again."
         ) from error
+
+
+def _readable(result: bytes) -> bytes:
+    """A returned value as JSON. It keeps all digits; NaN and infinities are not standard JSON."""
+    return (json.dumps(values.decode(result) if result else None, default=lambda array: array.tolist()) + "\n").encode()
 
 
 def _row(state: State) -> dict[str, Any]:

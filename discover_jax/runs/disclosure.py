@@ -9,7 +9,7 @@ from typing import Any
 from discover_jax.exceptions import RunError
 from discover_jax.files import write_atomic
 from discover_jax.runs.workdir import Workdir
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 
 NAME = "disclosure.json"
 
@@ -33,7 +33,7 @@ class Isolation:
 
 def write_disclosure(
     workdir: Workdir,
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     *,
     search: dict[str, Any],
     isolation: Isolation,
@@ -62,7 +62,7 @@ def write_disclosure(
     write_atomic(workdir.path / NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _disclosed(task: Task) -> dict[str, Any]:
+def _disclosed(task: AnyTask) -> dict[str, Any]:
     disclosure = task.disclosure
     return {
         "id": task.id,
@@ -73,18 +73,18 @@ def _disclosed(task: Task) -> dict[str, Any]:
         },
         "reward": {
             "source": disclosure.reward,
-            "transform": task.competition.transform,
+            "transform": task.transform,
             "rows": disclosure.rows,
             "runs_of_each_program": disclosure.runs,
-            "private_answers_reached_the_search": disclosure.reward == "grade",
+            "private_answers_reached_the_search": disclosure.reward != "holdout",
             "text": disclosure.text,
         },
         "private_answers": {"rows": disclosure.private_rows},
         "grader": disclosure.grader,
         "leaderboard": {
             "thresholds": {threshold.name: threshold.score for threshold in task.thresholds} or "unavailable",
-            "source": task.competition.thresholds_source if task.thresholds else None,
-            "note": task.competition.thresholds_note or "The competition's definition has none.",
+            "source": task.thresholds_source if task.thresholds else None,
+            "note": task.thresholds_note,
         },
         "task_fingerprint": task.fingerprint,
     }

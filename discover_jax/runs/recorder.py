@@ -24,7 +24,7 @@ from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import Result, closing_lines, step_row
 from discover_jax.runs.tracking import Trackers
 from discover_jax.runs.workdir import Workdir
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import Attempt, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
@@ -156,7 +156,7 @@ class RunRecorder:
         journal: Journal,
         console: Console,
         trackers: Trackers,
-        tasks: Sequence[Task],
+        tasks: Sequence[AnyTask],
         tokenizer: Tokenizer,
         rerun_scripts: Mapping[str, str],
         state: RunState,
@@ -242,14 +242,15 @@ class RunRecorder:
         self._trackers.write(row)
         self._rows.append(row)
 
-    def _write_best(self, task: Task, best: State, verdicts: Mapping[RolloutKey, Verdict]) -> None:
+    def _write_best(self, task: AnyTask, best: State, verdicts: Mapping[RolloutKey, Verdict]) -> None:
         """Writes the bundle of a program that this step found."""
         _, group, index = best.id.split("-")
         verdict = verdicts[int(group), int(index)]
         write_best(
             bundle_dir(self._workdir.best_dir, task.id, alone=len(self._tasks) == 1),
             lineage=lineage(self._journal.read(), best.id),
-            submission=verdict.execution.csv or b"",
+            result=verdict.execution.csv or b"",
+            calls=task.calls,
             grade=grade_of(task, best, verdict, self._seed),
             disclosure=(self._workdir.path / DISCLOSURE).read_bytes(),
             rerun=self._rerun_scripts[task.id],

@@ -14,7 +14,8 @@ from discover_jax.exceptions import DiscoverError, RunError
 from discover_jax.execution.executor import BACKENDS, Executor
 from discover_jax.execution.limits import resource_limits
 from discover_jax.records import parse_json
-from discover_jax.tasks.loading import locate_competition
+from discover_jax.runs.best import read_result
+from discover_jax.tasks.loading import locate_definition
 from discover_jax.tasks.prepare import GRADERS, REWARDS, prepare_task
 from discover_jax.types import Outcome, Verdict
 
@@ -51,7 +52,7 @@ class RerunSettings:
 def rerun_script(settings: RerunSettings) -> str:
     """The text of rerun.sh."""
     options = {
-        "competition": locate_competition(settings.competition)[0],
+        "competition": locate_definition(settings.competition)[0],
         **({"raw": Path(settings.raw).expanduser().absolute()} if settings.raw else {}),
         "reward": settings.reward,
         "holdout_fraction": settings.holdout_fraction,
@@ -86,7 +87,7 @@ class Rerun:
     Attributes:
       expected: the score in grade.json.
       verdict: the new verdict.
-      same_submission: whether its submission has the same bytes as submission.csv.
+      same_submission: whether its submission or returned value has the same bytes as in the bundle.
       same_data: whether data and grading settings are those of the run; None if disclosure.json does not say.
       isolation: how the program was isolated.
     """
@@ -117,7 +118,7 @@ class Rerun:
         }
         return [
             found,
-            f"submission   {'the same bytes as submission.csv' if self.same_submission else 'not the bytes of submission.csv'}",
+            f"result       {'the same bytes' if self.same_submission else 'not the same bytes'} as in best/",
             f"data         {data[self.same_data]}",
             f"ran in       {self.isolation}",
             "REPRODUCED" if self.reproduced else "NOT REPRODUCED",
@@ -136,7 +137,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
       DiscoverError: the task cannot be prepared, or the host cannot isolate programs.
     """
     try:
-        program, submission = (bundle / "solution.py").read_text(), (bundle / "submission.csv").read_bytes()
+        program, submission = (bundle / "solution.py").read_text(), read_result(bundle)
         grade, disclosure = (parse_json((bundle / name).read_bytes()) for name in ("grade.json", "disclosure.json"))
         expected = grade["score"]
         fingerprints = {row["id"]: row["task_fingerprint"] for row in disclosure["competitions"]}
@@ -170,7 +171,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bundle", type=Path, required=True, help="folder with solution.py and grade.json")
-    parser.add_argument("--competition", required=True, help="id of a built-in competition, path of a .py file, or mlebench:ID")
+    parser.add_argument("--competition", required=True, help="id of a built-in competition or problem, path of a .py file, or mlebench:ID")
     parser.add_argument("--raw", help="path of the raw data (default: none)")
     parser.add_argument("--reward", choices=REWARDS, required=True)
     parser.add_argument("--holdout_fraction", type=float, default=0.2)

@@ -16,7 +16,7 @@ from discover_jax.runs.host_state import HostState
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.types import Attempt
 
 
@@ -42,7 +42,7 @@ class RunState:
 
 
 def restore(
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     workdir: Workdir,
     checkpoints: Checkpoints,
     journal: Journal,
@@ -92,7 +92,7 @@ def restore(
 
 
 def _continue(
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     workdir: Workdir,
     journal: Journal,
     fresh: TrainState | None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from discover_jax.exceptions import RunError
 from discover_jax.records import from_row
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 
 _CONFIG_NAMES = {
     "reward": "config.task.reward",
@@ -39,7 +39,7 @@ class RewardRows:
     settings: list[Any]
 
 
-def reward_rows(tasks: Iterable[Task], earlier: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+def reward_rows(tasks: Iterable[AnyTask], earlier: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Rows for `HostState.rewards`: one per task, and the `earlier` rows of other competitions, whose scores stay in the journal."""
     mine = [RewardRows(task.id, task.reward_source, task.fingerprint, [list(pair) for pair in task.settings]) for task in tasks]
     ids = {row.task for row in mine}
@@ -47,7 +47,7 @@ def reward_rows(tasks: Iterable[Task], earlier: Sequence[Mapping[str, Any]] = ()
 
 
 def check_reward_rows(
-    rows: Sequence[Mapping[str, Any]], archive: Sequence[Mapping[str, Any]], tasks: Iterable[Task], *, what: str, remedy: str
+    rows: Sequence[Mapping[str, Any]], archive: Sequence[Mapping[str, Any]], tasks: Iterable[AnyTask], *, what: str, remedy: str
 ) -> None:
     """Raises if other rows made the scores of a checkpoint than will make the next ones.
 
@@ -80,7 +80,7 @@ def check_reward_rows(
         )
 
 
-def _differences(theirs: RewardRows, task: Task) -> list[str]:
+def _differences(theirs: RewardRows, task: AnyTask) -> list[str]:
     """A description of each setting that differs."""
     there = {str(pair[0]): pair[1] for pair in theirs.settings if isinstance(pair, list) and len(pair) == 2}
     here = dict(task.settings)

@@ -9,14 +9,14 @@ from discover_jax.archive.archive import lineage
 from discover_jax.archive.frontier import Frontier
 from discover_jax.exceptions import RunError
 from discover_jax.hosts.processes import ALONE, Processes
-from discover_jax.runs.best import bundle_dir, read_best, write_best
+from discover_jax.runs.best import RETURNED, bundle_dir, read_best, write_best
 from discover_jax.runs.checkpoints import Checkpoints, steps_in
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, read_isolation
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.reward_rows import check_reward_rows
 from discover_jax.runs.workdir import Workdir
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.types import Attempt
 
 
@@ -45,7 +45,7 @@ class Source:
         }
 
 
-def find_source(resume_from: str, tasks: Sequence[Task], workdir: Workdir, processes: Processes = ALONE) -> Source | None:
+def find_source(resume_from: str, tasks: Sequence[AnyTask], workdir: Workdir, processes: Processes = ALONE) -> Source | None:
     """The run in `config.train.resume_from`, checked to be compatible. Call it before anything slow, such as loading weights.
 
     Args:
@@ -121,7 +121,8 @@ def bring_best(
                 write_best(
                     into,
                     lineage=lineage(attempts, best.id),
-                    submission=submission,
+                    result=submission,
+                    calls=(folder / RETURNED).exists(),
                     grade=grade,
                     disclosure=(workdir.path / DISCLOSURE).read_bytes(),
                     rerun=reruns[id],

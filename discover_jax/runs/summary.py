@@ -11,8 +11,8 @@ from discover_jax.exceptions import RunError
 from discover_jax.runs.best import bundle_dir, read_best
 from discover_jax.runs.disclosure import read_isolation
 from discover_jax.runs.workdir import Workdir
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.rewards import TRANSFORMS
-from discover_jax.tasks.task import Task
 from discover_jax.types import Attempt, Outcome, RunKind, State
 
 
@@ -91,7 +91,7 @@ class Result:
       private_score: its score on the private answers.
     """
 
-    task: Task
+    task: AnyTask
     best: State | None
     private_score: float | None
 
@@ -109,11 +109,11 @@ def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
         if best is not None and best.score is not None:
             submission = _submission(best, _folder(workdir, task, alone), task)
             name = task.metric.name if alone else f"{task.id}: {task.metric.name}"
-            lines.append(f"best     {name} {best.score:.4f}{_of_rows(task, best.score, submission)}")
+            lines.append(f"best     {name} {_digits(task, best.score)}{_of_rows(task, best.score, submission)}")
     return lines
 
 
-def scale_warning(tasks: Sequence[Task], advantage: str) -> str | None:
+def scale_warning(tasks: Sequence[AnyTask], advantage: str) -> str | None:
     """A warning if advantages depend on the scale of rewards and competitions with different scales share an adapter; None otherwise.
 
     Fractions of rows, ranks and logarithms each count as one scale. Any other metric has its own scale in each competition: an error has
@@ -125,20 +125,19 @@ def scale_warning(tasks: Sequence[Task], advantage: str) -> str | None:
     """
     if advantage == "entropic_adaptive" or len({_scale(task) for task in tasks}) < 2:
         return None
-    scales = ", ".join(f"{task.id}: {task.metric.name}, transform {task.competition.transform!r}" for task in tasks)
+    scales = ", ".join(f"{task.id}: {task.metric.name}, transform {task.transform!r}" for task in tasks)
     return (
         f"The rewards of these competitions may differ in scale ({scales}). With config.train.advantage = {advantage!r}, advantages grow"
         " with the scale, so one competition can dominate the update. Use 'entropic_adaptive', or the transform 'rank_in_group'."
     )
 
 
-def _scale(task: Task) -> str:
-    competition = task.competition
-    if TRANSFORMS[competition.transform].in_group:
+def _scale(task: AnyTask) -> str:
+    if TRANSFORMS[task.transform].in_group:
         return "ranks"
-    if competition.transform == "log":
+    if task.transform == "log":
         return "logarithms"
-    return "fractions" if competition.metric.proportion and competition.transform == "identity" else f"scale of {task.id}"
+    return "fractions" if task.metric.proportion and task.transform == "identity" else f"scale of {task.id}"
 
 
 def closing_lines(results: Sequence[Result], rows: Sequence[dict[str, Any]], *, workdir: Workdir, kind: RunKind) -> list[str]:
@@ -179,10 +178,11 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
     name = task.metric.name
     folder = _folder(workdir, task, alone)
     submission = _submission(best, folder, task)
+    rows_of_best = _of_rows(task, best.score, submission)
     lines = [
         *head,
         f"mean reward  {rewards[0]:.4f} -> {rewards[-1]:.4f}   ({rewards[-1] - rewards[0]:+.4f})",
-        f"best {name}  {scores[0]:.4f} -> {best.score:.4f}   ({best.score - scores[0]:+.4f}){_of_rows(task, best.score, submission)}",
+        f"best {name}  {_digits(task, scores[0])} -> {_digits(task, best.score)}   ({best.score - scores[0]:+.4f})" + rows_of_best,
     ]
     if task.disclosure.reward == "holdout":
         known = "none"
@@ -198,19 +198,24 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
     ]
 
 
+def _digits(task: AnyTask, score: float) -> str:
+    """A score for a summary: all digits of a problem's, where the last ones count, and four places of a competition's."""
+    return task.score_text(score) if task.calls else f"{score:.4f}"
+
+
 def _known(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
 
-def _folder(workdir: Workdir, task: Task, alone: bool) -> Path:
+def _folder(workdir: Workdir, task: AnyTask, alone: bool) -> Path:
     return bundle_dir(workdir.best_dir, task.id, alone=alone)
 
 
-def _submission(best: State, folder: Path, task: Task) -> bytes | None:
+def _submission(best: State, folder: Path, task: AnyTask) -> bytes | None:
     found = read_best(folder, best, task.id)
     return None if found is None else found[1]
 
 
-def _of_rows(task: Task, score: float, submission: bytes | None) -> str:
+def _of_rows(task: AnyTask, score: float, submission: bytes | None) -> str:
     """The interval of a best score and the rows that it was measured on; shown after every best score."""
     return f", {task.score_interval(score, submission).text} ({task.disclosure.scored_on})"

@@ -1,4 +1,4 @@
-"""Finds the definition of a competition: a built-in one, one of MLE-bench's, or a .py file that defines COMPETITION."""
+"""Finds the definition of a competition or a problem: a built-in one, one of MLE-bench's, or a .py file with COMPETITION or PROBLEM."""
 
 import difflib
 import functools
@@ -13,56 +13,69 @@ from pathlib import Path
 from discover_jax.exceptions import ConfigError, DataError
 from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
+from discover_jax.tasks.problem import Problem
 
+_COMPETITIONS = "discover_jax.tasks.competitions"
+_PROBLEMS = "discover_jax.tasks.problems"
 _BUILT_IN = {
-    "breast-cancer": "discover_jax.tasks.competitions.breast_cancer",
-    "diabetes": "discover_jax.tasks.competitions.diabetes",
-    "digits-parity": "discover_jax.tasks.competitions.digits_parity",
-    "spaceship-titanic": "discover_jax.tasks.competitions.spaceship_titanic",
+    "breast-cancer": (f"{_COMPETITIONS}.breast_cancer", "COMPETITION"),
+    "diabetes": (f"{_COMPETITIONS}.diabetes", "COMPETITION"),
+    "digits-parity": (f"{_COMPETITIONS}.digits_parity", "COMPETITION"),
+    "spaceship-titanic": (f"{_COMPETITIONS}.spaceship_titanic", "COMPETITION"),
 }
+"""Module and name of each built-in definition."""
+
+Definition = Competition | Problem
 
 
-def locate_competition(competition: str) -> tuple[str, str]:
-    """Where a competition's definition is, so that another process can load the same one.
+def locate_definition(name: str) -> tuple[str, str]:
+    """Where the definition of a competition or a problem is, so that another process can load the same one.
 
     Args:
-      competition: id of a built-in competition, path of a .py file, or "mlebench:ID".
+      name: id of a built-in one, path of a .py file, or "mlebench:ID".
 
     Returns:
-      For a file, its absolute path and the sha256 of its bytes; otherwise `competition` and "".
+      For a file, its absolute path; otherwise `name`. Then the sha256 of the bytes of a file or of a built-in problem's module, so that
+      scores of another verifier are not taken for its own; otherwise "".
 
     Raises:
-      ConfigError: neither a known competition nor a .py file.
+      ConfigError: neither a known name nor a .py file.
     """
-    if competition in _BUILT_IN or competition.startswith(mle_bench.PREFIX):
-        return competition, ""
-    path = Path(competition).expanduser()
+    if name in _BUILT_IN and _BUILT_IN[name][0].startswith(_PROBLEMS):
+        spec = importlib.util.find_spec(_BUILT_IN[name][0])
+        assert spec is not None and spec.origin is not None  # noqa: PT018
+        return name, hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    if name in _BUILT_IN or name.startswith(mle_bench.PREFIX):
+        return name, ""
+    path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".py":
         path = path.resolve()
         return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix == ".py":
         problem = "the file does not exist."
     elif path.is_file():
-        problem = "the file is not a .py file that defines COMPETITION."
+        problem = "the file is not a .py file that defines COMPETITION or PROBLEM."
     else:
-        close = difflib.get_close_matches(competition, _BUILT_IN, n=1)
-        problem = f"no built-in competition has that id{f'; did you mean {close[0]!r}?' if close else '.'}"
+        close = difflib.get_close_matches(name, _BUILT_IN, n=1)
+        problem = f"no built-in competition or problem has that id{f'; did you mean {close[0]!r}?' if close else '.'}"
     raise ConfigError(
-        f"config.task.competition = {competition!r}: {problem} Allowed: {', '.join(sorted(_BUILT_IN))}, the path of a .py file that"
-        " defines COMPETITION (docs/own_competition.md shows one), or 'mlebench:ID' for a competition of the installed package mlebench."
+        f"config.task.competition = {name!r}: {problem} Allowed: {', '.join(sorted(_BUILT_IN))}, the path of a .py file that defines"
+        " COMPETITION (docs/own_competition.md shows one) or PROBLEM (docs/own_problem.md), or 'mlebench:ID' for a competition of the"
+        " installed package mlebench."
     )
 
 
 @functools.lru_cache(maxsize=64)
-def load_competition(source: str, digest: str) -> Competition:
-    """Loads what `locate_competition` found; a process gets the same object for the same arguments.
+def load_definition(source: str, digest: str) -> Definition:
+    """Loads what `locate_definition` found; a process gets the same object for the same arguments.
 
     Raises:
-      ConfigError: the file fails, or does not define COMPETITION as a Competition.
+      ConfigError: the file fails, or defines neither COMPETITION as a Competition nor PROBLEM as a Problem.
       DataError: the file is gone, or changed since it was located.
     """
     if source in _BUILT_IN:
-        return importlib.import_module(_BUILT_IN[source]).COMPETITION
+        module, name = _BUILT_IN[source]
+        return getattr(importlib.import_module(module), name)
     if source.startswith(mle_bench.PREFIX):
         return mle_bench.mlebench_competition(source.removeprefix(mle_bench.PREFIX))
     path = Path(source)
@@ -70,19 +83,35 @@ def load_competition(source: str, digest: str) -> Competition:
         code = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"The competition's file {path} cannot be read ({error}). Restore it at the place where it was when the run started."
+            f"The task's file {path} cannot be read ({error}). Restore it at the place where it was when the run started."
         ) from error
     if hashlib.sha256(code).hexdigest() != digest:
-        raise DataError(f"The competition's file {path} changed during the run. Restore the old file, or start a run in a new folder.")
-    module = _execute(path, code, f"discover_jax_competition_{digest[:16]}")
-    competition = getattr(module, "COMPETITION", None)
-    if not isinstance(competition, Competition):
-        found = "no such name" if competition is None else f"COMPETITION = {competition!r}"
-        raise ConfigError(
-            f"{path} must define COMPETITION, a discover_jax.tasks.competition.Competition; found {found}. docs/own_competition.md"
-            " shows one."
-        )
-    return competition
+        raise DataError(f"The task's file {path} changed during the run. Restore the old file, or start a run in a new folder.")
+    module = _execute(path, code, f"discover_jax_task_{digest[:16]}")
+    found = {name: getattr(module, name) for name in ("COMPETITION", "PROBLEM") if hasattr(module, name)}
+    if len(found) == 1:
+        (definition,) = found.values()
+        if isinstance(definition, Definition):
+            return definition
+    listed = ", ".join(f"{name} = {value!r}" for name, value in found.items()) or "neither"
+    raise ConfigError(
+        f"{path} must define either COMPETITION, a discover_jax.tasks.competition.Competition, or PROBLEM, a"
+        f" discover_jax.tasks.problem.Problem; found {listed}. docs/own_competition.md and docs/own_problem.md show one of each."
+    )
+
+
+def load_competition(source: str, digest: str) -> Competition:
+    """`load_definition` of a competition."""
+    definition = load_definition(source, digest)
+    assert isinstance(definition, Competition), f"{source} is a competition"
+    return definition
+
+
+def load_problem(source: str, digest: str) -> Problem:
+    """`load_definition` of a problem."""
+    definition = load_definition(source, digest)
+    assert isinstance(definition, Problem), f"{source} is a problem"
+    return definition
 
 
 def _execute(path: Path, code: bytes, name: str) -> types.ModuleType:
@@ -98,5 +127,5 @@ def _execute(path: Path, code: bytes, name: str) -> types.ModuleType:
         if isinstance(error, ConfigError):
             raise
         trace = "".join(traceback.format_exception(error)[-3:]).strip()
-        raise ConfigError(f"The competition's file {path} failed while loading:\n{trace}") from error
+        raise ConfigError(f"The task's file {path} failed while loading:\n{trace}") from error
     return module

@@ -1,4 +1,4 @@
-"""Prepares a task: writes the competition's tables once, and verifies their checksums on later calls."""
+"""Prepares a task: writes the competition's tables or the problem's files once, and verifies their checksums on later calls."""
 
 import errno
 import hashlib
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import pandas as pd
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError
 from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
-from discover_jax.tasks.loading import load_competition, locate_competition
+from discover_jax.tasks.loading import load_definition, locate_definition
+from discover_jax.tasks.problem import Problem
+from discover_jax.tasks.problem_task import ProblemTask, problem_settings, write_public
 from discover_jax.tasks.tables import read_text_table
 from discover_jax.tasks.task import Split, Task, TaskFile
 
+AnyTask = Task | ProblemTask
+"""What a run works on; groups of rollouts take turns."""
 REWARDS = ("grade", "holdout")
 GRADERS = ("native", "mlebench")
 _RECORD = "prepared.json"
@@ -37,14 +42,15 @@ def prepare_task(
     holdout_folds: int = 1,
     grader: str = "native",
     seed: int = 0,
-) -> Task:
-    """Prepares a competition in `folder`, or checks every file if it is already prepared there.
+) -> AnyTask:
+    """Prepares a competition or a problem in `folder`, or checks every file if it is already prepared there.
 
     `folder` gets public/ (readable by all; what programs see), private/ (readable only by the owner; the answers) and prepared.json
-    (settings and checksums). All are put in place by one rename. A prepared folder no longer needs the raw data.
+    (settings and checksums). All are put in place by one rename. A prepared folder no longer needs the raw data. Of a problem, there are no
+    answers, and the settings of rows and graders do not apply.
 
     Args:
-      competition: id of a built-in competition, path of a .py file that defines COMPETITION, or "mlebench:ID".
+      competition: id of a built-in competition or problem, path of a .py file that defines COMPETITION or PROBLEM, or "mlebench:ID".
       raw: path of the raw data; None or "" if there are none.
       reward: "grade": scores come from the private answers. "holdout": scores come from random rows of the training table. These rows move
         from train.csv to test.csv, shuffled in and without their label, and their ids are added to sample_submission.csv.
@@ -70,8 +76,13 @@ def prepare_task(
         )
     if grader not in GRADERS:
         raise ConfigError(f"config.task.grader must be one of {', '.join(GRADERS)}; got {grader!r}.")
-    source, digest = locate_competition(competition)
-    definition = load_competition(source, digest)
+    source, digest = locate_definition(competition)
+    definition = load_definition(source, digest)
+    folder = Path(os.path.abspath(folder))
+    if isinstance(definition, Problem):
+        if raw:
+            raise ConfigError(f"config.task.raw = {str(raw)!r}: the problem {definition.id!r} has no raw data. Leave it empty.")
+        return _prepare_problem(definition, source, digest, folder)
     if grader == "mlebench":
         definition = mle_bench.with_its_grader(definition)
     if reward == "holdout" and not definition.id_column:
@@ -80,7 +91,6 @@ def prepare_task(
             " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
         )
     settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, seed)
-    folder = Path(os.path.abspath(folder))
     try:
         if not (folder / _RECORD).exists():
             _build(definition, Path(raw).expanduser() if raw else None, folder, settings)
@@ -92,7 +102,24 @@ def prepare_task(
     return task
 
 
-def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
+def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
+    settings = problem_settings(problem, digest, _FORMAT)
+
+    def write(work: Path) -> dict[str, Any]:
+        (work / "public").mkdir()
+        write_public(problem, work / "public")
+        return {}
+
+    try:
+        if not (folder / _RECORD).exists():
+            _put_in_place(folder, settings, write)
+        record = _read_record(folder, settings)
+    except OSError as error:
+        raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
+    return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()))
+
+
+def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
     """The tasks of a run.
 
     Args:
@@ -106,7 +133,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[Task]:
     """
     competitions = named_competitions(settings)
     names = [name for name, _ in competitions]
-    ids = [load_competition(*locate_competition(name)).id for name in names]
+    ids = [load_definition(*locate_definition(name)).id for name in names]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition twice: {', '.join(ids)}.")
     return [
@@ -161,16 +188,35 @@ def _settings(definition: Competition, digest: str, reward: str, fraction: float
     }
 
 
-def _build(definition: Competition, raw: Path | None, folder: Path, settings: dict[str, Any]) -> None:
-    """Writes everything to a folder next to `folder`, then renames it: a killed run leaves no incomplete `folder` behind."""
+def _put_in_place(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
+    """Writes everything to a folder next to `folder`, then renames it: a killed run leaves no incomplete `folder` behind.
+
+    Args:
+      settings: for the record.
+      write: writes the files into a folder, and returns further entries for the record.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is not a prepared task: it is not empty, but has no {_RECORD}. Choose another folder, or empty it.")
     work = folder.with_name(folder.name + ".preparing")
     if work.exists():  # left by a killed run
         shutil.rmtree(work)
-    public, private = work / "public", work / "private"
     try:
-        public.mkdir(parents=True)
+        work.mkdir(parents=True)
+        record = {"settings": settings, **write(work), "files": _checksums(work)}
+        (work / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        _set_modes(work)
+        os.replace(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _build(definition: Competition, raw: Path | None, folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the tables of a competition."""
+
+    def write(work: Path) -> dict[str, Any]:
+        public, private = work / "public", work / "private"
+        public.mkdir()
         private.mkdir(mode=0o700)
         _run_prepare(definition, raw, public, private)
         _check_tables(definition, public, private)
@@ -185,14 +231,9 @@ def _build(definition: Competition, raw: Path | None, folder: Path, settings: di
             _make_folds(definition, work, settings["holdout_folds"], settings["seed"])
         elif settings["reward"] == "holdout":
             _hold_out_part(definition, work, settings["holdout_fraction"], settings["seed"])
-        record = {"settings": settings, "files": _checksums(work), "tables": _describe_tables(work / _shown(settings)[0])}
-        (work / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        _set_modes(work)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work, folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        return {"tables": _describe_tables(work / _shown(settings)[0])}
+
+    _put_in_place(folder, settings, write)
 
 
 def _run_prepare(definition: Competition, raw: Path | None, public: Path, private: Path) -> None:
@@ -356,6 +397,12 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _fingerprint(record: dict[str, Any]) -> str:
+    """Hash of a record's settings and files; see `Task.fingerprint`."""
+    text = json.dumps({"settings": record["settings"], "files": record["files"]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str, Any]) -> Task:
     settings, files = record["settings"], record["files"]
 
@@ -369,7 +416,6 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
             return Split(shown, tuple(answers))
         return Split(shown, (*answers, (held_out, files[f"private/{held_out}"])), rows(held_out))
 
-    fingerprint = json.dumps({"settings": settings, "files": files}, sort_keys=True)
     return Task(
         source=source,
         source_digest=digest,
@@ -379,7 +425,7 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
         files=tuple(TaskFile(table["name"], table["rows"], tuple(table["columns"])) for table in record["tables"]),
         private_rows=rows("test.csv"),
         splits=tuple(split(shown) for shown in _shown(settings)),
-        fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
+        fingerprint=_fingerprint(record),
         settings=tuple(settings.items()),
     )
 

@@ -7,70 +7,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.tasks.rewards import check_rewards
+from discover_jax.types import Evaluation, Program, Rejection, Timed
 
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The result of checking a valid solution.
-
-    Attributes:
-      score: finite, in the problem's own direction and unit.
-      feedback: what the next prompt shows of it; longer texts are cut.
-      metrics: further numbers by name, for the journal and the report.
-    """
-
-    score: float
-    feedback: str = ""
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-class Rejection(Exception):
-    """Raised by `evaluate`: the solution is not valid. Its text is the reason, which the next prompt shows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A returned value with the time of the call, measured outside the sandbox.
-
-    Attributes:
-      value: as `Program.call` returns it.
-      wall_s: wall time in seconds, including the transport of arguments and value.
-      cpu_s: CPU time of all processes of the program, in seconds.
-    """
-
-    value: Any
-    wall_s: float
-    cpu_s: float
-
-
-class Program(Protocol):
-    """A program in its sandbox, as `evaluate` sees it.
-
-    Arguments and values are None, booleans, numbers, strings, lists, tuples, dicts with string keys, and numpy arrays of booleans or
-    numbers. Values arrive as plain Python objects and arrays that own their memory; tuples arrive as lists. Nothing is unpickled.
-
-    Both methods raise Rejection if the call fails: the function is missing or raises, the value cannot be sent or is too large, or time or
-    memory is exceeded. `evaluate` need not catch it.
-    """
-
-    def call(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Any:
-        """Calls a function of the program and returns its value.
-
-        Args:
-          name: of the function.
-          arguments: of the function. The program sees them only now.
-          seconds: limit of this call; by default, what is left of the program's time.
-          fresh: whether to start the program again in a new sandbox first. Otherwise it keeps its state between calls.
-        """
-        ...
-
-    def time(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Timed:
-        """`call`, with the time that it took."""
-        ...
+__all__ = ["Evaluation", "Problem", "Program", "Record", "Rejection", "Timed"]
 
 
 @dataclasses.dataclass(frozen=True)

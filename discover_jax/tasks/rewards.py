@@ -8,6 +8,15 @@ from discover_jax.exceptions import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """What a score is: its name, as prompts and summaries show it, its direction, and whether it is the share of correct rows."""
+
+    name: str
+    higher_is_better: bool
+    proportion: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Transform:
     """Turns a score into a reward; a higher reward is better.
 

@@ -109,6 +109,33 @@ class Task:
         return self.competition.metric
 
     @property
+    def calls(self) -> bool:
+        """False: programs return a submission."""
+        return False
+
+    @property
+    def interface(self) -> str:
+        """Empty: all competitions have the same interface, `run()`, which returns a table."""
+        return ""
+
+    @property
+    def ideas(self) -> tuple[str, ...] | None:
+        """None: prompts show the ideas for competitions."""
+        return None
+
+    @property
+    def transform(self) -> str:
+        return self.competition.transform
+
+    @property
+    def thresholds_source(self) -> str:
+        return self.competition.thresholds_source
+
+    @property
+    def thresholds_note(self) -> str:
+        return self.competition.thresholds_note or "The competition's definition has none."
+
+    @property
     def failure_reward(self) -> float:
         return self.competition.failure_reward
 
@@ -190,6 +217,10 @@ class Task:
         training = self.folder / split.folder / "train.csv" if split.held_out_rows else None
         counts = self.reward_source == "grade"
         return _load_answers(self.folder / "private", split.answers, competition.id_column, competition.target, training, counts)
+
+    def score_text(self, score: float) -> str:
+        """The score to the five places of MLE-bench."""
+        return f"{score:.5f}"
 
     def reward(self, score: float) -> float:
         """The reward of a score, higher is better."""

@@ -49,7 +49,13 @@ class _FileLike(Protocol):
 
 
 class TaskLike(Protocol):
-    """The part of a task that prompts use; see `discover_jax.tasks.task.Task`."""
+    """The part of a task that prompts use; see `discover_jax.tasks.task.Task`.
+
+    Attributes:
+      interface: the functions that a program of a problem defines; empty for a competition.
+      ideas: suggestions for improvements; None for those of the settings.
+      leaderboard: published scores; only prompts of problems show them.
+    """
 
     @property
     def id(self) -> str: ...
@@ -59,6 +65,13 @@ class TaskLike(Protocol):
     def metric(self) -> _MetricLike: ...
     @property
     def files(self) -> Sequence[_FileLike]: ...
+    @property
+    def interface(self) -> str: ...
+    @property
+    def ideas(self) -> tuple[str, ...] | None: ...
+    @property
+    def leaderboard(self) -> str: ...
+    def score_text(self, score: float) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +83,7 @@ class PromptSettings:
       max_tokens: longest prompt, in tokens.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
       packages: packages that a program may import, as the prompt states them; see `installed_packages`.
-      ideas: suggestions for improving a program.
+      ideas: suggestions for improving a program for a competition.
       ideas_shown: number of ideas in a prompt, rotating over groups and steps; 0 for all.
       stdout_chars, error_chars: maximum length of the shown end of the parent's output, and of an error.
     """
@@ -155,10 +168,10 @@ def build_prompt(
         return _finish(chat.render(_brief(task, parent)), settings, parent, group)
     output = _tail(parent.stdout, settings.stdout_chars)
     error = _tail(_error(recent_failures), settings.error_chars)
-    ideas = _ideas(settings, group + step)
+    ideas = _ideas(settings.ideas if task.ideas is None else task.ideas, settings.ideas_shown, group + step)
     rendered = Rendered((), "")
     for shown_output, shown_error in [(cut, error) for cut in _cuts(output)] + [("", cut) for cut in _cuts(error)]:
-        rendered = chat.render(_request(task, parent, shown_output, shown_error, ideas), _contract(settings))
+        rendered = chat.render(_request(task, parent, shown_output, shown_error, ideas), _contract(task, settings))
         if len(rendered.ids) <= settings.max_tokens:
             if (shown_output, shown_error) != (output, error):
                 on_shortened(
@@ -196,42 +209,58 @@ def _brief(task: TaskLike, parent: State) -> str:
     return brief_text(task.id, task.metric.name, task.metric.higher_is_better, previous)
 
 
-def _contract(settings: PromptSettings) -> str:
+def _contract(task: TaskLike, settings: PromptSettings) -> str:
     """The rules and limits for programs; the same for every competition."""
+    limits = f"{settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network"
+    if task.interface:
+        return f"""\
+You write Python programs that solve a problem. A checker calls the program's functions and scores what they return. Answer with exactly one
+Python code block. It must define: {task.interface}.
+
+- The program is run in a fresh process: the code block is executed, then its functions are called. Include all imports.
+- Functions get and return numbers, strings, lists, dicts and numpy arrays of numbers.
+- Limits: {limits}.
+- Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
+- What the program prints is kept: print what would help to improve it further.
+- A program that fails, runs out of time or returns an invalid solution scores nothing."""
     return f"""\
 You write Python programs that solve competitions in machine learning. Answer with exactly one Python code block. It must define a
 function `run()` without arguments that returns the submission as a pandas DataFrame, with the columns and the ids of sample_submission.csv.
 
 - Read the data by relative paths: `data/train.csv`, `data/test.csv`, `data/sample_submission.csv`. They cannot be written to.
 - The program is run once, in a fresh process: the code block is executed, then `run()` is called. Include all imports.
-- Limits: {settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network.
+- Limits: {limits}.
 - Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
 - What the program prints is kept: print validation scores that would help to improve it further.
 - A program that fails, runs out of time or returns an invalid submission scores nothing."""
 
 
-def _ideas(settings: PromptSettings, turn: int) -> tuple[str, ...]:
-    """The ideas for this turn, in the order of the list."""
-    count = len(settings.ideas)
-    if not settings.ideas_shown or settings.ideas_shown >= count:
-        return settings.ideas
-    chosen = {(turn * settings.ideas_shown + offset) % count for offset in range(settings.ideas_shown)}
-    return tuple(idea for index, idea in enumerate(settings.ideas) if index in chosen)
+def _ideas(ideas: tuple[str, ...], shown: int, turn: int) -> tuple[str, ...]:
+    """The ideas for this turn, in the order of the list; all of them if `shown` is 0."""
+    count = len(ideas)
+    if not shown or shown >= count:
+        return ideas
+    chosen = {(turn * shown + offset) % count for offset in range(shown)}
+    return tuple(idea for index, idea in enumerate(ideas) if index in chosen)
 
 
 def _request(task: TaskLike, parent: State, output: str, error: str, ideas: tuple[str, ...]) -> str:
-    """The competition, the parent program and its result."""
+    """The competition or problem, the parent program and its result."""
     direction = _direction(task.metric.higher_is_better)
-    parts = [
-        f"# Competition: {task.id}\n\n{task.description}",
-        "# Files in `data/`\n\n" + "\n".join(map(_describe_file, task.files)),
-        f"# Evaluation\n\nSubmissions are scored by {task.metric.name} on the rows of test.csv; {direction} is better.",
-    ]
+    parts = [f"# {'Problem' if task.interface else 'Competition'}: {task.id}\n\n{task.description}"]
+    if task.files:
+        parts.append("# Files in `data/`\n\n" + "\n".join(map(_describe_file, task.files)))
+    if task.interface:
+        parts.append(f"# Evaluation\n\nSolutions are scored by {task.metric.name}; {direction} is better. Best known: {task.leaderboard}.")
+    else:
+        parts.append(f"# Evaluation\n\nSubmissions are scored by {task.metric.name} on the rows of test.csv; {direction} is better.")
     if parent.score is not None:
         parts.append(
             f"# Your last program\n\nHere is the last code we ran:\n\n{_fenced(parent.code, 'python')}\n\n"
-            f"Previous score: {parent.score:.5f} ({task.metric.name}, {direction} is better)"
+            f"Previous score: {task.score_text(parent.score)} ({task.metric.name}, {direction} is better)"
         )
+    if parent.feedback:
+        parts.append(f"What the checker says about it:\n\n{_fenced(parent.feedback)}")
     if output:
         parts.append(f"The end of what it printed:\n\n{_fenced(output)}")
     if error:
@@ -240,8 +269,9 @@ def _request(task: TaskLike, parent: State, output: str, error: str, ideas: tupl
     if parent.score is None:
         parts.append("Write a program that scores as well as you can make it.")
     else:
+        consider = f" Consider: {', '.join(ideas)}." if ideas else ""
         parts.append(
-            f"You are iteratively improving your solution. Consider: {', '.join(ideas)}.\n"
+            f"You are iteratively improving your solution.{consider}\n"
             "Unless you make a meaningful improvement, you will not be rewarded. Answer with the whole new program."
         )
     return "\n\n".join(parts)

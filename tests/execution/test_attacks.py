@@ -173,10 +173,10 @@ ATTACKS = {
     # --- against the reply
     "closing the reply's descriptor": Attack(_body("os.closerange(3, 1024)\nreturn 1"), (Outcome.EXCEPTION, Outcome.KILLED)),
     "answering, then hanging": Attack(
-        _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv 5\\nid,y\\n'))\ntime.sleep(60)"), (Outcome.TIMEOUT,)
+        _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv - 5\\nid,y\\n'))\ntime.sleep(60)"), (Outcome.TIMEOUT,)
     ),
     "a length that overflows": Attack(
-        _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv 99999999999999999999\\n'))\nos._exit(0)"),
+        _body("for fd in range(3, 64):\n    attempt(lambda: os.write(fd, b'csv - 99999999999999999999\\n'))\nos._exit(0)"),
         (Outcome.EXCEPTION,),
     ),
     "numbers of a hundred thousand digits": Attack(

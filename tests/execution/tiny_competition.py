@@ -36,6 +36,7 @@ LIMITS = ResourceLimits(
 class TinyTask:
     public_dir: Path
     fingerprint: str = "tiny-1"
+    calls: bool = False
 
     @property
     def public_dirs(self) -> list[Path]:

@@ -1,0 +1,236 @@
+"""Calls of a program's functions, and attacks on them and on the checks, through the real launch path."""
+
+import dataclasses
+
+import pytest
+from tiny_problem import HIDDEN, Naive, Squares
+
+from discover_jax.execution import Executor, values
+from discover_jax.execution.limits import MIB, ResourceLimits
+from discover_jax.types import Outcome, Verdict
+
+pytestmark = pytest.mark.sandbox
+
+LIMITS = ResourceLimits(seconds=20.0, cores=1, memory_bytes=400 * MIB, result_bytes=MIB, stdout_bytes=4096)
+RIGHT = "def square(x):\n    return x * x\n"
+SQUARES, FRESH, NAIVE = range(3)
+# Finds the harness, its channel and the key of the request that it serves.
+INSIDE = """\
+import json, os, sys, threading, time
+channel = json.loads(sys.argv[1])["result_fd"]
+main = sys.modules["__main__"]
+keys = []
+request = main._Calls.request
+def spy(self, frame):
+    key, name = request(self, frame)
+    keys.append(key)
+    return key, name
+main._Calls.request = spy
+"""
+
+
+@pytest.fixture(scope="module")
+def executor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("problem")
+    public = folder / "public"
+    public.mkdir()
+    (public / "problem.md").write_text("square(x)")
+    for path in (folder, public):
+        path.chmod(0o755)
+    tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public)]
+    with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
+        yield executor
+
+
+def verdict_on(executor: Executor, program: str, task: int = SQUARES) -> Verdict:
+    """The verdict on a program. Afterwards, a right program still has its score."""
+    verdict = executor.submit(program, task).result(timeout=120)
+    after = executor.submit(f"{RIGHT}# after {hash(program)} {task}\n").result(timeout=120)
+    assert (after.outcome, after.grade.score) == (Outcome.OK, 2.0)
+    return verdict
+
+
+def test_a_right_program_has_score_feedback_metrics_and_value(executor):
+    verdict = executor.submit("print('loaded')\n" + RIGHT).result()
+    grade, execution = verdict.grade, verdict.execution
+    assert (verdict.outcome, grade.valid, grade.score, grade.feedback) == (Outcome.OK, True, 2.0, "all right")
+    assert values.decode(execution.csv) == HIDDEN[-1] ** 2
+    assert execution.stdout == "loaded\n"
+    assert 0 < grade.metrics["wall"] < execution.seconds
+    assert grade.metrics["cpu"] < 1.0
+    again = executor.submit("print('loaded')\n" + RIGHT).result()
+    assert again == dataclasses.replace(verdict, execution=dataclasses.replace(execution, cached=True))
+
+
+def test_time_is_measured_outside(executor):
+    busy = "import time\ntime.time = time.perf_counter = time.process_time = lambda: 0.0\n"
+    busy += "def square(x):\n    sum(i * i for i in range(2_000_000))\n    return x * x\n"
+    metrics = executor.submit(busy).result().grade.metrics
+    assert metrics["wall"] > 0.1
+    assert metrics["cpu"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome", "reason"),
+    [
+        ("def square(x):\n    return x + x\n", Outcome.INVALID_SUBMISSION, "square(3.0) is not 6.0"),
+        ("def cube(x):\n    return x\n", Outcome.EXCEPTION, "defines no function square()"),
+        ("1 / 0", Outcome.EXCEPTION, "ZeroDivisionError"),
+        ("def square(x):\n    return (lambda: x * x)\n", Outcome.INVALID_SUBMISSION, "an object of type function"),
+        ("def square(x):\n    raise SystemExit\n", Outcome.EXCEPTION, "SystemExit"),
+        ("def square(x):\n    while True: pass\n", Outcome.TIMEOUT, "did not end within 3 s"),
+        ("def square(x):\n    return bytearray(10**9)\n", Outcome.OUT_OF_MEMORY, ""),
+        ("import numpy\ndef square(x):\n    return numpy.zeros(10**6)\n", Outcome.RESULT_TOO_BIG, "1,048,576 bytes"),
+        ("import os\ndef square(x):\n    os.kill(os.getpid(), 11)\n", Outcome.KILLED, "SIGSEGV"),
+    ],
+    ids=["wrong", "missing", "load", "type", "exit", "time", "memory", "size", "signal"],
+)
+def test_failures_have_their_outcome_and_reason(executor, program, outcome, reason):
+    verdict = verdict_on(executor, program)
+    assert verdict.outcome is outcome
+    assert reason in (verdict.execution.detail or verdict.grade.reason)
+    assert not verdict.grade.valid
+    assert verdict.grade.score is None
+
+
+# Each attack, and the outcomes that it may have.
+ATTACKS = {
+    "answers before it is asked": (
+        INSIDE + "os.write(channel, b'value - 4\\n9.0\\n')\n" + RIGHT,
+        {Outcome.EXCEPTION},
+    ),
+    "answers the next call beforehand": (
+        INSIDE + "def square(x):\n    os.write(channel, b'value %s 4\\n9.0\\n' % keys[0].encode())\n    return 25.0\n",
+        {Outcome.EXCEPTION},
+    ),
+    "repeats an earlier answer": (
+        INSIDE + "old = []\nreal = os.write\n"
+        "def square(x):\n"
+        "    if old:\n        real(channel, b'value %s 4\\n9.0\\n' % old[0].encode()); time.sleep(60)\n"
+        "    old.append(keys[-1])\n    return x * x\n",
+        {Outcome.EXCEPTION},
+    ),
+    "hangs in the middle of its answer": (
+        INSIDE + "def square(x):\n    os.write(channel, b'value %s 100\\n9' % keys[-1].encode()); time.sleep(60)\n",
+        {Outcome.TIMEOUT},
+    ),
+    "claims a huge length": (
+        INSIDE + "def square(x):\n    os.write(channel, b'value %s 999999999999\\n' % keys[-1].encode())\n"
+        "    while True: os.write(channel, b'0' * 65536)\n",
+        {Outcome.RESULT_TOO_BIG},
+    ),
+    "writes noise on the channel": (
+        INSIDE + "def square(x):\n    os.write(channel, bytes(range(256)) * 4); time.sleep(60)\n",
+        {Outcome.EXCEPTION},
+    ),
+    "adds bytes to its answer": (
+        INSIDE + "def square(x):\n    os.write(channel, b'value %s 4\\n9.0\\n9.0' % keys[-1].encode()); time.sleep(60)\n",
+        {Outcome.EXCEPTION},
+    ),
+    "closes the channel": (INSIDE + "def square(x):\n    os.close(channel); time.sleep(60)\n", {Outcome.TIMEOUT, Outcome.EXCEPTION}),
+    "sends a pickle as an array": (
+        INSIDE + "import numpy, io\nclass Evil:\n    def __reduce__(self): return (os.system, ('touch /tmp/evil',))\n"
+        "def square(x):\n"
+        "    file = io.BytesIO(); numpy.save(file, numpy.array([Evil()], object), allow_pickle=True)\n"
+        "    data = b'{\"array\":0}\\n' + file.getvalue()\n"
+        "    os.write(channel, b'value %s %d\\n' % (keys[-1].encode(), len(data)) + data); time.sleep(60)\n",
+        {Outcome.INVALID_SUBMISSION},
+    ),
+    "sends an array that claims 10^12 elements": (
+        INSIDE + "def square(x):\n"
+        "    header = b\"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }\".ljust(117) + b'\\n'\n"
+        "    data = b'{\"array\":0}\\n\\x93NUMPY\\x01\\x00' + len(header).to_bytes(2, 'little') + header\n"
+        "    os.write(channel, b'value %s %d\\n' % (keys[-1].encode(), len(data)) + data); time.sleep(60)\n",
+        {Outcome.INVALID_SUBMISSION},
+    ),
+    "sends JSON nested 100,000 deep": (
+        INSIDE + "def square(x):\n"
+        "    data = b'[' * 100000 + b']' * 100000 + b'\\n'\n"
+        "    os.write(channel, b'value %s %d\\n' % (keys[-1].encode(), len(data)))\n"
+        "    for i in range(0, len(data), 1000): os.write(channel, data[i:i + 1000])\n"
+        "    time.sleep(60)\n",
+        {Outcome.INVALID_SUBMISSION},
+    ),
+    "grows between calls": (
+        (
+            "import threading, time\nkept = []\ndef grow():\n    time.sleep(0.02)\n    while True: kept.append(bytearray(10**7))\n"
+            "def square(x):\n    if x == 3.0: threading.Thread(target=grow, daemon=True).start()\n    else: time.sleep(2)\n"
+            "    return x * x\n"
+        ),
+        {Outcome.OUT_OF_MEMORY},
+    ),
+    "ends between calls": (
+        (
+            "import os, threading, time\n"
+            "def square(x):\n    threading.Timer(0.05, os._exit, (0,)).start()\n    if x != 3.0: time.sleep(2)\n    return x * x\n"
+        ),
+        {Outcome.EXCEPTION},
+    ),
+    "does not read its arguments": (
+        (
+            "import os\nfor fd in range(3, 32):\n    try: os.set_blocking(fd, True); import fcntl; fcntl.fcntl(fd, fcntl.F_GETFL)\n"
+            "    except OSError: pass\ndef square(x):\n    os.dup2(os.open('/dev/null', os.O_RDONLY), 3); return 0.0\n"
+        ),
+        {Outcome.INVALID_SUBMISSION, Outcome.EXCEPTION, Outcome.TIMEOUT},
+    ),
+    "returns a float that lies": (
+        (
+            "class Nine(float):\n    def __float__(self): return 9.0\n    __repr__ = lambda self: '9.0'\n"
+            "    __eq__ = lambda self, other: True\n"
+            "    __hash__ = float.__hash__\ndef square(x):\n    return Nine(1.0)\n"
+        ),
+        {Outcome.INVALID_SUBMISSION},
+    ),
+    "floods the output": (
+        "import sys\ndef square(x):\n    while True: sys.stdout.write('x' * 65536)\n",
+        {Outcome.TIMEOUT, Outcome.OUTPUT_FLOOD},
+    ),
+    "looks for the arguments of later calls": (
+        (
+            "import sys\nhidden = '5' + '.0'\n"
+            "def square(x):\n"
+            "    frame, texts = sys._getframe(1), [open('/proc/self/cmdline').read(), open('/proc/self/environ').read()]\n"
+            "    while frame: texts.append(repr(frame.f_locals)); frame = frame.f_back\n"
+            "    return 1.0 if x == 3.0 and hidden in ''.join(texts) else x * x\n"
+        ),
+        {Outcome.OK},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_on_calls_have_no_score(executor, name):
+    program, outcomes = ATTACKS[name]
+    verdict = verdict_on(executor, program)
+    assert verdict.outcome in outcomes, verdict
+    assert verdict.grade.valid == (verdict.outcome is Outcome.OK)
+
+
+def test_state_is_kept_between_calls_unless_they_are_fresh(executor):
+    counting = "seen = []\ndef square(x):\n    seen.append(x)\n    return x * x if len(seen) == 1 else 0.0\n"
+    kept = executor.submit(counting, SQUARES).result()
+    assert kept.outcome is Outcome.INVALID_SUBMISSION
+    fresh = executor.submit(counting, FRESH).result()
+    assert (fresh.outcome, fresh.grade.score) == (Outcome.OK, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("'hang'", "took longer than 2 s"),
+        ("'crash'", "the process that checks the solution ended"),
+        ("{'bytes': 10**11}", "more than 1 GiB of memory"),
+        ("{'bytes': -1}", "ValueError"),
+        ("float('nan')", "the score is nan"),
+        ("float('inf')", "the score is inf"),
+    ],
+)
+def test_values_that_break_a_check_are_rejected(executor, value, reason):
+    verdict = verdict_on(executor, f"def run():\n    return {value}\n", NAIVE)
+    assert verdict.outcome is Outcome.INVALID_SUBMISSION
+    assert reason in verdict.grade.reason
+
+
+def test_program_that_never_ends_uses_its_time_once(executor):
+    verdict = executor.submit("import time\ntime.sleep(60)\n", NAIVE).result(timeout=120)
+    assert (verdict.outcome, verdict.execution.detail) == (Outcome.TIMEOUT, "its calls took longer than 20 s in all")

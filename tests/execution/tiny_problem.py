@@ -1,0 +1,53 @@
+"""Problems for tests of calls: squares of hidden numbers, and checks that misbehave if the program's value says so."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from discover_jax.types import Evaluation, Program, Rejection
+
+HIDDEN = (3.0, 5.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """`square(x)` must be right for hidden numbers. With `fresh`, each call starts the program again."""
+
+    public_dir: Path
+    fingerprint: str = "squares"
+    fresh: bool = False
+    calls: bool = True
+    evaluate_seconds: float = 20.0
+    evaluate_gib: float = 1.0
+
+    @property
+    def public_dirs(self) -> list[Path]:
+        return [self.public_dir]
+
+    def evaluate(self, program: Program) -> Evaluation:
+        wall = cpu = 0.0
+        for x in HIDDEN:
+            timed = program.time("square", x, fresh=self.fresh, seconds=3.0)
+            if type(timed.value) is not float or timed.value != x * x:
+                raise Rejection(f"square({x}) is not {timed.value!r}")
+            wall, cpu = wall + timed.wall_s, cpu + timed.cpu_s
+        return Evaluation(float(len(HIDDEN)), "all right", {"wall": wall, "cpu": cpu})
+
+
+@dataclasses.dataclass(frozen=True)
+class Naive(Squares):
+    """A careless check: what the program returns may make it hang, exhaust memory, crash or fail."""
+
+    fingerprint: str = "naive"
+    evaluate_seconds: float = 2.0
+
+    def evaluate(self, program: Program) -> Evaluation:
+        value = program.call("run")
+        if value == "hang":
+            while True:
+                pass
+        if value == "crash":
+            os.abort()
+        if isinstance(value, dict):
+            return Evaluation(float(len(bytearray(value["bytes"]))))
+        return Evaluation(value)  # whatever its type
