@@ -114,7 +114,7 @@ def run():
     x = (np.arange(PIECES) + 0.5) / PIECES
     heights = with_mean_half(0.5 + 0.4 * np.cos(2 * np.pi * (x - 0.5)))
     rng = np.random.default_rng(0)
-    for _ in range(2000):
+    for _ in range(300):
         moved = heights.copy()
         moved[rng.integers(PIECES)] += rng.normal(0, 0.1)
         moved = with_mean_half(moved)
