@@ -52,9 +52,7 @@ def hidden_inputs() -> Mapping[str, Sequence[np.ndarray]]:
     return {
         "distinct values in random order": [rng.permutation(LENGTH) for _ in range(REPEATS)],
         "300 different values": [rng.randint(0, 300, LENGTH) for _ in range(REPEATS)],
-        "large values, nearly sorted": [
-            (np.arange(LENGTH) + rng.randint(0, 1000, LENGTH)) * 10**13 - 2 * 10**17 for _ in range(REPEATS)
-        ],
+        "large values, nearly sorted": [(np.arange(LENGTH) + rng.randint(0, 1000, LENGTH)) * 10**13 - 2 * 10**17 for _ in range(REPEATS)],
     }
 
 
@@ -105,8 +103,9 @@ _DESCRIPTION = f"""\
 Count the inversions of an array as fast as possible: the pairs i < j with values[i] > values[j]. Equal values are no inversion.
 
 `count(values)` gets a numpy int64 array of length {LENGTH:,} and returns the exact number of inversions as a Python int.
-It is called {3 * REPEATS} times, on hidden arrays: {REPEATS} random orders of distinct values, {REPEATS} arrays with only 300 different values,
-and {REPEATS} nearly sorted arrays of large values, positive and negative. Every array is different. One wrong count rejects the program.
+It is called {3 * REPEATS} times, on hidden arrays: {REPEATS} random orders of distinct values, {REPEATS} with only 300 different
+values, and {REPEATS} nearly sorted ones of large values, positive and negative. No two arrays are equal. One wrong count rejects the
+program.
 
 The score is the speedup over a merge sort in plain Python that runs on the same machine: for each kind, the best time of the reference
 divided by the best wall time of `count`, then the geometric mean over kinds. Higher is better. The time includes sending the array, about a

@@ -1,8 +1,8 @@
 """erdos-overlap: an upper bound of the constant in Erdős's minimum overlap problem, by a step function.
 
-For every partition of {1, ..., 2n} into two halves A and B, some difference k occurs at least M(n) times among all a - b. By Swinnerton-Dyer's
-theorem (in Haugland, "Advances in the minimum overlap problem", 1996), M(n) / n tends to the infimum, over step functions h: [0, 2] -> [0, 1]
-with integral 1, of
+For every partition of {1, ..., 2n} into two halves A and B, some difference k occurs at least M(n) times among all a - b. Swinnerton-Dyer
+proved (in Haugland, "Advances in the minimum overlap problem", J. Number Theory 58, 1996) that M(n) / n tends to the infimum, over step
+functions h: [0, 2] -> [0, 1] with integral 1, of
 
     C(h) = max over k of the integral of h(x) (1 - h(x + k)) over all x for which x and x + k are in [0, 2].
 
@@ -18,7 +18,8 @@ import numpy as np
 from discover_jax.tasks.problem import Evaluation, Problem, Program, Record, Rejection
 from discover_jax.tasks.problems.exact import checked_floats, convolution, float_at_least, scaled_integers
 
-MAX_PIECES = 10_000
+MAX_PIECES = 30_000
+"""The check of so many heights takes less than a second for usual ones, and about 10 s if they span all exponents of doubles."""
 
 
 def check_step_function(value: Any) -> Evaluation:
@@ -27,7 +28,7 @@ def check_step_function(value: Any) -> Evaluation:
     The values are heights a_i in [0, 1] on N pieces of equal width. Doubles almost never have the mean 1/2 exactly, so h is defined by an
     exact rule that always gives values in [0, 1] and integral 1, in rational numbers:
 
-    - b = a if the mean of a is at least 1/2, else b = 1 - a. The mirror image of h has the complement's overlaps, so C is the same for both.
+    - b = a if the mean of a is at least 1/2, else b = 1 - a. The overlaps of 1 - h at k are those of h at -k, so C is the same for both.
     - h_i = b_i N / (2 S), where S is the sum of b. As S >= N / 2, no value exceeds 1.
 
     The overlap is linear in k between multiples of the pieces' width, 2 / N, so its maximum is among those:

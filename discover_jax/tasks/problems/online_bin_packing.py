@@ -96,16 +96,16 @@ def _evaluate(program: Program) -> Evaluation:
 
 
 _DESCRIPTION = f"""\
-Online bin packing. Items arrive one by one and must be placed at once, into a bin with enough room or into a new bin of capacity {CAPACITY}.
-Placed items never move. Use as few bins as possible. There are {INSTANCES} hidden instances of {ITEMS:,} items each. The sizes are
-independent: Weibull with shape 3 and scale 45, rounded to integers from 1 to {CAPACITY}.
+Online bin packing. Items arrive one by one and must be placed at once, into a bin with enough room or into a new bin of capacity
+{CAPACITY}. Placed items never move. Use as few bins as possible. There are {INSTANCES} hidden instances of {ITEMS:,} items each. The sizes
+are independent: Weibull with shape 3 and scale 45, rounded to integers from 1 to {CAPACITY}.
 
 `priority(items, bins)` is called once for each step, for all instances together. I = {INSTANCES}, C = {CAPACITY + 1}:
 - `items`: int64 array of shape (I,), the size of the current item of each instance;
 - `bins`: int64 array of shape (I, C); `bins[i, c]` is the number of open bins of instance i with c units of room left. Column {CAPACITY}
   stands for a new bin: its count is always 0, and a new bin is always allowed.
-It returns a float64 array of shape (I, C): the priority of putting the item into a bin with that much room. The verifier chooses the highest
-priority among the bins that exist and can hold the item, and a new bin. Priorities of other columns are ignored. Among equal ones, the
+It returns a float64 array of shape (I, C): the priority of putting the item into a bin with that much room. The verifier chooses the
+highest priority among a new bin and the open bins that can hold the item. Priorities of other columns are ignored. Among equal ones, the
 bin with the least room is chosen. Infinite priorities are allowed; NaN, other shapes and other types are refused.
 
 The next item is sent only after the current ones are placed. There are {ITEMS:,} calls, so a call should take about a millisecond:

@@ -66,12 +66,12 @@ def arrays(shape):
     """Instead of an array of the shape: (value, word)."""
     cells = int(np.prod(shape))
     strided = np.lib.stride_tricks.as_strided(np.zeros(1), (10**9, *shape[1:]), (0,) * len(shape))
-    return {
+    values = {
         "complex array": (np.full(shape, 0.01 + 0j), "complex128"),
         "bool array": (np.ones(shape, bool), "bool"),
         "object array": (np.full(shape, 0.01, object), "object"),
         "string array": (np.full(shape, "0.01"), "<U4"),
-        "long double array": (np.full(shape, 0.01, np.longdouble), "float128"),
+        "half of a complex": (np.full(shape, 0.01, np.complex64), "complex64"),
         "dates": (np.zeros(shape, "datetime64[s]"), "datetime64"),
         "integers beyond 2^53": (np.full(shape, 2**62), "2^53"),
         "records": (np.zeros(shape, [("a", float)]), "float64"),
@@ -80,3 +80,6 @@ def arrays(shape):
         "NaN array": (np.full(shape, np.nan), "finite"),
         "infinite array": (np.full(shape, np.inf), "finite"),
     }
+    if np.longdouble(0).itemsize > 8:
+        values["long double array"] = (np.full(shape, 0.01, np.longdouble), str(np.dtype(np.longdouble)))
+    return values

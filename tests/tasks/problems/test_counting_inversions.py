@@ -68,13 +68,16 @@ def count(values):
 
 @pytest.mark.usefixtures("short")
 def test_an_answer_that_is_remembered_is_wrong():
-    remembering = PROBLEM.seed_program.replace("def count", "def right") + """
+    remembering = (
+        PROBLEM.seed_program.replace("def count", "def right")
+        + """
 answers = []
 
 def count(values):
     answers.append(answers[-1] if answers else right(values))
     return answers[-1]
 """
+    )
     with pytest.raises(Rejection, match="The count is wrong"):
         PROBLEM.evaluate(InProcess(remembering))
 
@@ -88,7 +91,7 @@ def test_other_types(value):
 @pytest.mark.parametrize("value", [2, 4, -3, 0, 10**10_000], ids=["2", "4", "-3", "0", "huge"])
 def test_wrong_counts(value):
     check_count(3, 3)
-    with pytest.raises(Rejection, match="The count is wrong.*expected 3"):
+    with pytest.raises(Rejection, match=r"The count is wrong.*expected 3"):
         check_count(value, 3)
 
 

@@ -7,7 +7,15 @@ from programs import InProcess, Returns
 
 from discover_jax.tasks.problem import Rejection
 from discover_jax.tasks.problems import online_bin_packing as packing
-from discover_jax.tasks.problems.online_bin_packing import CAPACITY, PROBLEM, best_fit, bins_used, checked_priorities, hidden_items, mean_excess
+from discover_jax.tasks.problems.online_bin_packing import (
+    CAPACITY,
+    PROBLEM,
+    best_fit,
+    bins_used,
+    checked_priorities,
+    hidden_items,
+    mean_excess,
+)
 
 
 def bins_naively(items, priority):
@@ -97,5 +105,5 @@ def test_no_arrays(value):
 
 @pytest.mark.parametrize("name", [name for name in hostile.arrays((2, 2)) if name not in ("infinite array", "integers beyond 2^53")])
 def test_hostile_arrays(name):
-    with pytest.raises(Rejection, match="must return a float64 array|NaN"):
+    with pytest.raises(Rejection, match=r"must return a float64 array|NaN"):
         checked_priorities(hostile.arrays((2, 2))[name][0], (2, 2))

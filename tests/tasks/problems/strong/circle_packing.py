@@ -49,12 +49,10 @@ def optimised(centers):
 
 
 def holds(centers, radii):
-    circles = [(Fraction(x), Fraction(y), Fraction(r)) for (x, y), r in zip(centers.tolist(), radii.tolist())]
+    circles = [(Fraction(x), Fraction(y), Fraction(r)) for (x, y), r in zip(centers.tolist(), radii.tolist(), strict=True)]
     if any(r <= 0 or x < r or y < r or x + r > 1 or y + r > 1 for x, y, r in circles):
         return False
-    return all(
-        (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 >= (a[2] + b[2]) ** 2 for i, a in enumerate(circles) for b in circles[:i]
-    )
+    return all((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 >= (a[2] + b[2]) ** 2 for i, a in enumerate(circles) for b in circles[:i])
 
 
 def repaired(z):
