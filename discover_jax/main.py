@@ -146,7 +146,8 @@ def _prepared(
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
         scripts = {task.id: rerun_script(stages.rerun_settings(config, number)) for number, task in enumerate(tasks)}
         sources = (source, scripts, console.note, processes)
-        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, capacity=config.reuse.capacity)
+        options = {"capacity": config.reuse.capacity, "seeds": stages.run_seed_programs(config.task, tasks, executor, processes)}
+        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, **options)
         policy = dataclasses.replace(policy, train_state=state.train_state)
         last_step = state.first_step + config.train.steps
         recorder = NullRecorder()

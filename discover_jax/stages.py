@@ -14,6 +14,7 @@ from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
 from discover_jax.engine import microbatch_rows, row_tokens
+from discover_jax.execution.cache import verdict_of, verdict_row
 from discover_jax.execution.executor import Executor
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
@@ -23,7 +24,7 @@ from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
-from discover_jax.runs.attempts import attempt_of
+from discover_jax.runs.attempts import attempt_of, seed_of
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
 from discover_jax.runs.recorder import Recorder
@@ -31,11 +32,11 @@ from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
-from discover_jax.tasks.prepare import AnyTask, named_competitions
+from discover_jax.tasks.prepare import AnyTask, named_competitions, seed_programs
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
 from discover_jax.text.reply import program_of
-from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,30 @@ class Graded:
 
     attempts: Sequence[Attempt]
     verdicts: Mapping[RolloutKey, Verdict]
+
+
+def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes) -> dict[str, State]:
+    """Where the search of each competition starts: nothing, or a seed program, which the first process runs.
+
+    A resumed run finds the verdict in the cache.
+
+    Args:
+      settings: config.task.
+
+    Raises:
+      ConfigError: a seed program has no score.
+    """
+    programs = seed_programs(settings, tasks)
+
+    def verdicts() -> list[dict[str, Any] | None]:
+        futures = [executor.submit(program, number) if program else None for number, program in enumerate(programs)]
+        return [None if future is None else verdict_row(future.result()) for future in futures]
+
+    rows = processes.from_first(verdicts) if any(programs) else [None] * len(tasks)
+    return {
+        task.id: SEED if row is None else seed_of(task, program, verdict_of(row, cached=False))
+        for task, program, row in zip(tasks, programs, rows, strict=True)
+    }
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:

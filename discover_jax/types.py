@@ -22,9 +22,9 @@ class State:
     Attributes:
       id: unique within a run. It depends only on (step, group, index), so a resumed run gives the same ids. "seed" for the seed.
       parent_id: the state whose program was shown in the prompt; None only for the seed.
-      code: the program; empty for the seed.
-      value: reward of the program, which the search maximises; None for the seed.
-      score: the same signal in the metric's own direction and unit, as prompts show it; None for the seed.
+      code: the program; empty for a seed without a program.
+      value: reward of the program, which the search maximises; None for a seed without a program.
+      score: the same signal in the metric's own direction and unit, as prompts show it; None for a seed without a program.
       stdout: head and tail of the program's output, already trimmed for a prompt.
       step: step of its attempt, from 0; -1 for the seed.
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 from discover_jax.archive.archive import Archive, best_of
 from discover_jax.archive.expansions import NO_EXPANSIONS, Expansions
-from discover_jax.types import Attempt, Outcome, State
+from discover_jax.types import SEED, Attempt, Outcome, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Frontier:
       expansions: which states were expanded, and the best value among their children.
       best: the best state, even if it does not fit into a prompt; None before the first score.
       last_children: id of a parent -> attempts of the last step that built on it.
+      seed: where the search starts: the empty seed, or a seed program with its score.
     """
 
     archive: Archive
     expansions: Expansions = NO_EXPANSIONS
     best: State | None = None
     last_children: Mapping[str, Sequence[Attempt]] = dataclasses.field(default_factory=dict)
+    seed: State = SEED
 
     @staticmethod
     def resumed(archive: Archive, attempts: Iterable[Attempt]) -> "Frontier":
@@ -63,6 +65,7 @@ class Frontier:
             expansions=self.expansions.add(attempts),
             best=best_of([*known, *states_of(attempts)]),
             last_children={**self.last_children, **by_parent},
+            seed=self.seed,
         )
 
     def failures(self, parent: State) -> Sequence[Attempt]:

@@ -26,6 +26,7 @@ class ParentSelector(Protocol):
       epsilon: for greedy.
       exploration: c of puct.
       expansions: of all earlier steps, for puct.
+      seed: where the search starts: with nothing, or with a seed program.
     """
 
     def __call__(
@@ -37,6 +38,7 @@ class ParentSelector(Protocol):
         epsilon: float = 0.125,
         exploration: float = 1.0,
         expansions: Expansions = NO_EXPANSIONS,
+        seed: State = SEED,
     ) -> list[State]: ...
 
 
@@ -59,18 +61,20 @@ def greedy(
     epsilon: float = 0.125,
     exploration: float = 1.0,
     expansions: Expansions = NO_EXPANSIONS,
+    seed: State = SEED,
 ) -> list[State]:
     """The best state with probability 1 - epsilon, else a uniformly random one of the kept (the best among them); each group by itself.
 
-    The report's default, with epsilon 0.125. An empty archive gives the seed.
+    The report's default, with epsilon 0.125. An empty archive gives the seed. A seed program counts as a kept state.
     """
     del exploration, expansions
+    states = _ranked(archive, seed)
     # Every group takes the same number of draws whatever they come to, so that epsilon changes no other group's choice.
     explore_G = rng.random(groups) < epsilon
-    choice_G = rng.integers(max(len(archive.states), 1), size=groups)
-    if not archive.states:
-        return [SEED] * groups
-    return [archive.states[choice if explore else 0] for explore, choice in zip(explore_G, choice_G, strict=True)]
+    choice_G = rng.integers(max(len(states), 1), size=groups)
+    if not states:
+        return [seed] * groups
+    return [states[choice if explore else 0] for explore, choice in zip(explore_G, choice_G, strict=True)]
 
 
 def fixed(
@@ -81,10 +85,11 @@ def fixed(
     epsilon: float = 0.125,
     exploration: float = 1.0,
     expansions: Expansions = NO_EXPANSIONS,
+    seed: State = SEED,
 ) -> list[State]:
-    """Always the empty seed, i.e. no reuse; with a search this is best-of-N."""
+    """Always the seed, i.e. no reuse; with a search this is best-of-N."""
     del archive, rng, epsilon, exploration, expansions
-    return [SEED] * groups
+    return [seed] * groups
 
 
 def puct(
@@ -95,6 +100,7 @@ def puct(
     epsilon: float = 0.125,
     exploration: float = 1.0,
     expansions: Expansions = NO_EXPANSIONS,
+    seed: State = SEED,
 ) -> list[State]:
     """The states of the highest `puct_scores`, no two of them ancestor and descendant while there are others (paper's default, c = 1).
 
@@ -108,8 +114,8 @@ def puct(
       RunError: `expansions` does not know a state of the archive.
     """
     del rng, epsilon
-    candidates = [*archive.states, SEED]
-    scores = puct_scores(archive, expansions, exploration)
+    candidates = _candidates(archive, seed)
+    scores = puct_scores(archive, expansions, exploration, seed)
     # Archive order breaks what is left of ties; the seed has no value and comes last in it.
     values = [-np.inf if state.value is None else state.value for state in candidates]
     waiting = [candidates[i] for i in sorted(range(len(candidates)), key=lambda i: (-scores[i], -values[i]))]
@@ -130,12 +136,26 @@ def puct(
     return list(itertools.islice(itertools.cycle(picks), groups))
 
 
-def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1.0) -> list[float]:
-    """Q + c scale P sqrt(1 + T) / (1 + n) of the archive's states in their order, then of the seed (paper; reference code).
+def _ranked(archive: Archive, seed: State) -> list[State]:
+    """The archive's states and, if it has a value, the seed, best first; the seed is the first among equals, since it came first."""
+    if seed.value is None:
+        return list(archive.states)
+    value = seed.value
+    better = [state for state in archive.states if state.value is not None and state.value > value]
+    return [*better, seed, *archive.states[len(better) :]]
+
+
+def _candidates(archive: Archive, seed: State) -> list[State]:
+    """The archive's states and the seed, best first; a seed without a value comes last."""
+    return _ranked(archive, seed) if seed.value is not None else [*archive.states, seed]
+
+
+def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1.0, seed: State = SEED) -> list[float]:
+    """Q + c scale P sqrt(1 + T) / (1 + n) of the archive's states and the seed, best first (paper; reference code).
 
     Q is the best value among a state's direct children, kept or not, or its own value while it has none. P = (N - rank) / sum (N - rank)
     over the N candidates, rank 0 being the best. The scale is the distance between the best and the worst value in the archive, at least
-    1e-6. n and T count groups (see `Expansions`). The seed has no value: it ranks last, and without children its score is -inf.
+    1e-6. n and T count groups (see `Expansions`). A seed without a value ranks last, and without children its score is -inf.
 
     Raises:
       RunError: `expansions` does not know a state of the archive.
@@ -146,8 +166,8 @@ def puct_scores(archive: Archive, expansions: Expansions, exploration: float = 1
                 f"The archive has the state {state.id!r} with the parent {state.parent_id!r}; the journal gives it"
                 f" {expansions.parents.get(state.id)!r}. The two do not belong together: puct needs all rows of the archive's journal."
             )
-    candidates = [*archive.states, SEED]
-    values = [state.value for state in archive.states if state.value is not None]
+    candidates = _candidates(archive, seed)
+    values = [state.value for state in candidates if state.value is not None]
     scale = min(max(values[0] - values[-1], _LEAST_SCALE), sys.float_info.max) if values else _LEAST_SCALE
     counts = expansions.counts()
     explored = exploration * scale * (1 + expansions.total) ** 0.5
@@ -186,13 +206,15 @@ def fresh_groups(fresh: float, groups: int) -> int:
     return math.floor(fresh * groups + 0.5)
 
 
-def diversify_parents(parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False) -> list[State]:
+def diversify_parents(
+    parents: Sequence[State], archive: Archive, *, fresh: float = 0.0, distinct: bool = False, seed: State = SEED
+) -> list[State]:
     """Replaces some of a selector's parents for variety; the number of parents stays the same.
 
     Args:
       parents: one for each group.
       archive: the archive that they were selected from.
-      fresh: share of the groups, rounded, that start from nothing instead: the last ones.
+      fresh: share of the groups, rounded, that start from the seed instead: the last ones.
       distinct: replace a parent that an earlier group already has by the best state of the archive that no group has, while there is one.
     """
     picks = list(parents)
@@ -204,7 +226,7 @@ def diversify_parents(parents: Sequence[State], archive: Archive, *, fresh: floa
                 picks[group] = other
             seen.add(picks[group].id)
     kept = len(picks) - fresh_groups(fresh, len(picks))
-    return [*picks[:kept], *[SEED] * (len(picks) - kept)]
+    return [*picks[:kept], *[seed] * (len(picks) - kept)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +267,8 @@ def select_parents(
             epsilon=settings.epsilon,
             exploration=settings.exploration,
             expansions=frontier.expansions,
+            seed=frontier.seed,
         )
-        selected[id] = iter(diversify_parents(parents, frontier.archive, fresh=settings.fresh, distinct=settings.distinct))
+        variety = {"fresh": settings.fresh, "distinct": settings.distinct, "seed": frontier.seed}
+        selected[id] = iter(diversify_parents(parents, frontier.archive, **variety))
     return [next(selected[id]) for id in competitions_G]

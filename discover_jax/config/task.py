@@ -7,8 +7,8 @@ from discover_jax.config.setting import Rule, Setting
 TASK: dict[str, Any] = {
     "competition": Setting(
         "spaceship-titanic",
-        "id of a built-in competition, path of a .py file that defines COMPETITION, or mlebench:ID. Separate several with commas: they"
-        " share the model, and groups take turns",
+        "id of a built-in competition or problem, path of a .py file that defines COMPETITION or PROBLEM, or mlebench:ID. Separate several"
+        " with commas: they share the model, and groups take turns",
         tier=1,
     ),
     "raw": Setting(
@@ -16,6 +16,11 @@ TASK: dict[str, Any] = {
         "path of the competition's raw data (CSV or zip); empty for a competition that includes its data. One path for each competition,"
         " separated by commas",
         tier=1,
+    ),
+    "seed_program": Setting(
+        "",
+        "path of a program to start from; it is run and scored first. Empty: a problem's own seed program; competitions start from nothing."
+        " One path for each competition, separated by commas",
     ),
     "reward": Setting(
         "grade",

@@ -22,8 +22,8 @@ class Packed:
       lines: distinct program lines that are not copied from a parent.
       programs: for each distinct program [base, op, op, ...]: `base` is the program that lines are copied from, or -1. An op is a row of
         `lines`, or two numbers, -(first + 1) and count: lines first, first + 1, ... of the base.
-      texts: distinct details and outputs.
-      rows: for each attempt [program, detail, stdout]: rows of `programs` and `texts`, or -1 for none.
+      texts: distinct details, feedbacks and outputs.
+      rows: for each attempt [program, detail or feedback, stdout]: rows of `programs` and `texts`, or -1 for none.
       left_out: number of attempts with a program that did not fit.
     """
 
@@ -94,7 +94,8 @@ class _Packing:
 
     def add(self, attempt: Attempt) -> list[int]:
         """Adds an attempt and returns its row."""
-        row = [self._program(attempt), self._text(attempt.detail[-DETAIL_CHARS:]), self._text(attempt.stdout[-STDOUT_CHARS:])]
+        said = attempt.detail or attempt.feedback
+        row = [self._program(attempt), self._text(said[-DETAIL_CHARS:]), self._text(attempt.stdout[-STDOUT_CHARS:])]
         for name, new in self._new.items():
             self.size += len(self._compressors[name].compress(json.dumps(new).encode()))
             new.clear()

@@ -157,7 +157,8 @@ def _disclosed(folder: Path, content: Mapping[str, Any] | None) -> dict[str, Dis
         rows = [_row(competition) for competition in (content or {}).get("competitions", [])]
         found = [from_row(Disclosed, row) for row in rows]
         for row in found:
-            if row.rows < 1 or not all(isinstance(name, str) and _is_number(score) for name, score in row.thresholds):
+            least = 0 if row.reward == "evaluate" else 1
+            if row.rows < least or not all(isinstance(name, str) and _is_number(score) for name, score in row.thresholds):
                 raise ValueError(f"rows or thresholds of {row.id!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(

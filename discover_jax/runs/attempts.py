@@ -1,11 +1,13 @@
 """Rows about rollouts: attempts for the journal, and rows for rollouts/."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from discover_jax.exceptions import ConfigError
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.tokenizer import Tokenizer
-from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
+from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
 
 STDOUT_CHARS = 4000
 """Characters of a program's output that the journal keeps, from its end."""
@@ -49,6 +51,22 @@ def attempt_of(
         feedback=verdict.grade.feedback if score is not None else "",
         metrics=verdict.grade.metrics if score is not None else {},
     )
+
+
+def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
+    """The state from which a search starts with a seed program.
+
+    Raises:
+      ConfigError: the program has no score.
+    """
+    score = verdict.grade.score
+    if verdict.outcome is not Outcome.OK or score is None:
+        raise ConfigError(
+            f"The seed program of {task.id} has no score: {verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason}"
+            " Correct it, or leave config.task.seed_program empty."
+        )
+    result = {"value": task.reward(score), "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:]}
+    return dataclasses.replace(SEED, code=program, task=task.id, feedback=verdict.grade.feedback, **result)
 
 
 def rollout_rows(

@@ -76,7 +76,14 @@ def read_result(folder: Path) -> bytes:
 
 
 def write_best(
-    best_dir: Path, *, lineage: list[State], result: bytes, calls: bool, grade: dict[str, Any], disclosure: bytes, rerun: str
+    best_dir: Path,
+    *,
+    lineage: list[State],
+    submission: bytes,
+    grade: dict[str, Any],
+    disclosure: bytes,
+    rerun: str,
+    calls: bool = False,
 ) -> None:
     """Replaces the whole folder: writes a new one next to it, then swaps the two by renaming.
 
@@ -86,11 +93,11 @@ def write_best(
     Args:
       best_dir: the folder, which need not exist.
       lineage: ancestors of the best state and the state itself, oldest first; see `archive.lineage`.
-      result: its submission, as CSV, or for a problem the value that was returned last.
-      calls: whether it is for a problem. Then returned.json has the value for readers, with arrays as lists.
+      submission: its submission, as CSV, or for a problem the value that was returned last.
       grade: content of grade.json, see `grade_of`.
       disclosure: content of the run's disclosure.json, so that the folder can be shared by itself.
       rerun: text of rerun.sh, see `rerun.script`.
+      calls: whether it is for a problem. Then returned.json has the value for readers, with arrays as lists.
 
     Raises:
       RunError: the lineage is empty, or the disk is full or fails; the old folder is then kept.
@@ -104,9 +111,9 @@ def write_best(
         _remove(new)
         (new / "lineage").mkdir(parents=True)
         write_synced(new / "solution.py", _text(lineage[-1].code))
-        write_synced(new / (RETURNED if calls else SUBMISSION), result)
+        write_synced(new / (RETURNED if calls else SUBMISSION), submission)
         if calls:
-            write_synced(new / "returned.json", _readable(result))
+            write_synced(new / "returned.json", _readable(submission))
         write_synced(new / "grade.json", _json(grade))
         write_synced(new / "lineage.diff", _text(_diffs(lineage)))
         write_synced(new / "disclosure.json", disclosure)

@@ -1,6 +1,7 @@
 """The state of a run before its next step: from its own last checkpoint, from another run's, or fresh."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.prepare import AnyTask
-from discover_jax.types import Attempt
+from discover_jax.types import SEED, Attempt, State
+
+NO_SEEDS: Mapping[str, State] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ def restore(
     processes: Processes = ALONE,
     *,
     capacity: int,
+    seeds: Mapping[str, State] = NO_SEEDS,
 ) -> RunState:
     """Restores the state of a run and truncates its journal to it. All processes call this; only the first touches the journal.
 
@@ -63,11 +67,11 @@ def restore(
       rerun_scripts: text of best/rerun.sh by competition id.
       note: called with a message about each damaged checkpoint that was set aside.
       capacity: states that an archive keeps.
+      seeds: seed programs by competition id; the others start from nothing.
 
     Raises:
       RunError: no checkpoint can be read; journal and checkpoint do not match; or other rows made the checkpoint's scores.
     """
-    ids = [task.id for task in tasks]
     if (found := checkpoints.resume(fresh, note)) is not None:
         latest, train_state, row = found
         host = HostState.from_json(row, latest)
@@ -80,15 +84,16 @@ def restore(
             " start a new run in another folder (--workdir).",
         )
         attempts = _from_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
-        frontiers = _frontiers(ids, host, attempts, capacity)
+        frontiers = _frontiers(tasks, seeds, host, attempts, capacity)
         rewards = reward_rows(tasks, host.rewards)
         return RunState(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
     if source is not None:
-        return _continue(tasks, workdir, journal, fresh, source, rerun_scripts, note, processes, capacity)
+        return _continue(tasks, workdir, journal, fresh, source, rerun_scripts, note, processes, capacity, seeds)
     if processes.leads:
         _refuse_lost_checkpoints(workdir, journal, 0)
         journal.truncate(0)
-    return RunState(0, 0, fresh, {id: Frontier(Archive((), capacity)) for id in ids}, reward_rows(tasks), "fresh")
+    frontiers = {task.id: Frontier(Archive((), capacity), seed=seeds.get(task.id, SEED)) for task in tasks}
+    return RunState(0, 0, fresh, frontiers, reward_rows(tasks), "fresh")
 
 
 def _continue(
@@ -101,6 +106,7 @@ def _continue(
     note: Callable[[str], None],
     processes: Processes,
     capacity: int,
+    seeds: Mapping[str, State],
 ) -> RunState:
     """The state after the last step of the run in config.train.resume_from."""
     first, host = source.step + 1, source.host
@@ -115,7 +121,7 @@ def _continue(
         return attempts
 
     attempts = _from_first(processes, bring_journal)
-    frontiers = _frontiers([task.id for task in tasks], host, attempts, capacity)
+    frontiers = _frontiers(tasks, seeds, host, attempts, capacity)
     if processes.leads:
         bring_best(source, frontiers, workdir, attempts, rerun_scripts, note)
     return RunState(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"continues from step {first} of {source.path}")
@@ -128,11 +134,14 @@ def _from_first(processes: Processes, read: Callable[[], list[Attempt]]) -> list
     return [from_json(row) for row in processes.from_first(lambda: [to_json(attempt) for attempt in read()])]
 
 
-def _frontiers(competitions: Sequence[str], host: HostState, attempts: Sequence[Attempt], capacity: int) -> dict[str, Frontier]:
+def _frontiers(
+    tasks: Sequence[AnyTask], seeds: Mapping[str, State], host: HostState, attempts: Sequence[Attempt], capacity: int
+) -> dict[str, Frontier]:
     frontiers = {}
-    for id in competitions:
+    for id in (task.id for task in tasks):
         archive = Archive.from_json([row for row in host.archive if row.get("task") == id], capacity)
-        frontiers[id] = Frontier.resumed(archive, [attempt for attempt in attempts if attempt.task == id])
+        resumed = Frontier.resumed(archive, [attempt for attempt in attempts if attempt.task == id])
+        frontiers[id] = dataclasses.replace(resumed, seed=seeds.get(id, SEED))
     return frontiers
 
 

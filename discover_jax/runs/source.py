@@ -121,7 +121,7 @@ def bring_best(
                 write_best(
                     into,
                     lineage=lineage(attempts, best.id),
-                    result=submission,
+                    submission=submission,
                     calls=(folder / RETURNED).exists(),
                     grade=grade,
                     disclosure=(workdir.path / DISCLOSURE).read_bytes(),

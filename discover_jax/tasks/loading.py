@@ -18,9 +18,16 @@ from discover_jax.tasks.problem import Problem
 _COMPETITIONS = "discover_jax.tasks.competitions"
 _PROBLEMS = "discover_jax.tasks.problems"
 _BUILT_IN = {
+    "autocorrelation-1": (f"{_PROBLEMS}.autocorrelation", "PROBLEM_1"),
+    "autocorrelation-2": (f"{_PROBLEMS}.autocorrelation", "PROBLEM_2"),
     "breast-cancer": (f"{_COMPETITIONS}.breast_cancer", "COMPETITION"),
+    "circle-packing-26": (f"{_PROBLEMS}.circle_packing", "PROBLEM_26"),
+    "circle-packing-32": (f"{_PROBLEMS}.circle_packing", "PROBLEM_32"),
+    "counting-inversions": (f"{_PROBLEMS}.counting_inversions", "PROBLEM"),
     "diabetes": (f"{_COMPETITIONS}.diabetes", "COMPETITION"),
     "digits-parity": (f"{_COMPETITIONS}.digits_parity", "COMPETITION"),
+    "erdos-overlap": (f"{_PROBLEMS}.erdos_overlap", "PROBLEM"),
+    "online-bin-packing": (f"{_PROBLEMS}.online_bin_packing", "PROBLEM"),
     "spaceship-titanic": (f"{_COMPETITIONS}.spaceship_titanic", "COMPETITION"),
 }
 """Module and name of each built-in definition."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,30 @@ def named_competitions(settings: Any) -> list[tuple[str, str]]:
             " commas. Leave it empty for a competition that brings its own data."
         )
     return list(zip(names, raws, strict=True))
+
+
+def seed_programs(settings: Any, tasks: Sequence[AnyTask]) -> list[str]:
+    """The program from which the search of each task starts; "" for nothing.
+
+    Args:
+      settings: config.task.
+      tasks: of the run.
+
+    Raises:
+      ConfigError: the number of paths differs from that of competitions, or a file cannot be read.
+    """
+    if not settings.seed_program:
+        return [task.problem.seed_program if isinstance(task, ProblemTask) else "" for task in tasks]
+    paths = [path.strip() for path in settings.seed_program.split(",")]
+    if len(paths) != len(tasks):
+        raise ConfigError(
+            f"config.task.seed_program = {settings.seed_program!r} has {len(paths)} paths for {len(tasks)} competitions. Give one for each,"
+            " separated by commas."
+        )
+    try:
+        return [Path(path).expanduser().read_text() if path else "" for path in paths]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config.task.seed_program = {settings.seed_program!r} cannot be read: {error}.") from error
 
 
 def _settings(definition: Competition, digest: str, reward: str, fraction: float, folds: int, seed: int) -> dict[str, Any]:

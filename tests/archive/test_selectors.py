@@ -1,5 +1,6 @@
 """Properties of the archive under random histories, lineages, and how often each selector picks each state."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.archive.archive import Archive, best_of, lineage
-from discover_jax.archive.selectors import SELECTORS, diversify_parents, step_rng
+from discover_jax.archive.expansions import Expansions
+from discover_jax.archive.selectors import SELECTORS, diversify_parents, puct_scores, step_rng
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
 
@@ -134,3 +136,22 @@ def test_distinct_parents():
     assert diversify_parents([best, second, third, best], archive, fresh=0.5) == [best, second, SEED, SEED]
     assert diversify_parents([best], archive, fresh=0.4) == [best]
     assert diversify_parents([SEED, SEED], Archive((), 10), distinct=True) == [SEED, SEED]
+
+
+@given(histories(), st.sampled_from([0.0, 0.25, 0.6]), st.integers(1, 5))
+def test_a_seed_program_competes_with_the_kept_states(history, value, groups):
+    seed = dataclasses.replace(SEED, code="start", value=value, score=value)
+    archive = Archive((), 6).add(history)
+    expansions = Expansions({s.id: "seed" for s in archive.states}, {}, {})
+    better = [s for s in archive.states if s.value > value]
+    best = better[0] if better else seed
+    picked = SELECTORS["greedy"](archive, groups, step_rng(0, 0), epsilon=0.0, seed=seed)
+    assert picked == [best] * groups
+    assert set(SELECTORS["greedy"](archive, 200, step_rng(0, 0), epsilon=1.0, seed=seed)) == {seed, *archive.states}
+    assert SELECTORS["fixed"](archive, groups, step_rng(0, 0), seed=seed) == [seed] * groups
+    order = [*better, seed, *archive.states[len(better) :]]
+    scores = puct_scores(archive, expansions, 1.0, seed)
+    scale = max(order[0].value - order[-1].value, 1e-6)
+    ranks = range(len(order), 0, -1)
+    assert scores == pytest.approx([s.value + scale * rank / sum(ranks) for s, rank in zip(order, ranks, strict=True)])
+    assert diversify_parents([best] * 2, archive, fresh=0.5, seed=seed)[1] == seed

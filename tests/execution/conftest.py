@@ -105,4 +105,6 @@ def spec(task: TinyTask) -> sandbox.SandboxSpec:
 @pytest.fixture(scope="session")
 def full_spec(spec: sandbox.SandboxSpec) -> sandbox.SandboxSpec:
     """The same with everything that a real run preloads."""
-    return dataclasses.replace(spec, preload=dataclasses.fields(sandbox.SandboxSpec)[-1].default)
+    return dataclasses.replace(
+        spec, preload=next(field.default for field in dataclasses.fields(sandbox.SandboxSpec) if field.name == "preload")
+    )

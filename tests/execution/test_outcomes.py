@@ -248,12 +248,12 @@ def test_forged_replies_are_still_graded(ask):
             "        except OSError:\n            pass\n    os._exit(0)\n"
         )
 
-    assert ask(forging(b"sandbox_error 0\n")).outcome is Outcome.EXCEPTION
-    assert ask(forging(b"ok 0\n")).outcome is Outcome.EXCEPTION
-    assert ask(forging(b"csv 999\nid,y\n")).outcome is Outcome.EXCEPTION
-    assert ask(forging(b"csv 3\nid\n")).outcome is Outcome.INVALID_SUBMISSION
+    assert ask(forging(b"sandbox_error - 0\n")).outcome is Outcome.EXCEPTION
+    assert ask(forging(b"ok - 0\n")).outcome is Outcome.EXCEPTION
+    assert ask(forging(b"csv - 999\nid,y\n")).outcome is Outcome.EXCEPTION
+    assert ask(forging(b"csv - 3\nid\n")).outcome is Outcome.INVALID_SUBMISSION
     text = b"id,y\n10,1\n11,0\n12,1\n13,1\n"
-    verdict = ask(forging(b"csv %d\n%s" % (len(text), text)))
+    verdict = ask(forging(b"csv - %d\n%s" % (len(text), text)))
     assert (verdict.outcome, verdict.grade.score) == (Outcome.OK, 1.0)
 
 

@@ -52,7 +52,7 @@ _NEVER = -20.0
 """Logit of phrases that the grammar does not allow: about once in a million tokens."""
 
 
-def write_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+def write_tokenizer(path: Path, returned: str = "frame") -> sentencepiece.SentencePieceProcessor:
     """Writes the tokenizer to `path`: the phrases, and bytes for all other text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -66,7 +66,7 @@ def write_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         control_symbols=list(SPECIAL_TOKENS),
-        user_defined_symbols=[phrase.replace(" ", "\u2581") for phrase in _PHRASES],
+        user_defined_symbols=[_returning(phrase, returned).replace(" ", "\u2581") for phrase in _PHRASES],
         unk_id=0,
         bos_id=-1,
         eos_id=-1,
@@ -78,13 +78,18 @@ def write_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def write_phrase_model(folder: Path) -> None:
-    """Creates `folder` with config.json, model.safetensors and tokenizer.model."""
+def _returning(phrase: str, returned: str) -> str:
+    """The phrase with another expression for what a program returns."""
+    return phrase.replace("return frame\n", f"return {returned}\n")
+
+
+def write_phrase_model(folder: Path, returned: str = "frame") -> None:
+    """Creates `folder` with config.json, model.safetensors and tokenizer.model. `returned`: the expression that programs return."""
     folder.mkdir(parents=True)
-    pieces = write_tokenizer(folder / "tokenizer.model")
+    pieces = write_tokenizer(folder / "tokenizer.model", returned)
 
     def id_of(phrase: str) -> int:
-        index = pieces.piece_to_id(phrase.replace(" ", "\u2581"))
+        index = pieces.piece_to_id(_returning(phrase, returned).replace(" ", "\u2581"))
         assert index != 0, f"the tokenizer has no piece for {phrase!r}"
         return index
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError, DataError
 from discover_jax.tasks.competition import Competition
-from discover_jax.tasks.loading import load_competition, locate_competition
+from discover_jax.tasks.loading import load_competition, locate_definition
 from discover_jax.tasks.metrics import ACCURACY, RMSE
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.rewards import TRANSFORMS, ranks
@@ -108,7 +108,7 @@ def test_competitions_beyond_accuracy(tmp_path, name, metric, model):
 
 def test_built_in_competitions():
     for name in ("digits-parity", "spaceship-titanic"):
-        assert locate_competition(name) == (name, "")
+        assert locate_definition(name) == (name, "")
         competition = load_competition(name, "")
         assert (competition.id, competition.metric.name) == (name, "accuracy")
     assert [threshold.score for threshold in competition.thresholds] == [0.7957, 0.8027, 0.82815]
@@ -139,7 +139,7 @@ def test_thresholds_are_shown_with_their_source_or_are_unavailable(tmp_path, wri
     [
         (
             "spaceship_titanic",
-            r"spaceship-titanic.*\bbreast-cancer, diabetes, digits-parity, spaceship-titanic\b",
+            r"spaceship-titanic.*\bautocorrelation-1\b.*\bbreast-cancer\b.*\bcircle-packing-26\b.*\bspaceship-titanic\b",
         ),
         ("boats", r"config\.task\.competition\b.*\bboats\b"),
         ("", r"config\.task\.competition\b.*''"),
@@ -148,22 +148,22 @@ def test_thresholds_are_shown_with_their_source_or_are_unavailable(tmp_path, wri
 )
 def test_unknown_competitions(name, message):
     with pytest.raises(ConfigError, match=message):
-        locate_competition(name)
+        locate_definition(name)
 
 
 def test_file_of_another_type_is_refused(tmp_path):
     (tmp_path / "boats.yaml").touch()
     with pytest.raises(ConfigError, match=r"boats\.yaml\b.*\.py\b"):
-        locate_competition(str(tmp_path / "boats.yaml"))
+        locate_definition(str(tmp_path / "boats.yaml"))
 
 
 def test_file_of_a_user(write_competition, monkeypatch, tmp_path):
     path = write_competition()
-    source, digest = locate_competition(path)
+    source, digest = locate_definition(path)
     assert load_competition(source, digest).id == "boats"
     assert load_competition(source, digest) is load_competition(source, digest)
     monkeypatch.chdir(tmp_path)
-    assert locate_competition("boats.py") == (source, digest)
+    assert locate_definition("boats.py") == (source, digest)
     assert not list(tmp_path.rglob("__pycache__"))
 
 
@@ -184,13 +184,13 @@ def test_invalid_files_are_refused(tmp_path, text, message):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"(?s)mine\.py.*{message}") as raised:
-        load_competition(*locate_competition(str(path)))
+        load_competition(*locate_definition(str(path)))
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
 
 def test_file_that_changes_or_disappears_during_a_run(write_competition, tmp_path):
     path = write_competition()
-    source, digest = locate_competition(path)
+    source, digest = locate_definition(path)
     write_competition("x = 1")
     with pytest.raises(DataError, match=r"boats\.py"):
         load_competition(source, digest)

@@ -36,6 +36,12 @@ class Task:
         File("test.csv", 30, ("id", "mast")),
         File("map.png", None, ()),
     )
+    interface: str = ""
+    ideas: tuple[str, ...] | None = None
+    leaderboard: str = "unavailable"
+
+    def score_text(self, score):
+        return f"{score:.5f}"
 
 
 PARENT = State(
@@ -218,3 +224,28 @@ def test_ideas_take_turns(chat, tokenizer):
     bare = whole - len(tokenizer.encode(PARENT.stdout))
     assert not program_fits(Task(), parent, dataclasses.replace(settings, max_tokens=bare - 60), chat)
     assert len(build_prompt(Task(), parent, (), settings, chat, group=0, step=0).tokens_P) < bare
+
+
+def test_prompt_of_a_problem_names_interface_records_feedback_and_all_digits(chat):
+    """No files, no ideas of competitions, and no word of tables."""
+
+    class Exact(Task):
+        def score_text(self, score):
+            return repr(score)
+
+    shown = {"interface": "`run()` returns two numbers", "leaderboard": "optimum 25 (calculus)", "files": ()}
+    exact = Exact(metric=Metric("product"), ideas=("larger numbers",), **shown)
+    parent = dataclasses.replace(PARENT, score=0.1 + 0.2, feedback="the sum is 10")
+    text = build_prompt(exact, parent, (), FULL, chat, 0, 0).text
+    for part in (
+        "It must define: `run()` returns two numbers.",
+        "# Problem: boats",
+        "Best known: optimum 25 (calculus).",
+        "Previous score: 0.30000000000000004 (product, higher is better)",
+        "What the checker says about it:\n\n```\nthe sum is 10\n```",
+        "Consider: larger numbers.",
+    ):
+        assert part in text
+    for part in ("submission", "train.csv", "Files in", "feature engineering"):
+        assert part not in text
+    assert "Consider" not in build_prompt(dataclasses.replace(exact, ideas=()), parent, (), FULL, chat, 0, 0).text

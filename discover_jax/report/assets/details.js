@@ -3,7 +3,7 @@
 const CHILDREN_SHOWN = 12;
 
 // `offset`: index of the tree's first attempt among all packed attempts.
-async function showAttempt(host, { tree, row, offset, scoreName, outcomes, lineage, choose }) {
+async function showAttempt(host, { tree, row, offset, scoreName, disclosed, outcomes, lineage, choose }) {
   const packed = await programs();
   const parent = tree.parent[row];
   const own = packed.lines(offset + row);
@@ -14,7 +14,7 @@ async function showAttempt(host, { tree, row, offset, scoreName, outcomes, linea
   const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent])} vs. parent)` : "";
   const facts = [
     ["outcome", outcomes[tree.outcome[row]].label],
-    [scoreName, `${score(tree.score[row])}${change}`],
+    [scoreName, `${exactScore(tree.score[row], disclosed)}${change}`],
     ["reward", score(tree.reward[row])],
     ["sampled in", `step ${shownStep(tree.step[row])}, group ${tree.group[row] + 1}, rollout ${tree.index[row] + 1}`],
     ["length", `${count(tree.tokens[row], "token")}${tree.stop[row] ? ", truncated at the limit" : ""}`],
@@ -41,7 +41,7 @@ async function showAttempt(host, { tree, row, offset, scoreName, outcomes, linea
       children.slice(0, CHILDREN_SHOWN).map((each) => go(each, known(tree.score[each]) ? score(tree.score[each]) : outcomes[tree.outcome[each]].label)),
       children.length > CHILDREN_SHOWN ? `and ${children.length - CHILDREN_SHOWN} more` : null,
     ),
-    detail ? el("div", { class: "said" }, el("h4", null, "Reason of the failure"), el("pre", null, detail)) : "",
+    detail ? el("div", { class: "said" }, el("h4", null, known(tree.score[row]) ? "What the checker says" : "Reason of the failure"), el("pre", null, detail)) : "",
     el("h4", null, heading(own, from, parent, tree)),
     own === null ? el("p", { class: "note" }, noProgram(tree, row, outcomes)) : from === null ? codeView(own) : diffView(from, own),
     own !== null && from !== null ? el("details", null, el("summary", null, `Whole program, ${count(own.length, "line")}`), codeView(own)) : "",

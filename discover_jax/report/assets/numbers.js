@@ -21,6 +21,11 @@ function score(value) {
   return Math.abs(value) < 1e4 ? value.toFixed(4) : number(value, 6);
 }
 
+// All digits of a problem's score, where the last ones count.
+function exactScore(value, disclosed) {
+  return known(value) && disclosed && disclosed.reward === "evaluate" ? String(value) : score(value);
+}
+
 function signed(value) {
   return known(value) ? (value < 0 ? "−" : "+") + score(Math.abs(value)) : MISSING;
 }

@@ -29,7 +29,7 @@ function headline(run, progress) {
   const means = progress.reward_mean.filter(known);
   const planned = known(run.planned) && !run.goes_on_from ? ` of ${run.planned}` : "";
   const facts = [
-    [disclosed ? `best ${disclosed.metric}` : "best score", score(last(progress.best)), rollouts ? intervalText(progress) : "no program yet"],
+    [disclosed ? `best ${disclosed.metric}` : "best score", exactScore(last(progress.best), disclosed), rollouts ? intervalText(progress) : "no program yet"],
     ["mean reward", means.length ? `${score(means[0])} → ${score(last(means))}` : MISSING, "first to last step, including failures"],
     ["valid programs", percent(valid, rollouts), `${valid.toLocaleString("en")} of ${count(rollouts, "rollout")}`],
     ["steps", `${progress.steps.length}${planned}`, kindText(run.kind)],
@@ -110,6 +110,7 @@ function scores(runs) {
   if (!series.length) return section("Scores", null, el("p", { class: "note" }, "No step has finished yet."));
   const notes = [];
   if (!disclosed) notes.push(el("p", { class: "note" }, "No bands: disclosure.json is missing, so the metric and its number of rows are unknown."));
+  else if (disclosed.reward === "evaluate") notes.push(el("p", { class: "note" }, "No bands: evaluate() checks each solution itself, not a sample of rows."));
   else if (disclosed.share_of_rows) {
     notes.push(
       el("p", { class: "note" }, `Bands: 95% interval (Wilson) of one program with that score on ${count(disclosed.rows, "row")}. The interval ignores selection: the best program was chosen among many on the same rows, so its true score is probably worse.`),
@@ -121,7 +122,8 @@ function scores(runs) {
   } else notes.push(el("p", { class: "note" }, "No bands: disclosure.json, written by an older version, does not say whether the metric is a proportion of rows."));
   if (disclosed && disclosed.thresholds.length) notes.push(el("p", { class: "note caveat" }, `Grey lines: thresholds ${disclosed.source}. ${disclosed.note}`));
   else if (disclosed) notes.push(el("p", { class: "note" }, `No leaderboard lines. ${disclosed.note}`));
-  const caption = disclosed ? `Score: ${disclosed.metric} on the ${count(disclosed.rows, "row")} of the reward; ${disclosed.higher_is_better ? "higher" : "lower"} is better. ${single ? "A program with a score is valid." : "Solid: best so far. Dashed: mean of the step's valid programs."}` : null;
+  const measured = disclosed && disclosed.reward === "evaluate" ? "checked by evaluate()" : disclosed ? `on the ${count(disclosed.rows, "row")} of the reward` : "";
+  const caption = disclosed ? `Score: ${disclosed.metric} ${measured}; ${disclosed.higher_is_better ? "higher" : "lower"} is better. ${single ? "A program with a score is valid." : "Solid: best so far. Dashed: mean of the step's valid programs."}` : null;
   return section("Scores", caption, scoreChart(series, disclosed ? disclosed.thresholds : [], byRollouts ? "rollouts" : "step", `Best and mean score by ${byRollouts ? "number of rollouts" : "step"}`), notes);
 }
 
@@ -163,7 +165,7 @@ function treeSection(data, competition, run, progress, offset, outcomes, start) 
   const details = el("div", { class: "attempt", id: "attempt", "aria-live": "polite" });
   const select = (row) => {
     chart.mark(row);
-    showAttempt(details, { tree, row, offset, scoreName, outcomes, lineage, choose }).catch((error) => {
+    showAttempt(details, { tree, row, offset, scoreName, disclosed, outcomes, lineage, choose }).catch((error) => {
       details.replaceChildren(el("p", { class: "note" }, `Could not unpack the programs: ${error.message}`));
     });
   };
@@ -256,7 +258,7 @@ function disclosure(runs) {
       const lines = [];
       if (disclosed) {
         lines.push(disclosed.text);
-        lines.push(`Grader: ${disclosed.grader}. The search used the private answers: ${disclosed.reward === "grade" ? "yes" : "no"}.`);
+        lines.push(`Grader: ${disclosed.grader}. ${disclosed.reward === "evaluate" ? "There are no private answers." : `The search used the private answers: ${disclosed.reward === "grade" ? "yes" : "no"}.`}`);
       } else lines.push("disclosure.json is missing, so the source of the reward is unknown.");
       for (const line of run.isolation) lines.push(`Programs ran in ${line}`);
       if (run.isolated === false) lines.push("Weaker isolation: it is unknown what programs read or changed on this machine.");
