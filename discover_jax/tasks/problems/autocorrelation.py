@@ -81,7 +81,7 @@ def _summary(heights_N: np.ndarray, sums_K: list[int]) -> str:
     place = (sums_K.index(highest) + 1) / (len(sums_K) + 1)
     near, above = (sum((highest - item) * parts <= highest for item in sums_K) / len(sums_K) for parts in (10**6, 100))
     return (
-        f"{len(heights_N)} pieces, of which {int((heights_N == 0).sum())} are 0. f * f is largest at {place:.2%} from its left end."
+        f"{len(heights_N)} pieces, of which {int((heights_N == 0).sum())} are 0. The maximum of f * f is at {place:.2%} of its support."
         f" It is within a millionth of the maximum on {near:.2%} of its support, and within 1% on {above:.2%}."
     )
 

@@ -34,11 +34,11 @@ def check_packing(value: Any, count: int) -> Evaluation:
     Raises:
       Rejection: the value is not a valid packing. The reason names the worst violation and its amount.
     """
-    items = checked_list("The value", value, range(2, 4))
-    if len(items) != 2:
+    if type(value) in (list, tuple) and len(value) == 3:
         raise Rejection("run() must return two items, centers and radii; got three. The sum of the radii is computed here.")
-    centers_N2 = checked_floats("centers", items[0], range(count, count + 1), columns=2)
-    radii_N = checked_floats("radii", items[1], range(count, count + 1))
+    centers, radii = checked_list("The returned value", value, range(2, 3))
+    centers_N2 = checked_floats("centers", centers, range(count, count + 1), columns=2)
+    radii_N = checked_floats("radii", radii, range(count, count + 1))
     if not (radii_N > 0).all():
         smallest = int(radii_N.argmin())
         raise Rejection(f"radii must be positive; radii[{smallest}] is {radii_N[smallest]}.")

@@ -107,8 +107,8 @@ It is called {3 * REPEATS} times, on hidden arrays: {REPEATS} random orders of d
 values, and {REPEATS} nearly sorted ones of large values, positive and negative. No two arrays are equal. One wrong count rejects the
 program.
 
-The score is the speedup over a merge sort in plain Python that runs on the same machine: for each kind, the best time of the reference
-divided by the best wall time of `count`, then the geometric mean over kinds. Higher is better. The time includes sending the array, about a
+The score is the speedup over a merge sort in plain Python that runs on the same machine: for each kind, the best CPU time of the
+reference divided by the best wall time of `count`, then the geometric mean over kinds. Higher is better. The time includes sending the array, about a
 millisecond or less. Code outside of `count` runs before the first call and is not timed."""
 
 PROBLEM = Problem(

@@ -39,7 +39,7 @@ def test_geometric_mean_of_best_times():
 
 def test_seed_program_is_the_reference():
     evaluation = PROBLEM.evaluate(InProcess(PROBLEM.seed_program))
-    assert evaluation.score == pytest.approx(1.0, rel=0.6)  # a time, on machines that also do other things
+    assert 0.05 < evaluation.score < 3  # about 1 on an idle machine; the program's wall time also has the time of other processes
     assert len(evaluation.metrics) == 3
 
 

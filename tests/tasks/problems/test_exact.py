@@ -57,6 +57,11 @@ def test_other_shapes_and_integers_that_are_no_doubles(value):
         exact.checked_floats("heights", value, range(1, 4))
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64, np.float16])
+def test_small_numbers_of_every_type(kind):
+    assert exact.checked_floats("heights", np.array([0, 7], kind), range(2, 3)).tolist() == [0.0, 7.0]
+
+
 def test_rows():
     assert exact.checked_floats("centers", [[0, 1], np.array([2.0, 3.0])], range(2, 3), columns=2).tolist() == [[0, 1], [2, 3]]
     with pytest.raises(Rejection, match=r"centers\[1\] must have length 2"):

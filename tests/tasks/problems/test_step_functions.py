@@ -201,7 +201,7 @@ def test_all_zero_is_constant():
 def test_seed_program(id, score):
     evaluation = PROBLEMS[id].evaluate(InProcess(PROBLEMS[id].seed_program))
     assert evaluation.score == pytest.approx(score, abs=1e-6)
-    assert "largest" in evaluation.feedback
+    assert "within a millionth" in evaluation.feedback
 
 
 @every_check

@@ -1,4 +1,7 @@
-"""Multi-start SLSQP on centers and radii together, then an exact repair: radii shrink until the packing holds in rational arithmetic."""
+"""SLSQP on centers and radii together, from many starts, then from disturbed copies of the best packing (basin hopping).
+
+Each result is repaired: its radii shrink until the packing holds in rational arithmetic.
+"""
 
 from fractions import Fraction
 
@@ -6,7 +9,9 @@ import numpy as np
 from scipy.optimize import minimize
 
 COUNT = 26
-STARTS = 100
+ROUNDS = 3
+STARTS = 10
+HOPS = 60
 
 FIRST, SECOND = np.triu_indices(COUNT, 1)
 PAIRS = np.arange(len(FIRST))
@@ -77,7 +82,28 @@ def first_centers(rng, start):
     return np.clip(chosen + rng.normal(0, 0.03, chosen.shape), 0.02, 0.98)
 
 
+def moved_centers(rng, centers):
+    """Moves up to three circles anywhere, or all a little."""
+    moved = centers.copy()
+    if rng.random() < 0.5:
+        chosen = rng.choice(COUNT, rng.integers(1, 4), replace=False)
+        moved[chosen] = rng.uniform(0.05, 0.95, (len(chosen), 2))
+    else:
+        moved += rng.normal(0, rng.choice([0.02, 0.05]), moved.shape)
+    return np.clip(moved, 0.02, 0.98)
+
+
+def basin_hopping(rng):
+    """The best packing of some starts and of hops from the best so far."""
+    best = None
+    for step in range(STARTS + HOPS):
+        centers = first_centers(rng, step) if step < STARTS or best is None else moved_centers(rng, best[0])
+        packing = repaired(optimised(centers))
+        if packing and (best is None or packing[1].sum() > best[1].sum()):
+            best = packing
+    return best
+
+
 def run():
     rng = np.random.default_rng(0)
-    packings = [repaired(optimised(first_centers(rng, start))) for start in range(STARTS)]
-    return max((packing for packing in packings if packing), key=lambda packing: packing[1].sum())
+    return max((basin_hopping(rng) for _ in range(ROUNDS)), key=lambda packing: packing[1].sum())
