@@ -108,8 +108,8 @@ values, and {REPEATS} nearly sorted ones of large values, positive and negative.
 program.
 
 The score is the speedup over a merge sort in plain Python that runs on the same machine: for each kind, the best CPU time of the
-reference divided by the best wall time of `count`, then the geometric mean over kinds. Higher is better. The time includes sending the array, about a
-millisecond or less. Code outside of `count` runs before the first call and is not timed."""
+reference divided by the best wall time of `count`, then the geometric mean over kinds. Higher is better. The time includes sending the
+array, about a millisecond or less. Code outside of `count` runs before the first call and is not timed."""
 
 PROBLEM = Problem(
     id="counting-inversions",
