@@ -1,0 +1,40 @@
+"""The seed program of each bundled problem, through the real sandbox and checking process."""
+
+import pytest
+from programs import InProcess
+
+from discover_jax.execution import Executor, sandbox, values
+from discover_jax.execution.limits import ResourceLimits
+from discover_jax.tasks.loading import load_definition, locate_definition
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.types import Outcome
+
+CONSTRUCTIONS = ("autocorrelation-1", "autocorrelation-2", "circle-packing-26", "circle-packing-32", "erdos-overlap")
+EVERY = (*CONSTRUCTIONS, "counting-inversions", "online-bin-packing")
+
+pytestmark = pytest.mark.sandbox
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("problems")
+    tasks = [prepare_task(id, raw=None, reward="grade", folder=folder / id) for id in EVERY]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "PRELOAD", ())
+        with Executor(tasks, ResourceLimits(seconds=100.0, cores=1), workers=1, cache_dir=folder / "cache") as executor:
+            futures = [executor.submit(task.problem.seed_program, number) for number, task in enumerate(tasks)]
+            return dict(zip(EVERY, [future.result(timeout=300) for future in futures], strict=True))
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_seed_program_has_the_score_that_it_has_outside(verdicts, id):
+    verdict, problem = verdicts[id], load_definition(*locate_definition(id))
+    assert verdict.outcome is Outcome.OK, (verdict.grade.reason, verdict.execution.detail)
+    assert verdict.grade.feedback
+    if id == "counting-inversions":  # a time
+        assert 0.01 < verdict.grade.score < 10
+        return
+    outside = InProcess(problem.seed_program)
+    assert verdict.grade.score == problem.evaluate(outside).score
+    if id in CONSTRUCTIONS:
+        assert repr(values.decode(verdict.execution.csv)) == repr(outside.call("run"))
