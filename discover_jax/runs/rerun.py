@@ -118,7 +118,7 @@ class Rerun:
         }
         return [
             found,
-            f"result       {'the same bytes' if self.same_submission else 'not the same bytes'} as in best/",
+            f"submission   {'the same bytes as' if self.same_submission else 'other bytes than'} in best/",
             f"data         {data[self.same_data]}",
             f"ran in       {self.isolation}",
             "REPRODUCED" if self.reproduced else "NOT REPRODUCED",
