@@ -28,6 +28,11 @@ DECODE_LAYER_SECONDS = 74e-6
 """Fixed seconds per layer of a decoding step: one row of the 120b takes 4.0 ms, including 1.3 ms of reading."""
 DECODE_ROW_SECONDS = 0.45e-6
 """Additional seconds per row and layer: 128 rows of the 120b at a context of 208 take 22.1 ms, including 17.3 ms of reading."""
+DENSE_LAYER_SECONDS = 50e-6
+"""The same for dense models: one row of Qwen2.5-Coder-1.5B takes 2.27 ms, and of the 7B 5.18 ms, including 0.84 and 3.8 ms of reading."""
+DENSE_ROW_SECONDS = 1.65e-10
+"""Additional seconds per row, layer and unit of width of dense models: at a context of 2,096, 128 rows take 5.14 ms (1.5B) and 11.30 ms
+(7B)."""
 UNPACK_16_FACTOR = 1.12
 """The experts' kernel unpacks a weight for 8 or for 16 rows at a time; this is the time for 16 relative to 8, measured with 512 tokens."""
 PREFILL_FACTOR = 1.22
@@ -82,10 +87,11 @@ def expert_bytes(sizes: ModelConfig, rank: int = 0) -> int:
     return expert_weights(sizes) * (BLOCK // 2 + 1) // BLOCK + 2 * (2 * f + d) + 2 * rank * (2 * d + 3 * f)
 
 
-def layer_weights(sizes: ModelConfig, rank: int = 0) -> int:
-    """Weights of a layer's projections and router, with an adapter of `rank` on q, k, v and o."""
-    d, q, kv = sizes.width, sizes.num_heads * sizes.head_size, sizes.num_kv_heads * sizes.head_size
-    return 2 * d * (q + kv) + d * sizes.num_experts + rank * (2 * (d + q) + 2 * (d + kv))
+def layer_weights(sizes: ModelConfig, rank: int = 0, mlp_rank: int = 0) -> int:
+    """Weights of a layer without experts: projections, and router or dense MLP; with adapters of these ranks on attention and MLP."""
+    d, q, kv, f = sizes.width, sizes.num_heads * sizes.head_size, sizes.num_kv_heads * sizes.head_size, sizes.mlp_width
+    mlp = d * sizes.num_experts if sizes.num_experts else 3 * d * f + 3 * mlp_rank * (d + f)
+    return 2 * d * (q + kv) + mlp + rank * (2 * (d + q) + 2 * (d + kv))
 
 
 def other_bytes(sizes: ModelConfig, lora: LoraConfig) -> int:
@@ -93,20 +99,20 @@ def other_bytes(sizes: ModelConfig, lora: LoraConfig) -> int:
     d, q, kv = sizes.width, sizes.num_heads * sizes.head_size, sizes.num_kv_heads * sizes.head_size
     vectors = q + 2 * kv + d + sizes.num_experts + 2 * d + sizes.num_heads  # biases, norms, sinks
     head = sizes.vocab_size * d + lora.head_rank * (sizes.vocab_size + d)
-    return 2 * (sizes.num_layers * (layer_weights(sizes, lora.attention_rank) + vectors) + head + d)
+    return 2 * (sizes.num_layers * (layer_weights(sizes, lora.attention_rank, lora.mlp_rank) + vectors) + head + d)
 
 
 def cached_bytes(sizes: ModelConfig, context: float) -> float:
     """Bytes of keys and values that one token reads: `context` positions in each full layer, at most a window in each sliding layer."""
     position = 2 * 2 * sizes.num_kv_heads * sizes.head_size
-    return sizes.num_repeats * position * (context + min(context, sizes.sliding_window))
+    return position * (sizes.num_full * context + sizes.num_sliding * min(context, sizes.sliding_window))
 
 
 def attention_operations(sizes: ModelConfig, length: float) -> float:
     """FLOP per token of attention's two products in all layers, for a sequence of this length."""
     window = min(length, sizes.sliding_window)
-    seen = (length + 1) / 2 + window - window * (window - 1) / (2 * length)
-    return 4 * sizes.num_heads * sizes.head_size * sizes.num_repeats * seen
+    in_window = window - window * (window - 1) / (2 * length)
+    return 4 * sizes.num_heads * sizes.head_size * (sizes.num_full * (length + 1) / 2 + sizes.num_sliding * in_window)
 
 
 # ---------------------------------------------------------------------- communication
@@ -144,8 +150,18 @@ def unpackings(rows: float) -> float:
 def _token_cost(
     sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, mesh: MeshShape, own: float, seen: float, cached: float, *, kernels: bool
 ) -> Cost:
-    """Seconds of one token for each row. A device has `own` rows and reads `cached` bytes of their KV cache; experts see `seen` rows."""
+    """Seconds of one token for each row. A device has `own` rows and reads `cached` bytes of their KV cache; experts see `seen` rows.
+
+    Of dense models, only kernels and meshes along `data` have been measured.
+    """
     bandwidth, layers, t = DECODE_BANDWIDTH_FRACTION * speeds.copy, sizes.num_layers, mesh.tensor
+    if not sizes.num_experts:
+        return {
+            "other weights": max(other_bytes(sizes, lora) / bandwidth, other_bytes(sizes, lora) * own / speeds.product),
+            "keys and values": cached / bandwidth,
+            "kernels": layers * (DENSE_LAYER_SECONDS + DENSE_ROW_SECONDS * sizes.width * own),
+            "collectives": STEP_COLLECTIVES * network(speeds, mesh, "data")[1] if mesh.size > 1 else 0.0,
+        }
     share = sizes.experts_per_token / sizes.num_experts
     device_experts = layers * _experts_per_device(sizes, mesh)
     if kernels:
@@ -285,6 +301,10 @@ def microbatch(
     dense = passes.products * (layers * layer_weights(sizes) + sizes.vocab_size * sizes.width) + passes.attention * attention_operations(
         sizes, length
     )
+    if not sizes.num_experts:
+        collectives = 2 * _collective_seconds(speeds, mesh, "data", adapter, 1) if gradient else 0.0
+        factor = REMAT_FACTORS[remat] if gradient else 1.0
+        return {"products": factor * dense * tokens / (UPDATE_PRODUCT_FRACTION * speeds.product), "collectives": collectives}
     device_experts = layers * _experts_per_device(sizes, mesh)
     if kernels:
         operations = (dense + passes.products * layers * sizes.experts_per_token * weights) * tokens

@@ -1,5 +1,6 @@
 """Predicted seconds against counts by hand, the shapes of the model's arrays, and measurements."""
 
+import csv
 import dataclasses
 import importlib.util
 import sys
@@ -12,6 +13,7 @@ from discover_jax.costs import MeshShape
 from discover_jax.machines import speeds_of
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
+from discover_jax.models.families import SHAPES
 from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 from discover_jax.models.sharding import local_bytes
 
@@ -141,3 +143,37 @@ def test_groups_across_nodes_use_the_network_of_their_devices_in_a_node():
     assert costs.network(_H200, MeshShape(4, 4), "data")[0] == 2 * _H200.network
     tpu = speeds_of("v5p")
     assert costs.network(tpu, MeshShape(16, 16), "data") == (tpu.link, tpu.latency)
+
+
+def _measured(id):
+    with (Path(__file__).resolve().parents[1] / "benchmarks" / "measurements.csv").open(newline="") as file:
+        (value,) = (float(row["value"]) for row in csv.DictReader(file) if row["id"] == id)
+    return value
+
+
+_LINEAR = LoraConfig(attention_rank=32, expert_rank=0, head_rank=0, mlp_rank=32)
+
+
+@pytest.mark.parametrize(("model", "id"), [("qwen2.5-coder-1.5b", "qwen15"), ("qwen2.5-coder-7b", "qwen7")])
+@pytest.mark.parametrize("rows", [128, 1])
+def test_decoding_of_dense_models_is_near_measurements(model, id, rows):
+    """On an H100; the constants come from an H200."""
+    seconds = sum(costs.decode_step(SHAPES[model], _LINEAR, speeds_of("h100"), rows, 2096).values())
+    assert rows / seconds == pytest.approx(_measured(f"decode_{id}_h100_b{rows}_ctx2096_tokens_per_s"), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "id", "least", "most"),
+    [("qwen2.5-coder-7b", "h200", "qwen7", 0.85, 1.0), ("qwen2.5-coder-1.5b", "h100", "qwen15", 1.0, 1.5)],
+)
+def test_updates_of_dense_models_are_as_far_from_measurements_as_the_remark_says(model, card, id, least, most):
+    seconds = sum(costs.microbatch(SHAPES[model], _LINEAR, speeds_of(card), 16_384, 4_096, gradient=True).values())
+    assert least < 16_384 / seconds / _measured(f"gradient_{id}_{card}_4x4096_tokens_per_s") < most
+
+
+def test_sizes_of_dense_models_equal_their_arrays():
+    tiny = dataclasses.replace(SHAPES["qwen2.5-coder-1.5b"], num_layers=3, vocab_size=1_000)
+    arrays = Model(tiny, LoraConfig(2, 0, 0, mlp_rank=3), "bfloat16")
+    read = local_bytes(arrays.abstract_frozen()) + local_bytes(arrays.abstract_lora()) // 2  # the adapter is stored in float32
+    sinks = 2 * tiny.num_layers * (tiny.num_heads + tiny.width)  # counted for every model: sinks, and a bias of the output
+    assert costs.other_bytes(tiny, LoraConfig(2, 0, 0, mlp_rank=3)) == read + sinks
