@@ -28,7 +28,8 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import check_folder
 from discover_jax.policy import check_chat_format, weights_folder
-from discover_jax.tasks.prepare import AnyTask, prepare_tasks
+from discover_jax.runs.attempts import seed_of
+from discover_jax.tasks.prepare import AnyTask, prepare_tasks, seed_programs
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
 from discover_jax.types import Grade, Outcome, Verdict
@@ -218,13 +219,14 @@ def _sandbox(config: Any, tasks: list[AnyTask], scores: list[float | None], fold
         allow_weaker=settings.allow_weaker,
         ray_address=settings.ray_address,
     ) as executor:
-        programs = [task.problem.seed_program or _NO_SOLUTION if isinstance(task, ProblemTask) else _PROGRAM for task in tasks]
+        seeds = seed_programs(config.task, tasks)
+        programs = [(seed or _NO_SOLUTION) if task.calls else _PROGRAM for task, seed in zip(tasks, seeds, strict=True)]
         verdicts = [executor.submit(program, number).result() for number, program in enumerate(programs)]
         text, isolated = executor.describe(), executor.isolated
     found = []
-    for task, verdict, score in zip(tasks, verdicts, scores, strict=True):
+    for task, seed, verdict, score in zip(tasks, seeds, verdicts, scores, strict=True):
         if isinstance(task, ProblemTask):
-            found.append(_check_problem(task, verdict))
+            found.append(_check_problem(task, seed, verdict))
         elif verdict.outcome is not Outcome.OK or verdict.grade.score != score:
             raise RunError(
                 f"A program that returns the sample submission must end as ok with score {score}; got {verdict.outcome.value} with score"
@@ -233,15 +235,14 @@ def _sandbox(config: Any, tasks: list[AnyTask], scores: list[float | None], fold
     return "; ".join([*found, "the canary could not escape" if isolated else "no canary: programs are not isolated", text]), None
 
 
-def _check_problem(task: ProblemTask, verdict: Verdict) -> str:
+def _check_problem(task: ProblemTask, seed: str, verdict: Verdict) -> str:
     """Checks the verdict on the seed program or, without one, on a program that solves nothing."""
     reason = verdict.execution.detail or verdict.grade.reason
-    if not task.problem.seed_program:
+    if not seed:
         if verdict.outcome is Outcome.OK:
             raise RunError(f"{task.id}: evaluate() gives the score {verdict.grade.score} to a program that defines no function.")
         return f"{task.id}: evaluate() rejects a program without functions ({reason})"
-    if verdict.outcome is not Outcome.OK:
-        raise RunError(f"{task.id}: the seed program must be valid; it ended with {verdict.outcome.value}: {reason}")
+    seed_of(task, seed, verdict)
     return f"{task.id}: the seed program scores {verdict.grade.score}"
 
 

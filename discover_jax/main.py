@@ -134,6 +134,7 @@ def _prepared(
         if processes.leads:
             _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
 
+        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / "seed_programs.json")
         policy = load_policy(config, console.loading)
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
@@ -146,8 +147,7 @@ def _prepared(
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
         scripts = {task.id: rerun_script(stages.rerun_settings(config, number)) for number, task in enumerate(tasks)}
         sources = (source, scripts, console.note, processes)
-        options = {"capacity": config.reuse.capacity, "seeds": stages.run_seed_programs(config.task, tasks, executor, processes)}
-        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, **options)
+        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, capacity=config.reuse.capacity, seeds=seeds)
         policy = dataclasses.replace(policy, train_state=state.train_state)
         last_step = state.first_step + config.train.steps
         recorder = NullRecorder()

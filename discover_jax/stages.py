@@ -4,8 +4,10 @@ The stages unpack the config: each passes plain values to the folder that does t
 """
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from discover_jax.archive.selectors import select_parents as selected_parents
 from discover_jax.engine import microbatch_rows, row_tokens
 from discover_jax.execution.cache import verdict_of, verdict_row
 from discover_jax.execution.executor import Executor
+from discover_jax.files import write_atomic
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
 from discover_jax.learning.advantages import LEAST_ROLLOUTS
@@ -24,7 +27,7 @@ from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
-from discover_jax.runs.attempts import attempt_of, seed_of
+from discover_jax.runs.attempts import attempt_of, seed_of, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
 from discover_jax.runs.recorder import Recorder
@@ -34,9 +37,9 @@ from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.prepare import AnyTask, named_competitions, seed_programs
 from discover_jax.text.chat import ChatFormat
-from discover_jax.text.prompts import PromptSettings, build_prompt, installed_packages, program_fits
+from discover_jax.text.prompts import PromptSettings, build_prompt, choose_inspirations, installed_packages, program_fits
 from discover_jax.text.reply import program_of
-from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +83,13 @@ class Group:
       task: the competition.
       parent: the state whose program the rollouts improve.
       failures: the last attempts on the parent, if all of them failed.
+      inspirations: other programs that the prompt shows.
     """
 
     task: AnyTask
     parent: State
     failures: Sequence[Attempt]
+    inspirations: Sequence[State] = ()
 
 
 @dataclasses.dataclass
@@ -121,27 +126,38 @@ class Graded:
     verdicts: Mapping[RolloutKey, Verdict]
 
 
-def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes) -> dict[str, State]:
-    """Where the search of each competition starts: nothing, or a seed program, which the first process runs.
+def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path) -> dict[str, State]:
+    """Where the search of each competition starts, if not from nothing: a seed program and its verdict, by competition id.
 
-    A resumed run finds the verdict in the cache.
+    The first process runs the programs and stores them with their verdicts, so that a resumed run starts from the same.
 
     Args:
       settings: config.task.
+      file: in the run directory.
 
     Raises:
-      ConfigError: a seed program has no score.
+      ConfigError: a seed program has no score, or its reward is that of a failure.
+      RunError: the stored programs cannot be read, or the seed programs differ from them.
     """
-    programs = seed_programs(settings, tasks)
+    if not settings.seed_program and not any(task.calls for task in tasks):
+        return {}
 
-    def verdicts() -> list[dict[str, Any] | None]:
-        futures = [executor.submit(program, number) if program else None for number, program in enumerate(programs)]
-        return [None if future is None else verdict_row(future.result()) for future in futures]
+    def rows() -> list[dict[str, Any]]:
+        programs = {task.id: program for task, program in zip(tasks, seed_programs(settings, tasks), strict=True) if program}
+        if file.exists():
+            return stored_seeds(file, programs)
+        numbers = {task.id: number for number, task in enumerate(tasks)}
+        futures = {id: executor.submit(program, numbers[id]) for id, program in programs.items()}
+        found = [{"task": id, "program": programs[id], "verdict": verdict_row(future.result())} for id, future in futures.items()]
+        for row in found:  # a program without a score is not stored: it can be corrected
+            seed_of(tasks[numbers[row["task"]]], row["program"], verdict_of(row["verdict"], cached=False))
+        write_atomic(file, json.dumps(found).encode())
+        return found
 
-    rows = processes.from_first(verdicts) if any(programs) else [None] * len(tasks)
+    by_id = {task.id: task for task in tasks}
     return {
-        task.id: SEED if row is None else seed_of(task, program, verdict_of(row, cached=False))
-        for task, program, row in zip(tasks, programs, rows, strict=True)
+        row["task"]: seed_of(by_id[row["task"]], row["program"], verdict_of(row["verdict"], cached=False))
+        for row in processes.from_first(rows)
     }
 
 
@@ -153,14 +169,21 @@ def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> li
         config.reuse.sampler, config.reuse.epsilon, config.reuse.exploration, fresh=config.reuse.fresh, distinct=config.reuse.distinct
     )
     parents_G = selected_parents([task.id for task in tasks_G], frontiers, reuse, step_rng(config.seed, step))
-    return [Group(task, parent, frontiers[task.id].failures(parent)) for task, parent in zip(tasks_G, parents_G, strict=True)]
+    groups = []
+    for task, parent in zip(tasks_G, parents_G, strict=True):
+        frontier = frontiers[task.id]
+        others = choose_inspirations(frontier.archive.states, parent, config.prompt.inspirations)
+        groups.append(Group(task, parent, frontier.failures(parent), others))
+    return groups
 
 
 def write_prompts(run: Run, policy: Policy, groups: Sequence[Group], step: int) -> list[Prompt]:
     """One prompt for each group."""
     shortened: list[str] = []
     prompts_G = [
-        build_prompt(group.task, group.parent, group.failures, run.prompt_settings, policy.chat, number, step, shortened.append)
+        build_prompt(
+            group.task, group.parent, group.failures, run.prompt_settings, policy.chat, number, step, shortened.append, group.inspirations
+        )
         for number, group in enumerate(groups)
     ]
     if shortened:

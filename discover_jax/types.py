@@ -228,7 +228,8 @@ class Timed:
     Attributes:
       value: as `Program.call` returns it.
       wall_s: wall time in seconds, including the transport of arguments and value.
-      cpu_s: CPU time of all processes of the program, in seconds.
+      cpu_s: CPU time of the program's processes, in seconds. Without a control group of version 2, a lower bound: it can miss children that
+        ended.
     """
 
     value: Any

@@ -116,7 +116,7 @@ def puct(
     del rng, epsilon
     candidates = _candidates(archive, seed)
     scores = puct_scores(archive, expansions, exploration, seed)
-    # Archive order breaks what is left of ties; the seed has no value and comes last in it.
+    # The order of candidates breaks what is left of ties; a seed without a value comes last in it.
     values = [-np.inf if state.value is None else state.value for state in candidates]
     waiting = [candidates[i] for i in sorted(range(len(candidates)), key=lambda i: (-scores[i], -values[i]))]
     ancestors = {state.id: set(expansions.ancestors(state.id)) for state in candidates}

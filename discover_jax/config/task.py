@@ -70,6 +70,14 @@ PROMPT: dict[str, Any] = {
     "ideas": Setting(
         0, "number of ideas for improvement that a prompt shows; they rotate over groups and steps. 0: all", low=0, only_with=_FULL
     ),
+    "inspirations": Setting(
+        0,
+        "number of other good programs of the archive that a prompt shows with their scores, in addition to the parent; no two have the"
+        " same structure. They are left out first if a prompt is too long",
+        low=0,
+        high=16,
+        only_with=_FULL,
+    ),
     "stdout_chars": Setting(
         2000, "number of characters that a prompt shows from the end of the parent's output", unit="characters", low=0, only_with=_FULL
     ),

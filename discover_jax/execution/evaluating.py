@@ -6,6 +6,7 @@ rejects the solution.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import pickle
@@ -16,7 +17,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from discover_jax.exceptions import GradingError
+import numpy as np
+
+from discover_jax.exceptions import GradingError, SandboxError
 from discover_jax.execution import children, values
 from discover_jax.execution.backend import Call, End, Load, RunTask, Slot, borrowed
 from discover_jax.execution.limits import GIB, MIB
@@ -26,15 +29,33 @@ from discover_jax.types import Answer, Evaluation, Execution, Grade, Outcome, Pr
 MOST_FEEDBACK = 2000
 """Characters of a feedback or a reason that are kept."""
 _ARGUMENT_BYTES = 64 * MIB
+_NAME, _MOST_METRICS = 64, 32
+"""Characters of a metric's name, and number of metrics. Further ones are left out, and those that are not finite."""
+_HIDDEN_DETAIL = 200
+"""Characters of an error that are kept where inputs are hidden: an error may tell them."""
+_TRIES = 2
+"""How often a solution is checked if the process that checks it ends: once more, because the host may have ended it."""
+_OUT_OF_STEP = 70
+"""Exit code of a process whose connection failed in the middle of a message."""
 
 
 class EvaluatedTask(RunTask, Protocol):
-    """A task whose programs' functions are called by `evaluate`. It must be picklable, and has one public folder."""
+    """A task whose programs' functions are called by `evaluate`. It must be picklable, and has one public folder.
+
+    Attributes:
+      evaluate_seconds, evaluate_gib: limits of `evaluate`.
+      hidden_inputs: whether no output of programs is kept, because it could tell later programs the inputs.
+      least_score: the lowest score that has a reward.
+    """
 
     @property
     def evaluate_seconds(self) -> float: ...
     @property
     def evaluate_gib(self) -> float: ...
+    @property
+    def hidden_inputs(self) -> bool: ...
+    @property
+    def least_score(self) -> float: ...
     def evaluate(self, program: Program) -> Evaluation: ...
 
 
@@ -78,12 +99,13 @@ class _RemoteProgram:
     def time(self, name: str, *arguments: Any, seconds: float | None = None, fresh: bool = False) -> Timed:
         if self._failed is not None:  # the program has ended
             raise self._failed
+        if seconds is not None and not seconds > 0:
+            raise GradingError(f"The problem's evaluate() called {name}() with seconds = {seconds!r}; it must be positive.")
         try:
             data = values.encode(list(arguments), _ARGUMENT_BYTES)
-        except ValueError as error:
-            raise GradingError(f"The problem's evaluate() called {name}() with arguments that cannot be sent: {error}.") from error
-        self._connection.send(_Asked(name, data, math.inf if seconds is None else seconds, fresh))
-        answer: Answer = self._connection.recv()
+        except ValueError as error:  # perhaps values that the program has returned
+            raise Rejection(f"evaluate() cannot send the arguments of {name}(): {error}") from error
+        answer = self._ask(_Asked(str(name), data, math.inf if seconds is None else float(seconds), fresh))
         if answer.outcome is Outcome.OK and answer.value is not None:
             try:
                 return Timed(values.decode(answer.value), answer.wall_s, answer.cpu_s)
@@ -91,6 +113,22 @@ class _RemoteProgram:
                 answer = dataclasses.replace(answer, outcome=Outcome.INVALID_SUBMISSION, detail=f"{name}() sent no valid value: {error}")
         self._failed = _FailedCall(answer)
         raise self._failed
+
+    def _ask(self, asked: _Asked) -> Answer:
+        """The answer of the process at the other end.
+
+        If this fails midway, the stream is out of step: bytes of the program could be taken for a message and unpickled. So the process
+        ends at once, whatever `evaluate` would catch. Memory is not limited meanwhile.
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+            self._connection.send(asked)
+            answer: Answer = self._connection.recv()
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        except BaseException:
+            os._exit(_OUT_OF_STEP)
+        return answer
 
 
 def check(task: EvaluatedTask, program: Program) -> _Result:
@@ -101,26 +139,37 @@ def check(task: EvaluatedTask, program: Program) -> _Result:
     """
     try:
         evaluation = task.evaluate(program)
+        if not isinstance(evaluation, Evaluation):
+            raise GradingError(f"evaluate() must return an Evaluation or raise Rejection; it returned {type(evaluation).__name__}.")
+        score = evaluation.score
+        if isinstance(score, bool) or not isinstance(score, int | float | np.integer | np.floating):
+            return _rejected(f"the score is of type {type(score).__name__}, not a real number")
+        score = float(score)
+        if not math.isfinite(score):
+            return _rejected(f"the score is {score}")
+        if score < task.least_score:
+            return _rejected(f"the score is {score}, below {task.least_score}: the problem's transform has no reward for it")
+        numbers = {_text(name)[:_NAME]: float(number) for name, number in itertools.islice(evaluation.metrics.items(), _MOST_METRICS)}
+        metrics = {normalised(name, ()): number for name, number in numbers.items() if math.isfinite(number)}
+        return _Result(Evaluation(score, _text(evaluation.feedback)[:MOST_FEEDBACK], metrics))
     except _FailedCall as failed:
         return _Result(None, failed.outcome, str(failed)[:MOST_FEEDBACK])
     except Rejection as rejection:
-        return _rejected(str(rejection))
+        return _rejected(_text(rejection))
     except GradingError:
         raise
     except MemoryError:
         return _rejected(f"checking the solution needed more than {task.evaluate_gib:g} GiB of memory")
     except Exception as error:  # caused by an unexpected value, as far as anyone can tell
-        return _rejected(f"checking the solution failed: {type(error).__name__}: {error}")
-    if not isinstance(evaluation, Evaluation):
-        raise GradingError(f"evaluate() must return an Evaluation or raise Rejection; it returned {type(evaluation).__name__}.")
+        return _rejected(f"checking the solution failed: {type(error).__name__}: {_text(error)}")
+
+
+def _text(value: Any) -> str:
+    """`str` of an object that may fail to become a string, such as an error about a huge integer."""
     try:
-        score = float(evaluation.score)
-        metrics = {str(name): float(number) for name, number in evaluation.metrics.items()}
-    except (TypeError, ValueError, OverflowError) as error:
-        raise GradingError(f"evaluate() returned a score or a metric that is not a number: {error}.") from error
-    if not math.isfinite(score):
-        return _rejected(f"the score is {score}")
-    return _Result(Evaluation(score, str(evaluation.feedback)[:MOST_FEEDBACK], metrics))
+        return str(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def _rejected(reason: str) -> _Result:
@@ -133,6 +182,9 @@ def main(connection: Connection, parent: int, tasks_bytes: bytes) -> None:
     For a task, it sends any number of _Asked, each followed by an Answer, then a _Result or a GradingError.
     """
     children.begin(parent)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # what `evaluate` prints and numpy's warnings may contain text of a program
+    os.dup2(nowhere, 2)
     tasks: list[EvaluatedTask] = pickle.loads(tasks_bytes)
     base = _virtual_bytes()
     while True:
@@ -190,33 +242,52 @@ class Evaluators:
           GradingError: see `check`.
           SandboxError: the host failed, or the executor was closed.
         """
-        for last in (False, True):
-            session = _Session(number, program, slot, self._program_seconds)
+        options = {"seconds": self._program_seconds, "hidden": task.hidden_inputs}
+        session = _Session(number, program, slot, **options)
+        for _ in range(_TRIES):
+            session = _Session(number, program, slot, **options)
             with borrowed(self._free) as evaluator:
-                evaluator.ask(None, self._start_seconds)  # it is ready
                 try:
-                    return session.verdict(self._converse(evaluator, session, task.evaluate_seconds))
-                except children.HungError:
-                    return session.verdict(_rejected(f"checking the solution took longer than {task.evaluate_seconds:g} s"))
-                except children.EndedError as error:
-                    if self._children.closed:
-                        raise
-                    if last:  # not the host's fault, since it ended twice
-                        return session.verdict(_rejected(f"the process that checks the solution ended: {error}"))
+                    result = self._result(evaluator, session, task.evaluate_seconds)
+                    if result is not None:
+                        return session.verdict(result)
                 finally:
                     session.end()
-        raise AssertionError("unreachable")
+        # Not the host's fault, since it ended each time.
+        return session.verdict(_rejected("the process that checks the solution ended"))
 
-    @staticmethod
-    def _converse(evaluator: children.ChildSlot, session: "_Session", seconds: float) -> _Result:
-        message: Any = session.number
-        while True:
-            started = time.monotonic()
-            reply = evaluator.ask(message, max(0.0, seconds))
-            seconds -= time.monotonic() - started
-            if isinstance(reply, _Result):
-                return reply
-            message = session.answer(reply)
+    def _result(self, evaluator: children.ChildSlot, session: "_Session", seconds: float) -> _Result | None:
+        """The result of a check; None if the process ended.
+
+        Raises:
+          GradingError: see `check`.
+          SandboxError: the sandbox's host failed, the process is not ready, or the executor was closed.
+        """
+        limit, message, in_step = seconds, session.number, False
+        try:
+            if evaluator.ask(None, self._start_seconds) is not None:
+                raise SandboxError("A process that checks solutions was out of step.")
+            while True:
+                started = time.monotonic()
+                try:
+                    reply = evaluator.ask(message, max(0.0, seconds))
+                except children.HungError:
+                    return _rejected(f"checking the solution took longer than {limit:g} s")
+                except children.EndedError:
+                    if self._children.closed:
+                        raise
+                    return None
+                except GradingError:
+                    in_step = True
+                    raise
+                seconds -= time.monotonic() - started
+                if isinstance(reply, _Result):
+                    in_step = True
+                    return reply
+                message = session.answer(reply)
+        finally:
+            if not in_step:  # it may wait for an answer that will not come
+                evaluator.drop()
 
     def close(self) -> None:
         """Ends the processes; callers get a SandboxError. Idempotent."""
@@ -230,10 +301,11 @@ class Evaluators:
 class _Session:
     """The calls of one program. Loads it on the first call."""
 
-    def __init__(self, number: int, program: str, slot: Slot, seconds: float) -> None:
+    def __init__(self, number: int, program: str, slot: Slot, *, seconds: float, hidden: bool) -> None:
         self.number = number
-        self._program, self._slot, self._limit, self._left = program, slot, seconds, seconds
+        self._program, self._slot, self._limit, self._left, self._hidden = program, slot, seconds, seconds, hidden
         self._loaded, self._ended = False, False
+        self._killed: Answer | None = None
         self._value: bytes | None = None
         self._stdout = ""
 
@@ -256,9 +328,17 @@ class _Session:
     def _served(self, request: Callable[[float], Load | Call], seconds: float) -> Answer:
         if self._left <= 0:
             return Answer(Outcome.TIMEOUT, None, self._over_time(), 0.0, 0.0)
-        answer: Answer = self._slot.ask(request(min(seconds, self._left)))
+        try:
+            answer: Answer = self._slot.ask(request(min(seconds, self._left)))
+        except SandboxError:
+            self._ended = True
+            raise
         if answer.outcome is Outcome.TIMEOUT and seconds >= self._left:  # the time that was left differs from run to run
             answer = dataclasses.replace(answer, detail=self._over_time())
+        if answer.outcome is Outcome.KILLED:
+            self._killed = answer
+        if self._hidden:
+            answer = dataclasses.replace(answer, detail=answer.detail[-_HIDDEN_DETAIL:])
         self._left -= answer.wall_s
         return answer
 
@@ -269,12 +349,19 @@ class _Session:
         """Ends the program. May be called repeatedly."""
         if not self._ended:
             self._ended = True
-            self._stdout = self._slot.ask(End())
+            said = self._slot.ask(End())
+            self._stdout = "" if self._hidden else said
 
     def verdict(self, result: _Result) -> Verdict:
-        """Ends the program, and returns the verdict on it."""
+        """Ends the program, and returns the verdict on it.
+
+        If a signal killed the program, that is the verdict, whatever `evaluate` made of it: the executor then decides whether to run it
+        again.
+        """
         self.end()
         seconds = self._limit - self._left
+        if self._killed is not None:
+            result = _Result(None, Outcome.KILLED, self._killed.detail)
         reason = normalised(result.reason, ())
         if result.evaluation is None:
             execution = Execution(result.outcome, None, self._stdout, reason, seconds)

@@ -139,7 +139,7 @@ class Executor:
         not run twice. Both set `execution.cached`.
 
         Args:
-          program: Python source that defines `run()`.
+          program: Python source that defines `run()`, or the functions that a problem calls.
           task: index of its task.
 
         Returns:

@@ -32,7 +32,8 @@ class HeadAndTail:
 def normalised(text: str, folders: Iterable[str | None]) -> str:
     """Removes folders and addresses, which differ between machines and runs, so that a resumed run sees the same text as an unbroken one.
 
-    Also replaces control characters, with which a program could manipulate a reader's terminal.
+    Also replaces control characters, with which a program could manipulate a reader's terminal, and lone surrogates, which tokenizers
+    reject.
 
     Args:
       text: output or traceback of a program.
@@ -41,5 +42,5 @@ def normalised(text: str, folders: Iterable[str | None]) -> str:
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(folder + "/", "")
     text = re.sub(r"\r\n?", "\n", text)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
     return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)

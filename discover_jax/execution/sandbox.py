@@ -136,6 +136,7 @@ class Sandbox:
         self._output = HeadAndTail(spec.limits.stdout_bytes)
         self._answer = bytearray()
         self._outgoing = bytearray()
+        self._ended_early: _Claim | None = None
         try:
             self._start(script, options, beside)
         except OSError as error:
@@ -336,7 +337,7 @@ class Sandbox:
             if now >= next_look:
                 next_look = now + _TICK_SECONDS
                 if self._over_memory():
-                    return Outcome.OUT_OF_MEMORY, None, f"it used more than {limits.memory_bytes / GIB:.2f} GiB of memory"
+                    return Outcome.OUT_OF_MEMORY, None, self._memory_detail()
             events = dict(poll.poll(min(deadline - now, next_look - now) * 1000 + 1))
             if self._program_writer in events and not self._write_or_drop():
                 poll.unregister(self._program_writer)
@@ -417,6 +418,9 @@ class Sandbox:
         Raises:
           SandboxError: see `run`.
         """
+        if self._ended_early is not None:
+            outcome, value, detail = self._ended_early
+            return Answer(outcome, value, detail, 0.0, 0.0)
         expected = _Expected("value", secrets.token_hex(8), f"{name}() returned" if name else "it was loaded")
         self._send(values.encode([expected.key, name], _REQUEST_BYTES))
         self._send(arguments)
@@ -429,6 +433,14 @@ class Sandbox:
         self._answer.clear()
         outcome, value, detail = claim
         return Answer(outcome, value, self._clean(detail)[:_DETAIL_CHARACTERS], wall, cpu)
+
+    def look(self) -> None:
+        """Between calls: ends a program that uses too much memory. The next call says so."""
+        if self._ended_early is None and self._over_memory():
+            self._ended_early = self._end((Outcome.OUT_OF_MEMORY, None, self._memory_detail()), _Expected("value", "", ""))
+
+    def _memory_detail(self) -> str:
+        return f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
 
     def end(self) -> str:
         """Ends the program, and returns head and tail of what it printed."""
@@ -464,7 +476,7 @@ class Sandbox:
         over_memory = self._group is not None and self._group.exceeded()  # raises if the host killed a process, however the program ended
         code = self._kill()
         if end is None and over_memory:
-            return Outcome.OUT_OF_MEMORY, None, f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
+            return Outcome.OUT_OF_MEMORY, None, self._memory_detail()
         return end or claim or self._claim(code, expected)
 
     def _claim(self, code: int, expected: "_Expected") -> _Claim:

@@ -15,8 +15,8 @@ from numpy.lib import format as npy
 
 MOST_DEPTH = 64
 """Nesting of lists and dicts."""
-_KINDS = "biufc"
-"""Kinds of arrays: booleans, integers, unsigned integers, floats, complex numbers."""
+_DTYPES = {np.dtype(name).str for name in ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"]}
+"""Types of arrays, in this machine's byte order."""
 
 _PLAIN: tuple[tuple[type, Any], ...] = ((bool, bool), (int, int.__pos__), (float, float.__pos__), (str, str.__str__))
 
@@ -41,12 +41,13 @@ def encode(value: Any, most_bytes: int) -> bytes:
 
     def add(array: np.ndarray) -> dict[str, int]:
         nonlocal size
-        if array.dtype.kind not in _KINDS or array.dtype.itemsize > 16 or array.dtype == np.longdouble:
+        native = array.dtype.newbyteorder("=")
+        if native.str not in _DTYPES:
             raise ValueError(f"it holds an array of {array.dtype}; arrays of booleans and of numbers of at most 64 bits can be returned")
         size += array.nbytes
         if size > most_bytes:
             raise ValueTooBigError(f"its arrays need more than {most_bytes:,} bytes")
-        arrays.append(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
+        arrays.append(np.ascontiguousarray(array, native).reshape(array.shape))
         return {"array": len(arrays) - 1}
 
     def node(x: Any, depth: int) -> Any:
@@ -105,7 +106,10 @@ def decode(data: bytes) -> Any:
             return _read_array(file, len(rest))
         pairs = x.get("dict")
         if x.keys() == {"dict"} and isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs):
-            return {key: restore(item, depth + 1) for key, item in pairs}
+            restored = {key: restore(item, depth + 1) for key, item in pairs}
+            if len(restored) < len(pairs):
+                raise ValueError("the value has a dict with equal keys")
+            return restored
         raise ValueError("the value's JSON has an object that stands for neither an array nor a dict")
 
     try:
@@ -129,12 +133,12 @@ def _read_array(file: io.BytesIO, length: int) -> np.ndarray:
         shape, fortran, dtype = read(file)
     except Exception as error:  # numpy and ast raise many types for headers that are not valid
         raise ValueError(f"an array's header is not valid ({type(error).__name__})") from None
-    if dtype.kind not in _KINDS or dtype.itemsize > 16 or any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError(f"an array of {dtype} is not allowed")
+    if dtype.str not in _DTYPES or fortran or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"an array of {dtype} in this order is not allowed")
     size = math.prod(shape) * dtype.itemsize
     if size > length - file.tell():
         raise ValueError(f"an array claims {size:,} bytes; {length - file.tell():,} follow")
     try:
-        return np.frombuffer(bytearray(file.read(size)), dtype).reshape(shape, order="F" if fortran else "C")
+        return np.frombuffer(bytearray(file.read(size)), dtype).reshape(shape)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"an array's shape is not valid: {error}") from None

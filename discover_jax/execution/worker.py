@@ -29,6 +29,8 @@ def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, shown: 
     try:
         while True:
             try:
+                while boxes.running and not connection.poll(_LOOK_SECONDS):
+                    boxes.look()
                 request: Request = connection.recv()
             except EOFError:
                 return
@@ -42,6 +44,10 @@ def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, shown: 
         boxes.close()
 
 
+_LOOK_SECONDS = 0.1
+"""Time between two looks at the memory of a program that waits for its next call."""
+
+
 class _Boxes:
     """The sandbox that is in use, and spares. While one runs, the sandbox that is probably needed next warms up on the same cores."""
 
@@ -49,12 +55,23 @@ class _Boxes:
         self._specs = [[dataclasses.replace(spec, public=folder, calls=task.calls) for folder in task.folders] for task in shown]
         self._spares: dict[tuple[int, int], sandbox.Sandbox | None] = {}  # by task and run
         self._running: sandbox.Sandbox | None = None
+        self._loaded_task = 0
         self._warm(0, 0)
+
+    @property
+    def running(self) -> bool:
+        return self._running is not None
+
+    def look(self) -> None:
+        """See `Sandbox.look`."""
+        if self._running is not None:
+            self._running.look()
 
     def serve(self, request: Request) -> Execution | Answer | str:
         match request:
             case Execute(task, run, program):
-                box = self._take(task, run, (run + 1) % len(self._specs[task]))
+                box = self._take(task, run)
+                self._warm(task, (run + 1) % len(self._specs[task]))
                 execution = box.run(program)
                 self.end()
                 if execution.outcome is not Outcome.OK:  # no further run of this program will come
@@ -62,12 +79,15 @@ class _Boxes:
                 return execution
             case Load(task, program, seconds):
                 self.end()
-                return self._take(task, 0, 0).load(program, seconds)
+                self._loaded_task = task
+                return self._take(task, 0).load(program, seconds)  # no spare warms up while calls are timed
             case Call(name, arguments, seconds):
                 assert self._running is not None, "a program was loaded before"
                 return self._running.call(name, arguments, seconds)
             case End():
-                return self.end()
+                said = self.end()
+                self._warm(self._loaded_task, 0)
+                return said
 
     def end(self) -> str:
         """Ends the running sandbox, if there is one, and returns what its program printed."""
@@ -84,10 +104,9 @@ class _Boxes:
             if box is not None:
                 box.close()
 
-    def _take(self, task: int, run: int, next_run: int) -> sandbox.Sandbox:
+    def _take(self, task: int, run: int) -> sandbox.Sandbox:
         self._running = self._spares.pop((task, run), None) or sandbox.start(self._specs[task][run])
         self._running.wait_ready()
-        self._warm(task, next_run)
         return self._running
 
     def _warm(self, task: int, run: int) -> None:

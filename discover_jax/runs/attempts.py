@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from discover_jax.exceptions import ConfigError
+from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.execution.cache import verdict_of
+from discover_jax.records import parse_json
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
@@ -65,8 +68,37 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
             f"The seed program of {task.id} has no score: {verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason}"
             " Correct it, or leave config.task.seed_program empty."
         )
+    if task.reward(score) <= task.failure_reward:
+        raise ConfigError(
+            f"The reward of {task.id}'s seed program, {task.reward(score)}, is not above failure_reward = {task.failure_reward}, so failing"
+            " would be as good. Lower failure_reward."
+        )
     result = {"value": task.reward(score), "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:]}
     return dataclasses.replace(SEED, code=program, task=task.id, feedback=verdict.grade.feedback, **result)
+
+
+def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The seed programs of a run and their verdicts, as the run stored them.
+
+    Args:
+      programs: seed programs by competition id, as the config gives them now.
+
+    Raises:
+      RunError: the file is damaged, or the programs differ.
+    """
+    try:
+        rows = parse_json(file.read_bytes())
+        stored = {row["task"]: row["program"] for row in rows}
+        for row in rows:
+            verdict_of(row["verdict"], cached=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} does not hold the seed programs of this run ({error!r}). Restore the original file.") from error
+    if changed := sorted(id for id in stored.keys() | programs.keys() if stored.get(id) != programs.get(id)):
+        raise RunError(
+            f"The seed programs of {', '.join(changed)} are not those that this run started from ({file}). Restore them, or start a new run"
+            " in another folder (--workdir)."
+        )
+    return rows
 
 
 def rollout_rows(

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from discover_jax.exceptions import RunError
 from discover_jax.execution import values
 from discover_jax.files import sync_folder, write_synced
@@ -138,8 +140,17 @@ def write_best(
 
 
 def _readable(result: bytes) -> bytes:
-    """A returned value as JSON. It keeps all digits; NaN and infinities are not standard JSON."""
-    return (json.dumps(values.decode(result) if result else None, default=lambda array: array.tolist()) + "\n").encode()
+    """A returned value as JSON; null if it is none that `values.decode` accepts. It keeps all digits; NaN is not standard JSON."""
+    try:
+        value = values.decode(result)
+    except ValueError:  # the check was content with less, or with nothing
+        value = None
+    return (json.dumps(value, default=_lists) + "\n").encode()
+
+
+def _lists(array: np.ndarray) -> list[Any]:
+    """An array as lists; complex numbers as strings."""
+    return array.tolist() if array.dtype.kind != "c" else [str(number) for number in array.ravel().tolist()]
 
 
 def _row(state: State) -> dict[str, Any]:

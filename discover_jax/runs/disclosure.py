@@ -76,7 +76,7 @@ def _disclosed(task: AnyTask) -> dict[str, Any]:
             "transform": task.transform,
             "rows": disclosure.rows,
             "runs_of_each_program": disclosure.runs,
-            "private_answers_reached_the_search": disclosure.reward != "holdout",
+            "private_answers_reached_the_search": disclosure.reward == "grade",
             "text": disclosure.text,
         },
         "private_answers": {"rows": disclosure.private_rows},

@@ -42,16 +42,20 @@ def locate_definition(name: str) -> tuple[str, str]:
       name: id of a built-in one, path of a .py file, or "mlebench:ID".
 
     Returns:
-      For a file, its absolute path; otherwise `name`. Then the sha256 of the bytes of a file or of a built-in problem's module, so that
+      For a file, its absolute path; otherwise `name`. Then the sha256 of the bytes of a file or of a built-in problem's modules, so that
       scores of another verifier are not taken for its own; otherwise "".
 
     Raises:
       ConfigError: neither a known name nor a .py file.
     """
     if name in _BUILT_IN and _BUILT_IN[name][0].startswith(_PROBLEMS):
-        spec = importlib.util.find_spec(_BUILT_IN[name][0])
-        assert spec is not None and spec.origin is not None  # noqa: PT018
-        return name, hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for module in (_BUILT_IN[name][0], f"{_PROBLEMS}.exact"):
+            spec = importlib.util.find_spec(module)
+            assert spec is not None
+            assert spec.origin is not None
+            digest.update(Path(spec.origin).read_bytes())
+        return name, digest.hexdigest()
     if name in _BUILT_IN or name.startswith(mle_bench.PREFIX):
         return name, ""
     path = Path(name).expanduser()

@@ -49,6 +49,8 @@ class Problem:
       files: name -> text of each file that programs see in data/.
       transform: name in TRANSFORMS, from score to reward.
       failure_reward: reward of a program that failed; must be below that of every valid solution that is worth having.
+      hidden_inputs: whether `evaluate` calls functions with inputs that later programs must not know. Then what programs print is not kept,
+        and errors are cut: both could tell the next prompts.
       evaluate_seconds: limit of `evaluate` itself, without the time of calls.
       evaluate_gib: memory limit of `evaluate`, in GiB.
 
@@ -68,6 +70,7 @@ class Problem:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     transform: str = "identity"
     failure_reward: float = 0.0
+    hidden_inputs: bool = False
     evaluate_seconds: float = 60.0
     evaluate_gib: float = 2.0
 

@@ -8,7 +8,7 @@ from discover_jax.tasks.competition import Threshold
 from discover_jax.tasks.interval import Interval, no_interval
 from discover_jax.tasks.loading import load_problem
 from discover_jax.tasks.problem import Evaluation, Problem, Program
-from discover_jax.tasks.rewards import Score, reward_of, signals_of
+from discover_jax.tasks.rewards import TRANSFORMS, Score, reward_of, signals_of
 from discover_jax.tasks.task import Disclosure, TaskFile
 
 DESCRIPTION = "problem.md"
@@ -99,6 +99,14 @@ class ProblemTask:
     def evaluate_gib(self) -> float:
         return self.problem.evaluate_gib
 
+    @property
+    def hidden_inputs(self) -> bool:
+        return self.problem.hidden_inputs
+
+    @property
+    def least_score(self) -> float:
+        return TRANSFORMS[self.problem.transform].at_least
+
     def evaluate(self, program: Program) -> Evaluation:
         """See `Problem.evaluate`."""
         return self.problem.evaluate(program)
@@ -133,7 +141,7 @@ class ProblemTask:
 
 def write_public(problem: Problem, public: Path) -> None:
     """Writes the files that programs see: the description, and the problem's own files."""
-    for name, text in {DESCRIPTION: f"# {problem.id}\n\n{problem.description}\n", **problem.files}.items():
+    for name, text in {**problem.files, DESCRIPTION: f"# {problem.id}\n\n{problem.description}\n"}.items():
         (public / name).write_text(text)
 
 
@@ -147,6 +155,7 @@ def problem_settings(problem: Problem, digest: str, version: int) -> dict[str, s
         "higher_is_better": problem.higher_is_better,
         "transform": problem.transform,
         "failure_reward": problem.failure_reward,
+        "hidden_inputs": problem.hidden_inputs,
         "evaluate_seconds": problem.evaluate_seconds,
         "evaluate_gib": problem.evaluate_gib,
     }

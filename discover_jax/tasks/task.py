@@ -69,7 +69,7 @@ class Task:
     """A competition, prepared in a folder by `prepare_task`. Other processes can use it: they load the definition and answers when needed.
 
     Attributes:
-      source, source_digest: where the competition's definition is (see `locate_competition`).
+      source, source_digest: where the competition's definition is (see `locate_definition`).
       grader: "native" or "mlebench".
       folder: holds public/, private/, and a folder for each fold of a cross-validation.
       reward_source: "grade" or "holdout".

@@ -15,6 +15,7 @@ import numpy as np
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.chat import ChatFormat, Rendered
+from discover_jax.text.structure import structure_key
 from discover_jax.types import Attempt, Outcome, Prompt, State
 
 STYLES = ("full", "brief")
@@ -146,11 +147,12 @@ def build_prompt(
     group: int,
     step: int,
     on_shortened: Callable[[str], None] = _warn,
+    inspirations: Sequence[State] = (),
 ) -> Prompt:
     """The prompt of one group.
 
-    If it is too long, the parent's output is shortened first, then the error. The prompt marks the cut, and `on_shortened` gets a report of
-    it. The parent's program is never cut.
+    If it is too long, inspirations are left out first, the last ones before the others; then the parent's output is shortened, then the
+    error. The prompt marks the cut, and `on_shortened` gets a report of it. The parent's program is never cut.
 
     Args:
       task: the task to solve.
@@ -160,6 +162,7 @@ def build_prompt(
       chat: chat format of the policy.
       group, step: number of the group within its step, and the step; they rotate the ideas.
       on_shortened: called at most once with a line about the cut. Default: log a warning.
+      inspirations: other programs to show; see `choose_inspirations`. Only the full style shows them.
 
     Raises:
       CapacityError: the shortened prompt still exceeds `settings.max_tokens`. See `program_fits`.
@@ -170,16 +173,38 @@ def build_prompt(
     error = _tail(_error(recent_failures), settings.error_chars)
     ideas = _ideas(settings.ideas if task.ideas is None else task.ideas, settings.ideas_shown, group + step)
     rendered = Rendered((), "")
-    for shown_output, shown_error in [(cut, error) for cut in _cuts(output)] + [("", cut) for cut in _cuts(error)]:
-        rendered = chat.render(_request(task, parent, shown_output, shown_error, ideas), _contract(task, settings))
+    count = len(inspirations)
+    attempts = [(count - left_out, output, error) for left_out in range(count)]
+    attempts += [(0, cut, error) for cut in _cuts(output)] + [(0, "", cut) for cut in _cuts(error)]
+    for others, shown_output, shown_error in attempts:
+        request = _request(task, parent, inspirations[:others], shown_output, shown_error, ideas)
+        rendered = chat.render(request, _contract(task, settings))
         if len(rendered.ids) <= settings.max_tokens:
-            if (shown_output, shown_error) != (output, error):
+            if (others, shown_output, shown_error) != (count, output, error):
+                of_others = f", {others} of {count} other programs" if count else ""
                 on_shortened(
                     f"Group {group}, built on {parent.id}: shows {len(shown_output):,} of {len(output):,} characters of the output and"
-                    f" {len(shown_error):,} of {len(error):,} of the error."
+                    f" {len(shown_error):,} of {len(error):,} of the error{of_others}."
                 )
             break
     return _finish(rendered, settings, parent, group)
+
+
+def choose_inspirations(states: Sequence[State], parent: State, count: int) -> list[State]:
+    """The first `count` states whose programs differ in structure from the parent's and from each other.
+
+    Args:
+      states: of the archive, best first.
+    """
+    chosen: list[State] = []
+    seen = {structure_key(parent.code)}
+    for state in states if count else ():
+        if (key := structure_key(state.code)) not in seen:
+            seen.add(key)
+            chosen.append(state)
+            if len(chosen) == count:
+                break
+    return chosen
 
 
 def program_fits(task: TaskLike, state: State, settings: PromptSettings, chat: ChatFormat) -> bool:
@@ -244,7 +269,7 @@ def _ideas(ideas: tuple[str, ...], shown: int, turn: int) -> tuple[str, ...]:
     return tuple(idea for index, idea in enumerate(ideas) if index in chosen)
 
 
-def _request(task: TaskLike, parent: State, output: str, error: str, ideas: tuple[str, ...]) -> str:
+def _request(task: TaskLike, parent: State, inspirations: Sequence[State], output: str, error: str, ideas: tuple[str, ...]) -> str:
     """The competition or problem, the parent program and its result."""
     direction = _direction(task.metric.higher_is_better)
     parts = [f"# {'Problem' if task.interface else 'Competition'}: {task.id}\n\n{task.description}"]
@@ -266,6 +291,11 @@ def _request(task: TaskLike, parent: State, output: str, error: str, ideas: tupl
     if error:
         subject = "The last attempt to improve it failed" if parent.score is not None else "The last attempt failed"
         parts.append(f"{subject}:\n\n{_fenced(error)}")
+    if inspirations:
+        shown = [
+            f"Score: {task.score_text(state.score)}\n\n{_fenced(state.code, 'python')}" for state in inspirations if state.score is not None
+        ]
+        parts.append("\n\n".join(["# Other programs\n\nThese scored well, too. Use what is good in them.", *shown]))
     if parent.score is None:
         parts.append("Write a program that scores as well as you can make it.")
     else:

@@ -1,19 +1,24 @@
 """Calls of a program's functions, and attacks on them and on the checks, through the real launch path."""
 
 import dataclasses
+import pickle
 
 import pytest
-from tiny_problem import HIDDEN, Naive, Squares
+from tiny_problem import HIDDEN, Naive, Squares, Sums
 
+from discover_jax.exceptions import SandboxError
 from discover_jax.execution import Executor, values
+from discover_jax.execution.backend import Call, End
+from discover_jax.execution.children import EndedError, HungError
+from discover_jax.execution.evaluating import Evaluators
 from discover_jax.execution.limits import MIB, ResourceLimits
-from discover_jax.types import Outcome, Verdict
+from discover_jax.types import Answer, Outcome, Verdict
 
 pytestmark = pytest.mark.sandbox
 
 LIMITS = ResourceLimits(seconds=20.0, cores=1, memory_bytes=400 * MIB, result_bytes=MIB, stdout_bytes=4096)
 RIGHT = "def square(x):\n    return x * x\n"
-SQUARES, FRESH, NAIVE = range(3)
+SQUARES, FRESH, NAIVE, HIDING, POSITIVE, SUMS = range(6)
 # Finds the harness, its channel and the key of the request that it serves.
 INSIDE = """\
 import json, os, sys, threading, time
@@ -37,7 +42,8 @@ def executor(tmp_path_factory):
     (public / "problem.md").write_text("square(x)")
     for path in (folder, public):
         path.chmod(0o755)
-    tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public)]
+    tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public), Squares(public, "hiding", hidden_inputs=True)]
+    tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums")]
     with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
         yield executor
 
@@ -223,6 +229,12 @@ def test_state_is_kept_between_calls_unless_they_are_fresh(executor):
         ("{'bytes': -1}", "ValueError"),
         ("float('nan')", "the score is nan"),
         ("float('inf')", "the score is inf"),
+        ("10**400", "OverflowError"),
+        ("None", "the score is of type NoneType"),
+        ("True", "the score is of type bool"),
+        ("'1.0'", "the score is of type str"),
+        ("__import__('numpy').array(1 + 2j)", "the score is of type ndarray"),
+        ("'\\ud800'", "the score is of type str"),
     ],
 )
 def test_values_that_break_a_check_are_rejected(executor, value, reason):
@@ -234,3 +246,77 @@ def test_values_that_break_a_check_are_rejected(executor, value, reason):
 def test_program_that_never_ends_uses_its_time_once(executor):
     verdict = executor.submit("import time\ntime.sleep(60)\n", NAIVE).result(timeout=120)
     assert (verdict.outcome, verdict.execution.detail) == (Outcome.TIMEOUT, "its calls took longer than 20 s in all")
+
+
+def test_metrics_that_are_not_finite_are_left_out(executor):
+    grade = executor.submit("def run():\n    return [1.0, float('nan'), float('inf'), 2]\n", NAIVE).result().grade
+    assert (grade.valid, grade.metrics) == (True, {"0": 1.0, "3": 2.0})
+    assert len(executor.submit("def run():\n    return [1.0] * 1000\n", NAIVE).result().grade.metrics) == 32
+
+
+def test_score_without_a_reward_is_rejected(executor):
+    verdict = executor.submit("def run():\n    return -1.0\n", POSITIVE).result()
+    assert verdict.outcome is Outcome.INVALID_SUBMISSION
+    assert "below 0.0" in verdict.grade.reason
+
+
+def test_output_and_long_errors_are_not_kept_where_inputs_are_hidden(executor):
+    telling = "def square(x):\n    print('input', x)\n    return x * x\n"
+    assert "input 3.0" in executor.submit(telling, SQUARES).result().execution.stdout
+    verdict = executor.submit(telling, HIDING).result()
+    assert (verdict.outcome, verdict.execution.stdout) == (Outcome.OK, "")
+    verdict = executor.submit("def square(x):\n    raise ValueError('a' * 500 + str(x) + 'b' * 300)\n", HIDING).result()
+    assert len(verdict.execution.detail) <= 200
+    assert "3.0" not in verdict.execution.detail
+
+
+class FaultySlot:
+    """Answers each call with a number; fails at the call with the number `fails_at`."""
+
+    def __init__(self, number: float, fails_at: int = -1, error: SandboxError | None = None):
+        self.number, self.calls, self.fails_at, self.error = number, 0, fails_at, error or SandboxError("the host failed")
+
+    def ask(self, request):
+        if isinstance(request, End):
+            return ""
+        if isinstance(request, Call):
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise self.error
+            return Answer(Outcome.OK, values.encode(self.number, 1000), "", 0.0, 0.0)
+        return Answer(Outcome.OK, values.encode(None, 1000), "", 0.0, 0.0)
+
+
+@pytest.fixture
+def evaluators(tmp_path):
+    evaluators = Evaluators(pickle.dumps([Sums(tmp_path)]), slots=1, program_seconds=20.0, start_seconds=60.0)
+    yield lambda slot: evaluators.verdict(0, Sums(tmp_path), "", slot)
+    evaluators.close()
+    evaluators.release()
+
+
+@pytest.mark.parametrize("error", [SandboxError("the host failed"), HungError("a worker hung"), EndedError("a worker ended")], ids=repr)
+def test_a_host_fault_in_one_check_is_no_verdict_and_changes_no_other(evaluators, error):
+    """`Sums` goes on after every error, as a careless check may."""
+    assert evaluators(FaultySlot(1.0)).grade.score == 3.0
+    with pytest.raises(SandboxError, match=str(error)):
+        evaluators(FaultySlot(1000.0, 2, error))
+    assert evaluators(FaultySlot(2.0)).grade.score == 6.0
+
+
+def test_a_check_that_cannot_read_an_answer_ends_without_reading_on(evaluators):
+    """What follows in the stream could be bytes of a program."""
+    slot = FaultySlot(1.0)
+    ask = slot.ask
+    slot.ask = lambda request: Unreadable(Outcome.OK, b"1", "", 0.0, 0.0) if isinstance(request, Call) else ask(request)
+    verdict = evaluators(slot)
+    assert verdict.outcome is Outcome.INVALID_SUBMISSION
+    assert "ended" in verdict.grade.reason
+    assert evaluators(FaultySlot(2.0)).grade.score == 6.0
+
+
+class Unreadable(Answer):
+    """An answer that cannot be unpickled."""
+
+    def __reduce__(self):
+        return int, ("no number",)

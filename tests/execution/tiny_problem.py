@@ -1,6 +1,8 @@
 """Problems for tests of calls: squares of hidden numbers, and checks that misbehave if the program's value says so."""
 
+import contextlib
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -19,6 +21,8 @@ class Squares:
     calls: bool = True
     evaluate_seconds: float = 20.0
     evaluate_gib: float = 1.0
+    hidden_inputs: bool = False
+    least_score: float = -math.inf
 
     @property
     def public_dirs(self) -> list[Path]:
@@ -43,6 +47,8 @@ class Naive(Squares):
 
     def evaluate(self, program: Program) -> Evaluation:
         value = program.call("run")
+        if isinstance(value, list):
+            return Evaluation(1.0, metrics=dict(enumerate(value)))
         if value == "hang":
             while True:
                 pass
@@ -51,3 +57,17 @@ class Naive(Squares):
         if isinstance(value, dict):
             return Evaluation(float(len(bytearray(value["bytes"]))))
         return Evaluation(value)  # whatever its type
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums(Squares):
+    """Sums three calls, and goes on after every error."""
+
+    fingerprint: str = "sums"
+
+    def evaluate(self, program: Program) -> Evaluation:
+        total = 0.0
+        for _ in range(3):
+            with contextlib.suppress(Exception):
+                total += program.call("run")
+        return Evaluation(total)

@@ -9,7 +9,7 @@ import pytest
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.harmony import parse
-from discover_jax.text.prompts import IDEAS, PromptSettings, brief_text, build_prompt, installed_packages, program_fits
+from discover_jax.text.prompts import IDEAS, PromptSettings, brief_text, build_prompt, choose_inspirations, installed_packages, program_fits
 from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
 
 
@@ -249,3 +249,35 @@ def test_prompt_of_a_problem_names_interface_records_feedback_and_all_digits(cha
     for part in ("submission", "train.csv", "Files in", "feature engineering"):
         assert part not in text
     assert "Consider" not in build_prompt(dataclasses.replace(exact, ideas=()), parent, (), FULL, chat, 0, 0).text
+
+
+def _other(number, score, code=None):
+    return dataclasses.replace(PARENT, id=f"o{number}", score=score, value=score, code=code or f"def run():\n    return {number}")
+
+
+def test_inspirations_are_shown_with_scores_and_left_out_first(chat):
+    others = [_other(7, 0.85), _other(8, 0.84), _other(9, 0.83)]
+    parent = dataclasses.replace(PARENT, stdout="CV 0.81")
+    whole = build_prompt(Task(), parent, (), FULL, chat, 0, 0, inspirations=others)
+    for other in others:
+        assert f"Score: {other.score:.5f}\n\n```python\n{other.code}\n```" in whole.text
+    assert whole.text.index("# Your last program") < whole.text.index("# Other programs") < whole.text.index("return 7")
+    told = []
+    tight = dataclasses.replace(FULL, max_tokens=len(whole.tokens_P) - 1)
+    cut = build_prompt(Task(), parent, (), tight, chat, 0, 0, told.append, inspirations=others).text
+    assert "return 8" in cut
+    assert "return 9" not in cut
+    assert "CV 0.81" in cut
+    assert "2 of 3 other programs" in told[0]
+    none = build_prompt(Task(), parent, (), FULL, chat, 0, 0)
+    tightest = dataclasses.replace(FULL, max_tokens=len(none.tokens_P))
+    assert build_prompt(Task(), parent, (), tightest, chat, 0, 0, told.append, inspirations=others).text == none.text
+
+
+def test_inspirations_differ_from_the_parent_and_from_each_other():
+    same = _other(2, 0.9, "def run():  # the same\n    return 1")
+    renamed = [_other(3, 0.8, "def run():\n    a = 5\n    return a"), _other(4, 0.7, "def run():\n    b = 5\n    return b")]
+    states = [same, *renamed, _other(6, 0.6)]
+    assert [state.id for state in choose_inspirations(states, PARENT, 5)] == ["o3", "o6"]
+    assert [state.id for state in choose_inspirations(states, PARENT, 1)] == ["o3"]
+    assert choose_inspirations(states, PARENT, 0) == []

@@ -65,7 +65,7 @@ def check_count(value: Any, expected: int) -> None:
     if type(value) is not int:
         raise Rejection(f"count() must return an int; got {kind_of(value)}.")
     if value != expected:
-        raise Rejection(f"The count is wrong: got {kind_of(value)}, expected {expected}.")
+        raise Rejection(f"The count is wrong: got {kind_of(value)}.")
 
 
 def geometric_mean_speedup(reference_s: Mapping[str, Sequence[float]], program_s: Mapping[str, Sequence[float]]) -> float:
@@ -126,4 +126,5 @@ PROBLEM = Problem(
     ),
     transform="log",
     failure_reward=-5.0,
+    hidden_inputs=True,
 )

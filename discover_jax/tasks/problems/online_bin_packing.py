@@ -140,4 +140,5 @@ PROBLEM = Problem(
     ),
     transform="log",
     failure_reward=-1.0,
+    hidden_inputs=True,
 )

@@ -91,7 +91,7 @@ def test_other_types(value):
 @pytest.mark.parametrize("value", [2, 4, -3, 0, 10**10_000], ids=["2", "4", "-3", "0", "huge"])
 def test_wrong_counts(value):
     check_count(3, 3)
-    with pytest.raises(Rejection, match=r"The count is wrong.*expected 3"):
+    with pytest.raises(Rejection, match="The count is wrong: got"):
         check_count(value, 3)
 
 

@@ -1,0 +1,71 @@
+"""Seed programs of a run: their state, and what a resumed run accepts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.execution import values
+from discover_jax.execution.cache import verdict_row
+from discover_jax.runs.attempts import seed_of, stored_seeds
+from discover_jax.runs.best import _readable
+from discover_jax.tasks.prepare import prepare_task
+from discover_jax.types import Execution, Grade, Outcome, Verdict
+
+FILE = """\
+from discover_jax.tasks.problem import Problem
+
+PROBLEM = Problem(id="lowest", description="d", evaluate=print, higher_is_better=False, transform="negate", failure_reward=-10.0)
+"""
+
+
+def verdict(score):
+    return Verdict(Outcome.OK, Grade(True, "", score, score, "near"), Execution(Outcome.OK, b"1\n", "said", "", 1.0))
+
+
+@pytest.fixture
+def task(tmp_path):
+    (tmp_path / "lowest.py").write_text(FILE)
+    return prepare_task(str(tmp_path / "lowest.py"), raw=None, reward="grade", folder=tmp_path / "task")
+
+
+def test_state_of_a_seed_program(task):
+    seed = seed_of(task, "x = 1", verdict(3.0))
+    assert seed.is_seed
+    assert (seed.id, seed.code, seed.score, seed.value, seed.feedback, seed.stdout) == ("seed", "x = 1", 3.0, -3.0, "near", "said")
+
+
+def test_seed_program_must_be_worth_more_than_a_failure(task):
+    with pytest.raises(ConfigError, match="failure_reward"):
+        seed_of(task, "x = 1", verdict(10.0))
+    failed = Verdict(Outcome.EXCEPTION, Grade(False, "no", None, None), Execution(Outcome.EXCEPTION, None, "", "no", 1.0))
+    with pytest.raises(ConfigError, match="no score"):
+        seed_of(task, "x = 1", failed)
+
+
+def test_a_resumed_run_has_the_stored_seed_programs(tmp_path):
+    file, rows = tmp_path / "seeds.json", [{"task": "a", "program": "x = 1", "verdict": verdict_row(verdict(3.0))}]
+    file.write_text(json.dumps(rows))
+    assert stored_seeds(file, {"a": "x = 1"}) == rows
+    for changed in ({"a": "x = 2"}, {}, {"a": "x = 1", "b": ""}):
+        with pytest.raises(RunError, match="new run"):
+            stored_seeds(file, changed)
+    for damaged in ("", "[]x", "3", '[{"task": "a"}]', json.dumps([rows[0] | {"verdict": {}}])):
+        file.write_text(damaged)
+        with pytest.raises(RunError, match="Restore"):
+            stored_seeds(file, {"a": "x = 1"})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [([1.5, float("inf")], "[1.5, Infinity]"), ({"a": None}, '{"a": null}')],
+)
+def test_returned_values_are_readable(value, shown):
+    assert _readable(values.encode(value, 1000)) == f"{shown}\n".encode()
+
+
+def test_arrays_are_readable_and_other_bytes_are_null():
+    assert json.loads(_readable(values.encode(np.array([[0.1, 2.0]]), 1000))) == [[0.1, 2.0]]
+    assert json.loads(_readable(values.encode(np.array([1 + 2j]), 1000))) == ["(1+2j)"]
+    assert _readable(b"") == _readable(b"noise") == b"null\n"
