@@ -243,8 +243,8 @@ class Evaluators:
           SandboxError: the host failed, or the executor was closed.
         """
         options = {"seconds": self._program_seconds, "hidden": task.hidden_inputs}
-        session = _Session(number, program, slot, **options)
-        for _ in range(_TRIES):
+        tries = 0
+        while True:
             session = _Session(number, program, slot, **options)
             with borrowed(self._free) as evaluator:
                 try:
@@ -253,8 +253,9 @@ class Evaluators:
                         return session.verdict(result)
                 finally:
                     session.end()
-        # Not the host's fault, since it ended each time.
-        return session.verdict(_rejected("the process that checks the solution ended"))
+            tries += 1
+            if tries == _TRIES:  # not the host's fault, since it ended each time
+                return session.verdict(_rejected("the process that checks the solution ended"))
 
     def _result(self, evaluator: children.ChildSlot, session: "_Session", seconds: float) -> _Result | None:
         """The result of a check; None if the process ended.
