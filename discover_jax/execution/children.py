@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
@@ -168,6 +169,15 @@ class Children:
         slot = ChildSlot(self, kind, name, target, arguments)
         self._slots.append(slot)
         return slot
+
+    def warm_slots(self, count: int, kind: str, target: Callable[..., None], *arguments: Any) -> "queue.SimpleQueue[ChildSlot]":
+        """This many such slots, whose children start without being waited for. For `backend.borrowed`."""
+        free: queue.SimpleQueue[ChildSlot] = queue.SimpleQueue()
+        for number in range(count):
+            slot = self.slot(kind, f"{kind}-{number}", target, *arguments)
+            slot.warm()
+            free.put(slot)
+        return free
 
     def start(self, slot: ChildSlot, make: Callable[[], Child]) -> None:
         """Starts the child of a slot. Raises OSError if no process can be started, SandboxError after `close`."""

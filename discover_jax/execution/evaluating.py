@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import pickle
-import queue
 import resource
 import time
 from collections.abc import Callable
@@ -224,11 +223,7 @@ class Evaluators:
         """
         self._children = children.Children()
         self._program_seconds, self._start_seconds = program_seconds, start_seconds
-        self._free: queue.SimpleQueue[children.ChildSlot] = queue.SimpleQueue()
-        for number in range(slots):
-            slot = self._children.slot("evaluation", f"evaluation-{number}", main, tasks_bytes)
-            slot.warm()
-            self._free.put(slot)
+        self._free = self._children.warm_slots(slots, "evaluation", main, tasks_bytes)
 
     def verdict(self, number: int, task: EvaluatedTask, program: str, slot: Slot) -> Verdict:
         """Runs a program's functions as `evaluate` asks for, and returns the verdict.

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import queue
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -75,11 +74,7 @@ class Graders:
         """
         self._children = children.Children()
         self._seconds = seconds
-        self._free: queue.SimpleQueue[children.ChildSlot] = queue.SimpleQueue()
-        for number in range(min(slots, len(os.sched_getaffinity(0)))):
-            slot = self._children.slot("grading", f"grading-{number}", main, tasks_bytes)
-            slot.warm()
-            self._free.put(slot)
+        self._free = self._children.warm_slots(min(slots, len(os.sched_getaffinity(0))), "grading", main, tasks_bytes)
 
     def verdict(self, task: int, execution: Execution, earlier: Sequence[Grade]) -> Verdict:
         """The verdict on one of a program's runs; for the last run, on the program. `earlier`: the grades of the runs before.

@@ -60,7 +60,7 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
     """The state from which a search starts with a seed program.
 
     Raises:
-      ConfigError: the program has no score.
+      ConfigError: the program has no score, or its reward is not above that of a failure.
     """
     score = verdict.grade.score
     if verdict.outcome is not Outcome.OK or score is None:
@@ -68,13 +68,14 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
             f"The seed program of {task.id} has no score: {verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason}"
             " Correct it, or leave config.task.seed_program empty."
         )
-    if task.reward(score) <= task.failure_reward:
+    value = task.reward(score)
+    if value <= task.failure_reward:
         raise ConfigError(
-            f"The reward of {task.id}'s seed program, {task.reward(score)}, is not above failure_reward = {task.failure_reward}, so failing"
+            f"The reward of {task.id}'s seed program, {value}, is not above failure_reward = {task.failure_reward}, so failing"
             " would be as good. Lower failure_reward."
         )
-    result = {"value": task.reward(score), "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:]}
-    return dataclasses.replace(SEED, code=program, task=task.id, feedback=verdict.grade.feedback, **result)
+    result = {"value": value, "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:], "feedback": verdict.grade.feedback}
+    return dataclasses.replace(SEED, code=program, task=task.id, **result)
 
 
 def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -33,7 +33,6 @@ class ProblemTask:
 
     calls = True
     reward_source = "evaluate"
-    grader = "evaluate"
     private_rows = 0
     score_rows = 0
     thresholds_note = ""

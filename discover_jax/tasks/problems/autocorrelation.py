@@ -81,7 +81,7 @@ def _summary(heights_N: np.ndarray, sums_K: list[int]) -> str:
     place = (sums_K.index(highest) + 1) / (len(sums_K) + 1)
     near, above = (sum((highest - item) * parts <= highest for item in sums_K) / len(sums_K) for parts in (10**6, 100))
     return (
-        f"{len(heights_N)} pieces, of which {int((heights_N == 0).sum())} are 0. The maximum of f * f is at {place:.2%} of its support."
+        f"{len(heights_N)} pieces; {int((heights_N == 0).sum())} of them are 0. The maximum of f * f is at {place:.2%} of its support."
         f" It is within a millionth of the maximum on {near:.2%} of its support, and within 1% on {above:.2%}."
     )
 
@@ -133,7 +133,7 @@ def score(f):
 
 def run():
     rng = np.random.default_rng(0)
-    f = {start}
+    f = np.ones(PIECES)
     best = score(f)
     for _ in range(5000):
         moved = f.copy()
@@ -149,6 +149,7 @@ def _problem(number: int, evaluate: Callable[[Program], Evaluation], **different
     return Problem(
         id=f"autocorrelation-{number}",
         evaluate=evaluate,
+        score_name="ratio",
         interface=f"`run()` takes no arguments and returns a list or array of 1 to {MAX_PIECES:,} nonnegative heights",
         **different,
     )
@@ -159,10 +160,8 @@ PROBLEM_1 = _problem(
     _evaluate_first,
     description=_FIRST,
     higher_is_better=False,
-    score_name="ratio",
     seed_program=_SEED.format(
         score="return 2 * PIECES * c.max() / f.sum() ** 2",
-        start="np.ones(PIECES)",
         better="<",
     ),
     ideas=(
@@ -178,10 +177,8 @@ PROBLEM_2 = _problem(
     2,
     _evaluate_second,
     description=_SECOND,
-    score_name="ratio",
     seed_program=_SEED.format(
         score="u, v = np.append(0, c), np.append(c, 0)\n    return (u * u + u * v + v * v).sum() / (3 * c.sum() * c.max())",
-        start="np.ones(PIECES)",
         better=">",
     ),
     ideas=(
