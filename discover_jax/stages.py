@@ -337,6 +337,6 @@ def rerun_settings(config: Any, number: int) -> RerunSettings:
     """The settings of best/rerun.sh for the competition with this number in config.task."""
     name, raw = named_competitions(config.task)[number]
     task, execution = config.task, config.execution
-    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.grader, config.seed)
+    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.selection_fraction, task.grader, config.seed)
     limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker)
     return RerunSettings(name, raw, *rows, *limits)

@@ -1,6 +1,6 @@
 """Whole runs in this process with every option of the method: each value of each choice is in at least one run.
 
-Runs of the phrase model in tests/faults, which accepts any prompt and takes milliseconds, run by default. The apprentice's are slow.
+By default, the phrase model of tests/faults runs with brief prompts. Full prompts and the apprentice are slow.
 """
 
 import json
@@ -83,7 +83,7 @@ RUNS = {
         "task.holdout_folds": 2,
     },
 }
-PARAMETERS = [pytest.param(name, marks=[] if name == USERS else pytest.mark.slow) for name in RUNS]
+PARAMETERS = [pytest.param(name, marks=[] if name == PHRASES else pytest.mark.slow) for name in RUNS]
 
 # The phrase model's competition with other transforms, and one that none of its programs solves.
 USERS_COMPETITIONS = {
@@ -274,6 +274,7 @@ def test_groups_of_several_competitions_alternate(results, name):
         assert (folder / "best" / id / "solution.py").exists()
 
 
+@pytest.mark.slow  # tests/tasks and tests/learning test the transforms
 def test_transforms_make_rewards_and_signals(results):
     """By hand, from the scores and advantages that the run recorded."""
     folder, journal, _, notes = results(USERS)
@@ -317,6 +318,7 @@ def test_groups_with_too_few_distinct_programs_are_counted():
     }
 
 
+@pytest.mark.slow  # tests/text/test_prompts.py tests shortened prompts
 def test_shortened_prompts_are_reported_and_counted(results):
     folder, _, metrics, notes = results(USERS)
     assert [row["prompt/shortened"] for row in metrics] == [0, 1]
@@ -379,7 +381,7 @@ def check_continuing_one_competition(results, monkeypatch, folder, name, id, con
 
 def test_continue_one_of_a_users_competitions(results, root, tmp_path, monkeypatch):
     changes = {"task.competition": str(root / "negated.py"), "groups": 1}
-    check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", USERS, "negated", users_config(root), **changes)
+    check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", PHRASES, "negated", phrases_config(root), **changes)
 
 
 @pytest.mark.slow

@@ -42,17 +42,25 @@ def attempt_of(
         detail = "The reply holds no fenced Python block in its final channel."
         outcome = Outcome.FORMAT_ERROR
         return Attempt(**common, outcome=outcome, detail=detail, stdout="", score=None, private_score=None, reward=task.failure_reward)
-    score = verdict.grade.score if verdict.outcome is Outcome.OK else None
+    run = {
+        "outcome": verdict.outcome,
+        "detail": verdict.execution.detail or verdict.grade.reason,
+        "stdout": verdict.execution.stdout[-STDOUT_CHARS:],
+    }
+    grade = verdict.grade
+    if verdict.outcome is not Outcome.OK or grade.score is None:
+        return Attempt(**common, **run, score=None, private_score=None, reward=task.failure_reward)
     return Attempt(
         **common,
-        outcome=verdict.outcome,
-        detail=verdict.execution.detail or verdict.grade.reason,
-        stdout=verdict.execution.stdout[-STDOUT_CHARS:],
-        score=score,
-        private_score=verdict.grade.private_score if score is not None else None,
-        reward=task.failure_reward if score is None else task.reward(score),
-        feedback=verdict.grade.feedback if score is not None else "",
-        metrics=verdict.grade.metrics if score is not None else {},
+        **run,
+        score=grade.score,
+        private_score=grade.private_score,
+        reward=task.reward(grade.score),
+        feedback=grade.feedback,
+        metrics=grade.metrics,
+        rows=grade.rows,
+        selection_score=grade.selection_score,
+        selection_rows=grade.selection_rows,
     )
 
 

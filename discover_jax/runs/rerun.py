@@ -30,7 +30,7 @@ class RerunSettings:
 
     Attributes:
       competition, raw: name, and path of the raw data, as from `named_competitions`; an empty path if the competition brings its data.
-      reward, holdout_fraction, holdout_folds, grader: of config.task.
+      reward, holdout_fraction, holdout_folds, selection_fraction, grader: of config.task.
       seed: of the run; the held-out rows depend on it.
       seconds, cores, memory_gib, backend, allow_weaker: of config.execution.
     """
@@ -40,6 +40,7 @@ class RerunSettings:
     reward: str
     holdout_fraction: float
     holdout_folds: int
+    selection_fraction: float
     grader: str
     seed: int
     seconds: float
@@ -57,6 +58,7 @@ def rerun_script(settings: RerunSettings) -> str:
         "reward": settings.reward,
         "holdout_fraction": settings.holdout_fraction,
         "holdout_folds": settings.holdout_folds,
+        **({"selection_fraction": settings.selection_fraction} if settings.selection_fraction else {}),
         "grader": settings.grader,
         "seed": settings.seed,
         "seconds": settings.seconds,
@@ -155,6 +157,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             folder=Path(scratch) / "task",
             holdout_fraction=options.holdout_fraction,
             holdout_folds=options.holdout_folds,
+            selection_fraction=options.selection_fraction,
             grader=options.grader,
             seed=options.seed,
         )
@@ -176,6 +179,7 @@ def main() -> None:
     parser.add_argument("--reward", choices=REWARDS, required=True)
     parser.add_argument("--holdout_fraction", type=float, default=0.2)
     parser.add_argument("--holdout_folds", type=int, default=1)
+    parser.add_argument("--selection_fraction", type=float, default=0.0)
     parser.add_argument("--grader", choices=GRADERS, default="native")
     parser.add_argument("--seed", type=int, required=True, help="seed of the run; the held-out rows depend on it")
     parser.add_argument("--seconds", type=float, required=True, help="time limit of each run of the program")

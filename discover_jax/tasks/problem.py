@@ -51,6 +51,8 @@ class Problem:
       failure_reward: reward of a program that failed; must be below that of every valid solution that is worth having.
       hidden_inputs: whether `evaluate` calls functions with inputs that later programs must not know. Then what programs print is not kept,
         and errors are cut: both could tell the next prompts.
+      noisy: whether scores vary between evaluations of one program, as times do. Then the best programs can be evaluated again
+        (config.finalists).
       evaluate_seconds: limit of `evaluate` itself, without the time of calls.
       evaluate_gib: memory limit of `evaluate`, in GiB.
 
@@ -71,6 +73,7 @@ class Problem:
     transform: str = "identity"
     failure_reward: float = 0.0
     hidden_inputs: bool = False
+    noisy: bool = False
     evaluate_seconds: float = 60.0
     evaluate_gib: float = 2.0
 
