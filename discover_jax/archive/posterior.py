@@ -138,15 +138,38 @@ def estimate_prior(differences_N: Values, variances_N: Values, *, reach: float =
     d, v = _finite(differences_N, "differences").ravel(), _variance(variances_N, "variances").ravel()
     if d.size != v.size:
         raise RunError(f"estimate_prior needs one variance per difference; got {d.size} differences and {v.size} variances.")
-    d, v = d[v > 0], v[v > 0]
-    if d.size:
-        middle = np.median(d)
-        scale = max(_TO_DEVIATION * np.median(np.abs(d - middle)), math.sqrt(np.median(v)))
-        near = np.abs(d - middle) <= reach * scale
-        d, v = d[near], v[near]
+    used = (v > 0) & _near(d, v, reach)
+    d, v = d[used], v[used]
     if d.size < 2:
         return Normal(np.float64(d.mean() if d.size else 0.0), np.float64(0.0))
     return Normal(d.mean(), np.maximum(0.0, d.var(ddof=1) - v.mean()))
+
+
+def priors_of_steps(differences_N: Values, variances_N: Values, *, reach: float = 4.0) -> Normal:
+    """The prior of each true step from parent to child, arrays [N]: `estimate_prior`, but a broad one for outliers.
+
+    A broken program comes from another distribution than an edit that works. Under the prior of the latter, a difference of -0.3 would be
+    evidence that the parent's score was too high by many standard deviations. So a measurement d beyond the reach of `estimate_prior` gets
+    the variance (d - m)^2. It then says next to nothing about the parent, and is hardly shrunk itself.
+
+    Args:
+      differences_N, variances_N, reach: see `estimate_prior`.
+
+    Raises:
+      RunError: see `estimate_prior`.
+    """
+    prior = estimate_prior(differences_N, variances_N, reach=reach)
+    d, v = np.asarray(differences_N, np.float64), np.asarray(variances_N, np.float64)
+    return Normal(np.full(d.shape, prior.mean), np.where(_near(d, v, reach), prior.variance, (d - prior.mean) ** 2))
+
+
+def _near(d: np.ndarray, v: np.ndarray, reach: float) -> np.ndarray:
+    """Which measurements are within the reach of `estimate_prior`; copies are, unless they are far from the rest."""
+    if not (v > 0).any():
+        return np.ones(d.shape, bool)
+    middle = np.median(d[v > 0])
+    scale = max(_TO_DEVIATION * np.median(np.abs(d[v > 0] - middle)), math.sqrt(np.median(v[v > 0])))
+    return (np.abs(d - middle) <= reach * scale) | (v == 0)
 
 
 def child_posterior(parent: Normal, parent_score: Normal, child_score: Normal, difference_variance: Values, step: Normal) -> Normal:
@@ -205,17 +228,17 @@ def lineage_posterior(
     latter matter: a parent whose children all score less was probably lucky. Without them, the posterior of a parent that stayed the best
     for long would be too high, since it stayed the best because of its luck.
 
-    Given the parent's true score T, a child's measurement is y - m = (1 - rho) T + N(0, t^2 + q), and its true score is A T + B + N(0, tau),
-    with w = t^2 / (t^2 + q), A = 1 - w (1 - rho), B = m + w (y - m) and tau = w q. Upwards, the descendants of a child say exp(h x - p x^2 / 2)
-    about its true score x. Through the child, they say the same about T with the precision (1 - rho)^2 / (t^2 + q) + A^2 p / (1 + p tau) and
-    the shift (1 - rho) (y - m) / (t^2 + q) + A (h - p B) / (1 + p tau). Downwards, `child_posterior` starts from the parent's posterior
-    without this child's message.
+    Given the parent's true score T, a child's measurement is y - m = (1 - rho) T + N(0, t^2 + q), and its true score is A T + B +
+    N(0, tau), with w = t^2 / (t^2 + q), A = 1 - w (1 - rho), B = m + w (y - m) and tau = w q. Upwards, the descendants of a child say
+    exp(h x - p x^2 / 2) about its true score x. Through the child, they say the same about T with the precision (1 - rho)^2 / (t^2 + q) +
+    A^2 p / (1 + p tau) and the shift (1 - rho) (y - m) / (t^2 + q) + A (h - p B) / (1 + p tau). Downwards, `child_posterior` starts from
+    the parent's posterior without this child's message.
 
     Args:
       parents_N: position of each program's parent, or -1 if it has none. Parents come before their children.
       scores: mean and sampling variance of each program's score, arrays [N].
       difference_variances_N: sampling variance of each program's paired difference to its parent; ignored for programs without a parent.
-      root, step: priors; see `estimate_prior`. Each is one distribution, or one for each program.
+      root, step: priors; see `estimate_prior` and `priors_of_steps`. Each is one distribution, or one for each program.
 
     Raises:
       RunError: the lengths differ, a parent does not come before its child, a variance is negative, or a value is not finite.

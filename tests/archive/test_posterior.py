@@ -18,6 +18,7 @@ from discover_jax.archive.posterior import (
     lower_bound,
     mean_of_rows,
     paired_difference,
+    priors_of_steps,
     shrink,
 )
 from discover_jax.exceptions import RunError
@@ -94,6 +95,32 @@ def test_prior_leaves_out_copies_and_broken_programs():
     assert prior == pytest.approx((1.0, 0.8))
     everything = estimate_prior([0.0, 1.0, 2.0, -90.0], [0.1, 0.2, 0.3, 0.2], reach=math.inf)
     assert everything.variance > 1000
+
+
+def test_broken_programs_and_rare_gains_have_broad_priors():
+    """The others give N(1, 0.8); -90 is 91 away, and 20 is 19 away. A copy is near the rest."""
+    d, v = [0.0, 1.0, 2.0, 0.0, -90.0, 20.0], [0.1, 0.2, 0.3, 0.0, 0.2, 0.2]
+    prior = priors_of_steps(d, v)
+    np.testing.assert_allclose(prior.mean, np.ones(6))
+    np.testing.assert_allclose(prior.variance, [0.8, 0.8, 0.8, 0.8, 91.0**2, 19.0**2])
+    np.testing.assert_array_equal(priors_of_steps([0.0, 0.0], [0.0, 0.0]).variance, [0.0, 0.0])
+
+
+def test_a_broken_child_says_next_to_nothing_about_its_parent():
+    rng = np.random.default_rng(5)
+    d, v = np.append(rng.normal(-0.003, 0.006, 50), -0.3), np.append(np.full(50, 2e-5), 2e-4)
+    x, s2 = np.append(0.8, 0.8 + d), np.full(52, 1e-4)
+    parents, root = [-1] + [0] * 51, Normal(0.79, 1e-4)
+
+    def first(children, step):
+        kept = slice(0, children + 1)
+        prior = Normal(np.append(0.0, step.mean)[kept], np.append(0.0, step.variance)[kept])
+        return lineage_posterior(parents[kept], Normal(x[kept], s2[kept]), np.append(0.0, v)[kept], root=root, step=prior).mean[0]
+
+    one = estimate_prior(d, v)
+    without = first(50, Normal(np.full(50, one.mean), np.full(50, one.variance)))
+    assert first(51, priors_of_steps(d, v)) == pytest.approx(without, abs=2e-4)
+    assert first(51, Normal(np.full(51, one.mean), np.full(51, one.variance))) < without - 0.01
 
 
 @pytest.mark.parametrize(("differences", "variances", "mean"), [([], [], 0.0), ([3.0], [1.0], 3.0), ([3.0, 5.0], [0.0, 1.0], 5.0)])
