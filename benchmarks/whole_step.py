@@ -45,14 +45,14 @@ from discover_jax.models.synthetic import shape_of
 from discover_jax.policy import APPRENTICE
 from discover_jax.runs.console import Improvement, PlainConsole
 from discover_jax.text.chat import ChatFormat
-from discover_jax.text.reply import program_of
+from discover_jax.text.reply import Extracted, extracted
 from discover_jax.types import Rollout
 
 
-def recorded_program(rollout: Rollout, chat: ChatFormat) -> str:
+def recorded_program(rollout: Rollout, chat: ChatFormat, edits_of: str = "") -> Extracted:
     """A program that runs, determined by the rollout's tokens. The reply is still parsed, so that parsing costs its time."""
-    program_of(rollout, chat)
-    return programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes()))))
+    extracted(rollout, chat, edits_of)
+    return Extracted(programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes())))))
 
 
 class _LeftError(Exception):
@@ -177,7 +177,7 @@ def main() -> None:
         SHAPES[arguments.shape] = shape_of(arguments.shape, arguments.layers)  # where the run looks the name up
     config = configured(arguments)
     # `stages.sample_and_submit` looks this name up for each finished rollout.
-    stages.program_of = recorded_program
+    stages.extracted = recorded_program
     clock = Clock(arguments.until)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_LeftError):
         loop.run(config, arguments.workdir or Path(folder) / "run", console=clock)

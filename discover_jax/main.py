@@ -1,4 +1,4 @@
-"""Test-time training on one competition: `python -m discover_jax.main --config=configs/quickstart.py`.
+"""Test-time training on competitions or problems: `python -m discover_jax.main --config=configs/quickstart.py`.
 
 Prepares a run, then loops over its steps, each as in section 4.1 of *Applying Discover (Test-Time Training) to
 MLE-Bench*: select parents, write prompts, sample rollouts and execute their programs, grade, estimate advantages, update the adapter,

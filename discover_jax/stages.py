@@ -37,8 +37,15 @@ from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.prepare import AnyTask, named_competitions, seed_programs
 from discover_jax.text.chat import ChatFormat
-from discover_jax.text.prompts import PromptSettings, build_prompt, choose_inspirations, installed_packages, program_fits
-from discover_jax.text.reply import program_of
+from discover_jax.text.prompts import (
+    PromptSettings,
+    asks_for_edits,
+    build_prompt,
+    choose_inspirations,
+    installed_packages,
+    program_fits,
+)
+from discover_jax.text.reply import Extracted, extracted
 from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
 
@@ -100,20 +107,20 @@ class Sampled:
       total: number of rollouts that the step samples.
       executions: executions of the programs, over all hosts.
       rollouts: finished rollouts.
-      programs: the program of each finished rollout; None if it has none.
+      programs: the program of each finished rollout, or why it has none.
       progress: the sampler's last progress.
     """
 
     total: int
     executions: StepExecutions[RolloutKey]
     rollouts: dict[RolloutKey, Rollout] = dataclasses.field(default_factory=dict)
-    programs: dict[RolloutKey, str | None] = dataclasses.field(default_factory=dict)
+    programs: dict[RolloutKey, Extracted] = dataclasses.field(default_factory=dict)
     progress: Progress | None = None
 
     def shown(self) -> StepProgress:
         """The current progress, for the console."""
         outcomes: Counter[Outcome] = self.executions.outcomes
-        outcomes[Outcome.FORMAT_ERROR] += sum(program is None for program in self.programs.values())
+        outcomes[Outcome.FORMAT_ERROR] += sum(program.code is None for program in self.programs.values())
         speed = self.progress.tokens / max(self.progress.seconds, 1e-9) if self.progress is not None else 0.0
         return StepProgress(len(self.programs), self.total, self.executions.done, self.executions.here, speed, outcomes)
 
@@ -206,9 +213,11 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
     ):
         key = rollout.group, rollout.index
         sampled.rollouts[key] = rollout
-        sampled.programs[key] = program = program_of(rollout, policy.chat)
-        if program is not None:
-            executions.submit(key, program, run.tasks.index(groups[rollout.group].task))
+        group = groups[rollout.group]
+        edits_of = group.parent.code if asks_for_edits(run.prompt_settings, group.parent) else ""
+        sampled.programs[key] = program = extracted(rollout, policy.chat, edits_of)
+        if program.code is not None:
+            executions.submit(key, program.code, run.tasks.index(group.task))
     return sampled
 
 
@@ -220,8 +229,8 @@ def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, s
     attempts = []
     for key, rollout in sorted(sampled.rollouts.items()):
         group = groups[rollout.group]
-        verdict = verdicts.get(key)
-        attempts.append(attempt_of(group.task, step, group.parent, rollout, sampled.programs[key], verdict, adapter_step))
+        program, verdict = sampled.programs[key], verdicts.get(key)
+        attempts.append(attempt_of(group.task, step, group.parent, rollout, program.code, verdict, adapter_step, program.reason))
     return Graded(attempts, verdicts)
 
 
@@ -322,6 +331,7 @@ def prompt_settings(config: Any) -> PromptSettings:
     """The settings of prompts."""
     return PromptSettings(
         style=config.prompt.style,
+        answer=config.prompt.answer,
         max_tokens=config.sampling.max_prompt_tokens,
         seconds=config.execution.seconds,
         cores=config.execution.cores,

@@ -18,7 +18,8 @@ import phrase_config
 import pytest
 import remainders
 import tiny_run
-from phrase_model import write_phrase_model
+from phrase_model import EDIT_FOLLOWERS, EDIT_PHRASES, write_phrase_model
+from remainders_problem import SEED_PROGRAM
 
 from discover_jax import config as settings
 from discover_jax import main, stages
@@ -35,13 +36,14 @@ from discover_jax.runs.summary import scale_warning
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.harmony import Harmony
-from discover_jax.text.prompts import IDEAS, STYLES, build_prompt
+from discover_jax.text.prompts import ANSWERS, IDEAS, STYLES, build_prompt
 from discover_jax.text.tokenizer import load_tokenizer
 from discover_jax.types import SEED, RunKind
 
 SEVERAL = "the paper's on several competitions"
 USERS = "full prompts of a user's competitions"
 PHRASES = "the paper's on several of a user's competitions"
+EDITS = "answers as edits"
 PAPER = {
     "reuse.sampler": "puct",
     "train.advantage": "entropic_adaptive",
@@ -63,6 +65,7 @@ RUNS = {
         "train.max_grad_norm": 1e-3,
         "train.replay_routing": False,
     },
+    EDITS: {"task.competition": "remainders_problem.py", "prompt.style": "full", "prompt.answer": "edits", "prompt.inspirations": 1},
     "variety": {
         "reuse.fresh": 0.5,
         "reuse.distinct": True,
@@ -167,6 +170,17 @@ def users_config(root):
     return config
 
 
+def edits_config(root):
+    """A problem with a seed program, and a phrase model that edits it."""
+    write_phrase_model(root / "edits", phrases=EDIT_PHRASES, followers_of=EDIT_FOLLOWERS)
+    config = phrase_config.get_config(str(root / "edits"))
+    config.train.steps = 2
+    config.update_from_flattened_dict(RUNS[EDITS])
+    config.task.competition = str(Path(remainders.__file__).with_name(RUNS[EDITS]["task.competition"]))
+    config.sampling.max_prompt_tokens = 8192  # the tokenizer has no words of prompts
+    return config
+
+
 def run(folder, config, kind=RunKind.TRAIN, **changes):
     config.name = "options"
     with config.unlocked():
@@ -199,8 +213,9 @@ def results(root):
 
     def result(name):
         if name not in done:
-            config = {USERS: users_config, PHRASES: phrases_config}.get(name, lambda _: apprentice_config())(root)
-            changes = {} if name in (USERS, PHRASES) else RUNS[name]
+            own = {USERS: users_config, PHRASES: phrases_config, EDITS: edits_config}
+            config = own.get(name, lambda _: apprentice_config())(root)
+            changes = {} if name in own else RUNS[name]
             done[name] = (root / name, *run(root / name, config, **changes))
         return done[name]
 
@@ -218,6 +233,7 @@ def test_runs_use_every_choice():
         "diversity.duplicates": DUPLICATES,
         "task.reward": ("grade", "holdout"),
         "prompt.style": STYLES,
+        "prompt.answer": ANSWERS,
     }
     brief = {"prompt.style": "brief"}  # needed by the apprentice
     for name, table in tables.items():
@@ -228,7 +244,7 @@ def test_runs_use_every_choice():
         TRANSFORMS
     )
     off_by_default = ("sampling.thinking_tokens", "sampling.temperature_spread", "prompt.ideas", "reuse.fresh", "reuse.distinct")
-    off_by_default += ("train.kl_coefficient", "train.max_grad_norm", "diversity.novelty_bonus")
+    off_by_default += ("train.kl_coefficient", "train.max_grad_norm", "diversity.novelty_bonus", "prompt.inspirations")
     for name in off_by_default:
         assert not known[name].default
         assert any(changes.get(name) for changes in RUNS.values())
@@ -272,6 +288,35 @@ def test_groups_of_several_competitions_alternate(results, name):
     assert [each["id"] for each in disclosed] == ids
     for id in ids:
         assert (folder / "best" / id / "solution.py").exists()
+
+
+@pytest.mark.slow
+def test_journal_and_best_program_come_from_the_edits(results):
+    """The replies are in rollouts/. Each is applied by hand to the program of its parent."""
+    folder, journal, _, _ = results(EDITS)
+    programs = {"seed": SEED_PROGRAM.strip()} | {row["id"]: row["code"] for row in journal}
+    replies = pd.concat(pd.read_parquet(path) for path in sorted((folder / "rollouts").iterdir())).set_index("id")["reply"]
+    flips = failures = 0
+    for row in journal:
+        expected, reply = programs[row["parent_id"]], replies[row["id"]]
+        comment = re.search(r"=======\n(def run.*\n.*)\n>>>>>>> REPLACE", reply)
+        flip, parent_flipped = "[0] * 40" in reply, "[0]" in expected
+        if comment is not None:
+            expected = expected.replace("def run():", comment[1])
+        if flip:
+            expected = expected.replace("[1]", "[0]")
+            flips += 1
+        if comment is None and "```python" in reply:
+            expected = "def run():\n    return [1] * 40"
+        elif comment is None or (flip and parent_flipped):
+            expected = None
+            failures += 1
+        assert row["code"] == expected
+        if comment is not None and row["outcome"] == "format_error":
+            assert row["detail"].startswith("Edit 2 of 2: ")
+    assert flips
+    best = max((row for row in journal if row["outcome"] == "ok"), key=lambda row: row["reward"])
+    assert (folder / "best" / "solution.py").read_text().strip() == best["code"]
 
 
 @pytest.mark.slow  # tests/tasks and tests/learning test the transforms

@@ -8,7 +8,7 @@ from discover_jax.config.setting import Setting
 
 _TITLES = {
     "": "Run",
-    "task": "Competition and reward",
+    "task": "Competition or problem, and reward",
     "model": "Model",
     "train": "Learning",
     "reuse": "Reuse of programs",

@@ -7,9 +7,9 @@ from discover_jax.config.setting import Rule, Setting
 
 
 def _shares(config: Any) -> set[int]:
-    """Numbers of groups that a competition can have in a step; groups take turns over the competitions."""
-    competitions = config.task.competition.count(",") + 1
-    return {config.groups // competitions, -(-config.groups // competitions)} - {0}
+    """Numbers of groups that a task can have in a step; groups take turns over the tasks."""
+    tasks = config.task.competition.count(",") + 1
+    return {config.groups // tasks, -(-config.groups // tasks)} - {0}
 
 
 def _fresh(config: Any) -> list[bool | None]:
@@ -52,13 +52,13 @@ REUSE: dict[str, Any] = {
         high=1.0,
         rules=(
             Rule(
-                "must leave at least one group of a competition to the parent selector",
+                "must leave at least one group of a competition or problem to the parent selector",
                 lambda config: not all(fresh is True for fresh in _fresh(config)),
                 uses=("groups", "task.competition"),
                 fix="Lower it, or set config.reuse.sampler = 'fixed' to start every group from the seed.",
             ),
             Rule(
-                "a value above 0 must round to at least one group of a competition",
+                "a value above 0 must round to at least one group of a competition or problem",
                 lambda config: not config.reuse.fresh or not all(fresh is False for fresh in _fresh(config)),
                 uses=("groups", "task.competition"),
                 fix="Raise it or config.groups, or remove it.",
@@ -71,7 +71,7 @@ REUSE: dict[str, Any] = {
         "groups of a step get different parents if the archive has enough states",
         rules=(
             Rule(
-                "requires a competition with at least 2 groups in a step",
+                "requires a competition or problem with at least 2 groups in a step",
                 lambda config: not config.reuse.distinct or max(_shares(config)) > 1,
                 uses=("groups", "task.competition"),
                 fix="Remove it, or raise config.groups.",

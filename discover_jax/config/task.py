@@ -1,4 +1,4 @@
-"""Settings of the problem: the competition, its reward, and the prompt that presents it."""
+"""Settings of the task: the competition or problem, its reward, and the prompt that presents it."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ TASK: dict[str, Any] = {
     ),
     "raw": Setting(
         "",
-        "path of the competition's raw data (CSV or zip); empty for a competition that includes its data. One path for each competition,"
-        " separated by commas",
+        "path of the competition's raw data (CSV or zip); empty for a problem, and for a competition that includes its data. One path for"
+        " each competition or problem, separated by commas",
         tier=1,
     ),
     "seed_program": Setting(
         "",
         "path of a program to start from; it is run and scored first. Empty: a problem's own seed program; competitions start from nothing."
-        " One path for each competition, separated by commas",
+        " One path for each competition or problem, separated by commas",
     ),
     "reward": Setting(
         "grade",
@@ -69,7 +69,7 @@ _FULL = ("prompt.style", ("full",))
 PROMPT: dict[str, Any] = {
     "style": Setting(
         "full",
-        "`full`: describes the competition; `brief`: the short form that the apprentice was trained on",
+        "`full`: describes the competition or problem; `brief`: the short form that the apprentice was trained on",
         choices=("full", "brief"),
         rules=(
             Rule(
@@ -95,6 +95,13 @@ PROMPT: dict[str, Any] = {
         " same structure. They are left out first if a prompt is too long",
         low=0,
         high=16,
+        only_with=_FULL,
+    ),
+    "answer": Setting(
+        "program",
+        "what prompts ask for. `program`: a whole program; `edits`: search/replace blocks on the parent's program, if it has one. Whole"
+        " programs are accepted in both cases",
+        choices=("program", "edits"),
         only_with=_FULL,
     ),
     "stdout_chars": Setting(

@@ -149,7 +149,7 @@ def check(task: EvaluatedTask, program: Program) -> _Result:
         if score < task.least_score:
             return _rejected(f"the score is {score}, below {task.least_score}: the problem's transform has no reward for it")
         numbers = {_text(name)[:_NAME]: float(number) for name, number in itertools.islice(evaluation.metrics.items(), _MOST_METRICS)}
-        metrics = {normalised(name, ()): number for name, number in numbers.items() if math.isfinite(number)}
+        metrics = {" ".join(normalised(name, ()).split()): number for name, number in numbers.items() if math.isfinite(number)}
         return _Result(Evaluation(score, _text(evaluation.feedback)[:MOST_FEEDBACK], metrics))
     except _FailedCall as failed:
         return _Result(None, failed.outcome, str(failed)[:MOST_FEEDBACK])

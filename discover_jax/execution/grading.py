@@ -1,5 +1,6 @@
 """Grading in separate processes on the machine that has the answers. They never execute a program and start no sandbox."""
 
+import dataclasses
 import os
 import pickle
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Protocol
 from discover_jax.exceptions import GradingError
 from discover_jax.execution import children
 from discover_jax.execution.backend import RunTask, borrowed
+from discover_jax.execution.output import printable
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 
@@ -87,6 +89,7 @@ class Graders:
             return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
         with borrowed(self._free) as slot:
             grade: Grade = slot.ask((task, execution.csv, list(earlier)), self._seconds)
+        grade = dataclasses.replace(grade, reason=printable(grade.reason))  # it may quote the submission
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Truncates a program's output and makes it independent of the machine and the run."""
+"""Truncates a program's output, makes it independent of the machine and the run, and replaces control characters."""
 
 import re
 from collections.abc import Iterable
@@ -31,9 +31,7 @@ class HeadAndTail:
 
 def normalised(text: str, folders: Iterable[str | None]) -> str:
     """Removes folders and addresses, which differ between machines and runs, so that a resumed run sees the same text as an unbroken one.
-
-    Also replaces control characters, with which a program could manipulate a reader's terminal, and lone surrogates, which tokenizers
-    reject.
+    The rest is `printable`.
 
     Args:
       text: output or traceback of a program.
@@ -41,6 +39,11 @@ def normalised(text: str, folders: Iterable[str | None]) -> str:
     """
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(folder + "/", "")
+    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", printable(text))
+
+
+def printable(text: str) -> str:
+    """The text without control characters, with which a program could manipulate a reader's terminal, and without lone surrogates, which
+    tokenizers reject. Tabs and line breaks remain."""
     text = re.sub(r"\r\n?", "\n", text)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
-    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)

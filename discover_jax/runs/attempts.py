@@ -9,6 +9,7 @@ from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.execution.cache import verdict_of
 from discover_jax.records import parse_json
 from discover_jax.tasks.prepare import AnyTask
+from discover_jax.text.reply import NO_PROGRAM
 from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
 
@@ -17,7 +18,14 @@ STDOUT_CHARS = 4000
 
 
 def attempt_of(
-    task: AnyTask, step: int, parent: State, rollout: Rollout, code: str | None, verdict: Verdict | None, adapter_step: int
+    task: AnyTask,
+    step: int,
+    parent: State,
+    rollout: Rollout,
+    code: str | None,
+    verdict: Verdict | None,
+    adapter_step: int,
+    reason: str = NO_PROGRAM,
 ) -> Attempt:
     """The journal's record of a rollout.
 
@@ -25,6 +33,7 @@ def attempt_of(
       task, parent: task and parent state of its group.
       code, verdict: None if the rollout has no program.
       adapter_step: optimiser steps that the adapter had seen.
+      reason: why the rollout has no program, if it has none.
     """
     common = {
         "id": f"{step:04d}-{rollout.group:03d}-{rollout.index:03d}",
@@ -39,9 +48,8 @@ def attempt_of(
         "stop": rollout.stop,
     }
     if verdict is None:
-        detail = "The reply holds no fenced Python block in its final channel."
         outcome = Outcome.FORMAT_ERROR
-        return Attempt(**common, outcome=outcome, detail=detail, stdout="", score=None, private_score=None, reward=task.failure_reward)
+        return Attempt(**common, outcome=outcome, detail=reason, stdout="", score=None, private_score=None, reward=task.failure_reward)
     run = {
         "outcome": verdict.outcome,
         "detail": verdict.execution.detail or verdict.grade.reason,

@@ -29,13 +29,13 @@ REQUIRED: tuple[str, ...] = (
 
 _OUTCOMES = {
     Outcome.OK: "program got a score",
-    Outcome.FORMAT_ERROR: "no program in the final channel",
+    Outcome.FORMAT_ERROR: "no program in the final channel, or edits that do not apply",
     Outcome.EXCEPTION: "program raised an exception",
-    Outcome.INVALID_SUBMISSION: "program returned an invalid submission",
+    Outcome.INVALID_SUBMISSION: "program returned an invalid submission or solution",
     Outcome.TIMEOUT: "program exceeded the time limit",
     Outcome.OUT_OF_MEMORY: "program exceeded the memory limit",
     Outcome.OUTPUT_FLOOD: "program printed more than 1 GiB",
-    Outcome.RESULT_TOO_BIG: "submission was larger than 8 MiB",
+    Outcome.RESULT_TOO_BIG: "submission or returned value was larger than 8 MiB",
     Outcome.KILLED: "program was killed by a signal",
     Outcome.SANDBOX_ERROR: "always 0: host faults are retried (programs/retried) or stop the run",
 }
@@ -94,10 +94,10 @@ SCHEMA: dict[str, tuple[str, str]] = {
 """Name -> (unit, meaning), in the order of a row."""
 
 TASK_SCHEMA: dict[str, tuple[str, str]] = {
-    "reward_mean": ("reward", "mean over the competition's rollouts of the step; null without rollouts"),
-    "best_score": ("metric", "score of the competition's best program so far (best/score is null)"),
+    "reward_mean": ("reward", "mean over the task's rollouts of the step; null without rollouts"),
+    "best_score": ("metric", "score of the task's best program so far (best/score is null)"),
 }
-"""Columns task/ID/NAME of each competition in runs with several, whose best/score is null."""
+"""Columns task/ID/NAME of each task (competition or problem) in runs with several, whose best/score is null."""
 
 
 def _is_of_task(name: str) -> bool:
@@ -191,7 +191,7 @@ def markdown() -> str:
         "Each line of `metrics.jsonl` is a JSON object with the metrics of one step. A name is absent if it does not apply (a search has\n"
         "no loss) and null if there was nothing to measure. Names in bold are in every row. Names and units are stable; new names may be\n"
         "added. TensorBoard and Weights & Biases use the same names and steps.\n\n"
-        "The unit *metric* is the unit of the competition's metric. The unit *reward* is the unit of the\n"
+        "The unit *metric* is the unit of the task's score. The unit *reward* is the unit of the\n"
         "[transformed score](competitions.md#transforms). A *signal* is the reward after [some"
         " options](algorithm.md#rewards-and-signals).\n"
         "Advantages are computed from signals.\n\n"
@@ -202,9 +202,7 @@ def markdown() -> str:
         f"| {f'**`{name}`**' if name in REQUIRED else f'`{name}`'} | {unit} | {meaning.replace('|', chr(92) + '|')} |\n"
         for name, (unit, meaning) in SCHEMA.items()
     )
-    of_tasks = (
-        f"| `task/ID/{name}` | {unit} | {meaning}; only with several competitions |\n" for name, (unit, meaning) in TASK_SCHEMA.items()
-    )
+    of_tasks = (f"| `task/ID/{name}` | {unit} | {meaning}; only with several tasks |\n" for name, (unit, meaning) in TASK_SCHEMA.items())
     return head + "".join([*rows, *of_tasks])
 
 

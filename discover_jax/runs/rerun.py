@@ -1,4 +1,4 @@
-"""rerun.sh of best/: prepares the competition's data again, reruns the best program in the sandbox, and compares its score.
+"""rerun.sh of best/: prepares the competition or problem again, reruns the best program in the sandbox, and compares its score.
 
 The script calls `python -m discover_jax.runs.rerun` with every setting that a score depends on, so it needs no other files of the run.
 """
@@ -69,10 +69,11 @@ def rerun_script(settings: RerunSettings) -> str:
     flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
     if settings.allow_weaker:
         flags.append("--allow_weaker")
+    moved = " If the raw data moved: ./rerun.sh --raw=/path/to/train.csv" if settings.raw else ""
     lines = [
         "#!/bin/sh",
-        "# Runs solution.py again in the sandbox, with the competition's data prepared again, and compares its score with grade.json.",
-        "# Options of this script override those below. If the raw data moved: ./rerun.sh --raw=/path/to/train.csv",
+        "# Prepares the task again, runs solution.py in the sandbox, and compares its score with grade.json.",
+        f"# Options of this script override those below.{moved}",
         "# To use another Python that has discover_jax: PYTHON=/path/to/python ./rerun.sh",
         f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable or 'python3')}}}",
         'exec "$PYTHON" -m discover_jax.runs.rerun --bundle="$(dirname "$0")" \\',
@@ -89,14 +90,16 @@ class Rerun:
     Attributes:
       expected: the score in grade.json.
       verdict: the new verdict.
-      same_submission: whether its submission or returned value has the same bytes as in the bundle.
+      result: what programs return: "submission" or, for a problem, "value".
+      same_result: whether the result has the same bytes as in the bundle.
       same_data: whether data and grading settings are those of the run; None if disclosure.json does not say.
       isolation: how the program was isolated.
     """
 
     expected: float
     verdict: Verdict
-    same_submission: bool
+    result: str
+    same_result: bool
     same_data: bool | None
     isolation: str
 
@@ -113,14 +116,15 @@ class Rerun:
             found = (
                 f"no score     {verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason} (grade.json: {self.expected})"
             )
+        changed = "the raw data differ" if self.result == "submission" else "the problem's file changed"
         data = {
             True: "the run's",
-            False: "NOT the run's: another version prepares or grades differently, or the raw data differ",
+            False: f"NOT the run's: another version prepares or grades differently, or {changed}",
             None: "unknown",
         }
         return [
             found,
-            f"submission   {'the same bytes as' if self.same_submission else 'other bytes than'} in best/",
+            f"{self.result:<12} {'the same bytes as' if self.same_result else 'other bytes than'} in best/",
             f"data         {data[self.same_data]}",
             f"ran in       {self.isolation}",
             "REPRODUCED" if self.reproduced else "NOT REPRODUCED",
@@ -139,14 +143,14 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
       DiscoverError: the task cannot be prepared, or the host cannot isolate programs.
     """
     try:
-        program, submission = (bundle / "solution.py").read_text(), read_result(bundle)
+        program, result = (bundle / "solution.py").read_text(), read_result(bundle)
         grade, disclosure = (parse_json((bundle / name).read_bytes()) for name in ("grade.json", "disclosure.json"))
         expected = grade["score"]
         fingerprints = {row["id"]: row["task_fingerprint"] for row in disclosure["competitions"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{bundle} is not a complete bundle of a best program ({error!r}). Give a run's best/ by --bundle. With several competitions,"
-            " give the folder of one of them in best/."
+            f"{bundle} is not a complete bundle of a best program ({error!r}). Give a run's best/ by --bundle. With several competitions"
+            " or problems, give the folder of one of them in best/."
         ) from error
     limits = resource_limits(options.seconds, options.cores, options.memory_gib)
     with tempfile.TemporaryDirectory(prefix="rerun-") as scratch:
@@ -167,7 +171,8 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             verdict = executor.submit(program).result()
             isolation = executor.describe()
     known = fingerprints.get(task.id)
-    return Rerun(expected, verdict, verdict.execution.csv == submission, None if known is None else known == task.fingerprint, isolation)
+    same_data = None if known is None else known == task.fingerprint
+    return Rerun(expected, verdict, "value" if task.calls else "submission", verdict.execution.csv == result, same_data, isolation)
 
 
 def main() -> None:

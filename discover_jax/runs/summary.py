@@ -127,8 +127,8 @@ def scale_warning(tasks: Sequence[AnyTask], advantage: str) -> str | None:
         return None
     scales = ", ".join(f"{task.id}: {task.metric.name}, transform {task.transform!r}" for task in tasks)
     return (
-        f"The rewards of these competitions may differ in scale ({scales}). With config.train.advantage = {advantage!r}, advantages grow"
-        " with the scale, so one competition can dominate the update. Use 'entropic_adaptive', or the transform 'rank_in_group'."
+        f"The rewards of these tasks may differ in scale ({scales}). With config.train.advantage = {advantage!r}, advantages grow"
+        " with the scale, so one of them can dominate the update. Use 'entropic_adaptive', or the transform 'rank_in_group'."
     )
 
 

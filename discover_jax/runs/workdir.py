@@ -24,7 +24,13 @@ _RUNTIME_SETTINGS = (
 )
 """Settings of machines, parallelism and tracking. They do not affect what a run computes, so they may change when it is resumed. A backend
 with weaker isolation needs `execution.allow_weaker`, which is not one of them."""
-_LATER_SETTINGS = {"task.seed_program": "", "lora.mlp_rank": 32, "prompt.inspirations": 0, "task.selection_fraction": 0.0}
+_LATER_SETTINGS = {
+    "task.seed_program": "",
+    "task.selection_fraction": 0.0,
+    "lora.mlp_rank": 32,
+    "prompt.inspirations": 0,
+    "prompt.answer": "program",
+}
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 
 

@@ -163,7 +163,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
     names = [name for name, _ in competitions]
     ids = [load_definition(*locate_definition(name)).id for name in names]
     if len(set(ids)) < len(ids):
-        raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition twice: {', '.join(ids)}.")
+        raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition or problem twice: {', '.join(ids)}.")
     return [
         prepare_task(
             name,
@@ -190,8 +190,8 @@ def named_competitions(settings: Any) -> list[tuple[str, str]]:
     raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
     if len(raws) != len(names):
         raise ConfigError(
-            f"config.task.raw = {settings.raw!r} has {len(raws)} paths for {len(names)} competitions. Give one for each, separated by"
-            " commas. Leave it empty for a competition that brings its own data."
+            f"config.task.raw = {settings.raw!r} has {len(raws)} paths for {len(names)} competitions and problems. Give one for"
+            " each, separated by commas. Leave it empty for a problem, and for a competition that brings its own data."
         )
     return list(zip(names, raws, strict=True))
 
@@ -211,8 +211,8 @@ def seed_programs(settings: Any, tasks: Sequence[AnyTask]) -> list[str]:
     paths = [path.strip() for path in settings.seed_program.split(",")]
     if len(paths) != len(tasks):
         raise ConfigError(
-            f"config.task.seed_program = {settings.seed_program!r} has {len(paths)} paths for {len(tasks)} competitions. Give one for each,"
-            " separated by commas."
+            f"config.task.seed_program = {settings.seed_program!r} has {len(paths)} paths for {len(tasks)} competitions and problems. Give"
+            " one for each, separated by commas."
         )
     try:
         return [Path(path).expanduser().read_text() if path else "" for path in paths]

@@ -15,10 +15,12 @@ import numpy as np
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.chat import ChatFormat, Rendered
+from discover_jax.text.edits import INSTRUCTIONS
 from discover_jax.text.structure import structure_key
 from discover_jax.types import Attempt, Outcome, Prompt, State
 
 STYLES = ("full", "brief")
+ANSWERS = ("program", "edits")
 
 # Distributions that programs may import; the full prompt lists those that are installed.
 _PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
@@ -82,6 +84,7 @@ class PromptSettings:
     Attributes:
       style: "full" or "brief". The brief style uses only `max_tokens`.
       max_tokens: longest prompt, in tokens.
+      answer: "program", or "edits" to ask for edits of the parent's program; see `asks_for_edits`.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
       packages: packages that a program may import, as the prompt states them; see `installed_packages`.
       ideas: suggestions for improving a program for a competition.
@@ -91,6 +94,7 @@ class PromptSettings:
 
     style: str
     max_tokens: int
+    answer: str = "program"
     seconds: float = 300.0
     cores: int = 2
     memory_gib: float = 4.0
@@ -103,6 +107,8 @@ class PromptSettings:
     def __post_init__(self):
         if self.style not in STYLES:
             raise ConfigError(f"config.prompt.style = {self.style!r} is not known; allowed: {', '.join(STYLES)}.")
+        if self.answer not in ANSWERS:
+            raise ConfigError(f"config.prompt.answer = {self.answer!r} is not known; allowed: {', '.join(ANSWERS)}.")
         if self.max_tokens < 1:
             raise ConfigError(f"config.sampling.max_prompt_tokens = {self.max_tokens} must be at least 1.")
 
@@ -170,15 +176,17 @@ def build_prompt(
     if settings.style == "brief":
         return _finish(chat.render(_brief(task, parent)), settings, parent, group)
     output = _tail(parent.stdout, settings.stdout_chars)
-    error = _tail(_error(recent_failures), settings.error_chars)
+    error = _tail(_error(recent_failures, task), settings.error_chars)
     ideas = _ideas(settings.ideas if task.ideas is None else task.ideas, settings.ideas_shown, group + step)
+    edits = asks_for_edits(settings, parent)
+    contract = _contract(task, settings, edits=edits)
     rendered = Rendered((), "")
     count = len(inspirations)
     attempts = [(count - left_out, output, error) for left_out in range(count)]
     attempts += [(0, cut, error) for cut in _cuts(output)] + [(0, "", cut) for cut in _cuts(error)]
     for others, shown_output, shown_error in attempts:
-        request = _request(task, parent, inspirations[:others], shown_output, shown_error, ideas)
-        rendered = chat.render(request, _contract(task, settings))
+        request = _request(task, parent, inspirations[:others], shown_output, shown_error, ideas, edits=edits)
+        rendered = chat.render(request, contract)
         if len(rendered.ids) <= settings.max_tokens:
             if (others, shown_output, shown_error) != (count, output, error):
                 of_others = f", {others} of {count} other programs" if count else ""
@@ -188,6 +196,11 @@ def build_prompt(
                 )
             break
     return _finish(rendered, settings, parent, group)
+
+
+def asks_for_edits(settings: PromptSettings, parent: State) -> bool:
+    """Whether the prompt asks for edits of the parent's program. If there is none, it asks for a whole program."""
+    return settings.answer == "edits" and settings.style == "full" and parent.score is not None
 
 
 def choose_inspirations(states: Sequence[State], parent: State, count: int) -> list[State]:
@@ -234,30 +247,34 @@ def _brief(task: TaskLike, parent: State) -> str:
     return brief_text(task.id, task.metric.name, task.metric.higher_is_better, previous)
 
 
-def _contract(task: TaskLike, settings: PromptSettings) -> str:
-    """The rules and limits for programs; the same for every competition."""
+def _contract(task: TaskLike, settings: PromptSettings, *, edits: bool) -> str:
+    """The rules for answers and programs, and the limits; the same for every competition."""
+    code = "its code" if edits else "the code block"
+    rules = f"\n\n{INSTRUCTIONS}" if edits else ""
     limits = f"{settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network"
     if task.interface:
+        answer = "edits of your last program" if edits else "exactly one\nPython code block"
         return f"""\
-You write Python programs that solve a problem. A checker calls the program's functions and scores what they return. Answer with exactly one
-Python code block. It must define: {task.interface}.
+You write Python programs that solve a problem. A checker calls the program's functions and scores what they return. Answer with {answer}. \
+It must define: {task.interface}.
 
-- The program is run in a fresh process: the code block is executed, then its functions are called. Include all imports.
+- The program is run in a fresh process: {code} is executed, then its functions are called. Include all imports.
 - Functions get and return numbers, strings, lists, dicts and numpy arrays of numbers.
 - Limits: {limits}.
 - Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
 - What the program prints is kept: print what would help to improve it further.
-- A program that fails, runs out of time or returns an invalid solution scores nothing."""
+- A program that fails, runs out of time or returns an invalid solution scores nothing.{rules}"""
+    answer = "edits of your last program" if edits else "exactly one Python code block"
     return f"""\
-You write Python programs that solve competitions in machine learning. Answer with exactly one Python code block. It must define a
+You write Python programs that solve competitions in machine learning. Answer with {answer}. It must define a
 function `run()` without arguments that returns the submission as a pandas DataFrame, with the columns and the ids of sample_submission.csv.
 
 - Read the data by relative paths: `data/train.csv`, `data/test.csv`, `data/sample_submission.csv`. They cannot be written to.
-- The program is run once, in a fresh process: the code block is executed, then `run()` is called. Include all imports.
+- The program is run once, in a fresh process: {code} is executed, then `run()` is called. Include all imports.
 - Limits: {limits}.
 - Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
 - What the program prints is kept: print validation scores that would help to improve it further.
-- A program that fails, runs out of time or returns an invalid submission scores nothing."""
+- A program that fails, runs out of time or returns an invalid submission scores nothing.{rules}"""
 
 
 def _ideas(ideas: tuple[str, ...], shown: int, turn: int) -> tuple[str, ...]:
@@ -269,7 +286,9 @@ def _ideas(ideas: tuple[str, ...], shown: int, turn: int) -> tuple[str, ...]:
     return tuple(idea for index, idea in enumerate(ideas) if index in chosen)
 
 
-def _request(task: TaskLike, parent: State, inspirations: Sequence[State], output: str, error: str, ideas: tuple[str, ...]) -> str:
+def _request(
+    task: TaskLike, parent: State, inspirations: Sequence[State], output: str, error: str, ideas: tuple[str, ...], *, edits: bool
+) -> str:
     """The competition or problem, the parent program and its result."""
     direction = _direction(task.metric.higher_is_better)
     parts = [f"# {'Problem' if task.interface else 'Competition'}: {task.id}\n\n{task.description}"]
@@ -299,12 +318,19 @@ def _request(task: TaskLike, parent: State, inspirations: Sequence[State], outpu
     if parent.score is None:
         parts.append("Write a program that scores as well as you can make it.")
     else:
-        consider = f" Consider: {', '.join(ideas)}." if ideas else ""
         parts.append(
-            f"You are iteratively improving your solution.{consider}\n"
-            "Unless you make a meaningful improvement, you will not be rewarded. Answer with the whole new program."
+            f"You are iteratively improving your solution.{_consider(ideas)}\n"
+            "Unless you make a meaningful improvement, you will not be rewarded. Answer with"
+            f" {'edits of your last program' if edits else 'the whole new program'}."
         )
     return "\n\n".join(parts)
+
+
+def _consider(ideas: tuple[str, ...]) -> str:
+    """The ideas as the end of a line, or as a list if they are sentences."""
+    if any(idea.endswith(".") for idea in ideas):
+        return "\n".join([" Consider:\n", *(f"- {idea}" for idea in ideas), ""])
+    return f" Consider: {', '.join(ideas)}." if ideas else ""
 
 
 def _describe_file(file: _FileLike) -> str:
@@ -313,14 +339,15 @@ def _describe_file(file: _FileLike) -> str:
     return f"- {file.name}: {file.rows:,} rows, {len(file.columns)} columns: {', '.join(file.columns)}"
 
 
-def _error(recent_failures: Sequence[Attempt]) -> str:
+def _error(recent_failures: Sequence[Attempt], task: TaskLike) -> str:
     """The outcome and detail of the last failure."""
     if not recent_failures:
         return ""
     last = recent_failures[-1]
     if last.outcome is Outcome.FORMAT_ERROR and not last.detail:
         return "The answer held no Python code block."
-    return f"{last.outcome.value.replace('_', ' ')}\n{last.detail}".strip()
+    invalid = last.outcome is Outcome.INVALID_SUBMISSION and task.interface
+    return f"{'invalid solution' if invalid else last.outcome.value.replace('_', ' ')}\n{last.detail}".strip()
 
 
 def _tail(text: str, limit: int) -> str:

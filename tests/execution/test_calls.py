@@ -2,9 +2,10 @@
 
 import dataclasses
 import pickle
+import re
 
 import pytest
-from tiny_problem import HIDDEN, Naive, Squares, Sums
+from tiny_problem import HIDDEN, Echo, Naive, Squares, Sums
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import Executor, values
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.sandbox
 
 LIMITS = ResourceLimits(seconds=20.0, cores=1, memory_bytes=400 * MIB, result_bytes=MIB, stdout_bytes=4096)
 RIGHT = "def square(x):\n    return x * x\n"
-SQUARES, FRESH, NAIVE, HIDING, POSITIVE, SUMS = range(6)
+SQUARES, FRESH, NAIVE, HIDING, POSITIVE, SUMS, ECHO = range(7)
 # Finds the harness, its channel and the key of the request that it serves.
 INSIDE = """\
 import json, os, sys, threading, time
@@ -43,7 +44,7 @@ def executor(tmp_path_factory):
     for path in (folder, public):
         path.chmod(0o755)
     tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public), Squares(public, "hiding", hidden_inputs=True)]
-    tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums")]
+    tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums"), Echo(public)]
     with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
         yield executor
 
@@ -252,6 +253,26 @@ def test_metrics_that_are_not_finite_are_left_out(executor):
     grade = executor.submit("def run():\n    return [1.0, float('nan'), float('inf'), 2]\n", NAIVE).result().grade
     assert (grade.valid, grade.metrics) == (True, {"0": 1.0, "3": 2.0})
     assert len(executor.submit("def run():\n    return [1.0] * 1000\n", NAIVE).result().grade.metrics) == 32
+
+
+# Clears a terminal, in both forms of the sequence; ends a line; cannot be encoded; deletes.
+CONTROLS = "a\x1b[2J\x9b2J\x00\rb\r\n\tc\x07\ud800\x7f"
+SHOWN = "a\ufffd[2J\ufffd2J\ufffd\nb\n\tc\ufffd\ufffd\ufffd"
+
+
+def test_control_characters_reach_no_text_of_a_verdict(executor):
+    """Neither printed nor returned nor raised ones."""
+    say = f"said = {CONTROLS!r}\nprint(said.replace(chr(0xd800), chr(1)))\ndef run():\n    "
+    grade, execution = (verdict := executor.submit(say + "return said\n", ECHO).result()).grade, verdict.execution
+    assert (verdict.outcome, execution.stdout) == (Outcome.OK, f"{SHOWN}\n")
+    assert (grade.feedback, grade.metrics) == (SHOWN, {" ".join(SHOWN.split()): 1.0})
+    rejected = executor.submit(say + "return [said]\n", ECHO).result()
+    assert (rejected.outcome, rejected.grade.reason) == (Outcome.INVALID_SUBMISSION, SHOWN)
+    for raising in ("raise ValueError(said)", "raise type(said.replace(chr(0), '').replace(chr(0xd800), ''), (Exception,), {})"):
+        raised = executor.submit(say + raising + "\n", ECHO).result()
+        assert raised.outcome is Outcome.EXCEPTION
+        assert "\ufffd[2J" in raised.execution.detail
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", raised.execution.detail + raised.grade.reason)
 
 
 def test_score_without_a_reward_is_rejected(executor):

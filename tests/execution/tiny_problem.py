@@ -60,6 +60,19 @@ class Naive(Squares):
 
 
 @dataclasses.dataclass(frozen=True)
+class Echo(Squares):
+    """A careless check that repeats what the program returns: the reason of a rejection, or a feedback that is also a metric's name."""
+
+    fingerprint: str = "echo"
+
+    def evaluate(self, program: Program) -> Evaluation:
+        value = program.call("run")
+        if isinstance(value, list):
+            raise Rejection(value[0])
+        return Evaluation(1.0, value, {value: 1.0})
+
+
+@dataclasses.dataclass(frozen=True)
 class Sums(Squares):
     """Sums three calls, and goes on after every error."""
 

@@ -7,6 +7,7 @@ different scores, and training changes the probabilities. A step takes milliseco
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -34,10 +35,13 @@ _PHRASES = (
     *("assistant", "final", "user", _ASKED, "write run()", "previous score: ", "\nimprove run()"),
     *(_HEAD, *_ADJECTIVES, *_NOUNS, _WAIT, _COLUMN, *_MODULI, *_BOUNDS, _RETURN, _RAISE),
 )
-_FOLLOWERS: dict[tuple[str, ...], dict[str, float]] = {
+_OPENING: dict[tuple[str, ...], dict[str, float]] = {
     ("assistant",): {"<|channel|>": 1},
     ("<|channel|>",): {"final": 1},
     ("final",): {"<|message|>": 1},
+}
+_FOLLOWERS = {
+    **_OPENING,
     ("<|message|>",): {_HEAD: 0.95, "<|return|>": 0.05},  # sometimes a reply without a program
     (_HEAD,): dict.fromkeys(_ADJECTIVES, 1 / 8),
     _ADJECTIVES: dict.fromkeys(_NOUNS, 1 / 8),
@@ -48,11 +52,26 @@ _FOLLOWERS: dict[tuple[str, ...], dict[str, float]] = {
     _BOUNDS: {_RETURN: 0.9, _RAISE: 0.1},
     (_RETURN, _RAISE): {"<|return|>": 1},
 }
+_EDIT = "```\n<<<<<<< SEARCH\ndef run():\n=======\ndef run():\n"
+_END = ">>>>>>> REPLACE\n```"
+_FLIP = ">>>>>>> REPLACE\n<<<<<<< SEARCH\n    return [1] * 40\n=======\n    return [0] * 40\n"
+_REWRITE = "```python\ndef run():\n    return [1] * 40\n```"
+EDIT_PHRASES = ("assistant", "final", "user", _EDIT, *_ADJECTIVES, *_NOUNS, _FLIP, _END, _REWRITE)
+"""Phrases of a model that edits the programs of `remainders_problem`: it adds comments, and can replace ones by zeros once."""
+EDIT_FOLLOWERS = {
+    **_OPENING,
+    ("<|message|>",): {_EDIT: 0.8, _REWRITE: 0.15, "<|return|>": 0.05},
+    (_EDIT,): dict.fromkeys(_ADJECTIVES, 1 / 8),
+    _ADJECTIVES: dict.fromkeys(_NOUNS, 1 / 8),
+    _NOUNS: {_FLIP: 0.5, _END: 0.5},
+    (_FLIP,): {_END: 1},
+    (_END, _REWRITE): {"<|return|>": 1},
+}
 _NEVER = -20.0
 """Logit of phrases that the grammar does not allow: about once in a million tokens."""
 
 
-def write_tokenizer(path: Path, returned: str = "frame") -> sentencepiece.SentencePieceProcessor:
+def write_tokenizer(path: Path, returned: str = "frame", phrases: Sequence[str] = _PHRASES) -> sentencepiece.SentencePieceProcessor:
     """Writes the tokenizer to `path`: the phrases, and bytes for all other text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -66,7 +85,7 @@ def write_tokenizer(path: Path, returned: str = "frame") -> sentencepiece.Senten
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         control_symbols=list(SPECIAL_TOKENS),
-        user_defined_symbols=[_returning(phrase, returned).replace(" ", "\u2581") for phrase in _PHRASES],
+        user_defined_symbols=[_returning(phrase, returned).replace(" ", "\u2581") for phrase in phrases],
         unk_id=0,
         bos_id=-1,
         eos_id=-1,
@@ -83,10 +102,21 @@ def _returning(phrase: str, returned: str) -> str:
     return phrase.replace("return frame\n", f"return {returned}\n")
 
 
-def write_phrase_model(folder: Path, returned: str = "frame") -> None:
-    """Creates `folder` with config.json, model.safetensors and tokenizer.model. `returned`: the expression that programs return."""
+def write_phrase_model(
+    folder: Path,
+    returned: str = "frame",
+    phrases: Sequence[str] = _PHRASES,
+    followers_of: Mapping[tuple[str, ...], dict[str, float]] = _FOLLOWERS,
+) -> None:
+    """Creates `folder` with config.json, model.safetensors and tokenizer.model.
+
+    Args:
+      returned: the expression that programs return.
+      phrases: of the tokenizer.
+      followers_of: phrases -> probabilities of the phrases that may follow each of them.
+    """
     folder.mkdir(parents=True)
-    pieces = write_tokenizer(folder / "tokenizer.model", returned)
+    pieces = write_tokenizer(folder / "tokenizer.model", returned, phrases)
 
     def id_of(phrase: str) -> int:
         index = pieces.piece_to_id(_returning(phrase, returned).replace(" ", "\u2581"))
@@ -109,7 +139,7 @@ def write_phrase_model(folder: Path, returned: str = "frame") -> None:
         pad_id=id_of("<|endoftext|>"),
     )
     logits = np.full((vocabulary, config.width), _NEVER, np.float32)
-    for before, followers in _FOLLOWERS.items():
+    for before, followers in followers_of.items():
         for phrase in before:
             for follower, probability in followers.items():
                 logits[id_of(follower), id_of(phrase)] = math.log(probability)

@@ -12,12 +12,14 @@ REQUEST = '<img src="https://example.org/pixel"><link rel=stylesheet href="//exa
 
 
 def write_hostile_run(folder: Path) -> Path:
-    """Two steps: a parent, a child that changes it, and a failure. Programs, output, errors, config and disclosure contain the attacks."""
+    """Two steps: a parent, a child that changes it, a failure, and a child with feedback. Programs, output, errors, feedback, config and
+    disclosure contain the attacks."""
     code = f'x = """{ATTACK}"""\n# {REQUEST}\ndef run():\n    return 1\n'
     attempts = [
         attempt(0, 0, 0, "seed", code, 0.7, stdout=ATTACK + REQUEST),
         attempt(1, 0, 0, "0000-000-000", code.replace("return 1", f"return '{ATTACK}'"), 0.75, stdout="javascript:window.pwned=4"),
         attempt(1, 0, 1, "0000-000-000", code, None, outcome=Outcome.EXCEPTION, detail=ATTACK + REQUEST),
+        attempt(1, 0, 2, "0000-000-000", "x = 1", 0.6, feedback=ATTACK + REQUEST, metrics={ATTACK: 1.0}),
     ]
     disclosure = json.loads(json.dumps(DISCLOSURE).replace("native", "native <b>"))
     competition = disclosure["competitions"][0]

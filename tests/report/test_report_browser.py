@@ -119,7 +119,7 @@ def test_programs_and_diffs_match_the_journal(fresh, request, tmp_path, case):
 
 
 def test_texts_of_a_run_are_shown_verbatim(fresh, hostile):
-    for id in ("0001-000-000", "0001-000-001", "0000-000-000"):
+    for id in ("0001-000-000", "0001-000-001", "0001-000-002", "0000-000-000"):
         fresh.open(hostile, id)
         assert shown(fresh) == id
         fresh.wait("document.querySelectorAll('svg.chart').length > 5")

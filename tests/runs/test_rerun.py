@@ -91,7 +91,7 @@ def test_different_score_and_data_are_reported(bundle, tmp_path):
     done = rerun(copy, "--reward=holdout", "--holdout_fraction=0.5")
     assert done.returncode == 1, done.stdout + done.stderr
     report = report_of(done)
-    assert "not the bytes" in report["submission"]
+    assert "other bytes" in report["submission"]
     assert report["data"].startswith("NOT the run's")
     assert done.stdout.splitlines()[-1] == "NOT REPRODUCED"
 

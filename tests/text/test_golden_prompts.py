@@ -1,8 +1,10 @@
-"""Prompts of a built-in competition match golden/ to the byte: first and later attempts, in both styles.
+"""Prompts of a built-in competition match golden/ to the byte: first and later attempts, in both styles, and those that ask for edits. So
+does one of a problem.
 
 After an intended change, `python tests/text/test_golden_prompts.py` writes them again. Read the difference before you commit it.
 """
 
+import dataclasses
 import re
 import tempfile
 from pathlib import Path
@@ -10,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from discover_jax.policy import APPRENTICE
-from discover_jax.tasks.prepare import prepare_task
-from discover_jax.tasks.task import Task
+from discover_jax.tasks.prepare import AnyTask, prepare_task
 from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import PromptSettings, build_prompt
 from discover_jax.text.tokenizer import load_tokenizer
@@ -80,29 +81,41 @@ FULL = PromptSettings(
     error_chars=500,
 )
 BRIEF = PromptSettings(style="brief", max_tokens=20_000)
+EDITS = dataclasses.replace(FULL, answer="edits")
+PACKING = dataclasses.replace(
+    PARENT,
+    code="import numpy as np\n\n\ndef run():\n    return np.full((26, 2), 0.5), np.full(26, 0.5 / 26)",
+    value=0.5,
+    score=0.5,
+    stdout="no overlap\n",
+    task="circle-packing-26",
+    feedback="circle 0 could be larger by 1e-9",
+)
+PACKING_FAILURE = dataclasses.replace(FAILURES[0], outcome=Outcome.INVALID_SUBMISSION, detail="circles 3 and 4 overlap")
 PROMPTS = {
     "first_full": (SEED, (), FULL),
     "later_full": (PARENT, FAILURES, FULL),
     "first_brief": (SEED, (), BRIEF),
     "later_brief": (PARENT, FAILURES, BRIEF),
+    "later_edits": (PARENT, FAILURES, EDITS),
+    "problem_edits": (PACKING, (PACKING_FAILURE,), EDITS),
 }
 
 
-def built(name: str, task: Task, chat: Harmony) -> Prompt:
+def task_of(name: str, folder: Path) -> AnyTask:
+    return prepare_task(PROMPTS[name][0].task or "diabetes", raw=None, reward="grade", folder=folder)
+
+
+def built(name: str, task: AnyTask, chat: Harmony) -> Prompt:
     """The prompt of that name. Its ideas are those of the third turn: the last two of the list."""
     parent, failures, settings = PROMPTS[name]
     return build_prompt(task, parent, failures, settings, chat, group=1, step=4)
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return prepare_task("diabetes", raw=None, reward="grade", folder=tmp_path_factory.mktemp("task") / "task")
-
-
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_match_the_golden_files(task, name):
+def test_prompts_match_the_golden_files(name, tmp_path):
     chat = Harmony(load_tokenizer(APPRENTICE), date="2025-08-05")
-    prompt = built(name, task, chat)
+    prompt = built(name, task_of(name, tmp_path / "task"), chat)
     assert prompt.text.encode() == (GOLDEN / f"{name}.txt").read_bytes()
     # The model reads the text that people see; special tokens have no text.
     assert chat.tokenizer.decode(prompt.tokens_P.tolist()) == re.sub(r"<\|\w+\|>", "", prompt.text)
@@ -125,8 +138,24 @@ def test_golden_later_prompt_is_complete():
     assert "failed:" not in first
 
 
+def test_golden_prompts_that_ask_for_edits_are_complete():
+    later, edits, problem = ((GOLDEN / f"{name}.txt").read_text() for name in ("later_full", "later_edits", "problem_edits"))
+    request = "# Competition: diabetes"
+    assert later.partition(request)[2].removesuffix("the whole new program.<|end|><|start|>assistant") == edits.partition(request)[
+        2
+    ].removesuffix("edits of your last program.<|end|><|start|>assistant")
+    for text in (edits, problem):
+        assert "Answer with edits of your last program. It must define" in text
+        assert "code block is executed" not in text
+        assert "=======\n    total = math.fsum(values)\n>>>>>>> REPLACE\n" in text
+    assert "# Problem: circle-packing-26" in problem
+    assert "invalid solution\ncircles 3 and 4 overlap" in problem
+    assert "What the checker says about it:\n\n```\ncircle 0 could be larger by 1e-9\n```" in problem
+    assert "submission" not in problem
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare_task("diabetes", raw=None, reward="grade", folder=Path(folder) / "task")
         for each in PROMPTS:
+            prepared = task_of(each, Path(folder) / each)
             (GOLDEN / f"{each}.txt").write_bytes(built(each, prepared, Harmony(load_tokenizer(APPRENTICE))).text.encode())

@@ -9,7 +9,16 @@ import pytest
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.harmony import parse
-from discover_jax.text.prompts import IDEAS, PromptSettings, brief_text, build_prompt, choose_inspirations, installed_packages, program_fits
+from discover_jax.text.prompts import (
+    IDEAS,
+    PromptSettings,
+    asks_for_edits,
+    brief_text,
+    build_prompt,
+    choose_inspirations,
+    installed_packages,
+    program_fits,
+)
 from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
 
 
@@ -194,7 +203,7 @@ def test_brief_prompt_is_never_shortened(chat):
         build_prompt(Task(), PARENT, (), dataclasses.replace(BRIEF, max_tokens=size - 1), chat, group=0, step=0)
 
 
-@pytest.mark.parametrize("changes", [{"style": "long"}, {"max_tokens": 0}])
+@pytest.mark.parametrize("changes", [{"style": "long"}, {"answer": "diff"}, {"max_tokens": 0}])
 def test_invalid_settings_are_refused(changes):
     with pytest.raises(ConfigError, match=r"config\.\w+\.\w+ = "):
         PromptSettings(**({"style": "full", "max_tokens": 10} | changes))
@@ -249,6 +258,31 @@ def test_prompt_of_a_problem_names_interface_records_feedback_and_all_digits(cha
     for part in ("submission", "train.csv", "Files in", "feature engineering"):
         assert part not in text
     assert "Consider" not in build_prompt(dataclasses.replace(exact, ideas=()), parent, (), FULL, chat, 0, 0).text
+    sentences = build_prompt(
+        dataclasses.replace(exact, ideas=("Take larger numbers.", "Or smaller ones.")), parent, (), FULL, chat, 0, 0
+    ).text
+    assert "solution. Consider:\n\n- Take larger numbers.\n- Or smaller ones.\n\nUnless" in sentences
+
+
+def test_edits_are_asked_for_only_if_the_parent_has_a_program(chat):
+    edits = dataclasses.replace(FULL, answer="edits")
+    for task in (Task(), Task(interface="`run()` returns two numbers")):
+        assert build_prompt(task, SEED, (), edits, chat, 0, 0).text == build_prompt(task, SEED, (), FULL, chat, 0, 0).text
+        text = build_prompt(task, PARENT, (), edits, chat, 0, 0).text
+        for part in (
+            "Answer with edits of your last program. It must define",
+            "<<<<<<< SEARCH\nimport numpy as np\n=======\n",
+            PARENT.code,
+        ):
+            assert part in text
+        assert "whole new program." not in text.split("# Your last program")[1]
+    assert [asks_for_edits(each, parent) for each in (FULL, edits, BRIEF) for parent in (SEED, PARENT)] == [False] * 3 + [True] + [
+        False
+    ] * 2
+    # The rules for edits count when a program is admitted as a parent.
+    size = len(build_prompt(Task(), dataclasses.replace(PARENT, stdout=""), (), edits, chat, 0, 0).tokens_P)
+    assert program_fits(Task(), PARENT, dataclasses.replace(edits, max_tokens=size), chat)
+    assert not program_fits(Task(), PARENT, dataclasses.replace(edits, max_tokens=size - 1), chat)
 
 
 def _other(number, score, code=None):

@@ -29,7 +29,7 @@ function show(data, competition) {
   for (const id of ids.slice(0, ids.indexOf(competition))) offset += data.trees[id].id.length;
   const chooser =
     ids.length > 1
-      ? el("label", { class: "choose" }, "competition ", el("select", { onchange: (event) => show(data, event.target.value) }, ids.map((id) => el("option", { value: id, selected: id === competition }, id))))
+      ? el("label", { class: "choose" }, "task ", el("select", { onchange: (event) => show(data, event.target.value) }, ids.map((id) => el("option", { value: id, selected: id === competition }, id))))
       : null;
   const what = data.runs.length > 1 ? data.runs.map((run) => run.label).join(" vs. ") : kindText(first.kind);
   const header = el("header", null, el("h1", null, data.runs.length > 1 ? `${first.name}: ${what}` : first.name), el("p", { class: "subtitle" }, competition ? `${competition}, ${data.runs.length > 1 ? "comparison of runs" : what}` : what), chooser);
