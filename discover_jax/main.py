@@ -20,6 +20,7 @@ from discover_jax import config as settings
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
 from discover_jax.engine import build_optimizer, build_sampler, build_update
+from discover_jax.exceptions import ConfigError
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import resource_limits
@@ -41,6 +42,7 @@ from discover_jax.runs.workdir import Workdir, open_shared_workdir
 from discover_jax.stages import (
     Run,
     archive_attempts,
+    choose_best,
     estimate,
     grade,
     sample_and_submit,
@@ -51,6 +53,7 @@ from discover_jax.stages import (
     write_prompts,
 )
 from discover_jax.tasks.prepare import AnyTask, prepare_tasks
+from discover_jax.tasks.retests import prepare_retests
 from discover_jax.types import RunKind
 
 
@@ -114,6 +117,10 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
         )
         save_checkpoint(run, policy, frontiers, step)
         recorder.end_step()
+        every = run.config.finalists.every
+        if every and (step + 1) % every == 0 and step + 1 < run.last_step:
+            recorder.choose(choose_best(run, frontiers))
+    recorder.choose(choose_best(run, frontiers))
     recorder.finish()
 
 
@@ -126,9 +133,11 @@ def _prepared(
 ) -> Iterator[tuple[Run, Policy, Mapping[str, Frontier]]]:
     """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
-    processes.agree("the prepared tables and answers", [task.fingerprint for task in tasks], "Give all hosts the same raw data.")
+    retests = processes.first_then_others(lambda: _retests(config, tasks, workdir))
+    all_tasks = [*tasks, *(each for of_task in retests.values() for each in of_task)]
+    processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
     source = find_source(config.train.resume_from, tasks, workdir, processes)
-    with _executor(config, tasks, workdir, processes) as executor:
+    with _executor(config, all_tasks, workdir, processes) as executor:
         hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe()})
         ways = tuple(dict.fromkeys(host["way"] for host in hosts if host["slots"]))
         if processes.leads:
@@ -159,8 +168,24 @@ def _prepared(
                 recorder.note(warning)
         slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config)
         updater = build_update(config, policy.model, optimizer)
-        parts = (tasks, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder)
+        numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
+        parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder)
         yield Run(config, kind, processes, *parts, first_step=state.step, last_step=last_step), policy, state.frontiers
+
+
+def _retests(config: Any, tasks: Sequence[AnyTask], workdir: Workdir) -> Mapping[str, Sequence[AnyTask]]:
+    """The retests of each competition; empty without finalists."""
+    if not config.finalists.count:
+        return {}
+    found = {
+        task.id: prepare_retests(task, config.finalists.retests, folder=workdir.retests_dir / task.id, seed=config.seed) for task in tasks
+    }
+    if not any(found.values()):
+        raise ConfigError(
+            f"config.finalists.count = {config.finalists.count}: the scores of {', '.join(found)} do not vary between evaluations, so there"
+            " is nothing to test again. Set it to 0, or set noisy=True in the problem's definition."
+        )
+    return found
 
 
 def _check_agreement(processes: Processes, config: Any, kind: RunKind) -> None:

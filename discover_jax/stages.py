@@ -30,6 +30,7 @@ from discover_jax.policy import Policy
 from discover_jax.runs.attempts import attempt_of, seed_of, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
+from discover_jax.runs.finalists import Choice, choose
 from discover_jax.runs.recorder import Recorder
 from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
@@ -58,6 +59,8 @@ class Run:
       kind: training, or search without an update.
       processes: the run's processes, one per host.
       tasks: the competitions; groups take turns.
+      all_tasks: those of the executor: the competitions, then their retests.
+      retests: competition id -> numbers of its retests in `all_tasks`; empty without finalists.
       executor: runs programs on this host.
       slots_H: number of programs that each host runs at the same time.
       sampler, updater: the jitted parts.
@@ -71,6 +74,8 @@ class Run:
     kind: RunKind
     processes: Processes
     tasks: Sequence[AnyTask]
+    all_tasks: Sequence[AnyTask]
+    retests: Mapping[str, Sequence[int]]
     executor: Executor
     slots_H: Sequence[int]
     sampler: Sampler
@@ -302,6 +307,22 @@ def save_checkpoint(run: Run, policy: Policy, frontiers: Mapping[str, Frontier],
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.train_state)) / 1e6
     run.recorder.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimiser" if run.kind.learns else "")
     run.checkpoints.save(step, policy.train_state, run.recorder.host_state(frontiers))
+
+
+def choose_best(run: Run, frontiers: Mapping[str, Frontier]) -> dict[str, Choice]:
+    """The best program of each competition by retests of the best ones; empty without finalists. All processes call this."""
+    if not run.retests:
+        return {}
+
+    def run_programs(programs: Sequence[tuple[str, int]]) -> list[Verdict]:
+        run.recorder.phase("testing finalists", f"{len(programs)} programs")
+        executions = StepExecutions[int](run.executor, run.slots_H, run.processes)
+        for key, (program, task) in enumerate(programs):
+            executions.submit(key, program, task)
+        verdicts = executions.verdicts(while_waiting=lambda: None)
+        return [verdicts[key] for key in range(len(programs))]
+
+    return choose(run.tasks, frontiers, run.retests, run.all_tasks, run_programs, count=run.config.finalists.count)
 
 
 def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verdict]) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from discover_jax.config.execution import EXECUTION
+from discover_jax.config.finalists import FINALISTS
 from discover_jax.config.model import LORA, MODEL
 from discover_jax.config.reuse import REUSE
 from discover_jax.config.run import CHECKPOINT, MESH, RUN, TRACKING
@@ -29,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     **RUN,
     "train": TRAIN,
     "reuse": REUSE,
+    "finalists": FINALISTS,
     "sampling": SAMPLING,
     "mesh": MESH,
     "prompt": PROMPT,

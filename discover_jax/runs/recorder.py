@@ -17,6 +17,7 @@ from discover_jax.runs.attempts import rollout_rows
 from discover_jax.runs.best import bundle_dir, grade_of, write_best
 from discover_jax.runs.console import Console, Improvement, StepProgress
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
+from discover_jax.runs.finalists import Choice, write_finalists
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
 from discover_jax.runs.restore import RunState
@@ -35,6 +36,7 @@ PHASES = {
     "measuring": "time/update_s",
     "saving": "time/save_s",
     "checkpoint": "time/checkpoint_s",
+    "testing finalists": "time/execute_s",
 }
 """Phases of a step, in order, and the metric that each one's seconds count towards."""
 
@@ -106,6 +108,10 @@ class Recorder(Protocol):
         """The checkpoint is complete: updates the report and shows the step's line."""
         ...
 
+    def choose(self, choices: Mapping[str, Choice]) -> None:
+        """The best program of each competition was chosen by retests; empty if there are none."""
+        ...
+
     def finish(self) -> None:
         """The last step is done: shows the result of the run."""
         ...
@@ -132,6 +138,8 @@ class NullRecorder:
         return {}
 
     def end_step(self) -> None: ...
+
+    def choose(self, choices: Mapping[str, Choice]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -174,6 +182,7 @@ class RunRecorder:
         self._improvements: list[Improvement] = []
         self._clock = _Clock()
         self._shortened = 0
+        self._choices: dict[str, Choice] = {}
         self._checkpoint_seconds: float | None = None
 
     def begin(self, name: str, lines: Sequence[str]) -> None:
@@ -217,7 +226,8 @@ class RunRecorder:
         for task in self._tasks:
             best, previous = record.frontiers[task.id].best, self._frontiers[task.id].best
             if best is not None and best != previous:
-                self._write_best(task, best, record.verdicts)
+                _, group, index = best.id.split("-")
+                self._write_best(task, best, record.verdicts[int(group), int(index)])
             self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous))
         self._frontiers = dict(record.frontiers)
         rows = rollout_rows(record.rollouts, record.prompts_G, record.attempts, record.advantages, record.verdicts, self._tokenizer)
@@ -242,16 +252,14 @@ class RunRecorder:
         self._trackers.write(row)
         self._rows.append(row)
 
-    def _write_best(self, task: AnyTask, best: State, verdicts: Mapping[RolloutKey, Verdict]) -> None:
-        """Writes the bundle of a program that this step found."""
-        _, group, index = best.id.split("-")
-        verdict = verdicts[int(group), int(index)]
+    def _write_best(self, task: AnyTask, best: State, verdict: Verdict, *, retested: Mapping[str, Any] | None = None) -> None:
+        """Writes the bundle of a program."""
         write_best(
             bundle_dir(self._workdir.best_dir, task.id, alone=len(self._tasks) == 1),
             lineage=lineage(self._journal.read(), best.id),
             submission=verdict.execution.csv or b"",
             calls=task.calls,
-            grade=grade_of(task, best, verdict, self._seed),
+            grade=grade_of(task, best, verdict, self._seed) | ({"retested": dict(retested)} if retested else {}),
             disclosure=(self._workdir.path / DISCLOSURE).read_bytes(),
             rerun=self._rerun_scripts[task.id],
         )
@@ -265,6 +273,18 @@ class RunRecorder:
         self._checkpoint_seconds = self._clock.stop()[PHASES["checkpoint"]]
         self._console.step_done(self._rows[-1], self._improvements)
 
+    def choose(self, choices: Mapping[str, Choice]) -> None:
+        if not choices:
+            return
+        self._choices = dict(choices)
+        for id, choice in choices.items():
+            state, verdict = choice.chosen.state, choice.verdicts[choice.chosen.state.id]
+            if not state.is_seed:
+                self._write_best(choice.task, state, verdict, retested=choice.row(choice.chosen))
+            self._console.note(f"{id}: {choice.task.metric.name} of the chosen program {choice.text}.")
+        write_finalists(self._workdir.path, choices)
+        self._report.write()
+
     def finish(self) -> None:
         lines = closing_lines(self._results(), self._rows, workdir=self._workdir, kind=self._kind)
         self._console.finish([*lines, f"report       {self._report.path}"])
@@ -272,10 +292,13 @@ class RunRecorder:
     def _results(self) -> list[Result]:
         """The result of each competition. Private scores are read only now, when all choices have been made."""
         private = {attempt.id: attempt.private_score for attempt in self._journal.read()}
-        bests = [self._frontiers[task.id].best for task in self._tasks]
-        return [
-            Result(task, best, private.get(best.id) if best is not None else None) for task, best in zip(self._tasks, bests, strict=True)
-        ]
+        results = []
+        for task in self._tasks:
+            choice = self._choices.get(task.id)
+            best = choice.chosen.state if choice is not None else self._frontiers[task.id].best
+            private_score = private.get(best.id) if best is not None else None
+            results.append(Result(task, best, private_score, choice.text if choice is not None else ""))
+        return results
 
 
 class _Clock:

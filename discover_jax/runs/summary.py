@@ -89,11 +89,13 @@ class Result:
     Attributes:
       best: the best state; None if no program has a score.
       private_score: its score on the private answers.
+      retested: its result in retests, if they chose it; empty otherwise.
     """
 
     task: AnyTask
     best: State | None
     private_score: float | None
+    retested: str = ""
 
 
 def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
@@ -184,6 +186,8 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
         f"mean reward  {rewards[0]:.4f} -> {rewards[-1]:.4f}   ({rewards[-1] - rewards[0]:+.4f})",
         f"best {name}  {_digits(task, scores[0])} -> {_digits(task, best.score)}   ({best.score - scores[0]:+.4f})" + rows_of_best,
     ]
+    if result.retested:
+        lines.append(f"retested     {result.retested}")
     if task.disclosure.reward == "holdout":
         known = "none"
         if result.private_score is not None:

@@ -30,6 +30,9 @@ _LATER_SETTINGS = {
     "lora.mlp_rank": 32,
     "prompt.inspirations": 0,
     "prompt.answer": "program",
+    "finalists.count": 0,
+    "finalists.retests": 4,
+    "finalists.every": 0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 
@@ -47,6 +50,7 @@ class Workdir:
       checkpoints_dir: see `checkpoints`.
       best_dir: created by `best` when there is a best program.
       task_dir: the prepared task.
+      retests_dir: retests of the tasks, if config.finalists needs them; created by `tasks.retests`.
       cache_dir: verdicts of programs.
       resumed: whether the directory already held this run.
     """
@@ -59,6 +63,7 @@ class Workdir:
     checkpoints_dir: Path
     best_dir: Path
     task_dir: Path
+    retests_dir: Path
     cache_dir: Path
     resumed: bool
 
@@ -149,6 +154,7 @@ def _places(path: Path, resumed: bool) -> Workdir:
         checkpoints_dir=path / "checkpoints",
         best_dir=path / "best",
         task_dir=path / "task",
+        retests_dir=path / "retests",
         cache_dir=path / "cache",
         resumed=resumed,
     )

@@ -70,6 +70,11 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
             f"Competition {task.id!r} does not support retests: only its grader knows the format of its answers. Set"
             " config.finalists.count = 0."
         )
+    if len(task.splits) > 1:
+        raise ConfigError(
+            f"Competition {task.id!r} does not support retests: with folds, every training row gives rewards. Set"
+            " config.task.holdout_folds = 1, or config.finalists.count = 0."
+        )
     train, rewarded = _training_rows(task)
     open_R = np.flatnonzero(~train[id_column].isin(rewarded).to_numpy())
     least = len(open_R) // count
@@ -90,26 +95,26 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
     return {}
 
 
-def _training_rows(task: Task) -> tuple[pd.DataFrame, set[str]]:
+def _training_rows(task: Task) -> tuple[Any, set[str]]:
     """The training table with the rows that were held out of it, and the ids of these: they gave rewards or served for selection."""
     id_column, target = task.competition.id_column, task.competition.target
     train, test = (read_text_table((task.public_dir / name).read_bytes()) for name in ("train.csv", "test.csv"))
     withheld = [read_text_table((task.folder / "private" / name).read_bytes()) for name, _ in task.splits[-1].answers[1:]]
     if not withheld:
         return train, set()
-    labels = pd.concat(withheld).set_index(id_column)[target]
-    held = test[test[id_column].isin(labels.index)]
+    labels = dict(pair for table in withheld for pair in zip(table[id_column], table[target], strict=True))
     if set(train.columns) != {*test.columns, target}:
-        return train, set(labels.index)  # the rows lost some cells when they were held out
-    back = held.assign(**{target: labels.loc[held[id_column]].to_numpy()})
-    return pd.concat([train, back[list(train.columns)]], ignore_index=True), set(labels.index)
+        return train, set(labels)  # the rows lost some cells when they were held out
+    held = test.loc[test[id_column].isin(labels)]
+    back = held.assign(**{target: [labels[id] for id in held[id_column]]}).loc[:, list(train.columns)]
+    return pd.concat([train, back], ignore_index=True), set(labels)
 
 
-def _undo_hold_out(task: Task, train: pd.DataFrame, shown: Path) -> None:
+def _undo_hold_out(task: Task, train: Any, shown: Path) -> None:
     """Gives a copy of public/ this training table, and only the private rows to predict."""
     id_column = task.competition.id_column
     private = read_text_table((task.folder / "private" / "test.csv").read_bytes())[id_column]
     train.to_csv(shown / "train.csv", index=False, lineterminator="\n")
     for name in ("test.csv", "sample_submission.csv"):
         table = read_text_table((shown / name).read_bytes())
-        table[table[id_column].isin(private)].to_csv(shown / name, index=False, lineterminator="\n")
+        table.loc[table[id_column].isin(private)].to_csv(shown / name, index=False, lineterminator="\n")

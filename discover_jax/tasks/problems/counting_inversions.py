@@ -127,4 +127,5 @@ PROBLEM = Problem(
     transform="log",
     failure_reward=-5.0,
     hidden_inputs=True,
+    noisy=True,
 )
