@@ -16,7 +16,7 @@ from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
 from discover_jax.engine import microbatch_rows, row_tokens
-from discover_jax.execution.cache import verdict_of, verdict_row
+from discover_jax.execution.cache import verdict_row
 from discover_jax.execution.executor import Executor
 from discover_jax.files import write_atomic
 from discover_jax.hosts.executions import StepExecutions
@@ -27,7 +27,7 @@ from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
-from discover_jax.runs.attempts import attempt_of, seed_of, stored_seeds
+from discover_jax.runs.attempts import attempt_of, seed_of, seed_verdicts, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
 from discover_jax.runs.recorder import Recorder
@@ -155,17 +155,15 @@ def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executo
             return stored_seeds(file, programs)
         numbers = {task.id: number for number, task in enumerate(tasks)}
         futures = {id: executor.submit(program, numbers[id]) for id, program in programs.items()}
-        found = [{"task": id, "program": programs[id], "verdict": verdict_row(future.result())} for id, future in futures.items()]
-        for row in found:  # a program without a score is not stored: it can be corrected
-            seed_of(tasks[numbers[row["task"]]], row["program"], verdict_of(row["verdict"], cached=False))
+        verdicts = {id: future.result() for id, future in futures.items()}
+        for id, verdict in verdicts.items():  # a program without a score is not stored: it can be corrected
+            seed_of(by_id[id], programs[id], verdict)
+        found = [{"task": id, "program": programs[id], "verdict": verdict_row(verdict)} for id, verdict in verdicts.items()]
         write_atomic(file, json.dumps(found).encode())
         return found
 
     by_id = {task.id: task for task in tasks}
-    return {
-        row["task"]: seed_of(by_id[row["task"]], row["program"], verdict_of(row["verdict"], cached=False))
-        for row in processes.from_first(rows)
-    }
+    return {id: seed_of(by_id[id], program, verdict) for id, program, verdict in seed_verdicts(file, processes.from_first(rows))}
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:

@@ -41,7 +41,7 @@ def packages(path: Sequence[str] | None = None) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ran:
-    """An execution as stored in a file: the submission's bytes are in base64."""
+    """An execution as stored in a file: the bytes of its result are in base64, as `csv`."""
 
     outcome: Outcome
     csv: str | None
@@ -161,8 +161,8 @@ class VerdictCache:
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
     """A verdict as JSON values, without the flag `cached`."""
     execution = verdict.execution
-    csv = None if execution.csv is None else base64.b64encode(execution.csv).decode()
-    ran = _Ran(execution.outcome, csv, execution.stdout, execution.detail, execution.seconds)
+    result = None if execution.result is None else base64.b64encode(execution.result).decode()
+    ran = _Ran(execution.outcome, result, execution.stdout, execution.detail, execution.seconds)
     return {
         "outcome": verdict.outcome.value,
         "grade": dataclasses.asdict(verdict.grade),
@@ -179,8 +179,8 @@ def verdict_of(row: Any, *, cached: bool) -> Verdict:
     if not isinstance(row, dict) or row.keys() != {"outcome", "grade", "execution"}:
         raise ValueError("the verdict is not an object of outcome, grade and execution")
     ran = from_row(_Ran, row["execution"])
-    csv = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
-    execution = Execution(ran.outcome, csv, ran.stdout, ran.detail, ran.seconds, cached=cached)
+    result = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
+    execution = Execution(ran.outcome, result, ran.stdout, ran.detail, ran.seconds, cached=cached)
     return Verdict(Outcome(row["outcome"]), from_row(Grade, row["grade"]), execution)
 
 
@@ -203,7 +203,7 @@ def _decode(key: str, data: bytes) -> Verdict:
     if file["sha256"] != _checksum(key, row):  # only after verdict_of: then the row can be serialised again
         raise ValueError("checksum mismatch")
     execution = verdict.execution
-    scored = verdict.grade.valid and verdict.grade.score is not None and execution.csv is not None and execution.outcome is Outcome.OK
+    scored = verdict.grade.valid and verdict.grade.score is not None and execution.result is not None and execution.outcome is Outcome.OK
     if (verdict.outcome is Outcome.OK) != scored:
         raise ValueError(f"the outcome {verdict.outcome.value!r} contradicts the grade or the execution")
     return verdict

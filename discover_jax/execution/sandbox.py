@@ -396,8 +396,8 @@ class Sandbox:
         self._shut(self._program_writer)
         end = self._watch(started + limit, limit)
         seconds = time.monotonic() - started
-        outcome, csv, detail = self._end(end, _Expected("csv", "-", "run() returned"))
-        return Execution(outcome, csv, self.output(), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
+        outcome, result, detail = self._end(end, _Expected("csv", "-", "run() returned"))
+        return Execution(outcome, result, self.output(), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
 
     def load(self, program: str, seconds: float) -> Answer:
         """Loads the sandbox's only program, in at most this time. See `call`."""

@@ -1,7 +1,7 @@
 """Rows about rollouts: attempts for the journal, and rows for rollouts/."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
 
 
 def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The seed programs of a run and their verdicts, as the run stored them.
+    """The seed programs of a run and the rows of their verdicts, as the run stored them; see `seed_verdicts`.
 
     Args:
       programs: seed programs by competition id, as the config gives them now.
@@ -98,16 +98,36 @@ def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]
     try:
         rows = parse_json(file.read_bytes())
         stored = {row["task"]: row["program"] for row in rows}
-        for row in rows:
-            verdict_of(row["verdict"], cached=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} does not hold the seed programs of this run ({error!r}). Restore the original file.") from error
+        raise _no_seeds(file, error) from error
     if changed := sorted(id for id in stored.keys() | programs.keys() if stored.get(id) != programs.get(id)):
         raise RunError(
             f"The seed programs of {', '.join(changed)} are not those that this run started from ({file}). Restore them, or start a new run"
             " in another folder (--workdir)."
         )
     return rows
+
+
+def seed_verdicts(file: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Verdict]]:
+    """Competition id, program and verdict of each row.
+
+    Args:
+      file: that has the rows, for the error.
+      rows: of `stored_seeds`.
+
+    Raises:
+      RunError: a row has no verdict.
+    """
+    for row in rows:
+        try:
+            verdict = verdict_of(row["verdict"], cached=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _no_seeds(file, error) from error
+        yield row["task"], row["program"], verdict
+
+
+def _no_seeds(file: Path, error: Exception) -> RunError:
+    return RunError(f"{file} does not hold the seed programs of this run ({error!r}). Restore the original file.")
 
 
 def rollout_rows(

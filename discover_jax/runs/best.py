@@ -35,7 +35,7 @@ def grade_of(task: AnyTask, best: State, verdict: Verdict, seed: int) -> dict[st
       seed: seed of the run.
     """
     assert best.score is not None, "the best program always has a score"
-    private_score, submission = verdict.grade.private_score, verdict.execution.csv
+    private_score, submission = verdict.grade.private_score, verdict.execution.result
     private_interval = (
         no_interval("there is no private score") if private_score is None else task.private_score_interval(private_score, submission)
     )

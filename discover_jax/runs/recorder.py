@@ -249,7 +249,7 @@ class RunRecorder:
         write_best(
             bundle_dir(self._workdir.best_dir, task.id, alone=len(self._tasks) == 1),
             lineage=lineage(self._journal.read(), best.id),
-            submission=verdict.execution.csv or b"",
+            submission=verdict.execution.result or b"",
             calls=task.calls,
             grade=grade_of(task, best, verdict, self._seed),
             disclosure=(self._workdir.path / DISCLOSURE).read_bytes(),

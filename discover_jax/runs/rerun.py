@@ -169,7 +169,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             isolation = executor.describe()
     known = fingerprints.get(task.id)
     same_data = None if known is None else known == task.fingerprint
-    return Rerun(expected, verdict, "value" if task.calls else "submission", verdict.execution.csv == result, same_data, isolation)
+    return Rerun(expected, verdict, "value" if task.calls else "submission", verdict.execution.result == result, same_data, isolation)
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def test_node_runs_programs_and_leaves_nothing(task, tmp_path, monkeypatch):
         assert str(opened(node, task)).startswith("bubblewrap ")
         execution = node.execute(0, 0, 0, GOOD)
         assert not isinstance(execution, SandboxError)
-        assert (execution.outcome, execution.csv) == (Outcome.OK, b"id,x,y\n".replace(b"x,", b"") + b"10,1\n11,0\n12,1\n13,0\n")
+        assert (execution.outcome, execution.result) == (Outcome.OK, b"id,x,y\n".replace(b"x,", b"") + b"10,1\n11,0\n12,1\n13,0\n")
     finally:
         node.close()
     assert list(tmp_path.iterdir()) == []

@@ -86,7 +86,7 @@ def test_programs_are_distributed_by_slots_and_all_hosts_get_all_verdicts():
     for place, verdict in verdicts.items():
         assert verdict.grade.score == len(PROGRAMS[place][1]) / 3
         assert verdict.execution.cached == (place[1] >= 30)
-        assert verdict.execution.csv == b"id,y\n\xff"
+        assert verdict.execution.result == b"id,y\n\xff"
         assert verdict.execution.seconds == 0.1 + 0.2
 
 

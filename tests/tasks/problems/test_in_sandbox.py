@@ -37,4 +37,4 @@ def test_seed_program_has_the_score_that_it_has_outside(verdicts, id):
     outside = InProcess(problem.seed_program)
     assert verdict.grade.score == problem.evaluate(outside).score
     if id in CONSTRUCTIONS:
-        assert repr(values.decode(verdict.execution.csv)) == repr(outside.call("run"))
+        assert repr(values.decode(verdict.execution.result)) == repr(outside.call("run"))
