@@ -31,6 +31,7 @@ from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
 from discover_jax.runs.console import Console, QuietConsole, make_console
 from discover_jax.runs.disclosure import Isolation, write_disclosure
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import NullRecorder, RunRecorder, StepRecord
 from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.restore import RunState, restore
@@ -104,6 +105,7 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
             StepRecord(
                 step,
                 prompts,
+                [group.parent_output for group in groups],
                 sampled.rollouts,
                 graded.verdicts,
                 estimates.advantages,
@@ -134,7 +136,8 @@ def _prepared(
         if processes.leads:
             _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
 
-        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / "seed_programs.json")
+        outputs = Outputs(workdir.outputs_dir)
+        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / "seed_programs.json", outputs)
         policy = load_policy(config, console.loading)
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
@@ -159,7 +162,7 @@ def _prepared(
                 recorder.note(warning)
         slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config)
         updater = build_update(config, policy.model, optimizer)
-        parts = (tasks, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder)
+        parts = (tasks, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)
         yield Run(config, kind, processes, *parts, first_step=state.step, last_step=last_step), policy, state.frontiers
 
 

@@ -30,6 +30,7 @@ from discover_jax.policy import Policy
 from discover_jax.runs.attempts import attempt_of, seed_of, seed_verdicts, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import Recorder
 from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
@@ -64,6 +65,7 @@ class Run:
       prompt_settings: style and limits of prompts.
       checkpoints: checkpoints in the run directory. All processes save and restore together.
       recorder: writes files and shows progress. All processes except the first have a null recorder.
+      outputs: values that programs returned, for their children.
       first_step, last_step: range of the steps to run; `last_step` is excluded.
     """
 
@@ -78,6 +80,7 @@ class Run:
     prompt_settings: PromptSettings
     checkpoints: Checkpoints
     recorder: Recorder
+    outputs: Outputs
     first_step: int
     last_step: int
 
@@ -91,12 +94,14 @@ class Group:
       parent: the state whose program the rollouts improve.
       failures: the last attempts on the parent, if all of them failed.
       inspirations: other programs that the prompt shows.
+      parent_output: the value that the parent returned, if the programs may read it; otherwise empty.
     """
 
     task: AnyTask
     parent: State
     failures: Sequence[Attempt]
     inspirations: Sequence[State] = ()
+    parent_output: bytes = b""
 
 
 @dataclasses.dataclass
@@ -133,7 +138,9 @@ class Graded:
     verdicts: Mapping[RolloutKey, Verdict]
 
 
-def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path) -> dict[str, State]:
+def run_seed_programs(
+    settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path, outputs: Outputs
+) -> dict[str, State]:
     """Where the search of each competition starts, if not from nothing: a seed program and its verdict, by competition id.
 
     The first process runs the programs and stores them with their verdicts, so that a resumed run starts from the same.
@@ -141,6 +148,7 @@ def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executo
     Args:
       settings: config.task.
       file: in the run directory.
+      outputs: gets the values that the programs returned, if their children may read them.
 
     Raises:
       ConfigError: a seed program has no score, or its reward is that of a failure.
@@ -163,7 +171,12 @@ def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executo
         return found
 
     by_id = {task.id: task for task in tasks}
-    return {id: seed_of(by_id[id], program, verdict) for id, program, verdict in seed_verdicts(file, processes.from_first(rows))}
+    seeds = {}
+    for id, program, verdict in seed_verdicts(file, processes.from_first(rows)):
+        seeds[id] = seed_of(by_id[id], program, verdict)
+        if processes.leads and seeds[id].output:
+            outputs.put(verdict.execution.result or b"")
+    return seeds
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:
@@ -174,11 +187,12 @@ def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> li
         config.reuse.sampler, config.reuse.epsilon, config.reuse.exploration, fresh=config.reuse.fresh, distinct=config.reuse.distinct
     )
     parents_G = selected_parents([task.id for task in tasks_G], frontiers, reuse, step_rng(config.seed, step))
+    values = run.outputs.for_all(run.processes, parents_G)
     groups = []
     for task, parent in zip(tasks_G, parents_G, strict=True):
         frontier = frontiers[task.id]
         others = choose_inspirations(frontier.archive.states, parent, config.prompt.inspirations)
-        groups.append(Group(task, parent, frontier.failures(parent), others))
+        groups.append(Group(task, parent, frontier.failures(parent), others, values.get(parent.output, b"")))
     return groups
 
 
@@ -215,7 +229,7 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
         edits_of = group.parent.code if asks_for_edits(run.prompt_settings, group.parent) else ""
         sampled.programs[key] = program = extracted(rollout, policy.chat, edits_of)
         if program.code is not None:
-            executions.submit(key, program.code, run.tasks.index(group.task))
+            executions.submit(key, program.code, run.tasks.index(group.task), group.parent_output)
     return sampled
 
 
@@ -345,6 +359,6 @@ def rerun_settings(config: Any, number: int) -> RerunSettings:
     """The settings of best/rerun.sh for the competition with this number in config.task."""
     name, raw = named_competitions(config.task)[number]
     task, execution = config.task, config.execution
-    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.grader, config.seed)
+    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.grader, task.reuse_output, config.seed)
     limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker)
     return RerunSettings(name, raw, *rows, *limits)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+PARENT_OUTPUT = "parent_output.json"
+"""The file in a program's working directory with the value that its parent returned (`Problem.reuse_output`)."""
 _LATER = {"later": True}
 """Marks fields that files of earlier versions do not have (see `records.from_row`)."""
 
@@ -30,6 +32,7 @@ class State:
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.
       task: id of its competition; empty for the seed, from which the search of every competition starts.
       feedback: what the evaluation of a problem's solution says about it.
+      output: SHA-256 of the value that it returned, if its children may read it (`Problem.reuse_output`); otherwise empty.
     """
 
     id: str
@@ -42,6 +45,7 @@ class State:
     adapter_step: int
     task: str = ""
     feedback: str = dataclasses.field(default="", metadata=_LATER)
+    output: str = dataclasses.field(default="", metadata=_LATER)
 
     @property
     def is_seed(self) -> bool:
@@ -286,6 +290,7 @@ class Attempt:
       adapter_step: optimiser steps that the adapter had seen.
       tokens, stop: length of the rollout and why it ended.
       feedback, metrics: see Grade.
+      output: see State.
     """
 
     id: str
@@ -306,6 +311,7 @@ class Attempt:
     stop: StopReason
     feedback: str = dataclasses.field(default="", metadata=_LATER)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    output: str = dataclasses.field(default="", metadata=_LATER)
 
     def state(self) -> State | None:
         """The state of this attempt for the archive; None if it has no score."""
@@ -322,6 +328,7 @@ class Attempt:
             adapter_step=self.adapter_step,
             task=self.task,
             feedback=self.feedback,
+            output=self.output,
         )
 
 

@@ -17,12 +17,12 @@ from discover_jax.types import Attempt
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Attempt))
 _ENUMS = ("outcome", "stop")
-_ONLY_OF_PROBLEMS = ("feedback", "metrics")
+_ONLY_OF_PROBLEMS = ("feedback", "metrics", "output")
 """Fields that rows have only if they are not empty."""
 
 
 def to_json(attempt: Attempt) -> str:
-    """One row without the newline: the fields of `Attempt` in order, enums by value. Without feedback and metrics if they are empty.
+    """One row without the newline: the fields of `Attempt` in order, enums by value. Without those of `_ONLY_OF_PROBLEMS` that are empty.
 
     Raises:
       RunError: a number is not finite, which JSON cannot represent.

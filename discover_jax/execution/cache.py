@@ -1,4 +1,4 @@
-"""Verdicts on disk by (program, data, settings): equal programs run once, and a resumed run repeats none.
+"""Verdicts on disk by (program, value that it reads, data, settings): equal programs run once, and a resumed run repeats none.
 
 A verdict becomes a reward, so cached files are not trusted. Only this user may be able to write the folder, and each file must belong to
 this user. Its content must match its checksum, its key and the types of a verdict. Nothing is unpickled.
@@ -78,9 +78,11 @@ class VerdictCache:
         except OSError as error:
             raise RunError(f"Cannot use {folder} as the cache of verdicts: {error}. Choose a writable folder.") from error
 
-    def key(self, program: str) -> str:
-        """The key of a program's verdict."""
-        return hashlib.sha256(f"{self._settings}\n{program}".encode("utf-8", "surrogatepass")).hexdigest()
+    def key(self, program: str, parent_output: bytes = b"") -> str:
+        """The key of a program's verdict. `parent_output`: the value of its parent that it can read; empty for none."""
+        # A blank separates the two digests: the first line cannot be that of a program without a parent's value.
+        settings = f"{self._settings} {hashlib.sha256(parent_output).hexdigest()}" if parent_output else self._settings
+        return hashlib.sha256(f"{settings}\n{program}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"

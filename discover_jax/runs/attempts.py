@@ -8,6 +8,7 @@ from typing import Any
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.execution.cache import verdict_of
 from discover_jax.records import parse_json
+from discover_jax.runs.outputs import output_of
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.reply import NO_PROGRAM
 from discover_jax.text.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ def attempt_of(
         reward=task.failure_reward if score is None else task.reward(score),
         feedback=verdict.grade.feedback if score is not None else "",
         metrics=verdict.grade.metrics if score is not None else {},
+        output=output_of(task, verdict) if score is not None else "",
     )
 
 
@@ -83,7 +85,7 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
             " would be as good. Lower failure_reward."
         )
     result = {"value": value, "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:], "feedback": verdict.grade.feedback}
-    return dataclasses.replace(SEED, code=program, task=task.id, **result)
+    return dataclasses.replace(SEED, code=program, task=task.id, output=output_of(task, verdict), **result)
 
 
 def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -24,7 +24,13 @@ _RUNTIME_SETTINGS = (
 )
 """Settings of machines, parallelism and tracking. They do not affect what a run computes, so they may change when it is resumed. A backend
 with weaker isolation needs `execution.allow_weaker`, which is not one of them."""
-_LATER_SETTINGS = {"task.seed_program": "", "lora.mlp_rank": 32, "prompt.inspirations": 0, "prompt.answer": "program"}
+_LATER_SETTINGS = {
+    "task.seed_program": "",
+    "task.reuse_output": "problem",
+    "lora.mlp_rank": 32,
+    "prompt.inspirations": 0,
+    "prompt.answer": "program",
+}
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 
 
@@ -40,6 +46,7 @@ class Workdir:
       tensorboard_dir: created by `tracking`.
       checkpoints_dir: see `checkpoints`.
       best_dir: created by `best` when there is a best program.
+      outputs_dir: created by `outputs` when there is a value that children read.
       task_dir: the prepared task.
       cache_dir: verdicts of programs.
       resumed: whether the directory already held this run.
@@ -52,6 +59,7 @@ class Workdir:
     tensorboard_dir: Path
     checkpoints_dir: Path
     best_dir: Path
+    outputs_dir: Path
     task_dir: Path
     cache_dir: Path
     resumed: bool
@@ -142,6 +150,7 @@ def _places(path: Path, resumed: bool) -> Workdir:
         tensorboard_dir=path / "tensorboard",
         checkpoints_dir=path / "checkpoints",
         best_dir=path / "best",
+        outputs_dir=path / "outputs",
         task_dir=path / "task",
         cache_dir=path / "cache",
         resumed=resumed,

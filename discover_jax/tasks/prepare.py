@@ -1,5 +1,6 @@
 """Prepares a task: writes the competition's tables or the problem's files once, and verifies their checksums on later calls."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -26,6 +27,7 @@ AnyTask = Task | ProblemTask
 """What a run works on; groups of rollouts take turns."""
 REWARDS = ("grade", "holdout")
 GRADERS = ("native", "mlebench")
+REUSES = ("problem", "on", "off")
 _RECORD = "prepared.json"
 # Increase it when the rules of preparation or grading change, so that earlier folders and cached grades are not reused.
 _FORMAT = 2
@@ -41,6 +43,7 @@ def prepare_task(
     holdout_fraction: float = 0.2,
     holdout_folds: int = 1,
     grader: str = "native",
+    reuse_output: str = "problem",
     seed: int = 0,
 ) -> AnyTask:
     """Prepares a competition or a problem in `folder`, or checks every file if it is already prepared there.
@@ -59,6 +62,7 @@ def prepare_task(
       holdout_folds: 2 or more: number of folds into which "holdout" splits all training rows instead. Each fold is held out in one run of a
         program, in its own folder fold-N/; one more run, on the whole public/, makes the submission.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
+      reuse_output: "problem": as the problem says; "on" or "off": instead of what it says. See `Problem.reuse_output`.
       seed: for drawing and shuffling the rows of "holdout".
 
     Raises:
@@ -82,7 +86,7 @@ def prepare_task(
     if isinstance(definition, Problem):
         if raw:
             raise ConfigError(f"config.task.raw = {str(raw)!r}: the problem {definition.id!r} has no raw data. Leave it empty.")
-        return _prepare_problem(definition, source, digest, folder)
+        return _prepare_problem(_with_reuse(definition, reuse_output), source, digest, folder)
     if grader == "mlebench":
         definition = mle_bench.with_its_grader(definition)
     if reward == "holdout" and not definition.id_column:
@@ -102,6 +106,18 @@ def prepare_task(
     return task
 
 
+def _with_reuse(problem: Problem, reuse_output: str) -> Problem:
+    """The problem with the config's choice of `reuse_output`."""
+    if reuse_output not in REUSES:
+        raise ConfigError(f"config.task.reuse_output must be one of {', '.join(REUSES)}; got {reuse_output!r}.")
+    if reuse_output == "problem":
+        return problem
+    try:
+        return dataclasses.replace(problem, reuse_output=reuse_output == "on")
+    except ConfigError as error:
+        raise ConfigError(f"config.task.reuse_output = {reuse_output!r}: {error} Use 'problem' or 'off'.") from error
+
+
 def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
     settings = problem_settings(problem, digest, _FORMAT)
 
@@ -116,7 +132,7 @@ def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -
         record = _read_record(folder, settings)
     except OSError as error:
         raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
-    return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()))
+    return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()), problem.reuse_output)
 
 
 def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
@@ -136,7 +152,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
     ids = [load_definition(*locate_definition(name)).id for name in names]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition or problem twice: {', '.join(ids)}.")
-    return [
+    tasks = [
         prepare_task(
             name,
             raw=raw,
@@ -145,10 +161,17 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
             holdout_fraction=settings.holdout_fraction,
             holdout_folds=settings.holdout_folds,
             grader=settings.grader,
+            reuse_output=settings.reuse_output,
             seed=seed,
         )
         for (name, raw), id in zip(competitions, ids, strict=True)
     ]
+    if settings.reuse_output == "on" and not any(task.calls for task in tasks):
+        raise ConfigError(
+            f"config.task.reuse_output = 'on' has no effect: {', '.join(ids)} are competitions, and only problems have returned values."
+            " Remove it."
+        )
+    return tasks
 
 
 def named_competitions(settings: Any) -> list[tuple[str, str]]:

@@ -51,6 +51,9 @@ class Problem:
       failure_reward: reward of a program that failed; must be below that of every valid solution that is worth having.
       hidden_inputs: whether `evaluate` calls functions with inputs that later programs must not know. Then what programs print is not kept,
         and errors are cut: both could tell the next prompts.
+      reuse_output: whether a child may read the value that its parent returned last, from parent_output.json in its working directory. Then
+        a construction can be improved over many steps, and a program need not score alone. Not with `hidden_inputs`, which a value could
+        tell.
       evaluate_seconds: limit of `evaluate` itself, without the time of calls.
       evaluate_gib: memory limit of `evaluate`, in GiB.
 
@@ -71,6 +74,7 @@ class Problem:
     transform: str = "identity"
     failure_reward: float = 0.0
     hidden_inputs: bool = False
+    reuse_output: bool = False
     evaluate_seconds: float = 60.0
     evaluate_gib: float = 2.0
 
@@ -86,6 +90,8 @@ class Problem:
                 raise refuse(f"{name} must be a non-empty string; got {value!r}.")
         if not callable(self.evaluate):
             raise refuse(f"evaluate must be a function; got {self.evaluate!r}.")
+        if self.reuse_output and self.hidden_inputs:
+            raise refuse("reuse_output and hidden_inputs exclude each other: the value that a parent returned could tell the inputs.")
         for name in self.files:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise refuse(f"files has the name {name!r}; a name consists of letters, digits, '.', '-' and '_'.")

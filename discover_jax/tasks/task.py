@@ -114,6 +114,11 @@ class Task:
         return False
 
     @property
+    def reuse_output(self) -> bool:
+        """False: submissions are for the grader only."""
+        return False
+
+    @property
     def interface(self) -> str:
         """Empty: all competitions have the same interface, `run()`, which returns a table."""
         return ""

@@ -112,6 +112,7 @@ def test_bundled_problems_are_found_by_their_id(name):
         ({"interface": ""}, "interface"),
         ({"evaluate": 3}, "evaluate"),
         ({"files": {"../x": ""}}, "files"),
+        ({"hidden_inputs": True, "reuse_output": True}, "reuse_output"),
         ({"evaluate_seconds": 0}, "evaluate_seconds"),
         ({"evaluate_gib": float("nan")}, "evaluate_gib"),
         ({"records": (Record("a", float("inf"), "b"),)}, "records"),
