@@ -89,15 +89,10 @@ class Executor:
         self._tasks = list(tasks)
         self._backend: Backend
         if backend == "ray":
-            if any(task.calls for task in tasks):
-                raise ConfigError(
-                    "execution.backend = 'ray' runs programs of competitions only; functions of a problem's programs are called on this"
-                    " machine. Use execution.backend = 'bubblewrap'."
-                )
             from discover_jax.execution.cluster import RayBackend  # ray is an extra
 
             ray_settings = {"workers": workers, "address": ray_address, "preload": sandbox.PRELOAD, "grace_seconds": grace_seconds}
-            self._backend = RayBackend([task.folders for task in shown], limits, **ray_settings) if leads else NoSlots()
+            self._backend = RayBackend(shown, limits, **ray_settings) if leads else NoSlots()
         else:
             self._backend = LocalBackend(
                 shown,
