@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -118,7 +119,23 @@ def _with_reuse(problem: Problem, reuse_output: str) -> Problem:
         raise ConfigError(f"config.task.reuse_output = {reuse_output!r}: {error} Use 'problem' or 'off'.") from error
 
 
+def _check_packages(problem: Problem) -> None:
+    """Raises ConfigError if a package that programs may need is not installed."""
+    missing = []
+    for name in problem.packages:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise ConfigError(
+            f"Problem {problem.id!r}: packages names {', '.join(missing)}, not installed in this Python. Run `pip install"
+            f" {' '.join(missing)}` on all hosts, or remove them from the problem's definition."
+        )
+
+
 def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
+    _check_packages(problem)
     settings = problem_settings(problem, digest, _FORMAT)
 
     def write(work: Path) -> dict[str, Any]:

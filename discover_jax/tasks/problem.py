@@ -12,6 +12,7 @@ from discover_jax.exceptions import ConfigError
 from discover_jax.tasks.rewards import check_rewards
 from discover_jax.types import Evaluation, Program, Rejection, Timed
 
+_PACKAGE = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 __all__ = ["Evaluation", "Problem", "Program", "Record", "Rejection", "Timed"]
 
 
@@ -46,6 +47,9 @@ class Problem:
       seed_program: a plain valid program to start from; empty: the first programs are written from nothing.
       ideas: suggestions for improvements; may be empty.
       records: published scores; never invented.
+      packages: Python packages that programs may need, by their names for pip, such as "numba". The prompt names these, with versions, and
+        a run without one of them does not start. Empty: the prompt names those for tables and models that are installed. Programs can
+        import whatever is installed in either case.
       files: name -> text of each file that programs see in data/.
       transform: name in TRANSFORMS, from score to reward.
       failure_reward: reward of a program that failed; must be below that of every valid solution that is worth having.
@@ -70,6 +74,7 @@ class Problem:
     seed_program: str = ""
     ideas: tuple[str, ...] = ()
     records: tuple[Record, ...] = ()
+    packages: tuple[str, ...] = ()
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     transform: str = "identity"
     failure_reward: float = 0.0
@@ -92,6 +97,8 @@ class Problem:
             raise refuse(f"evaluate must be a function; got {self.evaluate!r}.")
         if self.reuse_output and self.hidden_inputs:
             raise refuse("reuse_output and hidden_inputs exclude each other: the value that a parent returned could tell the inputs.")
+        if isinstance(self.packages, str) or not all(isinstance(name, str) and re.fullmatch(_PACKAGE, name) for name in self.packages):
+            raise refuse(f"packages must be names for pip without versions, such as ('numpy', 'numba'); got {self.packages!r}.")
         for name in self.files:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise refuse(f"files has the name {name!r}; a name consists of letters, digits, '.', '-' and '_'.")

@@ -60,6 +60,10 @@ class ProblemTask:
         return self.problem.ideas
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        return self.problem.packages
+
+    @property
     def metric(self) -> Score:
         return Score(self.problem.score_name, self.problem.higher_is_better)
 

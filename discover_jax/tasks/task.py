@@ -129,6 +129,11 @@ class Task:
         return None
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """Empty: prompts name the installed packages for tables and models."""
+        return ()
+
+    @property
     def transform(self) -> str:
         return self.competition.transform
 
