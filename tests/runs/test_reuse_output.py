@@ -19,7 +19,6 @@ from discover_jax.hosts.processes import ALONE
 from discover_jax.runs.best import grade_of, read_best, write_best
 from discover_jax.runs.outputs import MOST_BYTES, Outputs, output_of
 from discover_jax.runs.recorder import NullRecorder
-from discover_jax.sampling.schedule import Progress
 from discover_jax.tasks.prepare import prepare_task, prepare_tasks
 from discover_jax.text.chat import Rendered
 from discover_jax.text.prompts import PromptSettings, build_prompt
@@ -64,7 +63,6 @@ class Scripted:
             for index in range(group_size):
                 empty = np.zeros(1, np.int32)
                 yield Rollout(group, index, empty, empty, np.zeros(1, np.float32), np.ones(1, bool), StopReason.STOP_TOKEN)
-        on_progress(Progress)
 
 
 def prepared(tmp_path, text=PROBLEM, **settings):
