@@ -134,7 +134,7 @@ def to_json(value: Any) -> str:
 
 def _lists(array: np.ndarray) -> Any:
     if array.dtype.kind == "c":
-        array = np.stack([array.real, array.imag], -1)
+        array = np.stack([np.real(array), np.imag(array)], -1)
     return array.tolist()
 
 
