@@ -22,6 +22,7 @@ from discover_jax.runs.recorder import NullRecorder
 from discover_jax.tasks.prepare import prepare_task, prepare_tasks
 from discover_jax.text.chat import Rendered
 from discover_jax.text.prompts import PromptSettings, build_prompt
+from discover_jax.text.reply import Extracted
 from discover_jax.types import PARENT_OUTPUT, SEED, Execution, Grade, Outcome, Rollout, StopReason, Verdict
 
 PROBLEM = """\
@@ -56,7 +57,7 @@ class Chat:
 
 
 class Scripted:
-    """A sampler whose replies are empty: `program_of` gives their programs."""
+    """A sampler whose replies are empty: the test replaces `stages.extracted`."""
 
     def sample(self, frozen, lora, prompts, group_size, *, seed, step, on_progress):
         for group in range(len(prompts)):
@@ -108,7 +109,8 @@ class Keeper:
 def test_scores_climb_over_steps_and_a_resumed_search_repeats_them(tmp_path, monkeypatch):
     task = prepared(tmp_path)
     monkeypatch.setattr(sandbox, "PRELOAD", ())
-    monkeypatch.setattr(stages, "program_of", lambda rollout, chat: LONGER if rollout.index == 0 else f"{LONGER}# {rollout.index}\n")
+    replies = [Extracted(LONGER), Extracted(f"{LONGER}# 1\n")]
+    monkeypatch.setattr(stages, "extracted", lambda rollout, chat, edits_of: replies[rollout.index])
     config = default_config()
     config.task.competition, config.groups, config.group_size = task.source, 2, 2
     config.reuse.sampler, config.reuse.epsilon = "greedy", 0.0
