@@ -98,7 +98,7 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
         prompts = write_prompts(run, policy, groups, step)
         sampled = sample_and_submit(run, policy, groups, prompts, step)  # programs start while others are written
         graded = grade(run, policy, groups, sampled, step)
-        estimates = estimate(run, groups, graded.attempts)
+        estimates = estimate(run, groups, graded.attempts, frontiers, step)
         policy, learned = update(run, policy, sampled.rollouts, estimates)
         frontiers = archive_attempts(run, policy, frontiers, graded.attempts)
         recorder.record(
@@ -128,6 +128,7 @@ def _prepared(
 ) -> Iterator[tuple[Run, Policy, Mapping[str, Frontier]]]:
     """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
+    stages.check_objective(config.train, tasks)
     processes.agree("the prepared tables and answers", [task.fingerprint for task in tasks], "Give all hosts the same raw data.")
     source = find_source(config.train.resume_from, tasks, workdir, processes)
     with _executor(config, tasks, workdir, processes) as executor:

@@ -196,6 +196,9 @@ class Grade:
       private_score: score on the private answers, for the record only; equals `score` for the reward `grade` and for problems.
       feedback: what the evaluation of a problem's solution says about it; empty for competitions.
       metrics: further numbers of that evaluation, by name.
+      rows: results of the rows behind `score` (see `tasks.row_results`); empty if there are none.
+      selection_score: score on rows that no reward and no prompt sees, only the choice of the best program; None if there are none.
+      selection_rows: results of the rows behind `selection_score`.
     """
 
     valid: bool
@@ -204,6 +207,9 @@ class Grade:
     private_score: float | None
     feedback: str = dataclasses.field(default="", metadata=_LATER)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    rows: str = dataclasses.field(default="", metadata=_LATER)
+    selection_score: float | None = dataclasses.field(default=None, metadata=_LATER)
+    selection_rows: str = dataclasses.field(default="", metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +295,7 @@ class Attempt:
       reward: basis of the advantage, higher is better; the task's failure reward for a failure.
       adapter_step: optimiser steps that the adapter had seen.
       tokens, stop: length of the rollout and why it ended.
-      feedback, metrics: see Grade.
+      feedback, metrics, rows, selection_score, selection_rows: see Grade.
       output: see State.
     """
 
@@ -312,6 +318,9 @@ class Attempt:
     feedback: str = dataclasses.field(default="", metadata=_LATER)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
     output: str = dataclasses.field(default="", metadata=_LATER)
+    rows: str = dataclasses.field(default="", metadata=_LATER)
+    selection_score: float | None = dataclasses.field(default=None, metadata=_LATER)
+    selection_rows: str = dataclasses.field(default="", metadata=_LATER)
 
     def state(self) -> State | None:
         """The state of this attempt for the archive; None if it has no score."""

@@ -89,7 +89,7 @@ def test_full_help_prints_all_settings_and_the_flags_of_libraries(run):
     assert "--verbosity" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["main", "search"])
+@pytest.mark.parametrize("command", ["main", pytest.param("search", marks=pytest.mark.slow)])
 def test_commands_that_start_runs_explain_their_flags(command):
     done = subprocess.run([sys.executable, "-m", f"discover_jax.{command}", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -257,6 +257,7 @@ def test_bytes_of_a_mesh_match_those_on_each_device():
     assert whole / 8 < predicted < whole / 2
 
 
+@pytest.mark.slow  # test_meshes tests the meshes
 def test_dry_run_accepts_meshes_of_other_machines(tmp_path):
     spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=2")
     done = _command(*_SMALL, *spread, "--machine=h200", f"--workdir={tmp_path / 'run'}", module="search")

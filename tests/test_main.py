@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -26,17 +27,19 @@ _SMALL = (
 STEPS = 2
 _ALL_STEPS = f"--config.train.steps={STEPS}"
 
-# The environment of users, without the settings of tests/conftest.py. All runs of a user share the folder of compiled functions.
+# The environment of users, without the settings of tests/conftest.py, which make compilation cheap.
 _OF_TESTS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
+_OF_USERS = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
 
 
 def _command(workdir: Path, *extra: str, module: str = "main") -> list[str]:
     return [sys.executable, "-m", f"discover_jax.{module}", *_SMALL, f"--workdir={workdir}", *extra]
 
 
-def _run(workdir: Path, *extra: str, module: str = "main", code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(_command(workdir, *extra, module=module), capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+def _run(
+    workdir: Path, *extra: str, module: str = "main", code: int = 0, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(_command(workdir, *extra, module=module), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -87,6 +90,14 @@ def test_run_leaves_the_files_listed_in_the_readme(unbroken):
     assert json.loads((unbroken / "config.json").read_text())
 
 
+@pytest.mark.slow
+def test_a_run_with_the_compiler_options_of_users(tmp_path):
+    _run(tmp_path / "run", "--config.train.steps=1", environment=_OF_USERS)
+    (row,) = _rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["logprob_gap/mean"] < 1e-5
+    assert row["rollouts/valid_frac"] > 0
+
+
 def test_best_grade_matches_the_tasks_grade(unbroken):
     from discover_jax.tasks.prepare import prepare_task
 
@@ -105,7 +116,6 @@ def test_kill_9_and_resume_gives_the_same_journal(unbroken, tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env=_ENVIRONMENT,
         )
         deadline = time.monotonic() + 300
         while not until():
@@ -189,6 +199,7 @@ def test_program_too_long_for_a_prompt_is_kept_as_best_but_never_a_parent(tmp_pa
     assert grade["score"] == max(row["score"] for row in journal if row["score"] is not None)
 
 
+@pytest.mark.slow  # tests/models/test_adapter.py compares with peft
 @pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
 def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, tmp_path):
     """Logits of the trained adapter on the run's best program: in our model, in peft over transformers, and after peft saved it."""
@@ -206,7 +217,7 @@ def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, t
 
     out = tmp_path / "adapter"
     command = [sys.executable, "-m", "discover_jax.export_adapter", f"--run={unbroken}", f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
     config = settings.default_config()

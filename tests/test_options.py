@@ -1,6 +1,6 @@
 """Whole runs in this process with every option of the method: each value of each choice is in at least one run.
 
-Runs of the phrase model in tests/faults, which accepts any prompt and takes milliseconds, run by default. The apprentice's are slow.
+By default, the phrase model of tests/faults runs with brief prompts. Full prompts and the apprentice are slow.
 """
 
 import json
@@ -26,10 +26,10 @@ from discover_jax import main, stages
 from discover_jax.apprentice.preset import apprentice_on_cpu
 from discover_jax.archive.selectors import SELECTORS
 from discover_jax.execution import sandbox
-from discover_jax.learning.advantages import ESTIMATORS
+from discover_jax.learning.advantages import ESTIMATORS, SCALE_FREE
 from discover_jax.learning.estimates import groups_with_too_few
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
-from discover_jax.learning.signals import DUPLICATES, Signals
+from discover_jax.learning.signals import DUPLICATES, FAILURES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
@@ -76,17 +76,20 @@ RUNS = {
         "diversity.novelty_bonus": 0.1,
         "diversity.duplicates": "drop",
     },
+    "the best of k": {"train.advantage": "max_at_k", "train.max_at_k": 1, "train.max_at_k_last": 2},
+    "the frontier": {"train.advantage": "frontier", "train.max_at_k": 2, "train.failures": "spread"},
     "no reuse": {
         "reuse.sampler": "fixed",
         "train.advantage": "mean_baseline",
         "train.loss": "reinforce",
         "train.reduction": "token_mean",
         "train.measure_kl": False,
+        "train.failures": "spread",
         "task.reward": "holdout",
         "task.holdout_folds": 2,
     },
 }
-PARAMETERS = [pytest.param(name, marks=[] if name == USERS else pytest.mark.slow) for name in RUNS]
+PARAMETERS = [pytest.param(name, marks=[] if name == PHRASES else pytest.mark.slow) for name in RUNS]
 
 # The phrase model's competition with other transforms, and one that none of its programs solves.
 USERS_COMPETITIONS = {
@@ -230,6 +233,7 @@ def test_runs_use_every_choice():
         "train.advantage": ESTIMATORS,
         "train.loss": LOSSES,
         "train.reduction": REDUCTIONS,
+        "train.failures": FAILURES,
         "diversity.duplicates": DUPLICATES,
         "task.reward": ("grade", "holdout"),
         "prompt.style": STYLES,
@@ -319,6 +323,7 @@ def test_journal_and_best_program_come_from_the_edits(results):
     assert (folder / "best" / "solution.py").read_text().strip() == best["code"]
 
 
+@pytest.mark.slow  # tests/tasks and tests/learning test the transforms
 def test_transforms_make_rewards_and_signals(results):
     """By hand, from the scores and advantages that the run recorded."""
     folder, journal, _, notes = results(USERS)
@@ -343,13 +348,14 @@ def test_warns_only_if_scales_differ(tmp_path):
         return prepare_tasks(config.task, folder=tmp_path / competitions, seed=0)
 
     shares, mixed = tasks("digits-parity"), tasks("digits-parity, breast-cancer, diabetes")
-    for advantage in set(ESTIMATORS) - {"entropic_adaptive"}:
+    for advantage in set(ESTIMATORS) - set(SCALE_FREE):
         said = scale_warning(mixed, advantage)
         assert said is not None
         assert "digits-parity: accuracy, transform 'identity'" in said
         assert f"config.train.advantage = {advantage!r}" in said
         assert scale_warning([*shares, *shares], advantage) is None  # both metrics are fractions of rows
-    assert scale_warning(mixed, "entropic_adaptive") is None
+    for advantage in SCALE_FREE:
+        assert scale_warning(mixed, advantage) is None
     assert scale_warning(mixed[2:], "entropic") is None
 
 
@@ -362,6 +368,7 @@ def test_groups_with_too_few_distinct_programs_are_counted():
     }
 
 
+@pytest.mark.slow  # tests/text/test_prompts.py tests shortened prompts
 def test_shortened_prompts_are_reported_and_counted(results):
     folder, _, metrics, notes = results(USERS)
     assert [row["prompt/shortened"] for row in metrics] == [0, 1]
@@ -424,7 +431,7 @@ def check_continuing_one_competition(results, monkeypatch, folder, name, id, con
 
 def test_continue_one_of_a_users_competitions(results, root, tmp_path, monkeypatch):
     changes = {"task.competition": str(root / "negated.py"), "groups": 1}
-    check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", USERS, "negated", users_config(root), **changes)
+    check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", PHRASES, "negated", phrases_config(root), **changes)
 
 
 @pytest.mark.slow

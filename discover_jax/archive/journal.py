@@ -17,19 +17,19 @@ from discover_jax.types import Attempt
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Attempt))
 _ENUMS = ("outcome", "stop")
-_ONLY_OF_PROBLEMS = ("feedback", "metrics", "output")
+_OPTIONAL = ("feedback", "metrics", "output", "rows", "selection_score", "selection_rows")
 """Fields that rows have only if they are not empty."""
 
 
 def to_json(attempt: Attempt) -> str:
-    """One row without the newline: the fields of `Attempt` in order, enums by value. Without those of `_ONLY_OF_PROBLEMS` that are empty.
+    """One row without the newline: the fields of `Attempt` in order, enums by value. Without the optional ones that are empty.
 
     Raises:
       RunError: a number is not finite, which JSON cannot represent.
     """
     row = {name: getattr(attempt, name) for name in _FIELDS}
-    for name in _ONLY_OF_PROBLEMS:
-        if not row[name]:
+    for name in _OPTIONAL:
+        if row[name] in ("", None, {}):
             del row[name]
     for name in _ENUMS:
         row[name] = row[name].value

@@ -44,6 +44,25 @@ TASK: dict[str, Any] = {
         high=100,
         only_with=("task.reward", ("holdout",)),
     ),
+    "selection_fraction": Setting(
+        0.0,
+        "fraction of the public training rows that `holdout` holds out in addition, for the choice of the best program: no reward and no"
+        " prompt sees them. 0: none",
+        low=0.0,
+        high=0.8,
+        rules=(
+            Rule(
+                "holdout_fraction + selection_fraction must be less than 1, and there must be no folds",
+                lambda config: (
+                    not config.task.selection_fraction
+                    or (config.task.holdout_folds == 1 and config.task.holdout_fraction + config.task.selection_fraction < 1)
+                ),
+                uses=("task.holdout_fraction", "task.holdout_folds"),
+                fix="Lower one of them, or set config.task.holdout_folds = 1.",
+            ),
+        ),
+        only_with=("task.reward", ("holdout",)),
+    ),
     "grader": Setting(
         "native",
         "grader of submissions. `native`: this project, with MLE-bench's rules; `mlebench`: the installed package",

@@ -24,7 +24,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.records import from_row, parse_json
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
-_FORMAT = 2  # increase it when the harness's contract with programs or the file format changes
+_FORMAT = 3  # increase it when the harness's contract with programs or the file format changes
 _LARGEST_FILE = 1 << 30
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

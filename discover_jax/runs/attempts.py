@@ -51,18 +51,26 @@ def attempt_of(
     if verdict is None:
         outcome = Outcome.FORMAT_ERROR
         return Attempt(**common, outcome=outcome, detail=reason, stdout="", score=None, private_score=None, reward=task.failure_reward)
-    score = verdict.grade.score if verdict.outcome is Outcome.OK else None
+    run = {
+        "outcome": verdict.outcome,
+        "detail": verdict.execution.detail or verdict.grade.reason,
+        "stdout": verdict.execution.stdout[-STDOUT_CHARS:],
+    }
+    grade = verdict.grade
+    if verdict.outcome is not Outcome.OK or grade.score is None:
+        return Attempt(**common, **run, score=None, private_score=None, reward=task.failure_reward)
     return Attempt(
         **common,
-        outcome=verdict.outcome,
-        detail=verdict.execution.detail or verdict.grade.reason,
-        stdout=verdict.execution.stdout[-STDOUT_CHARS:],
-        score=score,
-        private_score=verdict.grade.private_score if score is not None else None,
-        reward=task.failure_reward if score is None else task.reward(score),
-        feedback=verdict.grade.feedback if score is not None else "",
-        metrics=verdict.grade.metrics if score is not None else {},
-        output=output_of(task, verdict) if score is not None else "",
+        **run,
+        score=grade.score,
+        private_score=grade.private_score,
+        reward=task.reward(grade.score),
+        feedback=grade.feedback,
+        metrics=grade.metrics,
+        output=output_of(task, verdict),
+        rows=grade.rows,
+        selection_score=grade.selection_score,
+        selection_rows=grade.selection_rows,
     )
 
 

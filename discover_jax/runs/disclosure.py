@@ -75,6 +75,7 @@ def _disclosed(task: AnyTask) -> dict[str, Any]:
             "source": disclosure.reward,
             "transform": task.transform,
             "rows": disclosure.rows,
+            "selection_rows": disclosure.selection_rows,
             "runs_of_each_program": disclosure.runs,
             "private_answers_reached_the_search": disclosure.reward == "grade",
             "text": disclosure.text,

@@ -30,7 +30,7 @@ class RerunSettings:
 
     Attributes:
       competition, raw: name, and path of the raw data, as from `named_competitions`; an empty path if the competition brings its data.
-      reward, holdout_fraction, holdout_folds, grader, reuse_output: of config.task.
+      reward, holdout_fraction, holdout_folds, selection_fraction, grader, reuse_output: of config.task.
       seed: of the run; the held-out rows depend on it.
       seconds, cores, memory_gib, backend, allow_weaker: of config.execution.
     """
@@ -40,6 +40,7 @@ class RerunSettings:
     reward: str
     holdout_fraction: float
     holdout_folds: int
+    selection_fraction: float
     grader: str
     reuse_output: str
     seed: int
@@ -58,6 +59,7 @@ def rerun_script(settings: RerunSettings) -> str:
         "reward": settings.reward,
         "holdout_fraction": settings.holdout_fraction,
         "holdout_folds": settings.holdout_folds,
+        **({"selection_fraction": settings.selection_fraction} if settings.selection_fraction else {}),
         "grader": settings.grader,
         **({} if settings.reuse_output == "problem" else {"reuse_output": settings.reuse_output}),
         "seed": settings.seed,
@@ -161,6 +163,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             folder=Path(scratch) / "task",
             holdout_fraction=options.holdout_fraction,
             holdout_folds=options.holdout_folds,
+            selection_fraction=options.selection_fraction,
             grader=options.grader,
             reuse_output=options.reuse_output,
             seed=options.seed,
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--reward", choices=REWARDS, required=True)
     parser.add_argument("--holdout_fraction", type=float, default=0.2)
     parser.add_argument("--holdout_folds", type=int, default=1)
+    parser.add_argument("--selection_fraction", type=float, default=0.0)
     parser.add_argument("--grader", choices=GRADERS, default="native")
     parser.add_argument("--reuse_output", choices=REUSES, default="problem")
     parser.add_argument("--seed", type=int, required=True, help="seed of the run; the held-out rows depend on it")

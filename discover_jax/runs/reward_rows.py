@@ -16,6 +16,7 @@ _CONFIG_NAMES = {
     "reward": "config.task.reward",
     "holdout_fraction": "config.task.holdout_fraction",
     "holdout_folds": "config.task.holdout_folds",
+    "selection_fraction": "config.task.selection_fraction",
     "seed": "config.seed (draws the held-out rows)",
     "judge": "config.task.grader",
     "definition_sha256": "SHA-256 of the competition's file",

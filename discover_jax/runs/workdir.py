@@ -27,9 +27,18 @@ with weaker isolation needs `execution.allow_weaker`, which is not one of them."
 _LATER_SETTINGS = {
     "task.seed_program": "",
     "task.reuse_output": "problem",
+    "task.selection_fraction": 0.0,
     "lora.mlp_rank": 32,
     "prompt.inspirations": 0,
     "prompt.answer": "program",
+    "train.max_at_k": 4,
+    "train.max_at_k_last": 0,
+    "train.max_at_k_steps": 0,
+    "train.frontier_base": "best",
+    "train.frontier_start": 0,
+    "train.frontier_steps": 0,
+    "train.failures": "reward",
+    "train.failure_spread": 1.0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from discover_jax.tasks import row_results
 from discover_jax.tasks.competition import Competition, Metric
 from discover_jax.tasks.tables import read_table
 from discover_jax.types import Grade
@@ -28,7 +29,8 @@ class Answers:
     Attributes:
       id_column, target: names of the id and target columns; both empty if only the competition's `judge` knows the format.
       private: the private answers, one per row.
-      held_out: answers of rows held out of the training table; None if there are none.
+      held_out: answers of rows held out of the training table for rewards; None if there are none.
+      selection: answers of further rows held out of it, for the choice of the best program; None if there are none.
       private_counts: False if the private answers are only for the record. Then only `Grade.private_score` depends on their values; the
         score, the validity of the submission and the reason do not.
     """
@@ -37,7 +39,13 @@ class Answers:
     target: str
     private: pd.DataFrame
     held_out: pd.DataFrame | None = None
+    selection: pd.DataFrame | None = None
     private_counts: bool = True
+
+    @property
+    def tables(self) -> list[pd.DataFrame]:
+        """All of the tables, whose rows a submission must have."""
+        return [table for table in (self.private, self.held_out, self.selection) if table is not None]
 
 
 class _InvalidSubmission(Exception):
@@ -53,28 +61,36 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
 
     Args:
       submission: a CSV file.
-      answers: private and held-out rows are scored separately.
+      answers: private rows, held-out rows and those for selection are scored separately.
       competition: provides the metric or the judge.
 
     Returns:
-      A Grade. The score of a valid submission is None if the private answers do not count and there are no held-out rows.
+      A Grade. The score of a valid submission is None if the private answers do not count and there are no held-out rows. The results of
+      single rows are missing if the metric has no `influence`.
     """
     try:
         table = _parse(submission)
-        if competition.judge is None:
-            kinds = _aligned(table, answers, competition.metric)
-        else:
-            kinds = _whole(table, answers, competition.judge, competition.metric.name)
-        score = kinds.held_out() if answers.held_out is not None else None
-        private_score = None
+        score_on = _by_metric(table, answers, competition.metric) if competition.judge is None else _by_judge(table, answers, competition)
+        scored = score_on(answers.held_out) if answers.held_out is not None else None
+        selected = score_on(answers.selection) if answers.selection is not None else None
+        private = None
         try:
-            private_score = kinds.private()
+            private = score_on(answers.private)
         except _InvalidSubmission:
             if answers.private_counts:
                 raise
     except _InvalidSubmission as invalid:
         return Grade(valid=False, reason=str(invalid)[:_MAX_REASON], score=None, private_score=None)
-    return Grade(valid=True, reason="", score=private_score if answers.private_counts else score, private_score=private_score)
+    counting = private if answers.private_counts else scored
+    return Grade(
+        valid=True,
+        reason="",
+        score=None if counting is None else counting.score,
+        private_score=None if private is None else private.score,
+        rows="" if counting is None else counting.rows,
+        selection_score=None if selected is None else selected.score,
+        selection_rows="" if selected is None else selected.rows,
+    )
 
 
 def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -92,11 +108,15 @@ def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kinds:
-    """Functions that compute a submission's score on each kind of rows; each may raise _InvalidSubmission."""
+class _Scored:
+    """A score to 5 places, and the results of its rows (see `row_results.encode`); "" if the metric has none."""
 
-    private: Callable[[], float]
-    held_out: Callable[[], float]
+    score: float
+    rows: str = ""
+
+
+_ScoreOn = Callable[[pd.DataFrame], _Scored]
+"""Scores a submission on one of the tables of answers. It may raise _InvalidSubmission."""
 
 
 def _parse(submission: bytes) -> pd.DataFrame:
@@ -116,15 +136,18 @@ def _parse(submission: bytes) -> pd.DataFrame:
         raise _InvalidSubmission(f"The submission is not a CSV table: {str(error).strip()}.") from error
 
 
-def _aligned(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _Kinds:
-    """Scores by the metric on each kind of rows, in the order of their ids."""
+def _by_metric(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _ScoreOn:
+    """Scores by the metric, in the order of the rows' ids."""
     rows = _sorted(submission, answers)
 
-    def score_on(table: pd.DataFrame) -> float:
+    def score_on(table: pd.DataFrame) -> _Scored:
         answers_R, predictions_R = _pairs(rows, table, answers)
-        return _score(metric.name, lambda: metric.function(answers_R, predictions_R))
+        score = _score(metric.name, lambda: metric.function(answers_R, predictions_R))
+        if metric.influence is None:
+            return _Scored(score)
+        return _Scored(score, row_results.encode(metric.influence(answers_R, predictions_R), proportion=metric.proportion))
 
-    return _kinds(answers, score_on)
+    return score_on
 
 
 def _pairs(rows: pd.DataFrame, table: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
@@ -134,33 +157,25 @@ def _pairs(rows: pd.DataFrame, table: pd.DataFrame, answers: Answers) -> tuple[n
     return ordered[answers.target].to_numpy(), rows[answers.target].to_numpy()[mine_R]
 
 
-def _whole(submission: pd.DataFrame, answers: Answers, judge: Callable[[pd.DataFrame, pd.DataFrame], float], name: str) -> _Kinds:
-    """Scores by the judge on the submission as it is or, with held-out rows, on each kind of rows."""
-    if answers.held_out is None:
-        return _kinds(
-            answers, lambda table: _score(name, lambda: judge(submission.copy(), table.copy()))
-        )  # copies: a judge may change them
+def _by_judge(submission: pd.DataFrame, answers: Answers, competition: Competition) -> _ScoreOn:
+    """Scores by the judge: the submission as it is, or its rows of a table if there are several."""
+    judge, name = competition.judge, competition.metric.name
+    assert judge is not None, "the caller has checked"
+    if len(answers.tables) == 1:
+        return lambda table: _Scored(_score(name, lambda: judge(submission.copy(), table.copy())))  # copies: a judge may change them
     rows = _sorted(submission, answers)
 
-    def score_on(table: pd.DataFrame) -> float:
+    def score_on(table: pd.DataFrame) -> _Scored:
         mine = rows.loc[rows.index.isin(table[answers.id_column].to_numpy())].reset_index(drop=True)
-        return _score(name, lambda: judge(mine, table.copy()))
+        return _Scored(_score(name, lambda: judge(mine, table.copy())))
 
-    return _kinds(answers, score_on)
-
-
-def _kinds(answers: Answers, score_on: Callable[[pd.DataFrame], float]) -> _Kinds:
-    def held_out() -> float:
-        assert answers.held_out is not None, "asked for only where there are such rows"
-        return score_on(answers.held_out)
-
-    return _Kinds(private=lambda: score_on(answers.private), held_out=held_out)
+    return score_on
 
 
 def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
     """The submission sorted by id, with the ids as index, after checking its rows and columns."""
     id_column, target = answers.id_column, answers.target
-    ids = pd.Series(pd.concat([answers.private[id_column], *([] if answers.held_out is None else [answers.held_out[id_column]])]))
+    ids = pd.Series(pd.concat([table[id_column] for table in answers.tables]))
     if len(submission) != len(ids):
         raise _InvalidSubmission(f"The submission has {len(submission):,} rows; it must have {len(ids):,}, one for each row of test.csv.")
     for column in (target, id_column):

@@ -54,12 +54,16 @@ def _resampled_roc_auc(answers_R: np.ndarray, predictions_R: np.ndarray, counts_
 def _resampled_log_loss(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
     """Like scikit-learn's log loss, which clips probabilities by the epsilon of their type. A table with a single class has no score."""
     _, classes_R = np.unique(answers_R, return_inverse=True)
-    least = np.finfo(predictions_R.dtype if predictions_R.dtype.kind == "f" else np.float64).eps
-    p_R = np.clip(predictions_R.astype(np.float64), least, 1 - least)
-    losses_R = -np.log(np.where(classes_R == 1, p_R, 1 - p_R))
-    scores_B = _means(losses_R, counts_BR)
+    scores_B = _means(_log_losses(answers_R, predictions_R), counts_BR)
     shares_B = _means(classes_R, counts_BR)
     return np.where((shares_B > 0) & (shares_B < 1), scores_B, np.nan)
+
+
+def _log_losses(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
+    _, classes_R = np.unique(answers_R, return_inverse=True)
+    least = np.finfo(predictions_R.dtype if predictions_R.dtype.kind == "f" else np.float64).eps
+    p_R = np.clip(predictions_R.astype(np.float64), least, 1 - least)
+    return -np.log(np.where(classes_R == 1, p_R, 1 - p_R))
 
 
 def _resampled_root_mean_squared_error(answers_R: np.ndarray, predictions_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
@@ -70,12 +74,50 @@ def _means(values_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
     return (counts_BR @ values_R.astype(np.float64)) / counts_BR.sum(axis=1)
 
 
-ACCURACY = Metric("accuracy", higher_is_better=True, function=_accuracy, proportion=True)
-ROC_AUC = Metric("area under the ROC curve", higher_is_better=True, function=_roc_auc, resampled=_resampled_roc_auc)
-LOG_LOSS = Metric("log loss", higher_is_better=False, function=_log_loss, resampled=_resampled_log_loss)
+# ---------------------------------------------------------------------- the influence of each row; see Metric.influence
+
+
+def correct_rows(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
+    """The influence of each row on the share of rows whose prediction equals the answer."""
+    # numpy compares arrays of unlike types as a whole.
+    correct_R = np.broadcast_to(np.asarray(answers_R == predictions_R, np.float64), answers_R.shape)
+    return correct_R - correct_R.mean()
+
+
+def _roc_auc_influence(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
+    """From the components of DeLong et al. (1988): for a row, the share of rows of the other class that are on the right side of it."""
+    _, classes_R = np.unique(answers_R, return_inverse=True)
+    _, places_R = np.unique(predictions_R, return_inverse=True)
+    share_R = np.empty(len(answers_R))
+    for is_class, sign in ((classes_R == 1, 1), (classes_R == 0, -1)):
+        others = np.sort(sign * places_R[~is_class])
+        mine = sign * places_R[is_class]
+        share_R[is_class] = (np.searchsorted(others, mine, "left") + np.searchsorted(others, mine, "right")) / (2 * len(others))
+    score = share_R[classes_R == 1].mean()
+    return (share_R - score) * np.where(classes_R == 1, 1 / np.mean(classes_R == 1), 1 / np.mean(classes_R == 0))
+
+
+def _log_loss_influence(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
+    losses_R = _log_losses(answers_R, predictions_R)
+    return losses_R - losses_R.mean()
+
+
+def _root_mean_squared_error_influence(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
+    """The derivative of the root at the mean of squares, times the deviation of the row's square."""
+    squares_R = (answers_R.astype(np.float64) - predictions_R.astype(np.float64)) ** 2
+    mean = squares_R.mean()
+    return (squares_R - mean) / (2 * np.sqrt(mean)) if mean else np.zeros(len(squares_R))
+
+
+ACCURACY = Metric("accuracy", higher_is_better=True, function=_accuracy, proportion=True, influence=correct_rows)
+ROC_AUC = Metric(
+    "area under the ROC curve", higher_is_better=True, function=_roc_auc, resampled=_resampled_roc_auc, influence=_roc_auc_influence
+)
+LOG_LOSS = Metric("log loss", higher_is_better=False, function=_log_loss, resampled=_resampled_log_loss, influence=_log_loss_influence)
 RMSE = Metric(
     "root mean squared error",
     higher_is_better=False,
     function=_root_mean_squared_error,
     resampled=_resampled_root_mean_squared_error,
+    influence=_root_mean_squared_error_influence,
 )

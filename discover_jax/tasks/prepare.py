@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def prepare_task(
     folder: Path,
     holdout_fraction: float = 0.2,
     holdout_folds: int = 1,
+    selection_fraction: float = 0.0,
     grader: str = "native",
     reuse_output: str = "problem",
     seed: int = 0,
@@ -62,6 +63,8 @@ def prepare_task(
       holdout_fraction: fraction of the training rows that "holdout" holds out.
       holdout_folds: 2 or more: number of folds into which "holdout" splits all training rows instead. Each fold is held out in one run of a
         program, in its own folder fold-N/; one more run, on the whole public/, makes the submission.
+      selection_fraction: fraction of the training rows that "holdout" holds out in addition, for the choice of the best program. No reward
+        and no prompt depends on them.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
       reuse_output: "problem": as the problem says; "on" or "off": instead of what it says. See `Problem.reuse_output`.
       seed: for drawing and shuffling the rows of "holdout".
@@ -79,6 +82,12 @@ def prepare_task(
             f"config.task.holdout_folds must be at least 1, and 1 without the reward `holdout`; got {holdout_folds!r} with"
             f" config.task.reward = {reward!r}."
         )
+    if selection_fraction and (reward != "holdout" or holdout_folds > 1 or not 0.0 < selection_fraction < 1.0 - holdout_fraction):
+        raise ConfigError(
+            "config.task.selection_fraction requires config.task.reward = 'holdout' without folds, and must be at least 0 and less than"
+            f" 1 - config.task.holdout_fraction; got {selection_fraction!r} with config.task.reward = {reward!r},"
+            f" config.task.holdout_fraction = {holdout_fraction!r} and config.task.holdout_folds = {holdout_folds!r}."
+        )
     if grader not in GRADERS:
         raise ConfigError(f"config.task.grader must be one of {', '.join(GRADERS)}; got {grader!r}.")
     source, digest = locate_definition(competition)
@@ -95,14 +104,12 @@ def prepare_task(
             f"Competition {definition.id!r} does not support the reward `holdout`: only its grader knows the format of its answers. Set"
             " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
         )
-    settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, seed)
+    settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, selection_fraction, seed)
+    record = _prepared(folder, settings, _writer(definition, Path(raw).expanduser() if raw else None, settings))
     try:
-        if not (folder / _RECORD).exists():
-            _build(definition, Path(raw).expanduser() if raw else None, folder, settings)
-        record = _read_record(folder, settings)
         task = _task(source, digest, grader, folder, record)
     except OSError as error:
-        raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
+        raise DataError(f"Cannot read the task in {folder}: {error}. Free some space, or choose another folder.") from error
     _check_sample(task)
     return task
 
@@ -134,6 +141,32 @@ def _check_packages(problem: Problem) -> None:
         )
 
 
+def prepare_folder(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, str], str]:
+    """Prepares other tables in `folder`, or checks them if they are already prepared there, as `prepare_task` does.
+
+    Args:
+      settings: everything that the files depend on, as JSON.
+      write: writes public/, private/ or other folders into the folder that it gets, and returns further entries for prepared.json.
+
+    Returns:
+      sha256 of every file by its path, and a hash of settings and files.
+
+    Raises:
+      DataError: `folder` holds something else, was altered, or cannot be written.
+    """
+    record = _prepared(Path(os.path.abspath(folder)), settings, write)
+    return record["files"], _fingerprint(record)
+
+
+def _prepared(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        if not (folder / _RECORD).exists():
+            _put_in_place(folder, settings, write)
+        return _read_record(folder, settings)
+    except OSError as error:
+        raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
+
+
 def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
     _check_packages(problem)
     settings = problem_settings(problem, digest, _FORMAT)
@@ -143,12 +176,7 @@ def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -
         write_public(problem, work / "public")
         return {}
 
-    try:
-        if not (folder / _RECORD).exists():
-            _put_in_place(folder, settings, write)
-        record = _read_record(folder, settings)
-    except OSError as error:
-        raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
+    record = _prepared(folder, settings, write)
     return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()), problem.reuse_output)
 
 
@@ -177,6 +205,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
             folder=folder if len(names) == 1 else folder / id,
             holdout_fraction=settings.holdout_fraction,
             holdout_folds=settings.holdout_folds,
+            selection_fraction=settings.selection_fraction,
             grader=settings.grader,
             reuse_output=settings.reuse_output,
             seed=seed,
@@ -231,11 +260,15 @@ def seed_programs(settings: Any, tasks: Sequence[AnyTask]) -> list[str]:
         raise ConfigError(f"config.task.seed_program = {settings.seed_program!r} cannot be read: {error}.") from error
 
 
-def _settings(definition: Competition, digest: str, reward: str, fraction: float, folds: int, seed: int) -> dict[str, Any]:
+def _settings(
+    definition: Competition, digest: str, reward: str, fraction: float, folds: int, selection: float, seed: int
+) -> dict[str, Any]:
     """All settings that a grade depends on, in addition to the data."""
     holdout: dict[str, Any] = {}
     if reward == "holdout":
         holdout = {"holdout_folds": folds, "seed": seed} if folds > 1 else {"holdout_fraction": fraction, "seed": seed}
+        if selection:
+            holdout["selection_fraction"] = selection
     return {
         "format": _FORMAT,
         "competition": definition.id,
@@ -275,8 +308,8 @@ def _put_in_place(folder: Path, settings: dict[str, Any], write: Callable[[Path]
         raise
 
 
-def _build(definition: Competition, raw: Path | None, folder: Path, settings: dict[str, Any]) -> None:
-    """Writes the tables of a competition."""
+def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
+    """The function that writes the tables of a competition."""
 
     def write(work: Path) -> dict[str, Any]:
         public, private = work / "public", work / "private"
@@ -294,10 +327,10 @@ def _build(definition: Competition, raw: Path | None, folder: Path, settings: di
         if "holdout_folds" in settings:
             _make_folds(definition, work, settings["holdout_folds"], settings["seed"])
         elif settings["reward"] == "holdout":
-            _hold_out_part(definition, work, settings["holdout_fraction"], settings["seed"])
+            _hold_out_part(definition, work, settings["holdout_fraction"], settings.get("selection_fraction", 0.0), settings["seed"])
         return {"tables": _describe_tables(work / _shown(settings)[0])}
 
-    _put_in_place(folder, settings, write)
+    return write
 
 
 def _run_prepare(definition: Competition, raw: Path | None, public: Path, private: Path) -> None:
@@ -349,14 +382,26 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
         raise refuse("wrote private/test.csv with answers missing.")
 
 
-def _hold_out_part(definition: Competition, work: Path, fraction: float, seed: int) -> None:
-    """Holds out a random part of the training rows from public/; their answers go to private/holdout.csv."""
+def _hold_out_part(definition: Competition, work: Path, fraction: float, selection: float, seed: int) -> None:
+    """Holds out random training rows from public/; their answers go to private/holdout.csv, and those for selection to selection.csv."""
     random = np.random.RandomState(seed)  # numpy guarantees that its stream never changes
     rows = _holdable_rows(definition, work / "public")
     count = min(max(1, math.floor(fraction * rows + 0.5)), rows - 1)
-    held_R = np.zeros(rows, bool)
-    held_R[random.permutation(rows)[:count]] = True
-    _hold_out(definition, work / "public", work / "private" / "holdout.csv", held_R, random)
+    chosen = max(1, math.floor(selection * rows + 0.5)) if selection else 0
+    if chosen and rows - count - chosen < 1:
+        raise ConfigError(
+            f"config.task.holdout_fraction = {fraction} and config.task.selection_fraction = {selection} hold out {count} and {chosen} of"
+            f" the {rows} training rows of {definition.id!r}, so none would be left to train on. Lower them."
+        )
+    order = random.permutation(rows)
+    held_out = {"holdout.csv": order[:count], "selection.csv": order[count : count + chosen]}
+    hold_out(
+        definition.id_column,
+        definition.target,
+        work / "public",
+        {work / "private" / name: part for name, part in held_out.items() if len(part)},
+        random,
+    )
 
 
 def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> None:
@@ -369,7 +414,13 @@ def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> N
     for fold in range(folds):
         folder = work / f"fold-{fold + 1}"
         shutil.copytree(work / "public", folder)
-        _hold_out(definition, folder, work / "private" / f"{folder.name}.csv", fold_R == fold, random)
+        hold_out(
+            definition.id_column,
+            definition.target,
+            folder,
+            {work / "private" / f"{folder.name}.csv": np.flatnonzero(fold_R == fold)},
+            random,
+        )
 
 
 def _holdable_rows(definition: Competition, public: Path) -> int:
@@ -392,20 +443,26 @@ def _holdable_rows(definition: Competition, public: Path) -> int:
     return len(train)
 
 
-def _hold_out(definition: Competition, shown: Path, answers: Path, held_R: np.ndarray, random: np.random.RandomState) -> None:
-    """Moves training rows of the folder `shown` to its test table, shuffled in; their answers go to `answers`. Cell texts do not change."""
-    id_column, target = definition.id_column, definition.target
+def hold_out(id_column: str, target: str, shown: Path, held_out: Mapping[Path, np.ndarray], random: np.random.RandomState) -> None:
+    """Moves training rows of the folder `shown` to its test table, shuffled in. Cell texts do not change.
+
+    Args:
+      held_out: for each file of answers to write, the indices of its rows.
+    """
     train, test, sample = (read_text_table((shown / name).read_bytes()) for name in _PUBLIC_TABLES)
+    held_R = np.zeros(len(train), bool)
+    held_R[np.concatenate(list(held_out.values()))] = True
     held = train.loc[held_R]
     grown = pd.concat([test, held[list(test.columns)]]).iloc[random.permutation(len(test) + len(held))]
     # The held-out rows get the values of the sample's first row: samples are usually constant.
     rest = {column: sample[column].iloc[0] for column in sample.columns if column != id_column}
     grown_sample = pd.concat([sample, held.loc[:, [id_column]].assign(**rest)[list(sample.columns)]])
     grown_sample = grown_sample.set_index(id_column).loc[grown[id_column]].reset_index()[list(sample.columns)]
+    for answers, rows in held_out.items():
+        train.iloc[np.sort(rows)].loc[:, [id_column, target]].to_csv(answers, index=False, lineterminator="\n")
     train.loc[~held_R].to_csv(shown / "train.csv", index=False, lineterminator="\n")
     grown.to_csv(shown / "test.csv", index=False, lineterminator="\n")
     grown_sample.to_csv(shown / "sample_submission.csv", index=False, lineterminator="\n")
-    held.loc[:, [id_column, target]].to_csv(answers, index=False, lineterminator="\n")
 
 
 def _shown(settings: dict[str, Any]) -> list[str]:
@@ -474,11 +531,13 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
         return len(read_text_table((folder / "private" / name).read_bytes()))
 
     def split(shown: str) -> Split:
-        answers = [("test.csv", files["private/test.csv"])]
-        held_out = "holdout.csv" if shown == "public" else f"{shown}.csv"
-        if f"private/{held_out}" not in files or settings["reward"] == "grade":
-            return Split(shown, tuple(answers))
-        return Split(shown, (*answers, (held_out, files[f"private/{held_out}"])), rows(held_out))
+        names = ["test.csv"]
+        if settings["reward"] == "holdout" and (shown != "public" or "holdout_folds" not in settings):
+            names.append("holdout.csv" if shown == "public" else f"{shown}.csv")
+        if "selection_fraction" in settings:
+            names.append("selection.csv")
+        counts = [rows(name) for name in names[1:]]
+        return Split(shown, tuple((name, files[f"private/{name}"]) for name in names), *counts)
 
     return Task(
         source=source,

@@ -58,6 +58,8 @@ class Problem:
       reuse_output: whether a child may read the value that its parent returned last, from parent_output.json in its working directory. Then
         a construction can be improved over many steps, and a program need not score alone. Not with `hidden_inputs`, which a value could
         tell.
+      noisy: whether scores vary between evaluations of one program, as times do. Then the best programs can be evaluated again
+        (config.finalists).
       evaluate_seconds: limit of `evaluate` itself, without the time of calls.
       evaluate_gib: memory limit of `evaluate`, in GiB.
 
@@ -80,6 +82,7 @@ class Problem:
     failure_reward: float = 0.0
     hidden_inputs: bool = False
     reuse_output: bool = False
+    noisy: bool = False
     evaluate_seconds: float = 60.0
     evaluate_gib: float = 2.0
 

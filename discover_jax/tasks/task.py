@@ -5,11 +5,13 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import DataError
-from discover_jax.tasks import grading, mle_bench
+from discover_jax.tasks import grading, mle_bench, row_results
 from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks.interval import Interval, binomial_interval, bootstrap_interval, no_interval
 from discover_jax.tasks.loading import load_competition
@@ -32,13 +34,16 @@ class Split:
 
     Attributes:
       folder: the only folder that the program sees, by its name in the task's folder.
-      answers: (file in private/, sha256) of the private answers, then of the held-out rows' answers if there are any.
-      held_out_rows: number of held-out rows.
+      answers: (file in private/, sha256) of the private answers, then of the held-out rows' answers and of those for selection if there are
+        any.
+      held_out_rows: number of rows held out for rewards.
+      selection_rows: number of rows held out for the choice of the best program.
     """
 
     folder: str
     answers: tuple[tuple[str, str], ...]
     held_out_rows: int = 0
+    selection_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Disclosure:
       grader: who grades.
       scored_on: a short name of these rows, shown next to each score.
       text: one or two sentences that describe them.
+      selection_rows: number of rows that only the choice of the best program sees.
     """
 
     reward: str
@@ -62,6 +68,7 @@ class Disclosure:
     grader: str
     scored_on: str
     text: str
+    selection_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +184,11 @@ class Task:
         return sum(split.held_out_rows for split in self.splits)
 
     @property
+    def selection_rows(self) -> int:
+        """Number of rows that only the choice of the best program sees."""
+        return self.splits[-1].selection_rows
+
+    @property
     def score_rows(self) -> int:
         """Number of rows behind a `Grade.score`."""
         return self.held_out_rows or self.private_rows
@@ -208,9 +220,14 @@ class Task:
             )
         if len(grades) == 1:
             return grades[0]
-        scored = [(grade.score, split.held_out_rows) for grade, split in zip(grades, self.splits, strict=True) if grade.score is not None]
-        score = sum(score * rows for score, rows in scored) / sum(rows for _, rows in scored)
-        return Grade(valid=True, reason="", score=round(score, 5), private_score=grades[-1].private_score)
+        scored = [
+            (grade.score, split.held_out_rows, grade.rows)
+            for grade, split in zip(grades, self.splits, strict=True)
+            if grade.score is not None
+        ]
+        score = sum(score * rows for score, rows, _ in scored) / sum(rows for _, rows, _ in scored)
+        rows = row_results.joined([results for _, _, results in scored])
+        return Grade(valid=True, reason="", score=round(score, 5), private_score=grades[-1].private_score, rows=rows)
 
     def answers_as_submission(self, run: int = -1) -> bytes:
         """The answers as a perfect submission of a run, by default the last. For checks of the grader, never for programs.
@@ -219,7 +236,7 @@ class Task:
           DataError: see `grade`.
         """
         answers = self._answers(run)
-        table = answers.private if answers.held_out is None else pd.concat([answers.private, answers.held_out])
+        table = pd.concat(answers.tables)
         return (table[[answers.id_column, answers.target]] if answers.id_column else table).to_csv(index=False).encode()
 
     def _answers(self, run: int) -> grading.Answers:
@@ -291,12 +308,18 @@ class Task:
                 if folds
                 else f"{self.score_rows:,} rows held out of the public training table, which programs see without labels"
             )
+            selection = (
+                f" Another {self.selection_rows:,} held-out rows served only for the choice of the best program."
+                if self.selection_rows
+                else ""
+            )
             text = (
-                f"Rewards come from {source}. The score on the private answers ({self.private_rows:,} rows) is only recorded: no prompt,"
-                " reward or choice saw it."
+                f"Rewards come from {source}.{selection} The score on the private answers ({self.private_rows:,} rows) is only recorded: no"
+                " prompt, reward or choice saw it."
             )
         grader = "native" if self.competition.judge is None else self.competition.judge_version
-        return Disclosure(self.reward_source, self.score_rows, len(self.splits), self.private_rows, grader, scored_on, text)
+        rows = (self.score_rows, len(self.splits), self.private_rows)
+        return Disclosure(self.reward_source, *rows, grader, scored_on, text, self.selection_rows)
 
 
 @functools.lru_cache(maxsize=128)
@@ -318,16 +341,18 @@ def _load_answers(
         if hashlib.sha256(data).hexdigest() != digest:
             raise DataError(f"The answers {path} changed since they were prepared. Delete {private.parent} to prepare the task again.")
         parts.append(data)
-    answers = read_table(parts[0])
     if training is None:
-        return grading.Answers(id_column, target, answers, private_counts=private_counts)
-    held_out = read_text_table(parts[1])
+        return grading.Answers(id_column, target, read_table(parts[0]), private_counts=private_counts)
+    answers, tables = read_table(parts[0]), [read_text_table(part) for part in parts]
     # pandas infers types. The type of labels comes from all labels of the original training table, not from private ones; the type of ids
     # comes from all ids together, as in a submission.
-    labels = pd.concat([read_text_table(training.read_bytes())[target], held_out[target]])
-    ids = pd.concat([read_text_table(parts[0])[id_column], held_out[id_column]])
-    typed_labels, typed_ids = (read_table(column.to_csv(index=False).encode()).iloc[:, 0] for column in (labels, ids))
-    held_out = pd.DataFrame({id_column: typed_ids.to_numpy()[len(answers) :], target: typed_labels.to_numpy()[-len(held_out) :]})
-    return grading.Answers(
-        id_column, target, answers.assign(**{id_column: typed_ids.to_numpy()[: len(answers)]}), held_out, private_counts=private_counts
-    )
+    labels = _typed([read_text_table(training.read_bytes())[target], *(table[target] for table in tables[1:])])[1:]
+    ids = _typed([table[id_column] for table in tables])
+    withheld = [pd.DataFrame({id_column: ids_R, target: labels_R}) for ids_R, labels_R in zip(ids[1:], labels, strict=True)]
+    return grading.Answers(id_column, target, answers.assign(**{id_column: ids[0]}), *withheld, private_counts=private_counts)
+
+
+def _typed(columns: Sequence[Any]) -> list[np.ndarray]:
+    """Columns of text with the type that pandas infers for all of them together."""
+    values = read_table(pd.concat(columns).to_csv(index=False).encode()).iloc[:, 0].to_numpy()
+    return np.split(values, np.cumsum([len(column) for column in columns])[:-1])

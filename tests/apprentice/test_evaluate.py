@@ -95,6 +95,7 @@ def test_edits_are_near_their_parent_and_other_programs_are_not():
     assert min(edits) >= evaluate.NEAR > max(unrelated)
 
 
+@pytest.mark.slow
 def test_parents_are_distinct_valid_programs(tokenizer, executor):
     fresh = evaluate.run_programs(
         [

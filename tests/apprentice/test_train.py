@@ -51,6 +51,7 @@ def test_the_apprentice_is_small(tokenizer):
     assert 3_000_000 < sum(sizes) < 5_000_000
 
 
+@pytest.mark.slow
 def test_loss_falls_in_a_few_steps(model, batch):
     learner = train.init_learner(model, seed=0)
     losses = []

@@ -308,7 +308,7 @@ def test_failing_measurement_is_raised_and_blocks_no_other_program():
 
 
 # Programs that may overlap take longer, so that they do even on a busy machine.
-@pytest.mark.parametrize(("programs_worth", "seconds", "overlap"), [(1, 1.5, False), (2, 5.0, True)])
+@pytest.mark.parametrize(("programs_worth", "seconds", "overlap"), [(1, 1.5, False), pytest.param(2, 5.0, True, marks=pytest.mark.slow)])
 def test_without_a_control_group_programs_wait_for_each_others_memory(task, tmp_path, monkeypatch, programs_worth, seconds, overlap):
     monkeypatch.setattr(memory, "find_cgroups", lambda: None)
     free = programs_worth * LIMITS.memory_bytes

@@ -71,6 +71,7 @@ def gaps_of_forms():
     return gaps
 
 
+@pytest.mark.slow
 def test_with_recorded_routes_the_gap_is_rounding_even_if_experts_are_nearly_tied():
     """Random bfloat16 weights, eight layers, 4 of 32 experts: sampler and update often choose differently between nearly tied experts."""
     sizes = ModelConfig(8, 64, 8, 2, 16, 32, 4, 32, 503, sliding_window=32)

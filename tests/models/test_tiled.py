@@ -62,6 +62,7 @@ def _tokens(rows, length):
     return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_random_weights_of_a_key_are_equal_in_value_and_size(frozen):
     packed, tiled = frozen
     assert tiled["pairs"]["full"]["experts"]["down"]["words"].dtype == jnp.int32

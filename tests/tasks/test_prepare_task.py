@@ -140,6 +140,11 @@ def test_holdout_moves_rows_unchanged(tmp_path, write_competition, seed):
     assert not any(key in (task.public_dir / "train.csv").read_text() for key in held)
 
 
+def scores(grade: Grade) -> tuple[float | None, float | None]:
+    assert grade.valid
+    return grade.score, grade.private_score
+
+
 def test_holdout_grades_both_parts_separately(tmp_path, write_competition):
     path = write_competition()
     whole = prepare_task(path, raw=None, reward="grade", folder=tmp_path / "whole")
@@ -150,12 +155,12 @@ def test_holdout_grades_both_parts_separately(tmp_path, write_competition):
     private = set(pd.read_csv(whole.public_dir / "test.csv")["key"])
     table = pd.read_csv(task.public_dir / "sample_submission.csv")
     table["sinks"] = truth[table["key"]].to_numpy()
-    assert task.grade(table.to_csv(index=False).encode()) == Grade(True, "", 1.0, 1.0)
+    assert scores(task.grade(table.to_csv(index=False).encode())) == (1.0, 1.0)
     held = table.index[~table["key"].isin(private)]
     table.loc[held[:5], "sinks"] = ~table.loc[held[:5], "sinks"]
-    assert task.grade(table.to_csv(index=False).encode()) == Grade(True, "", 0.8, 1.0)
+    assert scores(task.grade(table.to_csv(index=False).encode())) == (0.8, 1.0)
     table.loc[table.index[table["key"].isin(private)][:4], "sinks"] ^= True
-    assert task.grade(table.to_csv(index=False).encode()) == Grade(True, "", 0.8, 0.9)
+    assert scores(task.grade(table.to_csv(index=False).encode())) == (0.8, 0.9)
     # A submission must have the private rows and the held-out rows.
     for rows in (table[table["key"].isin(private)], table.loc[held]):
         assert "it must have 65" in task.grade(rows.to_csv(index=False).encode()).reason

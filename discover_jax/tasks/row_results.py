@@ -1,0 +1,104 @@
+"""What each row contributes to a score. Verdicts keep it, so that two programs can be compared on the same rows.
+
+A contribution is the score's influence function at the graded table (Hampel, 1974): it has mean 0, and the variance of the score from the
+sampling of its R rows is `sum(influence_R ** 2) / R**2`. For a share of correct rows the influence of a row is 1 or 0 minus the share. The
+difference of two scores on the same rows has the difference of the two influences (for shares of rows, the variance of McNemar's test; for
+areas under the ROC curve, that of DeLong et al., 1988).
+"""
+
+import base64
+import binascii
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+_MOST_BITS, _MOST_NUMBERS = 65_536, 4_096
+"""Rows that are kept: evenly spaced ones of larger tables. At most 8 KiB for each program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowResults:
+    """The influence of a table's rows on a score.
+
+    Attributes:
+      influence_R: float64, of the kept rows, in the score's unit; its mean is 0 if all rows are kept.
+      rows: number of rows behind the score, at least that of the kept rows.
+    """
+
+    influence_R: np.ndarray
+    rows: int
+
+    @property
+    def variance(self) -> float:
+        """The variance of the score from the sampling of its rows."""
+        return float(np.mean(self.influence_R**2) / self.rows)
+
+
+def encode(influence_R: np.ndarray, *, proportion: bool) -> str:
+    """The row results as text for JSON, with one bit a row for a share of rows, and 16 bits a row otherwise.
+
+    Args:
+      influence_R: finite, of all rows of a table.
+      proportion: whether the score is the share of correct rows, which have the positive influences.
+    """
+    rows = len(influence_R)
+    kept_R = np.asarray(influence_R, np.float64)[_kept(rows, _MOST_BITS if proportion else _MOST_NUMBERS)]
+    if proportion:
+        return f"bits:{rows}:1:{_pack(np.packbits(kept_R > 0))}"
+    scale = float(np.abs(kept_R).max(initial=0.0)) or 1.0
+    return f"float16:{rows}:{scale!r}:{_pack((kept_R / scale).astype('<f2'))}"
+
+
+def decode(text: str) -> RowResults:
+    """The row results of `encode`.
+
+    Raises:
+      ValueError: the text is not from `encode`.
+    """
+    try:
+        kind, rows_text, scale_text, packed = text.split(":")
+        rows, scale = int(rows_text), float(scale_text)
+        kept = len(_kept(rows, {"bits": _MOST_BITS, "float16": _MOST_NUMBERS}[kind]))
+        data = _unpack(packed, -(-kept // 8) if kind == "bits" else 2 * kept)
+        if kind == "bits":
+            correct_R = np.unpackbits(np.frombuffer(data, np.uint8), count=kept).astype(np.float64)
+            return RowResults(correct_R - correct_R.mean(), rows)
+        return RowResults(np.frombuffer(data, "<f2").astype(np.float64) * scale, rows)
+    except (ValueError, KeyError, binascii.Error, zlib.error) as error:
+        raise ValueError(f"{text[:60]!r} are not the results of a table's rows ({error!r})") from error
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The row results of a score that is the mean of the scores of several tables, weighted by their rows; "" if a part is missing.
+
+    The influence of a row on such a mean is its influence on its own table's score.
+    """
+    if not all(parts):
+        return ""
+    decoded = [decode(part) for part in parts]
+    if any(len(part.influence_R) < part.rows for part in decoded):
+        return ""  # the tables are too large to keep all rows of each, so what is kept is not evenly spaced
+    proportion = parts[0].startswith("bits:")
+    return encode(np.concatenate([part.influence_R for part in decoded]), proportion=proportion)
+
+
+def _kept(rows: int, most: int) -> np.ndarray:
+    """Indices of the kept rows."""
+    if rows < 1:
+        raise ValueError(f"a table has at least one row, not {rows}")
+    return np.arange(rows) if rows <= most else np.linspace(0, rows - 1, most).astype(np.int64)
+
+
+def _pack(values: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(values.tobytes(), 9)).decode()
+
+
+def _unpack(text: str, size: int) -> bytes:
+    """The bytes of `_pack`, which must be `size`. Never more than that are decompressed."""
+    stream = zlib.decompressobj()
+    data = stream.decompress(base64.b64decode(text, validate=True), size)
+    if len(data) != size or not stream.eof:
+        raise ValueError(f"{size} bytes were expected")
+    return data
