@@ -10,6 +10,7 @@ import pytest
 from tiny_problem import Squares
 
 from discover_jax.execution import Executor, sandbox, values
+from discover_jax.execution import cache as cache_module
 from discover_jax.execution.cache import VerdictCache
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.types import PARENT_OUTPUT, Evaluation, Outcome, Program
@@ -87,7 +88,7 @@ def test_hostile_values_do_not_break_the_next_program(executor, value):
 
 def test_keys_without_a_value_are_those_of_earlier_versions(tmp_path):
     cache = VerdictCache(tmp_path / "cache", {"task": "t"})
-    settings = hashlib.sha256(json.dumps({"format": 2, "task": "t"}, sort_keys=True).encode()).hexdigest()
+    settings = hashlib.sha256(json.dumps({"format": cache_module._FORMAT, "task": "t"}, sort_keys=True).encode()).hexdigest()
     assert cache.key("p") == cache.key("p", b"") == hashlib.sha256(f"{settings}\np".encode()).hexdigest()
     digest = hashlib.sha256(b"v").hexdigest()
     keys = [cache.key("p"), cache.key("p", b"v"), cache.key("p", b"w"), cache.key(f"{digest}\np"), cache.key(f" {digest}\np")]
