@@ -32,6 +32,7 @@ from discover_jax.runs.attempts import seed_of
 from discover_jax.tasks.prepare import AnyTask, prepare_tasks, seed_programs
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
+from discover_jax.text.prompts import installed_packages
 from discover_jax.types import Grade, Outcome, Verdict
 
 _PROGRAM = """import pandas as pd
@@ -167,7 +168,8 @@ def _data(config: Any, folder: Path) -> tuple[str, list[AnyTask]]:
     texts = []
     for task in tasks:
         if isinstance(task, ProblemTask):
-            texts.append(f"{task.id}: a problem, checked by its evaluate()")
+            needed = f"; programs may need {', '.join(installed_packages(task.packages))}" if task.packages else ""
+            texts.append(f"{task.id}: a problem, checked by its evaluate(){needed}")
             continue
         checked = "checksums match MLE-bench's" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
         texts.append(f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}")

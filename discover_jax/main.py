@@ -32,6 +32,7 @@ from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
 from discover_jax.runs.console import Console, QuietConsole, make_console
 from discover_jax.runs.disclosure import Isolation, write_disclosure
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import NullRecorder, RunRecorder, StepRecord
 from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.restore import RunState, restore
@@ -100,13 +101,14 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
         prompts = write_prompts(run, policy, groups, step)
         sampled = sample_and_submit(run, policy, groups, prompts, step)  # programs start while others are written
         graded = grade(run, policy, groups, sampled, step)
-        estimates = estimate(run, groups, graded.attempts)
+        estimates = estimate(run, groups, graded.attempts, frontiers, step)
         policy, learned = update(run, policy, sampled.rollouts, estimates)
         frontiers = archive_attempts(run, policy, frontiers, graded.attempts)
         recorder.record(
             StepRecord(
                 step,
                 prompts,
+                [group.parent_output for group in groups],
                 sampled.rollouts,
                 graded.verdicts,
                 estimates.advantages,
@@ -133,6 +135,7 @@ def _prepared(
 ) -> Iterator[tuple[Run, Policy, Mapping[str, Frontier]]]:
     """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
+    stages.check_objective(config.train, tasks)
     retests = processes.first_then_others(lambda: _retests(config, tasks, workdir))
     all_tasks = [*tasks, *(each for of_task in retests.values() for each in of_task)]
     processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
@@ -143,7 +146,8 @@ def _prepared(
         if processes.leads:
             _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
 
-        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / "seed_programs.json")
+        outputs = Outputs(workdir.outputs_dir)
+        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / "seed_programs.json", outputs)
         policy = load_policy(config, console.loading)
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
@@ -169,7 +173,7 @@ def _prepared(
         slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config)
         updater = build_update(config, policy.model, optimizer)
         numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
-        parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder)
+        parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)
         yield Run(config, kind, processes, *parts, first_step=state.step, last_step=last_step), policy, state.frontiers
 
 

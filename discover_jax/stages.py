@@ -16,27 +16,31 @@ from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
 from discover_jax.engine import microbatch_rows, row_tokens
-from discover_jax.execution.cache import verdict_of, verdict_row
+from discover_jax.exceptions import ConfigError
+from discover_jax.execution.cache import verdict_row
 from discover_jax.execution.executor import Executor
 from discover_jax.files import write_atomic
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
-from discover_jax.learning.advantages import LEAST_ROLLOUTS
-from discover_jax.learning.estimates import Estimates, estimate_step
+from discover_jax.learning.advantages import least_rollouts
+from discover_jax.learning.best_of_k import k_of_step, weight_of_step
+from discover_jax.learning.estimates import Estimates, Objective, estimate_step
 from discover_jax.learning.packing import Batch, pack, pack_substeps
-from discover_jax.learning.signals import Diversity
+from discover_jax.learning.signals import Diversity, FailureHandling
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
-from discover_jax.runs.attempts import attempt_of, seed_of, stored_seeds
+from discover_jax.runs.attempts import attempt_of, seed_of, seed_verdicts, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
 from discover_jax.runs.finalists import Choice, choose
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import Recorder
 from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.prepare import AnyTask, named_competitions, seed_programs
+from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import (
     PromptSettings,
@@ -67,6 +71,7 @@ class Run:
       prompt_settings: style and limits of prompts.
       checkpoints: checkpoints in the run directory. All processes save and restore together.
       recorder: writes files and shows progress. All processes except the first have a null recorder.
+      outputs: values that programs returned, for their children.
       first_step, last_step: range of the steps to run; `last_step` is excluded.
     """
 
@@ -83,6 +88,7 @@ class Run:
     prompt_settings: PromptSettings
     checkpoints: Checkpoints
     recorder: Recorder
+    outputs: Outputs
     first_step: int
     last_step: int
 
@@ -96,12 +102,14 @@ class Group:
       parent: the state whose program the rollouts improve.
       failures: the last attempts on the parent, if all of them failed.
       inspirations: other programs that the prompt shows.
+      parent_output: the value that the parent returned, if the programs may read it; otherwise empty.
     """
 
     task: AnyTask
     parent: State
     failures: Sequence[Attempt]
     inspirations: Sequence[State] = ()
+    parent_output: bytes = b""
 
 
 @dataclasses.dataclass
@@ -138,7 +146,9 @@ class Graded:
     verdicts: Mapping[RolloutKey, Verdict]
 
 
-def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path) -> dict[str, State]:
+def run_seed_programs(
+    settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path, outputs: Outputs
+) -> dict[str, State]:
     """Where the search of each competition starts, if not from nothing: a seed program and its verdict, by competition id.
 
     The first process runs the programs and stores them with their verdicts, so that a resumed run starts from the same.
@@ -146,6 +156,7 @@ def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executo
     Args:
       settings: config.task.
       file: in the run directory.
+      outputs: gets the values that the programs returned, if their children may read them.
 
     Raises:
       ConfigError: a seed program has no score, or its reward is that of a failure.
@@ -160,17 +171,20 @@ def run_seed_programs(settings: Any, tasks: Sequence[AnyTask], executor: Executo
             return stored_seeds(file, programs)
         numbers = {task.id: number for number, task in enumerate(tasks)}
         futures = {id: executor.submit(program, numbers[id]) for id, program in programs.items()}
-        found = [{"task": id, "program": programs[id], "verdict": verdict_row(future.result())} for id, future in futures.items()]
-        for row in found:  # a program without a score is not stored: it can be corrected
-            seed_of(tasks[numbers[row["task"]]], row["program"], verdict_of(row["verdict"], cached=False))
+        verdicts = {id: future.result() for id, future in futures.items()}
+        for id, verdict in verdicts.items():  # a program without a score is not stored: it can be corrected
+            seed_of(by_id[id], programs[id], verdict)
+        found = [{"task": id, "program": programs[id], "verdict": verdict_row(verdict)} for id, verdict in verdicts.items()]
         write_atomic(file, json.dumps(found).encode())
         return found
 
     by_id = {task.id: task for task in tasks}
-    return {
-        row["task"]: seed_of(by_id[row["task"]], row["program"], verdict_of(row["verdict"], cached=False))
-        for row in processes.from_first(rows)
-    }
+    seeds = {}
+    for id, program, verdict in seed_verdicts(file, processes.from_first(rows)):
+        seeds[id] = seed_of(by_id[id], program, verdict)
+        if processes.leads and seeds[id].output:
+            outputs.put(verdict.execution.result or b"")
+    return seeds
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:
@@ -181,11 +195,12 @@ def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> li
         config.reuse.sampler, config.reuse.epsilon, config.reuse.exploration, fresh=config.reuse.fresh, distinct=config.reuse.distinct
     )
     parents_G = selected_parents([task.id for task in tasks_G], frontiers, reuse, step_rng(config.seed, step))
+    values = run.outputs.for_all(run.processes, parents_G)
     groups = []
     for task, parent in zip(tasks_G, parents_G, strict=True):
         frontier = frontiers[task.id]
         others = choose_inspirations(frontier.archive.states, parent, config.prompt.inspirations)
-        groups.append(Group(task, parent, frontier.failures(parent), others))
+        groups.append(Group(task, parent, frontier.failures(parent), others, values.get(parent.output, b"")))
     return groups
 
 
@@ -222,7 +237,7 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
         edits_of = group.parent.code if asks_for_edits(run.prompt_settings, group.parent) else ""
         sampled.programs[key] = program = extracted(rollout, policy.chat, edits_of)
         if program.code is not None:
-            executions.submit(key, program.code, run.tasks.index(group.task))
+            executions.submit(key, program.code, run.tasks.index(group.task), group.parent_output)
     return sampled
 
 
@@ -239,23 +254,55 @@ def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, s
     return Graded(attempts, verdicts)
 
 
-def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt]) -> Estimates:
-    """The advantages of the rollouts."""
+def objective_of_step(train: Any, step: int) -> Objective:
+    """The objective in a step of the run, from the section `train` of the config and the number of the step in this run, from 0."""
+    k_steps = train.max_at_k_steps or train.steps
+    k = k_of_step(step, first=train.max_at_k, last=train.max_at_k_last or train.max_at_k, steps=k_steps)
+    weight = weight_of_step(step, start=train.frontier_start, steps=train.frontier_steps or train.steps - train.frontier_start)
+    return Objective(train.advantage, train.beta, k, weight, FailureHandling(train.failures, train.failure_spread))
+
+
+def check_objective(train: Any, tasks: Sequence[AnyTask]) -> None:
+    """Checks that the best reward so far can be compared with the signals of each competition, if the estimator uses it.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if train.advantage != "frontier" or train.frontier_base != "best":
+        return
+    ranked = [task.id for task in tasks if TRANSFORMS[task.transform].in_group]
+    if ranked:
+        raise ConfigError(
+            f"config.train.frontier_base = 'best' compares rewards with the best reward so far, but {', '.join(ranked)} uses ranks within a"
+            " group (transform 'rank_in_group'). Set config.train.frontier_base = 'group', or use another transform."
+        )
+
+
+def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], frontiers: Mapping[str, Frontier], step: int) -> Estimates:
+    """The advantages of the rollouts. `frontiers` are those before the step."""
     attempts_GK = [[attempt for attempt in attempts if attempt.group == number] for number in range(len(groups))]
     train, diversity = run.config.train, run.config.diversity
+    objective = objective_of_step(train, step - (run.last_step - train.steps))
+    bests_G = [_best_value(frontiers[group.task.id]) if train.frontier_base == "best" else None for group in groups]
     estimates = estimate_step(
         attempts_GK,
         [group.task.signals for group in groups],
-        estimator=train.advantage,
-        beta=train.beta,
+        objective=objective,
         diversity=Diversity(diversity.novelty_bonus, diversity.duplicates),
+        bests_G=bests_G,
     )
     if run.kind.learns and estimates.too_few:
         run.recorder.note(
             f"{estimates.too_few} of {len(groups)} groups have too few different programs for config.train.advantage ="
-            f" {train.advantage!r}, which needs at least {LEAST_ROLLOUTS[train.advantage]}. The update skips them."
+            f" {train.advantage!r}, which needs at least {least_rollouts(train.advantage, objective.k)}. The update skips them."
         )
     return estimates
+
+
+def _best_value(frontier: Frontier) -> float | None:
+    """The best reward so far, of the seed program or of an attempt; None before the first."""
+    values = [state.value for state in (frontier.best, frontier.seed) if state is not None and state.value is not None]
+    return max(values, default=None)
 
 
 def update(run: Run, policy: Policy, rollouts: Mapping[RolloutKey, Rollout], estimates: Estimates) -> tuple[Policy, dict[str, float]]:
@@ -368,6 +415,6 @@ def rerun_settings(config: Any, number: int) -> RerunSettings:
     """The settings of best/rerun.sh for the competition with this number in config.task."""
     name, raw = named_competitions(config.task)[number]
     task, execution = config.task, config.execution
-    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.selection_fraction, task.grader, config.seed)
+    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.selection_fraction, task.grader, task.reuse_output, config.seed)
     limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker)
     return RerunSettings(name, raw, *rows, *limits)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+PARENT_OUTPUT = "parent_output.json"
+"""The file in a program's working directory with the value that its parent returned (`Problem.reuse_output`)."""
 _LATER = {"later": True}
 """Marks fields that files of earlier versions do not have (see `records.from_row`)."""
 
@@ -30,6 +32,7 @@ class State:
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.
       task: id of its competition; empty for the seed, from which the search of every competition starts.
       feedback: what the evaluation of a problem's solution says about it.
+      output: SHA-256 of the value that it returned, if its children may read it (`Problem.reuse_output`); otherwise empty.
     """
 
     id: str
@@ -42,6 +45,7 @@ class State:
     adapter_step: int
     task: str = ""
     feedback: str = dataclasses.field(default="", metadata=_LATER)
+    output: str = dataclasses.field(default="", metadata=_LATER)
 
     @property
     def is_seed(self) -> bool:
@@ -146,7 +150,7 @@ class Execution:
 
     Attributes:
       outcome: how it ended. OK means only that the program returned bytes; grading decides whether they are valid.
-      csv: the submission's bytes, or for a problem the value that was returned last (see `execution.values`); None if there is none.
+      result: the submission as CSV, or for a problem the value that was returned last (see `execution.values`); None if there is none.
       stdout: head and tail of standard output and error, of limited length.
       detail: end of the traceback, or the reason, of limited length; empty if OK.
       seconds: wall time of the program, from its own start.
@@ -154,7 +158,7 @@ class Execution:
     """
 
     outcome: Outcome
-    csv: bytes | None
+    result: bytes | None
     stdout: str
     detail: str
     seconds: float
@@ -292,6 +296,7 @@ class Attempt:
       adapter_step: optimiser steps that the adapter had seen.
       tokens, stop: length of the rollout and why it ended.
       feedback, metrics, rows, selection_score, selection_rows: see Grade.
+      output: see State.
     """
 
     id: str
@@ -312,6 +317,7 @@ class Attempt:
     stop: StopReason
     feedback: str = dataclasses.field(default="", metadata=_LATER)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    output: str = dataclasses.field(default="", metadata=_LATER)
     rows: str = dataclasses.field(default="", metadata=_LATER)
     selection_score: float | None = dataclasses.field(default=None, metadata=_LATER)
     selection_rows: str = dataclasses.field(default="", metadata=_LATER)
@@ -331,6 +337,7 @@ class Attempt:
             adapter_step=self.adapter_step,
             task=self.task,
             feedback=self.feedback,
+            output=self.output,
         )
 
 

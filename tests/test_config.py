@@ -183,6 +183,16 @@ def test_rows_of_a_microbatch_follow_the_mesh_unless_they_are_set(rows, data, de
     [
         ({"train.advantage": "entropic_adaptive", "group_size": 2}, "train.advantage"),
         ({"train.advantage": "entropic_adaptive", "train.beta": 3.0}, "train.beta"),
+        ({"train.advantage": "max_at_k", "train.max_at_k": 4, "group_size": 4}, "train.max_at_k"),
+        ({"train.advantage": "max_at_k", "train.max_at_k": 1, "train.max_at_k_last": 9, "group_size": 8}, "train.max_at_k_last"),
+        ({"train.advantage": "max_at_k", "train.max_at_k_last": 2, "train.max_at_k_steps": 5, "train.steps": 4}, "train.max_at_k_steps"),
+        ({"train.advantage": "max_at_k", "train.max_at_k_steps": 2}, "train.max_at_k_steps"),
+        ({"train.advantage": "frontier", "train.max_at_k": 9, "group_size": 8}, "train.max_at_k"),
+        ({"train.advantage": "frontier", "train.frontier_start": 4, "train.steps": 4}, "train.frontier_start"),
+        ({"train.advantage": "frontier", "train.frontier_start": 2, "train.frontier_steps": 3, "train.steps": 4}, "train.frontier_steps"),
+        ({"train.max_at_k": 3}, "train.max_at_k"),
+        ({"train.frontier_base": "group"}, "train.frontier_base"),
+        ({"train.failure_spread": 2.0}, "train.failure_spread"),
         ({"reuse.sampler": "fixed", "reuse.distinct": True}, "reuse.distinct"),
         ({"reuse.sampler": "fixed", "train.resume_from": "runs/other"}, "train.resume_from"),
         ({"reuse.sampler": "puct", "reuse.epsilon": 0.5}, "reuse.epsilon"),
@@ -208,6 +218,9 @@ def test_options_that_contradict_each_other_are_refused(changes, name):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"train.advantage": "max_at_k", "train.max_at_k": 3, "group_size": 4},
+        {"train.advantage": "frontier", "train.max_at_k": 4, "group_size": 4, "train.frontier_start": 3, "train.steps": 4},
+        {"train.failures": "spread", "train.failure_spread": 0.0},
         {"reuse.sampler": "puct", "reuse.children": 0},  # the paper's rule can be disabled
         {"reuse.children": 2},  # and used without puct
         {"reuse.fresh": 0.25, "reuse.distinct": True},

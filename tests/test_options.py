@@ -26,10 +26,10 @@ from discover_jax import main, stages
 from discover_jax.apprentice.preset import apprentice_on_cpu
 from discover_jax.archive.selectors import SELECTORS
 from discover_jax.execution import sandbox
-from discover_jax.learning.advantages import ESTIMATORS
+from discover_jax.learning.advantages import ESTIMATORS, SCALE_FREE
 from discover_jax.learning.estimates import groups_with_too_few
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
-from discover_jax.learning.signals import DUPLICATES, Signals
+from discover_jax.learning.signals import DUPLICATES, FAILURES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
@@ -76,12 +76,15 @@ RUNS = {
         "diversity.novelty_bonus": 0.1,
         "diversity.duplicates": "drop",
     },
+    "the best of k": {"train.advantage": "max_at_k", "train.max_at_k": 1, "train.max_at_k_last": 2},
+    "the frontier": {"train.advantage": "frontier", "train.max_at_k": 2, "train.failures": "spread"},
     "no reuse": {
         "reuse.sampler": "fixed",
         "train.advantage": "mean_baseline",
         "train.loss": "reinforce",
         "train.reduction": "token_mean",
         "train.measure_kl": False,
+        "train.failures": "spread",
         "task.reward": "holdout",
         "task.holdout_folds": 2,
     },
@@ -230,6 +233,7 @@ def test_runs_use_every_choice():
         "train.advantage": ESTIMATORS,
         "train.loss": LOSSES,
         "train.reduction": REDUCTIONS,
+        "train.failures": FAILURES,
         "diversity.duplicates": DUPLICATES,
         "task.reward": ("grade", "holdout"),
         "prompt.style": STYLES,
@@ -344,13 +348,14 @@ def test_warns_only_if_scales_differ(tmp_path):
         return prepare_tasks(config.task, folder=tmp_path / competitions, seed=0)
 
     shares, mixed = tasks("digits-parity"), tasks("digits-parity, breast-cancer, diabetes")
-    for advantage in set(ESTIMATORS) - {"entropic_adaptive"}:
+    for advantage in set(ESTIMATORS) - set(SCALE_FREE):
         said = scale_warning(mixed, advantage)
         assert said is not None
         assert "digits-parity: accuracy, transform 'identity'" in said
         assert f"config.train.advantage = {advantage!r}" in said
         assert scale_warning([*shares, *shares], advantage) is None  # both metrics are fractions of rows
-    assert scale_warning(mixed, "entropic_adaptive") is None
+    for advantage in SCALE_FREE:
+        assert scale_warning(mixed, advantage) is None
     assert scale_warning(mixed[2:], "entropic") is None
 
 

@@ -19,6 +19,7 @@ from discover_jax.execution import Executor, sandbox
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.hosts.processes import ALONE
 from discover_jax.policy import APPRENTICE, Policy
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import NullRecorder
 from discover_jax.sampling.schedule import Progress
 from discover_jax.tasks.prepare import prepare_tasks
@@ -84,11 +85,12 @@ def steps(tmp_path_factory):
         limits = ResourceLimits(seconds=60, cores=1, memory_bytes=900 * MIB)
         with Executor(tasks, limits, workers=1, cache_dir=folder / "cache") as executor:
             parts = {"sampler": Scripted(chat), "updater": None, "checkpoints": None, "recorder": NullRecorder(), "executor": executor}
+            outputs = Outputs(folder / "outputs")
             run = stages.Run(
-                config, RunKind.SEARCH, ALONE, tasks, slots_H=[1], prompt_settings=stages.prompt_settings(config), first_step=0,
-                last_step=len(REPLIES), **parts,
+                config, RunKind.SEARCH, ALONE, tasks, slots_H=[1], prompt_settings=stages.prompt_settings(config), outputs=outputs,
+                first_step=0, last_step=len(REPLIES), **parts,
             )  # fmt: skip
-            seeds = stages.run_seed_programs(config.task, tasks, executor, ALONE, folder / "seeds.json")
+            seeds = stages.run_seed_programs(config.task, tasks, executor, ALONE, folder / "seeds.json", outputs)
             frontiers = {"labels": Frontier(Archive((), 100), seed=seeds["labels"])}
             journal = Journal(folder / "journal.jsonl")
             for step, replies in enumerate(REPLIES):

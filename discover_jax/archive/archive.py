@@ -14,6 +14,8 @@ from discover_jax.types import SEED, Attempt, State
 class Archive:
     """At most `capacity` states, from the highest value to the lowest, no two with the same code. The seed is never among them.
 
+    Where children read what their parent returned, the same code may return other values: then states with the same code differ by these.
+
     Among equal values the one added earlier comes first; of two states with the same code the one added earlier stays, so that
     a lineage points to where a program was first found. States are added one after another: how they are batched makes no difference.
     """
@@ -32,16 +34,16 @@ class Archive:
           RunError: a state without a value, such as the seed.
         """
         kept = list(self.states)
-        codes = {state.code for state in kept}
+        known = {_identity(state) for state in kept}
         for state in states:
             if state.value is None:
                 raise RunError(f"State {state.id!r} has no value, so the archive cannot keep it. Add only graded programs.")
-            if state.code in codes:
+            if _identity(state) in known:
                 continue
             kept.insert(bisect.bisect_right(kept, -state.value, key=_descending), state)
-            codes.add(state.code)
+            known.add(_identity(state))
             if len(kept) > self.capacity:
-                codes.remove(kept.pop().code)
+                known.remove(_identity(kept.pop()))
         return Archive(tuple(kept), self.capacity)
 
     def add_group(self, states: Iterable[State], *, children: int) -> "Archive":
@@ -66,8 +68,8 @@ class Archive:
         if not children or not states:
             return self.add(states)
         unlike = Archive((), len(states)).add(states).states  # best first, without copies of each other
-        codes = {state.code for state in self.states}
-        fresh = [state for state in unlike if state.code not in codes]
+        known = {_identity(state) for state in self.states}
+        fresh = [state for state in unlike if _identity(state) not in known]
         siblings = [] if parents == {SEED.id} else [state for state in self.states if {state.parent_id} == parents]
         best = {state.id for state in sorted([*siblings, *fresh], key=_descending)[:children]}
         dropped = {state.id for state in siblings} - best
@@ -92,6 +94,11 @@ class Archive:
                 f"A row of the archive cannot be read: {error}. Another version wrote the checkpoint, or it was altered."
             ) from error
         return Archive((), capacity).add(states)
+
+
+def _identity(state: State) -> tuple[str, str]:
+    """What no two states of an archive share."""
+    return state.code, state.output
 
 
 def _descending(state: State) -> float:

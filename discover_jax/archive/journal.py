@@ -17,7 +17,7 @@ from discover_jax.types import Attempt
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Attempt))
 _ENUMS = ("outcome", "stop")
-_OPTIONAL = ("feedback", "metrics", "rows", "selection_score", "selection_rows")
+_OPTIONAL = ("feedback", "metrics", "output", "rows", "selection_score", "selection_rows")
 """Fields that rows have only if they are not empty."""
 
 

@@ -141,7 +141,7 @@ def estimate_prior(differences_N: Values, variances_N: Values, *, reach: float =
     used = (v > 0) & _near(d, v, reach)
     d, v = d[used], v[used]
     if d.size < 2:
-        return Normal(np.float64(d.mean() if d.size else 0.0), np.float64(0.0))
+        return Normal(np.asarray(d.mean() if d.size else 0.0), np.asarray(0.0))
     return Normal(d.mean(), np.maximum(0.0, d.var(ddof=1) - v.mean()))
 
 

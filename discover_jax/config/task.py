@@ -22,6 +22,12 @@ TASK: dict[str, Any] = {
         "path of a program to start from; it is run and scored first. Empty: a problem's own seed program; competitions start from nothing."
         " One path for each competition or problem, separated by commas",
     ),
+    "reuse_output": Setting(
+        "problem",
+        "whether programs for a problem may read the value that their parent returned, from a file. `problem`: as the problem's definition"
+        " says; `on`, `off`: for all problems of the run",
+        choices=("problem", "on", "off"),
+    ),
     "reward": Setting(
         "grade",
         "rows that rewards are computed from. `grade`: the rows with private answers; `holdout`: rows held out of the public training"

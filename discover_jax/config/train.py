@@ -5,6 +5,29 @@ from typing import Any
 from discover_jax.config.setting import Rule, Setting
 
 _PPO = ("train.loss", ("ppo",))
+_BEST_OF_K = ("train.advantage", ("max_at_k", "frontier"))
+_FRONTIER = ("train.advantage", ("frontier",))
+
+
+def _fitting(name: str) -> tuple[Rule, ...]:
+    """The rules that keep a k, in the setting `name` of this section, within the size of a group."""
+    fix = f"Lower config.train.{name}, or raise config.group_size."
+    uses = ("train.advantage", "group_size")
+    return (
+        Rule(
+            "must be less than `group_size` with `max_at_k`, since its baseline needs subsets of k rollouts without the rollout itself",
+            lambda config: config.train.advantage != "max_at_k" or config.train[name] < config.group_size,
+            uses=uses,
+            fix=fix,
+        ),
+        Rule(
+            "must be at most `group_size` with `frontier`, since the subsets have k rollouts",
+            lambda config: config.train.advantage != "frontier" or config.train[name] <= config.group_size,
+            uses=uses,
+            fix=fix,
+        ),
+    )
+
 
 TRAIN: dict[str, Any] = {
     "steps": Setting(10, "steps of the run", tier=1, low=1, high=1_000_000),
@@ -12,7 +35,7 @@ TRAIN: dict[str, Any] = {
         "entropic",
         "estimator of the advantages in a group (docs/algorithm.md)",
         tier=1,
-        choices=("mean_baseline", "entropic", "entropic_loo", "entropic_adaptive"),
+        choices=("mean_baseline", "entropic", "entropic_loo", "entropic_adaptive", "max_at_k", "frontier"),
         rules=(
             Rule(
                 "`entropic_adaptive` requires `group_size` of at least 3, since no beta solves its equation for fewer rollouts",
@@ -28,6 +51,100 @@ TRAIN: dict[str, Any] = {
         low=0.0,
         high=1e6,
         only_with=("train.advantage", ("entropic", "entropic_loo")),
+    ),
+    "max_at_k": Setting(
+        4,
+        "k: the estimator aims at the best of k rollouts (docs/algorithm.md)",
+        unit="rollouts",
+        low=1,
+        high=1_000_000,
+        rules=_fitting("max_at_k"),
+        only_with=_BEST_OF_K,
+    ),
+    "max_at_k_last": Setting(
+        0,
+        "k at the end of its schedule; k changes linearly from `max_at_k`. 0: k does not change",
+        unit="rollouts",
+        low=0,
+        high=1_000_000,
+        rules=_fitting("max_at_k_last"),
+        only_with=_BEST_OF_K,
+    ),
+    "max_at_k_steps": Setting(
+        0,
+        "steps in which k changes from `max_at_k` to `max_at_k_last`; 0: derived, `train.steps`",
+        unit="steps",
+        low=0,
+        high=1_000_000,
+        rules=(
+            Rule(
+                "must be at most `train.steps`, so that the schedule ends within the run",
+                lambda config: config.train.max_at_k_steps <= config.train.steps,
+                uses=("train.steps",),
+                fix="Set it to 0 to derive it.",
+            ),
+            Rule(
+                "has an effect only if `train.max_at_k_last` is set",
+                lambda config: not config.train.max_at_k_steps or config.train.max_at_k_last > 0,
+                uses=("train.max_at_k_last",),
+                fix="Remove it, or set config.train.max_at_k_last.",
+            ),
+        ),
+        only_with=_BEST_OF_K,
+    ),
+    "frontier_base": Setting(
+        "best",
+        "what a rollout adds to. `best`: the best program so far and k - 1 other rollouts; `group`: only the other rollouts",
+        choices=("best", "group"),
+        only_with=_FRONTIER,
+    ),
+    "frontier_start": Setting(
+        0,
+        "steps of the run before the weight of the frontier begins to rise from 0",
+        unit="steps",
+        low=0,
+        high=1_000_000,
+        rules=(
+            Rule(
+                "must be less than `train.steps`, since the weight would stay 0",
+                lambda config: config.train.advantage != "frontier" or config.train.frontier_start < config.train.steps,
+                uses=("train.steps",),
+                fix="Lower it.",
+            ),
+        ),
+        only_with=_FRONTIER,
+    ),
+    "frontier_steps": Setting(
+        0,
+        "steps in which the weight of the frontier rises linearly from 0 to 1; 1: a switch; 0: derived, the rest of the run",
+        unit="steps",
+        low=0,
+        high=1_000_000,
+        rules=(
+            Rule(
+                "must be at most `train.steps` - `train.frontier_start`, so that the weight reaches 1 within the run",
+                lambda config: (
+                    config.train.advantage != "frontier" or config.train.frontier_start + config.train.frontier_steps <= config.train.steps
+                ),
+                uses=("train.steps", "train.frontier_start"),
+                fix="Set it to 0 to derive it.",
+            ),
+        ),
+        only_with=_FRONTIER,
+    ),
+    "failures": Setting(
+        "reward",
+        "signal of a failed attempt. `reward`: the failure reward; `spread`: `failure_spread` standard deviations of its group's valid"
+        " signals below the lowest of them (docs/algorithm.md)",
+        choices=("reward", "spread"),
+    ),
+    "failure_spread": Setting(
+        1.0,
+        "distance of a failure from the worst valid attempt of its group",
+        unit="standard deviations",
+        low=0.0,
+        high=1e6,
+        only_with=("train.failures", ("spread",)),
     ),
     "loss": Setting(
         "importance_sampling",

@@ -72,11 +72,13 @@ class Load:
 
     Attributes:
       task, program: see Execute.
+      parent_output: the value that its parent returned, which it can read from a file; empty for none.
       seconds: limit of loading.
     """
 
     task: int
     program: str
+    parent_output: bytes
     seconds: float
 
 

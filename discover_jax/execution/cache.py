@@ -1,4 +1,4 @@
-"""Verdicts on disk by (program, data, settings): equal programs run once, and a resumed run repeats none.
+"""Verdicts on disk by (program, value that it reads, data, settings): equal programs run once, and a resumed run repeats none.
 
 A verdict becomes a reward, so cached files are not trusted. Only this user may be able to write the folder, and each file must belong to
 this user. Its content must match its checksum, its key and the types of a verdict. Nothing is unpickled.
@@ -41,7 +41,7 @@ def packages(path: Sequence[str] | None = None) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ran:
-    """An execution as stored in a file: the submission's bytes are in base64."""
+    """An execution as stored in a file: the bytes of its result are in base64, as `csv`."""
 
     outcome: Outcome
     csv: str | None
@@ -78,9 +78,11 @@ class VerdictCache:
         except OSError as error:
             raise RunError(f"Cannot use {folder} as the cache of verdicts: {error}. Choose a writable folder.") from error
 
-    def key(self, program: str) -> str:
-        """The key of a program's verdict."""
-        return hashlib.sha256(f"{self._settings}\n{program}".encode("utf-8", "surrogatepass")).hexdigest()
+    def key(self, program: str, parent_output: bytes = b"") -> str:
+        """The key of a program's verdict. `parent_output`: the value of its parent that it can read; empty for none."""
+        # A blank separates the two digests: the first line cannot be that of a program without a parent's value.
+        settings = f"{self._settings} {hashlib.sha256(parent_output).hexdigest()}" if parent_output else self._settings
+        return hashlib.sha256(f"{settings}\n{program}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"
@@ -161,8 +163,8 @@ class VerdictCache:
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
     """A verdict as JSON values, without the flag `cached`."""
     execution = verdict.execution
-    csv = None if execution.csv is None else base64.b64encode(execution.csv).decode()
-    ran = _Ran(execution.outcome, csv, execution.stdout, execution.detail, execution.seconds)
+    result = None if execution.result is None else base64.b64encode(execution.result).decode()
+    ran = _Ran(execution.outcome, result, execution.stdout, execution.detail, execution.seconds)
     return {
         "outcome": verdict.outcome.value,
         "grade": dataclasses.asdict(verdict.grade),
@@ -179,8 +181,8 @@ def verdict_of(row: Any, *, cached: bool) -> Verdict:
     if not isinstance(row, dict) or row.keys() != {"outcome", "grade", "execution"}:
         raise ValueError("the verdict is not an object of outcome, grade and execution")
     ran = from_row(_Ran, row["execution"])
-    csv = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
-    execution = Execution(ran.outcome, csv, ran.stdout, ran.detail, ran.seconds, cached=cached)
+    result = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
+    execution = Execution(ran.outcome, result, ran.stdout, ran.detail, ran.seconds, cached=cached)
     return Verdict(Outcome(row["outcome"]), from_row(Grade, row["grade"]), execution)
 
 
@@ -203,7 +205,7 @@ def _decode(key: str, data: bytes) -> Verdict:
     if file["sha256"] != _checksum(key, row):  # only after verdict_of: then the row can be serialised again
         raise ValueError("checksum mismatch")
     execution = verdict.execution
-    scored = verdict.grade.valid and verdict.grade.score is not None and execution.csv is not None and execution.outcome is Outcome.OK
+    scored = verdict.grade.valid and verdict.grade.score is not None and execution.result is not None and execution.outcome is Outcome.OK
     if (verdict.outcome is Outcome.OK) != scored:
         raise ValueError(f"the outcome {verdict.outcome.value!r} contradicts the grade or the execution")
     return verdict

@@ -90,9 +90,9 @@ def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
     finally:
         if sandbox is not None:
             sandbox.close()
-    if execution.outcome is not Outcome.OK or execution.csv is None:
+    if execution.outcome is not Outcome.OK or execution.result is None:
         raise SandboxError(f"The sandbox check ended with {execution.outcome.value}: {execution.detail} {execution.stdout[-1500:]}")
-    violations = list(_violations(json.loads(execution.csv), spec, uids))
+    violations = list(_violations(json.loads(execution.result), spec, uids))
     if survivors:
         violations.append(f"a daemon outlived the sandbox (pids {survivors} on the host)")
     if violations:

@@ -1,6 +1,7 @@
 """Runs programs on the nodes of a ray cluster, through one process that talks to the cluster (ray_driver.py)."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import queue
@@ -9,16 +10,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
 from discover_jax.execution import ray_driver
-from discover_jax.execution.backend import Execute, Request, borrowed
+from discover_jax.execution.backend import Request, ShownTask, borrowed
 from discover_jax.execution.cache import packages
 from discover_jax.execution.children import Children
 from discover_jax.execution.limits import ResourceLimits
-from discover_jax.types import Execution
 
 _OPENING_SECONDS = 900.0
 _NAMED = 4
@@ -30,7 +29,7 @@ class RayBackend:
 
     def __init__(
         self,
-        publics: Sequence[Sequence[Path]],
+        shown: Sequence[ShownTask],
         limits: ResourceLimits,
         *,
         workers: int | None,
@@ -41,7 +40,7 @@ class RayBackend:
         """Joins the cluster and waits until each node has checked its sandbox.
 
         Args:
-          publics: the folder that programs see, for each run of each task; all of them are copied to each node.
+          shown: what programs see of each task; all of it is copied to each node.
           limits: of each program.
           workers: maximum number of slots; None or 0: as many as the cluster's CPUs allow.
           address: "auto": the cluster that this machine is a node of; HOST:PORT: address of the cluster's head; "local": a cluster of this
@@ -61,7 +60,7 @@ class RayBackend:
         self._address = address
         wanted = ray_driver.Wanted(
             address,
-            tuple(tuple(folder.resolve() for folder in folders) for folders in publics),
+            tuple(dataclasses.replace(task, folders=[folder.resolve() for folder in task.folders]) for task in shown),
             tuple(packages()),
             limits,
             workers or 0,
@@ -116,8 +115,8 @@ class RayBackend:
     def slot(self) -> contextlib.AbstractContextManager["_RaySlot"]:
         return borrowed(self._free)
 
-    def ask(self, *job: Any) -> Execution:
-        """Sends (slot, task, run, program) to the driver process and returns its reply.
+    def ask(self, slot: int, request: Request) -> Any:
+        """Sends a request for a slot to the driver process and returns the reply.
 
         Raises:
           SandboxError: see `backend.Slot`.
@@ -130,7 +129,7 @@ class RayBackend:
             number = next(self._numbers)
             self._waiting[number] = future
             with contextlib.suppress(OSError):  # the process just ended: the reader notices and sets the error
-                self._connection.send((number, *job))
+                self._connection.send((number, slot, request))
         reply = future.result()
         if isinstance(reply, Exception):
             raise reply
@@ -174,5 +173,4 @@ class _RaySlot:
         self._backend, self._number = backend, number
 
     def ask(self, request: Request) -> Any:
-        assert isinstance(request, Execute), "the executor refuses problems"
-        return self._backend.ask(self._number, request.task, request.run, request.program)
+        return self._backend.ask(self._number, request)

@@ -225,19 +225,20 @@ class Evaluators:
         self._program_seconds, self._start_seconds = program_seconds, start_seconds
         self._free = self._children.warm_slots(slots, "evaluation", main, tasks_bytes)
 
-    def verdict(self, number: int, task: EvaluatedTask, program: str, slot: Slot) -> Verdict:
+    def verdict(self, number: int, task: EvaluatedTask, program: str, slot: Slot, parent_output: bytes = b"") -> Verdict:
         """Runs a program's functions as `evaluate` asks for, and returns the verdict.
 
         Args:
           number, task: index and task.
           program: its source.
           slot: runs it.
+          parent_output: see `Load`.
 
         Raises:
           GradingError: see `check`.
           SandboxError: the host failed, or the executor was closed.
         """
-        options = {"seconds": self._program_seconds, "hidden": task.hidden_inputs}
+        options = {"seconds": self._program_seconds, "hidden": task.hidden_inputs, "parent_output": parent_output}
         tries = 0
         while True:
             session = _Session(number, program, slot, **options)
@@ -297,9 +298,10 @@ class Evaluators:
 class _Session:
     """The calls of one program. Loads it on the first call."""
 
-    def __init__(self, number: int, program: str, slot: Slot, *, seconds: float, hidden: bool) -> None:
+    def __init__(self, number: int, program: str, slot: Slot, *, seconds: float, hidden: bool, parent_output: bytes) -> None:
         self.number = number
-        self._program, self._slot, self._limit, self._left, self._hidden = program, slot, seconds, seconds, hidden
+        self._program, self._parent_output, self._slot = program, parent_output, slot
+        self._limit, self._left, self._hidden = seconds, seconds, hidden
         self._loaded, self._ended = False, False
         self._killed: Answer | None = None
         self._value: bytes | None = None
@@ -312,7 +314,7 @@ class _Session:
           SandboxError: the host failed.
         """
         if asked.fresh or not self._loaded:
-            loaded = self._served(lambda seconds: Load(self.number, self._program, seconds), self._left)
+            loaded = self._served(lambda seconds: Load(self.number, self._program, self._parent_output, seconds), self._left)
             if loaded.outcome is not Outcome.OK:
                 return loaded
             self._loaded = True

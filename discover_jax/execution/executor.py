@@ -34,6 +34,7 @@ class _Job:
     key: str
     task: int
     program: str
+    parent_output: bytes
     futures: list[Future[Verdict]]
     running: bool = False
 
@@ -88,15 +89,10 @@ class Executor:
         self._tasks = list(tasks)
         self._backend: Backend
         if backend == "ray":
-            if any(task.calls for task in tasks):
-                raise ConfigError(
-                    "execution.backend = 'ray' runs programs of competitions only; functions of a problem's programs are called on this"
-                    " machine. Use execution.backend = 'bubblewrap'."
-                )
             from discover_jax.execution.cluster import RayBackend  # ray is an extra
 
             ray_settings = {"workers": workers, "address": ray_address, "preload": sandbox.PRELOAD, "grace_seconds": grace_seconds}
-            self._backend = RayBackend([task.folders for task in shown], limits, **ray_settings) if leads else NoSlots()
+            self._backend = RayBackend(shown, limits, **ray_settings) if leads else NoSlots()
         else:
             self._backend = LocalBackend(
                 shown,
@@ -132,7 +128,7 @@ class Executor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, program: str, task: int = 0) -> Future[Verdict]:
+    def submit(self, program: str, task: int = 0, parent_output: bytes = b"") -> Future[Verdict]:
         """Queues a program; returns at once.
 
         The cache answers for a program that ran before with the same data and settings. A program that is already queued or running does
@@ -141,6 +137,8 @@ class Executor:
         Args:
           program: Python source that defines `run()`, or the functions that a problem calls.
           task: index of its task.
+          parent_output: the value that its parent returned (see `execution.values`), which it can read from a file; empty for none. Only
+            for programs whose functions are called.
 
         Returns:
           A future of the verdict. It raises SandboxError if the host failed three times, GradingError if the task's grading failed, and
@@ -150,7 +148,7 @@ class Executor:
           SandboxError: the executor is closed.
         """
         future: Future[Verdict] = Future()
-        key = self._caches[task].key(program)
+        key = self._caches[task].key(program, parent_output)
         with self._lock:
             if self._closed:
                 raise SandboxError("The executor is closed. Submit programs before close().")
@@ -160,7 +158,7 @@ class Executor:
                 job.futures.append(future)
                 return future
             if (verdict := self._caches[task].get(key)) is None:
-                self._in_flight[key] = job = _Job(key, task, program, [future])
+                self._in_flight[key] = job = _Job(key, task, program, parent_output, [future])
                 self._jobs.put(job)
                 return future
         future.set_result(verdict)
@@ -241,12 +239,12 @@ class Executor:
         while (job := self._jobs.get()) is not None:
             if self._begin(job):
                 try:
-                    reply = self._execute(job.task, job.program)
+                    reply = self._execute(job)
                 except Exception as error:  # callers that wait for the program must get it, even if it is a bug in this class
                     reply = error
                 self._finish(job, reply)
 
-    def _execute(self, task: int, program: str) -> Verdict:
+    def _execute(self, job: _Job) -> Verdict:
         """A program's verdict. Failures of the host are logged, except the last one, which is raised.
 
         Raises:
@@ -256,7 +254,7 @@ class Executor:
         last: Verdict | SandboxError = SandboxError("The program was not tried.")
         for number in range(1, _TRIES + 1):
             try:
-                last = self._try(task, program)
+                last = self._try(job.task, job.program, job.parent_output)
                 if not _killed_perhaps_from_outside(last):
                     return last
                 what = f"A program's sandbox was ended by {signal.SIGKILL.name}, sent by the program itself or from outside."
@@ -272,7 +270,7 @@ class Executor:
             return last
         raise SandboxError(f"Cannot run a program: {_TRIES} tries failed, each in a fresh sandbox. The last error: {last}") from last
 
-    def _try(self, task: int, program: str) -> Verdict:
+    def _try(self, task: int, program: str, parent_output: bytes) -> Verdict:
         """The verdict on all of a program's runs or on the first that failed, with the seconds of all and the output of the first.
 
         Raises:
@@ -282,7 +280,7 @@ class Executor:
         seconds, stdout = 0.0, None
         with self._backend.slot() as slot:
             if self._tasks[task].calls:
-                return self._evaluators.verdict(task, cast(EvaluatedTask, self._tasks[task]), program, slot)
+                return self._evaluators.verdict(task, cast(EvaluatedTask, self._tasks[task]), program, slot, parent_output)
             while True:
                 execution: Execution = slot.ask(Execute(task, len(grades), program))
                 seconds += execution.seconds

@@ -85,10 +85,10 @@ class Graders:
           GradingError: see `judge`.
           SandboxError: the grading process ended or hung.
         """
-        if execution.outcome is not Outcome.OK or execution.csv is None:
+        if execution.outcome is not Outcome.OK or execution.result is None:
             return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
         with borrowed(self._free) as slot:
-            grade: Grade = slot.ask((task, execution.csv, list(earlier)), self._seconds)
+            grade: Grade = slot.ask((task, execution.result, list(earlier)), self._seconds)
         grade = dataclasses.replace(grade, reason=printable(grade.reason))  # it may quote the submission
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 

@@ -6,7 +6,8 @@ have changed anything here. The worker therefore limits, parses and grades the a
 
 The first answer is `ready`, after the imports. Each later one is a line `KIND KEY LENGTH` and that many bytes. KIND is csv or value, or the
 value of types.Outcome that says why there is none. Standard input has frames, a line with a length and that many bytes: the program, then,
-if OPTIONS has `calls`, two for each call: its key and the function's name, and the arguments. KEY is the call's, `-` for a submission.
+if OPTIONS has `calls`, the value that its parent returned (empty for none), and two for each call: its key and the function's name, and the
+arguments. KEY is the call's, `-` for a submission.
 """
 
 import builtins
@@ -136,6 +137,19 @@ class _Calls:
         self._most_bytes, self._values = most_bytes, _module_beside("values")
         self._module: types.ModuleType | None = None
 
+    def keep(self, parent_output: bytes, path: str) -> None:
+        """Writes the value that the parent returned to a file, for the program.
+
+        The parent's process may have sent anything: of what is not a value, or needs too much memory, there is no file.
+        """
+        try:
+            text = self._values.to_json(self._values.decode(parent_output))
+        except (ValueError, MemoryError):
+            return
+        with open(path, "w") as file:
+            file.write(text)
+        os.chmod(path, 0o444)
+
     def request(self, frame: bytes) -> tuple[str, str]:
         """Key and name of the function."""
         key, name = self._values.decode(frame)
@@ -188,6 +202,8 @@ def main(options: dict) -> None:
     if source is None:  # the worker ended without a program
         leave(0)
         return
+    if isinstance(program, _Calls) and (parent_output := _read_frame(file)):
+        program.keep(parent_output, options["parent_output"])
     random.seed(0)
     numpy.random.seed(0)
 

@@ -12,14 +12,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import DiscoverError, RunError, SandboxError
 from discover_jax.execution import children
+from discover_jax.execution.backend import Call, End, Load, Request, ShownTask
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.ray_node import Node, pack
-from discover_jax.types import Execution
 
 _START_SECONDS = 300.0
 """Time for a node to start its actor, import packages and check the sandbox."""
@@ -35,7 +34,7 @@ class Wanted:
 
     Attributes:
       address: "auto", "local" or HOST:PORT, see `cluster.RayBackend`.
-      publics: the folder that programs see, for each run of each task.
+      shown: what programs see of each task.
       packages: versions of Python and packages, which must be the same on all nodes.
       limits: of each program.
       workers: maximum number of slots; 0: as many as the cluster's CPUs allow.
@@ -43,7 +42,7 @@ class Wanted:
     """
 
     address: str
-    publics: tuple[tuple[Path, ...], ...]
+    shown: tuple[ShownTask, ...]
     packages: tuple[str, ...]
     limits: ResourceLimits
     workers: int
@@ -94,7 +93,8 @@ def shares(slots_N: Sequence[int], workers: int) -> list[int]:
 def main(connection: Connection, parent: int, wanted: Wanted) -> None:
     """Joins the cluster on the first message, sends Opened, Refused or a RunError, then serves until the connection closes.
 
-    Receives (number, slot, task, run, program) and sends (number, Execution or DiscoverError) in the order in which programs end.
+    Receives (number, slot, request), where a slot waits for its reply before the next one, and sends (number, reply or DiscoverError) in
+    the order in which replies arrive.
     """
     children.begin(parent)
     connection.recv()
@@ -109,8 +109,8 @@ def main(connection: Connection, parent: int, wanted: Wanted) -> None:
     children.begin(parent)  # again: ray has installed its own signal handlers
     sending = threading.Lock()
 
-    def answer(number: int, *job: Any) -> None:
-        reply = cluster.execute(*job)
+    def answer(number: int, slot: int, request: Request) -> None:
+        reply = cluster.ask(slot, request)
         with sending:
             connection.send((number, reply))
 
@@ -152,7 +152,7 @@ class _Cluster:
         self._changed = threading.Condition()
         self._closed = False
         self._nodes = self._choose(ray.nodes())
-        self._archive = ray.put(pack(wanted.publics))
+        self._archive = ray.put(pack(wanted.shown))
         lines, refused = [], []
         with ThreadPoolExecutor(len(self._nodes)) as pool:
             for node, begun in [(node, pool.submit(self._start, node)) for node in self._nodes]:
@@ -171,6 +171,7 @@ class _Cluster:
         self._free = [_Seat(node, node.actor, number) for node in self._nodes for number in range(node.slots)]
         # The last seat of each slot: the sandbox for a program's next run is warm there.
         self._home = dict(enumerate(self._free))
+        self._loaded: dict[int, _Seat] = {}  # seats of slots whose program waits for calls
         self.opened = Opened(len(self._free), tuple(lines))
 
     def _choose(self, known: Sequence[dict[str, Any]]) -> list[_Node]:
@@ -210,7 +211,7 @@ class _Cluster:
             reply = self._ray.get(
                 actor.open.remote(
                     self._archive,
-                    [len(folders) for folders in wanted.publics],
+                    [(len(task.folders), task.calls) for task in wanted.shown],
                     wanted.packages,
                     wanted.limits,
                     slots=node.slots,
@@ -232,25 +233,41 @@ class _Cluster:
         node.actor = actor
         return reply
 
-    def execute(self, slot: int, task: int, run: int, program: str) -> Execution | DiscoverError:
-        """Runs a program on a node for one of the run's slots. Returns the errors of `backend.Slot.execute` and `Backend.slot`."""
+    def ask(self, slot: int, request: Request) -> Any:
+        """Serves a request for one of the run's slots on a node, and returns the reply, or an error of `backend.Slot` or `Backend.slot`.
+
+        From `Load` to `End`, a program keeps its seat, unless the node fails.
+        """
+        seat = self._loaded.pop(slot, None)
+        if seat is None and isinstance(request, End):
+            return ""
         try:
-            seat = self._take(slot)
+            seat = seat or self._take(slot)
         except DiscoverError as error:
             return error
+        reply = self._ask_seat(seat, request)
+        if isinstance(request, Load | Call) and not isinstance(reply, DiscoverError):
+            self._loaded[slot] = seat
+        else:
+            self._give_back(seat)
+        return reply
+
+    def _give_back(self, seat: _Seat) -> None:
+        with self._changed:
+            if seat.actor is seat.node.actor:
+                self._free.append(seat)
+                self._changed.notify()
+
+    def _ask_seat(self, seat: _Seat, request: Request) -> Any:
+        """The reply of a node. After an error, the program of the seat has ended."""
         # Without control groups, the programs of a node may have to run one at a time.
         patience = seat.node.slots * (self._wanted.limits.seconds + self._wanted.grace_seconds)
         try:
-            return self._ray.get(seat.actor.execute.remote(seat.number, task, run, program), timeout=patience)
+            return self._ray.get(seat.actor.ask.remote(seat.number, request), timeout=patience)
         except self._ray.exceptions.GetTimeoutError:
             why = f"it did not answer within {patience:g} s"
         except self._ray.exceptions.RayError as error:
             why = _text(error)
-        finally:
-            with self._changed:
-                if seat.actor is seat.node.actor:
-                    self._free.append(seat)
-                    self._changed.notify()
         self._replace(seat, why)
         return SandboxError(f"The node {seat.node.name} of the ray cluster lost a program: {why}")
 

@@ -14,24 +14,24 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from discover_jax.exceptions import DiscoverError, SandboxError
-from discover_jax.execution.backend import Execute, ShownTask
+from discover_jax.execution.backend import Request, ShownTask
 from discover_jax.execution.cache import packages
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
-from discover_jax.types import Execution
 
 _PREFIX, _NEW_PREFIX = "discover_jax-public-", "discover_jax-new-"
 
 
-def pack(publics: Sequence[Sequence[Path]]) -> bytes:
+def pack(shown: Sequence[ShownTask]) -> bytes:
     """Packs the public folders of each run of each task into one archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", dereference=True) as archive:
-        for task, folders in enumerate(publics):
-            for run, folder in enumerate(folders):
-                archive.add(folder.resolve(), arcname=f"{task}/{run}")
+        for number, task in enumerate(shown):
+            for run, folder in enumerate(task.folders):
+                archive.add(folder.resolve(), arcname=f"{number}/{run}")
     return buffer.getvalue()
 
 
@@ -45,7 +45,7 @@ class Node:
     def open(
         self,
         archive: bytes,
-        runs: Sequence[int],
+        tasks: Sequence[tuple[int, bool]],
         wanted: Sequence[str],
         limits: ResourceLimits,
         *,
@@ -58,7 +58,7 @@ class Node:
 
         Args:
           archive: see `pack`.
-          runs: number of a program's runs, for each task.
+          tasks: for each task, the number of a program's runs, and whether its functions are called (`ShownTask.calls`).
           wanted: the packages of the run's own machine; scores depend on them.
           limits: of each program.
           slots: number of programs at once.
@@ -77,9 +77,9 @@ class Node:
                     + "). Install the same on all nodes, with the same file of constraints/."
                 )
             self._folder = _Folder()
-            publics = self._folder.unpack(archive, runs)
+            publics = self._folder.unpack(archive, [runs for runs, _ in tasks])
             self._backend = LocalBackend(
-                [ShownTask(folders) for folders in publics],
+                [ShownTask(folders, calls) for folders, (_, calls) in zip(publics, tasks, strict=True)],
                 limits,
                 workers=slots,
                 isolation="bubblewrap",
@@ -93,11 +93,11 @@ class Node:
         except OSError as error:
             return SandboxError(f"Cannot store the public files there: {error}. Free some space in the temporary folder.")
 
-    def execute(self, slot: int, task: int, run: int, program: str) -> Execution | SandboxError:
+    def ask(self, slot: int, request: Request) -> Any:
         """See `backend.Slot`."""
         assert self._backend is not None
         try:
-            return self._backend.all_slots[slot].ask(Execute(task, run, program))
+            return self._backend.all_slots[slot].ask(request)
         except SandboxError as error:
             return error
 

@@ -26,7 +26,7 @@ from discover_jax.execution import bubblewrap, memory, values
 from discover_jax.execution.harness import PREPARE
 from discover_jax.execution.limits import CORE_BYTES, GIB, MIB, ResourceLimits
 from discover_jax.execution.output import HeadAndTail, normalised
-from discover_jax.types import Answer, Execution, Outcome
+from discover_jax.types import PARENT_OUTPUT, Answer, Execution, Outcome
 
 PRELOAD = (
     "sklearn.compose",
@@ -372,13 +372,18 @@ class Sandbox:
             del self._outgoing[: os.write(self._program_writer, self._outgoing[:_PIPE_BYTES])]
         return bool(self._outgoing)
 
-    def _send_program(self, program: str) -> None:
+    def _send_program(self, program: str, parent_output: bytes | None = None) -> None:
         """Writes the program, which does not start before all of it has been read.
+
+        Args:
+          parent_output: see `load`; None for a program that is run.
 
         Raises:
           SandboxError: the sandbox ended before.
         """
         self._send(program.encode("utf-8", "replace"))
+        if parent_output is not None:
+            self._send(parent_output)
         try:
             while self._write_outgoing():
                 select.select([self._exit], [self._program_writer], [])
@@ -396,12 +401,18 @@ class Sandbox:
         self._shut(self._program_writer)
         end = self._watch(started + limit, limit)
         seconds = time.monotonic() - started
-        outcome, csv, detail = self._end(end, _Expected("csv", "-", "run() returned"))
-        return Execution(outcome, csv, self.output(), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
+        outcome, result, detail = self._end(end, _Expected("csv", "-", "run() returned"))
+        return Execution(outcome, result, self.output(), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
 
-    def load(self, program: str, seconds: float) -> Answer:
-        """Loads the sandbox's only program, in at most this time. See `call`."""
-        self._send_program(program)
+    def load(self, program: str, parent_output: bytes, seconds: float) -> Answer:
+        """Loads the sandbox's only program, in at most this time. See `call`.
+
+        Args:
+          program: its source.
+          parent_output: the value that its parent returned, which it can read from a file; empty for none.
+          seconds: limit of loading.
+        """
+        self._send_program(program, parent_output)
         return self.call(PREPARE, values.encode([], _REQUEST_BYTES), seconds)
 
     def call(self, name: str, arguments: bytes, seconds: float) -> Answer:
@@ -554,5 +565,10 @@ class Sandbox:
 def start(spec: SandboxSpec) -> Sandbox:
     """Starts a sandbox that warms up for one program."""
     here = Path(__file__)
-    options = {"preload": spec.preload, "result_bytes": spec.limits.result_bytes, "calls": spec.calls}
+    options = {
+        "preload": spec.preload,
+        "result_bytes": spec.limits.result_bytes,
+        "calls": spec.calls,
+        "parent_output": PARENT_OUTPUT,
+    }
     return Sandbox(spec, here.with_name("harness.py"), options, beside=[Path(values.__file__)])

@@ -121,6 +121,23 @@ def decode(data: bytes) -> Any:
     return value
 
 
+def to_json(value: Any) -> str:
+    """A decoded value as JSON for programs: arrays as nested lists, complex numbers as lists of two. It keeps all digits.
+
+    NaN and infinities are written as Python's json reads them.
+
+    Raises:
+      ValueError: an integer has too many digits.
+    """
+    return json.dumps(value, default=_lists)
+
+
+def _lists(array: np.ndarray) -> Any:
+    if array.dtype.kind == "c":
+        array = np.stack([np.real(array), np.imag(array)], -1)
+    return array.tolist()
+
+
 def _is_pair(x: Any) -> bool:
     return isinstance(x, list) and len(x) == 2 and isinstance(x[0], str)
 

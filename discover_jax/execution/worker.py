@@ -77,10 +77,10 @@ class _Boxes:
                 if execution.outcome is not Outcome.OK:  # no further run of this program will come
                     self._warm(task, 0)
                 return execution
-            case Load(task, program, seconds):
+            case Load(task, program, parent_output, seconds):
                 self.end()
                 self._loaded_task = task
-                return self._take(task, 0).load(program, seconds)  # no spare warms up while calls are timed
+                return self._take(task, 0).load(program, parent_output, seconds)  # no spare warms up while calls are timed
             case Call(name, arguments, seconds):
                 assert self._running is not None, "a program was loaded before"
                 return self._running.call(name, arguments, seconds)

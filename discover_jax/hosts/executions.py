@@ -30,30 +30,30 @@ class StepExecutions(Generic[P]):
     def __init__(self, executor: Executor, slots_H: Sequence[int], processes: Processes):
         self._executor, self._slots, self._processes = executor, slots_H, processes
         self._given_H = [0] * len(slots_H)
-        self._host_of: dict[tuple[int, str], int] = {}
+        self._host_of: dict[tuple[int, str, bytes], int] = {}
         self._keys: list[P] = []
         self._futures: dict[P, concurrent.futures.Future[Verdict]] = {}
         self._retries = executor.retries
         self.retried = 0
         """How often programs of this step were run again, on all hosts; set when `verdicts` returns."""
 
-    def submit(self, key: P, program: str, task: int) -> None:
+    def submit(self, key: P, program: str, task: int, parent_output: bytes = b"") -> None:
         """Queues a program if this host runs it. Each program goes to the host with the fewest programs per slot. Identical programs go to
         the same host, so that they run once.
 
         Args:
           key: key of the rollout that wrote it.
-          program, task: see `Executor.submit`.
+          program, task, parent_output: see `Executor.submit`.
         """
-        host = self._host_of.get((task, program))
+        host = self._host_of.get((task, program, parent_output))
         if host is None:
             able = [host for host, slots in enumerate(self._slots) if slots]
             host = min(able, key=lambda h: (self._given_H[h] + 1) / self._slots[h])
             self._given_H[host] += 1
-            self._host_of[task, program] = host
+            self._host_of[task, program, parent_output] = host
         self._keys.append(key)
         if host == self._processes.index:
-            self._futures[key] = self._executor.submit(program, task)
+            self._futures[key] = self._executor.submit(program, task, parent_output)
 
     @property
     def done(self) -> int:

@@ -7,6 +7,8 @@ Estimators:
 - `entropic_loo`: the baseline excludes the rollout's own weight. From *Learning to Discover at Test Time* (arXiv 2601.16175) and its
   reference code.
 - `entropic_adaptive`: the paper's default, `entropic_loo` with a beta found for each group.
+- `max_at_k`: the gradient of the expected best of k rollouts (PKPO, arXiv 2505.15201).
+- `frontier`: moves from the standardised mean baseline to what a rollout adds to the best so far (PACEvolve++, arXiv 2605.07039).
 
 The report's worked example for beta = 2 (section 3.3: -0.5, +4.2 and -0.6 for attempts 1, 3 and 6, "14x more than GRPO") does not follow
 from its own formula. For its eight scores, the formula with beta = 2 gives -0.0852, +0.7349 and -0.1385, which is 2.5 times the mean
@@ -15,13 +17,14 @@ baseline's +0.29. Numbers like the printed ones need beta near 7.8. This module 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from discover_jax.exceptions import ConfigError, LearningError
+from discover_jax.learning.best_of_k import contributions, with_less_without
 from discover_jax.learning.tables import Table
 
 
@@ -34,18 +37,30 @@ class Advantages:
       beta: inverse temperature that was used; None if the estimator has none.
       saturated: whether a numerical limit determined the result; see each estimator.
       ties: number of rollouts that share the best reward; None for estimators that do not depend on it.
+      empty: whether no rollout is better or worse than another for the estimator, although rewards differ. The update skips such a group.
     """
 
     values_K: np.ndarray
     beta: float | None
     saturated: bool
     ties: int | None = None
+    empty: bool = False
 
 
 class Estimator(Protocol):
-    """Rewards of one group -> advantages. Every estimator takes `beta`, so that all have the same signature."""
+    """Rewards of one group -> advantages. Every estimator takes all keywords, so that the table's entries are exchangeable.
 
-    def __call__(self, rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages: ...
+    Args:
+      rewards_K: one reward per rollout.
+      beta: inverse temperature, for `entropic` and `entropic_loo`.
+      k: size of the subsets, for `max_at_k` and `frontier`.
+      best: the best reward so far, for `frontier`; None if there is none, or if only the group counts.
+      weight: weight of the frontier in `frontier`, from 0 to 1.
+    """
+
+    def __call__(
+        self, rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0
+    ) -> Advantages: ...
 
 
 KL_TARGET = math.log(2.0)
@@ -84,13 +99,13 @@ def is_constant(rewards_K: npt.ArrayLike) -> bool:
     return bool((rewards == rewards[0]).all())
 
 
-def mean_baseline(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
-    """A_i = r_i - mean(r), without division by the standard deviation. `beta` has no effect.
+def mean_baseline(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0) -> Advantages:
+    """A_i = r_i - mean(r), without division by the standard deviation.
 
     Raises:
       LearningError: the rewards are empty, not one-dimensional, not finite, or so far apart that their difference overflows float64.
     """
-    del beta
+    del beta, k, best, weight
     rewards = _finite_rewards(rewards_K)
     with np.errstate(over="ignore"):
         values = rewards - np.sum(rewards / rewards.size)  # divided first, so that the sum cannot overflow
@@ -102,7 +117,7 @@ def mean_baseline(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
     return Advantages(values, beta=None, saturated=False)
 
 
-def entropic(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
+def entropic(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0) -> Advantages:
     """w_i = exp(beta r_i) / mean_j exp(beta r_j); A_i = w_i - 1 (report, section 3.3). The sum is 0, and each A_i is in [-1, K - 1].
 
     The largest reward is subtracted first. This changes no weight, and no finite reward overflows.
@@ -111,12 +126,13 @@ def entropic(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
       ConfigError: `beta` is negative or not finite.
       LearningError: the rewards are empty, not one-dimensional, or not finite.
     """
+    del k, best, weight
     _check_beta(beta)
     weights = np.exp(_exponents(_finite_rewards(rewards_K), beta))
     return Advantages(weights / weights.mean() - 1.0, beta=float(beta), saturated=False)
 
 
-def entropic_loo(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
+def entropic_loo(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0) -> Advantages:
     """e_i = exp(beta (r_i - max r)); Z_i = mean of the other rollouts' e; A_i = e_i / (Z_i + 1e-12) - 1 (reference code of the paper).
 
     The sum is not 0 in general. A group of one gets 0. No finite reward overflows. If Z of the best rollout is less than 1e-12, its
@@ -126,13 +142,16 @@ def entropic_loo(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
       ConfigError: `beta` is negative or not finite.
       LearningError: the rewards are empty, not one-dimensional, or not finite.
     """
+    del k, best, weight
     _check_beta(beta)
     rewards = _finite_rewards(rewards_K)
     values, floored = _leave_one_out(rewards, beta)
     return Advantages(values, beta=float(beta), saturated=floored, ties=_ties(rewards))
 
 
-def entropic_adaptive(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advantages:
+def entropic_adaptive(
+    rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0
+) -> Advantages:
     """`entropic_loo` with the beta that solves KL(q || uniform) = ln 2, where q_i = exp(beta r_i) / sum_j exp(beta r_j) (paper's default).
 
     The search for beta follows the reference code. It doubles hi = 1 until its KL is at least ln 2 or hi exceeds 1e6. Then it halves the
@@ -145,16 +164,14 @@ def entropic_adaptive(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advanta
     search differs from ln 2 by more than 1e-9.
 
     In a group of two, the better rollout is half of the group, so it always gets the 1e12 of `entropic_loo`. `estimate_groups` therefore
-    excludes groups of fewer than `LEAST_ROLLOUTS`.
+    excludes groups of fewer than `least_rollouts`.
 
-    Args:
-      rewards_K: one reward per rollout.
-      beta: not used. `Advantages.beta` is the solution; 0 for a group of one.
+    `Advantages.beta` is the solution; 0 for a group of one.
 
     Raises:
       LearningError: the rewards are empty, not one-dimensional, or not finite.
     """
-    del beta
+    del beta, k, best, weight
     rewards = _finite_rewards(rewards_K)
     ties = _ties(rewards)
     if rewards.size == 1:
@@ -170,6 +187,66 @@ def entropic_adaptive(rewards_K: npt.ArrayLike, *, beta: float = 2.0) -> Advanta
             low, high = (middle, high) if _kl_to_uniform(rewards, middle) < KL_TARGET else (low, middle)
     saturated = unsolvable or abs(_kl_to_uniform(rewards, high) - KL_TARGET) > _KL_TOLERANCE
     return Advantages(_leave_one_out(rewards, high)[0], beta=high, saturated=saturated, ties=ties)
+
+
+def max_at_k(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0) -> Advantages:
+    """A_i = k (mean best of the subsets of k rollouts with i - mean best of those without i); see `best_of_k.with_less_without`.
+
+    The mean of A_i x grad log p_i over a group is an unbiased estimate of the gradient of E[best of k rollouts] (PKPO, arXiv 2505.15201,
+    with a leave-one-out baseline; RSPO, arXiv 2508.01174, has the same objective). k = 1 is r_i minus the mean of the others. The sum is
+    0, and a larger k gives more weight to the best rollouts. A group of one gets 0.
+
+    Raises:
+      LearningError: see `mean_baseline`; or k is not between 1 and the number of rollouts less one.
+    """
+    del beta, best, weight
+    rewards = _finite_rewards(rewards_K)
+    values = np.zeros(1) if rewards.size == 1 and k == 1 else with_less_without(rewards, k)
+    return Advantages(values, beta=None, saturated=False)
+
+
+def frontier(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0) -> Advantages:
+    """A_i = (1 - weight) z(r)_i + weight z(c)_i, where c_i is what rollout i adds to the best of `best` and k - 1 other rollouts.
+
+    c_i = mean over subsets S of k - 1 others of max(best, S, r_i) - max(best, S); see `best_of_k.contributions`. With k = 1 it is
+    max(0, r_i - best). z(x) = (x - mean x) / sd x with the population's sd, and 0 if x is constant. Rewards count only relative to their
+    range, so the unit of the reward has no effect.
+
+    PACEvolve++ (arXiv 2605.07039) moves from a group-relative advantage early to the contribution to the best of k late. This formula is
+    our reading of its abstract; the linear mix of standardised parts follows a public reimplementation, and `best` is our addition. Without
+    `best`, c is n / k times PKPO's weight with the baseline "the same subset without i".
+
+    Raises:
+      ConfigError: `weight` is not from 0 to 1, or `best` is not finite.
+      LearningError: see `mean_baseline`; or k is not between 1 and the number of rollouts.
+    """
+    del beta
+    if not 0.0 <= weight <= 1.0 or not (best is None or math.isfinite(best)):
+        raise ConfigError(f"weight must be from 0 to 1, and best finite or None; got weight = {weight!r}, best = {best!r}.")
+    rewards = _finite_rewards(rewards_K)
+    lowest = rewards.min()
+    with np.errstate(over="ignore"):
+        spread = rewards.max() - lowest
+        above = rewards - lowest
+        base = 0.0 if best is None else max(best - lowest, 0.0)
+    if not np.isfinite(spread):
+        raise LearningError(f"Rewards from {lowest} to {rewards.max()} are too far apart for frontier: their difference overflows float64.")
+    if spread == 0.0:
+        return Advantages(np.zeros(rewards.size), beta=None, saturated=False, empty=True)
+    relative = above / spread
+    added = contributions(relative, k, min(base / spread, 1.0))  # a base above the best reward: nobody adds anything
+    values = (1.0 - weight) * _standardised(relative) + weight * _standardised(added)
+    return Advantages(values, beta=None, saturated=False, empty=not values.any())
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """(x - mean) / population sd; 0 if all are equal."""
+    if (values == values[0]).all():
+        return np.zeros(values.size)
+    largest = np.abs(values).max()  # scaled first: squares of tiny contributions would be 0
+    scaled = values / largest
+    centred = scaled - scaled.mean()
+    return centred / math.sqrt(np.mean(centred**2))
 
 
 def _check_beta(beta: float) -> None:
@@ -209,34 +286,62 @@ def _leave_one_out(rewards: np.ndarray, beta: float) -> tuple[np.ndarray, bool]:
 
 ESTIMATORS: Table[Estimator] = Table(
     "advantage estimator",
-    {"mean_baseline": mean_baseline, "entropic": entropic, "entropic_loo": entropic_loo, "entropic_adaptive": entropic_adaptive},
+    {
+        "mean_baseline": mean_baseline,
+        "entropic": entropic,
+        "entropic_loo": entropic_loo,
+        "entropic_adaptive": entropic_adaptive,
+        "max_at_k": max_at_k,
+        "frontier": frontier,
+    },
 )
 
-LEAST_ROLLOUTS: Mapping[str, int] = {"mean_baseline": 2, "entropic": 2, "entropic_loo": 2, "entropic_adaptive": 3}
-"""Fewest rollouts of a group for each estimator; smaller groups carry no signal. A single rollout cannot be compared with others. With two,
-`entropic_adaptive` has no solution and gives an advantage of 1e12."""
+SCALE_FREE = ("entropic_adaptive", "frontier")
+"""Estimators whose advantages do not depend on the unit of the rewards."""
 
 
-def estimate_groups(rewards_GK: Sequence[npt.ArrayLike], estimator: str, *, beta: float = 2.0) -> list[Advantages | None]:
+def least_rollouts(estimator: str, k: int = 1) -> int:
+    """Fewest rollouts of a group for an estimator; smaller groups carry no signal.
+
+    A single rollout cannot be compared with others. With two, `entropic_adaptive` has no solution and gives an advantage of 1e12.
+    `max_at_k` needs subsets of k without the rollout, and `frontier` subsets of k with it.
+    """
+    return {"entropic_adaptive": 3, "max_at_k": k + 1, "frontier": max(k, 2)}.get(estimator, 2)
+
+
+def estimate_groups(
+    rewards_GK: Sequence[npt.ArrayLike],
+    estimator: str,
+    *,
+    beta: float = 2.0,
+    k: int = 1,
+    bests_G: Sequence[float | None] | None = None,
+    weight: float = 1.0,
+) -> list[Advantages | None]:
     """Advantages of each group of a step; None for a group without a signal, which the update must skip.
 
-    A group has no signal if it is constant or has fewer rollouts than the estimator needs (`LEAST_ROLLOUTS`). The latter happens when
-    duplicates were dropped.
+    A group has no signal if it is constant, if it has fewer rollouts than the estimator needs (`least_rollouts`), which happens when
+    duplicates were dropped, or if its advantages are empty (`Advantages.empty`).
 
     Args:
       rewards_GK: the rewards of each group's rollouts; groups may differ in size.
       estimator: a name in ESTIMATORS.
-      beta: inverse temperature, for estimators that have one.
+      beta, k, weight: see `Estimator`.
+      bests_G: `best` of each group; None: no group has one.
 
     Raises:
-      ConfigError: the estimator is unknown, or `beta` is negative or not finite.
+      ConfigError: the estimator is unknown, or `beta` or `weight` is out of range.
       LearningError: see `is_constant`.
     """
-    estimate = ESTIMATORS[estimator]
-    return [
-        None if is_constant(rewards_K) or np.size(rewards_K) < LEAST_ROLLOUTS[estimator] else estimate(rewards_K, beta=beta)
-        for rewards_K in rewards_GK
-    ]
+    estimate, least = ESTIMATORS[estimator], least_rollouts(estimator, k)
+    groups: list[Advantages | None] = []
+    for rewards_K, best in zip(rewards_GK, bests_G or [None] * len(rewards_GK), strict=True):
+        if is_constant(rewards_K) or np.size(rewards_K) < least:
+            groups.append(None)
+            continue
+        advantages = estimate(rewards_K, beta=beta, k=k, best=best, weight=weight)
+        groups.append(None if advantages.empty else advantages)
+    return groups
 
 
 def advantage_metrics(groups: Sequence[Advantages | None]) -> dict[str, float]:

@@ -5,9 +5,37 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from discover_jax.learning.advantages import LEAST_ROLLOUTS, advantage_metrics, estimate_groups, is_constant
-from discover_jax.learning.signals import Diversity, Signals, diversity_metrics, group_signals
+from discover_jax.learning.advantages import advantage_metrics, estimate_groups, is_constant, least_rollouts
+from discover_jax.learning.signals import Diversity, FailureHandling, Signals, diversity_metrics, group_signals, place_failures
 from discover_jax.types import Attempt, RolloutKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step's advantages aim at; see `advantages.Estimator`.
+
+    Attributes:
+      estimator: a name in `advantages.ESTIMATORS`.
+      beta: inverse temperature, for estimators that have one.
+      k: size of the subsets, for `max_at_k` and `frontier`.
+      weight: weight of the frontier, for `frontier`.
+      failures: signals of failed attempts.
+    """
+
+    estimator: str
+    beta: float = 2.0
+    k: int = 1
+    weight: float = 1.0
+    failures: FailureHandling = dataclasses.field(default_factory=FailureHandling)
+
+    def metrics(self) -> dict[str, float | None]:
+        """The scheduled values of the step, for the estimators that use them."""
+        scheduled: dict[str, float | None] = {}
+        if self.estimator in ("max_at_k", "frontier"):
+            scheduled["advantage/k"] = float(self.k)
+        if self.estimator == "frontier":
+            scheduled["advantage/frontier_weight"] = self.weight
+        return scheduled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +57,46 @@ def estimate_step(
     attempts_GK: Sequence[Sequence[Attempt]],
     transforms_G: Sequence[Callable[[Sequence[float]], list[float]]],
     *,
-    estimator: str,
-    beta: float,
+    objective: Objective,
     diversity: Diversity,
+    bests_G: Sequence[float | None] | None = None,
 ) -> Estimates:
     """Computes the advantages of a step.
 
     Args:
       attempts_GK: attempts by group, in order.
       transforms_G: for each group, the function from its rewards to signals; see `Task.signals`.
-      estimator: a name in `advantages.ESTIMATORS`.
-      beta: inverse temperature, for estimators that have one.
+      objective: estimator, its parameters in this step, and the signals of failures.
       diversity: novelty bonus and duplicates.
+      bests_G: for each group, the best signal before the step, for `frontier`; None: there is none.
 
     Raises:
       ConfigError, LearningError: see `estimate_groups`.
     """
     signals_G = [group_signals(attempts_K, to_signal, diversity) for attempts_K, to_signal in zip(attempts_GK, transforms_G, strict=True)]
-    estimated_G = estimate_groups([_included(signals) for signals in signals_G], estimator, beta=beta)
+    signals_G = place_failures(signals_G, attempts_GK, objective.failures)
+    estimated_G = estimate_groups(
+        [_included(signals) for signals in signals_G],
+        objective.estimator,
+        beta=objective.beta,
+        k=objective.k,
+        bests_G=bests_G,
+        weight=objective.weight,
+    )
     advantages = {
         (group, int(index)): float(value)
         for group, (signals, estimated) in enumerate(zip(signals_G, estimated_G, strict=True))
         if estimated is not None
         for index, value in zip(np.flatnonzero(signals.included_K), estimated.values_K, strict=True)
     }
-    return Estimates(advantages, groups_with_too_few(signals_G, estimator), advantage_metrics(estimated_G) | diversity_metrics(attempts_GK))
+    metrics = advantage_metrics(estimated_G) | objective.metrics() | diversity_metrics(attempts_GK)
+    return Estimates(advantages, groups_with_too_few(signals_G, objective.estimator, objective.k), metrics)
 
 
-def groups_with_too_few(signals_G: Sequence[Signals], estimator: str) -> int:
+def groups_with_too_few(signals_G: Sequence[Signals], estimator: str, k: int = 1) -> int:
     """Number of groups whose rewards differ, but that have fewer included rollouts than the estimator needs."""
     included_G = [_included(signals) for signals in signals_G]
-    return sum(not is_constant(values_K) and len(values_K) < LEAST_ROLLOUTS[estimator] for values_K in included_G)
+    return sum(not is_constant(values_K) and len(values_K) < least_rollouts(estimator, k) for values_K in included_G)
 
 
 def _included(signals: Signals) -> np.ndarray:

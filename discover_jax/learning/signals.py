@@ -1,6 +1,7 @@
-"""Signals: the rewards of a group, optionally with a novelty bonus and without duplicates. Advantages are computed from signals.
+"""Signals: the rewards of a group, optionally with a novelty bonus, without duplicates, and with failures near the valid rewards.
 
-Both options are off by default, as in the report. They counter the collapse of a group to one program, which gives no gradient.
+Advantages are computed from signals. All options are off by default, as in the report. The first two counter the collapse of a group to one
+program, which gives no gradient. The third keeps failures from drowning the differences of valid programs.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from discover_jax.text.structure import structure_distance, structure_key, struc
 from discover_jax.types import Attempt, Outcome
 
 DUPLICATES = ("keep", "drop")
+FAILURES = ("reward", "spread")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,28 @@ class Diversity:
             raise ConfigError(f"novelty_bonus must be finite and at least 0; got {self.novelty_bonus!r}.")
         if self.duplicates not in DUPLICATES:
             raise ConfigError(f"duplicates = {self.duplicates!r} is unknown; allowed: {', '.join(DUPLICATES)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureHandling:
+    """The signal of a failed attempt.
+
+    Attributes:
+      kind: "reward" or "spread". With "reward", it is the task's failure reward. With "spread", see `place_failures`.
+      multiple: number of spreads below the worst valid signal, for "spread".
+
+    Raises:
+      ConfigError: a value is not allowed.
+    """
+
+    kind: str = "reward"
+    multiple: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in FAILURES:
+            raise ConfigError(f"failures = {self.kind!r} is unknown; allowed: {', '.join(FAILURES)}.")
+        if not 0.0 <= self.multiple < float("inf"):
+            raise ConfigError(f"failure_spread must be finite and at least 0; got {self.multiple!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +91,38 @@ def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[f
     if diversity.duplicates == "drop":
         included_K = ~_repeated(attempts_K)
     return Signals(values_K, included_K)
+
+
+def place_failures(signals_G: Sequence[Signals], attempts_GK: Sequence[Sequence[Attempt]], handling: FailureHandling) -> list[Signals]:
+    """The signals of a step's groups with those of failed attempts replaced, if `handling` says so.
+
+    With "spread", a failure gets w - multiple x s: w is the lowest signal of the valid attempts in its group, and s their standard
+    deviation (population). Only included attempts count. A group with a single valid attempt, or with equal valid signals, shows no spread.
+    Then s is the mean of the spreads that the step's other groups of the same task show. If none does, the failures keep their signals; so
+    do those of a group without a valid attempt.
+
+    Args:
+      signals_G, attempts_GK: of the groups of a step, in the same order.
+      handling: what to do.
+    """
+    if handling.kind == "reward":
+        return list(signals_G)
+    failed_GK = [np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool) for attempts_K in attempts_GK]
+    valid_G = [signals.values_K[~failed_K & signals.included_K] for signals, failed_K in zip(signals_G, failed_GK, strict=True)]
+    spread_G = [float(valid.std()) if valid.size and (valid != valid[0]).any() else 0.0 for valid in valid_G]
+    shown: dict[str, list[float]] = {}
+    for spread, attempts_K in zip(spread_G, attempts_GK, strict=True):
+        if spread:
+            shown.setdefault(attempts_K[0].task, []).append(spread)
+    placed = []
+    for signals, attempts_K, failed_K, valid, own in zip(signals_G, attempts_GK, failed_GK, valid_G, spread_G, strict=True):
+        others = shown.get(attempts_K[0].task) if attempts_K else None
+        spread = own or (float(np.mean(others)) if others else None)
+        if valid.size and spread is not None:
+            values_K = np.where(failed_K, valid.min() - handling.multiple * spread, signals.values_K)
+            signals = dataclasses.replace(signals, values_K=values_K)
+        placed.append(signals)
+    return placed
 
 
 def diversity_metrics(groups: Sequence[Sequence[Attempt]]) -> dict[str, float | None]:

@@ -1,13 +1,14 @@
 """Rows about rollouts: attempts for the journal, and rows for rollouts/."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.execution.cache import verdict_of
 from discover_jax.records import parse_json
+from discover_jax.runs.outputs import output_of
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.reply import NO_PROGRAM
 from discover_jax.text.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ def attempt_of(
         reward=task.reward(grade.score),
         feedback=grade.feedback,
         metrics=grade.metrics,
+        output=output_of(task, verdict),
         rows=grade.rows,
         selection_score=grade.selection_score,
         selection_rows=grade.selection_rows,
@@ -91,11 +93,11 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
             " would be as good. Lower failure_reward."
         )
     result = {"value": value, "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:], "feedback": verdict.grade.feedback}
-    return dataclasses.replace(SEED, code=program, task=task.id, **result)
+    return dataclasses.replace(SEED, code=program, task=task.id, output=output_of(task, verdict), **result)
 
 
 def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The seed programs of a run and their verdicts, as the run stored them.
+    """The seed programs of a run and the rows of their verdicts, as the run stored them; see `seed_verdicts`.
 
     Args:
       programs: seed programs by competition id, as the config gives them now.
@@ -106,16 +108,36 @@ def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]
     try:
         rows = parse_json(file.read_bytes())
         stored = {row["task"]: row["program"] for row in rows}
-        for row in rows:
-            verdict_of(row["verdict"], cached=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} does not hold the seed programs of this run ({error!r}). Restore the original file.") from error
+        raise _no_seeds(file, error) from error
     if changed := sorted(id for id in stored.keys() | programs.keys() if stored.get(id) != programs.get(id)):
         raise RunError(
             f"The seed programs of {', '.join(changed)} are not those that this run started from ({file}). Restore them, or start a new run"
             " in another folder (--workdir)."
         )
     return rows
+
+
+def seed_verdicts(file: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Verdict]]:
+    """Competition id, program and verdict of each row.
+
+    Args:
+      file: that has the rows, for the error.
+      rows: of `stored_seeds`.
+
+    Raises:
+      RunError: a row has no verdict.
+    """
+    for row in rows:
+        try:
+            verdict = verdict_of(row["verdict"], cached=False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _no_seeds(file, error) from error
+        yield row["task"], row["program"], verdict
+
+
+def _no_seeds(file: Path, error: Exception) -> RunError:
+    return RunError(f"{file} does not hold the seed programs of this run ({error!r}). Restore the original file.")
 
 
 def rollout_rows(

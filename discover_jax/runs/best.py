@@ -1,6 +1,7 @@
 """best/: the best program of a run, its submission, grade and lineage, and a script that runs it again."""
 
 import difflib
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,12 @@ from discover_jax.types import State, Verdict
 SUBMISSION, RETURNED = "submission.csv", "returned.value"
 """The file with the program's result: the submission to a competition, or the value that was returned last for a problem, in the form of
 `execution.values`."""
+PARENT_OUTPUT = "parent_output.value"
+"""The value that the program's parent returned, in the same form, if the program could read it (`Problem.reuse_output`)."""
+
+
+_PARENT_OUTPUT_DIGEST = "parent_output_sha256"
+"""Entry of grade.json if there is such a value."""
 
 
 def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
@@ -26,16 +33,17 @@ def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
     return best_dir if alone else best_dir / competition
 
 
-def grade_of(task: AnyTask, best: State, verdict: Verdict, seed: int) -> dict[str, Any]:
+def grade_of(task: AnyTask, best: State, verdict: Verdict, seed: int, parent_output: bytes = b"") -> dict[str, Any]:
     """The content of grade.json: scores, their rows and intervals, and what selected the program.
 
     Args:
       best: state of the program, with a score.
       verdict: verdict on the program.
       seed: seed of the run.
+      parent_output: the value that the program's parent returned, if it could read it.
     """
     assert best.score is not None, "the best program always has a score"
-    private_score, submission = verdict.grade.private_score, verdict.execution.csv
+    private_score, submission = verdict.grade.private_score, verdict.execution.result
     private_interval = (
         no_interval("there is no private score") if private_score is None else task.private_score_interval(private_score, submission)
     )
@@ -57,18 +65,34 @@ def grade_of(task: AnyTask, best: State, verdict: Verdict, seed: int) -> dict[st
         "step": best.step,
         "adapter_step": best.adapter_step,
         "seed": seed,
+        **({_PARENT_OUTPUT_DIGEST: hashlib.sha256(parent_output).hexdigest()} if parent_output else {}),
     }
 
 
-def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, Any], bytes] | None:
-    """grade.json and the submission of a program; None if the folder is incomplete or holds another program."""
+def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, Any], bytes, bytes] | None:
+    """grade.json, submission and `read_parent_output` of a program; None if the folder is incomplete or holds another program."""
     try:
         grade = parse_json((folder / "grade.json").read_bytes())
-        submission = read_result(folder)
+        if not isinstance(grade, dict) or (grade.get("id"), grade.get("competition")) != (best.id, competition):
+            return None
+        return grade, read_result(folder), read_parent_output(folder, grade)
     except (OSError, ValueError):  # the caller reports the missing bundle
         return None
-    mine = isinstance(grade, dict) and (grade.get("id"), grade.get("competition")) == (best.id, competition)
-    return (grade, submission) if mine else None
+
+
+def read_parent_output(folder: Path, grade: dict[str, Any]) -> bytes:
+    """The value of its parent that the program could read, empty if there is none.
+
+    Raises:
+      OSError: the file is missing or cannot be read.
+      ValueError: it is not the one that `grade`, the content of grade.json, names.
+    """
+    if _PARENT_OUTPUT_DIGEST not in grade:
+        return b""
+    value = (folder / PARENT_OUTPUT).read_bytes()
+    if hashlib.sha256(value).hexdigest() != grade[_PARENT_OUTPUT_DIGEST]:
+        raise ValueError(f"checksum mismatch in {PARENT_OUTPUT}")
+    return value
 
 
 def read_result(folder: Path) -> bytes:
@@ -86,6 +110,7 @@ def write_best(
     disclosure: bytes,
     rerun: str,
     calls: bool = False,
+    parent_output: bytes = b"",
 ) -> None:
     """Replaces the whole folder: writes a new one next to it, then swaps the two by renaming.
 
@@ -100,6 +125,7 @@ def write_best(
       disclosure: content of the run's disclosure.json, so that the folder can be shared by itself.
       rerun: text of rerun.sh, see `rerun.script`.
       calls: whether it is for a problem. Then returned.json has the value for readers, with arrays as lists.
+      parent_output: the value that the program's parent returned, if it could read it; otherwise empty.
 
     Raises:
       RunError: the lineage is empty, or the disk is full or fails; the old folder is then kept.
@@ -116,6 +142,8 @@ def write_best(
         write_synced(new / (RETURNED if calls else SUBMISSION), submission)
         if calls:
             write_synced(new / "returned.json", _readable(submission))
+        if parent_output:
+            write_synced(new / PARENT_OUTPUT, parent_output)
         write_synced(new / "grade.json", _json(grade))
         write_synced(new / "lineage.diff", _text(_diffs(lineage)))
         write_synced(new / "disclosure.json", disclosure)

@@ -58,6 +58,8 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "advantage/min": ("", "lowest advantage"),
     "advantage/max": ("", "highest advantage"),
     "advantage/beta": ("1/reward", "inverse temperature of the entropic estimator, mean over groups"),
+    "advantage/k": ("rollouts", "size of the subsets whose best counts, for max_at_k and frontier"),
+    "advantage/frontier_weight": ("fraction", "weight of what a rollout adds to the best so far, for frontier"),
     "advantage/saturated_frac": ("fraction", "groups in which the estimator reached a numerical limit"),
     "advantage/tied_frac": ("fraction", "rollouts of a group that tie for its best signal, mean over groups"),
     "diversity/duplicate_frac": ("fraction", "programs equal to an earlier one of their group, ignoring names and layout"),

@@ -20,6 +20,7 @@ from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.finalists import Choice, write_finalists
 from discover_jax.runs.host_state import HostState
 from discover_jax.runs.metrics import MetricsWriter, read_metrics
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.restore import RunState
 from discover_jax.runs.rollouts import write_rollouts
 from discover_jax.runs.summary import Result, closing_lines, step_row
@@ -50,6 +51,7 @@ class StepRecord:
     Attributes:
       step: from 0.
       prompts_G: one for each group.
+      parent_outputs_G: for each group, the value that its programs could read of their parent; empty for none.
       rollouts, verdicts, advantages: by rollout. No verdict without a program; no advantage if left out of the update.
       attempts: in the order of their keys.
       frontiers: after the step, by competition id.
@@ -58,6 +60,7 @@ class StepRecord:
 
     step: int
     prompts_G: Sequence[Prompt]
+    parent_outputs_G: Sequence[bytes]
     rollouts: Mapping[RolloutKey, Rollout]
     verdicts: Mapping[RolloutKey, Verdict]
     advantages: Mapping[RolloutKey, float]
@@ -177,7 +180,7 @@ class RunRecorder:
         self._tasks, self._tokenizer, self._rerun_scripts, self._state = tasks, tokenizer, rerun_scripts, state
         self._kind, self._seed, self._last_step = kind, seed, last_step
         self._metrics, self._report = MetricsWriter(workdir.metrics_path), ReportWriter(workdir.path)
-        self._frontiers = dict(state.frontiers)
+        self._frontiers, self._outputs = dict(state.frontiers), Outputs(workdir.outputs_dir)
         self._rows: list[dict[str, Any]] = []
         self._improvements: list[Improvement] = []
         self._clock = _Clock()
@@ -227,9 +230,11 @@ class RunRecorder:
             best, previous = record.frontiers[task.id].best, self._frontiers[task.id].best
             if best is not None and best != previous:
                 _, group, index = best.id.split("-")
-                self._write_best(task, best, record.verdicts[int(group), int(index)])
+                verdict, parent_output = record.verdicts[int(group), int(index)], record.parent_outputs_G[int(group)]
+                self._write_best(task, best, verdict, parent_output)
             self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous))
         self._frontiers = dict(record.frontiers)
+        self._keep_outputs(record)
         rows = rollout_rows(record.rollouts, record.prompts_G, record.attempts, record.advantages, record.verdicts, self._tokenizer)
         write_rollouts(self._workdir.rollouts_dir, record.step, rows)
 
@@ -252,14 +257,24 @@ class RunRecorder:
         self._trackers.write(row)
         self._rows.append(row)
 
-    def _write_best(self, task: AnyTask, best: State, verdict: Verdict, *, retested: Mapping[str, Any] | None = None) -> None:
+    def _keep_outputs(self, record: StepRecord) -> None:
+        """Stores what children of this step's archived programs read. The checkpoint, which needs it, is written later."""
+        archived = {state.id for frontier in record.frontiers.values() for state in frontier.archive.states}
+        for attempt in record.attempts:
+            if attempt.output and attempt.id in archived:
+                self._outputs.put(record.verdicts[attempt.group, attempt.index].execution.result or b"")
+
+    def _write_best(
+        self, task: AnyTask, best: State, verdict: Verdict, parent_output: bytes | None, *, retested: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes the bundle of a program."""
         write_best(
             bundle_dir(self._workdir.best_dir, task.id, alone=len(self._tasks) == 1),
             lineage=lineage(self._journal.read(), best.id),
-            submission=verdict.execution.csv or b"",
+            submission=verdict.execution.result or b"",
             calls=task.calls,
-            grade=grade_of(task, best, verdict, self._seed) | ({"retested": dict(retested)} if retested else {}),
+            parent_output=parent_output,
+            grade=grade_of(task, best, verdict, self._seed, parent_output) | ({"retested": dict(retested)} if retested else {}),
             disclosure=(self._workdir.path / DISCLOSURE).read_bytes(),
             rerun=self._rerun_scripts[task.id],
         )
@@ -280,7 +295,7 @@ class RunRecorder:
         for id, choice in choices.items():
             state, verdict = choice.chosen.state, choice.verdicts[choice.chosen.state.id]
             if not state.is_seed:
-                self._write_best(choice.task, state, verdict, retested=choice.row(choice.chosen))
+                self._write_best(choice.task, state, verdict, b"", retested=choice.row(choice.chosen))
             self._console.note(f"{id}: {choice.task.metric.name} of the chosen program {choice.text}.")
         write_finalists(self._workdir.path, choices)
         self._report.write()

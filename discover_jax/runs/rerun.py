@@ -14,9 +14,9 @@ from discover_jax.exceptions import DiscoverError, RunError
 from discover_jax.execution.executor import BACKENDS, Executor
 from discover_jax.execution.limits import resource_limits
 from discover_jax.records import parse_json
-from discover_jax.runs.best import read_result
+from discover_jax.runs.best import read_parent_output, read_result
 from discover_jax.tasks.loading import locate_definition
-from discover_jax.tasks.prepare import GRADERS, REWARDS, prepare_task
+from discover_jax.tasks.prepare import GRADERS, REUSES, REWARDS, prepare_task
 from discover_jax.types import Outcome, Verdict
 
 ANOTHER_SCORE = 1
@@ -30,7 +30,7 @@ class RerunSettings:
 
     Attributes:
       competition, raw: name, and path of the raw data, as from `named_competitions`; an empty path if the competition brings its data.
-      reward, holdout_fraction, holdout_folds, selection_fraction, grader: of config.task.
+      reward, holdout_fraction, holdout_folds, selection_fraction, grader, reuse_output: of config.task.
       seed: of the run; the held-out rows depend on it.
       seconds, cores, memory_gib, backend, allow_weaker: of config.execution.
     """
@@ -42,6 +42,7 @@ class RerunSettings:
     holdout_folds: int
     selection_fraction: float
     grader: str
+    reuse_output: str
     seed: int
     seconds: float
     cores: int
@@ -60,6 +61,7 @@ def rerun_script(settings: RerunSettings) -> str:
         "holdout_folds": settings.holdout_folds,
         **({"selection_fraction": settings.selection_fraction} if settings.selection_fraction else {}),
         "grader": settings.grader,
+        **({} if settings.reuse_output == "problem" else {"reuse_output": settings.reuse_output}),
         "seed": settings.seed,
         "seconds": settings.seconds,
         "cores": settings.cores,
@@ -145,7 +147,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
     try:
         program, result = (bundle / "solution.py").read_text(), read_result(bundle)
         grade, disclosure = (parse_json((bundle / name).read_bytes()) for name in ("grade.json", "disclosure.json"))
-        expected = grade["score"]
+        expected, parent_output = grade["score"], read_parent_output(bundle, grade)
         fingerprints = {row["id"]: row["task_fingerprint"] for row in disclosure["competitions"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
@@ -163,16 +165,17 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             holdout_folds=options.holdout_folds,
             selection_fraction=options.selection_fraction,
             grader=options.grader,
+            reuse_output=options.reuse_output,
             seed=options.seed,
         )
         with Executor(
             [task], limits, workers=1, cache_dir=Path(scratch) / "cache", backend=options.backend, allow_weaker=options.allow_weaker
         ) as executor:
-            verdict = executor.submit(program).result()
+            verdict = executor.submit(program, parent_output=parent_output).result()
             isolation = executor.describe()
     known = fingerprints.get(task.id)
     same_data = None if known is None else known == task.fingerprint
-    return Rerun(expected, verdict, "value" if task.calls else "submission", verdict.execution.csv == result, same_data, isolation)
+    return Rerun(expected, verdict, "value" if task.calls else "submission", verdict.execution.result == result, same_data, isolation)
 
 
 def main() -> None:
@@ -186,6 +189,7 @@ def main() -> None:
     parser.add_argument("--holdout_folds", type=int, default=1)
     parser.add_argument("--selection_fraction", type=float, default=0.0)
     parser.add_argument("--grader", choices=GRADERS, default="native")
+    parser.add_argument("--reuse_output", choices=REUSES, default="problem")
     parser.add_argument("--seed", type=int, required=True, help="seed of the run; the held-out rows depend on it")
     parser.add_argument("--seconds", type=float, required=True, help="time limit of each run of the program")
     parser.add_argument("--cores", type=int, required=True)

@@ -14,6 +14,7 @@ from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.host_state import HostState
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir
@@ -70,7 +71,8 @@ def restore(
       seeds: seed programs by competition id; the others start from nothing.
 
     Raises:
-      RunError: no checkpoint can be read; journal and checkpoint do not match; or other rows made the checkpoint's scores.
+      RunError: no checkpoint can be read; journal and checkpoint do not match; other rows made the checkpoint's scores; or a value that
+        children of archived programs read is missing or damaged.
     """
     if (found := checkpoints.resume(fresh, note)) is not None:
         latest, train_state, row = found
@@ -85,6 +87,8 @@ def restore(
         )
         attempts = _from_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
         frontiers = _frontiers(tasks, seeds, host, attempts, capacity)
+        if processes.leads:
+            Outputs(workdir.outputs_dir).check(_archived(frontiers))
         rewards = reward_rows(tasks, host.rewards)
         return RunState(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
     if source is not None:
@@ -123,6 +127,7 @@ def _continue(
     attempts = _from_first(processes, bring_journal)
     frontiers = _frontiers(tasks, seeds, host, attempts, capacity)
     if processes.leads:
+        Outputs(workdir.outputs_dir).bring(Outputs(source.path / workdir.outputs_dir.name), _archived(frontiers))
         bring_best(source, frontiers, workdir, attempts, rerun_scripts, note)
     return RunState(first, first, train_state, frontiers, reward_rows(tasks, host.rewards), f"continues from step {first} of {source.path}")
 
@@ -143,6 +148,10 @@ def _frontiers(
         resumed = Frontier.resumed(archive, [attempt for attempt in attempts if attempt.task == id])
         frontiers[id] = dataclasses.replace(resumed, seed=seeds.get(id, SEED))
     return frontiers
+
+
+def _archived(frontiers: Mapping[str, Frontier]) -> list[State]:
+    return [state for frontier in frontiers.values() for state in frontier.archive.states]
 
 
 def _refuse_lost_checkpoints(workdir: Workdir, journal: Journal, first_step: int) -> None:

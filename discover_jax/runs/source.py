@@ -116,12 +116,13 @@ def bring_best(
         # The source may have had one competition or several.
         for folder in (source.path / "best", source.path / "best" / id):
             if (found := read_best(folder, best, id)) is not None:
-                grade, submission = found
+                grade, submission, parent_output = found
                 into = bundle_dir(workdir.best_dir, id, alone=len(frontiers) == 1)
                 write_best(
                     into,
                     lineage=lineage(attempts, best.id),
                     submission=submission,
+                    parent_output=parent_output,
                     calls=(folder / RETURNED).exists(),
                     grade=grade,
                     disclosure=(workdir.path / DISCLOSURE).read_bytes(),

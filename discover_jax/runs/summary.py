@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from discover_jax.exceptions import RunError
+from discover_jax.learning.advantages import SCALE_FREE
 from discover_jax.runs.best import bundle_dir, read_best
 from discover_jax.runs.disclosure import read_isolation
 from discover_jax.runs.workdir import Workdir
@@ -125,12 +126,13 @@ def scale_warning(tasks: Sequence[AnyTask], advantage: str) -> str | None:
       tasks: the tasks of the run.
       advantage: name of the estimator.
     """
-    if advantage == "entropic_adaptive" or len({_scale(task) for task in tasks}) < 2:
+    if advantage in SCALE_FREE or len({_scale(task) for task in tasks}) < 2:
         return None
     scales = ", ".join(f"{task.id}: {task.metric.name}, transform {task.transform!r}" for task in tasks)
     return (
         f"The rewards of these tasks may differ in scale ({scales}). With config.train.advantage = {advantage!r}, advantages grow"
-        " with the scale, so one of them can dominate the update. Use 'entropic_adaptive', or the transform 'rank_in_group'."
+        f" with the scale, so one of them can dominate the update. Use {' or '.join(map(repr, SCALE_FREE))}, or the transform"
+        " 'rank_in_group'."
     )
 
 

@@ -26,6 +26,7 @@ _RUNTIME_SETTINGS = (
 with weaker isolation needs `execution.allow_weaker`, which is not one of them."""
 _LATER_SETTINGS = {
     "task.seed_program": "",
+    "task.reuse_output": "problem",
     "task.selection_fraction": 0.0,
     "lora.mlp_rank": 32,
     "prompt.inspirations": 0,
@@ -33,6 +34,14 @@ _LATER_SETTINGS = {
     "finalists.count": 0,
     "finalists.retests": 4,
     "finalists.every": 0,
+    "train.max_at_k": 4,
+    "train.max_at_k_last": 0,
+    "train.max_at_k_steps": 0,
+    "train.frontier_base": "best",
+    "train.frontier_start": 0,
+    "train.frontier_steps": 0,
+    "train.failures": "reward",
+    "train.failure_spread": 1.0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 
@@ -49,6 +58,7 @@ class Workdir:
       tensorboard_dir: created by `tracking`.
       checkpoints_dir: see `checkpoints`.
       best_dir: created by `best` when there is a best program.
+      outputs_dir: created by `outputs` when there is a value that children read.
       task_dir: the prepared task.
       retests_dir: retests of the tasks, if config.finalists needs them; created by `tasks.retests`.
       cache_dir: verdicts of programs.
@@ -62,6 +72,7 @@ class Workdir:
     tensorboard_dir: Path
     checkpoints_dir: Path
     best_dir: Path
+    outputs_dir: Path
     task_dir: Path
     retests_dir: Path
     cache_dir: Path
@@ -153,6 +164,7 @@ def _places(path: Path, resumed: bool) -> Workdir:
         tensorboard_dir=path / "tensorboard",
         checkpoints_dir=path / "checkpoints",
         best_dir=path / "best",
+        outputs_dir=path / "outputs",
         task_dir=path / "task",
         retests_dir=path / "retests",
         cache_dir=path / "cache",

@@ -1,7 +1,9 @@
 """Prepares a task: writes the competition's tables or the problem's files once, and verifies their checksums on later calls."""
 
+import dataclasses
 import errno
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -26,6 +28,7 @@ AnyTask = Task | ProblemTask
 """What a run works on; groups of rollouts take turns."""
 REWARDS = ("grade", "holdout")
 GRADERS = ("native", "mlebench")
+REUSES = ("problem", "on", "off")
 _RECORD = "prepared.json"
 # Increase it when the rules of preparation or grading change, so that earlier folders and cached grades are not reused.
 _FORMAT = 2
@@ -42,6 +45,7 @@ def prepare_task(
     holdout_folds: int = 1,
     selection_fraction: float = 0.0,
     grader: str = "native",
+    reuse_output: str = "problem",
     seed: int = 0,
 ) -> AnyTask:
     """Prepares a competition or a problem in `folder`, or checks every file if it is already prepared there.
@@ -62,6 +66,7 @@ def prepare_task(
       selection_fraction: fraction of the training rows that "holdout" holds out in addition, for the choice of the best program. No reward
         and no prompt depends on them.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
+      reuse_output: "problem": as the problem says; "on" or "off": instead of what it says. See `Problem.reuse_output`.
       seed: for drawing and shuffling the rows of "holdout".
 
     Raises:
@@ -91,7 +96,7 @@ def prepare_task(
     if isinstance(definition, Problem):
         if raw:
             raise ConfigError(f"config.task.raw = {str(raw)!r}: the problem {definition.id!r} has no raw data. Leave it empty.")
-        return _prepare_problem(definition, source, digest, folder)
+        return _prepare_problem(_with_reuse(definition, reuse_output), source, digest, folder)
     if grader == "mlebench":
         definition = mle_bench.with_its_grader(definition)
     if reward == "holdout" and not definition.id_column:
@@ -107,6 +112,33 @@ def prepare_task(
         raise DataError(f"Cannot read the task in {folder}: {error}. Free some space, or choose another folder.") from error
     _check_sample(task)
     return task
+
+
+def _with_reuse(problem: Problem, reuse_output: str) -> Problem:
+    """The problem with the config's choice of `reuse_output`."""
+    if reuse_output not in REUSES:
+        raise ConfigError(f"config.task.reuse_output must be one of {', '.join(REUSES)}; got {reuse_output!r}.")
+    if reuse_output == "problem":
+        return problem
+    try:
+        return dataclasses.replace(problem, reuse_output=reuse_output == "on")
+    except ConfigError as error:
+        raise ConfigError(f"config.task.reuse_output = {reuse_output!r}: {error} Use 'problem' or 'off'.") from error
+
+
+def _check_packages(problem: Problem) -> None:
+    """Raises ConfigError if a package that programs may need is not installed."""
+    missing = []
+    for name in problem.packages:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise ConfigError(
+            f"Problem {problem.id!r}: packages names {', '.join(missing)}, not installed in this Python. Run `pip install"
+            f" {' '.join(missing)}` on all hosts, or remove them from the problem's definition."
+        )
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, str], str]:
@@ -136,6 +168,7 @@ def _prepared(folder: Path, settings: dict[str, Any], write: Callable[[Path], di
 
 
 def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
+    _check_packages(problem)
     settings = problem_settings(problem, digest, _FORMAT)
 
     def write(work: Path) -> dict[str, Any]:
@@ -144,7 +177,7 @@ def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -
         return {}
 
     record = _prepared(folder, settings, write)
-    return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()))
+    return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()), problem.reuse_output)
 
 
 def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
@@ -164,7 +197,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
     ids = [load_definition(*locate_definition(name)).id for name in names]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition or problem twice: {', '.join(ids)}.")
-    return [
+    tasks = [
         prepare_task(
             name,
             raw=raw,
@@ -174,10 +207,17 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
             holdout_folds=settings.holdout_folds,
             selection_fraction=settings.selection_fraction,
             grader=settings.grader,
+            reuse_output=settings.reuse_output,
             seed=seed,
         )
         for (name, raw), id in zip(competitions, ids, strict=True)
     ]
+    if settings.reuse_output == "on" and not any(task.calls for task in tasks):
+        raise ConfigError(
+            f"config.task.reuse_output = 'on' has no effect: {', '.join(ids)} are competitions, and only problems have returned values."
+            " Remove it."
+        )
+    return tasks
 
 
 def named_competitions(settings: Any) -> list[tuple[str, str]]:

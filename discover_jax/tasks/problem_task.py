@@ -23,6 +23,7 @@ class ProblemTask:
       source, source_digest: where the problem's definition is (see `locate_definition`).
       folder: holds public/, which programs see.
       fingerprint, settings: see `task.Task`.
+      reuse_output: see `Problem.reuse_output`; the config may differ from the problem.
     """
 
     source: str
@@ -30,6 +31,7 @@ class ProblemTask:
     folder: Path
     fingerprint: str
     settings: tuple[tuple[str, str | int | float | bool], ...]
+    reuse_output: bool = False
 
     calls = True
     reward_source = "evaluate"
@@ -56,6 +58,10 @@ class ProblemTask:
     @property
     def ideas(self) -> tuple[str, ...] | None:
         return self.problem.ideas
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return self.problem.packages
 
     @property
     def metric(self) -> Score:
@@ -135,6 +141,8 @@ class ProblemTask:
             "Rewards come from the problem's evaluate(), which checks each solution, and so do the reported scores. The search optimised"
             " this score."
         )
+        if self.reuse_output:
+            text += " A program may read the value that its parent returned, so it may owe its score to earlier programs."
         return Disclosure(self.reward_source, 0, 1, 0, "evaluate() of the problem", "checked by evaluate()", text)
 
 
@@ -146,7 +154,9 @@ def write_public(problem: Problem, public: Path) -> None:
 
 def problem_settings(problem: Problem, digest: str, version: int) -> dict[str, str | int | float | bool]:
     """All settings that a score depends on."""
+    reuse = {"reuse_output": True} if problem.reuse_output else {}  # without it, as in earlier versions
     return {
+        **reuse,
         "format": version,
         "problem": problem.id,
         "definition_sha256": digest,

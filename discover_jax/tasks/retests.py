@@ -25,7 +25,7 @@ LEAST_ROWS = 30
 
 
 def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tuple[AnyTask, ...]:
-    """The retests of a task, in their order; none for a problem whose scores do not vary.
+    """The retests of a task, in their order; none for a problem whose scores do not vary, or whose programs read their parents' values.
 
     Args:
       task: of the run.
@@ -38,7 +38,8 @@ def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tu
       DataError: see `prepare.prepare_folder`.
     """
     if isinstance(task, ProblemTask):
-        return tuple(_repeated(task, number) for number in range(count)) if task.problem.noisy else ()
+        repeatable = task.problem.noisy and not task.reuse_output  # otherwise a program also depends on what its parent returned
+        return tuple(_repeated(task, number) for number in range(count)) if repeatable else ()
     settings: dict[str, Any] = {"retests": count, "task_fingerprint": task.fingerprint, "seed": seed}
     files, fingerprint = prepare_folder(folder, settings, lambda work: _write(task, count, work, seed))
     names = [f"retest-{number + 1}" for number in range(count)]

@@ -121,6 +121,11 @@ class Task:
         return False
 
     @property
+    def reuse_output(self) -> bool:
+        """False: submissions are for the grader only."""
+        return False
+
+    @property
     def interface(self) -> str:
         """Empty: all competitions have the same interface, `run()`, which returns a table."""
         return ""
@@ -129,6 +134,11 @@ class Task:
     def ideas(self) -> tuple[str, ...] | None:
         """None: prompts show the ideas for competitions."""
         return None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Empty: prompts name the installed packages for tables and models."""
+        return ()
 
     @property
     def transform(self) -> str:

@@ -17,7 +17,7 @@ from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.chat import ChatFormat, Rendered
 from discover_jax.text.edits import INSTRUCTIONS
 from discover_jax.text.structure import structure_key
-from discover_jax.types import Attempt, Outcome, Prompt, State
+from discover_jax.types import PARENT_OUTPUT, Attempt, Outcome, Prompt, State
 
 STYLES = ("full", "brief")
 ANSWERS = ("program", "edits")
@@ -57,6 +57,7 @@ class TaskLike(Protocol):
     Attributes:
       interface: the functions that a program of a problem defines; empty for a competition.
       ideas: suggestions for improvements; None for those of the settings.
+      packages: packages that programs of this problem may need; empty for those of the settings.
       leaderboard: published scores; only prompts of problems show them.
     """
 
@@ -73,6 +74,8 @@ class TaskLike(Protocol):
     @property
     def ideas(self) -> tuple[str, ...] | None: ...
     @property
+    def packages(self) -> tuple[str, ...]: ...
+    @property
     def leaderboard(self) -> str: ...
     def score_text(self, score: float) -> str: ...
 
@@ -86,7 +89,7 @@ class PromptSettings:
       max_tokens: longest prompt, in tokens.
       answer: "program", or "edits" to ask for edits of the parent's program; see `asks_for_edits`.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
-      packages: packages that a program may import, as the prompt states them; see `installed_packages`.
+      packages: packages that a program may import, as the prompt states them, unless the problem names others; see `installed_packages`.
       ideas: suggestions for improving a program for a competition.
       ideas_shown: number of ideas in a prompt, rotating over groups and steps; 0 for all.
       stdout_chars, error_chars: maximum length of the shown end of the parent's output, and of an error.
@@ -113,10 +116,14 @@ class PromptSettings:
             raise ConfigError(f"config.sampling.max_prompt_tokens = {self.max_tokens} must be at least 1.")
 
 
-def installed_packages() -> tuple[str, ...]:
-    """The installed packages for tables and models, with versions. Programs run in the same Python environment."""
+def installed_packages(names: Sequence[str] = _PACKAGES) -> tuple[str, ...]:
+    """Those of the packages that are installed, with versions. Programs run in the same Python environment.
+
+    Args:
+      names: for pip. Default: packages for tables and models.
+    """
     found = []
-    for name in _PACKAGES:
+    for name in names:
         try:
             found.append(f"{name.removesuffix('-cpu')} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -252,6 +259,7 @@ def _contract(task: TaskLike, settings: PromptSettings, *, edits: bool) -> str:
     code = "its code" if edits else "the code block"
     rules = f"\n\n{INSTRUCTIONS}" if edits else ""
     limits = f"{settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network"
+    packages = ", ".join(installed_packages(task.packages) or settings.packages)
     if task.interface:
         answer = "edits of your last program" if edits else "exactly one\nPython code block"
         return f"""\
@@ -261,7 +269,7 @@ It must define: {task.interface}.
 - The program is run in a fresh process: {code} is executed, then its functions are called. Include all imports.
 - Functions get and return numbers, strings, lists, dicts and numpy arrays of numbers.
 - Limits: {limits}.
-- Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
+- Installed packages: {packages}. Nothing else can be installed.
 - What the program prints is kept: print what would help to improve it further.
 - A program that fails, runs out of time or returns an invalid solution scores nothing.{rules}"""
     answer = "edits of your last program" if edits else "exactly one Python code block"
@@ -272,7 +280,7 @@ function `run()` without arguments that returns the submission as a pandas DataF
 - Read the data by relative paths: `data/train.csv`, `data/test.csv`, `data/sample_submission.csv`. They cannot be written to.
 - The program is run once, in a fresh process: {code} is executed, then `run()` is called. Include all imports.
 - Limits: {limits}.
-- Installed packages: {", ".join(settings.packages)}. Nothing else can be installed.
+- Installed packages: {packages}. Nothing else can be installed.
 - What the program prints is kept: print validation scores that would help to improve it further.
 - A program that fails, runs out of time or returns an invalid submission scores nothing.{rules}"""
 
@@ -302,6 +310,11 @@ def _request(
         parts.append(
             f"# Your last program\n\nHere is the last code we ran:\n\n{_fenced(parent.code, 'python')}\n\n"
             f"Previous score: {task.score_text(parent.score)} ({task.metric.name}, {direction} is better)"
+        )
+    if parent.output:
+        parts.append(
+            f"The value that it returned is in the file `{PARENT_OUTPUT}` of the working directory, with arrays as nested lists. Read it by"
+            f' `json.load(open("{PARENT_OUTPUT}"))`: the new program may start from it and improve it.'
         )
     if parent.feedback:
         parts.append(f"What the checker says about it:\n\n{_fenced(parent.feedback)}")

@@ -1,4 +1,4 @@
-"""Finds the commands in README.md, CONTRIBUTING.md and docs/*.md: in shell blocks with the marks above them, and in running text.
+"""Finds the commands in README.md, CONTRIBUTING.md and the pages of docs/: in shell blocks with the marks above them, and in running text.
 
 A mark is an HTML comment: `<!-- needs: weights, gpu -->` or `<!-- run by: tests/test_main.py::unbroken -->`. A mark that starts with a
 word, such as `<!-- doctor needs: data -->`, applies only to commands whose program begins or ends with that word.
@@ -12,7 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/problems").glob("*.md")),
+]
 
 _FENCE = re.compile(r"^```(.*)$")
 _MARK = re.compile(r"^<!-- (?:(\S+) )?(needs|run by): (.+) -->$")

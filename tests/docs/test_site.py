@@ -25,8 +25,8 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_site_has_every_page(site):
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
-    assert pages == {page.stem for page in site.glob("*.html")} - {"404"}
+    pages = {page.relative_to(ROOT / "docs").with_suffix("") for page in (ROOT / "docs").rglob("*.md")}
+    assert pages == {page.relative_to(site).with_suffix("") for page in site.rglob("*.html")} - {Path("404")}
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_a_right_program_has_score_feedback_metrics_and_value(executor):
     verdict = executor.submit("print('loaded')\n" + RIGHT).result()
     grade, execution = verdict.grade, verdict.execution
     assert (verdict.outcome, grade.valid, grade.score, grade.feedback) == (Outcome.OK, True, 2.0, "all right")
-    assert values.decode(execution.csv) == HIDDEN[-1] ** 2
+    assert values.decode(execution.result) == HIDDEN[-1] ** 2
     assert execution.stdout == "loaded\n"
     assert 0 < grade.metrics["wall"] < execution.seconds
     assert grade.metrics["cpu"] < 1.0

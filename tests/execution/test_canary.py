@@ -31,7 +31,7 @@ def found(spec: SandboxSpec) -> dict[str, Any]:
         execution = box.run("")
     finally:
         box.close()
-    return json.loads(execution.csv or b"")
+    return json.loads(execution.result or b"")
 
 
 def test_real_sandbox_has_no_violation_and_every_fact_is_checked(found, spec):

@@ -16,17 +16,22 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import types
 from pathlib import Path
 
 import pytest
 from test_pool import alive, commands, descendants, wait_for
 from tiny_competition import GOOD, GOOD_SCORE, LIMITS
+from tiny_problem import Squares
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
-from discover_jax.execution import Executor, cluster, ray_driver, ray_node
+from discover_jax.execution import Executor, cluster, ray_driver, ray_node, values
+from discover_jax.execution.backend import Call, End, Execute, Load, ShownTask
 from discover_jax.execution.cache import packages
-from discover_jax.types import Outcome
+from discover_jax.types import Answer, Outcome
 
+SQUARE = "def square(x):\n    return x * x\n"
 ENDS = {
     "ok": (GOOD, Outcome.OK),
     "timeout": ("import time\ntime.sleep(60)\n", Outcome.TIMEOUT),
@@ -65,13 +70,13 @@ def test_only_the_first_process_has_slots(task, tmp_path):
 
 
 def opened(node: ray_node.Node, task, *, wanted=None, folders=None):
-    archive = ray_node.pack([folders or [task.public_dir]])
+    archive = ray_node.pack([ShownTask(folders or [task.public_dir])])
     settings = {"slots": 1, "preload": (), "grace_seconds": 60.0, "hidden": []}
-    return node.open(archive, [len(folders or [0])], wanted or packages(), LIMITS, **settings)
+    return node.open(archive, [(len(folders or [0]), task.calls)], wanted or packages(), LIMITS, **settings)
 
 
 def test_only_public_files_are_sent(task):
-    with tarfile.open(fileobj=io.BytesIO(ray_node.pack([[task.public_dir]]))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(ray_node.pack([ShownTask([task.public_dir])]))) as archive:
         names = set(archive.getnames())
     assert names == {"0/0", *(f"0/0/{name}.csv" for name in ("train", "test", "sample_submission"))}
 
@@ -81,12 +86,79 @@ def test_node_runs_programs_and_leaves_nothing(task, tmp_path, monkeypatch):
     node = ray_node.Node()
     try:
         assert str(opened(node, task)).startswith("bubblewrap ")
-        execution = node.execute(0, 0, 0, GOOD)
+        execution = node.ask(0, Execute(0, 0, GOOD))
         assert not isinstance(execution, SandboxError)
-        assert (execution.outcome, execution.csv) == (Outcome.OK, b"id,x,y\n".replace(b"x,", b"") + b"10,1\n11,0\n12,1\n13,0\n")
+        assert (execution.outcome, execution.result) == (Outcome.OK, b"id,x,y\n".replace(b"x,", b"") + b"10,1\n11,0\n12,1\n13,0\n")
     finally:
         node.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_node_serves_calls_of_a_program(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_node.tempfile, "tempdir", str(tmp_path))
+    node = ray_node.Node()
+    try:
+        assert str(opened(node, Squares(task.public_dir))).startswith("bubblewrap ")
+        assert node.ask(0, Load(0, "print('loaded')\n" + SQUARE, b"", 20.0)).outcome is Outcome.OK
+        for x in (3.0, 5.0):
+            assert values.decode(node.ask(0, Call("square", values.encode([x], 1000), 20.0)).value) == x * x
+        assert node.ask(0, End()) == "loaded\n"
+    finally:
+        node.close()
+
+
+class Actor:
+    """A node's actor that remembers its requests and fails at the next one if told to."""
+
+    def __init__(self):
+        self.asked, self.fails, self.ask = [], False, self
+
+    def remote(self, seat, request):
+        self.asked.append((seat, request))
+        return self
+
+    def result(self):
+        if self.fails:
+            self.fails = False
+            return SandboxError("the node failed")
+        return Answer(Outcome.OK, b"1\n", "", 0.0, 0.0)
+
+
+@pytest.fixture
+def driver():
+    """The part of the driver that gives seats, without ray: one node with two seats."""
+    found = ray_driver._Cluster.__new__(ray_driver._Cluster)
+    found._changed, found._closed, found._loaded = threading.Condition(), False, {}
+    found._wanted = types.SimpleNamespace(limits=LIMITS, grace_seconds=1.0)
+    found._ray = types.SimpleNamespace(get=lambda actor, timeout: actor.result(), exceptions=types.SimpleNamespace(GetTimeoutError=OSError))
+    found._ray.exceptions.RayError = OSError
+    node = ray_driver._Node("id", "node", 2, Actor())
+    found._nodes = [node]
+    found._free = [ray_driver._Seat(node, node.actor, number) for number in range(2)]
+    found._home = dict(enumerate(found._free))
+    return found, node.actor
+
+
+def test_a_loaded_program_keeps_its_seat_until_it_ends(driver):
+    cluster, actor = driver
+    load, call = Load(0, SQUARE, b"", 1.0), Call("square", b"", 1.0)
+    assert cluster.ask(0, End()) == ""  # nothing was loaded
+    for request in (load, call, load, call):  # the second time fresh
+        assert cluster.ask(0, request).outcome is Outcome.OK
+    cluster.ask(1, Execute(0, 0, GOOD))
+    assert len(cluster._free) == 1
+    cluster.ask(0, End())
+    assert len(cluster._free) == 2
+    assert [seat for seat, request in actor.asked if not isinstance(request, Execute)] == [0] * 5
+
+
+def test_a_program_whose_host_fails_gives_its_seat_back(driver):
+    cluster, actor = driver
+    cluster.ask(0, Load(0, SQUARE, b"", 1.0))
+    actor.fails = True
+    assert isinstance(cluster.ask(0, Call("square", b"", 1.0)), SandboxError)
+    assert len(cluster._free) == 2
+    assert cluster.ask(0, End()) == ""
 
 
 def test_a_node_with_other_packages_is_refused(task):
@@ -220,6 +292,30 @@ def test_verdicts_match_this_machine_and_survive_lost_actors_and_nodes(task, tmp
     with Executor([task], limits, workers=1, cache_dir=tmp_path / "there") as local:
         assert local.submit(GOOD).result(60).execution.cached
     assert wait_for(lambda: not actors(nodes[0]), 20)
+
+
+@real
+def test_problems_have_the_same_verdicts_as_on_this_machine(task, tmp_path, started):
+    nodes = [started.start(1), started.start(1)]
+    tasks = [task, Squares(task.public_dir), Squares(task.public_dir, "fresh", fresh=True)]
+    counting = "seen = []\ndef square(x):\n    seen.append(x)\n    return x * x if len(seen) == 1 else 0.0\n"
+    programs = [(SQUARE, 1), (counting, 1), (counting, 2), ("def square(x):\n    return 1 / 0\n", 1), (GOOD, 0)]
+    with Executor(tasks, LIMITS, workers=1, cache_dir=tmp_path / "here") as local:
+        here = [local.submit(*each).result(60) for each in programs]
+    slow = "import time\ntime.sleep(2)\n" + SQUARE
+    with Executor(tasks, LIMITS, cache_dir=tmp_path / "there", backend="ray", ray_address=started.address) as pool:
+        futures = [pool.submit(*each) for each in programs]
+        for expected, future in zip(here, futures, strict=True):
+            there = future.result(120)
+            assert (there.outcome, there.grade.score, there.grade.reason) == (expected.outcome, expected.grade.score, expected.grade.reason)
+            same = {name: getattr(expected.execution, name) for name in ("result", "stdout", "detail")}
+            assert {name: getattr(there.execution, name) for name in same} == same
+        # An actor dies between two calls: the program runs again.
+        future = pool.submit(slow, 2)
+        assert wait_for(lambda: any(map(busy, nodes)), 20)
+        os.kill(next(found for node in nodes if busy(node) and (found := actors(node)))[0], signal.SIGKILL)
+        assert future.result(120).grade.score == 2.0
+        assert pool.retries == 1
 
 
 @real

@@ -56,7 +56,7 @@ def find(ask):
         )
         execution = ask(program).execution
         assert execution.outcome is Outcome.OK, execution
-        table = pd.read_csv(io.BytesIO(execution.csv or b""), dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.BytesIO(execution.result or b""), dtype=str, keep_default_na=False)
         return [ast.literal_eval(text) for text in table["found"]]
 
     return evaluate

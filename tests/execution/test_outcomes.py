@@ -18,7 +18,7 @@ def test_good_program_is_graded(ask):
     verdict = ask(GOOD)
     assert verdict.outcome is Outcome.OK
     assert verdict.grade.score == GOOD_SCORE
-    assert verdict.execution.csv == b"id,y\n10,1\n11,0\n12,1\n13,0\n"
+    assert verdict.execution.result == b"id,y\n10,1\n11,0\n12,1\n13,0\n"
     assert verdict.execution.detail == ""
     assert 0 < verdict.execution.seconds < 60
 
@@ -136,7 +136,7 @@ def run():
 def test_result_of_100_megabytes_at_the_default_limit(spec, run_with, program):
     execution = run_with(spec, program, result_bytes=ResourceLimits().result_bytes)
     assert execution.outcome is Outcome.RESULT_TOO_BIG
-    assert execution.csv is None
+    assert execution.result is None
     assert str(8 << 20) in execution.detail
 
 
@@ -281,7 +281,7 @@ def run():  # imports are inside, since spawned processes import this module
 """
     execution = run_with(full_spec, program)
     assert execution.outcome is Outcome.OK, (execution.detail, execution.stdout)
-    assert task.grade(execution.csv or b"").score == 1.0
+    assert task.grade(execution.result or b"").score == 1.0
 
 
 def test_unsafe_backend_names_the_same_outcomes(spec, run_with):

@@ -52,7 +52,7 @@ def test_concurrent_duplicates_share_one_execution_and_later_ones_use_the_cache(
         assert from_disk.execution.cached
         assert from_disk.execution.stdout == verdicts[0].execution.stdout
         assert from_disk.grade == verdicts[0].grade
-        assert from_disk.execution.csv == verdicts[0].execution.csv
+        assert from_disk.execution.result == verdicts[0].execution.result
         fresh = pool.submit(program + "# other\n").result(60)
         assert not fresh.execution.cached
     # The cache key includes data and limits.
@@ -86,7 +86,7 @@ def test_real_competition(tmp_path):
     with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "cache") as pool:
         verdict = pool.submit(DIGITS).result(120)
         assert verdict.outcome is Outcome.OK, verdict.execution
-        submitted = pd.read_csv(io.BytesIO(verdict.execution.csv or b""))
+        submitted = pd.read_csv(io.BytesIO(verdict.execution.result or b""))
         answers = pd.read_csv(task.folder / "private" / "test.csv")
         score = float((submitted["even"].to_numpy() == answers["even"].to_numpy()).mean())
         assert score > 0.9

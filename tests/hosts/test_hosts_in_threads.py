@@ -22,7 +22,7 @@ class Imitated:
     def __init__(self, host: int):
         self.host, self.retries, self.ran = host, 0, []
 
-    def submit(self, program, task):
+    def submit(self, program, task, parent_output=b""):
         future = concurrent.futures.Future()
         cached = (task, program) in self.ran
         self.ran.append((task, program))
@@ -86,7 +86,7 @@ def test_programs_are_distributed_by_slots_and_all_hosts_get_all_verdicts():
     for place, verdict in verdicts.items():
         assert verdict.grade.score == len(PROGRAMS[place][1]) / 3
         assert verdict.execution.cached == (place[1] >= 30)
-        assert verdict.execution.csv == b"id,y\n\xff"
+        assert verdict.execution.result == b"id,y\n\xff"
         assert verdict.execution.seconds == 0.1 + 0.2
 
 
@@ -109,7 +109,7 @@ def test_single_host_returns_its_executors_verdicts():
 def test_outcomes_are_available_as_programs_end():
     futures = {name: concurrent.futures.Future() for name in ("a", "b", "c", "broken", "cancelled")}
     executor = Imitated(0)
-    executor.submit = lambda program, task: futures[program]
+    executor.submit = lambda program, task, parent_output: futures[program]
     step = StepExecutions(executor, [2], ALONE)
     for name in futures:
         step.submit(name, name, 0)

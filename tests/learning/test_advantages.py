@@ -36,6 +36,20 @@ def test_entropic_of_the_reports_scores():
     assert result.values_K.dtype == np.float64
 
 
+@given(st.lists(moderate, min_size=2, max_size=20), st.floats(0, 5))
+def test_entropic_keeps_its_bits(rewards, beta):
+    """The report's estimator, operation by operation: later options must not change a bit of it, alone or in a step."""
+    r = np.asarray(rewards, np.float64)
+    weights = np.exp(beta * (r - r.max()))
+    expected = weights / weights.mean() - 1.0
+    np.testing.assert_array_equal(entropic(rewards, beta=beta).values_K, expected)
+    np.testing.assert_array_equal(entropic(rewards, beta=beta, k=3, best=2.0, weight=0.5).values_K, expected)
+    (group,) = estimate_groups([rewards], "entropic", beta=beta, k=3, bests_G=[2.0], weight=0.5)
+    assert (group is None) == is_constant(rewards)
+    if group is not None:
+        np.testing.assert_array_equal(group.values_K, expected)
+
+
 def test_mean_baseline_of_the_reports_scores():
     """Report, section 3.3: mean 0.63, attempts 1, 3 and 6 get -0.03, +0.29, -0.06."""
     result = mean_baseline(REPORT_SCORES)

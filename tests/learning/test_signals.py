@@ -1,11 +1,13 @@
 """Signals of a group: the rewards by default; novelty bonus and duplicates by hand on small programs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.learning.advantages import advantage_metrics, estimate_groups
-from discover_jax.learning.signals import Diversity, diversity_metrics, group_signals
+from discover_jax.learning.signals import Diversity, FailureHandling, diversity_metrics, group_signals, place_failures
 from discover_jax.runs.summary import step_row
 from discover_jax.text.structure import structure_distance, structure_parts
 from discover_jax.types import Attempt, Outcome, StopReason
@@ -108,3 +110,70 @@ def test_metrics_of_a_step():
 def test_invalid_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Diversity(**bad)
+
+
+SPREAD = FailureHandling("spread", 2.0)
+
+
+def placed(groups, handling=SPREAD, diversity=None):
+    """The signals after `place_failures`. A group is a list of rewards; None is a failure, with reward -9."""
+    attempts_GK = [
+        [attempt(i, None, -9.0, Outcome.TIMEOUT) if r is None else attempt(i, (A, B, C)[i % 3], r) for i, r in enumerate(group)]
+        for group in groups
+    ]
+    signals_G = [group_signals(attempts_K, list, diversity or Diversity()) for attempts_K in attempts_GK]
+    return [signals.values_K.tolist() for signals in place_failures(signals_G, attempts_GK, handling)]
+
+
+def test_a_failure_is_placed_below_the_worst_valid_attempt():
+    """0.5 and 0.75 have a standard deviation of 0.125; two of these below 0.5 is 0.25."""
+    assert placed([[0.5, None, 0.75, None]]) == [[0.5, 0.25, 0.75, 0.25]]
+    assert placed([[0.5, None, 0.75]], FailureHandling("spread", 0.0)) == [[0.5, 0.5, 0.75]]
+    assert placed([[0.5, None, 0.75]], FailureHandling()) == [[0.5, -9.0, 0.75]]
+
+
+def test_a_group_without_a_spread_of_its_own_uses_that_of_the_others():
+    """The spreads of the others are 0.125 and 0.25, so two of their mean are 0.375."""
+    others = [[0.5, 0.75], [0.0, 0.5, None]]
+    assert placed([[0.5, None], *others])[0] == [0.5, 0.125]  # one valid attempt
+    assert placed([[0.5, 0.5, None], *others])[0] == [0.5, 0.5, 0.125]  # equal ones
+    assert placed([[None, None], *others])[0] == [-9.0, -9.0]  # none
+    assert placed([[0.5, None], [0.75, 0.75, None]]) == [[0.5, -9.0], [0.75, 0.75, -9.0]]  # no group shows a spread
+    assert placed([[]]) == [[]]
+
+
+def test_spreads_are_not_shared_between_tasks():
+    own, other = [attempt(0, A, 0.5), attempt(1, None, -9.0, Outcome.TIMEOUT)], [attempt(0, A, 0.5), attempt(1, B, 0.75)]
+    other = [dataclasses.replace(one, task="houses") for one in other]
+    signals_G = [group_signals(group, list, Diversity()) for group in (own, other)]
+    assert place_failures(signals_G, [own, other], SPREAD)[0].values_K.tolist() == [0.5, -9.0]
+
+
+def test_dropped_duplicates_do_not_count_for_the_spread():
+    """The fourth program is a copy of the first, so only 0.5 and 0.75 count, and a bonus for novelty would count too."""
+    assert placed([[0.5, 0.75, None, 0.1]], diversity=Diversity(duplicates="drop"))[0][2] == 0.25
+    assert placed([[0.5, 0.75, None]], diversity=Diversity(novelty_bonus=1.0))[0][2] > 0.25
+
+
+def test_failures_no_longer_drown_the_other_differences():
+    """With the failure reward, the advantages of the valid programs hardly differ. With "spread", the best stands out."""
+    group = [0.80, 0.81, 0.79, 0.805, None, None, 0.795, 0.80]
+
+    def share(handling):
+        (values,) = placed([group], handling)
+        values = [0.0 if value == -9.0 else value for value in values]
+        (estimated,) = estimate_groups([values], "mean_baseline")
+        assert estimated is not None
+        valid = estimated.values_K[[reward is not None for reward in group]]
+        return np.ptp(valid) / np.ptp(estimated.values_K)
+
+    assert share(FailureHandling()) < 0.03
+    assert share(FailureHandling("spread", 1.0)) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"), [({"kind": "zero"}, "failures = 'zero'.*reward, spread"), ({"multiple": -1.0}, r"failure_spread.*-1\.0")]
+)
+def test_invalid_handling_of_failures_is_refused(bad, words):
+    with pytest.raises(ConfigError, match=words):
+        FailureHandling(**bad)

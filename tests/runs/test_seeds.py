@@ -8,7 +8,7 @@ import pytest
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.execution import values
 from discover_jax.execution.cache import verdict_row
-from discover_jax.runs.attempts import seed_of, stored_seeds
+from discover_jax.runs.attempts import seed_of, seed_verdicts, stored_seeds
 from discover_jax.runs.best import _readable
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Execution, Grade, Outcome, Verdict
@@ -47,14 +47,14 @@ def test_seed_program_must_be_worth_more_than_a_failure(task):
 def test_a_resumed_run_has_the_stored_seed_programs(tmp_path):
     file, rows = tmp_path / "seeds.json", [{"task": "a", "program": "x = 1", "verdict": verdict_row(verdict(3.0))}]
     file.write_text(json.dumps(rows))
-    assert stored_seeds(file, {"a": "x = 1"}) == rows
+    assert list(seed_verdicts(file, stored_seeds(file, {"a": "x = 1"}))) == [("a", "x = 1", verdict(3.0))]
     for changed in ({"a": "x = 2"}, {}, {"a": "x = 1", "b": ""}):
         with pytest.raises(RunError, match="new run"):
             stored_seeds(file, changed)
     for damaged in ("", "[]x", "3", '[{"task": "a"}]', json.dumps([rows[0] | {"verdict": {}}])):
         file.write_text(damaged)
         with pytest.raises(RunError, match="Restore"):
-            stored_seeds(file, {"a": "x = 1"})
+            list(seed_verdicts(file, stored_seeds(file, {"a": "x = 1"})))
 
 
 @pytest.mark.parametrize(

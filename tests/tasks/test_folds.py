@@ -181,7 +181,7 @@ def test_program_runs_once_per_fold_and_sees_only_that_fold(folded, tmp_path, li
         assert re.search(r"\b4 runs\b", executor.describe())
     assert (verdict.outcome, verdict.grade.score, verdict.grade.private_score) == (Outcome.OK, 0.0, 0.0)
     assert verdict.execution.stdout.strip() in (f"{n} ['sample_submission.csv', 'test.csv', 'train.csv'] False" for n in (66, 67))
-    assert (verdict.execution.csv or b"").count(b"\n") == 41  # the submission of the last run
+    assert (verdict.execution.result or b"").count(b"\n") == 41  # the submission of the last run
     assert failure.outcome is Outcome.EXCEPTION
     assert "only the whole table" in failure.execution.detail
     assert dataclasses.replace(verdict.execution, cached=True) == again.execution

@@ -76,6 +76,12 @@ def test_another_definition_is_another_task(task, tmp_path):
     assert other.fingerprint != task.fingerprint
 
 
+def test_missing_packages_of_a_problem_are_named(tmp_path):
+    (tmp_path / "largest.py").write_text(FILE.replace('id="largest"', 'id="largest", packages=("numpy", "no-such-package")'))
+    with pytest.raises(ConfigError, match=r"'largest'.*pip install no-such-package`"):
+        prepare_task(str(tmp_path / "largest.py"), raw=None, reward="grade", folder=tmp_path / "task")
+
+
 def test_raw_data_are_refused(tmp_path):
     (tmp_path / "largest.py").write_text(FILE)
     with pytest.raises(ConfigError, match=r"config\.task\.raw\b"):
@@ -112,6 +118,9 @@ def test_bundled_problems_are_found_by_their_id(name):
         ({"interface": ""}, "interface"),
         ({"evaluate": 3}, "evaluate"),
         ({"files": {"../x": ""}}, "files"),
+        ({"packages": ("numpy>=2",)}, "packages"),
+        ({"packages": "numpy"}, "packages"),
+        ({"hidden_inputs": True, "reuse_output": True}, "reuse_output"),
         ({"evaluate_seconds": 0}, "evaluate_seconds"),
         ({"evaluate_gib": float("nan")}, "evaluate_gib"),
         ({"records": (Record("a", float("inf"), "b"),)}, "records"),

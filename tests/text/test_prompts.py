@@ -1,6 +1,7 @@
 """Prompts have all required parts, fit their budget, and say what was omitted."""
 
 import dataclasses
+import importlib.metadata
 import logging
 import re
 
@@ -48,6 +49,7 @@ class Task:
     interface: str = ""
     ideas: tuple[str, ...] | None = None
     leaderboard: str = "unavailable"
+    packages: tuple[str, ...] = ()
 
     def score_text(self, score):
         return f"{score:.5f}"
@@ -283,6 +285,13 @@ def test_edits_are_asked_for_only_if_the_parent_has_a_program(chat):
     size = len(build_prompt(Task(), dataclasses.replace(PARENT, stdout=""), (), edits, chat, 0, 0).tokens_P)
     assert program_fits(Task(), PARENT, dataclasses.replace(edits, max_tokens=size), chat)
     assert not program_fits(Task(), PARENT, dataclasses.replace(edits, max_tokens=size - 1), chat)
+
+
+def test_prompt_names_the_packages_of_the_problem(chat):
+    version = importlib.metadata.version("scipy")
+    text = build_prompt(Task(packages=("scipy", "numpy"), interface="`run()`"), SEED, (), FULL, chat, 0, 0).text
+    assert f"Installed packages: scipy {version}, numpy {importlib.metadata.version('numpy')}. Nothing else" in text
+    assert "Installed packages: numpy 2, pandas 3. Nothing else" in build_prompt(Task(), SEED, (), FULL, chat, 0, 0).text
 
 
 def _other(number, score, code=None):

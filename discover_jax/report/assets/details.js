@@ -61,6 +61,6 @@ function heading(own, from, parent, tree) {
 
 function noProgram(tree, row, outcomes) {
   return outcomes[tree.outcome[row]].name === "format_error"
-    ? "The reply has no program."
+    ? "The reply has no program, or its edits do not apply."
     : "This program was left out to limit the page's size; journal.jsonl has it.";
 }

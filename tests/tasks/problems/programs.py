@@ -1,6 +1,7 @@
 """A program that runs in this process instead of a sandbox, for tests of verifiers."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -51,3 +52,9 @@ def _sent(value):
     if isinstance(value, np.generic):
         return value.item()
     return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def page_of(problem) -> Path:
+    """The problem's page in docs/, named as the module that defines it."""
+    module = getattr(problem.evaluate, "func", problem.evaluate).__module__
+    return Path(__file__).parents[3] / "docs" / "problems" / f"{module.rpartition('.')[2]}.md"

@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from programs import Returns
+from programs import Returns, page_of
 
 from discover_jax.tasks.problem import Rejection
 from discover_jax.tasks.problems import autocorrelation, circle_packing, counting_inversions, erdos_overlap, online_bin_packing
@@ -53,6 +53,16 @@ def test_texts_are_filled_in(problem):
     assert "{" not in problem.description + problem.interface
     assert max(map(len, problem.description.splitlines())) <= 140
     assert 5 <= len(problem.seed_program.splitlines()) <= 40
+
+
+@every_problem
+def test_page_shows_the_records_and_a_command(problem):
+    page = page_of(problem).read_text()
+    records, run = page.partition("## Published records")[2].split("## Run")
+    shown = [line for line in records.splitlines() if line.startswith(f"| `{problem.id}` |")]
+    assert shown == [f"| `{problem.id}` | {record.name} | {record.score!r} | {record.source} |" for record in problem.records]
+    assert f"--config.task.competition={problem.id.rstrip('0123456789')}" in run
+    assert f"`{problem.id}`" in page.partition("## ")[0]
 
 
 @every_problem

@@ -1,7 +1,9 @@
 """The seed program of each bundled problem, through the real sandbox and checking process."""
 
+import re
+
 import pytest
-from programs import InProcess
+from programs import InProcess, page_of
 
 from discover_jax.execution import Executor, sandbox, values
 from discover_jax.execution.limits import ResourceLimits
@@ -36,5 +38,7 @@ def test_seed_program_has_the_score_that_it_has_outside(verdicts, id):
         return
     outside = InProcess(problem.seed_program)
     assert verdict.grade.score == problem.evaluate(outside).score
+    (row,) = (line for line in page_of(problem).read_text().splitlines() if line.startswith("| seed program |"))
+    assert any(float(number) == pytest.approx(verdict.grade.score, abs=1e-3) for number in re.findall(r"\d\.\d{6}", row))
     if id in CONSTRUCTIONS:
-        assert repr(values.decode(verdict.execution.csv)) == repr(outside.call("run"))
+        assert repr(values.decode(verdict.execution.result)) == repr(outside.call("run"))
