@@ -55,7 +55,7 @@ from discover_jax.stages import (
 )
 from discover_jax.tasks.prepare import AnyTask, prepare_tasks
 from discover_jax.tasks.retests import prepare_retests
-from discover_jax.types import RunKind
+from discover_jax.types import RunKind, State, Verdict
 
 
 def run(config: Any, folder: Path, processes: Processes = ALONE, *, kind: RunKind = RunKind.TRAIN, console: Console | None = None) -> None:
@@ -136,6 +136,7 @@ def _prepared(
     """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
     stages.check_objective(config.train, tasks)
+    stages.check_ranking(config.reuse.score, tasks)
     retests = processes.first_then_others(lambda: _retests(config, tasks, workdir))
     all_tasks = [*tasks, *(each for of_task in retests.values() for each in of_task)]
     processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
@@ -160,13 +161,19 @@ def _prepared(
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
         scripts = {task.id: rerun_script(stages.rerun_settings(config, number)) for number, task in enumerate(tasks)}
         sources = (source, scripts, console.note, processes)
-        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, capacity=config.reuse.capacity, seeds=seeds)
+        starts = stages.start_frontiers(config.reuse, tasks, seeds)
+        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, starts=starts)
         policy = dataclasses.replace(policy, train_state=state.train_state)
         last_step = state.first_step + config.train.steps
         recorder = NullRecorder()
         if processes.leads:
+
+            def run_again(task: AnyTask, state: State) -> Verdict:
+                return executor.submit(state.code, tasks.index(task)).result()
+
             options = {"kind": kind, "seed": config.seed, "last_step": last_step}
-            recorder = RunRecorder(workdir, journal, console, trackers, tasks, policy.tokenizer, scripts, state, **options)
+            parts = (workdir, journal, console, trackers, tasks, policy.tokenizer, scripts, state, run_again)
+            recorder = RunRecorder(*parts, **options)
             recorder.begin(config.name, _opening_lines(config, workdir, tasks, ways, policy, state))
             if kind.learns and (warning := scale_warning(tasks, config.train.advantage)):
                 recorder.note(warning)

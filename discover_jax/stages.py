@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from discover_jax.archive.frontier import Frontier, states_of
+from discover_jax.archive.ranking import Ranking
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
 from discover_jax.engine import microbatch_rows, row_tokens
@@ -51,7 +52,7 @@ from discover_jax.text.prompts import (
     program_fits,
 )
 from discover_jax.text.reply import Extracted, extracted
-from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,39 @@ def run_seed_programs(
         if processes.leads and seeds[id].output:
             outputs.put(verdict.execution.result or b"")
     return seeds
+
+
+def check_ranking(rule: str, tasks: Sequence[AnyTask]) -> None:
+    """Checks that programs can be ranked by config.reuse.score.
+
+    Raises:
+      ConfigError: the scores of a competition have no results of single rows, or no competition's scores are measured on rows.
+    """
+    if rule == "raw":
+        return
+    if blind := [task.id for task in tasks if task.noisy and not task.has_row_results]:
+        raise ConfigError(
+            f"config.reuse.score = {rule!r} needs the results of single rows, which the scores of {', '.join(blind)} do not have. Set it to"
+            " 'raw', or give the competition's metric an `influence` (docs/competitions.md)."
+        )
+    if not any(task.has_row_results for task in tasks):
+        raise ConfigError(
+            f"config.reuse.score = {rule!r} has no effect: the scores of {', '.join(task.id for task in tasks)} are exact. Set it to 'raw'."
+        )
+
+
+def start_frontiers(reuse: Any, tasks: Sequence[AnyTask], seeds: Mapping[str, State]) -> dict[str, Frontier]:
+    """The frontier of each competition before the first step.
+
+    Args:
+      reuse: config.reuse.
+      seeds: seed programs by competition id; the others start from nothing.
+    """
+
+    def ranking(task: AnyTask) -> Ranking | None:
+        return None if reuse.score == "raw" else Ranking(reuse.score, task.metric.higher_is_better, task.reward)
+
+    return {task.id: Frontier.start(reuse.capacity, seed=seeds.get(task.id, SEED), ranking=ranking(task)) for task in tasks}
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:

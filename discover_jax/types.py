@@ -33,6 +33,7 @@ class State:
       task: id of its competition; empty for the seed, from which the search of every competition starts.
       feedback: what the evaluation of a problem's solution says about it.
       output: SHA-256 of the value that it returned, if its children may read it (`Problem.reuse_output`); otherwise empty.
+      rows: results of the rows behind `score` (see `row_results`); empty if there are none.
     """
 
     id: str
@@ -46,6 +47,7 @@ class State:
     task: str = ""
     feedback: str = dataclasses.field(default="", metadata=_LATER)
     output: str = dataclasses.field(default="", metadata=_LATER)
+    rows: str = dataclasses.field(default="", metadata=_LATER)
 
     @property
     def is_seed(self) -> bool:
@@ -196,7 +198,7 @@ class Grade:
       private_score: score on the private answers, for the record only; equals `score` for the reward `grade` and for problems.
       feedback: what the evaluation of a problem's solution says about it; empty for competitions.
       metrics: further numbers of that evaluation, by name.
-      rows: results of the rows behind `score` (see `tasks.row_results`); empty if there are none.
+      rows: results of the rows behind `score` (see `row_results`); empty if there are none.
       selection_score: score on rows that no reward and no prompt sees, only the choice of the best program; None if there are none.
       selection_rows: results of the rows behind `selection_score`.
     """
@@ -338,6 +340,7 @@ class Attempt:
             task=self.task,
             feedback=self.feedback,
             output=self.output,
+            rows=self.rows,
         )
 
 

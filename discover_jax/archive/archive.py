@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
@@ -76,9 +76,14 @@ class Archive:
         rest = tuple(state for state in self.states if state.id not in dropped)
         return Archive(rest, self.capacity).add(state for state in fresh if state.id in best)
 
+    def revalued(self, values: Mapping[str, float]) -> "Archive":
+        """The archive with other values of its states, by id, in their new order."""
+        states = [dataclasses.replace(state, value=values[state.id]) for state in self.states]
+        return Archive(tuple(sorted(states, key=_descending)), self.capacity)
+
     def to_json(self) -> list[dict[str, Any]]:
         """The states, best first, as rows for JSON; `from_json` reads them."""
-        return [dataclasses.asdict(state) for state in self.states]
+        return [_row(state) for state in self.states]
 
     @staticmethod
     def from_json(rows: Iterable[dict[str, Any]], capacity: int) -> "Archive":
@@ -94,6 +99,14 @@ class Archive:
                 f"A row of the archive cannot be read: {error}. Another version wrote the checkpoint, or it was altered."
             ) from error
         return Archive((), capacity).add(states)
+
+
+def _row(state: State) -> dict[str, Any]:
+    """A state as a row, without row results if there are none, so that archives of problems and of earlier versions have equal rows."""
+    row = dataclasses.asdict(state)
+    if not state.rows:
+        del row["rows"]
+    return row
 
 
 def _identity(state: State) -> tuple[str, str]:

@@ -56,11 +56,11 @@ class Finalist:
         if not self.measurements:
             return None
         scores, rows = (np.array([getattr(each, name) for each in self.measurements], np.float64) for name in ("score", "rows"))
-        mean = np.average(scores, weights=rows)
+        mean = np.asarray(np.average(scores, weights=rows))
         known = [each.variance for each in self.measurements if each.variance is not None]
         if len(known) == len(scores):
-            return Normal(mean, np.sum(rows**2 * np.array(known)) / rows.sum() ** 2)
-        return Normal(mean, scores.var(ddof=1) / len(scores) if len(scores) > 1 else np.float64(math.inf))
+            return Normal(mean, np.asarray(np.sum(rows**2 * np.array(known)) / rows.sum() ** 2))
+        return Normal(mean, np.asarray(scores.var(ddof=1) / len(scores) if len(scores) > 1 else math.inf))
 
 
 def first_finalists(states: Iterable[State], count: int) -> list[Finalist]:
@@ -94,7 +94,8 @@ def best_first(finalists: Sequence[Finalist], *, higher_is_better: bool) -> list
         if finalist.failure or estimate is None:
             return True, -len(finalist.measurements), 0.0, 0.0
         score = sign * float(estimate.mean)
-        bound = float(lower_bound(Normal(np.float64(score), estimate.variance))) if math.isfinite(estimate.variance) else -math.inf
+        known = math.isfinite(estimate.variance)
+        bound = float(lower_bound(Normal(np.asarray(score), estimate.variance))) if known else -math.inf
         return False, -len(finalist.measurements), -bound, -score
 
     return sorted(finalists, key=key)

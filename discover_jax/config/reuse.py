@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from discover_jax.archive.ranking import RULES
 from discover_jax.archive.selectors import USUAL_CHILDREN, fresh_groups
 from discover_jax.config.setting import Rule, Setting
 
@@ -26,6 +27,12 @@ REUSE: dict[str, Any] = {
         "parent selector. `greedy`: mostly the best state; `puct`: the states with the highest PUCT score; `fixed`: always the seed",
         tier=1,
         choices=("greedy", "puct", "fixed"),
+    ),
+    "score": Setting(
+        "raw",
+        "score by which parents and the best program are ranked. `raw`: as measured; `ties`: a gain or loss within the noise of the rows"
+        " counts as a tie; `posterior`: the posterior mean of the true score, which shrinks lucky scores",
+        choices=RULES,
     ),
     "epsilon": Setting(
         0.125,

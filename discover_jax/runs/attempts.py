@@ -93,6 +93,7 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
             " would be as good. Lower failure_reward."
         )
     result = {"value": value, "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:], "feedback": verdict.grade.feedback}
+    result["rows"] = verdict.grade.rows
     return dataclasses.replace(SEED, code=program, task=task.id, output=output_of(task, verdict), **result)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from discover_jax import row_results
 from discover_jax.archive.archive import best_of
 from discover_jax.archive.finalists import Finalist, Measurement, best_first, first_finalists, rounds
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.posterior import Z95
 from discover_jax.files import write_atomic
-from discover_jax.tasks import row_results
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.types import Outcome, Verdict
 
@@ -121,7 +121,7 @@ def _choose(
     # From the cache of verdicts, with the scores on rows for selection.
     originals = run_programs([(finalist.state.code, number) for finalist in finalists])
     verdicts = {finalist.state.id: verdict for finalist, verdict in zip(finalists, originals, strict=True)}
-    if not task.calls and task.selection_rows:
+    if task.selection_rows:
         finalists = [_with_selection(finalist, verdicts[finalist.state.id], task.selection_rows) for finalist in finalists]
     runs = 0
     for retest, kept in zip(retests, rounds(len(finalists), len(retests)), strict=True):

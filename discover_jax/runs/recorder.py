@@ -6,7 +6,7 @@ It does not write checkpoints: all processes write them together, see `checkpoin
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from discover_jax.archive.archive import lineage
@@ -158,6 +158,7 @@ class RunRecorder:
       tokenizer: of the model, to decode replies.
       rerun_scripts: text of best/rerun.sh by competition id.
       state: where the run stands.
+      run_again: (task, state) -> the verdict on the state's program, from the cache or by another run.
       kind, seed, last_step: of the run; `last_step` is excluded.
     """
 
@@ -171,6 +172,7 @@ class RunRecorder:
         tokenizer: Tokenizer,
         rerun_scripts: Mapping[str, str],
         state: RunState,
+        run_again: Callable[[AnyTask, State], Verdict],
         *,
         kind: RunKind,
         seed: int,
@@ -178,7 +180,7 @@ class RunRecorder:
     ):
         self._workdir, self._journal, self._console, self._trackers = workdir, journal, console, trackers
         self._tasks, self._tokenizer, self._rerun_scripts, self._state = tasks, tokenizer, rerun_scripts, state
-        self._kind, self._seed, self._last_step = kind, seed, last_step
+        self._run_again, self._kind, self._seed, self._last_step = run_again, kind, seed, last_step
         self._metrics, self._report = MetricsWriter(workdir.metrics_path), ReportWriter(workdir.path)
         self._frontiers, self._outputs = dict(state.frontiers), Outputs(workdir.outputs_dir)
         self._rows: list[dict[str, Any]] = []
@@ -229,9 +231,11 @@ class RunRecorder:
         for task in self._tasks:
             best, previous = record.frontiers[task.id].best, self._frontiers[task.id].best
             if best is not None and best != previous:
-                _, group, index = best.id.split("-")
-                verdict, parent_output = record.verdicts[int(group), int(index)], record.parent_outputs_G[int(group)]
-                self._write_best(task, best, verdict, parent_output)
+                step, group, index = map(int, best.id.split("-"))
+                if step == record.step:
+                    self._write_best(task, best, record.verdicts[group, index], record.parent_outputs_G[group])
+                else:  # a program of an earlier step, after a ranking by posterior scores
+                    self._write_best(task, best, self._run_again(task, best), b"")
             self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous))
         self._frontiers = dict(record.frontiers)
         self._keep_outputs(record)
@@ -265,7 +269,7 @@ class RunRecorder:
                 self._outputs.put(record.verdicts[attempt.group, attempt.index].execution.result or b"")
 
     def _write_best(
-        self, task: AnyTask, best: State, verdict: Verdict, parent_output: bytes | None, *, retested: Mapping[str, Any] | None = None
+        self, task: AnyTask, best: State, verdict: Verdict, parent_output: bytes, *, retested: Mapping[str, Any] | None = None
     ) -> None:
         """Writes the bundle of a program."""
         write_best(

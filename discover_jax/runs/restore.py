@@ -1,7 +1,6 @@
 """The state of a run before its next step: from its own last checkpoint, from another run's, or fresh."""
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +18,7 @@ from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import Source, bring_best
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.prepare import AnyTask
-from discover_jax.types import SEED, Attempt, State
-
-NO_SEEDS: Mapping[str, State] = types.MappingProxyType({})
+from discover_jax.types import Attempt, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,7 @@ def restore(
     note: Callable[[str], None],
     processes: Processes = ALONE,
     *,
-    capacity: int,
-    seeds: Mapping[str, State] = NO_SEEDS,
+    starts: Mapping[str, Frontier],
 ) -> RunState:
     """Restores the state of a run and truncates its journal to it. All processes call this; only the first touches the journal.
 
@@ -67,8 +63,7 @@ def restore(
       source: the run that this one continues, see `find_source`.
       rerun_scripts: text of best/rerun.sh by competition id.
       note: called with a message about each damaged checkpoint that was set aside.
-      capacity: states that an archive keeps.
-      seeds: seed programs by competition id; the others start from nothing.
+      starts: the frontier of each competition before the first step, by its id.
 
     Raises:
       RunError: no checkpoint can be read; journal and checkpoint do not match; other rows made the checkpoint's scores; or a value that
@@ -86,18 +81,17 @@ def restore(
             " start a new run in another folder (--workdir).",
         )
         attempts = _from_first(processes, lambda: journal.resume(host.journal_position, host.journal_sha256))
-        frontiers = _frontiers(tasks, seeds, host, attempts, capacity)
+        frontiers = _frontiers(starts, host, attempts)
         if processes.leads:
             Outputs(workdir.outputs_dir).check(_archived(frontiers))
         rewards = reward_rows(tasks, host.rewards)
         return RunState(host.first_step, latest + 1, train_state, frontiers, rewards, f"resumed after step {latest + 1}")
     if source is not None:
-        return _continue(tasks, workdir, journal, fresh, source, rerun_scripts, note, processes, capacity, seeds)
+        return _continue(tasks, workdir, journal, fresh, source, rerun_scripts, note, processes, starts)
     if processes.leads:
         _refuse_lost_checkpoints(workdir, journal, 0)
         journal.truncate(0)
-    frontiers = {task.id: Frontier(Archive((), capacity), seed=seeds.get(task.id, SEED)) for task in tasks}
-    return RunState(0, 0, fresh, frontiers, reward_rows(tasks), "fresh")
+    return RunState(0, 0, fresh, starts, reward_rows(tasks), "fresh")
 
 
 def _continue(
@@ -109,8 +103,7 @@ def _continue(
     rerun_scripts: Mapping[str, str],
     note: Callable[[str], None],
     processes: Processes,
-    capacity: int,
-    seeds: Mapping[str, State],
+    starts: Mapping[str, Frontier],
 ) -> RunState:
     """The state after the last step of the run in config.train.resume_from."""
     first, host = source.step + 1, source.host
@@ -125,7 +118,7 @@ def _continue(
         return attempts
 
     attempts = _from_first(processes, bring_journal)
-    frontiers = _frontiers(tasks, seeds, host, attempts, capacity)
+    frontiers = _frontiers(starts, host, attempts)
     if processes.leads:
         Outputs(workdir.outputs_dir).bring(Outputs(source.path / workdir.outputs_dir.name), _archived(frontiers))
         bring_best(source, frontiers, workdir, attempts, rerun_scripts, note)
@@ -139,14 +132,17 @@ def _from_first(processes: Processes, read: Callable[[], list[Attempt]]) -> list
     return [from_json(row) for row in processes.from_first(lambda: [to_json(attempt) for attempt in read()])]
 
 
-def _frontiers(
-    tasks: Sequence[AnyTask], seeds: Mapping[str, State], host: HostState, attempts: Sequence[Attempt], capacity: int
-) -> dict[str, Frontier]:
+def _frontiers(starts: Mapping[str, Frontier], host: HostState, attempts: Sequence[Attempt]) -> dict[str, Frontier]:
+    """The frontiers at a checkpoint.
+
+    Args:
+      starts: before the first step, by competition id.
+    """
     frontiers = {}
-    for id in (task.id for task in tasks):
-        archive = Archive.from_json([row for row in host.archive if row.get("task") == id], capacity)
-        resumed = Frontier.resumed(archive, [attempt for attempt in attempts if attempt.task == id])
-        frontiers[id] = dataclasses.replace(resumed, seed=seeds.get(id, SEED))
+    for id, start in starts.items():
+        archive = Archive.from_json([row for row in host.archive if row.get("task") == id], start.archive.capacity)
+        own = [attempt for attempt in attempts if attempt.task == id]
+        frontiers[id] = Frontier.resumed(archive, own, seed=start.seed, ranking=start.ranking)
     return frontiers
 
 

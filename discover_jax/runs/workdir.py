@@ -31,6 +31,7 @@ _LATER_SETTINGS = {
     "lora.mlp_rank": 32,
     "prompt.inspirations": 0,
     "prompt.answer": "program",
+    "reuse.score": "raw",
     "finalists.count": 0,
     "finalists.retests": 4,
     "finalists.every": 0,

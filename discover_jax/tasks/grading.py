@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from discover_jax.tasks import row_results
+from discover_jax import row_results
 from discover_jax.tasks.competition import Competition, Metric
 from discover_jax.tasks.tables import read_table
 from discover_jax.types import Grade

@@ -37,6 +37,8 @@ class ProblemTask:
     reward_source = "evaluate"
     private_rows = 0
     score_rows = 0
+    selection_rows = 0
+    has_row_results = False
     thresholds_note = ""
 
     @property
@@ -107,6 +109,10 @@ class ProblemTask:
     @property
     def hidden_inputs(self) -> bool:
         return self.problem.hidden_inputs
+
+    @property
+    def noisy(self) -> bool:
+        return self.problem.noisy
 
     @property
     def least_score(self) -> float:

@@ -38,7 +38,7 @@ def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tu
       DataError: see `prepare.prepare_folder`.
     """
     if isinstance(task, ProblemTask):
-        repeatable = task.problem.noisy and not task.reuse_output  # otherwise a program also depends on what its parent returned
+        repeatable = task.noisy and not task.reuse_output  # otherwise a program also depends on what its parent returned
         return tuple(_repeated(task, number) for number in range(count)) if repeatable else ()
     settings: dict[str, Any] = {"retests": count, "task_fingerprint": task.fingerprint, "seed": seed}
     files, fingerprint = prepare_folder(folder, settings, lambda work: _write(task, count, work, seed))

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from discover_jax import row_results
 from discover_jax.exceptions import DataError
-from discover_jax.tasks import grading, mle_bench, row_results
+from discover_jax.tasks import grading, mle_bench
 from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks.interval import Interval, binomial_interval, bootstrap_interval, no_interval
 from discover_jax.tasks.loading import load_competition
@@ -187,6 +188,16 @@ class Task:
     def selection_rows(self) -> int:
         """Number of rows that only the choice of the best program sees."""
         return self.splits[-1].selection_rows
+
+    @property
+    def noisy(self) -> bool:
+        """True: scores depend on which rows they are measured."""
+        return True
+
+    @property
+    def has_row_results(self) -> bool:
+        """Whether grades have the results of single rows."""
+        return self.competition.judge is None and self.metric.influence is not None
 
     @property
     def score_rows(self) -> int:

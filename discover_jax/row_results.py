@@ -36,6 +36,17 @@ class RowResults:
         return float(np.mean(self.influence_R**2) / self.rows)
 
 
+def difference_variance(a: RowResults, b: RowResults) -> float:
+    """The variance of the difference of two scores on the same rows.
+
+    Raises:
+      ValueError: the rows differ in number.
+    """
+    if a.rows != b.rows or len(a.influence_R) != len(b.influence_R):
+        raise ValueError(f"two programs can be compared only on the same rows; got {a.rows} and {b.rows}")
+    return RowResults(a.influence_R - b.influence_R, a.rows).variance
+
+
 def encode(influence_R: np.ndarray, *, proportion: bool) -> str:
     """The row results as text for JSON, with one bit a row for a share of rows, and 16 bits a row otherwise.
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from discover_jax.row_results import decode, encode, joined
 from discover_jax.tasks.metrics import ACCURACY, LOG_LOSS, RMSE, ROC_AUC
-from discover_jax.tasks.row_results import decode, encode, joined
 
 ROWS = 400
 
