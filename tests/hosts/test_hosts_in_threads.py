@@ -12,8 +12,9 @@ import pytest
 from discover_jax.exceptions import HostError, SandboxError
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import ALONE, Processes
+from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.workdir import open_shared_workdir
-from discover_jax.types import Execution, Grade, Outcome, Verdict
+from discover_jax.types import SEED, Execution, Grade, Outcome, Verdict
 
 
 class Imitated:
@@ -95,6 +96,26 @@ def test_only_the_first_host_uses_the_slots_of_a_cluster():
     assert not executors[1].ran
     assert told[1] == told[0]
     assert list(told[0][0]) == list(PROGRAMS)
+
+
+def test_programs_that_read_other_values_of_their_parents_are_spread():
+    executors = [Imitated(0), Imitated(1)]
+
+    def host(processes):
+        step = StepExecutions(executors[processes.index], [1, 1], processes)
+        for place, parent_output in enumerate((b"1", b"2", b"1", b"2")):
+            step.submit(place, "a program", 0, parent_output)
+        return [verdict.execution.stdout[:6] for verdict in step.verdicts(lambda: None).values()]
+
+    assert _on_all(2, host) == [["host 0", "host 1"] * 2] * 2
+
+
+def test_all_hosts_get_the_values_that_only_the_first_reads(tmp_path):
+    Outputs(tmp_path / "0").put(b"\xff value")
+    (path,) = (tmp_path / "0").iterdir()
+    states = [dataclasses.replace(SEED, output=path.stem), SEED]
+    told = _on_all(3, lambda processes: Outputs(tmp_path / str(processes.index)).for_all(processes, states))
+    assert told == [{path.stem: b"\xff value"}] * 3
 
 
 def test_single_host_returns_its_executors_verdicts():
