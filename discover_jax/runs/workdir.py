@@ -19,7 +19,7 @@ _CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
 _ABSENT = object()
 _RUNTIME_SETTINGS = (
     *("mesh.data", "mesh.expert", "mesh.tensor", "train.rows"),
-    *("execution.backend", "execution.ray_address"),
+    *("execution.backend", "execution.ray_address", "execution.workers"),
     *("tracking.wandb", "tracking.project", "tracking.entity"),
 )
 """Settings of machines, parallelism and tracking. They do not affect what a run computes, so they may change when it is resumed. A backend
