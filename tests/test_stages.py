@@ -84,7 +84,15 @@ def steps(tmp_path_factory):
         tasks = prepare_tasks(config.task, folder=folder / "task", seed=0)
         limits = ResourceLimits(seconds=60, cores=1, memory_bytes=900 * MIB)
         with Executor(tasks, limits, workers=1, cache_dir=folder / "cache") as executor:
-            parts = {"sampler": Scripted(chat), "updater": None, "checkpoints": None, "recorder": NullRecorder(), "executor": executor}
+            parts = {
+                "sampler": Scripted(chat),
+                "updater": None,
+                "checkpoints": None,
+                "recorder": NullRecorder(),
+                "executor": executor,
+                "all_tasks": tasks,
+                "retests": {},
+            }
             outputs = Outputs(folder / "outputs")
             run = stages.Run(
                 config, RunKind.SEARCH, ALONE, tasks, slots_H=[1], prompt_settings=stages.prompt_settings(config), outputs=outputs,

@@ -12,6 +12,7 @@ _TITLES = {
     "model": "Model",
     "train": "Learning",
     "reuse": "Reuse of programs",
+    "finalists": "Choice of the best program",
     "sampling": "Sampling",
     "mesh": "Devices",
     "prompt": "Prompt",

@@ -1,6 +1,6 @@
 """A run's progress on one competition by step: scores with intervals, rewards, outcomes, and the tree of states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "outcomes": {outcome.value: [sum(a.outcome is outcome for a in mine) for mine in by_step] for outcome in Outcome},
         "lineage": [state.id for state in lineage(attempts, best.id)] if best is not None else [],
         "grade": {name: grade.get(name) for name in _GRADE} if best is not None and grade.get("id") == best.id else None,
+        "chosen": _chosen(grade),
     }
 
 
@@ -78,6 +79,15 @@ def tree_of(record: RunRecord, competition: str) -> dict[str, list[Any]]:
         "stop": [attempt.stop.value == "max_tokens" for attempt in attempts],
         "adapter_step": [attempt.adapter_step for attempt in attempts],
     }
+
+
+def _chosen(grade: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The program that retests chose and its scores, from grade.json; None if retests chose none."""
+    retested = grade.get("retested")
+    if not isinstance(retested, dict):
+        return None
+    names = ("id", "score", "retested_score", "retested_interval_95", "retested_rows", "private_score")
+    return {name: retested.get(name) for name in names}
 
 
 def _disclosed_json(disclosed: Disclosed | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from discover_jax.archive.archive import Archive
+from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
 from discover_jax.config import default_config
 from discover_jax.exceptions import RunError
@@ -102,7 +103,8 @@ def continue_run(path, source, tasks, note=print) -> tuple[RunState, Isolation |
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         journal = Journal(workdir.journal_path)
         scripts = {task.id: rerun_script(rerun_settings(config, number)) for number, task in enumerate(tasks)}
-        standing = restore(tasks, workdir, checkpoints, journal, state_of(0), found, scripts, note, capacity=10)
+        starts = {task.id: Frontier.start(10) for task in tasks}
+        standing = restore(tasks, workdir, checkpoints, journal, state_of(0), found, scripts, note, starts=starts)
         checkpoints.close()
         return standing, read_isolation(workdir.path)
 

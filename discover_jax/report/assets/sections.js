@@ -39,6 +39,13 @@ function headline(run, progress) {
     const interval = Array.isArray(grade.private_interval_95) ? `; 95% interval ${span(grade.private_interval_95)}` : "";
     facts.splice(1, 0, ["score on the private answers", score(grade.private_score), `not used for selection${interval}`]);
   }
+  const chosen = progress.chosen;
+  if (chosen && typeof chosen.retested_score === "number") {
+    const interval = Array.isArray(chosen.retested_interval_95) ? `; 95% interval ${span(chosen.retested_interval_95)}` : "";
+    const rows = chosen.retested_rows > 1 ? ` on ${count(chosen.retested_rows, "row")} that gave no reward` : "";
+    const before = typeof chosen.score === "number" ? `; ${score(chosen.score)} before` : "";
+    facts.splice(1, 0, [`chosen program, ${chosen.id}`, score(chosen.retested_score), `retested${rows}${interval}${before}`]);
+  }
   return el("div", { class: "headline" }, facts.map(([name, value, more]) => el("div", null, el("span", { class: "name" }, name), el("span", { class: "value" }, value), el("span", { class: "more" }, more))));
 }
 
