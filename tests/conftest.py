@@ -1,6 +1,6 @@
 """Settings of all tests that make compilation and imports cheap: most of the time goes into functions and processes that run once.
 
-A slow test in test_main has XLA's flags as users have them.
+The whole-run tests in test_main use XLA's flags as users have them.
 """
 
 import atexit

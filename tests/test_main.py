@@ -1,4 +1,7 @@
-"""Whole runs with the apprentice on the built-in competition, as a user starts them: train, search, kill -9, resume, mistakes."""
+"""Whole runs with the apprentice on a bundled competition: train, search, kill -9, resume, mistakes.
+
+They have the compiler options of users and take minutes. By default, tests/faults makes the same checks on runs of the phrase model.
+"""
 
 import json
 import os
@@ -7,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+pytestmark = pytest.mark.slow
 
 _SMALL = (
     "--config=configs/quickstart.py",
@@ -27,19 +31,17 @@ _SMALL = (
 STEPS = 2
 _ALL_STEPS = f"--config.train.steps={STEPS}"
 
-# The environment of users, without the settings of tests/conftest.py, which make compilation cheap.
+# The environment of users, without the settings of tests/conftest.py. All runs of a user share the folder of compiled functions.
 _OF_TESTS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-_OF_USERS = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _OF_TESTS}
 
 
 def _command(workdir: Path, *extra: str, module: str = "main") -> list[str]:
     return [sys.executable, "-m", f"discover_jax.{module}", *_SMALL, f"--workdir={workdir}", *extra]
 
 
-def _run(
-    workdir: Path, *extra: str, module: str = "main", code: int = 0, environment: Mapping[str, str] = os.environ
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(_command(workdir, *extra, module=module), capture_output=True, text=True, check=False, env=environment)
+def _run(workdir: Path, *extra: str, module: str = "main", code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(_command(workdir, *extra, module=module), capture_output=True, text=True, check=False, env=_ENVIRONMENT)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -90,14 +92,6 @@ def test_run_leaves_the_files_listed_in_the_readme(unbroken):
     assert json.loads((unbroken / "config.json").read_text())
 
 
-@pytest.mark.slow
-def test_a_run_with_the_compiler_options_of_users(tmp_path):
-    _run(tmp_path / "run", "--config.train.steps=1", environment=_OF_USERS)
-    (row,) = _rows(tmp_path / "run" / "metrics.jsonl")
-    assert row["logprob_gap/mean"] < 1e-5
-    assert row["rollouts/valid_frac"] > 0
-
-
 def test_best_grade_matches_the_tasks_grade(unbroken):
     from discover_jax.tasks.prepare import prepare_task
 
@@ -106,7 +100,6 @@ def test_best_grade_matches_the_tasks_grade(unbroken):
     assert task.grade((unbroken / "best" / "submission.csv").read_bytes()).score == grade["score"]
 
 
-@pytest.mark.slow  # the kills in tests/faults are faster
 def test_kill_9_and_resume_gives_the_same_journal(unbroken, tmp_path):
     """Killed while sampling or running programs of the second step, and again soon after the restart."""
     workdir = tmp_path / "run"
@@ -116,6 +109,7 @@ def test_kill_9_and_resume_gives_the_same_journal(unbroken, tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            env=_ENVIRONMENT,
         )
         deadline = time.monotonic() + 300
         while not until():
@@ -153,7 +147,6 @@ def test_different_config_is_refused_with_the_differences(unbroken):
     _run(unbroken, _ALL_STEPS, module="search", code=2)
 
 
-@pytest.mark.slow  # tests/test_options.py has a run of the phrase model that continues another
 def test_second_run_continues_the_first(unbroken, tmp_path):
     """As the report's run 4 continues run 3, it inherits adapter, optimiser, archive, journal and step count."""
     done = _run(tmp_path / "next", "--config.train.steps=1", f"--config.train.resume_from={unbroken}")
@@ -166,7 +159,6 @@ def test_second_run_continues_the_first(unbroken, tmp_path):
     assert re.search(r"/nowhere\b", done.stderr)
 
 
-@pytest.mark.slow  # tests/test_options.py has a search with the phrase model
 def test_search_has_the_same_first_step_and_never_learns(unbroken, tmp_path):
     _run(tmp_path / "search", "--config.train.steps=2", module="search")
     ours, theirs = _rows(tmp_path / "search" / "journal.jsonl"), _rows(unbroken / "journal.jsonl")
@@ -189,7 +181,6 @@ def test_mistakes_are_one_clear_error_and_damage_nothing(tmp_path, extra, messag
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow  # its parts are tested in tests/text/test_prompts.py and tests/archive/test_frontier.py
 def test_program_too_long_for_a_prompt_is_kept_as_best_but_never_a_parent(tmp_path):
     done = _run(tmp_path / "run", "--config.train.steps=2", "--config.sampling.max_prompt_tokens=48", module="search")
     assert re.search(r"\b48 tokens\b", done.stdout)
@@ -199,7 +190,6 @@ def test_program_too_long_for_a_prompt_is_kept_as_best_but_never_a_parent(tmp_pa
     assert grade["score"] == max(row["score"] for row in journal if row["score"] is not None)
 
 
-@pytest.mark.slow  # tests/models/test_adapter.py compares with peft
 @pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
 def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, tmp_path):
     """Logits of the trained adapter on the run's best program: in our model, in peft over transformers, and after peft saved it."""
@@ -217,7 +207,7 @@ def test_the_trained_adapter_goes_to_peft_and_back_with_equal_logits(unbroken, t
 
     out = tmp_path / "adapter"
     command = [sys.executable, "-m", "discover_jax.export_adapter", f"--run={unbroken}", f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 
     config = settings.default_config()

@@ -15,8 +15,9 @@ import pytest
 from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
 
 
+@pytest.mark.slow  # run it after changing the kernels
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
-@pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [[], ["--all"]])
 def test_interpreted_kernels_match_the_reference_gradients(options):
     script = Path(__file__).with_name("interpreted_attention_update.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}

@@ -55,8 +55,9 @@ def test_bound_on_blocks_is_tight(block):
         assert needed(worst) <= most_blocks(rows, EXPERTS, block) <= needed(worst) + 1
 
 
+@pytest.mark.slow  # run it after changing the kernels
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
-@pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [[], ["--all"]])
 def test_kernel_sorts_like_plain_jax(options):
     script = Path(__file__).with_name("interpreted_expert_rows.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}

@@ -73,14 +73,17 @@ def _direct_of_rows(number):
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
-@pytest.mark.parametrize("block", [8, 16, 512])
+@pytest.mark.parametrize("block", [8, pytest.param(16, marks=pytest.mark.slow), 512])
 def test_full_attention(monkeypatch, number, block):
     monkeypatch.setattr(packed_attention, "BLOCK", block)
     _check(packed_attention_reference, _direct_of_rows(number), _problem(*ROWS[number]))
 
 
 @pytest.mark.parametrize(("rows", "tokens"), ROWS)
-@pytest.mark.parametrize(("window", "least", "at_once"), [(4, 4, 2), (8, 64, 16), (1, 3, 5), (200, 64, 16)])
+@pytest.mark.parametrize(
+    ("window", "least", "at_once"),
+    [(4, 4, 2), pytest.param(8, 64, 16, marks=pytest.mark.slow), (1, 3, 5), pytest.param(200, 64, 16, marks=pytest.mark.slow)],
+)
 def test_a_window(monkeypatch, rows, tokens, window, least, at_once):
     monkeypatch.setattr(packed_attention, "LEAST_WINDOW_BLOCK", least)
     monkeypatch.setattr(packed_attention, "WINDOW_BLOCKS", at_once)

@@ -47,6 +47,7 @@ RANKS = {
     "only head": LoraConfig(0, 0, 2, alpha=1.0),
     "attention and head": LoraConfig(2, 0, 6),
 }
+_QUICK = ("three ranks", "only attention")
 GROUPS = {"attention_rank": "self_attn", "expert_rank": "mlp.experts", "head_rank": "lm_head"}
 
 
@@ -116,7 +117,7 @@ def torch_logits(torch, model, tokens_BT):
 
 
 @pytest.mark.filterwarnings("error:.*(rank_pattern|missing adapter keys|unexpected keys)")
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.slow]) for name in RANKS])
 def test_peft_loads_our_adapter_and_computes_equal_logits(tmp_path, libraries, base, reference, name):
     torch, _, peft = libraries
     lora = random_lora(RANKS[name], seed=len(name))
@@ -133,7 +134,7 @@ def test_peft_loads_our_adapter_and_computes_equal_logits(tmp_path, libraries, b
 
 
 @pytest.mark.filterwarnings("ignore:.*(rank_pattern|save_embedding_layers|config file)")
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.slow]) for name in RANKS])
 def test_we_load_pefts_adapter_and_compute_equal_logits(tmp_path, libraries, base, reference, name):
     """peft creates, configures and saves the adapter. If it adapts the head, it also saves a copy of the base's head."""
     torch, _, peft = libraries
@@ -380,6 +381,7 @@ def command(*arguments, module="discover_jax.export_adapter"):
     return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_checkpoint(tmp_path, base):
     run = make_run(tmp_path / "run", base[0], max_grad_norm=1.0)
     before = sorted(run.rglob("*"))

@@ -54,7 +54,10 @@ LORA = LoraConfig(attention_rank=4, expert_rank=0, head_rank=3, alpha=6.0, mlp_r
 LENGTH = 45
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+_SLOW = ("qwen3", "llama, plain and tied")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in CONFIGS])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("dense")
     write_synthetic(path, CONFIGS[request.param], seed=5)

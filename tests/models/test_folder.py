@@ -253,6 +253,7 @@ def test_the_command_writes_a_shape(tmp_path, monkeypatch, capsys):
         synthetic.shape_of("gpt-oss-20b", 3)
 
 
+@pytest.mark.slow
 def test_each_device_reads_only_its_part():
     """On a mesh of four CPU devices, in a separate process: values are equal, and each read is a part of the tensor."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

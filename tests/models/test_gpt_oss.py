@@ -67,7 +67,7 @@ def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None)
 _prefill = jax.jit(MODEL.prefill)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
     """Rows are shorter and longer than the window, and are decoded well past it."""
     lora = lora if adapted else None

@@ -88,7 +88,10 @@ def random_tokens(config, rows, length, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+_QUICK = ("grouped", "one key head", "other rotary constants", "rounded ramp")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.slow]) for name in CONFIGS])
 def test_logits_equal_transformers(tmp_path, name):
     config = CONFIGS[name]
     write_synthetic(tmp_path, config, seed=len(name))
@@ -101,7 +104,10 @@ def test_logits_equal_transformers(tmp_path, name):
         np.testing.assert_allclose(logits(Model(read, experts=experts), frozen, tokens_BT), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("length", [pytest.param(127, marks=pytest.mark.slow), 128, 129, pytest.param(130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param(127, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 129, pytest.param(130, marks=pytest.mark.slow)],
+)
 def test_sliding_window_has_128_keys(tmp_path, length):
     """The whole sequence in one forward pass; then its last four tokens one at a time from the cache."""
     config = CONFIGS["published window"]
@@ -118,7 +124,7 @@ def test_sliding_window_has_128_keys(tmp_path, length):
     np.testing.assert_allclose(head(model, frozen, hidden_BD), expected[:, -1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["grouped", "every expert active"])
+@pytest.mark.parametrize("name", ["grouped", pytest.param("every expert active", marks=pytest.mark.slow)])
 def test_bfloat16_error_is_at_most_that_of_transformers(tmp_path, name):
     config = CONFIGS[name]
     write_synthetic(tmp_path, config, seed=11)

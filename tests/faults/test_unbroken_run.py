@@ -1,0 +1,85 @@
+"""An uninterrupted run of the phrase model: its files, a second start, and mistakes. tests/test_main.py has the same with the apprentice."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny_run import STEPS, command, environment, unbroken
+
+from discover_jax.tasks.prepare import prepare_task
+
+GROUPS, SIZE = 2, 3
+
+
+@pytest.fixture(scope="module")
+def workdir(root) -> Path:
+    return unbroken(root)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def start(root: Path, workdir: Path, *extra: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*command(root, workdir), *extra], env=environment(root), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_run_leaves_the_files_of_the_documentation(workdir):
+    metrics = rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    required = {"reward/mean", "reward/max", "best/score", "rollouts/valid_frac", "groups/constant_frac", "logprob_gap/mean"}
+    required |= {"time/sample_s", "time/execute_s", "time/update_s"}
+    assert all(required <= row.keys() for row in metrics)
+    assert all(row["logprob_gap/mean"] < 1e-5 for row in metrics)  # one model samples and trains
+    journal = rows(workdir / "journal.jsonl")
+    assert len(journal) == STEPS * GROUPS * SIZE
+    best = max((row for row in journal if row["score"] is not None), key=lambda row: row["score"])
+    grade = json.loads((workdir / "best" / "grade.json").read_text())
+    assert grade["score"] == best["score"] == metrics[-1]["best/score"]
+    assert (workdir / "best" / "solution.py").read_text().rstrip() == best["code"].rstrip()
+    assert (workdir / "best" / "submission.csv").read_text().startswith("id,y")
+    rollouts = pd.read_parquet(workdir / "rollouts").sort_values(["step", "group", "index"])
+    assert list(rollouts["id"]) == [row["id"] for row in journal]
+    assert list(rollouts["program"].dropna()) == [row["code"] for row in journal if row["code"] is not None]
+    assert (rollouts["logprob_sum"] < 0).all()
+    assert list(rollouts["prompt"].notna()) == [True, False, False] * GROUPS * STEPS
+    (events,) = (workdir / "tensorboard").iterdir()
+    assert all(events.read_bytes().count(name.encode()) == STEPS for name in required - {"reward/max"} | {"outcome/ok"})
+    assert not (workdir / "wandb_id").exists()
+    disclosure = json.loads((workdir / "disclosure.json").read_text())
+    assert disclosure["competitions"][0]["reward"]["rows"] == grade["rows"] == 70
+    assert disclosure["isolation"]["isolated"] is True
+    assert disclosure["search"]["learned"] is True
+    assert (workdir / "report.html").stat().st_size > 10_000
+
+
+def test_best_grade_matches_the_tasks_grade(workdir):
+    task = prepare_task(str(Path(__file__).with_name("remainders.py")), raw=None, reward="grade", folder=workdir / "task")
+    grade = json.loads((workdir / "best" / "grade.json").read_text())
+    assert task.grade((workdir / "best" / "submission.csv").read_bytes()).score == grade["score"]
+
+
+def test_finished_run_does_nothing_when_it_is_started_again(root, workdir):
+    before = (workdir / "journal.jsonl").read_bytes()
+    done = start(root, workdir)
+    assert re.search(rf"\bresume[sd]\b.*\bstep {STEPS}\b", done.stdout)
+    assert str(workdir / "best") in done.stdout
+    assert "\x1b" not in done.stdout  # piped: plain lines
+    assert (workdir / "journal.jsonl").read_bytes() == before
+
+
+def test_mistakes_are_one_clear_error_and_damage_nothing(root, workdir, tmp_path):
+    before = (workdir / "journal.jsonl").read_bytes()
+    done = start(root, workdir, "--config.seed=5", code=2)
+    assert "seed" in done.stderr
+    assert "5" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (workdir / "journal.jsonl").read_bytes() == before
+    done = start(root, tmp_path / "run", "--config.task.raw=/nowhere/train.csv", code=2)
+    assert "/nowhere/train.csv" in done.stderr
+    assert "Traceback" not in done.stderr
