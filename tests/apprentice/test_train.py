@@ -63,6 +63,7 @@ def test_loss_falls_in_a_few_steps(model, batch):
     assert 0.0 < float(metrics["wrong"]) < 1.0
 
 
+@pytest.mark.slow
 def test_the_loss_includes_only_replies(model, batch):
     weights = train.init_learner(model, seed=0).weights
     altered = dict(batch)
@@ -74,6 +75,7 @@ def test_the_loss_includes_only_replies(model, batch):
     assert float(reply_loss(model, weights, altered)[0]) != float(first)
 
 
+@pytest.mark.slow
 def test_the_saved_model_has_the_loss_of_training(model, batch, tmp_path):
     """Training rounds the experts to MXFP4, as saving does."""
     learner = train.init_learner(model, seed=0)

@@ -29,7 +29,7 @@ class _Telling(QuietConsole):
 
 def _run(folder: Path, model: Path, **changes) -> list[str]:
     config = phrase_config.get_config(str(model))
-    config.train.steps = 2
+    config.train.steps = 1
     config.task.reward, config.task.holdout_fraction, config.task.selection_fraction = "holdout", 0.3, 0.2
     config.finalists.count, config.finalists.retests, config.finalists.every = 4, 2, 1
     config.update_from_flattened_dict(changes)

@@ -1,4 +1,4 @@
-"""An uninterrupted run of the phrase model: its files, a second start, and mistakes. tests/test_main.py has the same with the apprentice."""
+"""An uninterrupted run of the phrase model: its files, a second start, and mistakes. tests/test_main.py uses the apprentice."""
 
 import json
 import re

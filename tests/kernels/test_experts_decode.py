@@ -35,6 +35,7 @@ def errors():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # run it after changing the kernels
 @interpreted
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
     assert len(errors) == 5

@@ -43,6 +43,7 @@ def test_reference_matches_the_formula_for_each_layer(rank, biased):
         np.testing.assert_allclose(got, np.asarray(x, np.float64) @ weight.T + bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # run it after changing the kernels
 @interpreted
 def test_kernels_are_accurate_to_bfloat16_rounding():
     script = Path(__file__).with_name("interpreted_projections.py")

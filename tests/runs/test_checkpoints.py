@@ -216,6 +216,7 @@ while True:
 """
 
 
+@pytest.mark.slow  # tests/faults kills whole runs
 def test_kill_at_random_moments(tmp_path):
     """After each kill, the latest checkpoint is complete and not older than the last one reported as saved. Writing continues from it."""
     rng = random.Random(0)

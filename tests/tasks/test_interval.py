@@ -73,7 +73,11 @@ def test_counts_match_scikit_learn_on_repeated_rows(metric, seed, rows, digits):
             assert score == pytest.approx(metric.function(answers_R[drawn], predictions_R[drawn]), rel=1e-9)
 
 
-@METRICS
+@pytest.mark.parametrize(
+    "metric",
+    [pytest.param(LOG_LOSS, marks=pytest.mark.slow), RMSE, pytest.param(ROC_AUC, marks=pytest.mark.slow)],
+    ids=lambda metric: metric.name,
+)
 def test_against_scipys_bootstrap(metric):
     """The resamples differ, so the bounds agree only to the precision of a thousand resamples."""
     stats = pytest.importorskip("scipy.stats")
