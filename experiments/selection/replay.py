@@ -2,8 +2,8 @@
 
   python experiments/selection/replay.py RUN_DIR... --csv=replay.csv
 
-Runs need the reward `holdout`, so that the private answers are unseen, and `finalists.count`. Nothing runs again: the journal has the results of
-single rows, and finalists.json the retests.
+Runs need the reward `holdout`, so that the private answers are unseen, and `finalists.count`. No program runs again: the journal has the results
+of single rows, and finalists.json those of the retests.
 """
 
 import argparse
