@@ -193,8 +193,9 @@ def _retests(config: Any, tasks: Sequence[AnyTask], workdir: Workdir) -> Mapping
     }
     if not any(found.values()):
         raise ConfigError(
-            f"config.finalists.count = {config.finalists.count}: the scores of {', '.join(found)} do not vary between evaluations, so there"
-            " is nothing to test again. Set it to 0, or set noisy=True in the problem's definition."
+            f"config.finalists.count = {config.finalists.count}: {', '.join(found)} cannot be tested again, because scores do not vary"
+            " between evaluations, or because programs read what their parents returned. Set it to 0. For a problem, noisy=True in its"
+            " definition and config.task.reuse_output = 'off' allow it."
         )
     return found
 

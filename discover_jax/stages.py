@@ -199,7 +199,7 @@ def check_ranking(rule: str, tasks: Sequence[AnyTask]) -> None:
     if blind := [task.id for task in tasks if task.noisy and not task.has_row_results]:
         raise ConfigError(
             f"config.reuse.score = {rule!r} needs the results of single rows, which the scores of {', '.join(blind)} do not have. Set it to"
-            " 'raw', or give the competition's metric an `influence` (docs/competitions.md)."
+            " 'raw'. Or give the competition's metric an `influence` (docs/competitions.md)."
         )
     if not any(task.has_row_results for task in tasks):
         raise ConfigError(
@@ -216,7 +216,7 @@ def start_frontiers(reuse: Any, tasks: Sequence[AnyTask], seeds: Mapping[str, St
     """
 
     def ranking(task: AnyTask) -> Ranking | None:
-        return None if reuse.score == "raw" else Ranking(reuse.score, task.metric.higher_is_better, task.reward)
+        return None if reuse.score == "raw" else Ranking(reuse.score, task.metric.higher_is_better, task.reward, task.has_row_results)
 
     return {task.id: Frontier.start(reuse.capacity, seed=seeds.get(task.id, SEED), ranking=ranking(task)) for task in tasks}
 
@@ -334,9 +334,9 @@ def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], fro
 
 
 def _best_value(frontier: Frontier) -> float | None:
-    """The best reward so far, of the seed program or of an attempt; None before the first."""
-    values = [state.value for state in (frontier.best, frontier.seed) if state is not None and state.value is not None]
-    return max(values, default=None)
+    """The best reward so far, as measured, of the seed program or of an attempt; None before the first."""
+    states = [frontier.best, frontier.seed] if frontier.ranking is None else [each.state for each in frontier.measurements.programs]
+    return max((state.value for state in states if state is not None and state.value is not None), default=None)
 
 
 def update(run: Run, policy: Policy, rollouts: Mapping[RolloutKey, Rollout], estimates: Estimates) -> tuple[Policy, dict[str, float]]:

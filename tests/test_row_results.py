@@ -1,12 +1,14 @@
 """Results of single rows: influences against resampled and perturbed tables, their text, and their place in grades."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discover_jax.row_results import decode, encode, joined
+from discover_jax.row_results import decode, difference_variance, encode, joined
 from discover_jax.tasks.metrics import ACCURACY, LOG_LOSS, RMSE, ROC_AUC
 
 ROWS = 400
@@ -29,7 +31,7 @@ def test_influence_is_the_derivative_of_the_score_in_a_rows_weight(metric):
     """By the definition: the score of a table in which one row counts a little more."""
     answers, predictions = _table(metric, 0)
     influence = metric.influence(answers, predictions)
-    assert influence.mean() == pytest.approx(0.0, abs=1e-12)
+    influence = influence - influence.mean()  # a share has the rows' correctness
     score = metric.function(answers, predictions)
     copies = 200  # a table with each row 200 times, and one row once more
     for row in range(0, ROWS, 40):
@@ -55,7 +57,7 @@ def test_variance_of_a_difference_on_the_same_rows(metric):
     else:
         correct = (answers == second).astype(float) - (answers == first)
         differences = correct[drawn].mean(axis=1)
-    results = [decode(encode(metric.influence(answers, p), proportion=metric.proportion)) for p in (first, second)]
+    results = [decode(encode(metric.influence(answers, p), share=metric.proportion)) for p in (first, second)]
     variance = np.mean((results[1].influence_R - results[0].influence_R) ** 2) / ROWS
     assert variance == pytest.approx(differences.var(), rel=0.15)
     assert variance < 0.5 * (results[0].variance + results[1].variance)  # the pairing helps
@@ -65,27 +67,27 @@ def test_mcnemar_by_hand():
     """Of 10 rows, only the child gets 3 right, only the parent 1: the variance is (3 + 1 - 2^2 / 10) / 10^2."""
     answers = np.ones(10, int)
     parent, child = np.array([0, 0, 0, 1, 1, 1, 1, 0, 0, 1]), np.array([1, 1, 1, 0, 1, 1, 1, 0, 0, 1])
-    a, b = (decode(encode(ACCURACY.influence(answers, p), proportion=True)).influence_R for p in (parent, child))
+    a, b = (decode(encode(ACCURACY.influence(answers, p), share=True)).influence_R for p in (parent, child))
     assert np.mean((b - a) ** 2) / 10 == pytest.approx((3 + 1 - 0.4) / 100)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
 def test_shares_survive_the_text(correct):
     values = np.array(correct, float)
-    found = decode(encode(values - values.mean(), proportion=True))
+    found = decode(encode(values, share=True))
     np.testing.assert_allclose(found.influence_R, values - values.mean(), atol=1e-12)
     assert found.rows == len(correct)
 
 
 @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=50))
 def test_numbers_survive_the_text_to_half_precision(values):
-    found = decode(encode(np.array(values), proportion=False)).influence_R
-    np.testing.assert_allclose(found, values, atol=1e-3 * max(map(abs, values)))
+    found = decode(encode(np.array(values), share=False)).influence_R
+    np.testing.assert_allclose(found, np.array(values) - np.mean(values), atol=2e-3 * max(map(abs, values)))
 
 
 def test_large_tables_keep_evenly_spaced_rows():
     correct = np.random.default_rng(0).random(1_000_000) < 0.8
-    text = encode(correct - correct.mean(), proportion=True)
+    text = encode(correct, share=True)
     found = decode(text)
     assert len(text) < 12_000
     assert (found.rows, len(found.influence_R)) == (1_000_000, 65_536)
@@ -101,16 +103,53 @@ def test_other_texts_are_refused(text):
 
 
 def test_a_longer_text_than_its_rows_is_refused():
-    longer = encode(np.array([0.5, -0.5] * 2000), proportion=True).split(":")
+    longer = encode(np.array([1.0, 0.0] * 2000), share=True).split(":")
     with pytest.raises(ValueError, match="results of a table's rows"):
         decode(":".join([longer[0], "10", *longer[2:]]))
 
 
 def test_folds_are_joined():
     parts = [np.array([0.5, -0.5]), np.array([0.25, 0.25, -0.5])]
-    found = decode(joined([encode(part, proportion=False) for part in parts]))
+    found = decode(joined([encode(part, share=False) for part in parts]))
     np.testing.assert_allclose(found.influence_R, np.concatenate(parts), atol=1e-3)
-    assert joined([encode(parts[0], proportion=False), ""]) == ""
+    assert joined([encode(parts[0], share=False), ""]) == ""
+    # A fold without an error, and one without a correct row, keep their rows' results.
+    shares = [np.ones(20), np.zeros(20), (np.arange(20) < 16).astype(float)]
+    found = decode(joined([encode(part, share=True) for part in shares]))
+    np.testing.assert_allclose(found.influence_R, np.concatenate(shares) - np.concatenate(shares).mean(), atol=1e-12)
+    large = decode(joined([encode(np.arange(10_000.0), share=False)] * 3))
+    assert (large.rows, len(large.influence_R)) == (30_000, 4_096)
+
+
+def test_extreme_influences_stay_finite():
+    answers, predictions = np.zeros(1000), np.zeros(1000)
+    predictions[0] = 1e154
+    found = decode(encode(RMSE.influence(answers, predictions), share=False))
+    assert np.isfinite(found.variance)
+    assert np.isfinite(found.variance**2)
+
+
+def test_shares_of_large_tables_differ_on_at_least_as_many_rows_as_the_score():
+    rows = 200_000
+    parent = (np.arange(rows) % 5 > 0).astype(float)
+    child = parent.copy()
+    unkept = np.setdiff1d(np.flatnonzero(parent == 0), np.linspace(0, rows - 1, 65_536).astype(int))[:3]
+    child[unkept] = 1
+    a, b = (decode(encode(x, share=True)) for x in (parent, child))
+    assert difference_variance(a, b, 3 / rows) == pytest.approx(3 / rows**2, rel=1e-4)  # (b + c - (b - c)^2 / n) / n^2
+
+
+@pytest.mark.parametrize("influence", [lambda a, p: 1 / 0, lambda a, p: np.ones(3)])
+def test_a_metric_whose_influence_fails_rejects_the_submission(influence):
+    from discover_jax.tasks import grading
+    from discover_jax.tasks.competition import Competition
+
+    metric = dataclasses.replace(RMSE, influence=influence)
+    competition = Competition("c", "text", "id", "y", metric, lambda raw, public, private: None, failure_reward=-1e9, transform="negate")
+    table = pd.DataFrame({"id": range(5), "y": range(5)})
+    grade = grading.grade(table.to_csv(index=False).encode(), grading.Answers("id", "y", table), competition)
+    assert not grade.valid
+    assert "influence of single rows" in grade.reason
 
 
 def _labels(path):

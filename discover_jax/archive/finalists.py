@@ -47,6 +47,11 @@ class Finalist:
     failure: str = ""
 
     @property
+    def degrees(self) -> int | None:
+        """Degrees of freedom if the variance of the estimate comes from the spread of scores; None if it comes from rows."""
+        return None if all(each.variance is not None for each in self.measurements) else len(self.measurements) - 1
+
+    @property
     def estimate(self) -> Normal | None:
         """The score over all retests with its variance, infinite if unknown; None without a retest.
 
@@ -83,7 +88,8 @@ def rounds(count: int, retests: int) -> list[int]:
 
 def best_first(finalists: Sequence[Finalist], *, higher_is_better: bool) -> list[Finalist]:
     """The finalists in the order of their results: those with more retests first, since they won the earlier rounds; then by the lower
-    confidence bound of the score (the upper one if a lower score is better); without variances by the score. Failures come last.
+    confidence bound of the score (the upper one if a lower score is better). The spread of a few scores is too uncertain for a bound, so
+    without row results the score decides. Failures come last.
 
     Among equals the order stays, so that a program of an earlier rank wins.
     """
@@ -94,8 +100,7 @@ def best_first(finalists: Sequence[Finalist], *, higher_is_better: bool) -> list
         if finalist.failure or estimate is None:
             return True, -len(finalist.measurements), 0.0, 0.0
         score = sign * float(estimate.mean)
-        known = math.isfinite(estimate.variance)
-        bound = float(lower_bound(Normal(np.asarray(score), estimate.variance))) if known else -math.inf
+        bound = float(lower_bound(Normal(np.asarray(score), estimate.variance))) if finalist.degrees is None else score
         return False, -len(finalist.measurements), -bound, -score
 
     return sorted(finalists, key=key)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from discover_jax.archive.posterior import Normal, estimate_prior, is_tie, lineage_posterior, priors_of_steps
+from discover_jax.archive.posterior import Normal, is_tie, lineage_posterior, priors_of_steps
 from discover_jax.exceptions import RunError
 from discover_jax.row_results import RowResults, decode, difference_variance
 from discover_jax.types import State
@@ -47,11 +47,13 @@ class Ranking:
       rule: one of RULES.
       higher_is_better: of scores.
       reward: (score) -> reward.
+      needs_rows: whether scores are noisy, so that each must have results of single rows.
     """
 
     rule: str
     higher_is_better: bool
     reward: Callable[[float], float]
+    needs_rows: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,16 @@ class Measurements:
         return Measurements(tuple(programs), places)
 
     def values(self, ranking: Ranking) -> dict[str, float]:
-        """The value of each state, and of each copy, by id."""
+        """The value of each state, and of each copy, by id.
+
+        Raises:
+          RunError: a noisy score has no results of single rows, as in the journals of earlier versions.
+        """
+        if ranking.needs_rows and (blind := [each.state.id for each in self.programs if not each.state.rows]):
+            raise RunError(
+                f"{len(blind)} programs, such as {blind[0]}, have no results of single rows: an earlier version scored them. Set"
+                " config.reuse.score = 'raw', or start a new run."
+            )
         if ranking.rule == "posterior":
             by_place = [ranking.reward(score) for score in self._posterior_scores(ranking.higher_is_better)]
         else:
@@ -98,22 +109,24 @@ class Measurements:
         variances, of_steps = (np.array([getattr(each, name) for each in self.programs]) for name in ("variance", "parent_variance"))
         if not variances.any():  # exact scores
             return [float(score) for score in sign * scores]
-        root, child = parents < 0, parents >= 0
-        step_mean, step_variance = np.zeros(len(scores)), np.zeros(len(scores))
-        if child.any():
-            step_mean[child], step_variance[child] = priors_of_steps(scores[child] - scores[parents[child]], of_steps[child])
-        posterior = lineage_posterior(
-            parents,
-            Normal(scores, variances),
-            of_steps,
-            root=estimate_prior(scores[root], variances[root]),
-            step=Normal(step_mean, step_variance),
-        )
+        child = parents >= 0
+        # Broken programs get broad priors, also those without a parent: otherwise they would be shrunk to the level of the others.
+        root = _priors(np.where(child, 0.0, scores), variances, ~child)
+        step = _priors(np.where(child, scores - scores[parents], 0.0), of_steps, child)
+        posterior = lineage_posterior(parents, Normal(scores, variances), of_steps, root=root, step=step)
         return [float(score) for score in sign * posterior.mean]
 
 
 NO_MEASUREMENTS = Measurements()
 """The measurements before the first program."""
+
+
+def _priors(measured_N: np.ndarray, variances_N: np.ndarray, which_N: np.ndarray) -> Normal:
+    """The prior of each of these programs or steps, [N]; 0 for the others."""
+    mean, variance = np.zeros(len(measured_N)), np.zeros(len(measured_N))
+    if which_N.any():
+        mean[which_N], variance[which_N] = priors_of_steps(measured_N[which_N], variances_N[which_N])
+    return Normal(mean, variance)
 
 
 def _measured(state: State, programs: list[Measured], parent: int) -> Measured:
@@ -132,7 +145,7 @@ def _paired(child: State, parent: State) -> float:
     if of_child is None or of_parent is None:
         return 0.0
     try:
-        return difference_variance(of_child, of_parent)
+        return difference_variance(of_child, of_parent, _score(child) - _score(parent))
     except ValueError as error:
         raise RunError(f"The scores of {child.id} and its ancestor {parent.id} cannot be compared: {error}.") from error
 

@@ -2,7 +2,18 @@
 
 from typing import Any
 
-from discover_jax.config.setting import Rule, Setting
+from discover_jax.config.setting import Rule, Setting, value_of
+
+
+def _with_count(name: str, default: int) -> Rule:
+    """A setting has no effect without finalists."""
+    return Rule(
+        "has an effect only with finalists.count",
+        lambda config: value_of(config, name) == default or config.finalists.count > 0,
+        uses=("finalists.count",),
+        fix="Set config.finalists.count, or remove it.",
+    )
+
 
 FINALISTS: dict[str, Any] = {
     "count": Setting(
@@ -32,8 +43,20 @@ FINALISTS: dict[str, Any] = {
         " of the finalists for the next",
         low=1,
         high=64,
+        rules=(_with_count("finalists.retests", 4),),
     ),
     "every": Setting(
-        0, "also choose the best program in this way after each step whose number is a multiple of this; 0: only at the end", low=0
+        0,
+        "also choose the best program in this way after each step whose number is a multiple of this; 0: only at the end",
+        low=0,
+        rules=(
+            _with_count("finalists.every", 0),
+            Rule(
+                "must be less than train.steps",
+                lambda config: config.finalists.every == 0 or config.finalists.every < config.train.steps,
+                uses=("train.steps",),
+                fix="Lower it, or remove it: the choice is made after the last step anyway.",
+            ),
+        ),
     ),
 }

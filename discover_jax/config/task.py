@@ -60,6 +60,12 @@ TASK: dict[str, Any] = {
                 uses=("task.holdout_fraction", "task.holdout_folds"),
                 fix="Lower one of them, or set config.task.holdout_folds = 1.",
             ),
+            Rule(
+                "has an effect only with finalists.count",
+                lambda config: not config.task.selection_fraction or config.finalists.count > 0,
+                uses=("finalists.count",),
+                fix="Set config.finalists.count, or remove it.",
+            ),
         ),
         only_with=("task.reward", ("holdout",)),
     ),

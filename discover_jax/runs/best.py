@@ -80,6 +80,14 @@ def read_best(folder: Path, best: State, competition: str) -> tuple[dict[str, An
         return None
 
 
+def bundled_id(folder: Path) -> str:
+    """Id of the program in a bundle, as its grade.json names it; empty if it cannot be read."""
+    try:
+        return str(parse_json((folder / "grade.json").read_bytes())["id"])
+    except (OSError, ValueError, KeyError, TypeError):  # the caller reports the missing bundle
+        return ""
+
+
 def read_parent_output(folder: Path, grade: dict[str, Any]) -> bytes:
     """The value of its parent that the program could read, empty if there is none.
 

@@ -193,6 +193,10 @@ def _counted(count: int, outcome: Outcome) -> str:
     return f"{count} {singular if count == 1 else plural}"
 
 
+def _id(state: State | None) -> str | None:
+    return state.id if state is not None else None
+
+
 def _best(improvement: Improvement) -> str:
     """The best score and its change, padded so that the columns of successive lines align."""
     best, previous = improvement.best, improvement.previous
@@ -364,7 +368,7 @@ class TerminalConsole:
         self._best = f"best {scores[0]:.4f}  " if len(bests) == len(scores) == 1 else ""
         if self._tasks:
             self._run.update(self._tasks["step"], completed=row["step"] + 1, note=self._best)
-        improved = any(best.best != best.previous for best in bests)
+        improved = any(_id(best.best) != _id(best.previous) for best in bests)
         self._print(rich.text.Text(step_line(row, bests, self._steps), style="green" if improved else ""))
 
     def note(self, text: str) -> None:

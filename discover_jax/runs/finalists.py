@@ -56,7 +56,7 @@ class Choice:
         state, grade = finalist.state, self.verdicts[finalist.state.id].grade
         estimate = finalist.estimate
         known = estimate is not None and bool(estimate.variance < float("inf"))
-        width = Z95 * float(estimate.variance) ** 0.5 if known and estimate is not None else None
+        width = _quantile(finalist.degrees) * float(estimate.variance) ** 0.5 if known and estimate is not None else None
         mean = None if estimate is None else float(estimate.mean)
         return {
             "id": state.id,
@@ -69,16 +69,29 @@ class Choice:
             "private_score": grade.private_score,
         }
 
+    def _digits(self, score: float) -> str:
+        return f"{score:.6g}" if self.task.calls else f"{score:.4f}"
+
     @property
     def text(self) -> str:
         """The result for the console."""
         row = self.row(self.chosen)
-        if row["retested_score"] is None:
-            return f"none of {len(self.finalists)} finalists has a score in a retest; the one with the highest reward stays the best"
+        if self.chosen.failure or row["retested_score"] is None:
+            return f"unknown: no finalist of {len(self.finalists)} has a score in a retest; the one with the highest reward stays the best"
         low, high = row["retested_interval_95"] or (None, None)
-        interval = "no interval" if low is None else f"95% interval {low:.4f} to {high:.4f}"
+        interval = "no interval" if low is None else f"95% interval {self._digits(low)} to {self._digits(high)}"
         where = f"{row['retested_rows']:,} rows that gave no reward" if not self.task.calls else f"{len(row['scores'])} more evaluations"
-        return f"{row['retested_score']:.4f}, {interval} ({where}); best of {len(self.finalists)} finalists, {self.runs} more program runs"
+        tested = f"best of {len(self.finalists)} finalists, {self.runs} more program runs"
+        return f"{self._digits(row['retested_score'])}, {interval} ({where}); {tested}"
+
+
+def _quantile(degrees: int | None) -> float:
+    """The 97.5th percentile: of the normal distribution, or of Student's for a variance from a few scores."""
+    if degrees is None:
+        return Z95
+    from scipy.stats import t  # only here: it takes long to import
+
+    return float(t.ppf(0.975, degrees))
 
 
 def choose(
@@ -132,6 +145,8 @@ def _choose(
         results = {
             finalist.state.id: _measured(finalist, verdict, all_tasks[retest]) for finalist, verdict in zip(playing, found, strict=True)
         }
+        if all(each.failure for each in results.values()):
+            results = {}  # a retest in which all fail, such as one without a row of a class, says nothing about any of them
         finalists = [results.get(finalist.state.id, finalist) for finalist in ordered]
     ranked = best_first(finalists, higher_is_better=task.metric.higher_is_better)
     if ranked[0].failure:  # all failed: no retest says anything against the highest reward

@@ -230,7 +230,7 @@ class RunRecorder:
         self._improvements = []
         for task in self._tasks:
             best, previous = record.frontiers[task.id].best, self._frontiers[task.id].best
-            if best is not None and best != previous:
+            if best is not None and (previous is None or best.id != previous.id):
                 step, group, index = map(int, best.id.split("-"))
                 if step == record.step:
                     self._write_best(task, best, record.verdicts[group, index], record.parent_outputs_G[group])

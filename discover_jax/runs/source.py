@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.archive.archive import lineage
-from discover_jax.archive.frontier import Frontier
+from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.exceptions import RunError
 from discover_jax.hosts.processes import ALONE, Processes
-from discover_jax.runs.best import RETURNED, bundle_dir, read_best, write_best
+from discover_jax.runs.best import RETURNED, bundle_dir, bundled_id, read_best, write_best
 from discover_jax.runs.checkpoints import Checkpoints, steps_in
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import Isolation, read_isolation
@@ -113,14 +113,17 @@ def bring_best(
     for id, frontier in frontiers.items():
         if (best := frontier.best) is None:
             continue
-        # The source may have had one competition or several.
-        for folder in (source.path / "best", source.path / "best" / id):
-            if (found := read_best(folder, best, id)) is not None:
+        states = {state.id: state for state in states_of(attempt for attempt in attempts if attempt.task == id)}
+        # The source may have had one competition or several, and it may have chosen another program by retests or by another ranking.
+        folders = (source.path / "best", source.path / "best" / id)
+        wanted = [(folder, state) for folder in folders for state in (best, states.get(bundled_id(folder)))]
+        for folder, state in wanted:
+            if state is not None and (found := read_best(folder, state, id)) is not None:
                 grade, submission, parent_output = found
                 into = bundle_dir(workdir.best_dir, id, alone=len(frontiers) == 1)
                 write_best(
                     into,
-                    lineage=lineage(attempts, best.id),
+                    lineage=lineage(attempts, state.id),
                     submission=submission,
                     parent_output=parent_output,
                     calls=(folder / RETURNED).exists(),

@@ -25,8 +25,9 @@ class Metric:
       proportion: True if the score is the share of correct rows, as accuracy is; its interval is then binomial.
       resampled: optional: (answers_R, predictions_R, counts_BR) -> scores_B, the scores of B tables in which row r occurs counts_BR[b, r]
         times; NaN where a score is undefined. It makes bootstrap intervals faster: with `function` they take seconds.
-      influence: optional: (answers_R, predictions_R) -> influence_R, how much each row moves the score (see `row_results`). With it, two
-        programs can be compared on the same rows.
+      influence: optional: (answers_R, predictions_R) -> influence_R, how much each row moves the score (see `row_results`); for a
+        `proportion`, 1 for a correct row and 0 for another. With it, two programs can be compared on the same rows. If it raises, the
+        submission is invalid.
     """
 
     name: str

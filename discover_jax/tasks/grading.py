@@ -145,7 +145,7 @@ def _by_metric(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _S
         score = _score(metric.name, lambda: metric.function(answers_R, predictions_R))
         if metric.influence is None:
             return _Scored(score)
-        return _Scored(score, row_results.encode(metric.influence(answers_R, predictions_R), proportion=metric.proportion))
+        return _Scored(score, _row_results(metric, answers_R, predictions_R))
 
     return score_on
 
@@ -197,6 +197,19 @@ def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
     if np.issubdtype(predictions_R.dtype, np.number) and not np.isfinite(predictions_R).all():
         raise _InvalidSubmission(f"Column {target!r} holds infinite values.")
     return submission.set_index(id_column, drop=False)
+
+
+def _row_results(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray) -> str:
+    assert metric.influence is not None, "the caller has checked"
+    try:
+        influence_R = np.asarray(metric.influence(answers_R, predictions_R), np.float64)
+        if influence_R.shape != answers_R.shape:
+            raise ValueError(f"it has the shape {influence_R.shape} for {len(answers_R)} rows")
+    except Exception as error:  # any error of a metric is the reason of the rejection
+        raise _InvalidSubmission(
+            f"The influence of single rows on {metric.name} cannot be computed: {str(error) or type(error).__name__}."
+        ) from error
+    return row_results.encode(influence_R, share=metric.proportion)
 
 
 def _describe_ids(id_column: str, found: list, expected: list) -> str:

@@ -78,10 +78,9 @@ def _means(values_R: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
 
 
 def correct_rows(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
-    """The influence of each row on the share of rows whose prediction equals the answer."""
+    """1 for each row whose prediction equals the answer, otherwise 0."""
     # numpy compares arrays of unlike types as a whole.
-    correct_R = np.broadcast_to(np.asarray(answers_R == predictions_R, np.float64), answers_R.shape)
-    return correct_R - correct_R.mean()
+    return np.broadcast_to(np.asarray(answers_R == predictions_R, np.float64), answers_R.shape)
 
 
 def _roc_auc_influence(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:

@@ -28,6 +28,8 @@ AnyTask = Task | ProblemTask
 """What a run works on; groups of rollouts take turns."""
 REWARDS = ("grade", "holdout")
 GRADERS = ("native", "mlebench")
+LEAST_ROWS = 30
+"""Fewest rows for selection, and of a retest: fewer would say next to nothing about a program."""
 REUSES = ("problem", "on", "off")
 _RECORD = "prepared.json"
 # Increase it when the rules of preparation or grading change, so that earlier folders and cached grades are not reused.
@@ -385,13 +387,14 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
 def _hold_out_part(definition: Competition, work: Path, fraction: float, selection: float, seed: int) -> None:
     """Holds out random training rows from public/; their answers go to private/holdout.csv, and those for selection to selection.csv."""
     random = np.random.RandomState(seed)  # numpy guarantees that its stream never changes
-    rows = _holdable_rows(definition, work / "public")
+    rows = holdable_rows(definition, work / "public")
     count = min(max(1, math.floor(fraction * rows + 0.5)), rows - 1)
     chosen = max(1, math.floor(selection * rows + 0.5)) if selection else 0
-    if chosen and rows - count - chosen < 1:
+    if chosen and (chosen < LEAST_ROWS or rows - count - chosen < 1):
         raise ConfigError(
             f"config.task.holdout_fraction = {fraction} and config.task.selection_fraction = {selection} hold out {count} and {chosen} of"
-            f" the {rows} training rows of {definition.id!r}, so none would be left to train on. Lower them."
+            f" the {rows} training rows of {definition.id!r}. At least {LEAST_ROWS} rows must serve for selection, and at least 1 must be"
+            " left. Change the fractions."
         )
     order = random.permutation(rows)
     held_out = {"holdout.csv": order[:count], "selection.csv": order[count : count + chosen]}
@@ -407,7 +410,7 @@ def _hold_out_part(definition: Competition, work: Path, fraction: float, selecti
 def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> None:
     """Splits the training rows randomly into folds whose sizes differ by at most one row: fold-N/ is public/ with fold N held out."""
     random = np.random.RandomState(seed)
-    rows = _holdable_rows(definition, work / "public")
+    rows = holdable_rows(definition, work / "public")
     if folds > rows:
         raise ConfigError(f"config.task.holdout_folds = {folds}: {definition.id!r} has only {rows} training rows; use fewer folds.")
     fold_R = random.permutation(np.arange(rows) % folds)
@@ -423,8 +426,17 @@ def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> N
         )
 
 
-def _holdable_rows(definition: Competition, public: Path) -> int:
-    """Number of training rows, after checking that the tables support the reward `holdout`."""
+def holdable_rows(
+    definition: Competition, public: Path, *, what: str = "the reward `holdout`", instead: str = "config.task.reward = 'grade'"
+) -> int:
+    """Number of training rows, after checking that rows can be held out of them.
+
+    Args:
+      what, instead: for the error: what needs it, and the setting that does not.
+
+    Raises:
+      ConfigError: the tables do not support it.
+    """
     id_column = definition.id_column
     train, test = (read_text_table((public / name).read_bytes()) for name in _PUBLIC_TABLES[:2])
     problem = None
@@ -439,7 +451,7 @@ def _holdable_rows(definition: Competition, public: Path) -> int:
     elif "" in set(train[definition.target]):
         problem = "train.csv has rows without a target"
     if problem:
-        raise ConfigError(f"Competition {definition.id!r} cannot use the reward `holdout`: {problem}. Use config.task.reward = 'grade'.")
+        raise ConfigError(f"Competition {definition.id!r} cannot use {what}: {problem}. Use {instead}.")
     return len(train)
 
 

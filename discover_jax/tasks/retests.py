@@ -15,13 +15,11 @@ import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.tasks.prepare import AnyTask, hold_out, prepare_folder
+from discover_jax.tasks import prepare
+from discover_jax.tasks.prepare import AnyTask, hold_out, holdable_rows, prepare_folder
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.tables import read_text_table
 from discover_jax.tasks.task import Split, Task
-
-LEAST_ROWS = 30
-"""Fewest held-out rows of a retest: fewer would say next to nothing about a program."""
 
 
 def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tuple[AnyTask, ...]:
@@ -52,7 +50,17 @@ def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tu
         for name in names
     ]
     shared = {"folder": folder, "reward_source": "holdout"}
-    return tuple(dataclasses.replace(task, **shared, splits=(split,), fingerprint=_digest(fingerprint, split.folder)) for split in splits)
+    retests = tuple(
+        dataclasses.replace(task, **shared, splits=(split,), fingerprint=_digest(fingerprint, split.folder)) for split in splits
+    )
+    for retest in retests:
+        grade = retest.grade((retest.public_dir / "sample_submission.csv").read_bytes())
+        if not grade.valid:
+            raise ConfigError(
+                f"{retest.splits[0].folder} of {task.id!r} cannot be scored: its sample submission is not valid: {grade.reason} Lower"
+                " config.finalists.retests, so that each retest has more rows, or set config.finalists.count = 0."
+            )
+    return retests
 
 
 def _repeated(task: ProblemTask, number: int) -> ProblemTask:
@@ -76,13 +84,14 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
             f"Competition {task.id!r} does not support retests: with folds, every training row gives rewards. Set"
             " config.task.holdout_folds = 1, or config.finalists.count = 0."
         )
+    holdable_rows(task.competition, task.public_dir, what="config.finalists", instead="config.finalists.count = 0")
     train, rewarded = _training_rows(task)
     open_R = np.flatnonzero(~train[id_column].isin(rewarded).to_numpy())
     least = len(open_R) // count
-    if least < LEAST_ROWS or len(train) - least < 2:
+    if least < prepare.LEAST_ROWS or len(train) - least < 2:
         raise ConfigError(
             f"config.finalists.retests = {count}: {len(open_R)} training rows of {task.id!r} gave no reward, so a retest would have"
-            f" {least}. It needs {LEAST_ROWS}. Lower config.finalists.retests, or config.task.holdout_fraction."
+            f" {least}. It needs {prepare.LEAST_ROWS}. Lower config.finalists.retests, or config.task.holdout_fraction."
         )
     (work / "private").mkdir(mode=0o700)
     shutil.copyfile(task.folder / "private" / "test.csv", work / "private" / "test.csv")

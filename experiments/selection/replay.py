@@ -2,8 +2,8 @@
 
   python experiments/selection/replay.py RUN_DIR... --csv=replay.csv
 
-Runs need the reward `holdout`, so that the private answers are unseen, and `finalists.count`. No program runs again: the journal has the results
-of single rows, and finalists.json those of the retests.
+Runs need the reward `holdout`, so that the private answers are unseen, and `finalists.count`. No program runs again: the journal has the
+results of single rows, and finalists.json those of the retests.
 """
 
 import argparse
@@ -37,8 +37,10 @@ def choices(folder: Path) -> list[dict[str, Any]]:
     raw = best_of(states)
     if raw is None:
         return []
-    posterior = Measurements().add(states).values(Ranking("posterior", True, float))
-    shrunk = max(posterior, key=lambda id: posterior[id])
+    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
+    sign = 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
+    posterior = Measurements().add(states).values(Ranking("posterior", sign > 0, float))
+    shrunk = max(posterior, key=lambda id: sign * posterior[id])
     try:
         (found,) = json.loads((folder / "finalists.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -46,7 +48,14 @@ def choices(folder: Path) -> list[dict[str, Any]]:
     winner = found["finalists"][0]
     chosen = {"raw": (raw.id, raw.score), "posterior": (shrunk, posterior[shrunk]), "finalists": (winner["id"], winner["retested_score"])}
     return [
-        {"run": folder.name, "choice": rule, "program": id, "estimate": estimate, "unseen": private[id], "gap": estimate - private[id]}
+        {
+            "run": folder.name,
+            "choice": rule,
+            "program": id,
+            "estimate": estimate,
+            "unseen": private[id],
+            "gap": sign * (estimate - private[id]),
+        }
         for rule, (id, estimate) in chosen.items()
         if estimate is not None and private[id] is not None
     ]

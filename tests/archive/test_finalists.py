@@ -74,6 +74,12 @@ def test_a_certain_score_beats_a_slightly_higher_uncertain_one():
     assert best_first([unsure, sure], higher_is_better=False)[0] is sure
 
 
+def test_without_row_results_the_mean_decides():
+    steady, lucky = _finalist("steady", 1.0, 1.01, rows=1, variance=None), _finalist("spread", 1.0, 1.2, rows=1, variance=None)
+    assert best_first([steady, lucky], higher_is_better=True)[0] is lucky
+    assert (steady.degrees, _finalist("rows", 1.0).degrees) == (1, None)
+
+
 def test_halving_finds_the_best_of_many_by_fewer_runs():
     """Against the maximum of one noisy score, on the same budget of true values."""
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ BY = {rule: Ranking(rule, True, lambda score: score) for rule in RULES}
 
 def _state(id: str, parent: str, correct: np.ndarray, code: str = "") -> State:
     score = float(np.mean(correct))
-    return State(id, parent, code or id, score, score, "", 0, 0, rows=encode(correct - score, proportion=True))
+    return State(id, parent, code or id, score, score, "", 0, 0, rows=encode(correct, share=True))
 
 
 def _flipped(correct: np.ndarray, lost: int, won: int) -> np.ndarray:
@@ -55,7 +55,18 @@ def test_a_copy_has_the_value_of_the_first():
 def test_exact_scores_stay():
     states = [State(id, parent, id, value, value, "", 0, 0) for id, parent, value in (("a", "seed", 0.5), ("b", "a", 0.7))]
     for ranking in BY.values():
-        assert Measurements().add(states).values(ranking) == {"a": 0.5, "b": 0.7}
+        assert Measurements().add(states).values(dataclasses.replace(ranking, needs_rows=False)) == {"a": 0.5, "b": 0.7}
+        with pytest.raises(RunError, match="earlier version"):
+            Measurements().add(states).values(ranking)
+
+
+def test_broken_first_programs_stay_below_the_others():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        correct = [(rng.random(ROWS) < share).astype(float) for share in (0.5, *[0.8] * 8)]
+        values = Measurements().add(_state(str(number), "seed", each) for number, each in enumerate(correct)).values(BY["posterior"])
+        assert values["0"] == min(values.values())
+        assert values["0"] < 0.6
 
 
 def test_lower_is_better():

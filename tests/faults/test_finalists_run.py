@@ -13,7 +13,7 @@ from discover_jax import main
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution import sandbox
 from discover_jax.runs.console import QuietConsole
-from discover_jax.tasks import retests
+from discover_jax.tasks import prepare
 
 
 class _Telling(QuietConsole):
@@ -29,7 +29,7 @@ class _Telling(QuietConsole):
 
 def _run(folder: Path, model: Path, **changes) -> list[str]:
     config = phrase_config.get_config(str(model))
-    config.train.steps = 1
+    config.train.steps = 2
     config.task.reward, config.task.holdout_fraction, config.task.selection_fraction = "holdout", 0.3, 0.2
     config.finalists.count, config.finalists.retests, config.finalists.every = 4, 2, 1
     config.update_from_flattened_dict(changes)
@@ -41,7 +41,7 @@ def _run(folder: Path, model: Path, **changes) -> list[str]:
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     monkeypatch.setattr(sandbox, "PRELOAD", ())
-    monkeypatch.setattr(retests, "LEAST_ROWS", 3)
+    monkeypatch.setattr(prepare, "LEAST_ROWS", 3)
 
 
 def test_the_best_program_is_the_winner_of_the_retests(tmp_path):
@@ -76,5 +76,7 @@ def test_retests_without_enough_rows_are_refused_before_the_run(tmp_path, monkey
     monkeypatch.undo()
     write_phrase_model(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"config\.finalists\.retests = 2"):
-        _run(tmp_path / "run", tmp_path / "model")
+        _run(tmp_path / "run", tmp_path / "model", **{"task.selection_fraction": 0.0})
+    with pytest.raises(ConfigError, match=r"(?s)config\.task\.selection_fraction = 0\.2.*\b6\b.*\b30\b"):
+        _run(tmp_path / "other", tmp_path / "model")
     assert not (tmp_path / "run" / "journal.jsonl").exists()

@@ -98,3 +98,27 @@ def test_only_noisy_problems_are_evaluated_again(tmp_path):
     retests = prepare_retests(timed, 2, folder=tmp_path / "retests", seed=0)
     assert len({timed.fingerprint, *(each.fingerprint for each in retests)}) == 3
     assert all(dataclasses.replace(each, fingerprint=timed.fingerprint) == timed for each in retests)
+
+
+def test_tables_that_cannot_be_split_again_are_refused(tmp_path):
+    """With the reward `grade`, nothing else checks that training rows can become rows to predict."""
+    source = Path(__file__).parents[2] / "discover_jax" / "tasks" / "competitions" / "digits_parity.py"
+    text = source.read_text().replace('"""digits-parity', '"""broken', 1)
+    broken = (
+        text
+        + """
+
+def _broken(raw, public, private):
+    COMPETITION_PREPARE(raw, public, private)
+    train = pd.read_csv(public / "train.csv")
+    pd.concat([train, train.iloc[:1]]).to_csv(public / "train.csv", index=False)
+
+
+COMPETITION_PREPARE = COMPETITION.prepare
+COMPETITION = dataclasses.replace(COMPETITION, id="broken", prepare=_broken, prepared_md5={})
+"""
+    )
+    (tmp_path / "broken.py").write_text("import dataclasses\nimport pandas as pd\n" + broken)
+    task = prepare_task(str(tmp_path / "broken.py"), raw=None, folder=tmp_path / "task", reward="grade")
+    with pytest.raises(ConfigError, match=r"config\.finalists: ids repeat.*config\.finalists\.count = 0"):
+        prepare_retests(task, 2, folder=tmp_path / "retests", seed=0)

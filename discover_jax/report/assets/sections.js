@@ -42,9 +42,11 @@ function headline(run, progress) {
   const chosen = progress.chosen;
   if (chosen && typeof chosen.retested_score === "number") {
     const interval = Array.isArray(chosen.retested_interval_95) ? `; 95% interval ${span(chosen.retested_interval_95)}` : "";
-    const rows = chosen.retested_rows > 1 ? ` on ${count(chosen.retested_rows, "row")} that gave no reward` : "";
+    const exact = disclosed && disclosed.reward === "evaluate";
+    const rows = exact ? ` in ${count(chosen.retested_rows, "evaluation")}` : ` on ${count(chosen.retested_rows, "row")} that gave no reward`;
+    const hidden = !exact && typeof chosen.private_score === "number" ? `; ${score(chosen.private_score)} on the private answers` : "";
     const before = typeof chosen.score === "number" ? `; ${score(chosen.score)} before` : "";
-    facts.splice(1, 0, [`chosen program, ${chosen.id}`, score(chosen.retested_score), `retested${rows}${interval}${before}`]);
+    facts.splice(1, 0, [`chosen program, ${chosen.id}`, score(chosen.retested_score), `retested${rows}${interval}${before}${hidden}`]);
   }
   return el("div", { class: "headline" }, facts.map(([name, value, more]) => el("div", null, el("span", { class: "name" }, name), el("span", { class: "value" }, value), el("span", { class: "more" }, more))));
 }
