@@ -69,7 +69,7 @@ class Finalist:
 
 
 def first_finalists(states: Iterable[State], count: int) -> list[Finalist]:
-    """The best programs, no two with the same text.
+    """The best programs, no two with the same text or with the same results in all rows: such copies would leave no choice.
 
     Args:
       states: best first.
@@ -77,7 +77,7 @@ def first_finalists(states: Iterable[State], count: int) -> list[Finalist]:
     """
     unlike: dict[str, State] = {}
     for state in states:
-        unlike.setdefault(state.code, state)
+        unlike.setdefault(state.rows or state.code, state)
     return [Finalist(state) for state in list(unlike.values())[:count]]
 
 

@@ -78,8 +78,8 @@ class Choice:
         row = self.row(self.chosen)
         if self.chosen.failure or row["retested_score"] is None:
             return f"unknown: no finalist of {len(self.finalists)} has a score in a retest; the one with the highest reward stays the best"
-        low, high = row["retested_interval_95"] or (None, None)
-        interval = "no interval" if low is None else f"95% interval {self._digits(low)} to {self._digits(high)}"
+        bounds = row["retested_interval_95"]
+        interval = "no interval" if bounds is None else f"95% interval {self._digits(bounds[0])} to {self._digits(bounds[1])}"
         where = f"{row['retested_rows']:,} rows that gave no reward" if not self.task.calls else f"{len(row['scores'])} more evaluations"
         tested = f"best of {len(self.finalists)} finalists, {self.runs} more program runs"
         return f"{self._digits(row['retested_score'])}, {interval} ({where}); {tested}"

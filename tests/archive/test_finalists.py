@@ -1,5 +1,6 @@
 """Successive halving and the order of finalists, by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -37,6 +38,8 @@ def test_equal_programs_take_part_once():
     states = [_state("a", "x"), _state("b", "y"), _state("c", "x"), _state("d", "z")]
     assert [finalist.state.id for finalist in first_finalists(states, 3)] == ["a", "b", "d"]
     assert [finalist.state.id for finalist in first_finalists(states, 1)] == ["a"]
+    alike = [dataclasses.replace(state, rows=rows) for state, rows in zip(states, ("r", "r", "s", "t"), strict=True)]
+    assert [finalist.state.id for finalist in first_finalists(alike, 3)] == ["a", "c", "d"]
 
 
 def test_estimate_weighs_rows():
