@@ -253,11 +253,17 @@ def _place_of_part(program: str, search: Sequence[str]) -> int | None:
     text = "\n".join(search)
     if not search[0].strip() or not search[-1].strip() or text not in program:
         return None  # with a blank line at its end, the new text would be joined with the next line
-    words = _words(program)
-    place = _only_items(words, _words(text), search)
+    start = program.find(text)
+    if program.find(text, start + 1) < 0:  # the usual case, which takes less time
+        whole = _WORD_END.match(program, start) and _WORD_END.match(program, start + len(text))
+        place = start if whole else None
+    else:
+        words = _words(program)
+        index = _only_items(words, _words(text), search)
+        place = None if index is None else sum(map(len, words[:index]))
     if place is None:
         raise _NotFoundError(f"its SEARCH text occurs in the program only within names or numbers; {_first_line(search)}")
-    return sum(map(len, words[:place]))
+    return place
 
 
 def _words(text: str) -> list[str]:

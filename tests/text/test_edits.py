@@ -91,6 +91,7 @@ def test_blank_lines_at_the_edges_of_a_text_join_no_lines(place, blank, new):
         ("max_x = 1\nx = 1  \nx = 10", "x = 1", "x = 2", "max_x = 1\nx = 2\nx = 10"),
         # Parts end at the ends of words and numbers.
         ("max_x = 1; x = 1; x = 1.5; x = 1_0", "x = 1", "x = 2", "max_x = 1; x = 2; x = 1.5; x = 1_0"),
+        ("max_x = 1; x = 1", "x = 1", "x = 2\ny = 2", "max_x = 1; x = 2\ny = 2"),
         ("f(lr=0.01, n=26)", "n=26", "n=3", "f(lr=0.01, n=3)"),
         # What follows on the line does not matter for the indentation.
         ("if a:\n    x = 1  # one\n", "x = 1", "x = 2\ny = 2", "if a:\n    x = 2\n    y = 2  # one\n"),
@@ -122,6 +123,7 @@ def test_the_place_and_the_indentation(program, search, new, expected):
         ("lr = 0.01", "lr = 0.0"),
         ("x = 0.5", ".5"),
         ("n = 2e5", "n = 2"),
+        ("n = 2e5; n = 26", "n = 2"),
     ],
 )
 def test_a_part_of_a_name_or_number_does_not_count(program, search):
