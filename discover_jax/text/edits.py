@@ -9,18 +9,20 @@ A block replaces one place of the program:
     >>>>>>> REPLACE
 
 Text outside of blocks is ignored, also code fences. Blocks apply in order, each to the result of the one before. The SEARCH text must occur
-exactly once. It is compared in four ways, and the first way with an occurrence counts:
+exactly once. It is compared in these ways, and the first way with an occurrence counts:
 
 1. as whole lines;
-2. as a part of the text, which may begin and end within a line;
-3. as whole lines, without the white space at their ends;
-4. as whole lines, without their indentation, if the indentation of all lines differs by the same white space.
+2. as whole lines, without the white space at their ends;
+3. as whole lines, without their indentation, if the indentation of all lines differs by the same white space;
+4. as in 1 to 3, without the blank lines at the beginning and end of the SEARCH text. As many are removed from the new text;
+5. as a part of the text that may begin and end within a line, but not within a name or number, and not with a blank line.
 
-If the lines that were found differ in their indentation, the new lines are indented or dedented by the same white space. This includes a
-single line that was found without its indentation as a part of the text.
+If whole lines differ in their indentation, the new lines are indented or dedented by the same white space. This includes a single line that
+was found as a part of the text, if only white space is before it. Lines of strings are shifted, too. The new lines are taken as they are
+if the program can be parsed only so.
 
-A block without new lines deletes lines, with their line breaks. Texts cannot contain a line <<<<<<< SEARCH or >>>>>>> REPLACE. If a block
-has several lines =======, the last one counts before which the text is found in the program.
+Texts cannot contain a line <<<<<<< SEARCH or >>>>>>> REPLACE. If a block has several lines =======, the last one counts before which the
+text is found in the program. If that is the first one, the new text must not end with another.
 
 Answers are untrusted. At most `MOST_EDITS` blocks are read, and each takes time in proportion to the lengths of program and answer.
 """
@@ -29,16 +31,19 @@ import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from discover_jax.exceptions import DiscoverError
+from discover_jax.text.structure import parses
 
 MOST_EDITS = 100
 """Blocks of an answer. More are an error: an answer with so many should be a whole program."""
 _MOST_DIVIDERS = 8
 """Lines ======= of a block."""
-_MOST_LINES, _OTHER = 10**6, chr(0x10FFFF)
-"""Lines of a SEARCH text that are compared without white space, and the character that stands for lines that do not occur in it."""
+_MOST_ITEMS, _OTHER = 10**6, chr(0x10FFFF)
+"""Lines or words of a SEARCH text that are compared, and the character that stands for those that do not occur in it."""
+_MOST_PARSED = 200_000
+"""Characters of a program that is parsed to choose the indentation, times the number of blocks. Parsing takes up to 5 us per character."""
 _SHOWN = 80
 """Characters of a line that an error shows."""
 
@@ -68,7 +73,12 @@ import numpy as np
 """What prompts say about the format."""
 
 # Models miscount the signs. Only a divider can be mistaken for text of a program, so seven signs take precedence there.
-_begins, _divides, _ends = (re.compile(rf"\s*{marker}\s*").fullmatch for marker in ("<{5,9} ?SEARCH", "={5,9}", ">{5,9} ?REPLACE"))
+_begins, _divides, _ends = (
+    re.compile(rf"\s*{marker}\s*", re.IGNORECASE).fullmatch for marker in ("<{5,9} ?SEARCH:?", "={5,9}", ">{5,9} ?REPLACE:?")
+)
+_MARKER_LINE = re.compile(r"^[^\S\n]*(<{7}|>{7})", re.MULTILINE)
+# Not within a word, and not between a digit and a dot: "x = 1" is not a part of "max_x = 1", "x = 10" or "x = 1.5".
+_WORD_END = re.compile(r"(?!(?<=\w)\w|(?<=\d)\.|(?<=\.)\d)")
 
 
 class EditError(DiscoverError, ValueError):
@@ -92,6 +102,11 @@ def has_edits(answer: str) -> bool:
     return any(_begins(line) or _ends(line) for line in answer.split("\n"))
 
 
+def has_marker_lines(program: str) -> bool:
+    """Whether a line begins with seven < or >, as the markers of blocks do. Python has no such lines but within strings."""
+    return _MARKER_LINE.search(program) is not None
+
+
 def edited(program: str, answer: str) -> str:
     """The program after the edits of an answer.
 
@@ -106,7 +121,7 @@ def edited(program: str, answer: str) -> str:
     result = program
     for number, block in enumerate(blocks, start=1):
         try:
-            result = _applied(result, block)
+            result = _applied(result, block, _MOST_PARSED // len(blocks))
         except EditError as error:
             raise EditError(f"Edit {number} of {len(blocks)}: {error}.") from None
     if result.strip("\n") == program.strip("\n"):
@@ -156,7 +171,7 @@ def _block(lines: Sequence[str], edit: str) -> Block:
     return Block(tuple(lines), tuple(dividers))
 
 
-def _applied(program: str, block: Block) -> str:
+def _applied(program: str, block: Block, most_parsed: int) -> str:
     """The program after one edit.
 
     Raises:
@@ -165,32 +180,109 @@ def _applied(program: str, block: Block) -> str:
     first, *others = block.dividers
     for divider in reversed(others):
         with contextlib.suppress(_NotFoundError):
-            return _replaced(program, block.lines[:divider], block.lines[divider + 1 :])
-    return _replaced(program, block.lines[:first], block.lines[first + 1 :])
+            return _replaced(program, block.lines[:divider], block.lines[divider + 1 :], most_parsed)
+    result = _replaced(program, block.lines[:first], block.lines[first + 1 :], most_parsed)
+    if others and not any(line.strip() for line in block.lines[others[-1] + 1 :]):
+        raise EditError(f"it has another line {DIVIDER} at the end of its new text")
+    return result
 
 
-def _replaced(program: str, search: Sequence[str], new: Sequence[str]) -> str:
+def _replaced(program: str, search: Sequence[str], new: Sequence[str], most_parsed: int) -> str:
     """The program with the only occurrence of `search` replaced by the lines `new`.
+
+    Args:
+      most_parsed: characters of a program that may be parsed.
 
     Raises:
       EditError: there is none, or there are several.
     """
-    text = "\n".join(search)
-    if not text.strip():
+    if not any(line.strip() for line in search):
         raise EditError("its SEARCH text is empty; it must be text of the program that occurs exactly once")
-    padded, lines = f"\n{program}\n", f"\n{text}\n"
-    if (place := _only(padded, lines, search)) is not None:
-        start, end = place, place + len(text) + 1  # a line break and the lines, in `padded`
-        return (padded[:start] + "".join(f"\n{line}" for line in new) + padded[end:])[1:-1]
-    if (place := _only(program, text, search)) is not None:
-        if len(search) == 1 and _fills_line(program, place, place + len(text)):
-            return _replaced_lines(program.split("\n"), program.count("\n", 0, place), search, new)
-        return program[:place] + "\n".join(new) + program[place + len(text) :]
-    program_lines = program.split("\n")
+    lines, place = program.split("\n"), None
+    for sought, its_new in dict.fromkeys([(tuple(search), tuple(new)), _without_blank_edges(search, new)]):
+        place = _place_of_lines(program, lines, sought)
+        if place is not None and (shift := _shift(lines[place : place + len(sought)], sought)) is not None:
+            return _replaced_lines(lines, place, len(sought), its_new, shift, most_parsed)
+    start = _place_of_part(program, search)
+    if start is None:
+        how = "0 times in the program" if place is None else "in the program only with another indentation of its lines"
+        raise _NotFoundError(f"its SEARCH text occurs {how}; {_first_line(search)}")
+    end = start + sum(map(len, search)) + len(search) - 1
+    line_start = program.rfind("\n", 0, start) + 1
+    if len(search) == 1 and not program[line_start:start].strip():
+        place = program.count("\n", 0, start)
+        *its_new, last = new or ("",)
+        its_new.append(last + lines[place][end - line_start :])
+        return _replaced_lines(lines, place, 1, its_new, ("", program[line_start:start]), most_parsed)
+    return program[:start] + "\n".join(new) + program[end:]
+
+
+def _without_blank_edges(search: Sequence[str], new: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`search` without the blank lines at its beginning and end, and `new` without at most as many."""
+    filled = [index for index, line in enumerate(search) if line.strip()]
+    before, after = filled[0], len(search) - 1 - filled[-1]
+    start, end = 0, len(new)
+    while start < min(before, end) and not new[start].strip():
+        start += 1
+    while end > max(len(new) - after, start) and not new[end - 1].strip():
+        end -= 1
+    return tuple(search[before : filled[-1] + 1]), tuple(new[start:end])
+
+
+def _place_of_lines(program: str, lines: Sequence[str], search: Sequence[str]) -> int | None:
+    """The index of the only whole lines of the program that equal `search`, if need be up to white space; None if there are none.
+
+    Raises:
+      EditError: they occur several times.
+    """
+    text = "\n".join(search)
+    if (start := _only(f"\n{program}\n", f"\n{text}\n", search)) is not None:
+        return program.count("\n", 0, start)
     for key in (str.rstrip, str.strip):
-        if (place := _only_lines(program_lines, search, key)) is not None:
-            return _replaced_lines(program_lines, place, search, new)
-    raise _NotFoundError(f"its SEARCH text occurs 0 times in the program; {_first_line(search)}")
+        if (place := _only_items([key(line) for line in lines], [key(line) for line in search], search)) is not None:
+            return place
+    return None
+
+
+def _place_of_part(program: str, search: Sequence[str]) -> int | None:
+    """The index of the only character at which `search` begins, as a part of the program; None if there is none.
+
+    Raises:
+      EditError: it occurs several times, or only within names and numbers.
+    """
+    text = "\n".join(search)
+    if not search[0].strip() or not search[-1].strip() or text not in program:
+        return None  # with a blank line at its end, the new text would be joined with the next line
+    start = program.find(text)
+    if program.find(text, start + 1) < 0:  # the usual case, which takes less time
+        whole = _WORD_END.match(program, start) and _WORD_END.match(program, start + len(text))
+        place = start if whole else None
+    else:
+        words = _words(program)
+        index = _only_items(words, _words(text), search)
+        place = None if index is None else sum(map(len, words[:index]))
+    if place is None:
+        raise _NotFoundError(f"its SEARCH text occurs in the program only within names or numbers; {_first_line(search)}")
+    return place
+
+
+def _words(text: str) -> list[str]:
+    """The names and numbers of a text, and the characters between them."""
+    return [word for word in _WORD_END.split(text) if word]
+
+
+def _only_items(items: Sequence[str], sought: Sequence[str], search: Sequence[str]) -> int | None:
+    """The index in `items` at which the sequence `sought` begins; None if it does not occur.
+
+    Raises:
+      EditError: it occurs several times.
+    """
+    if len(sought) > min(len(items), _MOST_ITEMS):
+        return None
+    # Each distinct item becomes one character, so that `str.find`, which takes linear time, can look for a sequence of them.
+    letters: dict[str, str] = {}
+    part = "".join(letters.setdefault(item, chr(len(letters))) for item in sought)
+    return _only("".join(letters.get(item, _OTHER) for item in items), part, search)
 
 
 def _only(text: str, part: str, search: Sequence[str]) -> int | None:
@@ -205,41 +297,27 @@ def _only(text: str, part: str, search: Sequence[str]) -> int | None:
     return place if place >= 0 else None
 
 
-def _fills_line(program: str, start: int, end: int) -> bool:
-    """Whether this part of a line is all of it except its indentation."""
-    return not program[program.rfind("\n", 0, start) + 1 : start].strip() and program[end : end + 1] in ("", "\n")
-
-
-def _replaced_lines(lines: Sequence[str], place: int, search: Sequence[str], new: Sequence[str]) -> str:
-    """The program whose lines from `place` on, which equal `search` up to white space, are replaced.
+def _replaced_lines(
+    lines: Sequence[str], place: int, count: int, new: Sequence[str], shift: tuple[str, str], most_parsed: int
+) -> str:  # fmt: skip
+    """The program with `count` lines from `place` on replaced by the lines `new`, shifted unless only the plain ones can be parsed.
 
     Raises:
-      EditError: see `_shift` and `_shifted`.
+      EditError: see `_shifted`.
     """
-    end = place + len(search)
-    return "\n".join([*lines[:place], *_shifted(new, *_shift(lines[place:end], search)), *lines[end:]])
+    shifted = _shifted(new, *shift)
+    # Models also write the new lines as they must be in the program, often but for the first one.
+    versions = (shifted, list(new), [*shifted[:1], *new[1:]])
+    programs = ["\n".join([*lines[:place], *version, *lines[place + count :]]) for version in versions]
+    if shifted == list(new) or max(map(len, programs)) > most_parsed:
+        return programs[0]
+    return next(filter(parses, programs), programs[0])
 
 
-def _only_lines(lines: Sequence[str], search: Sequence[str], key: Callable[[str], str]) -> int | None:
-    """The index in `lines` at which `search` begins, where lines count as equal if their keys are; None if there is none.
-
-    Raises:
-      EditError: it occurs several times.
-    """
-    if len(search) > min(len(lines), _MOST_LINES):
-        return None
-    # Each distinct line becomes one character, so that `str.find`, which takes linear time, can look for a sequence of lines.
-    letters: dict[str, str] = {}
-    sought = "".join(letters.setdefault(key(line), chr(len(letters))) for line in search)
-    text = "".join(letters.get(key(line), _OTHER) for line in lines)
-    return _only(text, sought, search)
-
-
-def _shift(found: Sequence[str], search: Sequence[str]) -> tuple[str, str]:
+def _shift(found: Sequence[str], search: Sequence[str]) -> tuple[str, str] | None:
     """(white space to remove, white space to add) that turns the indentation of `search` into that of the lines `found`.
 
-    Raises:
-      EditError: it differs from line to line.
+    None if it differs from line to line.
     """
     pairs = [(_indentation(there), _indentation(here)) for there, here in zip(found, search, strict=True) if here.strip()]
     there, here = pairs[0]
@@ -248,10 +326,8 @@ def _shift(found: Sequence[str], search: Sequence[str]) -> tuple[str, str]:
     elif here.endswith(there):
         removed, added = here[: len(here) - len(there)], ""
     else:
-        raise _indentation_error(search)
-    if any(removed + there != added + here for there, here in pairs):
-        raise _indentation_error(search)
-    return removed, added
+        return None
+    return None if any(removed + there != added + here for there, here in pairs) else (removed, added)
 
 
 def _shifted(lines: Sequence[str], removed: str, added: str) -> list[str]:
@@ -267,10 +343,6 @@ def _shifted(lines: Sequence[str], removed: str, added: str) -> list[str]:
 
 def _indentation(line: str) -> str:
     return line[: len(line) - len(line.lstrip())]
-
-
-def _indentation_error(search: Sequence[str]) -> EditError:
-    return _NotFoundError(f"its SEARCH text occurs in the program only with another indentation of its lines; {_first_line(search)}")
 
 
 def _first_line(search: Sequence[str]) -> str:

@@ -4,11 +4,13 @@ import dataclasses
 
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.code import extract_program
-from discover_jax.text.edits import SEARCH, EditError, edited, has_edits
+from discover_jax.text.edits import REPLACE, SEARCH, EditError, edited, has_edits, has_marker_lines
 from discover_jax.types import Rollout, StopReason
 
 NO_PROGRAM = "The reply holds no fenced Python block in its final channel."
 _NEITHER = f"The reply holds neither an edit ({SEARCH}) nor a fenced Python block in its final channel."
+
+_MARKERS = f"The program has a line that begins with <<<<<<< or >>>>>>>. Edits begin with a line {SEARCH} and end with a line {REPLACE}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,8 @@ def extracted(rollout: Rollout, chat: ChatFormat, edits_of: str = "") -> Extract
     """The program in the rollout's answer.
 
     Args:
-      edits_of: a program that the answer may edit; see `edits`. An answer without edits is read as a whole program, as always. Empty if
-        only whole programs are asked for.
+      edits_of: a program that the answer may edit; see `edits`. An answer without edits is read as a whole program, as always, but must
+        not have lines that look like edits. Empty if only whole programs are asked for.
     """
     if edits_of:
         final = chat.parse(rollout.tokens_T.tolist()).final
@@ -34,6 +36,8 @@ def extracted(rollout: Rollout, chat: ChatFormat, edits_of: str = "") -> Extract
             except EditError as error:
                 return Extracted(None, str(error))
     code = program_of(rollout, chat)
+    if edits_of and code is not None and has_marker_lines(code):
+        return Extracted(None, _MARKERS)
     return Extracted(code, "" if code is not None else _NEITHER if edits_of else NO_PROGRAM)
 
 

@@ -34,20 +34,106 @@ def block(search, new):
     return f"<<<<<<< SEARCH\n{search}\n=======\n{new}\n>>>>>>> REPLACE\n"
 
 
-MARKER = re.compile(r"^\s*(<{5,9} ?SEARCH|={5,9}|>{5,9} ?REPLACE)\s*$", re.MULTILINE)
+def within_word(text, index):
+    """Whether a word or number goes on at this place."""
+    before, after = text[index - 1 : index], text[index : index + 1]
+    word = all(character.isalnum() or character == "_" for character in (before, after))
+    return word or (before.isdigit() and after == ".") or (before == "." and after.isdigit())
 
 
 @settings(deadline=None)
-@given(data=st.data(), program=st.text(alphabet="ab =\n", min_size=1, max_size=60), new=st.text(alphabet="abc \n", max_size=20))
-def test_a_unique_text_is_replaced_as_by_str_replace(data, program, new):
+@given(data=st.data(), pieces=st.lists(st.sampled_from(["a", "_b", "1", ".", " ", "=", "\n", "\n  "]), min_size=1, max_size=25))
+def test_a_unique_part_is_replaced_as_by_str_replace(data, pieces):
+    """Unless it ends within a word, or its place has a meaning as whole lines, which other tests cover."""
+    program, new = "".join(pieces), data.draw(st.sampled_from(["", "c", "c\n d", " "]))
     start = data.draw(st.integers(0, len(program) - 1))
-    search = program[start : data.draw(st.integers(start + 1, len(program)))]
-    expected = program.replace(search, new)
-    assume(search.strip() and len(re.findall(f"(?={re.escape(search)})", program)) == 1)
-    line = next((line for line in program.split("\n") if line.strip() == search.strip()), search)
-    assume("\n" not in new or line == search)  # otherwise the new lines get the line's indentation
-    assume(expected.strip() and expected.strip("\n") != program.strip("\n") and not MARKER.search(search))
+    end = data.draw(st.integers(start + 1, len(program)))
+    search = program[start:end]
+    lines, stripped = search.split("\n"), "\n".join(line.strip() for line in ["", *program.split("\n"), ""])
+    assume(lines[0].strip() and lines[-1].strip() and len(re.findall(f"(?={re.escape(search)})", program)) == 1)
+    assume("\n" + "\n".join(line.strip() for line in lines) + "\n" not in stripped)
+    assume(program[:start].rpartition("\n")[2].strip() or program[:start].endswith("\n") or not start)
+    result, reason = edited_or_reason(program, block(search, new))
+    if within_word(program, start) or within_word(program, end):
+        assert "within names or numbers" in reason
+    elif reason:
+        assert reason in ("The edits change nothing.", "The edits leave nothing of the program.")
+    else:
+        assert result == program[:start] + new + program[end:]
+
+
+@given(
+    place=st.tuples(st.integers(0, 4), st.integers(1, 5)),
+    blank=st.tuples(*[st.lists(st.sampled_from(["", "  "]), max_size=2)] * 4),
+    new=st.lists(st.sampled_from(["x = 1", "", "y = 1"]), max_size=3),
+)
+def test_blank_lines_at_the_edges_of_a_text_join_no_lines(place, blank, new):
+    program = [f"line{number} = 0" for number in range(5)]
+    found, left = slice(place[0], sum(place)), slice(sum(place), None)
+    search, new = [*blank[0], *program[found], *blank[1]], [*blank[2], *new, *blank[3]]
+    expected = [*program[: place[0]], *new, *program[left]]
+    assume(any(line.strip() for line in expected))
+    result = edited("\n".join(program) + "\n", block("\n".join(search), "\n".join(new)))
+    assert [line for line in result.split("\n") if line.strip()] == [line for line in expected if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("program", "search", "new", "expected"),
+    [
+        ("a = 0\nx = 1\ny = 2\n", "x = 1\n", "x = 5", "a = 0\nx = 5\ny = 2\n"),
+        ("a = 0\nx = 1\ny = 2\n", "\nx = 1\n", "\nx = 5\n", "a = 0\nx = 5\ny = 2\n"),
+        ("a = 0\nx = 1\ny = 2\n", "x = 1\n  ", "x = 5\n\n\nz = 1\n\n", "a = 0\nx = 5\n\n\nz = 1\n\ny = 2\n"),
+        ("a = 0\nx = 1\ny = 2\n", "x = 1\n\n", "\n", "a = 0\ny = 2\n"),
+        ("a = 0\nx = 1\n\ny = 2\n", "x = 1\n", "x = 5", "a = 0\nx = 5\ny = 2\n"),  # the blank line is there
+        ("def f():\n    x = 1\n    y = 2\n", "\nx = 1\ny = 2\n", "\nx = 5\n", "def f():\n    x = 5\n"),
+        # A whole line comes before a part.
+        ("    subtotal = 0\n    total = 0\n", "total = 0", "total = 1", "    subtotal = 0\n    total = 1\n"),
+        ("max_x = 1\nx = 1  \nx = 10", "x = 1", "x = 2", "max_x = 1\nx = 2\nx = 10"),
+        # Parts end at the ends of words and numbers.
+        ("max_x = 1; x = 1; x = 1.5; x = 1_0", "x = 1", "x = 2", "max_x = 1; x = 2; x = 1.5; x = 1_0"),
+        ("max_x = 1; x = 1", "x = 1", "x = 2\ny = 2", "max_x = 1; x = 2\ny = 2"),
+        ("f(lr=0.01, n=26)", "n=26", "n=3", "f(lr=0.01, n=3)"),
+        # What follows on the line does not matter for the indentation.
+        ("if a:\n    x = 1  # one\n", "x = 1", "x = 2\ny = 2", "if a:\n    x = 2\n    y = 2  # one\n"),
+        ("if a:\n    x = 1   \n", "x = 1", "x = 2\ny = 2", "if a:\n    x = 2\n    y = 2\n"),
+        ("if a:\n    x = 1  # one\n", "x = 1", "", "if a:\n      # one\n"),
+        # New lines that already have the indentation of the program.
+        ("if a:\n    b()\n    x = 1\n", "x = 1", "    x = 2\n    y = 2", "if a:\n    b()\n    x = 2\n    y = 2\n"),
+        ("if a:\n    b()\n    x = 1  # one\n", "x = 1", "    x = 2", "if a:\n    b()\n    x = 2  # one\n"),
+        ("if a:\n    x = 1\n", "x = 1", "x = 2\n    y = 2", "if a:\n    x = 2\n    y = 2\n"),
+        ("if a:\n    x = 1  # one\n", "x = 1", "x = 2\n    y = 2", "if a:\n    x = 2\n    y = 2  # one\n"),
+        ("if a:\n    b()\n    x = 1\n    y = 2\n", "x = 1\ny = 2", "    x = 2", "if a:\n    b()\n    x = 2\n"),
+        ("if a:\n    x = 1\n    y = 2\n", "x = 1\n    y = 2", "x = 2\n    y = 3", "if a:\n    x = 2\n    y = 3\n"),
+        # Neither version can be parsed, and both can: the new lines are shifted. Strings are shifted, too.
+        ("if a\n    x = 1\n", "x = 1", "x = 2\ny = 2", "if a\n    x = 2\n    y = 2\n"),
+        ("if a:\n    x = 1\n", "x = 1", 'x = """\n1"""', 'if a:\n    x = """\n    1"""\n'),
+    ],
+)
+def test_the_place_and_the_indentation(program, search, new, expected):
     assert edited(program, block(search, new)) == expected
+
+
+@pytest.mark.parametrize(
+    ("program", "search"),
+    [
+        ("max_x = 1", "x = 1"),
+        ("n = 26", "n = 2"),
+        ("lr = 0.01", "lr = 0"),
+        ("lr = 0.01", "lr = 0."),
+        ("lr = 0.01", "lr = 0.0"),
+        ("x = 0.5", ".5"),
+        ("n = 2e5", "n = 2"),
+        ("n = 2e5; n = 26", "n = 2"),
+    ],
+)
+def test_a_part_of_a_name_or_number_does_not_count(program, search):
+    with pytest.raises(EditError, match="occurs in the program only within names or numbers"):
+        edited(program, block(search, "y = 3"))
+
+
+def test_new_lines_are_shifted_in_programs_that_are_too_long_or_too_deep_to_parse():
+    for rest in ("y = 1\n" * 40_000, "y = " + "-" * 20_000 + "1\n", "y = " + "1+" * 20_000 + "1\n", "y = '\0'\n"):
+        assert edited("if a:\n    x = 1\n" + rest, block("x = 1", "x = 2\n    z = 2")) == "if a:\n    x = 2\n        z = 2\n" + rest
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.text(alphabet="xyz", min_size=1, max_size=5)), min_size=1, max_size=8))
@@ -86,6 +172,7 @@ def test_blocks_apply_in_order(edits):
         ("<<<<<<< SEARCH\nresult += value\n=======\n>>>>>>> REPLACE", "            result += value\n", ""),
         (block("def run():", "def run():  # now").replace("\n", "\r\n"), "def run():", "def run():  # now"),
         ("<<<<<< SEARCH\ndef run():\n=====\ndef go():\n>>>>>>> REPLACE", "def run():", "def go():"),
+        ("<<<<<<< search:\ndef run():\n=======\ndef go():\n>>>>>>> Replace:", "def run():", "def go():"),
         ("   <<<<<<< SEARCH \ndef run():\n   ======= \ndef go():\n >>>>>>>REPLACE", "def run():", "def go():"),
         ("<<<<<<< SEARCH\n        result = 0\n=======\n>>>>>>> REPLACE", "        result = 0\n", ""),
         (block("    return Solver().total(np.arange(3))", "    return 3"), "    return Solver().total(np.arange(3))", "    return 3"),
@@ -101,6 +188,7 @@ def test_blocks_apply_in_order(edits):
         "delete dedented",
         "crlf",
         "signs",
+        "case",
         "spaces",
         "delete",
         "last line",
@@ -122,6 +210,8 @@ def test_the_program_may_contain_dividers():
     assert edited(program, block('Results\n=======\n"""', 'Scores\n=======\n"""')) == program.replace("Results", "Scores")
     assert edited(program, block("x = 1", 'x = """\n=======\n"""')) == program.replace("x = 1", 'x = """\n=======\n"""')
     # Lines of other lengths divide only if there is no line of seven signs.
+    # A text with a divider, and new text that ends with one.
+    assert edited("Results\n=======\nx = 1", block("Results\n=======", "Scores\n=======")) == "Scores\n=======\nx = 1"
     assert edited("=====\nx = 1", block("=====\nx = 1", "=====\nx = 2")) == "=====\nx = 2"
 
 
@@ -145,6 +235,9 @@ FIRST = block("def run():", "def run():  # now")
         (FIRST + ">>>>>>> REPLACE", "after 1 of 1 edits has no line <<<<<<< SEARCH"),
         ("def run():\n=======\nx\n>>>>>>> REPLACE", "no line <<<<<<< SEARCH"),
         (block("x" + "\n=======" * 20, ""), "Edit 1 of 1: it has 21 lines ======="),
+        (block("def run():", "def go():\n======="), "Edit 1 of 1: it has another line ======= at the end of its new text"),
+        (FIRST + block("return result", "return 1\n=======\n=======\n\n"), "Edit 2 of 2: it has another line ======= at the end"),
+        (block("esult = 0", "x = 1"), "Edit 1 of 1: its SEARCH text occurs in the program only within names or numbers"),
         (block("def run():", "def run():"), "The edits change nothing"),
         (FIRST + block("def run():  # now", "def run():"), "The edits change nothing"),
         (block(PROGRAM.rstrip("\n"), ""), "The edits leave nothing"),
@@ -187,6 +280,8 @@ HOSTILE = {
     "distinct lines": ("x = 1", block("\n".join(map(str, range(_MANY + 1))), "")),
     "almost everywhere": ("a" * 10**6, block("a" * 10**4 + "b", "")),
     "long line": ("x = 1", block(" " * 10**7, "") + "<" * 10**7),
+    "parts within words": ("ab " * 10**5, block("b a", "") * 5),
+    "many programs to parse": ("".join(f"if a:\n x{number} = 1\n" for number in range(5_000)), block("x7 = 1", "x7 = 1\n y") * 100),
     "many edits of a long program": (
         "".join(f"line {number} \n" for number in range(20_000)),
         "".join(block(f"line {number}\nline {number + 1}", f"line {number}\nline {number + 1}x") for number in range(0, 60, 3)),
@@ -249,6 +344,11 @@ def test_an_answer_without_a_program_has_a_reason(qwen):
     cut = block("x = 1", "x = 3")[:-9]
     for stop in StopReason:
         assert "Edit 1 of 1" in extracted(rollout(qwen, cut, stop=stop), qwen, "x = 1").reason
+    for markers in ("<<<<<<< ORIGINAL\nx = 1\n=======\nx = 3\n>>>>>>> UPDATED", "x = 1\n  >>>>>>> UPDATED"):
+        answer = rollout(qwen, f"```python\n{markers}\n```")
+        assert "Edits begin with a line <<<<<<< SEARCH" in extracted(answer, qwen, "x = 1").reason
+        assert extracted(answer, qwen) == Extracted(markers)  # edits are not asked for
+    assert extracted(rollout(qwen, "```python\nx = '<<<<<<<'\n```"), qwen, "x = 1") == Extracted("x = '<<<<<<<'")
     # Without a program to edit, only whole programs count.
     assert extracted(rollout(qwen, block("x = 1", "x = 3")), qwen).reason == "The reply holds no fenced Python block in its final channel."
     assert extracted(rollout(qwen, WHOLE), qwen) == Extracted("x = 2")
