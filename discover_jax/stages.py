@@ -52,7 +52,7 @@ from discover_jax.text.prompts import (
     program_fits,
 )
 from discover_jax.text.reply import Extracted, extracted
-from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict, children_read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def run_seed_programs(
     seeds = {}
     for id, program, verdict in seed_verdicts(file, processes.from_first(rows)):
         seeds[id] = seed_of(by_id[id], program, verdict)
-        if processes.leads and seeds[id].output:
+        if processes.leads and children_read(seeds[id].output):
             outputs.put(verdict.execution.result or b"")
     return seeds
 

@@ -13,8 +13,15 @@ import numpy as np
 
 PARENT_OUTPUT = "parent_output.json"
 """The file in a program's working directory with the value that its parent returned (`Problem.reuse_output`)."""
+TOO_LONG = "too-long:"
+"""Start of `State.output` if the value is too long for children."""
 _LATER = {"later": True}
 """Marks fields that files of earlier versions do not have (see `records.from_row`)."""
+
+
+def children_read(output: str) -> bool:
+    """Whether a value is stored for children, by its `State.output`."""
+    return output != "" and not output.startswith(TOO_LONG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,8 @@ class State:
       adapter_step: number of optimiser steps that the adapter had seen when it wrote the program.
       task: id of its competition; empty for the seed, from which the search of every competition starts.
       feedback: what the evaluation of a problem's solution says about it.
-      output: SHA-256 of the value that it returned, if its children may read it (`Problem.reuse_output`); otherwise empty.
+      output: SHA-256 of the value that it returned, if its children may read it (`Problem.reuse_output`), after TOO_LONG if it is too long
+        for them; otherwise empty. States with the same code but other values differ by it.
       rows: results of the rows behind `score` (see `row_results`); empty if there are none.
     """
 

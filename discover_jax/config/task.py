@@ -27,6 +27,14 @@ TASK: dict[str, Any] = {
         "whether programs for a problem may read the value that their parent returned, from a file. `problem`: as the problem's definition"
         " says; `on`, `off`: for all problems of the run",
         choices=("problem", "on", "off"),
+        rules=(
+            Rule(
+                "`on` needs the `full` prompt: `brief` does not mention the file",
+                lambda config: config.task.reuse_output != "on" or config.prompt.style == "full",
+                uses=("prompt.style",),
+                fix="Set config.prompt.style = 'full', or remove it.",
+            ),
+        ),
     ),
     "reward": Setting(
         "grade",

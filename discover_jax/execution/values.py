@@ -17,6 +17,8 @@ MOST_DEPTH = 64
 """Nesting of lists and dicts."""
 _DTYPES = {np.dtype(name).str for name in ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"]}
 """Types of arrays, in this machine's byte order."""
+_SPARE_LISTS = 1000
+"""A value's arrays may stand for as many nested lists as the value has bytes, and this many more."""
 
 _PLAIN: tuple[tuple[type, Any], ...] = ((bool, bool), (int, int.__pos__), (float, float.__pos__), (str, str.__str__))
 
@@ -34,7 +36,7 @@ def encode(value: Any, most_bytes: int) -> bytes:
 
     Raises:
       ValueTooBigError: it would be longer.
-      ValueError: it holds something else, or is nested more than MOST_DEPTH deep.
+      ValueError: it holds something else, is nested more than MOST_DEPTH deep, or has arrays that stand for too many nested lists.
     """
     arrays: list[np.ndarray] = []
     size = 0
@@ -79,11 +81,12 @@ def encode(value: Any, most_bytes: int) -> bytes:
         parts.append(file.getvalue())
     if sum(map(len, parts)) > most_bytes:
         raise ValueTooBigError(f"it needs more than {most_bytes:,} bytes")
+    _check_lists(arrays, sum(map(len, parts)))
     return b"".join(parts)
 
 
 def decode(data: bytes) -> Any:
-    """The value of the bytes. It takes memory in proportion to their number.
+    """The value of the bytes. It takes memory in proportion to their number, also with its arrays as nested lists.
 
     Raises:
       ValueError: `encode` does not write such bytes.
@@ -91,19 +94,19 @@ def decode(data: bytes) -> Any:
     text, newline, rest = data.partition(b"\n")
     if not newline:
         raise ValueError("the value's JSON has no end")
-    file, found = io.BytesIO(rest), 0
+    file = io.BytesIO(rest)
+    arrays: list[np.ndarray] = []
 
     def restore(x: Any, depth: int) -> Any:
-        nonlocal found
         if depth > MOST_DEPTH:
             raise ValueError(f"the value is nested more than {MOST_DEPTH} deep")
         if isinstance(x, list):
             return [restore(item, depth + 1) for item in x]
         if not isinstance(x, dict):
             return x
-        if x.keys() == {"array"} and x["array"] == found and type(x["array"]) is int:
-            found += 1
-            return _read_array(file, len(rest))
+        if x.keys() == {"array"} and x["array"] == len(arrays) and type(x["array"]) is int:
+            arrays.append(_read_array(file, len(rest)))
+            return arrays[-1]
         pairs = x.get("dict")
         if x.keys() == {"dict"} and isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs):
             restored = {key: restore(item, depth + 1) for key, item in pairs}
@@ -118,6 +121,7 @@ def decode(data: bytes) -> Any:
         raise ValueError(f"the value is nested more than {MOST_DEPTH} deep") from None
     if file.tell() != len(rest):
         raise ValueError(f"{len(rest) - file.tell():,} bytes follow the value")
+    _check_lists(arrays, len(data))
     return value
 
 
@@ -136,6 +140,25 @@ def _lists(array: np.ndarray) -> Any:
     if array.dtype.kind == "c":
         array = np.stack([np.real(array), np.imag(array)], -1)
     return array.tolist()
+
+
+def _check_lists(arrays: list[np.ndarray], size: int) -> None:
+    """Raises ValueError if arrays stand for too many nested lists for a value of this number of bytes.
+
+    An array takes few bytes, but many lists, if an axis without entries or many axes of length 1 follow a long one. The list of the first
+    axis is not counted.
+    """
+    count = sum(map(_nested_lists, arrays))
+    if count > size + _SPARE_LISTS:
+        shapes = ", ".join(str(array.shape) for array in sorted(arrays, key=_nested_lists, reverse=True)[:3])
+        raise ValueError(
+            f"as lists, its arrays would be {count:,} nested lists, more than its {size:,} bytes and {_SPARE_LISTS:,} allow; the largest"
+            f" have the shapes {shapes}"
+        )
+
+
+def _nested_lists(array: np.ndarray) -> int:
+    return sum(math.prod(array.shape[:axis]) for axis in range(1, array.ndim))  # integers of Python, which do not overflow
 
 
 def _is_pair(x: Any) -> bool:

@@ -176,12 +176,15 @@ def write_best(
 
 
 def _readable(result: bytes) -> bytes:
-    """A returned value as JSON; null if it is none that `values.decode` accepts. It keeps all digits; NaN is not standard JSON."""
+    """A returned value as JSON; null if it is none that `values.decode` accepts. It keeps all digits; NaN is not standard JSON.
+
+    A program chose the bytes, and this is the run's own process: `values.decode` bounds what they can cost.
+    """
     try:
-        value = values.decode(result)
-    except ValueError:  # the check was content with less, or with nothing
-        value = None
-    return (json.dumps(value, default=_lists) + "\n").encode()
+        text = json.dumps(values.decode(result), default=_lists)
+    except (ValueError, MemoryError, RecursionError):  # the check was content with less, or with nothing
+        text = "null"
+    return f"{text}\n".encode()
 
 
 def _lists(array: np.ndarray) -> list[Any]:

@@ -1,6 +1,7 @@
 """outputs/: values that programs returned, for their children to read. One file for each distinct value, named by its SHA-256.
 
-The bytes are those of `execution.values`. They come from programs, so nothing here decodes them: only the sandboxes of children do.
+The bytes are those of `execution.values`. They come from programs, and nothing here decodes them. The sandboxes of children do, and for
+best/ the run's process (see `best.write_best`), both within the bounds of `values.decode`.
 """
 
 import base64
@@ -13,18 +14,19 @@ from discover_jax.execution.limits import MIB
 from discover_jax.files import write_atomic
 from discover_jax.hosts.processes import Processes
 from discover_jax.tasks.prepare import AnyTask
-from discover_jax.types import Outcome, State, Verdict
+from discover_jax.types import TOO_LONG, Outcome, State, Verdict, children_read
 
 MOST_BYTES = 4 * MIB
-"""Children cannot read a longer value. Reading the worst one of this length takes them about 200 MiB of memory."""
+"""Children cannot read a longer value. Reading the worst one of this length takes them about 400 MiB of memory."""
 
 
 def output_of(task: AnyTask, verdict: Verdict) -> str:
-    """SHA-256 of the value that a scored program returned, if its children may read it; otherwise empty. See `State.output`."""
+    """`State.output` of a scored program."""
     result = verdict.execution.result
-    if not task.reuse_output or verdict.outcome is not Outcome.OK or not result or len(result) > MOST_BYTES:
+    if not task.reuse_output or verdict.outcome is not Outcome.OK or not result:
         return ""
-    return hashlib.sha256(result).hexdigest()
+    digest = hashlib.sha256(result).hexdigest()
+    return digest if len(result) <= MOST_BYTES else TOO_LONG + digest
 
 
 class Outputs:
@@ -96,5 +98,5 @@ class Outputs:
 
 
 def digests_of(states: Iterable[State]) -> list[str]:
-    """The distinct outputs of states, sorted."""
-    return sorted({state.output for state in states if state.output})
+    """The distinct outputs of states that are stored for children, sorted."""
+    return sorted({state.output for state in states if children_read(state.output)})

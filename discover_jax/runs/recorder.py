@@ -28,7 +28,7 @@ from discover_jax.runs.tracking import Trackers
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.tokenizer import Tokenizer
-from discover_jax.types import Attempt, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
+from discover_jax.types import Attempt, Prompt, Rollout, RolloutKey, RunKind, State, Verdict, children_read
 
 PHASES = {
     "sampling": "time/sample_s",
@@ -265,7 +265,7 @@ class RunRecorder:
         """Stores what children of this step's archived programs read. The checkpoint, which needs it, is written later."""
         archived = {state.id for frontier in record.frontiers.values() for state in frontier.archive.states}
         for attempt in record.attempts:
-            if attempt.output and attempt.id in archived:
+            if children_read(attempt.output) and attempt.id in archived:
                 self._outputs.put(record.verdicts[attempt.group, attempt.index].execution.result or b"")
 
     def _write_best(

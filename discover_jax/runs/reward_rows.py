@@ -19,7 +19,8 @@ _CONFIG_NAMES = {
     "selection_fraction": "config.task.selection_fraction",
     "seed": "config.seed (draws the held-out rows)",
     "judge": "config.task.grader",
-    "definition_sha256": "SHA-256 of the competition's file",
+    "reuse_output": "config.task.reuse_output",
+    "definition_sha256": "SHA-256 of the definition's file",
 }
 
 

@@ -191,15 +191,18 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
       seed: see `prepare_task`.
 
     Raises:
-      ConfigError: see `prepare_task`; or a competition is named twice, or the number of raw data paths differs from that of competitions.
+      ConfigError: see `prepare_task`; or a competition is named twice, the number of raw data paths differs from that of competitions, or a
+        setting affects none of them.
       DataError: see `prepare_task`.
     """
     competitions = named_competitions(settings)
     names = [name for name, _ in competitions]
-    ids = [load_definition(*locate_definition(name)).id for name in names]
+    definitions = [load_definition(*locate_definition(name)) for name in names]
+    ids = [definition.id for definition in definitions]
     if len(set(ids)) < len(ids):
         raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition or problem twice: {', '.join(ids)}.")
-    tasks = [
+    _check_effects(settings, definitions)
+    return [
         prepare_task(
             name,
             raw=raw,
@@ -214,12 +217,21 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
         )
         for (name, raw), id in zip(competitions, ids, strict=True)
     ]
-    if settings.reuse_output == "on" and not any(task.calls for task in tasks):
+
+
+def _check_effects(settings: Any, definitions: Sequence[Competition | Problem]) -> None:
+    """Raises ConfigError if config.task has a choice that affects none of the competitions and problems: most likely a mistake."""
+    ids, problems = ", ".join(definition.id for definition in definitions), [isinstance(each, Problem) for each in definitions]
+    if settings.reuse_output != "problem" and not any(problems):
         raise ConfigError(
-            f"config.task.reuse_output = 'on' has no effect: {', '.join(ids)} are competitions, and only problems have returned values."
-            " Remove it."
+            f"config.task.reuse_output = {settings.reuse_output!r} has no effect: only problems have returned values, and the run has only"
+            f" competitions ({ids}). Remove it."
         )
-    return tasks
+    if settings.reward == "holdout" and all(problems):
+        raise ConfigError(
+            f"config.task.reward = 'holdout' has no effect: only competitions have rows to hold out, and the run has only problems ({ids})."
+            " Remove it, and config.task.holdout_fraction, holdout_folds and selection_fraction."
+        )
 
 
 def named_competitions(settings: Any) -> list[tuple[str, str]]:

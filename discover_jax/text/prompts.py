@@ -17,7 +17,7 @@ from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.text.chat import ChatFormat, Rendered
 from discover_jax.text.edits import INSTRUCTIONS
 from discover_jax.text.structure import structure_key
-from discover_jax.types import PARENT_OUTPUT, Attempt, Outcome, Prompt, State
+from discover_jax.types import PARENT_OUTPUT, Attempt, Outcome, Prompt, State, children_read
 
 STYLES = ("full", "brief")
 ANSWERS = ("program", "edits")
@@ -311,7 +311,7 @@ def _request(
             f"# Your last program\n\nHere is the last code we ran:\n\n{_fenced(parent.code, 'python')}\n\n"
             f"Previous score: {task.score_text(parent.score)} ({task.metric.name}, {direction} is better)"
         )
-    if parent.output:
+    if children_read(parent.output):
         parts.append(
             f"The value that it returned is in the file `{PARENT_OUTPUT}` of the working directory, with arrays as nested lists. Read it by"
             f' `json.load(open("{PARENT_OUTPUT}"))`: the new program may start from it and improve it.'

@@ -73,11 +73,12 @@ def _array(dtype: str, shape: str) -> bytes:
         b"[" * 10**6 + b"]" * 10**6 + b"\n",
         b"[" + b"[]," * ((4 * MIB - 4) // 3 - 1) + b"[]]\n",
         _array("'<f8'", "(1000000000000,)"),
+        _array("'<f8'", "(100000000000, 0)"),
         _array("'|O'", "(1,)") + b"cos\nsystem\n",
         b"9" * 10**5 + b"\n",
         b"\xff\xfe\n",
     ],
-    ids=["noise", "deep", "many lists", "huge array", "pickle", "long integer", "no text"],
+    ids=["noise", "deep", "many lists", "huge array", "many empty rows", "pickle", "long integer", "no text"],
 )
 def test_hostile_values_do_not_break_the_next_program(executor, value):
     assert len(value) <= 4 * MIB
@@ -86,7 +87,7 @@ def test_hostile_values_do_not_break_the_next_program(executor, value):
     assert text.grade.feedback in ("no file", "[[], [], [], [], [],")
 
 
-def test_keys_without_a_value_are_those_of_earlier_versions(tmp_path):
+def test_keys_hash_settings_and_program_and_the_value_only_if_there_is_one(tmp_path):
     cache = VerdictCache(tmp_path / "cache", {"task": "t"})
     settings = hashlib.sha256(json.dumps({"format": cache_module._FORMAT, "task": "t"}, sort_keys=True).encode()).hexdigest()
     assert cache.key("p") == cache.key("p", b"") == hashlib.sha256(f"{settings}\np".encode()).hexdigest()

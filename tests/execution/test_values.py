@@ -106,6 +106,44 @@ def test_other_bytes_are_refused(data):
         values.decode(data)
 
 
+def lists_in(x):
+    """Number of lists inside a list, at all depths."""
+    return sum(1 + lists_in(item) for item in x if isinstance(item, list))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((10**11, 0), "100,000,000,000 nested lists"),
+        ((10**5, *[1] * 40), "4,000,000 nested lists"),
+        ((2, 10**30, 0), "shape is not valid"),
+    ],
+    ids=["no columns", "many axes", "beyond 64 bits"],
+)
+def test_arrays_that_stand_for_too_many_lists_are_refused(shape, message):
+    data = npy(f"{{'descr': '|i1', 'fortran_order': False, 'shape': {shape}, }}".ljust(245), bytes(math.prod(shape)))
+    with pytest.raises(ValueError, match=message):
+        values.decode(data)
+
+
+def test_the_bound_of_lists_counts_all_arrays_of_a_value():
+    array = np.zeros((700, 0))
+    assert lists_in(array.tolist()) == 700
+    values.decode(values.encode(array, 1 << 20))
+    with pytest.raises(ValueError, match=r"1,400 nested lists.*\(700, 0\)"):
+        values.encode([array, array], 1 << 20)
+
+
+@given(arrays.arrays("i1", arrays.array_shapes(min_dims=1, max_dims=6, min_side=0, max_side=8)))
+def test_lists_are_bounded_by_bytes(array):
+    try:
+        data = values.encode(array, 1 << 24)
+    except ValueError:
+        assert lists_in(array.tolist()) > array.nbytes + 1000
+    else:
+        assert lists_in(values.decode(data).tolist()) <= len(data) + 1000
+
+
 @given(st.binary(max_size=200) | st.text(max_size=60).map(lambda text: json.dumps(text).encode() + b"\n"))
 def test_random_bytes_become_data_or_a_value_error(data):
     try:

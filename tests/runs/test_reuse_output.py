@@ -1,6 +1,7 @@
 """Reuse of constructions: programs that improve the value of their parent, through the stages of a loop with scripted replies."""
 
 import dataclasses
+import hashlib
 import json
 import types
 
@@ -11,6 +12,7 @@ from discover_jax import stages
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import from_json, to_json
+from discover_jax.archive.ranking import NO_MEASUREMENTS
 from discover_jax.config import default_config
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.execution import Executor, sandbox, values
@@ -19,6 +21,7 @@ from discover_jax.hosts.processes import ALONE
 from discover_jax.runs.best import grade_of, read_best, write_best
 from discover_jax.runs.outputs import MOST_BYTES, Outputs, output_of
 from discover_jax.runs.recorder import NullRecorder
+from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.tasks.prepare import prepare_task, prepare_tasks
 from discover_jax.text.chat import Rendered
 from discover_jax.text.prompts import PromptSettings, build_prompt
@@ -163,9 +166,28 @@ def test_output_is_recorded_only_where_children_may_read_it(tmp_path):
     task = prepared(tmp_path)
     assert len(output_of(task, verdict(b"[1]\n"))) == 64
     off = dataclasses.replace(task, reuse_output=False)
-    ignored = [(off, verdict(b"[1]\n")), (task, verdict(b"")), (task, verdict(None)), (task, verdict(b"1" * (MOST_BYTES + 1)))]
+    ignored = [(off, verdict(b"[1]\n")), (task, verdict(b"")), (task, verdict(None))]
     ignored.append((task, verdict(b"[1]\n", Outcome.INVALID_SUBMISSION)))
     assert {output_of(*each) for each in ignored} == {""}
+    longest = b"1" * MOST_BYTES
+    assert output_of(task, verdict(longest)) == hashlib.sha256(longest).hexdigest()
+    assert output_of(task, verdict(longest + b"1")) == "too-long:" + hashlib.sha256(longest + b"1").hexdigest()
+
+
+def test_values_that_are_too_long_tell_programs_apart_but_are_not_stored(tmp_path):
+    task = prepared(tmp_path)
+    states = [
+        dataclasses.replace(SEED, id=id, parent_id="seed", code="x = 1", score=score, value=score, output=f"too-long:{id * 64}")
+        for id, score in (("a", 1.0), ("b", 2.0))
+    ]
+    assert [state.id for state in Archive((), 10).add(states).states] == ["b", "a"]
+    assert NO_MEASUREMENTS.add(states).places == {"a": 0, "b": 1}
+    outputs = Outputs(tmp_path / "outputs")
+    assert outputs.for_all(ALONE, states) == {}
+    outputs.check(states)
+    outputs.bring(Outputs(tmp_path / "other"), states)
+    assert not (tmp_path / "outputs").exists()
+    assert PARENT_OUTPUT not in build_prompt(task, states[0], (), PromptSettings("full", 20_000), Chat(), 0, 0).text
 
 
 def test_the_config_decides_and_the_score_depends_on_it(tmp_path):
@@ -177,10 +199,44 @@ def test_the_config_decides_and_the_score_depends_on_it(tmp_path):
     assert "parent" not in off.disclosure.text
     with pytest.raises(ConfigError, match=r"config\.task\.reuse_output\b.*hidden_inputs"):
         prepared(tmp_path / "hidden", PROBLEM.replace("reuse_output", "hidden_inputs"), reuse_output="on")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"competition": "digits-parity", "reuse_output": "on"}, "reuse_output = 'on'"),
+        ({"competition": "digits-parity", "reuse_output": "off"}, "reuse_output = 'off'"),
+        ({"reward": "holdout"}, "reward = 'holdout'"),
+        ({"reward": "holdout", "holdout_folds": 3}, "reward = 'holdout'.*holdout_folds"),
+        ({"reward": "holdout", "selection_fraction": 0.1}, "reward = 'holdout'.*selection_fraction"),
+        ({"holdout_folds": 3}, "holdout_folds"),
+        ({"selection_fraction": 0.1}, "selection_fraction"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(tmp_path, changes, name):
+    (tmp_path / "ones.py").write_text(PROBLEM)
     config = default_config()
-    config.task.competition, config.task.reuse_output = "digits-parity", "on"
-    with pytest.raises(ConfigError, match=r"config\.task\.reuse_output\b.*no effect"):
-        prepare_tasks(config.task, folder=tmp_path / "digits", seed=0)
+    config.task.update({"competition": str(tmp_path / "ones.py"), **changes})
+    with pytest.raises(ConfigError, match=rf"config\.task\.{name}"):
+        prepare_tasks(config.task, folder=tmp_path / "task", seed=0)
+    assert not (tmp_path / "task").exists()
+
+
+def test_settings_may_affect_one_task_of_several(tmp_path):
+    (tmp_path / "ones.py").write_text(PROBLEM)
+    config = default_config()
+    config.task.competition, config.task.reuse_output, config.task.reward = f"digits-parity,{tmp_path / 'ones.py'}", "off", "holdout"
+    digits, ones = prepare_tasks(config.task, folder=tmp_path / "task", seed=0)
+    assert (digits.reward_source, ones.reuse_output) == ("holdout", False)
+
+
+def test_another_choice_is_named_where_scores_are_compared(tmp_path):
+    on, off = prepared(tmp_path / "on"), prepared(tmp_path / "off", reuse_output="off")
+    with pytest.raises(RunError, match=r"config\.task\.reuse_output: .*not used in this run"):
+        check_reward_rows(reward_rows([on]), [], [off], what="It", remedy="")
+    changed = prepared(tmp_path / "changed", PROBLEM + "# changed\n")
+    with pytest.raises(RunError, match=r"SHA-256 of the definition's file: "):
+        check_reward_rows(reward_rows([on]), [], [changed], what="It", remedy="")
 
 
 def test_missing_and_damaged_values_are_errors(tmp_path):

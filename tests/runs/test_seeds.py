@@ -69,3 +69,15 @@ def test_arrays_are_readable_and_other_bytes_are_null():
     assert json.loads(_readable(values.encode(np.array([[0.1, 2.0]]), 1000))) == [[0.1, 2.0]]
     assert json.loads(_readable(values.encode(np.array([1 + 2j]), 1000))) == ["(1+2j)"]
     assert _readable(b"") == _readable(b"noise") == b"null\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_values_that_cost_too_much_are_null(monkeypatch, error):
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (100000000000, 0), }".ljust(117) + b"\n"
+    assert _readable(b'{"array":0}\n\x93NUMPY\x01\x00' + len(header).to_bytes(2, "little") + header) == b"null\n"
+
+    def fails(data):
+        raise error
+
+    monkeypatch.setattr(values, "decode", fails)
+    assert _readable(b"1\n") == b"null\n"
