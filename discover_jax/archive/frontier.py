@@ -53,7 +53,7 @@ class Frontier:
         if ranking is None:
             return frontier
         measurements = Frontier.start(archive.capacity, seed=seed, ranking=ranking).measurements.add(states)
-        return dataclasses.replace(frontier, ranking=ranking, measurements=measurements)._revalued(ranking)
+        return dataclasses.replace(frontier, ranking=ranking, measurements=measurements)._revalued(measurements.values(ranking))
 
     def after(self, attempts: Sequence[Attempt], *, reusable: Container[str], children: int) -> "Frontier":
         """The frontier after a step.
@@ -66,10 +66,15 @@ class Frontier:
         Raises:
           RunError: the attempts contradict earlier ones.
         """
-        seen = self._seen(attempts)
+        seen, values = self._seen(attempts), None
+        if seen.ranking is not None:
+            values = seen.measurements.values(seen.ranking)
+            seen = seen._revalued(values)
         archive = seen.archive
         for _, of_group in itertools.groupby(attempts, key=lambda attempt: attempt.group):
-            states = seen._ranked([state for state in states_of(of_group) if state.id in reusable])
+            states = [state for state in states_of(of_group) if state.id in reusable]
+            if values is not None:
+                states = [dataclasses.replace(state, value=values[state.id]) for state in states]
             archive = archive.add_group(states, children=children)
         return dataclasses.replace(seen, archive=archive)
 
@@ -82,11 +87,10 @@ class Frontier:
         if self.ranking is None:
             known = [] if self.best is None else [self.best]
             return dataclasses.replace(frontier, best=best_of([*known, *states]))
-        return dataclasses.replace(frontier, measurements=self.measurements.add(states))._revalued(self.ranking)
+        return dataclasses.replace(frontier, measurements=self.measurements.add(states))
 
-    def _revalued(self, ranking: Ranking) -> "Frontier":
-        """With the values that all programs have by the ranking now."""
-        values = self.measurements.values(ranking)
+    def _revalued(self, values: Mapping[str, float]) -> "Frontier":
+        """With the values that all programs have by the ranking now, by id."""
         best_children: dict[str, float] = {}
         for id, parent in self.expansions.parents.items():
             best_children[parent] = max(best_children.get(parent, values[id]), values[id])
@@ -99,13 +103,6 @@ class Frontier:
             best=best,
             seed=dataclasses.replace(self.seed, value=values[SEED.id]) if self.seed.value is not None else self.seed,
         )
-
-    def _ranked(self, states: Sequence[State]) -> list[State]:
-        """States with their values by the ranking."""
-        if self.ranking is None:
-            return list(states)
-        values = self.measurements.values(self.ranking)
-        return [dataclasses.replace(state, value=values[state.id]) for state in states]
 
     def failures(self, parent: State) -> Sequence[Attempt]:
         """The last attempts on a parent if all of them failed, so that the prompt can show an error; otherwise empty."""

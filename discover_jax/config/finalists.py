@@ -5,7 +5,7 @@ from typing import Any
 from discover_jax.config.setting import Rule, Setting, value_of
 
 
-def _with_count(name: str, default: int) -> Rule:
+def with_finalists(name: str, default: int) -> Rule:
     """A setting has no effect without finalists."""
     return Rule(
         "has an effect only with finalists.count",
@@ -43,14 +43,14 @@ FINALISTS: dict[str, Any] = {
         " of the finalists for the next",
         low=1,
         high=64,
-        rules=(_with_count("finalists.retests", 4),),
+        rules=(with_finalists("finalists.retests", 4),),
     ),
     "every": Setting(
         0,
         "also choose the best program in this way after each step whose number is a multiple of this; 0: only at the end",
         low=0,
         rules=(
-            _with_count("finalists.every", 0),
+            with_finalists("finalists.every", 0),
             Rule(
                 "must be less than train.steps",
                 lambda config: config.finalists.every == 0 or config.finalists.every < config.train.steps,

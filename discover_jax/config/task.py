@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from discover_jax.config.finalists import with_finalists
 from discover_jax.config.setting import Rule, Setting
 
 TASK: dict[str, Any] = {
@@ -68,12 +69,7 @@ TASK: dict[str, Any] = {
                 uses=("task.holdout_fraction", "task.holdout_folds"),
                 fix="Lower one of them, or set config.task.holdout_folds = 1.",
             ),
-            Rule(
-                "has an effect only with finalists.count",
-                lambda config: not config.task.selection_fraction or config.finalists.count > 0,
-                uses=("finalists.count",),
-                fix="Set config.finalists.count, or remove it.",
-            ),
+            with_finalists("task.selection_fraction", 0.0),
         ),
         only_with=("task.reward", ("holdout",)),
     ),

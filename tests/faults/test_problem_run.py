@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tiny_run
 from phrase_model import write_phrase_model
 from remainders_problem import ROWS, SEED_PROGRAM
-from tiny_run import command, environment
+from tiny_run import finish
 
 from discover_jax.execution import values
 
@@ -28,14 +29,7 @@ def start(root: Path, workdir: Path) -> subprocess.Popen:
         "--config.groups=4",
         "--config.sampling.max_prompt_tokens=512",
     ]
-    arguments = [*command(root, workdir, STEPS), *options]
-    return subprocess.Popen(arguments, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    return tiny_run.start(root, workdir, STEPS, *options)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_run
 from growing_problem import RETURNED, ROWS
 from phrase_model import write_phrase_model
-from tiny_run import command, environment
+from tiny_run import finish
 
 pytestmark = pytest.mark.slow  # three runs
 
@@ -21,14 +22,7 @@ STEPS = 3
 
 def start(root: Path, workdir: Path, steps: int = STEPS) -> subprocess.Popen:
     options = [f"--config.task.competition={HERE / 'growing_problem.py'}", "--config.sampling.max_prompt_tokens=1024"]
-    arguments = [*command(root, workdir, steps), *options]
-    return subprocess.Popen(arguments, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    return tiny_run.start(root, workdir, steps, *options)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,19 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
+def start(root: Path, workdir: Path, steps: int, *options: str) -> subprocess.Popen[str]:
+    """Starts or resumes the run in `workdir` with further options; `finish` waits for it."""
+    arguments = [*command(root, workdir, steps), *options]
+    return subprocess.Popen(arguments, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a run printed. It must succeed within 5 minutes."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
 def unbroken(root: Path, steps: int = STEPS) -> Path:
     """The folder of an uninterrupted run. Several test processes may call this: the first runs it, the others wait."""
     root.mkdir(exist_ok=True)

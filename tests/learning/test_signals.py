@@ -133,7 +133,7 @@ def test_a_failure_is_placed_below_the_worst_valid_attempt():
 
 
 def test_a_group_without_a_spread_of_its_own_uses_that_of_the_others():
-    """The spreads of the others are 0.125 and 0.25, so two of their mean are 0.375."""
+    """The other groups have the spreads 0.125 and 0.25. Twice their mean is 0.375."""
     others = [[0.5, 0.75], [0.0, 0.5, None]]
     assert placed([[0.5, None], *others])[0] == [0.5, 0.125]  # one valid attempt
     assert placed([[0.5, 0.5, None], *others])[0] == [0.5, 0.5, 0.125]  # equal ones

@@ -209,7 +209,7 @@ def test_the_program_may_contain_dividers():
     program = 'title = """\nResults\n=======\n"""\nx = 1\n'
     assert edited(program, block('Results\n=======\n"""', 'Scores\n=======\n"""')) == program.replace("Results", "Scores")
     assert edited(program, block("x = 1", 'x = """\n=======\n"""')) == program.replace("x = 1", 'x = """\n=======\n"""')
-    # Lines of other lengths divide only if there is no line of seven signs.
+    # A line of equals signs with another length divides a block only if the block has no line of seven.
     # A text with a divider, and new text that ends with one.
     assert edited("Results\n=======\nx = 1", block("Results\n=======", "Scores\n=======")) == "Scores\n=======\nx = 1"
     assert edited("=====\nx = 1", block("=====\nx = 1", "=====\nx = 2")) == "=====\nx = 2"
