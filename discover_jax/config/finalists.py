@@ -5,7 +5,7 @@ from typing import Any
 from discover_jax.config.setting import Rule, Setting, value_of
 
 
-def with_finalists(name: str, default: int) -> Rule:
+def with_finalists(name: str, default: float) -> Rule:
     """A setting has no effect without finalists."""
     return Rule(
         "has an effect only with finalists.count",
