@@ -322,7 +322,9 @@ def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], fro
         attempts_GK,
         [group.task.signals for group in groups],
         objective=objective,
-        diversity=Diversity(diversity.novelty_bonus, diversity.duplicates),
+        diversity=Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies),
+        parents_G=[group.parent for group in groups],
+        failure_rewards_G=[group.task.failure_reward for group in groups],
         bests_G=bests_G,
     )
     if run.kind.learns and estimates.too_few:

@@ -250,6 +250,7 @@ def test_additions_to_the_method_are_off_in_the_reports_and_the_papers_runs(run)
     off = {
         "diversity.novelty_bonus": 0.0,
         "diversity.duplicates": "keep",
+        "diversity.copies": "keep",
         "reuse.distinct": False,
         "reuse.fresh": 0.0,
         "sampling.temperature_spread": 0.0,

@@ -29,7 +29,7 @@ from discover_jax.execution import sandbox
 from discover_jax.learning.advantages import ESTIMATORS, SCALE_FREE
 from discover_jax.learning.estimates import groups_with_too_few
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
-from discover_jax.learning.signals import DUPLICATES, FAILURES, Signals
+from discover_jax.learning.signals import COPIES, DUPLICATES, FAILURES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
@@ -75,6 +75,7 @@ RUNS = {
         "sampling.temperature_spread": 0.3,
         "diversity.novelty_bonus": 0.1,
         "diversity.duplicates": "drop",
+        "diversity.copies": "fail",
     },
     "the best of k": {"train.advantage": "max_at_k", "train.max_at_k": 1, "train.max_at_k_last": 2},
     "the frontier": {"train.advantage": "frontier", "train.max_at_k": 2, "train.failures": "spread"},
@@ -235,6 +236,7 @@ def test_runs_use_every_choice():
         "train.reduction": REDUCTIONS,
         "train.failures": FAILURES,
         "diversity.duplicates": DUPLICATES,
+        "diversity.copies": COPIES,
         "task.reward": ("grade", "holdout"),
         "prompt.style": STYLES,
         "prompt.answer": ANSWERS,

@@ -267,4 +267,10 @@ DIVERSITY: dict[str, Any] = {
         "programs of a group that differ only in names and layout. `keep`: all count; `drop`: only the first counts",
         choices=("keep", "drop"),
     ),
+    "copies": Setting(
+        "keep",
+        "valid programs with the same results as their parent, or as an earlier program of the group: the same score and, for competitions,"
+        " the same results on all rows. `keep`: each counts like others; `fail`: each gets the signal of a failure",
+        choices=("keep", "fail"),
+    ),
 }

@@ -1,7 +1,8 @@
-"""Signals: the rewards of a group, optionally with a novelty bonus, without duplicates, and with failures near the valid rewards.
+"""Signals: the rewards of a group, optionally with a novelty bonus, without duplicates, with copies as failures, and with failures near the
+valid rewards.
 
-Advantages are computed from signals. All options are off by default, as in the report. The first two counter the collapse of a group to one
-program, which gives no gradient. The third keeps failures from drowning the differences of valid programs.
+Advantages are computed from signals. All options are off by default, as in the report. The first three counter the collapse to one program,
+which gives no gradient. The last keeps failures from drowning the differences of valid programs.
 """
 
 import dataclasses
@@ -11,9 +12,10 @@ import numpy as np
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.text.structure import structure_distance, structure_key, structure_parts
-from discover_jax.types import Attempt, Outcome
+from discover_jax.types import SEED, Attempt, Outcome, State
 
 DUPLICATES = ("keep", "drop")
+COPIES = ("keep", "fail")
 FAILURES = ("reward", "spread")
 
 
@@ -26,6 +28,8 @@ class Diversity:
         a score in its group; 0 disables it.
       duplicates: "keep" or "drop". With "drop", baseline and update use only the first of a group's programs that differ only in names and
         layout.
+      copies: "keep" or "fail". With "fail", copies get the signal of a failure. A copy is a valid program with the same results as its
+        parent, or as an earlier program of its group: the same score, and for competitions the same results on all rows.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -33,12 +37,15 @@ class Diversity:
 
     novelty_bonus: float = 0.0
     duplicates: str = "keep"
+    copies: str = "keep"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.novelty_bonus < float("inf"):
             raise ConfigError(f"novelty_bonus must be finite and at least 0; got {self.novelty_bonus!r}.")
         if self.duplicates not in DUPLICATES:
             raise ConfigError(f"duplicates = {self.duplicates!r} is unknown; allowed: {', '.join(DUPLICATES)}.")
+        if self.copies not in COPIES:
+            raise ConfigError(f"copies = {self.copies!r} is unknown; allowed: {', '.join(COPIES)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,36 +77,54 @@ class Signals:
     Attributes:
       values_K: float64, the signal of each rollout.
       included_K: bool, False for rollouts that baseline and update exclude.
+      failed_K: bool, True for failures, and for copies that count as failures.
     """
 
     values_K: np.ndarray
     included_K: np.ndarray
+    failed_K: np.ndarray
 
 
-def group_signals(attempts_K: Sequence[Attempt], transform: Callable[[Sequence[float]], list[float]], diversity: Diversity) -> Signals:
+def group_signals(
+    attempts_K: Sequence[Attempt],
+    transform: Callable[[Sequence[float]], list[float]],
+    diversity: Diversity,
+    *,
+    parent: State = SEED,
+    failure_reward: float = 0.0,
+) -> Signals:
     """The signals of a group.
 
     Args:
       attempts_K: the attempts of one group, in order.
       transform: the function from the group's rewards to signals; see `Task.signals`.
-      diversity: novelty bonus and duplicates.
+      diversity: novelty bonus, duplicates and copies.
+      parent: of the group, for copies.
+      failure_reward: the task's reward of a failure, for copies that count as failures.
     """
-    values_K = np.asarray(transform([attempt.reward for attempt in attempts_K]), np.float64)
+    failed_K = np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool)
+    if diversity.copies == "fail":
+        failed_K |= _copies(attempts_K, parent)
+    rewards_K = [
+        failure_reward if failed and attempt.outcome is Outcome.OK else attempt.reward
+        for attempt, failed in zip(attempts_K, failed_K, strict=True)
+    ]
+    values_K = np.asarray(transform(rewards_K), np.float64)
     included_K = np.ones(len(attempts_K), bool)
     if diversity.novelty_bonus:
-        values_K = values_K + diversity.novelty_bonus * _novelty(attempts_K)
+        values_K = values_K + diversity.novelty_bonus * np.where(failed_K, 0.0, _novelty(attempts_K))
     if diversity.duplicates == "drop":
         included_K = ~_repeated(attempts_K)
-    return Signals(values_K, included_K)
+    return Signals(values_K, included_K, failed_K)
 
 
 def place_failures(signals_G: Sequence[Signals], attempts_GK: Sequence[Sequence[Attempt]], handling: FailureHandling) -> list[Signals]:
-    """The signals of a step's groups with those of failed attempts replaced, if `handling` says so.
+    """The signals of a step's groups with those of failures replaced, if `handling` says so.
 
-    With "spread", a failure gets w - multiple x s: w is the lowest signal of the valid attempts in its group, and s their standard
-    deviation (population). Only included attempts count. A group with a single valid attempt, or with equal valid signals, shows no spread.
-    Then s is the mean of the spreads that the step's other groups of the same task show. If none does, the failures keep their signals; so
-    do those of a group without a valid attempt.
+    Failures are those of `Signals.failed_K`. With "spread", a failure gets w - multiple x s: w is the lowest signal of the valid attempts
+    in its group, and s their standard deviation (population). Only included attempts count. A group with a single valid attempt, or with
+    equal valid signals, shows no spread. Then s is the mean of the spreads that the step's other groups of the same task show. If none
+    does, the failures keep their signals; so do those of a group without a valid attempt.
 
     Args:
       signals_G, attempts_GK: of the groups of a step, in the same order.
@@ -107,35 +132,38 @@ def place_failures(signals_G: Sequence[Signals], attempts_GK: Sequence[Sequence[
     """
     if handling.kind == "reward":
         return list(signals_G)
-    failed_GK = [np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool) for attempts_K in attempts_GK]
-    valid_G = [signals.values_K[~failed_K & signals.included_K] for signals, failed_K in zip(signals_G, failed_GK, strict=True)]
+    valid_G = [signals.values_K[~signals.failed_K & signals.included_K] for signals in signals_G]
     spread_G = [float(valid.std()) if valid.size and (valid != valid[0]).any() else 0.0 for valid in valid_G]
     shown: dict[str, list[float]] = {}
     for spread, attempts_K in zip(spread_G, attempts_GK, strict=True):
         if spread:
             shown.setdefault(attempts_K[0].task, []).append(spread)
     placed = []
-    for signals, attempts_K, failed_K, valid, own in zip(signals_G, attempts_GK, failed_GK, valid_G, spread_G, strict=True):
+    for signals, attempts_K, valid, own in zip(signals_G, attempts_GK, valid_G, spread_G, strict=True):
         others = shown.get(attempts_K[0].task) if attempts_K else None
         spread = own or (float(np.mean(others)) if others else None)
         if valid.size and spread is not None:
-            values_K = np.where(failed_K, valid.min() - handling.multiple * spread, signals.values_K)
+            values_K = np.where(signals.failed_K, valid.min() - handling.multiple * spread, signals.values_K)
             signals = dataclasses.replace(signals, values_K=values_K)
         placed.append(signals)
     return placed
 
 
-def diversity_metrics(groups: Sequence[Sequence[Attempt]]) -> dict[str, float | None]:
+def diversity_metrics(groups: Sequence[Sequence[Attempt]], parents: Sequence[State]) -> dict[str, float | None]:
     """The `diversity/` metrics of a step: how different its programs are.
 
     Args:
       groups: the attempts of each group.
+      parents: the parent of each group.
     """
     programs = [[attempt for attempt in group if attempt.code is not None] for group in groups]
     count = sum(map(len, programs))
     distances = [value for group in programs for value in _distances(group)[np.triu_indices(len(group), k=1)].tolist()]
     distinct = len({structure_key(attempt.code or "") for group in programs for attempt in group})
+    valid = sum(attempt.outcome is Outcome.OK for group in groups for attempt in group)
+    copies = sum(int(_copies(group, parent).sum()) for group, parent in zip(groups, parents, strict=True))
     return {
+        "diversity/copy_frac": copies / valid if valid else None,
         "diversity/duplicate_frac": sum(int(_repeated(group).sum()) for group in programs) / count if count else None,
         "diversity/distinct_frac": distinct / count if count else None,
         "diversity/distance": float(np.mean(distances)) if distances else None,
@@ -152,6 +180,18 @@ def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
             repeated_K[index] = key in seen
             seen.add(key)
     return repeated_K
+
+
+def _copies(attempts_K: Sequence[Attempt], parent: State) -> np.ndarray:
+    """bool [K]: whether a valid program has the same results as its parent, or as an earlier program of the group."""
+    seen = {(parent.score, parent.rows)}
+    copies_K = np.zeros(len(attempts_K), bool)
+    for index, attempt in enumerate(attempts_K):
+        if attempt.outcome is Outcome.OK:
+            results = (attempt.score, attempt.rows)
+            copies_K[index] = results in seen
+            seen.add(results)
+    return copies_K
 
 
 def _novelty(attempts_K: Sequence[Attempt]) -> np.ndarray:

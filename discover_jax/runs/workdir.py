@@ -43,6 +43,7 @@ _LATER_SETTINGS = {
     "train.frontier_steps": 0,
     "train.failures": "reward",
     "train.failure_spread": 1.0,
+    "diversity.copies": "keep",
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 
