@@ -1,16 +1,17 @@
 """Which reuse and which advantages help? Runs the apprentice at equal numbers of programs; prints a table with intervals over seeds.
 
     python experiments/estimators.py --competition=spaceship-titanic --raw=train.csv --out=DIR [--seeds=5] [--steps=6] [--groups=4]
-        [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive] [--diversity]
-        [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--first_seed=0] [--cores=0] [--same_prompts=CELL]
-        [--summary] [--csv=FILE]
+        [--group_size=8] [--jobs=1] [--reuse=fixed,greedy,puct] [--learning=none,mean_baseline,entropic,entropic_adaptive,max_at_k,frontier]
+        [--diversity] [--means=none,novelty,duplicates,parents,temperature,all] [--learning_rate=0] [--first_seed=0] [--cores=0]
+        [--same_prompts=CELL] [--summary] [--csv=FILE]
 
-`entropic@5e-3` in `--learning` is that estimator at that learning rate; by default it is the preset's. Every cell of the table is one
-setting, run once per seed. Runs that are in DIR already are not repeated, so an interrupted comparison resumes. Parallel runs share the
-machine's cores evenly, each bound to its own. All runs share one cache of verdicts: the first step's programs of a seed are the same in
-every cell. `--diversity` instead compares, for the report's setting, runs with and without each means against collapse.
-`--same_prompts=greedy/entropic` continues each run of that setting for one step, once with its adapter and once without, in
-DIR/same_prompts. This isolates the effect of learning. `--summary` runs nothing and prints the table of the existing runs.
+`entropic@5e-3` in `--learning` is that estimator at that learning rate; by default it is the preset's. `entropic+spread` sets
+`train.failures` to `spread`, and `entropic+copies` sets `diversity.copies` to `fail`. Every cell of the table is one setting, run once per
+seed. Runs that are in DIR already are not repeated, so an interrupted comparison resumes. Parallel runs share the machine's cores evenly,
+each bound to its own. All runs share one cache of verdicts: the first step's programs of a seed are the same in every cell. `--diversity`
+instead compares, for the report's setting, runs with and without each means against collapse. `--same_prompts=greedy/entropic` continues
+each run of that setting for one step, once with its adapter and once without, in DIR/same_prompts. This isolates the effect of learning.
+`--summary` runs nothing and prints the table of the existing runs.
 """
 
 import argparse
@@ -41,6 +42,12 @@ LEARNING = {
     "mean_baseline": ("--config.train.advantage=mean_baseline",),
     "entropic": (),
     "entropic_adaptive": ("--config.train.advantage=entropic_adaptive",),
+    "max_at_k": ("--config.train.advantage=max_at_k",),
+    "frontier": ("--config.train.advantage=frontier",),
+}
+HANDLING = {
+    "spread": ("--config.train.failures=spread",),
+    "copies": ("--config.diversity.copies=fail",),
 }
 DIVERSITY = {
     "none": (),
@@ -131,9 +138,12 @@ def cells(arguments: argparse.Namespace) -> dict[str, tuple[str, tuple[str, ...]
         return {name: ("main", (*harder, *DIVERSITY[name])) for name in arguments.means.split(",")}
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for reuse, learning in itertools.product(arguments.reuse.split(","), arguments.learning.split(",")):
-        estimator, _, rate = learning.partition("@")
+        name, _, rate = learning.partition("@")
+        estimator, *handling = name.split("+")
         flags = LEARNING[estimator]
-        found[f"{reuse}/{learning}"] = ("search" if flags is None else "main", (*REUSE[reuse], *(flags or ()), *learning_rate(rate)))
+        more = [flag for each in handling for flag in HANDLING[each]]
+        module = "search" if flags is None else "main"
+        found[f"{reuse}/{learning}"] = (module, (*REUSE[reuse], *(flags or ()), *more, *learning_rate(rate)))
     return found
 
 

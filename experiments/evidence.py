@@ -15,6 +15,7 @@ only the first N steps of every run.
 import argparse
 import collections
 import csv
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ MEASURES = {
     "last_two_private": "the same programs, on unseen rows",
     "best": "best program, on the reward's rows",
     "private": "that program, on unseen rows",
+    "chosen_private": "chosen program (finalists), on unseen rows",
     "better": "children better than their parent, second half of the steps",
     "broken": f"children that failed or scored more than {BROKEN} below their parent, second half",
 }
@@ -56,7 +58,7 @@ SAME_PROMPTS = {
     "better": "children better than their parent",
     "broken": f"children that failed or scored more than {BROKEN} below their parent",
 }
-ACCURACIES = ("mean", "private_mean", "max", "last_two_mean", "last_two_private", "best", "private")
+ACCURACIES = ("mean", "private_mean", "max", "last_two_mean", "last_two_private", "best", "private", "chosen_private")
 """Measures that are drawn next to each other."""
 _ADDED = re.compile(r'^\s*X\["(\w+)"\] = ', re.MULTILINE)
 _MODEL = re.compile(r"\b([A-Z]\w*(?:Classifier|Regression(?:CV)?|SVC|NB|Perceptron|Analysis))\(")
@@ -101,7 +103,7 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
             of_children = children(attempts, {row["step"]})
             columns = [row.get(column) for column in COLUMNS]
             tables["steps"].append([setting, seed, row["step"] + 1, *columns, private[row["step"]], *of_children])
-        tables["runs"].append([setting, seed, *measured(rows, attempts, private)])
+        tables["runs"].append([setting, seed, *measured(rows, attempts, private, chosen_program(path))])
         for step, shares in shares_by_step(attempts).items():
             tables["traits"] += [[setting, seed, step + 1, trait, round(share, 4)] for trait, share in sorted(shares.items())]
     for policy, seed, path in runs_in(folder / "same_prompts"):
@@ -121,15 +123,22 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def measured(rows: list[dict[str, Any]], attempts: list[Attempt], private: dict[int, float]) -> list[Any]:
-    """A run's columns of runs.csv, from its metrics, its journal and the means on the private answers."""
+def chosen_program(folder: Path) -> str | None:
+    """The id of the program that the retests chose; None without finalists."""
+    file = folder / "finalists.json"
+    return json.loads(file.read_bytes())[0]["chosen"] if file.exists() else None
+
+
+def measured(rows: list[dict[str, Any]], attempts: list[Attempt], private: dict[int, float], chosen: str | None) -> list[Any]:
+    """A run's columns of runs.csv, from its metrics, its journal, the means on the private answers and the id of the chosen program."""
     scored = [(one.score, one.private_score) for one in attempts if one.score is not None]
     best, private_score = max(scored, key=lambda pair: pair[0])  # the earliest of equal scores
     last = [row["step"] for row in rows[-2:]]
     last_two = [row["reward/mean"] for row in rows[-2:]], [private[step] for step in last]
     late = children(attempts, {row["step"] for row in rows[len(rows) // 2 :]})
     counts = [sum(row[name] for row in rows) for name in ("rollouts/count", "outcome/timeout")]
-    return [*(sum(each) / len(each) for each in last_two), best, private_score, *late, *counts]
+    chosen_private = next((one.private_score for one in attempts if one.id == chosen), None)
+    return [*(sum(each) / len(each) for each in last_two), best, private_score, chosen_private, *late, *counts]
 
 
 def private_means(attempts: list[Attempt]) -> dict[int, float]:
@@ -196,6 +205,11 @@ def comparisons(csv_folder: Path, base: str) -> Iterator[tuple[dict[str, dict[fl
         yield by_setting(same_prompts), "base", SAME_PROMPTS
 
 
+def known(found: dict[str, dict[float, dict[str, Any]]], measure: str) -> bool:
+    """Whether all runs have the measure. Without reuse, no child has a parent; without finalists, no program is chosen by retests."""
+    return all(row.get(measure, "") != "" for runs in found.values() for row in runs.values())
+
+
 def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str]) -> None:
     """Prints each setting's measures and their paired differences to `base`."""
     others = [name for name in found if name != base]
@@ -203,8 +217,8 @@ def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: 
     print(f"\n| | {' | '.join([*found, *(f'{name} minus {base} ({count} seeds)' for name, count in pairs.items())])} |")
     print("|---" * (1 + len(found) + len(others)) + "|")
     for measure, told in measures.items():
-        if any(row[measure] == "" for runs in found.values() for row in runs.values()):
-            continue  # without reuse, no child has a parent
+        if not known(found, measure):
+            continue
         cells = [interval([row[measure] for row in runs.values()]) for runs in found.values()]
         for name in others:
             cells.append(interval(differences(found[name], found[base], measure), signed=True))
@@ -230,7 +244,7 @@ def _draw_differences(plt: Any, csv_folder: Path, base: str) -> Any:
     for found, other, measures in reversed(list(comparisons(csv_folder, base))):
         for measure in ACCURACIES:
             for name in found:
-                if measure in measures and name != other:
+                if measure in measures and name != other and known(found, measure):
                     lines.append((f"{name} minus {other}: {measures[measure]}", differences(found[name], found[other], measure)))
     figure, axis = plt.subplots(figsize=(10, 0.5 + 0.4 * len(lines)), constrained_layout=True)
     axis.axvline(0, color="0.8", zorder=0)

@@ -1,0 +1,110 @@
+"""Finalists of runs that were stopped, or that ran without: tests the best programs of a journal again. Only programs run, no model.
+
+  python experiments/selection/retest.py RUN_DIR... --raw=train.csv [--steps=N] [--workers=N] [--seconds=S]
+
+Writes finalists.json into each run's folder, as a run with `finalists.count` does at its end, and finalists_posterior.json for finalists
+ranked by `reuse.score` = posterior. replay.py reads both. Runs need the reward `holdout` and one competition.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from discover_jax import config as settings
+from discover_jax.archive.frontier import Frontier
+from discover_jax.archive.journal import Journal
+from discover_jax.archive.ranking import Ranking
+from discover_jax.execution import Executor
+from discover_jax.execution.limits import resource_limits
+from discover_jax.runs.attempts import seed_verdicts
+from discover_jax.runs.finalists import NAME, Choice, choose
+from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.tasks.retests import prepare_retests
+from discover_jax.types import SEED, Attempt, State, Verdict
+
+POSTERIOR_NAME = "finalists_posterior.json"
+
+
+def run_config(folder: Path, raw: str) -> Any:
+    """The config of a run, with the raw data at `raw`."""
+    config = settings.default_config()
+    known = settings.flatten(config)
+    stored = json.loads((folder / "config.json").read_bytes())["config"]
+    config.update_from_flattened_dict({name: value for name, value in stored.items() if name in known})
+    config.task.raw = raw
+    return config
+
+
+def seed_state(folder: Path) -> State:
+    """The seed program of a run with its score as value, or the empty seed."""
+    file = folder / "seed_programs.json"
+    if not file.exists():
+        return SEED
+    ((_, program, verdict),) = seed_verdicts(file, json.loads(file.read_bytes()))
+    score, rows = verdict.grade.score, verdict.grade.rows
+    return State(SEED.id, None, program, value=score, score=score, stdout="", step=-1, adapter_step=0, rows=rows)
+
+
+def ranked_frontier(folder: Path, attempts: Sequence[Attempt], *, higher_is_better: bool, capacity: int = 1024) -> Frontier:
+    """All programs of the journal's rows, ranked by their posterior mean. Values are scores."""
+    ranking = Ranking("posterior", higher_is_better, lambda score: score if higher_is_better else -score)
+    frontier = Frontier.start(capacity, seed=seed_state(folder), ranking=ranking)
+    ids = {attempt.id for attempt in attempts}
+    for step in sorted({attempt.step for attempt in attempts}):
+        frontier = frontier.after([attempt for attempt in attempts if attempt.step == step], reusable=ids, children=0)
+    return frontier
+
+
+def raw_frontier(attempts: Sequence[Attempt], *, capacity: int = 1024) -> Frontier:
+    """All programs of the journal's rows, ranked by their rewards."""
+    frontier, ids = Frontier.start(capacity), {attempt.id for attempt in attempts}
+    for step in sorted({attempt.step for attempt in attempts}):
+        frontier = frontier.after([attempt for attempt in attempts if attempt.step == step], reusable=ids, children=0)
+    return frontier
+
+
+def retest(folder: Path, raw: str, *, steps: int | None, workers: int | None, seconds: float | None) -> dict[str, Choice]:
+    """The choices from the first `steps` steps of a run, by the file to write; None: all steps."""
+    config = run_config(folder, raw)
+    attempts = [each for each in Journal(folder / "journal.jsonl").read() if steps is None or each.step < steps]
+    limits = resource_limits(seconds or config.execution.seconds, config.execution.cores, config.execution.memory_gib)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        (task,) = prepare_tasks(config.task, folder=work / "task", seed=config.seed)
+        tasks = [task, *prepare_retests(task, config.finalists.retests, folder=work / "retests", seed=config.seed)]
+        frontiers = {
+            NAME: raw_frontier(attempts),
+            POSTERIOR_NAME: ranked_frontier(folder, attempts, higher_is_better=task.metric.higher_is_better),
+        }
+        with Executor(tasks, limits, workers=workers, cache_dir=work / "cache") as executor:
+
+            def run_programs(programs: Sequence[tuple[str, int]]) -> list[Verdict]:
+                return [future.result() for future in [executor.submit(program, number) for program, number in programs]]
+
+            retests, count = {task.id: [*range(1, len(tasks))]}, config.finalists.count or 8
+            return {
+                file: choose([task], {task.id: frontier}, retests, tasks, run_programs, count=count)[task.id]
+                for file, frontier in frontiers.items()
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--raw", required=True, help="raw data of the competition")
+    parser.add_argument("--steps", type=int, help="only the first N steps of each run")
+    parser.add_argument("--workers", type=int, help="programs at once; default: one for each core")
+    parser.add_argument("--seconds", type=float, help="time limit of a program; default: the run's")
+    options = parser.parse_args()
+    for folder in options.runs:
+        found = retest(folder, options.raw, steps=options.steps, workers=options.workers, seconds=options.seconds)
+        for file, choice in found.items():
+            (folder / file).write_text(json.dumps([choice.to_json()], indent=1) + "\n")
+            print(f"{folder.name} {file}: {choice.text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
