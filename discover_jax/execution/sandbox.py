@@ -76,7 +76,7 @@ class SandboxSpec:
       limits: of one program.
       slot, cores: number of the slot, and the CPUs leased to it.
       uid: leased uid of its programs; None: this process's own, if it is not root.
-      preload: modules that a sandbox imports before it is ready, in addition to numpy and pandas.
+      preload: modules that a sandbox imports before it is ready, in addition to numpy and, without `calls`, pandas.
       calls: whether its programs' functions are called one by one, instead of run() once for a submission.
     """
 

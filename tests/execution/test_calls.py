@@ -10,7 +10,7 @@ import pytest
 from tiny_problem import HIDDEN, Echo, Naive, Paused, Squares, Sums
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import Executor, memory, values
+from discover_jax.execution import Executor, memory, sandbox, values
 from discover_jax.execution.backend import Call, End
 from discover_jax.execution.children import EndedError, HungError
 from discover_jax.execution.evaluating import Evaluators
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.sandbox
 
 LIMITS = ResourceLimits(seconds=20.0, cores=1, memory_bytes=400 * MIB, result_bytes=MIB, stdout_bytes=4096)
 RIGHT = "def square(x):\n    return x * x\n"
+PRELOADED = "wave"
+"""A module for sandboxes of competitions that nothing else imports."""
 SQUARES, FRESH, NAIVE, HIDING, POSITIVE, SUMS, ECHO, PAUSED = range(8)
 # Finds the harness, its channel and the key of the request that it serves.
 INSIDE = """\
@@ -47,8 +49,10 @@ def executor(tmp_path_factory):
         path.chmod(0o755)
     tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public), Squares(public, "hiding", hidden_inputs=True)]
     tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums"), Echo(public), Paused(public)]
-    with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
-        yield executor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "PRELOAD", (PRELOADED,))
+        with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
+            yield executor
 
 
 def verdict_on(executor: Executor, program: str, task: int = SQUARES) -> Verdict:
@@ -299,6 +303,15 @@ def test_state_is_kept_between_calls_unless_they_are_fresh(executor):
     assert kept.outcome is Outcome.INVALID_SUBMISSION
     fresh = executor.submit(counting, FRESH).result()
     assert (fresh.outcome, fresh.grade.score) == (Outcome.OK, 2.0)
+
+
+def test_sandboxes_of_problems_preload_neither_pandas_nor_the_packages_for_tables(executor):
+    """Their imports would take most of the time of a fresh call."""
+    program = (
+        "import sys\nloaded = set(sys.modules)\n" + f"def square(x):\n    return 0.0 if loaded & {{{PRELOADED!r}, 'pandas'}} else x * x\n"
+    )
+    verdict = executor.submit(program, FRESH).result()
+    assert verdict.outcome is Outcome.OK, verdict
 
 
 @pytest.mark.parametrize(
