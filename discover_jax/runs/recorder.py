@@ -314,9 +314,10 @@ class RunRecorder:
         results = []
         for task in self._tasks:
             choice = self._choices.get(task.id)
-            best = choice.chosen.state if choice is not None else self._frontiers[task.id].best
+            frontier = self._frontiers[task.id]
+            best = choice.chosen.state if choice is not None else frontier.best
             private_score = private.get(best.id) if best is not None else None
-            results.append(Result(task, best, private_score, choice.text if choice is not None else ""))
+            results.append(Result(task, best, private_score, choice.text if choice is not None else "", frontier.seed.score))
         return results
 
 

@@ -60,7 +60,7 @@ def test_scores_are_sums_of_radii_and_rejections_say_why(unbroken):
             assert any(reason in row["detail"] for reason in ("overlap", "leaves the square", "26"))
     bundle = workdir / "best" / "circle-packing-26"
     grade = json.loads((bundle / "grade.json").read_text())
-    assert "AlphaEvolve 2.63586276" in grade["leaderboard"]
+    assert "AlphaEvolve 2.63586276 (arXiv 2506.13131)" in grade["leaderboard"]
     _, radii = json.loads((bundle / "returned.json").read_text())
     exact = sum(map(Fraction, values.decode((bundle / "returned.value").read_bytes())[1].tolist()))
     assert sum(map(Fraction, radii)) == exact
