@@ -236,7 +236,7 @@ class RunRecorder:
                     self._write_best(task, best, record.verdicts[group, index], record.parent_outputs_G[group])
                 else:  # a program of an earlier step, after a ranking by posterior scores
                     self._write_best(task, best, self._run_again(task, best), b"")
-            self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous))
+            self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous, task.calls))
         self._frontiers = dict(record.frontiers)
         self._keep_outputs(record)
         rows = rollout_rows(record.rollouts, record.prompts_G, record.attempts, record.advantages, record.verdicts, self._tokenizer)

@@ -189,10 +189,11 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
     folder = _folder(workdir, task, alone)
     submission = _submission(best, folder, task)
     rows_of_best = _of_rows(task, best.score, submission)
+    change = f"{best.score - scores[0]:{'+.3g' if task.calls else '+.4f'}}"
     lines = [
         *head,
         f"mean reward  {rewards[0]:.4f} -> {rewards[-1]:.4f}   ({rewards[-1] - rewards[0]:+.4f})",
-        f"best {name}  {_digits(task, scores[0])} -> {_digits(task, best.score)}   ({best.score - scores[0]:+.4f})" + rows_of_best,
+        f"best {name}  {_digits(task, scores[0])} -> {_digits(task, best.score)}   ({change})" + rows_of_best,
     ]
     if result.retested:
         lines.append(f"retested     {result.retested}")
