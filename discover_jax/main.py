@@ -28,6 +28,7 @@ from discover_jax.hosts.processes import ALONE, Processes, least
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import device_memory
 from discover_jax.policy import Policy, load_policy
+from discover_jax.runs.attempts import SEED_PROGRAMS
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
 from discover_jax.runs.console import Console, QuietConsole, make_console
@@ -148,7 +149,7 @@ def _prepared(
             _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
 
         outputs = Outputs(workdir.outputs_dir)
-        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / "seed_programs.json", outputs)
+        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / SEED_PROGRAMS, outputs)
         policy = load_policy(config, console.loading)
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
@@ -240,6 +241,7 @@ def _opening_lines(
     config: Any, workdir: Workdir, tasks: Sequence[AnyTask], ways: Sequence[str], policy: Policy, state: RunState
 ) -> list[str]:
     sizes = policy.model.config
+    frontiers = [(task, state.frontiers[task.id]) for task in tasks]
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
     if (count := jax.process_count()) > 1:
         where += f" of {count} processes"
@@ -247,7 +249,7 @@ def _opening_lines(
         f"model    {config.model.weights}: {sizes.describe()}, {where}",
         f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {state.origin}",
         *(f"programs {way}" for way in ways),
-        *opening_lines([Result(task, state.frontiers[task.id].best, None) for task in tasks], workdir),
+        *opening_lines([Result(task, frontier.best, None, seed_score=frontier.seed.score) for task, frontier in frontiers], workdir),
         f"folder   {workdir.path}",
     ]
 

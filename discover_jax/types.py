@@ -183,8 +183,8 @@ class Answer:
       outcome: OK if the function returned.
       value: the returned value (see `execution.values`); None if there is none.
       detail: end of the traceback, or the reason, of limited length; empty if OK.
-      wall_s, cpu_s: time from the request to the end of the answer, and CPU time of the program's processes in it, in seconds. Both are
-        measured outside the sandbox.
+      wall_s, cpu_s: time from the request to the end of the answer, and CPU time of the program's processes since the end of the previous
+        answer, in seconds. Both are measured outside the sandbox.
     """
 
     outcome: Outcome
@@ -248,8 +248,8 @@ class Timed:
     Attributes:
       value: as `Program.call` returns it.
       wall_s: wall time in seconds, including the transport of arguments and value.
-      cpu_s: CPU time of the program's processes, in seconds. Without a control group of version 2, a lower bound: it can miss children that
-        ended.
+      cpu_s: CPU time of all of the program's processes and threads since the end of the previous call, in seconds. So work that the
+        program does between calls counts for the next one. Without a control group, a lower bound: it can miss children that ended.
     """
 
     value: Any

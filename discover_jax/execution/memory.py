@@ -28,11 +28,17 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Cgroups:
-    """Where control groups can be created: `version` 1 or 2, and the parent folders (in v2 both are the same; `pids` may be None)."""
+    """Where control groups can be created: `version` 1 or 2, and the parent folders (in v2 `memory` and `pids` are the same; `pids` may be
+    None). `cpu` is for v1, where the CPU time of a group is counted in a hierarchy of its own; None: it is not counted."""
 
     version: int
     memory: Path
     pids: Path | None
+    cpu: Path | None = None
+
+    @property
+    def folders(self) -> set[Path]:
+        return {folder for folder in (self.memory, self.pids, self.cpu) if folder is not None}
 
     def describe(self) -> str:
         moved = self.version == 2 and (self.memory / _HOST).is_dir()
@@ -40,7 +46,7 @@ class Cgroups:
 
 
 def own_folder(controller: str) -> Path | None:
-    """The folder of this process's control group in a v1 hierarchy ("memory", "pids") or in v2 ("")."""
+    """The folder of this process's control group in a v1 hierarchy ("memory", "pids", "cpuacct") or in v2 ("")."""
     own = None
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -71,11 +77,17 @@ def _can_make_groups(folder: Path, needed: str) -> bool:
         probe.rmdir()
 
 
+def _usable(controller: str, needed: str) -> Path | None:
+    """This process's folder in a v1 hierarchy, if it can create groups there."""
+    folder = own_folder(controller)
+    return folder if folder and _can_make_groups(folder, needed) else None
+
+
 def find_cgroups() -> Cgroups | None:
     """Where this process can create groups that limit memory; None if nowhere."""
-    memory, pids = own_folder("memory"), own_folder("pids")
+    memory = own_folder("memory")
     if memory and _can_make_groups(memory, "memory.limit_in_bytes"):
-        return Cgroups(1, memory, pids if pids and _can_make_groups(pids, "pids.max") else None)
+        return Cgroups(1, memory, _usable("pids", "pids.max"), _usable("cpuacct", "cpuacct.usage"))
     own = own_folder("")
     if own is None:
         return None
@@ -147,7 +159,7 @@ def _end_processes(folder: Path) -> None:
 
 def remove_stale(cgroups: Cgroups) -> None:
     """Removes groups of processes that ended without cleaning up, and kills their remaining processes."""
-    for parent in {cgroups.memory, cgroups.pids} - {None}:
+    for parent in cgroups.folders:
         for folder in parent.glob(f"{_PREFIX}-*"):
             match = re.fullmatch(rf"{_PREFIX}-(\d+)-.*", folder.name)
             if match and not os.path.exists(f"/proc/{match[1]}"):
@@ -164,8 +176,8 @@ class Group:
         self._version, self._memory_bytes = cgroups.version, memory_bytes
         folder_name = f"{_PREFIX}-{os.getpid()}-{name}"
         self._memory = cgroups.memory / folder_name
-        parents = {cgroups.memory, cgroups.pids} - {None}
-        self._folders = [parent / folder_name for parent in parents]
+        self._cpu = cgroups.cpu / folder_name if cgroups.cpu else None
+        self._folders = [parent / folder_name for parent in cgroups.folders]
         for folder in self._folders:
             folder.mkdir()
         if cgroups.version == 1:
@@ -211,7 +223,9 @@ class Group:
         return True
 
     def cpu_seconds(self) -> float | None:
-        """CPU time of its processes so far; None if the kernel does not count it here (v1)."""
+        """CPU time of all processes that have been in it; None if the kernel does not count it (v1 without a folder for it)."""
+        if self._cpu is not None:
+            return int((self._cpu / "cpuacct.usage").read_text()) / 1e9
         return self._count("cpu.stat", "usage_usec") / 1e6 if (self._memory / "cpu.stat").exists() else None
 
     def _count(self, file: str, name: str = "") -> int:

@@ -76,7 +76,7 @@ class SandboxSpec:
       limits: of one program.
       slot, cores: number of the slot, and the CPUs leased to it.
       uid: leased uid of its programs; None: this process's own, if it is not root.
-      preload: modules that a sandbox imports before it is ready, in addition to numpy and pandas.
+      preload: modules that a sandbox imports before it is ready, in addition to numpy and, without `calls`, pandas.
       calls: whether its programs' functions are called one by one, instead of run() once for a submission.
     """
 
@@ -137,6 +137,7 @@ class Sandbox:
         self._answer = bytearray()
         self._outgoing = bytearray()
         self._ended_early: _Claim | None = None
+        self._cpu_counted = 0.0
         try:
             self._start(script, options, beside)
         except OSError as error:
@@ -412,6 +413,7 @@ class Sandbox:
           parent_output: the value that its parent returned, which it can read from a file; empty for none.
           seconds: limit of loading.
         """
+        self._cpu_since_last_call()  # what the imports took is not the program's
         self._send_program(program, parent_output)
         return self.call(PREPARE, values.encode([], _REQUEST_BYTES), seconds)
 
@@ -435,9 +437,9 @@ class Sandbox:
         expected = _Expected("value", secrets.token_hex(8), f"{name}() returned" if name else "it was loaded")
         self._send(values.encode([expected.key, name], _REQUEST_BYTES))
         self._send(arguments)
-        cpu, started = self._cpu_seconds(), time.monotonic()
+        started = time.monotonic()  # before the program can read the arguments
         end = self._watch(started + seconds, seconds, until=self._answered)
-        wall, cpu = time.monotonic() - started, max(0.0, self._cpu_seconds() - cpu)
+        wall, cpu = time.monotonic() - started, self._cpu_since_last_call()
         claim = self._claim(0, expected) if end is None and self._answered() else None
         if claim is None or claim[0] is not Outcome.OK:
             claim = self._end(end, expected, claim)
@@ -464,10 +466,12 @@ class Sandbox:
         """Head and tail of what the program has printed so far."""
         return self._clean(self._output.text())
 
-    def _cpu_seconds(self) -> float:
-        """CPU time of all processes of the sandbox so far."""
+    def _cpu_since_last_call(self) -> float:
+        """CPU time of all processes of the sandbox since this was last asked."""
         used = self._group.cpu_seconds() if self._group is not None else None
-        return memory.tree_cpu_seconds(self.pid) if used is None else used
+        used = memory.tree_cpu_seconds(self.pid) if used is None else used
+        since, self._cpu_counted = max(0.0, used - self._cpu_counted), used
+        return since
 
     def _answered(self) -> bool:
         """Whether an answer is complete, or what was read cannot become one."""

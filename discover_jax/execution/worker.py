@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import children, sandbox
@@ -48,11 +49,17 @@ _LOOK_SECONDS = 0.1
 """Time between two looks at the memory of a program that waits for its next call."""
 
 
+def _spec_for(task: ShownTask, folder: Path, spec: sandbox.SandboxSpec) -> sandbox.SandboxSpec:
+    """The spec of a task's sandboxes. Those of problems preload nothing: their programs seldom need packages for tables, whose imports
+    would take most of the time of a call that starts the program again (`fresh=True`)."""
+    return dataclasses.replace(spec, public=folder, calls=task.calls, preload=() if task.calls else spec.preload)
+
+
 class _Boxes:
     """The sandbox that is in use, and spares. While one runs, the sandbox that is probably needed next warms up on the same cores."""
 
     def __init__(self, spec: sandbox.SandboxSpec, shown: Sequence[ShownTask]) -> None:
-        self._specs = [[dataclasses.replace(spec, public=folder, calls=task.calls) for folder in task.folders] for task in shown]
+        self._specs = [[_spec_for(task, folder, spec) for folder in task.folders] for task in shown]
         self._spares: dict[tuple[int, int], sandbox.Sandbox | None] = {}  # by task and run
         self._running: sandbox.Sandbox | None = None
         self._loaded_task = 0

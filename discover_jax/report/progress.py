@@ -42,6 +42,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "best": [state.score if state is not None else None for state in bests],
         "best_id": [state.id if state is not None else None for state in bests],
         "best_interval": [_interval(state.score if state is not None else None, disclosed) for state in bests],
+        "seed": record.seeds.get(competition),
         "mean": means,
         "mean_interval": [_interval(mean, disclosed) for mean in means],
         "top": [_top(mine) for mine in by_step],

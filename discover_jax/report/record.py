@@ -11,6 +11,7 @@ from typing import Any
 from discover_jax.archive.journal import JournalReader
 from discover_jax.exceptions import RunError
 from discover_jax.records import from_row, parse_json
+from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.best import bundle_dir
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import read_disclosure
@@ -62,6 +63,7 @@ class RunRecord:
       isolated: whether no program could reach the answers; None if unknown.
       goes_on_from: the run that this one continues and whose journal it took over; None if there is none.
       grades: grade.json of the best programs, by competition id.
+      seeds: scores of the seed programs, by competition id.
       missing: what is missing, one sentence each.
     """
 
@@ -75,6 +77,7 @@ class RunRecord:
     isolated: bool | None
     goes_on_from: Mapping[str, Any] | None
     grades: Mapping[str, Mapping[str, Any]]
+    seeds: Mapping[str, float]
     missing: tuple[str, ...]
 
     @property
@@ -132,6 +135,7 @@ def read_record(folder: Path, journal: JournalReader | None = None) -> RunRecord
         isolated=isolation.get("isolated"),
         goes_on_from=goes_on_from if isinstance(goes_on_from, dict) else None,
         grades=grades,
+        seeds=_seeds(folder / SEED_PROGRAMS),
         missing=tuple(missing),
     )
 
@@ -184,6 +188,13 @@ def _row(competition: Mapping[str, Any]) -> dict[str, Any]:
         "source": leaderboard["source"],
         "note": leaderboard["note"],
     }
+
+
+def _seeds(file: Path) -> dict[str, float]:
+    """The scores of the seed programs; empty if the run has none, as those of earlier versions."""
+    if not file.exists():
+        return {}
+    return {id: verdict.grade.score for id, _, verdict in stored_verdicts(file) if verdict.grade.score is not None}
 
 
 def _is_number(value: Any) -> bool:

@@ -97,6 +97,23 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
     return dataclasses.replace(SEED, code=program, task=task.id, output=output_of(task, verdict), **result)
 
 
+SEED_PROGRAMS = "seed_programs.json"
+"""The file in the run directory with the seed programs and their verdicts."""
+
+
+def stored_verdicts(file: Path) -> Iterator[tuple[str, str, Verdict]]:
+    """Competition id, program and verdict of each seed program of a run.
+
+    Raises:
+      RunError: the file is damaged.
+    """
+    try:
+        rows = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _no_seeds(file, error) from error
+    return seed_verdicts(file, rows)
+
+
 def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:
     """The seed programs of a run and the rows of their verdicts, as the run stored them; see `seed_verdicts`.
 
@@ -131,10 +148,10 @@ def seed_verdicts(file: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[tup
     """
     for row in rows:
         try:
-            verdict = verdict_of(row["verdict"], cached=False)
+            found = row["task"], row["program"], verdict_of(row["verdict"], cached=False)
         except (ValueError, KeyError, TypeError) as error:
             raise _no_seeds(file, error) from error
-        yield row["task"], row["program"], verdict
+        yield found
 
 
 def _no_seeds(file: Path, error: Exception) -> RunError:

@@ -21,11 +21,20 @@ from discover_jax.types import Outcome, State
 
 @dataclasses.dataclass(frozen=True)
 class Improvement:
-    """The best state of a competition before and after a step. `name` is empty if the run has one competition only."""
+    """The best state of a competition before and after a step.
+
+    Attributes:
+      name: empty if the run has one competition only.
+      exact: whether small gains count, as for a problem: then scores are shown with nine digits instead of four places.
+    """
 
     name: str
     best: State | None
     previous: State | None
+    exact: bool = False
+
+    def score_text(self, score: float) -> str:
+        return f"{score:.9g}" if self.exact else f"{score:.4f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +216,8 @@ def _best(improvement: Improvement) -> str:
     elif best.score == previous.score:
         change = ""
     else:
-        change = f"({best.score - previous.score:+.4f})"
-    return f"{best.score:.4f} {change:<9}"
+        change = f"({best.score - previous.score:{'+.3g' if improvement.exact else '+.4f'}})"
+    return f"{improvement.score_text(best.score)} {change:<9}"
 
 
 class PlainConsole:
@@ -364,8 +373,8 @@ class TerminalConsole:
         self._run.update(self._tasks["step"], note=f"{self._best}{self._phase}{'  ' if left else ''}{left}")
 
     def step_done(self, row: dict[str, Any], bests: Sequence[Improvement]) -> None:
-        scores = [best.best.score for best in bests if best.best is not None and best.best.score is not None]
-        self._best = f"best {scores[0]:.4f}  " if len(bests) == len(scores) == 1 else ""
+        scores = [best.score_text(best.best.score) for best in bests if best.best is not None and best.best.score is not None]
+        self._best = f"best {scores[0]}  " if len(bests) == len(scores) == 1 else ""
         if self._tasks:
             self._run.update(self._tasks["step"], completed=row["step"] + 1, note=self._best)
         improved = any(_id(best.best) != _id(best.previous) for best in bests)

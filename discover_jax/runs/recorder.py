@@ -236,7 +236,7 @@ class RunRecorder:
                     self._write_best(task, best, record.verdicts[group, index], record.parent_outputs_G[group])
                 else:  # a program of an earlier step, after a ranking by posterior scores
                     self._write_best(task, best, self._run_again(task, best), b"")
-            self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous))
+            self._improvements.append(Improvement(task.id if len(self._tasks) > 1 else "", best, previous, task.calls))
         self._frontiers = dict(record.frontiers)
         self._keep_outputs(record)
         rows = rollout_rows(record.rollouts, record.prompts_G, record.attempts, record.advantages, record.verdicts, self._tokenizer)
@@ -314,9 +314,10 @@ class RunRecorder:
         results = []
         for task in self._tasks:
             choice = self._choices.get(task.id)
-            best = choice.chosen.state if choice is not None else self._frontiers[task.id].best
+            frontier = self._frontiers[task.id]
+            best = choice.chosen.state if choice is not None else frontier.best
             private_score = private.get(best.id) if best is not None else None
-            results.append(Result(task, best, private_score, choice.text if choice is not None else ""))
+            results.append(Result(task, best, private_score, choice.text if choice is not None else "", frontier.seed.score))
         return results
 
 

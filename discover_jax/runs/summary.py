@@ -91,12 +91,14 @@ class Result:
       best: the best state; None if no program has a score.
       private_score: its score on the private answers.
       retested: its result in retests, if they chose it; empty otherwise.
+      seed_score: score of the seed program; None if the search starts from nothing.
     """
 
     task: AnyTask
     best: State | None
     private_score: float | None
     retested: str = ""
+    seed_score: float | None = None
 
 
 def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
@@ -109,9 +111,11 @@ def opening_lines(results: Sequence[Result], workdir: Workdir) -> list[str]:
     for result in results:
         task, best, alone = result.task, result.best, len(results) == 1
         lines.append(f"reward   {task.disclosure.text}" if alone else f"reward   {task.id}: {task.disclosure.text}")
+        name = task.metric.name if alone else f"{task.id}: {task.metric.name}"
+        if result.seed_score is not None:
+            lines.append(f"seed     {name} {_digits(task, result.seed_score)} of the seed program")
         if best is not None and best.score is not None:
             submission = _submission(best, _folder(workdir, task, alone), task)
-            name = task.metric.name if alone else f"{task.id}: {task.metric.name}"
             lines.append(f"best     {name} {_digits(task, best.score)}{_of_rows(task, best.score, submission)}")
     return lines
 
@@ -177,16 +181,19 @@ def _result_lines(result: Result, rows: Sequence[dict[str, Any]], workdir: Workd
     rewards = _known(rows, "reward/mean" if alone else f"{prefix}reward_mean")
     scores = _known(rows, "best/score" if alone else f"{prefix}best_score")
     head = [] if alone else [f"{task.id}:"]
+    if result.seed_score is not None:
+        head.append(f"seed program {task.metric.name} {_digits(task, result.seed_score)}")
     if best is None or best.score is None:
         return [*head, "No program has scored yet."]
     name = task.metric.name
     folder = _folder(workdir, task, alone)
     submission = _submission(best, folder, task)
     rows_of_best = _of_rows(task, best.score, submission)
+    change = f"{best.score - scores[0]:{'+.3g' if task.calls else '+.4f'}}"
     lines = [
         *head,
         f"mean reward  {rewards[0]:.4f} -> {rewards[-1]:.4f}   ({rewards[-1] - rewards[0]:+.4f})",
-        f"best {name}  {_digits(task, scores[0])} -> {_digits(task, best.score)}   ({best.score - scores[0]:+.4f})" + rows_of_best,
+        f"best {name}  {_digits(task, scores[0])} -> {_digits(task, best.score)}   ({change})" + rows_of_best,
     ]
     if result.retested:
         lines.append(f"retested     {result.retested}")

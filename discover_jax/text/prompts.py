@@ -131,7 +131,13 @@ def installed_packages(names: Sequence[str] = _PACKAGES) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def brief_text(competition_id: str, metric: str, higher_is_better: bool, previous: tuple[str, float] | None) -> str:
+def brief_text(
+    competition_id: str,
+    metric: str,
+    higher_is_better: bool,
+    previous: tuple[str, float] | None,
+    score_text: Callable[[float], str] = "{:.4f}".format,
+) -> str:
     """The short user message that the apprentice was trained on. The corpus and runs must both use this function.
 
     Args:
@@ -139,12 +145,13 @@ def brief_text(competition_id: str, metric: str, higher_is_better: bool, previou
       metric: name of the metric.
       higher_is_better: its direction.
       previous: code and score (in the metric's own direction) of the parent program; None for a first attempt.
+      score_text: how the score is shown. Default: four places, as for competitions.
     """
     head = f"competition: {competition_id}\nmetric: {metric}, {_direction(higher_is_better)} is better\n"
     if previous is None:
         return head + "write run()"
     code, score = previous
-    return f"{head}previous score: {score:.4f}\n```python\n{code}\n```\nimprove run()"
+    return f"{head}previous score: {score_text(score)}\n```python\n{code}\n```\nimprove run()"
 
 
 def _warn(shortened: str) -> None:
@@ -251,7 +258,8 @@ def _finish(rendered: Rendered, settings: PromptSettings, parent: State, group: 
 
 def _brief(task: TaskLike, parent: State) -> str:
     previous = None if parent.score is None else (parent.code, parent.score)
-    return brief_text(task.id, task.metric.name, task.metric.higher_is_better, previous)
+    shown = {"score_text": task.score_text} if task.interface else {}  # all digits of a problem's score: the last ones count
+    return brief_text(task.id, task.metric.name, task.metric.higher_is_better, previous, **shown)
 
 
 def _contract(task: TaskLike, settings: PromptSettings, *, edits: bool) -> str:

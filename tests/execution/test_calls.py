@@ -1,14 +1,16 @@
 """Calls of a program's functions, and attacks on them and on the checks, through the real launch path."""
 
+import contextlib
 import dataclasses
 import pickle
 import re
+from pathlib import Path
 
 import pytest
-from tiny_problem import HIDDEN, Echo, Naive, Squares, Sums
+from tiny_problem import HIDDEN, Echo, Naive, Paused, Squares, Sums
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import Executor, values
+from discover_jax.execution import Executor, memory, sandbox, values
 from discover_jax.execution.backend import Call, End
 from discover_jax.execution.children import EndedError, HungError
 from discover_jax.execution.evaluating import Evaluators
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.sandbox
 
 LIMITS = ResourceLimits(seconds=20.0, cores=1, memory_bytes=400 * MIB, result_bytes=MIB, stdout_bytes=4096)
 RIGHT = "def square(x):\n    return x * x\n"
-SQUARES, FRESH, NAIVE, HIDING, POSITIVE, SUMS, ECHO = range(7)
+PRELOADED = "wave"
+"""A module for sandboxes of competitions that nothing else imports."""
+SQUARES, FRESH, NAIVE, HIDING, POSITIVE, SUMS, ECHO, PAUSED = range(8)
 # Finds the harness, its channel and the key of the request that it serves.
 INSIDE = """\
 import json, os, sys, threading, time
@@ -44,9 +48,11 @@ def executor(tmp_path_factory):
     for path in (folder, public):
         path.chmod(0o755)
     tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public), Squares(public, "hiding", hidden_inputs=True)]
-    tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums"), Echo(public)]
-    with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
-        yield executor
+    tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums"), Echo(public), Paused(public)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "PRELOAD", (PRELOADED,))
+        with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
+            yield executor
 
 
 def verdict_on(executor: Executor, program: str, task: int = SQUARES) -> Verdict:
@@ -213,12 +219,99 @@ def test_attacks_on_calls_have_no_score(executor, name):
     assert verdict.grade.valid == (verdict.outcome is Outcome.OK)
 
 
+# Attacks on the time of a call. Each program is right; the test looks at its times. It computes for about 0.2 s of CPU time.
+COMPUTE = "def compute():\n    end = time.process_time() + 0.2\n    while time.process_time() < end: pass\n"
+BETWEEN_CALLS = (
+    "import threading, time\n"
+    + COMPUTE
+    + "def square(x):\n    if x == 3.0: threading.Thread(target=compute, daemon=True).start()\n    return x * x\n"
+)
+DISOWNED_CHILD = (
+    "import os, signal, time\n"
+    + COMPUTE
+    + "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"  # the kernel then adds a child's time to nobody's
+    "def square(x):\n"
+    "    reader, writer = os.pipe()\n"
+    "    if x == 5.0 and os.fork() == 0:\n"
+    "        compute(); os._exit(0)\n"
+    "    os.close(writer); os.read(reader, 1); time.sleep(0.05)\n"
+    "    return x * x\n"
+)
+READS_AHEAD = """\
+import os, select, stat, threading, time
+pipes = [fd for fd in range(32) if os.path.exists(f"/proc/self/fd/{fd}") and stat.S_ISFIFO(os.fstat(fd).st_mode)]
+seen = []
+def look():
+    time.sleep(0.3)
+    seen.extend(select.select(pipes, [], [], 0)[0])
+def square(x):
+    if x == 3.0: threading.Thread(target=look, daemon=True).start()
+    return x * x if not seen else 0.0
+"""
+
+
+def test_work_between_calls_counts_for_the_next_call(executor):
+    metrics = executor.submit(BETWEEN_CALLS, PAUSED).result().grade.metrics
+    assert metrics["cpu"] > 0.15
+    assert executor.submit(RIGHT, PAUSED).result().grade.metrics["cpu"] < 0.1
+
+
+@pytest.mark.skipif(memory.find_cgroups() is None, reason="without a control group, CPU times are lower bounds")
+def test_cpu_time_has_that_of_children_that_are_disowned(executor):
+    metrics = executor.submit(DISOWNED_CHILD, PAUSED).result().grade.metrics
+    assert metrics["cpu"] > 0.15
+
+
+def test_arguments_are_not_in_the_sandbox_before_the_clock_starts(executor):
+    """A thread looks for them during the pause before the call."""
+    verdict = executor.submit(READS_AHEAD, PAUSED).result()
+    assert verdict.outcome is Outcome.OK, verdict
+
+
+def test_busy_processes_and_threads_do_not_outlive_the_check(executor):
+    """Otherwise they could disturb the times of the next programs. They leave their session, ignore signals and are orphans."""
+    busy = (
+        "import ctypes, os, signal, threading\n"
+        "def spin():\n    while True: pass\n"
+        "def square(x):\n"
+        "    for _ in range(3):\n"
+        "        if os.fork() == 0:\n"
+        "            os.setsid()\n"
+        "            if os.fork(): os._exit(0)\n"
+        "            for number in set(range(1, 32)) - {9, 19}: signal.signal(number, signal.SIG_IGN)\n"
+        "            ctypes.CDLL(None).prctl(15, b'lingering')\n"  # PR_SET_NAME
+        "            threading.Thread(target=spin).start(); spin()\n"
+        "    return x * x\n"
+    )
+    verdict = executor.submit(busy, PAUSED).result()
+    assert verdict.outcome is Outcome.OK, verdict
+    assert verdict.grade.metrics["cpu"] > 0.15
+    assert "lingering" not in names_of_processes()
+
+
+def names_of_processes() -> set[str]:
+    names = set()
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # it has ended
+            names.add(path.read_text().strip())
+    return names
+
+
 def test_state_is_kept_between_calls_unless_they_are_fresh(executor):
     counting = "seen = []\ndef square(x):\n    seen.append(x)\n    return x * x if len(seen) == 1 else 0.0\n"
     kept = executor.submit(counting, SQUARES).result()
     assert kept.outcome is Outcome.INVALID_SUBMISSION
     fresh = executor.submit(counting, FRESH).result()
     assert (fresh.outcome, fresh.grade.score) == (Outcome.OK, 2.0)
+
+
+def test_sandboxes_of_problems_preload_neither_pandas_nor_the_packages_for_tables(executor):
+    """Their imports would take most of the time of a fresh call."""
+    program = (
+        "import sys\nloaded = set(sys.modules)\n" + f"def square(x):\n    return 0.0 if loaded & {{{PRELOADED!r}, 'pandas'}} else x * x\n"
+    )
+    verdict = executor.submit(program, FRESH).result()
+    assert verdict.outcome is Outcome.OK, verdict
 
 
 @pytest.mark.parametrize(

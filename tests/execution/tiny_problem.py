@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from pathlib import Path
 
 from discover_jax.types import Evaluation, Program, Rejection
@@ -36,6 +37,22 @@ class Squares:
                 raise Rejection(f"square({x}) is not {timed.value!r}")
             wall, cpu = wall + timed.wall_s, cpu + timed.cpu_s
         return Evaluation(float(len(HIDDEN)), "all right", {"wall": wall, "cpu": cpu})
+
+
+@dataclasses.dataclass(frozen=True)
+class Paused(Squares):
+    """Lets time pass between the calls, and times the last one."""
+
+    fingerprint: str = "paused"
+    pause: float = 0.5
+
+    def evaluate(self, program: Program) -> Evaluation:
+        for x in HIDDEN:
+            time.sleep(self.pause)
+            timed = program.time("square", x)
+            if timed.value != x * x:
+                raise Rejection(f"square({x}) is not {timed.value!r}")
+        return Evaluation(float(len(HIDDEN)), "all right", {"wall": timed.wall_s, "cpu": timed.cpu_s})
 
 
 @dataclasses.dataclass(frozen=True)

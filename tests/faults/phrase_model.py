@@ -67,6 +67,36 @@ EDIT_FOLLOWERS = {
     (_FLIP,): {_END: 1},
     (_END, _REWRITE): {"<|return|>": 1},
 }
+_PACK_HEAD = (
+    "```python\nimport os\nimport time\nimport numpy as np\nimport pandas as pd\n\n\ndef run():\n"
+    '    if os.path.exists("data/sample_submission.csv"):\n        return pd.read_csv("data/sample_submission.csv")\n'
+)
+_PACK_SIDE = "    side = "
+_PACK_SIDES = tuple(f"{side}\n" for side in (5, 6, 7, 8))
+_PACK_GRID = (
+    "    grid = (np.arange(side) + 0.5) / side\n    centers = np.array([(x, y) for x in grid for y in grid])[:26]\n"
+    "    radii = np.full(len(centers), 0.5 / side) * "
+)
+_PACK_FACTORS = ("0.9\n", "0.99\n", "0.999999\n", "1.001\n")
+_PACK_RETURN = "    return centers, radii\n```"
+PACKING_PHRASES = (
+    *("assistant", "final", "user", _PACK_HEAD, *_ADJECTIVES, *_NOUNS, _WAIT),
+    *(_PACK_SIDE, *_PACK_SIDES, _PACK_GRID, *_PACK_FACTORS, _PACK_RETURN),
+)
+"""Phrases of a model for circle-packing-26, beside a competition. Too few circles, or circles that overlap, are rejected."""
+PACKING_FOLLOWERS = {
+    **_OPENING,
+    ("<|message|>",): {_PACK_HEAD: 0.95, "<|return|>": 0.05},
+    (_PACK_HEAD,): dict.fromkeys(_ADJECTIVES, 1 / 8),
+    _ADJECTIVES: dict.fromkeys(_NOUNS, 1 / 8),
+    _NOUNS: {_WAIT: 1},
+    (_WAIT,): {_PACK_SIDE: 1},
+    (_PACK_SIDE,): dict(zip(_PACK_SIDES, (0.1, 0.3, 0.3, 0.3), strict=True)),
+    _PACK_SIDES: {_PACK_GRID: 1},
+    (_PACK_GRID,): dict(zip(_PACK_FACTORS, (0.3, 0.3, 0.3, 0.1), strict=True)),
+    _PACK_FACTORS: {_PACK_RETURN: 1},
+    (_PACK_RETURN,): {"<|return|>": 1},
+}
 _NEVER = -20.0
 """Logit of phrases that the grammar does not allow: about once in a million tokens."""
 

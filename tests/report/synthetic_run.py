@@ -8,9 +8,11 @@ from typing import Any
 
 from discover_jax.archive.journal import to_json
 from discover_jax.config import default_config, flatten
+from discover_jax.execution.cache import verdict_row
+from discover_jax.runs.attempts import SEED_PROGRAMS
 from discover_jax.runs.metrics import MetricsWriter
 from discover_jax.runs.summary import step_row
-from discover_jax.types import Attempt, Outcome, State, StopReason
+from discover_jax.types import Attempt, Execution, Grade, Outcome, State, StopReason, Verdict
 
 ROWS = 870
 DISCLOSURE: dict[str, Any] = {
@@ -32,6 +34,29 @@ DISCLOSURE: dict[str, Any] = {
     "goes_on_from": None,
     "isolation": {"isolated": True, "lines": ["bubblewrap 0.11.0"]},
 }
+
+
+PROBLEM: dict[str, Any] = {
+    **DISCLOSURE,
+    "competitions": [
+        {
+            "id": "circles",
+            "metric": {"name": "sum of radii", "higher_is_better": True, "share_of_rows": False},
+            "reward": {"source": "evaluate", "rows": 0, "text": "Rewards come from the problem's evaluate()."},
+            "private_answers": {"rows": 0},
+            "grader": "evaluate() of the problem",
+            "leaderboard": {"thresholds": {"one": 2.63586276, "another": 2.63598308}, "source": "two papers", "note": ""},
+        }
+    ],
+}
+"""What disclosure.json says of a problem."""
+
+
+def write_seed_program(run: Path, task: str, score: float) -> None:
+    """Adds the seed program of a problem to a run, as runs store it."""
+    verdict = Verdict(Outcome.OK, Grade(True, "", score, score), Execution(Outcome.OK, b"", "", "", 1.0))
+    row = {"task": task, "program": "def run():\n    return 1\n", "verdict": verdict_row(verdict)}
+    (run / SEED_PROGRAMS).write_text(json.dumps([row]))
 
 
 def attempt(step: int, group: int, index: int, parent: str, code: str | None, score: float | None, **changes: Any) -> Attempt:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from hostile_run import ATTACK, write_hostile_run
-from synthetic_run import DISCLOSURE, attempt, edited, searched, write_run
+from synthetic_run import DISCLOSURE, PROBLEM, attempt, edited, searched, write_run, write_seed_program
 
 from discover_jax.report.page import write_report
 from discover_jax.types import Outcome
@@ -183,6 +183,24 @@ def test_competitions_are_shown_one_at_a_time(fresh, tmp_path):
         fresh.evaluate(f"location.hash = '0000-00{group}-000'")
         fresh.wait(f"document.getElementById('attempt').dataset.id === '0000-00{group}-000'")
         assert fresh.evaluate("document.querySelector('.program code').textContent") == f"of group {group}"
+    assert is_sound(fresh)
+
+
+def test_scores_of_a_problem_differ_in_their_last_digits(fresh, tmp_path):
+    """Gains of 1e-7 show in the chart, the lineage and the change against the parent. The seed program is a line and the origin."""
+    attempts = [
+        attempt(step, 0, 0, ("seed", "0000-000-000")[step], f"x = {step}", score, task="circles")
+        for step, score in enumerate((2.6359827, 2.6359828))
+    ]
+    run = write_run(tmp_path / "run", attempts, disclosure=PROBLEM)
+    write_seed_program(run, "circles", 2.3697960951)
+    fresh.open(write_report(run))
+    fresh.wait("document.querySelectorAll('.family .go').length >= 2")
+    text = fresh.evaluate("document.body.innerText")
+    for shown_text in ("one 2.63586276", "another 2.63598308", "seed program 2.3697961", "best so far 2.6359828", "+1e-7 vs. parent"):
+        assert shown_text in text
+    lineage = fresh.evaluate("document.querySelector('.family').textContent")
+    assert lineage == "lineageseed program 2.3697961→ 2.6359827→ 2.6359828"
     assert is_sound(fresh)
 
 

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic_run import DISCLOSURE, attempt, edited, searched, write_run
+from synthetic_run import DISCLOSURE, PROBLEM, attempt, edited, searched, write_run, write_seed_program
 
 from discover_jax.exceptions import RunError
 from discover_jax.report.page import NAME, ReportWriter, page_data, write_report
 from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import read_record
+from discover_jax.runs.attempts import SEED_PROGRAMS
 from discover_jax.types import Outcome
 
 
@@ -151,6 +152,17 @@ def test_missing_data_is_reported(tmp_path):
     assert len({panel["absent"] for panel in run_data["panels"]}) > 1  # reasons: no metrics, or a search run
     tree = tree_of(record, "spaceship-titanic")
     assert (tree["parent"], tree["lost"]) == ([-1, -1], [False, True])
+
+
+def test_a_damaged_file_of_seed_programs_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", [attempt(0, 0, 0, "seed", "a", 2.5, task="circles")], disclosure=PROBLEM)
+    assert progress_of(read_record(run), "circles")["seed"] is None
+    write_seed_program(run, "circles", 2.25)
+    assert progress_of(read_record(run), "circles")["seed"] == 2.25
+    for text in ("{", "[1]", '[{"task": "circles"}]'):
+        (run / SEED_PROGRAMS).write_text(text)
+        with pytest.raises(RunError, match=SEED_PROGRAMS):
+            read_record(run)
 
 
 def test_a_run_without_steps_has_a_report(tmp_path):

@@ -47,6 +47,11 @@ def test_step_line_of_several_competitions():
     assert re.search(r"\bboats\b.*\b0\.7100\b.*\+0\.0100\b.*\btrains\b", line)
 
 
+def test_step_line_of_a_problem_shows_small_gains():
+    line = step_line(ROW, [Improvement("", best(2.6359828), best(2.6359827), exact=True)], 10)
+    assert re.search(r"\bbest 2\.6359828 \(\+1e-07\)", line)
+
+
 def test_step_line():
     line = step_line(ROW, bests(best(0.71), 0.7), 10)
     assert numbers(line) == ["3", "10", "0.5200", "0.7000", "0.7100", "+0.0100", "88", "12.3", "4", "1"]

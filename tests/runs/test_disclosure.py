@@ -174,3 +174,15 @@ def test_opening_lines_without_a_score_show_only_the_rows(workdir, tmp_path):
     (line,) = opening_lines([Result(task, None, None)], workdir)
     assert line.endswith(task.disclosure.text)
     assert "1,197" in line
+
+
+def test_lines_of_a_problem_show_the_seed_program_and_small_gains(workdir, tmp_path):
+    task = prepare_task("circle-packing-26", raw=None, reward="grade", folder=tmp_path / "task")
+    disclose(workdir, task)
+    (_, seed) = opening_lines([Result(task, None, None, seed_score=2.369796095106739)], workdir)
+    assert re.search(r"\bsum of radii 2\.369796095106739 of the seed program", seed)
+    best = State("0001-000-000", "seed", "code", value=2.6359828, score=2.6359828, stdout="", step=1, adapter_step=1)
+    rows = [row | {"best/score": 2.6359827} for row in ROWS]
+    lines = closing_lines([Result(task, best, None, seed_score=2.369796095106739)], rows, workdir=workdir, kind=RunKind.TRAIN)
+    assert any("seed program" in line and "2.369796095106739" in line for line in lines)
+    assert any("2.6359827 -> 2.6359828   (+1e-07)" in line for line in lines)

@@ -247,6 +247,7 @@ def test_prompt_of_a_problem_names_interface_records_feedback_and_all_digits(cha
     shown = {"interface": "`run()` returns two numbers", "leaderboard": "optimum 25 (calculus)", "files": ()}
     exact = Exact(metric=Metric("product"), ideas=("larger numbers",), **shown)
     parent = dataclasses.replace(PARENT, score=0.1 + 0.2, feedback="the sum is 10")
+    assert "previous score: 0.30000000000000004\n" in build_prompt(exact, parent, (), BRIEF, chat, 0, 0).text
     text = build_prompt(exact, parent, (), FULL, chat, 0, 0).text
     for part in (
         "It must define: `run()` returns two numbers.",

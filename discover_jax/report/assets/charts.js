@@ -27,8 +27,8 @@ function listLabels(labels) {
 }
 
 // Best and mean scores with their intervals. `series` has {xs, lines: [{name, values, low, high, className}]} for each run. On a narrow
-// screen the labels are listed below the chart.
-function scoreChart(series, thresholds, xLabel, describe) {
+// screen the labels are listed below the chart. `disclosed` decides how many digits a score has.
+function scoreChart(series, thresholds, xLabel, describe, disclosed) {
   const lines = series.flatMap((run) => run.lines.map((line) => ({ ...line, xs: run.xs, steps: run.steps })));
   return responsive("plot", (width) => {
     const narrow = width < NARROW;
@@ -44,7 +44,7 @@ function scoreChart(series, thresholds, xLabel, describe) {
     const labels = [];
     for (const [name, value] of thresholds) {
       plot.root.append(svg("line", { class: "threshold", x1: plot.left, x2: plot.right, y1: plot.y(value), y2: plot.y(value) }));
-      labels.push({ y: plot.y(value), text: `${name} ${number(value, 5)}`, className: "of-threshold" });
+      labels.push({ y: plot.y(value), text: `${name} ${isExact(disclosed) ? score(value, disclosed) : number(value, 5)}`, className: "of-threshold" });
     }
     for (const line of lines) {
       if (line.low) plot.root.append(svg("path", { class: `band ${line.className}`, d: bandPath(line.xs, line.low, line.high, plot.x, plot.y) }));
@@ -54,7 +54,7 @@ function scoreChart(series, thresholds, xLabel, describe) {
       const last = line.values.findLastIndex(known);
       if (last < 0) continue;
       plot.root.append(svg("circle", { class: `dot ${line.className}`, r: 3.5, cx: plot.x(line.xs[last]), cy: plot.y(line.values[last]) }));
-      labels.push({ y: plot.y(line.values[last]), text: `${line.name} ${score(line.values[last])}`, className: line.className });
+      labels.push({ y: plot.y(line.values[last]), text: `${line.name} ${score(line.values[last], disclosed)}`, className: line.className });
     }
     if (!narrow) endLabels(plot, labels);
     const cross = svg("line", { class: "cross", y1: plot.top, y2: plot.bottom, visibility: "hidden" });
@@ -71,7 +71,7 @@ function scoreChart(series, thresholds, xLabel, describe) {
         const i = line.xs.indexOf(at);
         if (i < 0 || !known(line.values[i])) continue;
         const interval = line.low && known(line.low[i]) ? ` (95%: ${score(line.low[i])} to ${score(line.high[i])})` : "";
-        shown.push([line.className, `${line.name} ${score(line.values[i])}${interval}`]);
+        shown.push([line.className, `${line.name} ${score(line.values[i], disclosed)}${interval}`]);
       }
       return [`${xLabel} ${at.toLocaleString("en")}`, ...shown];
     });

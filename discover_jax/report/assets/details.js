@@ -2,8 +2,9 @@
 
 const CHILDREN_SHOWN = 12;
 
-// `offset`: index of the tree's first attempt among all packed attempts.
-async function showAttempt(host, { tree, row, offset, scoreName, disclosed, outcomes, lineage, choose }) {
+// `offset`: index of the tree's first attempt among all packed attempts. `seed`: score of the seed program, the parent of the first
+// attempts; null if there is none.
+async function showAttempt(host, { tree, row, offset, seed, scoreName, disclosed, outcomes, lineage, choose }) {
   const packed = await programs();
   const parent = tree.parent[row];
   const own = packed.lines(offset + row);
@@ -11,11 +12,11 @@ async function showAttempt(host, { tree, row, offset, scoreName, disclosed, outc
   const best = lineage[lineage.length - 1];
   const detail = packed.detail(offset + row);
   const stdout = packed.stdout(offset + row);
-  const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent])} vs. parent)` : "";
+  const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent], disclosed)} vs. parent)` : "";
   const facts = [
     ["outcome", outcomes[tree.outcome[row]].label],
     [scoreName, `${exactScore(tree.score[row], disclosed)}${change}`],
-    ["reward", score(tree.reward[row])],
+    ["reward", score(tree.reward[row], disclosed)],
     ["sampled in", `step ${shownStep(tree.step[row])}, group ${tree.group[row] + 1}, rollout ${tree.index[row] + 1}`],
     ["length", `${count(tree.tokens[row], "token")}${tree.stop[row] ? ", truncated at the limit" : ""}`],
     ["adapter", `after ${count(tree.adapter_step[row], "update")}`],
@@ -31,14 +32,14 @@ async function showAttempt(host, { tree, row, offset, scoreName, disclosed, outc
       "p",
       { class: "family" },
       el("span", { class: "label" }, "lineage"),
-      el("span", { class: "start" }, origin(tree, family[0])),
-      family.map((each) => ["→ ", go(each, known(tree.score[each]) ? score(tree.score[each]) : outcomes[tree.outcome[each]].label)]),
+      el("span", { class: "start" }, origin(tree, family[0], seed, disclosed)),
+      family.map((each) => ["→ ", go(each, known(tree.score[each]) ? score(tree.score[each], disclosed) : outcomes[tree.outcome[each]].label)]),
     ),
     el(
       "p",
       { class: "family" },
       el("span", { class: "label" }, count(children.length, "child", "children")),
-      children.slice(0, CHILDREN_SHOWN).map((each) => go(each, known(tree.score[each]) ? score(tree.score[each]) : outcomes[tree.outcome[each]].label)),
+      children.slice(0, CHILDREN_SHOWN).map((each) => go(each, known(tree.score[each]) ? score(tree.score[each], disclosed) : outcomes[tree.outcome[each]].label)),
       children.length > CHILDREN_SHOWN ? `and ${children.length - CHILDREN_SHOWN} more` : null,
     ),
     detail ? el("div", { class: "said" }, el("h4", null, known(tree.score[row]) ? "What the checker says" : "Reason of the failure"), el("pre", null, detail)) : "",
@@ -49,8 +50,9 @@ async function showAttempt(host, { tree, row, offset, scoreName, disclosed, outc
   );
 }
 
-function origin(tree, row) {
-  return tree.lost[row] ? "a parent that is not in the journal" : "no parent";
+function origin(tree, row, seed, disclosed) {
+  if (tree.lost[row]) return "a parent that is not in the journal";
+  return known(seed) ? `seed program ${score(seed, disclosed)}` : "no parent";
 }
 
 function heading(own, from, parent, tree) {

@@ -15,19 +15,23 @@ function number(value, digits = 4) {
   return value.toLocaleString("en", { maximumSignificantDigits: Math.max(digits, Math.ceil(Math.log10(size))) });
 }
 
-// Scores have four decimals, as on the console.
-function score(value) {
+const isExact = (disclosed) => Boolean(disclosed) && disclosed.reward === "evaluate";
+
+// Scores have four decimals, as on the console. Those of a problem have nine digits, because small gains count.
+function score(value, disclosed) {
   if (!known(value)) return MISSING;
+  if (isExact(disclosed)) return String(Number(value.toPrecision(9)));
   return Math.abs(value) < 1e4 ? value.toFixed(4) : number(value, 6);
 }
 
 // All digits of a problem's score, where the last ones count.
 function exactScore(value, disclosed) {
-  return known(value) && disclosed && disclosed.reward === "evaluate" ? String(value) : score(value);
+  return known(value) && isExact(disclosed) ? String(value) : score(value);
 }
 
-function signed(value) {
-  return known(value) ? (value < 0 ? "−" : "+") + score(Math.abs(value)) : MISSING;
+function signed(value, disclosed) {
+  if (!known(value)) return MISSING;
+  return (value < 0 ? "−" : "+") + (isExact(disclosed) && value !== 0 ? Number(Math.abs(value).toPrecision(3)) : score(Math.abs(value)));
 }
 
 function count(value, one, many) {

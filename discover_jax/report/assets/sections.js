@@ -42,11 +42,11 @@ function headline(run, progress) {
   const chosen = progress.chosen;
   if (chosen && typeof chosen.retested_score === "number") {
     const interval = Array.isArray(chosen.retested_interval_95) ? `; 95% interval ${span(chosen.retested_interval_95)}` : "";
-    const exact = disclosed && disclosed.reward === "evaluate";
+    const exact = isExact(disclosed);
     const rows = exact ? ` in ${count(chosen.retested_rows, "evaluation")}` : ` on ${count(chosen.retested_rows, "row")} that gave no reward`;
     const hidden = !exact && typeof chosen.private_score === "number" ? `; ${score(chosen.private_score)} on the private answers` : "";
-    const before = typeof chosen.score === "number" ? `; ${score(chosen.score)} before` : "";
-    facts.splice(1, 0, [`chosen program, ${chosen.id}`, score(chosen.retested_score), `retested${rows}${interval}${before}${hidden}`]);
+    const before = typeof chosen.score === "number" ? `; ${score(chosen.score, disclosed)} before` : "";
+    facts.splice(1, 0, [`chosen program, ${chosen.id}`, score(chosen.retested_score, disclosed), `retested${rows}${interval}${before}${hidden}`]);
   }
   return el("div", { class: "headline" }, facts.map(([name, value, more]) => el("div", null, el("span", { class: "name" }, name), el("span", { class: "value" }, value), el("span", { class: "more" }, more))));
 }
@@ -71,7 +71,7 @@ function comparison(runs) {
             [el("i", { class: `swatch ${runClass(index)}` }), run.label],
             String(progress.steps.length),
             rollouts.toLocaleString("en"),
-            score(last(progress.best)),
+            score(last(progress.best), progress.disclosed),
             intervalText(progress).replace("95% interval ", ""),
             means.length ? `${score(means[0])} → ${score(last(means))}` : MISSING,
             percent(total(progress.outcomes.ok), rollouts),
@@ -87,6 +87,12 @@ function comparison(runs) {
 function perRun(runs, draw) {
   if (runs.length === 1) return draw(runs[0]);
   return el("div", { class: "two" }, runs.map((one) => el("div", { class: "one" }, el("h3", null, one.run.label), draw(one))));
+}
+
+// The score of the seed program, from which all runs that are compared may start, as a threshold.
+function seedLines(runs) {
+  const found = [...new Set(runs.map(({ progress }) => progress.seed).filter(known))];
+  return found.map((seed) => ["seed program", seed]);
 }
 
 function scores(runs) {
@@ -129,11 +135,13 @@ function scores(runs) {
     const own = grade && Array.isArray(grade.interval_95) ? ` Its interval is ${span(grade.interval_95)} (${grade.interval_95_method}; ${count(grade.rows, "row")}).` : "";
     notes.push(el("p", { class: "note" }, `No bands: ${disclosed.metric} is not a proportion of rows, so an interval needs a program's submission, and a run keeps only the best program's.${own}`));
   } else notes.push(el("p", { class: "note" }, "No bands: disclosure.json, written by an older version, does not say whether the metric is a proportion of rows."));
-  if (disclosed && disclosed.thresholds.length) notes.push(el("p", { class: "note caveat" }, `Grey lines: thresholds ${disclosed.source}. ${disclosed.note}`));
+  const seeds = seedLines(runs);
+  if (disclosed && disclosed.thresholds.length) notes.push(el("p", { class: "note caveat" }, `Grey lines: ${isExact(disclosed) ? "published scores," : "thresholds"} ${disclosed.source}. ${disclosed.note}`));
   else if (disclosed) notes.push(el("p", { class: "note" }, `No leaderboard lines. ${disclosed.note}`));
+  if (seeds.length) notes.push(el("p", { class: "note" }, "The search started from the seed program."));
   const measured = disclosed && disclosed.reward === "evaluate" ? "checked by evaluate()" : disclosed ? `on the ${count(disclosed.rows, "row")} of the reward` : "";
   const caption = disclosed ? `Score: ${disclosed.metric} ${measured}; ${disclosed.higher_is_better ? "higher" : "lower"} is better. ${single ? "A program with a score is valid." : "Solid: best so far. Dashed: mean of the step's valid programs."}` : null;
-  return section("Scores", caption, scoreChart(series, disclosed ? disclosed.thresholds : [], byRollouts ? "rollouts" : "step", `Best and mean score by ${byRollouts ? "number of rollouts" : "step"}`), notes);
+  return section("Scores", caption, scoreChart(series, [...(disclosed ? disclosed.thresholds : []), ...seeds], byRollouts ? "rollouts" : "step", `Best and mean score by ${byRollouts ? "number of rollouts" : "step"}`, disclosed), notes);
 }
 
 function rewards(runs) {
@@ -174,7 +182,7 @@ function treeSection(data, competition, run, progress, offset, outcomes, start) 
   const details = el("div", { class: "attempt", id: "attempt", "aria-live": "polite" });
   const select = (row) => {
     chart.mark(row);
-    showAttempt(details, { tree, row, offset, scoreName, disclosed, outcomes, lineage, choose }).catch((error) => {
+    showAttempt(details, { tree, row, offset, seed: progress.seed, scoreName, disclosed, outcomes, lineage, choose }).catch((error) => {
       details.replaceChildren(el("p", { class: "note" }, `Could not unpack the programs: ${error.message}`));
     });
   };
@@ -185,8 +193,7 @@ function treeSection(data, competition, run, progress, offset, outcomes, start) 
   const chart = treeChart({
     tree,
     lineage,
-    higher: disclosed ? disclosed.higher_is_better : null,
-    scoreName,
+    disclosed,
     outcomes,
     describe: `${tree.id.length} attempts by step and ${scoreName}, with edges to their parents`,
     choose,
@@ -205,7 +212,7 @@ function treeSection(data, competition, run, progress, offset, outcomes, start) 
     () => {},
   );
   const notes = [];
-  if (chart.beyond) notes.push(el("p", { class: "note" }, `${count(chart.beyond, "program")} with a score worse than ${score(chart.edge)} ${chart.beyond === 1 ? "is" : "are"} drawn at the chart's edge.`));
+  if (chart.beyond) notes.push(el("p", { class: "note" }, `${count(chart.beyond, "program")} with a score worse than ${score(chart.edge, disclosed)} ${chart.beyond === 1 ? "is" : "are"} drawn at the chart's edge.`));
   if (run.goes_on_from) notes.push(el("p", { class: "note" }, `Steps before ${(run.metric_steps[0] ?? 0) + 1} belong to the run that this one continues.`));
   return section(
     "Programs",

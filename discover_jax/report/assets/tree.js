@@ -28,7 +28,8 @@ function scoreRange(values, higher) {
 }
 
 // `outcomes`: label and class of each outcome. `choose(row)` is called for the selected row.
-function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choose }) {
+function treeChart({ tree, lineage, disclosed, outcomes, describe, choose }) {
+  const higher = disclosed ? disclosed.higher_is_better : null;
   const rows = tree.id.map((_, row) => row);
   const values = higher === null ? tree.reward.map((reward, row) => (known(tree.score[row]) ? reward : null)) : tree.score;
   const range = scoreRange(values, higher !== false);
@@ -79,7 +80,7 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
       plot.root.append(svg("path", { class: "edge best", d: edges(lineage) }), svg("path", { class: "dots best", d: dots(lineage) }));
       const atRight = px[best] > plot.right - 120;
       plot.root.append(
-        svg("text", { class: "best-label", x: px[best] + (atRight ? -9 : 9), y: higher === false ? py[best] + 20 : Math.max(plot.top + 4, py[best] - 8), "text-anchor": atRight ? "end" : "start" }, `best ${score(tree.score[best])}`),
+        svg("text", { class: "best-label", x: px[best] + (atRight ? -9 : 9), y: higher === false ? py[best] + 20 : Math.max(plot.top + 4, py[best] - 8), "text-anchor": atRight ? "end" : "start" }, `best ${score(tree.score[best], disclosed)}`),
       );
     }
     const marks = svg("g", { class: "marks" });
@@ -118,7 +119,7 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
         if (row < 0) return null;
         hover.setAttribute("cx", px[row]);
         hover.setAttribute("cy", py[row]);
-        return hoverLines(tree, row, scoreName, outcomes);
+        return hoverLines(tree, row, disclosed, outcomes);
       },
       (x, y) => {
         const row = under(x, y);
@@ -145,12 +146,13 @@ function treeChart({ tree, lineage, higher, scoreName, outcomes, describe, choos
   };
 }
 
-function hoverLines(tree, row, scoreName, outcomes) {
+function hoverLines(tree, row, disclosed, outcomes) {
+  const scoreName = disclosed ? disclosed.metric : "score";
   const parent = tree.parent[row];
-  const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent])} vs. parent)` : "";
+  const change = parent >= 0 && known(tree.score[row]) && known(tree.score[parent]) ? ` (${signed(tree.score[row] - tree.score[parent], disclosed)} vs. parent)` : "";
   return [
     `${tree.id[row]}, step ${shownStep(tree.step[row])}`,
-    known(tree.score[row]) ? [outcomes[tree.outcome[row]].className, `${scoreName} ${score(tree.score[row])}${change}`] : [outcomes[tree.outcome[row]].className, outcomes[tree.outcome[row]].label],
+    known(tree.score[row]) ? [outcomes[tree.outcome[row]].className, `${scoreName} ${score(tree.score[row], disclosed)}${change}`] : [outcomes[tree.outcome[row]].className, outcomes[tree.outcome[row]].label],
     count(tree.tokens[row], "token"),
   ];
 }

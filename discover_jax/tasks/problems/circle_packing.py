@@ -179,8 +179,8 @@ def _problem(count: int, records: tuple[Record, ...]) -> Problem:
 PROBLEM_26 = _problem(
     26,
     (
-        Record("AlphaEvolve", 2.63586276, "AlphaEvolve (2025)"),
-        Record("ThetaEvolve", 2.63598308, "ThetaEvolve (2025)"),
+        Record("AlphaEvolve", 2.63586276, "arXiv 2506.13131"),
+        Record("ThetaEvolve", 2.63598308, "arXiv 2511.23473"),
     ),
 )
-PROBLEM_32 = _problem(32, (Record("AlphaEvolve", 2.9379, "AlphaEvolve (2025)"),))
+PROBLEM_32 = _problem(32, (Record("AlphaEvolve", 2.9379, "arXiv 2506.13131"),))

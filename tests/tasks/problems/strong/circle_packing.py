@@ -1,15 +1,16 @@
 """SLSQP on centers and radii together, from many starts, then from disturbed copies of the best packing (basin hopping).
 
-Each result is repaired: its radii shrink until the packing holds in rational arithmetic.
+Each result is repaired: its radii shrink until the packing holds in rational arithmetic. The rounds run in two processes.
 """
 
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import minimize
 
 COUNT = 26
-ROUNDS = 3
+ROUNDS = 2
 STARTS = 10
 HOPS = 60
 
@@ -93,8 +94,9 @@ def moved_centers(rng, centers):
     return np.clip(moved, 0.02, 0.98)
 
 
-def basin_hopping(rng):
+def basin_hopping(seed):
     """The best packing of some starts and of hops from the best so far."""
+    rng = np.random.default_rng(seed)
     best = None
     for step in range(STARTS + HOPS):
         centers = first_centers(rng, step) if step < STARTS or best is None else moved_centers(rng, best[0])
@@ -105,5 +107,5 @@ def basin_hopping(rng):
 
 
 def run():
-    rng = np.random.default_rng(0)
-    return max((basin_hopping(rng) for _ in range(ROUNDS)), key=lambda packing: packing[1].sum())
+    with ProcessPoolExecutor(2) as pool:
+        return max(pool.map(basin_hopping, range(ROUNDS)), key=lambda packing: packing[1].sum())
