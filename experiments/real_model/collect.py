@@ -1,0 +1,202 @@
+"""Tables of the runs with a real language model, from their folders, and the comparison of training with search.
+
+  python experiments/real_model/collect.py --runs=DIR --steps=N          # writes runs.csv and steps.csv beside this file
+  python experiments/real_model/collect.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
+
+A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Runs are compared seed by seed on their first N steps, so at
+equal numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows
+that nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see selection/retest.py) on these rows, and
+`chosen_retested` its score in the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and
+`valid_last` are shares of valid programs; `copies_last` is the share of valid programs with the results of their parent or of an earlier
+program of the group; `better` is the share of all programs that score better than their parent.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from discover_jax.archive.journal import Journal
+from discover_jax.runs.metrics import read_metrics
+from discover_jax.types import SEED
+
+HERE = Path(__file__).parent
+RUNS = (
+    "problem",
+    "seed",
+    "arm",
+    "programs",
+    "best_grade",
+    "best_unseen",
+    "chosen_unseen",
+    "chosen_retested",
+    "mean_last",
+    "valid_first",
+    "valid_last",
+    "copies_last",
+    "better",
+)
+STEPS = ("problem", "seed", "arm", "step", "valid", "copies", "mean", "best", "step_s", "programs_s")
+MEASURES = {
+    "valid_last": "valid programs, last step",
+    "copies_last": "copies among them",
+    "mean_last": "mean reward of the last step",
+    "better": "programs better than their parent, all steps",
+    "best_grade": "best program, on the reward's rows",
+    "best_unseen": "that program, on unseen rows",
+    "chosen_unseen": "chosen program, on unseen rows",
+    "chosen_retested": "chosen program, in the retests",
+}
+
+
+def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a run, and those of its first `steps` steps.
+
+    Raises:
+      ValueError: the run has fewer steps.
+    """
+    problem, arm, seed = folder.name.rsplit("-", 2)
+    names = {"problem": problem, "seed": int(seed), "arm": arm}
+    metrics = read_metrics(folder / "metrics.jsonl")[:steps]
+    if len(metrics) < steps:
+        raise ValueError(f"{folder.name} has {len(metrics)} steps; {steps} are needed. Set --steps.")
+    attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
+    best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward)
+    by_id = {attempt.id: attempt for attempt in attempts}
+    rewards = {attempt.id: attempt.reward for attempt in attempts} | {SEED.id: _seed_reward(folder)}
+    file = folder / "finalists.json"
+    winner = json.loads(file.read_bytes())[0]["finalists"][0] if file.exists() else None
+    valid = [row["outcome/ok"] / row["rollouts/count"] for row in metrics]
+    run = names | {
+        "programs": len(attempts),
+        "best_grade": best.score,
+        "best_unseen": best.private_score,
+        "chosen_unseen": by_id[winner["id"]].private_score if winner else None,
+        "chosen_retested": round(winner["retested_score"], 6) if winner else None,
+        "mean_last": round(metrics[-1]["reward/mean"], 6),
+        "valid_first": valid[0],
+        "valid_last": valid[-1],
+        "copies_last": _rounded(metrics[-1]["diversity/copy_frac"]),
+        "better": sum(attempt.score is not None and attempt.reward > rewards[attempt.parent_id] for attempt in attempts) / len(attempts),
+    }
+    of_steps = [
+        names
+        | {
+            "step": row["step"] + 1,
+            "valid": share,
+            "copies": _rounded(row["diversity/copy_frac"]),
+            "mean": round(row["reward/mean"], 6),
+            "best": row["best/score"],
+            "step_s": round(row["time/step_s"], 1),
+            "programs_s": round(row["time/execute_s"], 1),
+        }
+        for row, share in zip(metrics, valid, strict=True)
+    ]
+    return run, of_steps
+
+
+def _seed_reward(folder: Path) -> float:
+    """The seed program's score, as a reward: both problems reward the score itself. Without a seed program, any program is better."""
+    file = folder / "seed_programs.json"
+    return json.loads(file.read_bytes())[0]["verdict"]["grade"]["score"] if file.exists() else float("-inf")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def write(file: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a table."""
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table. Numbers are parsed, and empty cells are None."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    with file.open(newline="") as opened:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(opened)]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the half width of its 95% interval by Student's t; nan for one value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
+    """Training and search on one problem, and their paired differences, as Markdown."""
+    arms = {arm: {row["seed"]: row for row in rows if row["problem"] == problem and row["arm"] == arm} for arm in ("search", "train")}
+    seeds = sorted(arms["search"].keys() & arms["train"].keys())
+    lines = [f"| | search | training | training minus search ({len(seeds)} seeds) |", "|---|---|---|---|"]
+    for name, told in MEASURES.items():
+        pairs = [(arms["search"][seed][name], arms["train"][seed][name]) for seed in seeds]
+        if any(value is None for pair in pairs for value in pair):
+            continue
+        search, train = interval([pair[0] for pair in pairs]), interval([pair[1] for pair in pairs])
+        difference = interval([pair[1] - pair[0] for pair in pairs])
+        lines.append(f"| {told} | {_shown(search)} | {_shown(train)} | {_shown(difference, '+')} |")
+    return lines
+
+
+def _shown(found: tuple[float, float], sign: str = "") -> str:
+    return f"{found[0]:{sign}.4f} +- {found[1]:.4f}"
+
+
+def draw(steps: list[dict[str, Any]], problem: str, file: Path) -> None:
+    """Valid programs, mean reward and best score by step: thin lines are seeds, thick lines their means."""
+    import matplotlib  # pyright: ignore[reportMissingImports] - of the extra `plots`
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "real_model"  # equal numbers give equal files
+    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
+    columns = (("valid", "share of valid programs"), ("mean", "mean reward of a step"), ("best", "best score so far"))
+    for axis, (column, title) in zip(axes, columns, strict=True):
+        for colour, arm in (("C0", "search"), ("C1", "train")):
+            of_arm = [row for row in steps if row["problem"] == problem and row["arm"] == arm]
+            numbers = sorted({row["step"] for row in of_arm})
+            for seed in sorted({row["seed"] for row in of_arm}):
+                axis.plot(numbers, [row[column] for row in of_arm if row["seed"] == seed], color=colour, alpha=0.3, linewidth=0.8)
+            means = [statistics.mean(row[column] for row in of_arm if row["step"] == number) for number in numbers]
+            axis.plot(numbers, means, color=colour, label={"search": "search", "train": "training"}[arm])
+        axis.set(title=title, xlabel="step")
+    axes[0].legend()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path, help="folder of the runs to collect")
+    parser.add_argument("--steps", type=int, default=12, help="number of steps of each run to use")
+    parser.add_argument("--plots", type=Path, help="folder for the plots")
+    options = parser.parse_args()
+    if options.runs is not None:
+        found = [measures(folder, options.steps) for folder in sorted(options.runs.iterdir()) if (folder / "journal.jsonl").exists()]
+        write(HERE / "runs.csv", RUNS, [run for run, _ in found])
+        write(HERE / "steps.csv", STEPS, [step for _, steps in found for step in steps])
+    rows = read(HERE / "runs.csv")
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        print("\n".join(table(rows, problem)))
+        if options.plots is not None:
+            draw(read(HERE / "steps.csv"), problem, options.plots / f"real-model-{problem}.svg")
+
+
+if __name__ == "__main__":
+    main()
