@@ -37,7 +37,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    write_bytecode(("pandas", *PRELOAD))  # many tests start sandboxes without an executor, which does this for runs
+    write_bytecode(PRELOAD)  # many tests start sandboxes without an executor, which does this for runs
 
 
 @pytest.fixture(scope="session")
