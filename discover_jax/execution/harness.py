@@ -188,6 +188,10 @@ def main(options: dict) -> None:
     for name in options["preload"]:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
+    if (joblib := sys.modules.get("joblib")) is not None:
+        # Without /sys, it finds no physical cores if the program has all of the machine's. It remembers that, and warns only now, when
+        # output is not the program's. LightGBM asks for it in each fit.
+        joblib.cpu_count(only_physical_cores=True)
     kind_of_program = _Calls if options["calls"] else _Submission
     program = kind_of_program(options["result_bytes"])
     # Keep references: the program may replace them in os.
