@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import check_folder
 from discover_jax.policy import check_chat_format, weights_folder
 from discover_jax.runs.attempts import seed_of
+from discover_jax.stages import packages_in_prompts
 from discover_jax.tasks.prepare import AnyTask, prepare_tasks, seed_programs
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
@@ -43,6 +44,8 @@ def run():
 """
 
 _NO_SOLUTION = "solution = None\n"
+_OPTIONAL = ("lightgbm", "catboost")
+"""Packages for programs, of the extra `boosters`."""
 
 T = TypeVar("T")
 
@@ -106,9 +109,10 @@ def _packages() -> tuple[str, None]:
             problems.append(f"{requirement.name} is {version}; it must be {requirement.specifier}")
         if requirement.name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers"):
             found.append(f"{requirement.name} {version}")
+    optional = ", ".join(installed_packages(_OPTIONAL)) or f"none of {', '.join(_OPTIONAL)} (pip install 'discover_jax[boosters]')"
     if problems:
         raise ConfigError(f"{'; '.join(problems)}. Install the versions in constraints/, as the Makefile does.")
-    return f"Python {platform.python_version()}, {', '.join(found)}", None
+    return f"Python {platform.python_version()}, {', '.join(found)}; more for programs: {optional}", None
 
 
 def _devices() -> tuple[str, None]:
@@ -225,6 +229,7 @@ def _sandbox(config: Any, tasks: list[AnyTask], scores: list[float | None], fold
         programs = [(seed or _NO_SOLUTION) if task.calls else _PROGRAM for task, seed in zip(tasks, seeds, strict=True)]
         verdicts = [executor.submit(program, number).result() for number, program in enumerate(programs)]
         text, isolated = executor.describe(), executor.isolated
+        unusable = executor.unusable_packages(packages_in_prompts(tasks))
     found = []
     for task, seed, verdict, score in zip(tasks, seeds, verdicts, scores, strict=True):
         if isinstance(task, ProblemTask):
@@ -234,7 +239,22 @@ def _sandbox(config: Any, tasks: list[AnyTask], scores: list[float | None], fold
                 f"A program that returns the sample submission must end as ok with score {score}; got {verdict.outcome.value} with score"
                 f" {verdict.grade.score}. {verdict.execution.detail or verdict.grade.reason}"
             )
+    _check_imports(unusable)
     return "; ".join([*found, "the canary could not escape" if isolated else "no canary: programs are not isolated", text]), None
+
+
+def _check_imports(unusable: Mapping[str, str]) -> None:
+    """Raises RunError if there are packages that are installed but that programs cannot import: `unusable`, with the errors."""
+    if not unusable:
+        return
+    errors = "; ".join(f"{name} ({error})" for name, error in unusable.items())
+    remedy = "Install what they need in a folder that sandboxes contain (/usr or Python's own)"
+    if "libgomp" in errors:
+        remedy = "Install the system's package for libgomp (Debian, Ubuntu: `apt-get install libgomp1`; Fedora: `dnf install libgomp`)"
+    raise RunError(
+        f"Programs cannot import installed packages: {errors}. {remedy}, or uninstall them: `pip uninstall {' '.join(unusable)}`. Until"
+        " then, prompts do not name them."
+    )
 
 
 def _check_problem(task: ProblemTask, seed: str, verdict: Verdict) -> str:

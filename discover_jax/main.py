@@ -143,7 +143,10 @@ def _prepared(
     processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
     source = find_source(config.train.resume_from, tasks, workdir, processes)
     with _executor(config, all_tasks, workdir, processes) as executor:
-        hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe()})
+        unusable = stages.unusable_packages(config, tasks, executor)
+        own = {"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe(), "unusable": unusable}
+        hosts = processes.gather(own)
+        unusable = {name: error for host in hosts for name, error in host["unusable"].items()}
         ways = tuple(dict.fromkeys(host["way"] for host in hosts if host["slots"]))
         if processes.leads:
             _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
@@ -178,7 +181,9 @@ def _prepared(
             recorder.begin(config.name, _opening_lines(config, workdir, tasks, ways, policy, state))
             if kind.learns and (warning := scale_warning(tasks, config.train.advantage)):
                 recorder.note(warning)
-        slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config)
+            for name, error in unusable.items():
+                recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")
+        slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config, unusable)
         updater = build_update(config, policy.model, optimizer)
         numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
         parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)

@@ -6,7 +6,7 @@ The stages unpack the config: each passes plain values to the folder that does t
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from discover_jax.tasks.prepare import AnyTask, named_competitions, seed_program
 from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import (
+    PACKAGES,
     PromptSettings,
     asks_for_edits,
     build_prompt,
@@ -431,8 +432,18 @@ def second_phase(config: Any, chat: ChatFormat) -> SecondPhase | None:
     return SecondPhase(config.sampling.thinking_tokens, chat.answer_opening(), chat.answer_forced(config.sampling.thinking_closing))
 
 
-def prompt_settings(config: Any) -> PromptSettings:
-    """The settings of prompts."""
+def packages_in_prompts(tasks: Sequence[AnyTask]) -> list[str]:
+    """Names for pip of the packages that prompts for these tasks name where they are installed."""
+    return list(dict.fromkeys(name for task in tasks for name in task.packages or PACKAGES))
+
+
+def unusable_packages(config: Any, tasks: Sequence[AnyTask], executor: Executor) -> dict[str, str]:
+    """Packages that prompts must not name, since programs cannot import them here, with the errors. Brief prompts name none."""
+    return {} if config.prompt.style == "brief" else executor.unusable_packages(packages_in_prompts(tasks))
+
+
+def prompt_settings(config: Any, unusable: Collection[str] = ()) -> PromptSettings:
+    """The settings of prompts. `unusable`: packages that programs cannot import, on any host."""
     return PromptSettings(
         style=config.prompt.style,
         answer=config.prompt.answer,
@@ -440,7 +451,8 @@ def prompt_settings(config: Any) -> PromptSettings:
         seconds=config.execution.seconds,
         cores=config.execution.cores,
         memory_gib=config.execution.memory_gib,
-        packages=installed_packages(),
+        packages=installed_packages(unusable=unusable),
+        unusable=frozenset(unusable),
         ideas_shown=config.prompt.ideas,
         stdout_chars=config.prompt.stdout_chars,
         error_chars=config.prompt.error_chars,

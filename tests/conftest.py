@@ -11,6 +11,11 @@ import sys
 import tempfile
 from importlib.metadata import version
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 from discover_jax.execution.bytecode import write_bytecode
 from discover_jax.execution.sandbox import PRELOAD
 
@@ -24,12 +29,39 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Each worker and each process that a test starts would have threads of its own for every core, and idle ones spin. XLA has its own threads.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # All processes of the session share compiled functions: this one, its workers, and the scripts that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    write_bytecode(("pandas", *PRELOAD))  # many tests start sandboxes without an executor, which does this for runs
+    write_bytecode(PRELOAD)  # many tests start sandboxes without an executor, which does this for runs
+
+
+@pytest.fixture(scope="session")
+def random_weights():
+    """Fills an abstract tree of weights, such as `model.abstract_frozen()`, with random numbers for which activations stay of order 1.
+
+    NumPy draws them. `model.init_frozen` compiles a random generator for every shape, which takes most of the time of a test of a small
+    model.
+    """
+
+    def draw(abstract, seed: int = 0):
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, struct):
+            name, values = path[-1].key, rng.standard_normal(struct.shape)
+            if "norm" in name:
+                values = 1 + 0.1 * values
+            else:
+                values *= {"bias": 0.1, "sinks": 1.0, "embedding": 1.0}.get(name, struct.shape[-1] ** -0.5)
+            return jnp.asarray(values, struct.dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+    return draw
 
 
 def pytest_collection_modifyitems(items):

@@ -16,6 +16,7 @@ import pytest
 
 from discover_jax import doctor
 from discover_jax.config import validate
+from discover_jax.exceptions import RunError
 from discover_jax.models import folder as folders
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.policy import APPRENTICE
@@ -148,3 +149,13 @@ def test_accelerator_that_jax_does_not_see_is_named(tmp_path, monkeypatch, prese
     if doctor.jax.default_backend() != "cpu":
         pytest.skip("jax sees an accelerator here")
     assert f"discover_jax[{extra}]" in _findings(tmp_path)["devices"].text
+
+
+def test_packages_that_programs_cannot_import_have_a_remedy():
+    assert "for programs: " in doctor._packages()[0]
+    doctor._check_imports({})
+    error = "OSError: libgomp.so.1: cannot open shared object file: No such file or directory"
+    with pytest.raises(RunError, match=r"lightgbm .*libgomp\.so\.1.*apt-get install libgomp1.*pip uninstall lightgbm`"):
+        doctor._check_imports({"lightgbm": error})
+    with pytest.raises(RunError, match=r"catboost .*sandboxes contain.*pip uninstall catboost`"):
+        doctor._check_imports({"catboost": "the process died by SIGILL"})

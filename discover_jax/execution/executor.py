@@ -1,25 +1,27 @@
 """The executor: takes programs and returns futures of verdicts. It has one thread per slot; equal programs share one execution."""
 
 import dataclasses
+import importlib.metadata
 import logging
 import pickle
 import queue
 import signal
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, cast
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
 from discover_jax.execution import sandbox
-from discover_jax.execution.backend import Backend, Execute, NoSlots, RunTask, ShownTask
+from discover_jax.execution.backend import Backend, End, Execute, Load, NoSlots, RunTask, ShownTask
 from discover_jax.execution.cache import VerdictCache, packages
 from discover_jax.execution.evaluating import EvaluatedTask, Evaluators
 from discover_jax.execution.grading import Graders
+from discover_jax.execution.imports import module_of, program_importing
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
-from discover_jax.types import Execution, Grade, Outcome, Verdict
+from discover_jax.types import Answer, Execution, Grade, Outcome, Verdict
 
 _TRIES = 3  # after a failure of the host, a program runs up to two more times, each time in a fresh sandbox
 BACKENDS = {"bubblewrap": "bubblewrap", "ray": "bubblewrap", "unsafe-subprocess": "unsafe-subprocess"}
@@ -87,6 +89,7 @@ class Executor:
         tasks_bytes = pickle.dumps(list(tasks))
         shown = [ShownTask(list(task.public_dirs), task.calls) for task in tasks]
         self._tasks = list(tasks)
+        self._seconds = limits.seconds
         self._backend: Backend
         if backend == "ray":
             from discover_jax.execution.cluster import RayBackend  # ray is an extra
@@ -163,6 +166,45 @@ class Executor:
                 return future
         future.set_result(verdict)
         return future
+
+    def unusable_packages(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of the packages that are installed but that a program cannot import, with the error.
+
+        Runs a program for each package that sandboxes do not import anyway, on any slot, thus on one node of a cluster. An executor without
+        slots finds nothing.
+
+        Args:
+          names: for pip. Those that are not installed are left out.
+
+        Raises:
+          SandboxError: the host failed.
+        """
+        imported = {"numpy", "pandas", "scipy", *(module.partition(".")[0] for module in sandbox.PRELOAD)}
+        modules = {}
+        for name in names if self._backend.slots else ():
+            try:
+                modules[name] = module_of(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        asked = {name: module for name, module in modules.items() if module not in imported}
+        if not asked:
+            return {}
+        with ThreadPoolExecutor(len(asked)) as threads:
+            errors = dict(zip(asked, threads.map(self._import_error, asked.values()), strict=True))
+        return {name: error for name, error in errors.items() if error}
+
+    def _import_error(self, module: str) -> str:
+        """Why a program cannot import the module; empty if it can."""
+        program = program_importing(module)
+        with self._backend.slot() as slot:
+            if self._tasks[0].calls:
+                reply: Answer | Execution = slot.ask(Load(0, program, b"", self._seconds))
+                slot.ask(End())
+            else:
+                reply = slot.ask(Execute(0, 0, program))
+        if reply.outcome is Outcome.OK:
+            return ""
+        return (reply.detail.strip().splitlines() or [reply.outcome.value])[-1]
 
     @property
     def isolated(self) -> bool:

@@ -23,6 +23,8 @@ import resource
 import sys
 import traceback
 import types
+from collections.abc import Callable
+from typing import Any
 
 PROGRAM = "solution"
 _OWN_FRAMES = 4  # number of the program's own frames in a traceback: enough for run() and its callees
@@ -107,22 +109,27 @@ class _Submission:
     """Runs the program once. The answer is the table that `run()` returns, as CSV."""
 
     def __init__(self, most_bytes: int) -> None:
-        import pandas
+        self._most_bytes, self._type_of = most_bytes, builtins.type
+        # From before the program runs, which may replace attributes of pandas. Without preloaded pandas, the program imports it.
+        self._table = self._table_type()
 
-        self._most_bytes = most_bytes
-        # References from before the program runs: it may replace them in pandas or builtins.
-        self._frame_type, self._to_csv, self._type_of = pandas.DataFrame, pandas.DataFrame.to_csv, builtins.type
+    @staticmethod
+    def _table_type() -> tuple[type, Callable[..., Any]] | None:
+        """The type of submissions and its method that writes them; None if pandas has not been imported."""
+        pandas = sys.modules.get("pandas")
+        return None if pandas is None else (pandas.DataFrame, pandas.DataFrame.to_csv)
 
     def answer(self, source: bytes) -> tuple[str, bytes]:
         run = getattr(_load(source), "run", None)
         if not callable(run):
             raise NameError("the program defines no function run()")
         frame = run()
-        if self._type_of(frame) is not self._frame_type:
+        table = self._table or self._table_type()
+        if table is None or self._type_of(frame) is not table[0]:
             return "invalid_submission", f"run() returned {self._type_of(frame).__name__}, not a pandas.DataFrame".encode()
         buffer = _Bounded(self._most_bytes)
         try:
-            self._to_csv(frame, buffer, index=False)
+            table[1](frame, buffer, index=False)
         except _TooBigError:
             return "result_too_big", f"the submission is longer than {self._most_bytes} bytes of CSV".encode()
         except BaseException as error:
@@ -181,6 +188,10 @@ def main(options: dict) -> None:
     for name in options["preload"]:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
+    if (joblib := sys.modules.get("joblib")) is not None:
+        # Without /sys, it finds no physical cores if the program has all of the machine's. It remembers that, and warns only now, when
+        # output is not the program's. LightGBM asks for it in each fit.
+        joblib.cpu_count(only_physical_cores=True)
     kind_of_program = _Calls if options["calls"] else _Submission
     program = kind_of_program(options["result_bytes"])
     # Keep references: the program may replace them in os.

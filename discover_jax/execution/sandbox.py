@@ -29,6 +29,7 @@ from discover_jax.execution.output import HeadAndTail, normalised
 from discover_jax.types import PARENT_OUTPUT, Answer, Execution, Outcome
 
 PRELOAD = (
+    "pandas",
     "sklearn.compose",
     "sklearn.ensemble",
     "sklearn.impute",
@@ -76,7 +77,7 @@ class SandboxSpec:
       limits: of one program.
       slot, cores: number of the slot, and the CPUs leased to it.
       uid: leased uid of its programs; None: this process's own, if it is not root.
-      preload: modules that a sandbox imports before it is ready, in addition to numpy and, without `calls`, pandas.
+      preload: modules that a sandbox imports before it is ready, in addition to numpy.
       calls: whether its programs' functions are called one by one, instead of run() once for a submission.
     """
 

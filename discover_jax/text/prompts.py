@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ STYLES = ("full", "brief")
 ANSWERS = ("program", "edits")
 
 # Distributions that programs may import; the full prompt lists those that are installed.
-_PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
+PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
 
 IDEAS = (
     "feature engineering from what the columns mean",
@@ -90,6 +90,7 @@ class PromptSettings:
       answer: "program", or "edits" to ask for edits of the parent's program; see `asks_for_edits`.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
       packages: packages that a program may import, as the prompt states them, unless the problem names others; see `installed_packages`.
+      unusable: packages that are installed but that programs cannot import: no prompt names them.
       ideas: suggestions for improving a program for a competition.
       ideas_shown: number of ideas in a prompt, rotating over groups and steps; 0 for all.
       stdout_chars, error_chars: maximum length of the shown end of the parent's output, and of an error.
@@ -102,6 +103,7 @@ class PromptSettings:
     cores: int = 2
     memory_gib: float = 4.0
     packages: tuple[str, ...] = ("numpy", "pandas", "scipy", "scikit-learn")
+    unusable: frozenset[str] = frozenset()
     ideas: tuple[str, ...] = IDEAS
     ideas_shown: int = 0
     stdout_chars: int = 2000
@@ -116,14 +118,17 @@ class PromptSettings:
             raise ConfigError(f"config.sampling.max_prompt_tokens = {self.max_tokens} must be at least 1.")
 
 
-def installed_packages(names: Sequence[str] = _PACKAGES) -> tuple[str, ...]:
+def installed_packages(names: Sequence[str] = PACKAGES, unusable: Collection[str] = ()) -> tuple[str, ...]:
     """Those of the packages that are installed, with versions. Programs run in the same Python environment.
 
     Args:
       names: for pip. Default: packages for tables and models.
+      unusable: names of packages to leave out, because programs cannot import them.
     """
     found = []
     for name in names:
+        if name in unusable:
+            continue
         try:
             found.append(f"{name.removesuffix('-cpu')} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -267,7 +272,7 @@ def _contract(task: TaskLike, settings: PromptSettings, *, edits: bool) -> str:
     code = "its code" if edits else "the code block"
     rules = f"\n\n{INSTRUCTIONS}" if edits else ""
     limits = f"{settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network"
-    packages = ", ".join(installed_packages(task.packages) or settings.packages)
+    packages = ", ".join(installed_packages(task.packages, settings.unusable) or settings.packages)
     if task.interface:
         answer = "edits of your last program" if edits else "exactly one\nPython code block"
         return f"""\

@@ -21,7 +21,7 @@ from discover_jax.types import Execution, Outcome, Verdict
 
 @pytest.fixture(scope="session", autouse=True)
 def light_sandboxes():
-    """Sandboxes that preload only pandas, which saves a second each; `full_spec` preloads everything."""
+    """Sandboxes that preload only numpy, which saves a second each; `full_spec` preloads everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "PRELOAD", ())
         yield

@@ -88,11 +88,13 @@ def test_invalid_submissions(ask, program, said):
     assert said in verdict.grade.reason
 
 
-def test_monkeypatched_pandas_does_not_change_the_score(ask):
+def test_monkeypatched_pandas_does_not_change_the_score(spec, run_with, task):
+    """With pandas preloaded, as in runs."""
     patched = "\nimport json\npd.DataFrame.to_csv = lambda *a, **k: open('x', 'w').write('id,y')\npd.read_csv = None\njson.dumps = None\n"
     program = GOOD.replace('pd.read_csv("data/sample_submission.csv")', "pd.DataFrame({'id': [10, 11, 12, 13]})") + patched
-    verdict = ask(program)
-    assert (verdict.outcome, verdict.grade.score) == (Outcome.OK, GOOD_SCORE)
+    execution = run_with(dataclasses.replace(spec, preload=("pandas",)), program)
+    assert execution.outcome is Outcome.OK, execution
+    assert task.grade(execution.result).score == GOOD_SCORE
 
 
 def test_segmentation_fault_and_own_signals(ask):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,9 +100,10 @@ def strike(hosts: Hosts, victim: int) -> None:
 
 
 def test_two_processes_match_one_until_one_is_lost(root, tmp_path):
-    """The slow tests check that the run then resumes with any number of processes."""
+    """The slow tests check that the run then resumes with any number of processes, and run the programs again."""
     expected = (unbroken(root) / "journal.jsonl").read_bytes()
-    hosts = Hosts(root, tmp_path / "run", 2)
+    verdicts = shutil.copytree(unbroken(root) / "cache", tmp_path / "cache")
+    hosts = Hosts(root, tmp_path / "run", 2, f"--config.execution.cache={verdicts}")
     hosts.await_phase("sampling", 2)
     strike(hosts, victim=1)
     journal = (tmp_path / "run" / "journal.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""`discover_jax.main` as users start it, with two changes. Sandboxes preload only pandas, which saves each a second of importing. A line
+"""`discover_jax.main` as users start it, with two changes. Sandboxes preload only numpy, which saves each a second of importing. A line
 `phase NAME` announces each phase of a step, so that a test can inject a fault in it. The run fails in the phase that the environment
 variable DISCOVER_TEST_FAIL_IN names.
 """

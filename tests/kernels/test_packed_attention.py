@@ -47,12 +47,14 @@ def _output_and_gradients(function, problem):
     return out, gradients
 
 
-def _check(attend, expected, problem):
-    """`expected` is the output and the gradients."""
+def _check(attend, expected, problem, *, alone=True):
+    """`expected` is the output and the gradients. `alone`: also checks the output without gradients, which is compiled again."""
     q, k, v, segments, sinks, _ = problem
     real, (out, gradients) = (segments > 0)[..., None, None], expected
-    np.testing.assert_allclose(jax.jit(attend)(q, k, v, segments, sinks) * real, out * real, atol=2e-6)
-    for got, want in zip(_output_and_gradients(attend, problem)[1], gradients, strict=True):
+    out_with, found = _output_and_gradients(attend, problem)
+    for each in (out_with, jax.jit(attend)(q, k, v, segments, sinks)) if alone else (out_with,):
+        np.testing.assert_allclose(each * real, out * real, atol=2e-6)
+    for got, want in zip(found, gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
         assert np.abs(want).max() > 0.1
 
@@ -76,23 +78,28 @@ def _direct_of_rows(number):
 @pytest.mark.parametrize("block", [8, pytest.param(16, marks=pytest.mark.slow), 512])
 def test_full_attention(monkeypatch, number, block):
     monkeypatch.setattr(packed_attention, "BLOCK", block)
-    _check(packed_attention_reference, _direct_of_rows(number), _problem(*ROWS[number]))
+    _check(packed_attention_reference, _direct_of_rows(number), _problem(*ROWS[number]), alone=block == 8)
 
 
-@pytest.mark.parametrize(("rows", "tokens"), ROWS)
-@pytest.mark.parametrize(
-    ("window", "least", "at_once"),
-    [(4, 4, 2), pytest.param(8, 64, 16, marks=pytest.mark.slow), (1, 3, 5), pytest.param(200, 64, 16, marks=pytest.mark.slow)],
-)
-def test_a_window(monkeypatch, rows, tokens, window, least, at_once):
+# The window of one token and its blocks of three are tested on the rows of many segments.
+_WINDOWS = [
+    *((number, 4, 4, 2) for number in range(len(ROWS))),
+    *((number, 1, 3, 5) for number in (1, 3)),
+    *(pytest.param(number, 1, 3, 5, marks=pytest.mark.slow) for number in (0, 2, 4)),
+    *(pytest.param(number, *sizes, marks=pytest.mark.slow) for number in range(len(ROWS)) for sizes in ((8, 64, 16), (200, 64, 16))),
+]
+
+
+@pytest.mark.parametrize(("number", "window", "least", "at_once"), _WINDOWS)
+def test_a_window(monkeypatch, number, window, least, at_once):
     monkeypatch.setattr(packed_attention, "LEAST_WINDOW_BLOCK", least)
     monkeypatch.setattr(packed_attention, "WINDOW_BLOCKS", at_once)
 
     def attend(*arguments):
         return windowed_attention_reference(*arguments, window=window)
 
-    problem = _problem(rows, tokens)
-    _check(attend, _output_and_gradients(lambda *arguments: _direct(*arguments, window), problem), problem)
+    problem = _problem(*ROWS[number])
+    _check(attend, _output_and_gradients(lambda *arguments: _direct(*arguments, window), problem), problem, alone=number == 3)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (3, 3), (7, 1)])

@@ -18,12 +18,12 @@ from discover_jax.types import Prompt
 
 
 @jax.default_matmul_precision("highest")  # GPUs use a lower precision by default
-def test_gap_between_sampler_and_trainer_is_rounding():
+def test_gap_between_sampler_and_trainer_is_rounding(random_weights):
     """Rollouts longer than the sliding window: the sampler uses prefill and cached decode, the trainer whole packed sequences."""
     model = Model(ModelConfig(2, 32, 4, 2, 16, 4, 2, 32, 53, sliding_window=8), LoraConfig(2, 2, 2, 4.0))
-    frozen = model.init_frozen(jax.random.key(0))
+    frozen = random_weights(model.abstract_frozen())
     rng = np.random.default_rng(0)
-    lora = jax.tree.map(lambda leaf: np.float32(0.3 * rng.normal(size=leaf.shape)), model.abstract_lora())
+    lora = jax.tree.map(lambda leaf: np.float32(0.15 * rng.normal(size=leaf.shape)), model.abstract_lora())
     prompts = [Prompt(g, "seed", "", rng.integers(0, 53, n).astype(np.int32)) for g, n in enumerate([4, 13])]
     sampler = Sampler(
         model, slots=6, max_prompt_tokens=16, max_new_tokens=24, temperature=0.7, temperature_spread=0.4, stop_ids=[1], launch_steps=8

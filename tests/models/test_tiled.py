@@ -53,9 +53,8 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def lora():
-    leaves, structure = jax.tree.flatten(PACKED.init_lora(jax.random.key(1)))
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    return jax.tree.unflatten(structure, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype), PACKED.abstract_lora())
 
 
 def _tokens(rows, length):

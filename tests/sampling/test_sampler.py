@@ -396,13 +396,13 @@ def test_invalid_second_phases_are_refused():
         _sampler(second_phase=dataclasses.replace(PHASE, forced=(STOP, 3, 4)))
 
 
-def test_log_probabilities_equal_a_full_forward_of_gpt_oss():
+def test_log_probabilities_equal_a_full_forward_of_gpt_oss(random_weights):
     """Prompts of different lengths around the sliding window, longer rollouts, refilled slots, and an adapter that is not zero."""
     config = ModelConfig(2, 32, 2, 1, 16, 4, 2, 32, 61, sliding_window=16, eos_id=1, pad_id=0)
     model = Model(config, LoraConfig(4, 2, 4))
-    frozen = model.init_frozen(jax.random.key(0))
-    lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), model.init_lora(jax.random.key(1)))
+    frozen = random_weights(model.abstract_frozen())
     rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda x: np.float32(0.1 * rng.normal(size=x.shape)), model.abstract_lora())
     prompts = [Prompt(g, "seed", "", rng.integers(2, 61, n).astype(np.int32)) for g, n in enumerate((3, 15, 16, 17, 40))]
     sampler = _sampler(model, slots=4, max_prompt_tokens=40, max_new_tokens=24, stop_ids=(1,), launch_steps=8)
 

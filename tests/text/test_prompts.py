@@ -218,6 +218,15 @@ def test_installed_packages_can_be_imported():
     assert not [name for name in names if name.endswith("-cpu")]
 
 
+def test_packages_that_programs_cannot_import_are_not_named(chat):
+    """Neither for competitions nor for problems that name them."""
+    assert installed_packages(["numpy", "pandas"], unusable={"pandas"}) == installed_packages(["numpy"])
+    problem = Task(packages=("numpy", "pandas"), interface="`run()`")
+    settings = dataclasses.replace(FULL, unusable=frozenset({"pandas"}))
+    text = build_prompt(problem, SEED, (), settings, chat, group=0, step=0).text
+    assert f"Installed packages: {installed_packages(['numpy'])[0]}. " in text
+
+
 def test_ideas_take_turns(chat, tokenizer):
     """Two at a time over groups and steps: all are used, and none twice before all were. `fits` counts all of them."""
     settings = dataclasses.replace(FULL, ideas_shown=2)

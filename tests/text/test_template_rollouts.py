@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from test_prompts import FULL, PARENT, Task, failure
@@ -78,7 +77,7 @@ def test_programs_of_rollouts(chat_folder):
     assert program_of(rollout(chat, answer[:-5], StopReason.MAX_TOKENS), chat) == "def run():\n    return 1"
 
 
-def test_stop_ids_and_the_two_phases_in_the_sampler(chat_folder):
+def test_stop_ids_and_the_two_phases_in_the_sampler(chat_folder, random_weights):
     """Random weights: rollouts end at any stop id, and those that still think get the closing text and begin their answer."""
     chat = Template(chat_folder("qwen3"))
     model = Model(
@@ -89,7 +88,7 @@ def test_stop_ids_and_the_two_phases_in_the_sampler(chat_folder):
     sampler = Sampler(model, stop_ids=chat.stop_ids, second_phase=phase, **options)
     prompt = chat.render("Hello?").ids
     prompts = [Prompt(0, "seed", "", np.asarray(prompt, np.int32))]
-    rollouts = list(sampler.sample(model.init_frozen(jax.random.key(0)), None, prompts, 64, seed=0, step=0))
+    rollouts = list(sampler.sample(random_weights(model.abstract_frozen()), None, prompts, 64, seed=0, step=0))
     ends, answers = set(), 0
     markers = {chat.tokenizer.special(name) for name in ("<think>", "</think>")}
     for r in rollouts:
