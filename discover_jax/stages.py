@@ -27,7 +27,7 @@ from discover_jax.learning.advantages import least_rollouts
 from discover_jax.learning.best_of_k import k_of_step, weight_of_step
 from discover_jax.learning.estimates import Estimates, Objective, estimate_step
 from discover_jax.learning.packing import Batch, pack, pack_substeps
-from discover_jax.learning.signals import Diversity, FailureHandling
+from discover_jax.learning.signals import Diversity, FailureHandling, results_of
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
 from discover_jax.runs.attempts import attempt_of, seed_of, seed_verdicts, stored_seeds
@@ -319,12 +319,13 @@ def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], fro
     train, diversity = run.config.train, run.config.diversity
     objective = objective_of_step(train, step - (run.last_step - train.steps))
     bests_G = [_best_value(frontiers[group.task.id]) if train.frontier_base == "best" else None for group in groups]
+    known = {id: {results_of(state) for state in (frontier.seed, *frontier.archive.states)} for id, frontier in frontiers.items()}
     estimates = estimate_step(
         attempts_GK,
         [group.task.signals for group in groups],
         objective=objective,
         diversity=Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies),
-        parents_G=[group.parent for group in groups],
+        known_G=[known[group.task.id] for group in groups],
         failure_rewards_G=[group.task.failure_reward for group in groups],
         bests_G=bests_G,
     )

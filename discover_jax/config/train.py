@@ -269,7 +269,7 @@ DIVERSITY: dict[str, Any] = {
     ),
     "copies": Setting(
         "keep",
-        "valid programs with the same results as their parent, or as an earlier program of the group: the same score and, for competitions,"
+        "valid programs with the results of an archived program, or of an earlier one in the group: the same score and, for competitions,"
         " the same results on all rows. `keep`: each counts like others; `fail`: each gets the signal of a failure",
         choices=("keep", "fail"),
     ),

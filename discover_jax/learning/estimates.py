@@ -1,13 +1,13 @@
 """The advantages of a step: the signals of each group, then the estimator, then one advantage for each rollout in the update."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 
 from discover_jax.learning.advantages import advantage_metrics, estimate_groups, is_constant, least_rollouts
-from discover_jax.learning.signals import Diversity, FailureHandling, Signals, diversity_metrics, group_signals, place_failures
-from discover_jax.types import SEED, Attempt, RolloutKey, State
+from discover_jax.learning.signals import Diversity, FailureHandling, Results, Signals, diversity_metrics, group_signals, place_failures
+from discover_jax.types import Attempt, RolloutKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def estimate_step(
     *,
     objective: Objective,
     diversity: Diversity,
-    parents_G: Sequence[State] | None = None,
+    known_G: Sequence[Container[Results]] | None = None,
     failure_rewards_G: Sequence[float] | None = None,
     bests_G: Sequence[float | None] | None = None,
 ) -> Estimates:
@@ -70,18 +70,18 @@ def estimate_step(
       transforms_G: for each group, the function from its rewards to signals; see `Task.signals`.
       objective: estimator, its parameters in this step, and the signals of failures.
       diversity: novelty bonus, duplicates and copies.
-      parents_G: the parent of each group, for copies; by default the empty seed.
+      known_G: for each group, the results of its task's programs of earlier steps, for copies; by default none.
       failure_rewards_G: for each group, its task's reward of a failure; by default 0.
       bests_G: for each group, the best signal before the step, for `frontier`; None: there is none.
 
     Raises:
       ConfigError, LearningError: see `estimate_groups`.
     """
-    parents_G = [SEED] * len(attempts_GK) if parents_G is None else parents_G
+    known_G = [()] * len(attempts_GK) if known_G is None else known_G
     failure_rewards_G = [0.0] * len(attempts_GK) if failure_rewards_G is None else failure_rewards_G
     signals_G = [
-        group_signals(attempts_K, to_signal, diversity, parent=parent, failure_reward=failure_reward)
-        for attempts_K, to_signal, parent, failure_reward in zip(attempts_GK, transforms_G, parents_G, failure_rewards_G, strict=True)
+        group_signals(attempts_K, to_signal, diversity, known=known, failure_reward=failure_reward)
+        for attempts_K, to_signal, known, failure_reward in zip(attempts_GK, transforms_G, known_G, failure_rewards_G, strict=True)
     ]
     signals_G = place_failures(signals_G, attempts_GK, objective.failures)
     estimated_G = estimate_groups(
@@ -98,7 +98,7 @@ def estimate_step(
         if estimated is not None
         for index, value in zip(np.flatnonzero(signals.included_K), estimated.values_K, strict=True)
     }
-    metrics = advantage_metrics(estimated_G) | objective.metrics() | diversity_metrics(attempts_GK, parents_G)
+    metrics = advantage_metrics(estimated_G) | objective.metrics() | diversity_metrics(attempts_GK, known_G)
     return Estimates(advantages, groups_with_too_few(signals_G, objective.estimator, objective.k), metrics)
 
 

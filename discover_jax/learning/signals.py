@@ -6,17 +6,26 @@ which gives no gradient. The last keeps failures from drowning the differences o
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.text.structure import structure_distance, structure_key, structure_parts
-from discover_jax.types import SEED, Attempt, Outcome, State
+from discover_jax.types import Attempt, Outcome, State
 
 DUPLICATES = ("keep", "drop")
 COPIES = ("keep", "fail")
 FAILURES = ("reward", "spread")
+
+
+Results = tuple[float | None, str]
+"""What a program achieved: its score, and the results of the rows behind it (see `row_results`)."""
+
+
+def results_of(program: Attempt | State) -> Results:
+    """The results by which copies are found."""
+    return program.score, program.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +37,8 @@ class Diversity:
         a score in its group; 0 disables it.
       duplicates: "keep" or "drop". With "drop", baseline and update use only the first of a group's programs that differ only in names and
         layout.
-      copies: "keep" or "fail". With "fail", copies get the signal of a failure. A copy is a valid program with the same results as its
-        parent, or as an earlier program of its group: the same score, and for competitions the same results on all rows.
+      copies: "keep" or "fail". With "fail", copies get the signal of a failure. A copy is a valid program with the results of a program of
+        an earlier step, or of an earlier one in its group: the same score, and for competitions the same results on all rows.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -90,7 +99,7 @@ def group_signals(
     transform: Callable[[Sequence[float]], list[float]],
     diversity: Diversity,
     *,
-    parent: State = SEED,
+    known: Container[Results] = (),
     failure_reward: float = 0.0,
 ) -> Signals:
     """The signals of a group.
@@ -99,12 +108,12 @@ def group_signals(
       attempts_K: the attempts of one group, in order.
       transform: the function from the group's rewards to signals; see `Task.signals`.
       diversity: novelty bonus, duplicates and copies.
-      parent: of the group, for copies.
+      known: results of the programs of earlier steps, for copies.
       failure_reward: the task's reward of a failure, for copies that count as failures.
     """
     failed_K = np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool)
     if diversity.copies == "fail":
-        failed_K |= _copies(attempts_K, parent)
+        failed_K |= _copies(attempts_K, known)
     rewards_K = [
         failure_reward if failed and attempt.outcome is Outcome.OK else attempt.reward
         for attempt, failed in zip(attempts_K, failed_K, strict=True)
@@ -149,19 +158,19 @@ def place_failures(signals_G: Sequence[Signals], attempts_GK: Sequence[Sequence[
     return placed
 
 
-def diversity_metrics(groups: Sequence[Sequence[Attempt]], parents: Sequence[State]) -> dict[str, float | None]:
+def diversity_metrics(groups: Sequence[Sequence[Attempt]], known_G: Sequence[Container[Results]]) -> dict[str, float | None]:
     """The `diversity/` metrics of a step: how different its programs are.
 
     Args:
       groups: the attempts of each group.
-      parents: the parent of each group.
+      known_G: for each group, the results of the programs of earlier steps.
     """
     programs = [[attempt for attempt in group if attempt.code is not None] for group in groups]
     count = sum(map(len, programs))
     distances = [value for group in programs for value in _distances(group)[np.triu_indices(len(group), k=1)].tolist()]
     distinct = len({structure_key(attempt.code or "") for group in programs for attempt in group})
     valid = sum(attempt.outcome is Outcome.OK for group in groups for attempt in group)
-    copies = sum(int(_copies(group, parent).sum()) for group, parent in zip(groups, parents, strict=True))
+    copies = sum(int(_copies(group, known).sum()) for group, known in zip(groups, known_G, strict=True))
     return {
         "diversity/copy_frac": copies / valid if valid else None,
         "diversity/duplicate_frac": sum(int(_repeated(group).sum()) for group in programs) / count if count else None,
@@ -182,14 +191,14 @@ def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
     return repeated_K
 
 
-def _copies(attempts_K: Sequence[Attempt], parent: State) -> np.ndarray:
-    """bool [K]: whether a valid program has the same results as its parent, or as an earlier program of the group."""
-    seen = {(parent.score, parent.rows)}
+def _copies(attempts_K: Sequence[Attempt], known: Container[Results]) -> np.ndarray:
+    """bool [K]: whether a valid program has the results of a program of an earlier step, or of an earlier one in the group."""
+    seen: set[Results] = set()
     copies_K = np.zeros(len(attempts_K), bool)
     for index, attempt in enumerate(attempts_K):
         if attempt.outcome is Outcome.OK:
-            results = (attempt.score, attempt.rows)
-            copies_K[index] = results in seen
+            results = results_of(attempt)
+            copies_K[index] = results in known or results in seen
             seen.add(results)
     return copies_K
 

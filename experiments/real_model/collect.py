@@ -1,6 +1,6 @@
 """Tables of the runs with a real language model, from their folders, and the comparison of training with search.
 
-  python experiments/real_model/collect.py --runs=DIR --steps=N          # writes runs.csv and steps.csv beside this file
+  python experiments/real_model/collect.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
   python experiments/real_model/collect.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
 
 A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Runs are compared seed by seed on their first N steps, so at
@@ -22,6 +22,8 @@ from typing import Any
 from scipy import stats
 
 from discover_jax.archive.journal import Journal
+from discover_jax.runs.attempts import SEED_PROGRAMS
+from discover_jax.runs.finalists import NAME
 from discover_jax.runs.metrics import read_metrics
 from discover_jax.types import SEED
 
@@ -69,7 +71,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward)
     by_id = {attempt.id: attempt for attempt in attempts}
     rewards = {attempt.id: attempt.reward for attempt in attempts} | {SEED.id: _seed_reward(folder)}
-    file = folder / "finalists.json"
+    file = folder / NAME
     winner = json.loads(file.read_bytes())[0]["finalists"][0] if file.exists() else None
     valid = [row["outcome/ok"] / row["rollouts/count"] for row in metrics]
     run = names | {
@@ -81,7 +83,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
         "mean_last": round(metrics[-1]["reward/mean"], 6),
         "valid_first": valid[0],
         "valid_last": valid[-1],
-        "copies_last": _rounded(metrics[-1]["diversity/copy_frac"]),
+        "copies_last": _rounded(metrics[-1].get("diversity/copy_frac")),
         "better": sum(attempt.score is not None and attempt.reward > rewards[attempt.parent_id] for attempt in attempts) / len(attempts),
     }
     of_steps = [
@@ -89,11 +91,11 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
         | {
             "step": row["step"] + 1,
             "valid": share,
-            "copies": _rounded(row["diversity/copy_frac"]),
+            "copies": _rounded(row.get("diversity/copy_frac")),
             "mean": round(row["reward/mean"], 6),
             "best": row["best/score"],
-            "step_s": round(row["time/step_s"], 1),
-            "programs_s": round(row["time/execute_s"], 1),
+            "step_s": _rounded(row.get("time/step_s"), 1),
+            "programs_s": _rounded(row.get("time/execute_s"), 1),
         }
         for row, share in zip(metrics, valid, strict=True)
     ]
@@ -102,12 +104,12 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
 
 def _seed_reward(folder: Path) -> float:
     """The seed program's score, as a reward: both problems reward the score itself. Without a seed program, any program is better."""
-    file = folder / "seed_programs.json"
+    file = folder / SEED_PROGRAMS
     return json.loads(file.read_bytes())[0]["verdict"]["grade"]["score"] if file.exists() else float("-inf")
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+def _rounded(value: float | None, digits: int = 6) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def write(file: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -185,17 +187,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of the runs to collect")
     parser.add_argument("--steps", type=int, default=12, help="number of steps of each run to use")
+    parser.add_argument("--csv", type=Path, default=HERE, help="folder of the tables; default: that of this file")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     options = parser.parse_args()
     if options.runs is not None:
         found = [measures(folder, options.steps) for folder in sorted(options.runs.iterdir()) if (folder / "journal.jsonl").exists()]
-        write(HERE / "runs.csv", RUNS, [run for run, _ in found])
-        write(HERE / "steps.csv", STEPS, [step for _, steps in found for step in steps])
-    rows = read(HERE / "runs.csv")
+        write(options.csv / "runs.csv", RUNS, [run for run, _ in found])
+        write(options.csv / "steps.csv", STEPS, [step for _, steps in found for step in steps])
+    rows = read(options.csv / "runs.csv")
     for problem in dict.fromkeys(row["problem"] for row in rows):
         print("\n".join(table(rows, problem)))
         if options.plots is not None:
-            draw(read(HERE / "steps.csv"), problem, options.plots / f"real-model-{problem}.svg")
+            draw(read(options.csv / "steps.csv"), problem, options.plots / f"real-model-{problem}.svg")
 
 
 if __name__ == "__main__":

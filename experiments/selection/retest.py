@@ -19,7 +19,7 @@ from discover_jax.archive.journal import Journal
 from discover_jax.archive.ranking import Ranking
 from discover_jax.execution import Executor
 from discover_jax.execution.limits import resource_limits
-from discover_jax.runs.attempts import seed_verdicts
+from discover_jax.runs.attempts import SEED_PROGRAMS, seed_verdicts
 from discover_jax.runs.finalists import NAME, Choice, choose
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.retests import prepare_retests
@@ -40,7 +40,7 @@ def run_config(folder: Path, raw: str) -> Any:
 
 def seed_state(folder: Path) -> State:
     """The seed program of a run with its score as value, or the empty seed."""
-    file = folder / "seed_programs.json"
+    file = folder / SEED_PROGRAMS
     if not file.exists():
         return SEED
     ((_, program, verdict),) = seed_verdicts(file, json.loads(file.read_bytes()))

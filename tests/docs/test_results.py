@@ -1,22 +1,38 @@
-"""The tables in docs/results.md match those that experiments/evidence.py prints from the data in experiments/."""
+"""The tables in docs/results.md match those that the scripts in experiments/ print from the data there."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from synthetic_run import attempt, write_run
+from synthetic_run import attempt, write_run, write_seed_program
 
+from discover_jax.row_results import encode
 from discover_jax.types import Outcome
 
 ROOT = Path(__file__).parents[2]
 TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n'
 
 
-def test_page_shows_the_measurements():
-    command = [sys.executable, "experiments/evidence.py", "--csv=experiments/evidence"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def output(*command: str) -> str:
+    """What a script prints."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("experiments/evidence.py", "--csv=experiments/evidence"),
+        ("experiments/real_model/collect.py",),
+        ("experiments/selection/replay.py", "--csv=experiments/selection/replay.csv"),
+    ],
+    ids=lambda command: command[0].split("/")[-1],
+)
+def test_page_shows_the_measurements(command):
+    printed = output(*command)
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
     assert len(rows) >= 6
@@ -50,3 +66,44 @@ def test_measures_by_hand(tmp_path):
     assert traits["greedy-entropic", "1", "several models"] == "0.5"
     assert ("greedy-none", "2", "column deck") not in traits  # its only program with a score lacks the column
     assert not (tmp_path / "csv" / "same_prompts.csv").exists()
+
+
+def finalists(id, retested):
+    return json.dumps([{"competition": "spaceship-titanic", "chosen": id, "finalists": [{"id": id, "retested_score": retested}]}])
+
+
+def test_measures_of_a_real_model_by_hand(tmp_path):
+    """Two steps of two programs, from a seed program with a score of 0.5. Only training has a better program in the second step."""
+    scores = {"space-search-7": [(0.6, None), (None, 0.55)], "space-train-7": [(0.6, None), (0.7, 0.4)], "space-train-8": [(0.6, 0.7)] * 2}
+    for name, steps in scores.items():
+        attempts = [
+            attempt(step, 0, index, "0000-000-000" if step else "seed", "pass", score, private_score=score and score - 0.1)
+            for step, pair in enumerate(steps)
+            for index, score in enumerate(pair)
+        ]
+        run = write_run(tmp_path / "runs" / name, attempts)
+        write_seed_program(run, "spaceship-titanic", 0.5)
+        (run / "finalists.json").write_text(finalists("0000-000-000", 0.58))
+    (tmp_path / "csv").mkdir()
+    printed = output("experiments/real_model/collect.py", f"--runs={tmp_path / 'runs'}", "--steps=2", f"--csv={tmp_path / 'csv'}")
+    runs = {(row["arm"], row["seed"]): row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
+    expected = {"best_grade": 0.7, "best_unseen": 0.6, "chosen_unseen": 0.5, "mean_last": 0.55, "valid_last": 1.0, "better": 0.5}
+    assert {name: float(runs["train", "7"][name]) for name in expected} == pytest.approx(expected)
+    assert float(runs["search", "7"]["better"]) == 0.25
+    assert "training minus search (1 seeds)" in printed  # seed 8 has no search
+    assert "| best program, on the reward's rows | 0.6000 +- nan | 0.7000 +- nan | +0.1000 +- nan |" in printed
+
+
+def test_choices_of_the_best_program_by_hand(tmp_path):
+    """The highest score is 0.3 too high in one run and 0.1 in the other. The retests choose a better program in the first."""
+    for name, unseen, winner in (("a", 0.4, "0000-000-001"), ("b", 0.6, "0000-000-000")):
+        results = [{"private_score": unseen + index / 10, "rows": encode(np.arange(10) < 7 - index, share=True)} for index in (0, 1)]
+        attempts = [attempt(0, 0, index, "seed", f"{index}", 0.7 - index / 10, **results[index]) for index in (0, 1)]
+        run = write_run(tmp_path / name, attempts)
+        (run / "finalists.json").write_text(finalists(winner, 0.55))
+    runs = [str(tmp_path / name) for name in "ab"]
+    printed = output("experiments/selection/replay.py", *runs, f"--csv={tmp_path / 'choices.csv'}")
+    half = 12.706204736 * 0.1  # of two values 0.2 apart
+    assert f"| raw | 2 | 0.7000 +- 0.0000 | 0.5000 +- {half:.4f} | +0.0000 +- 0.0000 | +0.2000 +- {half:.4f} |" in printed
+    rows = list(csv.DictReader((tmp_path / "choices.csv").open()))
+    assert [float(row["gap"]) for row in rows if row["choice"] == "finalists"] == pytest.approx([0.05, -0.05])

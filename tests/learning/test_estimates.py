@@ -16,7 +16,7 @@ from discover_jax.learning.estimates import Objective, estimate_step
 from discover_jax.learning.signals import Diversity, FailureHandling
 from discover_jax.runs.metrics import SCHEMA
 from discover_jax.runs.workdir import _LATER_SETTINGS
-from discover_jax.types import SEED, Attempt, Outcome, RunKind, State, StopReason
+from discover_jax.types import Attempt, Outcome, RunKind, State, StopReason
 
 REWARDS = [0.2, 0.9, 0.5, 0.5]
 
@@ -108,7 +108,7 @@ def state(value):
 def test_the_frontier_is_the_best_of_the_groups_own_competition_before_the_step():
     section = train(advantage="frontier", max_at_k=1, frontier_steps=1, steps=4)
     one = run(section, tasks=("boats", "houses", "trees"))
-    groups = [types.SimpleNamespace(task=task, parent=SEED) for task in one.tasks]
+    groups = [types.SimpleNamespace(task=task) for task in one.tasks]
     seeded = Frontier(Archive((), 10), seed=State("seed", None, "program", 0.8, 0.8, "", -1, 0))
     frontiers = {"boats": Frontier(Archive((), 10), best=state(0.4)), "houses": Frontier(Archive((), 10)), "trees": seeded}
     rows = [row for group, task in enumerate(one.tasks) for row in attempts(REWARDS, group, task.id)]
@@ -120,13 +120,23 @@ def test_the_frontier_is_the_best_of_the_groups_own_competition_before_the_step(
     np.testing.assert_array_equal(values(estimates), frontier(REWARDS, k=2).values_K)
 
 
+def test_copies_of_archived_programs_and_of_the_seed_count_as_failures_if_asked():
+    one = run(train(advantage="mean_baseline"))
+    one.config.diversity.copies = "fail"
+    seed = State("seed", None, "program", 0.2, 0.2, "", -1, 0)
+    frontiers = {"boats": Frontier(Archive((state(0.5),), 10), seed=seed)}
+    estimates = stages.estimate(one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), frontiers, step=10)
+    np.testing.assert_allclose(values(estimates), np.array([0.0, 0.9, 0.0, 0.0]) - 0.9 / 4)
+    assert estimates.metrics["diversity/copy_frac"] == 0.75
+
+
 def test_the_schedule_counts_the_steps_of_this_run():
     """A run that continues another one begins with a later step."""
     section = train(advantage="max_at_k", max_at_k=1, max_at_k_last=3, steps=3)
     one = run(section)
     for step, k in ((10, 1), (11, 2), (12, 3)):
         estimates = stages.estimate(
-            one, [types.SimpleNamespace(task=one.tasks[0], parent=SEED)], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, step
+            one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, step
         )
         np.testing.assert_array_equal(values(estimates), max_at_k(REWARDS, k=k).values_K)
 
@@ -134,7 +144,7 @@ def test_the_schedule_counts_the_steps_of_this_run():
 def test_groups_that_are_too_small_for_k_are_reported_with_the_number():
     one = run(train(advantage="max_at_k", max_at_k=4, steps=3))
     estimates = stages.estimate(
-        one, [types.SimpleNamespace(task=one.tasks[0], parent=SEED)], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, 10
+        one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, 10
     )
     assert not estimates.advantages
     assert "at least 5" in one.recorder.notes[0]

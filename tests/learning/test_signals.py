@@ -10,7 +10,7 @@ from discover_jax.learning.advantages import advantage_metrics, estimate_groups
 from discover_jax.learning.signals import Diversity, FailureHandling, diversity_metrics, group_signals, place_failures
 from discover_jax.runs.summary import step_row
 from discover_jax.text.structure import structure_distance, structure_parts
-from discover_jax.types import SEED, Attempt, Outcome, State, StopReason
+from discover_jax.types import Attempt, Outcome, StopReason
 
 A, B, C = "def run():\n    return 1", "def run():\n    return 2", "def run():\n    for i in range(9):\n        print(i)\n    return i"
 RENAMED_C = C.replace("i)", "k)").replace("i in", "k in").replace("return i", "return k")
@@ -53,31 +53,31 @@ def test_dropped_duplicates_are_those_after_the_first():
     assert signals.included_K.tolist() == [True, True, False, True, True, True]
 
 
-PARENT = State("0-0-9", "seed", A, value=0.5, score=0.5, stdout="", step=0, adapter_step=0, rows="bits: a")
+KNOWN = {(0.5, "bits: a"), (0.9, "bits: d")}
 COPIES = [
-    dataclasses.replace(attempt(0, B, 0.5), rows="bits: a"),  # other code, the parent's results
+    dataclasses.replace(attempt(0, B, 0.5), rows="bits: a"),  # the results of an earlier step, by other code
     dataclasses.replace(attempt(1, C, 0.75), rows="bits: b"),
     dataclasses.replace(attempt(2, A, 0.75), rows="bits: b"),  # the results of the one before
-    dataclasses.replace(attempt(3, C, 0.5), rows="bits: c"),  # the parent's score on other rows
+    dataclasses.replace(attempt(3, C, 0.5), rows="bits: c"),  # a known score on other rows
     attempt(4, B, -3.0, Outcome.EXCEPTION),
 ]
 
 
-def test_copies_of_the_parent_or_of_earlier_programs_can_count_as_failures():
-    signals = group_signals(COPIES, list, Diversity(copies="fail"), parent=PARENT, failure_reward=-3.0)
+def test_copies_of_earlier_programs_can_count_as_failures():
+    signals = group_signals(COPIES, list, Diversity(copies="fail"), known=KNOWN, failure_reward=-3.0)
     assert signals.values_K.tolist() == [-3.0, 0.75, -3.0, 0.5, -3.0]
     assert signals.failed_K.tolist() == [True, False, True, False, True]
     assert signals.included_K.all()
-    kept = group_signals(COPIES, list, Diversity(), parent=PARENT, failure_reward=-3.0)
+    kept = group_signals(COPIES, list, Diversity(), known=KNOWN, failure_reward=-3.0)
     assert kept.values_K.tolist() == [0.5, 0.75, 0.75, 0.5, -3.0]
     assert kept.failed_K.tolist() == [False] * 4 + [True]
 
 
 def test_copies_get_no_bonus_and_are_placed_like_failures():
     diversity = Diversity(copies="fail", novelty_bonus=0.5)
-    bonus = group_signals(COPIES, list, diversity, parent=PARENT, failure_reward=-3.0)
+    bonus = group_signals(COPIES, list, diversity, known=KNOWN, failure_reward=-3.0)
     assert bonus.values_K[[0, 2, 4]].tolist() == [-3.0] * 3
-    signals = group_signals(COPIES, list, Diversity(copies="fail"), parent=PARENT, failure_reward=-3.0)
+    signals = group_signals(COPIES, list, Diversity(copies="fail"), known=KNOWN, failure_reward=-3.0)
     (placed,) = place_failures([signals], [COPIES], FailureHandling("spread", 2.0))
     assert placed.values_K.tolist() == [0.25, 0.75, 0.25, 0.5, 0.25]  # the spread of 0.5 and 0.75 is 0.125
 
@@ -85,9 +85,8 @@ def test_copies_get_no_bonus_and_are_placed_like_failures():
 def test_a_problem_has_no_rows_so_equal_scores_make_a_copy():
     group = [attempt(0, A, 0.5), attempt(1, B, 0.5), attempt(2, C, 0.25)]
     assert group_signals(group, list, Diversity(copies="fail")).values_K.tolist() == [0.5, 0.0, 0.25]
-    parent = dataclasses.replace(PARENT, rows="")
-    assert group_signals(group, list, Diversity(copies="fail"), parent=parent).values_K.tolist() == [0.0, 0.0, 0.25]
-    assert diversity_metrics([group], [parent])["diversity/copy_frac"] == pytest.approx(2 / 3)
+    assert group_signals(group, list, Diversity(copies="fail"), known={(0.5, "")}).values_K.tolist() == [0.0, 0.0, 0.25]
+    assert diversity_metrics([group], [{(0.5, "")}])["diversity/copy_frac"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(("others", "used"), [([B], False), ([B, C], True)])
@@ -133,14 +132,14 @@ def test_the_bonus_is_added_after_the_task_s_transform():
 
 def test_metrics_of_a_step():
     groups = [GROUP, [attempt(0, A), attempt(1, A)], []]
-    metrics = diversity_metrics(groups, [SEED, SEED, SEED])
+    metrics = diversity_metrics(groups, [()] * 3)
     # Programs: A, C, C', B | A, A. Copies within their group: C', A. Structures: A, B, C.
     assert metrics["diversity/duplicate_frac"] == pytest.approx(2 / 6)
     assert metrics["diversity/distinct_frac"] == pytest.approx(3 / 6)
     parts = [structure_parts(code) for code in (A, C, C, B)]
     pairs = [structure_distance(parts[i], parts[j]) for i in range(4) for j in range(i)] + [0.0]
     assert metrics["diversity/distance"] == pytest.approx(np.mean(pairs))
-    assert set(diversity_metrics([[attempt(0, None, outcome=Outcome.FORMAT_ERROR)]], [SEED]).values()) == {None}
+    assert set(diversity_metrics([[attempt(0, None, outcome=Outcome.FORMAT_ERROR)]], [()]).values()) == {None}
 
 
 @pytest.mark.parametrize("bad", [{"novelty_bonus": -0.1}, {"novelty_bonus": float("nan")}, {"duplicates": "some"}, {"copies": "drop"}])
