@@ -1,5 +1,6 @@
 """The real mlebench package, if installed: its verdicts compared with ours, its competitions, and its side effects."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from discover_jax.tasks.competition import Competition, Threshold
 from discover_jax.tasks.loading import load_competition
 from discover_jax.tasks.metrics import ACCURACY
 from discover_jax.tasks.prepare import prepare_task
+from discover_jax.types import Grade
 
 needs_mlebench = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import mlebench.registry"], capture_output=True, check=False).returncode != 0,
@@ -45,6 +47,12 @@ def their_score(data: bytes, path: Path) -> float | None:
     return registry.get_competition("spaceship-titanic").grader(table, ANSWERS.private)
 
 
+def without_rows(grade: Grade) -> Grade:
+    """Without the results of single rows, which only our own graders know."""
+    assert grade.rows
+    return dataclasses.replace(grade, rows="")
+
+
 @needs_mlebench
 @pytest.mark.parametrize("name", ROWS)
 def test_verdicts_agree_on_the_whole_table(name, tmp_path):
@@ -65,7 +73,7 @@ def test_its_grader_scores_held_out_rows(tmp_path):
         "PassengerId", "Transported", ANSWERS.private[private_R], ANSWERS.private[~private_R].reset_index(drop=True), private_counts=False
     )
     native = grading.grade(ROWS["shuffled"], answers, NATIVE)
-    assert grading.grade(ROWS["shuffled"], answers, mle_bench.with_its_grader(NATIVE)) == native
+    assert grading.grade(ROWS["shuffled"], answers, mle_bench.with_its_grader(NATIVE)) == without_rows(native)
     assert native.score != native.private_score
 
 
@@ -96,7 +104,7 @@ def test_its_own_preparation_of_a_competition(spaceship_raw, tmp_path):
         assert (theirs.public_dir / name).read_bytes() == (ours.public_dir / name).read_bytes()
     submission = pd.read_csv(ours.public_dir / "sample_submission.csv").assign(Transported=lambda table: table.index % 3 == 0)
     data = submission.to_csv(index=False).encode()
-    assert theirs.grade(data) == ours.grade(data)
+    assert theirs.grade(data) == without_rows(ours.grade(data))
     assert theirs.score_interval(0.8, None) == ours.score_interval(0.8, None)
     assert theirs.disclosure.grader.startswith("mlebench ")
     with pytest.raises(ConfigError, match="holdout"):
