@@ -11,7 +11,8 @@
 | `7b`     | Qwen2.5-Coder-7B-Instruct   | 8 x 16        | 10    |
 
 The weights are a Hugging Face folder; `python -m discover_jax.models.import_gguf` makes one from a GGUF file. The default competition is
-`digits-parity`. These models think little, so rollouts are short. Not yet measured: whether these settings learn.
+`digits-parity`. These models think little, so rollouts are short. Measured: on Spaceship Titanic, the 1.5B learns to write valid programs at
+this learning rate, with groups of 8 (docs/results.md). The other sizes, and groups of 16, have not been measured.
 """
 
 from discover_jax.config import default_config
@@ -31,7 +32,7 @@ def get_config(size="1.5b"):
     config.task.competition = "digits-parity"
     config.groups, config.group_size = _SIZES[size]
     config.train.steps = 10
-    config.train.learning_rate = 4e-5
+    config.train.learning_rate = 1e-4
     config.sampling.max_prompt_tokens = 2_048
     config.sampling.max_new_tokens = 1_536
     config.sampling.temperature = 0.8  # at 1.0 these models rarely write a program that runs
