@@ -5,30 +5,39 @@
 
 Runs need the reward `holdout`, so that the private answers are unseen, and finalists.json; for the choice `both`, finalists_posterior.json
 as well. retest.py writes both. No program runs again: the journal has the results of single rows, and the two files those of the retests.
+The row `seed program` is for comparison: nothing selected it, so its gap shows how much harder the unseen rows are than those of the reward.
+
+Runs with the same seed share the rows of their rewards, so they are not independent: the table averages them first, and its intervals are
+over seeds.
 """
 
 import argparse
+import collections
 import csv
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from retest import POSTERIOR_NAME, ranked_frontier
+from retest import POSTERIOR_NAME, ranked_frontier, run_seed
 from scipy import stats
 
 from discover_jax.archive.archive import best_of
 from discover_jax.archive.frontier import states_of
 from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import RunError
+from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME
+from discover_jax.types import SEED
 
-COLUMNS = ("run", "choice", "program", "estimate", "unseen", "gap")
-RULES = ("raw", "posterior", "finalists", "both")
+COLUMNS = ("run", "seed", "choice", "program", "estimate", "unseen", "gap")
+SEED_PROGRAM = "seed program"
+RULES = (SEED_PROGRAM, "raw", "posterior", "finalists", "both")
 
 
 def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
-    """One row for each rule. `estimate` is the score that the rule reports, `unseen` the score on the private answers.
+    """One row for each rule, and one for the seed program if there is one. `estimate` is the score that the rule reports, `unseen` the score
+    on the private answers.
 
     Args:
       steps: number of steps of the run to use, as in the retests; None: all.
@@ -51,9 +60,13 @@ def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
     chosen = {"raw": (raw.id, raw.score), "posterior": (shrunk.id, sign * (shrunk.value or 0.0)), "finalists": _winner(folder / NAME)}
     if (folder / POSTERIOR_NAME).exists():
         chosen["both"] = _winner(folder / POSTERIOR_NAME)
+    if (folder / SEED_PROGRAMS).exists():
+        ((_, _, verdict),) = stored_verdicts(folder / SEED_PROGRAMS)
+        chosen[SEED_PROGRAM], private[SEED.id] = (SEED.id, verdict.grade.score), verdict.grade.private_score
     return [
         {
             "run": folder.name,
+            "seed": run_seed(folder),
             "choice": rule,
             "program": id,
             "estimate": estimate,
@@ -83,15 +96,24 @@ def interval(values: list[float], *, signed: bool = False) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Means over the runs as Markdown, with 95% intervals; differences to the raw maximum are paired by run."""
-    base = {row["run"]: float(row["unseen"]) for row in rows if row["choice"] == "raw"}
-    lines = ["| choice | runs | its estimate | on unseen rows | over raw | gap: estimate minus unseen |", "|---|---|---|---|---|---|"]
+    """Means over seeds as Markdown, with 95% intervals; differences to the highest score (`raw`) are paired by run."""
+    base = {row["run"]: row for row in rows if row["choice"] == "raw"}
+    lines = [
+        "| choice | its estimate | on unseen rows | over raw | gap: estimate minus unseen | gap minus that of raw |",
+        "|---|---|---|---|---|---|",
+    ]
     for rule in [rule for rule in RULES if any(row["choice"] == rule for row in rows)]:
-        own = [row for row in rows if row["choice"] == rule]
-        estimate, unseen, gap = ([float(row[name]) for row in own] for name in ("estimate", "unseen", "gap"))
-        gain = [float(row["unseen"]) - base[row["run"]] for row in own]
-        cells = [interval(estimate), interval(unseen), interval(gain, signed=True), interval(gap, signed=True)]
-        lines.append(f"| {rule} | {len(own)} | {' | '.join(cells)} |")
+        by_seed = collections.defaultdict(list)
+        for row in rows:
+            if row["choice"] == rule:
+                values = [float(row[name]) for name in ("estimate", "unseen", "gap")]
+                of_raw = base[row["run"]]
+                gain, narrower = values[1] - float(of_raw["unseen"]), values[2] - float(of_raw["gap"])
+                by_seed[row["seed"]].append((values[0], values[1], gain, values[2], narrower))
+        means = [[statistics.mean(column) for column in zip(*runs, strict=True)] for runs in by_seed.values()]
+        columns = [list(column) for column in zip(*means, strict=True)]
+        cells = [interval(column, signed=number > 1) for number, column in enumerate(columns)]
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
     return lines
 
 
@@ -108,7 +130,9 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     with options.csv.open(newline="") as file:
-        print("\n".join(table(list(csv.DictReader(file)))))
+        rows = list(csv.DictReader(file))
+    print(f"{len({row['run'] for row in rows})} runs with {len({row['seed'] for row in rows})} seeds. Intervals are 95% over seeds.\n")
+    print("\n".join(table(rows)))
 
 
 if __name__ == "__main__":

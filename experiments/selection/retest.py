@@ -19,7 +19,7 @@ from discover_jax.archive.journal import Journal
 from discover_jax.archive.ranking import Ranking
 from discover_jax.execution import Executor
 from discover_jax.execution.limits import resource_limits
-from discover_jax.runs.attempts import SEED_PROGRAMS, seed_verdicts
+from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME, Choice, choose
 from discover_jax.tasks.prepare import prepare_tasks
 from discover_jax.tasks.retests import prepare_retests
@@ -38,12 +38,17 @@ def run_config(folder: Path, raw: str) -> Any:
     return config
 
 
+def run_seed(folder: Path) -> int:
+    """The random seed of a run, which draws the rows of its rewards."""
+    return json.loads((folder / "config.json").read_bytes())["config"]["seed"]
+
+
 def seed_state(folder: Path) -> State:
     """The seed program of a run with its score as value, or the empty seed."""
     file = folder / SEED_PROGRAMS
     if not file.exists():
         return SEED
-    ((_, program, verdict),) = seed_verdicts(file, json.loads(file.read_bytes()))
+    ((_, program, verdict),) = stored_verdicts(file)
     score, rows = verdict.grade.score, verdict.grade.rows
     return State(SEED.id, None, program, value=score, score=score, stdout="", step=-1, adapter_step=0, rows=rows)
 

@@ -52,9 +52,10 @@ PROBLEM: dict[str, Any] = {
 """What disclosure.json says of a problem."""
 
 
-def write_seed_program(run: Path, task: str, score: float) -> None:
-    """Adds the seed program of a problem to a run, as runs store it."""
-    verdict = Verdict(Outcome.OK, Grade(True, "", score, score), Execution(Outcome.OK, b"", "", "", 1.0))
+def write_seed_program(run: Path, task: str, score: float, *, private_score: float | None = None, rows: str = "") -> None:
+    """Adds the seed program of a problem to a run, as runs store it. Its score on the private answers is `score` by default."""
+    grade = Grade(True, "", score, score if private_score is None else private_score, rows=rows)
+    verdict = Verdict(Outcome.OK, grade, Execution(Outcome.OK, b"", "", "", 1.0))
     row = {"task": task, "program": "def run():\n    return 1\n", "verdict": verdict_row(verdict)}
     (run / SEED_PROGRAMS).write_text(json.dumps([row]))
 
@@ -82,11 +83,11 @@ def attempt(step: int, group: int, index: int, parent: str, code: str | None, sc
     return Attempt(**(values | changes))
 
 
-def write_run(folder: Path, attempts: Sequence[Attempt], *, kind: str = "train", disclosure: Any = DISCLOSURE) -> Path:
+def write_run(folder: Path, attempts: Sequence[Attempt], *, kind: str = "train", disclosure: Any = DISCLOSURE, seed: int = 0) -> Path:
     """Writes the run directory of a run with these attempts."""
     folder.mkdir(parents=True)
     config = default_config()
-    config.name = folder.name
+    config.name, config.seed = folder.name, seed
     config.train.steps = max((a.step for a in attempts), default=0) + 1
     (folder / "config.json").write_text(json.dumps({"kind": kind, "config": flatten(config)}))
     if disclosure is not None:
