@@ -364,7 +364,8 @@ def test_warns_only_if_scales_differ(tmp_path):
 def test_groups_with_too_few_distinct_programs_are_counted():
     """Constant groups do not count: no estimator learns from them."""
     values_K, all_K, two_K = np.array([0.5, 0.5, 0.75]), np.array([True, True, True]), np.array([True, False, True])
-    signals = [Signals(values_K, all_K), Signals(values_K, two_K), Signals(np.full(3, 0.5), two_K)]
+    none_K = np.zeros(3, bool)
+    signals = [Signals(values_K, all_K, none_K), Signals(values_K, two_K, none_K), Signals(np.full(3, 0.5), two_K, none_K)]
     assert {name: groups_with_too_few(signals, name) for name in ESTIMATORS} == {
         name: int(name == "entropic_adaptive") for name in ESTIMATORS
     }
