@@ -11,8 +11,8 @@
 | `7b`     | Qwen2.5-Coder-7B-Instruct   | 8 x 16        | 10    |
 
 The weights are a Hugging Face folder; `python -m discover_jax.models.import_gguf` makes one from a GGUF file. The default competition is
-`digits-parity`. These models think little, so rollouts are short. Measured: on Spaceship Titanic, the 1.5B learns to write valid programs at
-this learning rate, with groups of 8 (docs/results.md). The other sizes, and groups of 16, have not been measured.
+`digits-parity`. These models think little, so rollouts are short. Measured: on Spaceship Titanic, the 1.5B learns to write valid programs
+at this learning rate, with groups of 8 (docs/results.md). The other sizes, and groups of 16, have not been measured.
 """
 
 from discover_jax.config import default_config

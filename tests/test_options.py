@@ -432,6 +432,7 @@ def check_continuing_one_competition(results, monkeypatch, folder, name, id, con
     assert prompts == same
 
 
+@pytest.mark.slow  # runs/test_source.py tests what a run takes from another one
 def test_continue_one_of_a_users_competitions(results, root, tmp_path, monkeypatch):
     changes = {"task.competition": str(root / "negated.py"), "groups": 1}
     check_continuing_one_competition(results, monkeypatch, tmp_path / "alone", PHRASES, "negated", phrases_config(root), **changes)

@@ -5,7 +5,8 @@
 
 Runs need the reward `holdout`, so that the private answers are unseen, and finalists.json; for the choice `both`, finalists_posterior.json
 as well. retest.py writes both. No program runs again: the journal has the results of single rows, and the two files those of the retests.
-The row `seed program` is for comparison: nothing selected it, so its gap shows how much harder the unseen rows are than those of the reward.
+The row `seed program` is for comparison: nothing selected it, so its gap shows how much harder the unseen rows are than those of the
+reward.
 
 Runs with the same seed share the rows of their rewards, so they are not independent: the table averages them first, and its intervals are
 over seeds.
@@ -36,8 +37,8 @@ RULES = (SEED_PROGRAM, "raw", "posterior", "finalists", "both")
 
 
 def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
-    """One row for each rule, and one for the seed program if there is one. `estimate` is the score that the rule reports, `unseen` the score
-    on the private answers.
+    """One row for each rule, and one for the seed program if there is one. `estimate` is the score that the rule reports, `unseen` the
+    score on the private answers.
 
     Args:
       steps: number of steps of the run to use, as in the retests; None: all.

@@ -67,6 +67,12 @@ def test_the_best_program_is_the_winner_of_the_retests(tmp_path):
     assert any(re.search(r"^retested +\d\.\d{4}\b.*\b21 rows that gave no reward\b.*best of 4 finalists", line) for line in said)
     assert "served only for the choice" in json.loads((folder / "disclosure.json").read_text())["competitions"][0]["reward"]["text"]
 
+
+@pytest.mark.slow
+def test_a_finished_run_keeps_its_choice(tmp_path):
+    write_phrase_model(tmp_path / "model")
+    folder = tmp_path / "run"
+    _run(folder, tmp_path / "model")
     before = {name: (folder / name).read_bytes() for name in ("finalists.json", "journal.jsonl", "best/grade.json")}
     _run(folder, tmp_path / "model")
     assert {name: (folder / name).read_bytes() for name in before} == before
