@@ -208,6 +208,22 @@ def check_ranking(rule: str, tasks: Sequence[AnyTask]) -> None:
         )
 
 
+def check_copies(copies: str, tasks: Sequence[AnyTask]) -> None:
+    """Checks that copies can be told from other programs, if config.diversity.copies lets them count as failures.
+
+    Raises:
+      ConfigError: equal scores of a competition do not mean equal predictions, or the score of a problem varies from run to run.
+    """
+    if copies == "keep":
+        return
+    if blind := [task.id for task in tasks if task.noisy and not task.has_row_results]:
+        raise ConfigError(
+            f"config.diversity.copies = {copies!r} cannot recognise copies of programs for {', '.join(blind)}. The score of a noisy problem"
+            " varies between equal programs, and a competition needs the results of single rows. Set it to 'keep'. For a competition, you"
+            " can give its metric an `influence` (docs/competitions.md)."
+        )
+
+
 def start_frontiers(reuse: Any, tasks: Sequence[AnyTask], seeds: Mapping[str, State]) -> dict[str, Frontier]:
     """The frontier of each competition before the first step.
 

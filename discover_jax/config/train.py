@@ -269,8 +269,8 @@ DIVERSITY: dict[str, Any] = {
     ),
     "copies": Setting(
         "keep",
-        "valid programs with the results of an archived program, or of an earlier one in the group: the same score and, for competitions,"
-        " the same results on all rows. `keep`: each counts like others; `fail`: each gets the signal of a failure",
+        "valid programs with the results of an archived program or of the seed program, or of an earlier one in the group: the same score"
+        " and, for competitions, the same results of the rows. `keep`: each counts like others; `fail`: each gets the signal of a failure",
         choices=("keep", "fail"),
     ),
 }

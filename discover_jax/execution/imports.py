@@ -25,7 +25,9 @@ def module_of(package: str) -> str:
       importlib.metadata.PackageNotFoundError: it is not installed.
     """
     files = importlib.metadata.distribution(package).files or ()
-    found = {file.parts[0] for file in files if len(file.parts) == 2 and file.name == "__init__.py"}
+    packages = [file.parts[:-1] for file in files if file.name == "__init__.py" and len(file.parts) > 1]
+    top = min(map(len, packages), default=0)  # 2 in a namespace: google/protobuf/__init__.py
+    found = {".".join(parts) for parts in packages if len(parts) == top}
     found |= {file.stem for file in files if len(file.parts) == 1 and file.suffix == ".py"}
     same = package.lower().replace("-", "_")
     return same if same in found else min((name for name in found if not name.startswith("_")), default=same)

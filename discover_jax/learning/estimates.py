@@ -70,7 +70,7 @@ def estimate_step(
       transforms_G: for each group, the function from its rewards to signals; see `Task.signals`.
       objective: estimator, its parameters in this step, and the signals of failures.
       diversity: novelty bonus, duplicates and copies.
-      known_G: for each group, the results of its task's programs of earlier steps, for copies; by default none.
+      known_G: for each group, the results of its task's archived programs and of its seed program, for copies; by default none.
       failure_rewards_G: for each group, its task's reward of a failure; by default 0.
       bests_G: for each group, the best signal before the step, for `frontier`; None: there is none.
 

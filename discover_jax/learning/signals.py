@@ -37,8 +37,8 @@ class Diversity:
         a score in its group; 0 disables it.
       duplicates: "keep" or "drop". With "drop", baseline and update use only the first of a group's programs that differ only in names and
         layout.
-      copies: "keep" or "fail". With "fail", copies get the signal of a failure. A copy is a valid program with the results of a program of
-        an earlier step, or of an earlier one in its group: the same score, and for competitions the same results on all rows.
+      copies: "keep" or "fail". With "fail", copies get the signal of a failure. A copy is a valid program with the results of a known
+        program (see `group_signals`), or of an earlier one in its group: the same score, and for competitions the same results of the rows.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -108,7 +108,7 @@ def group_signals(
       attempts_K: the attempts of one group, in order.
       transform: the function from the group's rewards to signals; see `Task.signals`.
       diversity: novelty bonus, duplicates and copies.
-      known: results of the programs of earlier steps, for copies.
+      known: results of the task's archived programs and of its seed program, for copies.
       failure_reward: the task's reward of a failure, for copies that count as failures.
     """
     failed_K = np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool)
@@ -163,7 +163,7 @@ def diversity_metrics(groups: Sequence[Sequence[Attempt]], known_G: Sequence[Con
 
     Args:
       groups: the attempts of each group.
-      known_G: for each group, the results of the programs of earlier steps.
+      known_G: for each group, the results of its task's archived programs and of its seed program.
     """
     programs = [[attempt for attempt in group if attempt.code is not None] for group in groups]
     count = sum(map(len, programs))
@@ -192,7 +192,7 @@ def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
 
 
 def _copies(attempts_K: Sequence[Attempt], known: Container[Results]) -> np.ndarray:
-    """bool [K]: whether a valid program has the results of a program of an earlier step, or of an earlier one in the group."""
+    """bool [K]: whether a valid program has known results, or those of an earlier one in the group."""
     seen: set[Results] = set()
     copies_K = np.zeros(len(attempts_K), bool)
     for index, attempt in enumerate(attempts_K):

@@ -62,7 +62,10 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "advantage/frontier_weight": ("fraction", "weight of what a rollout adds to the best so far, for frontier"),
     "advantage/saturated_frac": ("fraction", "groups in which the estimator reached a numerical limit"),
     "advantage/tied_frac": ("fraction", "rollouts of a group that tie for its best signal, mean over groups"),
-    "diversity/copy_frac": ("fraction", "valid programs with the results of an archived program, or of an earlier one in their group"),
+    "diversity/copy_frac": (
+        "fraction",
+        "valid programs with the results of an archived or seed program, or of an earlier one in their group",
+    ),
     "diversity/duplicate_frac": ("fraction", "programs equal to an earlier one of their group, ignoring names and layout"),
     "diversity/distinct_frac": ("fraction", "distinct programs among those of the step, ignoring names and layout"),
     "diversity/distance": ("", "mean distance between programs of a group: 0 identical, 1 nothing in common"),

@@ -36,8 +36,8 @@ def test_packages_that_every_sandbox_imports_or_that_are_missing_start_no_progra
 
 def test_modules_of_packages():
     """Names that differ for pip and for import."""
-    names = ["scikit-learn", "xgboost-cpu", "python-dateutil", "numpy", "threadpoolctl", "six", "PyYAML"]
+    names = ["scikit-learn", "xgboost-cpu", "python-dateutil", "numpy", "threadpoolctl", "six", "PyYAML", "protobuf"]
     installed = {name: imports.module_of(name) for name in names if installed_packages([name])}
-    expected = dict(zip(names, ("sklearn", "xgboost", "dateutil", "numpy", "threadpoolctl", "six", "yaml"), strict=True))
+    expected = dict(zip(names, ("sklearn", "xgboost", "dateutil", "numpy", "threadpoolctl", "six", "yaml", "google.protobuf"), strict=True))
     assert {"scikit-learn", "numpy"} <= installed.keys()
     assert installed == {name: expected[name] for name in installed}

@@ -130,6 +130,29 @@ def test_copies_of_archived_programs_and_of_the_seed_count_as_failures_if_asked(
     assert estimates.metrics["diversity/copy_frac"] == 0.75
 
 
+def test_copies_of_noisy_scores_without_row_results_cannot_be_recognised():
+    tasks = [
+        types.SimpleNamespace(id=id, noisy=noisy, has_row_results=rows) for id, noisy, rows in (("a", True, True), ("b", False, False))
+    ]
+    stages.check_copies("fail", tasks)
+    blind = types.SimpleNamespace(id="houses", noisy=True, has_row_results=False)
+    stages.check_copies("keep", [*tasks, blind])
+    with pytest.raises(ConfigError, match=r"diversity\.copies.*houses"):
+        stages.check_copies("fail", [*tasks, blind])
+
+
+def test_a_copy_gets_the_failure_reward_of_its_own_competition_and_only_its_own_archive_counts():
+    one = run(train(advantage="mean_baseline"), tasks=("boats", "houses"))
+    one.config.diversity.copies = "fail"
+    one.tasks[1].failure_reward = -3.0
+    groups = [types.SimpleNamespace(task=task) for task in one.tasks]
+    rows = [row for group, task in enumerate(one.tasks) for row in attempts([0.2, 0.9, 0.6, 0.4], group, task.id)]
+    frontiers = {"boats": Frontier(Archive((state(0.2),), 10)), "houses": Frontier(Archive((state(0.9),), 10))}
+    estimates = stages.estimate(one, groups, rows, frontiers, step=10)
+    for group, rewards in enumerate(([0.0, 0.9, 0.6, 0.4], [0.2, -3.0, 0.6, 0.4])):
+        np.testing.assert_allclose(values(estimates, group), np.array(rewards) - np.mean(rewards))
+
+
 def test_the_schedule_counts_the_steps_of_this_run():
     """A run that continues another one begins with a later step."""
     section = train(advantage="max_at_k", max_at_k=1, max_at_k_last=3, steps=3)
