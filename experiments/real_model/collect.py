@@ -3,12 +3,13 @@
   python experiments/real_model/collect.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
   python experiments/real_model/collect.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
 
-A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Runs are compared seed by seed on their first N steps, so at
-equal numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows
+A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Arms are compared seed by seed on the first N steps of their runs,
+so at equal numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows
 that nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see selection/retest.py) on these rows, and
 `chosen_retested` its score in the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and
-`valid_last` are shares of valid programs; `copies_last` is the share of valid programs with the results of their parent or of an earlier
-program of the group; `better` is the share of all programs that score better than their parent.
+`valid_last` are shares of valid programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all
+programs that score better than their parent. When the runs of runs.csv ran, `diversity/copy_frac` counted valid programs with the results of
+their parent or of an earlier program of the group. Now it counts those with the results of any archived program.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 from scipy import stats
 
 from discover_jax.archive.journal import Journal
-from discover_jax.runs.attempts import SEED_PROGRAMS
+from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME
 from discover_jax.runs.metrics import read_metrics
 from discover_jax.types import SEED
@@ -70,7 +71,9 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
     best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward)
     by_id = {attempt.id: attempt for attempt in attempts}
-    rewards = {attempt.id: attempt.reward for attempt in attempts} | {SEED.id: _seed_reward(folder)}
+    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
+    sign = 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
+    values = {attempt.id: _value(attempt.score, sign) for attempt in attempts} | {SEED.id: _value(_seed_score(folder), sign)}
     file = folder / NAME
     winner = json.loads(file.read_bytes())[0]["finalists"][0] if file.exists() else None
     valid = [row["outcome/ok"] / row["rollouts/count"] for row in metrics]
@@ -84,7 +87,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
         "valid_first": valid[0],
         "valid_last": valid[-1],
         "copies_last": _rounded(metrics[-1].get("diversity/copy_frac")),
-        "better": sum(attempt.score is not None and attempt.reward > rewards[attempt.parent_id] for attempt in attempts) / len(attempts),
+        "better": sum(values[attempt.id] > values[attempt.parent_id] for attempt in attempts) / len(attempts),
     }
     of_steps = [
         names
@@ -102,10 +105,15 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     return run, of_steps
 
 
-def _seed_reward(folder: Path) -> float:
-    """The seed program's score, as a reward: both problems reward the score itself. Without a seed program, any program is better."""
+def _value(score: float | None, sign: float) -> float:
+    """A score of which higher is better; any program with a score is better than one without."""
+    return float("-inf") if score is None else sign * score
+
+
+def _seed_score(folder: Path) -> float | None:
+    """The seed program's score; None without one."""
     file = folder / SEED_PROGRAMS
-    return json.loads(file.read_bytes())[0]["verdict"]["grade"]["score"] if file.exists() else float("-inf")
+    return next(stored_verdicts(file))[2].grade.score if file.exists() else None
 
 
 def _rounded(value: float | None, digits: int = 6) -> float | None:
@@ -145,6 +153,8 @@ def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
     """Training and search on one problem, and their paired differences, as Markdown."""
     arms = {arm: {row["seed"]: row for row in rows if row["problem"] == problem and row["arm"] == arm} for arm in ("search", "train")}
     seeds = sorted(arms["search"].keys() & arms["train"].keys())
+    if not seeds:
+        return [f"{problem}: no seed has both arms, so there is nothing to compare."]
     lines = [f"| | search | training | training minus search ({len(seeds)} seeds) |", "|---|---|---|---|"]
     for name, told in MEASURES.items():
         pairs = [(arms["search"][seed][name], arms["train"][seed][name]) for seed in seeds]

@@ -1,5 +1,6 @@
 """The tables in docs/results.md match those that the scripts in experiments/ print from the data there."""
 
+import copy
 import csv
 import json
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import attempt, write_run, write_seed_program
+from synthetic_run import DISCLOSURE, attempt, write_run, write_seed_program
 
 from discover_jax.row_results import encode
 from discover_jax.types import Outcome
@@ -84,13 +85,21 @@ def test_measures_of_a_real_model_by_hand(tmp_path):
         run = write_run(tmp_path / "runs" / name, attempts)
         write_seed_program(run, "spaceship-titanic", 0.5)
         (run / "finalists.json").write_text(finalists("0000-000-000", 0.58))
+    losses = copy.deepcopy(DISCLOSURE)
+    losses["competitions"][0]["metric"] = {"name": "log loss", "higher_is_better": False, "share_of_rows": False}
+    rows = [attempt(0, 0, index, "seed", "pass", score, reward=-score) for index, score in enumerate((0.4, 0.6, 0.7, 0.5))]
+    rows.append(attempt(1, 0, 0, "seed", "pass", 0.8, reward=-0.8))
+    write_seed_program(write_run(tmp_path / "runs" / "loss-search-7", rows, disclosure=losses), "spaceship-titanic", 0.5)
     (tmp_path / "csv").mkdir()
     printed = output("experiments/real_model/collect.py", f"--runs={tmp_path / 'runs'}", "--steps=2", f"--csv={tmp_path / 'csv'}")
-    runs = {(row["arm"], row["seed"]): row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
+    rows = list(csv.DictReader((tmp_path / "csv" / "runs.csv").open()))
+    assert [(row["best_grade"], row["better"]) for row in rows if row["problem"] == "loss"] == [("0.4", "0.2")]
+    runs = {(row["arm"], row["seed"]): row for row in rows if row["problem"] == "space"}
     expected = {"best_grade": 0.7, "best_unseen": 0.6, "chosen_unseen": 0.5, "mean_last": 0.55, "valid_last": 1.0, "better": 0.5}
     assert {name: float(runs["train", "7"][name]) for name in expected} == pytest.approx(expected)
     assert float(runs["search", "7"]["better"]) == 0.25
     assert "training minus search (1 seeds)" in printed  # seed 8 has no search
+    assert "loss: no seed has both arms" in printed
     assert "| best program, on the reward's rows | 0.6000 +- nan | 0.7000 +- nan | +0.1000 +- nan |" in printed
 
 
