@@ -3,9 +3,9 @@
   python experiments/real_model/collect.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
   python experiments/real_model/collect.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
 
-A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Arms are compared seed by seed on the first N steps, so at equal
-numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows that
-nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see selection/retest.py) on these rows, and
+A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Arms are compared seed by seed on the first N steps, so at
+equal numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows
+that nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see selection/retest.py) on these rows, and
 `chosen_retested` its score in the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and
 `valid_last` are shares of valid programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all
 programs that score better than their parent. When the runs of runs.csv ran, `diversity/copy_frac` counted valid programs with the results
