@@ -10,6 +10,8 @@ that nothing saw; `chosen_unseen` is the program that the retests chose (finalis
 `valid_last` are shares of valid programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all
 programs that score better than their parent. When the runs of runs.csv ran, `diversity/copy_frac` counted valid programs with the results
 of their parent or of an earlier program of the group. Now it counts those with the results of any archived program.
+In steps.csv, `different` is the number of different results of the step's valid programs, and `forests` the share of its programs that use
+a random forest.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from discover_jax.archive.journal import Journal
 from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME
 from discover_jax.runs.metrics import read_metrics
-from discover_jax.types import SEED
+from discover_jax.types import SEED, Attempt
 
 HERE = Path(__file__).parent
 RUNS = (
@@ -44,7 +46,7 @@ RUNS = (
     "copies_last",
     "better",
 )
-STEPS = ("problem", "seed", "arm", "step", "valid", "copies", "mean", "best", "step_s", "programs_s")
+STEPS = ("problem", "seed", "arm", "step", "valid", "copies", "mean", "best", "different", "forests", "step_s", "programs_s")
 MEASURES = {
     "valid_last": "valid programs, last step",
     "copies_last": "copies among them",
@@ -97,6 +99,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
             "copies": _rounded(row.get("diversity/copy_frac")),
             "mean": round(row["reward/mean"], 6),
             "best": row["best/score"],
+            **_of_programs([attempt for attempt in attempts if attempt.step == row["step"]]),
             "step_s": _rounded(row.get("time/step_s"), 1),
             "programs_s": _rounded(row.get("time/execute_s"), 1),
         }
@@ -108,6 +111,14 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
 def _value(score: float | None, sign: float) -> float:
     """A score of which higher is better; any program with a score is better than one without."""
     return float("-inf") if score is None else sign * score
+
+
+def _of_programs(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """The number of different results of a step's valid programs, and the share of its programs that use a random forest."""
+    results = {(attempt.score, attempt.rows) for attempt in attempts if attempt.score is not None}
+    programs = [attempt.code for attempt in attempts if attempt.code]
+    forests = sum("RandomForest" in code for code in programs)
+    return {"different": len(results), "forests": _rounded(forests / len(programs)) if programs else None}
 
 
 def _seed_score(folder: Path) -> float | None:
