@@ -197,7 +197,7 @@ def check_ranking(rule: str, tasks: Sequence[AnyTask]) -> None:
     """
     if rule == "raw":
         return
-    if blind := [task.id for task in tasks if task.noisy and not task.has_row_results]:
+    if blind := _without_rows(tasks):
         raise ConfigError(
             f"config.reuse.score = {rule!r} needs the results of single rows, which the scores of {', '.join(blind)} do not have. Set it to"
             " 'raw'. Or give the competition's metric an `influence` (docs/competitions.md)."
@@ -208,6 +208,11 @@ def check_ranking(rule: str, tasks: Sequence[AnyTask]) -> None:
         )
 
 
+def _without_rows(tasks: Sequence[AnyTask]) -> list[str]:
+    """Ids of the tasks whose scores are noisy and have no results of single rows."""
+    return [task.id for task in tasks if task.noisy and not task.has_row_results]
+
+
 def check_copies(copies: str, tasks: Sequence[AnyTask]) -> None:
     """Checks that copies can be told from other programs, if config.diversity.copies lets them count as failures.
 
@@ -216,7 +221,7 @@ def check_copies(copies: str, tasks: Sequence[AnyTask]) -> None:
     """
     if copies == "keep":
         return
-    if blind := [task.id for task in tasks if task.noisy and not task.has_row_results]:
+    if blind := _without_rows(tasks):
         raise ConfigError(
             f"config.diversity.copies = {copies!r} cannot recognise copies of programs for {', '.join(blind)}. The score of a noisy problem"
             " varies between equal programs, and a competition needs the results of single rows. Set it to 'keep'. For a competition, you"

@@ -29,6 +29,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from discover_jax.execution import lease_cores
 from discover_jax.runs.metrics import read_metrics
 
@@ -63,8 +65,6 @@ DIVERSITY = {
         "--config.sampling.temperature_spread=0.3",
     ),
 }
-# Student's t, two-sided 95%, by degrees of freedom. Beyond ten, the normal distribution is close enough.
-_T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def interval(values: list[float], *, signed: bool = False) -> str:
@@ -80,7 +80,7 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
     if count < 2:
         return mean, math.nan
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return mean, (_T95[count - 1] if count <= 11 else 1.96) * spread
+    return mean, float(stats.t.ppf(0.975, count - 1)) * spread
 
 
 @dataclasses.dataclass(frozen=True)

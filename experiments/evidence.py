@@ -18,7 +18,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     with path.open(newline="") as file:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def by_setting(table: Path) -> dict[str, dict[float, dict[str, Any]]]:

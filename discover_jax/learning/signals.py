@@ -111,14 +111,10 @@ def group_signals(
       known: results of the task's archived programs and of its seed program, for copies.
       failure_reward: the task's reward of a failure, for copies that count as failures.
     """
-    failed_K = np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool)
-    if diversity.copies == "fail":
-        failed_K |= _copies(attempts_K, known)
-    rewards_K = [
-        failure_reward if failed and attempt.outcome is Outcome.OK else attempt.reward
-        for attempt, failed in zip(attempts_K, failed_K, strict=True)
-    ]
-    values_K = np.asarray(transform(rewards_K), np.float64)
+    copies_K = _copies(attempts_K, known) if diversity.copies == "fail" else np.zeros(len(attempts_K), bool)
+    failed_K = copies_K | np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool)
+    rewards_K = np.where(copies_K, failure_reward, [attempt.reward for attempt in attempts_K])
+    values_K = np.asarray(transform(rewards_K.tolist()), np.float64)
     included_K = np.ones(len(attempts_K), bool)
     if diversity.novelty_bonus:
         values_K = values_K + diversity.novelty_bonus * np.where(failed_K, 0.0, _novelty(attempts_K))

@@ -27,8 +27,8 @@ def output(*command: str) -> str:
     "command",
     [
         ("experiments/evidence.py", "--csv=experiments/evidence"),
-        ("experiments/real_model/collect.py",),
-        ("experiments/selection/replay.py", "--csv=experiments/selection/replay.csv"),
+        ("experiments/real_model.py",),
+        ("experiments/replay.py", "--csv=experiments/selection/replay.csv"),
     ],
     ids=lambda command: command[0].split("/")[-1],
 )
@@ -91,7 +91,7 @@ def test_measures_of_a_real_model_by_hand(tmp_path):
     rows.append(attempt(1, 0, 0, "seed", "pass", 0.8, reward=-0.8))
     write_seed_program(write_run(tmp_path / "runs" / "loss-search-7", rows, disclosure=losses), "spaceship-titanic", 0.5)
     (tmp_path / "csv").mkdir()
-    printed = output("experiments/real_model/collect.py", f"--runs={tmp_path / 'runs'}", "--steps=2", f"--csv={tmp_path / 'csv'}")
+    printed = output("experiments/real_model.py", f"--runs={tmp_path / 'runs'}", "--steps=2", f"--csv={tmp_path / 'csv'}")
     rows = list(csv.DictReader((tmp_path / "csv" / "runs.csv").open()))
     assert [(row["best_grade"], row["better"]) for row in rows if row["problem"] == "loss"] == [("0.4", "0.2")]
     runs = {(row["arm"], row["seed"]): row for row in rows if row["problem"] == "space"}
@@ -112,7 +112,7 @@ def test_choices_of_the_best_program_by_hand(tmp_path):
         (run / "finalists.json").write_text(finalists(winner, 0.55))
         write_seed_program(run, "spaceship-titanic", 0.5, rows=encode(np.arange(10) < 5, share=True), private_score=0.45)
     runs = [str(tmp_path / name) for name in "abc"]
-    printed = output("experiments/selection/replay.py", *runs, f"--csv={tmp_path / 'choices.csv'}")
+    printed = output("experiments/replay.py", *runs, f"--csv={tmp_path / 'choices.csv'}")
     half = 12.706204736 * 0.05  # of the two seeds' means, which are 0.1 apart
     assert "3 runs with 2 seeds" in printed
     raw = f"| raw | 0.7000 +- 0.0000 | 0.4500 +- {half:.4f} | +0.0000 +- 0.0000 | +0.2500 +- {half:.4f} | +0.0000 +- 0.0000 |"

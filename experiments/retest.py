@@ -1,6 +1,6 @@
 """Finalists of runs that were stopped, or that ran without: tests the best programs of a journal again. Only programs run, no model.
 
-  python experiments/selection/retest.py RUN_DIR... --raw=train.csv [--steps=N] [--workers=N] [--seconds=S]
+  python experiments/retest.py RUN_DIR... --raw=train.csv [--steps=N] [--workers=N] [--seconds=S]
 
 Writes finalists.json into each run's folder, as a run with `finalists.count` does at its end, and finalists_posterior.json for finalists
 ranked by `reuse.score` = posterior. replay.py reads both. Runs need the reward `holdout` and one competition.
@@ -53,22 +53,24 @@ def seed_state(folder: Path) -> State:
     return State(SEED.id, None, program, value=score, score=score, stdout="", step=-1, adapter_step=0, rows=rows)
 
 
-def ranked_frontier(folder: Path, attempts: Sequence[Attempt], *, higher_is_better: bool, capacity: int = 1024) -> Frontier:
-    """All programs of the journal's rows, ranked by their posterior mean. Values are scores."""
-    ranking = Ranking("posterior", higher_is_better, lambda score: score if higher_is_better else -score)
-    frontier = Frontier.start(capacity, seed=seed_state(folder), ranking=ranking)
-    ids = {attempt.id for attempt in attempts}
+def direction(folder: Path) -> float:
+    """1 if a higher score of the run's only competition or problem is better, otherwise -1."""
+    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
+    return 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
+
+
+def frontier_of(attempts: Sequence[Attempt], *, seed: State = SEED, ranking: Ranking | None = None, capacity: int = 1024) -> Frontier:
+    """All programs of the journal's rows, ranked by their rewards if there is no ranking."""
+    frontier, ids = Frontier.start(capacity, seed=seed, ranking=ranking), {attempt.id for attempt in attempts}
     for step in sorted({attempt.step for attempt in attempts}):
         frontier = frontier.after([attempt for attempt in attempts if attempt.step == step], reusable=ids, children=0)
     return frontier
 
 
-def raw_frontier(attempts: Sequence[Attempt], *, capacity: int = 1024) -> Frontier:
-    """All programs of the journal's rows, ranked by their rewards."""
-    frontier, ids = Frontier.start(capacity), {attempt.id for attempt in attempts}
-    for step in sorted({attempt.step for attempt in attempts}):
-        frontier = frontier.after([attempt for attempt in attempts if attempt.step == step], reusable=ids, children=0)
-    return frontier
+def ranked_frontier(folder: Path, attempts: Sequence[Attempt]) -> Frontier:
+    """All programs of the journal's rows, ranked by their posterior mean. Values are scores, negative if a lower score is better."""
+    sign = direction(folder)
+    return frontier_of(attempts, seed=seed_state(folder), ranking=Ranking("posterior", sign > 0, lambda score: sign * score))
 
 
 def retest(folder: Path, raw: str, *, steps: int | None, workers: int | None, seconds: float | None) -> dict[str, Choice]:
@@ -81,8 +83,8 @@ def retest(folder: Path, raw: str, *, steps: int | None, workers: int | None, se
         (task,) = prepare_tasks(config.task, folder=work / "task", seed=config.seed)
         tasks = [task, *prepare_retests(task, config.finalists.retests, folder=work / "retests", seed=config.seed)]
         frontiers = {
-            NAME: raw_frontier(attempts),
-            POSTERIOR_NAME: ranked_frontier(folder, attempts, higher_is_better=task.metric.higher_is_better),
+            NAME: frontier_of(attempts),
+            POSTERIOR_NAME: ranked_frontier(folder, attempts),
         }
         with Executor(tasks, limits, workers=workers, cache_dir=work / "cache") as executor:
 

@@ -1,11 +1,11 @@
 """Tables of the runs with a real language model, from their folders, and the comparison of training with search.
 
-  python experiments/real_model/collect.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
-  python experiments/real_model/collect.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
+  python experiments/real_model.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
+  python experiments/real_model.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
 
 A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Arms are compared seed by seed on the first N steps, so at
 equal numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows
-that nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see selection/retest.py) on these rows, and
+that nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see retest.py) on these rows, and
 `chosen_retested` its score in the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and
 `valid_last` are shares of valid programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all
 programs that score better than their parent. When the runs of runs.csv ran, `diversity/copy_frac` counted valid programs with the results
@@ -15,22 +15,22 @@ a random forest.
 """
 
 import argparse
-import csv
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from estimators import mean_and_half_width
+from evidence import known, read, write
+from retest import direction, seed_state
 
 from discover_jax.archive.journal import Journal
-from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME
 from discover_jax.runs.metrics import read_metrics
 from discover_jax.types import SEED, Attempt
 
-HERE = Path(__file__).parent
+TABLES = Path(__file__).with_suffix("")
 RUNS = (
     "problem",
     "seed",
@@ -73,9 +73,8 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
     best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward)
     by_id = {attempt.id: attempt for attempt in attempts}
-    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
-    sign = 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
-    values = {attempt.id: _value(attempt.score, sign) for attempt in attempts} | {SEED.id: _value(_seed_score(folder), sign)}
+    sign = direction(folder)
+    values = {attempt.id: _value(attempt.score, sign) for attempt in attempts} | {SEED.id: _value(seed_state(folder).score, sign)}
     file = folder / NAME
     winner = json.loads(file.read_bytes())[0]["finalists"][0] if file.exists() else None
     valid = [row["outcome/ok"] / row["rollouts/count"] for row in metrics]
@@ -109,7 +108,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
 
 
 def _value(score: float | None, sign: float) -> float:
-    """A score of which higher is better; any program with a score is better than one without."""
+    """The score, with its sign changed if lower is better; minus infinity without a score."""
     return float("-inf") if score is None else sign * score
 
 
@@ -121,43 +120,8 @@ def _of_programs(attempts: Sequence[Attempt]) -> dict[str, Any]:
     return {"different": len(results), "forests": _rounded(forests / len(programs)) if programs else None}
 
 
-def _seed_score(folder: Path) -> float | None:
-    """The seed program's score; None without one."""
-    file = folder / SEED_PROGRAMS
-    return next(stored_verdicts(file))[2].grade.score if file.exists() else None
-
-
 def _rounded(value: float | None, digits: int = 6) -> float | None:
     return None if value is None else round(value, digits)
-
-
-def write(file: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a table."""
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a table. Numbers are parsed, and empty cells are None."""
-
-    def value(text: str) -> Any:
-        try:
-            return float(text) if text else None
-        except ValueError:
-            return text
-
-    with file.open(newline="") as opened:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(opened)]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the half width of its 95% interval by Student's t; nan for one value."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
@@ -168,11 +132,12 @@ def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
         return [f"{problem}: no seed has both arms, so there is nothing to compare."]
     lines = [f"| | search | training | training minus search ({len(seeds)} seeds) |", "|---|---|---|---|"]
     for name, told in MEASURES.items():
-        pairs = [(arms["search"][seed][name], arms["train"][seed][name]) for seed in seeds]
-        if any(value is None for pair in pairs for value in pair):
+        if not known({arm: {seed: runs[seed] for seed in seeds} for arm, runs in arms.items()}, name):
             continue
-        search, train = interval([pair[0] for pair in pairs]), interval([pair[1] for pair in pairs])
-        difference = interval([pair[1] - pair[0] for pair in pairs])
+        pairs = [(arms["search"][seed][name], arms["train"][seed][name]) for seed in seeds]
+        search, train, difference = (
+            mean_and_half_width(values) for values in ([a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs])
+        )
         lines.append(f"| {told} | {_shown(search)} | {_shown(train)} | {_shown(difference, '+')} |")
     return lines
 
@@ -208,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of the runs to collect")
     parser.add_argument("--steps", type=int, default=12, help="number of steps of each run to use")
-    parser.add_argument("--csv", type=Path, default=HERE, help="folder of the tables; default: that of this file")
+    parser.add_argument("--csv", type=Path, default=TABLES, help="folder of the tables")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     options = parser.parse_args()
     if options.runs is not None:

@@ -1,7 +1,7 @@
 """Choices of the best program in the journals of real runs: the highest score, the highest posterior mean, and the winners of the retests.
 
-  python experiments/selection/replay.py RUN_DIR... [--steps=N] --csv=experiments/selection/replay.csv
-  python experiments/selection/replay.py --csv=experiments/selection/replay.csv      # only prints the table
+  python experiments/replay.py RUN_DIR... [--steps=N] --csv=experiments/selection/replay.csv
+  python experiments/replay.py --csv=experiments/selection/replay.csv      # only prints the table
 
 Runs need the reward `holdout`, so that the private answers are unseen, and finalists.json; for the choice `both`, finalists_posterior.json
 as well. retest.py writes both. No program runs again: the journal has the results of single rows, and the two files those of the retests.
@@ -14,14 +14,14 @@ over seeds.
 
 import argparse
 import collections
-import csv
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from retest import POSTERIOR_NAME, ranked_frontier, run_seed
-from scipy import stats
+from estimators import mean_and_half_width
+from evidence import read, write
+from retest import POSTERIOR_NAME, direction, ranked_frontier, run_seed
 
 from discover_jax.archive.archive import best_of
 from discover_jax.archive.frontier import states_of
@@ -54,9 +54,7 @@ def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
     raw = best_of(states_of(attempts))
     if raw is None:
         return []
-    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
-    sign = 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
-    shrunk = ranked_frontier(folder, attempts, higher_is_better=sign > 0).best
+    sign, shrunk = direction(folder), ranked_frontier(folder, attempts).best
     assert shrunk is not None, "there is a program with a score"
     chosen = {"raw": (raw.id, raw.score), "posterior": (shrunk.id, sign * (shrunk.value or 0.0)), "finalists": _winner(folder / NAME)}
     if (folder / POSTERIOR_NAME).exists():
@@ -91,8 +89,7 @@ def _winner(file: Path) -> tuple[str, float | None]:
 
 def interval(values: list[float], *, signed: bool = False) -> str:
     """The mean and the half width of its 95% interval by Student's t."""
-    mean = statistics.mean(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    mean, half = mean_and_half_width(values)
     return f"{mean:{'+' if signed else ''}.4f} +- {half:.4f}"
 
 
@@ -107,10 +104,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         by_seed = collections.defaultdict(list)
         for row in rows:
             if row["choice"] == rule:
-                values = [float(row[name]) for name in ("estimate", "unseen", "gap")]
                 of_raw = base[row["run"]]
-                gain, narrower = values[1] - float(of_raw["unseen"]), values[2] - float(of_raw["gap"])
-                by_seed[row["seed"]].append((values[0], values[1], gain, values[2], narrower))
+                gain, narrower = row["unseen"] - of_raw["unseen"], row["gap"] - of_raw["gap"]
+                by_seed[row["seed"]].append((row["estimate"], row["unseen"], gain, row["gap"], narrower))
         means = [[statistics.mean(column) for column in zip(*runs, strict=True)] for runs in by_seed.values()]
         columns = [list(column) for column in zip(*means, strict=True)]
         cells = [interval(column, signed=number > 1) for number, column in enumerate(columns)]
@@ -125,13 +121,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True, help="file of the choices; written if runs are given")
     options = parser.parse_args()
     if options.runs:
-        rows = [row for folder in options.runs for row in choices(folder, options.steps)]
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    with options.csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        write(options.csv, COLUMNS, [row for folder in options.runs for row in choices(folder, options.steps)])
+    rows = read(options.csv)
     print(f"{len({row['run'] for row in rows})} runs with {len({row['seed'] for row in rows})} seeds. Intervals are 95% over seeds.\n")
     print("\n".join(table(rows)))
 
