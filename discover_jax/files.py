@@ -1,12 +1,38 @@
 """Durable files: written whole or not at all, and on the disk when the call returns."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from discover_jax.exceptions import RunError
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space.",
+    errno.EDQUOT: "Your quota is used up: delete files, or ask for more.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Check the owner and the permissions of the directory."),
+    errno.EROFS: "The file system is mounted read-only: mount it writable.",
+    **dict.fromkeys(
+        (errno.ENOSYS, errno.EOPNOTSUPP),
+        "This file system does not support what a run needs: use another (ext4, xfs, NFS, Lustre).",
+    ),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ESHUTDOWN),
+        "The disk or the file server fails: check the mount (`df`, `dmesg`).",
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Too many files are open: raise the limit (`ulimit -n`)."),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT), "Check the path."),
+}
+
+
+def storage_remedy(error: BaseException) -> str:
+    """What to do about an error of a file system: one or more sentences. Libraries that hide the errno are recognised by its text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        number = next((each for each in _REMEDIES if os.strerror(each).lower() in str(error).lower()), None)
+    return _REMEDIES.get(number or 0, "Check the disk, its free space and the permissions of the directory.")
 
 
 @contextlib.contextmanager
@@ -42,8 +68,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise RunError(
-            f"Cannot write {path} ({error}). The old file is unchanged. Free some space or check the directory's permissions, then start"
-            " the same command again: it resumes at the last checkpoint."
+            f"Cannot write {path} ({error}). The old file is unchanged. {storage_remedy(error)} Then start the same command"
+            " again: it resumes at the last checkpoint."
         ) from error
 
 

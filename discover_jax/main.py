@@ -77,7 +77,7 @@ def run(config: Any, folder: Path, processes: Processes = ALONE, *, kind: RunKin
     try:
         _check_agreement(processes, config, kind)
         with (
-            open_shared_workdir(folder, settings.flatten(config), kind.value, processes) as workdir,
+            open_shared_workdir(folder, settings.flatten(config), kind.value, processes, console.note) as workdir,
             open_trackers(workdir, _wandb(config, kind), leads=processes.leads) as trackers,
             _prepared(config, workdir, processes, kind, console, trackers) as (prepared, policy, frontiers),
         ):

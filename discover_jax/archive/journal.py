@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import RunError
-from discover_jax.files import append_synced
+from discover_jax.files import append_synced, storage_remedy
 from discover_jax.records import from_row, parse_json
 from discover_jax.types import Attempt
 
@@ -94,7 +94,7 @@ class Journal:
         except OSError as error:
             raise RunError(
                 f"Cannot write {len(attempts)} rows ({len(data)} bytes) to the journal {self._path} ({error}). Its first {before} bytes are"
-                " unchanged. Free some space, then start the same command again: it resumes at the last checkpoint."
+                f" unchanged. {storage_remedy(error)} Then start the same command again: it resumes at the last checkpoint."
             ) from error
         if self._sha256 is not None:
             self._sha256.update(data)

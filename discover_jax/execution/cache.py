@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
+from discover_jax.files import storage_remedy
 from discover_jax.records import from_row, parse_json
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
@@ -124,7 +125,7 @@ class VerdictCache:
             if temporary is not None:
                 with contextlib.suppress(OSError):  # the original error is raised below
                     os.unlink(temporary)
-            raise RunError(f"Cannot write a verdict to {path.parent}: {error}. Free some space, then resume the run.") from error
+            raise RunError(f"Cannot write a verdict to {path.parent}: {error}. {storage_remedy(error)} Then resume the run.") from error
 
     def _read(self, path: Path) -> bytes:
         """The bytes of a file that only this user can have written; links are not followed."""

@@ -21,6 +21,7 @@ from discover_jax.execution.backend import Request, ShownTask
 from discover_jax.execution.cache import packages
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
+from discover_jax.files import storage_remedy
 
 _PREFIX, _NEW_PREFIX = "discover_jax-public-", "discover_jax-new-"
 
@@ -91,7 +92,7 @@ class Node:
         except DiscoverError as error:
             return error
         except OSError as error:
-            return SandboxError(f"Cannot store the public files there: {error}. Free some space in the temporary folder.")
+            return SandboxError(f"Cannot store the public files there: {error}. {storage_remedy(error)} They are in the temporary folder.")
 
     def ask(self, slot: int, request: Request) -> Any:
         """See `backend.Slot`."""

@@ -16,7 +16,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
-from discover_jax.files import replacement
+from discover_jax.files import replacement, storage_remedy
 from discover_jax.kernels.mxfp4_tiles import SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
@@ -154,7 +154,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with replacement(path) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"Cannot write {path}: {error}. Free some space, or choose another folder.") from error
+        raise WeightsError(f"Cannot write {path}: {error}. {storage_remedy(error)} Or choose another folder.") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

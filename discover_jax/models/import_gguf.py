@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from discover_jax.exceptions import DiscoverError, WeightsError
-from discover_jax.files import replacement
+from discover_jax.files import replacement, storage_remedy
 from discover_jax.models import gguf_tensors
 from discover_jax.models.gguf_config import read_config
 from discover_jax.models.gguf_file import GgufFile
@@ -178,7 +178,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         with replacement(path) as temporary:
             write(temporary)
     except OSError as error:
-        raise WeightsError(f"Cannot write {path}: {error}. Free some space, or set --out to another folder.") from error
+        raise WeightsError(f"Cannot write {path}: {error}. {storage_remedy(error)} Or set --out to another folder.") from error
 
 
 def _json(content: dict[str, Any]) -> str:

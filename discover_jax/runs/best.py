@@ -11,7 +11,7 @@ import numpy as np
 
 from discover_jax.exceptions import RunError
 from discover_jax.execution import values
-from discover_jax.files import sync_folder, write_synced
+from discover_jax.files import storage_remedy, sync_folder, write_synced
 from discover_jax.records import parse_json
 from discover_jax.tasks.interval import no_interval
 from discover_jax.tasks.prepare import AnyTask
@@ -170,8 +170,8 @@ def write_best(
         _remove(old)
     except OSError as error:
         raise RunError(
-            f"Cannot write the best program to {best_dir} ({error}). It is still in the journal. Free some space and run the same command"
-            " again."
+            f"Cannot write the best program to {best_dir} ({error}). It is still in the journal. {storage_remedy(error)} Then"
+            " start the same command again."
         ) from error
 
 

@@ -10,6 +10,7 @@ damaged file would leave the others waiting.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from discover_jax.exceptions import RunError
+from discover_jax.files import storage_remedy
 from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
 from discover_jax.models.sharding import fetch
@@ -114,8 +116,8 @@ class Checkpoints:
                 self._manager.check_for_errors()
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a failing disk as ValueError
             raise RunError(
-                f"Cannot write checkpoint {step} to {self._directory}: {error}\nEarlier checkpoints are unchanged. Free some space, then"
-                f" start the same command again: it resumes at {'the beginning' if latest is None else f'step {latest}'}."
+                f"Cannot write checkpoint {step} to {self._directory}: {error}\nEarlier checkpoints are unchanged. {storage_remedy(error)}"
+                f" Then start the same command again: it resumes at {'the beginning' if latest is None else f'step {latest}'}."
             ) from error
 
     def _check_room(self, train_state: TrainState | None, host: dict[str, Any]) -> None:
@@ -124,7 +126,7 @@ class Checkpoints:
         needed = sum(leaf.nbytes + _ROOM_PER_ARRAY for leaf in leaves) + len(json.dumps(host)) + _ROOM_EXTRA
         free = shutil.disk_usage(self._directory).free
         if free < needed:
-            raise OSError(f"it needs about {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free.")
+            raise OSError(errno.ENOSPC, f"it needs about {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free.")
 
     def latest(self) -> int | None:
         """Step of the last complete checkpoint, or None."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
-from discover_jax.files import append_synced, write_atomic
+from discover_jax.files import append_synced, storage_remedy, write_atomic
 from discover_jax.types import Outcome
 
 REQUIRED: tuple[str, ...] = (
@@ -139,8 +139,8 @@ class MetricsWriter:
             append_synced(self._path, line.encode())
         except OSError as error:
             raise RunError(
-                f"Cannot write the row of step {row['step']} to {self._path} ({error}). Free some space and run the same command again; it"
-                " resumes from the last checkpoint."
+                f"Cannot write the row of step {row['step']} to {self._path} ({error}). {storage_remedy(error)} Then start the same"
+                " command again: it resumes from the last checkpoint."
             ) from error
 
     def truncate(self, step: int) -> None:

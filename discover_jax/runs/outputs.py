@@ -11,7 +11,7 @@ from pathlib import Path
 
 from discover_jax.exceptions import RunError
 from discover_jax.execution.limits import MIB
-from discover_jax.files import write_atomic
+from discover_jax.files import storage_remedy, write_atomic
 from discover_jax.hosts.processes import Processes
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.types import TOO_LONG, Outcome, State, Verdict, children_read
@@ -48,7 +48,7 @@ class Outputs:
                 return
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
-            raise RunError(f"Cannot write {path} ({error}). Free some space or check the directory's permissions.") from error
+            raise RunError(f"Cannot write {path} ({error}). {storage_remedy(error)}") from error
         write_atomic(path, value)
 
     def get(self, digest: str) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from discover_jax.exceptions import ConfigError, RunError
-from discover_jax.files import write_atomic
+from discover_jax.files import storage_remedy, write_atomic
 from discover_jax.runs.event_files import EventFile
 from discover_jax.runs.metrics import scalars
 from discover_jax.runs.workdir import Workdir
@@ -137,8 +137,8 @@ class EventFiles:
             yield
         except OSError as error:
             raise RunError(
-                f"Cannot write TensorBoard events to {self._folder} ({error}). Free some space, then start the same command again: it"
-                " resumes at the last checkpoint."
+                f"Cannot write TensorBoard events to {self._folder} ({error}). {storage_remedy(error)} Then start the same command"
+                " again: it resumes at the last checkpoint."
             ) from error
 
 

@@ -2,20 +2,19 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import HostError, RunError
-from discover_jax.files import write_atomic
+from discover_jax.files import storage_remedy, write_atomic
 from discover_jax.hosts.processes import Processes
+from discover_jax.runs import lock
 
-_CONFIG, _LOCK, _TOKEN = "config.json", ".lock", ".hosts"
+_CONFIG, _TOKEN = "config.json", ".hosts"
 _ABSENT = object()
 _RUNTIME_SETTINGS = (
     *("mesh.data", "mesh.expert", "mesh.tensor", "train.rows"),
@@ -82,13 +81,14 @@ class Workdir:
 
 
 @contextlib.contextmanager
-def open_workdir(path: Path, config: dict[str, Any], kind: str) -> Iterator[Workdir]:
+def open_workdir(path: Path, config: dict[str, Any], kind: str, tell: Callable[[str], None] = print) -> Iterator[Workdir]:
     """Opens a run directory and locks it against other processes until the context ends.
 
     Args:
       path: created if it does not exist.
       config: every setting by its dotted name, as `config.flatten` returns it; JSON values.
       kind: "train" or "search".
+      tell: called with a line of text while another process holds the lock, which may belong to a dead host: see `lock.hold_lock`.
 
     Raises:
       RunError: the directory belongs to another run (each difference is listed), is not a run directory, is in use, or cannot be written.
@@ -100,17 +100,19 @@ def open_workdir(path: Path, config: dict[str, Any], kind: str) -> Iterator[Work
             if path.is_dir() and not (path / _CONFIG).exists():
                 _refuse_strangers(path)
             path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(path))
+            stack.enter_context(lock.hold_lock(path, tell))
             workdir = _prepare(path, given)
         except OSError as error:
             raise RunError(
-                f"Cannot use the run directory {path} ({error}). Free some space, or give another directory by --workdir."
+                f"Cannot use the run directory {path} ({error}). {storage_remedy(error)} Or give another directory by --workdir."
             ) from error
         yield workdir
 
 
 @contextlib.contextmanager
-def open_shared_workdir(path: Path, config: dict[str, Any], kind: str, processes: Processes) -> Iterator[Workdir]:
+def open_shared_workdir(
+    path: Path, config: dict[str, Any], kind: str, processes: Processes, tell: Callable[[str], None] = print
+) -> Iterator[Workdir]:
     """`open_workdir` for several processes. All must call it: the first opens the directory, and the others must see the same one.
 
     Raises:
@@ -119,7 +121,7 @@ def open_shared_workdir(path: Path, config: dict[str, Any], kind: str, processes
     """
     path = Path(path).absolute()
     with contextlib.ExitStack() as stack:
-        mine = stack.enter_context(open_workdir(path, config, kind)) if processes.leads else None
+        mine = stack.enter_context(open_workdir(path, config, kind, tell)) if processes.leads else None
         if processes.count > 1:
             _check_shared(path, processes)
         resumed = processes.from_first(lambda: mine is not None and mine.resumed)
@@ -176,32 +178,12 @@ def _places(path: Path, resumed: bool) -> Workdir:
 
 def _refuse_strangers(path: Path) -> None:
     """Refuses a directory with files that is not a run directory. Ignores what a kill right after its creation leaves behind."""
-    strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in (_LOCK, f".{_CONFIG}.tmp"))
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in (lock.NAME, f".{_CONFIG}.tmp"))
     if strangers:
         listed = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
         raise RunError(
             f"{path} is not empty and not a run directory (it has no {_CONFIG}): {listed}. Give an empty or new directory by --workdir."
         )
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Locks the directory. The kernel releases the lock when the process ends, however it ends."""
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise RunError(
-                f"The run directory {path} is in use by another process{f' (id {holder})' if holder else ''}. Wait for it to end, or give"
-                " another directory by --workdir."
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _compare(path: Path, given: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError
+from discover_jax.files import storage_remedy
 from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.loading import load_definition, locate_definition
@@ -111,7 +112,7 @@ def prepare_task(
     try:
         task = _task(source, digest, grader, folder, record)
     except OSError as error:
-        raise DataError(f"Cannot read the task in {folder}: {error}. Free some space, or choose another folder.") from error
+        raise DataError(f"Cannot read the task in {folder}: {error}. {storage_remedy(error)} Or choose another folder.") from error
     _check_sample(task)
     return task
 
@@ -166,7 +167,7 @@ def _prepared(folder: Path, settings: dict[str, Any], write: Callable[[Path], di
             _put_in_place(folder, settings, write)
         return _read_record(folder, settings)
     except OSError as error:
-        raise DataError(f"Cannot prepare the task in {folder}: {error}. Free some space, or choose another folder.") from error
+        raise DataError(f"Cannot prepare the task in {folder}: {error}. {storage_remedy(error)} Or choose another folder.") from error
 
 
 def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
