@@ -7,25 +7,26 @@ import os
 import runpy
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from discover_jax import config as settings
 from discover_jax.config.page import settings_help
-from discover_jax.exceptions import ConfigError, DiscoverError
-from discover_jax.hosts.processes import Processes, start
+from discover_jax.exceptions import ConfigError, DiscoverError, HostError, TemporaryError
+from discover_jax.hosts.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
+from discover_jax.hosts.processes import JOIN_SECONDS, Processes, start
 from discover_jax.hosts.watch import Watch
 from discover_jax.machines import NAMES, take_gpu_memory
 
 DOES_NOT_FIT = 1
 """Exit code of a dry run that finds too little memory."""
-USER_ERROR = 2
-"""Exit code of an error that the user can fix; the message says how."""
 
 
 def _check_arguments(argv: list[str]) -> None:
@@ -55,6 +56,12 @@ def _check_arguments(argv: list[str]) -> None:
                 raise ConfigError(f"--config.{name} is not a setting. {hint}")
 
 
+_TELLING_SECONDS = JOIN_SECONDS - 10
+"""Time limit for telling other processes about an error, before jax aborts this process for not joining."""
+_OUT_OF_MEMORY = (
+    "Memory ran out, see the message above. The same command would fail again. --dry_run predicts the memory of each device and names the"
+    " settings that lower it: config.mesh, config.train.rows, config.sampling.slots, config.sampling.max_new_tokens, config.model.remat."
+)
 _ADVICE = (
     "The run ends on all hosts. At most the steps since the last checkpoint are lost. Start the same command again on all hosts, or on"
     " another number of hosts with config.mesh set for their devices: the run resumes at the checkpoint."
@@ -70,7 +77,7 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
         config and the values of `--machine` and `--lengths`; returns whether everything fits. If not, the exit code is 1.
 
     Raises:
-      SystemExit: with code 2 after an error that the user can fix, 130 after Ctrl-C, `hosts.watch.LOST` if another process was lost.
+      SystemExit: with a code of `hosts.exit_codes`.
     """
     config_flags.DEFINE_config_file(
         "config", help_string="config file, and the argument of its get_config: FILE[:ARG], such as configs/spaceship.py:run1"
@@ -85,18 +92,26 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
         _define_run_flags()
     try:
         app.run(lambda argv: _main(argv, run, dry_run), flags_parser=_parse)
-    except (KeyboardInterrupt, DiscoverError, flags.Error) as error:
-        sys.exit(_report(error))
+    except (KeyboardInterrupt, Exception) as error:
+        code = _report(error)
+        if dry_run is not None:
+            _tell_others(error, code)
+        sys.exit(code)
+
+
+def _define_process_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The flags that name the processes of a run."""
+    flags.DEFINE_bool(
+        *("distributed", False, "start this process as one of several; jax detects the others (SLURM, Open MPI, Cloud TPU, GKE)"), values
+    )
+    flags.DEFINE_string("coordinator", "", "start this process as one of several; HOST:PORT of process 0, with a free port", values)
+    flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0", flag_values=values)
 
 
 def _define_run_flags() -> None:
     """The flags of commands that start runs."""
-    flags.DEFINE_bool(
-        "distributed", False, "start this process as one of several; jax detects the others (SLURM, Open MPI, Cloud TPU, GKE)"
-    )
-    flags.DEFINE_string("coordinator", "", "start this process as one of several; HOST:PORT of process 0, with a free port")
-    flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host")
-    flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0")
+    _define_process_flags()
     flags.DEFINE_bool(
         "dry_run",
         False,
@@ -170,16 +185,30 @@ def _flag_help(flag: flags.Flag) -> str:
     return f"  --{flag.name}{value}\n{text}"
 
 
+def _code(error: BaseException) -> int:
+    """The exit code of a command that this error ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, TemporaryError):
+        return LOST
+    return USER_ERROR if isinstance(error, DiscoverError | flags.Error) or _is_out_of_memory(error) else FAILED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
 def _report(error: BaseException) -> int:
     """Prints on standard error what ended the command; returns its exit code."""
     if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
-        return 130
-    if isinstance(error, DiscoverError | flags.Error):
+    elif isinstance(error, DiscoverError | flags.Error):
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    traceback.print_exception(error)
-    return 1
+    else:
+        traceback.print_exception(error)
+        if _is_out_of_memory(error):
+            print(f"error: {_OUT_OF_MEMORY}", file=sys.stderr)
+    return _code(error)
 
 
 def _join() -> Processes | None:
@@ -192,6 +221,42 @@ def _join() -> Processes | None:
     return None
 
 
+def _tell_others(error: BaseException, code: int) -> None:
+    """Joins the other processes only to tell them about an error from before this one joined, such as a config file that this host lacks.
+
+    Otherwise they would wait for this process until jax aborts them, and a scheduler would start the run again.
+    """
+    given = flags.FlagValues()
+    _define_process_flags(given)
+    try:
+        given(sys.argv, known_only=True)
+    except flags.Error:  # the error is in one of these flags
+        return
+    if isinstance(error, HostError | KeyboardInterrupt) or not (given.distributed or given.coordinator):
+        return
+    print(f"note: telling the other processes of this run, for at most {_TELLING_SECONDS} s. Ctrl-C ends the wait.", file=sys.stderr)
+    timer = threading.Timer(_TELLING_SECONDS, lambda: os._exit(code))
+    timer.daemon = True
+    timer.start()
+    try:
+        Watch(start(given.coordinator, given.num_processes, given.process_id), _ADVICE).failed(_reason(error), code)
+    except DiscoverError as second:
+        print(f"note: could not tell the other processes: {second}", file=sys.stderr)
+    _leave(code)
+
+
+def _reason(error: BaseException) -> str:
+    """What the other processes print about an error of this one."""
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def _leave(code: int) -> None:
+    """Ends this process without an orderly end, which would wait for the others, which wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _run_as_one_of_several(run: Callable[..., None], config: Any, folder: Path, processes: Processes) -> None:
     """Runs as one of several processes, which end together."""
     watch = None
@@ -201,10 +266,6 @@ def _run_as_one_of_several(run: Callable[..., None], config: Any, folder: Path, 
         processes.wait()
         watch.finished()
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"[:2000]
         if watch is not None:
-            watch.failed(reason)  # does not return if another process made this one fail
-        code = _report(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # an orderly end would wait for the others, which wait for this one
+            watch.failed(_reason(error), _code(error))  # does not return if another process made this one fail
+        _leave(_report(error))

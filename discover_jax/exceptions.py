@@ -41,6 +41,10 @@ class HostError(DiscoverError, RuntimeError):
     """The processes of a run on several hosts did not come together or do not share the run directory, or one was lost."""
 
 
+class TemporaryError(HostError):
+    """A host cannot be reached or was lost. Starting the same command again may succeed."""
+
+
 class CapacityError(DiscoverError, ValueError):
     """A prompt or a rollout is longer than the context that the sampler or the update was built for."""
 

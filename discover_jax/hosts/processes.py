@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from discover_jax.exceptions import ConfigError, HostError
+from discover_jax.exceptions import ConfigError, TemporaryError
 
 HEARTBEAT_SECONDS = 40
 """jax treats a process without a heartbeat for this long as lost, in addition to the check in `watch`."""
-_JOIN_SECONDS = 300
+JOIN_SECONDS = 300
 """Time limit for all processes to join."""
 _PATIENCE_SECONDS = 15
 """Seconds before a waiting message is printed."""
@@ -103,7 +103,7 @@ def start(coordinator: str, count: int, index: int) -> Processes:
 
     Raises:
       ConfigError: jax cannot detect the processes, or the arguments contradict each other.
-      HostError: not all processes joined.
+      TemporaryError: not all processes joined.
     """
     if coordinator and not (":" in coordinator and count >= 1 and 0 <= index < count):
         raise ConfigError(
@@ -116,16 +116,16 @@ def start(coordinator: str, count: int, index: int) -> Processes:
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index, "cluster_detection_method": "deactivate"}
     try:
         with _reminder(coordinator or "found by jax"):
-            jax.distributed.initialize(**given, initialization_timeout=_JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            jax.distributed.initialize(**given, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ConfigError(
             f"jax could not detect the processes of this run ({error}). Give --coordinator=HOST:PORT, --num_processes and"
             " --process_id instead of --distributed."
         ) from error
     except RuntimeError as error:
-        raise HostError(
+        raise TemporaryError(
             f"The processes of this run did not come together ({str(error).splitlines()[0]}; process 0: {coordinator or 'found by jax'})."
-            f" Start all of them within {_JOIN_SECONDS} s with the same address of process 0. All hosts must be able to reach it, and its"
+            f" Start all of them within {JOIN_SECONDS} s with the same address of process 0. All hosts must be able to reach it, and its"
             " port must be free. Read the logs of the other processes."
         ) from error
     return Processes(jax.process_index(), jax.process_count())
@@ -135,7 +135,7 @@ def start(coordinator: str, count: int, index: int) -> Processes:
 def _reminder(coordinator: str) -> Iterator[None]:
     """Prints a message if joining takes long: when it times out, jax aborts the process and explains little."""
     text = (
-        f"note: waiting for the other processes of this run (process 0: {coordinator}), at most {_JOIN_SECONDS} s. Start all of them"
+        f"note: waiting for the other processes of this run (process 0: {coordinator}), at most {JOIN_SECONDS} s. Start all of them"
         " with the same command and the same address of process 0, which all hosts must reach. Read the logs of the other processes."
     )
     timer = threading.Timer(_PATIENCE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))

@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from discover_jax.exceptions import HostError
+from discover_jax.exceptions import HostError, TemporaryError
+from discover_jax.hosts.exit_codes import LOST, USER_ERROR
 from discover_jax.hosts.processes import Processes
 
-LOST = 3
-"""Exit code of a process that ends because another one was lost."""
 _TELLING_SECONDS = 10.0
 """Time for a failure to reach the other processes."""
 _SAME_ERROR_SECONDS = 2.0
 """Time for this process to raise the same error as another one that ended. Twice this is less than the watcher waits for the end."""
+_AFTER_A_FAILURE = "Fix the cause, then start the same command again on all hosts: the run resumes at the last checkpoint."
 
 
 class Watch:
@@ -47,6 +47,7 @@ class Watch:
             return
         token = processes.from_first(lambda: secrets.token_hex(16))
         order = {"index": processes.index, "count": processes.count, "token": token, "advice": advice}
+        order |= {"after_a_failure": _AFTER_A_FAILURE, "lost_code": LOST, "closed_code": USER_ERROR}
         found = None
         if processes.leads:
             self._begin(order)
@@ -62,8 +63,9 @@ class Watch:
             )
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
-    def failed(self, reason: str) -> None:
-        """Tells all other processes that this one ends and why, so that they end too. The caller must then end this process.
+    def failed(self, reason: str, code: int) -> None:
+        """Tells all other processes that this one ends and why, so that they end with the same exit code. The caller must then end this
+        process.
 
         If this process failed only because another one was lost, the loss is reported first, and this call does not return. If the others
         fail with the same error, such as an invalid config, each ends with its own.
@@ -76,7 +78,7 @@ class Watch:
             if self._lost:
                 threading.Event().wait()  # `_listen` ends this process
             with contextlib.suppress(HostError):  # the original error is more important
-                self._send({"failed": reason})
+                self._send({"failed": reason, "code": code})
                 self._told.wait(_TELLING_SECONDS)
         self._let_others_leave()
 
@@ -105,12 +107,12 @@ class Watch:
         try:
             self._pipes[0].write(json.dumps(message).encode() + b"\n")
         except OSError as error:
-            raise HostError("The watcher of this process ended unexpectedly. Start the same command again on all hosts.") from error
+            raise TemporaryError("The watcher of this process ended unexpectedly. Start the same command again on all hosts.") from error
 
     def _answer(self) -> dict[str, Any]:
         line = self._pipes[1].readline()
         if not line:
-            raise HostError("The watcher of this process ended before it was ready. Start the same command again on all hosts.")
+            raise TemporaryError("The watcher of this process ended before it was ready. Start the same command again on all hosts.")
         return json.loads(line)
 
     def _listen(self) -> None:
@@ -125,7 +127,7 @@ class Watch:
                     self._told.set()
                     return
                 self._let_others_leave()
-                os._exit(LOST)
+                os._exit(message["code"])
         if not self._done and not self._told.is_set():
             print("error: The watcher of this process was killed. Start the same command again on all hosts.", file=sys.stderr, flush=True)
             os._exit(LOST)

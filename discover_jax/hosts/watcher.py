@@ -1,8 +1,9 @@
 """The watcher of one process of a run. It is a separate process, so that it can report when the watched process is killed or aborts.
 
 It uses only the standard library. All watchers connect to the watcher of process 0. A process is lost if its link closes without a goodbye
-or is silent for `SILENCE_SECONDS`. A watcher that learns of a loss prints it to standard error, tells the others, and ends the process
-that it watches. It talks to that process over standard input and output. Messages are lines of JSON.
+or is silent for `SILENCE_SECONDS`. A process that fails says why, and with which exit code. A watcher that learns of a loss or a failure
+prints it to standard error, tells the others, and ends the process that it watches, with that exit code. It talks to that process over
+standard input and output. Messages are lines of JSON.
 """
 
 import contextlib
@@ -81,10 +82,16 @@ class Watcher:
       index, count: index of that process, and number of processes.
       token: secret shared by all watchers of the run.
       advice: how to resume the run; ends each message about a loss.
+      after_a_failure: what to do; ends each message about a process that failed and said why.
+      lost_code: exit code of processes that end because another one was lost without a message.
+      closed_code: exit code of processes that end because the network between the watchers is closed.
     """
 
-    def __init__(self, parent: Link, index: int, count: int, token: str, advice: str):
-        self._parent, self._index, self._count, self._token, self._advice = parent, index, count, token, advice
+    def __init__(
+        self, parent: Link, index: int, count: int, token: str, advice: str, after_a_failure: str, lost_code: int, closed_code: int
+    ):
+        self._parent, self._index, self._count, self._token = parent, index, count, token
+        self._advice, self._after_a_failure, self._lost_code, self._closed_code = advice, after_a_failure, lost_code, closed_code
         self._server: socket.socket | None = None
         self._strangers: list[Link] = []  # connected to the server, not yet identified
         self._links: dict[int, Link] = {}  # by the index of the process at the other end
@@ -140,10 +147,10 @@ class Watcher:
                 self._hear(source)
             for index, link in list(self._links.items()):
                 if link.open and time.monotonic() - link.heard > SILENCE_SECONDS:
-                    self._lose(index, f"no message from it for {SILENCE_SECONDS:g} s: its host or the network is down")
+                    self._lose(index, f"no message from it for {SILENCE_SECONDS:g} s: its host or the network is down", self._lost_code)
             if not ready and self._server is not None and now - began > JOIN_SECONDS + 10:
                 absent = [index for index in range(1, self._count) if index not in self._links and index not in self._gone]
-                self._lose(absent[0], "its watcher could not reach the watcher of process 0. Check for a firewall.")
+                self._lose(absent[0], "its watcher could not reach the watcher of process 0. Check for a firewall.", self._closed_code)
 
     def _tell_ready(self) -> bool:
         known = set(self._links) | self._gone
@@ -176,15 +183,15 @@ class Watcher:
             if "bye" in message:
                 self._gone.add(index)
             elif "lost" in message:
-                self._end(int(message["lost"]), str(message["name"]), str(message["why"]))
+                self._end(int(message["lost"]), str(message["name"]), str(message["why"]), int(message["code"]))
             elif "failed" in message:
                 source.send({"heard": 1})
-                self._lose(index, str(message["failed"]))
+                self._lose(index, str(message["failed"]), int(message["code"]))
         if not source.open:
             del self._links[index]
             source.close()
             if index not in self._gone:
-                self._lose(index, f"{_WITHOUT_A_WORD}, or its host is down")
+                self._lose(index, f"{_WITHOUT_A_WORD}, or its host is down", self._lost_code)
 
     def _welcome(self, link: Link, messages: list[dict[str, Any]]) -> None:
         hello = messages[0] if messages else {}
@@ -204,11 +211,11 @@ class Watcher:
                     link.send({"bye": 1})
                 return
             if "failed" in message:
-                self._tell_others(self._index, str(message["failed"]))
+                self._tell_others(self._index, str(message["failed"]), int(message["code"]))
                 self._parent.send({"told": 1})
                 sys.exit(0)
         if not self._parent.open and not self._left:
-            self._tell_others(self._index, _WITHOUT_A_WORD)
+            self._tell_others(self._index, _WITHOUT_A_WORD, self._lost_code)
             self._end_after_parent()
 
     def _end_after_parent(self) -> None:
@@ -222,29 +229,30 @@ class Watcher:
                 break
             for message in messages:
                 if "lost" in message:
-                    self._end(int(message["lost"]), str(message["name"]), str(message["why"]))
+                    self._end(int(message["lost"]), str(message["name"]), str(message["why"]), int(message["code"]))
             if not link.open:
-                self._end(0, self._names[0], _WITHOUT_A_WORD)
-        self._say(self._index, self._names[self._index], f"{_WITHOUT_A_WORD}, or aborted by jax (see its message above)")
+                self._end(0, self._names[0], _WITHOUT_A_WORD, self._lost_code)
+        why = f"{_WITHOUT_A_WORD}, or aborted by jax (see its message above)"
+        self._say(self._index, self._names[self._index], why, self._lost_code)
         sys.exit(0)
 
-    def _tell_others(self, index: int, why: str) -> None:
+    def _tell_others(self, index: int, why: str, code: int) -> None:
         for other, link in self._links.items():
             if self._index == 0:
                 if other != index:
-                    link.send({"lost": index, "name": self._names.get(index, "?"), "why": why})
+                    link.send({"lost": index, "name": self._names.get(index, "?"), "why": why, "code": code})
             else:
-                link.send({"failed": why})
+                link.send({"failed": why, "code": code})
 
-    def _lose(self, index: int, why: str) -> None:
-        """Tells all linked watchers that process `index` is lost, and ends the watched process."""
-        self._tell_others(index, why)
-        self._end(index, self._names.get(index, "never seen"), why)
+    def _lose(self, index: int, why: str, code: int) -> None:
+        """Tells all linked watchers that process `index` is lost or failed, and ends the watched process."""
+        self._tell_others(index, why, code)
+        self._end(index, self._names.get(index, "never seen"), why, code)
 
-    def _end(self, index: int, name: str, why: str) -> None:
-        """Prints which process was lost, and ends the watched process."""
-        self._say(index, name, why)
-        self._parent.send({"lost": index, "why": why})
+    def _end(self, index: int, name: str, why: str, code: int) -> None:
+        """Prints which process was lost or failed, and ends the watched process with this exit code."""
+        self._say(index, name, why, code)
+        self._parent.send({"lost": index, "why": why, "code": code})
         deadline = time.monotonic() + _LEAVING_SECONDS
         while self._parent.open and time.monotonic() < deadline:
             if select.select([self._parent], [], [], 0.1)[0]:
@@ -255,8 +263,12 @@ class Watcher:
                     os.kill(_PARENT, signal.SIGKILL)
         sys.exit(0)
 
-    def _say(self, index: int, name: str, why: str) -> None:
-        print(f"error: process {index} of {self._count} ({name}) was lost: {why}\n{self._advice}", file=sys.stderr, flush=True)
+    def _say(self, index: int, name: str, why: str, code: int) -> None:
+        if code == self._lost_code:
+            what, advice = "was lost", self._advice
+        else:
+            what, advice = "failed", f"All processes of the run end with its exit code, {code}. {self._after_a_failure}"
+        print(f"error: process {index} of {self._count} ({name}) {what}: {why}\n{advice}", file=sys.stderr, flush=True)
 
 
 def _name() -> str:
@@ -276,12 +288,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     parent = Link(sys.stdin.fileno(), sys.stdout.fileno())
     order = json.loads(os.read(parent.fileno(), _LONGEST))
-    watcher = Watcher(parent, order["index"], order["count"], order["token"], order["advice"])
+    addresses, port = order.pop("addresses", []), order.pop("port", 0)
+    watcher = Watcher(parent, **order)
     if order["index"] == 0:
         parent.send({"port": watcher.listen()})
     else:
         try:
-            watcher.join(order["addresses"], order["port"])
+            watcher.join(addresses, port)
         except OSError as error:
             parent.send({"unreachable": str(error)})
             return

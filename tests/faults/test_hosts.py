@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tiny_run import STEPS, command, environment, results, unbroken
 
-from discover_jax.hosts.watch import LOST
+from discover_jax.hosts.exit_codes import LOST, USER_ERROR
 
 _MESHES = {2: (2, 1, 1), 4: (2, 2, 1), 1: (1, 1, 1)}
 
@@ -145,9 +145,9 @@ def test_run_resumes_with_other_process_counts_and_meshes(root, tmp_path):
 def test_error_of_one_process_ends_all_and_is_reported_by_all(root, tmp_path):
     unbroken(root)
     hosts = Hosts(root, tmp_path / "run", 2, DISCOVER_TEST_FAIL_IN="learning")
-    assert hosts.end(120) == [2, LOST]
+    assert hosts.end(120) == [USER_ERROR, USER_ERROR]
     assert "error: no more" in hosts.said(0)
-    assert re.search(r"error: process 0 of 2 .*was lost: RunError: no more", hosts.said(1))
+    assert re.search(r"error: process 0 of 2 .*failed: RunError: no more", hosts.said(1))
 
 
 @pytest.mark.slow
