@@ -84,8 +84,8 @@ def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
         raise SandboxError(f"bubblewrap cannot isolate programs on this machine. {error} {_remedy(str(error))}") from error
     except OSError as error:
         raise SandboxError(
-            f"The sandbox check could not inspect its processes: {error}. It needs a /proc that shows this user's processes. Mount one,"
-            " or start the container with one."
+            f"The sandbox check could not inspect its processes: {error}. It needs a /proc that shows this user's processes, and, as root"
+            " of a container, the capability SYS_PTRACE (docker: --cap-add SYS_PTRACE; Kubernetes: securityContext.capabilities)."
         ) from error
     finally:
         if sandbox is not None:
@@ -115,7 +115,12 @@ def _remedy(said: str) -> str:
         "for programs that you trust, execution.backend='unsafe-subprocess' with execution.allow_weaker=True runs them without isolation."
     )
     if "mount proc" in said:
-        return f"This container masks /proc: start it with `--security-opt systempaths=unconfined` (docker, podman). Or, {weaker}"
+        return (
+            "This container masks parts of /proc. In docker or podman, start it with `--security-opt systempaths=unconfined`. In"
+            " Kubernetes, run programs on pods without weights and answers (config.execution.backend='ray', launch/gke-programs.yaml), or"
+            " set FRESH_PROC=1 for launch/entrypoint.sh, which needs SYS_ADMIN and SYS_PTRACE (docs/security.md, Sandbox in a pod)."
+            f" Or, {weaker}"
+        )
     if "unshare the mount namespace" in said:
         return (
             "Python or the data are below a folder that only root may enter, and this container may not bind them elsewhere. Install"
