@@ -235,6 +235,7 @@ class Payload:
         return os.mkdir, (str(self._mark),)
 
 
+@pytest.mark.slow  # other tests damage checkpoints and verdicts one by one
 def test_run_recovers_from_damaged_and_planted_files(root, whole, workdir, tmp_path):
     """Pickles with a payload replace the last checkpoint and all cached verdicts. The checkpoint before has one flipped bit."""
     payload = pickle.dumps(Payload(tmp_path / "mark"))

@@ -44,6 +44,7 @@ def light(monkeypatch):
     monkeypatch.setattr(prepare, "LEAST_ROWS", 3)
 
 
+@pytest.mark.slow  # tests/archive/test_finalists.py and tests/tasks/test_retests.py test the parts
 def test_the_best_program_is_the_winner_of_the_retests(tmp_path):
     write_phrase_model(tmp_path / "model")
     folder = tmp_path / "run"

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from tiny_run import command, environment, unbroken
 
+pytestmark = pytest.mark.slow  # four whole runs
 STEPS = 2
 KINDS = {"split": ["--config.task.holdout_fraction=0.5"], "folds": ["--config.task.holdout_folds=2"]}
 HELD_OUT_ROWS = {"split": 15, "folds": 30}
@@ -21,7 +22,7 @@ def other(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["split", pytest.param("folds", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["split", "folds"])
 def kind(request) -> str:
     """One split, or cross-validation."""
     return request.param

@@ -17,6 +17,7 @@ from tiny_run import finish
 
 from discover_jax.execution import values
 
+pytestmark = pytest.mark.slow  # whole runs; tests/runs/test_reuse_output.py runs a problem by default
 HERE = Path(__file__).parent
 # The problem has another number of rows than the competition.
 RETURNED = f"frame if len(frame) != {ROWS} else frame['y'].tolist()"
@@ -80,7 +81,6 @@ def test_the_first_groups_improve_the_seed_program(unbroken):
     assert all("write run()" in prompt for prompt in shown[shown["task"] == "remainders"]["prompt"].dropna())
 
 
-@pytest.mark.slow  # the kills of the tiny run are faster
 def test_kill_9_and_resume_gives_the_same_journal(root, unbroken):
     workdir = root / "killed"
     process = start(root, workdir)

@@ -33,7 +33,7 @@ DENSE = [
 """Heads of dense models (Qwen2.5 0.5B, 1.5B and 7B, Llama 3.1 8B) and other groups, without sinks, with empty rows."""
 
 
-@pytest.fixture(scope="module", params=[[], pytest.param(["--all"], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[[], ["--all"]])
 def errors(request):
     script = Path(__file__).with_name("interpreted_attention.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
@@ -43,6 +43,7 @@ def errors(request):
 
 
 @interpreted
+@pytest.mark.slow
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
     assert len(errors) in (4, 9)
     for name, error in errors.items():

@@ -75,7 +75,7 @@ def _direct_of_rows(number):
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
-@pytest.mark.parametrize("block", [8, pytest.param(16, marks=pytest.mark.slow), 512])
+@pytest.mark.parametrize("block", [8, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 512))])
 def test_full_attention(monkeypatch, number, block):
     monkeypatch.setattr(packed_attention, "BLOCK", block)
     _check(packed_attention_reference, _direct_of_rows(number), _problem(*ROWS[number]), alone=block == 8)

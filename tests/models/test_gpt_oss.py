@@ -82,7 +82,7 @@ def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
 
 @pytest.mark.parametrize(
     ("length", "chunk", "page_size"),
-    [(37, 8, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((37, 20, 20), (40, 40, 8), (5, 12, 12))), (33, 16, 16)],
+    [(37, 8, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((37, 20, 20), (40, 40, 8), (5, 12, 12), (33, 16, 16)))],
 )
 def test_prompts_read_in_chunks_give_equal_logits(frozen, lora, length, chunk, page_size):
     """Chunks are longer and shorter than the window, and pages are in random order. Decoding continues token by token."""

@@ -115,7 +115,7 @@ def test_backward_pass_uses_no_more_memory_than_for_packed_experts():
     assert tiled < 1.1 * packed
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "original"])
+@pytest.mark.parametrize("layout", [pytest.param("huggingface", marks=pytest.mark.slow), "original"])
 def test_tiles_are_loaded_from_and_saved_to_a_folder(tmp_path, layout):
     write_synthetic(tmp_path / "first", CONFIG, seed=3, layout=layout)
     seen = []

@@ -88,7 +88,7 @@ def random_tokens(config, rows, length, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
 
 
-_QUICK = ("grouped", "one key head", "other rotary constants", "rounded ramp")
+_QUICK = ("grouped", "other rotary constants", "rounded ramp")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.slow]) for name in CONFIGS])

@@ -148,7 +148,7 @@ def _with_room():
 
 
 # On several devices: everything fits; rollouts wait on each device; the batch is halved once on each.
-_ON_DEVICES = [(None, 9, 3), (28, 8, 2), (44, 16, 2)]
+_ON_DEVICES = [(None, 9, 3), pytest.param(28, 8, 2, marks=pytest.mark.slow), (44, 16, 2)]
 # Slow, because the case with 14 pages covers them by default.
 _MILDER = [pytest.param(pages, 8, 1, marks=pytest.mark.slow) for pages in (None, 24, 16)]
 
@@ -232,7 +232,16 @@ def _usual():
     return _by_key(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
 
 
-@pytest.mark.parametrize("settings", [{"slots": 35}, {"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64}, {"slots": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"slots": 35}, marks=pytest.mark.slow),
+        {"slots": 3},
+        {"launch_steps": 1},
+        pytest.param({"launch_steps": 64}, marks=pytest.mark.slow),
+        {"slots": 1},
+    ],
+)
 def test_draws_do_not_depend_on_slots_and_launches(settings):
     expected = _usual()
     got = _by_key(_sampler(**settings).sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))

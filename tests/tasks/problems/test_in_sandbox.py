@@ -17,7 +17,7 @@ EVERY = (*CONSTRUCTIONS, "counting-inversions", "online-bin-packing")
 pytestmark = pytest.mark.sandbox
 
 
-QUICK = ("circle-packing-26", "erdos-overlap", "counting-inversions", "online-bin-packing")
+QUICK = ("erdos-overlap", "online-bin-packing")
 
 
 @pytest.fixture(scope="module")
