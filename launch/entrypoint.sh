@@ -2,8 +2,9 @@
 # Tested in an imitation of a pod; never run on a real cluster.
 #
 # One process of a run: launch/entrypoint.sh --config=configs/spaceship.py:run3 ... --workdir=SHARED_FOLDER
-# First the preflight (python -m discover_jax.doctor --distributed) with the flags of the run, then the run. If the preflight fails, the run
-# does not start, and the exit code is the preflight's. The images and all scripts of this folder use this file.
+# First the preflight (python -m discover_jax.doctor) with the flags of the run, then the run. With --coordinator or --distributed, the
+# preflight checks all hosts together. If it fails, the run does not start, and the exit code is the preflight's. The images and all scripts
+# of this folder use this file.
 #
 # Environment:
 #   FRESH_PROC  1: mount a new /proc first. A container masks parts of /proc, and then no sandbox starts in it. The container needs
@@ -47,6 +48,6 @@ if [ -n "${RAY_HEAD:-}" ] && [ "${JOB_COMPLETION_INDEX:-0}" = 0 ]; then
 fi
 
 if [ "${PREFLIGHT:-1}" = 1 ]; then
-  "$python" -m discover_jax.doctor "$@" --distributed
+  "$python" -m discover_jax.doctor "$@"
 fi
 exec "$python" -m "${MODULE:-discover_jax.main}" "$@"

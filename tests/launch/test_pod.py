@@ -1,11 +1,16 @@
 """The sandbox in an imitation of a pod: it needs an unmasked /proc, and each remedy of docs/security.md works."""
 
+import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pod
@@ -63,3 +68,42 @@ def test_as_root_the_check_of_the_sandbox_needs_to_inspect_other_users_processes
 def test_a_privileged_pod_needs_nothing_else(tmp_path):
     done = _run(tmp_path, added=_RIGHTS, masked=False)
     assert done.returncode == 0, done.stderr
+
+
+# As KubeRay starts the pods of launch/gke-programs.yaml: the head, then a CPU pod with the manifest's command before `ray start`.
+_CLUSTER = """
+set -e
+ray start --head --port=6399 --num-cpus=0 --include-dashboard=false --disable-usage-stats
+{pod} > $RAY_TMPDIR/pod.txt 2>&1 &
+for probe in 6399 6398; do
+  for _ in $(seq 60); do if (exec 3<> /dev/tcp/127.0.0.1/$probe) 2> /dev/null; then break; fi; sleep 1; done
+done
+exec {entrypoint} --config=configs/quickstart.py --config.execution.backend=ray --config.execution.cores=1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")
+def test_an_unprivileged_process_sends_programs_to_a_cpu_pod():
+    manifest = next(yaml.safe_load_all((_LAUNCH / "gke-programs.yaml").read_text()))
+    (container,) = manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    added = [name.lower() for name in container["securityContext"]["capabilities"]["add"]]
+    start = f"{shlex.join(container['command'])} && ray start --address=127.0.0.1:6399 --num-cpus=1 --node-manager-port=6398 --block"
+    script = _CLUSTER.format(pod=shlex.join(pod.command(["bash", "-c", start], added=added)), entrypoint=_LAUNCH / "entrypoint.sh")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "ab" * 24,
+        "RAY_HEAD": "127.0.0.1:6399",
+        "PREFLIGHT": "0",
+        "MODULE": "discover_jax.doctor",
+        "JAX_PLATFORMS": "cpu",
+    }
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short, since it holds sockets
+        # A process namespace of its own: all of ray ends with it.
+        argv = ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "bash", "-c", script]
+        environment["RAY_TMPDIR"] = folder
+        done = subprocess.run(argv, cwd=_LAUNCH.parent, env=environment, capture_output=True, text=True, check=False, timeout=400)
+        pod_said = Path(folder, "pod.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + pod_said
+    assert re.search(r"^ok +sandbox .*\bray, 1 slots\b.*bubblewrap", done.stdout, re.MULTILINE)

@@ -49,7 +49,7 @@ def _entrypoint(folder, *flags, **environment):
 def test_entrypoint_runs_the_preflight_and_the_run_with_the_same_flags(tmp_path):
     flags = ["--config=a b", "--workdir=/shared/run", "--process_id=0"]
     done, calls = _entrypoint(tmp_path, *flags, CODES="[3]")
-    assert calls == [["discover_jax.doctor", *flags, "--distributed"], ["discover_jax.main", *flags]]
+    assert calls == [["discover_jax.doctor", *flags], ["discover_jax.main", *flags]]
     assert done.returncode == 3  # of the run
     assert not fakes.records(tmp_path, "ray")
 
