@@ -7,13 +7,14 @@
 # of this folder use this file.
 #
 # Environment:
-#   FRESH_PROC  1: mount a new /proc first. A container masks parts of /proc, and then no sandbox starts in it. The container needs
-#               CAP_SYS_ADMIN and CAP_SYS_PTRACE, and no seccomp or AppArmor profile (docs/security.md)
-#   NCCL_SETUP  shell file with the settings of the network, sourced first (GKE: gke-a3-mega.yaml, gke-a3-ultra.yaml)
-#   RAY_HEAD    HOST:PORT of a ray cluster's head. Process 0 joins the cluster and runs no programs itself (gke-programs.yaml)
-#   PREFLIGHT   0: skip the preflight
-#   MODULE      module to run (default: discover_jax.main; discover_jax.search for the baseline)
-#   PYTHON      interpreter (default: python)
+#   FRESH_PROC     1: mount a new /proc first. A container masks parts of /proc, and then no sandbox starts in it. The container needs
+#                  CAP_SYS_ADMIN and CAP_SYS_PTRACE, and no seccomp or AppArmor profile (docs/security.md)
+#   LOCKED_MEMORY  KiB of memory that the TPU's driver may lock; GKE demands more than a container has. Needs CAP_SYS_RESOURCE
+#   NCCL_SETUP     shell file with the settings of the network, sourced first (GKE: gke-a3-mega.yaml, gke-a3-ultra.yaml)
+#   RAY_HEAD       HOST:PORT of a ray cluster's head. Process 0 joins the cluster and runs no programs itself (gke-programs.yaml)
+#   PREFLIGHT      0: skip the preflight
+#   MODULE         module to run (default: discover_jax.main; discover_jax.search for the baseline)
+#   PYTHON         interpreter (default: python)
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -22,6 +23,14 @@ if [ "${FRESH_PROC:-0}" = 1 ]; then
   mount -t proc proc /proc || {
     echo "launch/entrypoint.sh: FRESH_PROC=1, but this container may not mount /proc. Give it CAP_SYS_ADMIN and CAP_SYS_PTRACE and run it" \
       "without a seccomp or AppArmor profile (docs/security.md, Sandbox in a pod), or run programs on other pods: --config.execution.backend=ray." >&2
+    exit 2
+  }
+fi
+
+if [ -n "${LOCKED_MEMORY:-}" ]; then
+  ulimit -l "$LOCKED_MEMORY" || {
+    echo "launch/entrypoint.sh: LOCKED_MEMORY=$LOCKED_MEMORY, but this container may not raise the limit. Give it the capability" \
+      "SYS_RESOURCE." >&2
     exit 2
   }
 fi

@@ -136,6 +136,8 @@ def test_mesh_has_all_devices_and_rows_for_each_share(name):
         assert data * expert * tensor == hosts * limits["nvidia.com/gpu"]
         return
     topology = pod["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    assert container["securityContext"]["capabilities"]["add"] == ["SYS_RESOURCE"]  # for LOCKED_MEMORY
+    assert "LOCKED_MEMORY" in [entry["name"] for entry in container["env"]]
     assert limits["google.com/tpu"] == 4 == _CHIPS[topology] / hosts
     assert data * expert * tensor == _CHIPS[topology] * (2 if "7x" in name else 1)  # jax counts two devices per chip of TPU7x
 
@@ -170,10 +172,10 @@ def test_gpu_pods_have_the_networks_and_the_driver_of_their_machine(name, networ
 
 
 @pytest.mark.parametrize("name", [*_GPU, *_TPU])
-def test_accelerator_pods_have_no_privilege_and_send_programs_to_the_cpu_pods(name):
+def test_accelerator_pods_have_few_rights_and_send_programs_to_the_cpu_pods(name):
     _, _, pod, container = _pod(name)
     cluster, policy = _documents("gke-programs.yaml")
-    assert set(container.get("securityContext", {}).get("capabilities", {}).get("add", [])) <= {"IPC_LOCK"}
+    assert set(container.get("securityContext", {}).get("capabilities", {}).get("add", [])) <= {"IPC_LOCK", "SYS_RESOURCE"}
     assert not pod["spec"]["automountServiceAccountToken"]
     assert _flags(container)["config.execution.backend"] == "ray"
     environment = {entry["name"]: entry for entry in container["env"]}

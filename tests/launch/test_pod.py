@@ -70,6 +70,23 @@ def test_a_privileged_pod_needs_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("added", [[], ["sys_resource"]], ids=["without the capability", "with it"])
+def test_locked_memory_of_a_tpu_pod(tmp_path, added):
+    status = Path("/proc/self/status").read_text()
+    if added and not int(status.split("CapEff:")[1].split()[0], 16) >> 24 & 1:
+        pytest.skip("this machine's root has no CAP_SYS_RESOURCE")
+    (tmp_path / "python").write_text("#!/bin/bash\nulimit -l\n")
+    (tmp_path / "python").chmod(0o755)
+    argv = pod.command(["bash", "-c", f"ulimit -l 64; exec {_LAUNCH / 'entrypoint.sh'}"], added=added)
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PREFLIGHT": "0", "LOCKED_MEMORY": "68719476736"}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    if added:
+        assert (done.returncode, done.stdout) == (0, "68719476736\n"), done.stderr
+    else:
+        assert done.returncode == 2
+        assert "SYS_RESOURCE" in done.stderr
+
+
 # As KubeRay starts the pods of launch/gke-programs.yaml: the head, then a CPU pod with the manifest's command before `ray start`.
 _CLUSTER = """
 set -e
