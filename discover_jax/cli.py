@@ -68,13 +68,19 @@ _ADVICE = (
 )
 
 
-def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | None = None) -> None:
+def launch(
+    run: Callable[..., None],
+    dry_run: Callable[[Any, str, str], bool] | None = None,
+    preflight: Callable[[Any, Path, str, int, int], None] | None = None,
+) -> None:
     """Parses the command line, validates the config and calls `run(config, workdir)`.
 
     Args:
       run: what the command does. One of several processes passes its `Processes` as a third argument.
       dry_run: only for commands that start runs; adds `--dry_run` and the flags of several processes. Called instead of `run`, with the
         config and the values of `--machine` and `--lengths`; returns whether everything fits. If not, the exit code is 1.
+      preflight: only for a command that checks hosts; adds the flags of several processes. Called instead of `run` if they are given, with
+        the values of `--coordinator`, `--num_processes` and `--process_id`.
 
     Raises:
       SystemExit: with a code of `hosts.exit_codes`.
@@ -90,8 +96,10 @@ def launch(run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | 
     )
     if dry_run is not None:
         _define_run_flags()
+    if preflight is not None:
+        _define_process_flags()
     try:
-        app.run(lambda argv: _main(argv, run, dry_run), flags_parser=_parse)
+        app.run(lambda argv: _main(argv, run, dry_run, preflight), flags_parser=_parse)
     except (KeyboardInterrupt, Exception) as error:
         code = _report(error)
         if dry_run is not None:
@@ -140,7 +148,12 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _main(argv: list[str], run: Callable[..., None], dry_run: Callable[[Any, str, str], bool] | None) -> None:
+def _main(
+    argv: list[str],
+    run: Callable[..., None],
+    dry_run: Callable[[Any, str, str], bool] | None,
+    preflight: Callable[[Any, Path, str, int, int], None] | None,
+) -> None:
     """Runs the command after its flags were parsed; see `launch`."""
     take_gpu_memory()
     given = flags.FLAGS
@@ -160,6 +173,9 @@ def _main(argv: list[str], run: Callable[..., None], dry_run: Callable[[Any, str
         )
     config = settings.validate(given.config)
     folder = Path(given.workdir or f"runs/{config.name}")
+    if preflight is not None and _names_processes():
+        preflight(config, folder, given.coordinator, given.num_processes, given.process_id)
+        return
     processes = _join() if dry_run is not None else None
     if processes is None:
         run(config, folder)
@@ -214,11 +230,17 @@ def _report(error: BaseException) -> int:
 def _join() -> Processes | None:
     """This process among those that the command line names; None if it names no others."""
     given = flags.FLAGS
+    return start(given.coordinator, given.num_processes, given.process_id) if _names_processes() else None
+
+
+def _names_processes() -> bool:
+    """Whether the command line starts this process as one of several."""
+    given = flags.FLAGS
     if given.distributed or given.coordinator:
-        return start(given.coordinator, given.num_processes, given.process_id)
+        return True
     if given["num_processes"].present or given["process_id"].present:
         raise ConfigError("--num_processes and --process_id require --coordinator=HOST:PORT, the address of process 0.")
-    return None
+    return False
 
 
 def _tell_others(error: BaseException, code: int) -> None:

@@ -2,14 +2,13 @@
 
 Takes the same --config and --workdir as `main`. Prints one line per check: `ok`, `FIX` with what to do, or `--` for a skipped check. The
 exit code is 0 if all checks pass, otherwise 1. The doctor writes only to a temporary folder. Of the weights, it reads only the headers.
+
+With --distributed or --coordinator, as a run on several hosts is started, it checks all hosts together instead: see `preflight.all_hosts`.
 """
 
 import dataclasses
-import importlib.metadata
 import math
 import os
-import platform
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,17 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from packaging.requirements import Requirement
 
 from discover_jax import cli
-from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError, WeightsError
+from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB, resource_limits
-from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.models.decoder import Model
-from discover_jax.models.families import SHAPES
-from discover_jax.models.folder import check_folder
-from discover_jax.policy import check_chat_format, weights_folder
+from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
 from discover_jax.stages import packages_in_prompts
 from discover_jax.tasks.prepare import AnyTask, prepare_tasks, seed_programs
@@ -44,9 +38,6 @@ def run():
 """
 
 _NO_SOLUTION = "solution = None\n"
-_OPTIONAL = ("lightgbm", "catboost")
-"""Packages for programs, of the extra `boosters`."""
-
 T = TypeVar("T")
 
 
@@ -80,39 +71,15 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
         yield Finding(name, True, text)
         return result
 
-    yield from run_check("packages", _packages)
+    yield from run_check("packages", requirements.check_packages)
     yield from run_check("devices", _devices)
-    sizes = yield from run_check("weights", _weights, config)
-    yield from run_check("tokenizer", _tokenizer, config, sizes)
-    yield from run_check("disk", _disk, config, sizes, workdir)
+    sizes = yield from run_check("weights", requirements.check_weights, config)
+    yield from run_check("tokenizer", requirements.check_tokenizer, config, sizes)
+    yield from run_check("disk", requirements.check_disk, config, sizes, workdir)
     with tempfile.TemporaryDirectory(prefix="discover_jax-doctor-") as name:
         tasks = yield from run_check("data", _data, config, Path(name))
         scores = yield from run_check("grader", _graders, tasks)
         yield from run_check("sandbox", _sandbox, config, tasks, scores, Path(name))
-
-
-def _packages() -> tuple[str, None]:
-    try:
-        requirements = [Requirement(line) for line in importlib.metadata.requires("discover_jax") or []]
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigError("discover_jax is not installed in this Python. Run `pip install -e .` or `make` in its folder.") from error
-    problems, found = [], []
-    for requirement in requirements:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{requirement} is missing")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            problems.append(f"{requirement.name} is {version}; it must be {requirement.specifier}")
-        if requirement.name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers"):
-            found.append(f"{requirement.name} {version}")
-    optional = ", ".join(installed_packages(_OPTIONAL)) or f"none of {', '.join(_OPTIONAL)} (pip install 'discover_jax[boosters]')"
-    if problems:
-        raise ConfigError(f"{'; '.join(problems)}. Install the versions in constraints/, as the Makefile does.")
-    return f"Python {platform.python_version()}, {', '.join(found)}; more for programs: {optional}", None
 
 
 def _devices() -> tuple[str, None]:
@@ -128,43 +95,6 @@ def _devices() -> tuple[str, None]:
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {memory / GIB:.0f} GiB each for jax" if memory else ""
     return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {jax.process_count()} process(es){each}", None
-
-
-def _weights(config: Any) -> tuple[str, ModelConfig]:
-    folder = weights_folder(config)
-    if folder is None:
-        sizes = SHAPES[config.model.shape]
-        return f"random weights with the shape of {config.model.shape}: the model cannot write useful programs", sizes
-    sizes, size = check_folder(folder)
-    if sizes.num_experts and config.model.experts == "packed" and sizes.width % 32:
-        raise WeightsError(
-            f"config.model.experts='packed' (MXFP4) needs a width that is a multiple of 32; got {sizes.width}. Set it to 'dense'."
-        )
-    return f"{folder}: {sizes.describe()}, {size / 1e6:,.0f} MB, all tensors present", sizes
-
-
-def _tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
-    chat = check_chat_format(config, sizes)
-    return f"{type(chat.tokenizer).__name__}, {chat.tokenizer.vocab_size:,} ids; chat format: {chat.describe()}", None
-
-
-def _disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:
-    existing = Path(os.path.abspath(workdir))
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise RunError(f"{workdir} is not writable (checked {existing}). Choose another --workdir.")
-    adapter = Model(sizes, LoraConfig(**config.lora)).abstract_lora()
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapter))
-    # Float32 values and Adam's two moments. While a checkpoint is written, there is one more than config.checkpoint.keep.
-    needed = 12 * parameters * (config.checkpoint.keep + 1) + (1 << 30)
-    free = shutil.disk_usage(existing).free
-    text = f"{free / 1e9:.0f} GB free at {existing}; checkpoints of {12 * parameters / 1e6:,.0f} MB, {config.checkpoint.keep} kept"
-    if free < needed:
-        raise RunError(
-            f"{text}. About {needed / 1e9:.0f} GB are needed. Free some space, lower config.checkpoint.keep, or choose another --workdir."
-        )
-    return text, None
 
 
 def _data(config: Any, folder: Path) -> tuple[str, list[AnyTask]]:
@@ -285,4 +215,4 @@ def run(config: Any, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch(run)
+    cli.launch(run, preflight=all_hosts.main)

@@ -175,7 +175,7 @@ def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True
     found = needs(config, sizes, machine, learn=learn, on_compile=show)
     totals = remat_totals(config, sizes, machine, found, on_compile=show) if learn else {}
     print("\n".join(["", *report(config, sizes, machine, found, totals)]))
-    return all(_fits(need, machine) for need in found)
+    return all(fits(need, machine) for need in found)
 
 
 def _config_lines(config: Any) -> list[str]:
@@ -186,7 +186,8 @@ def _config_lines(config: Any) -> list[str]:
     ]
 
 
-def _fits(need: Need, machine: Machine) -> bool:
+def fits(need: Need, machine: Machine) -> bool:
+    """Whether a function fits into the memory of a device."""
     return not need.complaint and need.total <= machine.memory
 
 
@@ -232,11 +233,11 @@ def report(
     for need in peaks.values():
         if need.complaint:
             lines.append(f"The compiler rejected {need.phase}, {need.function}: {need.complaint}")
-    if all(_fits(need, machine) for need in found):
+    if all(fits(need, machine) for need in found):
         spare = min(machine.memory - need.total for need in found)
         lines.append(f"It fits, with {_gb(spare)} GB to spare on each device.")
     else:
-        lines += [line for phase, need in peaks.items() if not _fits(need, machine) for line in _advice(config, sizes, machine, need)]
+        lines += [line for phase, need in peaks.items() if not fits(need, machine) for line in _advice(config, sizes, machine, need)]
     return lines
 
 

@@ -20,6 +20,7 @@ from discover_jax.exceptions import RunError
 from discover_jax.models import folder as folders
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.policy import APPRENTICE
+from discover_jax.preflight import requirements
 from discover_jax.tasks.task import Task
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def test_accelerator_that_jax_does_not_see_is_named(tmp_path, monkeypatch, prese
 
 
 def test_packages_that_programs_cannot_import_have_a_remedy():
-    assert "for programs: " in doctor._packages()[0]
+    assert "for programs: " in requirements.check_packages()[0]
     doctor._check_imports({})
     error = "OSError: libgomp.so.1: cannot open shared object file: No such file or directory"
     with pytest.raises(RunError, match=r"lightgbm .*libgomp\.so\.1.*apt-get install libgomp1.*pip uninstall lightgbm`"):

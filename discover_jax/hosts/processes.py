@@ -94,6 +94,42 @@ class Processes:
 ALONE = Processes()
 
 
+def place_of(coordinator: str, count: int, index: int) -> tuple[str, int, int]:
+    """Address of process 0, number of processes and index of this one, as `start` will use them. Starts nothing.
+
+    Args:
+      coordinator, count, index: as for `start`.
+
+    Raises:
+      ConfigError: see `start`.
+    """
+    _check_place(coordinator, count, index)
+    if coordinator:
+        return coordinator, count, index
+    # jax has no public function for this. `start` calls jax.distributed.initialize, which asks the same.
+    from jax._src.clusters import ClusterEnv
+
+    address, number, mine, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, JOIN_SECONDS)
+    if address is None or number is None or mine is None:
+        raise ConfigError(_not_detected(f"address {address}, processes {number}, index {mine}"))
+    return address, number, mine
+
+
+def _check_place(coordinator: str, count: int, index: int) -> None:
+    if coordinator and not (":" in coordinator and count >= 1 and 0 <= index < count):
+        raise ConfigError(
+            f"--coordinator={coordinator} --num_processes={count} --process_id={index}: give all three: the address as HOST:PORT,"
+            " the number of processes, at least 1, and a different id for each process, from 0 to that number minus 1."
+        )
+
+
+def _not_detected(what: str) -> str:
+    return (
+        f"jax could not detect the processes of this run ({what}). Give --coordinator=HOST:PORT, --num_processes and --process_id instead"
+        " of --distributed."
+    )
+
+
 def start(coordinator: str, count: int, index: int) -> Processes:
     """Joins the processes of a run. Call it before jax first looks for devices.
 
@@ -105,11 +141,7 @@ def start(coordinator: str, count: int, index: int) -> Processes:
       ConfigError: jax cannot detect the processes, or the arguments contradict each other.
       TemporaryError: not all processes joined.
     """
-    if coordinator and not (":" in coordinator and count >= 1 and 0 <= index < count):
-        raise ConfigError(
-            f"--coordinator={coordinator} --num_processes={count} --process_id={index}: give all three: the address as HOST:PORT,"
-            " the number of processes, at least 1, and a different id for each process, from 0 to that number minus 1."
-        )
+    _check_place(coordinator, count, index)
     given: dict[str, Any] = {}
     if coordinator:
         # With detection off, a process takes all devices of its host, whatever scheduler started it.
@@ -118,10 +150,7 @@ def start(coordinator: str, count: int, index: int) -> Processes:
         with _reminder(coordinator or "found by jax"):
             jax.distributed.initialize(**given, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
-        raise ConfigError(
-            f"jax could not detect the processes of this run ({error}). Give --coordinator=HOST:PORT, --num_processes and"
-            " --process_id instead of --distributed."
-        ) from error
+        raise ConfigError(_not_detected(str(error))) from error
     except RuntimeError as error:
         raise TemporaryError(
             f"The processes of this run did not come together ({str(error).splitlines()[0]}; process 0: {coordinator or 'found by jax'})."

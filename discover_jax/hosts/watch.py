@@ -51,7 +51,7 @@ class Watch:
         found = None
         if processes.leads:
             self._begin(order)
-            found = {"addresses": _addresses(), "port": self._answer()["port"]}
+            found = {"addresses": addresses(), "port": self._answer()["port"]}
         found = processes.from_first(lambda: found)
         if not processes.leads:
             self._begin(order | found)
@@ -138,7 +138,7 @@ class Watch:
             time.sleep(_SAME_ERROR_SECONDS + 0.5)
 
 
-def _addresses() -> list[str]:
+def addresses() -> list[str]:
     """Addresses at which other hosts may reach this one. The loopback is last, for processes on one host."""
     name, found = socket.gethostname(), []
     with contextlib.suppress(OSError):  # a host may not resolve its own name

@@ -1,0 +1,36 @@
+"""`discover_jax.doctor` with the faults that the environment variable DISCOVER_TEST_FAULTS names, separated by commas."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import types
+
+from discover_jax import cli, doctor
+from discover_jax.preflight import all_hosts, one_host, ports
+from discover_jax.runs import lock
+
+
+@contextlib.contextmanager
+def _closed(answer):
+    """A port that nobody can reach."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    yield port
+
+
+def _no_locks(descriptor, operation):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+if __name__ == "__main__":
+    faults = os.environ.get("DISCOVER_TEST_FAULTS", "").split(",")
+    if "packages" in faults:
+        known = one_host.packages
+        one_host.packages = lambda: [*known(), "numpy==0.1"]
+    if "port" in faults:
+        ports.listener = _closed
+    if "lock" in faults:
+        lock.fcntl = types.SimpleNamespace(flock=_no_locks, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)  # not for the uids of sandboxes
+    cli.launch(doctor.run, preflight=all_hosts.main)
