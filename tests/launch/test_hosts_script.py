@@ -35,7 +35,13 @@ def test_hosts_script_runs_two_local_processes(tmp_path):
         port = probe.getsockname()[1]
     config = [f"--config={_FAULTS / 'phrase_config.py'}:{tmp_path / 'model'}", "--config.train.steps=1", f"--workdir={tmp_path / 'run'}"]
     mesh = ["--config.mesh.data=2", "--config.train.rows=2"]
-    variables = {"COORDINATOR": f"127.0.0.1:{port}", "PYTHON": sys.executable, "LOGS": str(tmp_path / "logs"), "JAX_PLATFORMS": "cpu"}
+    variables = {
+        "COORDINATOR": f"127.0.0.1:{port}",
+        "PYTHON": sys.executable,
+        "LOGS": str(tmp_path / "logs"),
+        "JAX_PLATFORMS": "cpu",
+        "PREFLIGHT": "0",
+    }
     done = subprocess.run(
         [_LAUNCH / "hosts.sh", "localhost,localhost", *config, *mesh],
         capture_output=True,
