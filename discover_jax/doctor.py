@@ -24,7 +24,8 @@ from discover_jax.execution.limits import GIB, resource_limits
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
 from discover_jax.stages import packages_in_prompts
-from discover_jax.tasks.prepare import AnyTask, prepare_tasks, seed_programs
+from discover_jax.tasks.configured import prepare_tasks, seed_programs
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
 from discover_jax.text.prompts import installed_packages

@@ -54,7 +54,8 @@ from discover_jax.stages import (
     update,
     write_prompts,
 )
-from discover_jax.tasks.prepare import AnyTask, prepare_tasks
+from discover_jax.tasks.configured import prepare_tasks
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.retests import prepare_retests
 from discover_jax.types import RunKind, State, Verdict
 

@@ -40,7 +40,8 @@ from discover_jax.runs.rerun import RerunSettings
 from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
-from discover_jax.tasks.prepare import AnyTask, named_competitions, seed_programs
+from discover_jax.tasks.configured import named_competitions, seed_programs
+from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import (

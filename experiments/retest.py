@@ -21,7 +21,7 @@ from discover_jax.execution import Executor
 from discover_jax.execution.limits import resource_limits
 from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME, Choice, choose
-from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.tasks.configured import prepare_tasks
 from discover_jax.tasks.retests import prepare_retests
 from discover_jax.types import SEED, Attempt, State, Verdict
 

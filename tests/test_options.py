@@ -33,7 +33,7 @@ from discover_jax.learning.signals import COPIES, DUPLICATES, FAILURES, Signals
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.summary import scale_warning
-from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.tasks.configured import prepare_tasks
 from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.harmony import Harmony
 from discover_jax.text.prompts import ANSWERS, IDEAS, STYLES, build_prompt

@@ -22,7 +22,7 @@ from discover_jax.policy import APPRENTICE, Policy
 from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import NullRecorder
 from discover_jax.sampling.schedule import Progress
-from discover_jax.tasks.prepare import prepare_tasks
+from discover_jax.tasks.configured import prepare_tasks
 from discover_jax.text.harmony import Harmony
 from discover_jax.text.tokenizer import load_tokenizer
 from discover_jax.types import Outcome, Rollout, RunKind, StopReason

@@ -1,7 +1,6 @@
 """The life cycle of one sandbox: start, warm up, run one program or call its functions, end. Also maps its end to an outcome.
 
-All data from the sandbox are untrusted: the output is read and truncated; an answer is limited and parsed only as `KIND KEY LENGTH` and
-bytes.
+All data from the sandbox are untrusted: the output is read and truncated, and answers are limited and parsed by `claims`.
 """
 
 import contextlib
@@ -22,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import bubblewrap, memory, values
+from discover_jax.execution import bubblewrap, claims, memory, values
+from discover_jax.execution.claims import DETAIL_CHARACTERS, HEADER_BYTES, Claim, Expected
 from discover_jax.execution.harness import PREPARE
 from discover_jax.execution.limits import CORE_BYTES, GIB, MIB, ResourceLimits
 from discover_jax.execution.output import HeadAndTail, normalised
@@ -43,26 +43,9 @@ BACKENDS = ("bubblewrap", "unsafe-subprocess")
 _WARM_SECONDS = 180.0  # imports take 2 s, but much longer on a cold disk or a busy machine
 _END_SECONDS = 20.0
 _TICK_SECONDS = 0.1
-_HEADER_BYTES = 64
-_HEADER = re.compile(rb"([a-z_]{1,32}) ([a-z0-9-]{1,16}) (\d{1,12})")
 _PIPE_BYTES = 1 << 16
 _REQUEST_BYTES = 64 * MIB
-_DETAIL_CHARACTERS = 2000
-_CLAIMS = {
-    outcome.value: outcome for outcome in (Outcome.EXCEPTION, Outcome.INVALID_SUBMISSION, Outcome.OUT_OF_MEMORY, Outcome.RESULT_TOO_BIG)
-}
-_Claim = tuple[Outcome, bytes | None, str]
-"""How a program ended: outcome, answer, detail."""
 _counter = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Expected:
-    """The answer that is awaited: its kind if it is OK, its key, and the event that it reports."""
-
-    kind: str
-    key: str
-    event: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +120,7 @@ class Sandbox:
         self._output = HeadAndTail(spec.limits.stdout_bytes)
         self._answer = bytearray()
         self._outgoing = bytearray()
-        self._ended_early: _Claim | None = None
+        self._ended_early: Claim | None = None
         self._cpu_counted = 0.0
         try:
             self._start(script, options, beside)
@@ -318,7 +301,7 @@ class Sandbox:
             used += memory.folder_bytes(self._child_pid, bubblewrap.WRITABLE)
         return used > self._spec.limits.memory_bytes
 
-    def _watch(self, deadline: float, seconds: float, *, until: Callable[[], bool] = lambda: False) -> _Claim | None:
+    def _watch(self, deadline: float, seconds: float, *, until: Callable[[], bool] = lambda: False) -> Claim | None:
         """Writes what is outgoing and reads until the program ends or `until` holds (None), or it must be killed.
 
         Args:
@@ -349,8 +332,8 @@ class Sandbox:
                 poll.unregister(self._answer_reader)
             if self._output.total > limits.flood_bytes:
                 return Outcome.OUTPUT_FLOOD, None, f"it printed more than {limits.flood_bytes} bytes"
-            if len(self._answer) > limits.result_bytes + _HEADER_BYTES:
-                return Outcome.RESULT_TOO_BIG, None, f"the answer is longer than {limits.result_bytes} bytes"
+            if len(self._answer) > limits.result_bytes + HEADER_BYTES:
+                return claims.too_long(limits.result_bytes)
             if until():
                 return None
             if self._exit in events and not (events.keys() & {self._output_reader, self._answer_reader}):
@@ -403,8 +386,8 @@ class Sandbox:
         self._shut(self._program_writer)
         end = self._watch(started + limit, limit)
         seconds = time.monotonic() - started
-        outcome, result, detail = self._end(end, _Expected("csv", "-", "run() returned"))
-        return Execution(outcome, result, self.output(), self._clean(detail)[:_DETAIL_CHARACTERS], seconds)
+        outcome, result, detail = self._end(end, Expected("csv", "-", "run() returned"))
+        return Execution(outcome, result, self.output(), self._clean(detail)[:DETAIL_CHARACTERS], seconds)
 
     def load(self, program: str, parent_output: bytes, seconds: float) -> Answer:
         """Loads the sandbox's only program, in at most this time. See `call`.
@@ -435,23 +418,23 @@ class Sandbox:
         if self._ended_early is not None:
             outcome, value, detail = self._ended_early
             return Answer(outcome, value, detail, 0.0, 0.0)
-        expected = _Expected("value", secrets.token_hex(8), f"{name}() returned" if name else "it was loaded")
+        expected = Expected("value", secrets.token_hex(8), f"{name}() returned" if name else "it was loaded")
         self._send(values.encode([expected.key, name], _REQUEST_BYTES))
         self._send(arguments)
         started = time.monotonic()  # before the program can read the arguments
-        end = self._watch(started + seconds, seconds, until=self._answered)
+        end = self._watch(started + seconds, seconds, until=lambda: claims.answered(self._answer))
         wall, cpu = time.monotonic() - started, self._cpu_since_last_call()
-        claim = self._claim(0, expected) if end is None and self._answered() else None
+        claim = self._claim(expected) if end is None and claims.answered(self._answer) else None
         if claim is None or claim[0] is not Outcome.OK:
             claim = self._end(end, expected, claim)
         self._answer.clear()
         outcome, value, detail = claim
-        return Answer(outcome, value, self._clean(detail)[:_DETAIL_CHARACTERS], wall, cpu)
+        return Answer(outcome, value, self._clean(detail)[:DETAIL_CHARACTERS], wall, cpu)
 
     def look(self) -> None:
         """Between calls: ends a program that uses too much memory. The next call says so."""
         if self._ended_early is None and self._over_memory():
-            self._ended_early = self._end((Outcome.OUT_OF_MEMORY, None, self._memory_detail()), _Expected("value", "", ""))
+            self._ended_early = self._end((Outcome.OUT_OF_MEMORY, None, self._memory_detail()), Expected("value", "", ""))
 
     def _memory_detail(self) -> str:
         return f"it used more than {self._spec.limits.memory_bytes / GIB:.2f} GiB of memory"
@@ -474,15 +457,7 @@ class Sandbox:
         since, self._cpu_counted = max(0.0, used - self._cpu_counted), used
         return since
 
-    def _answered(self) -> bool:
-        """Whether an answer is complete, or what was read cannot become one."""
-        header, newline, payload = self._answer.partition(b"\n")
-        match = _HEADER.fullmatch(header)
-        if not newline or match is None:
-            return bool(newline) or len(header) > _HEADER_BYTES
-        return len(payload) >= int(match[3])
-
-    def _end(self, end: _Claim | None, expected: "_Expected", claim: _Claim | None = None) -> _Claim:
+    def _end(self, end: Claim | None, expected: Expected, claim: Claim | None = None) -> Claim:
         """Ends the sandbox, and returns how the program ended.
 
         Args:
@@ -493,28 +468,10 @@ class Sandbox:
         code = self._kill()
         if end is None and over_memory:
             return Outcome.OUT_OF_MEMORY, None, self._memory_detail()
-        return end or claim or self._claim(code, expected)
+        return end or claim or (claims.failure(code, expected) if code else self._claim(expected))
 
-    def _claim(self, code: int, expected: "_Expected") -> _Claim:
-        """The program's own answer; `code` is the exit status in shell convention."""
-        if code == 0:
-            header, newline, payload = bytes(self._answer).partition(b"\n")
-            match = _HEADER.fullmatch(header) if newline else None
-            if match and match[2].decode() != expected.key:
-                return Outcome.EXCEPTION, None, "it wrote an answer that nobody had asked for"
-            if match and int(match[3]) == len(payload):
-                kind = match[1].decode()
-                if kind == expected.kind:
-                    if len(payload) > self._spec.limits.result_bytes:
-                        return Outcome.RESULT_TOO_BIG, None, f"the answer is longer than {self._spec.limits.result_bytes} bytes"
-                    return Outcome.OK, payload, ""
-                if kind in _CLAIMS:
-                    return _CLAIMS[kind], None, payload[: 4 * _DETAIL_CHARACTERS].decode("utf-8", "replace")
-            return Outcome.EXCEPTION, None, f"the process ended before {expected.event}"
-        if code > 128:
-            with contextlib.suppress(ValueError):  # not a signal number, so it is an ordinary exit code
-                return Outcome.KILLED, None, f"the process died by {signal.Signals(code - 128).name}"
-        return Outcome.EXCEPTION, None, f"the process exited with code {code} before {expected.event}"
+    def _claim(self, expected: Expected) -> Claim:
+        return claims.claim_of(self._answer, expected, self._spec.limits.result_bytes)
 
     def _clean(self, text: str) -> str:
         return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._spec.host.roots if self._spec.host else ())])

@@ -1,25 +1,23 @@
-"""Prepares a task: writes the competition's tables or the problem's files once, and verifies their checksums on later calls."""
+"""Prepares one task: the competition's tables or the problem's files."""
 
 import dataclasses
 import errno
 import hashlib
 import importlib.metadata
-import json
-import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError
 from discover_jax.files import storage_remedy
 from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
+from discover_jax.tasks.holdout import PUBLIC_TABLES, hold_out_part, make_folds
 from discover_jax.tasks.loading import load_definition, locate_definition
+from discover_jax.tasks.prepared_folder import fingerprint, prepared_record
 from discover_jax.tasks.problem import Problem
 from discover_jax.tasks.problem_task import ProblemTask, problem_settings, write_public
 from discover_jax.tasks.tables import read_text_table
@@ -29,13 +27,9 @@ AnyTask = Task | ProblemTask
 """What a run works on; groups of rollouts take turns."""
 REWARDS = ("grade", "holdout")
 GRADERS = ("native", "mlebench")
-LEAST_ROWS = 30
-"""Fewest rows for selection, and of a retest: fewer would say next to nothing about a program."""
 REUSES = ("problem", "on", "off")
-_RECORD = "prepared.json"
 # Increase it when the rules of preparation or grading change, so that earlier folders and cached grades are not reused.
 _FORMAT = 2
-_PUBLIC_TABLES = ("train.csv", "test.csv", "sample_submission.csv")
 
 
 def prepare_task(
@@ -108,7 +102,7 @@ def prepare_task(
             " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
         )
     settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, selection_fraction, seed)
-    record = _prepared(folder, settings, _writer(definition, Path(raw).expanduser() if raw else None, settings))
+    record = prepared_record(folder, settings, _writer(definition, Path(raw).expanduser() if raw else None, settings))
     try:
         task = _task(source, digest, grader, folder, record)
     except OSError as error:
@@ -144,32 +138,6 @@ def _check_packages(problem: Problem) -> None:
         )
 
 
-def prepare_folder(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, str], str]:
-    """Prepares other tables in `folder`, or checks them if they are already prepared there, as `prepare_task` does.
-
-    Args:
-      settings: everything that the files depend on, as JSON.
-      write: writes public/, private/ or other folders into the folder that it gets, and returns further entries for prepared.json.
-
-    Returns:
-      sha256 of every file by its path, and a hash of settings and files.
-
-    Raises:
-      DataError: `folder` holds something else, was altered, or cannot be written.
-    """
-    record = _prepared(Path(os.path.abspath(folder)), settings, write)
-    return record["files"], _fingerprint(record)
-
-
-def _prepared(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        if not (folder / _RECORD).exists():
-            _put_in_place(folder, settings, write)
-        return _read_record(folder, settings)
-    except OSError as error:
-        raise DataError(f"Cannot prepare the task in {folder}: {error}. {storage_remedy(error)} Or choose another folder.") from error
-
-
 def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -> ProblemTask:
     _check_packages(problem)
     settings = problem_settings(problem, digest, _FORMAT)
@@ -179,100 +147,8 @@ def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -
         write_public(problem, work / "public")
         return {}
 
-    record = _prepared(folder, settings, write)
-    return ProblemTask(source, digest, folder, _fingerprint(record), tuple(settings.items()), problem.reuse_output)
-
-
-def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
-    """The tasks of a run.
-
-    Args:
-      settings: config.task. Commas separate several competitions, and their raw data in the same order.
-      folder: of the only task, or parent of one folder per task.
-      seed: see `prepare_task`.
-
-    Raises:
-      ConfigError: see `prepare_task`; or a competition is named twice, the number of raw data paths differs from that of competitions, or a
-        setting affects none of them.
-      DataError: see `prepare_task`.
-    """
-    competitions = named_competitions(settings)
-    names = [name for name, _ in competitions]
-    definitions = [load_definition(*locate_definition(name)) for name in names]
-    ids = [definition.id for definition in definitions]
-    if len(set(ids)) < len(ids):
-        raise ConfigError(f"config.task.competition = {settings.competition!r} names a competition or problem twice: {', '.join(ids)}.")
-    _check_effects(settings, definitions)
-    return [
-        prepare_task(
-            name,
-            raw=raw,
-            reward=settings.reward,
-            folder=folder if len(names) == 1 else folder / id,
-            holdout_fraction=settings.holdout_fraction,
-            holdout_folds=settings.holdout_folds,
-            selection_fraction=settings.selection_fraction,
-            grader=settings.grader,
-            reuse_output=settings.reuse_output,
-            seed=seed,
-        )
-        for (name, raw), id in zip(competitions, ids, strict=True)
-    ]
-
-
-def _check_effects(settings: Any, definitions: Sequence[Competition | Problem]) -> None:
-    """Raises ConfigError if config.task has a choice that affects none of the competitions and problems: most likely a mistake."""
-    ids, problems = ", ".join(definition.id for definition in definitions), [isinstance(each, Problem) for each in definitions]
-    if settings.reuse_output != "problem" and not any(problems):
-        raise ConfigError(
-            f"config.task.reuse_output = {settings.reuse_output!r} has no effect: only problems have returned values, and the run has only"
-            f" competitions ({ids}). Remove it."
-        )
-    if settings.reward == "holdout" and all(problems):
-        raise ConfigError(
-            f"config.task.reward = 'holdout' has no effect: only competitions have rows to hold out, and the run has only problems ({ids})."
-            " Remove it, and config.task.holdout_fraction, holdout_folds and selection_fraction."
-        )
-
-
-def named_competitions(settings: Any) -> list[tuple[str, str]]:
-    """The competitions in config.task, each with the path of its raw data; "" for a competition that brings its own.
-
-    Raises:
-      ConfigError: the number of raw data paths differs from that of competitions.
-    """
-    names = [name.strip() for name in settings.competition.split(",")]
-    raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
-    if len(raws) != len(names):
-        raise ConfigError(
-            f"config.task.raw = {settings.raw!r} has {len(raws)} paths for {len(names)} competitions and problems. Give one for"
-            " each, separated by commas. Leave it empty for a problem, and for a competition that brings its own data."
-        )
-    return list(zip(names, raws, strict=True))
-
-
-def seed_programs(settings: Any, tasks: Sequence[AnyTask]) -> list[str]:
-    """The program from which the search of each task starts; "" for nothing.
-
-    Args:
-      settings: config.task.
-      tasks: of the run.
-
-    Raises:
-      ConfigError: the number of paths differs from that of competitions, or a file cannot be read.
-    """
-    if not settings.seed_program:
-        return [task.problem.seed_program if isinstance(task, ProblemTask) else "" for task in tasks]
-    paths = [path.strip() for path in settings.seed_program.split(",")]
-    if len(paths) != len(tasks):
-        raise ConfigError(
-            f"config.task.seed_program = {settings.seed_program!r} has {len(paths)} paths for {len(tasks)} competitions and problems. Give"
-            " one for each, separated by commas."
-        )
-    try:
-        return [Path(path).expanduser().read_text() if path else "" for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config.task.seed_program = {settings.seed_program!r} cannot be read: {error}.") from error
+    record = prepared_record(folder, settings, write)
+    return ProblemTask(source, digest, folder, fingerprint(record), tuple(settings.items()), problem.reuse_output)
 
 
 def _settings(
@@ -300,29 +176,6 @@ def _settings(
     }
 
 
-def _put_in_place(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
-    """Writes everything to a folder next to `folder`, then renames it: a killed run leaves no incomplete `folder` behind.
-
-    Args:
-      settings: for the record.
-      write: writes the files into a folder, and returns further entries for the record.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is not a prepared task: it is not empty, but has no {_RECORD}. Choose another folder, or empty it.")
-    work = folder.with_name(folder.name + ".preparing")
-    if work.exists():  # left by a killed run
-        shutil.rmtree(work)
-    try:
-        work.mkdir(parents=True)
-        record = {"settings": settings, **write(work), "files": _checksums(work)}
-        (work / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        _set_modes(work)
-        os.replace(work, folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
 def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
     """The function that writes the tables of a competition."""
 
@@ -340,9 +193,9 @@ def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any])
                     f" installed pandas ({pd.__version__}) or scikit-learn prepares it differently. Install the versions in constraints/."
                 )
         if "holdout_folds" in settings:
-            _make_folds(definition, work, settings["holdout_folds"], settings["seed"])
+            make_folds(definition, work, settings["holdout_folds"], settings["seed"])
         elif settings["reward"] == "holdout":
-            _hold_out_part(definition, work, settings["holdout_fraction"], settings.get("selection_fraction", 0.0), settings["seed"])
+            hold_out_part(definition, work, settings["holdout_fraction"], settings.get("selection_fraction", 0.0), settings["seed"])
         return {"tables": _describe_tables(work / _shown(settings)[0])}
 
     return write
@@ -375,7 +228,7 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
                 raise refuse(f"did not write {path.parent.name}/{path.name}.")
         return
     tables = {}
-    for path in [*(public / name for name in _PUBLIC_TABLES), private / "test.csv"]:
+    for path in [*(public / name for name in PUBLIC_TABLES), private / "test.csv"]:
         name = f"{path.parent.name}/{path.name}"
         if not path.is_file():
             raise refuse(f"did not write {name}.")
@@ -397,108 +250,9 @@ def _check_tables(definition: Competition, public: Path, private: Path) -> None:
         raise refuse("wrote private/test.csv with answers missing.")
 
 
-def _hold_out_part(definition: Competition, work: Path, fraction: float, selection: float, seed: int) -> None:
-    """Holds out random training rows from public/; their answers go to private/holdout.csv, and those for selection to selection.csv."""
-    random = np.random.RandomState(seed)  # numpy guarantees that its stream never changes
-    rows = holdable_rows(definition, work / "public")
-    count = min(max(1, math.floor(fraction * rows + 0.5)), rows - 1)
-    chosen = max(1, math.floor(selection * rows + 0.5)) if selection else 0
-    if chosen and (chosen < LEAST_ROWS or rows - count - chosen < 1):
-        raise ConfigError(
-            f"config.task.holdout_fraction = {fraction} and config.task.selection_fraction = {selection} hold out {count} and {chosen} of"
-            f" the {rows} training rows of {definition.id!r}. At least {LEAST_ROWS} rows must serve for selection, and at least 1 must be"
-            " left. Change the fractions."
-        )
-    order = random.permutation(rows)
-    held_out = {"holdout.csv": order[:count], "selection.csv": order[count : count + chosen]}
-    hold_out(
-        definition.id_column,
-        definition.target,
-        work / "public",
-        {work / "private" / name: part for name, part in held_out.items() if len(part)},
-        random,
-    )
-
-
-def _make_folds(definition: Competition, work: Path, folds: int, seed: int) -> None:
-    """Splits the training rows randomly into folds whose sizes differ by at most one row: fold-N/ is public/ with fold N held out."""
-    random = np.random.RandomState(seed)
-    rows = holdable_rows(definition, work / "public")
-    if folds > rows:
-        raise ConfigError(f"config.task.holdout_folds = {folds}: {definition.id!r} has only {rows} training rows; use fewer folds.")
-    fold_R = random.permutation(np.arange(rows) % folds)
-    for fold in range(folds):
-        folder = work / f"fold-{fold + 1}"
-        shutil.copytree(work / "public", folder)
-        hold_out(
-            definition.id_column,
-            definition.target,
-            folder,
-            {work / "private" / f"{folder.name}.csv": np.flatnonzero(fold_R == fold)},
-            random,
-        )
-
-
-def holdable_rows(
-    definition: Competition, public: Path, *, what: str = "the reward `holdout`", instead: str = "config.task.reward = 'grade'"
-) -> int:
-    """Number of training rows, after checking that rows can be held out of them.
-
-    Args:
-      what, instead: for the error: what needs it, and the setting that does not.
-
-    Raises:
-      ConfigError: the tables do not support it.
-    """
-    id_column = definition.id_column
-    train, test = (read_text_table((public / name).read_bytes()) for name in _PUBLIC_TABLES[:2])
-    problem = None
-    if absent := set(test.columns) - set(train.columns):
-        problem = f"train.csv lacks columns of test.csv ({', '.join(sorted(absent))})"
-    elif len(set(ids := [*train[id_column], *test[id_column]])) < len(ids):
-        problem = "ids repeat within train.csv and test.csv"
-    elif "" in ids:
-        problem = "train.csv has rows without an id"
-    elif len(train) < 2:
-        problem = "train.csv has fewer than two rows"
-    elif "" in set(train[definition.target]):
-        problem = "train.csv has rows without a target"
-    if problem:
-        raise ConfigError(f"Competition {definition.id!r} cannot use {what}: {problem}. Use {instead}.")
-    return len(train)
-
-
-def hold_out(id_column: str, target: str, shown: Path, held_out: Mapping[Path, np.ndarray], random: np.random.RandomState) -> None:
-    """Moves training rows of the folder `shown` to its test table, shuffled in. Cell texts do not change.
-
-    Args:
-      held_out: for each file of answers to write, the indices of its rows.
-    """
-    train, test, sample = (read_text_table((shown / name).read_bytes()) for name in _PUBLIC_TABLES)
-    held_R = np.zeros(len(train), bool)
-    held_R[np.concatenate(list(held_out.values()))] = True
-    held = train.loc[held_R]
-    grown = pd.concat([test, held[list(test.columns)]]).iloc[random.permutation(len(test) + len(held))]
-    # The held-out rows get the values of the sample's first row: samples are usually constant.
-    rest = {column: sample[column].iloc[0] for column in sample.columns if column != id_column}
-    grown_sample = pd.concat([sample, held.loc[:, [id_column]].assign(**rest)[list(sample.columns)]])
-    grown_sample = grown_sample.set_index(id_column).loc[grown[id_column]].reset_index()[list(sample.columns)]
-    for answers, rows in held_out.items():
-        train.iloc[np.sort(rows)].loc[:, [id_column, target]].to_csv(answers, index=False, lineterminator="\n")
-    train.loc[~held_R].to_csv(shown / "train.csv", index=False, lineterminator="\n")
-    grown.to_csv(shown / "test.csv", index=False, lineterminator="\n")
-    grown_sample.to_csv(shown / "sample_submission.csv", index=False, lineterminator="\n")
-
-
 def _shown(settings: dict[str, Any]) -> list[str]:
     """Names of the folders that programs see, one for each run of a program."""
     return [*(f"fold-{fold + 1}" for fold in range(settings.get("holdout_folds", 0))), "public"]
-
-
-def _checksums(root: Path) -> dict[str, str]:
-    """sha256 of every file in the folders of `root`, by path relative to it."""
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.parent != root)
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _describe_tables(public: Path) -> list[dict[str, Any]]:
@@ -510,43 +264,8 @@ def _describe_tables(public: Path) -> list[dict[str, Any]]:
         elif path.is_file():
             tables.append({"name": str(path.relative_to(public)), "rows": None, "columns": []})
     # train, test and sample_submission come first, in reading order; others follow by name.
-    order = {name: place for place, name in enumerate(_PUBLIC_TABLES)}
+    order = {name: place for place, name in enumerate(PUBLIC_TABLES)}
     return sorted(tables, key=lambda table: order.get(table["name"], len(order)))
-
-
-def _set_modes(work: Path) -> None:
-    """Makes what programs see readable by all, whatever the umask, and private/ readable only by the owner."""
-    for path in [work, *work.rglob("*")]:
-        mine = path.name == _RECORD or work / "private" in (path, *path.parents)
-        path.chmod((0o700 if mine else 0o755) if path.is_dir() else (0o600 if mine else 0o644))
-
-
-def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record of a prepared folder, after checking its settings and files."""
-    again = f"Delete {folder} to prepare it again, or choose another folder."
-    try:
-        record = json.loads((folder / _RECORD).read_text())
-        recorded, files = record["settings"], record["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / _RECORD} is not a record of a prepared task ({error}). {again}") from error
-    differences = [
-        f"{key}: {recorded.get(key, 'absent')!r} there, {settings.get(key, 'absent')!r} now"
-        for key in sorted(recorded.keys() | settings.keys())
-        if recorded.get(key) != settings.get(key)
-    ]
-    if differences:
-        raise DataError(f"{folder} was prepared with other settings ({'; '.join(differences)}). {again}")
-    found = _checksums(folder)
-    changed = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
-    if changed:
-        raise DataError(f"Files in {folder} were changed, added or removed since it was prepared: {', '.join(changed)}. {again}")
-    return record
-
-
-def _fingerprint(record: dict[str, Any]) -> str:
-    """Hash of a record's settings and files; see `Task.fingerprint`."""
-    text = json.dumps({"settings": record["settings"], "files": record["files"]}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str, Any]) -> Task:
@@ -573,7 +292,7 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
         files=tuple(TaskFile(table["name"], table["rows"], tuple(table["columns"])) for table in record["tables"]),
         private_rows=rows("test.csv"),
         splits=tuple(split(shown) for shown in _shown(settings)),
-        fingerprint=_fingerprint(record),
+        fingerprint=fingerprint(record),
         settings=tuple(settings.items()),
     )
 

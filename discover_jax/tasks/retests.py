@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.tasks import prepare
-from discover_jax.tasks.prepare import AnyTask, hold_out, holdable_rows, prepare_folder
+from discover_jax.tasks import holdout
+from discover_jax.tasks.holdout import hold_out, holdable_rows
+from discover_jax.tasks.prepare import AnyTask
+from discover_jax.tasks.prepared_folder import prepare_folder
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.tables import read_text_table
 from discover_jax.tasks.task import Split, Task
@@ -88,10 +90,10 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
     train, rewarded = _training_rows(task)
     open_R = np.flatnonzero(~train[id_column].isin(rewarded).to_numpy())
     least = len(open_R) // count
-    if least < prepare.LEAST_ROWS or len(train) - least < 2:
+    if least < holdout.LEAST_ROWS or len(train) - least < 2:
         raise ConfigError(
             f"config.finalists.retests = {count}: {len(open_R)} training rows of {task.id!r} gave no reward, so a retest would have"
-            f" {least}. It needs {prepare.LEAST_ROWS}. Lower config.finalists.retests, or config.task.holdout_fraction."
+            f" {least}. It needs {holdout.LEAST_ROWS}. Lower config.finalists.retests, or config.task.holdout_fraction."
         )
     (work / "private").mkdir(mode=0o700)
     shutil.copyfile(task.folder / "private" / "test.csv", work / "private" / "test.csv")

@@ -13,7 +13,7 @@ from discover_jax import main
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution import sandbox
 from discover_jax.runs.console import QuietConsole
-from discover_jax.tasks import prepare
+from discover_jax.tasks import holdout
 
 
 class _Telling(QuietConsole):
@@ -41,7 +41,7 @@ def _run(folder: Path, model: Path, **changes) -> list[str]:
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     monkeypatch.setattr(sandbox, "PRELOAD", ())
-    monkeypatch.setattr(prepare, "LEAST_ROWS", 3)
+    monkeypatch.setattr(holdout, "LEAST_ROWS", 3)
 
 
 @pytest.mark.slow  # tests/archive/test_finalists.py and tests/tasks/test_retests.py test the parts

@@ -22,7 +22,8 @@ from discover_jax.runs.best import grade_of, read_best, write_best
 from discover_jax.runs.outputs import MOST_BYTES, Outputs, output_of
 from discover_jax.runs.recorder import NullRecorder
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
-from discover_jax.tasks.prepare import prepare_task, prepare_tasks
+from discover_jax.tasks.configured import prepare_tasks
+from discover_jax.tasks.prepare import prepare_task
 from discover_jax.text.chat import Rendered
 from discover_jax.text.prompts import PromptSettings, build_prompt
 from discover_jax.text.reply import Extracted

@@ -6,8 +6,9 @@ import pickle
 import pytest
 
 from discover_jax.exceptions import ConfigError, DataError
+from discover_jax.tasks.configured import seed_programs
 from discover_jax.tasks.loading import load_definition, locate_definition
-from discover_jax.tasks.prepare import prepare_task, seed_programs
+from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.problem import Evaluation, Problem, Record, Rejection
 from discover_jax.tasks.problem_task import ProblemTask
 
