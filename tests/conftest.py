@@ -11,6 +11,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,10 @@ sys.dont_write_bytecode = False
 
 # Each worker and each process that a test starts would have threads of its own for every core, and idle ones spin. XLA has its own threads.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # All processes of the session share compiled functions: this one, its workers, and the scripts that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:

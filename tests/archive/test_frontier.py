@@ -34,7 +34,7 @@ def parents_of(sampler: str, frontier: Frontier, groups: int, step: int):
 
 
 @pytest.mark.parametrize("sampler", sorted(SELECTORS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(searches())
 def test_resumed_frontier_equals_the_uninterrupted_one(sampler, search):
     groups, size, steps, programs, capacity = search

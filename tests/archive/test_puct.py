@@ -180,7 +180,7 @@ def naive_scores(archive, rows, exploration):
     return scores
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(searches())
 def test_random_searches(search):
     groups, size, steps, values, codes, capacity, exploration = search
@@ -229,7 +229,7 @@ def test_random_searches(search):
             assert expansions.ancestors(state.id) == [*(s.id for s in line[-2::-1]), "seed"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(searches())
 def test_kept_states_without_copies(search):
     """An independent definition: the two best of each parent (for the seed, of each group), and the best of these, in any arrival order."""

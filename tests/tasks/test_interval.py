@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.tasks.competition import Metric
@@ -57,7 +57,6 @@ METRICS = pytest.mark.parametrize("metric", [LOG_LOSS, RMSE, ROC_AUC], ids=lambd
 
 
 @METRICS
-@settings(deadline=None)  # the first call imports scikit-learn
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(3, 40), digits=st.sampled_from([1, 6]))
 @pytest.mark.filterwarnings("ignore:Only one class")
 def test_counts_match_scikit_learn_on_repeated_rows(metric, seed, rows, digits):

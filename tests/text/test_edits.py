@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from discover_jax.text.edits import INSTRUCTIONS, MOST_EDITS, EditError, edited, has_edits
@@ -41,7 +41,6 @@ def within_word(text, index):
     return word or (before.isdigit() and after == ".") or (before == "." and after.isdigit())
 
 
-@settings(deadline=None)
 @given(data=st.data(), pieces=st.lists(st.sampled_from(["a", "_b", "1", ".", " ", "=", "\n", "\n  "]), min_size=1, max_size=25))
 def test_a_unique_part_is_replaced_as_by_str_replace(data, pieces):
     """Unless it ends within a word, or its place has a meaning as whole lines, which other tests cover."""

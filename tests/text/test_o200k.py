@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import TokenizerError
@@ -79,7 +79,6 @@ def test_half_a_character_is_a_replacement_and_pickling_keeps_the_tokenizer(toke
 
 
 @needs_ranks
-@settings(deadline=None)
 @given(_awkward, _awkward, st.sampled_from(["low", "medium", "high"]))
 def test_rendering_matches_the_official_package(tokenizer, instructions, question, effort):
     theirs = harmony.Conversation.from_messages(
@@ -100,7 +99,6 @@ def test_rendering_matches_the_official_package(tokenizer, instructions, questio
 
 
 @needs_ranks
-@settings(deadline=None)
 @given(_awkward, _awkward)
 def test_parsing_matches_the_official_package(tokenizer, thinking, answer):
     def message(channel, content, end):

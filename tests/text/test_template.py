@@ -59,7 +59,7 @@ def test_prompts_equal_apply_chat_template(name, instructions, request_, templat
     assert list(rendered.ids) == applied(reference(name), messages, tokenize=True, return_dict=False)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(request_=st.text(), instructions=st.text())
 def test_any_text_equals_apply_chat_template(template, reference, request_, instructions):
     for name in ("qwen2.5", "llama3.2"):
@@ -188,7 +188,7 @@ def test_names_of_tokens_in_an_answer_are_ordinary_text(template):
     assert chat.parse(ids_of(["<think>", "plan", "</think>"], chat) + chat.tokenizer.encode(program) + [chat.stop_ids[0]]).final == program
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(thinking=st.text(), final=st.text())
 def test_replies_parse_back(template, thinking, final):
     chat = template("qwen3")
@@ -199,7 +199,7 @@ def test_replies_parse_back(template, thinking, final):
     assert chat.parse([*ids, *ids]) == chat.parse(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(-3, 330), max_size=40))
 def test_any_ids_parse(template, reference, ids):
     for name in NAMES:
@@ -210,7 +210,7 @@ def test_any_ids_parse(template, reference, ids):
         assert template(name).tokenizer.decode(ids) == reference(name).decode(known, skip_special_tokens=True)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text())
 def test_text_round_trips_without_added_tokens(template, text):
     for name in NAMES:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import hostile
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from programs import InProcess, Returns
 
@@ -66,7 +66,6 @@ def test_verifier_agrees_with_fractions_on_random_packings():
     assert verdicts == {"valid", "leaves", "overlap"}
 
 
-@settings(deadline=None)
 @given(st.sampled_from([(0, 1, 1), (3, 4, 5), (5, 12, 13), (8, 15, 17)]), st.integers(1, 2**20), st.floats(0.01, 0.99))
 def test_circles_that_touch_exactly_and_one_ulp_more(triangle, multiple, share):
     """The centers differ by the sides of a triangle of integers, in units of 2^-26, so the distance is a double too."""
@@ -81,7 +80,6 @@ def test_circles_that_touch_exactly_and_one_ulp_more(triangle, multiple, share):
             check_packing([centers, more], 2)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2**40), st.sampled_from([(0, 0), (0, 1), (1, 0), (1, 1)]))
 def test_circles_that_touch_a_side_exactly_and_one_ulp_more(a, corner):
     radius = a * 2.0**-42

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.tasks.problem import Rejection
@@ -15,14 +15,12 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 naturals = st.lists(st.integers(0, 2**80), min_size=1, max_size=12).filter(any)
 
 
-@settings(deadline=None)
 @given(st.lists(finite, min_size=1, max_size=9))
 def test_scaled_integers_are_the_same_numbers(values):
     integers, one = exact.scaled_integers(np.array(values))
     assert [Fraction(integer, one) for integer in integers] == [Fraction(value) for value in values]
 
 
-@settings(deadline=None)
 @given(naturals, naturals)
 def test_convolution_is_that_of_the_definition(first, second):
     expected = [0] * (len(first) + len(second) - 1)
@@ -36,7 +34,6 @@ def test_convolution_of_zeros():
     assert exact.convolution([0, 0], [0, 5]) == [0, 0, 0]
 
 
-@settings(deadline=None)
 @given(st.fractions())
 def test_rounding_encloses_the_value(value):
     below, above = exact.float_at_most(value), exact.float_at_least(value)

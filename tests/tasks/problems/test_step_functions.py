@@ -9,7 +9,7 @@ from fractions import Fraction
 import hostile
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from programs import InProcess, Returns
 
@@ -58,21 +58,18 @@ def exact_second(a):
     return square / (sum((u + v) / 2 for u, v in itertools.pairwise(c)) * max(c))
 
 
-@settings(deadline=None)
 @given(heights)
 def test_overlap_is_exact_and_rounded_up(values):
     score, exact = check_step_function(values).score, exact_overlap(values)
     assert math.nextafter(score, 0) < exact <= Fraction(score)
 
 
-@settings(deadline=None)
 @given(heights)
 def test_first_is_exact_and_rounded_up(values):
     score, exact = check_first(values).score, exact_first(values)
     assert math.nextafter(score, 0) < exact <= Fraction(score)
 
 
-@settings(deadline=None)
 @given(heights)
 def test_second_is_exact_and_rounded_down(values):
     score, exact = check_second(values).score, exact_second(values)
