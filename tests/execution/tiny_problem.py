@@ -44,7 +44,7 @@ class Paused(Squares):
     """Lets time pass between the calls, and times the last one."""
 
     fingerprint: str = "paused"
-    pause: float = 0.5
+    pause: float = 1.0
 
     def evaluate(self, program: Program) -> Evaluation:
         for x in HIDDEN:
