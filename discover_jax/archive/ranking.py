@@ -139,6 +139,26 @@ def _measured(state: State, programs: list[Measured], parent: int) -> Measured:
     return Measured(state, parent, variance, _paired(state, programs[parent].state), anchor if tied else place)
 
 
+def gains_over_parents(states: Iterable[State]) -> tuple[int, int] | None:
+    """The number of programs with a better score than their parent, and how many of these gains are beyond the noise of the rows: outside
+    the 95% interval of the paired difference.
+
+    Returns:
+      None if no such pair has results of single rows: scores are then exact, or from an earlier version.
+
+    Raises:
+      RunError: the results of a pair's rows cannot be compared.
+    """
+    by_id, better, beyond = {}, 0, 0
+    for state in states:
+        parent = by_id.get(state.parent_id)
+        if parent is not None and parent.rows and state.rows and _value(state) > _value(parent):
+            better += 1
+            beyond += not is_tie(_score(state) - _score(parent), _paired(state, parent))
+        by_id[state.id] = state
+    return (better, beyond) if any(state.rows for state in by_id.values()) else None
+
+
 def _paired(child: State, parent: State) -> float:
     """The variance of the difference of their scores; 0 without row results, for exact scores."""
     of_child, of_parent = _rows(child), _rows(parent)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from discover_jax.archive.archive import lineage
+from discover_jax.archive.ranking import gains_over_parents
 from discover_jax.exceptions import RunError
 from discover_jax.report.record import Disclosed, RunRecord
 from discover_jax.tasks.interval import wilson_interval
@@ -34,6 +35,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
     best = bests[-1] if bests else None
     means = [_mean([a.score for a in mine if a.score is not None]) for mine in by_step]
     grade = record.grades.get(competition, {})
+    states = [state for attempt in attempts if (state := attempt.state()) is not None]
     return {
         "id": competition,
         "disclosed": _disclosed_json(disclosed),
@@ -53,6 +55,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "lineage": [state.id for state in lineage(attempts, best.id)] if best is not None else [],
         "grade": {name: grade.get(name) for name in _GRADE} if best is not None and grade.get("id") == best.id else None,
         "chosen": _chosen(grade),
+        "gains": gains_over_parents(states),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
-from discover_jax.archive.ranking import RULES, Measurements, Ranking
+from discover_jax.archive.ranking import RULES, Measurements, Ranking, gains_over_parents
 from discover_jax.archive.selectors import puct_scores
 from discover_jax.exceptions import RunError
 from discover_jax.row_results import encode
@@ -43,6 +43,16 @@ def test_ties_by_hand():
         chain.append(_state(f"{number}", chain[-1].id, _flipped(BASE, 0, 3 * number)))
     values = Measurements().add(chain).values(BY["ties"])
     assert [values[state.id] for state in chain] == [0.8, 0.8, pytest.approx(0.815), pytest.approx(0.815), pytest.approx(0.83)]
+
+
+def test_gains_beyond_noise_by_hand():
+    """The gains of `test_ties_by_hand` over the parent, beside a loss, a copy, and a parent that is not in the journal."""
+    changes = {"b": ("a", 0, 3), "c": ("a", 0, 12), "d": ("c", 12, 0), "e": ("a", 0, 0), "f": ("lost", 0, 40)}
+    states = [_state("a", "seed", BASE), *(_state(id, parent, _flipped(BASE, *flips)) for id, (parent, *flips) in changes.items())]
+    assert gains_over_parents(states) == (2, 1)
+    losses = [dataclasses.replace(state, score=1 - state.score, value=state.score - 1) for state in states]
+    assert gains_over_parents(losses) == (2, 1)
+    assert gains_over_parents([dataclasses.replace(state, rows="") for state in states]) is None
 
 
 def test_a_copy_has_the_value_of_the_first():

@@ -34,6 +34,10 @@ function headline(run, progress) {
     ["valid programs", percent(valid, rollouts), `${valid.toLocaleString("en")} of ${count(rollouts, "rollout")}`],
     ["steps", `${progress.steps.length}${planned}`, kindText(run.kind)],
   ];
+  if (progress.gains) {
+    const [better, beyond] = progress.gains;
+    facts.push(["better than their parent", count(better, "program"), better ? `${beyond.toLocaleString("en")} by more than the noise of the rows (95%)` : "no gain"]);
+  }
   const grade = progress.grade;
   if (grade && disclosed && disclosed.reward === "holdout" && typeof grade.private_score === "number") {
     const interval = Array.isArray(grade.private_interval_95) ? `; 95% interval ${span(grade.private_interval_95)}` : "";
