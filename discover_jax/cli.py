@@ -3,6 +3,8 @@
 Errors that the user can fix end the command with one message on standard error and exit code 2, without a traceback.
 """
 
+import dataclasses
+import functools
 import os
 import runpy
 import sys
@@ -68,10 +70,23 @@ _ADVICE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """Checks of all hosts of a run. The last arguments are the values of `--coordinator`, `--num_processes` and `--process_id`.
+
+    Attributes:
+      run: called with the config and the run directory; returns the exit code.
+      tell_failure: called with the reason if this host has no valid config; tells the others.
+    """
+
+    run: Callable[[Any, Path, str, int, int], int]
+    tell_failure: Callable[[str, str, int, int], None]
+
+
 def launch(
     run: Callable[..., None],
     dry_run: Callable[[Any, str, str], bool] | None = None,
-    preflight: Callable[[Any, Path, str, int, int], None] | None = None,
+    preflight: Preflight | None = None,
 ) -> None:
     """Parses the command line, validates the config and calls `run(config, workdir)`.
 
@@ -79,8 +94,7 @@ def launch(
       run: what the command does. One of several processes passes its `Processes` as a third argument.
       dry_run: only for commands that start runs; adds `--dry_run` and the flags of several processes. Called instead of `run`, with the
         config and the values of `--machine` and `--lengths`; returns whether everything fits. If not, the exit code is 1.
-      preflight: only for a command that checks hosts; adds the flags of several processes. Called instead of `run` if they are given, with
-        the values of `--coordinator`, `--num_processes` and `--process_id`.
+      preflight: only for a command that checks hosts; adds the flags of several processes. Called instead of `run` if they are given.
 
     Raises:
       SystemExit: with a code of `hosts.exit_codes`.
@@ -103,16 +117,24 @@ def launch(
     except (KeyboardInterrupt, Exception) as error:
         code = _report(error)
         if dry_run is not None:
-            _tell_others(error, code)
+            reason = _reason(error)
+            _tell_others(error, code, lambda *place: Watch(start(*place), _ADVICE).failed(reason, code))
+        if preflight is not None:
+            _tell_others(error, code, functools.partial(preflight.tell_failure, _reason(error)))
         sys.exit(code)
 
 
 def _define_process_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags that name the processes of a run."""
     flags.DEFINE_bool(
-        *("distributed", False, "start this process as one of several; jax detects the others (SLURM, Open MPI, Cloud TPU, GKE)"), values
+        "distributed",
+        False,
+        "start this process as one of several; jax detects the others (SLURM, Open MPI, Cloud TPU, GKE)",
+        flag_values=values,
     )
-    flags.DEFINE_string("coordinator", "", "start this process as one of several; HOST:PORT of process 0, with a free port", values)
+    flags.DEFINE_string(
+        "coordinator", "", "start this process as one of several; HOST:PORT of process 0, with a free port", flag_values=values
+    )
     flags.DEFINE_integer("num_processes", 0, "with --coordinator: number of processes, one per host", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "with --coordinator: index of this process, from 0", flag_values=values)
 
@@ -152,7 +174,7 @@ def _main(
     argv: list[str],
     run: Callable[..., None],
     dry_run: Callable[[Any, str, str], bool] | None,
-    preflight: Callable[[Any, Path, str, int, int], None] | None,
+    preflight: Preflight | None,
 ) -> None:
     """Runs the command after its flags were parsed; see `launch`."""
     take_gpu_memory()
@@ -174,8 +196,11 @@ def _main(
     config = settings.validate(given.config)
     folder = Path(given.workdir or f"runs/{config.name}")
     if preflight is not None and _names_processes():
-        preflight(config, folder, given.coordinator, given.num_processes, given.process_id)
-        return
+        try:
+            code = preflight.run(config, folder, given.coordinator, given.num_processes, given.process_id)
+        except DiscoverError as error:  # the other processes know it
+            code = _report(error)
+        sys.exit(code)
     processes = _join() if dry_run is not None else None
     if processes is None:
         run(config, folder)
@@ -243,10 +268,11 @@ def _names_processes() -> bool:
     return False
 
 
-def _tell_others(error: BaseException, code: int) -> None:
-    """Joins the other processes only to tell them about an error from before this one joined, such as a config file that this host lacks.
+def _tell_others(error: BaseException, code: int, tell: Callable[[str, int, int], None]) -> None:
+    """Joins the other processes, by `tell`, only to tell them about an error from before this one joined.
 
-    Otherwise they would wait for this process until jax aborts them, and a scheduler would start the run again.
+    Such an error is a config file that this host lacks. Otherwise they would wait for this process until jax aborts them, and a scheduler
+    would start the run again.
     """
     given = flags.FlagValues()
     _define_process_flags(given)
@@ -261,7 +287,7 @@ def _tell_others(error: BaseException, code: int) -> None:
     timer.daemon = True
     timer.start()
     try:
-        Watch(start(given.coordinator, given.num_processes, given.process_id), _ADVICE).failed(_reason(error), code)
+        tell(given.coordinator, given.num_processes, given.process_id)
     except DiscoverError as second:
         print(f"note: could not tell the other processes: {second}", file=sys.stderr)
     _leave(code)

@@ -216,4 +216,4 @@ def run(config: Any, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.launch(run, preflight=all_hosts.main)
+    cli.launch(run, preflight=cli.Preflight(all_hosts.run, all_hosts.tell_failure))

@@ -6,7 +6,6 @@ changed, and 3 if something temporary is in the way, such as a host that did not
 """
 
 import functools
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 
 from discover_jax.exceptions import TemporaryError
-from discover_jax.hosts.exit_codes import LOST
+from discover_jax.hosts.exit_codes import USER_ERROR
 from discover_jax.hosts.meeting import Meeting, meet
 from discover_jax.hosts.processes import JOIN_SECONDS, place_of
 from discover_jax.models.config import ModelConfig
@@ -115,6 +114,8 @@ def _check(config: Any, workdir: Path, meeting: Meeting, child: Child, report: _
     """All checks, in order. Each host's findings are exchanged, so that process 0 has them even if a later check loses a host."""
     all_facts = meeting.gather("each host", one_host.facts(config, workdir), _HOST_SECONDS)
     report.add([facts["findings"] for facts in all_facts])
+    if any("invalid" in facts for facts in all_facts):
+        return
     report.add([[finding.row() for finding in found] for found in one_host.compare(all_facts)])
     with shared_folder.probe_folder(meeting, workdir) as folder:
         found = [shared_folder.check_shared(folder, workdir), shared_folder.check_locks(folder, meeting)]
@@ -132,15 +133,18 @@ def _check(config: Any, workdir: Path, meeting: Meeting, child: Child, report: _
     report.of_all.append(judge_bandwidth(all_results, _DEVICES_SECONDS))
 
 
-def main(config: Any, workdir: Path, coordinator: str, count: int, index: int) -> None:
-    """`run`, as a command.
+def tell_failure(reason: str, coordinator: str, count: int, index: int) -> None:
+    """Tells the other processes that this host has no valid config.
 
-    Raises:
-      SystemExit: with the exit code.
+    Args:
+      reason: why.
+      coordinator, count, index: as for `run`.
     """
-    try:
-        code = run(config, workdir, coordinator, count, index)
-    except TemporaryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = LOST
-    sys.exit(code)
+    with meet(*place_of(coordinator, count, index), MEET_SECONDS) as meeting:
+        found = Finding("config", Level.FIX, reason, "invalid")
+        all_facts = meeting.gather("each host", {"findings": [found.row()], "invalid": True}, _HOST_SECONDS)
+        if meeting.index == 0:
+            report = _Report(meeting.names)
+            report.add([facts["findings"] for facts in all_facts])
+            report.show()
+        meeting.from_first("the conclusion", USER_ERROR, _HOST_SECONDS)

@@ -33,4 +33,4 @@ if __name__ == "__main__":
         ports.listener = _closed
     if "lock" in faults:
         lock.fcntl = types.SimpleNamespace(flock=_no_locks, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)  # not for the uids of sandboxes
-    cli.launch(doctor.run, preflight=all_hosts.main)
+    cli.launch(doctor.run, preflight=cli.Preflight(all_hosts.run, all_hosts.tell_failure))

@@ -31,15 +31,22 @@ def masked() -> list[str]:
 class Doctors:
     """The doctor in several processes, each with its own faults."""
 
-    def __init__(self, workdir: Path, count: int, *options: str, faults: str = "", prefix: tuple[str, ...] = ()):
-        """`faults` and `prefix`: of the last process; see faulty_doctor.py."""
+    def __init__(self, workdir: Path, count: int, *options: str, faults: str = "", prefix: tuple[str, ...] = (), options_of=None):
+        """`faults` and `prefix`: of the last process; see faulty_doctor.py. `options_of`: further options, by process."""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         script = str(Path(__file__).with_name("faulty_doctor.py"))
         self._started = []
         for index in range(count):
             last = index == count - 1
-            command = [sys.executable, script, "--config=configs/quickstart.py", f"--workdir={workdir}", *options]
+            command = [
+                sys.executable,
+                script,
+                "--config=configs/quickstart.py",
+                f"--workdir={workdir}",
+                *options,
+                *(options_of or {}).get(index, []),
+            ]
             command += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
             self._started.append(
                 subprocess.Popen(
@@ -81,6 +88,16 @@ def test_faults_of_one_host_are_found_and_named(tmp_path):
     assert "Fix the items marked FIX" in said[0].splitlines()[-1]
     assert "FIX" not in said[1]  # one table
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("invalid", [0, 1])
+def test_invalid_config_of_one_host_is_told_to_all(tmp_path, invalid):
+    codes, said = Doctors(tmp_path / "run", 2, options_of={invalid: ["--config.train.steps=0"]}).end()
+    assert codes == [USER_ERROR, USER_ERROR], said
+    assert re.search(
+        rf"^FIX +config +\S+ \(process {invalid}\): ConfigError: [^!]*config\.train\.steps must be at least 1", said[0], re.MULTILINE
+    )
 
 
 @pytest.mark.slow
