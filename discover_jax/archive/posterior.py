@@ -40,49 +40,11 @@ class Normal(NamedTuple):
     variance: np.ndarray
 
 
-def mean_of_rows(rows_R: Values) -> Normal:
-    """The score of a program as the mean of its rows, with the sampling variance of this mean.
-
-    Shares of rows (boolean arrays, whether a row is correct): p and p (1 - p) / n. Other values: their mean, and
-    sum_i (x_i - mean)^2 / (n (n - 1)).
-
-    Args:
-      rows_R: boolean or float, one value per row; further axes may come first.
-
-    Raises:
-      RunError: fewer than 2 rows, or values that are not finite.
-    """
-    return _mean_and_variance(_rows(rows_R, "rows"), shares=np.asarray(rows_R).dtype == np.bool_)
-
-
-def paired_difference(parent_R: Values, child_R: Values) -> Normal:
-    """The difference child - parent on the same rows, with its sampling variance.
-
-    Shares of rows (boolean arrays): of n rows, only the child gets b right, and only the parent gets c right. The difference is (b - c) / n
-    and its variance is (b + c - (b - c)^2 / n) / n^2, that of a difference of paired proportions (McNemar 1947). Other values: the mean
-    of d_i = child_i - parent_i, and sum_i (d_i - mean)^2 / (n (n - 1)).
-
-    The variance is 0 if the rows do not differ. With only a few rows that differ, it is itself uncertain.
-
-    Args:
-      parent_R, child_R: both boolean (correct or not) or both float (higher is better), with the rows in the same order; further axes may
-        come first.
-
-    Raises:
-      RunError: the shapes or types differ, there are fewer than 2 rows, or a value is not finite.
-    """
-    parent, child = np.asarray(parent_R), np.asarray(child_R)
-    shares = child.dtype == np.bool_
-    if parent.shape != child.shape or (parent.dtype == np.bool_) != shares:
-        raise RunError(
-            f"A paired difference needs the same rows of parent and child; got shapes {parent.shape} and {child.shape}, types"
-            f" {parent.dtype} and {child.dtype}. Measure both programs on the same rows."
-        )
-    return _mean_and_variance(_rows(child, "rows of the child") - _rows(parent, "rows of the parent"), shares=shares)
-
-
 def difference_of_counts(only_child: Values, only_parent: Values, rows: Values) -> Normal:
-    """`paired_difference` of shares of rows, from counts: (b - c) / n, with variance (b + c - (b - c)^2 / n) / n^2. Arguments broadcast.
+    """The difference child - parent of two shares of the same rows, with its sampling variance. Arguments broadcast.
+
+    (b - c) / n, with variance (b + c - (b - c)^2 / n) / n^2 (McNemar 1947). The variance is 0 if the rows do not differ. With only a few
+    rows that differ, it is itself uncertain.
 
     Args:
       only_child, only_parent: b and c, the number of rows that only one of the two programs gets right.
@@ -191,7 +153,8 @@ def child_posterior(parent: Normal, parent_score: Normal, child_score: Normal, d
     Args:
       parent: posterior of the parent's true score.
       parent_score, child_score: measurements, with their sampling variances.
-      difference_variance: sampling variance of their difference; see `paired_difference`. The sum of both variances if the rows differ.
+      difference_variance: sampling variance of their difference (`row_results.difference_variance`). The sum of both variances if
+        the rows differ.
       step: prior of the true step; see `estimate_prior`.
       All of them broadcast.
 
@@ -337,19 +300,6 @@ def lower_bound(estimate: Normal, *, z: float = Z95) -> np.ndarray:
       RunError: a variance is negative, or a value is not finite.
     """
     return _finite(estimate.mean, "mean") - z * np.sqrt(_variance(estimate.variance, "variance"))
-
-
-def _rows(values: Values, what: str) -> np.ndarray:
-    rows = _finite(values, what)
-    if not rows.ndim or rows.shape[-1] < 2:
-        raise RunError(f"A sampling variance needs at least 2 rows; got {what} of shape {rows.shape}. Measure on more rows.")
-    return rows
-
-
-def _mean_and_variance(rows: np.ndarray, *, shares: bool) -> Normal:
-    count = rows.shape[-1]
-    # Shares use the variance of the maximum-likelihood estimate, p (1 - p) / n, as McNemar's formula does; other values the unbiased one.
-    return Normal(rows.mean(axis=-1), rows.var(axis=-1, ddof=0 if shares else 1) / count)
 
 
 def _finite(values: Values, what: str) -> np.ndarray:

@@ -16,8 +16,6 @@ from discover_jax.archive.posterior import (
     is_tie,
     lineage_posterior,
     lower_bound,
-    mean_of_rows,
-    paired_difference,
     priors_of_steps,
     shrink,
 )
@@ -27,46 +25,18 @@ small = st.floats(-10, 10)
 variances = st.floats(0, 10)
 
 
-def test_paired_difference_of_shares_by_hand():
+def test_difference_of_counts_by_hand():
     """Of 10 rows, 3 are right only for the child and 1 only for the parent: 0.2, and (4 - 4 / 10) / 100."""
-    parent = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
-    child = np.array([1, 1, 1, 1, 0, 1, 1, 1, 0, 0], bool)
-    difference, variance = paired_difference(parent, child)
-    assert difference == pytest.approx(0.2)
-    assert variance == pytest.approx(0.036)
-    assert mean_of_rows(child) == pytest.approx((0.7, 0.7 * 0.3 / 10))
+    assert difference_of_counts(3, 1, 10) == pytest.approx((0.2, 0.036))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=50))
-def test_paired_difference_of_shares_is_mcnemars(rows):
+def test_difference_of_counts_is_that_of_the_rows(rows):
+    """The mean of the differences row by row, and their variance about this mean."""
     parent, child = np.array(rows).T
-    b, c, n = int((child & ~parent).sum()), int((parent & ~child).sum()), len(rows)
-    difference, variance = paired_difference(parent, child)
-    assert difference == pytest.approx((b - c) / n, abs=1e-15)
-    assert variance == pytest.approx((b + c - (b - c) ** 2 / n) / n**2, abs=1e-15)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=50))
-def test_counts_give_the_same_difference_as_rows(rows):
-    parent, child = np.array(rows).T
-    expected = paired_difference(parent, child)
-    assert difference_of_counts((child & ~parent).sum(), (parent & ~child).sum(), len(rows)) == pytest.approx(expected, abs=1e-15)
-
-
-def test_paired_difference_of_losses_by_hand():
-    """Differences 1, 0, 2, 1: mean 1, sum of squares 2, variance 2 / (4 x 3)."""
-    difference, variance = paired_difference([0.0, 1.0, -1.0, 2.0], [1.0, 1.0, 1.0, 3.0])
-    assert (difference, variance) == pytest.approx((1.0, 2 / 12))
-    assert mean_of_rows([1.0, 3.0]) == pytest.approx((2.0, 2 / 2))
-
-
-def test_several_programs_at_once():
-    rng = np.random.default_rng(0)
-    parent, children = rng.random(20) < 0.8, rng.random((3, 20)) < 0.8
-    together = paired_difference(np.broadcast_to(parent, children.shape), children)
-    for index, child in enumerate(children):
-        alone = paired_difference(parent, child)
-        assert (together.mean[index], together.variance[index]) == pytest.approx(alone)
+    counts = (child & ~parent).sum(), (parent & ~child).sum(), len(rows)
+    differences = child.astype(float) - parent
+    assert difference_of_counts(*counts) == pytest.approx((differences.mean(), differences.var() / len(rows)), abs=1e-15)
 
 
 def test_shrink_by_hand():
@@ -249,10 +219,10 @@ def test_variances_from_rows_are_those_of_repeated_measurements():
     shared, changed = rng.random((2000, 400)) < 0.8, rng.random((2000, 400)) < 0.15
     parent = shared
     child = np.where(changed, rng.random((2000, 400)) < 0.85, shared)
-    difference, variance = paired_difference(parent, child)
+    difference, variance = difference_of_counts((child & ~parent).sum(axis=1), (parent & ~child).sum(axis=1), 400)
     assert variance.mean() == pytest.approx(difference.var(), rel=0.1)
     assert difference.mean() == pytest.approx(0.15 * 0.05, abs=0.001)
-    assert mean_of_rows(parent).variance.mean() > 2 * variance.mean()
+    assert parent.mean(axis=1).var() > 2 * variance.mean()
 
 
 def test_ties_and_lower_bounds():
@@ -266,10 +236,7 @@ def test_ties_and_lower_bounds():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: paired_difference([True, False], [True]), r"same rows.*\(2,\).*\(1,\)"),
-        (lambda: paired_difference([True, False], [1.0, 0.0]), "bool and float64"),
-        (lambda: paired_difference([True], [True]), "at least 2 rows"),
-        (lambda: mean_of_rows([0.5, math.nan]), r"finite.*nan"),
+        (lambda: shrink(math.nan, 1.0, 0.0, 1.0), r"finite.*nan"),
         (lambda: difference_of_counts(3, 3, 5), "b \\+ c at most n"),
         (lambda: shrink(1.0, -2.0, 0.0, 1.0), r"variance.*-2\.0"),
         (lambda: estimate_prior([1.0, 2.0], [1.0]), "2 differences and 1 variances"),
