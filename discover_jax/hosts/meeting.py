@@ -10,8 +10,10 @@ import os
 import re
 import select
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, TemporaryError
@@ -21,6 +23,8 @@ _LONGEST = 1 << 26
 """Maximum bytes of a message."""
 _HELLO_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
+_PATIENCE_SECONDS = 15.0
+"""Seconds before a waiting message is printed."""
 
 
 class _Line:
@@ -145,7 +149,7 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
         server = socket.create_server(address, family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=count)
     except OSError as error:
         raise ConfigError(f"Process 0 cannot listen at port {port} of --coordinator: {error}. Give a free port.") from error
-    with server:
+    with server, _reminder(lambda: f"{count - len(names)} of {count} processes", seconds):
         while len(names) < count and time.monotonic() < deadline:
             if not select.select([server], [], [], _LOOK_SECONDS)[0]:
                 continue
@@ -178,6 +182,22 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
     return ordered, lines
 
 
+@contextlib.contextmanager
+def _reminder(what: Callable[[], str], seconds: float) -> Iterator[None]:
+    """Prints once, after a while, what this process waits for."""
+
+    def remind() -> None:
+        print(f"note: waiting for {what()}, at most {seconds:.0f} s in all.", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_PATIENCE_SECONDS, remind)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _tell(lines: dict[int, _Line], message: Any) -> None:
     for line in lines.values():
         with contextlib.suppress(OSError):  # the first exchange notices it
@@ -201,24 +221,25 @@ def _check_hello(hello: Any, count: int, names: dict[int, str]) -> int:
 def _reach_first(host: str, port: int, count: int, index: int, deadline: float, seconds: float) -> tuple[list[str], dict[int, _Line]]:
     """What the other processes do: connect to process 0, and wait until all have."""
     refused = ""
-    while time.monotonic() < deadline:
-        try:
-            line = _Line(socket.create_connection((host, port), timeout=5))
-        except OSError as error:
-            refused = str(error)
-            time.sleep(_LOOK_SECONDS)
-            continue
-        try:
-            line.send({"magic": _MAGIC, "index": index, "count": count, "name": socket.gethostname()})
-            answer = line.receive(deadline + 10)
-        except OSError as error:  # something else listens there, or process 0 was just ending
-            refused = f"it is reached, but {error}"
-            line.close()
-            time.sleep(_LOOK_SECONDS)
-            continue
-        if isinstance(answer, dict):
-            raise TemporaryError(answer["absent"]) if "absent" in answer else ConfigError(str(answer.get("invalid")))
-        return [str(name) for name in answer], {0: line}
+    with _reminder(lambda: f"process 0 at {host}:{port} ({refused or 'it answers'}) and the others", seconds):
+        while time.monotonic() < deadline:
+            try:
+                line = _Line(socket.create_connection((host, port), timeout=5))
+            except OSError as error:
+                refused = str(error)
+                time.sleep(_LOOK_SECONDS)
+                continue
+            try:
+                line.send({"magic": _MAGIC, "index": index, "count": count, "name": socket.gethostname()})
+                answer = line.receive(deadline + 10)
+            except OSError as error:  # something else listens there, or process 0 was just ending
+                refused = f"it is reached, but {error}"
+                line.close()
+                time.sleep(_LOOK_SECONDS)
+                continue
+            if isinstance(answer, dict):
+                raise TemporaryError(answer["absent"]) if "absent" in answer else ConfigError(str(answer.get("invalid")))
+            return [str(name) for name in answer], {0: line}
     raise TemporaryError(
         f"Process 0 did not answer at {host}:{port} within {seconds:.0f} s ({refused or 'no answer'}). Check that it was started, that this"
         " host resolves its name, and that no firewall closes the port."

@@ -92,7 +92,10 @@ def run(config: Any, workdir: Path, coordinator: str, count: int, index: int) ->
                 return exit_code(report.findings)
             if meeting.index == 0:
                 report.show()
-            return meeting.from_first("the conclusion", exit_code(report.findings), _HOST_SECONDS)
+            code = meeting.from_first("the conclusion", exit_code(report.findings), _HOST_SECONDS)
+            if meeting.index:
+                print(f"Exit code {code}. The table of all hosts is in the output of {meeting.names[0]}.", flush=True)
+            return code
     finally:
         child.close()
 

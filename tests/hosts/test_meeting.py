@@ -62,11 +62,13 @@ def test_process_that_never_appears_is_named_by_all(port, monkeypatch):
     assert "gpu08 (process 1) did not appear" in str(_meet(port, 2, 0, 0.2))
 
 
-def test_first_process_that_never_appears(port):
+def test_first_process_that_never_appears(port, monkeypatch, capsys):
+    monkeypatch.setattr(meeting, "_PATIENCE_SECONDS", 0.1)
     error = _meet(port, 2, 1, 0.5)
     assert isinstance(error, TemporaryError)
     assert f"Process 0 did not answer at 127.0.0.1:{port} within 0 s" in str(error)
     assert "refused" in str(error)
+    assert f"note: waiting for process 0 at 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_contradictions_are_told_to_all(port):
