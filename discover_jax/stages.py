@@ -25,7 +25,7 @@ from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
 from discover_jax.learning.advantages import least_rollouts
 from discover_jax.learning.best_of_k import k_of_step, weight_of_step
-from discover_jax.learning.estimates import Estimates, Objective, estimate_step
+from discover_jax.learning.estimates import Estimates, GradedGroup, Objective, estimate_step
 from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity, FailureHandling, results_of
 from discover_jax.learning.update import Update
@@ -337,20 +337,21 @@ def check_objective(train: Any, tasks: Sequence[AnyTask]) -> None:
 
 def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], frontiers: Mapping[str, Frontier], step: int) -> Estimates:
     """The advantages of the rollouts. `frontiers` are those before the step."""
-    attempts_GK = [[attempt for attempt in attempts if attempt.group == number] for number in range(len(groups))]
     train, diversity = run.config.train, run.config.diversity
     objective = objective_of_step(train, step - (run.last_step - train.steps))
-    bests_G = [_best_value(frontiers[group.task.id]) if train.frontier_base == "best" else None for group in groups]
     known = {id: {results_of(state) for state in (frontier.seed, *frontier.archive.states)} for id, frontier in frontiers.items()}
-    estimates = estimate_step(
-        attempts_GK,
-        [group.task.signals for group in groups],
-        objective=objective,
-        diversity=Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies),
-        known_G=[known[group.task.id] for group in groups],
-        failure_rewards_G=[group.task.failure_reward for group in groups],
-        bests_G=bests_G,
-    )
+    graded = [
+        GradedGroup(
+            [attempt for attempt in attempts if attempt.group == number],
+            group.task.signals,
+            known[group.task.id],
+            group.task.failure_reward,
+            _best_value(frontiers[group.task.id]) if train.frontier_base == "best" else None,
+        )
+        for number, group in enumerate(groups)
+    ]
+    means = Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies)
+    estimates = estimate_step(graded, objective=objective, diversity=means)
     if run.kind.learns and estimates.too_few:
         run.recorder.note(
             f"{estimates.too_few} of {len(groups)} groups have too few different programs for config.train.advantage ="

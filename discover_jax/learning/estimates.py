@@ -39,6 +39,25 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
+class GradedGroup:
+    """The attempts of a group, with what their signals depend on.
+
+    Attributes:
+      attempts_K: in order.
+      to_signals: from their rewards to signals; see `Task.signals`.
+      known: results of the task's archived programs and of its seed program, for copies.
+      failure_reward: the task's reward of a failure.
+      best: best signal before the step, for `frontier`; None: there is none.
+    """
+
+    attempts_K: Sequence[Attempt]
+    to_signals: Callable[[Sequence[float]], list[float]] = list
+    known: Container[Results] = ()
+    failure_reward: float = 0.0
+    best: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimates:
     """The advantages of a step.
 
@@ -53,35 +72,21 @@ class Estimates:
     metrics: dict[str, float | None]
 
 
-def estimate_step(
-    attempts_GK: Sequence[Sequence[Attempt]],
-    transforms_G: Sequence[Callable[[Sequence[float]], list[float]]],
-    *,
-    objective: Objective,
-    diversity: Diversity,
-    known_G: Sequence[Container[Results]] | None = None,
-    failure_rewards_G: Sequence[float] | None = None,
-    bests_G: Sequence[float | None] | None = None,
-) -> Estimates:
+def estimate_step(groups: Sequence[GradedGroup], *, objective: Objective, diversity: Diversity) -> Estimates:
     """Computes the advantages of a step.
 
     Args:
-      attempts_GK: attempts by group, in order.
-      transforms_G: for each group, the function from its rewards to signals; see `Task.signals`.
+      groups: of the step, in order.
       objective: estimator, its parameters in this step, and the signals of failures.
       diversity: novelty bonus, duplicates and copies.
-      known_G: for each group, the results of its task's archived programs and of its seed program, for copies; by default none.
-      failure_rewards_G: for each group, its task's reward of a failure; by default 0.
-      bests_G: for each group, the best signal before the step, for `frontier`; None: there is none.
 
     Raises:
       ConfigError, LearningError: see `estimate_groups`.
     """
-    known_G = [()] * len(attempts_GK) if known_G is None else known_G
-    failure_rewards_G = [0.0] * len(attempts_GK) if failure_rewards_G is None else failure_rewards_G
+    attempts_GK = [group.attempts_K for group in groups]
     signals_G = [
-        group_signals(attempts_K, to_signal, diversity, known=known, failure_reward=failure_reward)
-        for attempts_K, to_signal, known, failure_reward in zip(attempts_GK, transforms_G, known_G, failure_rewards_G, strict=True)
+        group_signals(group.attempts_K, group.to_signals, diversity, known=group.known, failure_reward=group.failure_reward)
+        for group in groups
     ]
     signals_G = place_failures(signals_G, attempts_GK, objective.failures)
     estimated_G = estimate_groups(
@@ -89,7 +94,7 @@ def estimate_step(
         objective.estimator,
         beta=objective.beta,
         k=objective.k,
-        bests_G=bests_G,
+        bests_G=[group.best for group in groups],
         weight=objective.weight,
     )
     advantages = {
@@ -98,7 +103,7 @@ def estimate_step(
         if estimated is not None
         for index, value in zip(np.flatnonzero(signals.included_K), estimated.values_K, strict=True)
     }
-    metrics = advantage_metrics(estimated_G) | objective.metrics() | diversity_metrics(attempts_GK, known_G)
+    metrics = advantage_metrics(estimated_G) | objective.metrics() | diversity_metrics(attempts_GK, [group.known for group in groups])
     return Estimates(advantages, groups_with_too_few(signals_G, objective.estimator, objective.k), metrics)
 
 

@@ -12,7 +12,7 @@ from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.exceptions import ConfigError
 from discover_jax.learning.advantages import entropic, frontier, max_at_k
-from discover_jax.learning.estimates import Objective, estimate_step
+from discover_jax.learning.estimates import GradedGroup, Objective, estimate_step
 from discover_jax.learning.signals import Diversity, FailureHandling
 from discover_jax.runs.metrics import SCHEMA
 from discover_jax.runs.workdir import _LATER_SETTINGS
@@ -56,7 +56,7 @@ def test_the_default_objective_is_the_reports_to_the_bit():
     objective = stages.objective_of_step(train(), 3)
     assert (objective.estimator, objective.beta, objective.failures) == ("entropic", 2.0, FailureHandling("reward"))
     group = [0.2, 0.9, None, 0.5]
-    estimates = estimate_step([attempts(group)], [list], objective=objective, diversity=Diversity(), bests_G=[5.0])
+    estimates = estimate_step([GradedGroup(attempts(group), best=5.0)], objective=objective, diversity=Diversity())
     np.testing.assert_array_equal(values(estimates), entropic([0.2, 0.9, 0.0, 0.5], beta=2.0).values_K)
     assert not {"advantage/k", "advantage/frontier_weight"} & estimates.metrics.keys()
 
@@ -73,7 +73,7 @@ def test_k_and_weight_follow_the_step():
 
 def test_metrics_name_what_the_schedule_set():
     objective = Objective("frontier", k=2, weight=0.25)
-    estimates = estimate_step([attempts(REWARDS)], [list], objective=objective, diversity=Diversity())
+    estimates = estimate_step([GradedGroup(attempts(REWARDS))], objective=objective, diversity=Diversity())
     assert (estimates.metrics["advantage/k"], estimates.metrics["advantage/frontier_weight"]) == (2.0, 0.25)
     assert estimates.metrics.keys() <= SCHEMA.keys()
     np.testing.assert_array_equal(values(estimates), frontier(REWARDS, k=2, weight=0.25).values_K)
@@ -84,8 +84,8 @@ def test_every_estimator_takes_placed_failures(estimator):
     """The failure gets 0.5 - (the standard deviation of 0.5, 0.7, 0.9), as if this had been its reward."""
     group, as_if = [0.5, None, 0.9, 0.7], [0.5, 0.5 - np.std([0.5, 0.7, 0.9]), 0.9, 0.7]
     handling = FailureHandling("spread", 1.0)
-    placed = estimate_step([attempts(group)], [list], objective=Objective(estimator, k=2, failures=handling), diversity=Diversity())
-    expected = estimate_step([attempts(as_if)], [list], objective=Objective(estimator, k=2), diversity=Diversity())
+    placed = estimate_step([GradedGroup(attempts(group))], objective=Objective(estimator, k=2, failures=handling), diversity=Diversity())
+    expected = estimate_step([GradedGroup(attempts(as_if))], objective=Objective(estimator, k=2), diversity=Diversity())
     np.testing.assert_array_equal(values(placed), values(expected))
 
 
