@@ -99,8 +99,9 @@ def strike(hosts: Hosts, victim: int) -> None:
             assert re.search(rf"(?s){lost}.*{restart}", hosts.said(index)), hosts.said(index)[-3000:]
 
 
+@pytest.mark.slow  # tests/hosts has the parts
 def test_two_processes_match_one_until_one_is_lost(root, tmp_path):
-    """The slow tests check that the run then resumes with any number of processes, and run the programs again."""
+    """Other tests check that the run then resumes with any number of processes, and run the programs again."""
     expected = (unbroken(root) / "journal.jsonl").read_bytes()
     verdicts = shutil.copytree(unbroken(root) / "cache", tmp_path / "cache")
     hosts = Hosts(root, tmp_path / "run", 2, f"--config.execution.cache={verdicts}")

@@ -254,6 +254,7 @@ def test_adam_step_equals_torch(reference, case, update, batches):
     assert compared > 0.8 * total
 
 
+@pytest.mark.slow  # test_update.py has packings of a smaller model
 def test_packing_microbatches_and_order_do_not_change_the_gradient(case, update, batches):
     expected = renamed(update.gradient(case.frozen, case.lora, batches)[0])
     for row_tokens, rows in ((48, 1), (30, 5)):  # the same shape in another order; one microbatch with one rollout per row
