@@ -33,4 +33,7 @@ if __name__ == "__main__":
         ports.listener = _closed
     if "lock" in faults:
         lock.fcntl = types.SimpleNamespace(flock=_no_locks, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)  # not for the uids of sandboxes
+    if "dies" in faults:
+        ports.check_ports = lambda meeting: os._exit(9)
+    all_hosts.MEET_SECONDS = float(os.environ.get("DISCOVER_TEST_MEET_SECONDS", all_hosts.MEET_SECONDS))
     cli.launch(doctor.run, preflight=cli.Preflight(all_hosts.run, all_hosts.tell_failure))

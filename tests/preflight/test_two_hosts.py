@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from discover_jax.hosts.exit_codes import USER_ERROR
+from discover_jax.hosts.exit_codes import LOST, USER_ERROR
 
 ROOT = Path(__file__).parents[2]
 # As container runtimes do: files of /proc below other mounts, and /proc/sys read-only.
@@ -31,13 +31,24 @@ def masked() -> list[str]:
 class Doctors:
     """The doctor in several processes, each with its own faults."""
 
-    def __init__(self, workdir: Path, count: int, *options: str, faults: str = "", prefix: tuple[str, ...] = (), options_of=None):
-        """`faults` and `prefix`: of the last process; see faulty_doctor.py. `options_of`: further options, by process."""
+    def __init__(
+        self, workdir: Path, count: int, *options: str, faults: str = "", prefix: tuple[str, ...] = (), options_of=None, absent=None
+    ):
+        """Starts all processes but `absent`.
+
+        Args:
+          workdir, count, options: the run directory, the number of processes, and the options of all.
+          faults, prefix: of the last process; see faulty_doctor.py.
+          options_of: further options, by process.
+          absent: a process that is not started.
+        """
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         script = str(Path(__file__).with_name("faulty_doctor.py"))
         self._started = []
         for index in range(count):
+            if index == absent:
+                continue
             last = index == count - 1
             command = [
                 sys.executable,
@@ -88,6 +99,20 @@ def test_faults_of_one_host_are_found_and_named(tmp_path):
     assert "Fix the items marked FIX" in said[0].splitlines()[-1]
     assert "FIX" not in said[1]  # one table
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.sandbox
+def test_host_that_dies_meanwhile_and_host_that_never_appears_are_temporary(tmp_path, monkeypatch):
+    codes, said = Doctors(tmp_path / "run", 2, faults="dies").end()
+    assert codes == [LOST, 9], said
+    assert re.search(r"^WAIT +hosts +\S+ \(process 1\) was lost during the check of ports: it closed the connection", said[0], re.MULTILINE)
+    assert "Run the same command again" in said[0].splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("DISCOVER_TEST_MEET_SECONDS", "1")
+    codes, said = Doctors(tmp_path / "run", 2, absent=1).end()
+    assert codes == [LOST], said
+    assert "error: process 1 did not appear within 1 s" in said[0]
 
 
 @pytest.mark.slow
