@@ -40,7 +40,6 @@ def test_hosts_script_runs_two_local_processes(tmp_path):
         "PYTHON": sys.executable,
         "LOGS": str(tmp_path / "logs"),
         "JAX_PLATFORMS": "cpu",
-        "PREFLIGHT": "0",
     }
     done = subprocess.run(
         [_LAUNCH / "hosts.sh", "localhost,localhost", *config, *mesh],
@@ -50,6 +49,7 @@ def test_hosts_script_runs_two_local_processes(tmp_path):
         env={**os.environ, **variables},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^(Everything is ready|Ready, with warnings)", done.stdout, re.MULTILINE)  # the preflight
     assert re.search(r"\b2 processes\b", done.stdout)
     assert (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") == 6
     assert [log.name for log in (tmp_path / "logs").iterdir()] == ["process-1.txt"]
@@ -59,7 +59,7 @@ def test_hosts_script_runs_two_local_processes(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **variables},
+        env={**os.environ, **variables, "PREFLIGHT": "0"},
     )
     assert done.returncode == 2
     assert re.search(r"config\.mesh\b.*\b4 x 1 x 1 = 4\b", done.stderr)

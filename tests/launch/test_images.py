@@ -112,7 +112,7 @@ def test_the_quickstart_runs_in_the_installed_place(image, user):
     project, environment = image
     if os.geteuid() != 0:
         pytest.skip("needs root, as the build of an image does")
-    flags = ["--config=configs/quickstart.py", "--config.train.steps=1"]
+    flags = ["--config=configs/quickstart.py", "--config.train.steps=1", "--config.groups=1", "--config.group_size=2"]
     with tempfile.TemporaryDirectory(dir="/var/tmp") as work:
         os.chmod(work, 0o755)
         become = []
@@ -122,10 +122,11 @@ def test_the_quickstart_runs_in_the_installed_place(image, user):
         done = subprocess.run(
             [*become, project / "launch" / "entrypoint.sh", *flags, f"--workdir={work}/run"],
             cwd=project,
-            env=environment | {"HOME": work, "JAX_PLATFORMS": "cpu", "PREFLIGHT": "0"},
+            env=environment | {"HOME": work, "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, shlex.join(flags) + done.stdout[-2000:] + done.stderr[-2000:]
+        assert "Everything is ready." in done.stdout  # the preflight
         assert (Path(work) / "run" / "best").is_dir()
