@@ -171,14 +171,15 @@ def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: 
     return result
 
 
-def profile(sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], rows: int, keep: str) -> dict[str, Any]:
+def profile(sampler: Sampler, frozen: Any, lora: Any, prompts: list[Prompt], group_size: int, keep: str) -> dict[str, Any]:
     """Microseconds per decoding step by function and by kernel, the number of kernels, and the device's idle time."""
     shapes, shapes_lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen, lora))
-    (decoding,) = (function for function in sampler.lowered_functions(shapes, shapes_lora, 1, rows) if function.name == "decode")
+    groups, rows = len(prompts), len(prompts) * group_size
+    (decoding,) = (function for function in sampler.lowered_functions(shapes, shapes_lora, groups, rows) if function.name == "decode")
     seen: list[tuple[float, int]] = []
 
     def launches() -> None:
-        seen.extend(sample(sampler, frozen, lora, prompts, rows, step=2, launches=2))
+        seen.extend(sample(sampler, frozen, lora, prompts, group_size, step=2, launches=2))
 
     found = trace(launches, decoding.lowered.compile().as_text(), Path(keep) if keep else None, f"decode.{rows}")
     steps = seen[-1][1] / rows
