@@ -48,11 +48,11 @@ def found():
     return _needs(_config())
 
 
-def test_weights_adapter_and_optimiser_match_real_arrays(found):
+def test_weights_adapter_and_optimiser_match_real_arrays(found, random_weights):
     config = _config()
     model = build_model(config, _SIZES)
     state = init_train_state(model.init_lora(jax.random.key(0)), build_optimizer(config))
-    expected = {"weights": _bytes(model.init_frozen(jax.random.key(0))), "adapter": _bytes(state.lora)}
+    expected = {"weights": _bytes(random_weights(model.abstract_frozen())), "adapter": _bytes(state.lora)}
     expected["optimiser"] = _bytes(state.opt_state)
     assert [{part: need.parts[part] for part in expected} for need in found] == [expected] * len(found)
     assert expected["weights"] > 0 < expected["adapter"] < expected["optimiser"]
@@ -68,12 +68,12 @@ def test_cache_has_keys_and_values_of_every_slot(found):
 
 
 @pytest.mark.slow  # test_meshes tests the rule
-def test_cache_fits_in_the_remaining_memory():
+def test_cache_fits_in_the_remaining_memory(random_weights):
     config = _config()
     config.groups, config.group_size, config.sampling.slots = 16, 16, 256
     model = build_model(config, _SIZES)
     state = init_train_state(model.init_lora(jax.random.key(0)), build_optimizer(config))
-    resident = _bytes(model.init_frozen(jax.random.key(0))) + _bytes(state)
+    resident = _bytes(random_weights(model.abstract_frozen())) + _bytes(state)
     of_page = 128 * 2 * 2 * 16 * 2
 
     def pages(**options):

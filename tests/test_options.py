@@ -1,6 +1,6 @@
 """Whole runs in this process with every option of the method: each value of each choice is in at least one run.
 
-By default, the phrase model of tests/faults runs with brief prompts. Full prompts and the apprentice are slow.
+The runs are slow tests. By default, a test checks that each choice has a run.
 """
 
 import json
@@ -90,7 +90,6 @@ RUNS = {
         "task.holdout_folds": 2,
     },
 }
-PARAMETERS = [pytest.param(name, marks=[] if name == PHRASES else pytest.mark.slow) for name in RUNS]
 
 # The phrase model's competition with other transforms, and one that none of its programs solves.
 USERS_COMPETITIONS = {
@@ -259,7 +258,8 @@ def test_runs_use_every_choice():
         assert any(changes.get(name) is False for changes in RUNS.values())
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_runs_end_to_end(results, name):
     _, journal, metrics, _ = results(name)
     assert len(journal) == 2 * 3 * RUNS[name].get("groups", 2)
@@ -281,7 +281,8 @@ def test_runs_end_to_end(results, name):
     assert {row["sample/forced_frac"] for row in metrics} == {1.0 if "sampling.thinking_tokens" in RUNS[name] else 0.0}
 
 
-@pytest.mark.parametrize("name", [PHRASES, pytest.param(SEVERAL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [PHRASES, SEVERAL])
 def test_groups_of_several_competitions_alternate(results, name):
     folder, journal, metrics, _ = results(name)
     ids = [path.removesuffix(".py") for path in RUNS[name]["task.competition"].split(", ")]

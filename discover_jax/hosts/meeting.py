@@ -23,6 +23,8 @@ _LONGEST = 1 << 26
 """Maximum bytes of a message."""
 _HELLO_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
+_LATE_SECONDS = 10.0
+"""Time for further processes to come and hear that the processes contradict each other."""
 _PATIENCE_SECONDS = 15.0
 """Seconds before a waiting message is printed."""
 
@@ -149,8 +151,10 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
         server = socket.create_server(address, family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=count)
     except OSError as error:
         raise ConfigError(f"Process 0 cannot listen at port {port} of --coordinator: {error}. Give a free port.") from error
+    invalid: ConfigError | None = None
+    told = 0  # processes that know about it
     with server, _reminder(lambda: f"{count - len(names)} of {count} processes", seconds):
-        while len(names) < count and time.monotonic() < deadline:
+        while (told < count - 1 if invalid else len(names) < count) and time.monotonic() < deadline:
             if not select.select([server], [], [], _LOOK_SECONDS)[0]:
                 continue
             line = _Line(server.accept()[0])
@@ -159,13 +163,21 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
                 index = _check_hello(hello, count, names)
             except OSError:  # not one of us
                 line.close()
+                continue
             except ConfigError as error:
-                with contextlib.suppress(OSError):
-                    line.send({"invalid": str(error)})
-                _tell(lines, {"invalid": str(error)})
-                raise
+                if invalid is None:
+                    # Later ones are told, too: otherwise they would wait for a process 0 that has ended.
+                    invalid, deadline = error, min(deadline, time.monotonic() + _LATE_SECONDS)
+                    _tell(lines, {"invalid": str(error)})
+                    told = len(lines)
             else:
-                lines[index], names[index] = line, f"{str(hello['name'])[:200]} (process {index})"
+                if invalid is None:
+                    lines[index], names[index] = line, f"{str(hello['name'])[:200]} (process {index})"
+                    continue
+            _tell({0: line}, {"invalid": str(invalid)})
+            told += 1
+    if invalid is not None:
+        raise invalid
     if len(names) < count:
         known = expected_names(count)
         absent = ", ".join(

@@ -78,6 +78,14 @@ def test_contradictions_are_told_to_all(port):
     assert all(isinstance(error, ConfigError) and "--process_id=1" in str(error) for error in found), found
 
 
+def test_who_comes_after_a_contradiction_hears_of_it(port):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first, contradicting = (pool.submit(_meet, port, count, index) for count, index in ((3, 0), (2, 1)))
+        assert isinstance(contradicting.result(), ConfigError)
+        late = _meet(port, 3, 2)
+        assert str(late) == str(first.result()) == str(contradicting.result())
+
+
 def test_port_in_use(port):
     with socket.create_server(("", port)):
         error = _meet(port, 2, 0)
