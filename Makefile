@@ -46,10 +46,10 @@ install: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/python -m discover_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# Two workers more than cores, since many tests wait for sandboxes. The tests of a file stay together because they share expensive fixtures.
+# One worker more than cores, since many tests wait for sandboxes. The tests of a file stay together because they share expensive fixtures.
 # tests/conftest.py orders the files.
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not slow and not accelerator" -n $$(( $$(nproc) + 2 )) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not accelerator" -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
