@@ -144,7 +144,7 @@ def gains_over_parents(states: Iterable[State]) -> tuple[int, int] | None:
     the 95% interval of the paired difference.
 
     Returns:
-      None if no such pair has results of single rows: scores are then exact, or from an earlier version.
+      None if no program has results of single rows: scores are then exact, or from an earlier version.
 
     Raises:
       RunError: the results of a pair's rows cannot be compared.

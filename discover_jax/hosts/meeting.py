@@ -1,7 +1,7 @@
 """Processes that meet at the coordinator's port before jax uses it, exchange values, and know by name who is missing.
 
-jax itself aborts when a process does not join, and does not say which. It uses only the standard library. Messages are lines of JSON. There
-is no secret that all hosts know, so any host that reaches the port could join: nothing that is exchanged here is executed or trusted.
+jax itself aborts when a process does not join, and does not say which. It uses only the standard library. Messages are lines of JSON. The
+hosts share no secret, so any host that reaches the port can join. What is exchanged here is therefore neither executed nor trusted.
 """
 
 import contextlib
@@ -10,13 +10,12 @@ import os
 import re
 import select
 import socket
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from discover_jax.exceptions import ConfigError, TemporaryError
+from discover_jax.hosts.waiting import reminder
 
 _MAGIC = "discover_jax preflight 1"
 _LONGEST = 1 << 26
@@ -25,8 +24,6 @@ _HELLO_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
 _LATE_SECONDS = 10.0
 """Time for further processes to come and hear that the processes contradict each other."""
-_PATIENCE_SECONDS = 15.0
-"""Seconds before a waiting message is printed."""
 
 
 class _Line:
@@ -153,7 +150,7 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
         raise ConfigError(f"Process 0 cannot listen at port {port} of --coordinator: {error}. Give a free port.") from error
     invalid: ConfigError | None = None
     told = 0  # processes that know about it
-    with server, _reminder(lambda: f"{count - len(names)} of {count} processes", seconds):
+    with server, reminder(lambda: f"note: waiting for {count - len(names)} of {count} processes, at most {seconds:.0f} s in all."):
         while (told < count - 1 if invalid else len(names) < count) and time.monotonic() < deadline:
             if not select.select([server], [], [], _LOOK_SECONDS)[0]:
                 continue
@@ -166,7 +163,7 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
                 continue
             except ConfigError as error:
                 if invalid is None:
-                    # Later ones are told, too: otherwise they would wait for a process 0 that has ended.
+                    # Processes that come later are told, too. Without an answer, they would wait until their time limit.
                     invalid, deadline = error, min(deadline, time.monotonic() + _LATE_SECONDS)
                     _tell(lines, {"invalid": str(error)})
                     told = len(lines)
@@ -194,22 +191,6 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
     return ordered, lines
 
 
-@contextlib.contextmanager
-def _reminder(what: Callable[[], str], seconds: float) -> Iterator[None]:
-    """Prints once, after a while, what this process waits for."""
-
-    def remind() -> None:
-        print(f"note: waiting for {what()}, at most {seconds:.0f} s in all.", file=sys.stderr, flush=True)
-
-    timer = threading.Timer(_PATIENCE_SECONDS, remind)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def _tell(lines: dict[int, _Line], message: Any) -> None:
     for line in lines.values():
         with contextlib.suppress(OSError):  # the first exchange notices it
@@ -233,7 +214,8 @@ def _check_hello(hello: Any, count: int, names: dict[int, str]) -> int:
 def _reach_first(host: str, port: int, count: int, index: int, deadline: float, seconds: float) -> tuple[list[str], dict[int, _Line]]:
     """What the other processes do: connect to process 0, and wait until all have."""
     refused = ""
-    with _reminder(lambda: f"process 0 at {host}:{port} ({refused or 'it answers'}) and the others", seconds):
+    first = f"process 0 at {host}:{port}"
+    with reminder(lambda: f"note: waiting for {first} ({refused or 'it answers'}) and the others, at most {seconds:.0f} s in all."):
         while time.monotonic() < deadline:
             try:
                 line = _Line(socket.create_connection((host, port), timeout=5))

@@ -4,12 +4,9 @@ All processes run the same code on the same data. A value that only one process 
 sent to all before any decision depends on it.
 """
 
-import contextlib
 import dataclasses
 import json
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -17,13 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from discover_jax.exceptions import ConfigError, TemporaryError
+from discover_jax.hosts.waiting import reminder
 
 HEARTBEAT_SECONDS = 40
 """jax treats a process without a heartbeat for this long as lost, in addition to the check in `watch`."""
 JOIN_SECONDS = 300
 """Time limit for all processes to join."""
-_PATIENCE_SECONDS = 15
-"""Seconds before a waiting message is printed."""
 _PART_BYTES = 1 << 24
 """Bytes of a message, per process, that are on a device at once."""
 
@@ -143,11 +139,17 @@ def start(coordinator: str, count: int, index: int) -> Processes:
     """
     _check_place(coordinator, count, index)
     given: dict[str, Any] = {}
+    # When joining times out, jax aborts the process and explains little.
+    waiting = (
+        f"note: waiting for the other processes of this run (process 0: {coordinator or 'found by jax'}), at most {JOIN_SECONDS} s. Start"
+        " all of them with the same command and the same address of process 0, which all hosts must reach. Read the logs of the other"
+        " processes."
+    )
     if coordinator:
         # With detection off, a process takes all devices of its host, whatever scheduler started it.
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index, "cluster_detection_method": "deactivate"}
     try:
-        with _reminder(coordinator or "found by jax"):
+        with reminder(lambda: waiting):
             jax.distributed.initialize(**given, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ConfigError(_not_detected(str(error))) from error
@@ -158,22 +160,6 @@ def start(coordinator: str, count: int, index: int) -> Processes:
             " port must be free. Read the logs of the other processes."
         ) from error
     return Processes(jax.process_index(), jax.process_count())
-
-
-@contextlib.contextmanager
-def _reminder(coordinator: str) -> Iterator[None]:
-    """Prints a message if joining takes long: when it times out, jax aborts the process and explains little."""
-    text = (
-        f"note: waiting for the other processes of this run (process 0: {coordinator}), at most {JOIN_SECONDS} s. Start all of them"
-        " with the same command and the same address of process 0, which all hosts must reach. Read the logs of the other processes."
-    )
-    timer = threading.Timer(_PATIENCE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def least(processes: Processes, value: int | None) -> int | None:

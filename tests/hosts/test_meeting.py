@@ -8,7 +8,7 @@ import time
 import pytest
 
 from discover_jax.exceptions import ConfigError, HostError, TemporaryError
-from discover_jax.hosts import meeting
+from discover_jax.hosts import meeting, waiting
 from discover_jax.hosts.meeting import expand_nodes, expected_names, meet
 from discover_jax.hosts.processes import place_of
 
@@ -63,7 +63,7 @@ def test_process_that_never_appears_is_named_by_all(port, monkeypatch):
 
 
 def test_first_process_that_never_appears(port, monkeypatch, capsys):
-    monkeypatch.setattr(meeting, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(waiting, "PATIENCE_SECONDS", 0.1)
     error = _meet(port, 2, 1, 0.5)
     assert isinstance(error, TemporaryError)
     assert f"Process 0 did not answer at 127.0.0.1:{port} within 0 s" in str(error)
