@@ -2,8 +2,11 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ SUBMISSION, RETURNED = "submission.csv", "returned.value"
 PARENT_OUTPUT = "parent_output.value"
 """The value that the program's parent returned, in the same form, if the program could read it (`Problem.reuse_output`)."""
 
-
 _PARENT_OUTPUT_DIGEST = "parent_output_sha256"
 """Entry of grade.json if there is such a value."""
+_MOST_COMPARISONS = 10**8
+"""Pairs of equal lines times lines, above which programs are not compared. The worst ones below it take half a second; usual ones have 10^7."""
 
 
 def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:
@@ -202,10 +206,20 @@ def _diffs(lineage: list[State]) -> str:
     before: State | None = None
     for state in lineage:
         old_code, old_name = (before.code, f"{before.id}.py") if before is not None else ("", "/dev/null")
-        lines = difflib.unified_diff(old_code.splitlines(), state.code.splitlines(), old_name, f"{state.id}.py", lineterm="")
+        lines = _diff(old_code.splitlines(), state.code.splitlines(), old_name, f"{state.id}.py")
         parts.append(f"# {state.id}: score {state.score}, step {state.step}\n" + "".join(line + "\n" for line in lines))
         before = state
     return "\n".join(parts)
+
+
+def _diff(old: list[str], new: list[str], old_name: str, new_name: str) -> Iterator[str]:
+    """The lines of a unified diff. It replaces all lines if a comparison could take long, which programs may aim at."""
+    counts = Counter(old)
+    pairs = sum(counts[line] for line in new)
+    if pairs * min(len(old), len(new)) <= _MOST_COMPARISONS:
+        return difflib.unified_diff(old, new, old_name, new_name, lineterm="")
+    heading = f"--- {old_name}", f"+++ {new_name}", f"@@ -1,{len(old)} +1,{len(new)} @@"
+    return itertools.chain(heading, (f"-{line}" for line in old), (f"+{line}" for line in new))
 
 
 def _text(text: str) -> bytes:

@@ -2,8 +2,10 @@
 
 import re
 
-# Three or more backticks or tildes at the start of a line, with an optional info string, which contains no backticks.
-_FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)$")
+# Three or more backticks or tildes at the start of a line, with an optional info string, which contains no backticks. The quantifiers are
+# possessive: answers are untrusted, and backtracking would take quadratic time.
+_FENCE = re.compile(r"^(?P<indent>[ \t]*+)(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<info>[^`]*)$")
+_DEFINES_RUN = re.compile(r"^[^\S\n]*def run\b", re.MULTILINE)
 _PYTHON = {"python", "python3", "py", "py3"}
 
 
@@ -25,7 +27,7 @@ def extract_program(final: str, truncated: bool) -> str | None:
             continue
         if language in _PYTHON:
             labelled = code
-        elif not language and re.search(r"^\s*def run\b", code, re.MULTILINE):
+        elif not language and _DEFINES_RUN.search(code):
             unlabelled = code
     return labelled if labelled is not None else unlabelled
 

@@ -10,7 +10,8 @@ from typing import Any
 from discover_jax.exceptions import TokenizerError
 
 _PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
-_PRIVATE_USE = range(0xE000, 0xF900)
+_PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+"""Unicode's characters for private use: more of them than a prompt has room for."""
 
 
 class FolderTokenizer:
@@ -111,7 +112,8 @@ class FolderTokenizer:
 
 def unused_mark(text: str) -> str:
     """A character for private use that the text does not contain."""
-    return next(mark for mark in map(chr, _PRIVATE_USE) if mark not in text)
+    used = set(text)
+    return next(mark for mark in map(chr, _PRIVATE_USE) if mark not in used)
 
 
 def _strip(text: str, mark: str) -> str:

@@ -1,11 +1,13 @@
 """The structure of programs: equality up to names, layout and comments, and the distance between two programs.
 
-Programs are parsed, never run. A program that cannot be parsed is compared as text.
+Programs are parsed, never run. A program that cannot be parsed, or whose tree cannot be read, is compared as text: programs are untrusted,
+and no text may end the run.
 """
 
 import ast
 import collections
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -23,15 +25,19 @@ def structure_key(code: str) -> str:
     It ignores layout, comments, docstrings, the order of imports and keyword arguments, and the names of the program's own variables,
     functions and arguments. Constants and other names (modules, methods) count.
     """
-    tree = _parse(code)
-    text = "\n".join(line.strip() for line in code.splitlines()) if tree is None else "\n".join(_lines(tree))
-    return hashlib.sha256(f"{tree is None}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+    labels = _labels(code)
+    text = (
+        "\n".join(line.strip() for line in code.splitlines())
+        if labels is None
+        else "\n".join(f"{depth} {label}" for depth, label in labels)
+    )
+    return hashlib.sha256(f"{labels is None}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def structure_parts(code: str) -> collections.Counter[str]:
     """Counts of the parts of a program's tree. A part is a node's kind, its names and constants, and the kinds of its children."""
-    tree = _parse(code)
-    return collections.Counter(code.split() if tree is None else (line.strip() for line in _lines(tree)))
+    labels = _labels(code)
+    return collections.Counter(code.split() if labels is None else (label for _, label in labels))
 
 
 def structure_distance(first: collections.Counter[str], second: collections.Counter[str]) -> float:
@@ -48,7 +54,22 @@ def _parse(code: str) -> ast.Module | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about dubious escapes and comparisons in the program
             return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # invalid syntax, null bytes, too deep
+    except Exception:  # invalid syntax, null bytes, too deep; which exceptions there are depends on Python's version
+        return None
+
+
+def _labels(code: str) -> list[tuple[int, str]] | None:
+    """(depth, label) of each node of the program's tree; None if it must be compared as text.
+
+    A label is the node's kind, its own names and constants, and the kinds of its children.
+    """
+    tree = _parse(code)
+    if tree is None:
+        return None
+    try:
+        names = _own_names(tree)
+        return [(depth, _label(node, children, names)) for node, depth, children in _nodes(tree)]
+    except Exception:  # a tree of valid syntax that this module does not foresee, such as a constant without `repr`
         return None
 
 
@@ -81,14 +102,8 @@ def _own_names(tree: ast.Module) -> dict[str, str]:
     return names
 
 
-def _lines(tree: ast.Module) -> list[str]:
-    """One line per node, indented by depth: its kind, its own names and constants, and the kinds of its children."""
-    names = _own_names(tree)
-    lines = []
-    for node, depth, children in _nodes(tree):
-        label = [type(node).__name__, *_values(node, names), "(", *(type(child).__name__ for child in children), ")"]
-        lines.append(" " * depth + " ".join(label))
-    return lines
+def _label(node: ast.AST, children: list[ast.AST], names: dict[str, str]) -> str:
+    return " ".join([type(node).__name__, *_values(node, names), "(", *(type(child).__name__ for child in children), ")"])
 
 
 def _children(node: ast.AST) -> list[ast.AST]:
@@ -98,7 +113,8 @@ def _children(node: ast.AST) -> list[ast.AST]:
         if ast.get_docstring(node, clean=False) is not None:
             children.remove(node.body[0])
         imports = [child for child in children if isinstance(child, ast.Import | ast.ImportFrom)]
-        children = [*sorted(imports, key=_imported), *(child for child in children if child not in imports)]
+        others = [child for child in children if not isinstance(child, ast.Import | ast.ImportFrom)]
+        children = [*sorted(imports, key=_imported), *others]
     elif isinstance(node, ast.ImportFrom | ast.Import):
         children = sorted(children, key=lambda child: child.name if isinstance(child, ast.alias) else "")
     elif isinstance(node, ast.Call):
@@ -119,7 +135,14 @@ def _values(node: ast.AST, names: dict[str, str]) -> list[str]:
         if field in _SKIPPED_FIELDS or value is None or isinstance(value, ast.AST | list):
             continue
         own = field in ("id", "name", "asname") or (field == "arg" and isinstance(node, ast.arg))
-        found.append(f"{field}={names.get(value, value) if own and isinstance(value, str) else repr(value)}")
+        found.append(f"{field}={names.get(value, value) if own and isinstance(value, str) else _constant(value)}")
     if isinstance(node, ast.Global | ast.Nonlocal):
         found += [names.get(name, name) for name in node.names]
     return found
+
+
+def _constant(value: object) -> str:
+    """Python refuses to write integers of thousands of digits in base 10."""
+    if isinstance(value, int) and value.bit_length() > sys.int_info.str_digits_check_threshold:
+        return hex(value)
+    return repr(value)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -51,6 +52,18 @@ def test_diffs_rebuild_the_program(tmp_path):
         except FileNotFoundError:
             pytest.skip("this machine has no `patch`")
     assert (tmp_path / "program.py").read_text() == SECOND.code
+
+
+def test_programs_with_many_equal_lines_are_not_compared(tmp_path):
+    """Python's comparison takes cubic time for them: here, ten minutes."""
+    old, new = ("\n".join(f"x{step * line % 101}" for line in range(20_000)) for step in (1, -1))
+    before = time.process_time()
+    lineage = [state("0-1-2", "seed", old, 0.5), state("3-0-1", "0-1-2", new, 0.75)]
+    write_best(tmp_path / "best", lineage=lineage, submission=b"", grade={}, **BESIDE)
+    assert time.process_time() - before < 5.0
+    diff = (tmp_path / "best" / "lineage.diff").read_text().splitlines()
+    start = diff.index("@@ -1,20000 +1,20000 @@") + 1
+    assert diff[start:] == [*(f"-{line}" for line in old.split("\n")), *(f"+{line}" for line in new.split("\n"))]
 
 
 def test_bundle_is_replaced_atomically(tmp_path):

@@ -1,5 +1,7 @@
 """The program is the last fenced Python block of the answer."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,3 +83,16 @@ def test_any_code_without_a_fence_round_trips(before, lines, after):
 def test_any_text_is_accepted(final, truncated):
     program = extract_program(final, truncated)
     assert program is None or (program.strip() and "".join(program.split()) in "".join(final.split()))
+
+
+@pytest.mark.parametrize("count", [100_000])
+@pytest.mark.parametrize(
+    "answer",
+    ["~{}`", "`{}~", "~~~{spaces}`", "{spaces}```", "```\n{lines}x\n```", "```\n{spaces}x\n```", "```{spaces}python\nx\n```", "\r{lines}"],
+)
+def test_answers_take_linear_time(answer, count):
+    """A quadratic search would take minutes."""
+    text = answer.format(answer[0] * count, spaces=" " * count, lines="\n" * count)
+    before = time.process_time()
+    extract_program(text, truncated=True)
+    assert time.process_time() - before < 2.0

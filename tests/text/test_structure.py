@@ -107,6 +107,50 @@ def test_any_reply_is_accepted(code):
     assert structure_distance(structure_parts(code), structure_parts(code)) == 0.0
 
 
+LITERALS = {
+    "hexadecimal": "0x" + "f" * 3_600,
+    "octal": "0o" + "7" * 6_000,
+    "binary": "0b" + "1" * 20_000,
+    "negative": "-0x" + "f" * 3_600,
+    "longest decimal": "9" * 4_300,
+    "too long decimal": "9" * 4_301,
+    "infinite": "1e999",
+    "imaginary": "1" * 300 + "j",
+    "infinite imaginary": "1e999j",
+    "bytes": repr(bytes(range(256))),
+    "surrogate escape": r"'\ud800'",
+    "ellipsis": "...",
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+@pytest.mark.parametrize(
+    "code",
+    ["x = {}", "def run(x={}): pass", "match x:\n    case {}: pass", "f'{{{}:>10}}'", "x[{}:{}]"],
+    ids=["assigned", "default", "case", "formatted", "slice"],
+)
+def test_any_literal_is_accepted(code, name):
+    code = code.replace("{}", LITERALS[name]).replace("{{", "{").replace("}}", "}")
+    assert structure_key(code) == structure_key(code + " ")
+    assert structure_distance(structure_parts(code), structure_parts(code)) == 0.0
+
+
+def test_integers_too_long_for_decimals_count_by_their_value():
+    number = "0x" + "f" * 3_600
+    assert structure_key(f"x = {number}") == structure_key(f"y = {number.upper().replace('X', 'x')}")
+    assert structure_key(f"x = {number}") != structure_key(f"x = {number[:-1]}e")
+
+
+def test_a_tree_that_cannot_be_read_is_compared_as_text(monkeypatch):
+    def fail(*_):
+        raise TypeError
+
+    monkeypatch.setattr("discover_jax.text.structure._label", fail)
+    assert structure_key("x = 1") == structure_key("  x = 1 ")
+    assert structure_key("x = 1") != structure_key("y = 1")
+    assert structure_parts("x = 1 ") == {"x": 1, "=": 1, "1": 1}
+
+
 def test_text_that_is_not_a_program_is_compared_as_text():
     assert structure_key("def run(:\n  x") == structure_key("def run(:\n x")
     assert structure_key("def run(:") != structure_key("def run(:)")

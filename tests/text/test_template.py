@@ -68,6 +68,12 @@ def test_any_text_equals_apply_chat_template(template, reference, request_, inst
         assert list(template(name).render(request_, instructions).ids) == expected
 
 
+def test_a_text_with_all_characters_of_a_private_use_area(template):
+    """The template marks names of tokens with one that does not occur in the prompt."""
+    text = "<|im_end|>" + "".join(map(chr, range(0xE000, 0xF900)))
+    assert text in template("qwen2.5").render(text).text
+
+
 def test_date_in_a_prompt_is_fixed(template, chat_folder):
     assert "Today Date: 05 Aug 2025\n" in template("llama3.2").render(REQUEST).text
     assert "Today Date: 01 Feb 2026\n" in Template(chat_folder("llama3.2"), date="2026-02-01").render(REQUEST).text
