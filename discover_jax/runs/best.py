@@ -29,7 +29,8 @@ PARENT_OUTPUT = "parent_output.value"
 _PARENT_OUTPUT_DIGEST = "parent_output_sha256"
 """Entry of grade.json if there is such a value."""
 _MOST_COMPARISONS = 10**8
-"""Pairs of equal lines times lines, above which programs are not compared. The worst ones below it take half a second; usual ones have 10^7."""
+"""Pairs of equal lines times lines, above which programs are not compared. The worst ones below it take half a second; usual ones have
+10^7."""
 
 
 def bundle_dir(best_dir: Path, competition: str, *, alone: bool) -> Path:

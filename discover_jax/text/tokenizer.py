@@ -4,8 +4,10 @@ All of them separate ordinary text from the chat format's special tokens. `encod
 that contains "<|end|>" cannot end a message. Only `special` returns special ids.
 """
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -28,6 +30,9 @@ SPECIAL_TOKENS = (
 RANKS_FILE = "o200k_base.tiktoken"
 _O200K_SIZE = 201_088  # vocabulary of the model; the package has one more reserved token
 _RANKS_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"
+# The package takes quadratic time for a run of characters, and fails at a million of them.
+_LONGEST_RUN = 1000
+_RUN = re.compile(rf"\s{{1,{_LONGEST_RUN}}}|\S{{1,{_LONGEST_RUN}}}")
 
 
 @runtime_checkable
@@ -227,7 +232,8 @@ class O200kTokenizer:
         return _O200K_SIZE
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, disallowed_special=())
+        """A run of characters that is longer than `_LONGEST_RUN` is encoded in parts."""
+        return [index for part in _parts(text) for index in self._model.encode(part, disallowed_special=())]
 
     def decode(self, ids: Sequence[int]) -> str:
         size = self.vocab_size
@@ -235,6 +241,12 @@ class O200kTokenizer:
 
     def special(self, name: str) -> int:
         return _lookup(self._special, name)
+
+
+def _parts(text: str) -> list[str]:
+    """The text, cut where a run of white space or of other characters is too long."""
+    ends = [run.end() for run in _RUN.finditer(text) if run.end() - run.start() == _LONGEST_RUN]
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

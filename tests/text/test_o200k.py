@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discover_jax.exceptions import TokenizerError
+from discover_jax.text import tokenizer as tokenizer_module
 from discover_jax.text.harmony import Message, developer_message, parse, render, system_message
 from discover_jax.text.tokenizer import SPECIAL_TOKENS, O200kTokenizer, load_tokenizer
 
@@ -48,6 +50,24 @@ _awkward = st.lists(
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(Path(str(_FOLDER)))
+
+
+@needs_ranks
+@pytest.mark.parametrize("character", [" ", "\n", "~", "`", "a", "\u0301", "\u00e9", "\U0001f468\u200d"])
+def test_long_runs_take_linear_time(tokenizer, character):
+    """In one part, they take minutes, and a million spaces end the process."""
+    text = "x = 1\n" + character * (1_000_000 if character == " " else 200_000) + "\nx"
+    before = time.process_time()
+    ids = tokenizer.encode(text)
+    assert time.process_time() - before < 10.0
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", ["", "a b", "a" * 999, " " * 1000 + "a", "a" * 1000, "a" * 2001 + " " * 3000 + "b", "ab " * 2000])
+def test_only_long_runs_are_cut(text):
+    parts = tokenizer_module._parts(text)
+    assert "".join(parts) == text
+    assert len(parts) == 1 + text.count("a" * 1000) + text.count(" " * 1000)
 
 
 @needs_ranks
