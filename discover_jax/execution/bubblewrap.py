@@ -16,7 +16,8 @@ from discover_jax.execution.limits import MIB, ResourceLimits
 
 SCRATCH = "/sandbox"  # the program's working directory; data/ holds the data
 WRITABLE = (SCRATCH, "/tmp", "/dev/shm")  # all of these are in memory
-_HARNESS = "/harness.py"
+_HARNESS, _INIT = "/harness.py", "/init.py"
+_INIT_SOURCE = str(Path(__file__).with_name("init.py"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +174,13 @@ def environment(cores: int, scratch: str) -> dict[str, str]:
     """The program's complete environment; nothing is inherited from the host. `cores`: how many cores it may use.
 
     OMP_WAIT_POLICY: spinning threads made scikit-learn's HistGradientBoosting seven times slower on contended cores.
+    HDF5_USE_FILE_LOCKING: a program that locks a file of data/ would keep programs in other slots from opening it.
     OPENBLAS_THREAD_TIMEOUT: OpenBLAS's idle threads spin for 2^26 cycles by default. On contended cores, they made an optimiser of vectors
     of 800 numbers eight times slower. 2^4 cycles is the least that OpenBLAS takes.
     """
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS", "LOKY_MAX_CPU_COUNT")
     return {
+        "HDF5_USE_FILE_LOCKING": "FALSE",
         "HOME": scratch,
         "JOBLIB_TEMP_FOLDER": scratch,
         "LANG": "C.UTF-8",
@@ -208,7 +211,7 @@ def command(
     args_fd: int,
     status_fd: int,
 ) -> Command:
-    """The command that starts `script options` in a sandbox.
+    """The command that starts `script options` in a sandbox, as a child of its pid 1 (init.py).
 
     Args:
       script: path of the Python file to run; inside the sandbox it is /harness.py.
@@ -224,7 +227,14 @@ def command(
       SandboxError: the program's uid cannot read a path.
     """
     # If bubblewrap is inside Python's folder, use it through that mount: it looks for its library next to itself.
-    sources = [script, *beside, str(public), *host.roots, *([] if _below(host.bwrap, ("/usr", *host.roots)) else [host.bwrap])]
+    sources = [
+        script,
+        _INIT_SOURCE,
+        *beside,
+        str(public),
+        *host.roots,
+        *([] if _below(host.bwrap, ("/usr", *host.roots)) else [host.bwrap]),
+    ]
     stage = _stage(sources) if host.root else {}
     staged = {path: f"{launcher.STAGE}/{name}" for name, path in stage.items()}
 
@@ -243,7 +253,7 @@ def command(
         "--unshare-cgroup-try",
         "--disable-userns",
     ]
-    args += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
+    args += ["--die-with-parent", "--as-pid-1", "--new-session", "--clearenv", "--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
     args += ["--cap-drop", "ALL", "--json-status-fd", str(status_fd), "--seccomp", str(filter_fd)]
     args += _system_mounts()
     # These come before the mounts below them.
@@ -254,17 +264,21 @@ def command(
         args += ["--symlink", target, path]
     for folder in host.masked:
         args += ["--tmpfs", folder, "--remount-ro", folder]
-    args += ["--ro-bind", source(script), _HARNESS, "--ro-bind", source(str(public)), f"{SCRATCH}/data"]
+    args += ["--ro-bind", source(_INIT_SOURCE), _INIT, "--ro-bind", source(script), _HARNESS]
+    args += ["--ro-bind", source(str(public)), f"{SCRATCH}/data"]
     for path in beside:
         args += ["--ro-bind", source(path), f"/{os.path.basename(path)}"]
     # Cover the sandbox's own /proc/sys, which is partly writable, with the host's, read-only.
     args += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev", "--size", str(64 * MIB), "--tmpfs", "/dev/shm"]
+    # All sandboxes of the machine share a limit on pseudo-terminals. The kernel's command line may hold secrets: a device node on a mount
+    # without devices cannot be opened.
+    args += ["--tmpfs", "/dev/pts", "--remount-ro", "/dev/pts", "--ro-bind", "/dev/null", "/proc/cmdline"]
     args += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", SCRATCH]
     for name, value in environment(cores, SCRATCH).items():
         args += ["--setenv", name, value]
     return Command(
         # -P and -s keep the working directory and the user's site-packages off sys.path.
-        argv=(source(host.bwrap), "--args", str(args_fd), "--", host.python, "-P", "-s", _HARNESS, options),
+        argv=(source(host.bwrap), "--args", str(args_fd), "--", host.python, "-P", "-s", _INIT, _HARNESS, options),
         arguments=b"".join(argument.encode() + b"\0" for argument in args),
         filter=seccomp.filter_program(unseen_memory=memory_bounded),
         stage=stage,

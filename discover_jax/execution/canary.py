@@ -21,6 +21,8 @@ def _violations(found: dict[str, Any], spec: SandboxSpec, host_uids: set[int]) -
             yield f"{name} ended with {found[name]} instead of being refused"
     if found["write_core_pattern"] == "done":
         yield "programs can open /proc/sys/kernel/core_pattern for writing"
+    if found["open_init"] not in ("EACCES", "EPERM"):
+        yield f"opening the memory of pid 1 ended with {found['open_init']} instead of being refused"
     if not found["read_data"]:
         yield f"the data folder {spec.public} is empty inside"
     if found["socket"] not in ("EPERM", "EACCES"):

@@ -57,6 +57,7 @@ def facts(options: dict) -> dict:
         "write_root": _attempt(lambda: open("/.probe", "w").close()),
         "write_python": _attempt(lambda: open(os.path.join(sys.prefix, ".probe"), "w").close()),
         "write_core_pattern": _attempt(lambda: open("/proc/sys/kernel/core_pattern", "r+").close()),
+        "open_init": _attempt(lambda: open("/proc/1/mem", "r+b").close()),
         "read_data": len(os.listdir("data")),
         "socket": _attempt(_connect),
         "interfaces": interfaces,

@@ -45,6 +45,8 @@ _END_SECONDS = 20.0
 _TICK_SECONDS = 0.1
 _PIPE_BYTES = 1 << 16
 _REQUEST_BYTES = 64 * MIB
+_RESERVED = 16
+"""Address space of a process for its memory, if a control group limits the memory."""
 _counter = itertools.count()
 
 
@@ -78,11 +80,12 @@ class SandboxSpec:
 
 def _own_limits(spec: SandboxSpec) -> dict[str, int]:
     """Limits that the process inside sets on itself before it runs the program."""
-    limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": spec.limits.file_bytes}
+    limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": spec.limits.file_bytes, "RLIMIT_SIGPENDING": 512}
     if spec.backend == "bubblewrap":  # counted per user namespace; without one it would count all processes of the user
         limits["RLIMIT_NPROC"] = spec.limits.processes
-    if spec.cgroups is None:
-        limits["RLIMIT_AS"] = spec.limits.memory_bytes
+    # With a control group, packages may reserve address space that they never use. It is bounded all the same: a process with terabytes of
+    # mappings can need minutes to end.
+    limits["RLIMIT_AS"] = spec.limits.memory_bytes * (1 if spec.cgroups is None else _RESERVED)
     return limits
 
 

@@ -1,9 +1,9 @@
 """The system call filter of the sandbox, as BPF bytes for bubblewrap's --seccomp.
 
-The filter denies the calls in `_DENIED` with EPERM: attacks use them, numeric programs never need them. All others are allowed, with these
-exceptions. clone3 fails with ENOSYS, because its flags are in memory, where a filter cannot read them; the C library then falls back to
-clone, whose flags are checked. The limit on core dumps cannot be changed: see limits.CORE_BYTES. A call through another architecture's
-table (32-bit on a 64-bit kernel) kills the process.
+The filter denies the calls in `_DENIED` with EPERM, and those in `_DENIED_VALUES` for some values of one argument: attacks use them,
+numeric programs never need them. All others are allowed, with these exceptions. clone3 fails with ENOSYS, because its flags are in memory, where a
+filter cannot read them; the C library then falls back to clone, whose flags are checked. The limit on core dumps cannot be changed: see
+limits.CORE_BYTES. A call through another architecture's table (32-bit on a 64-bit kernel) kills the process.
 
 Sources of the numbers: Linux' arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64). Layout of the
 filter's input (struct seccomp_data): nr at 0, arch at 4, args[i] at 16 + 8 i, low word first on both architectures.
@@ -24,7 +24,6 @@ _NR, _ARCH, _ARGS = 0, 4, 16
 # All CLONE_NEW* flags that clone takes: mount, cgroup, uts, ipc, user, pid, net (linux/sched.h).
 _NAMESPACE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 _AF_UNIX = 1
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C  # push characters into the terminal's input
 
 # Name -> (x86_64, aarch64) number; None where the architecture has no such call.
 _DENIED: dict[str, tuple[int | None, int | None]] = {
@@ -52,6 +51,19 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "inotify_init1": (294, 26),
     "sync": (162, 81),
     "syncfs": (306, 267),
+    # the machine's memory for compiled filters: when it is used up, no sandbox starts (see also _DENIED_VALUES)
+    "seccomp": (317, 277),
+    # kernel memory that belongs to no process, or that not even a control group counts
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "mbind": (237, 235),
+    "set_mempolicy": (238, 237),
+    "set_mempolicy_home_node": (450, 450),
+    # long loops over pages that ignore SIGKILL
+    "mincore": (27, 232),
+    "move_pages": (279, 239),
+    "migrate_pages": (256, 238),
     # memory that not even the kernel can read
     "memfd_secret": (447, 447),
     # mounts and namespaces
@@ -94,9 +106,24 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 }
 # Memory that belongs to no process while it is not mapped: only a control group counts it.
 _UNSEEN_MEMORY: dict[str, tuple[int | None, int | None]] = {"memfd_create": (319, 279), "shmget": (29, 194)}
-_CLONE, _CLONE3, _SOCKET, _IOCTL = (56, 220), (435, 435), (41, 198), (16, 29)
+_CLONE, _CLONE3 = (56, 220), (435, 435)
 _SETRLIMIT, _PRLIMIT = (160, 164), (302, 261)
 _RLIMIT_CORE = 4
+# Calls that are denied if the low word of an argument has one of these values: name -> (numbers, index of the argument, values).
+_DENIED_VALUES: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
+    # TIOCSTI and TIOCLINUX push characters into the terminal's input.
+    "ioctl": ((16, 29), 1, (0x5412, 0x541C)),
+    # PR_SET_PDEATHSIG: outliving the worker. PR_SET_SECCOMP: as seccomp. PR_SCHED_CORE: idle sibling threads of the CPU for its neighbours.
+    "prctl": ((157, 167), 0, (1, 22, 62)),
+    # SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF: as seccomp.
+    "setsockopt": ((54, 208), 2, (26, 50, 51, 52)),
+    # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW: no control group counts the memory of record locks (Linux 6.18: 190 bytes each), and a
+    # file may have any number. F_SETLEASE delays others that open the file. F_NOTIFY is an older inotify.
+    "fcntl": ((72, 25), 1, (6, 7, 37, 38, 1024, 1026)),
+    "setrlimit": (_SETRLIMIT, 0, (_RLIMIT_CORE,)),
+}
+# Calls that are denied unless the low word of their first argument is AF_UNIX.
+_ONLY_UNIX: dict[str, tuple[int, int]] = {"socket": (41, 198), "socketpair": (53, 199)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,28 +182,19 @@ def filter_program(machine: str | None = None, *, unseen_memory: bool = True) ->
         deny,
         allow,
     ]
-    parts += [
-        _instruction(_JUMP_EQUAL, _SOCKET[column], if_false=4),
-        _load_argument(0),
-        _instruction(_JUMP_EQUAL, _AF_UNIX, if_true=1),
-        deny,
-        allow,
-    ]
-    parts += [
-        _instruction(_JUMP_EQUAL, _IOCTL[column], if_false=5),
-        _load_argument(1),
-        _instruction(_JUMP_EQUAL, _TIOCSTI, if_true=1),
-        _instruction(_JUMP_EQUAL, _TIOCLINUX, if_false=1),
-        deny,
-        allow,
-    ]
-    parts += [
-        _instruction(_JUMP_EQUAL, _SETRLIMIT[column], if_false=4),
-        _load_argument(0),
-        _instruction(_JUMP_EQUAL, _RLIMIT_CORE, if_false=1),
-        deny,
-        allow,
-    ]
+    for numbers in _ONLY_UNIX.values():
+        parts += [
+            _instruction(_JUMP_EQUAL, numbers[column], if_false=4),
+            _load_argument(0),
+            _instruction(_JUMP_EQUAL, _AF_UNIX, if_true=1),
+            deny,
+            allow,
+        ]
+    for numbers, argument, values in _DENIED_VALUES.values():
+        parts += [_instruction(_JUMP_EQUAL, numbers[column], if_false=2 * len(values) + 2), _load_argument(argument)]
+        for value in values:
+            parts += [_instruction(_JUMP_EQUAL, value, if_false=1), deny]
+        parts.append(allow)
     # prlimit can also read limits; its third argument, the address of new limits, is then 0 in both halves.
     parts += [
         _instruction(_JUMP_EQUAL, _PRLIMIT[column], if_false=8),

@@ -23,9 +23,10 @@ from discover_jax.types import Outcome, Verdict
 
 pytestmark = pytest.mark.sandbox
 
+_NO_ACCESS = "EPERM|EACCES"
 _REFUSED = ("EPERM", "EACCES", "EROFS", "ENOENT", "EINVAL")
 _HELPERS = """
-import ctypes, errno, mmap, os, resource, signal, socket, sys, threading, time
+import ctypes, errno, fcntl, mmap, os, resource, signal, socket, struct, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def call(*numbers):
     ctypes.set_errno(0)
@@ -37,6 +38,13 @@ def attempt(action):
     except OSError as error:
         return errno.errorcode[error.errno]
     return "done"
+BUFFER = ctypes.create_string_buffer(b"x", 1)
+ADDRESS = ctypes.addressof(BUFFER)
+# A BPF program of one instruction: allow everything.
+CODE = ctypes.create_string_buffer(bytes.fromhex("060000000000ff7f"), 8)
+FILTER = struct.pack("@HP", 1, ctypes.addressof(CODE))
+PROGRAM = ctypes.create_string_buffer(FILTER, len(FILTER))
+FILE = os.open("locked", os.O_CREAT | os.O_RDWR)
 """
 
 
@@ -113,8 +121,14 @@ ATTACKS = {
     ),
     "killing pid 1 and all others": _says("[attempt(lambda: os.kill(1, 9)), attempt(lambda: os.kill(-1, 9))]", r"\['(done|EPERM)'"),
     "stopping itself": Attack(_body("os.kill(os.getpid(), signal.SIGSTOP)"), (Outcome.TIMEOUT,)),
-    "writing into the memory of pid 1": _tries(
-        "attempt(lambda: os.pwrite(os.open('/proc/1/mem', os.O_RDWR), b'x', 4096))", "EACCES|EPERM|EIO"
+    "the memory of pid 1": _tries(
+        "[attempt(lambda: os.open('/proc/1/' + name, mode)) for name in ('mem', 'task/1/mem', 'maps', 'environ') for mode in (0, 2)]",
+        rf"\[('({_NO_ACCESS})'(, )?){{8}}\]",
+    ),
+    # The same on its own memory works, so the attack on pid 1 would.
+    "its own memory": _tries("(os.pwrite(os.open('/proc/self/mem', os.O_RDWR), b'y', ADDRESS), BUFFER.raw)", re.escape("(1, b'y')")),
+    "outliving the worker": _tries(
+        "[libc.prctl(1, 0, 0, 0, 0), *(attempt(lambda: os.kill(1, number)) for number in (9, 2, 15, 19))]", r"\[-1, .*"
     ),
     "real-time priority": _tries("attempt(lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50)))", "EPERM"),
     "a better nice value": _tries("attempt(lambda: os.setpriority(os.PRIO_PROCESS, 0, -10))", "EACCES|EPERM"),
@@ -146,7 +160,33 @@ ATTACKS = {
         f"[resource.getrlimit(resource.RLIMIT_CORE)[0], call({160 if _X86 else 164}, 4, 0), call({302 if _X86 else 261}, 0, 4, 8, 0)]",
         r"\[[01], 'EPERM', 'EPERM'\]",
     ),
-    "pseudo-terminals": _tries("attempt(os.openpty)", "done|" + _ANY_REFUSAL),
+    "pseudo-terminals": _tries("[attempt(os.openpty), attempt(lambda: os.open('/dev/pts/ptmx', os.O_RDWR))]", r"\['ENOENT', 'ENOENT'\]"),
+    # One call each: thousands of these would stop the machine.
+    "filters of sockets and of system calls": _tries(
+        "[attempt(lambda: socket.socket(socket.AF_UNIX).setsockopt(socket.SOL_SOCKET, option, FILTER)) for option in (26, 50, 51, 52)]"
+        f" + [call({317 if _X86 else 277}, 1, 0, ctypes.addressof(PROGRAM)),"
+        f" call({157 if _X86 else 167}, 22, 2, ctypes.addressof(PROGRAM))]",
+        re.escape(str(["EPERM"] * 6)),
+    ),
+    "semaphores, queues and memory policies": _tries(
+        f"[{', '.join(f'call({number}, 0, 1, 0o1600)' for number in ((64, 68, 240, 237, 238) if _X86 else (190, 186, 180, 235, 237)))}]",
+        re.escape(str(["EPERM"] * 5)),
+    ),
+    "loops over pages that ignore signals": _tries(
+        f"[{', '.join(f'call({number}, 0, 0, 0, 0, 0, 0)' for number in ((27, 279, 256) if _X86 else (232, 239, 238)))}]",
+        re.escape(str(["EPERM"] * 3)),
+    ),
+    "locks of records, leases and notes about files": _tries(
+        "[attempt(lambda: fcntl.lockf(FILE, fcntl.LOCK_EX, 1, 2)), attempt(lambda: fcntl.fcntl(FILE, 1024, 0)),"
+        " attempt(lambda: fcntl.fcntl(os.open('data', 0), 1026, 1)), attempt(lambda: fcntl.flock(FILE, fcntl.LOCK_EX))]",
+        re.escape("['EPERM', 'EPERM', 'EPERM', 'done']"),
+    ),
+    "pairs of sockets of other families": _tries(
+        "[attempt(lambda: socket.socketpair(family, kind)) for family, kind in ((1, 1), (30, 1), (30, 5), (38, 1), (2, 1))]",
+        re.escape(str(["done"] + ["EPERM"] * 4)),
+    ),
+    "address space without end": _tries("attempt(lambda: mmap.mmap(-1, 12 << 40, flags=0x4022))", "ENOMEM"),
+    "the kernel's command line": _tries("attempt(lambda: open('/proc/cmdline').read())", _NO_ACCESS),
     "magic keys, the clock and the host's name": _tries(
         "[attempt(lambda: os.write(os.open('/proc/sysrq-trigger', os.O_WRONLY), b'b')), attempt(lambda: time.clock_settime(0, 0.0)),"
         " attempt(lambda: socket.sethostname('x'))]",
@@ -161,9 +201,8 @@ ATTACKS = {
         "attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0discover-jax-test'))", "ECONNREFUSED"
     ),
     "the host's folders through /proc": _tries(
-        "[attempt(lambda: os.listdir(os.path.join('/proc', *path))) for path in"
-        " (('1', 'root', 'etc'), ('self', 'root', 'root'), ('1', 'cwd', 'home'))]",
-        rf"\['({_ANY_REFUSAL})', '({_ANY_REFUSAL})', '({_ANY_REFUSAL})'\]|.*'ENOENT'\]",
+        "[attempt(lambda: os.listdir(os.path.join('/proc', *path))) for path in (('1', 'root'), ('1', 'cwd'), ('self', 'root', 'boot'))]",
+        rf"\['({_NO_ACCESS})', '({_NO_ACCESS})', 'ENOENT'\]",
     ),
     "links out of the scratch folder": Attack(
         _body("os.symlink('/etc/shadow', 'link')\nos.rename('solution.py', 'old')\nos.symlink('/etc/passwd', 'solution.py')\n1 / 0"),
