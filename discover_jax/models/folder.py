@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,17 +20,18 @@ from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import find_layout, read_model_config
+from discover_jax.models.headers import Header, read_headers, read_json
 from discover_jax.models.layouts import Layout, ParamPath, paths_of
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.parameters import Tree
 from discover_jax.models.progress import OnProgress, Progress
+from discover_jax.published import is_there, snapshot_hint, visible_files
 
 READ_BYTES = 1 << 27
 """Bytes of a tensor that are read at a time."""
 
 _NO_ADAPTER = LoraConfig(0, 0, 0)
 _FLOATS = ("BF16", "F16", "F32")
-_ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 _MAX_NAMED = 5
 """Names that an error message lists before it only counts them."""
 
@@ -40,30 +40,17 @@ _MAX_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class _Header:
-    """File, shape and type of a tensor, as the file's header states them."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def itemsize(self) -> int:
-        return _ITEMSIZES[self.dtype]
-
-
-@dataclasses.dataclass(frozen=True)
 class _Folder:
     path: Path
     config: ModelConfig
     layout: Layout
-    headers: dict[str, _Header]
+    headers: dict[str, Header]
 
 
 def find_folder(path: str | Path) -> Path:
     """The folder itself, or its `original/` if only that has weights, as in a partial download of a published repository."""
     path = Path(path)
-    if not any(path.glob("*.safetensors")) and any((path / "original").glob("*.safetensors")):
+    if not visible_files(path, "*.safetensors") and visible_files(path / "original", "*.safetensors"):
         return path / "original"
     return path
 
@@ -72,16 +59,16 @@ def _open_folder(path: Path) -> _Folder:
     """Reads config.json and the headers of all files. This detects truncated files before anything large is read.
 
     Raises:
-      WeightsError: a file is missing or damaged, or the folder is not a gpt-oss checkpoint.
+      WeightsError: a file is missing or damaged, or the folder is not a checkpoint of a supported family.
     """
     path = find_folder(path)
-    if not (path / "config.json").exists():
+    if not is_there(path / "config.json"):
         raise WeightsError(
-            f"No weights at {str(path)!r}: config.json is missing. Set config.model.weights to a folder with config.json and *.safetensors"
-            " files, or to 'apprentice' for the small model that ships with the project."
+            f"No weights at {str(path)!r}: config.json is missing.{snapshot_hint(path)} Set config.model.weights to a folder with"
+            " config.json and *.safetensors files, or to 'apprentice' for the small model that ships with the project."
         )
-    config = read_model_config(_read_json(path / "config.json"))
-    headers = _read_headers(path)
+    config = read_model_config(read_json(path / "config.json"))
+    headers = read_headers(path)
     layout = find_layout(config, set(headers))
     if layout is None:
         raise WeightsError(
@@ -89,65 +76,6 @@ def _open_folder(path: Path) -> _Folder:
             f" ({', '.join(sorted(headers)[:3])}, ...) include no known embedding. Download the folder again."
         )
     return _Folder(path, config, layout, headers)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"Cannot read {path}: {error}. Download the folder again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} must contain a JSON object; got {type(content).__name__}. Download the folder again.")
-    return content
-
-
-def _read_headers(path: Path) -> dict[str, _Header]:
-    """The headers of all tensors. With an index, each is read from the file that the index names, so that left-over files do not count."""
-    files = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")]
-    if not files:
-        raise WeightsError(f"{path} has config.json but no *.safetensors files. Download the weights too.")
-    file_of = _read_indices(path, {file.name for file in files})
-    headers: dict[str, _Header] = {}
-    for file in files:
-        if file_of and file.name not in file_of.values():
-            continue
-        for name, header in _read_file_headers(file).items():
-            if file_of and file_of.get(name) != file.name:
-                continue
-            if name in headers:
-                raise WeightsError(
-                    f"{path} has tensor {name!r} twice: in {headers[name].file.name} and in {file.name}. Delete the file that does not"
-                    " belong to this checkpoint."
-                )
-            headers[name] = header
-    return headers
-
-
-def _read_indices(path: Path, files: set[str]) -> dict[str, str]:
-    """The file of each tensor from the index files; empty if there are none. Raises WeightsError if a file is missing."""
-    file_of: dict[str, str] = {}
-    for index in sorted(path.glob("*.index.json")):
-        if index.name.startswith("."):
-            continue
-        named = {str(name): str(file) for name, file in _read_json(index).get("weight_map", {}).items()}
-        if absent := sorted(set(named.values()) - files):
-            raise WeightsError(
-                f"{path} lacks {len(absent)} of the {len(set(named.values()))} files that {index.name} names:"
-                f" {', '.join(absent[:_MAX_NAMED])}. The download is incomplete; download the missing files."
-            )
-        file_of |= named
-    return file_of
-
-
-def _read_file_headers(file: Path) -> dict[str, _Header]:
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            return {name: _Header(file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"Cannot read {file} ({file.stat().st_size:,} bytes): {error}. The file is damaged or truncated; download it again."
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +87,7 @@ class _StoredParameter:
       first_row: the parameter's first row in the tensor, which may concatenate several parameters.
     """
 
-    header: _Header
+    header: Header
     name: str
     shape: tuple[int, ...]
     first_row: int

@@ -32,7 +32,7 @@ def yarn_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     pairs = np.arange(config.head_size // 2)
     low, high = yarn_ramp(config)
     period = config.rope_theta ** (2 * pairs / config.head_size)
-    keep = 1.0 - np.clip((pairs - low) / max(high - low, 1e-3), 0.0, 1.0)
+    keep = 1.0 - np.clip((pairs - low) / ((high - low) or 1e-3), 0.0, 1.0)  # high is below low if the original context is tiny
     frequencies = (1.0 - keep) / (config.rope_factor * period) + keep / period
     return frequencies.astype(np.float32), 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_factor > 1 else 1.0
 

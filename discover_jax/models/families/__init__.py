@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from discover_jax.exceptions import WeightsError
+from discover_jax.exceptions import ConfigError, WeightsError
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.families import gpt_oss, llama, qwen2, qwen3
 from discover_jax.models.families.family import Family
+from discover_jax.models.families.fields import Fields
 from discover_jax.models.layouts import Layout
+from discover_jax.published import show
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (gpt_oss.FAMILY, llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
 """By the name that config.json has as `model_type`."""
@@ -23,14 +25,19 @@ def read_model_config(content: dict[str, Any]) -> ModelConfig:
     """The config of the model that a config.json describes.
 
     Raises:
-      WeightsError: the family or an option is unsupported, or a size is missing; the message names it.
+      WeightsError: the family or an option is unsupported, or a field is missing or has a wrong type; the message names it.
     """
-    if gpt_oss.is_original(content):
-        return gpt_oss.from_original(content)
     name = content.get("model_type")
-    if name not in FAMILIES:
-        raise WeightsError(f"config.json has model_type = {name!r}; supported: {', '.join(map(repr, FAMILIES))}.")
-    return FAMILIES[name].from_hf(content)
+    if gpt_oss.is_original(content):
+        read = gpt_oss.from_original
+    elif isinstance(name, str) and name in FAMILIES:
+        read = FAMILIES[name].from_hf
+    else:
+        raise WeightsError(f"config.json has model_type = {show(name)}; supported: {', '.join(map(repr, FAMILIES))}.")
+    try:
+        return read(Fields(content))
+    except ConfigError as error:  # sizes that contradict each other
+        raise WeightsError(f"config.json describes a model that is not supported. {error}") from error
 
 
 def find_layout(config: ModelConfig, names: set[str]) -> Layout | None:

@@ -4,8 +4,11 @@ from typing import Any
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.families.family import SIZE_NAMES, check_present, first_id, rope_fields
+from discover_jax.models.families.family import MOST_LAYERS, SIZE_NAMES
+from discover_jax.models.families.fields import Fields
+from discover_jax.models.families.rope import original_length, rope_fields, theta_of
 from discover_jax.models.layouts import HF_EMBEDDING, HF_FILE, HF_NAME, HF_PREFIX, Layout, ParamPath
+from discover_jax.published import show
 
 _NAMES = {
     **SIZE_NAMES,
@@ -20,59 +23,79 @@ _LLAMA3_NAMES = {
     "rope_high_factor": "high_freq_factor",
 }
 _NO_ID = -1
+_THETA = 10_000.0
+"""Default of transformers for rope_theta."""
+_DERIVED = ("num_key_value_heads", "head_dim")
 FIXED: dict[str, Any] = {"num_experts": 0, "experts_per_token": 0, "sliding_window": 0, "pattern": ("full",), "sinks": False}
 """Fields of `ModelConfig` that every dense model has."""
 
 
-def from_hf(content: dict[str, Any], *, family: str, eps: float, **options: Any) -> ModelConfig:
-    """The config of a dense model from the content of its config.json.
+def from_hf(fields: Fields, *, family: str, derived: tuple[str, ...], **options: Any) -> ModelConfig:
+    """The config of a dense model from its config.json, with the defaults of transformers.
 
     Args:
       family: its name.
-      eps: value of rms_norm_eps where the file has none.
+      derived: which of num_key_value_heads and head_dim follow from other sizes if the file lacks them. Null always does.
       options: fields of `ModelConfig` that the family sets.
 
     Raises:
-      WeightsError: a field is missing, or an option is unsupported; the message names it.
+      WeightsError: a field is missing or has a wrong type, or an option is unsupported; the message names it.
     """
-    check_present(content, (hf for hf in _NAMES.values() if hf not in ("num_key_value_heads", "head_dim", "rms_norm_eps")))
-    _check_options(content, family)
-    values: dict[str, Any] = {ours: content[hf] for ours, hf in _NAMES.items() if content.get(hf) is not None}
-    defaults: dict[str, Any] = {
-        "num_kv_heads": values["num_heads"],
-        "head_size": values["width"] // values["num_heads"],
-        "rms_eps": eps,
-        "eos_id": first_id(content["eos_token_id"]) if content.get("eos_token_id") is not None else _NO_ID,
-        "pad_id": content["pad_token_id"] if content.get("pad_token_id") is not None else _NO_ID,
-        "tied": bool(content.get("tie_word_embeddings", False)),
+    absent = [name for name in _DERIVED if not fields.has(name) and (name in derived or name in fields.content)]
+    fields.require(*(hf for hf in _NAMES.values() if hf != "rms_norm_eps" and hf not in absent))
+    _check_options(fields, family)
+    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    values: dict[str, Any] = {
+        "num_layers": fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        "width": width,
+        "num_heads": heads,
+        "num_kv_heads": heads if "num_key_value_heads" in absent else fields.integer("num_key_value_heads"),
+        "head_size": width // heads if "head_dim" in absent else fields.integer("head_dim"),
+        "mlp_width": fields.integer("intermediate_size"),
+        "vocab_size": fields.integer("vocab_size"),
+        "rms_eps": fields.number("rms_norm_eps", 1e-6),
+        "eos_id": fields.token_id("eos_token_id", _NO_ID),
+        "pad_id": fields.token_id("pad_token_id", _NO_ID),
+        "tied": fields.flag("tie_word_embeddings", False),
     }
-    return ModelConfig(family=family, **defaults | values | FIXED | _rope(content, family) | options)
+    return ModelConfig(family=family, **values | FIXED | _rope(fields, family) | options)
 
 
-def _check_options(content: dict[str, Any], family: str) -> None:
-    if content.get("hidden_act", "silu") != "silu":
-        raise WeightsError(f"config.json has hidden_act = {content['hidden_act']!r}; {family} supports only 'silu'.")
-    if content.get("use_sliding_window"):
-        raise WeightsError(f"config.json has use_sliding_window = true; {family} supports only models without a sliding window.")
-    if others := set(content.get("layer_types") or ()) - {"full_attention"}:
-        raise WeightsError(f"config.json has layer_types {', '.join(sorted(others))}; {family} supports only full_attention.")
-    if content.get("mlp_bias"):
-        raise WeightsError(f"config.json has mlp_bias = true; {family} supports only projections without biases in the MLP.")
-    if content.get("quantization_config"):
-        method = content["quantization_config"].get("quant_method")
-        raise WeightsError(f"config.json has weights quantised by {method!r}; {family} supports only bf16, f16 and f32 weights.")
+def _check_options(fields: Fields, family: str) -> None:
+    fields.only("hidden_act", "silu", family=family)
+    for name, meaning in (("use_sliding_window", "a sliding window"), ("mlp_bias", "biases in the MLP")):
+        if fields.flag(name, False):
+            raise WeightsError(f"config.json has {name} = true; {family} supports only models without {meaning}.")
+    kinds = fields.content.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise fields.error("layer_types", "a list of texts or null")
+    if others := set(kinds or ()) - {"full_attention"}:
+        raise WeightsError(f"config.json has layer_types {', '.join(sorted(others)[:5])}; {family} supports only full_attention.")
+    quantised = fields.content.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        raise fields.error("quantization_config", "an object or null")
+    if quantised:
+        method = show(quantised.get("quant_method"))
+        raise WeightsError(f"config.json has weights quantised by {method}; {family} supports only bf16, f16 and f32 weights.")
 
 
-def _rope(content: dict[str, Any], family: str) -> dict[str, Any]:
-    fields = rope_fields(content)
-    kind = {"default": "plain", "llama3": "llama3"}.get(fields["rope_type"])
-    if kind is None:
-        raise WeightsError(f"config.json has rope_type = {fields['rope_type']!r}; {family} supports 'default' and 'llama3'.")
-    values: dict[str, Any] = {"rope_kind": kind, "rope_theta": float(fields.get("rope_theta", 10_000.0))}
-    if kind == "llama3":
-        check_present(fields, _LLAMA3_NAMES.values())
-        values |= {ours: fields[hf] for ours, hf in _LLAMA3_NAMES.items()}
-    return values
+def _rope(fields: Fields, family: str) -> dict[str, Any]:
+    rope = rope_fields(fields, _THETA)
+    values: dict[str, Any] = {"rope_kind": "plain", "rope_theta": theta_of(fields, rope, _THETA)}
+    if rope is None or rope.text("rope_type") == "default":
+        return values
+    rope.only("rope_type", "default", "llama3", family=family)
+    rope.require("factor", "low_freq_factor", "high_freq_factor")
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise WeightsError(f"config.json has high_freq_factor = {high:g}, which must be above low_freq_factor = {low:g}.")
+    return values | {
+        "rope_kind": "llama3",
+        "rope_factor": rope.number("factor"),
+        "rope_original_length": original_length(fields, rope),
+        "rope_low_factor": low,
+        "rope_high_factor": high,
+    }
 
 
 def to_hf(config: ModelConfig, architecture: str, **options: Any) -> dict[str, Any]:

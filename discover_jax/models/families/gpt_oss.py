@@ -1,11 +1,14 @@
 """gpt-oss: experts in MXFP4, attention with sinks, every other layer with a sliding window, YaRN."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.families.family import SIZE_NAMES, Family, check_present, first_id, rope_fields
+from discover_jax.models.families.family import MOST_LAYERS, SIZE_NAMES, Family
+from discover_jax.models.families.fields import Fields
+from discover_jax.models.families.rope import rope_fields, theta_of, yarn_values
 from discover_jax.models.layouts import HF_EMBEDDING, HF_FILE, HF_NAME, HF_PREFIX, MATRICES, Layout
 
 _NAMES = {
@@ -17,6 +20,7 @@ _NAMES = {
     "sliding_window": "sliding_window",
     "rms_eps": "rms_norm_eps",
     "swiglu_limit": "swiglu_limit",
+    "swiglu_alpha": "swiglu_alpha",
     "eos_id": "eos_token_id",
     "pad_id": "pad_token_id",
 }
@@ -46,6 +50,12 @@ _LAYER_TYPES = ["sliding_attention", "full_attention"]
 
 GPT_OSS_120B = ModelConfig(36, 2880, 64, 8, 64, 128, 4, 2880, 201_088)
 GPT_OSS_20B = ModelConfig(24, 2880, 64, 8, 64, 32, 4, 2880, 201_088)
+
+_DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING
+}
+_THETA, _MAX_LENGTH = 150_000.0, 131_072
+"""Defaults of transformers for rope_theta and max_position_embeddings."""
 
 
 _ATTENTION = {f"self_attn.{name}_proj.{kind}": (("attention", name, kind),) for name in "qkvo" for kind in ("weight", "bias")}
@@ -104,15 +114,15 @@ def is_original(content: Mapping[str, Any]) -> bool:
     return "model_type" not in content and {"rope_scaling_factor", "num_experts"} <= content.keys()
 
 
-def from_original(content: dict[str, Any]) -> ModelConfig:
-    """From the content of a config.json of the original layout.
+def from_original(fields: Fields) -> ModelConfig:
+    """From a config.json of the original layout.
 
     Raises:
-      WeightsError: a size is missing.
+      WeightsError: an option is unsupported, or a field is missing or has a wrong type.
     """
-    optional = ("swiglu_limit", "rope_theta", "rope_ntk_beta", "rope_ntk_alpha", "initial_context_length")
-    check_present(content, (name for name in _ORIGINAL_NAMES.values() if name not in optional))
-    return ModelConfig(**{ours: content[name] for ours, name in _ORIGINAL_NAMES.items() if name in content})
+    fields.require(*(name for ours, name in _ORIGINAL_NAMES.items() if ours not in _DEFAULTS or ours == "sliding_window"))
+    _check_options(fields)
+    return _config(fields, _ORIGINAL_NAMES)
 
 
 def to_original(config: ModelConfig) -> dict[str, Any]:
@@ -120,27 +130,52 @@ def to_original(config: ModelConfig) -> dict[str, Any]:
     return {name: getattr(config, ours) for ours, name in _ORIGINAL_NAMES.items()}
 
 
-def from_hf(content: dict[str, Any]) -> ModelConfig:
-    """From the content of a config.json of Hugging Face's layout.
+def from_hf(fields: Fields) -> ModelConfig:
+    """From a config.json of Hugging Face's layout, with the defaults of transformers' GptOssConfig.
 
     Raises:
-      WeightsError: an option is unsupported, or a size is missing.
+      WeightsError: an option is unsupported, or a field is missing or has a wrong type.
     """
-    rope = rope_fields(content)
-    if rope["rope_type"] not in ("yarn", "default"):
-        raise WeightsError(f"config.json has rope_type = {rope['rope_type']!r}; gpt_oss supports only 'yarn'.")
-    check_present(content, (hf for hf in _NAMES.values() if hf not in ("swiglu_limit", "rms_norm_eps", "pad_token_id")))
-    pattern = _LAYER_TYPES * (content["num_hidden_layers"] // 2)
-    if content.get("layer_types", pattern) != pattern:
+    fields.require(*(name for ours, name in _NAMES.items() if ours not in _DEFAULTS))
+    _check_options(fields)
+    config = _config(fields, _NAMES)
+    pattern = _LAYER_TYPES * (config.num_layers // 2)
+    if fields.content.get("layer_types") not in (None, pattern):
         raise WeightsError(
-            "config.json has unsupported layer_types; they must alternate between sliding_attention and full_attention, in this order."
+            f"config.json has unsupported layer_types; {config.num_layers} layers must alternate between sliding_attention and"
+            " full_attention, in this order."
         )
-    values: dict[str, Any] = {ours: content[hf] for ours, hf in _NAMES.items() if content.get(hf) is not None}
-    values |= {ours: rope[hf] for ours, hf in _ROPE_NAMES.items() if rope.get(hf) is not None}
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
-    values["eos_id"] = first_id(values["eos_id"])
+    rope = rope_fields(fields, _THETA)
+    if rope is None:  # then the published models' YaRN, which the defaults of ModelConfig are
+        return dataclasses.replace(config, rope_theta=theta_of(fields, None, _THETA))
+    rope.only("rope_type", "yarn", family="gpt_oss")
+    return dataclasses.replace(config, rope_theta=theta_of(fields, rope, _THETA), **yarn_values(fields, rope, _MAX_LENGTH))
+
+
+def _config(fields: Fields, names: Mapping[str, str]) -> ModelConfig:
+    """The config of the fields with these names. Those of rotary embedding are read if they are among them."""
+    values: dict[str, Any] = {}
+    for ours, name in names.items():
+        if ours in ("eos_id", "pad_id"):
+            values[ours] = fields.token_id(name, _DEFAULTS[ours])
+        elif isinstance(default := _DEFAULTS.get(ours, 0), float):
+            values[ours] = fields.number(name, default, above=1 if ours == "rope_theta" else 0)
+        else:
+            most = {"most": MOST_LAYERS} if ours == "num_layers" else {}
+            values[ours] = fields.integer(name, default or None, **most)
     return ModelConfig(**values)
+
+
+def _check_options(fields: Fields) -> None:
+    """Raises WeightsError for options that other models of the architecture could have and that are not supported."""
+    fields.only("hidden_act", "silu", family="gpt_oss")
+    fields.only("attention_bias", True, family="gpt_oss")
+    fields.only("tie_word_embeddings", False, family="gpt_oss")
+    quantised = fields.content.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        raise fields.error("quantization_config", "an object or null")
+    if quantised:
+        Fields(quantised, "quantization_config.").only("quant_method", "mxfp4", family="gpt_oss")
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Llama 3.x and models of the same architecture, such as SmolLM2: dense, usually without biases."""
 
-from typing import Any
-
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.families import dense
 from discover_jax.models.families.family import Family
+from discover_jax.models.families.fields import Fields
 
 LLAMA_3_1_8B = ModelConfig(
     num_layers=32,
@@ -30,10 +29,10 @@ LLAMA_3_1_8B = ModelConfig(
 )
 
 
-def from_hf(content: dict[str, Any]) -> ModelConfig:
+def from_hf(fields: Fields) -> ModelConfig:
     """See `dense.from_hf`."""
-    biased = bool(content.get("attention_bias", False))
-    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, qkv_bias=biased, o_bias=biased)
+    biased = fields.flag("attention_bias", False)
+    return dense.from_hf(fields, family=FAMILY.name, derived=("num_key_value_heads", "head_dim"), qkv_bias=biased, o_bias=biased)
 
 
 FAMILY = Family(

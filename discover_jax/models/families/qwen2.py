@@ -5,13 +5,14 @@ from typing import Any
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.families import dense
 from discover_jax.models.families.family import Family
+from discover_jax.models.families.fields import Fields
 
 _OPTIONS: dict[str, Any] = {"qkv_bias": True, "o_bias": False}
 
 
-def from_hf(content: dict[str, Any]) -> ModelConfig:
+def from_hf(fields: Fields) -> ModelConfig:
     """See `dense.from_hf`."""
-    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, **_OPTIONS)
+    return dense.from_hf(fields, family=FAMILY.name, derived=("head_dim",), **_OPTIONS)
 
 
 def _shape(num_layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, vocab_size: int, *, tied: bool) -> ModelConfig:

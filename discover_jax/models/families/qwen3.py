@@ -4,7 +4,8 @@ from typing import Any
 
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.families import dense
-from discover_jax.models.families.family import Family, check_present
+from discover_jax.models.families.family import Family
+from discover_jax.models.families.fields import Fields
 
 _OPTIONS: dict[str, Any] = {"qkv_bias": False, "o_bias": False, "qk_norm": True}
 
@@ -26,11 +27,11 @@ QWEN3_8B = ModelConfig(
 )
 
 
-def from_hf(content: dict[str, Any]) -> ModelConfig:
+def from_hf(fields: Fields) -> ModelConfig:
     """See `dense.from_hf`. The size of a head is not derived: in this family it is not width / heads."""
-    check_present(content, ("head_dim",))
-    biased = bool(content.get("attention_bias", False))
-    return dense.from_hf(content, family=FAMILY.name, eps=1e-6, **_OPTIONS | {"qkv_bias": biased, "o_bias": biased})
+    fields.require("head_dim")
+    biased = fields.flag("attention_bias", False)
+    return dense.from_hf(fields, family=FAMILY.name, derived=(), **_OPTIONS | {"qkv_bias": biased, "o_bias": biased})
 
 
 FAMILY = Family(
