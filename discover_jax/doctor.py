@@ -20,10 +20,10 @@ import jax
 from discover_jax import cli
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import GIB, resource_limits
+from discover_jax.execution.limits import GIB
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
-from discover_jax.stages import packages_in_prompts
+from discover_jax.stages import packages_in_prompts, program_limits
 from discover_jax.tasks.configured import prepare_tasks, seed_programs
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.problem_task import ProblemTask
@@ -146,7 +146,7 @@ def _combined(task: Task, submissions: list[bytes]) -> Grade:
 
 def _sandbox(config: Any, tasks: list[AnyTask], scores: list[float | None], folder: Path) -> tuple[str, None]:
     settings = config.execution
-    limits = resource_limits(settings.seconds, settings.cores, settings.memory_gib)
+    limits = program_limits(config, tasks)
     with Executor(
         tasks,
         limits,

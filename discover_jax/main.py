@@ -23,7 +23,6 @@ from discover_jax.engine import build_optimizer, build_sampler, build_update
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import resource_limits
 from discover_jax.hosts.processes import ALONE, Processes, least
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import device_memory
@@ -185,7 +184,7 @@ def _prepared(
                 recorder.note(warning)
             for name, error in unusable.items():
                 recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")
-        slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config, unusable)
+        slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config, unusable, all_tasks)
         updater = build_update(config, policy.model, optimizer)
         numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
         parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)
@@ -221,7 +220,7 @@ def _check_agreement(processes: Processes, config: Any, kind: RunKind) -> None:
 def _executor(config: Any, tasks: Sequence[AnyTask], workdir: Workdir, processes: Processes) -> Executor:
     return Executor(
         tasks,
-        resource_limits(config.execution.seconds, config.execution.cores, config.execution.memory_gib),
+        stages.program_limits(config, tasks),
         workers=config.execution.workers,
         cache_dir=config.execution.cache or workdir.cache_dir,
         backend=config.execution.backend,

@@ -20,6 +20,7 @@ from discover_jax.engine import microbatch_rows, row_tokens
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution.cache import verdict_row
 from discover_jax.execution.executor import Executor
+from discover_jax.execution.limits import ResourceLimits, resource_limits
 from discover_jax.files import write_atomic
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
@@ -43,6 +44,7 @@ from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.tasks.configured import named_competitions, seed_programs
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.rewards import TRANSFORMS
+from discover_jax.tasks.submission_size import MIB, result_bytes, stated_bytes
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import (
     PACKAGES,
@@ -466,8 +468,26 @@ def unusable_packages(config: Any, tasks: Sequence[AnyTask], executor: Executor)
     return {} if config.prompt.style == "brief" else executor.unusable_packages(packages_in_prompts(tasks))
 
 
-def prompt_settings(config: Any, unusable: Collection[str] = ()) -> PromptSettings:
-    """The settings of prompts. `unusable`: packages that programs cannot import, on any host."""
+def program_limits(config: Any, tasks: Sequence[AnyTask]) -> ResourceLimits:
+    """The limits of a program.
+
+    Args:
+      tasks: of the executor.
+
+    Raises:
+      ConfigError: see `tasks.submission_size.result_bytes`.
+    """
+    execution = config.execution
+    return resource_limits(execution.seconds, execution.cores, execution.memory_gib, result_bytes(tasks, execution.result_mib))
+
+
+def prompt_settings(config: Any, unusable: Collection[str] = (), tasks: Sequence[AnyTask] = ()) -> PromptSettings:
+    """The settings of prompts.
+
+    Args:
+      unusable: packages that programs cannot import, on any host.
+      tasks: of the executor, for the limit of submissions.
+    """
     return PromptSettings(
         style=config.prompt.style,
         answer=config.prompt.answer,
@@ -475,6 +495,7 @@ def prompt_settings(config: Any, unusable: Collection[str] = ()) -> PromptSettin
         seconds=config.execution.seconds,
         cores=config.execution.cores,
         memory_gib=config.execution.memory_gib,
+        result_mib=stated_bytes(tasks, config.execution.result_mib) / MIB if tasks else 0,
         packages=installed_packages(unusable=unusable),
         unusable=frozenset(unusable),
         ideas_shown=config.prompt.ideas,
@@ -488,5 +509,5 @@ def rerun_settings(config: Any, number: int) -> RerunSettings:
     name, raw = named_competitions(config.task)[number]
     task, execution = config.task, config.execution
     rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.selection_fraction, task.grader, task.reuse_output, config.seed)
-    limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker)
+    limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker, execution.result_mib)
     return RerunSettings(name, raw, *rows, *limits)

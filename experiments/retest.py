@@ -23,6 +23,7 @@ from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME, Choice, choose
 from discover_jax.tasks.configured import prepare_tasks
 from discover_jax.tasks.retests import prepare_retests
+from discover_jax.tasks.submission_size import result_bytes
 from discover_jax.types import SEED, Attempt, State, Verdict
 
 POSTERIOR_NAME = "finalists_posterior.json"
@@ -77,11 +78,13 @@ def retest(folder: Path, raw: str, *, steps: int | None, workers: int | None, se
     """The choices from the first `steps` steps of a run, by the file to write; None: all steps."""
     config = run_config(folder, raw)
     attempts = [each for each in Journal(folder / "journal.jsonl").read() if steps is None or each.step < steps]
-    limits = resource_limits(seconds or config.execution.seconds, config.execution.cores, config.execution.memory_gib)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         (task,) = prepare_tasks(config.task, folder=work / "task", seed=config.seed)
         tasks = [task, *prepare_retests(task, config.finalists.retests, folder=work / "retests", seed=config.seed)]
+        execution = config.execution
+        size = result_bytes(tasks, execution.result_mib)
+        limits = resource_limits(seconds or execution.seconds, execution.cores, execution.memory_gib, size)
         frontiers = {
             NAME: frontier_of(attempts),
             POSTERIOR_NAME: ranked_frontier(folder, attempts),

@@ -9,6 +9,14 @@ EXECUTION: dict[str, Any] = {
     "seconds": Setting(300.0, "time limit of a program, counted from its own start", unit="s", low=0.1, high=86_400),
     "cores": Setting(2, "CPU cores that a program has for itself", low=1, high=1024),
     "memory_gib": Setting(4.0, "memory limit of a program", unit="GiB", low=0.25, high=1 << 20),
+    "result_mib": Setting(
+        0,
+        "maximum size of a submission as CSV, and of a value that a problem's function returns; 0: derived, 8 MiB or what the competition's"
+        " sample submission needs with float64 predictions",
+        unit="MiB",
+        low=0,
+        high=4096,
+    ),
     "workers": Setting(
         0,
         "maximum number of programs that run at the same time; 0: derived, as many as the cores of the machine or the ray cluster allow",

@@ -36,11 +36,11 @@ class Expected:
 
 def answered(received: bytearray) -> bool:
     """Whether an answer is complete, or what was received cannot become one."""
-    header, newline, payload = received.partition(b"\n")
-    match = _HEADER.fullmatch(header)
-    if not newline or match is None:
-        return bool(newline) or len(header) > HEADER_BYTES
-    return len(payload) >= int(match[3])
+    end = received.find(b"\n", 0, HEADER_BYTES + 1)  # without a copy of the answer, which may be large and is read in parts
+    if end < 0:
+        return len(received) > HEADER_BYTES
+    match = _HEADER.fullmatch(received, 0, end)
+    return match is None or len(received) - end - 1 >= int(match[3])
 
 
 def too_long(most_bytes: int) -> Claim:

@@ -198,9 +198,10 @@ def main(options: dict) -> None:
     write, leave, result = os.write, os._exit, options["result_fd"]
 
     def send(kind: str, key: str, payload: bytes) -> None:
-        data = b"%s %s %d\n%s" % (kind.encode(), key.encode(), len(payload), payload)
-        while data:
-            data = data[write(result, data) :]
+        for data in (b"%s %s %d\n" % (kind.encode(), key.encode(), len(payload)), payload):
+            left = memoryview(data)  # a slice of bytes would copy a large submission for each write to the pipe
+            while left:
+                left = left[write(result, left) :]
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in order with standard error
     data_descriptor = os.dup(0)

@@ -21,7 +21,7 @@ class ResourceLimits:
       memory_bytes: of all its processes together if there is a control group, otherwise of each process. Includes the interpreter, the
         preloaded packages (about 250 MiB) and the scratch folder.
       scratch_bytes: size of its working directory, which is in memory.
-      result_bytes: maximum size of the submission as CSV.
+      result_bytes: maximum size of the submission as CSV, or of a returned value.
       stdout_bytes: how much of the standard output and error is kept: half from the beginning, half from the end.
       flood_bytes: a program that prints more than this is killed.
       file_bytes: maximum size of a file.
@@ -52,6 +52,10 @@ class ResourceLimits:
                 raise ConfigError(f"ResourceLimits.{field.name} must be an integer; got {value!r}. The default is {field.default}.")
 
 
-def resource_limits(seconds: float, cores: int, memory_gib: float) -> ResourceLimits:
-    """The limits in the units of `config.execution`; the others keep their defaults."""
-    return ResourceLimits(seconds=seconds, cores=cores, memory_bytes=int(memory_gib * GIB))
+def resource_limits(seconds: float, cores: int, memory_gib: float, result_bytes: int = ResourceLimits.result_bytes) -> ResourceLimits:
+    """The limits in the units of `config.execution`; the others keep their defaults.
+
+    Args:
+      result_bytes: see `tasks.submission_size`.
+    """
+    return ResourceLimits(seconds=seconds, cores=cores, memory_bytes=int(memory_gib * GIB), result_bytes=result_bytes)

@@ -17,6 +17,7 @@ from discover_jax.records import parse_json
 from discover_jax.runs.best import read_parent_output, read_result
 from discover_jax.tasks.loading import locate_definition
 from discover_jax.tasks.prepare import GRADERS, REUSES, REWARDS, prepare_task
+from discover_jax.tasks.submission_size import result_bytes
 from discover_jax.types import Outcome, Verdict
 
 ANOTHER_SCORE = 1
@@ -32,7 +33,7 @@ class RerunSettings:
       competition, raw: name, and path of the raw data, as from `named_competitions`; an empty path if the competition brings its data.
       reward, holdout_fraction, holdout_folds, selection_fraction, grader, reuse_output: of config.task.
       seed: of the run; the held-out rows depend on it.
-      seconds, cores, memory_gib, backend, allow_weaker: of config.execution.
+      seconds, cores, memory_gib, backend, allow_weaker, result_mib: of config.execution.
     """
 
     competition: str
@@ -49,6 +50,7 @@ class RerunSettings:
     memory_gib: float
     backend: str
     allow_weaker: bool
+    result_mib: int = 0
 
 
 def rerun_script(settings: RerunSettings) -> str:
@@ -66,6 +68,7 @@ def rerun_script(settings: RerunSettings) -> str:
         "seconds": settings.seconds,
         "cores": settings.cores,
         "memory_gib": settings.memory_gib,
+        **({"result_mib": settings.result_mib} if settings.result_mib else {}),
         "backend": BACKENDS[settings.backend],  # rerun on this machine, even if it ran on a cluster before
     }
     flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
@@ -154,7 +157,6 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             f"{bundle} is not a complete bundle of a best program ({error!r}). Give a run's best/ by --bundle. With several competitions"
             " or problems, give the folder of one of them in best/."
         ) from error
-    limits = resource_limits(options.seconds, options.cores, options.memory_gib)
     with tempfile.TemporaryDirectory(prefix="rerun-") as scratch:
         task = prepare_task(
             options.competition,
@@ -168,6 +170,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             reuse_output=options.reuse_output,
             seed=options.seed,
         )
+        limits = resource_limits(options.seconds, options.cores, options.memory_gib, result_bytes([task], options.result_mib))
         with Executor(
             [task], limits, workers=1, cache_dir=Path(scratch) / "cache", backend=options.backend, allow_weaker=options.allow_weaker
         ) as executor:
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="time limit of each run of the program")
     parser.add_argument("--cores", type=int, required=True)
     parser.add_argument("--memory_gib", type=float, required=True)
+    parser.add_argument("--result_mib", type=int, default=0, help="maximum size of the result; 0: derived from the task")
     parser.add_argument("--backend", default="bubblewrap")
     parser.add_argument("--allow_weaker", action="store_true", help="accept a backend that isolates less than bubblewrap")
     options = parser.parse_args()

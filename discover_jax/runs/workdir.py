@@ -43,6 +43,7 @@ _LATER_SETTINGS = {
     "train.failures": "reward",
     "train.failure_spread": 1.0,
     "diversity.copies": "keep",
+    "execution.result_mib": 0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 

@@ -89,6 +89,7 @@ class PromptSettings:
       max_tokens: longest prompt, in tokens.
       answer: "program", or "edits" to ask for edits of the parent's program; see `asks_for_edits`.
       seconds, cores, memory_gib: limits of a program, as the prompt states them.
+      result_mib: limit of a submission or a returned value, in MiB; 0: the prompt does not state it.
       packages: packages that a program may import, as the prompt states them, unless the problem names others; see `installed_packages`.
       unusable: packages that are installed but that programs cannot import: no prompt names them.
       ideas: suggestions for improving a program for a competition.
@@ -102,6 +103,7 @@ class PromptSettings:
     seconds: float = 300.0
     cores: int = 2
     memory_gib: float = 4.0
+    result_mib: float = 0
     packages: tuple[str, ...] = ("numpy", "pandas", "scipy", "scikit-learn")
     unusable: frozenset[str] = frozenset()
     ideas: tuple[str, ...] = IDEAS
@@ -272,6 +274,9 @@ def _contract(task: TaskLike, settings: PromptSettings, *, edits: bool) -> str:
     code = "its code" if edits else "the code block"
     rules = f"\n\n{INSTRUCTIONS}" if edits else ""
     limits = f"{settings.seconds:g} seconds in all, {settings.cores} CPU cores, {settings.memory_gib:g} GiB of memory, no GPU, no network"
+    if settings.result_mib:
+        what = "returned values" if task.interface else "a submission"
+        limits += f", {what} of at most {settings.result_mib:g} MiB{'' if task.interface else ' as CSV'}"
     packages = ", ".join(installed_packages(task.packages, settings.unusable) or settings.packages)
     if task.interface:
         answer = "edits of your last program" if edits else "exactly one\nPython code block"

@@ -142,6 +142,16 @@ def test_result_of_100_megabytes_at_the_default_limit(spec, run_with, program):
     assert str(8 << 20) in execution.detail
 
 
+def test_large_submission_within_its_limit(spec, run_with):
+    """Copies of it for each part that passes through a pipe would take minutes."""
+    program = "import pandas as pd\ndef run():\n    return pd.DataFrame({'a': ['x' * 999] * 40_000})\n"
+    execution = run_with(spec, program, result_bytes=64 << 20, memory_bytes=1 << 30)
+    assert execution.outcome is Outcome.OK, execution.detail
+    assert execution.result is not None
+    assert len(execution.result) == 2 + 40_000 * 1000
+    assert execution.seconds < 10.0
+
+
 def test_output_flood_is_ended(ask):
     verdict = ask("def run():\n    while True:\n        print('flood' * 1000)\n")
     assert verdict.outcome is Outcome.OUTPUT_FLOOD
