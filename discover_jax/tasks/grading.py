@@ -27,20 +27,32 @@ class Answers:
     """The answers that a submission is compared with. It must have all of their rows.
 
     Attributes:
-      id_column, target: names of the id and target columns; both empty if only the competition's `judge` knows the format.
+      id_column, target: names of the id column and the target column or columns; both empty if only the competition's `judge` knows the
+        format.
       private: the private answers, one per row.
       held_out: answers of rows held out of the training table for rewards; None if there are none.
       selection: answers of further rows held out of it, for the choice of the best program; None if there are none.
       private_counts: False if the private answers are only for the record. Then only `Grade.private_score` depends on their values; the
         score, the validity of the submission and the reason do not.
+      text: target columns whose predictions are text: only an empty cell is missing. pandas infers the type of others, as for MLE-bench.
+      classes: label and column of the submission for each class, if probabilities of the classes are predicted. The answers are then text.
     """
 
     id_column: str
-    target: str
+    target: str | tuple[str, ...]
     private: pd.DataFrame
     held_out: pd.DataFrame | None = None
     selection: pd.DataFrame | None = None
     private_counts: bool = True
+    text: tuple[str, ...] = ()
+    classes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def submitted(self) -> tuple[str, ...]:
+        """The columns of predictions."""
+        if self.classes:
+            return tuple(column for _, column in self.classes)
+        return (self.target,) if isinstance(self.target, str) else self.target
 
     @property
     def tables(self) -> list[pd.DataFrame]:
@@ -69,7 +81,7 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
       single rows are missing if the metric has no `influence`.
     """
     try:
-        table = _parse(submission)
+        table = _parse(submission, answers.text)
         score_on = _by_metric(table, answers, competition.metric) if competition.judge is None else _by_judge(table, answers, competition)
         scored = score_on(answers.held_out) if answers.held_out is not None else None
         selected = score_on(answers.selection) if answers.selection is not None else None
@@ -102,7 +114,7 @@ def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple
     table = answers.held_out if held_out else answers.private
     assert table is not None, "asked for only where there are such rows"
     try:
-        return _pairs(_sorted(_parse(submission), answers), table, answers)
+        return _pairs(_sorted(_parse(submission, answers.text), answers), table, answers)
     except _InvalidSubmission as invalid:
         raise ValueError(str(invalid)) from invalid
 
@@ -119,7 +131,7 @@ _ScoreOn = Callable[[pd.DataFrame], _Scored]
 """Scores a submission on one of the tables of answers. It may raise _InvalidSubmission."""
 
 
-def _parse(submission: bytes) -> pd.DataFrame:
+def _parse(submission: bytes, text_columns: tuple[str, ...]) -> pd.DataFrame:
     if len(submission) > MAX_SUBMISSION_BYTES:
         raise _InvalidSubmission(f"The submission has {len(submission):,} bytes; at most {MAX_SUBMISSION_BYTES:,} are read.")
     try:
@@ -129,7 +141,7 @@ def _parse(submission: bytes) -> pd.DataFrame:
         width = max((len(row) for row in start), default=0)
         if width > _MAX_COLUMNS:
             raise _InvalidSubmission(f"The submission has {width:,} columns; at most {_MAX_COLUMNS:,} are read.")
-        return read_table(submission)
+        return read_table(submission, text_columns)
     except UnicodeDecodeError as error:
         raise _InvalidSubmission(f"The submission is not UTF-8 text: {error}.") from error
     except (csv.Error, ValueError) as error:  # pandas' ParserError is a ValueError
@@ -151,10 +163,36 @@ def _by_metric(submission: pd.DataFrame, answers: Answers, metric: Metric) -> _S
 
 
 def _pairs(rows: pd.DataFrame, table: pd.DataFrame, answers: Answers) -> tuple[np.ndarray, np.ndarray]:
-    """Answers and predictions of a table's rows in the order of their ids; `rows` is a submission from `_sorted`."""
+    """Answers and predictions of a table's rows in the order of their ids; `rows` is a submission from `_sorted`. See `Metric.function`."""
     ordered = table.sort_values(answers.id_column, kind="stable")
     mine_R = rows.index.isin(ordered[answers.id_column].to_numpy())
+    if answers.classes:
+        return _one_hot(ordered, answers), _values(rows, answers.submitted)[mine_R]
+    if isinstance(answers.target, tuple):
+        return _values(ordered, answers.target), _values(rows, answers.target)[mine_R]
     return ordered[answers.target].to_numpy(), rows[answers.target].to_numpy()[mine_R]
+
+
+def _values(table: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
+    """The cells of several columns, as an array of rows and columns."""
+    return table[list(columns)].to_numpy()
+
+
+def _one_hot(table: pd.DataFrame, answers: Answers) -> np.ndarray:
+    """For each row and class, 1.0 if the row's label is the class, otherwise 0.0."""
+    labels_R1 = table[[answers.target]].to_numpy(object)
+    return (labels_R1 == np.array([label for label, _ in answers.classes], object)).astype(np.float64)
+
+
+def perfect_submission(answers: Answers) -> bytes:
+    """The answers as a submission: the labels, or 1 for the class of each row and 0 for the others."""
+    table = pd.concat(answers.tables)
+    if not answers.id_column:
+        return table.to_csv(index=False).encode()
+    if answers.classes:
+        predictions = pd.DataFrame(_one_hot(table, answers), columns=list(answers.submitted), index=table.index)
+        table = pd.concat([table[[answers.id_column]], predictions], axis=1)
+    return table[[answers.id_column, *answers.submitted]].to_csv(index=False).encode()
 
 
 def _by_judge(submission: pd.DataFrame, answers: Answers, competition: Competition) -> _ScoreOn:
@@ -174,11 +212,11 @@ def _by_judge(submission: pd.DataFrame, answers: Answers, competition: Competiti
 
 def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
     """The submission sorted by id, with the ids as index, after checking its rows and columns."""
-    id_column, target = answers.id_column, answers.target
+    id_column = answers.id_column
     ids = pd.Series(pd.concat([table[id_column] for table in answers.tables]))
     if len(submission) != len(ids):
         raise _InvalidSubmission(f"The submission has {len(submission):,} rows; it must have {len(ids):,}, one for each row of test.csv.")
-    for column in (target, id_column):
+    for column in (*answers.submitted, id_column):
         if column not in submission.columns:
             listed = ", ".join(map(str, submission.columns[:20]))
             raise _InvalidSubmission(f"The submission has no column {column!r}; its columns are: {listed}.")
@@ -190,20 +228,24 @@ def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
     found = submission[id_column].to_numpy().tolist()
     if found != expected:
         raise _InvalidSubmission(_describe_ids(id_column, found, expected))
-    predictions_R = np.asarray(submission[target])
+    for column in answers.submitted:
+        _check_predictions(column, np.asarray(submission[column]))
+    return submission.set_index(id_column, drop=False)
+
+
+def _check_predictions(column: str, predictions_R: np.ndarray) -> None:
     missing = int(pd.isna(predictions_R).sum())
     if missing:
-        raise _InvalidSubmission(f"{missing:,} of the {len(predictions_R):,} predictions in column {target!r} are missing.")
+        raise _InvalidSubmission(f"{missing:,} of the {len(predictions_R):,} predictions in column {column!r} are missing.")
     if np.issubdtype(predictions_R.dtype, np.number) and not np.isfinite(predictions_R).all():
-        raise _InvalidSubmission(f"Column {target!r} holds infinite values.")
-    return submission.set_index(id_column, drop=False)
+        raise _InvalidSubmission(f"Column {column!r} holds infinite values.")
 
 
 def _row_results(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarray) -> str:
     assert metric.influence is not None, "the caller has checked"
     try:
         influence_R = np.asarray(metric.influence(answers_R, predictions_R), np.float64)
-        if influence_R.shape != answers_R.shape:
+        if influence_R.shape != answers_R.shape[:1]:
             raise ValueError(f"it has the shape {influence_R.shape} for {len(answers_R)} rows")
     except Exception as error:  # any error of a metric is the reason of the rejection
         raise _InvalidSubmission(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import importlib.metadata
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import pandas as pd
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError
 from discover_jax.files import storage_remedy
 from discover_jax.tasks import mle_bench
+from discover_jax.tasks.answers import TextColumns
 from discover_jax.tasks.competition import Competition
-from discover_jax.tasks.holdout import PUBLIC_TABLES, hold_out_part, make_folds
+from discover_jax.tasks.holdout import hold_out_part, make_folds
 from discover_jax.tasks.loading import load_definition, locate_definition
-from discover_jax.tasks.prepared_folder import fingerprint, prepared_record
+from discover_jax.tasks.own_files import own_files
+from discover_jax.tasks.prepared_folder import TEXT_ENTRIES, fingerprint, prepared_record
+from discover_jax.tasks.prepared_tables import check_ids, check_tables, describe_tables, text_columns, warn_of_types
 from discover_jax.tasks.problem import Problem
 from discover_jax.tasks.problem_task import ProblemTask, problem_settings, write_public
 from discover_jax.tasks.tables import read_text_table
@@ -43,6 +47,7 @@ def prepare_task(
     selection_fraction: float = 0.0,
     grader: str = "native",
     reuse_output: str = "problem",
+    stratified: bool = True,
     seed: int = 0,
 ) -> AnyTask:
     """Prepares a competition or a problem in `folder`, or checks every file if it is already prepared there.
@@ -64,6 +69,7 @@ def prepare_task(
         and no prompt depends on them.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
       reuse_output: "problem": as the problem says; "on" or "off": instead of what it says. See `Problem.reuse_output`.
+      stratified: whether "holdout" draws the rows of each class in proportion, if the labels are classes; see `holdout.strata`.
       seed: for drawing and shuffling the rows of "holdout".
 
     Raises:
@@ -101,12 +107,13 @@ def prepare_task(
             f"Competition {definition.id!r} does not support the reward `holdout`: only its grader knows the format of its answers. Set"
             " config.task.reward = 'grade', or define the competition in a file of your own (docs/competitions.md)."
         )
-    settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, selection_fraction, seed)
+    settings = _settings(definition, digest, reward, holdout_fraction, holdout_folds, selection_fraction, seed, stratified=stratified)
     record = prepared_record(folder, settings, _writer(definition, Path(raw).expanduser() if raw else None, settings))
     try:
         task = _task(source, digest, grader, folder, record)
     except OSError as error:
         raise DataError(f"Cannot read the task in {folder}: {error}. {storage_remedy(error)} Or choose another folder.") from error
+    check_ids(task)
     _check_sample(task)
     return task
 
@@ -152,7 +159,7 @@ def _prepare_problem(problem: Problem, source: str, digest: str, folder: Path) -
 
 
 def _settings(
-    definition: Competition, digest: str, reward: str, fraction: float, folds: int, selection: float, seed: int
+    definition: Competition, digest: str, reward: str, fraction: float, folds: int, selection: float, seed: int, *, stratified: bool
 ) -> dict[str, Any]:
     """All settings that a grade depends on, in addition to the data."""
     holdout: dict[str, Any] = {}
@@ -160,18 +167,21 @@ def _settings(
         holdout = {"holdout_folds": folds, "seed": seed} if folds > 1 else {"holdout_fraction": fraction, "seed": seed}
         if selection:
             holdout["selection_fraction"] = selection
+        if stratified:
+            holdout["stratified"] = True
     return {
         "format": _FORMAT,
         "competition": definition.id,
         "definition_sha256": digest,
         "id_column": definition.id_column,
-        "target": definition.target,
+        "target": definition.target if isinstance(definition.target, str) else json.dumps(definition.target),
         "metric": definition.metric.name,
         "higher_is_better": definition.metric.higher_is_better,
         "transform": definition.transform,
         "failure_reward": definition.failure_reward,
         "judge": definition.judge_version,
         "reward": reward,
+        **({"classes": json.dumps(definition.class_columns)} if definition.classes else {}),
         **holdout,
     }
 
@@ -184,7 +194,8 @@ def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any])
         public.mkdir()
         private.mkdir(mode=0o700)
         _run_prepare(definition, raw, public, private)
-        _check_tables(definition, public, private)
+        own_files(work)
+        check_tables(definition, public, private)
         for name, expected in definition.prepared_md5.items():
             found = hashlib.md5((work / name).read_bytes(), usedforsecurity=False).hexdigest()
             if found != expected:
@@ -192,11 +203,17 @@ def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any])
                     f"{definition.id}: the prepared {name} has MD5 {found}, expected {expected}, although the raw data are correct. The"
                     f" installed pandas ({pd.__version__}) or scikit-learn prepares it differently. Install the versions in constraints/."
                 )
+        if definition.judge is not None:
+            warn_of_types(definition, public, private)
+        text = text_columns(definition, public, private if settings["reward"] == "grade" else None)
+        stratified = settings.get("stratified", False)
         if "holdout_folds" in settings:
-            make_folds(definition, work, settings["holdout_folds"], settings["seed"])
+            make_folds(definition, work, settings["holdout_folds"], settings["seed"], stratified=stratified)
         elif settings["reward"] == "holdout":
-            hold_out_part(definition, work, settings["holdout_fraction"], settings.get("selection_fraction", 0.0), settings["seed"])
-        return {"tables": _describe_tables(work / _shown(settings)[0])}
+            fractions = settings["holdout_fraction"], settings.get("selection_fraction", 0.0)
+            hold_out_part(definition, work, *fractions, settings["seed"], stratified=stratified)
+        entries = dict(zip(TEXT_ENTRIES, (list(text.answers), list(text.predictions)), strict=True))
+        return {"tables": describe_tables(work / _shown(settings)[0]), **entries}
 
     return write
 
@@ -216,60 +233,14 @@ def _run_prepare(definition: Competition, raw: Path | None, public: Path, privat
         ) from error
 
 
-def _check_tables(definition: Competition, public: Path, private: Path) -> None:
-    """Checks the tables that prepare() wrote before they are used."""
-
-    def refuse(problem: str) -> ConfigError:
-        return ConfigError(f"Competition {definition.id!r}: its prepare() {problem} See docs/competitions.md for what it must write.")
-
-    if not definition.id_column:  # only its judge knows the format of its tables
-        for path in (public / "sample_submission.csv", private / "test.csv"):
-            if not path.is_file():
-                raise refuse(f"did not write {path.parent.name}/{path.name}.")
-        return
-    tables = {}
-    for path in [*(public / name for name in PUBLIC_TABLES), private / "test.csv"]:
-        name = f"{path.parent.name}/{path.name}"
-        if not path.is_file():
-            raise refuse(f"did not write {name}.")
-        table = tables[name] = read_text_table(path.read_bytes())
-        wanted = {definition.id_column} | (set() if name == "public/test.csv" else {definition.target})
-        if missing := wanted - set(table.columns):
-            raise refuse(f"wrote {name} without {', '.join(sorted(missing))}.")
-        if name != "public/train.csv" and not len(table):
-            raise refuse(f"wrote {name} without a row.")
-    if definition.target in tables["public/test.csv"].columns:
-        raise refuse(f"wrote the target {definition.target!r} into public/test.csv, where every program could read it.")
-    ids = {name: sorted(table[definition.id_column]) for name, table in tables.items() if name != "public/train.csv"}
-    if len(set(ids["private/test.csv"])) < len(ids["private/test.csv"]) or "" in ids["private/test.csv"]:
-        raise refuse("wrote private/test.csv with empty or repeated ids.")
-    for name in ("public/test.csv", "public/sample_submission.csv"):
-        if ids[name] != ids["private/test.csv"]:
-            raise refuse(f"wrote {name} with other ids than private/test.csv.")
-    if (tables["private/test.csv"][definition.target] == "").any():
-        raise refuse("wrote private/test.csv with answers missing.")
-
-
 def _shown(settings: dict[str, Any]) -> list[str]:
     """Names of the folders that programs see, one for each run of a program."""
     return [*(f"fold-{fold + 1}" for fold in range(settings.get("holdout_folds", 0))), "public"]
 
 
-def _describe_tables(public: Path) -> list[dict[str, Any]]:
-    tables = []
-    for path in sorted(public.rglob("*")):
-        if path.suffix == ".csv":
-            table = read_text_table(path.read_bytes())
-            tables.append({"name": str(path.relative_to(public)), "rows": len(table), "columns": list(table.columns)})
-        elif path.is_file():
-            tables.append({"name": str(path.relative_to(public)), "rows": None, "columns": []})
-    # train, test and sample_submission come first, in reading order; others follow by name.
-    order = {name: place for place, name in enumerate(PUBLIC_TABLES)}
-    return sorted(tables, key=lambda table: order.get(table["name"], len(order)))
-
-
 def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str, Any]) -> Task:
     settings, files = record["settings"], record["files"]
+    text = {name: tuple(record.get(name, ())) for name in TEXT_ENTRIES}
 
     def rows(name: str) -> int:
         return len(read_text_table((folder / "private" / name).read_bytes()))
@@ -293,7 +264,8 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
         private_rows=rows("test.csv"),
         splits=tuple(split(shown) for shown in _shown(settings)),
         fingerprint=fingerprint(record),
-        settings=tuple(settings.items()),
+        settings=(*settings.items(), *((name, ", ".join(columns)) for name, columns in text.items() if columns)),
+        text_columns=TextColumns(*text.values()),
     )
 
 

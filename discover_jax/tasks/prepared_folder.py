@@ -12,6 +12,8 @@ from discover_jax.exceptions import DataError
 from discover_jax.files import storage_remedy
 
 _RECORD = "prepared.json"
+TEXT_ENTRIES = ("text_answers", "text_predictions")
+"""Entries of the record for `answers.TextColumns`."""
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, str], str]:
@@ -100,6 +102,7 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(record: dict[str, Any]) -> str:
-    """Hash of a record's settings and files; see `Task.fingerprint`."""
-    text = json.dumps({"settings": record["settings"], "files": record["files"]}, sort_keys=True)
+    """Hash of a record's settings and files, and of the columns that are text; see `Task.fingerprint`."""
+    parts = ("settings", "files", *(name for name in TEXT_ENTRIES if record.get(name)))  # earlier versions had no text columns
+    text = json.dumps({part: record[part] for part in parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -16,11 +16,12 @@ import pandas as pd
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.tasks import holdout
-from discover_jax.tasks.holdout import hold_out, holdable_rows
+from discover_jax.tasks.holdout import deal, hold_out, holdable_rows, strata
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.prepared_folder import prepare_folder
+from discover_jax.tasks.prepared_tables import check_ids
 from discover_jax.tasks.problem_task import ProblemTask
-from discover_jax.tasks.tables import read_text_table
+from discover_jax.tasks.tables import read_text_table, write_text_table
 from discover_jax.tasks.task import Split, Task
 
 
@@ -56,6 +57,7 @@ def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tu
         dataclasses.replace(task, **shared, splits=(split,), fingerprint=_digest(fingerprint, split.folder)) for split in splits
     )
     for retest in retests:
+        check_ids(retest)
         grade = retest.grade((retest.public_dir / "sample_submission.csv").read_bytes())
         if not grade.valid:
             raise ConfigError(
@@ -75,7 +77,8 @@ def _digest(fingerprint: str, name: str) -> str:
 
 def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
     """Writes retest-N/ and their answers."""
-    id_column, target = task.competition.id_column, task.competition.target
+    definition = task.competition
+    id_column = definition.id_column
     if not id_column:
         raise ConfigError(
             f"Competition {task.id!r} does not support retests: only its grader knows the format of its answers. Set"
@@ -86,7 +89,7 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
             f"Competition {task.id!r} does not support retests: with folds, every training row gives rewards. Set"
             " config.task.holdout_folds = 1, or config.finalists.count = 0."
         )
-    holdable_rows(task.competition, task.public_dir, what="config.finalists", instead="config.finalists.count = 0")
+    holdable_rows(definition, task.public_dir, what="config.finalists", instead="config.finalists.count = 0")
     train, rewarded = _training_rows(task)
     open_R = np.flatnonzero(~train[id_column].isin(rewarded).to_numpy())
     least = len(open_R) // count
@@ -98,35 +101,38 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
     (work / "private").mkdir(mode=0o700)
     shutil.copyfile(task.folder / "private" / "test.csv", work / "private" / "test.csv")
     random = np.random.RandomState(seed)
-    part_R = random.permutation(np.arange(len(open_R)) % count)
+    class_R = (
+        None if task.reward_source == "holdout" and not dict(task.settings).get("stratified") else strata(train, definition.label_columns)
+    )
+    part_R = deal(None if class_R is None else class_R[open_R], len(open_R), count, random)
     for number in range(count):
         shown = work / f"retest-{number + 1}"
         shutil.copytree(task.public_dir, shown)
         _undo_hold_out(task, train, shown)
-        hold_out(id_column, target, shown, {work / "private" / f"{shown.name}.csv": open_R[part_R == number]}, random)
+        hold_out(definition, shown, {work / "private" / f"{shown.name}.csv": open_R[part_R == number]}, random)
     return {}
 
 
 def _training_rows(task: Task) -> tuple[Any, set[str]]:
     """The training table with the rows that were held out of it, and the ids of these: they gave rewards or served for selection."""
-    id_column, target = task.competition.id_column, task.competition.target
+    id_column, targets = task.competition.id_column, list(task.competition.label_columns)
     train, test = (read_text_table((task.public_dir / name).read_bytes()) for name in ("train.csv", "test.csv"))
     withheld = [read_text_table((task.folder / "private" / name).read_bytes()) for name, _ in task.splits[-1].answers[1:]]
     if not withheld:
         return train, set()
-    labels = dict(pair for table in withheld for pair in zip(table[id_column], table[target], strict=True))
-    if set(train.columns) != {*test.columns, target}:
-        return train, set(labels)  # the rows lost some cells when they were held out
-    held = test.loc[test[id_column].isin(labels)]
-    back = held.assign(**{target: [labels[id] for id in held[id_column]]}).loc[:, list(train.columns)]
-    return pd.concat([train, back], ignore_index=True), set(labels)
+    labels = pd.concat(withheld).set_index(id_column)
+    if set(train.columns) != {*test.columns, *targets}:
+        return train, set(labels.index)  # the rows lost some cells when they were held out
+    held = test.loc[test[id_column].isin(list(labels.index))]
+    back = held.assign(**{target: labels.loc[held[id_column], target].to_numpy() for target in targets}).loc[:, list(train.columns)]
+    return pd.concat([train, back], ignore_index=True), set(labels.index)
 
 
 def _undo_hold_out(task: Task, train: Any, shown: Path) -> None:
     """Gives a copy of public/ this training table, and only the private rows to predict."""
     id_column = task.competition.id_column
     private = read_text_table((task.folder / "private" / "test.csv").read_bytes())[id_column]
-    train.to_csv(shown / "train.csv", index=False, lineterminator="\n")
+    write_text_table(train, shown / "train.csv")
     for name in ("test.csv", "sample_submission.csv"):
         table = read_text_table((shown / name).read_bytes())
-        table.loc[table[id_column].isin(private)].to_csv(shown / name, index=False, lineterminator="\n")
+        write_text_table(table.loc[table[id_column].isin(private)], shown / name)

@@ -1,22 +1,15 @@
 """A prepared task: what prompts show, what programs see, and how it grades. Small, immutable, picklable."""
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
 
 from discover_jax import row_results
-from discover_jax.exceptions import DataError
 from discover_jax.tasks import grading, mle_bench
+from discover_jax.tasks.answers import Columns, TextColumns, load_answers
 from discover_jax.tasks.competition import Competition, Metric, Threshold
 from discover_jax.tasks.interval import Interval, binomial_interval, bootstrap_interval, no_interval
 from discover_jax.tasks.loading import load_competition
-from discover_jax.tasks.tables import read_table, read_text_table
 from discover_jax.types import Grade
 
 
@@ -86,6 +79,7 @@ class Task:
       splits: a program's runs, in their order. The last one's submission is the program's own.
       fingerprint: hash of the data and of every setting that a grade depends on. Tasks with equal fingerprints give equal grades.
       settings: name and value of each of these settings, to explain why two fingerprints differ.
+      text_columns: targets that are text.
     """
 
     source: str
@@ -98,6 +92,7 @@ class Task:
     splits: tuple[Split, ...]
     fingerprint: str
     settings: tuple[tuple[str, str | int | float | bool], ...]
+    text_columns: TextColumns = dataclasses.field(default_factory=TextColumns)
 
     @property
     def competition(self) -> Competition:
@@ -246,15 +241,15 @@ class Task:
         Raises:
           DataError: see `grade`.
         """
-        answers = self._answers(run)
-        table = pd.concat(answers.tables)
-        return (table[[answers.id_column, answers.target]] if answers.id_column else table).to_csv(index=False).encode()
+        return grading.perfect_submission(self._answers(run))
 
     def _answers(self, run: int) -> grading.Answers:
         split, competition = self.splits[run], self.competition
         training = self.folder / split.folder / "train.csv" if split.held_out_rows else None
         counts = self.reward_source == "grade"
-        return _load_answers(self.folder / "private", split.answers, competition.id_column, competition.target, training, counts)
+        classes = tuple(competition.class_columns.items())
+        columns = Columns(competition.id_column, competition.target, classes, self.text_columns)
+        return load_answers(self.folder / "private", split.answers, columns, training, counts)
 
     def score_text(self, score: float) -> str:
         """The score to the five places of MLE-bench."""
@@ -331,39 +326,3 @@ class Task:
         grader = "native" if self.competition.judge is None else self.competition.judge_version
         rows = (self.score_rows, len(self.splits), self.private_rows)
         return Disclosure(self.reward_source, *rows, grader, scored_on, text, self.selection_rows)
-
-
-@functools.lru_cache(maxsize=128)
-def _load_answers(
-    private: Path, digests: tuple[tuple[str, str], ...], id_column: str, target: str, training: Path | None, private_counts: bool
-) -> grading.Answers:
-    """Reads and checks the answers, once per process.
-
-    Args:
-      training: the training table that the held-out rows come from; None if there are none.
-    """
-    parts = []
-    for name, digest in digests:
-        path = private / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"The answers {path} cannot be read ({error}). Delete {private.parent} to prepare the task again.") from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise DataError(f"The answers {path} changed since they were prepared. Delete {private.parent} to prepare the task again.")
-        parts.append(data)
-    if training is None:
-        return grading.Answers(id_column, target, read_table(parts[0]), private_counts=private_counts)
-    answers, tables = read_table(parts[0]), [read_text_table(part) for part in parts]
-    # pandas infers types. The type of labels comes from all labels of the original training table, not from private ones; the type of ids
-    # comes from all ids together, as in a submission.
-    labels = _typed([read_text_table(training.read_bytes())[target], *(table[target] for table in tables[1:])])[1:]
-    ids = _typed([table[id_column] for table in tables])
-    withheld = [pd.DataFrame({id_column: ids_R, target: labels_R}) for ids_R, labels_R in zip(ids[1:], labels, strict=True)]
-    return grading.Answers(id_column, target, answers.assign(**{id_column: ids[0]}), *withheld, private_counts=private_counts)
-
-
-def _typed(columns: Sequence[Any]) -> list[np.ndarray]:
-    """Columns of text with the type that pandas infers for all of them together."""
-    values = read_table(pd.concat(columns).to_csv(index=False).encode()).iloc[:, 0].to_numpy()
-    return np.split(values, np.cumsum([len(column) for column in columns])[:-1])
