@@ -510,4 +510,4 @@ def rerun_settings(config: Any, number: int) -> RerunSettings:
     task, execution = config.task, config.execution
     rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.selection_fraction, task.grader, task.reuse_output, config.seed)
     limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker, execution.result_mib)
-    return RerunSettings(name, raw, *rows, *limits)
+    return RerunSettings(name, raw, *rows, *limits, stratified=task.reward == "holdout" and task.stratified)

@@ -109,6 +109,7 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("reuse.epsilon", 1.5, ("at most 1", "got 1.5")),
         ("task.reward", "luck", ("'grade', 'holdout'", "got 'luck'")),
         ("task.holdout_folds", 5, ("config.task.reward = 'grade'",)),
+        ("task.stratified", False, ("config.task.reward = 'grade'",)),
         ("task.reuse_output", "on", ("config.prompt.style = 'brief'",)),
         ("task.grader", "kaggle", ("'native', 'mlebench'",)),
         ("seed", True, ("int", "bool")),

@@ -88,6 +88,7 @@ RUNS = {
         "train.failures": "spread",
         "task.reward": "holdout",
         "task.holdout_folds": 2,
+        "task.stratified": False,
     },
 }
 

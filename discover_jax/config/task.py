@@ -73,6 +73,12 @@ TASK: dict[str, Any] = {
         ),
         only_with=("task.reward", ("holdout",)),
     ),
+    "stratified": Setting(
+        True,
+        "whether `holdout` draws held-out rows and folds in proportion from each class, if the labels are classes. False: as earlier"
+        " versions did, to start from one of their runs",
+        only_with=("task.reward", ("holdout",)),
+    ),
     "grader": Setting(
         "native",
         "grader of submissions. `native`: this project, with MLE-bench's rules; `mlebench`: the installed package",

@@ -31,7 +31,7 @@ class RerunSettings:
 
     Attributes:
       competition, raw: name, and path of the raw data, as from `named_competitions`; an empty path if the competition brings its data.
-      reward, holdout_fraction, holdout_folds, selection_fraction, grader, reuse_output: of config.task.
+      reward, holdout_fraction, holdout_folds, selection_fraction, grader, reuse_output, stratified: of config.task.
       seed: of the run; the held-out rows depend on it.
       seconds, cores, memory_gib, backend, allow_weaker, result_mib: of config.execution.
     """
@@ -51,6 +51,7 @@ class RerunSettings:
     backend: str
     allow_weaker: bool
     result_mib: int = 0
+    stratified: bool = False
 
 
 def rerun_script(settings: RerunSettings) -> str:
@@ -72,8 +73,7 @@ def rerun_script(settings: RerunSettings) -> str:
         "backend": BACKENDS[settings.backend],  # rerun on this machine, even if it ran on a cluster before
     }
     flags = [shlex.quote(f"--{option}={value}") for option, value in options.items()]
-    if settings.allow_weaker:
-        flags.append("--allow_weaker")
+    flags += [f"--{name}" for name in ("stratified", "allow_weaker") if getattr(settings, name)]
     moved = " If the raw data moved: ./rerun.sh --raw=/path/to/train.csv" if settings.raw else ""
     lines = [
         "#!/bin/sh",
@@ -168,6 +168,7 @@ def rerun(bundle: Path, options: argparse.Namespace) -> Rerun:
             selection_fraction=options.selection_fraction,
             grader=options.grader,
             reuse_output=options.reuse_output,
+            stratified=options.stratified,
             seed=options.seed,
         )
         limits = resource_limits(options.seconds, options.cores, options.memory_gib, result_bytes([task], options.result_mib))
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--holdout_fraction", type=float, default=0.2)
     parser.add_argument("--holdout_folds", type=int, default=1)
     parser.add_argument("--selection_fraction", type=float, default=0.0)
+    parser.add_argument("--stratified", action="store_true", help="hold out rows of each class in proportion")
     parser.add_argument("--grader", choices=GRADERS, default="native")
     parser.add_argument("--reuse_output", choices=REUSES, default="problem")
     parser.add_argument("--seed", type=int, required=True, help="seed of the run; the held-out rows depend on it")

@@ -17,6 +17,7 @@ _CONFIG_NAMES = {
     "holdout_fraction": "config.task.holdout_fraction",
     "holdout_folds": "config.task.holdout_folds",
     "selection_fraction": "config.task.selection_fraction",
+    "stratified": "config.task.stratified",
     "seed": "config.seed (draws the held-out rows)",
     "judge": "config.task.grader",
     "reuse_output": "config.task.reuse_output",

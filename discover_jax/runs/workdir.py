@@ -27,6 +27,7 @@ _LATER_SETTINGS = {
     "task.seed_program": "",
     "task.reuse_output": "problem",
     "task.selection_fraction": 0.0,
+    "task.stratified": False,
     "lora.mlp_rank": 32,
     "prompt.inspirations": 0,
     "prompt.answer": "program",

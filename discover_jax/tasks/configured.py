@@ -43,6 +43,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
             selection_fraction=settings.selection_fraction,
             grader=settings.grader,
             reuse_output=settings.reuse_output,
+            stratified=settings.stratified,
             seed=seed,
         )
         for (name, raw), id in zip(competitions, ids, strict=True)

@@ -71,7 +71,7 @@ def strata(train: pd.DataFrame, columns: Sequence[str]) -> np.ndarray | None:
       columns: of labels.
     """
     for column in columns:
-        if any(isinstance(value, float) and not value.is_integer() for value in inferred(train[column].tolist())):
+        if any(isinstance(value, float) and value % 1 > 0 for value in inferred(train[column].tolist())):  # false for NaN
             return None
     keys_R = list(train[list(columns)].itertuples(index=False, name=None))
     numbers = {key: number for number, key in enumerate(sorted(set(keys_R)))}

@@ -125,8 +125,10 @@ def test_the_script_names_what_a_score_depends_on(tmp_path):
     assert f"--raw={raw}" in words
     assert "--backend=unsafe-subprocess" in words
     assert "--allow_weaker" in words
+    assert "--stratified" not in words
     assert not any("raw" in word for word in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True))
-    config.execution.backend, config.execution.allow_weaker = "ray", False
+    config.execution.backend, config.execution.allow_weaker, config.task.reward = "ray", False, "holdout"
+    assert "--stratified" in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True)
     assert "--backend=bubblewrap" in shlex.split(
         rerun_script(rerun_settings(config, 0)), comments=True
     )  # on this machine, even if it ran on a cluster
