@@ -5,7 +5,7 @@ the same run.
     python benchmarks/kernels_decode.py attention [--heads=gpt-oss-120b] [--cases=NAME,NAME] [--launches]
     python benchmarks/kernels_decode.py projections [--rows=1,32,128] [--rank=32] [--launches]
 
-Each also takes --json=FILE and --record=PREFIX, and needs a GPU and the extra `kernels`. A layer's time is measured in a scan over many
+Each also takes --json=FILE and --record=PREFIX, and needs a GPU and the extra `cuda`. A layer's time is measured in a scan over many
 layers. All times are the best of five repetitions.
 
 experts: from the chosen experts to the summed output, on random packed weights. Rates count the packed bytes of each chosen expert once,

@@ -3,7 +3,7 @@
     python benchmarks/kernels_update.py experts [--shape=gpt-oss-120b] [--tokens=16384,65536] [--skew=0] [--tiles=128x256,64x256,128x128]
     python benchmarks/kernels_update.py attention [--heads=gpt-oss-120b] [--cases="NAME;NAME"] [--launches]
 
-Both also take --json=FILE and --record=PREFIX, and need a GPU and the extra `kernels`. All times are the best of five repetitions.
+Both also take --json=FILE and --record=PREFIX, and need a GPU and the extra `cuda`. All times are the best of five repetitions.
 
 experts: random weights, rank-8 adapters. Rates count the products of the routed rows with the base matrices: 2 x 3 x width x expert width
 per row forward, and the same backward, since base weights have no gradients. `--skew` makes routing uneven; 0 is uniform. `--tiles` are

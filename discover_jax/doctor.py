@@ -7,6 +7,7 @@ With --distributed or --coordinator, as a run on several hosts is started, it ch
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from discover_jax import cli
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB
+from discover_jax.kernels.kernel_set import PLATFORMS, find_kernel
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
 from discover_jax.stages import packages_in_prompts, program_limits
@@ -93,9 +95,24 @@ def _devices() -> tuple[str, None]:
         for path, extra in (("/dev/nvidia0", "cuda"), ("/dev/accel0", "tpu")):
             if os.path.exists(path):
                 raise ConfigError(f"{path} exists, but jax sees only the CPU. Install the extra: pip install 'discover_jax[{extra}]'.")
+    kernels = _kernels() if backend == "gpu" else ""
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {memory / GIB:.0f} GiB each for jax" if memory else ""
-    return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {jax.process_count()} process(es){each}", None
+    return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {jax.process_count()} process(es){each}{kernels}", None
+
+
+def _kernels() -> str:
+    """What the kernels of this process's GPU are, for the finding.
+
+    Raises:
+      ConfigError: their packages are missing. A run would work, but many times more slowly, with one line in its log.
+    """
+    kernel, reason = find_kernel("decode_experts", "gpu")
+    if kernel is not None:
+        return ", with kernels"
+    if importlib.util.find_spec(PLATFORMS["gpu"].package) is None or importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"The kernels for this GPU are not installed, and without them a run is many times slower: {reason}")
+    return f", without kernels, thus many times slower: {reason}"
 
 
 def _data(config: Any, folder: Path) -> tuple[str, list[AnyTask]]:

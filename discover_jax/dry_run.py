@@ -2,7 +2,8 @@
 
 A dry run loads and computes nothing. First `meshes` predicts the speed on each mesh of the machine's devices by formulas. Then the run's
 jitted functions are lowered on abstract arrays and compiled for the machine, and the compiler reports the memory of each.
-`--machine=h200`, or a TPU slice such as `--machine=v5e:4x4`, selects a machine other than this one.
+`--machine=h200`, or a TPU slice such as `--machine=v5e:4x4`, selects a machine other than this one. If its compiler or kernels are missing
+here, memory comes from `formulas`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from discover_jax import config as settings
-from discover_jax import meshes
+from discover_jax import formulas, meshes
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
@@ -158,6 +159,9 @@ def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True
       lengths: see `meshes.lengths_of`.
       learn: False for a search run.
 
+    Without the compiler or the kernels of another machine, memory comes from `formulas`. Where they do not apply, there is no verdict, and
+    the result is True.
+
     Raises:
       DiscoverError: the config, the weights' config.json, the machine's name or the lengths are invalid.
     """
@@ -172,9 +176,18 @@ def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True
         print(line, flush=True)
 
     show("\n".join([*meshes.report(config, sizes, machine, expected, learn=learn), ""]))
-    found = needs(config, sizes, machine, learn=learn, on_compile=show)
-    totals = remat_totals(config, sizes, machine, found, on_compile=show) if learn else {}
-    print("\n".join(["", *report(config, sizes, machine, found, totals)]))
+    missing = formulas.what_is_missing(machine) if machine_name else ""
+    if not missing:
+        found = needs(config, sizes, machine, learn=learn, on_compile=show)
+        totals = remat_totals(config, sizes, machine, found, on_compile=show) if learn else {}
+    elif why := formulas.why_not(config, sizes, machine):
+        show("\n".join(_no_verdict(machine, missing, why)))
+        return True
+    else:
+        parts = formulas.parts(config, sizes, machine, learn=learn)
+        found = [Need(*function, dict.fromkeys(PARTS, 0) | its) for function, its in parts.items()]
+        totals = formulas.remat_totals(config, sizes, machine, REMAT) if learn else {}
+    print("\n".join(["", *report(config, sizes, machine, found, totals, missing)]))
     return all(fits(need, machine) for need in found)
 
 
@@ -205,15 +218,25 @@ def _remat_lines(config: Any, machine: Machine, totals: Mapping[str, int | None]
 
 
 def report(
-    config: Any, sizes: ModelConfig, machine: Machine, found: list[Need], totals: Mapping[str, int | None] = types.MappingProxyType({})
+    config: Any,
+    sizes: ModelConfig,
+    machine: Machine,
+    found: list[Need],
+    totals: Mapping[str, int | None] = types.MappingProxyType({}),
+    missing: str = "",
 ) -> list[str]:
-    """Lines of the table, the bars and the conclusion; with `totals` from `remat_totals`, also of the rematerialisation policies."""
+    """Lines of the table, the bars and the conclusion.
+
+    Args:
+      totals: from `remat_totals`; with them, also lines of the rematerialisation policies.
+      missing: why the figures come from formulas; empty if they come from the machine's compiler.
+    """
     mesh = f"data {config.mesh.data} x expert {config.mesh.expert} x tensor {config.mesh.tensor}"
     lines = [
         f"model    {sizes.describe()}",
         f"machine  {machine.name}; mesh {mesh}",
         f"memory   {_gb(machine.memory)} GB per device ({machine.note})",
-        "figures  " + ("from the machine's own compiler" if machine.exact else _estimate(machine)),
+        "figures  " + (_estimate(machine, missing) if missing else "from the machine's own compiler"),
         "",
         f"GB (10^9 bytes) on one device while a function runs; {_LETTERS_LEGEND}",
     ]
@@ -235,7 +258,8 @@ def report(
             lines.append(f"The compiler rejected {need.phase}, {need.function}: {need.complaint}")
     if all(fits(need, machine) for need in found):
         spare = min(machine.memory - need.total for need in found)
-        lines.append(f"It fits, with {_gb(spare)} GB to spare on each device.")
+        by = " by the formulas" if missing else ""
+        lines.append(f"It fits{by}, with {_gb(spare)} GB to spare on each device.")
     else:
         lines += [line for phase, need in peaks.items() if not fits(need, machine) for line in _advice(config, sizes, machine, need)]
     return lines
@@ -258,12 +282,18 @@ def _bar(need: Need, machine: Machine) -> str:
     return bar[:_BAR].ljust(_BAR, ".") if len(bar) <= _BAR else bar[:_BAR] + "|" + bar[_BAR:] + ("..." if end > 2 * _BAR else "")
 
 
-def _estimate(machine: Machine) -> str:
+def _estimate(machine: Machine, missing: str) -> str:
+    return f"estimates by formulas, since {missing}: {formulas.ACCURACY}. {_for_exact_figures(machine)}"
+
+
+def _for_exact_figures(machine: Machine) -> str:
     extra = "cuda" if machine.platform == "gpu" else "tpu"
-    return (
-        "estimates from the CPU compiler, which computes bfloat16 in float32, so activations may be twice too high. For exact figures,"
-        f" install the machine's compiler: pip install 'discover_jax[{extra}]'. It works without a {machine.platform.upper()}"
-    )
+    return f"For exact figures: pip install 'discover_jax[{extra}]'. It works without a {machine.platform.upper()}"
+
+
+def _no_verdict(machine: Machine, missing: str, why: str) -> Iterator[str]:
+    yield f"No prediction of memory for {machine.name}: {missing}, and {why}."
+    yield f"{_for_exact_figures(machine)}. Whether the run fits is unknown."
 
 
 def _advice(config: Any, sizes: ModelConfig, machine: Machine, need: Need) -> Iterator[str]:

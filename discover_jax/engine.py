@@ -125,17 +125,8 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
     if memory is None:
         return None
     devices = row_devices(model.mesh)
-    rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
-    state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
     page, pages_of_1 = model.abstract_pool(devices, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
-    taken = {
-        "weights": local_bytes(model.abstract_frozen()),
-        "adapter and optimiser": local_bytes(state),
-        "adapter's copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
-        "rings": local_bytes(abstract_rows(model, rows)),
-        "logits": _LOGITS * rows // devices * model.config.vocab_size * 4,
-        "temporary arrays": int(_TEMPORARY * memory),
-    }
+    taken = beside_the_cache(config, model, memory, learn=learn)
     pages = (memory - sum(taken.values())) // local_bytes(page)
     if pages < pages_of_1:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
@@ -145,6 +136,21 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
             " max_prompt_tokens or slots, or the adapter's ranks (config.lora). --dry_run shows the memory of each part."
         )
     return devices * pages
+
+
+def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool) -> dict[str, int]:
+    """Bytes on one device that sampling needs beside the pages of the cache, by part."""
+    devices = row_devices(model.mesh)
+    rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
+    state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
+    return {
+        "weights": local_bytes(model.abstract_frozen()),
+        "adapter and optimiser": local_bytes(state),
+        "adapter's copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
+        "rings": local_bytes(abstract_rows(model, rows)),
+        "logits": _LOGITS * rows // devices * model.config.vocab_size * 4,
+        "temporary arrays": int(_TEMPORARY * memory),
+    }
 
 
 def build_optimizer(config: Any) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """The machines that a dry run supports: this one, and others by name.
 
 A dry run can compile for a GPU or TPU that this machine does not have if its compiler is installed (the extra `cuda` or `tpu`). Otherwise
-it uses the CPU's compiler, and the report says so.
+it uses formulas, and the report says so.
 """
 
 import contextlib
@@ -182,7 +182,7 @@ class Machine:
       memory: bytes available to arrays and executables on one device.
       note: source of `memory`.
       platform: as in `kernels.kernel_set`: "cpu", "gpu", "tpu".
-      exact: whether the compiler is the machine's own; otherwise figures are estimates.
+      exact: whether the compiler is the machine's own; otherwise nothing can be compiled for it.
       options: compiler options.
       speeds: speeds of each device, if known.
     """

@@ -23,6 +23,10 @@ from discover_jax.models.sharding import MESH_AXES, local_bytes
 from discover_jax.sampling.schedule import PAGE
 
 SHOWN = 5
+GRADIENTS = 2
+"""Arrays of the adapter's size while the gradient runs: the sum of gradients, and the microbatch's gradient."""
+MEASURED = "bfloat16", "packed"
+"""config.model.dtype and experts, for which the formulas were compared with measurements."""
 FILLED = 0.95
 """Fraction of the update's positions that are not padding (docs/performance.md, Packing)."""
 ROUTED, ROUTED_REFERENCE = 25, 45
@@ -111,6 +115,13 @@ def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape)
     return platform in PLATFORMS and "decode_experts" in PLATFORMS[platform].functions and config.model.experts == "packed"
 
 
+def unmeasured(sizes: ModelConfig, mesh: MeshShape, *, kernels: bool) -> str:
+    """Why the formulas do not apply to this model on this mesh; empty if they do."""
+    if sizes.num_experts or (mesh.size == mesh.data and kernels):
+        return ""
+    return f"of dense models, {'only meshes along `data`' if kernels else 'only GPU kernels'} have been measured"
+
+
 def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, lengths: Lengths, *, learn: bool = True) -> Prediction:
     """Predicts the time and memory of a step on one mesh.
 
@@ -126,9 +137,8 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
     split = mesh.data * mesh.expert
     rows = max(-(-config.train.rows // split), 1) * split
-    if not sizes.num_experts and (mesh.size > mesh.data or not kernels):
-        why = "only meshes along `data`" if kernels else "only GPU kernels"
-        return Prediction(mesh, kernels, rows, obstacle=f"not predicted: of dense models, {why} have been measured")
+    if why := unmeasured(sizes, mesh, kernels=kernels):
+        return Prediction(mesh, kernels, rows, obstacle=f"not predicted: {why}")
     abstract: Any = AbstractMesh(mesh, MESH_AXES)  # a layout needs no devices
     model = Model(sizes, lora, config.model.dtype, config.model.experts, abstract, config.model.remat)
     try:
@@ -141,8 +151,8 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
         return Prediction(mesh, kernels, rows, obstacle=str(error))
     adapter = local_bytes(state.lora) if state is not None else 0
     tokens = rows * row_tokens(config) // split  # tokens of a microbatch on each device
-    # Twice the adapter: the sum of gradients, and the microbatch's gradient.
-    needed = frozen + local_bytes(state) + 2 * adapter + _activations(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
+    activations = activation_bytes(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
+    needed = frozen + local_bytes(state) + GRADIENTS * adapter + activations
     taken = Prediction(mesh, kernels, rows, bytes=needed)
     if needed > machine.memory:
         return dataclasses.replace(taken, obstacle=f"the update needs about {needed / 1e9:.0f} GB")
@@ -168,7 +178,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     return dataclasses.replace(taken, live=live, sampling=sampling, update=update, sampled=count * lengths.rollout, learned=learned)
 
 
-def _activations(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
+def activation_bytes(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
     """Approximate bytes that the gradient needs in addition to its arguments, for `tokens` on each device."""
     layers, stream, attention = sizes.num_layers, 4 * sizes.width, sizes.num_heads * (2 * sizes.head_size + 4)
     if not sizes.num_experts:
@@ -202,7 +212,7 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
     if machine.speeds is None:
         yield f"No prediction of speed: the speeds of {machine.name} are unknown."
         return
-    if (config.model.dtype, config.model.experts) != ("bfloat16", "packed"):
+    if (config.model.dtype, config.model.experts) != MEASURED:
         yield "No prediction of speed: it requires config.model.dtype='bfloat16' and config.model.experts='packed'."
         return
     own = predict(config, sizes, machine, MeshShape(config.mesh.data, config.mesh.expert, config.mesh.tensor), lengths, learn=learn)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 
 from discover_jax import doctor
 from discover_jax.config import validate
-from discover_jax.exceptions import RunError
+from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.models import folder as folders
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.policy import APPRENTICE
@@ -160,3 +161,15 @@ def test_packages_that_programs_cannot_import_have_a_remedy():
         doctor._check_imports({"lightgbm": error})
     with pytest.raises(RunError, match=r"catboost .*sandboxes contain.*pip uninstall catboost`"):
         doctor._check_imports({"catboost": "the process died by SIGILL"})
+
+
+def test_missing_kernels_of_a_gpu_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "find_kernel", lambda *_: (print, ""))
+    assert doctor._kernels() == ", with kernels"
+    monkeypatch.setattr(doctor, "find_kernel", lambda *_: (None, "this GPU has compute capability 7.5"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert "compute capability 7.5" in doctor._kernels()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "find_kernel", lambda *_: (None, "no jax_triton. Install discover_jax[cuda]."))
+    with pytest.raises(ConfigError, match=r"not installed.*many times slower.*discover_jax\[cuda\]"):
+        doctor._kernels()

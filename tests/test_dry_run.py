@@ -26,6 +26,8 @@ _SMALL = (
     "--dry_run",
 )
 
+_RANDOM = ("--config.model.weights=random", "--config.model.shape=gpt-oss-120b")
+
 
 def _config():
     config = default_config()
@@ -198,9 +200,10 @@ def test_compiler_error_is_shown_and_does_not_fit(found):
 def test_estimate_is_marked_as_one(found):
     here = find_machine("", 1)
     absent = Machine("8 x NVIDIA H200", here.devices, here.memory, "", "gpu", exact=False)
-    assert re.search(r"\bestimate[sd]?\b.*\bCPU\b", _report(found, absent))
-    assert "discover_jax[cuda]" in _report(found, absent)
-    assert not re.search(r"\bestimate[sd]?\b.*\bCPU\b", _report(found, here))
+    text = "\n".join(dry_run.report(_config(), _SIZES, absent, found, missing="the GPU compiler is not installed"))
+    assert re.search(r"\bestimate[sd]? by formulas\b.*\bGPU compiler\b", text)
+    assert "discover_jax[cuda]" in text
+    assert "formulas" not in _report(found, here)
 
 
 def _command(*arguments, module="main"):
@@ -223,12 +226,11 @@ def test_command_prints_config_table_and_verdict_and_writes_nothing(tmp_path):
 
 @pytest.mark.slow  # other tests check the verdict without the command
 def test_exit_code_is_1_if_the_run_does_not_fit():
-    # More rows than fit in the memory of a v5e; this machine has no such slice.
-    rows = ("--config.train.rows=256", "--config.sampling.max_new_tokens=512")
-    done = _command(*_SMALL, *rows, "--machine=v5e:2x4")
+    # More rows than fit in the memory of an H200; this machine has none.
+    done = _command("--config=configs/spaceship.py:run1", *_RANDOM, "--config.train.rows=4", "--dry_run", "--machine=h200")
     assert done.returncode == 1, done.stderr
     assert re.search(r"(?i)\bupdate\b.*\bnot fit\b", done.stdout)
-    assert "config.train.rows = 256" in done.stdout
+    assert "config.train.rows = 4" in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -259,8 +261,9 @@ def test_bytes_of_a_mesh_match_those_on_each_device():
 
 @pytest.mark.slow  # test_meshes tests the meshes
 def test_dry_run_accepts_meshes_of_other_machines(tmp_path):
-    spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=2")
-    done = _command(*_SMALL, *spread, "--machine=h200", f"--workdir={tmp_path / 'run'}", module="search")
+    spread = ("--config.mesh.expert=4", "--config.mesh.data=2", "--config.sampling.slots=8", "--config.train.rows=8")
+    run = ("--config=configs/spaceship.py:run1", *_RANDOM, *spread, "--dry_run", "--machine=h200", f"--workdir={tmp_path / 'run'}")
+    done = _command(*run, module="search")
     assert done.returncode == 0, done.stderr
     assert re.search(r"\b8 x NVIDIA H200\b.*\bdata 2 x expert 4 x tensor 1\b", done.stdout)
     assert re.search(r"^measuring", done.stdout, re.MULTILINE)

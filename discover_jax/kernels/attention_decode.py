@@ -1,4 +1,4 @@
-"""Decoding attention on a GPU: one new token per row attends to the row's pages. Needs the extra `kernels`.
+"""Decoding attention on a GPU: one new token per row attends to the row's pages. Needs the extra `cuda`.
 
 The first kernel splits each row's context among kernel instances. It computes the splits from the rows' lengths and gives each instance an
 equal share of all rows' blocks. So one long row among short ones leaves no processor idle, and one compiled function serves all lengths. A

@@ -1,4 +1,4 @@
-"""`expert_rows.sort_rows` on a GPU, in one launch for few tokens. Needs the extra `kernels`."""
+"""`expert_rows.sort_rows` on a GPU, in one launch for few tokens. Needs the extra `cuda`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The mixture of experts in decoding, on a GPU: compact rows, fused kernels on packed MXFP4, unmerged adapters. Needs the extra `kernels`.
+"""The mixture of experts in decoding, on a GPU: compact rows, fused kernels on packed MXFP4, unmerged adapters. Needs the extra `cuda`.
 
 Two kernels read the weights once: gate and up with bias, adapter and activation; then down with bias, adapter and routing weight. Sums
 are float32. The input, the activation between the two kernels, and the result are rounded to bfloat16, as in the reference.

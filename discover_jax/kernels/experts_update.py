@@ -1,4 +1,4 @@
-"""The mixture of experts in the update, on a GPU: grouped products of sorted rows, with derivatives. Needs the extra `kernels`.
+"""The mixture of experts in the update, on a GPU: grouped products of sorted rows, with derivatives. Needs the extra `cuda`.
 
 Exact and dropless for any routing. Rows are sorted by expert into blocks that each belong to one expert, so only the last rows of a block
 are wasted. A layer's MXFP4 is unpacked to bfloat16 in the forward pass and again in the backward pass, and never kept. Activations, routing

@@ -118,7 +118,7 @@ def find_kernel(operation: str, platform: str) -> tuple[Callable[..., Any] | Non
         kernel = getattr(importlib.import_module(module), function)
     except ImportError as error:
         missing = error.name or PLATFORMS[platform].package
-        return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[kernels]."
+        return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[cuda]."
     reason = PLATFORMS[platform].refusal()
     return (None, reason) if reason else (kernel, "")
 

@@ -1,4 +1,4 @@
-"""Projections in decoding, on a GPU: the kernel reads a layer's matrices in place from the stacks. Needs the extra `kernels`.
+"""Projections in decoding, on a GPU: the kernel reads a layer's matrices in place from the stacks. Needs the extra `cuda`.
 
 In a loop over layers, XLA copies the layer's matrices before its own products, which costs as much again as reading them twice.
 """

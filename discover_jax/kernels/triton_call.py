@@ -1,4 +1,4 @@
-"""Calls Triton kernels from jitted functions, in a form that XLA can put into CUDA graphs. Needs the extra `kernels`.
+"""Calls Triton kernels from jitted functions, in a form that XLA can put into CUDA graphs. Needs the extra `cuda`.
 
 jax_triton 0.3 emits custom calls of XLA's older interface, which XLA starts one by one. In a decoding step this takes the host longer than
 the GPU needs for most of the kernels. jaxlib offers the same call through the newer interface (FFI), which jax's own Pallas uses. It loads

@@ -53,7 +53,7 @@ def test_images_have_the_repository_pinned_packages_and_the_entrypoint(path):
     assert "--no-cache-dir -c constraints/py311.txt" in install
     extra = re.search(r'-e "\.\[([a-z,]+)\]"', install)
     assert extra is not None
-    assert set(extra.group(1).split(",")) == ({"cuda", "kernels", "ray"} if path.suffix == ".cuda" else {"tpu", "ray"})
+    assert set(extra.group(1).split(",")) == ({"cuda", "ray"} if path.suffix == ".cuda" else {"tpu", "ray"})
     # Relative paths such as configs/spaceship.py work, and the entrypoint exists in the context.
     (command,) = eval(entrypoint)
     name = os.path.relpath(command, workdir)
@@ -99,7 +99,7 @@ def image():
         environment = {"PATH": f"{folder / 'python' / 'bin'}:/usr/bin:/bin", "HOME": os.environ["HOME"]}
         environment |= {key: value for key, value in os.environ.items() if key.startswith("PIP_") or key.lower().endswith("_proxy")}
         install = next(arguments for name, arguments in _instructions(_FILES[0]) if "pip install" in arguments)
-        install = install.replace("[cuda,kernels,ray]", "").replace("/opt/discover_jax", str(project)).replace("--no-cache-dir ", "")
+        install = install.replace("[cuda,ray]", "").replace("/opt/discover_jax", str(project)).replace("--no-cache-dir ", "")
         subprocess.run(["bash", "-c", install], cwd=project, env=environment, check=True, stdout=sys.stderr)
         yield project, environment
     finally:

@@ -1,0 +1,107 @@
+"""The memory of a run on a machine whose compiler or kernels are missing here, by the formulas of `meshes` and `engine`.
+
+Other code than the run's own would say little: the references of the kernels need many times the memory.
+"""
+
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from discover_jax.costs import MeshShape
+from discover_jax.engine import beside_the_cache, build_optimizer, cache_pages, microbatch_rows, row_tokens
+from discover_jax.kernels.kernel_set import find_kernel
+from discover_jax.kernels.spread import row_devices
+from discover_jax.learning.train_state import abstract_train_state
+from discover_jax.machines import Machine
+from discover_jax.meshes import GRADIENTS, MEASURED, activation_bytes, kernels_run, unmeasured
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+from discover_jax.models.sharding import MESH_AXES, local_bytes
+from discover_jax.sampling.sampler import most_pages, rows_of
+from discover_jax.sampling.schedule import PAGE
+
+ACCURACY = (
+    "within 3% of the peaks measured on H200s with gpt-oss, and within 5% of the TPU compiler's. Arrays that exist only while a token is"
+    " drawn are estimated"
+)
+
+
+def what_is_missing(machine: Machine) -> str:
+    """What a dry run for this absent machine lacks to compile the run's own functions: compiler or kernels; empty if nothing."""
+    if not machine.exact:
+        return f"the {machine.platform.upper()} compiler is not installed"
+    _, reason = find_kernel("decode_experts", machine.platform)
+    return reason.rstrip(".")
+
+
+def why_not(config: Any, sizes: ModelConfig, machine: Machine) -> str:
+    """Why the formulas do not apply; empty if they do."""
+    if (config.model.dtype, config.model.experts) != MEASURED:
+        return "the formulas require config.model.dtype='bfloat16' and config.model.experts='packed'"
+    mesh = _mesh(config)
+    return unmeasured(sizes, mesh, kernels=kernels_run(config, sizes, machine.platform, mesh))
+
+
+def parts(config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool) -> dict[tuple[str, str], dict[str, int]]:
+    """Bytes on one device by part, for the largest function of each phase: (phase, function) -> part -> bytes.
+
+    Args:
+      config: validated; `why_not` must be empty.
+      sizes: the model's sizes.
+      machine: its platform decides whether the run uses kernels.
+      learn: False for a search run.
+
+    Raises:
+      CapacityError: the cache has no room for one rollout.
+      ShardingError: a size is not divisible by its axis of the mesh.
+    """
+    mesh = _mesh(config)
+    kernels = kernels_run(config, sizes, machine.platform, mesh)
+    abstract: Any = AbstractMesh(mesh, MESH_AXES)
+    model = Model(sizes, LoraConfig(**config.lora).of_model(sizes), config.model.dtype, config.model.experts, abstract, config.model.remat)
+    state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
+    adapter = local_bytes(state.lora) if state is not None else 0
+    resident = {"weights": local_bytes(model.abstract_frozen()), "adapter": adapter, "optimiser": local_bytes(state) - adapter}
+    tokens = _tokens(config)
+    activations = activation_bytes(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
+    page = local_bytes(model.abstract_pool(row_devices(model.mesh), PAGE))
+    beside = beside_the_cache(config, model, machine.memory, learn=learn)
+    update = ("update", "gradient") if learn else ("measuring", "base")
+    return {
+        ("sampling", "decode"): resident
+        | {
+            "cache": beside["rings"] + _pages(config, model, machine.memory, learn=learn) * page,
+            "activations": beside["adapter's copy for sampling"] + beside["logits"],
+        },
+        update: resident | {"gradient": GRADIENTS * adapter, "activations": activations},
+    }
+
+
+def remat_totals(config: Any, sizes: ModelConfig, machine: Machine, policies: tuple[str, ...]) -> dict[str, int | None]:
+    """Bytes on one device while the gradient runs, for each value of `config.model.remat`."""
+    own, totals = parts(config, sizes, machine, learn=True)["update", "gradient"], {}
+    mesh = _mesh(config)
+    tokens = _tokens(config)
+    kernels = kernels_run(config, sizes, machine.platform, mesh)
+    for remat in policies:
+        totals[remat] = sum((own | {"activations": activation_bytes(sizes, mesh, tokens, remat, learn=True, kernels=kernels)}).values())
+    return totals
+
+
+def _mesh(config: Any) -> MeshShape:
+    return MeshShape(config.mesh.data, config.mesh.expert, config.mesh.tensor)
+
+
+def _tokens(config: Any) -> int:
+    """Tokens of a microbatch on each device: as `meshes` recommends, a whole row at least."""
+    split = config.mesh.data * config.mesh.expert
+    return max(-(-microbatch_rows(config) // split), 1) * row_tokens(config)
+
+
+def _pages(config: Any, model: Model, memory: int, *, learn: bool) -> int:
+    """Pages of the cache on one device."""
+    devices = row_devices(model.mesh)
+    rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
+    most = most_pages(rows // devices, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    pages = cache_pages(config, model, memory, learn=learn)
+    return most if pages is None else min(most, pages // devices)

@@ -1,0 +1,46 @@
+"""Extras bring what they promise, in the versions of the constraints."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def required(extra: str) -> dict[str, Requirement]:
+    """Requirements of an extra, with those of the extras that it names."""
+    found: dict[str, Requirement] = {}
+    for requirement in map(Requirement, EXTRAS[extra]):
+        if requirement.name == "discover_jax":
+            for name in requirement.extras:
+                found |= required(name)
+        else:
+            found[requirement.name] = requirement
+    return found
+
+
+def test_cuda_brings_the_plugin_and_the_kernels():
+    assert required("cuda").keys() == {"jax", "jax-triton", "triton"}
+    assert required("cuda")["jax"].extras == {"cuda13"}
+
+
+def test_the_older_extra_of_the_kernels_still_exists():
+    assert required("kernels").keys() == {"jax-triton", "triton"}
+
+
+@pytest.mark.parametrize("constraints", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+def test_constraints_satisfy_the_extras(constraints):
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", constraints.read_text(), re.MULTILINE))
+    for extra in EXTRAS:
+        for name, requirement in required(extra).items():
+            if name in pins:
+                assert requirement.specifier.contains(pins[name]), (extra, name)
+
+
+def test_documents_need_no_other_extra_for_the_kernels():
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "launch" / "Dockerfile.cuda"]:
+        assert "cuda,kernels" not in page.read_text(), page
