@@ -122,8 +122,6 @@ class Competition:
             raise refuse(f"id_column and target are both {self.id_column!r}; they must differ.")
         if len(set(targets)) < len(targets):
             raise refuse(f"target names a column twice: {', '.join(targets)}.")
-        if several and self.judge is not None:
-            raise refuse("a judge grades whole tables, so target cannot name several columns. Give one of them.")
         if not self.classes:
             return
         columns = tuple(self.class_columns.values())

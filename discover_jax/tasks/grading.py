@@ -81,7 +81,7 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
       single rows are missing if the metric has no `influence`.
     """
     try:
-        table = _parse(submission, answers.text)
+        table = _parse(submission, answers)
         score_on = _by_metric(table, answers, competition.metric) if competition.judge is None else _by_judge(table, answers, competition)
         scored = score_on(answers.held_out) if answers.held_out is not None else None
         selected = score_on(answers.selection) if answers.selection is not None else None
@@ -114,7 +114,7 @@ def scored_rows(submission: bytes, answers: Answers, *, held_out: bool) -> tuple
     table = answers.held_out if held_out else answers.private
     assert table is not None, "asked for only where there are such rows"
     try:
-        return _pairs(_sorted(_parse(submission, answers.text), answers), table, answers)
+        return _pairs(_sorted(_parse(submission, answers), answers), table, answers)
     except _InvalidSubmission as invalid:
         raise ValueError(str(invalid)) from invalid
 
@@ -131,7 +131,7 @@ _ScoreOn = Callable[[pd.DataFrame], _Scored]
 """Scores a submission on one of the tables of answers. It may raise _InvalidSubmission."""
 
 
-def _parse(submission: bytes, text_columns: tuple[str, ...]) -> pd.DataFrame:
+def _parse(submission: bytes, answers: Answers) -> pd.DataFrame:
     if len(submission) > MAX_SUBMISSION_BYTES:
         raise _InvalidSubmission(f"The submission has {len(submission):,} bytes; at most {MAX_SUBMISSION_BYTES:,} are read.")
     try:
@@ -139,9 +139,10 @@ def _parse(submission: bytes, text_columns: tuple[str, ...]) -> pd.DataFrame:
         # Check the header and the first row: pandas takes surplus fields of that row for index columns. It rejects longer rows after it.
         start = itertools.islice((row for row in csv.reader(io.StringIO(text, newline="")) if row), 2)
         width = max((len(row) for row in start), default=0)
-        if width > _MAX_COLUMNS:
-            raise _InvalidSubmission(f"The submission has {width:,} columns; at most {_MAX_COLUMNS:,} are read.")
-        return read_table(submission, text_columns)
+        most = _MAX_COLUMNS + len(answers.submitted) - 1
+        if width > most:
+            raise _InvalidSubmission(f"The submission has {width:,} columns; at most {most:,} are read.")
+        return read_table(submission, answers.text)
     except UnicodeDecodeError as error:
         raise _InvalidSubmission(f"The submission is not UTF-8 text: {error}.") from error
     except (csv.Error, ValueError) as error:  # pandas' ParserError is a ValueError

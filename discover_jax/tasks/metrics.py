@@ -1,5 +1,7 @@
 """scikit-learn metrics for use in competition files. scikit-learn is imported on first use."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from discover_jax.tasks.competition import Metric
@@ -32,6 +34,25 @@ def _root_mean_squared_error(answers_R: np.ndarray, predictions_R: np.ndarray) -
     return float(root_mean_squared_error(answers_R, predictions_R))
 
 
+def _multiclass_log_loss(answers_RC: np.ndarray, predictions_RC: np.ndarray) -> float:
+    return float(_multiclass_losses(answers_RC, predictions_RC).mean())
+
+
+def _multiclass_losses(answers_RC: np.ndarray, predictions_RC: np.ndarray) -> np.ndarray:
+    """-log of the probability of each row's class, after division by the row's sum: -sum_c answers_rc log(p_rc / sum_c p_rc).
+
+    Kaggle's multiclass log loss. Probabilities are cut at float64's epsilon, as scikit-learn does.
+    """
+    p_RC = predictions_RC.astype(np.float64)
+    if p_RC.min() < 0 or p_RC.max() > 1:
+        raise ValueError(f"probabilities must lie in [0, 1]; they go from {p_RC.min()} to {p_RC.max()}")
+    sums_R = p_RC.sum(axis=1, keepdims=True)
+    if not (sums_R > 0).all():
+        raise ValueError(f"{int((sums_R <= 0).sum())} rows have no probability greater than 0")
+    least = np.finfo(np.float64).eps
+    return -(answers_RC * np.log(np.clip(p_RC / sums_R, least, 1 - least))).sum(axis=1)
+
+
 # ---------------------------------------------------------------------- the same metrics on resampled tables; see Metric.resampled
 
 
@@ -57,6 +78,10 @@ def _resampled_log_loss(answers_R: np.ndarray, predictions_R: np.ndarray, counts
     scores_B = _means(_log_losses(answers_R, predictions_R), counts_BR)
     shares_B = _means(classes_R, counts_BR)
     return np.where((shares_B > 0) & (shares_B < 1), scores_B, np.nan)
+
+
+def _resampled_multiclass_log_loss(answers_RC: np.ndarray, predictions_RC: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
+    return _means(_multiclass_losses(answers_RC, predictions_RC), counts_BR)
 
 
 def _log_losses(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
@@ -96,6 +121,11 @@ def _roc_auc_influence(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.n
     return (share_R - score) * np.where(classes_R == 1, 1 / np.mean(classes_R == 1), 1 / np.mean(classes_R == 0))
 
 
+def _multiclass_log_loss_influence(answers_RC: np.ndarray, predictions_RC: np.ndarray) -> np.ndarray:
+    losses_R = _multiclass_losses(answers_RC, predictions_RC)
+    return losses_R - losses_R.mean()
+
+
 def _log_loss_influence(answers_R: np.ndarray, predictions_R: np.ndarray) -> np.ndarray:
     losses_R = _log_losses(answers_R, predictions_R)
     return losses_R - losses_R.mean()
@@ -108,9 +138,57 @@ def _root_mean_squared_error_influence(answers_R: np.ndarray, predictions_R: np.
     return (squares_R - mean) / (2 * np.sqrt(mean)) if mean else np.zeros(len(squares_R))
 
 
+# ---------------------------------------------------------------------- several columns
+
+
+def mean_of_columns(metric: Metric) -> Metric:
+    """The mean of a metric over the columns of `Competition.target`, if it names several.
+
+    Args:
+      metric: of a single column: one of this module, or a user's.
+    """
+
+    def columns(answers_RC: np.ndarray, predictions_RC: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # Cells of different types in one array, as of truth values and numbers, get the type of each column again.
+        for answers_R, predictions_R in zip(answers_RC.T, predictions_RC.T, strict=True):
+            yield _inferred(answers_R), _inferred(predictions_R)
+
+    def function(answers_RC: np.ndarray, predictions_RC: np.ndarray) -> float:
+        return float(np.mean([metric.function(*pair) for pair in columns(answers_RC, predictions_RC)]))
+
+    def resampled(answers_RC: np.ndarray, predictions_RC: np.ndarray, counts_BR: np.ndarray) -> np.ndarray:
+        assert metric.resampled is not None
+        return np.mean([metric.resampled(*pair, counts_BR) for pair in columns(answers_RC, predictions_RC)], axis=0)
+
+    def influence(answers_RC: np.ndarray, predictions_RC: np.ndarray) -> np.ndarray:
+        assert metric.influence is not None
+        # Of a share of correct rows, `metric.influence` is 1 or 0, which is the influence but for the mean.
+        mean_R = np.mean([metric.influence(*pair) for pair in columns(answers_RC, predictions_RC)], axis=0)
+        return mean_R - mean_R.mean()
+
+    return Metric(
+        f"mean {metric.name} of the columns",
+        metric.higher_is_better,
+        function,
+        resampled=None if metric.resampled is None else resampled,
+        influence=None if metric.influence is None else influence,
+    )
+
+
+def _inferred(values_R: np.ndarray) -> np.ndarray:
+    return np.array(values_R.tolist()) if values_R.dtype == object else values_R
+
+
 ACCURACY = Metric("accuracy", higher_is_better=True, function=_accuracy, proportion=True, influence=correct_rows)
 ROC_AUC = Metric(
     "area under the ROC curve", higher_is_better=True, function=_roc_auc, resampled=_resampled_roc_auc, influence=_roc_auc_influence
+)
+MULTICLASS_LOG_LOSS = Metric(
+    "multiclass log loss",
+    higher_is_better=False,
+    function=_multiclass_log_loss,
+    resampled=_resampled_multiclass_log_loss,
+    influence=_multiclass_log_loss_influence,
 )
 LOG_LOSS = Metric("log loss", higher_is_better=False, function=_log_loss, resampled=_resampled_log_loss, influence=_log_loss_influence)
 RMSE = Metric(
