@@ -25,13 +25,14 @@ from discover_jax.execution.limits import GIB
 from discover_jax.kernels.kernel_set import PLATFORMS, find_kernel
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
-from discover_jax.stages import packages_in_prompts, program_limits
+from discover_jax.stages import check_prompts, packages_in_prompts, program_limits, prompt_settings
 from discover_jax.tasks.configured import prepare_tasks, seed_programs
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
+from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import installed_packages
-from discover_jax.types import Grade, Outcome, Verdict
+from discover_jax.types import SEED, Grade, Outcome, Verdict
 
 _PROGRAM = """import pandas as pd
 
@@ -77,10 +78,11 @@ def examine(config: Any, workdir: Path) -> Iterator[Finding]:
     yield from run_check("packages", requirements.check_packages)
     yield from run_check("devices", _devices)
     sizes = yield from run_check("weights", requirements.check_weights, config)
-    yield from run_check("tokenizer", requirements.check_tokenizer, config, sizes)
+    chat = yield from run_check("tokenizer", requirements.check_tokenizer, config, sizes)
     yield from run_check("disk", requirements.check_disk, config, sizes, workdir)
     with tempfile.TemporaryDirectory(prefix="discover_jax-doctor-") as name:
         tasks = yield from run_check("data", _data, config, Path(name))
+        yield from run_check("prompt", _prompts, config, tasks, chat)
         scores = yield from run_check("grader", _graders, tasks)
         yield from run_check("sandbox", _sandbox, config, tasks, scores, Path(name))
 
@@ -126,6 +128,18 @@ def _data(config: Any, folder: Path) -> tuple[str, list[AnyTask]]:
         checked = "checksums match MLE-bench's" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
         texts.append(f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}")
     return "; ".join(texts), tasks
+
+
+def _prompts(config: Any, tasks: list[AnyTask], chat: ChatFormat) -> tuple[str, None]:
+    """Checks the length of the first prompts. The score of a seed program is not known yet."""
+    seeds = {
+        task.id: dataclasses.replace(SEED, code=program, score=0.0)
+        for task, program in zip(tasks, seed_programs(config.task, tasks), strict=True)
+        if program
+    }
+    lengths = check_prompts(tasks, seeds, prompt_settings(config, (), tasks), chat)
+    most = config.sampling.max_prompt_tokens
+    return "; ".join(f"{id}: {length:,} of {most:,} tokens without a program's output" for id, length in lengths.items()), None
 
 
 def _graders(tasks: list[AnyTask]) -> tuple[str, list[float | None]]:

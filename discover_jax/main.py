@@ -26,7 +26,7 @@ from discover_jax.execution.executor import Executor
 from discover_jax.hosts.processes import ALONE, Processes, least
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import device_memory
-from discover_jax.policy import Policy, load_policy
+from discover_jax.policy import Policy, load_chat, load_policy
 from discover_jax.runs.attempts import SEED_PROGRAMS
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.compilations import cache_compilations
@@ -154,7 +154,10 @@ def _prepared(
 
         outputs = Outputs(workdir.outputs_dir)
         seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / SEED_PROGRAMS, outputs)
-        policy = load_policy(config, console.loading)
+        # Before the weights, which take minutes.
+        chat, prompt_settings = load_chat(config), stages.prompt_settings(config, unusable, all_tasks)
+        stages.check_prompts(tasks, seeds, prompt_settings, chat)
+        policy = load_policy(config, console.loading, chat)
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
         sampler = build_sampler(
@@ -184,7 +187,7 @@ def _prepared(
                 recorder.note(warning)
             for name, error in unusable.items():
                 recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")
-        slots_H, prompt_settings = [host["slots"] for host in hosts], stages.prompt_settings(config, unusable, all_tasks)
+        slots_H = [host["slots"] for host in hosts]
         updater = build_update(config, policy.model, optimizer)
         numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
         parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)

@@ -90,11 +90,23 @@ def check_chat_format(config: Any, sizes: ModelConfig) -> ChatFormat:
     return chat
 
 
-def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
+def load_chat(config: Any) -> ChatFormat:
+    """The chat format and tokenizer of the config. Of the weights, it reads only config.json.
+
+    Raises:
+      WeightsError: config.json is missing or damaged.
+      TokenizerError, ConfigError: see `check_chat_format`.
+    """
+    folder = weights_folder(config)
+    return check_chat_format(config, SHAPES[config.model.shape] if folder is None else read_config(folder))
+
+
+def load_policy(config: Any, on_progress: OnProgress | None = None, chat: ChatFormat | None = None) -> Policy:
     """Reads chat format and weights, or draws random weights from the seed, on the devices of `config.mesh`.
 
     Args:
       config: validated.
+      chat: from `load_chat`, if it is already loaded.
       on_progress: called with the bytes read so far and the total.
 
     Raises:
@@ -103,7 +115,7 @@ def load_policy(config: Any, on_progress: OnProgress | None = None) -> Policy:
     """
     folder = weights_folder(config)
     sizes = SHAPES[config.model.shape] if folder is None else read_config(folder)
-    chat = check_chat_format(config, sizes)
+    chat = chat or check_chat_format(config, sizes)
     mesh = mesh_of_run(config.mesh.data, config.mesh.expert, config.mesh.tensor)
     model = build_model(config, sizes, mesh)
     if folder is None:

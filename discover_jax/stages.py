@@ -51,6 +51,7 @@ from discover_jax.text.prompts import (
     PromptSettings,
     asks_for_edits,
     build_prompt,
+    check_prompt,
     choose_inspirations,
     installed_packages,
     program_fits,
@@ -261,6 +262,18 @@ def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> li
         others = choose_inspirations(frontier.archive.states, parent, config.prompt.inspirations)
         groups.append(Group(task, parent, frontier.failures(parent), others, values.get(parent.output, b"")))
     return groups
+
+
+def check_prompts(tasks: Sequence[AnyTask], seeds: Mapping[str, State], settings: PromptSettings, chat: ChatFormat) -> dict[str, int]:
+    """Checks that the first prompts of a run fit, so that it fails before it loads weights. Returns their tokens by competition id.
+
+    Args:
+      seeds: seed programs by competition id; the others start from nothing.
+
+    Raises:
+      CapacityError: a prompt is too long even without output of programs.
+    """
+    return {task.id: check_prompt(task, seeds.get(task.id, SEED), settings, chat) for task in tasks}
 
 
 def write_prompts(run: Run, policy: Policy, groups: Sequence[Group], step: int) -> list[Prompt]:

@@ -25,7 +25,7 @@ from discover_jax.preflight import requirements
 from discover_jax.tasks.task import Task
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["packages", "devices", "weights", "tokenizer", "disk", "data", "grader", "sandbox"]
+NAMES = ["packages", "devices", "weights", "tokenizer", "disk", "data", "prompt", "grader", "sandbox"]
 
 
 def _findings(tmp_path, **changes):
@@ -173,3 +173,11 @@ def test_missing_kernels_of_a_gpu_are_named(monkeypatch):
     monkeypatch.setattr(doctor, "find_kernel", lambda *_: (None, "no jax_triton. Install discover_jax[cuda]."))
     with pytest.raises(ConfigError, match=r"not installed.*many times slower.*discover_jax\[cuda\]"):
         doctor._kernels()
+
+
+def test_a_prompt_that_is_too_long_is_named_before_weights_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_sandbox", lambda *_: ("", None))
+    found = _findings(tmp_path, sampling__max_prompt_tokens=10)
+    assert found["prompt"].ok is False
+    assert re.search(r"config\.sampling\.max_prompt_tokens allows 10\b", found["prompt"].text)
+    assert re.search(r"^digits-parity: \d+ of [\d,]+ tokens", _findings(tmp_path)["prompt"].text)

@@ -20,6 +20,7 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import check_folder
 from discover_jax.policy import check_chat_format, weights_folder
+from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import installed_packages
 
 _OPTIONAL = ("lightgbm", "catboost")
@@ -63,9 +64,9 @@ def check_weights(config: Any) -> tuple[str, ModelConfig]:
     return f"{folder}: {sizes.describe()}, {size / 1e6:,.0f} MB, all tensors present", sizes
 
 
-def check_tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, None]:
+def check_tokenizer(config: Any, sizes: ModelConfig) -> tuple[str, ChatFormat]:
     chat = check_chat_format(config, sizes)
-    return f"{type(chat.tokenizer).__name__}, {chat.tokenizer.vocab_size:,} ids; chat format: {chat.describe()}", None
+    return f"{type(chat.tokenizer).__name__}, {chat.tokenizer.vocab_size:,} ids; chat format: {chat.describe()}", chat
 
 
 def check_disk(config: Any, sizes: ModelConfig, workdir: Path) -> tuple[str, None]:

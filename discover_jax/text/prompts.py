@@ -25,6 +25,10 @@ ANSWERS = ("program", "edits")
 # Distributions that programs may import; the full prompt lists those that are installed.
 PACKAGES = ("numpy", "pandas", "scipy", "scikit-learn", "xgboost", "xgboost-cpu", "lightgbm", "catboost", "statsmodels")
 
+_MOST_FILES = 50
+_COLUMNS_CHARS, _COLUMN_CHARS = 2000, 100
+"""Characters of a table's list of columns, and of a column's name, that a prompt shows. 2,000 are about 700 tokens."""
+
 IDEAS = (
     "feature engineering from what the columns mean",
     "handling of missing values and categories",
@@ -241,12 +245,21 @@ def choose_inspirations(states: Sequence[State], parent: State, count: int) -> l
     return chosen
 
 
+def check_prompt(task: TaskLike, parent: State, settings: PromptSettings, chat: ChatFormat) -> int:
+    """Tokens of the shortest prompt with this parent: without output, error and other programs.
+
+    Raises:
+      CapacityError: it exceeds `settings.max_tokens`.
+    """
+    # With all ideas: at least as long as any prompt that shows only some of them.
+    whole = dataclasses.replace(settings, ideas_shown=0)
+    return len(build_prompt(task, dataclasses.replace(parent, stdout=""), (), whole, chat, group=0, step=0).tokens_P)
+
+
 def program_fits(task: TaskLike, state: State, settings: PromptSettings, chat: ChatFormat) -> bool:
     """Whether a state can be a parent: whether a prompt with its program but no output or error fits `settings.max_tokens`."""
     try:
-        # With all ideas: at least as long as any prompt that shows only some of them.
-        whole = dataclasses.replace(settings, ideas_shown=0)
-        build_prompt(task, dataclasses.replace(state, stdout=""), (), whole, chat, group=0, step=0)
+        check_prompt(task, state, settings, chat)
     except CapacityError:
         return False
     return True
@@ -319,7 +332,7 @@ def _request(
     direction = _direction(task.metric.higher_is_better)
     parts = [f"# {'Problem' if task.interface else 'Competition'}: {task.id}\n\n{task.description}"]
     if task.files:
-        parts.append("# Files in `data/`\n\n" + "\n".join(map(_describe_file, task.files)))
+        parts.append("# Files in `data/`\n\n" + _describe_files(task.files))
     if task.interface:
         parts.append(f"# Evaluation\n\nSolutions are scored by {task.metric.name}; {direction} is better. Best known: {task.leaderboard}.")
     else:
@@ -364,10 +377,27 @@ def _consider(ideas: tuple[str, ...]) -> str:
     return f" Consider: {', '.join(ideas)}." if ideas else ""
 
 
+def _describe_files(files: Sequence[_FileLike]) -> str:
+    """A line for each file; long lists of files and columns are shortened in the middle."""
+    lines = [_describe_file(file) for file in files]
+    return "\n".join(_shortened(lines, _MOST_FILES, "- ... {:,} more files ..."))
+
+
 def _describe_file(file: _FileLike) -> str:
     if file.rows is None:
         return f"- {file.name}"
-    return f"- {file.name}: {file.rows:,} rows, {len(file.columns)} columns: {', '.join(file.columns)}"
+    columns = [name if len(name) <= _COLUMN_CHARS else f"{name[: _COLUMN_CHARS - 3]}..." for name in file.columns]
+    fit = len(columns) if len(", ".join(columns)) <= _COLUMNS_CHARS else _COLUMNS_CHARS // (2 + max(map(len, columns)))
+    return f"- {file.name}: {file.rows:,} rows, {len(columns):,} columns: {', '.join(_shortened(columns, fit, '... {:,} more ...'))}"
+
+
+def _shortened(items: list[str], most: int, mark: str) -> list[str]:
+    """At most about `most` of the items: the first three quarters and the last quarter, and a mark with the number left out."""
+    if len(items) <= most:
+        return items
+    head = max(1, most * 3 // 4)
+    tail = max(1, most - head)
+    return [*items[:head], mark.format(len(items) - head - tail), *items[-tail:]] if len(items) > head + tail else items
 
 
 def _error(recent_failures: Sequence[Attempt], task: TaskLike) -> str:

@@ -14,7 +14,7 @@ from tiny_run import unbroken
 
 from discover_jax import config as settings
 from discover_jax import main
-from discover_jax.exceptions import RunError
+from discover_jax.exceptions import CapacityError, RunError
 from discover_jax.execution import sandbox
 from discover_jax.runs.console import QuietConsole
 
@@ -54,3 +54,12 @@ def test_source_with_an_altered_checkpoint_is_refused(root, graded, tmp_path, mo
         path.write_text(json.dumps(content))
     with pytest.raises(RunError, match="checksum"):
         start(root, tmp_path / "run", source, reward="holdout")
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(root, graded, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(main, "load_policy", lambda *_: pytest.fail("weights were loaded before the prompt was checked"))
+    config = get_config(str(root / "model"))
+    config.sampling.max_prompt_tokens = 2
+    with pytest.raises(CapacityError, match=r"config\.sampling\.max_prompt_tokens allows 2\b"):
+        main.run(settings.validate(config), tmp_path / "run", console=QuietConsole())

@@ -16,6 +16,7 @@ from discover_jax.text.prompts import (
     asks_for_edits,
     brief_text,
     build_prompt,
+    check_prompt,
     choose_inspirations,
     installed_packages,
     program_fits,
@@ -334,3 +335,43 @@ def test_inspirations_differ_from_the_parent_and_from_each_other():
     assert [state.id for state in choose_inspirations(states, PARENT, 5)] == ["o3", "o6"]
     assert [state.id for state in choose_inspirations(states, PARENT, 1)] == ["o3"]
     assert choose_inspirations(states, PARENT, 0) == []
+
+
+def wide(count: int, name: str = "feature {}") -> tuple[str, ...]:
+    return ("id", *(name.format(number) for number in range(count)), "sinks")
+
+
+@pytest.mark.parametrize("names", [wide(1000), wide(100_000, "f{}"), wide(60, "x" * 500 + "{}"), wide(1000, "Größe {}")])
+def test_column_lists_of_wide_tables_are_shortened_in_the_middle(chat, names):
+    task = Task(files=(File("train.csv", 1200, names), File("test.csv", 30, names[:-1])))
+    prompt = build_prompt(task, SEED, (), PromptSettings("full", 100_000), chat, 0, 0)
+    lines = [line for line in prompt.text.splitlines() if line.startswith("- t")]
+    for line, shown in zip(lines, (names, names[:-1]), strict=True):
+        assert len(line) < 2200
+        heading, columns = re.fullmatch(r"- \w+\.csv: [\d,]+ rows, ([\d,]+) columns: (.*)", line).groups()
+        assert heading == f"{len(shown):,}"
+        head, count, tail = re.fullmatch(r"(.*), \.\.\. ([\d,]+) more \.\.\., (.*)", columns).groups()
+        assert head.startswith("id, ")
+        assert tail.removesuffix("...").endswith(shown[-1][:97])
+        assert head.count(", ") + 1 + int(count.replace(",", "")) + tail.count(", ") + 1 == len(shown)
+
+
+def test_ordinary_column_lists_are_whole(chat):
+    names = wide(120)
+    prompt = build_prompt(Task(files=(File("train.csv", 1200, names),)), SEED, (), PromptSettings("full", 100_000), chat, 0, 0)
+    assert ", ".join(names) in prompt.text
+
+
+def test_long_lists_of_files_are_shortened(chat):
+    files = (File("train.csv", 1200, ("id", "sinks")), *(File(f"images/{number}.png", None, ()) for number in range(10_000)))
+    text = build_prompt(Task(files=files), SEED, (), PromptSettings("full", 100_000), chat, 0, 0).text
+    assert "- train.csv: 1,200 rows" in text
+    assert "- ... 9,951 more files ...\n" in text
+    assert "- images/9999.png" in text
+
+
+def test_first_prompts_are_checked(chat):
+    length = check_prompt(Task(), SEED, PromptSettings("full", 100_000), chat)
+    assert length == len(build_prompt(Task(), SEED, (), PromptSettings("full", 100_000), chat, 0, 0).tokens_P)
+    with pytest.raises(CapacityError, match=r"config\.sampling\.max_prompt_tokens"):
+        check_prompt(Task(), SEED, PromptSettings("full", length - 1), chat)
