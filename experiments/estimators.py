@@ -269,6 +269,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="also write a row per step of each run to this file")
     parser.add_argument("--summary", action="store_true", help="only print the table of the existing runs")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps must be at least 2, because collapse is measured from the second step on; got {arguments.steps}.")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.summary:
         run_all(runs_of_cells(arguments), arguments)

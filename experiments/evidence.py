@@ -218,16 +218,17 @@ def known(found: dict[str, dict[float, dict[str, Any]]], measure: str) -> bool:
     return all(row.get(measure, "") != "" for runs in found.values() for row in runs.values())
 
 
-def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str]) -> None:
-    """Prints each setting's measures and their paired differences to `base`."""
+def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str], only_differences: bool) -> None:
+    """Prints each setting's measures, or only those of `base`, and the paired differences to `base`."""
     others = [name for name in found if name != base]
+    shown = [base] if only_differences else list(found)
     pairs = {name: len(found[name].keys() & found[base].keys()) for name in others}
-    print(f"\n| | {' | '.join([*found, *(f'{name} minus {base} ({count} seeds)' for name, count in pairs.items())])} |")
-    print("|---" * (1 + len(found) + len(others)) + "|")
+    print(f"\n| | {' | '.join([*shown, *(f'{name} minus {base} ({count} seeds)' for name, count in pairs.items())])} |")
+    print("|---" * (1 + len(shown) + len(others)) + "|")
     for measure, told in measures.items():
         if not known(found, measure):
             continue
-        cells = [interval([row[measure] for row in runs.values()]) for runs in found.values()]
+        cells = [interval([row[measure] for row in found[name].values()]) for name in shown]
         for name in others:
             cells.append(interval(differences(found[name], found[base], measure), signed=True))
         print(f"| {told} | {' | '.join(cells)} |")
@@ -322,13 +323,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="number of steps to use of each run; 0: as many as the longest run has")
     parser.add_argument("--any_length", action="store_true", help="use all steps of each run, whatever its length")
     parser.add_argument("--base", default="", help="the setting to compare with; default: the first without learning")
+    parser.add_argument("--differences", action="store_true", help="print the values of the base only, and the differences to it")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     arguments = parser.parse_args()
     if arguments.runs is not None:
         collect(arguments.runs, arguments.csv, None if arguments.any_length else arguments.steps)
     base = arguments.base or next(name for name in by_setting(arguments.csv / "runs.csv") if name.endswith("-none"))
     for comparison in comparisons(arguments.csv, base):
-        compare(*comparison)
+        compare(*comparison, arguments.differences)
     if arguments.plots is not None:
         draw(arguments.csv, base, arguments.plots)
 

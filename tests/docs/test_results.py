@@ -28,10 +28,12 @@ def output(*command: str) -> str:
     "command",
     [
         ("experiments/evidence.py", "--csv=experiments/evidence"),
-        ("experiments/evidence.py", "--csv=experiments/objectives"),
+        ("experiments/evidence.py", "--csv=experiments/objectives", "--differences"),
+        ("experiments/evidence.py", "--csv=experiments/objectives/digits", "--differences"),
         ("experiments/real_model.py",),
         ("experiments/replay.py", "--csv=experiments/selection/replay.csv"),
         ("experiments/replay.py", "--csv=experiments/objectives/replay.csv"),
+        ("experiments/replay.py", "--csv=experiments/objectives/digits/replay.csv"),
     ],
     ids=lambda command: "-".join(Path(argument).name for argument in command),
 )
