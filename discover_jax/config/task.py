@@ -15,7 +15,7 @@ TASK: dict[str, Any] = {
     "raw": Setting(
         "",
         "path of the competition's raw data (CSV or zip); empty for a problem, and for a competition that includes its data. One path for"
-        " each competition or problem, separated by commas",
+        " each competition or problem, separated by commas; with several, write a comma within a path as `\\,`",
         tier=1,
     ),
     "seed_program": Setting(

@@ -1,5 +1,6 @@
 """The tasks that config.task names, and the programs from which their searches start."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def prepare_tasks(settings: Any, *, folder: Path, seed: int) -> list[AnyTask]:
     """The tasks of a run.
 
     Args:
-      settings: config.task. Commas separate several competitions, and their raw data in the same order.
+      settings: config.task. Commas separate several competitions, and their raw data in the same order; see `named_competitions`.
       folder: of the only task, or parent of one folder per task.
       seed: see `prepare_task`.
 
@@ -68,17 +69,30 @@ def _check_effects(settings: Any, definitions: Sequence[Competition | Problem]) 
 def named_competitions(settings: Any) -> list[tuple[str, str]]:
     """The competitions in config.task, each with the path of its raw data; "" for a competition that brings its own.
 
+    A comma in a path is written as `\\,`. In the only competition's path of raw data, it may stand as it is.
+
     Raises:
       ConfigError: the number of raw data paths differs from that of competitions.
     """
-    names = [name.strip() for name in settings.competition.split(",")]
-    raws = [raw.strip() for raw in settings.raw.split(",")] if settings.raw else [""] * len(names)
+    names = _listed(settings.competition)
+    raws = _listed(settings.raw, len(names)) if settings.raw else [""] * len(names)
     if len(raws) != len(names):
         raise ConfigError(
             f"config.task.raw = {settings.raw!r} has {len(raws)} paths for {len(names)} competitions and problems. Give one for"
-            " each, separated by commas. Leave it empty for a problem, and for a competition that brings its own data."
+            " each, separated by commas. Leave it empty for a problem, and for a competition that brings its own data. Write a comma that"
+            " belongs to a path as '\\,'."
         )
     return list(zip(names, raws, strict=True))
+
+
+def _listed(text: str, count: int = 0) -> list[str]:
+    """The entries of a list that commas separate, without spaces around them; `\\,` is a comma within an entry.
+
+    Args:
+      count: number of entries, if it is known: the only entry may contain commas as they are.
+    """
+    entries = [text] if count == 1 else re.split(r"(?<!\\),", text)
+    return [entry.strip().replace("\\,", ",") for entry in entries]
 
 
 def seed_programs(settings: Any, tasks: Sequence[AnyTask]) -> list[str]:
@@ -93,11 +107,11 @@ def seed_programs(settings: Any, tasks: Sequence[AnyTask]) -> list[str]:
     """
     if not settings.seed_program:
         return [task.problem.seed_program if isinstance(task, ProblemTask) else "" for task in tasks]
-    paths = [path.strip() for path in settings.seed_program.split(",")]
+    paths = _listed(settings.seed_program, len(tasks))
     if len(paths) != len(tasks):
         raise ConfigError(
             f"config.task.seed_program = {settings.seed_program!r} has {len(paths)} paths for {len(tasks)} competitions and problems. Give"
-            " one for each, separated by commas."
+            " one for each, separated by commas. Write a comma that belongs to a path as '\\,'."
         )
     try:
         return [Path(path).expanduser().read_text() if path else "" for path in paths]
