@@ -22,6 +22,7 @@ _CONFIG_NAMES = {
     "judge": "config.task.grader",
     "reuse_output": "config.task.reuse_output",
     "definition_sha256": "SHA-256 of the definition's file",
+    "helpers_sha256": "SHA-256 of the modules beside the definition's file",
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from discover_jax.exceptions import ConfigError, DataError
 from discover_jax.tasks import mle_bench
 from discover_jax.tasks.competition import Competition
+from discover_jax.tasks.helper_modules import Helper, find_helpers, helpers_digest, make_importable
 from discover_jax.tasks.problem import Problem
 
 _COMPETITIONS = "discover_jax.tasks.competitions"
@@ -43,10 +44,12 @@ def locate_definition(name: str) -> tuple[str, str]:
 
     Returns:
       For a file, its absolute path; otherwise `name`. Then the sha256 of the bytes of a file or of a built-in problem's modules, so that
-      scores of another verifier are not taken for its own; otherwise "".
+      scores of another verifier are not taken for its own; otherwise "". If a file imports modules beside it, "+" and a hash of these
+      follow; see `helper_modules`.
 
     Raises:
       ConfigError: neither a known name nor a .py file.
+      DataError: a module beside the file cannot be read.
     """
     if name in _BUILT_IN and _BUILT_IN[name][0].startswith(_PROBLEMS):
         digest = hashlib.sha256()
@@ -61,7 +64,7 @@ def locate_definition(name: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".py":
         path = path.resolve()
-        return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        return str(path), _file_digest(code := path.read_bytes(), _helpers(path, code))
     if path.suffix == ".py":
         problem = "the file does not exist."
     elif path.is_file():
@@ -96,9 +99,12 @@ def load_definition(source: str, digest: str) -> Definition:
         raise DataError(
             f"The task's file {path} cannot be read ({error}). Restore it at the place where it was when the run started."
         ) from error
-    if hashlib.sha256(code).hexdigest() != digest:
-        raise DataError(f"The task's file {path} changed during the run. Restore the old file, or start a run in a new folder.")
-    module = _execute(path, code, f"discover_jax_task_{digest[:16]}")
+    helpers = _helpers(path, code)
+    if _file_digest(code, helpers) != digest:
+        beside = f", or a module beside it ({', '.join(sorted(helpers))})," if helpers else ""
+        raise DataError(f"The task's file {path}{beside} changed during the run. Restore the old file, or start a run in a new folder.")
+    make_importable(helpers, path)
+    module = _execute(path, code, "discover_jax_task_" + digest[:16] + digest[64:81].replace("+", "_"))
     found = {name: getattr(module, name) for name in ("COMPETITION", "PROBLEM") if hasattr(module, name)}
     if len(found) == 1:
         (definition,) = found.values()
@@ -109,6 +115,18 @@ def load_definition(source: str, digest: str) -> Definition:
         f"{path} must define either COMPETITION, a discover_jax.tasks.competition.Competition, or PROBLEM, a"
         f" discover_jax.tasks.problem.Problem; found {listed}. docs/own_competition.md and docs/own_problem.md show one of each."
     )
+
+
+def _helpers(path: Path, code: bytes) -> dict[str, Helper]:
+    try:
+        return find_helpers(path, code)
+    except OSError as error:
+        raise DataError(f"A module beside the task's file {path} cannot be read: {error}.") from error
+
+
+def _file_digest(code: bytes, helpers: dict[str, Helper]) -> str:
+    beside = helpers_digest(helpers)
+    return hashlib.sha256(code).hexdigest() + (f"+{beside}" if beside else "")
 
 
 def load_competition(source: str, digest: str) -> Competition:

@@ -20,7 +20,7 @@ from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.holdout import hold_out_part, make_folds
 from discover_jax.tasks.loading import load_definition, locate_definition
 from discover_jax.tasks.own_files import own_files
-from discover_jax.tasks.prepared_folder import TEXT_ENTRIES, fingerprint, prepared_record
+from discover_jax.tasks.prepared_folder import TEXT_ENTRIES, definition_digests, fingerprint, prepared_record
 from discover_jax.tasks.prepared_tables import check_ids, check_tables, describe_tables, text_columns, warn_of_types
 from discover_jax.tasks.problem import Problem
 from discover_jax.tasks.problem_task import ProblemTask, problem_settings, write_public
@@ -172,7 +172,7 @@ def _settings(
     return {
         "format": _FORMAT,
         "competition": definition.id,
-        "definition_sha256": digest,
+        **definition_digests(digest),
         "id_column": definition.id_column,
         "target": definition.target if isinstance(definition.target, str) else json.dumps(definition.target),
         "metric": definition.metric.name,

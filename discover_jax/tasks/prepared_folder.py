@@ -12,6 +12,8 @@ from discover_jax.exceptions import DataError
 from discover_jax.files import storage_remedy
 
 _RECORD = "prepared.json"
+HELPERS = "helpers_sha256"
+"""Name of the setting for the modules beside a definition's file."""
 TEXT_ENTRIES = ("text_answers", "text_predictions")
 """Entries of the record for `answers.TextColumns`."""
 
@@ -90,7 +92,7 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     differences = [
         f"{key}: {recorded.get(key, 'absent')!r} there, {settings.get(key, 'absent')!r} now"
         for key in sorted(recorded.keys() | settings.keys())
-        if recorded.get(key) != settings.get(key)
+        if recorded.get(key) != settings.get(key) and not (key == HELPERS and key not in recorded)  # earlier versions did not record it
     ]
     if differences:
         raise DataError(f"{folder} was prepared with other settings ({'; '.join(differences)}). {again}")
@@ -99,6 +101,12 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if changed:
         raise DataError(f"Files in {folder} were changed, added or removed since it was prepared: {', '.join(changed)}. {again}")
     return record
+
+
+def definition_digests(digest: str) -> dict[str, str]:
+    """The settings for a digest of `loading.locate_definition`."""
+    definition, _, helpers = digest.partition("+")
+    return {"definition_sha256": definition, **({HELPERS: helpers} if helpers else {})}
 
 
 def fingerprint(record: dict[str, Any]) -> str:

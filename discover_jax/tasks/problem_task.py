@@ -7,6 +7,7 @@ from pathlib import Path
 from discover_jax.tasks.competition import Threshold
 from discover_jax.tasks.interval import Interval, no_interval
 from discover_jax.tasks.loading import load_problem
+from discover_jax.tasks.prepared_folder import definition_digests
 from discover_jax.tasks.problem import Evaluation, Problem, Program
 from discover_jax.tasks.rewards import TRANSFORMS, Score, reward_of, signals_of
 from discover_jax.tasks.task import Disclosure, TaskFile
@@ -165,7 +166,7 @@ def problem_settings(problem: Problem, digest: str, version: int) -> dict[str, s
         **reuse,
         "format": version,
         "problem": problem.id,
-        "definition_sha256": digest,
+        **definition_digests(digest),
         "score_name": problem.score_name,
         "higher_is_better": problem.higher_is_better,
         "transform": problem.transform,
