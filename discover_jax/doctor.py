@@ -125,7 +125,7 @@ def _data(config: Any, folder: Path) -> tuple[str, list[AnyTask]]:
             needed = f"; programs may need {', '.join(installed_packages(task.packages))}" if task.packages else ""
             texts.append(f"{task.id}: a problem, checked by its evaluate(){needed}")
             continue
-        checked = "checksums match MLE-bench's" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
+        checked = "checksums match the definition's" if task.competition.prepared_md5 and task.reward_source == "grade" else "prepared"
         texts.append(f"{task.id}: {', '.join(f'{file.name} {file.rows:,} rows' for file in task.files if file.rows)}, {checked}")
     return "; ".join(texts), tasks
 
@@ -149,25 +149,37 @@ def _graders(tasks: list[AnyTask]) -> tuple[str, list[float | None]]:
 
 
 def _grader(task: Task) -> tuple[str, float]:
-    """Grades three submissions with known results: the sample, the answers, and the sample without its last row.
+    """Grades three submissions with known results: the sample, a perfect one, and the sample without its last row.
 
-    With several splits of the data, the sample and the answers are graded on each.
+    With several splits of the data, the sample and the perfect submission are graded on each.
     """
     samples = [(shown / "sample_submission.csv").read_bytes() for shown in task.public_dirs]
-    answers = [task.answers_as_submission(run) for run in range(len(task.splits))]
-    grade, perfect = (_combined(task, submissions) for submissions in (samples, answers))
-    if grade.score is None or grade.private_score is None or perfect.score is None:
-        raise DataError(f"The grader rejects the sample submission or the answers: {grade.reason or perfect.reason}")
+    grade, perfect = _combined(task, samples), _perfect(task)
+    if grade.score is None or grade.private_score is None:
+        raise DataError(f"The grader rejects the sample submission: {grade.reason}")
     known = task.competition.sample_score
     if known is not None and not math.isclose(grade.private_score, known, abs_tol=1e-5):
         raise DataError(f"The sample submission scores {grade.private_score:.5f}; expected {known:.5f}.")
-    if task.reward(perfect.score) <= task.reward(grade.score):
-        raise DataError(
-            f"The answers score {perfect.score:.5f}, no better than the sample's {grade.score:.5f}. Check the metric's direction."
-        )
-    if task.grade(samples[-1][: samples[-1].rstrip().rfind(b"\n") + 1]).valid:
+    if perfect is not None and task.reward(perfect) <= task.reward(grade.score):
+        raise DataError(f"The answers score {perfect:.5f}, no better than the sample's {grade.score:.5f}. Check the metric's direction.")
+    answers = "answers not graded: the metric does not take them as predictions" if perfect is None else f"answers {perfect:.5f}"
+    shorter = task.grade(samples[-1][: samples[-1].rstrip().rfind(b"\n") + 1]).valid
+    if shorter and task.competition.judge is None:
         raise DataError("The grader accepts a submission without its last row. Check that it requires every row.")
-    return f"sample {grade.score:.5f}, answers {perfect.score:.5f}; rejects a submission without its last row", grade.score
+    rows = "accepts" if shorter else "rejects"
+    return f"sample {grade.score:.5f}, {answers}; {rows} a submission without its last row", grade.score
+
+
+def _perfect(task: Task) -> float | None:
+    """The score of the answers as predictions. None if the metric does not take them.
+
+    They are the labels; or, if the sample submission predicts something else, the better of labels and probabilities.
+    """
+    scores = []
+    for probabilities in (False,) if task.sample_has_labels else (False, True):
+        submissions = [task.answers_as_submission(run, probabilities=probabilities) for run in range(len(task.splits))]
+        scores.append(_combined(task, submissions).score)
+    return max((score for score in scores if score is not None), key=task.reward, default=None)
 
 
 def _combined(task: Task, submissions: list[bytes]) -> Grade:

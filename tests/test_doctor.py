@@ -1,6 +1,7 @@
 """The doctor on a working machine, and with one fault at a time."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,13 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from discover_jax import config as settings
 from discover_jax import doctor
 from discover_jax.config import validate
-from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.exceptions import ConfigError, DataError, RunError
 from discover_jax.models import folder as folders
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.policy import APPRENTICE
 from discover_jax.preflight import requirements
+from discover_jax.tasks.prepare import prepare_task
 from discover_jax.tasks.task import Task
 
 ROOT = Path(__file__).parents[1]
@@ -181,3 +184,84 @@ def test_a_prompt_that_is_too_long_is_named_before_weights_are_loaded(tmp_path, 
     assert found["prompt"].ok is False
     assert re.search(r"config\.sampling\.max_prompt_tokens allows 10\b", found["prompt"].text)
     assert re.search(r"^digits-parity: \d+ of [\d,]+ tokens", _findings(tmp_path)["prompt"].text)
+
+
+METRICS = {
+    "ROC AUC": ("metrics.ROC_AUC", "identity"),
+    "log loss": ("metrics.LOG_LOSS", "negate"),
+    "Brier score": (
+        "Metric('Brier score', higher_is_better=False, function=lambda a, p: float((((a == sorted(set(a))[-1]) - p) ** 2).mean()))",
+        "negate",
+    ),
+}
+_LABELLED = """
+import pandas as pd
+from discover_jax.tasks import metrics
+from discover_jax.tasks.competition import Competition, Metric
+
+
+def prepare(raw, public, private):
+    rows = pd.DataFrame({{"id": range(60), "x": range(60), "y": [[{labels}][n % 3 % 2] for n in range(60)]}})
+    rows[:40].to_csv(public / "train.csv", index=False)
+    rows[40:][["id", "x"]].to_csv(public / "test.csv", index=False)
+    rows[40:][["id"]].assign(y=0.5).to_csv(public / "sample_submission.csv", index=False)
+    rows[40:].to_csv(private / "test.csv", index=False)
+
+
+COMPETITION = Competition(
+    id="labels", description="y", id_column="id", target="y", metric={metric}, transform="{transform}", failure_reward=-100.0,
+    prepare=prepare,
+)
+"""
+
+
+def _labelled(tmp_path, labels, metric, transform, **options):
+    path = tmp_path / "labels.py"
+    path.write_text(_LABELLED.format(labels=labels, metric=metric, transform=transform))
+    return prepare_task(str(path), raw=None, folder=tmp_path / "task", **({"reward": "grade"} | options))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("labels", ["'no', 'yes'", "'yes', 'no'", "0, 1", "1, 2", "-1, 1", "True, False", "'B', 'A'"])
+def test_perfect_predictions_of_two_classes(tmp_path, labels, metric):
+    text, score = doctor._grader(_labelled(tmp_path, labels, *METRICS[metric]))
+    assert score == pytest.approx({"ROC AUC": 0.5, "log loss": 0.69315, "Brier score": 0.25}[metric])
+    perfect = re.search(r"answers ([\d.-]+);", text)
+    assert float(perfect[1]) == (1.0 if metric == "ROC AUC" else 0.0)
+
+
+@pytest.mark.parametrize("options", [{"holdout_folds": 3}, {"holdout_fraction": 0.3}])
+def test_perfect_predictions_of_held_out_rows(tmp_path, options):
+    task = _labelled(tmp_path, "'no', 'yes'", "metrics.ROC_AUC", "identity", reward="holdout", **options)
+    assert "answers 1.00000" in doctor._grader(task)[0]
+
+
+def test_a_metric_that_takes_no_answers_is_not_checked_by_them(tmp_path):
+    metric = "Metric('distance', higher_is_better=False, function=lambda a, p: float(p.sum() / 0.5) if p.max() <= 0.5 else 1 / 0)"
+    text, _ = doctor._grader(_labelled(tmp_path, "'a', 'b'", metric, "negate"))
+    assert "answers not graded" in text
+
+
+@pytest.mark.parametrize("labels", ["'no', 'yes'", "0, 1", "1, 2"])
+@pytest.mark.parametrize(("metric", "sample"), [("ROC_AUC", "0.5"), ("ACCURACY", "rows.y[0]")])
+def test_a_wrong_direction_is_still_found(tmp_path, monkeypatch, labels, metric, sample):
+    monkeypatch.setitem(globals(), "_LABELLED", _LABELLED.replace("y=0.5", f"y={sample}"))
+    metric = f"Metric('score', higher_is_better=False, function=metrics.{metric}.function)"
+    with pytest.raises(DataError, match="no better than the sample"):
+        doctor._grader(_labelled(tmp_path, labels, metric, "negate"))
+
+
+@pytest.mark.parametrize("id", ["mine", "mlebench-like"])
+def test_checksums_of_a_users_competition_are_its_own(tmp_path, id):
+    """No word of MLE-bench, whose competition it is not."""
+    path = tmp_path / "labels.py"
+    path.write_text(_LABELLED.format(labels="0, 1", metric="metrics.ROC_AUC", transform="identity"))
+    prepared = prepare_task(str(path), raw=None, reward="grade", folder=tmp_path / "task")
+    digest = hashlib.md5((prepared.folder / "public" / "train.csv").read_bytes(), usedforsecurity=False).hexdigest()
+    changed = path.read_text().replace('id="labels"', f'id="{id}", prepared_md5={{"public/train.csv": "{digest}"}}')
+    path.write_text(changed)
+    config = settings.default_config()
+    config.task.competition, config.task.reward = str(path), "grade"
+    text, _ = doctor._data(config, tmp_path / "doctor")
+    assert "checksums match the definition's" in text
+    assert "MLE" not in text

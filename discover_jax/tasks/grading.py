@@ -185,15 +185,29 @@ def _one_hot(table: pd.DataFrame, answers: Answers) -> np.ndarray:
     return (labels_R1 == np.array([label for label, _ in answers.classes], object)).astype(np.float64)
 
 
-def perfect_submission(answers: Answers) -> bytes:
-    """The answers as a submission: the labels, or 1 for the class of each row and 0 for the others."""
+def perfect_submission(answers: Answers, *, probabilities: bool = False) -> bytes:
+    """The answers as a submission: the labels, or 1 for the class of each row and 0 for the others.
+
+    Args:
+      probabilities: replace two labels by 0 and 1, in the order in which metrics such as log loss and ROC AUC sort classes.
+    """
     table = pd.concat(answers.tables)
     if not answers.id_column:
         return table.to_csv(index=False).encode()
+    if probabilities:
+        two = [column for column in answers.submitted if column in table and table[column].nunique() == 2]
+        table = table.assign(**{column: (table[column] == sorted(table[column].unique())[1]).astype(float) for column in two})
     if answers.classes:
         predictions = pd.DataFrame(_one_hot(table, answers), columns=list(answers.submitted), index=table.index)
         table = pd.concat([table[[answers.id_column]], predictions], axis=1)
     return table[[answers.id_column, *answers.submitted]].to_csv(index=False).encode()
+
+
+def has_labels(data: bytes, answers: Answers) -> bool:
+    """Whether a submission predicts labels that occur in the answers."""
+    submission, labels = read_table(data, answers.text), pd.concat(answers.tables)
+    columns = [column for column in answers.submitted if column in labels and column in submission]
+    return bool(columns) and all(set(submission[column]) <= set(labels[column]) for column in columns)
 
 
 def _by_judge(submission: pd.DataFrame, answers: Answers, competition: Competition) -> _ScoreOn:

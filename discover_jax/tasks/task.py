@@ -235,13 +235,22 @@ class Task:
         rows = row_results.joined([results for _, _, results in scored])
         return Grade(valid=True, reason="", score=round(score, 5), private_score=grades[-1].private_score, rows=rows)
 
-    def answers_as_submission(self, run: int = -1) -> bytes:
+    def answers_as_submission(self, run: int = -1, *, probabilities: bool = False) -> bytes:
         """The answers as a perfect submission of a run, by default the last. For checks of the grader, never for programs.
+
+        Args:
+          run: index into `splits`.
+          probabilities: see `grading.perfect_submission`.
 
         Raises:
           DataError: see `grade`.
         """
-        return grading.perfect_submission(self._answers(run))
+        return grading.perfect_submission(self._answers(run), probabilities=probabilities)
+
+    @property
+    def sample_has_labels(self) -> bool:
+        """Whether the sample submission predicts labels that occur in the answers. If not, these may be probabilities."""
+        return grading.has_labels((self.public_dir / "sample_submission.csv").read_bytes(), self._answers(-1))
 
     def _answers(self, run: int) -> grading.Answers:
         split, competition = self.splits[run], self.competition
