@@ -104,7 +104,7 @@ def check(spec: SandboxSpec, hidden: Iterable[Path]) -> None:
 def _namespace(pid: int) -> int | None:
     """The pid namespace of a host process; None if the process has ended (reaped or not) or may not be inspected."""
     try:
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+        if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X"):  # the name may be no text
             return None
         return os.stat(f"/proc/{pid}/ns/pid").st_ino
     except OSError:

@@ -7,6 +7,7 @@ rejects the solution.
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
 import pickle
@@ -34,6 +35,7 @@ _HIDDEN_DETAIL = 200
 """Characters of an error that are kept where inputs are hidden: an error may tell them."""
 _TRIES = 2
 """How often a solution is checked if the process that checks it ends: once more, because the host may have ended it."""
+_log = logging.getLogger(__name__)
 _OUT_OF_STEP = 70
 """Exit code of a process whose connection failed in the middle of a message."""
 
@@ -224,6 +226,7 @@ class Evaluators:
         self._children = children.Children()
         self._program_seconds, self._start_seconds = program_seconds, start_seconds
         self._free = self._children.warm_slots(slots, "evaluation", main, tasks_bytes)
+        self._have_accepted: set[int] = set()  # tasks
 
     def verdict(self, number: int, task: EvaluatedTask, program: str, slot: Slot, parent_output: bytes = b"") -> Verdict:
         """Runs a program's functions as `evaluate` asks for, and returns the verdict.
@@ -235,7 +238,7 @@ class Evaluators:
           parent_output: see `Load`.
 
         Raises:
-          GradingError: see `check`.
+          GradingError: see `check`; only if `evaluate` has not accepted any solution before. Otherwise, it rejects this one.
           SandboxError: the host failed, or the executor was closed.
         """
         options = {"seconds": self._program_seconds, "hidden": task.hidden_inputs, "parent_output": parent_output}
@@ -246,7 +249,14 @@ class Evaluators:
                 try:
                     result = self._result(evaluator, session, task.evaluate_seconds)
                     if result is not None:
+                        if result.evaluation is not None:
+                            self._have_accepted.add(number)
                         return session.verdict(result)
+                except GradingError as error:
+                    if number not in self._have_accepted:
+                        raise
+                    _log.warning("%s It has accepted other solutions, so this one is rejected.", error)
+                    return session.verdict(_rejected(str(error)))
                 finally:
                     session.end()
             tries += 1

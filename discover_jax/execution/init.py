@@ -1,8 +1,8 @@
 """Runs as pid 1 inside a sandbox: starts the script in a child, reaps orphans, and ends with the child.
 
 Started as `python init.py SCRIPT ARGUMENT`. The kernel kills pid 1 with the worker, and the whole sandbox with pid 1. Code of a program
-in pid 1 could undo that: a thread that calls exec leaves the parent's death signal behind. So no program runs in pid 1, and pid 1 makes itself
-not dumpable: although it has the program's uid, the kernel then refuses its memory (/proc/1/mem), as it refuses ptrace.
+in pid 1 could undo that: a thread that calls exec leaves the parent's death signal behind. So no program runs in pid 1, and pid 1 makes
+itself not dumpable: although it has the program's uid, the kernel then refuses its memory (/proc/1/mem), as it refuses ptrace.
 
 Uses only the standard library. It imports little, since a copy of it stays in memory until the sandbox ends.
 """

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import os
 import queue
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from discover_jax.execution import bubblewrap, canary, memory, sandbox, summary, worker
+from discover_jax.exceptions import SandboxError
+from discover_jax.execution import bubblewrap, canary, memory, quarantine, sandbox, summary, worker
 from discover_jax.execution.admission import Admission
-from discover_jax.execution.backend import End, Execute, Load, Request, ShownTask, borrowed
+from discover_jax.execution.backend import End, Execute, Load, Request, ShownTask
 from discover_jax.execution.bytecode import write_bytecode
 from discover_jax.execution.children import Children, ChildSlot
 from discover_jax.execution.leases import lease_cores, lease_uids
@@ -102,7 +104,7 @@ class LocalBackend:
         return summary.describe(*self._summary)
 
     def slot(self) -> contextlib.AbstractContextManager["LocalSlot"]:
-        return borrowed(self._free)
+        return lent(self._free)
 
     def close(self) -> None:
         self._children.close()
@@ -114,12 +116,35 @@ class LocalBackend:
         self._uid_leases.close()
 
 
+@contextlib.contextmanager
+def lent(free: "queue.SimpleQueue[LocalSlot]") -> Iterator["LocalSlot"]:
+    """`backend.borrowed`. But a slot whose program has not ended is not free before it has."""
+    slot = free.get()
+    try:
+        yield slot
+    finally:
+        if slot.quarantined:
+            threading.Thread(target=lambda: (slot.settle(), free.put(slot)), name="execution-quarantine", daemon=True).start()
+        else:
+            free.put(slot)
+
+
 class LocalSlot:
     """See `backend.Slot`."""
 
     def __init__(self, slot: ChildSlot, seconds: float, admission: Admission | None, children: Children) -> None:
         self._slot, self._seconds, self._admission, self._children = slot, seconds, admission, children
         self._admitted = contextlib.ExitStack()
+        self._survivor: quarantine.Survivor | None = None
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether its last program has not ended although it was killed."""
+        return self._survivor is not None and self._survivor.alive()
+
+    def settle(self) -> None:
+        """Waits until its last program has ended or the backend is closed."""
+        quarantine.wait_until_gone(self._survivor, lambda: self._children.closed)
 
     def warm(self) -> None:
         """Starts the worker and its first sandbox without waiting for them."""
@@ -127,10 +152,15 @@ class LocalSlot:
 
     def ask(self, request: Request) -> Any:
         if isinstance(request, Execute | Load):
+            self.settle()
             self._admit()
         done = True
         try:
-            reply = self._slot.ask(request, self._seconds)
+            answered: worker.Reply = self._slot.ask(request, self._seconds)
+            self._survivor, reply = answered.survivor, answered.value
+            if isinstance(reply, SandboxError):
+                self._slot.drop()
+                raise reply
             done = isinstance(request, Execute | End)
             return reply
         finally:

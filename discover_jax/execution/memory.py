@@ -287,7 +287,7 @@ def tree_cpu_seconds(pid: int) -> float:
         process = waiting.pop()
         waiting += _children(process)
         with contextlib.suppress(OSError):  # ended meanwhile
-            after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            after_name = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()  # the name may be no text
             ticks += sum(map(int, after_name[11:15]))  # utime, stime, cutime, cstime
     return ticks / os.sysconf("SC_CLK_TCK")
 

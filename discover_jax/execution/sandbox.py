@@ -26,6 +26,7 @@ from discover_jax.execution.claims import DETAIL_CHARACTERS, HEADER_BYTES, Claim
 from discover_jax.execution.harness import PREPARE
 from discover_jax.execution.limits import CORE_BYTES, GIB, MIB, ResourceLimits
 from discover_jax.execution.output import HeadAndTail, normalised
+from discover_jax.execution.quarantine import Survivor, survivor
 from discover_jax.types import PARENT_OUTPUT, Answer, Execution, Outcome
 
 PRELOAD = (
@@ -42,11 +43,15 @@ PRELOAD = (
 BACKENDS = ("bubblewrap", "unsafe-subprocess")
 _WARM_SECONDS = 180.0  # imports take 2 s, but much longer on a cold disk or a busy machine
 _END_SECONDS = 20.0
+_MOST_READS = 16  # of what a pipe still holds: at most 1 MiB
+_LATER_SECONDS = 1.0  # once they have not ended in this time, nobody waits for them here
 _TICK_SECONDS = 0.1
 _PIPE_BYTES = 1 << 16
 _REQUEST_BYTES = 64 * MIB
 _RESERVED = 16
 """Address space of a process for its memory, if a control group limits the memory."""
+SLOW_END = f"its processes did not end within {_END_SECONDS:.0f} s of being killed"
+"""Detail of a program that has no other end."""
 _counter = itertools.count()
 
 
@@ -98,7 +103,7 @@ def _pipe() -> tuple[int, int]:
 class Sandbox:
     """One sandbox. Call `wait_ready`; then `run` once, or `load` once and `call` repeatedly, then `end`; then `close`.
 
-    `close` may be called at any time and repeatedly.
+    `close` may be called at any time and repeatedly. A program's end does not depend on how long its processes need to die: see `survivor`.
     """
 
     def __init__(self, spec: SandboxSpec, script: Path, options: dict, beside: Sequence[Path] = ()) -> None:
@@ -125,6 +130,7 @@ class Sandbox:
         self._outgoing = bytearray()
         self._ended_early: Claim | None = None
         self._cpu_counted = 0.0
+        self._survivor: Survivor | None = None
         try:
             self._start(script, options, beside)
         except OSError as error:
@@ -242,15 +248,17 @@ class Sandbox:
         return bool(data)
 
     def _failed(self, what: str) -> SandboxError:
-        while self._read_output_left():
-            pass
+        self._read_rest_of_output()
         said = self._output.text().strip()
         return SandboxError(f"A sandbox failed: {what}." + (f" Its output: {said[-1500:]}" if said else ""))
 
-    def _read_output_left(self) -> bool:
-        before = self._output.total
-        self._read_output()
-        return self._output.total > before
+    def _read_rest_of_output(self) -> None:
+        """Reads what the pipe holds, but not all that a process may still write."""
+        for _ in range(_MOST_READS):
+            before = self._output.total
+            self._read_output()
+            if self._output.total == before:
+                break
 
     def wait_ready(self) -> None:
         """Waits until the imports inside are done.
@@ -379,10 +387,10 @@ class Sandbox:
             raise self._failed("it ended while waiting for a program") from error
 
     def run(self, program: str) -> Execution:
-        """Runs the sandbox's only program. Blocks until all processes in the sandbox have ended.
+        """Runs the sandbox's only program. Blocks until all processes in the sandbox have ended, or 20 s after they were killed.
 
         Raises:
-          SandboxError: the sandbox ended before the program started, the host ran out of memory, or the sandbox cannot be killed.
+          SandboxError: the sandbox ended before the program started, or the host ran out of memory.
         """
         started, limit = time.monotonic(), self._spec.limits.seconds
         self._send_program(program)
@@ -445,8 +453,7 @@ class Sandbox:
     def end(self) -> str:
         """Ends the program, and returns head and tail of what it printed."""
         self._kill()
-        while self._read_output_left():
-            pass
+        self._read_rest_of_output()
         return self.output()
 
     def output(self) -> str:
@@ -471,6 +478,8 @@ class Sandbox:
         code = self._kill()
         if end is None and over_memory:
             return Outcome.OUT_OF_MEMORY, None, self._memory_detail()
+        if code is None:
+            return end or claim or (Outcome.TIMEOUT, None, SLOW_END)
         return end or claim or (claims.failure(code, expected) if code else self._claim(expected))
 
     def _claim(self, expected: Expected) -> Claim:
@@ -479,10 +488,11 @@ class Sandbox:
     def _clean(self, text: str) -> str:
         return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._spec.host.roots if self._spec.host else ())])
 
-    def _kill(self) -> int:
-        """Kills all processes of the sandbox and returns the exit status of the outermost one in shell convention.
+    def _kill(self) -> int | None:
+        """Kills all processes of the sandbox and returns the exit status of the outermost one in shell convention; None if they have not
+        ended in time. Then `survivor` is set, and the next call does not wait again.
 
-        When pid 1 inside ends, the kernel ends its whole pid namespace, including daemons. bubblewrap's outer process may end before it.
+        When pid 1 inside ends, the kernel ends its whole pid namespace, including daemons; before, pid 1 is not gone.
         """
         process = self._process
         assert process is not None
@@ -496,14 +506,15 @@ class Sandbox:
                     process.kill()
             else:  # processes that left the process group survive, which is one reason why this backend is unsafe
                 os.killpg(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + _END_SECONDS
+        seconds = _END_SECONDS if self._survivor is None else _LATER_SECONDS
+        deadline = time.monotonic() + seconds
         try:
-            if self._child is not None and not select.select([self._child], [], [], _END_SECONDS)[0]:
-                raise subprocess.TimeoutExpired("pid 1 of the sandbox", _END_SECONDS)
-            code = process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as error:
-            process.kill()
-            raise self._failed(f"it did not end within {_END_SECONDS:.0f} s of being killed") from error
+            if self._child is not None and not select.select([self._child], [], [], seconds)[0]:
+                raise subprocess.TimeoutExpired("pid 1 of the sandbox", seconds)
+            code = process.wait(max(_LATER_SECONDS, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._survivor = survivor(self.pid) or survivor(process.pid)
+            return None
         finally:
             # Kills processes that hang or left the tree. Not earlier: bubblewrap's outer process must first reap its child.
             if self._group is not None:
@@ -511,12 +522,22 @@ class Sandbox:
         if self._child is not None:
             with contextlib.suppress(ChildProcessError):  # bubblewrap's outer process or init has reaped it
                 os.waitid(os.P_PIDFD, self._child, os.WEXITED)
+        self._survivor = None
         return code if code >= 0 else 128 - code
 
+    @property
+    def survivor(self) -> Survivor | None:
+        """The process that has not ended although it was killed; None if there is none, as far as is known."""
+        return self._survivor
+
     def close(self) -> None:
-        """Kills remaining processes and releases the descriptors, control group and folder."""
+        """Kills remaining processes and releases the descriptors, control group and folder.
+
+        If there is a `survivor`, nothing is released: call it again when that has ended.
+        """
         if self._process is not None:
-            self._kill()
+            if self._kill() is None and self._survivor is not None:
+                return
             self._process = None
         self._shut(*list(self._descriptors))
         if self._group is not None:

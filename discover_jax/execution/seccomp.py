@@ -1,9 +1,9 @@
 """The system call filter of the sandbox, as BPF bytes for bubblewrap's --seccomp.
 
 The filter denies the calls in `_DENIED` with EPERM, and those in `_DENIED_VALUES` for some values of one argument: attacks use them,
-numeric programs never need them. All others are allowed, with these exceptions. clone3 fails with ENOSYS, because its flags are in memory, where a
-filter cannot read them; the C library then falls back to clone, whose flags are checked. The limit on core dumps cannot be changed: see
-limits.CORE_BYTES. A call through another architecture's table (32-bit on a 64-bit kernel) kills the process.
+numeric programs never need them. All others are allowed, with these exceptions. clone3 fails with ENOSYS, because its flags are in memory,
+where a filter cannot read them; the C library then falls back to clone, whose flags are checked. The limit on core dumps cannot be changed:
+see limits.CORE_BYTES. A call through another architecture's table (32-bit on a 64-bit kernel) kills the process.
 
 Sources of the numbers: Linux' arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64). Layout of the
 filter's input (struct seccomp_data): nr at 0, arch at 4, args[i] at 16 + 8 i, low word first on both architectures.

@@ -8,15 +8,30 @@ import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import children, sandbox
 from discover_jax.execution.backend import Call, End, Execute, Load, Request, ShownTask
+from discover_jax.execution.quarantine import Survivor
 from discover_jax.types import Answer, Execution, Outcome
 
 
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a worker sends for a request.
+
+    Attributes:
+      value: the reply to the request, or a SandboxError.
+      survivor: a process of the program that has not ended although it was killed. Until it has, the slot can run no other program.
+    """
+
+    value: Any
+    survivor: Survivor | None
+
+
 def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, shown: Sequence[ShownTask]) -> None:
-    """Serves requests until the connection closes: receives a Request and sends its reply or a SandboxError.
+    """Serves requests until the connection closes: receives a Request and sends a Reply.
 
     Args:
       connection: to the process `parent`.
@@ -40,7 +55,7 @@ def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, shown: 
             except SandboxError as error:
                 boxes.end()
                 reply = error
-            connection.send(reply)
+            connection.send(Reply(reply, boxes.survivor))
     finally:
         boxes.close()
 
@@ -62,12 +77,18 @@ class _Boxes:
         self._specs = [[_spec_for(task, folder, spec) for folder in task.folders] for task in shown]
         self._spares: dict[tuple[int, int], sandbox.Sandbox | None] = {}  # by task and run
         self._running: sandbox.Sandbox | None = None
+        self._dying: sandbox.Sandbox | None = None  # was killed, but has a process that has not ended
         self._loaded_task = 0
         self._warm(0, 0)
 
     @property
     def running(self) -> bool:
         return self._running is not None
+
+    @property
+    def survivor(self) -> Survivor | None:
+        """See `Reply`."""
+        return None if self._dying is None else self._dying.survivor
 
     def look(self) -> None:
         """See `Sandbox.look`."""
@@ -86,6 +107,8 @@ class _Boxes:
                 return execution
             case Load(task, program, parent_output, seconds):
                 self.end()
+                if not self._settled():  # it is the same program, which starts again
+                    return Answer(Outcome.TIMEOUT, None, sandbox.SLOW_END, 0.0, 0.0)
                 self._loaded_task = task
                 return self._take(task, 0).load(program, parent_output, seconds)  # no spare warms up while calls are timed
             case Call(name, arguments, seconds):
@@ -105,20 +128,32 @@ class _Boxes:
             return box.end()
         finally:
             box.close()
+            if box.survivor is not None:
+                self._dying = box
 
     def close(self) -> None:
-        for box in (self._running, *self._spares.values()):
+        for box in (self._running, self._dying, *self._spares.values()):
             if box is not None:
                 box.close()
 
+    def _settled(self) -> bool:
+        """Whether all processes of earlier programs have ended."""
+        if self._dying is not None:
+            self._dying.close()
+            if self._dying.survivor is None:
+                self._dying = None
+        return self._dying is None
+
     def _take(self, task: int, run: int) -> sandbox.Sandbox:
+        if not self._settled():
+            raise SandboxError(f"{self.survivor} of an earlier program has not ended although it was killed.")
         self._running = self._spares.pop((task, run), None) or sandbox.start(self._specs[task][run])
         self._running.wait_ready()
         return self._running
 
     def _warm(self, task: int, run: int) -> None:
         """Starts a spare sandbox. If it cannot start now, the next program tries again and gets the error."""
-        if self._spares.get((task, run)) is None:
+        if self._dying is None and self._spares.get((task, run)) is None:
             try:
                 self._spares[task, run] = sandbox.start(self._specs[task][run])
             except SandboxError:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import logging
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,10 @@ from discover_jax.types import Grade
 MAX_SUBMISSION_BYTES = 64 << 20
 # pandas needs seconds and gigabytes for a table of a million columns. Extra columns are ignored, so no submission needs many.
 _MAX_COLUMNS = 1024
+# pandas fills short rows up to the header's width. No table that it wrote has short rows, and then a cell takes at least a byte.
+_CELLS_PER_BYTE, _SPARE_CELLS = 4, 1_000_000
 _MAX_REASON = 500
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class _InvalidSubmission(Exception):
 
 
 def grade(submission: bytes, answers: Answers, competition: Competition) -> Grade:
-    """Grades a submission. Never raises, whatever the bytes: they come from an untrusted program.
+    """Grades a submission. Never raises, whatever the bytes: they come from an untrusted program. Only a MemoryError passes.
 
     A submission must have, checked in MLE-bench's order: as many rows as the answers, a target column, an id column, and the same ids (in
     any order). Other columns are ignored. Then the metric must accept its values. Scores are rounded to 5 places. If the competition has a
@@ -81,7 +85,9 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
       single rows are missing if the metric has no `influence`.
     """
     try:
-        table = _parse(submission, answers)
+        # A judge makes its own checks. Otherwise, one row too many is enough to see that there are too many.
+        most_rows = sum(map(len, answers.tables)) + 1 if competition.judge is None else None
+        table = _parse(submission, answers, most_rows)
         score_on = _by_metric(table, answers, competition.metric) if competition.judge is None else _by_judge(table, answers, competition)
         scored = score_on(answers.held_out) if answers.held_out is not None else None
         selected = score_on(answers.selection) if answers.selection is not None else None
@@ -93,6 +99,11 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
                 raise
     except _InvalidSubmission as invalid:
         return Grade(valid=False, reason=str(invalid)[:_MAX_REASON], score=None, private_score=None)
+    except MemoryError:
+        raise
+    except Exception as error:  # pandas and numpy raise many types for tables that nobody has thought of
+        _log.warning("A submission is rejected because grading it failed.", exc_info=True)
+        return Grade(valid=False, reason=f"Grading the submission failed: {_text(error)}"[:_MAX_REASON], score=None, private_score=None)
     counting = private if answers.private_counts else scored
     return Grade(
         valid=True,
@@ -131,7 +142,15 @@ _ScoreOn = Callable[[pd.DataFrame], _Scored]
 """Scores a submission on one of the tables of answers. It may raise _InvalidSubmission."""
 
 
-def _parse(submission: bytes, answers: Answers) -> pd.DataFrame:
+def _text(error: Exception) -> str:
+    try:
+        return f"{str(error).rstrip('.') or type(error).__name__}."
+    except Exception:  # for example an error about an integer of too many digits
+        return f"{type(error).__name__}."
+
+
+def _parse(submission: bytes, answers: Answers, most_rows: int | None = None) -> pd.DataFrame:
+    """The submission as a table, of at most `most_rows` rows if that is given."""
     if len(submission) > MAX_SUBMISSION_BYTES:
         raise _InvalidSubmission(f"The submission has {len(submission):,} bytes; at most {MAX_SUBMISSION_BYTES:,} are read.")
     try:
@@ -142,7 +161,13 @@ def _parse(submission: bytes, answers: Answers) -> pd.DataFrame:
         most = _MAX_COLUMNS + len(answers.submitted) - 1
         if width > most:
             raise _InvalidSubmission(f"The submission has {width:,} columns; at most {most:,} are read.")
-        return read_table(submission, answers.text)
+        rows = min(submission.count(b"\n") + submission.count(b"\r") + 1, most_rows or len(submission))
+        if rows * width > _CELLS_PER_BYTE * len(submission) + _SPARE_CELLS:
+            raise _InvalidSubmission(
+                f"The submission has {width:,} columns and about {rows:,} rows in {len(submission):,} bytes, so most rows are shorter than"
+                " the longest. Each row must have a field for each column."
+            )
+        return read_table(submission, answers.text, most_rows)
     except UnicodeDecodeError as error:
         raise _InvalidSubmission(f"The submission is not UTF-8 text: {error}.") from error
     except (csv.Error, ValueError) as error:  # pandas' ParserError is a ValueError
@@ -230,7 +255,8 @@ def _sorted(submission: pd.DataFrame, answers: Answers) -> pd.DataFrame:
     id_column = answers.id_column
     ids = pd.Series(pd.concat([table[id_column] for table in answers.tables]))
     if len(submission) != len(ids):
-        raise _InvalidSubmission(f"The submission has {len(submission):,} rows; it must have {len(ids):,}, one for each row of test.csv.")
+        count = f"{'at least ' if len(submission) > len(ids) else ''}{len(submission):,} rows"
+        raise _InvalidSubmission(f"The submission has {count}; it must have {len(ids):,}, one for each row of test.csv.")
     for column in (*answers.submitted, id_column):
         if column not in submission.columns:
             listed = ", ".join(map(str, submission.columns[:20]))
@@ -263,9 +289,7 @@ def _row_results(metric: Metric, answers_R: np.ndarray, predictions_R: np.ndarra
         if influence_R.shape != answers_R.shape[:1]:
             raise ValueError(f"it has the shape {influence_R.shape} for {len(answers_R)} rows")
     except Exception as error:  # any error of a metric is the reason of the rejection
-        raise _InvalidSubmission(
-            f"The influence of single rows on {metric.name} cannot be computed: {str(error) or type(error).__name__}."
-        ) from error
+        raise _InvalidSubmission(f"The influence of single rows on {metric.name} cannot be computed: {_text(error)}") from error
     return row_results.encode(influence_R, share=metric.proportion)
 
 
@@ -285,9 +309,7 @@ def _score(name: str, compute: Callable[[], float]) -> float:
     try:
         score = float(compute())
     except Exception as error:  # any error of a metric is the reason of the rejection
-        raise _InvalidSubmission(
-            f"{name} cannot be computed from these predictions: {str(error).rstrip('.') or type(error).__name__}."
-        ) from error
+        raise _InvalidSubmission(f"{name} cannot be computed from these predictions: {_text(error)}") from error
     if not math.isfinite(score):
         raise _InvalidSubmission(f"{name} of these predictions is {score}.")
     return round(score, 5)

@@ -15,23 +15,24 @@ _ROUND_TRIP: dict[str, Any] = (
 )
 
 
-def read_table(data: bytes, text_columns: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(data: bytes, text_columns: Sequence[str] = (), most_rows: int | None = None) -> pd.DataFrame:
     """A table with the types that pandas infers. An empty file is an empty table.
 
     Args:
       text_columns: columns that keep their text instead: only an empty cell is missing, and `NA` or `None` is a text like others. Names
         that the table lacks are ignored.
+      most_rows: rows after these are not read; None: all are.
 
     Raises:
       ValueError: not a CSV (pandas' ParserError), or not UTF-8 (UnicodeDecodeError); both derive from it.
     """
     try:
         # low_memory would infer types by chunks, and so give one column of a long file several types.
-        table = pd.read_csv(io.BytesIO(data), low_memory=False, **_ROUND_TRIP)
+        table = pd.read_csv(io.BytesIO(data), low_memory=False, nrows=most_rows, **_ROUND_TRIP)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     if shown := [column for column in text_columns if column in table.columns]:
-        texts = pd.read_csv(io.BytesIO(data), usecols=shown, dtype=str, keep_default_na=False)
+        texts = pd.read_csv(io.BytesIO(data), usecols=shown, dtype=str, keep_default_na=False, nrows=most_rows)
         for column in shown:
             table[column] = texts[column].astype(object).where(texts[column] != "", None).to_numpy()
     return table

@@ -199,6 +199,15 @@ class Task:
         """Number of rows behind a `Grade.score`."""
         return self.held_out_rows or self.private_rows
 
+    def prepare_grading(self) -> None:
+        """Loads the answers of all runs, as `grade` would.
+
+        Raises:
+          DataError: see `grade`.
+        """
+        for run in range(len(self.splits)):
+            self._answers(run)
+
     def grade(self, csv: bytes, run: int = -1) -> Grade:
         """The grade of the submission of one of a program's runs. Invalid bytes give an invalid Grade, not an exception.
 

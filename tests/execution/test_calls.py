@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_problem import HIDDEN, Echo, Naive, Paused, Squares, Sums
+from tiny_problem import HIDDEN, Echo, Forgetful, Naive, Paused, Squares, Sums
 
-from discover_jax.exceptions import SandboxError
+from discover_jax.exceptions import GradingError, SandboxError
 from discover_jax.execution import Executor, memory, sandbox, values
 from discover_jax.execution.backend import Call, End
 from discover_jax.execution.children import EndedError, HungError
@@ -407,6 +407,24 @@ def evaluators(tmp_path):
     yield lambda slot: evaluators.verdict(0, Sums(tmp_path), "", slot)
     evaluators.close()
     evaluators.release()
+
+
+@pytest.mark.parametrize(("number", "said"), [(-1.0, "returned NoneType"), (0.0, "seconds = 0.0")])
+def test_faults_of_evaluate_end_the_run_only_before_it_has_accepted_a_solution(tmp_path, number, said):
+    """A later solution may provoke them, since `evaluate` works for others."""
+    task = Forgetful(tmp_path)
+    evaluators = Evaluators(pickle.dumps([task]), slots=1, program_seconds=20.0, start_seconds=60.0)
+    try:
+        with pytest.raises(GradingError, match=said):
+            evaluators.verdict(0, task, "", FaultySlot(number))
+        assert evaluators.verdict(0, task, "", FaultySlot(2.0)).grade.score == 2.0
+        verdict = evaluators.verdict(0, task, "", FaultySlot(number))
+        assert verdict.outcome is Outcome.INVALID_SUBMISSION
+        assert said in verdict.grade.reason
+        assert evaluators.verdict(0, task, "", FaultySlot(3.0)).grade.score == 3.0
+    finally:
+        evaluators.close()
+        evaluators.release()
 
 
 @pytest.mark.parametrize("error", [SandboxError("the host failed"), HungError("a worker hung"), EndedError("a worker ended")], ids=repr)

@@ -3,11 +3,13 @@
 import dataclasses
 import io
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from discover_jax.exceptions import DataError
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.types import Grade
 
@@ -42,6 +44,9 @@ class TinyTask:
     def public_dirs(self) -> list[Path]:
         return [self.public_dir]
 
+    def prepare_grading(self) -> None:
+        pass
+
     def combine(self, grades: Sequence[Grade]) -> Grade:
         return grades[0]
 
@@ -63,6 +68,28 @@ class TinyTask:
 class BrokenGrading(TinyTask):
     def grade(self, csv: bytes, run: int = 0) -> Grade:
         raise ZeroDivisionError("metric")
+
+
+class FragileGrading(TinyTask):
+    """A grading that misbehaves if the submission says so."""
+
+    def grade(self, csv: bytes, run: int = 0) -> Grade:
+        if csv == b"memory":
+            bytearray(5 << 30)  # is not written to, so it takes none
+        elif csv == b"exit":
+            os._exit(9)
+        elif csv == b"hang":
+            time.sleep(60)
+        elif csv == b"raise":
+            raise KeyError("y")
+        elif csv == b"digits":
+            raise ValueError(10**5000)  # its text cannot be made
+        return Grade(True, "", 1.0, 1.0)
+
+
+class LostAnswers(TinyTask):
+    def prepare_grading(self) -> None:
+        raise DataError("The answers changed.")
 
 
 class CannotBeUnpickled(TinyTask):

@@ -77,6 +77,19 @@ class Naive(Squares):
 
 
 @dataclasses.dataclass(frozen=True)
+class Forgetful(Squares):
+    """A check that returns no evaluation of negative numbers, and asks for a call of no time after 0."""
+
+    fingerprint: str = "forgetful"
+
+    def evaluate(self, program: Program) -> Evaluation:
+        value = program.call("run")
+        if value == 0:
+            program.call("run", seconds=value)
+        return Evaluation(value) if value > 0 else None  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
 class Echo(Squares):
     """A careless check that repeats what the program returns: the reason of a rejection, or a feedback that is also a metric's name."""
 

@@ -1,5 +1,6 @@
 """Grading agrees with MLE-bench: the table of submissions, and arbitrary bytes."""
 
+import dataclasses
 import io
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
-from submission_table import GUESS, GUESS_SCORE, INVALID, ORDER, ROWS, TABLE, TRUTH, VALID, shuffled, submission
+from submission_table import GUESS, GUESS_SCORE, INVALID, KEYS, ORDER, ROWS, TABLE, TRUTH, VALID, shuffled, submission
 
 from discover_jax.tasks import grading
 from discover_jax.tasks.competition import Competition, Metric
@@ -124,3 +125,43 @@ def test_predictions_that_a_metric_refuses():
     assert "log loss cannot be computed" in grading.grade(b"id,y\n1,yes\n2,no\n", answers, by(LOG_LOSS)).reason
     nan = Metric("nothing", True, lambda answers_R, predictions_R: float("nan"))
     assert grading.grade(b"id,y\n1,1\n2,0\n", answers, by(nan)).reason == "nothing of these predictions is nan."
+
+
+WIDE = ",".join(["key", "sinks", *(f"c{number}" for number in range(1022))])
+
+
+@pytest.mark.parametrize("row", ["1", "a,b", '"x"', ""], ids=repr)
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"], ids=repr)
+def test_short_rows_below_a_wide_header_are_not_filled_up(monkeypatch, row, end):
+    """100,000 rows of 1,024 columns would take gigabytes."""
+    monkeypatch.setattr(grading, "read_table", None)
+    for by_metric in (True, False):
+        competition = by(ACCURACY) if by_metric else dataclasses.replace(by(ACCURACY), judge=lambda *_: 1.0)
+        answers = dataclasses.replace(ANSWERS, private=pd.concat([ANSWERS.private] * 200))
+        reason = grading.grade((WIDE + end + (row + end) * 100_000).encode(), answers, competition).reason
+        assert "1,024 columns" in reason, reason
+
+
+def test_wide_tables_with_full_rows_are_read():
+    table = pd.DataFrame({"key": KEYS, "sinks": GUESS} | {f"c{number}": 0 for number in range(1022)})
+    assert grading.grade(table.to_csv(index=False).encode(), ANSWERS, by(ACCURACY)).valid
+
+
+def test_rows_beyond_one_too_many_are_not_read(monkeypatch):
+    read, real = [], grading.read_table
+    monkeypatch.setattr(grading, "read_table", lambda data, text, most: read.append(most) or real(data, text, most))
+    rows = submission(np.array([*GUESS, *[True] * 1000]), [*KEYS, *range(1000)])
+    assert "at least 871 rows; it must have 870" in grading.grade(rows, ANSWERS, by(ACCURACY)).reason
+    assert read == [871]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("y"), RecursionError(), AssertionError("x"), ValueError(10**5000), OverflowError("o")], ids=type
+)
+def test_unexpected_errors_are_the_submissions_fault(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(grading, "_sorted", fail)
+    reason = grading.grade(submission(), ANSWERS, by(ACCURACY)).reason
+    assert reason.startswith("Grading the submission failed:")
