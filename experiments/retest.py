@@ -35,6 +35,7 @@ def run_config(folder: Path, raw: str) -> Any:
     known = settings.flatten(config)
     stored = json.loads((folder / "config.json").read_bytes())["config"]
     config.update_from_flattened_dict({name: value for name, value in stored.items() if name in known})
+    config.task.stratified = stored.get("task.stratified", False)  # runs of earlier versions drew their rows from all classes alike
     config.task.raw = raw
     return config
 

@@ -24,8 +24,11 @@ def merged_ids(ids: Sequence[str]) -> tuple[str, str] | None:
     Args:
       ids: the text of all ids of one submission, all different.
     """
+    values = inferred(ids)
+    if pd.Series(values).is_unique:
+        return None
     seen: dict[object, str] = {}
-    for text, value in zip(ids, inferred(ids), strict=True):
+    for text, value in zip(ids, values, strict=True):
         key = None if pd.isna(value) else value
         if key in seen:
             return seen[key], text
