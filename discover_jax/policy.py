@@ -79,7 +79,7 @@ def check_chat_format(config: Any, sizes: ModelConfig) -> ChatFormat:
     assert folder is not None, "validate() demands a tokenizer for random weights"
     # Random weights know no chat format, so theirs is that of the tokenizer.
     family = (family_of(folder) or HARMONY_FAMILY) if weights is None else sizes.family
-    chat = load_chat_format(folder, family, config.prompt.reasoning_effort)
+    chat = load_chat_format(folder, family, config.prompt.reasoning_effort, weights)
     if chat.tokenizer.vocab_size > sizes.vocab_size or chat.stop_ids[-1] >= sizes.vocab_size:
         raise TokenizerError(
             f"The tokenizer of {folder} has {chat.tokenizer.vocab_size:,} ids and the stop ids {chat.stop_ids}, but the model knows"

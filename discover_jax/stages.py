@@ -46,6 +46,7 @@ from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.tasks.submission_size import MIB, result_bytes, stated_bytes
 from discover_jax.text.chat import ChatFormat
+from discover_jax.text.code import entry_names
 from discover_jax.text.prompts import (
     PACKAGES,
     PromptSettings,
@@ -307,7 +308,7 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
         sampled.rollouts[key] = rollout
         group = groups[rollout.group]
         edits_of = group.parent.code if asks_for_edits(run.prompt_settings, group.parent) else ""
-        sampled.programs[key] = program = extracted(rollout, policy.chat, edits_of)
+        sampled.programs[key] = program = extracted(rollout, policy.chat, edits_of, entry_names(group.task.interface))
         if program.code is not None:
             executions.submit(key, program.code, run.tasks.index(group.task), group.parent_output)
     return sampled

@@ -135,7 +135,7 @@ class Outcome(enum.Enum):
     OK = "ok"
     """The program ran, its submission is valid, and it has a score."""
     FORMAT_ERROR = "format_error"
-    """The rollout has no program: the final channel has no fenced Python block, or edits that do not apply; the detail says which."""
+    """The rollout has no program: the answer has no fenced Python block, or edits that do not apply; the detail says which."""
     EXCEPTION = "exception"
     """The program raised an exception; the detail has the end of the traceback."""
     INVALID_SUBMISSION = "invalid_submission"

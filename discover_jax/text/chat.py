@@ -29,11 +29,15 @@ class Reply:
       thinking: its thinking; several parts are joined by blank lines.
       final: its answer; None if there is none.
       truncated: whether the token budget cut the answer or, without an answer, the reply.
+      earlier: answers before it, the last one first.
+      unmarked: texts that are neither marked as thinking nor as an answer, the last one first, such as a message in no known channel.
     """
 
     thinking: str
     final: str | None
     truncated: bool
+    earlier: tuple[str, ...] = ()
+    unmarked: tuple[str, ...] = ()
 
 
 class ChatFormat(Protocol):

@@ -1,73 +1,51 @@
-"""Extracts the program from an answer: its last fenced Python block."""
+"""Extracts the program from an answer: its last fenced Python block that defines what the program must define."""
 
 import re
+from collections.abc import Sequence
 
-# Three or more backticks or tildes at the start of a line, with an optional info string, which contains no backticks. The quantifiers are
-# possessive: answers are untrusted, and backtracking would take quadratic time.
-_FENCE = re.compile(r"^(?P<indent>[ \t]*+)(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<info>[^`]*)$")
-_DEFINES_RUN = re.compile(r"^[^\S\n]*def run\b", re.MULTILINE)
-_PYTHON = {"python", "python3", "py", "py3"}
+from discover_jax.text.fences import OTHER, PYTHON, UNLABELLED, defines, find_blocks
+from discover_jax.text.structure import parses
+
+ENTRY = ("run",)
+"""The function that a program must define if its task does not say otherwise."""
 
 
-def extract_program(final: str, truncated: bool) -> str | None:
+def entry_names(interface: str) -> tuple[str, ...]:
+    """The functions that a program must define by the interface of its task, such as "`count(values)` gets an array ...".
+
+    `ENTRY` if it names none.
+    """
+    return tuple(dict.fromkeys(re.findall(r"`(\w+)\(", interface))) or ENTRY
+
+
+def extract_program(final: str, truncated: bool, names: Sequence[str] = ENTRY) -> str | None:
     """The program in an answer; None if there is none.
 
-    It is the last block labelled as Python (```python, ```py, any case, or with ~~~). If no block has that label, it is the last block
-    without a language that defines `run`. Fences follow CommonMark: a block ends at a fence of the same character that is at least as long
-    and has no info string, so a longer fence may contain shorter ones. Two extensions cover what models write: a fence may have any
-    indentation, which is removed from the block, and a ```python line inside an open Python block restarts it.
+    It is the last of the blocks in the first of these rows that has any; see `fences` for what a block is:
+
+    1. blocks labelled as Python (```python, ```py, ```python3.11, ```pycon, ```solution.py, any case) that define one of `names`;
+    2. blocks without a label that do;
+    3. blocks with another label that do and are valid Python;
+    4. blocks labelled as Python.
+
+    So an example of its use after the program does not replace it.
 
     Args:
       final: the answer's text.
-      truncated: whether the token budget cut the answer. Only then is an unclosed block accepted.
+      truncated: whether the token budget cut the answer. Then an unclosed block is accepted as it is. Otherwise an unclosed block counts
+        only if it is a valid program that defines one of `names`.
+      names: functions that the program must define.
     """
-    labelled = unlabelled = None
-    for language, code in _blocks(final.replace("\r\n", "\n"), truncated):
-        if not code.strip():
-            continue
-        if language in _PYTHON:
-            labelled = code
-        elif not language and _DEFINES_RUN.search(code):
-            unlabelled = code
-    return labelled if labelled is not None else unlabelled
+    wanted = frozenset(names)
+    rows: list[list[str]] = [[], [], [], []]
+    for block in find_blocks(final, truncated, names):
+        if defines(block.text, wanted, valid=block.valid) and (block.valid or block.label != OTHER):
+            rows[(PYTHON, UNLABELLED, OTHER).index(block.label)].append(block.text)
+        elif block.label == PYTHON:
+            rows[3].append(block.text)
+    return next((row[-1] for row in rows if row), None)
 
 
-def _blocks(text: str, truncated: bool) -> list[tuple[str, str]]:
-    """(language in lower case, content) of each fenced block, in order."""
-    blocks: list[tuple[str, str]] = []
-    opening: re.Match[str] | None = None
-    lines: list[str] = []
-    for line in text.split("\n"):
-        fence = _FENCE.match(line)
-        if opening is None:
-            if fence:
-                opening, lines = fence, []
-        elif fence and _closes(fence, opening):
-            blocks.append((_language(opening), _dedent(lines, opening)))
-            opening = None
-        elif fence and _language(fence) in _PYTHON and _language(opening) in _PYTHON and fence["fence"] == opening["fence"]:
-            opening, lines = fence, []
-        else:
-            lines.append(line)
-    if opening is not None and truncated:
-        # The cut may have fallen within the closing fence.
-        if lines and lines[-1].strip() and not lines[-1].strip().strip("`") and len(lines[-1].strip()) < len(opening["fence"]):
-            lines.pop()
-        blocks.append((_language(opening), _dedent(lines, opening)))
-    return blocks
-
-
-def _closes(fence: re.Match[str], opening: re.Match[str]) -> bool:
-    return not fence["info"].strip() and fence["fence"][0] == opening["fence"][0] and len(fence["fence"]) >= len(opening["fence"])
-
-
-def _language(opening: re.Match[str]) -> str:
-    """First word of the info string: "Python" of ```Python title="x", "python" of ```{python}."""
-    words = re.split(r"[\s,;:]+", opening["info"].strip().strip("{}."))
-    return words[0].lower()
-
-
-def _dedent(lines: list[str], opening: re.Match[str]) -> str:
-    """The block's text without the indentation of its opening fence and without surrounding blank lines."""
-    indent = len(opening["indent"])
-    return "\n".join(line[min(indent, len(line) - len(line.lstrip(" \t"))) :] for line in lines).strip("\n")
+def defines_entry(code: str, names: Sequence[str] = ENTRY) -> bool:
+    """Whether a program, which may have a wrong syntax, defines one of these functions."""
+    return defines(code, frozenset(names), valid=parses(code))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import TokenizerError
+from discover_jax.published import is_there, read_object, show
 
 _PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
@@ -186,12 +187,25 @@ def read_json(path: Path) -> dict[str, Any]:
       TokenizerError: it is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"Cannot read {path}: {error}. Copy it again from where the weights were published.") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} must contain a JSON object; got {type(content).__name__}. Copy it again.")
-    return content
+
+
+def read_stop_ids(folder: Path) -> list[int]:
+    """The end-of-text ids of generation_config.json; none without the file.
+
+    Raises:
+      TokenizerError: the file is damaged.
+    """
+    path = folder / "generation_config.json"
+    if not is_there(path):
+        return []
+    found = read_json(path).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 2**31 for index in ids):
+        raise TokenizerError(f"{path} has eos_token_id = {show(found)}; it must be an id or a list of ids. Copy the published file.")
+    return ids
 
 
 def _first_line(error: Exception) -> str:

@@ -6,11 +6,13 @@ channel `analysis`, answers in `final`, and ends with <|return|>.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
 
-from discover_jax.exceptions import ConfigError
+from discover_jax.exceptions import ConfigError, TokenizerError
 from discover_jax.text.chat import DATE, Rendered, Reply
-from discover_jax.text.tokenizer import Tokenizer
+from discover_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 REASONING_EFFORTS = ("low", "medium", "high")
 DEFAULT_EFFORT = "medium"
@@ -19,6 +21,10 @@ STOP_TOKEN = "<|return|>"
 ROLES = ("system", "developer", "user", "assistant")
 CHANNELS = ("analysis", "commentary", "final")
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
+_WITHIN = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>")
+"""Special tokens that cannot end a reply: every reply has them before its answer."""
+_THINKING = ("analysis", "thinking", "thoughts", "reasoning", "scratchpad")
+"""Names of channels that hold thinking. Only the first one belongs to the format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,69 +109,140 @@ def answer_forced(closing: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return *tokenizer.encode(closing), *start, *tokenizer.encode("assistant"), *answer_opening(tokenizer)
 
 
-def parse(ids: Sequence[int], tokenizer: Tokenizer) -> Reply:
+def parse(ids: Sequence[int], tokenizer: Tokenizer, stop_ids: Collection[int] = ()) -> Reply:
     """Parses the ids after <|start|>assistant. Any sequence of ids gives a Reply; ids that violate the format are skipped.
 
     A message opens at <|message|>, in the channel that its header names. It closes at <|end|>, <|call|> or <|return|>, or at the next
-    header (<|start|> or <|channel|>). <|return|> ends the reply. Other special tokens are ignored.
+    header (<|start|> or <|channel|>). <|return|> and `stop_ids` end the reply. Other special tokens are ignored.
+
+    The assistant's texts in no channel or in another one than `analysis` and `final` are unmarked. So are those that follow a header
+    without <|message|>.
     """
-    name_of = {tokenizer.special(name): name for name in ("<|start|>", "<|channel|>", "<|message|>", *_ENDS)}
-    closed: list[tuple[str, str]] = []  # (channel, content)
-    channel_ids: list[int] | None = None  # of the header's channel; None before <|channel|>
-    content_ids: list[int] | None = None  # of the open message; None outside of one
-    channel, ended = "", False
-
-    def close() -> None:
-        nonlocal content_ids
-        if content_ids is not None:
-            closed.append((channel, tokenizer.decode(content_ids)))
-        content_ids = None
-
+    parser = _Parser(tokenizer)
+    ended = False
     for token in map(int, ids):
-        name = name_of.get(token)
-        ended = name in _ENDS
-        if name is None:
-            if content_ids is not None:
-                content_ids.append(token)
-            elif channel_ids is not None:
-                channel_ids.append(token)
-        elif name != "<|message|>":
-            close()
-            channel_ids = [] if name == "<|channel|>" else None
-        elif content_ids is None:
-            # A header may continue after the channel: "commentary to=tool", "final <|constrain|>json".
-            words = tokenizer.decode(channel_ids or []).split()
-            channel, channel_ids, content_ids = words[0] if words else "", None, []
-        if name == "<|return|>":
+        name = parser.name_of.get(token)
+        ended = name in _ENDS or token in stop_ids
+        if ended and name is None:
+            parser.close()
+        else:
+            parser.feed(token, name)
+        if name == "<|return|>" or token in stop_ids:
             break
+    return parser.reply(ended=ended)
 
-    open_final = content_ids is not None and channel == "final"
-    close()
-    finals = [content for name, content in closed if name == "final"]
-    thinking = "\n\n".join(content for name, content in closed if name == "analysis")
-    if not finals:
-        return Reply(thinking, None, truncated=not ended)
-    return Reply(thinking, finals[-1], truncated=open_final)
+
+class _Parser:
+    """The state of parsing a reply: the open header or message, and the texts of closed ones."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self.name_of = {tokenizer.special(name): name for name in ("<|start|>", "<|channel|>", "<|message|>", *_ENDS)}
+        self._role = "assistant"
+        self._channel: str | None = None  # of the open message; None outside of one
+        self._header = ""  # special token that begins the open header; empty at the beginning and after a message
+        self._ids: list[int] = []  # of the open header or message
+        self._thinking: list[str] = []
+        self._finals: list[str] = []
+        self._unmarked: list[str] = []
+
+    def feed(self, token: int, name: str | None) -> None:
+        """Takes an ordinary token, or a special one with its name."""
+        if name is None:
+            self._ids.append(token)
+        elif name != "<|message|>":
+            if name == "<|channel|>" and self._header == "<|start|>":
+                self._take_role()
+            self.close()
+            self._header = name if name in ("<|start|>", "<|channel|>") else ""
+        elif self._channel is None:
+            # A header may continue after the channel: "commentary to=tool", "final <|constrain|>json".
+            if self._header != "<|channel|>":
+                self._take_role()
+            words = self._text().split() if self._header == "<|channel|>" else []
+            self._channel, self._ids = words[0] if words else "", []
+
+    def close(self) -> None:
+        """Ends the open message, or the header if no message followed it."""
+        text, self._ids = self._text(), []
+        if self._channel is not None:
+            self._keep(self._channel, text)
+        elif self._header == "<|channel|>":
+            channel = re.split(r"[\s`~]", text.lstrip(), maxsplit=1)[0]
+            if _is_answer(channel):
+                self._keep_unmarked(text.lstrip().removeprefix(channel))
+        elif self._header != "<|start|>" or text.lstrip().startswith(("assistant", "```", "~~~")):
+            self._keep_unmarked(text.lstrip().removeprefix("assistant") if self._header else text)
+        if self._header != "<|start|>":
+            self._role = "assistant"
+        self._channel = None
+
+    def reply(self, *, ended: bool) -> Reply:
+        """The reply, after its last token. `ended`: whether that ended a message or the reply."""
+        open_final = self._channel == "final"
+        self.close()
+        *earlier, final = self._finals or [None]
+        return Reply(
+            "\n\n".join(self._thinking),
+            final,
+            truncated=open_final if self._finals else not ended,
+            earlier=tuple(text for text in reversed(earlier) if text is not None),
+            unmarked=tuple(reversed(self._unmarked)),
+        )
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids)
+
+    def _take_role(self) -> None:
+        words = self._text().split() if self._header == "<|start|>" else []
+        self._role, self._ids = words[0] if words else "assistant", []
+
+    def _keep(self, channel: str, text: str) -> None:
+        if channel == "final":
+            self._finals.append(text)
+        elif channel == "analysis":
+            self._thinking.append(text)
+        elif _is_answer(channel):
+            self._keep_unmarked(text)
+
+    def _keep_unmarked(self, text: str) -> None:
+        if self._role == "assistant" and text.strip():
+            self._unmarked.append(text)
+
+
+def _is_answer(channel: str) -> bool:
+    """Whether a text in such a channel may be an answer: it is not thinking, also not with a slip of the pen."""
+    return difflib.get_close_matches(channel.lower(), (*_THINKING, "commentary", "final"), 1) not in [[word] for word in _THINKING]
 
 
 class Harmony:
     """Harmony as a `ChatFormat`."""
 
-    def __init__(self, tokenizer: Tokenizer, reasoning_effort: str = DEFAULT_EFFORT, date: str = DATE):
-        """See `system_message` for the last two arguments.
+    def __init__(self, tokenizer: Tokenizer, reasoning_effort: str = DEFAULT_EFFORT, date: str = DATE, *, stop_ids: Collection[int] = ()):
+        """See `system_message` for the effort and the date.
+
+        Args:
+          stop_ids: ids that end a reply besides <|return|>, such as those of generation_config.json.
 
         Raises:
           ConfigError: the reasoning effort is unknown.
+          TokenizerError: a stop id would end replies before their answer.
         """
         if reasoning_effort not in REASONING_EFFORTS:
             allowed = ", ".join(REASONING_EFFORTS)
             raise ConfigError(f"config.prompt.reasoning_effort = {reasoning_effort!r} is not known; allowed: {allowed}.")
         self.tokenizer = tokenizer
-        self.stop_ids = (tokenizer.special(STOP_TOKEN),)
+        if wrong := [name for name in _WITHIN if tokenizer.special(name) in stop_ids]:
+            raise TokenizerError(
+                f"generation_config.json has the ids of {', '.join(wrong)} as eos_token_id, which would end replies before their answer."
+                " Use the published file."
+            )
+        self.stop_ids = tuple(sorted({tokenizer.special(STOP_TOKEN), *stop_ids}))
         self._system = system_message(reasoning_effort, date)
 
     def describe(self) -> str:
-        return "harmony"
+        names = {self.tokenizer.special(name): name for name in SPECIAL_TOKENS}
+        return f"harmony, stop tokens {', '.join(names.get(index, str(index)) for index in self.stop_ids)}"
 
     def render(self, request: str, instructions: str = "") -> Rendered:
         """The system message is present only with instructions: the apprentice was trained without either."""
@@ -174,7 +251,7 @@ class Harmony:
         return Rendered(tuple(render(messages, self.tokenizer)), render_text(messages))
 
     def parse(self, ids: Sequence[int]) -> Reply:
-        return parse(ids, self.tokenizer)
+        return parse(ids, self.tokenizer, self.stop_ids)
 
     def answer_opening(self) -> tuple[int, ...]:
         return answer_opening(self.tokenizer)

@@ -19,6 +19,25 @@ def parses(code: str) -> bool:
     return _parse(code) is not None
 
 
+def top_level_names(code: str) -> frozenset[str]:
+    """The functions, classes and variables that a program defines outside of functions and classes; none if it is not valid.
+
+    Imports do not count: `from solution import run` uses a program.
+    """
+    names: set[str] = set()
+    waiting: list[ast.AST] = [*getattr(_parse(code), "body", ())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        else:  # the statements within if, try, with and loops
+            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case)]
+    return frozenset(names)
+
+
 def structure_key(code: str) -> str:
     """A key that is equal for programs with the same structure.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from discover_jax.exceptions import ConfigError, TokenizerError
 from discover_jax.text.chat import DATE, Rendered, Reply
-from discover_jax.text.folder_tokenizer import FolderTokenizer, read_json, unused_mark
+from discover_jax.text.folder_tokenizer import FolderTokenizer, read_stop_ids, unused_mark
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -74,7 +74,8 @@ class Template:
         thinking = "\n\n".join(text for part in segments if part.thinking and (text := part.text.strip("\n")))
         if not answers:
             return Reply(thinking, None, truncated=end is None)
-        return Reply(thinking, answers[-1].lstrip("\n"), truncated=end is None and not segments[-1].thinking)
+        *earlier, final = (answer.lstrip("\n") for answer in answers)
+        return Reply(thinking, final, truncated=end is None and not segments[-1].thinking, earlier=tuple(reversed(earlier)))
 
     def answer_opening(self) -> tuple[int, ...]:
         """</think>. The line breaks after it are left to the model: a tokenizer may join them with what follows."""
@@ -117,7 +118,7 @@ class Template:
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         """The end-of-text ids of generation_config.json, that of the tokenizer, and the token that ends a turn of the template."""
-        found = set(_end_ids(self.tokenizer.folder))
+        found = set(read_stop_ids(self.tokenizer.folder))
         if self.tokenizer.eos_id is not None:
             found.add(self.tokenizer.eos_id)
         found |= self._turn_end()
@@ -207,19 +208,3 @@ def _with_date(template: str, date: datetime.date, folder: Path) -> str:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _end_ids(folder: Path) -> list[int]:
-    """The end-of-text ids of generation_config.json; none without the file.
-
-    Raises:
-      TokenizerError: the file is damaged.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return []
-    found = read_json(path).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(index, int) and index >= 0 for index in ids):
-        raise TokenizerError(f"{path} has eos_token_id = {found!r}; it must be an id or a list of ids. Copy the published file.")
-    return ids

@@ -1,6 +1,9 @@
 """The chat format follows from the weights, and settings without an effect on it are refused."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,36 @@ def test_family_is_the_model_type(tmp_path):
     assert family_of(tmp_path) == "gpt_oss"
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"config\.json"):
+        family_of(tmp_path)
+
+
+def test_stop_ids_of_harmony_are_those_of_both_folders(hugging_face_folder, tmp_path):
+    tokenizer = Path(shutil.copytree(hugging_face_folder, tmp_path / "tokenizer"))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    chat = load_chat_format(tokenizer, "gpt_oss", weights=weights)
+    (stop,) = chat.stop_ids
+    assert load_chat_format(tokenizer, "gpt_oss").stop_ids == (stop,)
+    call, end_of_text = (chat.tokenizer.special(name) for name in ("<|call|>", "<|endoftext|>"))
+    (weights / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, end_of_text, call]}))
+    assert load_chat_format(tokenizer, "gpt_oss", weights=weights).stop_ids == tuple(sorted((stop, end_of_text, call)))
+    (weights / "generation_config.json").write_text(json.dumps({"eos_token_id": call}))
+    (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, end_of_text]}))
+    assert load_chat_format(tokenizer, "gpt_oss", weights=weights).stop_ids == tuple(sorted((stop, end_of_text, call)))
+    for wrong in (True, "1", [None], [1.0], {}, -1, [2**40], [[1]], ["<|call|>"]):
+        (weights / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(TokenizerError, match=r"generation_config\.json.*eos_token_id"):
+            load_chat_format(tokenizer, "gpt_oss", weights=weights)
+    (weights / "generation_config.json").unlink()
+    os.mkfifo(weights / "generation_config.json")
+    with pytest.raises(TokenizerError, match="FIFO"):
+        load_chat_format(tokenizer, "gpt_oss", weights=weights)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], ["gpt_oss"], {}])
+def test_a_model_type_that_is_not_a_text(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": value}))
+    with pytest.raises(TokenizerError, match="model_type"):
         family_of(tmp_path)
 
 

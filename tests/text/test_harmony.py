@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discover_jax.exceptions import ConfigError
+from discover_jax.exceptions import ConfigError, TokenizerError
 from discover_jax.text.chat import Reply
 from discover_jax.text.harmony import (
     Harmony,
@@ -20,7 +21,9 @@ from discover_jax.text.harmony import (
     render_text,
     system_message,
 )
+from discover_jax.text.reply import extracted
 from discover_jax.text.tokenizer import SPECIAL_TOKENS
+from discover_jax.types import Rollout, StopReason
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("harmony.json").read_text())
 
@@ -63,7 +66,9 @@ def test_rendering_agrees_with_the_official_package(golden, tokenizer):
 def test_parsing_agrees_with_the_official_package(golden, tokenizer):
     said = {channel: [m["content"] for m in golden["messages"] if m["channel"] == channel] for channel in ("analysis", "final")}
     final = said["final"][-1] if said["final"] else None
-    assert parse(encode(golden["segments"], tokenizer), tokenizer) == Reply("\n\n".join(said["analysis"]), final, truncated=False)
+    reply = parse(encode(golden["segments"], tokenizer), tokenizer)
+    assert (reply.thinking, reply.final, reply.truncated) == ("\n\n".join(said["analysis"]), final, False)
+    assert list(reply.earlier) == said["final"][-2::-1]
 
 
 CHANNEL, MESSAGE, START, END, RETURN = ({"special": f"<|{name}|>"} for name in ("channel", "message", "start", "end", "return"))
@@ -74,7 +79,7 @@ ANALYSIS = [CHANNEL, "analysis", MESSAGE, "plan", END, START, "assistant"]
     ("segments", "expected"),
     [
         ([], Reply("", None, True)),
-        (["no header at all"], Reply("", None, True)),
+        (["no header at all"], Reply("", None, True, unmarked=("no header at all",))),
         ([CHANNEL, "analysis", MESSAGE, "thinking of"], Reply("thinking of", None, True)),
         ([CHANNEL, "analysis", MESSAGE, "plan", END], Reply("plan", None, False)),
         (ANALYSIS, Reply("plan", None, True)),
@@ -84,13 +89,16 @@ ANALYSIS = [CHANNEL, "analysis", MESSAGE, "plan", END, START, "assistant"]
         ([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", END], Reply("plan", "a", False)),
         ([*ANALYSIS, CHANNEL, "final", MESSAGE, "a", RETURN, "b", CHANNEL, "final", MESSAGE, "c"], Reply("plan", "a", False)),
         # The last final message counts, also if the budget cuts a later analysis message.
-        ([CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "final", MESSAGE, "b", RETURN], Reply("", "b", False)),
+        (
+            [CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "final", MESSAGE, "b", RETURN],
+            Reply("", "b", False, earlier=("a",)),
+        ),
         ([CHANNEL, "final", MESSAGE, "a", END, START, "assistant", CHANNEL, "analysis", MESSAGE, "b"], Reply("b", "a", False)),
         # Invalid formats: a header while the message before is open, a second <|message|>, a message without a channel.
         ([CHANNEL, "analysis", MESSAGE, "plan", CHANNEL, "final", MESSAGE, "a", RETURN], Reply("plan", "a", False)),
         ([CHANNEL, "analysis", MESSAGE, "plan", START, "assistant", CHANNEL, "final", MESSAGE, "a", RETURN], Reply("plan", "a", False)),
         ([CHANNEL, "final", MESSAGE, "a", MESSAGE, "b", RETURN], Reply("", "ab", False)),
-        ([MESSAGE, "a", RETURN], Reply("", None, False)),
+        ([MESSAGE, "a", RETURN], Reply("", None, False, unmarked=("a",))),
         ([CHANNEL, "final ", {"special": "<|constrain|>"}, "json", MESSAGE, "{}", RETURN], Reply("", "{}", False)),
     ],
 )
@@ -156,3 +164,112 @@ def test_chat_format_is_the_same_harmony(tokenizer):
 def test_unknown_reasoning_effort(tokenizer):
     with pytest.raises(ConfigError, match=r"config\.prompt\.reasoning_effort = 'none'"):
         Harmony(tokenizer, "none")
+
+
+CALL, ENDOFTEXT = ({"special": f"<|{name}|>"} for name in ("call", "endoftext"))
+RUN = "def run():\n    return 1"
+PROGRAM = f"Here:\n```python\n{RUN}\n```"
+USAGE = "```python\nprint(run())\n```"
+FINAL = [CHANNEL, "final", MESSAGE]
+NEXT = [END, START, "assistant"]
+
+
+def program_in(segments, tokenizer, stop=StopReason.STOP_TOKEN, **options):
+    ids = np.asarray(encode(segments, tokenizer), np.int32)
+    rollout = Rollout(0, 0, ids, ids, np.zeros(len(ids), np.float32), np.ones(len(ids), bool), stop)
+    return extracted(rollout, Harmony(tokenizer), **options)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [*FINAL, PROGRAM, RETURN],
+        [*FINAL, PROGRAM, CALL],
+        # A second final message with an example, with nothing, or cut.
+        [*FINAL, PROGRAM, *NEXT, *FINAL, "I hope that helps.", RETURN],
+        [*FINAL, PROGRAM, *NEXT, *FINAL, USAGE, RETURN],
+        [*FINAL, PROGRAM, *NEXT, *FINAL, "", RETURN],
+        [*FINAL, PROGRAM, *NEXT, *FINAL, "```json\n{}\n```", *NEXT, CHANNEL, "analysis", MESSAGE, "Done.", RETURN],
+        [*FINAL, f"```python\n{RUN}\n    return 2\n```", *NEXT, *FINAL, PROGRAM, RETURN],
+        # No <|message|>.
+        [CHANNEL, "final", PROGRAM, RETURN],
+        [CHANNEL, f"final\n{PROGRAM}", RETURN],
+        [*ANALYSIS, CHANNEL, f"final```python\n{RUN}\n```", RETURN],
+        [*ANALYSIS, f"\n{PROGRAM}", RETURN],
+        [CHANNEL, "analysis", MESSAGE, "plan", END, PROGRAM, RETURN],
+        [PROGRAM, RETURN],
+        # No channel, or a mistyped one.
+        [MESSAGE, PROGRAM, RETURN],
+        ["final", MESSAGE, PROGRAM, RETURN],
+        [*ANALYSIS, MESSAGE, PROGRAM, RETURN],
+        *([*ANALYSIS, CHANNEL, name, MESSAGE, PROGRAM, RETURN] for name in ("Final", "finals", "fianl", "finall", "answer", "output", "")),
+        # Commentary.
+        [*ANALYSIS, CHANNEL, "commentary", MESSAGE, PROGRAM, END],
+        [*ANALYSIS, CHANNEL, "commentary to=functions.run", {"special": "<|constrain|>"}, "python", MESSAGE, PROGRAM, CALL],
+        [CHANNEL, "commentary", MESSAGE, PROGRAM, *NEXT, *FINAL, "See above.", RETURN],
+        [CHANNEL, "commentary", MESSAGE, PROGRAM, *NEXT, *FINAL, USAGE, RETURN],
+    ],
+)
+def test_programs_of_replies_that_break_the_format(segments, tokenizer):
+    assert program_in(segments, tokenizer).code == RUN
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [CHANNEL, "analysis", MESSAGE, PROGRAM, RETURN],
+        [*ANALYSIS[:-3], PROGRAM, *NEXT, *FINAL, "I cannot do it.", RETURN],
+        *([CHANNEL, name, MESSAGE, PROGRAM, RETURN] for name in ("Analysis", "analysi", "anaylsis", "thinking", "thoughts", "reasoning")),
+        [CHANNEL, f"analysis {PROGRAM}", RETURN],
+        [*ANALYSIS[:-1], "user", MESSAGE, PROGRAM, RETURN],
+        [*ANALYSIS[:-1], "user", CHANNEL, "commentary", MESSAGE, PROGRAM, RETURN],
+        [*ANALYSIS[:-1], f"user {PROGRAM}", RETURN],
+        [*ANALYSIS[:-1], "functions.python to=assistant", CHANNEL, "commentary", MESSAGE, PROGRAM, END],
+        [CHANNEL, "commentary", MESSAGE, USAGE, RETURN],
+        [CHANNEL, "commentary", MESSAGE, "```python\ndef run(", RETURN],
+        [CHANNEL, "commentary", MESSAGE, RUN, RETURN],
+        [RETURN, *FINAL, PROGRAM, RETURN],
+    ],
+)
+def test_nothing_else_becomes_a_program(segments, tokenizer):
+    assert program_in(segments, tokenizer).code is None
+
+
+def test_of_several_programs_the_last_final_one_counts(tokenizer):
+    other = PROGRAM.replace("1", "2")
+    assert program_in([*FINAL, other, *NEXT, *FINAL, PROGRAM, RETURN], tokenizer).code == RUN
+    assert program_in([*FINAL, PROGRAM, *NEXT, CHANNEL, "commentary", MESSAGE, other, RETURN], tokenizer).code == RUN
+    assert (
+        program_in([CHANNEL, "commentary", MESSAGE, other, *NEXT, CHANNEL, "commentary", MESSAGE, PROGRAM, RETURN], tokenizer).code == RUN
+    )
+    # Without any that defines run, the last final message stays, so that the model learns what is missing.
+    assert program_in([*FINAL, "```python\nx = 1\n```", *NEXT, *FINAL, "Done.", RETURN], tokenizer).code == "x = 1"
+
+
+def test_edits_in_an_earlier_final_message(tokenizer):
+    edit = "<<<<<<< SEARCH\nx = 1\n=======\nx = 2\n>>>>>>> REPLACE"
+    segments = [*FINAL, edit, *NEXT, *FINAL, "It is faster now.", RETURN]
+    assert program_in(segments, tokenizer, edits_of="x = 1\ny = 1").code == "x = 2\ny = 1"
+    segments = [*FINAL, edit, *NEXT, *FINAL, PROGRAM, RETURN]
+    assert program_in(segments, tokenizer, edits_of="x = 1\ny = 1").code == RUN
+
+
+def test_a_cut_in_a_later_message_does_not_complete_an_earlier_block(tokenizer):
+    segments = [*FINAL, "```python\nx = (1", *NEXT, *FINAL, "And"]
+    assert program_in(segments, tokenizer, StopReason.MAX_TOKENS).code is None
+    assert program_in(segments[:4], tokenizer, StopReason.MAX_TOKENS).code == "x = (1"
+
+
+def test_all_stop_ids_end_a_reply(tokenizer):
+    stops = [tokenizer.special(f"<|{name}|>") for name in ("return", "call", "endoftext")]
+    chat = Harmony(tokenizer, stop_ids=stops)
+    assert chat.stop_ids == tuple(sorted(stops))
+    assert Harmony(tokenizer, stop_ids=stops[1:]).stop_ids == chat.stop_ids
+    assert all(name in chat.describe() for name in ("<|return|>", "<|call|>", "<|endoftext|>"))
+    for stop in (RETURN, CALL, ENDOFTEXT):
+        ids = encode([*ANALYSIS, *FINAL, "a", stop, *FINAL, "b", RETURN], tokenizer)
+        assert chat.parse(ids) == Reply("plan", "a", truncated=False)
+        assert chat.parse(ids[: ids.index(chat.tokenizer.special(stop["special"]))]).truncated
+        assert chat.parse(encode([CHANNEL, "analysis", MESSAGE, "plan", stop], tokenizer)) == Reply("plan", None, truncated=False)
+    with pytest.raises(TokenizerError, match=r"<\|end\|>.*eos_token_id"):
+        Harmony(tokenizer, stop_ids=[*stops, tokenizer.special("<|end|>")])

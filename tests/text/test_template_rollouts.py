@@ -73,7 +73,10 @@ def test_programs_of_rollouts(chat_folder):
     chat = Template(chat_folder("qwen3"))
     answer = "Here it is:\n\n```python\ndef run():\n    return 1\n```\n"
     assert program_of(rollout(chat, answer), chat) == "def run():\n    return 1"
-    assert program_of(rollout(chat, answer[:-5]), chat) is None  # the policy left the block open
+    assert program_of(rollout(chat, answer[:-5]), chat) == "def run():\n    return 1"  # the policy left the block open
+    assert program_of(rollout(chat, answer[:-6] + " +"), chat) is None
+    usage = "<think>\nplan\n</think>\n\nIt prints:\n```python\nrun()\n```"
+    assert program_of(rollout(chat, answer + usage), chat) is not None
     assert program_of(rollout(chat, answer[:-5], StopReason.MAX_TOKENS), chat) == "def run():\n    return 1"
 
 
