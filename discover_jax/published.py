@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 MOST_JSON_BYTES = 1 << 28
 """Largest JSON file that is read. The largest published one, a tokenizer.json, has about 35 MB."""
 
-_SHOWN = 60
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxlist, _SHORT.maxdict = 2, 60, 60, 4, 4
 _KINDS = {
     stat.S_ISDIR: "a directory",
     stat.S_ISFIFO: "a FIFO",
@@ -61,11 +63,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """A JSON value for an error message, shortened."""
-    if isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    """A JSON value for an error message, shortened: its depth and length are unknown."""
+    return _SHORT.repr(value)
 
 
 def snapshot_hint(path: Path) -> str:

@@ -31,6 +31,7 @@ from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.folder_writer import replace_file
 from discover_jax.models.parameters import Tree
+from discover_jax.published import check_regular, is_there, read_object, show
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -41,8 +42,10 @@ _GROUPS = ("attention", "expert", "mlp", "head")
 _BASE_HEAD = _ROOT + "lm_head.base_layer.weight"
 """A copy of the base model's head, which peft may save with the adapter."""
 _FLOATS = ("F32", "BF16", "F16")
-_MAX_NAMED = 5
-"""Names that an error message lists before it only counts them."""
+_MAX_NAMED, _MAX_LENGTH = 5, 60
+"""Names that an error message lists before it only counts them, and characters of a name."""
+_MOST_RANK, _MOST_ALPHA = 2**16, 2**32
+"""Values that are believed: larger ones would exhaust the memory, or a float's range."""
 
 # Fields of peft's LoraConfig that do not change what a trained adapter computes.
 _IGNORED_FIELDS = {
@@ -325,19 +328,20 @@ def _read_config(file: Path) -> dict[str, Any]:
       WeightsError: it cannot be read, or it has a feature other than plain LoRA.
     """
     try:
-        content = json.loads(file.read_text())
+        content = read_object(file)
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"Cannot read {file}: {error}. Use a folder that `peft` saved, with {CONFIG} and {WEIGHTS}, or copy it again."
         ) from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file} must contain a JSON object; got {type(content).__name__}. Copy the folder again.")
-    problems = [] if content.get("peft_type") == "LORA" else [f"peft_type = {content.get('peft_type')!r} (allowed: 'LORA')"]
+    problems = [] if content.get("peft_type") == "LORA" else [f"peft_type = {show(content.get('peft_type'))} (allowed: 'LORA')"]
     if (init := content.get("init_lora_weights", True)) not in _ALLOWED_INITS:
-        problems.append(f"init_lora_weights = {init!r} (it changes the base weights or the layer; convert it to plain LoRA with peft)")
-    for name in sorted(content.keys() - _IGNORED_FIELDS - _USED_FIELDS):
-        if content[name] not in (None, False, "none", [], {}):
-            problems.append(f"{name} = {content[name]!r}")
+        problems.append(f"init_lora_weights = {show(init)} (it changes the base weights or the layer; convert it to plain LoRA with peft)")
+    others = [
+        name for name in sorted(content.keys() - _IGNORED_FIELDS - _USED_FIELDS) if content[name] not in (None, False, "none", [], {})
+    ]
+    problems += [f"{name[:_MAX_LENGTH]} = {show(content[name])}" for name in others[:_MAX_NAMED]]
+    if len(others) > _MAX_NAMED:
+        problems.append(f"{len(others) - _MAX_NAMED} more")
     if problems:
         raise WeightsError(
             f"{file} needs unsupported features: {'; '.join(problems)}. Only plain LoRA is supported: base + (alpha / rank) B A, with all"
@@ -347,9 +351,10 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_headers(file: Path) -> _StoredTensors:
-    if not file.exists():
+    if not is_there(file):
         raise WeightsError(f"{file.parent} has no {file.name}. Save the adapter with safetensors; adapter_model.bin is not supported.")
     try:
+        check_regular(file)
         with safetensors.safe_open(file, framework="numpy") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
             return _StoredTensors(file, {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()})
@@ -361,13 +366,24 @@ def _lora_config(file: Path, content: dict[str, Any], targets: list[_Target]) ->
     """The rank of each group of targets, and the alpha that all share.
 
     Raises:
-      WeightsError: targets of a group differ in rank, targets differ in alpha, or a value is not a positive number.
+      WeightsError: targets of a group differ in rank, targets differ in alpha, or a value is not a number of a possible size.
     """
-    ranks: dict[str, dict[Any, str]] = {group: {} for group in _GROUPS}
-    alphas: dict[Any, str] = {}
+    ranks: dict[str, dict[int, str]] = {group: {} for group in _GROUPS}
+    alphas: dict[float, str] = {}
     for target in targets:
-        ranks[target.group].setdefault(_value_of(file, content, target, "r", "rank_pattern"), target.name)
-        alphas.setdefault(_value_of(file, content, target, "lora_alpha", "alpha_pattern"), target.name)
+        rank, alpha = _value_of(file, content, target, "r", "rank_pattern"), _value_of(file, content, target, "lora_alpha", "alpha_pattern")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= _MOST_RANK:
+            raise WeightsError(
+                f"{file} has {show(rank)} among the ranks ({target.name}); it must be an integer from 1 to {_MOST_RANK:,}. Copy the folder"
+                " again."
+            )
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _MOST_ALPHA:
+            raise WeightsError(
+                f"{file} has {show(alpha)} among the alphas ({target.name}); it must be a number of at most {_MOST_ALPHA:,}. Copy the"
+                " folder again."
+            )
+        ranks[target.group].setdefault(rank, target.name)
+        alphas.setdefault(alpha, target.name)
     for what, found in [*((f"ranks of {group} targets", ranks[group]) for group in _GROUPS), ("alphas", alphas)]:
         if len(found) > 1:
             shown = ", ".join(f"{value} ({name})" for value, name in list(found.items())[:_MAX_NAMED])
@@ -375,25 +391,24 @@ def _lora_config(file: Path, content: dict[str, Any], targets: list[_Target]) ->
                 f"{file} has different {what}: {shown}. Use one rank for all attention projections, one for the experts' matrices, one for"
                 " the head, and one alpha for all targets."
             )
-        for value, name in found.items():
-            allowed = isinstance(value, int | float) if what == "alphas" else isinstance(value, int) and value > 0
-            if not allowed or isinstance(value, bool):
-                kind = "a number" if what == "alphas" else "an integer above 0"
-                raise WeightsError(f"{file} has {value!r} among the {what} ({name}); it must be {kind}. Copy the folder again.")
     sizes = {f"{group}_rank": next(iter(found), 0) for group, found in ranks.items()}
     return LoraConfig(**sizes, alpha=float(next(iter(alphas))))
 
 
 def _value_of(file: Path, content: dict[str, Any], target: _Target, default: str, patterns: str) -> Any:
     """A target's rank or alpha: that of the first matching pattern, or the default (peft.utils.other.get_pattern_key)."""
-    try:
-        for pattern, value in (content.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target.name):
-                return value
-    except (re.error, AttributeError) as error:
-        raise WeightsError(
-            f"{file} has {patterns} = {content[patterns]!r}, which is invalid ({error}). It must map regular expressions to numbers."
-        ) from error
+    found = content.get(patterns)
+    if found is not None and not isinstance(found, dict):
+        raise WeightsError(f"{file} has {patterns} = {show(found)}; it must be an object of numbers by pattern. Copy the folder again.")
+    for pattern, value in (found or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", target.name)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise WeightsError(
+                f"{file} has the pattern {show(pattern)} in {patterns}, which is invalid ({error}). It must be a regular expression."
+            ) from error
+        if matches:
+            return value
     return content.get(default)
 
 

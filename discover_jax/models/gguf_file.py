@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from discover_jax.exceptions import WeightsError
+from discover_jax.published import check_regular
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -102,6 +103,7 @@ class GgufFile:
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The metadata and the tensors of one file."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             header = _Header(file, path)
             metadata, infos = header.read()

@@ -66,9 +66,11 @@ def read_vocabulary(file: GgufFile) -> tuple[list[str], list[int]]:
     """The texts and types of all tokens, by id.
 
     Raises:
-      WeightsError: the metadata lacks one of them, or they differ in length.
+      WeightsError: the metadata lacks one of them, they have items of a wrong type, or they differ in length.
     """
     tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", list)
+    _check_items(file, "tokenizer.ggml.tokens", tokens, str, "texts")
+    _check_items(file, "tokenizer.ggml.token_type", types, int, "integers")
     if len(tokens) != len(types):
         raise WeightsError(f"{file.path} has {len(tokens)} tokens and {len(types)} token types; download the file again.")
     return tokens, types
@@ -174,8 +176,15 @@ def _vocabulary(file: GgufFile, tokens: list[str], types: list[int]) -> dict[str
     return vocabulary
 
 
+def _check_items(file: GgufFile, key: str, items: list[Any], kind: type, allowed: str) -> None:
+    if wrong := [item for item in items if type(item) is not kind]:
+        raise WeightsError(f"{file.path}: {key} must be a list of {allowed}; got {str(wrong[0])[:60]!r} in it. Download the file again.")
+
+
 def _merges(file: GgufFile) -> list[list[str]]:
-    merges = [merge.split(" ") for merge in file.get("tokenizer.ggml.merges", list)]
+    stored = file.get("tokenizer.ggml.merges", list)
+    _check_items(file, "tokenizer.ggml.merges", stored, str, "texts")
+    merges = [merge.split(" ") for merge in stored]
     if wrong := [merge for merge in merges if len(merge) != 2]:
         raise TokenizerError(f"{file.path} has {len(wrong)} merges that are not two texts, such as {' '.join(wrong[0])!r}.")
     return merges

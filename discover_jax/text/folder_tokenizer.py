@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import TokenizerError
-from discover_jax.published import is_there, read_object, show
+from discover_jax.published import check_regular, is_there, read_object, show, snapshot_hint
 
 _PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
+_READ = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Endings of the files that belong to a tokenizer."""
 """Unicode's characters for private use: more of them than a prompt has room for."""
 
 
@@ -71,7 +73,13 @@ class FolderTokenizer:
     def chat_templates(self) -> Mapping[str, str]:
         """The folder's chat templates by name; a single one is called "default"."""
         templates = self._model.chat_template
-        return {"default": templates} if isinstance(templates, str) else templates or {}
+        named = {"default": templates} if isinstance(templates, str) else templates or {}
+        if not isinstance(named, dict) or not all(isinstance(text, str) for item in named.items() for text in item):
+            raise TokenizerError(
+                f"The chat_template of {self.folder} is {show(templates)}; it must be a text, or texts by name. Copy tokenizer_config.json"
+                " again from where the weights were published."
+            )
+        return named
 
     def encode(self, text: str) -> list[int]:
         return self._ordinary.encode(text, add_special_tokens=False).ids
@@ -128,7 +136,7 @@ def _added_tokens(path: Path, model: Any) -> dict[str, int]:
       TokenizerError: transformers gives them other ids than the file.
     """
     added = model.get_added_vocab()
-    written = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", ())}
+    written = written_tokens(path)
     if moved := {name: index for name, index in written.items() if added.get(name) != index}:
         raise TokenizerError(
             f"{path}: transformers gives the added tokens {', '.join(moved)} other ids. List every id after the vocabulary, with unused ids"
@@ -151,12 +159,13 @@ def _without(added: Mapping[str, int], backend: Any) -> Any:
 
 def _load(folder: Path) -> Any:
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_there(path):
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
         raise TokenizerError(
-            f"There is no tokenizer at {path}; found: {there}. Copy tokenizer.json and tokenizer_config.json there from where the weights"
-            " were published, or set config.model.tokenizer to a folder that contains them."
+            f"There is no tokenizer at {path}; found: {there}.{snapshot_hint(folder)} Copy tokenizer.json and tokenizer_config.json there"
+            " from where the weights were published, or set config.model.tokenizer to a folder that contains them."
         )
+    check_files(folder)
     read_json(path)
     if (folder / "tokenizer_config.json").is_file() and "auto_map" in read_json(folder / "tokenizer_config.json"):
         raise TokenizerError(
@@ -190,6 +199,40 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"Cannot read {path}: {error}. Copy it again from where the weights were published.") from error
+
+
+def check_files(folder: Path) -> None:
+    """Checks that all files of a folder that a tokenizer's loader may open are regular: a FIFO would let it wait forever.
+
+    Raises:
+      TokenizerError: one is not.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READ and not file.name.startswith(".") and not file.is_dir():
+            try:
+                check_regular(file)
+            except OSError as error:
+                raise TokenizerError(f"Cannot read {file}: {error}. Copy it again from where the weights were published.") from error
+
+
+def written_tokens(path: Path) -> dict[str, int]:
+    """The ids of the added tokens in a tokenizer.json, by name; none if it has no list of them.
+
+    Raises:
+      TokenizerError: the file is damaged, or the list has another shape.
+    """
+    tokens = read_json(path).get("added_tokens")
+    if tokens is not None and not isinstance(tokens, list):
+        raise TokenizerError(f"{path} has added_tokens = {show(tokens)}; it must be a list. Copy the published file.")
+    written: dict[str, int] = {}
+    for token in tokens or ():
+        name, index = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(index, int) or isinstance(index, bool):
+            raise TokenizerError(
+                f"{path} has an added token without a text `content` and an integer `id`: {show(token)}. Copy the published file."
+            )
+        written[name] = index
+    return written
 
 
 def read_stop_ids(folder: Path) -> list[int]:

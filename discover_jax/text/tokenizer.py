@@ -5,7 +5,6 @@ that contains "<|end|>" cannot end a message. Only `special` returns special ids
 """
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from discover_jax.exceptions import TokenizerError
+from discover_jax.published import snapshot_hint
+from discover_jax.text.folder_tokenizer import check_files, written_tokens
 
 # Names of OpenAI's harmony chat format (o200k_harmony). A tokenizer must have all of them.
 SPECIAL_TOKENS = (
@@ -150,7 +151,7 @@ class HuggingFaceTokenizer:
             raise TokenizerError(f"{self._path} is not a tokenizer that transformers can read ({error}). Copy it again.") from error
         added = self._model.get_added_vocab()
         # transformers renumbers added tokens if their ids have gaps; the model would then get wrong tokens.
-        written = {token["content"]: token["id"] for token in json.loads(self._path.read_text(encoding="utf-8"))["added_tokens"]}
+        written = written_tokens(self._path)
         if moved := {name: index for name, index in written.items() if added.get(name) != index}:
             raise TokenizerError(
                 f"{self._path}: transformers gives the added tokens {moved} other ids. List every id after the vocabulary, with"
@@ -257,6 +258,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
       TokenizerError: there is none, or it is invalid (see the classes).
     """
     folder = Path(folder)
+    if folder.is_dir():
+        check_files(folder)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder / "tokenizer.model")
     if (folder / "tokenizer.json").is_file():
@@ -266,6 +269,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
     raise TokenizerError(
         f"There is no tokenizer in {folder}: looked for tokenizer.model (SentencePiece), tokenizer.json (Hugging Face) and {RANKS_FILE};"
-        f" found: {there}."
+        f" found: {there}.{snapshot_hint(folder)}"
         " Copy one of them there, or set config.model.tokenizer to the folder that holds it."
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -280,7 +281,7 @@ def change_tensors(path, change):
             {"alpha_pattern": {r"layers\.2\.mlp\.experts\.down_proj": 1}},
             r"alphas: 6 .*, 1 \(model.layers.2.mlp.experts.down_proj",
         ),
-        ({"rank_pattern": {"(": 3}}, r"rank_pattern = {'\(': 3}"),
+        ({"rank_pattern": {"(": 3}}, r"pattern '\(' in rank_pattern"),
         ({"r": None}, "None.*ranks.*expert"),
         ({"lora_alpha": "much"}, "'much'.*alphas"),
     ],
@@ -289,6 +290,51 @@ def test_unsupported_configs_are_refused(saved, changes, message):
     change_config(saved, **changes)
     with pytest.raises(WeightsError, match=message):
         load_peft(saved, Model(SMALL, LORA))
+
+
+_WRONG = [None, True, False, 0, -1, 0.5, 2**40, 10**400, float("nan"), float("inf"), "4", "", [], [4], {}, {"a": 1}, {"k_proj": [1]}, [[]]]
+
+
+def test_any_value_of_any_field_is_read_or_refused(saved):
+    names = (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+        "bias",
+        "target_modules",
+        "use_dora",
+        "new",
+    )
+    refused = 0
+    before = (saved / CONFIG).read_text()
+    for name in names:
+        for value in _WRONG:
+            change_config(saved, **{name: value})
+            try:
+                read_lora_config(saved, SMALL)
+            except WeightsError:
+                refused += 1
+            (saved / CONFIG).write_text(before)
+    assert refused > 80
+    for pattern in ("(", "a{99999999999}", "*", "(?P<a>"):
+        change_config(saved, rank_pattern={pattern: 3})
+        with pytest.raises(WeightsError, match="rank_pattern"):
+            read_lora_config(saved, SMALL)
+    for text in ("[" * 100_000, "", "3", '"r"'):
+        (saved / CONFIG).write_text(text)
+        with pytest.raises(WeightsError, match=CONFIG):
+            read_lora_config(saved, SMALL)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_fifos_are_not_opened(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(WeightsError, match="FIFO"):
+        read_lora_config(saved, SMALL)
 
 
 def test_unsupported_targets_are_named(saved):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import struct
 import sys
@@ -778,3 +779,23 @@ def test_command_prints_an_error_without_traceback(tmp_path, monkeypatch, capsys
         _run(monkeypatch, f"--gguf={tmp_path / 'absent.gguf'}", f"--out={tmp_path / 'out'}")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: Cannot read")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.tokens", [1, 2, 3], r"tokens must be a list of texts; got '1'"),
+        ("tokenizer.ggml.token_type", [0.5, 1.5], r"token_type must be a list of integers; got '0.5'"),
+        ("tokenizer.ggml.merges", [1, 2], r"merges must be a list of texts; got '1'"),
+    ],
+)
+def test_lists_of_another_type_are_refused(key, value, message, tmp_path):
+    source = _write_model(tmp_path / "m.gguf", _random_model("qwen2"), "qwen2", metadata={key: value})
+    with pytest.raises(WeightsError, match=message):
+        import_gguf.import_gguf(source, tmp_path / "out")
+
+
+def test_fifos_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(WeightsError, match="FIFO"):
+        import_gguf.import_gguf(tmp_path / "m.gguf", tmp_path / "out")
