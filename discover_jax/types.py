@@ -160,7 +160,8 @@ class Execution:
 
     Attributes:
       outcome: how it ended. OK means only that the program returned bytes; grading decides whether they are valid.
-      result: the submission as CSV, or for a problem the value that was returned last (see `execution.values`); None if there is none.
+      result: the submission as CSV, or for a problem the value that was returned last (see `execution.values`); None if there is none, or
+        if the verdict on it is not OK.
       stdout: head and tail of standard output and error, of limited length.
       detail: end of the traceback, or the reason, of limited length; empty if OK.
       seconds: wall time of the program, from its own start.

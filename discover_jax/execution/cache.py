@@ -16,6 +16,7 @@ import platform
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from discover_jax.types import Execution, Grade, Outcome, Verdict
 
 _FORMAT = 3  # increase it when the harness's contract with programs or the file format changes
 _LARGEST_FILE = 1 << 30
+_LEVEL = 3  # of compression
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -42,13 +44,20 @@ def packages(path: Sequence[str] | None = None) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ran:
-    """An execution as stored in a file: the bytes of its result are in base64, as `csv`."""
+    """An execution as stored in a file.
+
+    Attributes:
+      outcome, stdout, detail, seconds: see Execution.
+      csv: the result in base64, in files of earlier versions.
+      packed: the result, compressed by zlib, in base64; empty if there is none.
+    """
 
     outcome: Outcome
     csv: str | None
     stdout: str
     detail: str
     seconds: float
+    packed: str = dataclasses.field(default="", metadata={"later": True})
 
 
 class VerdictCache:
@@ -162,10 +171,11 @@ class VerdictCache:
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON values, without the flag `cached`."""
+    """A verdict as JSON values, without the flag `cached` and, if it is not OK, without the result, which nothing reads."""
     execution = verdict.execution
-    result = None if execution.result is None else base64.b64encode(execution.result).decode()
-    ran = _Ran(execution.outcome, result, execution.stdout, execution.detail, execution.seconds)
+    kept = execution.result if verdict.outcome is Outcome.OK else None
+    packed = "" if kept is None else base64.b64encode(zlib.compress(kept, _LEVEL)).decode()
+    ran = _Ran(execution.outcome, None, execution.stdout, execution.detail, execution.seconds, packed)
     return {
         "outcome": verdict.outcome.value,
         "grade": dataclasses.asdict(verdict.grade),
@@ -183,8 +193,26 @@ def verdict_of(row: Any, *, cached: bool) -> Verdict:
         raise ValueError("the verdict is not an object of outcome, grade and execution")
     ran = from_row(_Ran, row["execution"])
     result = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
+    if ran.packed:
+        result = _unpacked(base64.b64decode(ran.packed, validate=True))
     execution = Execution(ran.outcome, result, ran.stdout, ran.detail, ran.seconds, cached=cached)
     return Verdict(Outcome(row["outcome"]), from_row(Grade, row["grade"]), execution)
+
+
+def _unpacked(data: bytes) -> bytes:
+    """The bytes of `zlib.compress`.
+
+    Raises:
+      ValueError: they are not, or are more than a file may hold.
+    """
+    unpacking = zlib.decompressobj()
+    try:
+        found = unpacking.decompress(data, _LARGEST_FILE)
+    except zlib.error as error:
+        raise ValueError(f"the result cannot be unpacked: {error}") from error
+    if not unpacking.eof or unpacking.unused_data:
+        raise ValueError("the result cannot be unpacked: it has no end or bytes follow it")
+    return found
 
 
 def _encode(key: str, verdict: Verdict) -> bytes:

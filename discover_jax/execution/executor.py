@@ -262,6 +262,8 @@ class Executor:
 
     def _finish(self, job: _Job, reply: Verdict | Exception) -> None:
         if isinstance(reply, Verdict):
+            if reply.outcome is not Outcome.OK:  # nothing reads an invalid submission, and a step may have hundreds
+                reply = dataclasses.replace(reply, execution=dataclasses.replace(reply.execution, result=None))
             try:
                 self._caches[job.task].put(job.key, reply)
             except RunError as error:

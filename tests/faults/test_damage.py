@@ -530,7 +530,7 @@ def test_forged_verdict_with_a_valid_checksum_must_be_consistent(cache, entry):
     from discover_jax.execution import cache as cache_module
 
     row = json.loads(entry.read_bytes())["verdict"]
-    row["execution"]["csv"] = None
+    row["execution"] |= {"csv": None, "packed": ""}
     key = cache.key("p")
     entry.write_text(json.dumps({"sha256": cache_module._checksum(key, row), "verdict": row}))
     assert cache.get(key) is None
