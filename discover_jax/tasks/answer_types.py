@@ -41,9 +41,10 @@ def is_text(labels: Sequence[str]) -> bool:
     return any(isinstance(value, str) for value in inferred([label for label in labels if label]))
 
 
-def hides_labels(labels: Sequence[str]) -> bool:
-    """Whether pandas takes some labels that are not empty, such as `NA` and `None`, for missing values."""
-    return any(map(pd.isna, inferred([label for label in labels if label])))
+def hidden_labels(labels: Sequence[str]) -> list[str]:
+    """The different labels that pandas takes for missing values though they are not empty, such as `NA` and `None`."""
+    shown = sorted({label for label in labels if label})
+    return [label for label, value in zip(shown, inferred(shown), strict=True) if pd.isna(value)]
 
 
 def text_labels(tables: Sequence[pd.DataFrame], column: str, *, complete: bool) -> bool:
@@ -54,7 +55,7 @@ def text_labels(tables: Sequence[pd.DataFrame], column: str, *, complete: bool) 
       complete: whether no label of the last table is missing, so that a text such as `NA` in it is a class.
     """
     # Truth values in one table and numbers in another stay what they are: True equals 1.
-    return any(is_text(table[column].tolist()) for table in tables) or (complete and hides_labels(tables[-1][column].tolist()))
+    return any(is_text(table[column].tolist()) for table in tables) or (complete and bool(hidden_labels(tables[-1][column].tolist())))
 
 
 def text_predictions(labels: Sequence[str], sample: Sequence[str]) -> bool:

@@ -220,7 +220,7 @@ def perfect_submission(answers: Answers, *, probabilities: bool = False) -> byte
     if not answers.id_column:
         return table.to_csv(index=False).encode()
     if probabilities:
-        two = [column for column in answers.submitted if column in table and table[column].nunique() == 2]
+        two = [column for column in answers.submitted if column in table and len(set(table[column])) == 2]
         table = table.assign(**{column: (table[column] == sorted(table[column].unique())[1]).astype(float) for column in two})
     if answers.classes:
         predictions = pd.DataFrame(_one_hot(table, answers), columns=list(answers.submitted), index=table.index)

@@ -21,7 +21,7 @@ from discover_jax.tasks.holdout import hold_out_part, make_folds
 from discover_jax.tasks.loading import load_definition, locate_definition
 from discover_jax.tasks.own_files import own_files
 from discover_jax.tasks.prepared_folder import TEXT_ENTRIES, definition_digests, fingerprint, prepared_record
-from discover_jax.tasks.prepared_tables import check_ids, check_tables, describe_tables, text_columns, warn_of_types
+from discover_jax.tasks.prepared_tables import check_ids, check_tables, describe_tables, text_columns, warn_of_hidden_labels, warn_of_types
 from discover_jax.tasks.problem import Problem
 from discover_jax.tasks.problem_task import ProblemTask, problem_settings, write_public
 from discover_jax.tasks.tables import read_text_table
@@ -206,6 +206,7 @@ def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any])
         if definition.judge is not None:
             warn_of_types(definition, public, private)
         text = text_columns(definition, public, private if settings["reward"] == "grade" else None)
+        warn_of_hidden_labels(definition, public, text)
         stratified = settings.get("stratified", False)
         if "holdout_folds" in settings:
             make_folds(definition, work, settings["holdout_folds"], settings["seed"], stratified=stratified)

@@ -112,6 +112,18 @@ def text_columns(definition: Competition, public: Path, private: Path | None) ->
     )
 
 
+def warn_of_hidden_labels(definition: Competition, public: Path, text: TextColumns) -> None:
+    """Warns of labels that programs lose if they read the training table as pandas does by default."""
+    train = read_text_table((public / "train.csv").read_bytes()) if text.answers else pd.DataFrame()
+    for column in text.answers:
+        if hidden := answer_types.hidden_labels(train[column].tolist()):
+            logging.getLogger(__name__).warning(
+                "Competition %r: pandas reads the label %r in column %r as a missing value. Say in `description` that programs must read"
+                " train.csv with keep_default_na=False.",
+                *(definition.id, hidden[0], column),
+            )
+
+
 def check_ids(task: Task) -> None:
     """Checks that the ids of each submission stay different when pandas reads them, as programs and grading do.
 

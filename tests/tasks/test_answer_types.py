@@ -144,6 +144,19 @@ def test_text_labels_are_compared_as_text(tmp_path, write_competition, kind, rew
     assert "1 of the" in task.grade(missing).reason
 
 
+@pytest.mark.parametrize(("labels", "hidden"), [(["None", "a"], "'None'"), (["1", "NA", "x"], "'NA'"), (["a", "b"], ""), (["", "a"], "")])
+def test_labels_that_programs_lose_are_named(tmp_path, write_competition, caplog, labels, hidden):
+    with caplog.at_level(logging.WARNING):
+        prepare_task(
+            write_competition(with_labels(labels, ["a", "x"], "a"), "failure_reward=-1.0"),
+            raw=None,
+            reward="grade",
+            folder=tmp_path / "task",
+        )
+    assert ("keep_default_na" in caplog.text) == bool(hidden)
+    assert hidden in caplog.text
+
+
 @pytest.mark.parametrize("lacking", ["4+", "0"])
 def test_validity_does_not_depend_on_the_classes_of_private_answers(tmp_path, write_competition, lacking):
     """Private answers that lack a class do not change how predictions are read."""
