@@ -1,13 +1,14 @@
 """The sandbox's mounts, namespaces and environment, as bubblewrap sets them up, and what bubblewrap needs from the host."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
@@ -16,6 +17,8 @@ from discover_jax.execution.limits import MIB, ResourceLimits
 
 SCRATCH = "/sandbox"  # the program's working directory; data/ holds the data
 WRITABLE = (SCRATCH, "/tmp", "/dev/shm")  # all of these are in memory
+_PACKAGES = {"site-packages", "dist-packages"}
+_NO_PACKAGES = {"__pycache__", "doc", "icons", "include", "locale", "man", "node_modules", "zoneinfo"}
 _HARNESS, _INIT = "/harness.py", "/init.py"
 _INIT_SOURCE = str(Path(__file__).with_name("init.py"))
 
@@ -92,11 +95,34 @@ def _links(path: str, roots: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple(links)
 
 
-def _masked(roots: Iterable[str]) -> tuple[str, ...]:
-    folders = [Path(__file__).resolve().parent.parent]
+@functools.lru_cache
+def _masked(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """This project's folder, and the data of each scikit-learn below the roots, also of other Pythons."""
+    places = {os.path.realpath(folder) for root in roots for folder in _folders_with("sklearn", root)}
     if (spec := importlib.util.find_spec("sklearn")) and spec.submodule_search_locations:
-        folders.append(Path(spec.submodule_search_locations[0]) / "datasets" / "data")
-    return tuple(str(folder) for folder in folders if folder.is_dir() and _below(str(folder), roots))
+        places.add(os.path.realpath(os.path.dirname(spec.submodule_search_locations[0])))
+    folders = [str(Path(__file__).resolve().parent.parent)]
+    folders += sorted({os.path.realpath(os.path.join(place, "sklearn", "datasets", "data")) for place in places})
+    return tuple(folder for folder in folders if os.path.isdir(folder) and _below(folder, roots))
+
+
+def _folders_with(package: str, root: str) -> Iterator[str]:
+    """Folders below `root` that contain a folder of this name. Leaves out those that hold no packages: the inside of other packages, and
+    documentation, which are most of the folders of a machine."""
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                below = {entry.name: entry.is_symlink() for entry in entries if entry.is_dir()}
+        except OSError:  # it may not be entered, or was removed meanwhile
+            continue
+        if package in below:
+            yield folder
+        if os.path.basename(folder) in _PACKAGES:
+            continue
+        packages = _PACKAGES & below.keys()
+        waiting += [os.path.join(folder, name) for name in packages or below.keys() - _NO_PACKAGES if not below[name]]
 
 
 def inspect_host() -> Host:

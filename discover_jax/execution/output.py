@@ -29,6 +29,20 @@ class HeadAndTail:
         return f"{head}\n... {left_out} bytes left out ...\n{tail}"
 
 
+def without_host_paths(text: str, paths: Iterable[tuple[str, str]]) -> str:
+    """Replaces paths of the host that a program can read in /proc/self/mountinfo, whole or from the root of their file system on.
+
+    Args:
+      text: output or traceback of a program.
+      paths: absolute paths, and what stands in their place.
+    """
+    for path, name in paths:
+        parts = path.strip("/").split("/")
+        for start in range(len(parts) - 1):  # the last part alone may stand for something else
+            text = text.replace("/" + "/".join(parts[start:]), name)
+    return text
+
+
 def normalised(text: str, folders: Iterable[str | None]) -> str:
     """Removes folders and addresses, which differ between machines and runs, so that a resumed run sees the same text as an unbroken one.
     The rest is `printable`.

@@ -25,7 +25,7 @@ from discover_jax.execution import bubblewrap, claims, memory, values
 from discover_jax.execution.claims import DETAIL_CHARACTERS, HEADER_BYTES, Claim, Expected
 from discover_jax.execution.harness import PREPARE
 from discover_jax.execution.limits import CORE_BYTES, GIB, MIB, ResourceLimits
-from discover_jax.execution.output import HeadAndTail, normalised
+from discover_jax.execution.output import HeadAndTail, normalised, without_host_paths
 from discover_jax.execution.quarantine import Survivor, survivor
 from discover_jax.types import PARENT_OUTPUT, Answer, Execution, Outcome
 
@@ -486,6 +486,7 @@ class Sandbox:
         return claims.claim_of(self._answer, expected, self._spec.limits.result_bytes)
 
     def _clean(self, text: str) -> str:
+        text = without_host_paths(text, [(str(self._spec.public), "data"), (os.path.dirname(os.path.abspath(__file__)), "harness")])
         return normalised(text, [bubblewrap.SCRATCH, self._folder, *(self._spec.host.roots if self._spec.host else ())])
 
     def _kill(self) -> int | None:

@@ -186,6 +186,11 @@ ATTACKS = {
         re.escape(str(["done"] + ["EPERM"] * 4)),
     ),
     "address space without end": _tries("attempt(lambda: mmap.mmap(-1, 12 << 40, flags=0x4022))", "ENOMEM"),
+    "the host's path of the data": _tries(
+        "[line for line in open('/proc/self/mountinfo') if '/data ' in line] + [line.split()[3] for line in open('/proc/self/mountinfo')"
+        " if '/harness.py ' in line]",
+        r"\[.*'[\d: ]+ data data .*'harness/harness.py'\]",
+    ),
     "the kernel's command line": _tries("attempt(lambda: open('/proc/cmdline').read())", _NO_ACCESS),
     "magic keys, the clock and the host's name": _tries(
         "[attempt(lambda: os.write(os.open('/proc/sysrq-trigger', os.O_WRONLY), b'b')), attempt(lambda: time.clock_settime(0, 0.0)),"

@@ -1,6 +1,7 @@
 """Small parts of execution: limits, truncated output, links to the interpreter."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution import ResourceLimits, bubblewrap
-from discover_jax.execution.output import HeadAndTail, normalised
+from discover_jax.execution.output import HeadAndTail, normalised, without_host_paths
 
 
 @given(chunks=st.lists(st.binary(max_size=30), max_size=40), limit=st.integers(2, 50))
@@ -30,6 +31,48 @@ def test_normalised_text():
     assert normalised(text, ["/a", None, "/a/b", "/sandbox"]) == "lib/x.py:3: <f at 0x...> solution.py 0xff"
     # Characters that move a terminal's cursor or change its colours are replaced.
     assert normalised("a\r\nb\rc\t\x1b[2J\x00\x9b", []) == "a\nb\nc\t\ufffd[2J\ufffd\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("36 35 0:5 /home/ann/run/public /sandbox/data ro", "36 35 0:5 data /sandbox/data ro"),
+        ("/ann/run/public /run/public/x", "data data/x"),  # file systems mounted at /home and at /home/ann
+        ("/public ann/run public", "/public ann/run public"),
+    ],
+)
+def test_host_paths_are_replaced_in_whole_or_from_a_file_systems_root_on(text, expected):
+    assert without_host_paths(text, [("/home/ann/run/public", "data")]) == expected
+
+
+def test_data_of_every_scikit_learn_below_the_roots_are_masked(tmp_path):
+    """Another Python's, for example of the system or of conda, shows the labels of bundled competitions as well."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    masked = [
+        "lib/python3/dist-packages",
+        "local/lib/python3.9/site-packages",
+        "envs/a/lib64/python3.12/site-packages",
+        "pkgs/scikit-learn-1.0/lib/python3.8/site-packages",
+        "deps",  # pip install --target
+    ]
+    for place in masked:
+        (root / place / "sklearn" / "datasets" / "data").mkdir(parents=True)
+    (root / "moved" / "sk").mkdir(parents=True)
+    (root / "moved" / "sk" / "datasets" / "data").mkdir(parents=True)
+    (root / "linked").mkdir()
+    (root / "linked" / "sklearn").symlink_to("../moved/sk")
+    (outside / "sklearn" / "datasets" / "data").mkdir(parents=True)
+    (root / "away").symlink_to(outside)
+    (root / "empty" / "sklearn").mkdir(parents=True)
+    found = set(bubblewrap._masked((str(root),)))
+    assert found == {str(root / place / "sklearn" / "datasets" / "data") for place in masked} | {str(root / "moved/sk/datasets/data")}
+
+
+def test_masked_folders_are_those_of_this_environment_too():
+    import sklearn
+
+    roots = tuple(str(folder) for folder in Path(sklearn.__file__).resolve().parents[2:3])
+    assert str(Path(sklearn.__file__).resolve().parent / "datasets" / "data") in bubblewrap._masked(roots)
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"seconds": math.nan}, {"seconds": math.inf}, {"cores": -1}, {"memory_bytes": 1.5}])
