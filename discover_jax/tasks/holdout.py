@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.tasks.answer_types import inferred, merged_ids
+from discover_jax.tasks.answer_types import hidden_labels, inferred, is_text, merged_ids
 from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.tables import read_text_table, write_text_table
 
@@ -127,11 +127,21 @@ def holdable_rows(
         problem = "train.csv has fewer than two rows"
     elif any("" in set(train[target]) for target in definition.label_columns):
         problem = "train.csv has rows without a target"
+    elif lost := [label for target in definition.label_columns for label in lost_labels(definition, train[target].tolist())]:
+        problem = (
+            f"train.csv has the label {lost[0]!r}, which pandas reads as missing. Drop these rows in prepare(), or rename"
+            " the label if it is a class"
+        )
     elif merged := merged_ids(ids):
         problem = f"pandas reads the ids {merged[0]!r} and {merged[1]!r} as the same value"
     if problem:
         raise ConfigError(f"Competition {definition.id!r} cannot use {what}: {problem}. Use {instead}.")
     return len(train)
+
+
+def lost_labels(definition: Competition, labels: list[str]) -> list[str]:
+    """Labels of the training table that may be a class or a missing value: those that pandas takes for missing among numbers."""
+    return [] if definition.classes or is_text(labels) else hidden_labels(labels)
 
 
 def hold_out(definition: Competition, shown: Path, held_out: Mapping[Path, np.ndarray], random: np.random.RandomState) -> None:

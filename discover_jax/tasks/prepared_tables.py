@@ -114,9 +114,18 @@ def text_columns(definition: Competition, public: Path, private: Path | None) ->
 
 def warn_of_hidden_labels(definition: Competition, public: Path, text: TextColumns) -> None:
     """Warns of labels that programs lose if they read the training table as pandas does by default."""
-    train = read_text_table((public / "train.csv").read_bytes()) if text.answers else pd.DataFrame()
-    for column in text.answers:
-        if hidden := answer_types.hidden_labels(train[column].tolist()):
+    if definition.judge is not None:
+        return
+    train = read_text_table((public / "train.csv").read_bytes())
+    for column in definition.label_columns:
+        hidden = answer_types.hidden_labels(train[column].tolist())
+        if hidden and column not in text.answers:
+            logging.getLogger(__name__).warning(
+                "Competition %r: the label %r in column %r of train.csv counts as missing, since the others are numbers or truth values."
+                " If it is a class, give it another name.",
+                *(definition.id, hidden[0], column),
+            )
+        elif hidden:
             logging.getLogger(__name__).warning(
                 "Competition %r: pandas reads the label %r in column %r as a missing value. Say in `description` that programs must read"
                 " train.csv with keep_default_na=False.",

@@ -157,6 +157,18 @@ def test_labels_that_programs_lose_are_named(tmp_path, write_competition, caplog
     assert hidden in caplog.text
 
 
+@pytest.mark.parametrize("labels", [["True", "False", "None"], ["1", "2", "NA"], ["N/A", "null"], ["0.5", "1.5", "nan"]])
+def test_classes_that_may_be_missing_values(tmp_path, write_competition, caplog, labels):
+    """Among numbers of the training table, NA may be a class or a missing value. Rows of it are not held out."""
+    path = write_competition(with_labels(labels, labels[:1], labels[0]), "metric=metrics.RMSE, transform='negate', failure_reward=-9.0")
+    with pytest.raises(ConfigError, match=f"train.csv has the label '{labels[-1] if labels[0] != 'N/A' else 'N/A'}'.*rename"):
+        prepare_task(path, raw=None, reward="holdout", folder=tmp_path / "task")
+    if labels[0] != "N/A":
+        with caplog.at_level(logging.WARNING):
+            prepare_task(path, raw=None, reward="grade", folder=tmp_path / "grade")
+        assert f"label {labels[-1]!r} in column 'sinks' of train.csv counts as missing" in caplog.text
+
+
 @pytest.mark.parametrize("lacking", ["4+", "0"])
 def test_validity_does_not_depend_on_the_classes_of_private_answers(tmp_path, write_competition, lacking):
     """Private answers that lack a class do not change how predictions are read."""
