@@ -5,6 +5,7 @@ Errors that the user can fix end the command with one message on standard error 
 
 import dataclasses
 import functools
+import logging as stdlib_logging
 import os
 import runpy
 import sys
@@ -26,6 +27,7 @@ from discover_jax.hosts.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
 from discover_jax.hosts.processes import JOIN_SECONDS, Processes, start
 from discover_jax.hosts.watch import Watch
 from discover_jax.machines import NAMES, take_gpu_memory
+from discover_jax.untrusted_text import printable
 
 DOES_NOT_FIT = 1
 """Exit code of a dry run that finds too little memory."""
@@ -177,6 +179,7 @@ def _main(
     preflight: Preflight | None,
 ) -> None:
     """Runs the command after its flags were parsed; see `launch`."""
+    _clean_logs()
     take_gpu_memory()
     given = flags.FLAGS
     if len(argv) > 1:
@@ -244,12 +247,23 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
     elif isinstance(error, DiscoverError | flags.Error):
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
     else:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
         if _is_out_of_memory(error):
             print(f"error: {_OUT_OF_MEMORY}", file=sys.stderr)
     return _code(error)
+
+
+def _clean_logs() -> None:
+    """Lets all handlers of the log write only printable text: messages quote names from weights folders, tables and programs."""
+
+    def clean(record: stdlib_logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
+
+    for handler in stdlib_logging.getLogger().handlers:
+        handler.addFilter(clean)
 
 
 def _join() -> Processes | None:
@@ -295,7 +309,7 @@ def _tell_others(error: BaseException, code: int, tell: Callable[[str, int, int]
 
 def _reason(error: BaseException) -> str:
     """What the other processes print about an error of this one."""
-    return f"{type(error).__name__}: {error}"[:2000]
+    return printable(f"{type(error).__name__}: {error}")[:2000]
 
 
 def _leave(code: int) -> None:

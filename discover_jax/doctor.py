@@ -33,6 +33,7 @@ from discover_jax.tasks.task import Task
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import installed_packages
 from discover_jax.types import SEED, Grade, Outcome, Verdict
+from discover_jax.untrusted_text import printable
 
 _PROGRAM = """import pandas as pd
 
@@ -251,7 +252,7 @@ def run(config: Any, workdir: Path) -> None:
     ok = True
     for finding in examine(config, workdir):
         mark = {True: "ok", False: "FIX", None: "--"}[finding.ok]
-        print(f"{mark:<3}  {finding.name:<10} {finding.text}", flush=True)
+        print(printable(f"{mark:<3}  {finding.name:<10} {finding.text}"), flush=True)
         ok = ok and finding.ok is True
     print("Everything is ready." if ok else "Fix the items marked FIX and run the doctor again.")
     if not ok:

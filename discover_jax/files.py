@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,34 @@ _REMEDIES = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Too many files are open: raise the limit (`ulimit -n`)."),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT), "Check the path."),
 }
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What `flock` fails with where a file system has no locks: Lustre mounted `noflock`, NFS without a lock service, some FUSE mounts."""
+
+
+class NoLocksError(OSError):
+    """A file system has no file locks. The text names its folder; the caller says what to use."""
+
+
+def try_flock(descriptor: int, folder: Path) -> bool:
+    """Locks an open file or folder until its descriptor is closed; False if another process holds the lock.
+
+    Args:
+      folder: for the error.
+
+    Raises:
+      NoLocksError: the file system has no locks.
+      OSError: it failed.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise NoLocksError(error.errno, f"The file system of {folder} has no file locks (flock: {error.strerror}).") from error
+    return True
 
 
 def storage_remedy(error: BaseException) -> str:

@@ -17,8 +17,8 @@ from discover_jax.exceptions import GradingError
 from discover_jax.execution import children
 from discover_jax.execution.backend import RunTask, borrowed
 from discover_jax.execution.limits import GIB
-from discover_jax.execution.output import printable
 from discover_jax.types import Execution, Grade, Outcome, Verdict
+from discover_jax.untrusted_text import printable
 
 _TRIES = 2
 """How often a submission is graded if the process ends: once more, because the host may have ended it."""

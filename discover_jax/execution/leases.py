@@ -6,13 +6,13 @@ separate two runs on one machine, use `taskset` or a cpuset of the cluster.
 """
 
 import contextlib
-import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
+from discover_jax.files import try_flock
 
 # Within the range that systemd and Debian leave unassigned (60578 to 61183), so that no real user has these uids.
 UIDS = range(60_600, 61_180)
@@ -70,8 +70,14 @@ def lease_uids(count: int) -> Iterator[list[int]]:
             # Never unlink it: a process that has just opened it would lock the old file, and the next one a new file.
             descriptor = os.open(folder / str(uid), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                locked = try_flock(descriptor, folder)
+            except OSError as error:
+                os.close(descriptor)
+                raise SandboxError(
+                    f"Cannot lock {folder / str(uid)}, which keeps two runs from sharing a uid: {error.strerror or error}. Mount /run or"
+                    " /tmp from a file system with locks, such as tmpfs, ext4 or xfs."
+                ) from error
+            if not locked:
                 os.close(descriptor)
                 continue
             held.callback(os.close, descriptor)

@@ -1,19 +1,37 @@
-"""Truncates a program's output, makes it independent of the machine and the run, and replaces control characters."""
+"""Truncates a program's output, and makes it independent of the machine and the run."""
 
 import re
 from collections.abc import Iterable
 
+from discover_jax.untrusted_text import as_on_terminal, collapsed
+
 
 class HeadAndTail:
-    """Keeps the first and the last bytes of a stream of any length."""
+    """Keeps the first and the last bytes of a stream of any length.
+
+    What a progress bar overwrites in its line is not kept, so that it does not push out what was printed before.
+    """
 
     def __init__(self, limit: int) -> None:
         self._half = limit // 2
         self._head, self._tail = bytearray(), bytearray()
+        self._line = b""  # unfinished
+        self._kept = 0
         self.total = 0
+        """Bytes of the stream."""
 
     def add(self, data: bytes) -> None:
         self.total += len(data)
+        *lines, last = (self._line + data.replace(b"\r\n", b"\n")).split(b"\n")
+        for line in lines:
+            self._keep((collapsed(line) if b"\r" in line else line) + b"\n")
+        self._line = collapsed(last) if b"\r" in last else last
+        if len(self._line) > self._half:  # a longer line cannot be overwritten from its beginning
+            self._keep(self._line)
+            self._line = b""
+
+    def _keep(self, data: bytes) -> None:
+        self._kept += len(data)
         room = self._half - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
@@ -22,11 +40,12 @@ class HeadAndTail:
 
     def text(self) -> str:
         """The kept text, with a line that says how much was left out."""
-        left_out = self.total - len(self._head) - self._half
-        if left_out <= 0:
-            return (self._head + self._tail).decode("utf-8", "replace")
-        head, tail = self._head.decode("utf-8", "replace"), self._tail[-self._half :].decode("utf-8", "replace")
-        return f"{head}\n... {left_out} bytes left out ...\n{tail}"
+        tail = self._tail + self._line
+        left_out = self._kept + len(self._line) - len(self._head) - self._half
+        if left_out <= 0 or len(self._head) < self._half:
+            return (self._head + tail).decode("utf-8", "replace")
+        head, shown = self._head.decode("utf-8", "replace"), tail[-self._half :].decode("utf-8", "replace")
+        return f"{head}\n... {left_out} bytes left out ...\n{shown}"
 
 
 def without_host_paths(text: str, paths: Iterable[tuple[str, str]]) -> str:
@@ -45,7 +64,7 @@ def without_host_paths(text: str, paths: Iterable[tuple[str, str]]) -> str:
 
 def normalised(text: str, folders: Iterable[str | None]) -> str:
     """Removes folders and addresses, which differ between machines and runs, so that a resumed run sees the same text as an unbroken one.
-    The rest is `printable`.
+    The rest is text as on a terminal, see `untrusted_text`.
 
     Args:
       text: output or traceback of a program.
@@ -53,11 +72,4 @@ def normalised(text: str, folders: Iterable[str | None]) -> str:
     """
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(folder + "/", "")
-    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", printable(text))
-
-
-def printable(text: str) -> str:
-    """The text without control characters, with which a program could manipulate a reader's terminal, and without lone surrogates, which
-    tokenizers reject. Tabs and line breaks remain."""
-    text = re.sub(r"\r\n?", "\n", text)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", as_on_terminal(text))

@@ -4,7 +4,6 @@ It gets only the public folders, which programs may see. Answers stay with the g
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import io
 import os
@@ -21,7 +20,7 @@ from discover_jax.execution.backend import Request, ShownTask
 from discover_jax.execution.cache import packages
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.execution.local import LocalBackend
-from discover_jax.files import storage_remedy
+from discover_jax.files import storage_remedy, try_flock
 
 _PREFIX, _NEW_PREFIX = "discover_jax-public-", "discover_jax-new-"
 
@@ -155,8 +154,13 @@ def _lock(folder: Path) -> int | None:
     """Locks the folder and returns the descriptor that holds the lock; None if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        held = try_flock(descriptor, folder)
+    except OSError as error:
         os.close(descriptor)
-        return None
-    return descriptor
+        raise SandboxError(
+            f"Cannot lock {folder} on this node of the ray cluster: {error.strerror or error}. Set TMPDIR to a folder of a file system with"
+            " locks, such as tmpfs, ext4 or xfs."
+        ) from error
+    if not held:
+        os.close(descriptor)
+    return descriptor if held else None

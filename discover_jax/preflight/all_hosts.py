@@ -26,6 +26,7 @@ from discover_jax.preflight.devices import Child, Mode, look
 from discover_jax.preflight.findings import Finding, Level, conclusion, exit_code, from_row, lines_of
 from discover_jax.preflight.judge_devices import findings_of, judge_bandwidth, judge_mesh
 from discover_jax.preflight.sandbox import check_sandbox
+from discover_jax.untrusted_text import printable
 
 MEET_SECONDS = JOIN_SECONDS
 """Time limit for all hosts to appear: the run's own."""
@@ -58,7 +59,7 @@ class _Report:
 
     def show(self) -> None:
         """Prints the table."""
-        print("\n".join([*lines_of(self.names, self.by_host, self.of_all), conclusion(self.findings)]), flush=True)
+        print(printable("\n".join([*lines_of(self.names, self.by_host, self.of_all), conclusion(self.findings)])), flush=True)
 
 
 def run(config: Any, workdir: Path, coordinator: str, count: int, index: int) -> int:

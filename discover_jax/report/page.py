@@ -22,6 +22,7 @@ from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import RunRecord, read_record
 from discover_jax.types import Attempt, Outcome
+from discover_jax.untrusted_text import printable
 
 NAME, COMPARISON = "report.html", "comparison.html"
 LIMIT_BYTES = 5_000_000
@@ -103,7 +104,7 @@ def render(records: Sequence[RunRecord]) -> str:
     policy = f"default-src 'none'; script-src '{_sha256(script)}'; style-src '{_sha256(style)}'; base-uri 'none'; form-action 'none'"
     parts = {
         "policy": html.escape(policy, quote=True),
-        "title": html.escape(" against ".join(dict.fromkeys(record.name for record in records)), quote=True),
+        "title": html.escape(printable(" against ".join(dict.fromkeys(record.name for record in records))), quote=True),
         "style": style,
         "data": data,
         "programs": programs,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from discover_jax.types import Attempt, Outcome
+from discover_jax.untrusted_text import printable
 
 STDOUT_CHARS = 600
 """The page shows this many characters of the end of a program's output; the journal holds more."""
@@ -95,7 +96,7 @@ class _Packing:
     def add(self, attempt: Attempt) -> list[int]:
         """Adds an attempt and returns its row."""
         said = attempt.detail or attempt.feedback
-        row = [self._program(attempt), self._text(said[-DETAIL_CHARS:]), self._text(attempt.stdout[-STDOUT_CHARS:])]
+        row = [self._program(attempt), self._text(printable(said)[-DETAIL_CHARS:]), self._text(printable(attempt.stdout)[-STDOUT_CHARS:])]
         for name, new in self._new.items():
             self.size += len(self._compressors[name].compress(json.dumps(new).encode()))
             new.clear()

@@ -17,6 +17,7 @@ import rich.text
 from discover_jax.exceptions import RunError
 from discover_jax.runs.pace import Pace
 from discover_jax.types import Outcome, State
+from discover_jax.untrusted_text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _print_line(text: str) -> None:
       RunError: standard output cannot be written.
     """
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except OSError as error:
         # Discard the rest of the buffer: writing it when the interpreter exits would fail again.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -323,9 +324,9 @@ class TerminalConsole:
         self._weights: rich.progress.TaskID | None = None
 
     def start(self, title: str, lines: list[str]) -> None:
-        self._print(rich.text.Text(title, style="bold"))
+        self._print(rich.text.Text(printable(title), style="bold"))
         for line in lines:
-            self._print(rich.text.Text(f"  {line}"))
+            self._print(rich.text.Text(printable(f"  {line}")))
 
     def loading(self, done: int, total: int) -> None:
         if self._weights is None:
@@ -381,12 +382,12 @@ class TerminalConsole:
         self._print(rich.text.Text(step_line(row, bests, self._steps), style="green" if improved else ""))
 
     def note(self, text: str) -> None:
-        self._print(rich.text.Text(f"note: {text}", style="yellow"))
+        self._print(rich.text.Text(printable(f"note: {text}"), style="yellow"))
 
     def finish(self, lines: list[str]) -> None:
         self.close()
         for number, line in enumerate(lines):
-            self._print(rich.text.Text(line, style="bold" if number == 0 else ""))
+            self._print(rich.text.Text(printable(line), style="bold" if number == 0 else ""))
 
     def close(self) -> None:
         self._run.stop()

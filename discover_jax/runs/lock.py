@@ -6,8 +6,6 @@ lease (90 s by default), version 3 once the host has restarted.
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import RunError
+from discover_jax.files import NoLocksError, try_flock
 
 NAME = ".lock"
 PATIENCE_SECONDS = 300.0
 """Time to wait for a lock that no live process of this host holds."""
 _LOOK_SECONDS = 2.0
 _TELL_SECONDS = 30.0
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What `flock` fails with where a file system has no locks: Lustre mounted `noflock`, NFS without a lock service, some FUSE mounts."""
 NO_LOCKS_REMEDY = (
     "Mount it with locks. Lustre: with the option `flock` (all hosts see a lock), or `localflock` (only processes of the same host see it,"
     " so nothing keeps runs on two hosts apart). NFS: version 4 (`mount -t nfs -o vers=4.1`), which has locks of its own; version 3 needs"
@@ -62,16 +59,15 @@ def try_lock(path: Path) -> int | None:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
+        held = try_flock(descriptor, path.parent)
     except OSError as error:
         os.close(descriptor)
-        if error.errno not in _NO_LOCKS:
-            raise
-        raise RunError(f"The file system of {path.parent} has no file locks (flock: {error.strerror}). {NO_LOCKS_REMEDY}") from error
-    return descriptor
+        if isinstance(error, NoLocksError):
+            raise RunError(f"{error.strerror} {NO_LOCKS_REMEDY}") from error
+        raise
+    if not held:
+        os.close(descriptor)
+    return descriptor if held else None
 
 
 def _locked(folder: Path, tell: Callable[[str], None]) -> int:

@@ -19,6 +19,7 @@ from discover_jax.tasks.loading import locate_definition
 from discover_jax.tasks.prepare import GRADERS, REUSES, REWARDS, prepare_task
 from discover_jax.tasks.submission_size import result_bytes
 from discover_jax.types import Outcome, Verdict
+from discover_jax.untrusted_text import printable
 
 ANOTHER_SCORE = 1
 """Exit code if the program gets another score or none."""
@@ -206,9 +207,9 @@ def main() -> None:
     try:
         result = rerun(options.bundle, options)
     except DiscoverError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(USER_ERROR) from error
-    print("\n".join(result.lines()))
+    print(printable("\n".join(result.lines())))
     raise SystemExit(0 if result.reproduced else ANOTHER_SCORE)
 
 

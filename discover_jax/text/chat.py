@@ -4,7 +4,7 @@ Implementations: `harmony.Harmony` for gpt-oss, `template.Template` for folders 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from discover_jax.text.tokenizer import Tokenizer
@@ -46,6 +46,11 @@ class ChatFormat(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the tokens that structure messages. They are replaced in output that prompts show."""
         ...
 
     @property

@@ -240,6 +240,10 @@ class Harmony:
         self.stop_ids = tuple(sorted({tokenizer.special(STOP_TOKEN), *stop_ids}))
         self._system = system_message(reasoning_effort, date)
 
+    @property
+    def names(self) -> Collection[str]:
+        return SPECIAL_TOKENS
+
     def describe(self) -> str:
         names = {self.tokenizer.special(name): name for name in SPECIAL_TOKENS}
         return f"harmony, stop tokens {', '.join(names.get(index, str(index)) for index in self.stop_ids)}"

@@ -18,6 +18,7 @@ from discover_jax.text.chat import ChatFormat, Rendered
 from discover_jax.text.edits import INSTRUCTIONS
 from discover_jax.text.structure import structure_key
 from discover_jax.types import PARENT_OUTPUT, Attempt, Outcome, Prompt, State, children_read
+from discover_jax.untrusted_text import one_line, without_names
 
 STYLES = ("full", "brief")
 ANSWERS = ("program", "edits")
@@ -200,17 +201,19 @@ def build_prompt(
     """
     if settings.style == "brief":
         return _finish(chat.render(_brief(task, parent)), settings, parent, group)
-    output = _tail(parent.stdout, settings.stdout_chars)
-    error = _tail(_error(recent_failures, task), settings.error_chars)
+    output = _tail(without_names(parent.stdout, chat.names), settings.stdout_chars)
+    error = _tail(without_names(_error(recent_failures, task), chat.names), settings.error_chars)
     ideas = _ideas(settings.ideas if task.ideas is None else task.ideas, settings.ideas_shown, group + step)
     edits = asks_for_edits(settings, parent)
     contract = _contract(task, settings, edits=edits)
+    # The program itself stays as it is: edits and improvements need its exact text.
+    shown_parent = dataclasses.replace(parent, feedback=without_names(parent.feedback, chat.names))
     rendered = Rendered((), "")
     count = len(inspirations)
     attempts = [(count - left_out, output, error) for left_out in range(count)]
     attempts += [(0, cut, error) for cut in _cuts(output)] + [(0, "", cut) for cut in _cuts(error)]
     for others, shown_output, shown_error in attempts:
-        request = _request(task, parent, inspirations[:others], shown_output, shown_error, ideas, edits=edits)
+        request = _request(task, shown_parent, inspirations[:others], shown_output, shown_error, ideas, chat.names, edits=edits)
         rendered = chat.render(request, contract)
         if len(rendered.ids) <= settings.max_tokens:
             if (others, shown_output, shown_error) != (count, output, error):
@@ -326,13 +329,21 @@ def _ideas(ideas: tuple[str, ...], shown: int, turn: int) -> tuple[str, ...]:
 
 
 def _request(
-    task: TaskLike, parent: State, inspirations: Sequence[State], output: str, error: str, ideas: tuple[str, ...], *, edits: bool
+    task: TaskLike,
+    parent: State,
+    inspirations: Sequence[State],
+    output: str,
+    error: str,
+    ideas: tuple[str, ...],
+    names: Collection[str],
+    *,
+    edits: bool,
 ) -> str:
     """The competition or problem, the parent program and its result."""
     direction = _direction(task.metric.higher_is_better)
     parts = [f"# {'Problem' if task.interface else 'Competition'}: {task.id}\n\n{task.description}"]
     if task.files:
-        parts.append("# Files in `data/`\n\n" + _describe_files(task.files))
+        parts.append("# Files in `data/`\n\n" + without_names(_describe_files(task.files), names))
     if task.interface:
         parts.append(f"# Evaluation\n\nSolutions are scored by {task.metric.name}; {direction} is better. Best known: {task.leaderboard}.")
     else:
@@ -385,10 +396,12 @@ def _describe_files(files: Sequence[_FileLike]) -> str:
 
 def _describe_file(file: _FileLike) -> str:
     if file.rows is None:
-        return f"- {file.name}"
-    columns = [name if len(name) <= _COLUMN_CHARS else f"{name[: _COLUMN_CHARS - 3]}..." for name in file.columns]
+        return f"- {one_line(file.name)}"
+    names = map(one_line, file.columns)
+    columns = [name if len(name) <= _COLUMN_CHARS else f"{name[: _COLUMN_CHARS - 3]}..." for name in names]
     fit = len(columns) if len(", ".join(columns)) <= _COLUMNS_CHARS else _COLUMNS_CHARS // (2 + max(map(len, columns)))
-    return f"- {file.name}: {file.rows:,} rows, {len(columns):,} columns: {', '.join(_shortened(columns, fit, '... {:,} more ...'))}"
+    shown = ", ".join(_shortened(columns, fit, "... {:,} more ..."))
+    return f"- {one_line(file.name)}: {file.rows:,} rows, {len(columns):,} columns: {shown}"
 
 
 def _shortened(items: list[str], most: int, mark: str) -> list[str]:

@@ -7,7 +7,7 @@ token ends a turn. <think>...</think> in a reply is thinking.
 import datetime
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,10 @@ class Template:
 
     def __reduce__(self):
         return Template, (self.tokenizer.folder, self._date)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.tokenizer.added.keys()
 
     def describe(self) -> str:
         names = {index: name for name, index in self.tokenizer.added.items()}

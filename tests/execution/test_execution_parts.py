@@ -14,6 +14,7 @@ from discover_jax.execution.output import HeadAndTail, normalised, without_host_
 
 @given(chunks=st.lists(st.binary(max_size=30), max_size=40), limit=st.integers(2, 50))
 def test_head_and_tail_of_any_stream(chunks, limit):
+    chunks = [chunk.replace(b"\r", b"") for chunk in chunks]
     kept, whole = HeadAndTail(limit), b"".join(chunks)
     for chunk in chunks:
         kept.add(chunk)
@@ -29,8 +30,23 @@ def test_head_and_tail_of_any_stream(chunks, limit):
 def test_normalised_text():
     text = "/a/b/lib/x.py:3: <f at 0x7f00deadbeef> /sandbox/solution.py 0xff"
     assert normalised(text, ["/a", None, "/a/b", "/sandbox"]) == "lib/x.py:3: <f at 0x...> solution.py 0xff"
-    # Characters that move a terminal's cursor or change its colours are replaced.
-    assert normalised("a\r\nb\rc\t\x1b[2J\x00\x9b", []) == "a\nb\nc\t\ufffd[2J\ufffd\ufffd"
+    # Progress bars are as on a terminal; other control characters are replaced.
+    assert normalised("a\r\nb\rc\t\x1b[2J\x00\x07", []) == "a\nc\t\ufffd\ufffd"
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30))
+def test_a_progress_bar_keeps_what_was_printed_before(sizes):
+    """2,000 updates of a bar are one line, in whichever pieces they arrive."""
+    bar = "".join(f"\r{n // 20:3}%|{'█' * (n // 200):<10}| {n}/2000" for n in range(2001))
+    data = f"fold 1: 0.81\n{bar}\nfold 2: 0.82\n{bar}\nmean 0.815\n".encode()
+    kept, start = HeadAndTail(1000), 0
+    for size in sizes:
+        kept.add(data[start : start + size])
+        start += size
+    kept.add(data[start:])
+    whole = "100%|██████████| 2000/2000"
+    assert normalised(kept.text(), []) == f"fold 1: 0.81\n{whole}\nfold 2: 0.82\n{whole}\nmean 0.815\n"
+    assert kept.total == len(data)
 
 
 @pytest.mark.parametrize(

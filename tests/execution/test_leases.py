@@ -1,5 +1,7 @@
 """Leases of slots: cores within one executor, and uids across all executors of root."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_competition import GOOD, GOOD_SCORE, LIMITS
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import Executor, lease_cores, leases
+from discover_jax.execution import Executor, lease_cores, leases, ray_node
 
 
 @given(cpus=st.sets(st.integers(0, 300), min_size=1, max_size=40), cores=st.integers(1, 8))
@@ -127,3 +129,17 @@ def test_two_runs_never_share_a_uid_on_the_host(task, tmp_path):
         first.close()
         with Executor([task], LIMITS, workers=1, cache_dir=tmp_path / "c") as third:
             assert third._backend.specs[0].uid != uids[1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_folders_without_locks_are_named(tmp_path, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(leases, "_folder", lambda: tmp_path)
+    with pytest.raises(SandboxError, match=rf"{tmp_path} has no file locks.*\btmpfs, ext4 or xfs") as caught, leases.lease_uids(1):
+        pass
+    assert "space" not in str(caught.value)
+    with pytest.raises(SandboxError, match=rf"{tmp_path} has no file locks.*TMPDIR"):
+        ray_node._lock(tmp_path)

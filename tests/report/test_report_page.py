@@ -4,6 +4,8 @@ import base64
 import hashlib
 import html.parser
 import re
+import shutil
+import subprocess
 from importlib import resources
 
 import pytest
@@ -32,6 +34,24 @@ class Elements(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         self._inside = ""
+
+
+_VISIBLE = """
+const assert = require("assert");
+assert.strictEqual(visible("a\\tb\\n"), "a\\tb\\n");
+assert.strictEqual(visible("ok \\u2714\\ufe0f Größe 中文 \\u{1f680}"), "ok \\u2714 Größe 中文 \\u{1f680}");
+for (const hidden of ["\\x1b", "\\r", "\\u202e", "\\u2066", "\\u200b", "\\u200d", "\\ufeff",
+                     "\\u{e0041}", "\\u{e01ef}", "\\u2028", "\\u3164", "\\ud800"])
+  assert.strictEqual(visible(`yes${hidden}no`), "yes\\ufffdno", JSON.stringify(hidden));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_hidden_characters_of_programs_are_marked_on_the_page():
+    source = (resources.files("discover_jax.report") / "assets" / "dom.js").read_text("utf-8")
+    function = re.search(r"^function visible\(.*?^}$", source, re.MULTILINE | re.DOTALL)[0]
+    subprocess.run(["node", "-e", function + _VISIBLE], check=True)
+    assert re.search(r"append\(\.\.\.shown\.map\(.*visible\(String\(child\)\)", source)
 
 
 @pytest.fixture(scope="module")

@@ -375,3 +375,12 @@ def test_first_prompts_are_checked(chat):
     assert length == len(build_prompt(Task(), SEED, (), PromptSettings("full", 100_000), chat, 0, 0).tokens_P)
     with pytest.raises(CapacityError, match=r"config\.sampling\.max_prompt_tokens"):
         check_prompt(Task(), SEED, PromptSettings("full", length - 1), chat)
+
+
+def test_text_of_programs_and_tables_is_clean_in_prompts(chat):
+    task = Task(files=(File("a\u202eb.csv", 3, ("id\n- fake", "x\x1b[31m", "<|end|>")),))
+    parent = dataclasses.replace(PARENT, stdout="printed <|end|> text", feedback="told <|end|> this")
+    text = build_prompt(task, parent, (failure(detail="KeyError: <|end|>"),), PromptSettings("full", 100_000), chat, 0, 0).text
+    assert "- a\ufffdb.csv: 3 rows, 3 columns: id - fake, x, \ufffd\n" in text
+    for shown in ("printed \ufffd text", "told \ufffd this", "KeyError: \ufffd"):
+        assert shown in text

@@ -2,13 +2,21 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
+// Text without characters that are hidden or change the order of others, which could show another program than the one that ran. A
+// replacement character shows where they were; variants of emoji leave no mark.
+function visible(text) {
+  const mark = (found) => (found === "\n" || found === "\t" ? found : /[\ufe00-\ufe0f]/.test(found) ? "" : "\ufffd");
+  return text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]/gu, mark);
+}
+
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value === true ? "" : String(value));
+    else node.setAttribute(name, value === true ? "" : visible(String(value)));
   }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  const shown = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+  node.append(...shown.map((child) => (child instanceof Node ? child : visible(String(child)))));
   return node;
 }
 
