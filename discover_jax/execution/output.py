@@ -55,6 +55,7 @@ def without_host_paths(text: str, paths: Iterable[tuple[str, str]]) -> str:
       text: output or traceback of a program.
       paths: absolute paths, and what stands in their place.
     """
+    text = as_on_terminal(text)  # first, so that nothing within a path hides it
     for path, name in paths:
         parts = path.strip("/").split("/")
         for start in range(len(parts) - 1):  # the last part alone may stand for something else
@@ -70,6 +71,7 @@ def normalised(text: str, folders: Iterable[str | None]) -> str:
       text: output or traceback of a program.
       folders: folders to remove, so that paths below them become relative; None is ignored.
     """
+    text = as_on_terminal(text)
     for folder in sorted(filter(None, folders), key=len, reverse=True):
         text = text.replace(folder + "/", "")
-    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", as_on_terminal(text))
+    return re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x...", text)

@@ -106,3 +106,8 @@ def test_links_on_the_way_to_the_interpreter(tmp_path):
     (tmp_path / "venv" / "python").symlink_to(tmp_path / "outside" / "python3")
     links = bubblewrap._links(str(tmp_path / "venv" / "python"), [str(tmp_path / "venv"), str(tmp_path / "real")])
     assert links == ((str(tmp_path / "outside" / "python3"), "../real/python"),)
+
+
+def test_escape_sequences_within_a_path_do_not_hide_it():
+    assert normalised("/sand\x1b[mbox/a.py", ["/sandbox"]) == "a.py"
+    assert "/home" not in without_host_paths("/ho\x1b[1mme/user\x1b[m/run", [("/home/user/run", "RUN")])
