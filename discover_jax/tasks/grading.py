@@ -16,8 +16,6 @@ from discover_jax.tasks.competition import Competition, Metric
 from discover_jax.tasks.tables import read_table
 from discover_jax.types import Grade
 
-# Far above the executor's own limit on submissions.
-MAX_SUBMISSION_BYTES = 64 << 20
 # pandas needs seconds and gigabytes for a table of a million columns. Extra columns are ignored, so no submission needs many.
 _MAX_COLUMNS = 1024
 # pandas fills short rows up to the header's width. No table that it wrote has short rows, and then a cell takes at least a byte.
@@ -151,8 +149,6 @@ def _text(error: Exception) -> str:
 
 def _parse(submission: bytes, answers: Answers, most_rows: int | None = None) -> pd.DataFrame:
     """The submission as a table, of at most `most_rows` rows if that is given."""
-    if len(submission) > MAX_SUBMISSION_BYTES:
-        raise _InvalidSubmission(f"The submission has {len(submission):,} bytes; at most {MAX_SUBMISSION_BYTES:,} are read.")
     try:
         text = submission.decode("utf-8")
         # Check the header and the first row: pandas takes surplus fields of that row for index columns. It rejects longer rows after it.

@@ -53,11 +53,6 @@ def test_reasons_have_the_order_of_mle_bench():
     assert "ids" in grading.grade(submission([np.nan] * ROWS, keys=["x"] * ROWS), ANSWERS, by(ACCURACY)).reason
 
 
-def test_too_large_submission(monkeypatch):
-    monkeypatch.setattr(grading, "MAX_SUBMISSION_BYTES", 100)
-    assert "at most 100 are read" in grading.grade(submission(), ANSWERS, by(ACCURACY)).reason
-
-
 @given(data=st.binary(max_size=300))
 def test_any_bytes_have_a_grade(data):
     assert not grading.grade(data, ANSWERS, by(ACCURACY)).valid
