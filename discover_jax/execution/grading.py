@@ -1,7 +1,7 @@
 """Grading in separate processes on the machine that has the answers. They never execute a program and start no sandbox.
 
 Their memory and time are limited. Whatever a program submits, the result is a grade: a submission that exceeds the limits, ends the process
-or makes the grading fail is invalid. A grading that fails before it has succeeded once is the competition's fault, and so raises.
+or makes the grading fail is invalid. A grading that fails for the sample submission, too, is the competition's fault, and so raises.
 """
 
 import dataclasses
@@ -31,19 +31,27 @@ class GradedTask(RunTask, Protocol):
     """A task whose programs return submissions. It must be picklable.
 
     A program runs once for each of `public_dirs`, in order, as long as its submissions are valid. `grade` grades the submission of one
-    run; `combine` turns the grades of all runs into one. `prepare_grading` loads what these need, before memory is limited.
+    run; `combine` turns the grades of all runs into one. `prepare_grading` loads what these need, before memory is limited. `sample` is
+    the sample submission of a run.
     """
 
     def prepare_grading(self) -> None: ...
+    def sample(self, run: int) -> bytes: ...
     def grade(self, csv: bytes, run: int) -> Grade: ...
     def combine(self, grades: Sequence[Grade]) -> Grade: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Failed:
-    """The grading raised. A submission may have caused it, or not."""
+    """The grading raised.
+
+    Attributes:
+      text: the error.
+      of_any: whether it also raises for the sample submission, so that the competition is at fault.
+    """
 
     text: str
+    of_any: bool
 
 
 def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade | _Failed:
@@ -61,7 +69,15 @@ def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade | _Fa
     except MemoryError:
         return _invalid(f"grading the submission of {len(csv):,} bytes needs more than {memory_for(csv) / GIB:.1f} GiB of memory")
     except Exception as error:
-        return _Failed(f"Grading a submission of {len(csv)} bytes failed: {_described(error)}.")
+        return _Failed(f"Grading a submission of {len(csv)} bytes failed: {_described(error)}.", not _grades_sample(task, run))
+
+
+def _grades_sample(task: GradedTask, run: int) -> bool:
+    try:
+        task.grade(task.sample(run), run)
+    except Exception:  # the submission's own error is the one to report
+        return False
+    return True
 
 
 def memory_for(csv: bytes) -> int:
@@ -127,21 +143,18 @@ class Graders:
         """
         self._children = children.Children()
         self._seconds = seconds
-        self._have_graded: set[int] = set()  # tasks
         self._free = self._children.warm_slots(min(slots, len(os.sched_getaffinity(0))), "grading", main, tasks_bytes)
 
     def verdict(self, task: int, execution: Execution, earlier: Sequence[Grade]) -> Verdict:
         """The verdict on one of a program's runs; for the last run, on the program. `earlier`: the grades of the runs before.
 
         Raises:
-          GradingError: the task's grading failed, and it has not graded any submission as valid before.
+          GradingError: the task's grading failed, also for the sample submission, or its answers cannot be loaded.
           SandboxError: the host failed, or the executor was closed.
         """
         if execution.outcome is not Outcome.OK or execution.result is None:
             return Verdict(execution.outcome, Grade(False, execution.detail, None, None), execution)
         grade = self._grade(task, execution.result, earlier)
-        if grade.valid:
-            self._have_graded.add(task)
         grade = dataclasses.replace(grade, reason=printable(grade.reason))  # it may quote the submission
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
@@ -159,12 +172,12 @@ class Graders:
                     continue
             if isinstance(reply, Grade):
                 return reply
-            if task not in self._have_graded:
+            if reply.of_any:
                 raise GradingError(
                     f"{reply.text} For an invalid submission, grading must return Grade(valid=False, reason=...). Fix the competition's"
                     " metric."
                 )
-            _log.warning("%s It has graded others, so the submission counts as invalid.", reply.text)
+            _log.warning("%s The sample submission can be graded, so this one counts as invalid.", reply.text)
             return _invalid(reply.text)
         return _invalid("the process that grades the submission ended")  # not the host's fault, since it ended each time
 

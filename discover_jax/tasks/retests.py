@@ -58,7 +58,7 @@ def prepare_retests(task: AnyTask, count: int, *, folder: Path, seed: int) -> tu
     )
     for retest in retests:
         check_ids(retest)
-        grade = retest.grade((retest.public_dir / "sample_submission.csv").read_bytes())
+        grade = retest.grade(retest.sample(-1))
         if not grade.valid:
             raise ConfigError(
                 f"{retest.splits[0].folder} of {task.id!r} cannot be scored: its sample submission is not valid: {grade.reason} Lower"

@@ -208,6 +208,10 @@ class Task:
         for run in range(len(self.splits)):
             self._answers(run)
 
+    def sample(self, run: int) -> bytes:
+        """The sample submission of one of a program's runs."""
+        return (self.public_dirs[run] / "sample_submission.csv").read_bytes()
+
     def grade(self, csv: bytes, run: int = -1) -> Grade:
         """The grade of the submission of one of a program's runs. Invalid bytes give an invalid Grade, not an exception.
 
@@ -259,7 +263,7 @@ class Task:
     @property
     def sample_has_labels(self) -> bool:
         """Whether the sample submission predicts labels that occur in the answers. If not, these may be probabilities."""
-        return grading.has_labels((self.public_dir / "sample_submission.csv").read_bytes(), self._answers(-1))
+        return grading.has_labels(self.sample(-1), self._answers(-1))
 
     def _answers(self, run: int) -> grading.Answers:
         split, competition = self.splits[run], self.competition

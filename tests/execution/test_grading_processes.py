@@ -4,7 +4,7 @@ import pickle
 import re
 
 import pytest
-from tiny_competition import FragileGrading, LostAnswers, TinyTask
+from tiny_competition import BrokenGrading, FragileGrading, LostAnswers, TinyTask
 
 from discover_jax.exceptions import GradingError
 from discover_jax.execution.grading import Graders, memory_for
@@ -25,6 +25,11 @@ def fragile(task):
 
 
 @pytest.fixture(scope="module")
+def broken(task):
+    yield from graders_of(BrokenGrading(task.public_dir))
+
+
+@pytest.fixture(scope="module")
 def lost(task):
     yield from graders_of(LostAnswers(task.public_dir))
 
@@ -33,10 +38,9 @@ def verdict_on(graders: Graders, csv: bytes) -> Verdict:
     return graders.verdict(0, Execution(Outcome.OK, csv, "", "", 1.0), [])
 
 
-def test_grading_that_never_worked_is_the_competitions_fault(fragile):
-    """This test comes first: afterwards, the same failure is the submission's."""
-    with pytest.raises(GradingError, match=r"KeyError.*Fix the competition's metric"):
-        verdict_on(fragile, b"raise")
+def test_grading_that_fails_for_the_sample_too_is_the_competitions_fault(broken):
+    with pytest.raises(GradingError, match=r"ZeroDivisionError.*Fix the competition's metric"):
+        verdict_on(broken, b"good")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_grading_that_never_worked_is_the_competitions_fault(fragile):
     [(b"memory", "6 bytes needs more than 4.0 GiB"), (b"exit", "process .* ended"), (b"raise", "KeyError"), (b"digits", "ValueError")],
 )
 def test_submission_that_breaks_the_grading_is_invalid(fragile, csv, said):
-    assert verdict_on(fragile, b"good").outcome is Outcome.OK
+    """Also the first one of a run."""
     verdict = verdict_on(fragile, csv)
     assert verdict.outcome is Outcome.INVALID_SUBMISSION
     assert not verdict.grade.valid
@@ -63,7 +67,6 @@ def test_submission_whose_grading_hangs_is_invalid(fragile, monkeypatch):
 
 
 def test_answers_that_cannot_be_loaded_are_never_the_submissions_fault(lost):
-    lost._have_graded.add(0)
     with pytest.raises(GradingError, match="DataError: The answers changed"):
         verdict_on(lost, b"good")
 

@@ -47,6 +47,9 @@ class TinyTask:
     def prepare_grading(self) -> None:
         pass
 
+    def sample(self, run: int) -> bytes:
+        return (self.public_dir / "sample_submission.csv").read_bytes()
+
     def combine(self, grades: Sequence[Grade]) -> Grade:
         return grades[0]
 
