@@ -134,5 +134,5 @@ def test_parts_equal_those_of_the_compiled_functions():
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_machines_without_their_plugin_miss_the_compiler(platform):
     assert "compiler is not installed" in formulas.what_is_missing(_machine({"gpu": "h100", "tpu": "v6e"}[platform]))
-    assert not formulas.what_is_missing(_machine("v6e", exact=True))  # TPUs have no kernels
+    assert not formulas.what_is_missing(_machine("v6e", exact=True))  # TPUs have no kernel of decoding that could be missing
     assert machines.find_machine("", 1).exact

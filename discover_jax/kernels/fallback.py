@@ -8,6 +8,6 @@ SLOWER = "reference, which is many times slower"
 
 
 @functools.cache
-def warn_reference(operation: str, reason: str) -> None:
+def warn_reference(operation: str, reason: str, platform: str = "gpu") -> None:
     """Logs once that an operation uses the reference although it has a kernel, and why."""
-    logging.warning("kernel of %s on gpu: %s, because %s", operation, SLOWER, reason)
+    logging.warning("kernel of %s on %s: %s, because %s", operation, platform, SLOWER, reason)

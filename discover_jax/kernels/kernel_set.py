@@ -83,11 +83,13 @@ class Platform:
       package: must be importable, in addition to the modules' own imports.
       functions: operation -> (module, function).
       refusal: why this process's device cannot run the kernels; empty if it can.
+      extra: this package's extra that installs what the kernels need.
     """
 
     package: str
     functions: Mapping[str, tuple[str, str]]
     refusal: Callable[[], str] = lambda: ""
+    extra: str = "cuda"
 
 
 PLATFORMS = {
@@ -102,6 +104,14 @@ PLATFORMS = {
             "decode_experts": ("discover_jax.kernels.experts_decode", "moe_decode"),
         },
         refusal,
+    ),
+    "tpu": Platform(
+        "jax.experimental.pallas.tpu",
+        {
+            "packed_attention": ("discover_jax.kernels.attention_update_tpu", "packed_attention"),
+            "windowed_attention": ("discover_jax.kernels.attention_update_tpu", "windowed_attention"),
+        },
+        extra="tpu",
     ),
 }
 """jax's platform name -> its kernels. Other platforms use the references."""
@@ -118,7 +128,7 @@ def find_kernel(operation: str, platform: str) -> tuple[Callable[..., Any] | Non
         kernel = getattr(importlib.import_module(module), function)
     except ImportError as error:
         missing = error.name or PLATFORMS[platform].package
-        return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[cuda]."
+        return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[{PLATFORMS[platform].extra}]."
     reason = PLATFORMS[platform].refusal()
     return (None, reason) if reason else (kernel, "")
 

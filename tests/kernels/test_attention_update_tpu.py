@@ -1,0 +1,184 @@
+"""The TPU kernels of the update's attention, interpreted on a CPU and compared with the references, and compiled for TPUs without one."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax.experimental.pallas import tpu as pltpu
+
+from discover_jax.kernels import attention_update_tpu
+from discover_jax.kernels.attention_update_pallas import Blocks
+from discover_jax.kernels.attention_update_tpu import attend
+from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.kernel_set import OPERATIONS, find_kernel, kernel_set
+from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
+
+
+def _problem(lengths_of_rows, tokens, heads=4, kv_heads=2, size=8, dtype=jnp.float32):
+    rng = np.random.default_rng(tokens)
+    q, k, v, d_out = (rng.normal(size=(len(lengths_of_rows), tokens, n, size)) for n in (heads, kv_heads, kv_heads, heads))
+    segments = np.zeros((len(lengths_of_rows), tokens), np.int32)
+    for row, lengths in enumerate(lengths_of_rows):
+        segments[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    real = (segments > 0)[..., None, None]
+    q, k, v, d_out = (jnp.asarray(x, dtype) for x in (2 * q, k, v, d_out * real))
+    return q, k, v, jnp.asarray(segments), jnp.asarray(rng.normal(size=heads), jnp.float32), d_out, real
+
+
+def _output_and_gradients(attend, problem):
+    """The output and the gradients of queries, keys, values and sinks. Padding's output is 0."""
+    q, k, v, segments, sinks, d_out, real = problem
+
+    @jax.jit
+    def both(q, k, v, sinks):
+        out, pull = jax.vjp(lambda q, k, v, sinks: attend(q, k, v, segments, sinks), q, k, v, sinks)
+        return jnp.where(real, out, 0), *pull(d_out)
+
+    return [np.asarray(x, np.float32) for x in both(q, k, v, sinks)]
+
+
+def _compare(problem, window, block, tolerance, interpret: bool | pltpu.InterpretParams = True):
+    """With the windowed reference, which has a gradient of the sinks; full attention is a window of the whole row."""
+    reference = functools.partial(windowed_attention_reference, window=window or problem[0].shape[1])
+    got = _output_and_gradients(functools.partial(attend, window=window, block=block, interpret=interpret), problem)
+    for found, expected in zip(got, _output_and_gradients(reference, problem), strict=True):
+        np.testing.assert_allclose(found, expected, atol=tolerance * max(1, np.abs(expected).max()))
+        assert np.abs(expected).max() > 0.05
+
+
+ROWS = [([[37]], 37), ([[1, 1, 5, 20], [30]], 33), ([[1], [0]], 1), ([[70, 10, 90], [5, 160]], 190)]
+_CASES = [
+    (1, None, 8),  # several segments in a block, blocks that segments exclude, and a last block that is not full
+    (1, 4, 8),  # a window across the edges of blocks
+    (2, None, 8),  # one token, and a row of padding
+    pytest.param(1, 20, 8, marks=pytest.mark.slow),  # a window of several blocks
+    *(pytest.param(row, window, block, marks=pytest.mark.slow) for row in (0, 3) for window in (None, 1, 33) for block in (8, 128)),
+]
+
+
+@pytest.mark.parametrize(("row", "window", "block"), _CASES)
+def test_the_kernels_agree_with_the_references(row, window, block):
+    _compare(_problem(*ROWS[row]), window, block, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(3, 1, 8), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((16, 2, 64), (12, 2, 128), (7, 7, 64)))],
+)
+def test_groups_of_heads_and_head_sizes(heads, kv_heads, size):
+    _compare(_problem([[9, 12], [20]], 25, heads, kv_heads, size), None, 16, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 9])
+def test_bfloat16_within_its_rounding(window):
+    _compare(_problem([[9, 12], [24]], 25, size=64, dtype=jnp.bfloat16), window, 16, 2e-2)
+
+
+def test_full_attention_has_the_rounding_points_of_its_reference():
+    """In one block the order of sums is the same too, so that nearly all numbers are equal."""
+    problem = _problem([[9, 12], [24]], 25, size=64, dtype=jnp.bfloat16)
+    got = _output_and_gradients(functools.partial(attend, block=32, interpret=True), problem)
+    expected = _output_and_gradients(packed_attention_reference, problem)
+    for found, number in zip(got[:4], expected[:4], strict=True):
+        assert np.mean(found == number) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_simulated_tpu_finds_no_races(window):
+    """The simulator has the chip's memories and copies, and fills what was not written with NaN."""
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    _compare(_problem([[150, 120]], 300, 2, 1, 64), window, 128, 1e-5, interpret)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 128])
+def test_long_rows(window):
+    _compare(_problem([[700, 1300], [1900]], 2000, 4, 2, 64, jnp.bfloat16), window, 512, 2e-2)
+
+
+@pytest.mark.slow
+def test_a_sink_of_minus_1e30_is_no_sink():
+    q, k, v, segments, sinks, *rest = _problem([[9, 12], []], 25)
+    problem = (q, k, v, segments, jnp.full_like(sinks, -1e30), *rest)
+    found, expected = (
+        _output_and_gradients(function, problem)
+        for function in (functools.partial(attend, block=16, interpret=True), functools.partial(windowed_attention_reference, window=25))
+    )
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "pairs"), [(None, 10), (1, 4), (8, 7), (9, 7), (10, 9), (100, 10)])
+def test_blocks_that_no_query_may_see_are_not_in_the_grid(window, pairs):
+    blocks = Blocks(8, 4, window)
+    queries, keys = blocks.pairs()
+    assert len(queries) == pairs
+    seen = {(i, j) for i in range(4) for j in range(4) if i >= j and (window is None or (i - j) * 8 - 7 < window)}
+    assert set(zip(queries.tolist(), keys.tolist(), strict=True)) == seen
+    for i, j in seen:
+        assert int(blocks.first_keys(i)) == min(key for query, key in seen if query == i)
+        assert int(blocks.last_queries(j)) == max(query for query, key in seen if key == j)
+
+
+def test_the_platform_has_these_kernels_and_the_log_names_them(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    find_kernel.cache_clear()
+    kernel_set.cache_clear()
+    found = kernel_set("tpu")
+    kernel_set.cache_clear()
+    assert found.kernels == {"packed_attention", "windowed_attention"}
+    assert found.packed_attention is attention_update_tpu.packed_attention
+    for name in OPERATIONS:
+        assert f"kernel of {name} on tpu: {'tpu' if name in found.kernels else 'reference'}" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_other_platforms_do_not_import_them(platform):
+    names = "[name for name in sys.modules if name.endswith(('attention_update_tpu', 'attention_update_pallas'))]"
+    code = f"import sys; from discover_jax.kernels.kernel_set import kernel_set; kernel_set({platform!r}); print({names})"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "dtypes", "said"),
+    [(32, ("float32",) * 3, "32"), (64, ("bfloat16", "bfloat16", "float32"), "float32"), (64, ("float16",) * 3, "float16")],
+)
+def test_what_the_kernels_do_not_support_uses_the_reference_and_is_logged(monkeypatch, size, dtypes, said):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    warn_reference.cache_clear()
+    q, k, v, segments, sinks, *_ = _problem([[5]], 5, size=size)
+    q, k, v = (x.astype(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
+    jax.eval_shape(functools.partial(attention_update_tpu.windowed_attention, window=4), q, k, v, segments, sinks)
+    warn_reference.cache_clear()
+    (line,) = lines
+    assert "windowed_attention on tpu" in line
+    assert said in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_they_compile_for_tpus_and_memory_is_bounded(topology):
+    """One layer of gpt-oss with the longest row of the report's third run: less than 1.5 GiB, where the scores would take 150 GB."""
+    program = Path(__file__).parent / "tpu_compile_program.py"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # the query would not return without a TPU
+    done = subprocess.run([sys.executable, program, topology], capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    temporaries = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("temporaries")]
+    assert len(temporaries) == 8
+    assert max(temporaries) < 1.5 * 2**30
