@@ -285,7 +285,7 @@ def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> I
     if not all(one.kernels for one in shown) and not dense:
         why = "with tensor above 1" if machine.platform == "gpu" else f"on a {machine.platform.upper()}"
         yield (
-            f"references: {why} there are no kernels, and every expert computes every row. The efficiency of the references was"
+            f"references: {why} there are no kernels of experts, and every expert computes every row. The efficiency of the references was"
             " measured only on one GPU with few tokens, so these figures are only an order of magnitude."
         )
     if any(one.kernels for one in shown) and len(machine.devices) > 1 and not dense:

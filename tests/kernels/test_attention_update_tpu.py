@@ -94,10 +94,11 @@ def test_full_attention_has_the_rounding_points_of_its_reference():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_simulated_tpu_finds_no_races(window):
-    """The simulator has the chip's memories and copies, and fills what was not written with NaN."""
-    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+def test_a_simulated_tpu_finds_no_races(window, capfd):
+    """The simulator has the chip's memories and copies, two cores, and NaN where nothing was written. It prints the races."""
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
     _compare(_problem([[150, 120]], 300, 2, 1, 64), window, 128, 1e-5, interpret)
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
