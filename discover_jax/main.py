@@ -55,6 +55,7 @@ from discover_jax.stages import (
 )
 from discover_jax.tasks.configured import prepare_tasks
 from discover_jax.tasks.prepare import AnyTask
+from discover_jax.tasks.prepared_folder import is_stratified
 from discover_jax.tasks.retests import prepare_retests
 from discover_jax.types import RunKind, State, Verdict
 
@@ -167,7 +168,10 @@ def _prepared(
         journal = Journal(workdir.journal_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every, processes=processes)
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
-        scripts = {task.id: rerun_script(stages.rerun_settings(config, number)) for number, task in enumerate(tasks)}
+        scripts = {
+            task.id: rerun_script(stages.rerun_settings(config, number, stratified=is_stratified(task.settings)))
+            for number, task in enumerate(tasks)
+        }
         sources = (source, scripts, console.note, processes)
         starts = stages.start_frontiers(config.reuse, tasks, seeds)
         state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, starts=starts)

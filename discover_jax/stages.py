@@ -518,10 +518,15 @@ def prompt_settings(config: Any, unusable: Collection[str] = (), tasks: Sequence
     )
 
 
-def rerun_settings(config: Any, number: int) -> RerunSettings:
-    """The settings of best/rerun.sh for the competition with this number in config.task."""
+def rerun_settings(config: Any, number: int, *, stratified: bool) -> RerunSettings:
+    """The settings of best/rerun.sh for the competition with this number in config.task.
+
+    Args:
+      stratified: whether its rows were drawn so. Runs of earlier versions keep their rows whatever the config says.
+    """
     name, raw = named_competitions(config.task)[number]
-    task, execution = config.task, config.execution
-    rows = (task.reward, task.holdout_fraction, task.holdout_folds, task.selection_fraction, task.grader, task.reuse_output, config.seed)
+    rows_of, execution = config.task, config.execution
+    rows = (rows_of.reward, rows_of.holdout_fraction, rows_of.holdout_folds, rows_of.selection_fraction)
+    grading = (rows_of.grader, rows_of.reuse_output, config.seed)
     limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker, execution.result_mib)
-    return RerunSettings(name, raw, *rows, *limits, stratified=task.reward == "holdout" and task.stratified)
+    return RerunSettings(name, raw, *rows, *grading, *limits, stratified=stratified)

@@ -27,7 +27,6 @@ _LATER_SETTINGS = {
     "task.seed_program": "",
     "task.reuse_output": "problem",
     "task.selection_fraction": 0.0,
-    "task.stratified": False,
     "lora.mlp_rank": 32,
     "prompt.inspirations": 0,
     "prompt.answer": "program",
@@ -47,6 +46,8 @@ _LATER_SETTINGS = {
     "execution.result_mib": 0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
+_SETTINGS_OF_NEW_RUNS = ("task.stratified",)
+"""Settings that earlier versions lack, and whose default differs from what their runs did. The prepared task keeps their rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,8 @@ def _compare(path: Path, given: dict[str, Any]) -> None:
             " another directory by --workdir."
         ) from error
     given_all = {"kind": given["kind"], **given["config"]}
-    found_all |= {name: value for name, value in _LATER_SETTINGS.items() if name in given_all and name not in found_all}
+    later = _LATER_SETTINGS | {name: given_all[name] for name in _SETTINGS_OF_NEW_RUNS if name in given_all}
+    found_all |= {name: value for name, value in later.items() if name in given_all and name not in found_all}
     # Compare the JSON texts, so that True differs from 1 and 1 from 1.0: the type of a setting matters.
     names = [
         name for name in {**found_all, **given_all} if name not in _RUNTIME_SETTINGS and _shown(found_all, name) != _shown(given_all, name)

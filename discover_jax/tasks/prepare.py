@@ -20,7 +20,7 @@ from discover_jax.tasks.competition import Competition
 from discover_jax.tasks.holdout import hold_out_part, make_folds
 from discover_jax.tasks.loading import load_definition, locate_definition
 from discover_jax.tasks.own_files import own_files
-from discover_jax.tasks.prepared_folder import TEXT_ENTRIES, definition_digests, fingerprint, prepared_record
+from discover_jax.tasks.prepared_folder import STRATIFIED, TEXT_ENTRIES, definition_digests, fingerprint, prepared_record
 from discover_jax.tasks.prepared_tables import check_ids, check_tables, describe_tables, text_columns, warn_of_hidden_labels, warn_of_types
 from discover_jax.tasks.problem import Problem
 from discover_jax.tasks.problem_task import ProblemTask, problem_settings, write_public
@@ -69,7 +69,8 @@ def prepare_task(
         and no prompt depends on them.
       grader: "native", or "mlebench" for the installed package's grader of this competition.
       reuse_output: "problem": as the problem says; "on" or "off": instead of what it says. See `Problem.reuse_output`.
-      stratified: whether "holdout" draws the rows of each class in proportion, if the labels are classes; see `holdout.strata`.
+      stratified: whether "holdout" draws the rows of each class in proportion, if the labels are classes; see `holdout.strata`. A folder
+        that was prepared without this keeps its rows.
       seed: for drawing and shuffling the rows of "holdout".
 
     Raises:
@@ -168,7 +169,7 @@ def _settings(
         if selection:
             holdout["selection_fraction"] = selection
         if stratified:
-            holdout["stratified"] = True
+            holdout[STRATIFIED] = True
     return {
         "format": _FORMAT,
         "competition": definition.id,
@@ -207,7 +208,7 @@ def _writer(definition: Competition, raw: Path | None, settings: dict[str, Any])
             warn_of_types(definition, public, private)
         text = text_columns(definition, public, private if settings["reward"] == "grade" else None)
         warn_of_hidden_labels(definition, public, text)
-        stratified = settings.get("stratified", False)
+        stratified = settings.get(STRATIFIED, False)
         if "holdout_folds" in settings:
             make_folds(definition, work, settings["holdout_folds"], settings["seed"], stratified=stratified)
         elif settings["reward"] == "holdout":

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,17 @@ from discover_jax.files import storage_remedy
 _RECORD = "prepared.json"
 HELPERS = "helpers_sha256"
 """Name of the setting for the modules beside a definition's file."""
+STRATIFIED = "stratified"
+"""Name of the setting for rows that are held out in proportion from each class."""
+_NOT_RECORDED = (HELPERS, STRATIFIED)
+"""Settings that folders of earlier versions lack. They stay valid as they are, with the rows that they have."""
 TEXT_ENTRIES = ("text_answers", "text_predictions")
 """Entries of the record for `answers.TextColumns`."""
+
+
+def is_stratified(settings: Iterable[tuple[str, Any]]) -> bool:
+    """Whether a prepared task with these settings has rows that were held out in proportion from each class."""
+    return bool(dict(settings).get(STRATIFIED))
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, str], str]:
@@ -92,7 +101,7 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     differences = [
         f"{key}: {recorded.get(key, 'absent')!r} there, {settings.get(key, 'absent')!r} now"
         for key in sorted(recorded.keys() | settings.keys())
-        if recorded.get(key) != settings.get(key) and not (key == HELPERS and key not in recorded)  # earlier versions did not record it
+        if recorded.get(key) != settings.get(key) and (key in recorded or key not in _NOT_RECORDED)
     ]
     if differences:
         raise DataError(f"{folder} was prepared with other settings ({'; '.join(differences)}). {again}")

@@ -18,7 +18,7 @@ from discover_jax.exceptions import ConfigError
 from discover_jax.tasks import holdout
 from discover_jax.tasks.holdout import deal, hold_out, holdable_rows, strata
 from discover_jax.tasks.prepare import AnyTask
-from discover_jax.tasks.prepared_folder import prepare_folder
+from discover_jax.tasks.prepared_folder import is_stratified, prepare_folder
 from discover_jax.tasks.prepared_tables import check_ids
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.tables import read_text_table, write_text_table
@@ -101,9 +101,7 @@ def _write(task: Task, count: int, work: Path, seed: int) -> dict[str, Any]:
     (work / "private").mkdir(mode=0o700)
     shutil.copyfile(task.folder / "private" / "test.csv", work / "private" / "test.csv")
     random = np.random.RandomState(seed)
-    class_R = (
-        None if task.reward_source == "holdout" and not dict(task.settings).get("stratified") else strata(train, definition.label_columns)
-    )
+    class_R = None if task.reward_source == "holdout" and not is_stratified(task.settings) else strata(train, definition.label_columns)
     part_R = deal(None if class_R is None else class_R[open_R], len(open_R), count, random)
     for number in range(count):
         shown = work / f"retest-{number + 1}"

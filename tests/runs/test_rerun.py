@@ -55,7 +55,7 @@ def bundle(request, tmp_path_factory) -> Path:
             submission=submission,
             grade=grade_of(task, best, verdict, 3),
             disclosure=(workdir.path / "disclosure.json").read_bytes(),
-            rerun=rerun_script(rerun_settings(config, 0)),
+            rerun=rerun_script(rerun_settings(config, 0, stratified=request.param == "holdout")),
         )
     # The bundle must be self-contained and work in any folder, also with a space and a quote in its path.
     return (root / "run" / "best").rename(root / "it's the best")
@@ -120,15 +120,15 @@ def test_the_script_names_what_a_score_depends_on(tmp_path):
     raw = tmp_path / "it's here" / "train.csv"
     config.task.competition, config.task.raw = "digits-parity, spaceship-titanic", f",{raw}"
     config.execution.backend, config.execution.allow_weaker = "unsafe-subprocess", True
-    words = shlex.split(rerun_script(rerun_settings(config, 1)), comments=True)
+    words = shlex.split(rerun_script(rerun_settings(config, 1, stratified=False)), comments=True)
     assert "--competition=spaceship-titanic" in words
     assert f"--raw={raw}" in words
     assert "--backend=unsafe-subprocess" in words
     assert "--allow_weaker" in words
     assert "--stratified" not in words
-    assert not any("raw" in word for word in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True))
+    words = shlex.split(rerun_script(rerun_settings(config, 0, stratified=False)), comments=True)
+    assert not any("raw" in word for word in words)
     config.execution.backend, config.execution.allow_weaker, config.task.reward = "ray", False, "holdout"
-    assert "--stratified" in shlex.split(rerun_script(rerun_settings(config, 0)), comments=True)
-    assert "--backend=bubblewrap" in shlex.split(
-        rerun_script(rerun_settings(config, 0)), comments=True
-    )  # on this machine, even if it ran on a cluster
+    words = shlex.split(rerun_script(rerun_settings(config, 0, stratified=True)), comments=True)
+    assert "--stratified" in words
+    assert "--backend=bubblewrap" in words  # on this machine, even if it ran on a cluster

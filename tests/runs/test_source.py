@@ -102,7 +102,7 @@ def continue_run(path, source, tasks, note=print) -> tuple[RunState, Isolation |
         write_disclosure(workdir, tasks, search={}, isolation=isolation, goes_on_from=found and found.disclosed())
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=2, every=0)
         journal = Journal(workdir.journal_path)
-        scripts = {task.id: rerun_script(rerun_settings(config, number)) for number, task in enumerate(tasks)}
+        scripts = {task.id: rerun_script(rerun_settings(config, number, stratified=False)) for number, task in enumerate(tasks)}
         starts = {task.id: Frontier.start(10) for task in tasks}
         standing = restore(tasks, workdir, checkpoints, journal, state_of(0), found, scripts, note, starts=starts)
         checkpoints.close()

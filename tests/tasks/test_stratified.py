@@ -116,8 +116,12 @@ def test_folders_and_fingerprints_of_earlier_versions(tmp_path, write_competitio
     held = pd.read_csv(task.folder / "private" / "holdout.csv")["key"]
     assert sorted(held) == sorted(f"{n:04d}_01" for n in order[:6])
     assert "stratified" not in dict(task.settings)
-    with pytest.raises(DataError, match="stratified: 'absent' there, True now"):
-        prepare_task(path, folder=tmp_path / "task", **settings)
+    kept = prepare_task(path, folder=tmp_path / "task", **settings)  # as a resumed run does, whose config has the default
+    assert (kept.fingerprint, kept.settings) == (task.fingerprint, task.settings)
+    new = prepare_task(path, folder=tmp_path / "new", **settings)
+    assert new.fingerprint != task.fingerprint
+    with pytest.raises(DataError, match="stratified: True there, 'absent' now"):
+        prepare_task(path, folder=tmp_path / "new", stratified=False, **settings)
 
 
 def test_regression_is_split_as_before(tmp_path, write_competition):
