@@ -2,12 +2,10 @@
 
 import ast
 import dataclasses
-import io
 import os
 import platform
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from tiny_competition import GOOD, GOOD_SCORE
 
@@ -52,12 +50,11 @@ def find(ask):
             "    return result if result >= 0 else -ctypes.get_errno()\n"
             "def attempt(expression):\n    try:\n        return repr(eval(expression))\n"
             "    except OSError as error:\n        return repr(errno.errorcode[error.errno])\n"
-            f"{before}\ndef run():\n    return pd.DataFrame({{'found': [attempt(e) for e in {expressions!r}]}})\n"
+            f"{before}\ndef run():\n    print(ascii([attempt(e) for e in {expressions!r}]))\n    return pd.DataFrame({{'found': [1]}})\n"
         )
         execution = ask(program).execution
         assert execution.outcome is Outcome.OK, execution
-        table = pd.read_csv(io.BytesIO(execution.result or b""), dtype=str, keep_default_na=False)
-        return [ast.literal_eval(text) for text in table["found"]]
+        return [ast.literal_eval(text) for text in ast.literal_eval(execution.stdout)]
 
     return evaluate
 

@@ -2,12 +2,11 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
-import types
 
 from discover_jax import cli, doctor
+from discover_jax.files import NoLocksError
 from discover_jax.preflight import all_hosts, one_host, ports
 from discover_jax.runs import lock
 
@@ -20,8 +19,9 @@ def _closed(answer):
     yield port
 
 
-def _no_locks(descriptor, operation):
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+def _no_locks(descriptor, folder):
+    reason = os.strerror(errno.ENOSYS)
+    raise NoLocksError(errno.ENOSYS, f"The file system of {folder} has no file locks (flock: {reason}).")
 
 
 if __name__ == "__main__":
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     if "port" in faults:
         ports.listener = _closed
     if "lock" in faults:
-        lock.fcntl = types.SimpleNamespace(flock=_no_locks, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)  # not for the uids of sandboxes
+        lock.try_flock = _no_locks  # not for the uids of sandboxes
     if "dies" in faults:
         ports.check_ports = lambda meeting: os._exit(9)
     all_hosts.MEET_SECONDS = float(os.environ.get("DISCOVER_TEST_MEET_SECONDS", all_hosts.MEET_SECONDS))

@@ -55,6 +55,8 @@ def run():
 class Chat:
     """A chat format of one token per character."""
 
+    names = ()
+
     def render(self, user, developer=""):
         text = f"{developer}\n{user}"
         return Rendered(tuple(range(len(text))), text)
@@ -114,7 +116,7 @@ def test_scores_climb_over_steps_and_a_resumed_search_repeats_them(tmp_path, mon
     task = prepared(tmp_path)
     monkeypatch.setattr(sandbox, "PRELOAD", ())
     replies = [Extracted(LONGER), Extracted(f"{LONGER}# 1\n")]
-    monkeypatch.setattr(stages, "extracted", lambda rollout, chat, edits_of: replies[rollout.index])
+    monkeypatch.setattr(stages, "extracted", lambda rollout, chat, edits_of, names: replies[rollout.index])
     config = default_config()
     config.task.competition, config.groups, config.group_size = task.source, 2, 2
     config.reuse.sampler, config.reuse.epsilon = "greedy", 0.0
