@@ -49,17 +49,26 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
       OSError: the file cannot be read, or is not a regular file.
-      ValueError: it is not UTF-8 or JSON, is nested too deeply, or is too large; or the value is not an object.
+      ValueError: it is not UTF-8 or JSON, is nested too deeply, or is too large; an object has a name twice; or the value is not an object.
     """
     if (size := check_regular(path)) > MOST_JSON_BYTES:
         raise ValueError(f"it has {size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError(f"it must contain a JSON object; got {type(content).__name__}")
     return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"an object has {show(name)} twice")
+        found[name] = value
+    return found
 
 
 def show(value: Any) -> str:

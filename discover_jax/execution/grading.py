@@ -43,15 +43,9 @@ class GradedTask(RunTask, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Failed:
-    """The grading raised.
-
-    Attributes:
-      text: the error.
-      of_any: whether it also raises for the sample submission, so that the competition is at fault.
-    """
+    """The grading raised this error. The submission may have caused it, or not."""
 
     text: str
-    of_any: bool
 
 
 def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade | _Failed:
@@ -69,15 +63,7 @@ def judge(task: GradedTask, csv: bytes, earlier: Sequence[Grade]) -> Grade | _Fa
     except MemoryError:
         return _invalid(f"grading the submission of {len(csv):,} bytes needs more than {memory_for(csv) / GIB:.1f} GiB of memory")
     except Exception as error:
-        return _Failed(f"Grading a submission of {len(csv)} bytes failed: {_described(error)}.", not _grades_sample(task, run))
-
-
-def _grades_sample(task: GradedTask, run: int) -> bool:
-    try:
-        task.grade(task.sample(run), run)
-    except Exception:  # the submission's own error is the one to report
-        return False
-    return True
+        return _Failed(f"Grading a submission of {len(csv)} bytes failed: {_described(error)}.")
 
 
 def memory_for(csv: bytes) -> int:
@@ -99,8 +85,8 @@ def _invalid(reason: str) -> Grade:
 def main(connection: Connection, parent: int, tasks_bytes: bytes) -> None:
     """Grades until the connection closes.
 
-    Receives a task's index, then (CSV, earlier grades). Sends None when it is ready to grade for the task, or a GradingError; then a Grade
-    or _Failed.
+    Receives a task's index, then (CSV, earlier grades); instead of the CSV, None for the sample submission. Sends None when it is ready to
+    grade for the task, or a GradingError; then a Grade or _Failed.
     """
     children.begin(parent)
     tasks: list[GradedTask] = pickle.loads(tasks_bytes)
@@ -117,6 +103,8 @@ def main(connection: Connection, parent: int, tasks_bytes: bytes) -> None:
             csv, earlier = connection.recv()
         except EOFError:
             return
+        if csv is None:
+            csv = task.sample(len(earlier))
         # What this process writes to, not its address space: threads of packages reserve much more than they use.
         resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + memory_for(csv), unlimited[1]))
         reply = judge(task, csv, earlier)
@@ -159,27 +147,31 @@ class Graders:
         return Verdict(Outcome.OK if grade.valid else Outcome.INVALID_SUBMISSION, grade, execution)
 
     def _grade(self, task: int, csv: bytes, earlier: Sequence[Grade]) -> Grade:
+        reply = self._reply(task, csv, earlier)
+        if isinstance(reply, Grade):
+            return reply
+        if isinstance(self._reply(task, None, earlier), _Failed):
+            raise GradingError(
+                f"{reply.text} So does grading the sample submission. For an invalid submission, grading must return"
+                " Grade(valid=False, reason=...). Fix the competition's metric."
+            )
+        _log.warning("%s The sample submission can be graded, so this one counts as invalid.", reply.text)
+        return _invalid(reply.text)
+
+    def _reply(self, task: int, csv: bytes | None, earlier: Sequence[Grade]) -> Grade | _Failed:
+        """What the process says about a submission; None: the sample submission."""
+        name = "the sample submission" if csv is None else f"the submission of {len(csv):,} bytes"
         for _ in range(_TRIES):
             with borrowed(self._free) as slot:
                 slot.ask(task, self._seconds)
                 try:
-                    reply: Grade | _Failed = slot.ask((csv, list(earlier)), self._seconds)
+                    return slot.ask((csv, list(earlier)), self._seconds)
                 except children.HungError:
-                    return _invalid(f"grading the submission of {len(csv):,} bytes takes longer than {self._seconds:g} s")
+                    return _invalid(f"grading {name} takes longer than {self._seconds:g} s")
                 except children.EndedError:
                     if self._children.closed:
                         raise
-                    continue
-            if isinstance(reply, Grade):
-                return reply
-            if reply.of_any:
-                raise GradingError(
-                    f"{reply.text} For an invalid submission, grading must return Grade(valid=False, reason=...). Fix the competition's"
-                    " metric."
-                )
-            _log.warning("%s The sample submission can be graded, so this one counts as invalid.", reply.text)
-            return _invalid(reply.text)
-        return _invalid("the process that grades the submission ended")  # not the host's fault, since it ended each time
+        return _invalid(f"the process that grades {name} ended")  # not the host's fault, since it ended each time
 
     def close(self) -> None:
         """Ends the processes; callers that wait for a grade get a SandboxError. Idempotent."""

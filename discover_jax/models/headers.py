@@ -119,7 +119,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             f"{index} has weight_map = {show(found)}; it must be an object with the file name of each tensor. Download the index again."
         )
     for name, file in found.items():
-        if not isinstance(file, str) or file != Path(file).name or "\0" in file:
+        if not isinstance(file, str) or not file or file != Path(file).name or "\0" in file:
             raise WeightsError(
                 f"{index} names {show(file)} as the file of {show(name)}; it must be the name of a file in the same folder. Download the"
                 " index again."
