@@ -13,12 +13,18 @@ _HIDDEN = re.compile(
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _VARIATION = re.compile("[\ufe00-\ufe0f]+")
+# A C1 control is more often text in a wrong encoding than part of an escape sequence. So it only begins one that nothing else looks like.
 _ESCAPE = re.compile(
-    r"(?:\x1b\[|\x9b)(?P<number>\d{0,4})[\d;:<=>?]*[ -/]*(?P<command>[@-~])"  # a control sequence, such as a colour
-    r"|(?:\x1b[\]P^_X]|[\x9d\x90\x9e\x9f\x98])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # a string, such as a window's title or a link
+    r"(?:\x1b\[|\x9b(?=[\d;?]))(?P<number>\d{0,4})(?:;(?P<second>\d{1,4}))?[\d;:<=>?]*[ -/]*(?P<command>[@-~])"  # such as a colour
+    # A string, such as a window's title or a link, on one line. The openers are not part of it, so that searching its end takes linear time.
+    r"|(?:\x1b[\]P^_X](?=[^\r\n\x07\x1b\x90\x98\x9c-\x9f]*+(?:\x07|\x1b\\|\x9c))"
+    r"|[\x9d\x90\x9e\x9f\x98](?=[^\r\n\x07\x1b\x90\x98\x9c-\x9f]*+(?:\x07|\x1b\\)))[^\x07\x1b\x9c]*+(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b(?P<cursor>[78])"
     r"|\x1b[ -/]*[0-~]?"
 )
-_PIECE = re.compile(rf"(?P<escape>{_ESCAPE.pattern})|(?P<move>[\r\n\b])|(?P<text>[^\r\n\b\x1b\x90\x98\x9b\x9d-\x9f]+)")
+_PIECE = re.compile(
+    rf"(?P<escape>{_ESCAPE.pattern})|(?P<move>[\r\n\b])|(?P<text>[^\r\n\b\x1b\x90\x98\x9b\x9d-\x9f]+|[\x90\x98\x9b\x9d-\x9f])"
+)
 
 
 def printable(text: str) -> str:
@@ -47,42 +53,91 @@ def without_names(text: str, names: Collection[str]) -> str:
 def as_on_terminal(text: str) -> str:
     """What a terminal shows after it has printed the text: progress bars overwrite themselves.
 
-    Carriage returns, backspaces, moves of the cursor within the text and deletions of the rest of a line have their effect; colours and
-    titles have none. The rest is `printable`.
+    Carriage returns, backspaces, moves of the cursor within the text and deletions have their effect; colours and titles have none. Text
+    that is deleted as a whole leaves no blanks. The rest is `printable`.
     """
     if not re.search("[\r\b\x1b\x9b]", text):
         return printable(text)
-    lines: list[list[str]] = [[]]
-    row = column = 0
+    screen = _Screen()
     for piece in _PIECE.finditer(text):
         if (shown := piece["text"]) is not None:
-            lines[row][column : column + len(shown)] = shown
-            column += len(shown)
-        elif piece["move"] == "\n":
-            row, column = row + 1, 0
-            if row == len(lines):
-                lines.append([])
+            screen.write(shown)
         elif piece["move"]:
-            column = 0 if piece["move"] == "\r" else max(0, column - 1)
+            screen.move(piece["move"])
+        elif piece["cursor"]:
+            screen.control("s" if piece["cursor"] == "7" else "u", "", "")
+        elif piece["command"]:
+            screen.control(piece["command"], piece["number"] or "", piece["second"] or "")
+    return printable("\n".join("".join(line) for line in screen.lines))
+
+
+class _Screen:
+    """Lines of text and a cursor, which stays within them."""
+
+    def __init__(self) -> None:
+        self.lines: list[list[str]] = [[]]
+        self._row = self._column = 0
+        self._saved = (0, 0)
+
+    def write(self, text: str) -> None:
+        self.lines[self._row][self._column : self._column + len(text)] = text
+        self._column += len(text)
+
+    def move(self, character: str) -> None:
+        """Obeys a line feed, a carriage return or a backspace."""
+        if character == "\n":
+            self._place(self._row + 1, 0)
         else:
-            row, column = _moved(lines, row, column, piece["command"] or "", int(piece["number"] or 0))
-    return printable("\n".join("".join(line) for line in lines))
+            self._column = 0 if character == "\r" else max(0, self._column - 1)
 
+    def control(self, command: str, number: str, second: str) -> None:
+        """Obeys a control sequence with up to two numbers. Others than those for moves and deletions have no effect."""
+        count, row, column = max(1, int(number or 0)), self._row, self._column
+        if command == "K":
+            self._delete_in_line(int(number or 0))
+        elif command == "J":
+            self._delete_lines(int(number or 0))
+        elif command in "Hf":  # a position below the text begins a line there
+            self._place(count - 1, max(1, int(second or 0)) - 1)
+        elif command in "AF":
+            self._place(max(0, row - count), 0 if command == "F" else column)
+        elif command in "BE":
+            self._place(min(len(self.lines) - 1, row + count), 0 if command == "E" else column)
+        elif command in "CDG":
+            self._place(row, {"C": column + count, "D": max(0, column - count), "G": count - 1}[command])
+        elif command == "s":
+            self._saved = row, column
+        elif command == "u":
+            self._place(*self._saved)
 
-def _moved(lines: list[list[str]], row: int, column: int, command: str, number: int) -> tuple[int, int]:
-    """The cursor after a control sequence, which may delete a part of its line. It stays within the text."""
-    count = max(1, number)
-    if command == "K":
-        if number == 2:
-            lines[row][:] = [" "] * column
-        elif number == 0:
-            del lines[row][column:]
-    elif command in "AF":
-        row = max(0, row - count)
-    elif command in "BE":
-        row = min(len(lines) - 1, row + count)
-    column = {"C": column + count, "D": max(0, column - count), "G": count - 1, "E": 0, "F": 0}.get(command, column)
-    return row, min(column, len(lines[row]))
+    def _place(self, row: int, column: int) -> None:
+        if row >= len(self.lines):
+            self.lines.append([])
+        self._row = min(row, len(self.lines) - 1)
+        self._column = min(column, len(self.lines[self._row]))
+
+    def _delete_in_line(self, part: int) -> None:
+        """Deletes the rest of the line (0), its beginning (1) or all of it (2)."""
+        line = self.lines[self._row]
+        if part == 0:
+            del line[self._column :]
+        elif part == 1:
+            line[: self._column + 1] = [" "] * min(len(line), self._column + 1)
+        elif part == 2:
+            line[:] = [" "] * self._column
+
+    def _delete_lines(self, part: int) -> None:
+        """Deletes what follows the cursor (0), what precedes it (1) or all (2 and 3). Lines that are gone take no room, so that repeating it
+        costs nothing."""
+        if part == 0:
+            self._delete_in_line(0)
+            del self.lines[self._row + 1 :]
+        elif part == 1:
+            self._delete_in_line(1)
+            del self.lines[: self._row]
+            self._row = 0
+        elif part in (2, 3):
+            self.lines, self._row, self._column = [[]], 0, 0
 
 
 def collapsed(line: bytes) -> bytes:

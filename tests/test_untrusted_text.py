@@ -1,6 +1,7 @@
 """Text of others shows what it is: nothing hidden, no control of terminals, progress bars as a terminal shows them."""
 
 import re
+import time
 import unicodedata
 
 import pytest
@@ -47,7 +48,14 @@ def test_ordinary_text_stays():
         ("\x1b[2J\x1b[Hx", "x"),
         ("\x1b(Bx", "x"),
         ("a\x1b", "a"),
-        ("\x1b]unfinished", ""),
+        ("a\x1b]unfinished\nb", "aunfinished\nb"),
+        ("\x1bPa\r\nb\x07", f"a\nb{MARK}"),
+        ("caf\x9d score .8\nnext\n", f"caf{MARK} score .8\nnext\n"),
+        ("\x90a\x98b\x9ec\x9fd\nnext", f"{MARK}a{MARK}b{MARK}c{MARK}d\nnext"),
+        ("\x9d a \x9c b", f"{MARK} a {MARK} b"),
+        ("\x9d0;title\x07x", "x"),
+        ("a\x9b", f"a{MARK}"),
+        ("m\xc4\x9bto", f"m\xc4{MARK}to"),
     ],
 )
 def test_escape_sequences_disappear(text, shown):
@@ -70,15 +78,34 @@ def test_escape_sequences_disappear(text, shown):
         ("abc\x1b[9999Cd\x1b[9999A\x1b[9999Be", "abcde"),
         ("\b\b\ba", "a"),
         ("abc\x1b[1Gx", "xbc"),
+        ("abc\ndef\x1b[2J\x1b[Hx", "x"),
+        ("abc\ndef\x1b[3Jx", "x"),
+        ("abc\ndef\nghi\x1b[H\x1b[Jx", "x"),
+        ("abc\ndef\nghi\x1b[A\x1b[Jx", "abc\ndefx"),
+        ("abc\ndef\x1b[1J\x1b[1Gx", "x  "),
+        ("abc\ndef\x1b[1;2Hx", "axc\ndef"),
+        ("abc\ndef\x1b[2fx", "abc\nxef"),
+        ("\x1b[1;1Habc\x1b[2;1Hdef\x1b[9;9Hghi", "abc\ndef\nghi"),
+        ("abcdef\x1b[3D\x1b[1K", "    ef"),
+        ("step \x1b71\x1b82\x1b83", "step 3"),
+        ("step \x1b[s1\x1b[u2", "step 2"),
+        ("abc\x1b7\x1b[2J\x1b8x", "x"),
     ],
 )
 def test_text_as_on_a_terminal(text, shown):
     assert as_on_terminal(text) == shown
 
 
-@given(st.text("ab\r\n\b\x1b[K2A;m", max_size=60))
+@pytest.mark.parametrize("part", ["\x9d", "\x9da", "\x1b]a", "\x1b]a\x9d", "\x9b1", "\x1b[1;", "\x1b ", "\n\x1b[2J"])
+def test_controls_without_an_end_take_linear_time(part):
+    before = time.process_time()
+    as_on_terminal(part * 20_000)
+    assert time.process_time() - before < 2.0
+
+
+@given(st.text("ab\r\n\b\x1b\x9b\x9d\x07[K2AHJ78su;m", max_size=60))
 def test_any_text_is_accepted(text):
-    assert not re.search("[\r\b\x1b]", as_on_terminal(text))
+    assert not re.search("[\r\b\x1b\x9b\x9d]", as_on_terminal(text))
 
 
 @given(st.lists(st.text("abcé█\r", max_size=20), max_size=8))
