@@ -86,7 +86,8 @@ def test_several_indices_of_which_none_has_the_usual_name(folder):
      '{"weight_map": {"a": null}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["model.safetensors"]}}',
      '{"weight_map": {"a": {"file": "model.safetensors"}}}', '{"weight_map": {"a": "../model.safetensors"}}',
      '{"weight_map": {"a": "/dev/zero"}}', '{"weight_map": {"a": ".."}}', '{"weight_map": {"a": ""}}', '{"weight_map": {"a": "x\\u0000"}}',
-     '{"weight_map": {"a": "model.safetensors", "a": "x.safetensors"}}', "[" * 100_000, "{", "\xff", '{"weight_map": {"a": "absent.safetensors"}}'],
+     '{"weight_map": {"a": "model.safetensors", "a": "x.safetensors"}}',
+     "[" * 100_000, "{", "\xff", '{"weight_map": {"a": "absent.safetensors"}}'],
 )  # fmt: skip
 def test_an_index_of_another_shape_is_refused(folder, content):
     (folder / INDEX).write_text(content, encoding="latin-1")
