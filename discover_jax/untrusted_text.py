@@ -16,7 +16,7 @@ _VARIATION = re.compile("[\ufe00-\ufe0f]+")
 # A C1 control is more often text in a wrong encoding than part of an escape sequence. So it only begins one that nothing else looks like.
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b(?=[\d;?]))(?P<number>\d{0,4})(?:;(?P<second>\d{1,4}))?[\d;:<=>?]*[ -/]*(?P<command>[@-~])"  # such as a colour
-    # A string, such as a window's title or a link, on one line. The openers are not part of it, so that searching its end takes linear time.
+    # A string on one line, such as a window's title or a link. No opener is part of it, so that searching its end takes linear time.
     r"|(?:\x1b[\]P^_X](?=[^\r\n\x07\x1b\x90\x98\x9c-\x9f]*+(?:\x07|\x1b\\|\x9c))"
     r"|[\x9d\x90\x9e\x9f\x98](?=[^\r\n\x07\x1b\x90\x98\x9c-\x9f]*+(?:\x07|\x1b\\)))[^\x07\x1b\x9c]*+(?:\x07|\x1b\\|\x9c)"
     r"|\x1b(?P<cursor>[78])"
@@ -127,8 +127,7 @@ class _Screen:
             line[:] = [" "] * self._column
 
     def _delete_lines(self, part: int) -> None:
-        """Deletes what follows the cursor (0), what precedes it (1) or all (2 and 3). Lines that are gone take no room, so that repeating it
-        costs nothing."""
+        """Deletes what follows the cursor (0), what precedes it (1) or all (2 and 3). Lines that are gone take no room."""
         if part == 0:
             self._delete_in_line(0)
             del self.lines[self._row + 1 :]

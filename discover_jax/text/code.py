@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from discover_jax.text.fences import OTHER, PYTHON, UNLABELLED, defines, find_blocks
-from discover_jax.text.structure import parses
+from discover_jax.text.fences import OTHER, PYTHON, UNLABELLED, Block, defines, find_blocks
+from discover_jax.text.structure import implemented_names, parses
 
 ENTRY = ("run",)
 """The function that a program must define if its task does not say otherwise."""
@@ -28,7 +28,9 @@ def extract_program(final: str, truncated: bool, names: Sequence[str] = ENTRY) -
     3. blocks with another label that do and are valid Python;
     4. blocks labelled as Python.
 
-    So an example of its use after the program does not replace it.
+    Among the first three rows, blocks with a whole program go first: valid Python that implements one of `names`, see
+    `implemented_names`, and is not an interactive session. So an example of its use, an outline or a sketch after the program does not
+    replace it.
 
     Args:
       final: the answer's text.
@@ -37,13 +39,18 @@ def extract_program(final: str, truncated: bool, names: Sequence[str] = ENTRY) -
       names: functions that the program must define.
     """
     wanted = frozenset(names)
-    rows: list[list[str]] = [[], [], [], []]
+    kinds = (PYTHON, UNLABELLED, OTHER)
+    rows: list[list[str]] = [[] for _ in range(7)]
     for block in find_blocks(final, truncated, names):
         if defines(block.text, wanted, valid=block.valid) and (block.valid or block.label != OTHER):
-            rows[(PYTHON, UNLABELLED, OTHER).index(block.label)].append(block.text)
+            rows[kinds.index(block.label) + (0 if _is_whole(block, wanted) else 3)].append(block.text)
         elif block.label == PYTHON:
-            rows[3].append(block.text)
+            rows[6].append(block.text)
     return next((row[-1] for row in rows if row), None)
+
+
+def _is_whole(block: Block, names: frozenset[str]) -> bool:
+    return block.valid and not block.typed and not names.isdisjoint(implemented_names(block.text))
 
 
 def defines_entry(code: str, names: Sequence[str] = ENTRY) -> bool:

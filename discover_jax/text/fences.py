@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import keyword
 import re
 import sys
 import textwrap
@@ -50,16 +51,25 @@ _STRINGS_AND_COMMENTS = re.compile(
 _ENDLESS = sys.maxsize
 _MOST_COMMENTS = 4
 """Fences in comments at which a program may end."""
+_MOST_PROSE = 40
+"""Lines of prose after an open block that are looked at."""
+_PROSE = re.compile(
+    r"[ \t]*+(?:$|~{3,}+[ \t]*+$|(?:[-*+>]|#{1,6}|\d{1,9}[.)])[ \t]"  # blank, a fence, a list, a quote, a heading
+    rf"|(?<![ \t])(?!(?:{'|'.join(word for word in keyword.kwlist if word.islower())})\b)"
+    r"[^\W\d][\w'\u2019]*+[,.:;!?]?(?:[ \t]++[\w`*(\"'\u201c\u2013\u2014]|$)"
+    r"|(?<![ \t])[`*_\u201c(][\w`*])"
+)
 _PROMPTS = (">>> ", "... ", ">>>", "...")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block: PYTHON, UNLABELLED or OTHER, its text, and whether that has valid syntax."""
+    """A block: PYTHON, UNLABELLED or OTHER, its text, whether that has valid syntax, and whether it was typed in an interactive session."""
 
     label: str
     text: str
     valid: bool
+    typed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +113,7 @@ def find_blocks(answer: str, truncated: bool, names: Sequence[str]) -> list[Bloc
       truncated: whether the token budget cut the answer. Then an unclosed block counts even if it is not a valid program.
       names: functions that the program must define, of which a block extended beyond its first fence, or left open, has at least one.
     """
-    return _Reader(answer.replace("\r\n", "\n"), truncated, frozenset(names)).blocks()
+    return _Reader(re.sub("\r\n?", "\n", answer), truncated, frozenset(names)).blocks()
 
 
 def defines(code: str, names: frozenset[str], *, valid: bool) -> bool:
@@ -151,7 +161,8 @@ class _Reader:
                 if not closed.strip():
                     return None, closing.line + 1
                 if (program := self._program(closed, opening.label)) is not None:
-                    return Block(opening.label, program, valid=True), closing.line + 1
+                    typed = program != closed and program == _without_prompts(closed)
+                    return Block(opening.label, program, valid=True, typed=typed), closing.line + 1
             # Whatever follows another block than one of Python belongs to it only if its beginning looks like a program.
             may_extend = opening.label == PYTHON or closed is None or self._mentions(closed) or _ends_in_string(closed)
             if may_extend and (extended := self._extended(opening, end)) is not None:
@@ -191,6 +202,21 @@ class _Reader:
                 last = opening.line + 1 + body.count("\n", 0, stop)
                 follows = any(fence.line == last and fence.opens and fence.label == PYTHON for fence in self._fences)
                 return Block(opening.label, text, valid=True), last if follows else last + 1
+        return self._without_prose(opening, body)
+
+    def _without_prose(self, opening: _Fence, body: str) -> tuple[Block, int] | None:
+        """The longest valid program that only prose separates from the end of an open block: no code is lost. None if there is none."""
+        stop = _stops(body, opening.fence)[0]
+        last = opening.line + 1 + body.count("\n", 0, stop)
+        if any(fence.line == last and fence.closes(opening) for fence in self._fences):
+            return None
+        lines = body[:stop].rstrip().split("\n")
+        for count in range(len(lines) - 1, max(0, len(lines) - 1 - _MOST_PROSE), -1):
+            if not _PROSE.match(lines[count]):
+                return None
+            text = _trimmed(lines[:count]).rstrip()
+            if lines[count].strip() and self._is_program(text):
+                return Block(opening.label, text, valid=True), last
         return None
 
     def _as_marked(self, opening: _Fence, later: Sequence[_Fence], end: int) -> tuple[Block | None, int]:

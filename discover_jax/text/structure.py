@@ -9,7 +9,7 @@ import collections
 import hashlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _SKIPPED_FIELDS = ("ctx", "type_comment", "kind", "type_ignores")
 
@@ -24,18 +24,16 @@ def top_level_names(code: str) -> frozenset[str]:
 
     Imports do not count: `from solution import run` uses a program.
     """
-    names: set[str] = set()
-    waiting: list[ast.AST] = [*getattr(_parse(code), "body", ())]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
-        else:  # the statements within if, try, with and loops
-            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case)]
-    return frozenset(names)
+    return _names(code, lambda definition: True)
+
+
+def implemented_names(code: str) -> frozenset[str]:
+    """Those of the functions and variables among `top_level_names` that are more than a placeholder.
+
+    Placeholders are functions of `...`, `pass`, `raise NotImplementedError` and constants such as a docstring, and variables that are a
+    constant or have no value. Classes do not count.
+    """
+    return _names(code, _is_implemented)
 
 
 def structure_key(code: str) -> str:
@@ -75,6 +73,35 @@ def _parse(code: str) -> ast.Module | None:
             return ast.parse(code)
     except Exception:  # invalid syntax, null bytes, too deep; which exceptions there are depends on Python's version
         return None
+
+
+def _names(code: str, counts: Callable[[ast.stmt], bool]) -> frozenset[str]:
+    """The names of the definitions outside of functions and classes that count."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [*getattr(_parse(code), "body", ())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names |= {node.name} if counts(node) else set()
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name) and counts(node)}
+        else:  # the statements within if, try, with and loops
+            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case)]
+    return frozenset(names)
+
+
+def _is_implemented(definition: ast.stmt) -> bool:
+    if isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return not all(_is_placeholder(statement) for statement in definition.body)
+    return isinstance(definition, ast.Assign | ast.AnnAssign) and not isinstance(definition.value, ast.Constant | type(None))
+
+
+def _is_placeholder(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Raise):
+        raised = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+        return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
+    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
 
 
 def _labels(code: str) -> list[tuple[int, str]] | None:

@@ -121,6 +121,66 @@ def test_the_last_program_counts(better):
     assert extract_program(f"```python\n{RUN}\n```\nBetter:\n```python\n{better}\n```\n```python\nrun()\n```", False) == better
 
 
+@pytest.mark.parametrize(
+    "later",
+    [
+        "def run(",
+        "def run():",
+        "def run():\n    ...",
+        "def run():\n    pass",
+        'def run():\n    """Predicts."""',
+        'def run():\n    """Predicts."""\n    raise NotImplementedError("later")',
+        "def run(values): ...",
+        "run = None",
+        "run: object",
+        "class run: pass",
+        ">>> def run():\n...     return 2\n>>> run()\n2",
+        "from solution import run",
+        "from mymod import run\nrun()",
+        "import run",
+    ],
+)
+@pytest.mark.parametrize("label", ["python", "py", "pycon", ""])
+def test_a_later_block_that_is_no_whole_program_does_not_replace_one(later, label):
+    assert extract_program(f"```python\n{RUN}\n```\nIn short:\n```{label}\n{later}\n```\n", truncated=False) == RUN
+
+
+def test_a_placeholder_counts_where_nothing_better_exists():
+    for program in ("def run(): ...", "class run: pass", "def run(:\n    pass"):
+        assert extract_program(f"```python\n{program}\n```", truncated=False) == program
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+@pytest.mark.parametrize("label", ["python", ""])
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Thanks for reading.",
+        "\nThis predicts the mean, so it is fast.\n\n- It needs no data.\n  - None at all.\n\nThanks!",
+        "~~~",
+        "~~~\nThat is the program.",
+        "\n1. It's short.\n2. `run` has no arguments.",
+        "It prints:\n```text\n1\n```\nThanks.",
+        "**Done**: it is fast.",
+    ],
+)
+def test_prose_after_an_open_block_is_not_its_program(after, label, truncated):
+    assert extract_program(f"```{label}\n{RUN}\n{after}", truncated) == RUN
+
+
+@pytest.mark.parametrize(
+    "code", ["def helper(:\n    return 2", "x = (1 +", "import", "print(run()", "    x = = 2", "for x in 3", "x + = 2", "else:"]
+)
+def test_code_after_an_open_block_is_not_dropped(code):
+    assert extract_program(f"```python\n{RUN}\n{code}", truncated=False) is None
+    assert extract_program(f"```python\n{RUN}\n{code}", truncated=True) == f"{RUN}\n{code}"
+    assert extract_program(f"```python\n{RUN}\n{code}\nThanks for reading.", truncated=False) is None
+
+
+def test_carriage_returns_end_lines():
+    assert extract_program(f"Here:\n```python\n{RUN}\n```\n".replace("\n", "\r"), truncated=False) == RUN
+
+
 def test_programs_of_other_functions():
     answer = "```python\ndef count(values):\n    return 0\n```\n```python\ndef helper():\n    print(count([]))\n```"
     assert extract_program(answer, False, ("count",)) == "def count(values):\n    return 0"
