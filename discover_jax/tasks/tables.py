@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,8 @@ def read_text_table(data: bytes) -> pd.DataFrame:
     if b"\0" in data:  # UTF-16, or not text at all: decoded as UTF-8 it might pass for a table
         raise ValueError("it holds NUL bytes; write it as UTF-8")
     table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
-    lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-    start = [len(row) for row in itertools.islice((row for row in lines if row), 2)]
-    if start != sorted(start, reverse=True):  # pandas takes surplus fields for an index
-        raise ValueError(f"its second line has {start[1]} fields, its first line only {start[0]}")
+    # pandas takes surplus fields of the second line for an index, but refuses them without a header.
+    pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, header=None, nrows=2)
     return table
 
 

@@ -245,7 +245,7 @@ ATTACKS = {
     "escape sequences in output": Attack(
         "print('\\x1b[2J\\x1b]0;title\\x07', flush=True)\ndef run():\n    raise ValueError('\\x1b[31mred\\x9b')\n",
         (Outcome.EXCEPTION,),
-        r"ValueError: red$",
+        "ValueError: red\N{REPLACEMENT CHARACTER}$",
     ),
     "tracing every line": Attack("import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\n" + GOOD, (Outcome.OK,)),
     "ten megabytes of source": Attack(f"x = '{'a' * 10_000_000}'\n" + GOOD, (Outcome.OK,)),

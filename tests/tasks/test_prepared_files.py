@@ -33,6 +33,13 @@ def test_unreadable_extra_tables_are_listed_by_name(tmp_path, write_competition,
     assert [(file.name, file.rows, file.columns) for file in task.files if file.name == "extra.csv"] == [("extra.csv", None, ())]
 
 
+def test_long_cells_are_read(tmp_path, write_competition):
+    """Such as whole documents: the csv module refuses cells of more than 131,072 characters."""
+    change = "(public / 'extra.csv').write_text('text' + 50_000 * ' and text' + '\\n1\\n')"
+    task = prepare_task(write_competition(change), raw=None, reward="grade", folder=tmp_path / "task")
+    assert [file.rows for file in task.files if file.name == "extra.csv"] == [1]
+
+
 @pytest.mark.parametrize("kind", UNREADABLE)
 @pytest.mark.parametrize("name", ["train.csv", "sample_submission.csv"])
 def test_unreadable_required_tables_are_refused_with_the_reason(tmp_path, write_competition, kind, name):
