@@ -273,7 +273,7 @@ def _task(source: str, digest: str, grader: str, folder: Path, record: dict[str,
 
 def _check_sample(task: Task) -> None:
     """Checks that the sample submission is valid and better than a failure; otherwise the metric or the failure reward is wrong."""
-    grades = [task.grade((shown / "sample_submission.csv").read_bytes(), run) for run, shown in enumerate(task.public_dirs)]
+    grades = [task.grade(task.sample(run), run) for run in range(len(task.splits))]
     grade = next((grade for grade in grades if not grade.valid), None) or task.combine(grades)
     if grade.score is None:
         raise ConfigError(f"Competition {task.id!r}: its own sample_submission.csv is not valid: {grade.reason}")
