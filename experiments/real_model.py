@@ -1,21 +1,27 @@
 """Tables of the runs with a real language model, from their folders, and the comparison of training with search.
 
   python experiments/real_model.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
-  python experiments/real_model.py [--plots=docs/images]         # prints the table; draws (extra `plots`)
+  python experiments/real_model.py --runs=DIR --same_prompts=DIR # also writes same_prompts.csv
+  python experiments/real_model.py [--plots=docs/images]         # prints the tables; draws (extra `plots`)
 
 A run's folder is named PROBLEM-ARM-SEED; the arms are `search` and `train`. Arms are compared seed by seed on the first N steps, so at
-equal numbers of programs. Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows
-that nothing saw; `chosen_unseen` is the program that the retests chose (finalists.json, see retest.py) on these rows, and
-`chosen_retested` its score in the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and
-`valid_last` are shares of valid programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all
-programs that score better than their parent. When the runs of runs.csv ran, `diversity/copy_frac` counted valid programs with the results
-of their parent or of an earlier program of the group. Now it counts those with the results of any archived program.
-In steps.csv, `different` is the number of different results of the step's valid programs, and `forests` the share of its programs that use
-a random forest.
+equal numbers of programs. Rows of problems that DIR does not have stay in the tables.
+Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `best_unseen` that program on rows that nothing saw;
+`chosen_unseen` is the program that the retests chose (finalists.json, see retest.py) on these rows, and `chosen_retested` its score in
+the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and `valid_last` are shares of valid
+programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all programs that score better than
+their parent. When the runs of the problem `space` ran, `diversity/copy_frac` counted valid programs with the results of their parent or
+of an earlier program of the group. Now it counts those with the results of any archived program.
+In steps.csv, `different` is the number of different results of the step's valid programs, and `trait` the share of its programs with the
+problem's trait (TRAITS).
+The folders of `--same_prompts` are named PROBLEM-adapter-SEED and PROBLEM-base-SEED. Each has one step that continues the training run of
+its seed, with and without the adapter. In same_prompts.csv, `mean` is the mean reward, and `gain` is the best score of the step minus the
+best score of the training run, or 0 if that is higher.
 """
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +52,28 @@ RUNS = (
     "copies_last",
     "better",
 )
-STEPS = ("problem", "seed", "arm", "step", "valid", "copies", "mean", "best", "different", "forests", "step_s", "programs_s")
+TRAITS = {
+    "space": "RandomForest",
+    "circles": r"\b(minimize|linprog|basinhopping|differential_evolution|dual_annealing|shgo|root|fsolve|least_squares)\(",
+}
+"""By problem: a pattern in a program. It uses a random forest; it calls an optimiser of SciPy."""
+STEPS = (
+    "problem",
+    "seed",
+    "arm",
+    "step",
+    "valid",
+    "copies",
+    "mean",
+    "best",
+    "different",
+    "trait",
+    "step_s",
+    "sample_s",
+    "programs_s",
+    "update_s",
+)
+SAME_PROMPTS = ("problem", "seed", "arm", "valid", "mean", "copies", "different", "better", "gain")
 MEASURES = {
     "valid_last": "valid programs, last step",
     "copies_last": "copies among them",
@@ -56,6 +83,14 @@ MEASURES = {
     "best_unseen": "that program, on unseen rows",
     "chosen_unseen": "chosen program, on unseen rows",
     "chosen_retested": "chosen program, in the retests",
+}
+SAME_PROMPTS_MEASURES = {
+    "valid": "valid programs",
+    "mean": "mean reward",
+    "copies": "copies among the valid programs",
+    "different": "different results of the 64 programs",
+    "better": "programs better than their parent",
+    "gain": "best score over that of the training run",
 }
 
 
@@ -81,7 +116,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     run = names | {
         "programs": len(attempts),
         "best_grade": best.score,
-        "best_unseen": best.private_score,
+        "best_unseen": best.private_score if _has_unseen_rows(folder) else None,
         "chosen_unseen": by_id[winner["id"]].private_score if winner else None,
         "chosen_retested": round(winner["retested_score"], 6) if winner else None,
         "mean_last": round(metrics[-1]["reward/mean"], 6),
@@ -98,13 +133,21 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
             "copies": _rounded(row.get("diversity/copy_frac")),
             "mean": round(row["reward/mean"], 6),
             "best": row["best/score"],
-            **_of_programs([attempt for attempt in attempts if attempt.step == row["step"]]),
+            **_of_programs([attempt for attempt in attempts if attempt.step == row["step"]], problem),
             "step_s": _rounded(row.get("time/step_s"), 1),
+            "sample_s": _rounded(row.get("time/sample_s"), 1),
             "programs_s": _rounded(row.get("time/execute_s"), 1),
+            "update_s": _rounded(row.get("time/update_s"), 1),
         }
         for row, share in zip(metrics, valid, strict=True)
     ]
     return run, of_steps
+
+
+def _has_unseen_rows(folder: Path) -> bool:
+    """Whether the private scores of a run are of rows that no reward saw. Problems have no rows."""
+    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
+    return disclosed["reward"]["source"] != "evaluate"
 
 
 def _value(score: float | None, sign: float) -> float:
@@ -112,12 +155,47 @@ def _value(score: float | None, sign: float) -> float:
     return float("-inf") if score is None else sign * score
 
 
-def _of_programs(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """The number of different results of a step's valid programs, and the share of its programs that use a random forest."""
-    results = {(attempt.score, attempt.rows) for attempt in attempts if attempt.score is not None}
+def _of_programs(attempts: Sequence[Attempt], problem: str) -> dict[str, Any]:
+    """The number of different results of a step's valid programs, and the share of its programs with the problem's trait, if it has one."""
     programs = [attempt.code for attempt in attempts if attempt.code]
-    forests = sum("RandomForest" in code for code in programs)
-    return {"different": len(results), "forests": _rounded(forests / len(programs)) if programs else None}
+    share = None
+    if programs and problem in TRAITS:
+        share = _rounded(sum(re.search(TRAITS[problem], code) is not None for code in programs) / len(programs))
+    return {"different": _different(attempts), "trait": share}
+
+
+def _different(attempts: Sequence[Attempt]) -> int:
+    return len({(attempt.score, attempt.rows) for attempt in attempts if attempt.score is not None})
+
+
+def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
+    """The row of a step that continues a training run below `runs`.
+
+    Raises:
+      ValueError: the folder has another number of steps than one.
+    """
+    problem, arm, seed = folder.name.rsplit("-", 2)
+    rows = read_metrics(folder / "metrics.jsonl")
+    if len(rows) != 1:
+        raise ValueError(f"{folder.name} has {len(rows)} steps; one is needed.")
+    source = runs / f"{problem}-train-{seed}"
+    sign = direction(source)
+    attempts = Journal(folder / "journal.jsonl").read()
+    values = {attempt.id: _value(attempt.score, sign) for attempt in Journal(source / "journal.jsonl").read()}
+    values[SEED.id] = _value(seed_state(source).score, sign)
+    best = max(values.values())
+    own = [(_value(attempt.score, sign), attempt.parent_id) for attempt in attempts if attempt.step == rows[0]["step"]]
+    return {
+        "problem": problem,
+        "seed": int(seed),
+        "arm": arm,
+        "valid": rows[0]["outcome/ok"] / rows[0]["rollouts/count"],
+        "mean": round(rows[0]["reward/mean"], 6),
+        "copies": _rounded(rows[0].get("diversity/copy_frac")),
+        "different": _different([attempt for attempt in attempts if attempt.step == rows[0]["step"]]),
+        "better": sum(value > values[parent] for value, parent in own) / len(own),
+        "gain": round(max(0.0, max(value for value, _ in own) - best), 6),
+    }
 
 
 def _rounded(value: float | None, digits: int = 6) -> float | None:
@@ -126,19 +204,30 @@ def _rounded(value: float | None, digits: int = 6) -> float | None:
 
 def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
     """Training and search on one problem, and their paired differences, as Markdown."""
-    arms = {arm: {row["seed"]: row for row in rows if row["problem"] == problem and row["arm"] == arm} for arm in ("search", "train")}
-    seeds = sorted(arms["search"].keys() & arms["train"].keys())
+    measures = MEASURES if problem == "space" else MEASURES | {"best_grade": "best program"}
+    return _compared(rows, problem, {"search": "search", "train": "training"}, measures)
+
+
+def table_of_same_prompts(rows: list[dict[str, Any]], problem: str) -> list[str]:
+    """The base model and the adapter on the same prompts, and their paired differences, as Markdown."""
+    return _compared(rows, problem, {"base": "base", "adapter": "adapter"}, SAME_PROMPTS_MEASURES)
+
+
+def _compared(rows: list[dict[str, Any]], problem: str, names: dict[str, str], measures: dict[str, str]) -> list[str]:
+    """Two arms, and the second minus the first, seed by seed."""
+    arms = {arm: {row["seed"]: row for row in rows if row["problem"] == problem and row["arm"] == arm} for arm in names}
+    (first, of_first), (second, of_second) = arms.items()
+    seeds = sorted(of_first.keys() & of_second.keys())
     if not seeds:
         return [f"{problem}: no seed has both arms, so there is nothing to compare."]
-    lines = [f"| | search | training | training minus search ({len(seeds)} seeds) |", "|---|---|---|---|"]
-    for name, told in MEASURES.items():
+    lines = [f"| | {names[first]} | {names[second]} | {names[second]} minus {names[first]} ({len(seeds)} seeds) |", "|---|---|---|---|"]
+    for name, told in measures.items():
         if not known({arm: {seed: runs[seed] for seed in seeds} for arm, runs in arms.items()}, name):
             continue
-        pairs = [(arms["search"][seed][name], arms["train"][seed][name]) for seed in seeds]
-        search, train, difference = (
-            mean_and_half_width(values) for values in ([a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs])
-        )
-        lines.append(f"| {told} | {_shown(search)} | {_shown(train)} | {_shown(difference, '+')} |")
+        pairs = [(of_first[seed][name], of_second[seed][name]) for seed in seeds]
+        found = (mean_and_half_width(values) for values in ([a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]))
+        a, b, difference = found
+        lines.append(f"| {told} | {_shown(a)} | {_shown(b)} | {_shown(difference, '+')} |")
     return lines
 
 
@@ -169,22 +258,49 @@ def draw(steps: list[dict[str, Any]], problem: str, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
+def merge(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Writes a table: these rows, after the rows of other problems that it has."""
+    kept = read(path) if path.exists() else []
+    problems = {row["problem"] for row in rows}
+    write(path, columns, [_whole(row) for row in kept if row["problem"] not in problems] + rows)
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """Seeds, steps and counts as whole numbers, as they were written."""
+    counts = ("seed", "step", "programs", "different")
+    return {name: int(value) if name in counts and value != "" else value for name, value in row.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of the runs to collect")
+    parser.add_argument("--same_prompts", type=Path, help="folder of the steps with and without the adapter, to collect; needs --runs")
     parser.add_argument("--steps", type=int, default=12, help="number of steps of each run to use")
     parser.add_argument("--csv", type=Path, default=TABLES, help="folder of the tables")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     options = parser.parse_args()
+    if options.same_prompts is not None and options.runs is None:
+        parser.error("--same_prompts needs --runs, the folder of the training runs that it continues.")
     if options.runs is not None:
-        found = [measures(folder, options.steps) for folder in sorted(options.runs.iterdir()) if (folder / "journal.jsonl").exists()]
-        write(options.csv / "runs.csv", RUNS, [run for run, _ in found])
-        write(options.csv / "steps.csv", STEPS, [step for _, steps in found for step in steps])
-    rows = read(options.csv / "runs.csv")
+        found = [measures(folder, options.steps) for folder in _folders(options.runs)]
+        merge(options.csv / "runs.csv", RUNS, [run for run, _ in found])
+        merge(options.csv / "steps.csv", STEPS, [step for _, steps in found for step in steps])
+    if options.same_prompts is not None:
+        rows = [measures_on_same_prompts(folder, options.runs) for folder in _folders(options.same_prompts)]
+        merge(options.csv / "same_prompts.csv", SAME_PROMPTS, rows)
+    rows, same = read(options.csv / "runs.csv"), options.csv / "same_prompts.csv"
     for problem in dict.fromkeys(row["problem"] for row in rows):
         print("\n".join(table(rows, problem)))
         if options.plots is not None:
             draw(read(options.csv / "steps.csv"), problem, options.plots / f"real-model-{problem}.svg")
+    for_same = read(same) if same.exists() else []
+    for problem in dict.fromkeys(row["problem"] for row in for_same):
+        print("\n".join(table_of_same_prompts(for_same, problem)))
+
+
+def _folders(parent: Path) -> list[Path]:
+    """The run folders in `parent`."""
+    return sorted(folder for folder in parent.iterdir() if (folder / "journal.jsonl").exists())
 
 
 if __name__ == "__main__":

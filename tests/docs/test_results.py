@@ -112,6 +112,36 @@ def test_measures_of_a_real_model_by_hand(tmp_path):
     assert "| best program, on the reward's rows | 0.6000 +- nan | 0.7000 +- nan | +0.1000 +- nan |" in printed
 
 
+def test_same_prompts_of_a_real_model_by_hand(tmp_path):
+    """The training run has a best program of 0.7. The adapter finds a better one, and a copy of another; the base model finds neither."""
+    runs, same, tables = (tmp_path / name for name in ("runs", "same", "csv"))
+    rows = [attempt(0, 0, index, "seed", "minimize(f)" if index else "pass", score) for index, score in enumerate((0.7, 0.6))]
+    write_seed_program(write_run(runs / "circles-train-7", rows), "spaceship-titanic", 0.5)
+    for arm, scores in {"adapter": (0.75, 0.6, 0.6, None), "base": (0.55, None, None, None)}.items():
+        write_run(same / f"circles-{arm}-7", [attempt(1, 0, index, "0000-000-001", "pass", score) for index, score in enumerate(scores)])
+    tables.mkdir()
+    other = {
+        "problem": "space",
+        "seed": "3",
+        "arm": "base",
+        "valid": "0.5",
+        "mean": "0.1",
+        "different": "2",
+        "better": "0.0",
+        "gain": "0.0",
+    }
+    (tables / "same_prompts.csv").write_text(f"{','.join(other)}\n{','.join(other.values())}\n")
+    command = ("experiments/real_model.py", f"--runs={runs}", f"--same_prompts={same}", "--steps=1", f"--csv={tables}")
+    printed = output(*command)
+    kept, *found = csv.DictReader((tables / "same_prompts.csv").open())
+    assert {name: kept[name] for name in other} == other  # rows of other problems stay
+    values = {row["arm"]: [float(row[name]) for name in ("valid", "different", "better", "gain")] for row in found}
+    assert values == {"adapter": pytest.approx([0.75, 2, 0.25, 0.05]), "base": pytest.approx([0.25, 1, 0, 0])}
+    assert "| best score over that of the training run | 0.0000 +- nan | 0.0500 +- nan | +0.0500 +- nan |" in printed
+    (step,) = csv.DictReader((tables / "steps.csv").open())
+    assert float(step["trait"]) == 0.5
+
+
 def test_choices_of_the_best_program_by_hand(tmp_path):
     """The highest score is 0.3 too high with seed 1, and 0.1 or 0.3 with seed 2. The retests choose a better program in the first run."""
     for name, seed, unseen, winner in (("a", 1, 0.4, "0000-000-001"), ("b", 2, 0.6, "0000-000-000"), ("c", 2, 0.4, "0000-000-000")):
