@@ -3,6 +3,7 @@
 The keys of the metadata are those of llama.cpp (gguf-py/gguf/constants.py).
 """
 
+import importlib.metadata
 import math
 from typing import Any
 
@@ -63,6 +64,8 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "torch_dtype": "bfloat16",
+        # Without it, transformers 5.17 warns that the tokenizer splits words wrongly, whatever the model.
+        "transformers_version": importlib.metadata.version("transformers"),
         "use_cache": True,
     }
     if family != "qwen2":

@@ -474,6 +474,14 @@ def test_generation_config_lists_all_stop_ids(qwen, tmp_path):
     assert generation.pad_token_id == IDS["<|endoftext|>"]
 
 
+def test_config_names_a_version_of_transformers_that_trusts_the_tokenizer(qwen, tmp_path):
+    """Without the version, or with one below 5, transformers 5.17 warns of a fault that only tokenizers of Mistral have."""
+    import_gguf.import_gguf(qwen[0], tmp_path / "out")
+    version = json.loads((tmp_path / "out" / "config.json").read_text())["transformers_version"]
+    assert version == transformers.__version__
+    assert int(version.split(".")[0]) >= 5
+
+
 def test_missing_chat_template_is_remarked(tmp_path):
     source = _write_model(tmp_path / "m.gguf", _random_model("qwen2"), "qwen2", metadata={"tokenizer.chat_template": None})
     imported = import_gguf.import_gguf(source, tmp_path / "out")
