@@ -155,7 +155,10 @@ class Journal:
                 self._sha256 = None
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(f"Cannot truncate the journal {self._path} to {position} bytes ({error}). It still has all its rows.") from error
+            raise RunError(
+                f"Cannot truncate the journal {self._path} to {position} bytes ({error}). It still has all its rows. {storage_remedy(error)}"
+                " Then start the same command again: it resumes at the last checkpoint."
+            ) from error
 
     def read(self) -> list[Attempt]:
         """All rows, oldest first. Skips an incomplete last line, which a kill left behind.

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_competition import GOOD, GOOD_SCORE, LIMITS
+from tiny_competition import GOOD, GOOD_SCORE, GOOD_WITH_PANDAS, LIMITS, PANDAS
 
 from discover_jax.execution import Executor, memory
 from discover_jax.types import Outcome, Verdict
@@ -224,7 +224,7 @@ ATTACKS = {
         (Outcome.EXCEPTION,),
     ),
     "numbers of a hundred thousand digits": Attack(
-        "import pandas as pd\ndef run():\n    return pd.DataFrame({'id': ['1' * 100_000] * 4, 'y': ['9' * 100_000] * 4})\n",
+        f"{PANDAS}def run():\n    return pd.DataFrame({{'id': ['1' * 100_000] * 4, 'y': ['9' * 100_000] * 4}})\n",
         (Outcome.INVALID_SUBMISSION,),
     ),
     "an object that lies about its class": Attack(
@@ -234,7 +234,9 @@ ATTACKS = {
         "returned L, not a pandas.DataFrame",
     ),
     "a frame with a method of its own": Attack(
-        GOOD.replace("return frame", "object.__setattr__(frame, 'to_csv', lambda *a, **k: open('/proc/self/mem'))\n    return frame"),
+        GOOD_WITH_PANDAS.replace(
+            "return frame", "object.__setattr__(frame, 'to_csv', lambda *a, **k: open('/proc/self/mem'))\n    return frame"
+        ),
         (Outcome.OK,),
     ),
     "the harness's own modules replaced": Attack(

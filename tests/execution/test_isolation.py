@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 import pytest
-from tiny_competition import GOOD, GOOD_SCORE
+from tiny_competition import GOOD, GOOD_SCORE, PANDAS
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import bubblewrap, canary
@@ -45,7 +45,7 @@ def find(ask):
 
     def evaluate(*expressions: str, before: str = "") -> list[object]:
         program = (
-            "import ctypes, errno, importlib.util, os, socket, sys\nimport pandas as pd\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+            f"{PANDAS}import ctypes, errno, importlib.util, numpy, os, socket\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             "def call(*numbers):\n    ctypes.set_errno(0)\n    result = libc.syscall(*map(ctypes.c_long, numbers))\n"
             "    return result if result >= 0 else -ctypes.get_errno()\n"
             "def attempt(expression):\n    try:\n        return repr(eval(expression))\n"
@@ -90,7 +90,7 @@ def test_data_and_python_cannot_be_changed(find):
         "open('data/new', 'w').close()",
         "os.unlink('data/train.csv')",
         "os.rename('data', 'other')",
-        "open(os.path.join(os.path.dirname(pd.__file__), 'new.py'), 'w').close()",
+        "open(os.path.join(os.path.dirname(numpy.__file__), 'new.py'), 'w').close()",
     ) == ["EROFS", "EROFS", "EROFS", "EBUSY", "EROFS"]
 
 

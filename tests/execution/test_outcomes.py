@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from tiny_competition import GOOD, GOOD_SCORE
+from tiny_competition import GOOD, GOOD_SCORE, GOOD_WITH_PANDAS, PANDAS
 
 from discover_jax.execution import ResourceLimits, sandbox
 from discover_jax.types import Outcome
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.sandbox
 
 
 def test_good_program_is_graded(ask):
-    verdict = ask(GOOD)
+    verdict = ask(GOOD_WITH_PANDAS)
     assert verdict.outcome is Outcome.OK
     assert verdict.grade.score == GOOD_SCORE
     assert verdict.execution.result == b"id,y\n10,1\n11,0\n12,1\n13,0\n"
@@ -24,12 +24,9 @@ def test_good_program_is_graded(ask):
 
 
 def test_exception_names_the_programs_own_lines(ask):
-    verdict = ask("import pandas as pd\ndef helper(d):\n    return d['nope']\ndef run():\n    return helper(pd.DataFrame({'a': [1]}))\n")
+    verdict = ask("import os\ndef helper(d):\n    return d['nope']\ndef run():\n    return helper(dict(a=[1]))\n")
     assert verdict.outcome is Outcome.EXCEPTION
-    assert (
-        verdict.execution.detail
-        == "line 5, in run: return helper(pd.DataFrame({'a': [1]}))\nline 3, in helper: return d['nope']\nKeyError: 'nope'"
-    )
+    assert verdict.execution.detail == "line 5, in run: return helper(dict(a=[1]))\nline 3, in helper: return d['nope']\nKeyError: 'nope'"
     assert verdict.grade.valid is False
     assert verdict.grade.score is None
     assert "nope" in verdict.grade.reason
@@ -77,7 +74,7 @@ def run():
     ("program", "said"),
     [
         ("def run():\n    return {'id': [1]}\n", "returned dict, not a pandas.DataFrame"),
-        ("import pandas as pd\ndef run():\n    return pd.DataFrame({'a': [1]})\n", "wrong columns"),
+        (PANDAS + "def run():\n    return pd.DataFrame({'a': [1]})\n", "wrong columns"),
         (LYING, "returned Lie, not a pandas.DataFrame"),
         (UNPRINTABLE, "cannot be written as CSV"),
     ],
@@ -91,7 +88,7 @@ def test_invalid_submissions(ask, program, said):
 def test_monkeypatched_pandas_does_not_change_the_score(spec, run_with, task):
     """With pandas preloaded, as in runs."""
     patched = "\nimport json\npd.DataFrame.to_csv = lambda *a, **k: open('x', 'w').write('id,y')\npd.read_csv = None\njson.dumps = None\n"
-    program = GOOD.replace('pd.read_csv("data/sample_submission.csv")', "pd.DataFrame({'id': [10, 11, 12, 13]})") + patched
+    program = GOOD_WITH_PANDAS.replace('pd.read_csv("data/sample_submission.csv")', "pd.DataFrame({'id': [10, 11, 12, 13]})") + patched
     execution = run_with(dataclasses.replace(spec, preload=("pandas",)), program)
     assert execution.outcome is Outcome.OK, execution
     assert task.grade(execution.result).score == GOOD_SCORE

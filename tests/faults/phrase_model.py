@@ -22,6 +22,24 @@ from discover_jax.text.prompts import brief_text
 from discover_jax.text.tokenizer import SPECIAL_TOKENS
 
 _HEAD = '```python\nimport time\nimport pandas as pd\n\n\ndef run():\n    frame = pd.read_csv("data/sample_submission.csv")\n'
+_PANDAS = "import pandas as pd\n"
+_TABLES = """import sys
+import types
+import numpy as np
+class DataFrame(dict):
+    def __len__(self):
+        return len(next(iter(self.values())))
+    def to_csv(self, file, index):
+        for row in [self, *zip(*self.values())]:
+            file.write(",".join(map(str, row)) + "\\n")
+def read_csv(path):
+    with open(path) as file:
+        names = file.readline().rstrip("\\n").split(",")
+        return DataFrame(zip(names, np.loadtxt(file, int, delimiter=",", unpack=True)))
+pd = sys.modules.setdefault("pandas", types.SimpleNamespace(DataFrame=DataFrame, read_csv=read_csv))
+"""
+"""Replaces the import of pandas, which takes several times as long as the rest of a program. It has what the programs and the harness use.
+Where pandas is preloaded, `pd` is pandas."""
 _ADJECTIVES = tuple(f"    # {word}" for word in ("red", "old", "shy", "tall", "wise", "calm", "keen", "odd"))
 _NOUNS = tuple(f" {word}\n" for word in ("fox", "owl", "elk", "hen", "bee", "cod", "emu", "yak"))
 _WAIT = "    time.sleep(0.2)\n"
@@ -101,7 +119,7 @@ _NEVER = -20.0
 """Logit of phrases that the grammar does not allow: about once in a million tokens."""
 
 
-def write_tokenizer(path: Path, returned: str = "frame", phrases: Sequence[str] = _PHRASES) -> sentencepiece.SentencePieceProcessor:
+def write_tokenizer(path: Path, phrases: Sequence[str]) -> sentencepiece.SentencePieceProcessor:
     """Writes the tokenizer to `path`: the phrases, and bytes for all other text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -115,7 +133,7 @@ def write_tokenizer(path: Path, returned: str = "frame", phrases: Sequence[str] 
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         control_symbols=list(SPECIAL_TOKENS),
-        user_defined_symbols=[_returning(phrase, returned).replace(" ", "\u2581") for phrase in phrases],
+        user_defined_symbols=[phrase.replace(" ", "\u2581") for phrase in phrases],
         unk_id=0,
         bos_id=-1,
         eos_id=-1,
@@ -127,16 +145,12 @@ def write_tokenizer(path: Path, returned: str = "frame", phrases: Sequence[str] 
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def _returning(phrase: str, returned: str) -> str:
-    """The phrase with another expression for what a program returns."""
-    return phrase.replace("return frame\n", f"return {returned}\n")
-
-
 def write_phrase_model(
     folder: Path,
     returned: str = "frame",
     phrases: Sequence[str] = _PHRASES,
     followers_of: Mapping[tuple[str, ...], dict[str, float]] = _FOLLOWERS,
+    pandas: str = _TABLES,
 ) -> None:
     """Creates `folder` with config.json, model.safetensors and tokenizer.model.
 
@@ -144,12 +158,17 @@ def write_phrase_model(
       returned: the expression that programs return.
       phrases: of the tokenizer.
       followers_of: phrases -> probabilities of the phrases that may follow each of them.
+      pandas: the lines by which programs import pandas.
     """
     folder.mkdir(parents=True)
-    pieces = write_tokenizer(folder / "tokenizer.model", returned, phrases)
+
+    def written(phrase: str) -> str:
+        return phrase.replace("return frame\n", f"return {returned}\n").replace(_PANDAS, pandas)
+
+    pieces = write_tokenizer(folder / "tokenizer.model", [written(phrase) for phrase in phrases])
 
     def id_of(phrase: str) -> int:
-        index = pieces.piece_to_id(_returning(phrase, returned).replace(" ", "\u2581"))
+        index = pieces.piece_to_id(written(phrase).replace(" ", "\u2581"))
         assert index != 0, f"the tokenizer has no piece for {phrase!r}"
         return index
 

@@ -24,7 +24,7 @@ _COMMANDS = {"train": [str(_HERE / "tiny_main.py")], "search": ["-m", "discover_
 def test_run_directory_of_an_earlier_version_resumes(kind, root, tmp_path):
     with tarfile.open(_HERE / "version_0_runs.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
-    write_phrase_model(tmp_path / "model")
+    write_phrase_model(tmp_path / "model", pandas="import pandas as pd\n")  # as then
     metrics = read_metrics(tmp_path / kind / "metrics.jsonl")
 
     command = [sys.executable, *_COMMANDS[kind], f"--config={_HERE / 'phrase_config.py'}:model"]
