@@ -156,8 +156,8 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(
-                f"Cannot truncate the journal {self._path} to {position} bytes ({error}). It still has all its rows. {storage_remedy(error)}"
-                " Then start the same command again: it resumes at the last checkpoint."
+                f"Cannot truncate the journal {self._path} to {position} bytes ({error}). It still has all its rows."
+                f" {storage_remedy(error)} Then start the same command again: it resumes at the last checkpoint."
             ) from error
 
     def read(self) -> list[Attempt]:
