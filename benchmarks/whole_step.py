@@ -91,6 +91,7 @@ class Clock(PlainConsole):
             "prompts": prompts,
             "sampling": row["time/sample_s"] - prompts,
             "waiting for programs": row["time/execute_s"],
+            "waiting for the checkpoint": row["time/checkpoint_wait_s"],
             "update": row["time/update_s"],
             "journal, rollouts, best": row["time/save_s"],
             "checkpoint": now - self._at["saving"] - row["time/save_s"],

@@ -3,16 +3,18 @@
 Errors that the user can fix end the command with one message on standard error and exit code 2, without a traceback.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging as stdlib_logging
 import os
 import runpy
+import signal
 import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,8 @@ def launch(
         app.run(lambda argv: _main(argv, run, dry_run, preflight), flags_parser=_parse)
     except (KeyboardInterrupt, Exception) as error:
         code = _report(error)
+        if isinstance(error, _TerminatedError):
+            _die_of(signal.SIGTERM)
         if dry_run is not None:
             reason = _reason(error)
             _tell_others(error, code, lambda *place: Watch(start(*place), _ADVICE).failed(reason, code))
@@ -206,8 +210,9 @@ def _main(
         sys.exit(code)
     processes = _join() if dry_run is not None else None
     if processes is None:
-        run(config, folder)
-    else:
+        with _sigterm_as_interrupt():
+            run(config, folder)
+    else:  # jax takes SIGTERM: the run goes on until it is killed, in case the scheduler only announces the end
         _run_as_one_of_several(run, config, folder, processes)
 
 
@@ -229,6 +234,32 @@ def _flag_help(flag: flags.Flag) -> str:
     return f"  --{flag.name}{value}\n{text}"
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """This process got SIGTERM, as before the end of a job. It ends as after Ctrl-C: the checkpoint that is being written is finished."""
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Raises _TerminatedError at SIGTERM until the context ends."""
+
+    def interrupt(*_: Any) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _die_of(number: signal.Signals) -> None:
+    """Ends this process by the signal that it got, so that its parent sees the same as without a handler."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def _code(error: BaseException) -> int:
     """The exit code of a command that this error ends."""
     if isinstance(error, KeyboardInterrupt):
@@ -245,7 +276,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _report(error: BaseException) -> int:
     """Prints on standard error what ended the command; returns its exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
+        what = "Terminated" if isinstance(error, _TerminatedError) else "Interrupted"
+        print(f"\n{what}. The same command resumes from the last checkpoint.", file=sys.stderr)
     elif isinstance(error, DiscoverError | flags.Error):
         print(printable(f"error: {error}"), file=sys.stderr)
     else:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from discover_jax import __version__, cli, dry_run, stages
 from discover_jax import config as settings
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
 from discover_jax.engine import build_optimizer, build_sampler, build_update
-from discover_jax.exceptions import ConfigError
+from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
 from discover_jax.hosts.processes import ALONE, Processes, least
@@ -43,11 +44,12 @@ from discover_jax.runs.workdir import Workdir, open_shared_workdir
 from discover_jax.stages import (
     Run,
     archive_attempts,
+    begin_checkpoint,
     choose_best,
     estimate,
+    finish_checkpoint,
     grade,
     sample_and_submit,
-    save_checkpoint,
     select_parents,
     stage_metrics,
     update,
@@ -95,7 +97,15 @@ def _wandb(config: Any, kind: RunKind) -> WandbSettings | None:
 
 
 def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> None:
-    """The loop over the steps of a run."""
+    """The loop over the steps of a run. However it ends, the checkpoint that is being written is finished first."""
+    try:
+        _run_steps(run, policy, frontiers)
+    except BaseException:
+        _finish_last_checkpoint(run)
+        raise
+
+
+def _run_steps(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> None:
     recorder = run.recorder
     for step in range(run.first_step, run.last_step):
         recorder.begin_step(step)
@@ -104,6 +114,7 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
         sampled = sample_and_submit(run, policy, groups, prompts, step)  # programs start while others are written
         graded = grade(run, policy, groups, sampled, step)
         estimates = estimate(run, groups, graded.attempts, frontiers, step)
+        written = finish_checkpoint(run)  # of the step before: it was written during this step's sampling
         policy, learned = update(run, policy, sampled.rollouts, estimates)
         frontiers = archive_attempts(run, policy, frontiers, graded.attempts)
         recorder.record(
@@ -116,16 +127,30 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
                 estimates.advantages,
                 graded.attempts,
                 frontiers,
-                metrics=stage_metrics(run, sampled, graded.verdicts) | estimates.metrics | learned,
+                metrics=stage_metrics(run, sampled, graded.verdicts) | estimates.metrics | learned | written,
             )
         )
-        save_checkpoint(run, policy, frontiers, step)
+        begin_checkpoint(run, policy, frontiers, step)
         recorder.end_step()
         every = run.config.finalists.every
         if every and (step + 1) % every == 0 and step + 1 < run.last_step:
+            finish_checkpoint(run)
             recorder.choose(choose_best(run, frontiers))
+    finish_checkpoint(run)
     recorder.choose(choose_best(run, frontiers))
     recorder.finish()
+
+
+def _finish_last_checkpoint(run: Run) -> None:
+    """Finishes the checkpoint that is being written, after an error, which matters more than another one of the checkpoint."""
+    step = run.checkpoints.writing
+    if step is None:
+        return
+    run.recorder.note(f"finishing the checkpoint of step {step + 1}. Ctrl-C leaves it unfinished; the next start then repeats the step.")
+    try:
+        run.checkpoints.finish()
+    except RunError as error:
+        logging.error("%s", error)
 
 
 # ---------------------------------------------------------------------- before the first step

@@ -298,6 +298,7 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
     sampled = Sampled(len(prompts) * run.config.group_size, executions)
 
     def follow(progress: Progress) -> None:
+        run.checkpoints.check()  # rather than sample on for an hour
         sampled.progress = progress
         run.recorder.progress(sampled.shown())
 
@@ -426,11 +427,21 @@ def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]
     return after
 
 
-def save_checkpoint(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], step: int) -> None:
-    """Writes the checkpoint of the step. All processes must call this."""
+def begin_checkpoint(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], step: int) -> None:
+    """Starts to write the checkpoint of the step in the background. All processes must call this."""
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.train_state)) / 1e6
     run.recorder.phase("checkpoint", f"{megabytes:,.0f} MB of adapter and optimiser" if run.kind.learns else "")
-    run.checkpoints.save(step, policy.train_state, run.recorder.host_state(frontiers))
+    run.checkpoints.begin(step, policy.train_state, run.recorder.host_state(frontiers))
+
+
+def finish_checkpoint(run: Run) -> dict[str, float | None]:
+    """Waits until the last checkpoint is complete. Returns metrics. All processes must call this.
+
+    It must come before the next update, which donates the buffers that the checkpoint is copied from, and before anything of the next step
+    is written: the journal may be at most one step ahead of the checkpoints.
+    """
+    run.recorder.phase("waiting for the checkpoint")
+    return {"time/checkpoint_write_s": run.checkpoints.finish()}
 
 
 def choose_best(run: Run, frontiers: Mapping[str, Frontier]) -> dict[str, Choice]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -11,9 +12,15 @@ from discover_jax.config import settings
 
 # Forks for each command, because importing takes longer than the command. It writes the files `out` and `err` and prints the exit code.
 _COMMANDS = """
-import json, os, sys
+import json, os, signal, sys
 from discover_jax.cli import launch
 def run(config, workdir):
+    try:
+        if workdir.name == "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        print("cleaned up", flush=True)
+        raise
     print(workdir, config.train.learning_rate, config.task.raw)
 for line in sys.stdin:
     if (child := os.fork()) == 0:
@@ -47,6 +54,15 @@ def test_overrides_and_default_folder(run):
     done = run("--config=configs/spaceship.py:run3", "--config.train.learning_rate=1e-5", "--config.task.raw=x.csv")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["runs/spaceship-run3", "1e-05", "x.csv"]
+
+
+def test_sigterm_ends_a_run_in_order(run):
+    """It unwinds as after Ctrl-C, then dies of the signal, as its parent expects."""
+    done = run("--config=configs/quickstart.py", "--workdir=terminated")
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "cleaned up\n"
+    assert "same command resumes" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

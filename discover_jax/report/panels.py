@@ -43,6 +43,7 @@ PANELS = (
             ("time/update_s", "update"),
             ("time/save_s", "save"),
             ("time/checkpoint_s", "checkpoint"),
+            ("time/checkpoint_wait_s", "wait for checkpoint"),
         ),
         form="stack",
     ),

@@ -4,16 +4,21 @@ Orbax writes a checkpoint under a temporary name and renames it when it is compl
 none. Checksums detect later damage, such as a torn file or a flipped bit: each array has one, and the host state, which stores them, has
 one of its own. Nothing is unpickled.
 
+A checkpoint is written in the background, between `begin` and `finish`. One process copies the arrays from its devices in the background,
+too. They stay on the host from then on: orbax would slice replicated arrays on the devices, whose memory sampling has taken. Several
+processes copy and check arrays in `begin`, because that takes collective calls, whose order must be the same in all processes. In the
+background they wait for each other without collective calls.
+
 With several processes, each writes and reads what its own devices hold. Another number of processes may restore the checkpoint, onto
 another mesh. Only the first process finds the latest intact checkpoint: orbax's processes wait for each other, and one that failed on a
 damaged file would leave the others waiting.
 """
 
 import contextlib
+import dataclasses
 import errno
-import hashlib
+import functools
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,16 +32,35 @@ from discover_jax.exceptions import RunError
 from discover_jax.files import storage_remedy
 from discover_jax.hosts.processes import ALONE, Processes
 from discover_jax.learning.train_state import TrainState
-from discover_jax.models.sharding import fetch
+from discover_jax.runs.background import BackgroundWork
+from discover_jax.runs.quiet_logs import quiet_orbax
+from discover_jax.runs.seal import on_host, seal, unseal
 
 _ROOM_PER_ARRAY = 4096
 _ROOM_EXTRA = 2**20
 """Free bytes required in addition to the arrays' own: names, shardings, block sizes."""
+_WRITE_SECONDS = 3600
+"""Time limit of several processes for writing a checkpoint together. After it, they count as lost."""
 
 
 def steps_in(directory: Path) -> list[int]:
     """Steps of the checkpoints in a directory, damaged or not, oldest first. If there are any, `resume` restores one or raises."""
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isascii() and entry.name.isdigit())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is being written.
+
+    Attributes:
+      step: of the checkpoint.
+      latest: step of the checkpoint before, None for none.
+      work: writes it.
+    """
+
+    step: int
+    latest: int | None
+    work: BackgroundWork
 
 
 class Checkpoints:
@@ -66,6 +90,7 @@ class Checkpoints:
     ):
         self._directory = Path(directory).absolute()
         self._keep, self._every, self._processes = keep, every, processes
+        self._writing: _Writing | None = None
         coordination = ocp.options.MultiprocessingOptions()
         if only_first:
             coordination = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="examine")
@@ -73,7 +98,8 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=every or None,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=writes and processes.count > 1,
+            async_options=ocp.AsyncOptions(timeout_secs=_WRITE_SECONDS, create_directories_asynchronously=False),
             create=writes,  # orbax refuses to create a directory for some of the processes only
             read_only=read_only,
             lightweight_initialize=True,  # do not read the times of old checkpoints: nobody needs them, and the file may be damaged
@@ -89,36 +115,98 @@ class Checkpoints:
         except OSError as error:
             raise RunError(f"Cannot use the checkpoint directory {self._directory} ({error}).") from error
 
-    def save(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:
-        """Writes a checkpoint, complete on return, and deletes those that `keep` and `every` do not cover.
+    def begin(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:
+        """Starts to write a checkpoint, after finishing the one before. `finish` ends it.
 
-        End the process after an error: orbax may still be writing other arrays of the failed checkpoint, and only the next process can
-        delete its remains.
+        A kill before `finish` has returned may lose this checkpoint. Earlier ones stay until it is complete; then those that `keep` and
+        `every` do not cover are deleted.
 
         Args:
           step: greater than the step of every earlier checkpoint.
-          train_state: adapter and optimiser; None for a search.
-          host: everything else, as JSON values: archive, journal position.
+          train_state: adapter and optimiser; None for a search. Do not donate its buffers before `finish` has returned.
+          host: everything else, as JSON values: archive, journal position. Do not change it before `finish` has returned.
 
         Raises:
-          RunError: the disk is full or fails; earlier checkpoints are unchanged.
+          RunError: the disk is full or fails, or the checkpoint before could not be written; earlier checkpoints are unchanged.
         """
-        parts: dict[str, Any] = {"host": ocp.args.JsonSave(_seal(host, train_state))}
-        if train_state is not None:
-            parts["train_state"] = ocp.args.StandardSave(train_state)
+        self.finish()
         latest = self.latest()
         if latest is not None and step <= latest:
             raise RunError(f"Checkpoint {step} must come after the latest one, {latest}, in {self._directory}.")
-        try:
+        with self._write_errors(step, latest):
             self._check_room(train_state, host)
-            with _quiet():
-                self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
-                self._manager.check_for_errors()
+            if self._processes.count == 1:
+                work = functools.partial(self._write_alone, step, train_state, host)
+            else:
+                self._write_parts(step, train_state, host)
+                work = self._await_parts
+        self._writing = _Writing(step, latest, BackgroundWork(work, name=f"checkpoint {step}"))
+
+    @contextlib.contextmanager
+    def _write_errors(self, step: int, latest: int | None) -> Iterator[None]:
+        """Errors of writing a checkpoint, as RunError. `latest` is the step of the checkpoint before, None for none."""
+        try:
+            yield
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a failing disk as ValueError
             raise RunError(
                 f"Cannot write checkpoint {step} to {self._directory}: {error}\nEarlier checkpoints are unchanged. {storage_remedy(error)}"
                 f" Then start the same command again: it resumes at {'the beginning' if latest is None else f'step {latest}'}."
             ) from error
+
+    def _write_alone(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:
+        """Copies the arrays to the host and writes the checkpoint of a run with one process."""
+        self._write_parts(step, jax.tree.map(on_host, train_state), host)
+
+    def _write_parts(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:
+        """Writes what this process has of a checkpoint. With several processes, returns once the arrays are on the host."""
+        parts: dict[str, Any] = {"host": ocp.args.JsonSave(seal(host, train_state))}
+        if train_state is not None:
+            parts["train_state"] = ocp.args.StandardSave(train_state)
+        with quiet_orbax():
+            self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
+            self._manager.check_for_errors()
+
+    def _await_parts(self) -> None:
+        """Waits until all processes have written what they have of a checkpoint."""
+        with quiet_orbax():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @property
+    def writing(self) -> int | None:
+        """Step of the checkpoint that `begin` has started and `finish` has not finished; None if there is none."""
+        return None if self._writing is None else self._writing.step
+
+    def check(self) -> None:
+        """Returns at once. Raises RunError if the checkpoint in the background has already failed."""
+        if (writing := self._writing) is not None:
+            with self._write_errors(writing.step, writing.latest):
+                writing.work.check()
+
+    def finish(self) -> float | None:
+        """Waits until the checkpoint of `begin` is complete and durable. Returns the seconds that writing took; None if there is none.
+
+        End the process after an error: orbax may still be writing other arrays of the failed checkpoint, and only the next process can
+        delete its remains.
+
+        Raises:
+          RunError: the disk is full or fails; earlier checkpoints are unchanged. It is raised once.
+        """
+        if (writing := self._writing) is None:
+            return None
+        with self._write_errors(writing.step, writing.latest):
+            try:
+                seconds = writing.work.wait()
+            except Exception:  # not Ctrl-C, which only ends the wait
+                self._writing = None
+                raise
+        self._writing = None
+        return seconds
+
+    def save(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:
+        """Writes a checkpoint, complete on return: `begin` and `finish`."""
+        self.begin(step, train_state, host)
+        self.finish()
 
     def _check_room(self, train_state: TrainState | None, host: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not fit on the disk: one error with numbers instead of one for each array."""
@@ -163,14 +251,14 @@ class Checkpoints:
           ValueError: it is damaged; the message is one line.
         """
         parts: dict[str, Any] = {"host": ocp.args.JsonRestore()}
-        with _quiet():
+        with quiet_orbax():
             try:
                 if abstract_train_state is not None:
                     self._check_layout(step, abstract_train_state)
                     parts["train_state"] = ocp.args.StandardRestore(jax.tree.map(_abstract, abstract_train_state))
                 restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
                 train_state = restored.get("train_state")
-                return train_state, _open(restored.get("host"), train_state)
+                return train_state, unseal(restored.get("host"), train_state)
             except RunError:
                 raise
             except Exception as error:  # orbax raises different errors depending on which file is damaged, and where
@@ -280,61 +368,9 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        """Ends orbax's threads; the checkpoints stay."""
+        """Finishes the checkpoint that is being written and ends orbax's threads; the checkpoints stay. Raises RunError as `finish`."""
+        self.finish()
         self._manager.close()
-
-
-def _seal(host: dict[str, Any], train_state: TrainState | None) -> dict[str, Any]:
-    """The host state as it is stored: with the checksums of the arrays, and one over everything."""
-    content = {"host": host, "arrays": _checksums(train_state)}
-    return {**content, "sha256": _sha256(content)}
-
-
-def _open(sealed: Any, train_state: TrainState | None) -> dict[str, Any]:
-    """The host state of `_seal`, after verifying it and the restored arrays.
-
-    Raises:
-      ValueError: something was altered.
-    """
-    if not isinstance(sealed, dict) or sealed.keys() != {"host", "arrays", "sha256"}:
-        raise ValueError("the host state is not an object of host, arrays and sha256.")
-    content = {"host": sealed["host"], "arrays": sealed["arrays"]}
-    if not isinstance(content["host"], dict) or not isinstance(content["arrays"], dict):
-        raise ValueError("host and arrays in the host state must be objects.")
-    if sealed["sha256"] != _sha256(content):
-        raise ValueError("checksum mismatch in the host state.")
-    if train_state is not None:
-        found = _checksums(train_state)
-        changed = sorted(name for name in found | content["arrays"] if found.get(name) != content["arrays"].get(name))
-        if changed:
-            raise ValueError(f"checksum mismatch in {len(changed)} arrays: {', '.join(changed[:3])}{', ...' * (len(changed) > 3)}.")
-    return content["host"]
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _checksums(tree: Any) -> dict[str, str]:
-    """SHA-256 of each array by name; independent of how the array is sharded."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): hashlib.sha256(_host_bytes(leaf)).hexdigest()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _host_bytes(leaf: jax.Array | np.ndarray) -> memoryview:
-    """An array's bytes in row-major order. Assembled from shards: jax would cache a conversion of the whole array in memory."""
-    if isinstance(leaf, np.ndarray) or not leaf.is_fully_addressable:
-        return np.ascontiguousarray(fetch(leaf)).reshape(-1).view(np.uint8).data
-    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-    if len(shards) == 1 and shards[0].data.shape == leaf.shape:
-        values = np.ascontiguousarray(shards[0].data)
-    else:
-        values = np.empty(leaf.shape, leaf.dtype)
-        for shard in shards:
-            values[shard.index] = np.asarray(shard.data)
-    return values.reshape(-1).view(np.uint8).data
 
 
 def _short(error: Exception) -> str:
@@ -360,17 +396,3 @@ def _layout(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the loggers of orbax and asyncio: they log a traceback for each array of a failure, which the raised error reports once."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

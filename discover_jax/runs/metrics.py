@@ -94,7 +94,15 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "time/execute_s": ("s", "waiting for programs after the last rollout"),
     "time/update_s": ("s", "advantages, packing and optimiser steps; if there is no update, measuring the log-probability gap"),
     "time/save_s": ("s", "writing the journal, best/ and rollouts"),
-    "time/checkpoint_s": ("s", "writing the checkpoint and report of the previous step; null in the first step after a start"),
+    "time/checkpoint_wait_s": ("s", "waiting, before the update, until the previous step's checkpoint is complete"),
+    "time/checkpoint_write_s": (
+        "s",
+        "writing the previous step's checkpoint in the background, while this step samples; null in the first step after a start",
+    ),
+    "time/checkpoint_s": (
+        "s",
+        "starting the checkpoint and writing the report of the previous step; null in the first step after a start",
+    ),
     "time/step_s": ("s", "the whole step until this row is written; its checkpoint comes later"),
 }
 """Name -> (unit, meaning), in the order of a row."""

@@ -33,6 +33,7 @@ from discover_jax.types import Attempt, Prompt, Rollout, RolloutKey, RunKind, St
 PHASES = {
     "sampling": "time/sample_s",
     "running programs": "time/execute_s",
+    "waiting for the checkpoint": "time/checkpoint_wait_s",
     "learning": "time/update_s",
     "measuring": "time/update_s",
     "saving": "time/save_s",
@@ -108,7 +109,7 @@ class Recorder(Protocol):
         ...
 
     def end_step(self) -> None:
-        """The checkpoint is complete: updates the report and shows the step's line."""
+        """The step's checkpoint is being written: updates the report and shows the step's line."""
         ...
 
     def choose(self, choices: Mapping[str, Choice]) -> None:
@@ -242,7 +243,7 @@ class RunRecorder:
         rows = rollout_rows(record.rollouts, record.prompts_G, record.attempts, record.advantages, record.verdicts, self._tokenizer)
         write_rollouts(self._workdir.rollouts_dir, record.step, rows)
 
-        # The row comes before the checkpoint: after a kill between the two, the step is repeated, and `begin` drops the row.
+        # The row comes before the checkpoint: after a kill before that is complete, the step is repeated, and `begin` drops the row.
         self._clock.enter(PHASES["checkpoint"])
         seconds = self._clock.seconds
         row = step_row(

@@ -38,7 +38,7 @@ class Hosts:
                 self.processes.append(
                     subprocess.Popen(
                         [*command(root, workdir), *options, *joined],
-                        env={**environment(root), "JAX_PLATFORMS": "cpu", **variables},
+                        env={**environment(root, DISCOVER_TEST_SLOW_DISK="0.3"), "JAX_PLATFORMS": "cpu", **variables},
                         stdout=file,
                         stderr=subprocess.STDOUT,
                     )
@@ -105,7 +105,7 @@ def test_two_processes_match_one_until_one_is_lost(root, tmp_path):
     expected = (unbroken(root) / "journal.jsonl").read_bytes()
     verdicts = shutil.copytree(unbroken(root) / "cache", tmp_path / "cache")
     hosts = Hosts(root, tmp_path / "run", 2, f"--config.execution.cache={verdicts}")
-    hosts.await_phase("sampling", 2)
+    hosts.await_phase("learning", 2)  # so the checkpoint of the first step is complete
     strike(hosts, victim=1)
     journal = (tmp_path / "run" / "journal.jsonl").read_bytes()
     assert journal.count(b"\n") >= 6
@@ -115,7 +115,8 @@ def test_two_processes_match_one_until_one_is_lost(root, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "victim", "phase"), [(2, 0, "sampling"), (2, 1, "saving"), (4, 2, "learning"), (4, 0, "running programs")]
+    ("count", "victim", "phase"),
+    [(2, 0, "sampling"), (2, 1, "saving"), (4, 2, "learning"), (4, 0, "running programs"), (2, 1, "writing"), (2, 0, "committing")],
 )
 def test_loss_of_any_process_is_reported_and_the_run_resumes(root, tmp_path, count, victim, phase):
     expected = unbroken(root)
@@ -135,7 +136,7 @@ def test_run_resumes_with_other_process_counts_and_meshes(root, tmp_path):
         if last:
             assert hosts.end() == [0] * count
         else:
-            hosts.await_phase("sampling", 2)  # so one step was finished and saved
+            hosts.await_phase("learning", 2)  # so one step was finished and saved
             for process in hosts.processes:
                 process.kill()
             hosts.end()
@@ -155,7 +156,7 @@ def test_error_of_one_process_ends_all_and_is_reported_by_all(root, tmp_path):
 def test_damaged_checkpoint_is_set_aside_by_all(root, tmp_path):
     expected, workdir = unbroken(root), tmp_path / "run"
     hosts = Hosts(root, workdir, 2)
-    hosts.await_phase("sampling", 3)
+    hosts.await_phase("learning", 3)
     for process in hosts.processes:
         process.kill()
     hosts.end()

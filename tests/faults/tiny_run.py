@@ -30,12 +30,13 @@ def command(root: Path, workdir: Path, steps: int = STEPS) -> list[str]:
     return [sys.executable, str(_HERE / "tiny_main.py"), config, f"--config.train.steps={steps}", f"--workdir={workdir}"]
 
 
-def environment(root: Path) -> dict[str, str]:
-    """The environment of all runs with their model and compiled functions in `root`."""
+def environment(root: Path, **variables: str) -> dict[str, str]:
+    """The environment of all runs with their model and compiled functions in `root`, and further variables of `tiny_main`."""
     return {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
     }
 
 

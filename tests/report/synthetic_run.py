@@ -104,6 +104,7 @@ def write_run(folder: Path, attempts: Sequence[Attempt], *, kind: str = "train",
             "time/execute_s": 40.0,
             "time/update_s": 30.0,
             "time/save_s": 1.0,
+            "time/checkpoint_wait_s": 0.5,
             "time/checkpoint_s": step or None,
         }
         learned = {"entropy": 0.7 - 0.02 * step, "logprob_gap/mean": 0.003, "logprob_gap/max": 0.09, "advantage/mean": 0.0}

@@ -81,8 +81,9 @@ def test_scores_rewards_and_outcomes_match_journal_and_metrics(copy):
     assert [row["id"] for row in json.loads((copy / "best" / "lineage" / "lineage.json").read_text())] == progress["lineage"]
     entropy = next(panel for panel in run["panels"] if panel["title"] == "Entropy")
     assert entropy["series"][0]["values"] == [row["entropy"] for row in metrics]
-    checkpoint = next(panel for panel in run["panels"] if panel["form"] == "stack")["series"][-1]
-    assert checkpoint["values"] == [row["time/checkpoint_s"] for row in metrics[1:]] + [None]  # a row has the time of the step before
+    parts = {part["label"]: part["values"] for part in next(panel for panel in run["panels"] if panel["form"] == "stack")["series"]}
+    assert parts["wait for checkpoint"] == [row["time/checkpoint_wait_s"] for row in metrics]
+    assert parts["checkpoint"] == [row["time/checkpoint_s"] for row in metrics[1:]] + [None]  # a row has the time of the step before
 
 
 def test_tree_and_programs_match_the_journal(copy):

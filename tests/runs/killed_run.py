@@ -1,7 +1,7 @@
 """A small run, killed before its n-th file operation and again while it resumes; then it finishes. `killed_run.py FOLDER N [N ...]`
 
-The run writes its files in the same order as `main`: journal, best/, rollouts, metrics, checkpoint. Its model is one number, which
-determines the scores of a step and which the step changes, so lost or repeated state shows in all later steps.
+The run writes its files in the same order as `main`: journal, best/, rollouts, metrics, and in the background the checkpoint. Its model is
+one number, which determines the scores of a step and which the step changes, so lost or repeated state shows in all later steps.
 Each start is a fork of this process, which has only imported everything.
 """
 
@@ -89,6 +89,7 @@ def run(folder: Path) -> None:
             states = [s for a in attempts if (s := a.state()) is not None]
             archive = archive.add(states)
             previous, best = best, best_of([best, *states] if best is not None else states)
+            checkpoints.finish()  # of the step before
             journal.append(attempts)
             if best is not None and best != previous:
                 grade = {"score": best.score, "step": step}
@@ -96,7 +97,7 @@ def run(folder: Path) -> None:
             blank = dict.fromkeys(COLUMNS) | dict.fromkeys(("step", "group", "index", "prompt_tokens", "tokens"), 0) | {"cached": False}
             write_rollouts(workdir.rollouts_dir, step, [{**blank, "id": a.id, "reply": a.code, "score": a.score} for a in attempts])
             metrics.write(step_row(step, attempts, best={"boats": best}, timings={}, learning_metrics={}))
-            checkpoints.save(step, state, HostState.of(0, archive.to_json(), [], journal).to_json())
+            checkpoints.begin(step, state, HostState.of(0, archive.to_json(), [], journal).to_json())
         checkpoints.close()
 
 
