@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from discover_jax import main
+from discover_jax import main, stages
 from discover_jax.config import default_config
 from discover_jax.exceptions import LearningError, RunError
+from discover_jax.hosts.processes import ALONE
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.recorder import NullRecorder
@@ -139,6 +140,26 @@ def test_another_error_of_the_checkpoint_is_logged_and_does_not_hide_the_first(m
         loop.discover()
     assert "Cannot write checkpoint 0" in loop.events[-1]
     assert "the disk is gone" in loop.events[-1]
+
+
+def test_failed_checkpoint_ends_the_sampling_of_the_next_step(tmp_path):
+    """A step may sample for an hour; nothing of it could be kept."""
+    checkpoints = Checkpoints(tmp_path, keep=1, every=0)
+    checkpoints._manager.save = lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is gone"))  # pyright: ignore
+    checkpoints.begin(0, None, {})
+    assert checkpoints._writing is not None
+    assert checkpoints._writing.work._ended.wait(60)
+
+    def sample(*_, on_progress, **__):
+        on_progress(None)
+        yield pytest.fail("it went on")
+
+    sampler = types.SimpleNamespace(sample=sample)
+    parts = {"sampler": sampler, "executor": types.SimpleNamespace(retries=0), "slots_H": [1], "processes": ALONE}
+    run = types.SimpleNamespace(config=default_config(), recorder=NullRecorder(), checkpoints=checkpoints, **parts)
+    policy = types.SimpleNamespace(frozen=None, lora=None)
+    with pytest.raises(RunError, match=r"(?s)Cannot write checkpoint 0.*the disk is gone"):
+        stages.sample_and_submit(run, policy, [], [], 1)  # pyright: ignore
 
 
 def test_failed_checkpoint_ends_the_run_before_the_next_update(monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from discover_jax.execution import Executor, sandbox
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.hosts.processes import ALONE
 from discover_jax.policy import APPRENTICE, Policy
+from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import NullRecorder
 from discover_jax.sampling.schedule import Progress
@@ -87,7 +88,7 @@ def steps(tmp_path_factory):
             parts = {
                 "sampler": Scripted(chat),
                 "updater": None,
-                "checkpoints": None,
+                "checkpoints": Checkpoints(folder / "checkpoints", keep=1, every=0),
                 "recorder": NullRecorder(),
                 "executor": executor,
                 "all_tasks": tasks,

@@ -19,6 +19,7 @@ from discover_jax.execution import Executor, sandbox, values
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.hosts.processes import ALONE
 from discover_jax.runs.best import grade_of, read_best, write_best
+from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.outputs import MOST_BYTES, Outputs, output_of
 from discover_jax.runs.recorder import NullRecorder
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
@@ -126,6 +127,7 @@ def test_scores_climb_over_steps_and_a_resumed_search_repeats_them(tmp_path, mon
         def loop(outputs):
             seeds = stages.run_seed_programs(config.task, [task], executor, ALONE, outputs.parent / "seeds.json", Outputs(outputs))
             parts = {"config": config, "tasks": [task], "executor": executor, "slots_H": [1], "processes": ALONE, "sampler": Scripted()}
+            parts["checkpoints"] = Checkpoints(outputs.parent / "checkpoints", keep=1, every=0)
             settings = PromptSettings("full", 20_000)
             run = types.SimpleNamespace(**parts, recorder=NullRecorder(), outputs=Outputs(outputs), prompt_settings=settings)
             return Loop(run, Frontier(Archive((), 10), seed=seeds[task.id]), [])
