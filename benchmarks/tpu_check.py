@@ -55,7 +55,7 @@ def random_adapter(model: Model) -> Any:
 
 
 def decoded(model: Model, frozen: Any, lora: Any, tokens: int, prompts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states [B, tokens, D] of rows that read prompts of these lengths and then `tokens` fixed tokens, and the routes [B, tokens, L, X]."""
+    """Hidden states [B, T, D] and routes [B, T, L, X] of T fixed tokens, which rows with prompts of these lengths read next."""
     rng = np.random.default_rng(0)
     batch, chunk = len(prompts), -(-max(prompts) // PAGE) * PAGE
     vocabulary = model.config.vocab_size
