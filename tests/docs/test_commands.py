@@ -19,7 +19,7 @@ from synthetic_run import attempt, write_run
 from discover_jax.config import settings, validate
 
 LANGUAGES = {"bash", "python", "text"}
-NEEDS = {"gpu", "weights", "data", "hosts", "network", "minutes"}
+NEEDS = {"gpu", "tpu", "weights", "data", "hosts", "network", "minutes"}
 OTHERS = {"source", "pip", "ray", "tensorboard", "mkdocs", "docker", "kubectl", "gcloud", "sbatch", "sed", "ssh-add"}
 """External programs; their flags are not checked."""
 
