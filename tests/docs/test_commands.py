@@ -71,6 +71,8 @@ def _flags(program: str) -> frozenset[str]:
                 names.add(f"--{node.args[0].value}")
             elif not launched and node.func.attr == "add_argument":
                 names.add(str(node.args[0].value))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "add_mesh":  # of benchmarks/measuring.py
+            names |= {"--data", "--expert"}
     if launched and "," not in launched[1]:  # commands that do not start a run
         names &= {"--help", "--config", "--workdir"}
     return frozenset(names)
