@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging as stdlib_logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -67,6 +68,11 @@ _TELLING_SECONDS = JOIN_SECONDS - 10
 _OUT_OF_MEMORY = (
     "Memory ran out, see the message above. The same command would fail again. --dry_run predicts the memory of each device and names the"
     " settings that lower it: config.mesh, config.train.rows, config.sampling.slots, config.sampling.max_new_tokens, config.model.remat."
+)
+_DEVICE_FAULT = (
+    "The GPU reported a fault, see the message above. The cause is the hardware, the driver, or a bug in a kernel. The same command resumes"
+    " the run from the last checkpoint. If it happens again, look for Xid in the kernel's log (dmesg), and report it with the versions that"
+    " the doctor shows."
 )
 _ADVICE = (
     "The run ends on all hosts. At most the steps since the last checkpoint are lost. Start the same command again on all hosts, or on"
@@ -264,13 +270,19 @@ def _code(error: BaseException) -> int:
     """The exit code of a command that this error ends."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, TemporaryError):
+    if isinstance(error, TemporaryError) or _is_device_fault(error):
         return LOST
     return USER_ERROR if isinstance(error, DiscoverError | flags.Error) or _is_out_of_memory(error) else FAILED
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+    of_device = isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY", str(error))
+    return isinstance(error, MemoryError) or bool(of_device)
+
+
+def _is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU failed while it ran a kernel. After such an error, its process cannot use the GPU any more, but a new one can."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "CUDA_ERROR_" in str(error) and not _is_out_of_memory(error)
 
 
 def _report(error: BaseException) -> int:
@@ -284,6 +296,8 @@ def _report(error: BaseException) -> int:
         print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
         if _is_out_of_memory(error):
             print(f"error: {_OUT_OF_MEMORY}", file=sys.stderr)
+        elif _is_device_fault(error):
+            print(f"error: {_DEVICE_FAULT}", file=sys.stderr)
     return _code(error)
 
 

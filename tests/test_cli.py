@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from discover_jax import cli
 from discover_jax.config import settings
 
 # Forks for each command, because importing takes longer than the command. It writes the files `out` and `err` and prints the exit code.
@@ -112,3 +114,26 @@ def test_commands_that_start_runs_explain_their_flags(command):
     assert f"discover_jax.{command}" in done.stdout
     assert all(f"  --{flag}" in done.stdout for flag in ("dry_run", "machine", "coordinator"))
     assert "--config.train.steps=10" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "told"),
+    [
+        (
+            "INTERNAL: CUDA error: Failed to check stream capturing status: CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure",
+            3,
+            "a fault",
+        ),
+        ("INTERNAL: CUDA error: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered", 3, "a fault"),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes. CUDA_ERROR_OUT_OF_MEMORY", 2, "Memory ran out"),
+        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", 2, "Memory ran out"),
+        ("INVALID_ARGUMENT: a bug", 1, None),
+    ],
+)
+def test_errors_of_a_device(text, code, told, capsys):
+    """After a fault of the GPU, a new process can resume, so launchers start the command again. Out of memory, it would fail again."""
+    assert cli._report(jax.errors.JaxRuntimeError(text)) == code
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert ("\nerror: " in printed) == (told is not None)
+    assert told is None or told in printed
