@@ -20,6 +20,7 @@ from discover_jax import config as settings
 from discover_jax import doctor
 from discover_jax.config import validate
 from discover_jax.exceptions import ConfigError, DataError, RunError
+from discover_jax.execution import sandbox
 from discover_jax.models import folder as folders
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.policy import APPRENTICE
@@ -41,7 +42,10 @@ def _findings(tmp_path, **changes):
 
 def test_all_checks_pass(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "discover_jax.doctor", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"],
+        [
+            *(sys.executable, "-m", "discover_jax.doctor", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"),
+            "--config.execution.workers=1",  # each starts a sandbox, which imports many packages
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -54,17 +58,20 @@ def test_all_checks_pass(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_dependent_checks_are_skipped_and_the_exit_code_is_1(tmp_path):
-    command = ["--config=configs/spaceship.py:run1", f"--config.model.weights={tmp_path / 'nowhere'}"]
-    done = subprocess.run([sys.executable, "-m", "discover_jax.doctor", *command], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    *lines, last = done.stdout.splitlines()
+def test_dependent_checks_are_skipped_and_the_exit_code_is_1(tmp_path, capsys):
+    config = runpy.run_path(str(ROOT / "configs" / "spaceship.py"))["get_config"]("run1")
+    config.model.weights = str(tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as ended:
+        doctor.run(validate(config), tmp_path / "run")
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    *lines, last = printed.splitlines()
     assert "FIX" in last
     assert "ready" not in last
     marks = {line.split()[1]: line.split()[0] for line in lines}
     assert marks["weights"] == marks["data"] == "FIX"
     assert marks["tokenizer"] == marks["disk"] == marks["grader"] == marks["sandbox"] == "--"
-    assert str(tmp_path / "nowhere") in done.stdout
+    assert str(tmp_path / "nowhere") in printed
 
 
 def test_weights_and_tokenizer_that_do_not_match(tmp_path, monkeypatch):
@@ -114,6 +121,7 @@ def test_wrong_grader_is_detected(tmp_path, monkeypatch):
 
 
 def test_sandbox_with_a_wrong_score_is_detected(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "PRELOAD", ())
     monkeypatch.setattr(doctor, "_PROGRAM", "def run():\n    raise ValueError('no')\n")
     found = _findings(tmp_path)
     assert found["sandbox"].ok is False

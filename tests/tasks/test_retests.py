@@ -18,20 +18,26 @@ SETTINGS = {
 COUNT = 3
 
 
-@pytest.fixture(params=SETTINGS)
-def prepared(request, tmp_path):
-    task = prepare_task("digits-parity", raw=None, folder=tmp_path / "task", **SETTINGS[request.param])
-    return task, prepare_retests(task, COUNT, folder=tmp_path / "retests", seed=1)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The competition without held-out rows."""
+    return prepare_task("digits-parity", raw=None, folder=tmp_path_factory.mktemp("whole") / "task", reward="grade")
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def prepared(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    task = prepare_task("digits-parity", raw=None, folder=folder / "task", **SETTINGS[request.param])
+    return task, prepare_retests(task, COUNT, folder=folder / "retests", seed=1)
 
 
 def _ids(path: Path) -> list[str]:
     return pd.read_csv(path, dtype=str)["id"].tolist()
 
 
-def test_rows(prepared, tmp_path):
+def test_rows(prepared, whole):
     """The retests hold out each row that gave no reward once, show all others with labels, and keep the private rows private."""
     task, retests = prepared
-    whole = prepare_task("digits-parity", raw=None, folder=tmp_path / "whole", reward="grade")
     labels = pd.read_csv(whole.public_dir / "train.csv", dtype=str).set_index("id")["even"]
     private = _ids(whole.folder / "private" / "test.csv")
     rewarded = {id for name, _ in task.splits[-1].answers[1:] for id in _ids(task.folder / "private" / name)}
@@ -49,9 +55,8 @@ def test_rows(prepared, tmp_path):
     assert sorted(held) == sorted(set(labels.index) - rewarded)
 
 
-def test_scores(prepared, tmp_path):
+def test_scores(prepared, whole):
     _, (first, second, _) = prepared
-    whole = prepare_task("digits-parity", raw=None, folder=tmp_path / "whole", reward="grade")
     truth = pd.concat([pd.read_csv(whole.folder / part) for part in ("public/train.csv", "private/test.csv")]).set_index("id")["even"]
     mine = _ids(first.folder / "private" / first.splits[0].answers[1][0])
     table = pd.read_csv(first.public_dir / "sample_submission.csv")
@@ -69,13 +74,14 @@ def test_verdicts_are_not_shared(prepared):
     assert len({each.fingerprint for each in (task, *retests)}) == COUNT + 1
 
 
-def test_the_folder_is_checked_when_it_is_used_again(prepared, tmp_path):
+def test_the_folder_is_checked_when_it_is_used_again(prepared):
     task, retests = prepared
-    assert prepare_retests(task, COUNT, folder=tmp_path / "retests", seed=1) == retests
+    folder = task.folder.with_name("retests")
+    assert prepare_retests(task, COUNT, folder=folder, seed=1) == retests
     for change in ({"seed": 2}, {"count": 2}):
         given = {"count": COUNT, "seed": 1, **change}
         with pytest.raises(DataError, match="other settings"):
-            prepare_retests(task, folder=tmp_path / "retests", **given)
+            prepare_retests(task, folder=folder, **given)
 
 
 def test_too_few_rows_are_refused_with_numbers(tmp_path):
