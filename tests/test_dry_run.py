@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from discover_jax import dry_run
+from discover_jax import dry_run, formulas
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_optimizer, build_sampler
 from discover_jax.exceptions import CapacityError, DiscoverError
@@ -32,7 +32,7 @@ _RANDOM = ("--config.model.weights=random", "--config.model.shape=gpt-oss-120b")
 def _config():
     config = default_config()
     config.groups, config.group_size, config.sampling.slots = 2, 3, 4
-    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens, config.train.rows = 24, 40, 2
+    config.sampling.max_prompt_tokens, config.sampling.max_new_tokens, config.train.rows = 200, 400, 2
     config.lora.expert_rank = config.lora.attention_rank = config.lora.head_rank = 8
     return config
 
@@ -60,12 +60,20 @@ def test_weights_adapter_and_optimiser_match_real_arrays(found, random_weights):
     assert expected["weights"] > 0 < expected["adapter"] < expected["optimiser"]
 
 
+def test_formulas_give_the_parts_of_the_compiled_functions(found):
+    compiled = {need.function: need.parts for need in found}
+    absent = dataclasses.replace(find_machine("", 1), platform="gpu", exact=False)
+    for (_, function), parts in formulas.parts(_config(), _SIZES, absent, learn=True).items():
+        for part in ("weights", "adapter", "optimiser", "cache"):
+            assert parts.get(part, 0) == pytest.approx(compiled[function][part], rel=0.03), (function, part)
+
+
 def test_cache_has_keys_and_values_of_every_slot(found):
     # By hand: two layers, keys and values, two heads of 16 in bfloat16. The sliding layer has a ring of 8 places for each of 4 slots. The
-    # other layer has pages of 128: one per slot, for 24 + 40 tokens, and one for a prompt.
+    # other layer has pages of 128: five per slot, for 200 + 400 tokens, and two for a prompt.
     (decode,) = (need for need in found if need.function == "decode")
     of_place = 2 * 2 * 16 * 2
-    of_rows = decode.parts["cache"] - (4 * 8 + (4 + 1) * 128) * of_place
+    of_rows = decode.parts["cache"] - (4 * 8 + (4 * 5 + 2) * 128) * of_place
     assert 0 < of_rows < 4 * 1024  # the activations and numbers of each row
 
 
@@ -121,7 +129,7 @@ def test_search_has_no_gradient_and_more_rows_need_more():
 # The growth of the process's memory while the gradient is computed, and the prediction. The peak is reset after compilation.
 _MEASURED = """
 import jax, numpy as np
-from discover_jax import dry_run
+from discover_jax import dry_run, formulas
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_optimizer, build_update, row_tokens
 from discover_jax.learning.packing import pack
