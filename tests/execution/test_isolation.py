@@ -40,7 +40,7 @@ EPERM, ENOSYS = 1, 38
 
 
 @pytest.fixture(scope="module")
-def find(ask):
+def find(pool):
     """Executes statements in a sandbox, then evaluates expressions. An OSError is returned as its errno's name."""
 
     def evaluate(*expressions: str, before: str = "") -> list[object]:
@@ -52,7 +52,7 @@ def find(ask):
             "    except OSError as error:\n        return repr(errno.errorcode[error.errno])\n"
             f"{before}\ndef run():\n    print(ascii([attempt(e) for e in {expressions!r}]))\n    return pd.DataFrame({{'found': [1]}})\n"
         )
-        execution = ask(program).execution
+        execution = pool.submit(program).result(timeout=120).execution
         assert execution.outcome is Outcome.OK, execution
         return [ast.literal_eval(text) for text in ast.literal_eval(execution.stdout)]
 
