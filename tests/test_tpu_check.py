@@ -1,8 +1,10 @@
 """The check for a first run on a TPU finds wrong kernels, and reports parts that fail or take too long."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +53,14 @@ def test_wrong_kernels_are_found(check):
 def test_equal_kernels_pass(check):
     found = check.compare(Model(SIZES, LoraConfig(4, 2, 4), jnp.float32), **SMALL)
     assert (found["passed"], found["decode_error"], found["gradient_error"], found["same_routes"]) == (True, 0, 0, 1)
+
+
+def test_the_commands_have_flags_that_the_benchmarks_know(check, tmp_path):
+    arguments = argparse.Namespace(shape="gpt-oss-20b", layers=4, data=1, expert=2)
+    for script, *words in check.commands(arguments, tmp_path).values():
+        source = (BENCHMARKS / script).read_text()
+        known = set(re.findall(r'add_argument\("(--\w+)"', source)) | ({"--data", "--expert"} if "add_mesh(" in source else set())
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, script
 
 
 def test_a_part_that_fails_or_hangs_does_not_lose_the_others(check, monkeypatch, tmp_path):
