@@ -59,7 +59,7 @@ def test_the_commands_have_flags_that_the_benchmarks_know(check, tmp_path):
     arguments = argparse.Namespace(shape="gpt-oss-20b", layers=4, data=1, expert=2)
     for script, *words in check.commands(arguments, tmp_path).values():
         source = (BENCHMARKS / script).read_text()
-        known = set(re.findall(r'add_argument\("(--\w+)"', source)) | ({"--data", "--expert"} if "add_mesh(" in source else set())
+        known = set(re.findall(r'add_argument\(\s*"(--\w+)"', source)) | ({"--data", "--expert"} if "add_mesh(" in source else set())
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, script
 
 
