@@ -25,8 +25,8 @@ class Recorded:
         return self.kernel.fn.__name__
 
 
-def record(monkeypatch: Any, module: Any, function: Callable[..., Any], *shapes: Any) -> list[Recorded]:
-    """The launches of a function whose kernels this module calls. Nothing is computed."""
+def record(monkeypatch: Any, modules: Any, function: Callable[..., Any], *shapes: Any) -> list[Recorded]:
+    """The launches of a function whose kernels this module calls, or these modules. Nothing is computed."""
     launches = []
 
     def call(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: dict[str, Any]) -> Any:
@@ -35,7 +35,8 @@ def record(monkeypatch: Any, module: Any, function: Callable[..., Any], *shapes:
         launches.append(Recorded(kernel, types, warps, stages, constants))
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), out)
 
-    monkeypatch.setattr(module, "call_kernel", call)
+    for module in modules if isinstance(modules, tuple) else (modules,):
+        monkeypatch.setattr(module, "call_kernel", call)
     jax.eval_shape(lambda *arrays: function(*arrays), *shapes)  # a new function, so that jax traces it again
     return launches
 

@@ -1,0 +1,109 @@
+"""The kernels of gpt-oss's experts compile for every card, without it, and fit its memory; larger adapters are refused by name."""
+
+import functools
+import importlib.util
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from recorded_launches import Recorded, compile_for, record
+
+from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS, SLABS
+from discover_jax.kernels.triton_call import SHARED_KIB
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra `parity` or `kernels`)")
+
+CARDS = (80, 89, 90, 100, 120)
+EXPERTS = {"gpt-oss-20b": 32, "gpt-oss-120b": 128}
+WIDTH = 2880
+"""Of the model and of an expert's activation."""
+CHOSEN, RANK, TOKENS = 4, 8, 4096
+ROWS_DECODED = (1, 8, 16, 128, 1024)
+"""Rows whose launches differ, with 32 or with 128 experts."""
+KERNELS = ("sort", "times_a", "matmul", "unpack", "grouped", "outer")
+TENSOR_MEMORY = 512
+"""Columns of a Blackwell GPU's tensor memory."""
+LIMIT, ALPHA = 7.0, 1.702
+
+
+def _shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _tiled(name, experts, rank, layers=()):
+    from discover_jax.kernels.experts_decode import TiledMatrix
+
+    out, slab = (2 * WIDTH if name == "gate_up" else WIDTH), SLABS[name].rows
+    first = (*layers, experts)
+    tiles = (*first, out // slab, WIDTH // COLUMNS, slab // ROWS)
+    adapter = (_shape(*first, rank, WIDTH), _shape(*first, out, rank)) if rank else (None, None)
+    words, factors = _shape(*tiles, 128, dtype=jnp.int32), _shape(*tiles, 8, dtype=jnp.int32)
+    return TiledMatrix(words, factors, _shape(*first, out), *adapter, scale=2.0)
+
+
+def _decode(monkeypatch, experts, rows, rank):
+    from discover_jax.kernels import expert_rows_decode, experts_decode
+
+    def decode(x, index, weights, gate_up, down, layer):
+        return experts_decode.moe_routed(x, index, weights, gate_up, down, limit=LIMIT, alpha=ALPHA, layer=layer)
+
+    choices = (_shape(rows, CHOSEN, dtype=jnp.int32), _shape(rows, CHOSEN, dtype=jnp.float32))
+    matrices = (_tiled(name, experts, rank, (2,)) for name in SLABS)
+    arguments = (_shape(rows, WIDTH), *choices, *matrices, _shape(dtype=jnp.int32))
+    return record(monkeypatch, (experts_decode, expert_rows_decode), decode, *arguments)
+
+
+def _update(monkeypatch, experts, rank):
+    from discover_jax.kernels import experts_update
+
+    def update(x, weights, adapters, index, gate_up, down, gradient):
+        def forward(x, weights, adapters):
+            return experts_update.moe_sorted(x, weights, adapters, index, gate_up, down, LIMIT, ALPHA, experts_update.GroupedTiling())
+
+        return jax.vjp(forward, x, weights, adapters)[1](gradient)
+
+    float32 = functools.partial(_shape, dtype=jnp.float32)
+    adapters = [(float32(experts, rank, WIDTH), float32(experts, out, rank)) for out in (2 * WIDTH, WIDTH)] if rank else None
+    choices = _shape(TOKENS, CHOSEN, dtype=jnp.int32)
+    matrices = (_tiled(name, experts, 0) for name in SLABS)
+    arguments = (_shape(TOKENS, WIDTH), float32(TOKENS, CHOSEN), tuple(adapters) if rank else None, choices, *matrices)
+    return record(monkeypatch, experts_update, update, *arguments, float32(TOKENS, WIDTH))
+
+
+def _launches(monkeypatch, rank) -> list[Recorded]:
+    """The different launches of decoding and of the update with both models."""
+    launches = []
+    for experts in EXPERTS.values():
+        launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank) for rows in ROWS_DECODED)
+        launches += _update(monkeypatch, experts, rank)
+    return list({repr(launch): launch for launch in launches}.values())
+
+
+def _check(launch: Recorded, card: int) -> None:
+    compiled = compile_for(card, launch)
+    assert compiled.target.arch == card
+    assert compiled.shared <= SHARED_KIB[card] * 1024, launch
+    assert getattr(compiled, "tmem_size", 0) <= TENSOR_MEMORY, launch
+
+
+def test_every_kernel_of_the_experts_is_launched(monkeypatch):
+    launches = _launches(monkeypatch, RANK)
+    assert {launch.name for launch in launches} == set(KERNELS)
+    assert {launch.constants["N"] for launch in launches if launch.name == "matmul"} == {8, 16, 32}  # rows of a block
+
+
+@pytest.mark.parametrize(
+    ("card", "kernel"),
+    [
+        # Compiling all of them takes minutes. The default run has the least shared memory.
+        pytest.param(*case, marks=[] if case == (89, "outer") else pytest.mark.slow)
+        for case in itertools.product(CARDS, KERNELS)
+    ],
+)
+def test_kernels_fit_the_card(monkeypatch, tmp_path, card, kernel):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for rank in (RANK, 0):
+        for launch in _launches(monkeypatch, rank):
+            if launch.name == kernel and (rank or kernel in ("matmul", "grouped")):
+                _check(launch, card)
