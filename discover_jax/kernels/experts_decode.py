@@ -19,6 +19,8 @@ from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 from discover_jax.kernels.triton_call import call_kernel, largest_divisor
 
+MOST_RANK = 128
+"""Rank limit of the kernels: tiles of larger adapters do not fit the shared memory of all GPUs, and the update refuses them anyway."""
 SPLIT = 5
 """Limit on the parts into which the columns of an adapter's A are divided among kernel instances."""
 
@@ -194,8 +196,14 @@ def moe_decode(
     """
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
+    rank = max((own["lora_a"].shape[-2] for own in (up, low) if "lora_a" in own), default=0)
+    reason = None
     if "words" not in up or "words" not in low:
-        warn_reference("decode_experts", "the experts are not laid out in tiles")
+        reason = "the experts are not laid out in tiles"
+    elif rank > MOST_RANK:
+        reason = f"the adapter's rank {rank} is above {MOST_RANK}"
+    if reason is not None:
+        warn_reference("decode_experts", reason)
         return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
     tiled = (TiledMatrix(**arrays, scale=matrix.scale) for matrix, arrays in ((gate_up, up), (down, low)))
     return moe_routed(x_TD, index_TX, weights_TX, *tiled, **options)

@@ -20,7 +20,19 @@ from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
-from discover_jax.kernels.triton_call import call_kernel, power_of_two
+from discover_jax.kernels.triton_call import call_kernel, compute_capability, power_of_two, shared_kib
+
+MOST_RANK = 128
+"""Rank limit of the kernels, on GPUs with enough shared memory: see `most_rank`."""
+
+
+def most_rank() -> int:
+    """The largest rank of an adapter that the kernels support on this process's GPU.
+
+    A kernel instance has up to 256 outputs. It holds the adapter's second matrix for them in float32: 1 KiB for each unit of the rank,
+    which is padded to a power of two.
+    """
+    return min(MOST_RANK, 1 << (shared_kib(compute_capability()).bit_length() - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +314,7 @@ def moe_update(
     """
     del elsewhere  # one tiling suits any number of rows
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
+    rank = max((own["lora_a"].shape[-2] for own in arrays if "lora_a" in own), default=0)
     reason = None
     if x_TD.dtype != jnp.bfloat16:
         reason = f"activations are {x_TD.dtype}; the kernel supports bfloat16"
@@ -311,6 +324,8 @@ def moe_update(
         reason = "the kernel supports the weights of one layer, not of a stack"
     elif ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
         reason = "only one of the experts' two matrices has an adapter"
+    elif rank > most_rank():
+        reason = f"the adapter's rank {rank} is above {most_rank()}, the most that fits this GPU's shared memory"
     if reason is not None:
         warn_reference("experts", reason)
         options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from recorded_launches import Recorded, compile_for, record
 
+from discover_jax.kernels import fallback
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS, SLABS
 from discover_jax.kernels.triton_call import SHARED_KIB
 
@@ -78,6 +79,59 @@ def _launches(monkeypatch, rank) -> list[Recorded]:
         launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank) for rows in ROWS_DECODED)
         launches += _update(monkeypatch, experts, rank)
     return list({repr(launch): launch for launch in launches}.values())
+
+
+@pytest.mark.parametrize(("card", "most"), [(80, 128), (89, 64), (90, 128), (100, 128), (120, 64)])
+@pytest.mark.parametrize("operation", ["experts", "decode_experts"])
+def test_larger_adapters_use_the_reference_and_are_logged(monkeypatch, card, most, operation):
+    """The same rank may fit one card and not another. Decoding fits them all up to its own limit."""
+    from discover_jax.kernels import experts_decode, experts_update
+
+    module, most = (experts_update, most) if operation == "experts" else (experts_decode, experts_decode.MOST_RANK)
+    monkeypatch.setattr(experts_update, "compute_capability", lambda: card)
+    lines, calls = [], []
+    monkeypatch.setattr(fallback.logging, "warning", lambda text, *values: lines.append(text % values))
+    for name, kind in (("moe_reference", "reference"), ("moe_sorted", "kernel"), ("moe_routed", "kernel")):
+        monkeypatch.setattr(module, name, lambda *_, kind=kind, **__: calls.append(kind), raising=False)
+    fallback.warn_reference.cache_clear()
+    for rank in (most, most + 1):
+        matrices = [_Held(_tiled(name, 4, rank)) for name in SLABS]
+        choices = (_shape(2, CHOSEN, dtype=jnp.int32), _shape(2, CHOSEN, dtype=jnp.float32))
+        options = {"experts": 4, "adapted": True, "limit": LIMIT, "alpha": ALPHA}
+        (experts_update.moe_update if operation == "experts" else experts_decode.moe_decode)(
+            _shape(2, WIDTH), *choices, *matrices, **options
+        )
+    assert calls == ["kernel", "reference"]
+    (line,) = lines
+    assert f"kernel of {operation} " in line
+    assert f"rank {most + 1} is above {most}" in line
+    assert "reference" in line
+
+
+class _Held:
+    """An ExpertMatrix that holds the arrays of tiles."""
+
+    scale = 1.0
+
+    def __init__(self, tiled):
+        self._tiled = tiled
+
+    def arrays(self, *, adapted):
+        assert adapted
+        return {name: getattr(self._tiled, name) for name in ("words", "factors", "bias", "lora_a", "lora_b")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_the_largest_adapter_fits_the_card(monkeypatch, tmp_path, card):
+    from discover_jax.kernels import experts_decode, experts_update
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(experts_update, "compute_capability", lambda: card)
+    launches = _update(monkeypatch, 4, experts_update.most_rank()) + _decode(monkeypatch, 4, 128, experts_decode.MOST_RANK)
+    for launch in {repr(launch): launch for launch in launches}.values():
+        if launch.name not in ("sort", "unpack"):
+            _check(launch, card)
 
 
 def _check(launch: Recorded, card: int) -> None:
