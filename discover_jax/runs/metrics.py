@@ -97,7 +97,7 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "time/checkpoint_wait_s": ("s", "waiting, before the update, until the previous step's checkpoint is complete"),
     "time/checkpoint_write_s": (
         "s",
-        "writing the previous step's checkpoint in the background, while this step samples; null in the first step after a start",
+        "writing the previous step's checkpoint in the background; null in the first step after a start or after a choice of finalists",
     ),
     "time/checkpoint_s": (
         "s",
