@@ -9,7 +9,8 @@ part printed or returned, and exits with 1 if a part failed. Weights are random,
 parity: a model with the shape's sizes and two layers, with the kernels of this device and with the references, on the same weights and a
 random adapter. Decoding: rows of different lengths read a prompt and some tokens; errors are of the hidden states, relative to their root
 mean square, for tokens that both route to the same experts. Update: the gradient of the adapter on packed rows with fixed routing; errors
-are relative to the norm of each matrix's gradient. float32 uses full precision in products.
+are relative to the norm of each matrix's gradient. float32 uses full precision in products. `kernels` says which operations have a kernel;
+where none has one, references are compared with themselves.
 decode: benchmarks/sampling.py steps. update: benchmarks/update.py. step: benchmarks/whole_step.py, with its programs not isolated.
 """
 
