@@ -9,8 +9,8 @@ from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.kernels.kernel_set import KernelSet, kernel_set
-from discover_jax.kernels.mxfp4_tiles import SLABS, check_sizes
+from discover_jax.kernels import mxfp4_lanes, mxfp4_tiles
+from discover_jax.kernels.kernel_set import PLATFORMS, KernelSet, kernel_set
 from discover_jax.kernels.spread import can_spread, row_devices
 from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.train_state import abstract_train_state, adam
@@ -50,7 +50,7 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
     platform = platform or jax.default_backend()
     kernels = kernel_set(platform, mesh)
     reads_tiles = config.model.experts == "packed" and sizes.num_experts > 0 and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
-    experts = "tiled" if reads_tiles else config.model.experts
+    experts = PLATFORMS[platform].experts if reads_tiles else config.model.experts
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
     return Model(sizes, lora, mesh=mesh, kernels=kernels, **form)
 
@@ -60,15 +60,15 @@ def _kernel_reads_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | None, plat
     if "decode_experts" not in kernels.kernels:  # `kernel_set` has logged the reason
         return False
     try:
-        check_tiles(config, sizes, mesh)
+        check_tiles(config, sizes, mesh, platform)
     except ConfigError as reason:
         logging.warning("kernel of decode_experts on %s: reference, which is many times slower. %s", platform, reason)
         return False
     return True
 
 
-def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:
-    """Checks that the kernel for decoding packed experts, which reads tiles, supports this model.
+def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | None, platform: str) -> None:
+    """Checks that a platform's kernel for decoding packed experts, which reads its own layout of them, supports this model.
 
     Raises:
       ConfigError: it does not; the message has the reason.
@@ -77,8 +77,12 @@ def check_tiles(config: Any, sizes: ModelConfig, mesh: Mesh | AbstractMesh | Non
         raise ConfigError(f"The kernel computes in bfloat16, but config.model.dtype is {config.model.dtype!r}.")
     if mesh is not None and not can_spread("decode_experts", mesh):
         raise ConfigError(f"The kernel computes whole experts, but config.mesh.tensor = {mesh.shape['tensor']} splits them.")
-    check_sizes(2 * sizes.mlp_width, sizes.width, SLABS["gate_up"])
-    check_sizes(sizes.width, sizes.mlp_width, SLABS["down"])
+    matrices = {"gate_up": (2 * sizes.mlp_width, sizes.width), "down": (sizes.width, sizes.mlp_width)}
+    for name, (out, into) in matrices.items():
+        if platform == "tpu":
+            mxfp4_lanes.check_sizes(out, into, mxfp4_lanes.PARTS[name])
+        else:
+            mxfp4_tiles.check_sizes(out, into, mxfp4_tiles.SLABS[name])
 
 
 def build_sampler(

@@ -109,10 +109,11 @@ def shapes(devices: int) -> list[MeshShape]:
 def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape) -> bool:
     """Whether a run on these devices uses kernels if their packages are installed, by the rules of `engine.build_model`."""
     try:
-        check_tiles(config, sizes, AbstractMesh(mesh, MESH_AXES))
+        check_tiles(config, sizes, AbstractMesh(mesh, MESH_AXES), platform)
     except ConfigError:
         return False
-    return platform in PLATFORMS and "decode_experts" in PLATFORMS[platform].functions and config.model.experts == "packed"
+    kernels = PLATFORMS[platform].functions if platform in PLATFORMS else ()
+    return "decode_experts" in kernels and "experts" in kernels and config.model.experts == "packed"
 
 
 def unmeasured(sizes: ModelConfig, mesh: MeshShape, *, kernels: bool) -> str:

@@ -84,12 +84,14 @@ class Platform:
       functions: operation -> (module, function).
       refusal: why this process's device cannot run the kernels; empty if it can.
       extra: this package's extra that installs what the kernels need.
+      experts: the form of packed experts that the kernel of `decode_experts` reads, see models.decoder.Model.
     """
 
     package: str
     functions: Mapping[str, tuple[str, str]]
     refusal: Callable[[], str] = lambda: ""
     extra: str = "cuda"
+    experts: str = "tiled"
 
 
 PLATFORMS = {
@@ -108,10 +110,17 @@ PLATFORMS = {
     "tpu": Platform(
         "jax.experimental.pallas.tpu",
         {
+            "write_token": ("discover_jax.kernels.pages_tpu", "write_token"),
+            "write_pages": ("discover_jax.kernels.pages_tpu", "write_pages"),
+            "copy_page": ("discover_jax.kernels.pages_tpu", "copy_page"),
+            "paged_attention": ("discover_jax.kernels.attention_decode_tpu", "paged_attention"),
+            "prefill_attention": ("discover_jax.kernels.attention_decode_tpu", "prefill_attention"),
+            "decode_experts": ("discover_jax.kernels.experts_decode_tpu", "moe_decode"),
             "packed_attention": ("discover_jax.kernels.attention_update_tpu", "packed_attention"),
             "windowed_attention": ("discover_jax.kernels.attention_update_tpu", "windowed_attention"),
         },
         extra="tpu",
+        experts="lanes",
     ),
 }
 """jax's platform name -> its kernels. Other platforms use the references."""

@@ -22,7 +22,7 @@ from discover_jax.models.layers import Attention, Decoder, Layer, Repeat, rms_no
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
 from discover_jax.models.sharding import sharding_for, shardings
 
-EXPERTS = ("packed", "tiled", "dense")
+EXPERTS = ("packed", "tiled", "lanes", "dense")
 _LAYER = "layer"
 """Name of a sliding layer's output for rematerialisation policies. A full layer's output is the scan's carry, which is always kept."""
 
@@ -38,7 +38,8 @@ class Model:
       dtype: type of the inputs of products, and of weights that are not MXFP4. The residual stream and all sums are float32, and are
         rounded when a product reads them. Sampler and update round at the same places with any kernels.
       experts: form of the experts' weights. "packed": MXFP4, unpacked where used. "tiled": the same bits in the order that the decoding
-        kernels need (the sizes must pass kernels.mxfp4_tiles.check_sizes). "dense": `dtype`.
+        kernels of GPUs need (the sizes must pass kernels.mxfp4_tiles.check_sizes). "lanes": in that of TPUs (kernels.mxfp4_lanes).
+        "dense": `dtype`.
       mesh: devices for the parameters; None for the default device.
       remat: what the backward pass of whole sequences recomputes. "pairs": everything; only the input of each repeat of the
         layers' pattern is kept, which in gpt-oss is a pair of layers.

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
+from discover_jax.kernels import mxfp4_lanes
+from discover_jax.kernels.mxfp4_lanes import PARTS
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, check_scales, lay_out_blocks, lay_out_scales
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
@@ -212,7 +214,7 @@ def load_folder(
 
     Raises:
       WeightsError: a file or tensor is missing, damaged, or has a wrong shape or type; the message names it.
-      ConfigError: `experts` is "tiled", and a scale is outside the range that tiles can represent.
+      ConfigError: `experts` is "tiled" or "lanes", and a scale is outside the range that this form can represent.
     """
     folder = _open_folder(Path(path))
     config, layout = folder.config, folder.layout
@@ -267,6 +269,10 @@ class _Reader:
             return lay_out_blocks(self.read(blocks, layer), SLABS[matrix])
         if form == "factors":
             return _tile_scales(self.read(scales, layer), SLABS[matrix])
+        if form == "lanes":
+            return mxfp4_lanes.lay_out_blocks(self.read(blocks, layer), PARTS[matrix])
+        if form == "powers":
+            return _lay_out_scales(self.read(scales, layer), PARTS[matrix])
         return _dequantise(self.read(blocks, layer), self.read(scales, layer), dtype)
 
 
@@ -311,6 +317,11 @@ def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array | int) -> ja
 
 
 _dequantise = jax.jit(dequantise, static_argnums=2)
+
+
+def _lay_out_scales(scales: jax.Array, parts: int) -> jax.Array:
+    mxfp4_lanes.check_scales(scales)
+    return mxfp4_lanes.lay_out_scales(scales, parts)
 
 
 def _tile_scales(scales: jax.Array, slab: Slab) -> jax.Array:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from discover_jax.exceptions import WeightsError
 from discover_jax.files import replacement, storage_remedy
+from discover_jax.kernels import mxfp4_lanes
 from discover_jax.kernels.mxfp4_tiles import SLABS, restore
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
@@ -43,10 +44,14 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
     def packed(matrix: str, layer: int) -> dict[str, jax.Array]:
         kind, repeat = config.position(layer)
         leaves = leaves_of[kind]
-        forms = {
-            name: leaves["experts", matrix, name][repeat] for name in ("weight", "words", "factors") if ("experts", matrix, name) in leaves
-        }
-        values = quantise(forms["weight"]) if "weight" in forms else restore(**forms, paired=SLABS[matrix].paired)
+        names = ("weight", "words", "factors", "lanes", "powers")
+        forms = {name: leaves["experts", matrix, name][repeat] for name in names if ("experts", matrix, name) in leaves}
+        if "weight" in forms:
+            values = quantise(forms["weight"])
+        elif "lanes" in forms:
+            values = mxfp4_lanes.restore(**forms, out=leaves["experts", matrix, "bias"].shape[-1])
+        else:
+            values = restore(**forms, paired=SLABS[matrix].paired)
         return dict(zip(("blocks", "scales"), values, strict=True))
 
     def tensor(param: ParamPath, layer: int | None) -> np.ndarray:

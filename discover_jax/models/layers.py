@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from discover_jax.kernels import mxfp4_lanes
 from discover_jax.kernels.experts import MixtureOfExperts, route_along, route_top
 from discover_jax.kernels.kernel_set import KernelSet
+from discover_jax.kernels.mxfp4_lanes import PARTS, Lanes
 from discover_jax.kernels.mxfp4_tiles import SLABS, Slab, restore, words_shape
 from discover_jax.kernels.projections import Stack
 from discover_jax.models.cache import Pool
@@ -259,6 +261,13 @@ def _times_tiled(x_Ti: jax.Array, words: jax.Array, factors: jax.Array, paired: 
     return _product(x_Ti, dequantise(blocks[0], scales[0], x_Ti.dtype))
 
 
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _times_lanes(x_Ti: jax.Array, lanes: jax.Array, powers: jax.Array, out: int) -> jax.Array:
+    """`_times_packed` for a matrix in the layout of TPU kernels; bit-identical."""
+    blocks, scales = mxfp4_lanes.restore(lanes[None], powers[None], out)
+    return _product(x_Ti, dequantise(blocks[0], scales[0], x_Ti.dtype))
+
+
 class ExpertMatrix(nnx.Module):
     """A matrix of all experts, [E, out, in], with bias and adapter. `form` is one of `Model.experts`."""
 
@@ -272,6 +281,7 @@ class ExpertMatrix(nnx.Module):
         *,
         form: str,
         slab: Slab,
+        parts: int,
         gain: float,
         rank: int,
         alpha: float,
@@ -281,6 +291,10 @@ class ExpertMatrix(nnx.Module):
                 (experts, out, into // BLOCK, BLOCK // 2), ("experts", axes[0], "blocks", "width"), "blocks", jnp.uint8
             )
             self.scales = declare.weight((experts, out, into // BLOCK), ("experts", axes[0], "blocks"), "scales", jnp.uint8, gain)
+        elif form == "lanes":
+            matrix, named = Lanes(out, into, parts), ("experts", "blocks", "blocks", "blocks", "blocks")
+            self.lanes = declare.weight((experts, *mxfp4_lanes.words_shape(*matrix)), named, matrix, jnp.int32)
+            self.powers = declare.weight((experts, *mxfp4_lanes.powers_shape(*matrix)), named, matrix, jnp.uint8, gain)
         elif form == "tiled":
             shape, named = (experts, *words_shape(out, into, slab)), ("experts", axes[0], "blocks", "blocks", "blocks")
             self.words = declare.weight(shape, named, slab, jnp.int32)
@@ -296,12 +310,17 @@ class ExpertMatrix(nnx.Module):
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
         """The arrays that `apply` needs: [E, ...], or [L, E, ...] if stacks are bound."""
         adapter = ("lora_a", "lora_b") if adapted and self.lora_a is not None else ()
-        named = {name: getattr(self, name, None) for name in ("weight", "blocks", "scales", "words", "factors", "bias", *adapter)}
+        named = {
+            name: getattr(self, name, None)
+            for name in ("weight", "blocks", "scales", "words", "factors", "lanes", "powers", "bias", *adapter)
+        }
         return {name: variable[...] for name, variable in named.items() if variable is not None}
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
         """Applies one expert, given as its slice of `arrays`, to all rows: float32 [T, out]."""
-        if "words" in one:
+        if "lanes" in one:
+            y = _times_lanes(x_Ti, one["lanes"], one["powers"], one["bias"].shape[0])
+        elif "words" in one:
             y = _times_tiled(x_Ti, one["words"], one["factors"], self.paired)
         elif "blocks" in one:
             y = _times_packed(x_Ti, one["blocks"], one["scales"])
@@ -322,8 +341,12 @@ class Experts(nnx.Module):
         options = {"form": form, "rank": lora.expert_rank, "alpha": lora.alpha}
         self.norm = declare.weight((d,), ("width",), "ones")
         self.router = Projection(declare, e, d, ("logits", "width"), rank=0, alpha=0.0)
-        self.gate_up = ExpertMatrix(declare, e, 2 * f, d, ("mlp_width", "width"), slab=SLABS["gate_up"], gain=1.0, **options)
-        self.down = ExpertMatrix(declare, e, d, f, ("width", "mlp_width"), slab=SLABS["down"], gain=branch_gain(config), **options)
+        self.gate_up = ExpertMatrix(
+            declare, e, 2 * f, d, ("mlp_width", "width"), slab=SLABS["gate_up"], parts=PARTS["gate_up"], gain=1.0, **options
+        )
+        self.down = ExpertMatrix(
+            declare, e, d, f, ("width", "mlp_width"), slab=SLABS["down"], parts=PARTS["down"], gain=branch_gain(config), **options
+        )
 
     def __call__(self, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool) -> jax.Array:
         """The output for whole sequences; differentiable. `routes_BTX` are the experts to use; None for those with the largest logits."""

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from discover_jax.kernels import mxfp4_lanes
+from discover_jax.kernels.mxfp4_lanes import Lanes
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS, Slab, lay_out_blocks, lay_out_scales
 from discover_jax.models.mxfp4 import BLOCK
 from discover_jax.models.sharding import sharding_for
@@ -39,7 +41,13 @@ class Declare:
     repeats: int = 0
 
     def _variable(
-        self, kind: type[nnx.Variable], shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab, dtype: Any, gain: float = 1.0
+        self,
+        kind: type[nnx.Variable],
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        init: str | Slab | Lanes,
+        dtype: Any,
+        gain: float = 1.0,
     ) -> nnx.Variable:
         if len(shape) != len(axes):
             raise AssertionError(f"{len(shape)} sizes but {len(axes)} logical axes: {shape}, {axes}")
@@ -48,7 +56,7 @@ class Declare:
         return kind(jax.ShapeDtypeStruct(shape, dtype), axes=axes, init=init, gain=gain)
 
     def weight(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab = "fan_in", dtype: Any = None, gain: float = 1.0
+        self, shape: tuple[int, ...], axes: tuple[str, ...], init: str | Slab | Lanes = "fan_in", dtype: Any = None, gain: float = 1.0
     ) -> nnx.Variable:
         """Declares a frozen weight.
 
@@ -56,7 +64,8 @@ class Declare:
           shape, axes: sizes and logical axes for one repeat of the pattern of layers.
           init: "fan_in" (normal, variance gain^2 / last axis), "embedding" (normal, variance 1), "ones" or "zeros". For packed MXFP4:
             "blocks" (random bytes) or "scales" (a constant for which products have about this gain). For tiles (`words` and `factors`):
-            their slab; their values equal those of `blocks` and `scales` for the same key.
+            their slab; for the layout of TPU kernels (`lanes` and `powers`): its `Lanes`. Their values equal those of `blocks` and
+            `scales` for the same key.
           dtype: overrides the module's type.
           gain: gain of the product, see `init`.
         """
@@ -80,13 +89,19 @@ def _init_variable(key: jax.Array, variable: nnx.Variable) -> jax.Array:
     return _init_array(key, struct, init, gain)
 
 
-def _init_array(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str | Slab, gain: float) -> jax.Array:
+def _init_array(key: jax.Array, struct: jax.ShapeDtypeStruct, init: str | Slab | Lanes, gain: float) -> jax.Array:
     if isinstance(init, Slab):
         experts, slabs, columns, m16, last = struct.shape
         shape = (experts, slabs * m16 * ROWS, columns * COLUMNS // BLOCK)
         if last == 8:
             return lay_out_scales(_init_array(key, jax.ShapeDtypeStruct(shape, jnp.uint8), "scales", gain), init)
         return lay_out_blocks(_init_array(key, jax.ShapeDtypeStruct((*shape, BLOCK // 2), jnp.uint8), "blocks", gain), init)
+    if isinstance(init, Lanes):
+        shape = (struct.shape[0], init.out, init.into // BLOCK)
+        if struct.dtype == jnp.uint8:
+            return mxfp4_lanes.lay_out_scales(_init_array(key, jax.ShapeDtypeStruct(shape, jnp.uint8), "scales", gain), init.parts)
+        blocks = jax.ShapeDtypeStruct((*shape, BLOCK // 2), jnp.uint8)
+        return mxfp4_lanes.lay_out_blocks(_init_array(key, blocks, "blocks", gain), init.parts)
     if init == "blocks":
         return jax.random.bits(key, struct.shape, jnp.uint8)
     if init == "scales":
@@ -122,7 +137,7 @@ def init_tree(state: nnx.State, key: jax.Array, mesh: Mesh | None) -> Tree:
     """Random values for a state. Each parameter depends only on the key and its path. Tiled weights equal packed ones."""
 
     def draw(path: str, variable: nnx.Variable) -> jax.Array:
-        path = path.replace("['words']", "['blocks']")
+        path = path.replace("['words']", "['blocks']").replace("['lanes']", "['blocks']")
         value = _init_variable(jax.random.fold_in(key, zlib.crc32(path.encode())), variable)
         if mesh is None:
             return value

@@ -138,7 +138,7 @@ def test_the_platform_has_these_kernels_and_the_log_names_them(monkeypatch):
     kernel_set.cache_clear()
     found = kernel_set("tpu")
     kernel_set.cache_clear()
-    assert found.kernels == {"packed_attention", "windowed_attention"}
+    assert found.kernels >= {"packed_attention", "windowed_attention"}
     assert found.packed_attention is attention_update_tpu.packed_attention
     for name in OPERATIONS:
         assert f"kernel of {name} on tpu: {'tpu' if name in found.kernels else 'reference'}" in lines

@@ -1,0 +1,231 @@
+"""A Pallas kernel for TPUs of decoding experts: rows sorted by expert times its packed MXFP4 (see mxfp4_lanes), unpacked tile by tile.
+
+One step of the grid reads one piece of one expert's matrices from HBM while the step before computes. First come the pieces of gate and
+up, then those of down. A block of rows belongs to one expert, and steps without rows read nothing. Rows are taken from the tokens and
+added to the outputs in the chip's memory. So neither sorted rows nor activations are written to HBM. Experts are added in their order, as
+in the reference. Sums are float32, and the activation is rounded to the tokens' dtype. The first axis of the grid is for chips with two
+cores: each has half of the blocks and its own output.
+
+Dimensions: S steps of blocks, T tokens, R routed rows, D width, F expert width, c pieces of a matrix's inputs, i chunks of its inputs,
+w inputs of a chunk, N and M the padded F and D, r rank.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from discover_jax.kernels.mxfp4_lanes import INPUTS
+from discover_jax.kernels.mxfp4_tiles import BLOCK
+
+CORES = 2
+MASK = 0x81C081C0 - (1 << 32)
+_TILE = 512
+"""Outputs that are unpacked together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Constants of the kernel.
+
+    Attributes:
+      rows: rows of a block.
+      limit, alpha: of the activation, see kernels.experts.gated.
+      scales: alpha / rank of both adapters; None without adapters.
+      memory: limit on a core's vector memory, bytes.
+      interpret: as for `pallas_call`.
+    """
+
+    rows: int
+    limit: float
+    alpha: float
+    scales: tuple[float, float] | None = None
+    memory: int = 100 * 2**20
+    interpret: Any = False
+
+
+def unpack(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """[8, n] words to [64, n] bfloat16. `first`, `second`: int32 [8, n], (scale - 1) << 7 in both halves, for 32 inputs each."""
+    pairs = [
+        (words << 6) & MASK,
+        (words << 2) & MASK,
+        (lax.shift_right_logical(words, 4) | (words << 28)) & MASK,
+        (words & (0x81808180 - (1 << 32))) | ((words >> 8) & 0x00400040),
+    ]
+    return jnp.concatenate([_scale(pair, first if i < 2 else second) for i, pair in enumerate(pairs)], axis=0)
+
+
+def _scale(pair: jax.Array, factor: jax.Array) -> jax.Array:
+    """[8, n] pairs to [16, n] bfloat16. The code with the lowest magnitude bit alone is zero."""
+    codes, bits = pltpu.bitcast(pair, jnp.int16), pltpu.bitcast(pair + factor, jnp.int16)
+    return pltpu.bitcast(jnp.where((codes & 0x01C0) == 0x0040, jnp.int16(0), bits), jnp.bfloat16)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """A product with float32 sums. Inputs of float32 are not rounded to bfloat16."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = ((contract[:1], contract[1:]), ((), ()))
+    return lax.dot_general(a, b.astype(a.dtype), dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _multiply(x_iRw: Any, first: Any, words_pKN: Any, powers_psN: Any, factors_s8N: Any, sums_pRN: Any, dtype: Any) -> None:
+    """Adds to the sums the product of all rows and one piece of a matrix. `first`: the first of the piece's chunks."""
+    parts, height, width = words_pKN.shape
+    groups = x_iRw.shape[2] // INPUTS
+    for part in range(parts):
+        exponents = (powers_psN[part].astype(jnp.int32) - 1) << 7
+        exponents |= exponents << 16
+        for row in range(height * 8 // BLOCK):
+            factors_s8N[row] = jnp.broadcast_to(exponents[row : row + 1], factors_s8N.shape[1:])
+
+        def add(i: jax.Array, _: None, part: int = part) -> None:
+            x_Rw = x_iRw[first + i].astype(dtype)
+            for begin in range(0, width, _TILE):
+                at = slice(begin, min(begin + _TILE, width))
+                tiles = []
+                for group in range(groups):
+                    g = i * groups + group
+                    words = words_pKN[part, pl.ds(pl.multiple_of(8 * g, 8), 8), at]
+                    tiles.append(unpack(words, factors_s8N[2 * g, :, at], factors_s8N[2 * g + 1, :, at]))
+                sums_pRN[part, :, at] += _dot(x_Rw, jnp.concatenate(tiles, axis=0))
+
+        lax.fori_loop(0, height // (8 * groups), add, None)
+
+
+def _adapt(x_iRw: Any, a_irw: Any, b_prN: Any, sums_pRN: Any, scale: float, dtype: Any) -> None:
+    """Adds the adapter's product, rounded between its two products as in the reference."""
+    low = sum((_dot(x_iRw[i].astype(dtype), a_irw[i], (1, 1)) for i in range(x_iRw.shape[0])), jnp.float32(0))
+    for part in range(sums_pRN.shape[0]):
+        sums_pRN[part] += _dot((scale * low).astype(dtype), b_prN[part])
+
+
+def _kernel(
+    expert_S, first_S, rows_S, tokens_R, weights_R, stack_S, x_iTw, gate_up, gate_up_powers, gate_up_bias, down, down_powers, down_bias,
+    *rest, pieces: tuple[int, int], settings: Settings, dtype: Any,
+) -> None:  # fmt: skip
+    del expert_S, stack_S  # only for the index maps
+    *adapters, out_TM, x_iRw, y_iRw, h_pRN, sum_pRM, factors_s8N, factors_s8M = rest
+    step, j, (ups, downs) = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(2), pieces
+    first, rows = first_S[step], rows_S[step]
+
+    @pl.when((pl.program_id(1) == 0) & (j == 0))
+    def _() -> None:
+        out_TM[...] = jnp.zeros_like(out_TM)
+
+    @pl.when((rows > 0) & (j == 0))
+    def _() -> None:
+        h_pRN[...], sum_pRM[...] = jnp.zeros_like(h_pRN), jnp.zeros_like(sum_pRM)
+
+        def take(row: jax.Array, _: None) -> None:
+            token = tokens_R[first + row]
+            for i in range(x_iTw.shape[0]):
+                x_iRw[i, pl.ds(row, 1)] = x_iTw[i, pl.ds(token, 1)]
+
+        lax.fori_loop(0, rows, take, None)
+
+    @pl.when((rows > 0) & (j < ups))
+    def _() -> None:
+        _multiply(x_iRw, j * (x_iRw.shape[0] // ups), gate_up, gate_up_powers, factors_s8N, h_pRN, dtype)
+
+    @pl.when((rows > 0) & (j == ups - 1))
+    def _() -> None:
+        if settings.scales is not None:
+            _adapt(x_iRw, adapters[0], adapters[1], h_pRN, settings.scales[0], dtype)
+        gate = jnp.minimum(h_pRN[0] + gate_up_bias[0:1], settings.limit)
+        up = jnp.clip(h_pRN[1] + gate_up_bias[1:2], -settings.limit, settings.limit)
+        y = ((up + 1) * gate * jax.nn.sigmoid(settings.alpha * gate)).astype(dtype).astype(jnp.float32)
+        for i in range(y_iRw.shape[0]):
+            y_iRw[i] = y[:, i * y_iRw.shape[2] : (i + 1) * y_iRw.shape[2]]
+
+    @pl.when((rows > 0) & (j >= ups))
+    def _() -> None:
+        _multiply(y_iRw, (j - ups) * (y_iRw.shape[0] // downs), down, down_powers, factors_s8M, sum_pRM, dtype)
+
+    @pl.when((rows > 0) & (j == ups + downs - 1))
+    def _() -> None:
+        if settings.scales is not None:
+            _adapt(y_iRw, adapters[2], adapters[3], sum_pRM, settings.scales[1], dtype)
+        sum_pRM[0] += down_bias[...]
+
+        def give(row: jax.Array, _: None) -> None:
+            at = pl.ds(tokens_R[first + row], 1)
+            out_TM[at] += weights_R[first + row] * sum_pRM[0, pl.ds(row, 1)]
+
+        lax.fori_loop(0, rows, give, None)
+
+
+def _matrix_spec(shape: tuple[int, ...], begin: int) -> pl.BlockSpec:
+    """One piece of an expert's words or scales [stack, parts, pieces, rows, N] per step.
+
+    `begin`: the step of the first piece. Steps outside of the matrix's own keep the piece next to them, so that they read nothing: before
+    them the last piece of the block before, after them the last piece. Steps without rows repeat the last piece of the last block.
+    """
+    _, parts, pieces, rows, width = shape
+
+    def at(core: Any, s: Any, j: Any, expert_S: Any, first_S: Any, rows_S: Any, tokens_R: Any, weights_R: Any, stack_S: Any) -> tuple:
+        del expert_S, first_S, tokens_R, weights_R
+        step = core * pl.num_programs(1) + s
+        early = (j < begin) & (s > 0)
+        piece = jnp.where((rows_S[step] == 0) | early, pieces - 1, jnp.clip(j - begin, 0, pieces - 1))
+        return stack_S[jnp.where(early, step - 1, step)], 0, piece, 0, 0
+
+    return pl.BlockSpec((None, parts, None, rows, width), at)
+
+
+def _expert_spec(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """An expert's slice of a small array [E, ...]."""
+    return pl.BlockSpec(
+        (None, *shape[1:]), lambda core, s, j, expert_S, *_: (expert_S[core * pl.num_programs(1) + s],) + (0,) * (len(shape) - 1)
+    )
+
+
+def multiply(
+    steps: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
+    x_iTw: jax.Array,
+    gate_up: tuple[jax.Array, ...],
+    down: tuple[jax.Array, ...],
+    chunk: int,
+    settings: Settings,
+    dtype: Any,
+) -> jax.Array:
+    """The sum over routed rows of weight * down(act(gate_up(x))): float32 [CORES, T, M], to be summed over the first axis.
+
+    Args:
+      steps: of each block in the order of the grid, int32 [S]: expert, first row, number of rows. Then of each sorted row: token,
+        int32 [R], and weight, float32 [R]. Then the index of each block's expert in the stacks, int32 [S]. S is a multiple of CORES.
+      x_iTw: float32, chunks of the tokens' inputs.
+      gate_up, down: words and scales (see mxfp4_lanes) of a stack of experts; bias float32 [E, 2, N], [E, 1, M]; with adapters also
+        A [E, i, r, w] and B [E, parts, r, N or M].
+      chunk: inputs of a chunk of `down`.
+      settings: constants.
+      dtype: of the products, bfloat16 or float32.
+    """
+    (count, tokens, width), lanes, out = x_iTw.shape, gate_up[0].shape[-1], down[0].shape[-1]
+    ups, downs, inputs = gate_up[0].shape[2], down[0].shape[2], down[0].shape[2] * down[0].shape[3] * 8
+    rows = settings.rows
+    of = {"gate_up": gate_up, "down": down}
+    specs = [pl.BlockSpec((count, tokens, width), lambda *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))]
+    for matrix, begin in ((of["gate_up"], 0), (of["down"], ups)):
+        specs += [_matrix_spec(matrix[0].shape, begin), _matrix_spec(matrix[1].shape, begin), _expert_spec(matrix[2].shape)]
+    adapters = [*gate_up[3:], *down[3:]]
+    scratch = [(count, rows, width), (inputs // chunk, rows, chunk), (2, rows, lanes), (1, rows, out)]
+    factors = [pltpu.VMEM((matrix[1].shape[3], 8, matrix[1].shape[4]), jnp.int32) for matrix in (gate_up, down)]
+    return pl.pallas_call(
+        functools.partial(_kernel, pieces=(ups, downs), settings=settings, dtype=dtype),
+        out_shape=jax.ShapeDtypeStruct((CORES, tokens, out), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(steps),
+            grid=(CORES, steps[0].shape[0] // CORES, ups + downs),
+            in_specs=[*specs, *(_expert_spec(array.shape) for array in adapters)],
+            out_specs=pl.BlockSpec((None, tokens, out), lambda core, *_: (core, 0, 0)),
+            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in scratch), *factors],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=settings.memory),
+        interpret=settings.interpret,
+        name="experts_decode",
+    )(*steps, x_iTw, *gate_up[:3], *down[:3], *adapters)
