@@ -185,7 +185,7 @@ def _expert_spec(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 
 def multiply(
-    steps: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
+    steps: tuple[jax.Array, ...],
     x_iTw: jax.Array,
     gate_up: tuple[jax.Array, ...],
     down: tuple[jax.Array, ...],

@@ -3,7 +3,6 @@
 It was compiled for TPUs and interpreted on a CPU. No TPU has run it.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -112,19 +111,22 @@ def moe_lanes(
         # Padding goes to the expert that stands for those of other devices.
         padded = [jnp.pad(x, [(0, parts * size - tokens), (0, 0)]) for x in (x_TD, index_TX + 1, weights_TX)]
         x, index, weights = (x.reshape(parts, size, -1) for x in padded)
-        one: Any = functools.partial(
-            moe_lanes, gate_up=gate_up, down=down, experts=experts, scales=scales, limit=limit, alpha=alpha, layer=layer,
-            elsewhere=elsewhere, rows=rows, interpret=interpret,
-        )  # fmt: skip
         index = jnp.where(index == 0, experts, index - 1)
-        return jax.lax.map(lambda part: one(*part), (x, index, weights)).reshape(parts * size, -1)[:tokens]
+        options: Any = {"experts": experts, "scales": scales, "limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
+
+        def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            x_TD, index_TX, weights_TX = part
+            return moe_lanes(x_TD, index_TX, weights_TX, gate_up, down, rows=rows, interpret=interpret, **options)
+
+        of_part = jax.lax.map(one, (x, index, weights))
+        return of_part.reshape(parts * size, -1)[:tokens]
     chosen = rows or choose_rows(tokens * index_TX.shape[1] * experts // (experts + elsewhere), experts)
     chunks = chunk_inputs(gate_up["lanes"]), chunk_inputs(down["lanes"])
-    matrices = [_prepare(arrays, layer, chunk) for arrays, chunk in zip((gate_up, down), chunks, strict=True)]
+    up, low = (_prepare(arrays, layer, chunk) for arrays, chunk in zip((gate_up, down), chunks, strict=True))
     settings = Settings(chosen, limit, alpha, scales if "lora_a" in gate_up else None, interpret=interpret)
     x_iTw = jnp.pad(x_TD.astype(jnp.float32), [(0, -tokens % 8), (0, 0)]).reshape(-1, width // chunks[0], chunks[0]).swapaxes(0, 1)
     steps = steps_of(index_TX, weights_TX, experts, chosen, 0 if layer is None else layer)
-    out = experts_decode_pallas.multiply(steps, x_iTw, *matrices, chunks[1], settings, x_TD.dtype)
+    out = experts_decode_pallas.multiply(steps, x_iTw, up, low, chunks[1], settings, x_TD.dtype)
     return out.sum(axis=0)[:tokens, :width]
 
 
