@@ -30,6 +30,7 @@ from discover_jax.hosts.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
 from discover_jax.hosts.processes import JOIN_SECONDS, Processes, start
 from discover_jax.hosts.watch import Watch
 from discover_jax.machines import NAMES, take_gpu_memory
+from discover_jax.runs import background
 from discover_jax.untrusted_text import printable
 
 DOES_NOT_FIT = 1
@@ -133,6 +134,8 @@ def launch(
             _tell_others(error, code, lambda *place: Watch(start(*place), _ADVICE).failed(reason, code))
         if preflight is not None:
             _tell_others(error, code, functools.partial(preflight.tell_failure, _reason(error)))
+        if background.is_running():  # a checkpoint is left unfinished. An orderly end would wait for orbax's threads
+            _leave(code)
         sys.exit(code)
 
 
@@ -359,7 +362,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _leave(code: int) -> None:
-    """Ends this process without an orderly end, which would wait for the others, which wait for this one."""
+    """Ends this process without an orderly end, which would wait for other processes or for threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

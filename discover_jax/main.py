@@ -21,7 +21,7 @@ from discover_jax import config as settings
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
 from discover_jax.engine import build_optimizer, build_sampler, build_update
-from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.exceptions import ConfigError
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
 from discover_jax.hosts.processes import ALONE, Processes, least
@@ -142,15 +142,21 @@ def _run_steps(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> N
 
 
 def _finish_last_checkpoint(run: Run) -> None:
-    """Finishes the checkpoint that is being written, after an error, which matters more than another one of the checkpoint."""
+    """Finishes the checkpoint that is being written, after an error, which matters more than another one: the caller raises it again."""
     step = run.checkpoints.writing
     if step is None:
         return
-    run.recorder.note(f"finishing the checkpoint of step {step + 1}. Ctrl-C leaves it unfinished; the next start then repeats the step.")
     try:
-        run.checkpoints.finish()
-    except RunError as error:
-        logging.error("%s", error)
+        try:
+            run.recorder.note(
+                f"finishing the checkpoint of step {step + 1}. Ctrl-C leaves it unfinished; the next start then repeats the step."
+            )
+        finally:  # even if standard output was closed
+            run.checkpoints.finish()
+    except KeyboardInterrupt:
+        logging.warning("The checkpoint of step %d is left unfinished.", step + 1)
+    except Exception as error:
+        logging.error("While the checkpoint of step %d was finished: %s", step + 1, error)
 
 
 # ---------------------------------------------------------------------- before the first step

@@ -14,9 +14,18 @@ from discover_jax.config import settings
 
 # Forks for each command, because importing takes longer than the command. It writes the files `out` and `err` and prints the exit code.
 _COMMANDS = """
-import json, os, signal, sys
+import json, os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from discover_jax.cli import launch
+from discover_jax.exceptions import RunError
+from discover_jax.runs.background import BackgroundWork
+def write():
+    time.sleep(5)
+    print("went on", flush=True)
 def run(config, workdir):
+    if workdir.name.startswith("unfinished"):
+        BackgroundWork(lambda: ThreadPoolExecutor().submit(write).result(), "checkpoint 1")
+        raise KeyboardInterrupt if workdir.name == "unfinished" else RunError("gone")
     try:
         if workdir.name == "terminated":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -65,6 +74,15 @@ def test_sigterm_ends_a_run_in_order(run):
     assert done.stdout == "cleaned up\n"
     assert "same command resumes" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("workdir", "code"), [("unfinished", 130), ("unfinished-after-error", 2)])
+def test_a_checkpoint_that_is_left_unfinished_ends_at_once(run, workdir, code):
+    """The lock of the run directory is gone by then, so nothing may write there any more."""
+    done = run("--config=configs/quickstart.py", f"--workdir={workdir}")
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert ("same command resumes" if code == 130 else "error: gone") in done.stderr
 
 
 @pytest.mark.parametrize(

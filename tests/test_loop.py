@@ -142,6 +142,25 @@ def test_another_error_of_the_checkpoint_is_logged_and_does_not_hide_the_first(m
     assert "the disk is gone" in loop.events[-1]
 
 
+def test_checkpoint_is_finished_although_nothing_can_be_shown(monkeypatch, tmp_path):
+    """As when the reader of standard output is gone: the note fails as well."""
+    error = RunError("standard output was closed")
+    loop = Loop(monkeypatch, tmp_path, "sample 1", error)
+    monkeypatch.setattr(loop, "note", lambda _: (_ for _ in ()).throw(RunError("closed")))
+    with pytest.raises(RunError) as raised:
+        loop.discover()
+    assert raised.value is error
+    assert loop.events[-1] == "checkpoint 0"
+
+
+@pytest.mark.parametrize("second", [KeyboardInterrupt(), MemoryError(), jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_LAUNCH_FAILED")])
+def test_whatever_ends_the_last_checkpoint_does_not_hide_the_first_error(monkeypatch, tmp_path, second):
+    loop = Loop(monkeypatch, tmp_path, "sample 1", LearningError("not finite"))
+    monkeypatch.setattr(loop.checkpoints, "finish", lambda: (_ for _ in ()).throw(second) if loop.step else None)
+    with pytest.raises(LearningError, match="not finite"):
+        loop.discover()
+
+
 def test_failed_checkpoint_ends_the_sampling_of_the_next_step(tmp_path):
     """A step may sample for an hour; nothing of it could be kept."""
     checkpoints = Checkpoints(tmp_path, keep=1, every=0)

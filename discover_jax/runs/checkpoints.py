@@ -147,6 +147,8 @@ class Checkpoints:
         """Errors of writing a checkpoint, as RunError. `latest` is the step of the checkpoint before, None for none."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of a device, not of the disk: it has its own exit code and advice
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a failing disk as ValueError
             raise RunError(
                 f"Cannot write checkpoint {step} to {self._directory}: {error}\nEarlier checkpoints are unchanged. {storage_remedy(error)}"
@@ -178,10 +180,9 @@ class Checkpoints:
         return None if self._writing is None else self._writing.step
 
     def check(self) -> None:
-        """Returns at once. Raises RunError if the checkpoint in the background has already failed."""
-        if (writing := self._writing) is not None:
-            with self._write_errors(writing.step, writing.latest):
-                writing.work.check()
+        """Returns at once. Raises what `finish` would raise if the checkpoint in the background has already failed."""
+        if (writing := self._writing) is not None and writing.work.failed:
+            self.finish()
 
     def finish(self) -> float | None:
         """Waits until the checkpoint of `begin` is complete and durable. Returns the seconds that writing took; None if there is none.
@@ -191,6 +192,7 @@ class Checkpoints:
 
         Raises:
           RunError: the disk is full or fails; earlier checkpoints are unchanged. It is raised once.
+          JaxRuntimeError: a device failed; likewise.
         """
         if (writing := self._writing) is None:
             return None

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 
 from discover_jax.exceptions import RunError
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
+from discover_jax.runs import background
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.quiet_logs import quiet_orbax
 
@@ -52,12 +53,14 @@ def test_counts_only_when_it_is_complete(slow, tmp_path):
     assert slow.started.wait(60)
     checkpoints.check()
     assert checkpoints.writing == 1
+    assert background.is_running()
     assert checkpoints.latest() == Checkpoints(tmp_path / "c", keep=1, every=0, read_only=True).latest() == 0
     slow.go.set()
     seconds = checkpoints.finish()
     assert seconds is not None
     assert seconds > 0
     assert checkpoints.writing is checkpoints.finish() is None
+    assert not background.is_running()
     assert [entry.name for entry in (tmp_path / "c").iterdir()] == ["1"]  # the one before was deleted only now
     for leaf in jax.tree.leaves(state):  # what the next update does
         leaf.delete()
@@ -81,20 +84,32 @@ def test_a_second_one_waits_for_the_first(slow):
     assert checkpoints.latest() == 2
 
 
+@pytest.mark.parametrize("way", ["check", "finish"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("UNAVAILABLE: disk"), RuntimeError("gone")])
-def test_failure_surfaces_once_and_changes_nothing(slow, tmp_path, error):
+def test_failure_surfaces_once_and_changes_nothing(slow, tmp_path, error, way):
     checkpoints, slow.error = slow.checkpoints, error
     checkpoints.begin(1, state_of(1), {"step": 1})
     slow.go.set()
     assert checkpoints._writing.work._ended.wait(60)
-    named = rf"(?s)Cannot write checkpoint 1 to .*{error.args[-1]}.*resumes at step 0"
-    with pytest.raises(RunError, match=named):
-        checkpoints.check()
-    with pytest.raises(RunError, match=named):
-        checkpoints.finish()
+    with pytest.raises(RunError, match=rf"(?s)Cannot write checkpoint 1 to .*{error.args[-1]}.*resumes at step 0"):
+        getattr(checkpoints, way)()
     checkpoints.check()
-    assert checkpoints.finish() is None
+    assert checkpoints.writing is checkpoints.finish() is None
     assert Checkpoints(tmp_path / "c", keep=1, every=0).restore(0, None)[1] == {"step": 0}
+
+
+@pytest.mark.parametrize("way", ["check", "finish"])
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS"), MemoryError()])
+def test_failure_of_device_or_memory_is_not_taken_for_one_of_the_disk(slow, error, way):
+    """The command line knows these errors: they have exit codes and advice of their own."""
+    slow.error = error
+    slow.checkpoints.begin(1, state_of(1), {"step": 1})
+    slow.go.set()
+    assert slow.checkpoints._writing.work._ended.wait(60)
+    with pytest.raises(type(error)) as raised:
+        getattr(slow.checkpoints, way)()
+    assert raised.value is error
+    assert slow.checkpoints.writing is None
 
 
 def test_failure_surfaces_when_the_next_one_begins(slow):
