@@ -8,8 +8,8 @@ measurements, and says which measurements were held out when the constants were 
     tensor > 1   the plain-JAX references, as XLA partitions them: each layer gathers packed experts along `expert`, so that all devices
                  compute all experts, and sums over `tensor` one expert at a time (seen in executables, jax 0.10.2).
 
-Without kernels of experts (TPUs), the references run in both cases: each expert on a device computes every row. No overlap of communication
-and computation is assumed.
+Without kernels of experts (decoding on TPUs), the references run in both cases: each expert on a device computes every row. No overlap of
+communication and computation is assumed.
 """
 
 from typing import NamedTuple

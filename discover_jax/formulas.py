@@ -56,7 +56,7 @@ def parts(config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool) -> 
       ShardingError: a size is not divisible by its axis of the mesh.
     """
     mesh = _mesh(config)
-    kernels = kernels_run(config, sizes, machine.platform, mesh)
+    kernels = machine.platform if kernels_run(config, sizes, machine.platform, mesh) else ""
     abstract: Any = AbstractMesh(mesh, MESH_AXES)
     model = Model(sizes, LoraConfig(**config.lora).of_model(sizes), config.model.dtype, config.model.experts, abstract, config.model.remat)
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
@@ -82,7 +82,7 @@ def remat_totals(config: Any, sizes: ModelConfig, machine: Machine, policies: tu
     own, totals = parts(config, sizes, machine, learn=True)["update", "gradient"], {}
     mesh = _mesh(config)
     tokens = _tokens(config)
-    kernels = kernels_run(config, sizes, machine.platform, mesh)
+    kernels = machine.platform if kernels_run(config, sizes, machine.platform, mesh) else ""
     for remat in policies:
         totals[remat] = sum((own | {"activations": activation_bytes(sizes, mesh, tokens, remat, learn=True, kernels=kernels)}).values())
     return totals

@@ -29,11 +29,13 @@ MEASURED = "bfloat16", "packed"
 """config.model.dtype and experts, for which the formulas were compared with measurements."""
 FILLED = 0.95
 """Fraction of the update's positions that are not padding (docs/performance.md, Packing)."""
-ROUTED, ROUTED_REFERENCE = 25, 45
+ROUTED, ROUTED_REFERENCE, ROUTED_TPU = 25, 45, 16
 """Bytes of temporary arrays of the update's experts, per unit of expert width, token and expert that reads the token.
 
 Kernels: measured 116.2 GB with one row of 32,768 tokens, and 85.2 GB with one row on each of two devices of `expert`. References: the TPU
-compiler (libtpu 0.0.42) reports 86.0 GB on a v5p with one row of 4,096 tokens on each of eight devices of `expert`."""
+compiler (libtpu 0.0.42) reported 86.0 GB on a v5p with one row of 4,096 tokens on each of eight devices of `expert`, before the update had
+kernels there. A TPU's kernels: the factor is per token, not per expert that reads it. The compiler reports 8.25 GB for a layer of the 120b
+and 6.81 GB for one of the 20b, with a row of 34,192 tokens on each of four devices of `expert`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
         return Prediction(mesh, kernels, rows, obstacle=str(error))
     adapter = local_bytes(state.lora) if state is not None else 0
     tokens = rows * row_tokens(config) // split  # tokens of a microbatch on each device
-    activations = activation_bytes(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
+    activations = activation_bytes(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=machine.platform if kernels else "")
     needed = frozen + local_bytes(state) + GRADIENTS * adapter + activations
     taken = Prediction(mesh, kernels, rows, bytes=needed)
     if needed > machine.memory:
@@ -179,16 +181,20 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     return dataclasses.replace(taken, live=live, sampling=sampling, update=update, sampled=count * lengths.rollout, learned=learned)
 
 
-def activation_bytes(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: bool) -> int:
-    """Approximate bytes that the gradient needs in addition to its arguments, for `tokens` on each device."""
+def activation_bytes(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: str) -> int:
+    """Approximate bytes that the gradient needs in addition to its arguments, for `tokens` on each device. `kernels`: the platform
+    whose kernels compute the experts; empty for the references."""
     layers, stream, attention = sizes.num_layers, 4 * sizes.width, sizes.num_heads * (2 * sizes.head_size + 4)
     if not sizes.num_experts:
         # Measured: 6.0 GB for the 7B and 2.4 GB for the 1.5B, with 16,384 tokens and "layers".
         each = {"layers": layers * stream, "pairs": layers // 2 * stream, "none": layers * (stream + attention + 8 * sizes.mlp_width)}
         return (each[remat] if learn else stream) * tokens
     # A device gets the tokens of all devices along `expert`. In the references, all of its experts read all of these tokens; if `tensor`
-    # splits the experts, all experts do.
-    read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
+    # splits the experts, all experts do. A TPU's kernels read some rows at a time.
+    if kernels == "tpu":
+        read = ROUTED_TPU * mesh.expert
+    else:
+        read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
     routed = read * sizes.mlp_width * tokens
     kept = {"layers": layers * (stream + attention), "pairs": layers // 2 * stream, "none": 0}[remat] * tokens
     unpacked = 2 * costs.expert_weights(sizes) * (sizes.num_experts // mesh.expert if kernels else 1)
@@ -196,7 +202,9 @@ def activation_bytes(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: st
         unpacked += sizes.num_experts // mesh.tensor * costs.expert_bytes(sizes)  # the gathered experts of one layer
     if not learn:
         return stream * tokens + routed + unpacked
-    return kept + routed * (layers if remat == "none" else 1) + unpacked
+    if remat == "none":  # a TPU's kernels keep only the gathered inputs
+        routed = routed + layers * 2 * sizes.width * mesh.expert * tokens if kernels == "tpu" else layers * routed
+    return kept + routed + unpacked
 
 
 def recommend(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, *, learn: bool = True) -> list[Prediction]:
@@ -284,12 +292,14 @@ def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> I
         assumed = ", ".join(sorted(machine.speeds.assumed)).replace("_", " ")
         yield f"Assumed for this machine, not measured: {assumed} (discover_jax/machines.py)."
     if not all(one.kernels for one in shown) and not dense:
-        why = "with tensor above 1" if machine.platform == "gpu" else f"on a {machine.platform.upper()}"
+        why = "with tensor above 1" if machine.platform in PLATFORMS else f"on a {machine.platform.upper()}"
         yield (
             f"references: {why} there are no kernels of experts, and every expert computes every row. The efficiency of the references was"
             " measured only on one GPU with few tokens, so these figures are only an order of magnitude."
         )
-    if any(one.kernels for one in shown) and len(machine.devices) > 1 and not dense:
+    if any(one.kernels for one in shown) and machine.platform == "tpu":
+        yield "The kernels have not run on a TPU. The prediction assumes the efficiency that other kernels reach on an H200."
+    if any(one.kernels for one in shown) and len(machine.devices) > 1 and not dense and machine.platform == "gpu":
         yield (
             "Kernels: their efficiency was measured on one H200. On 2 and 4 H200s of one node, sampling and update were within 10% of the"
             " prediction (docs/scaling.md)."

@@ -51,9 +51,9 @@ def run(monkeypatch, capsys):
         (_config(mesh__expert=2, train__rows=2, train__row_tokens=32_768 + 1424), _machine(devices=2), 86.9),
         (_config(model__remat="pairs", train__row_tokens=34_192), _machine(), 100.7),
         (
-            _config(mesh__expert=8, train__rows=8, sampling__max_prompt_tokens=1024, sampling__max_new_tokens=3072),
+            _config(mesh__expert=8, train__rows=8, train__row_tokens=34_192),
             _machine("v5p", V5P, devices=8),
-            86.0,
+            51.8,  # docs/scaling.md
         ),
     ],
 )

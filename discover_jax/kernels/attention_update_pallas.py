@@ -25,6 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from discover_jax.kernels.dot_pallas import dot
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -66,16 +68,9 @@ def reach(first_BT: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     return (first_BIt.min(axis=2) // blocks.size).reshape(-1), (-(-first_BIt.max(axis=2) // blocks.size)).reshape(-1)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """A product with float32 sums. Inputs of float32 are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _scores(q_Ht: Any, k_SH: Any, first_1t: Any, i: jax.Array, j: jax.Array, *, masked: bool) -> jax.Array:
     """[S, t], -inf where unseen."""
-    scores_St = _dot(k_SH[...], q_Ht[...]) * q_Ht.shape[0] ** -0.5
+    scores_St = dot(k_SH[...], q_Ht[...]) * q_Ht.shape[0] ** -0.5
     if not masked:
         return scores_St
     size = scores_St.shape[0]
@@ -107,7 +102,7 @@ def _forward(
         higher_1t = jnp.maximum(highest_1t[...], scores_St.max(axis=0, keepdims=True))
         shrink_1t, weights_St = jnp.exp(highest_1t[...] - higher_1t), jnp.exp(scores_St - higher_1t)
         total_1t[...] = total_1t[...] * shrink_1t + weights_St.sum(axis=0, keepdims=True)
-        sum_Ht[...] = sum_Ht[...] * shrink_1t + _dot(v_HS[...], weights_St.astype(v_HS.dtype))
+        sum_Ht[...] = sum_Ht[...] * shrink_1t + dot(v_HS[...], weights_St.astype(v_HS.dtype))
         highest_1t[...] = higher_1t
 
     _when_seen(i, j, pl.program_id(0) * blocks.count + i, reach_BI, whole_BI, add)
@@ -120,7 +115,7 @@ def _forward(
 
 def _d_scores(weights_St: jax.Array, d_out_Ht: Any, v_SH: Any, delta_1t: Any) -> jax.Array:
     """The gradient of the products of queries and keys, [S, t], rounded to the values' dtype."""
-    d_weights_St = _dot(v_SH[...], d_out_Ht[...])
+    d_weights_St = dot(v_SH[...], d_out_Ht[...])
     return (weights_St * (d_weights_St - delta_1t[...]) * v_SH.shape[1] ** -0.5).astype(v_SH.dtype)
 
 
@@ -135,7 +130,7 @@ def _backward_queries(
 
     def add(masked: bool) -> None:
         weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, i, j, masked=masked) - lse_1t[...])
-        sum_Ht[...] += _dot(k_HS[...], _d_scores(weights_St, d_out_Ht, v_SH, delta_1t))
+        sum_Ht[...] += dot(k_HS[...], _d_scores(weights_St, d_out_Ht, v_SH, delta_1t))
 
     _when_seen(i, j, pl.program_id(0) * blocks.count + i, reach_BI, whole_BI, add)
 
@@ -157,8 +152,8 @@ def _backward_keys(
 
     def add(masked: bool) -> None:
         weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, i, j, masked=masked) - lse_1t[...])
-        v_sum_SH[...] += _dot(weights_St.astype(q_Ht.dtype), d_out_Ht[...], (1, 1))
-        k_sum_SH[...] += _dot(_d_scores(weights_St, d_out_Ht, v_SH, delta_1t), q_Ht[...], (1, 1))
+        v_sum_SH[...] += dot(weights_St.astype(q_Ht.dtype), d_out_Ht[...], (1, 1))
+        k_sum_SH[...] += dot(_d_scores(weights_St, d_out_Ht, v_SH, delta_1t), q_Ht[...], (1, 1))
 
     _when_seen(i, j, pl.program_id(0) * blocks.count + i, reach_BI, whole_BI, add)
 

@@ -41,15 +41,18 @@ def sort_rows(index_TX: jax.Array, experts: int, block: int) -> Blocks:
         slots = jnp.zeros(rows, jnp.int32).at[place_R].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
     else:
         slots = jnp.argsort(index_R, stable=True).astype(jnp.int32)
+    return Blocks(slots, cut_blocks(index_R, experts, block))
+
+
+def cut_blocks(index_R: jax.Array, experts: int, block: int) -> jax.Array:
+    """`Blocks.blocks` of choices in any order; arguments as for `sort_rows`."""
     numbers = jnp.arange(experts)
     first_E = jnp.sum(index_R[None, :] < numbers[:, None], axis=1)
     count_E = jnp.sum(index_R[None, :] == numbers[:, None], axis=1)
     needed_E = -(-count_E // block)
     end_E = jnp.sum(jnp.where(numbers[None, :] <= numbers[:, None], needed_E[None, :], 0), axis=1)
-    block_b = jnp.arange(most_blocks(rows, experts, block))
+    block_b = jnp.arange(most_blocks(index_R.shape[0], experts, block))
     expert_b = jnp.minimum(jnp.sum(end_E[None, :] <= block_b[:, None], axis=1), experts - 1)
     before_b = (block_b - (end_E - needed_E)[expert_b]) * block
-    return Blocks(
-        slots,
-        jnp.stack([expert_b, first_E[expert_b] + before_b, jnp.clip(count_E[expert_b] - before_b, 0, block)]).astype(jnp.int32),
-    )
+    rows_b = jnp.clip(count_E[expert_b] - before_b, 0, block)
+    return jnp.stack([expert_b, first_E[expert_b] + before_b, rows_b]).astype(jnp.int32)

@@ -118,6 +118,7 @@ PLATFORMS = {
             "decode_experts": ("discover_jax.kernels.experts_decode_tpu", "moe_decode"),
             "packed_attention": ("discover_jax.kernels.attention_update_tpu", "packed_attention"),
             "windowed_attention": ("discover_jax.kernels.attention_update_tpu", "windowed_attention"),
+            "experts": ("discover_jax.kernels.experts_update_tpu", "moe_update"),
         },
         extra="tpu",
         experts="lanes",

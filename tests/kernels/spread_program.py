@@ -10,8 +10,10 @@ import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
+from discover_jax.kernels import experts_update_tpu  # noqa: E402
+from discover_jax.kernels.experts_update_pallas import Tiles  # noqa: E402
 from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set  # noqa: E402
-from discover_jax.kernels.spread import row_devices  # noqa: E402
+from discover_jax.kernels.spread import row_devices, spread_experts  # noqa: E402
 from discover_jax.models.sharding import make_mesh  # noqa: E402
 
 EXPERTS, ACTIVE, WIDTH = 8, 2, 16
@@ -22,13 +24,13 @@ class Matrix:
     scale = 0.0
 
     def __init__(self, weight: jax.Array):
-        self.own = {"weight": weight}
+        self.own = {"weight": weight, "bias": jnp.ones(weight.shape[:2])}
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
         return self.own
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
-        return x_Ti @ one["weight"].T
+        return x_Ti @ one["weight"].T + one["bias"]
 
 
 def experts(moe: Any, tokens: int) -> list[np.ndarray]:
@@ -44,6 +46,16 @@ def experts(moe: Any, tokens: int) -> list[np.ndarray]:
         return out, pull(d_out)
 
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(passes)(*(jnp.asarray(x, jnp.float32) for x in draw)))]
+
+
+def tpu_experts(mesh: Any, tokens: int) -> list[np.ndarray]:
+    """Output, and derivatives of activations and weights, by the TPU's kernels, interpreted in float32."""
+
+    def moe(x: Any, index: Any, weights: Any, up: Any, low: Any, *, limit: float, alpha: float, **_: Any) -> Any:
+        layer = experts_update_tpu.Layer(limit, alpha, 0.0, 0.0, Tiles(rows=16, blocks=2, interpret=True))
+        return experts_update_tpu.moe_sorted(x, weights, None, index, *(one.arrays(adapted=False) for one in (up, low)), layer)
+
+    return experts(spread_experts(moe, mesh), tokens)[:3]
 
 
 def attention(attend: Any, rows: int) -> list[np.ndarray]:
@@ -99,6 +111,8 @@ def main() -> None:
             for shape in MESHES:
                 spread = getattr(reference_set(make_mesh(*shape)), operation)
                 found[f"{name} of {count} on {shape}"] = worst(run(spread, count), expected)
+    for shape in MESHES[:2]:  # kernels of experts do not support `tensor`
+        found[f"TPU experts on {shape}"] = worst(tpu_experts(make_mesh(*shape), 12), experts(REFERENCE.experts, 12)[:3])
     for shape in MESHES:
         mesh = make_mesh(*shape)
         parts = row_devices(mesh)

@@ -1,0 +1,326 @@
+"""The mixture of experts in the update, on a TPU: grouped products of sorted rows, with derivatives.
+
+Exact and dropless for any routing, with the rounding points of the GPU's kernels. Rows are sorted by expert into blocks that each belong to
+one expert. A loop computes some blocks at a time, until all rows of this device's experts are done. So memory does not grow with the number
+of devices whose tokens this one sees. A layer's MXFP4 is unpacked to bfloat16 in the forward pass and again in the backward pass, and never
+kept. The backward pass keeps only the inputs. It recomputes gates and ups, but not the output.
+
+The kernels were compiled for TPUs and interpreted on a CPU. No TPU has run them.
+
+Dimensions: R choices of experts of all tokens, P rows of a loop's blocks, F width of an expert.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from discover_jax.kernels.expert_rows import cut_blocks
+from discover_jax.kernels.experts import ExpertMatrix, moe_reference
+from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation, grouped, outer, unpack, unpack_lanes
+from discover_jax.kernels.fallback import warn_reference
+
+ROWS = (512, 256, 128)
+"""Possible rows of a block. Larger ones read weights less often, and waste more: half a block per expert."""
+ROWS_AT_ONCE = 16_384
+"""Rows of all blocks that the loop computes at once. Their arrays take about 1 GB at gpt-oss's width."""
+
+
+def choose_tiles(choices: int, experts: int) -> Tiles:
+    """The largest blocks that padding enlarges by about an eighth or less, for this many choices among all devices' experts."""
+    rows = next((rows for rows in ROWS if choices >= 4 * rows * experts), ROWS[-1])
+    return Tiles(rows=rows, blocks=ROWS_AT_ONCE // rows)
+
+
+Arrays = dict[str, jax.Array]
+"""Of one matrix: `lanes` and `powers` (see mxfp4_lanes), `blocks` and `scales`, or `weight`; and `bias`; without the adapter."""
+Adapter = tuple[jax.Array, jax.Array]
+"""[E, rank, in] and [E, out, rank]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The constants of a layer: limit and alpha of the activation, scales of the adapters of both matrices, and the tiles."""
+
+    limit: float
+    alpha: float
+    scale_up: float
+    scale_down: float
+    tiles: Tiles
+
+
+def _unpacked(matrix: Arrays, tiles: Tiles, part: int = 0, parts: int = 1) -> jax.Array:
+    """[E, in, out/parts], of every `parts`-th output from `part`: gates or ups if there are two."""
+    if "lanes" in matrix:
+        return unpack_lanes(matrix["lanes"], matrix["powers"], part, matrix["bias"].shape[1] // parts, tiles)
+    if "weight" in matrix:
+        return matrix["weight"][:, part::parts].swapaxes(1, 2)
+    blocks, scales = matrix["blocks"][:, part::parts], matrix["scales"][:, part::parts]
+    # A TPU stores `blocks` with the outputs along its lanes, so this copies nothing.
+    packed = blocks.transpose(0, 2, 3, 1).reshape(blocks.shape[0], -1, blocks.shape[1])
+    return unpack(packed, scales.swapaxes(1, 2), tiles)
+
+
+def _alternating(gates_ErF: jax.Array, ups_ErF: jax.Array) -> jax.Array:
+    """[E, 2 F, r] whose even rows are those of gates."""
+    both_EF2r = jnp.stack([gates_ErF, ups_ErF], axis=2).transpose(0, 3, 2, 1)
+    return both_EF2r.reshape(both_EF2r.shape[0], -1, both_EF2r.shape[3])
+
+
+class _Rows(NamedTuple):
+    """The rows of a turn of the loop.
+
+    Attributes:
+      owners: of their blocks.
+      tokens_P: the token of each row; the number of tokens at padding.
+      slots_P: the choice of each row, see `expert_rows.Blocks`; the number of choices at padding.
+      live_P1: which are not padding.
+    """
+
+    owners: Owners
+    tokens_P: jax.Array
+    slots_P: jax.Array
+    live_P1: jax.Array
+
+    def of_tokens(self, x_TD: jax.Array) -> jax.Array:
+        """The tokens' rows of x; any row at padding."""
+        return x_TD.at[self.tokens_P].get(mode="clip")
+
+    def added(self, total_TD: jax.Array, rows_PD: jax.Array) -> jax.Array:
+        """The sum of `total_TD` and each token's rows."""
+        return total_TD.at[self.tokens_P].add(rows_PD, mode="drop")
+
+    def weights(self, weights_TX: jax.Array) -> jax.Array:
+        """The weights of the choices, float32 [P, 1]; 0 at padding."""
+        weights_P = weights_TX.astype(jnp.float32).reshape(-1).at[self.slots_P].get(mode="clip")
+        return jnp.where(self.live_P1, weights_P[:, None], 0)
+
+    def of_experts(self, x_ED: jax.Array) -> jax.Array:
+        """The row of x of each row's expert."""
+        return jnp.repeat(x_ED[self.owners.experts_b], self.slots_P.shape[0] // self.owners.rows_b.shape[0], axis=0)
+
+
+def _sorted_slots(index_TX: jax.Array, experts: int) -> jax.Array:
+    """`expert_rows.Blocks.slots`, by a sort of one array where its keys fit in int32. A sort of pairs takes twice as long to compile."""
+    index_R, rows = index_TX.reshape(-1), index_TX.size
+    if (experts + 1) * rows > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(index_R, stable=True).astype(jnp.int32)
+    return lax.sort(index_R * rows + jnp.arange(rows, dtype=jnp.int32), is_stable=False) % rows
+
+
+def _over_rows(index_TX: jax.Array, experts: int, tiles: Tiles, start: Any, turn: Callable[[_Rows, Any], Any]) -> Any:
+    """Calls `turn` on the rows of some blocks after another, and with its last result, until all rows of this device had their turn."""
+    (tokens, share), slots_R, blocks = (
+        index_TX.shape,
+        _sorted_slots(index_TX, experts),
+        cut_blocks(index_TX.reshape(-1), experts, tiles.rows),
+    )
+    most = blocks.shape[1]
+    count = min(tiles.blocks, most)
+    blocks = jnp.pad(blocks, ((0, 0), (0, -most % count)), mode="edge").at[2, most:].set(0)
+
+    def rows_of(number: jax.Array) -> _Rows:
+        experts_b, first_b, rows_b = lax.dynamic_slice_in_dim(blocks, number * count, count, axis=1)
+        place_P = (first_b[:, None] + jnp.arange(tiles.rows)).reshape(-1)
+        live_P = (jnp.arange(tiles.rows) < rows_b[:, None]).reshape(-1)
+        slots_P = jnp.where(live_P, slots_R.at[place_P].get(mode="clip"), tokens * share)
+        return _Rows(Owners(experts_b, rows_b), slots_P // share, slots_P, live_P[:, None])
+
+    turns = -(-jnp.sum(blocks[2] > 0) // count)
+    return lax.fori_loop(0, turns, lambda number, total: turn(rows_of(number), total), start)
+
+
+class _Matrices:
+    """The unpacked matrices and the adapters of a layer in the layouts of the kernels, for rows of a dtype.
+
+    Attributes:
+      gates, ups: [E, D, F].
+      down: [E, F, D].
+      a_up, a_down: [E, r, D] and [E, r, F]; None without adapters.
+      b_gates, b_ups, b_down: [E, r, F], [E, r, F] and [E, r, D].
+    """
+
+    def __init__(self, adapters: tuple[Adapter, Adapter] | None, gate_up: Arrays, down: Arrays, layer: Layer, dtype: Any) -> None:
+        self._layer, self._dtype = layer, dtype
+        self.gates, self.ups = (_unpacked(gate_up, layer.tiles, part, 2) for part in range(2))
+        self.down = _unpacked(down, layer.tiles)
+        biases = gate_up["bias"][:, 0::2], gate_up["bias"][:, 1::2], down["bias"]
+        self.bias_gates, self.bias_ups, self.bias_down = (bias.astype(jnp.float32) for bias in biases)
+        self.adapted = adapters is not None
+        self.a_up: Any = None
+        self.a_down: Any = None
+        self.b_gates: Any = None
+        self.b_ups: Any = None
+        self.b_down: Any = None
+        if adapters is not None:
+            (self.a_up, b_up), (self.a_down, b_down) = jax.tree.map(lambda x: x.astype(dtype), adapters)
+            self.b_gates, self.b_ups, self.b_down = (b.swapaxes(1, 2) for b in (b_up[:, 0::2], b_up[:, 1::2], b_down))
+
+    def low(self, scale: float, factors: list[tuple[jax.Array, Any]], owners: Owners) -> Any:
+        """Rows times transposed matrices [E, r, K], scaled: float32 [P, r]; None without adapters."""
+        return scale * grouped(factors, owners, self._layer.tiles, transposed=True) if self.adapted else None
+
+    def second(self, low_Pr: Any, matrix: Any) -> Any:
+        """An adapter's second product for the kernels; None without adapters."""
+        return (low_Pr.astype(self._dtype), matrix) if self.adapted else None
+
+    def activate(self, x_PD: jax.Array, owners: Owners) -> tuple[list[jax.Array], Any]:
+        """Activation, gates and ups [P, F], and the adapter's rows [P, r]."""
+        low_Pr = self.low(self._layer.scale_up, [(x_PD, self.a_up)], owners)
+        halves = [
+            (self.gates, self.bias_gates, self.second(low_Pr, self.b_gates)),
+            (self.ups, self.bias_ups, self.second(low_Pr, self.b_ups)),
+        ]
+        return activation(x_PD, halves, owners, self._layer.tiles, limit=self._layer.limit, alpha=self._layer.alpha), low_Pr
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def moe_sorted(
+    x_TD: jax.Array,
+    weights_TX: jax.Array,
+    adapters: tuple[Adapter, Adapter] | None,
+    index_TX: jax.Array,
+    gate_up: Arrays,
+    down: Arrays,
+    layer: Layer,
+) -> jax.Array:
+    """`moe_reference`'s sum, [T, D] float32, differentiable in `x_TD`, `weights_TX` and `adapters`.
+
+    Args:
+      x_TD: activations.
+      weights_TX, index_TX: the experts of each token, all different, and their weights. The number of experts on this device stands for
+        an expert on another device; rows of such choices are never computed.
+      adapters: of gate_up and of down, or None.
+      gate_up, down: of one layer.
+      layer: constants.
+    """
+    matrices, tiles = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles
+
+    def turn(rows: _Rows, total_TD: jax.Array) -> jax.Array:
+        (active_PF, _, _), _ = matrices.activate(rows.of_tokens(x_TD), rows.owners)
+        low_Pr = matrices.low(layer.scale_down, [(active_PF, matrices.a_down)], rows.owners)
+        adapter = matrices.second(low_Pr, matrices.b_down)
+        y_PD = grouped([(active_PF, matrices.down)], rows.owners, tiles, bias=matrices.bias_down, adapter=adapter)
+        return rows.added(total_TD, rows.weights(weights_TX) * y_PD)
+
+    return _over_rows(index_TX, down["bias"].shape[0], tiles, jnp.zeros(x_TD.shape, jnp.float32), turn)
+
+
+def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
+    return moe_sorted(*arguments), arguments[:-1]
+
+
+def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
+    """Does not need the output of `down`: with y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b."""
+    x_TD, weights_TX, adapters, index_TX, gate_up, down = kept
+    matrices, tiles, experts = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles, down["bias"].shape[0]
+    d_rounded_TD = d_out_TD.astype(x_TD.dtype)
+
+    def turn(rows: _Rows, totals: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
+        d_x_TD, d_weights_R, d_adapters = totals
+        x_PD, d_PD, weights_P1 = rows.of_tokens(x_TD), rows.of_tokens(d_rounded_TD), rows.weights(weights_TX)
+        (active_PF, gates_PF, ups_PF), low_up_Pr = matrices.activate(x_PD, rows.owners)
+        # First the gradients of `down` for outputs with weight 1.
+        d_low_down_Pr = matrices.low(layer.scale_down, [(d_PD, matrices.b_down)], rows.owners)
+        d_active_PF = grouped(
+            [(d_PD, matrices.down)],
+            rows.owners,
+            tiles,
+            transposed=True,
+            adapter=matrices.second(d_low_down_Pr, matrices.a_down),
+            dtype=x_TD.dtype,
+        ).astype(jnp.float32)
+        d_weights_P = jnp.sum(d_active_PF * active_PF.astype(jnp.float32), axis=1)
+        d_weights_P += jnp.sum(d_PD.astype(jnp.float32) * rows.of_experts(matrices.bias_down.astype(x_TD.dtype)), axis=1)
+        d_gates_PF, d_ups_PF = _activation_gradient(gates_PF, ups_PF, weights_P1 * d_active_PF, layer)
+        d_low_up_Pr = matrices.low(layer.scale_up, [(d_gates_PF, matrices.b_gates), (d_ups_PF, matrices.b_ups)], rows.owners)
+        adapter = matrices.second(d_low_up_Pr, matrices.a_up)
+        factors = [(d_gates_PF, matrices.gates), (d_ups_PF, matrices.ups)]
+        d_x_PD = grouped(factors, rows.owners, tiles, transposed=True, adapter=adapter)
+        if adapters is not None:
+            low_down_Pr = matrices.low(layer.scale_down, [(active_PF, matrices.a_down)], rows.owners)
+            pairs = (
+                (d_low_up_Pr, x_PD),
+                (low_up_Pr, d_gates_PF),
+                (low_up_Pr, d_ups_PF),
+                (weights_P1 * d_low_down_Pr, active_PF),
+                (weights_P1 * low_down_Pr, d_PD),
+            )
+            of_rows = [outer(jnp.where(rows.live_P1, v_Pr, 0), u_PN, experts, rows.owners, tiles) for v_Pr, u_PN in pairs]
+            d_adapters = jax.tree.map(jnp.add, d_adapters, of_rows)
+        return rows.added(d_x_TD, d_x_PD), d_weights_R.at[rows.slots_P].set(d_weights_P, mode="drop"), d_adapters
+
+    start = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(index_TX.size, jnp.float32), None
+    if adapters is not None:
+        like = matrices.a_up, matrices.b_gates, matrices.b_ups, matrices.a_down, matrices.b_down
+        start = *start[:2], [jnp.zeros(one.shape, jnp.float32) for one in like]
+    d_x_TD, d_weights_R, found = _over_rows(index_TX, experts, tiles, start, turn)
+    d_adapters = None
+    if adapters is not None:
+        a_up, b_gates, b_ups, a_down, b_down = found
+        found = (a_up, _alternating(b_gates, b_ups)), (a_down, b_down.swapaxes(1, 2))
+        d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), found, adapters)
+    d_weights_TX = d_weights_R.reshape(index_TX.shape).astype(weights_TX.dtype)
+    return d_x_TD.astype(x_TD.dtype), d_weights_TX, d_adapters, None, None, None
+
+
+def _activation_gradient(gates_PF: jax.Array, ups_PF: jax.Array, d_active_PF: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    """The gradient of kernels.experts.gated in gates and ups, in their dtype; zero where they are clamped."""
+
+    def gated(gates_PF: jax.Array, ups_PF: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gates_PF.astype(jnp.float32), layer.limit)
+        up = jnp.clip(ups_PF.astype(jnp.float32), -layer.limit, layer.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(layer.alpha * gate)
+
+    _, pull = jax.vjp(gated, gates_PF, ups_PF)
+    return pull(d_active_PF)
+
+
+moe_sorted.defvjp(_forward, _backward)
+
+
+def moe_update(
+    x_TD: jax.Array,
+    index_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    experts: int,
+    adapted: bool,
+    limit: float,
+    alpha: float,
+    layer: jax.Array | None = None,
+    elsewhere: int = 0,
+) -> jax.Array:
+    """`MixtureOfExperts` by the kernels, for packed experts in both layouts (`lanes` or `blocks`) or dense ones (`weight`); differentiable.
+
+    If the kernels do not support the arguments, uses the reference and logs the reason once.
+    """
+    arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
+    if reason := _reason_against(x_TD, arrays, layer):
+        warn_reference("experts", reason, "tpu")
+        options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}
+        return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)
+    adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
+    constants = Layer(limit, alpha, gate_up.scale, down.scale, choose_tiles(index_TX.size, experts + elsewhere))
+    return moe_sorted(x_TD, weights_TX, adapters, index_TX, *arrays, constants)
+
+
+def _reason_against(x_TD: jax.Array, arrays: list[Arrays], layer: jax.Array | None) -> str:
+    """Why the kernels do not support these arguments; empty if they do."""
+    if x_TD.dtype != jnp.bfloat16:
+        return f"activations are {x_TD.dtype}; the kernel supports bfloat16"
+    if any(own.keys().isdisjoint(("lanes", "blocks", "weight")) for own in arrays):
+        return "the experts are neither packed nor dense"
+    if any(own["weight"].dtype != jnp.bfloat16 for own in arrays if "weight" in own):
+        return "the experts' weights are not bfloat16"
+    if layer is not None:
+        return "the kernel supports the weights of one layer, not of a stack"
+    if ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
+        return "only one of the experts' two matrices has an adapter"
+    return ""

@@ -1,0 +1,315 @@
+"""The TPU kernels of the update's experts, interpreted on a CPU and compared with the reference, and compiled for TPUs without one."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from jax.experimental.pallas import tpu as pltpu
+
+from discover_jax.kernels import experts_update_tpu, mxfp4_lanes
+from discover_jax.kernels.expert_rows import sort_rows
+from discover_jax.kernels.experts import moe_reference
+from discover_jax.kernels.experts_update_pallas import Owners, Tiles, grouped, outer, unpack
+from discover_jax.kernels.experts_update_tpu import Layer, choose_tiles, moe_sorted, moe_update
+from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.kernel_set import find_kernel
+from discover_jax.models.mxfp4 import dequantise
+
+LIMIT, ALPHA, SCALES = 2.0, 1.702, (0.5, 0.25)
+SMALL = Tiles(rows=16, columns=128, blocks=2, interpret=True)
+EXPERTS, TOKENS, SHARE = 4, 24, 2
+
+
+class Matrix:
+    """A matrix of all experts. With `weight` it has exact float32 weights for the reference, without it MXFP4 for the kernels."""
+
+    def __init__(self, arrays, scale, adapter=None, weight=None):
+        self.scale, self.own = scale, arrays | (dict(zip(("lora_a", "lora_b"), adapter, strict=True)) if adapter else {})
+        if weight is not None:
+            self.own = {"weight": weight} | {name: array for name, array in self.own.items() if name not in ("blocks", "scales")}
+
+    def arrays(self, *, adapted):
+        return self.own
+
+    def apply(self, x_Ti, one):
+        y = x_Ti @ one["weight"].T + one["bias"]
+        return y + self.scale * (x_Ti @ one["lora_a"].T) @ one["lora_b"].T if "lora_a" in one else y
+
+
+def _packed(rng, experts, out, into):
+    blocks = jnp.asarray(rng.integers(0, 256, (experts, out, into // 32, 16), dtype=np.uint8))
+    scales = jnp.asarray(rng.integers(121, 124, (experts, out, into // 32), dtype=np.uint8))
+    bias = jnp.asarray(0.3 * rng.normal(size=(experts, out)), jnp.bfloat16).astype(jnp.float32)
+    return {"blocks": blocks, "scales": scales, "bias": bias}
+
+
+def _problem(tokens=TOKENS, share=SHARE, experts=EXPERTS, *, width=64, hidden=32, rank=4):
+    """Numbers that bfloat16 holds: activations, weights of the choices, adapters; matrices; and the output's gradient."""
+    rng = np.random.default_rng(tokens)
+
+    def exact(*shape, scale=0.3):
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)
+
+    x, d_out = exact(tokens, width, scale=0.5), exact(tokens, width)
+    weights = jnp.asarray(rng.uniform(0.1, 1, size=(tokens, share)), jnp.float32)
+    shapes = ((experts, rank, width), (experts, 2 * hidden, rank)), ((experts, rank, hidden), (experts, width, rank))
+    adapters = tuple(tuple(exact(*shape) for shape in pair) for pair in shapes) if rank else None
+    matrices = _packed(rng, experts, 2 * hidden, width), _packed(rng, experts, width, hidden)
+    return (x, weights, adapters), matrices, d_out
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype"))
+def _by_kernels(leaves, index, matrices, d_out, *, tiles=SMALL, dtype=jnp.float32):
+    """The output and its gradients in the leaves."""
+    layer = Layer(LIMIT, ALPHA, *SCALES, tiles)
+    out, pull = jax.vjp(lambda x, weights, adapters: moe_sorted(x.astype(dtype), weights, adapters, index, *matrices, layer), *leaves)
+    return out, pull(d_out)
+
+
+@jax.jit
+def _by_reference(leaves, index, matrices, d_out):
+    def reference(x, weights, adapters):
+        exact = [dequantise(one["blocks"], one["scales"], jnp.float32) for one in matrices]
+        both = zip(matrices, SCALES, adapters or (None, None), exact, strict=True)
+        options = {"experts": matrices[0]["bias"].shape[0], "adapted": adapters is not None, "limit": LIMIT, "alpha": ALPHA}
+        return moe_reference(x, index, weights, *(Matrix(*one) for one in both), **options)
+
+    out, pull = jax.vjp(reference, *leaves)
+    return out, pull(d_out)
+
+
+def _compare(problem, index, tolerance, **options):
+    """The output and the gradients of x, weights and the adapters' four matrices, relative to the norm of each. In bfloat16, a gate next to
+    its limit may be clamped in one of them only, so that one row's gradient differs."""
+    leaves, matrices, d_out = problem
+    index = jnp.asarray(index, jnp.int32)
+    found, expected = (
+        jax.tree.leaves(f(leaves, index, matrices, d_out, **more)) for f, more in ((_by_kernels, options), (_by_reference, {}))
+    )
+    assert len(found) == len(expected) == (7 if leaves[2] else 3)
+    for number, (got, want) in enumerate(zip(found, expected, strict=True)):
+        assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want), number
+        assert np.abs(want).max() > 0.001
+
+
+def _random(tokens=TOKENS, share=SHARE, experts=EXPERTS, seed=0):
+    """Different experts for each token."""
+    return np.argsort(np.random.default_rng(seed).normal(size=(tokens, experts)), axis=1)[:, :share]
+
+
+def _one_row():
+    index = np.full((TOKENS, SHARE), EXPERTS)
+    index[5, 1] = 2
+    return index
+
+
+_ROUTINGS = {
+    "no block is full, and one choice in three is on another device": np.where(
+        np.arange(2 * TOKENS).reshape(-1, 2) % 3, _random(), EXPERTS
+    ),
+    "two experts have all rows": np.tile([3, 1], (TOKENS, 1)),
+    "one expert has all rows": np.tile([2, EXPERTS], (TOKENS, 1)),
+    "one row": _one_row(),
+}
+
+
+@pytest.mark.parametrize("routing", _ROUTINGS)
+def test_the_kernels_agree_with_the_reference(routing):
+    _compare(_problem(), _ROUTINGS[routing], 1e-5)
+
+
+def test_devices_without_rows_add_nothing():
+    (x, *more), matrices, d_out = _problem()
+    for found in jax.tree.leaves(_by_kernels((x, *more), jnp.full((TOKENS, SHARE), EXPERTS, jnp.int32), matrices, d_out)):
+        assert not np.any(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", _ROUTINGS)
+def test_without_adapters(routing):
+    _compare(_problem(rank=0), _ROUTINGS[routing], 1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_within_its_rounding():
+    _compare(_problem(), _random(), 2e-2, dtype=jnp.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_larger_sizes(dtype, tolerance):
+    """Widths that fill no whole number of columns, several parts of unpacking, and experts of several blocks."""
+    problem = _problem(700, 4, 9, width=704, hidden=416, rank=8)
+    _compare(problem, _random(700, 4, 9), tolerance, tiles=Tiles(rows=128, columns=256, blocks=4, interpret=True), dtype=dtype)
+
+
+@pytest.mark.slow
+def test_a_simulated_tpu_finds_no_races(capfd):
+    """The simulator has the chip's memories and copies, two cores, and NaN where nothing was written. It prints the races."""
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
+    problem = _problem(40, width=320, hidden=160)
+    _compare(problem, np.where(np.arange(80).reshape(-1, 2) % 3, _random(40), EXPERTS), 1e-5, tiles=Tiles(16, 128, 2, interpret))
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 16), (3, 130), (38, 24)])  # 38 scales are unpacked in several parts
+def test_unpacking_is_exact(groups, width):
+    rng = np.random.default_rng(groups)
+    blocks, scales = rng.integers(0, 256, (2, width, groups, 16), dtype=np.uint8), rng.integers(4, 250, (2, width, groups), dtype=np.uint8)
+    packed = jnp.asarray(blocks.transpose(0, 2, 3, 1).reshape(2, -1, width))
+    found = unpack(packed, jnp.asarray(scales.swapaxes(1, 2)), SMALL)
+    np.testing.assert_array_equal(found, dequantise(jnp.asarray(blocks), jnp.asarray(scales)).swapaxes(1, 2))
+
+
+@pytest.mark.parametrize(("parts", "groups", "width"), [(1, 2, 24), (2, 6, 130)])
+def test_unpacking_the_layout_of_decoding_is_exact(parts, groups, width):
+    rng = np.random.default_rng(groups)
+    blocks = jnp.asarray(rng.integers(0, 256, (2, parts * width, groups, 16), dtype=np.uint8))
+    scales = jnp.asarray(rng.integers(4, 250, (2, parts * width, groups), dtype=np.uint8))
+    bias = jnp.zeros((2, parts * width))
+    laid_out = {"lanes": mxfp4_lanes.lay_out_blocks(blocks, parts), "powers": mxfp4_lanes.lay_out_scales(scales, parts), "bias": bias}
+    for part in range(parts):
+        found = [experts_update_tpu._unpacked(one, SMALL, part, parts) for one in (laid_out, {"blocks": blocks, "scales": scales})]
+        np.testing.assert_array_equal(*found)
+
+
+def test_bfloat16_products_have_float32_sums():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((32, 96), (3, 96, 200)))
+    owners = Owners(jnp.asarray([2, 2], jnp.int32), jnp.asarray([16, 3], jnp.int32))
+    exact = np.asarray(x, np.float32) @ np.asarray(w[2], np.float32)
+    np.testing.assert_allclose(grouped([(x, w)], owners, SMALL), exact, atol=1e-4)
+    sums = np.einsum("pr,pn->rn", exact[:, :5].astype(jnp.bfloat16), np.asarray(x, np.float32))
+    np.testing.assert_allclose(outer(exact[:, :5], x, 3, owners, SMALL)[2], sums, rtol=1e-5, atol=1e-2)
+    assert not outer(exact[:, :5], x, 3, owners, SMALL)[:2].any()
+
+
+def _flops_of_a_block(jaxpr, grid=1):
+    """Floating point operations of all products of kernels, for one block of rows. The first axis of a kernel's grid is its columns."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            ((axis,), _), _ = eqn.params["dimension_numbers"]
+            total += 2 * grid * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[axis]
+        within = eqn.params["grid_mapping"].grid[0] if eqn.primitive.name == "pallas_call" else grid
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                total += _flops_of_a_block(getattr(inner, "jaxpr", inner), within)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "parts", "skew", "most"),
+    [
+        (34_192, 32, 1, 0.0, 1.08),  # the 20b, the longest row of the report's third run
+        pytest.param(8 * 34_192, 128, 8, 0.0, 1.04, marks=pytest.mark.slow),  # the 120b, such a row on each of eight devices
+        pytest.param(8 * 34_192, 128, 8, 1.0, 1.12, marks=pytest.mark.slow),  # experts whose load differs by orders of magnitude
+        pytest.param(16 * 4_096, 128, 16, 0.0, 1.2, marks=pytest.mark.slow),
+    ],
+)
+def test_operations_over_those_needed_with_full_rematerialisation(tokens, experts, parts, skew, most):
+    """The kernels' own products on the busiest device, by their grids, with padding of rows and of columns. Needed: a forward pass, its
+    repetition, and the gradients of activations and adapters."""
+    width, rank, own, rng = 2_880, 8, experts // parts, np.random.default_rng(0)
+    logits = (rng.gumbel(size=(tokens, experts)) + 2 * skew * rng.normal(size=experts)).astype(np.float32)
+    counts = np.bincount(np.argpartition(-logits, 4, axis=1)[:, :4].reshape(-1), minlength=experts).reshape(parts, own)
+    counts = counts[counts.sum(axis=1).argmax()]
+    tiles = choose_tiles(4 * tokens, experts)
+    blocks = np.ceil(counts / tiles.rows).sum()
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    adapters = ((of(own, rank, width), of(own, 2 * width, rank)), (of(own, rank, width), of(own, width, rank)))
+    matrices = [
+        {"blocks": of(own, out, 90, 16, dtype=jnp.uint8), "scales": of(own, out, 90, dtype=jnp.uint8), "bias": of(own, out)}
+        for out in (2 * width, width)
+    ]
+    layer = Layer(7.0, 1.702, 4.0, 4.0, tiles)
+
+    def both(x, weights, adapters, index, matrices, d_out):
+        out, pull = jax.vjp(lambda *leaves: moe_sorted(*leaves, index, *matrices, layer), x, weights, adapters)
+        return out, pull(d_out)
+
+    shapes = of(tokens, width), of(tokens, 4), adapters, of(tokens, 4, dtype=jnp.int32), matrices, of(tokens, width, dtype=jnp.float32)
+    done = blocks * _flops_of_a_block(jax.make_jaxpr(both)(*shapes).jaxpr)
+    needed = 2 * counts.sum() * (3 * 3 * width**2 + 4 * 5 * width * rank)
+    print(f"{done / needed:.3f} of the needed operations; padding of rows {blocks * tiles.rows / counts.sum():.3f}, {tiles}")
+    assert 0.85 < done / needed < most
+
+
+@pytest.mark.parametrize(("choices", "experts", "rows"), [(4 * 34_192, 32, 512), (4 * 34_192, 128, 256), (100, 128, 128)])
+def test_blocks_are_small_where_experts_have_few_rows(choices, experts, rows):
+    assert choose_tiles(choices, experts).rows == rows
+
+
+def test_slots_are_sorted_as_on_other_platforms():
+    for seed, tokens in enumerate((24, 1_100)):
+        index = jnp.asarray(np.where(np.arange(tokens)[:, None] % 5 == 0, EXPERTS, _random(tokens, seed=seed)), jnp.int32)
+        np.testing.assert_array_equal(experts_update_tpu._sorted_slots(index, EXPERTS), sort_rows(index, EXPERTS, 16).slots)
+
+
+def test_the_platform_has_them():
+    assert find_kernel("experts", "tpu") == (moe_update, "")
+
+
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_models_call_them_with_packed_and_with_dense_experts(monkeypatch, form):
+    """Shapes only; both forms reach `moe_sorted`."""
+    (x, weights, adapters), matrices, _ = _problem()
+    seen = []
+    monkeypatch.setattr(experts_update_tpu, "moe_sorted", lambda x, *rest: seen.append(rest) or jnp.zeros(x.shape, jnp.float32))
+    exact = [dequantise(one["blocks"], one["scales"]) if form == "dense" else None for one in matrices]
+    both = (Matrix(*one) for one in zip(matrices, SCALES, adapters, exact, strict=True))
+    moe_update(x.astype(jnp.bfloat16), jnp.asarray(_random()), weights, *both, experts=EXPERTS, adapted=True, limit=LIMIT, alpha=ALPHA)
+    ((_, given, _, gate_up, _, layer),) = seen
+    assert jax.tree.structure(given) == jax.tree.structure(adapters)
+    assert set(gate_up) == ({"weight", "bias"} if form == "dense" else {"blocks", "scales", "bias"})
+    assert (layer.scale_up, layer.scale_down) == SCALES
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, both: (x.astype(jnp.float32), both), "float32"),
+        (lambda x, both: (x, [Matrix(one.own, 1.0, weight=jnp.zeros((EXPERTS, 1, 1), jnp.float32)) for one in both]), "weights"),
+        (lambda x, both: (x, [Matrix({"words": one.own["blocks"]}, 1.0) for one in both]), "packed"),
+        (lambda x, both: (x, [both[0], Matrix(_problem(rank=0)[1][1], 1.0)]), "adapter"),
+    ],
+)
+def test_what_the_kernels_do_not_support_uses_the_reference_and_is_logged(monkeypatch, change, said):
+    (x, weights, adapters), matrices, _ = _problem()
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(experts_update_tpu, "moe_reference", lambda x, *_, **__: x)
+    warn_reference.cache_clear()
+    x, both = change(x.astype(jnp.bfloat16), [Matrix(*one) for one in zip(matrices, SCALES, adapters, strict=True)])
+    moe_update(x, jnp.asarray(_random()), weights, *both, experts=EXPERTS, adapted=True, limit=LIMIT, alpha=ALPHA)
+    warn_reference.cache_clear()
+    (line,) = lines
+    assert "experts on tpu" in line
+    assert said in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_they_compile_for_tpus_and_memory_is_bounded(topology):
+    """A layer of gpt-oss, forward and backward, with the longest row of the report's third run on each device."""
+    program = Path(__file__).parent / "tpu_compile_program.py"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # the query would not return without a TPU
+    command = [sys.executable, program, topology, "experts"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    temporaries = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("temporaries")]
+    assert len(temporaries) == 2
+    assert max(temporaries) < 16 * 2**30
