@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from discover_jax.kernels.kernel_set import kernel_set
+from discover_jax.kernels.mxfp4_lanes import PARTS, powers_shape, words_shape
 
 TOKENS = 34_192
 """Of the longest row of the report's third run."""
@@ -60,11 +61,12 @@ class Matrix:
 def compile_experts(mesh, moe, experts):
     """Compiles both passes of a layer, with a row on each device and the experts split over all of them."""
 
-    def packed(out, into):
+    def packed(out, into, parts):
         of = functools.partial(shape, mesh, spec=HELD)
-        blocks, scales = of(experts, out, into // 32, 16, dtype=jnp.uint8), of(experts, out, into // 32, dtype=jnp.uint8)
+        lanes = of(experts, *words_shape(out, into, parts), dtype=jnp.int32)
+        powers = of(experts, *powers_shape(out, into, parts), dtype=jnp.uint8)
         adapter = of(experts, RANK, into, dtype=jnp.float32), of(experts, out, RANK, dtype=jnp.float32)
-        return {"blocks": blocks, "scales": scales, "bias": of(experts, out)}, adapter
+        return {"lanes": lanes, "powers": powers, "bias": of(experts, out)}, adapter
 
     def both(x, weights, index, adapters, frozen, d_out):
         def forward(x, weights, adapters):
@@ -75,7 +77,7 @@ def compile_experts(mesh, moe, experts):
         out, pull = jax.vjp(forward, x, weights, adapters)
         return out, pull(d_out)
 
-    frozen, adapters = zip(packed(2 * WIDTH, WIDTH), packed(WIDTH, WIDTH), strict=True)
+    frozen, adapters = zip(packed(2 * WIDTH, WIDTH, PARTS["gate_up"]), packed(WIDTH, WIDTH, PARTS["down"]), strict=True)
     tokens = mesh.size * TOKENS
     x, d_out = (shape(mesh, tokens, WIDTH, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
     weights, index = (shape(mesh, tokens, ACTIVE, dtype=dtype) for dtype in (jnp.float32, jnp.int32))
