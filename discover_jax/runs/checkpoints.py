@@ -20,6 +20,7 @@ import errno
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,16 @@ class Checkpoints:
         if only_first:
             coordination = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="examine")
         writes = not read_only and not only_first
+        together = writes and processes.count > 1
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=every or None,
-            enable_async_checkpointing=writes and processes.count > 1,
-            async_options=ocp.AsyncOptions(timeout_secs=_WRITE_SECONDS, create_directories_asynchronously=False),
+            enable_async_checkpointing=together,
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_WRITE_SECONDS,
+                create_directories_asynchronously=False,
+                barrier_sync_fn=_wait_for_others if together else None,
+            ),
             create=writes,  # orbax refuses to create a directory for some of the processes only
             read_only=read_only,
             lightweight_initialize=True,  # do not read the times of old checkpoints: nobody needs them, and the file may be damaged
@@ -373,6 +379,13 @@ class Checkpoints:
         """Finishes the checkpoint that is being written and ends orbax's threads; the checkpoints stay. Raises RunError as `finish`."""
         self.finish()
         self._manager.close()
+
+
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier in threads. After an error of this process, orbax would still wait for the others, which wait for this one."""
+    if (error := sys.exc_info()[1]) is not None:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _short(error: Exception) -> str:

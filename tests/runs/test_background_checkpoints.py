@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging as absl_logging
 
 from discover_jax.exceptions import RunError
 from discover_jax.learning.train_state import TrainState, adam, init_train_state
 from discover_jax.runs import background
-from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.checkpoints import Checkpoints, _wait_for_others
 from discover_jax.runs.quiet_logs import quiet_orbax
 
 
@@ -146,3 +147,21 @@ def test_only_orbax_is_silenced(caplog, monkeypatch):
     second.__exit__(None, None, None)
     logging.getLogger("asyncio").error("later")
     assert [record.getMessage() for record in caplog.records] == ["program 3 runs again", "later"]
+
+
+def test_a_process_that_failed_does_not_wait_for_the_others(monkeypatch):
+    """Orbax meets the others in a `finally`. They never come: they wait for the part that this process could not write."""
+    waited: list[str] = []
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: lambda *, key, timeout_ms: waited.append(key))
+
+    def finalize(error: Exception | None) -> None:
+        try:
+            if error is not None:
+                raise error
+        finally:
+            _wait_for_others(key=str(error), timeout_ms=1)
+
+    finalize(None)
+    with pytest.raises(OSError, match="the disk is gone"):
+        finalize(OSError("the disk is gone"))
+    assert waited == ["None"]
