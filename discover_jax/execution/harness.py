@@ -12,6 +12,7 @@ arguments. KEY is the call's, `-` for a submission.
 
 import builtins
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -23,7 +24,7 @@ import resource
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 PROGRAM = "solution"
@@ -180,14 +181,22 @@ class _Calls:
             return "invalid_submission", f"{name}() returned a value that cannot be sent: {error}".encode("utf-8", "replace")
 
 
+def _preload(modules: Sequence[str]) -> None:
+    """Imports those that are installed. The garbage collector never looks at what they keep, which takes a sixth of the imports' time."""
+    gc.disable()
+    for name in modules:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    gc.freeze()  # otherwise the program's first collections would look at it
+    gc.enable()
+
+
 def main(options: dict) -> None:
     """Serves one program and never returns."""
     _set_limits(options["rlimits"])
+    _preload(("numpy", *options["preload"]))
     import numpy
 
-    for name in options["preload"]:
-        if importlib.util.find_spec(name.partition(".")[0]):
-            importlib.import_module(name)
     if (joblib := sys.modules.get("joblib")) is not None:
         # Without /sys, it finds no physical cores if the program has all of the machine's. It remembers that, and warns only now, when
         # output is not the program's. LightGBM asks for it in each fit.

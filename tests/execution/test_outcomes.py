@@ -94,6 +94,32 @@ def test_monkeypatched_pandas_does_not_change_the_score(spec, run_with, task):
     assert task.grade(execution.result).score == GOOD_SCORE
 
 
+FREES_A_CYCLE = (
+    PANDAS
+    + """
+import gc, json, weakref
+def run():
+    held = {"preloaded": gc.get_freeze_count() > 10_000}
+    class Node:
+        pass
+    node = Node()
+    node.itself, ended = node, weakref.ref(node)
+    del node
+    kept = []
+    while ended() is not None and len(kept) < 10**6:
+        kept.append([])
+    held |= {"collects": gc.isenabled(), "freed": ended() is None}
+    raise ValueError(json.dumps(held))
+"""
+)
+
+
+def test_garbage_of_the_program_is_collected(spec, run_with):
+    """Imports of preloaded packages run without the garbage collector, and it does not look at them later."""
+    execution = run_with(dataclasses.replace(spec, preload=("pandas",)), FREES_A_CYCLE)
+    assert '{"preloaded": true, "collects": true, "freed": true}' in execution.detail
+
+
 def test_segmentation_fault_and_own_signals(ask):
     verdict = ask("import ctypes\ndef run():\n    ctypes.string_at(0)\n")
     assert (verdict.outcome, verdict.execution.detail) == (Outcome.KILLED, "the process died by SIGSEGV")
