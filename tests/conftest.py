@@ -78,6 +78,30 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: whole_runs.index(item.path.parent) if item.path.parent in whole_runs else len(whole_runs))
 
 
+TORCH = 'importorskip("torch"'
+"""What a file with tests that need torch says. One worker runs them all: importing torch and transformers takes 10 s of CPU time."""
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config, log):
+    """For `--dist loadfile`: each file on one worker, and the files with torch on the same one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    root, here = config.rootpath, pathlib.Path(__file__).parent
+    whole_run = here / "test_main.py"  # long enough by itself
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "torch" if file in with_torch else file
+
+    files = (file for file in here.rglob("test_*.py") if file != whole_run)
+    with_torch = {file.relative_to(root).as_posix() for file in files if TORCH in file.read_text()}
+    return Scheduling(config, log)
+
+
 def pytest_collection_finish():
     """The garbage collector need not look at modules and collected tests again."""
     gc.freeze()

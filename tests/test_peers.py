@@ -8,13 +8,12 @@ import pytest
 
 from discover_jax.models.families import SHAPES
 
-pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
-
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def peers():
+    pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
     sys.path.insert(0, str(BENCHMARKS))
     try:
         spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")

@@ -17,9 +17,6 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
 from discover_jax.types import Rollout, StopReason
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 TEMPERATURE = 1.3
 VOCAB = 61
 LORA = LoraConfig(attention_rank=3, expert_rank=2, head_rank=4, alpha=5.0)
@@ -27,6 +24,14 @@ MATRICES = {
     **{f"self_attn.{name}_proj.weight": ("attention", name) for name in "qkvo"},
     **{f"mlp.experts.{name}_proj": ("experts", name) for name in ("gate_up", "down")},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _references():
+    """Not at the top of the file: each worker imports all files, but only one runs the tests that need torch (see `TORCH` in conftest)."""
+    global torch, transformers
+    torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
+    transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

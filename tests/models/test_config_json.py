@@ -13,12 +13,18 @@ from discover_jax.models.families import FAMILIES, SHAPES, family_of, gpt_oss, r
 from discover_jax.models.folder import read_config
 from discover_jax.models.frequencies import rope_frequencies
 
-transformers = pytest.importorskip("transformers", reason="the reference")
 _MODELS = {"gpt_oss": "gpt-oss-20b", "llama": "llama-3.1-8b", "qwen2": "qwen2.5-coder-0.5b", "qwen3": "qwen3-8b"}
 _YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _ABSENT = object()
 """Stands for a field that is taken away."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _references():
+    """Not at the top of the file: each worker imports all files, but only one runs the tests that need torch (see `TORCH` in conftest)."""
+    global transformers
+    transformers = pytest.importorskip("transformers", reason="the reference")
 
 
 def content_of(family, **changes):

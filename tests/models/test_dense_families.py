@@ -17,9 +17,6 @@ from discover_jax.models.families import FAMILIES, SHAPES, family_of, read_model
 from discover_jax.models.folder import load_folder
 from discover_jax.models.synthetic import write_synthetic
 
-torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
-transformers = pytest.importorskip("transformers")
-
 _SMALL = {"num_layers": 3, "width": 48, "num_heads": 6, "num_kv_heads": 2, "head_size": 8, "mlp_width": 40, "vocab_size": 61}
 _DENSE = {"num_experts": 0, "experts_per_token": 0, "pattern": ("full",), "sinks": False, "sliding_window": 0, "o_bias": False}
 _IDS = {"eos_id": 1, "pad_id": 0}
@@ -55,6 +52,14 @@ LENGTH = 45
 
 
 _SLOW = ("qwen3", "llama, plain and tied")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _references():
+    """Not at the top of the file: each worker imports all files, but only one runs the tests that need torch (see `TORCH` in conftest)."""
+    global torch, transformers
+    torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
+    transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in CONFIGS])

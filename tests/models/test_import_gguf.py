@@ -12,11 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers.integrations.gguf import dequant as torch_dequant
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from discover_jax.exceptions import DiscoverError, TokenizerError, WeightsError
 from discover_jax.models import gguf_tensors, import_gguf, shards
@@ -25,9 +21,9 @@ from discover_jax.models.gguf_file import GgufFile, StoredTensor
 
 TYPES = gguf.GGMLQuantizationType
 FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
 }
 # Rows of 32 values fit the blocks of Q8_0 and Q4_0. transformers' own import requires heads * head_dim = hidden_size.
 SIZES = {
@@ -77,9 +73,22 @@ TOKENS, TOKEN_TYPES, MERGES = _vocabulary()
 IDS = {text: index for index, text in enumerate(TOKENS)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _references():
+    """Not at the top of the file: each worker imports all files, but only one runs the tests that need torch (see `TORCH` in conftest)."""
+    global torch, transformers
+    torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
+    transformers = pytest.importorskip("transformers")
+
+
+def _classes(family):
+    config_class, model_class = FAMILIES[family]
+    return getattr(transformers, config_class), getattr(transformers, model_class)
+
+
 def _random_model(family, *, tied=False, **options):
     """A random model whose values are exact in bfloat16."""
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = _classes(family)
     config = config_class(**{**SIZES, **options}, tie_word_embeddings=tied, attn_implementation="eager")
     torch.manual_seed(1)
     model = model_class(config).eval()
@@ -174,9 +183,9 @@ def _matrices(model, family):
     return [name for name, array in _gguf_tensors(model, family).items() if array.ndim > 1]
 
 
-@torch.no_grad()
 def _logits(model):
-    return model(torch.arange(1, 25)[None] * 7 % SIZES["vocab_size"]).logits.numpy()
+    with torch.no_grad():
+        return model(torch.arange(1, 25)[None] * 7 % SIZES["vocab_size"]).logits.numpy()
 
 
 def _load(folder):
@@ -201,10 +210,10 @@ def test_float32_file_gives_the_models_logits(family, tied, tmp_path):
     imported = import_gguf.import_gguf(source, tmp_path / "out")
     assert imported.config["tie_word_embeddings"] is tied
     loaded = _load(tmp_path / "out")
-    assert type(loaded) is FAMILIES[family][1]
+    assert type(loaded) is _classes(family)[1]
     np.testing.assert_array_equal(_logits(loaded), _logits(model))
     # transformers assumes a head size for qwen3 instead of reading it, so it gets the config.
-    reference = FAMILIES[family][1].from_pretrained(tmp_path, gguf_file=source.name, dtype=torch.float32, config=model.config).eval()
+    reference = _classes(family)[1].from_pretrained(tmp_path, gguf_file=source.name, dtype=torch.float32, config=model.config).eval()
     np.testing.assert_allclose(_logits(loaded), _logits(reference), rtol=1e-5, atol=1e-5)
 
 
@@ -311,6 +320,8 @@ def _expected_values(data, kind):
         return torch.from_numpy(data.copy()).view(torch.bfloat16).float().numpy()
     if kind.name in ("Q5_0", "Q5_1"):
         return _five_bits_by_hand(data, kind)
+    from transformers.integrations.gguf import dequant as torch_dequant
+
     return torch_dequant.dequantize(torch.from_numpy(data.copy()), int(kind)).reshape(data.shape[0], -1).numpy()
 
 
@@ -350,6 +361,8 @@ def test_restore_order_undoes_llama_cpps_permutation():
 
 def _transformers_factors(head_size, theta, scaling):
     """The divisors of the rotary frequencies in transformers."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config = transformers.LlamaConfig(head_dim=head_size, max_position_embeddings=131_072, rope_parameters={"rope_theta": theta, **scaling})
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     return 1 / (theta ** (torch.arange(0, head_size, 2) / head_size)) / scaled

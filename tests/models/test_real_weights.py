@@ -11,9 +11,6 @@ import pytest
 from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
 
-torch = pytest.importorskip("torch", reason="needs torch (extra `parity`)")
-transformers = pytest.importorskip("transformers")
-
 FOLDER = os.environ.get("DISCOVER_JAX_MODEL", "")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER, reason="DISCOVER_JAX_MODEL names no folder with a published model")]
 QUESTIONS = (
@@ -23,6 +20,14 @@ QUESTIONS = (
 )
 NEW, LENGTH, PAGE = 64, 256, 16
 """Tokens of a continuation; places of a prompt and its continuation."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _references():
+    """Not at the top of the file: each worker imports all files, but only one runs the tests that need torch (see `TORCH` in conftest)."""
+    global torch, transformers
+    torch = pytest.importorskip("torch", reason="needs torch (extra `parity`)")
+    transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

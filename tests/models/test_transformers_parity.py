@@ -13,9 +13,6 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.folder import load_folder
 from discover_jax.models.synthetic import write_synthetic
 
-torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
-transformers = pytest.importorskip("transformers")
-
 _SMALL = ModelConfig(
     num_layers=2,
     width=64,
@@ -44,12 +41,20 @@ CONFIGS = {
 }
 
 
-def reference(path, dtype=torch.float32):
+@pytest.fixture(scope="module", autouse=True)
+def _references():
+    """Not at the top of the file: each worker imports all files, but only one runs the tests that need torch (see `TORCH` in conftest)."""
+    global torch, transformers
+    torch = pytest.importorskip("torch", reason="parity needs torch (make test installs it; PARITY=0 leaves it out)")
+    transformers = pytest.importorskip("transformers")
+
+
+def reference(path, dtype=None):
     """transformers' model of the folder, with eager implementations and its own dequantisation."""
     return transformers.GptOssForCausalLM.from_pretrained(
         path,
         quantization_config=transformers.Mxfp4Config(dequantize=True),
-        dtype=dtype,
+        dtype=dtype or torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",
     ).eval()
