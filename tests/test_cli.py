@@ -50,11 +50,12 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("output")
     with subprocess.Popen([sys.executable, "-c", _COMMANDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forking:
         assert forking.stdin is not None
-        assert forking.stdout is not None
+        answers = forking.stdout
+        assert answers is not None
 
         def one(*arguments):
             print(json.dumps(arguments), file=forking.stdin, flush=True)
-            code = int(forking.stdout.readline())
+            code = int(answers.readline())
             return subprocess.CompletedProcess(arguments, code, *((folder / name).read_text() for name in ("out", "err")))
 
         yield one

@@ -94,7 +94,10 @@ def test_a_simulated_tpu_finds_no_races(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("counts", "most"), [([300, 1, 0, 128, 400], 4), ([0, 0], 2), ([900], 8), ([1, 1, 1], 1)])
+@pytest.mark.parametrize(
+    ("counts", "most"),
+    [([300, 1, 0, 128, 400], 4), ([0, 0], 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (([900], 8), ([1, 1, 1], 1)))],
+)
 def test_groups_cover_each_row_once_and_a_row_is_on_one_core(counts, most):
     bounds, rows, numbers = (np.asarray(x) for x in groups_of(jnp.array(counts), most, 128))
     needed = [-(-count // 128) for count in counts]

@@ -58,7 +58,7 @@ ROWS = [([[37]], 37), ([[1, 1, 5, 20], [30]], 33), ([[1], [0]], 1), ([[70, 10, 9
 _CASES = [
     (1, None, 8),  # several segments in a block, blocks that segments exclude, and a last block that is not full
     (1, 4, 8),  # a window across the edges of blocks
-    (2, None, 8),  # one token, and a row of padding
+    pytest.param(2, None, 8, marks=pytest.mark.slow),  # one token, and a row of padding
     pytest.param(1, 20, 8, marks=pytest.mark.slow),  # a window of several blocks
     *(pytest.param(row, window, block, marks=pytest.mark.slow) for row in (0, 3) for window in (None, 1, 33) for block in (8, 128)),
 ]

@@ -134,7 +134,10 @@ def test_a_simulated_tpu_finds_no_races(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("tokens", "experts", "skew"), [(1, 8, 0.0), (50, 8, 0.0), (50, 8, 100.0), (128, 16, 1.0)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "skew"),
+    [(50, 8, 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 8, 0.0), (50, 8, 100.0), (128, 16, 1.0)))],
+)
 def test_each_routed_row_is_in_one_step_and_steps_without_rows_read_nothing_new(tokens, experts, skew):
     _, index, weights, *_ = _problem(tokens, experts, 4, skew=skew, width=64, hidden=64)
     expert, first, rows, token, weight, stack = (np.asarray(x) for x in steps_of(index, weights, experts, 16, 3))

@@ -160,7 +160,9 @@ def test_a_simulated_tpu_finds_no_races(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("groups", "width"), [(1, 16), (3, 130), (38, 24)])  # 38 scales are unpacked in several parts
+@pytest.mark.parametrize(
+    ("groups", "width"), [(3, 130), pytest.param(1, 16, marks=pytest.mark.slow), (38, 24)]
+)  # 38 scales are unpacked in several parts
 def test_unpacking_is_exact(groups, width):
     rng = np.random.default_rng(groups)
     blocks, scales = rng.integers(0, 256, (2, width, groups, 16), dtype=np.uint8), rng.integers(4, 250, (2, width, groups), dtype=np.uint8)
@@ -169,7 +171,7 @@ def test_unpacking_is_exact(groups, width):
     np.testing.assert_array_equal(found, dequantise(jnp.asarray(blocks), jnp.asarray(scales)).swapaxes(1, 2))
 
 
-@pytest.mark.parametrize(("parts", "groups", "width"), [(1, 2, 24), (2, 6, 130)])
+@pytest.mark.parametrize(("parts", "groups", "width"), [pytest.param(1, 2, 24, marks=pytest.mark.slow), (2, 6, 130)])
 def test_unpacking_the_layout_of_decoding_is_exact(parts, groups, width):
     rng = np.random.default_rng(groups)
     blocks = jnp.asarray(rng.integers(0, 256, (2, parts * width, groups, 16), dtype=np.uint8))

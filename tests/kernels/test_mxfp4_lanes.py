@@ -11,6 +11,7 @@ from discover_jax.kernels.mxfp4_lanes import HIGHEST, INPUTS, LOWEST, lay_out_bl
 from discover_jax.models.mxfp4 import dequantise
 
 SIZES = [(192, 128, 2), (130, 192, 1), (96, 64, 2), (40, 320, 1)]
+CASES = [*SIZES[:2], *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in SIZES[2:])]
 
 
 def _packed(out, into):
@@ -20,7 +21,7 @@ def _packed(out, into):
     return jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8).at[:, :2].set(jnp.array([[LOWEST], [HIGHEST]], jnp.uint8))
 
 
-@pytest.mark.parametrize(("out", "into", "parts"), SIZES)
+@pytest.mark.parametrize(("out", "into", "parts"), CASES)
 def test_restoring_returns_the_same_bytes(out, into, parts):
     blocks, scales = _packed(out, into)
     lanes, powers = lay_out_blocks(blocks, parts), lay_out_scales(scales, parts)
@@ -30,7 +31,7 @@ def test_restoring_returns_the_same_bytes(out, into, parts):
         np.testing.assert_array_equal(found, given)
 
 
-@pytest.mark.parametrize(("out", "into", "parts"), SIZES)
+@pytest.mark.parametrize(("out", "into", "parts"), CASES)
 def test_the_kernels_unpack_every_weight_exactly(out, into, parts):
     blocks, scales = _packed(out, into)
     lanes, powers = lay_out_blocks(blocks, parts), lay_out_scales(scales, parts)
