@@ -122,6 +122,7 @@ def test_wrong_grader_is_detected(tmp_path, monkeypatch):
 
 def test_sandbox_with_a_wrong_score_is_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(doctor, "packages_in_prompts", lambda tasks: [])  # a program for each would import it
     monkeypatch.setattr(doctor, "_PROGRAM", "def run():\n    raise ValueError('no')\n")
     found = _findings(tmp_path)
     assert found["sandbox"].ok is False

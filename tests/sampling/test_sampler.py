@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special, stats
+from scipy import special
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.models.cache import Pool, copy_page
@@ -265,6 +265,8 @@ def test_draws_depend_on_seed_step_group_and_index():
 
 
 def test_frequencies_and_log_probabilities_match_the_chain():
+    from scipy import stats  # a second that only the worker of this test needs
+
     temperature = 0.7
     rollouts = list(_sampler(slots=64, temperature=temperature, launch_steps=16).sample(LOGITS, None, _prompts(4), 250, seed=1, step=0))
     expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))

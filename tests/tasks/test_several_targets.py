@@ -6,7 +6,6 @@ import textwrap
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, roc_auc_score, root_mean_squared_error
 
 from discover_jax import row_results
 from discover_jax.exceptions import ConfigError
@@ -111,6 +110,8 @@ def guesses(form: str, ids, seed: int = 0) -> pd.DataFrame:
 
 
 def expected(form: str, ids, table: pd.DataFrame) -> float:
+    from sklearn.metrics import log_loss, root_mean_squared_error  # half a second that only the worker of this file needs
+
     rows, columns = truth().loc[list(ids)], list(table.columns)
     if form.startswith("classes"):
         order = np.argsort(KINDS)  # scikit-learn wants the columns in the order of the sorted labels
@@ -262,10 +263,13 @@ def test_judge_of_several_columns(tmp_path, write):
 
 @pytest.mark.parametrize(
     ("metric", "score"),
-    [(RMSE, root_mean_squared_error), (LOG_LOSS, log_loss), (ROC_AUC, roc_auc_score), (ACCURACY, accuracy_score)],
+    [(RMSE, "root_mean_squared_error"), (LOG_LOSS, "log_loss"), (ROC_AUC, "roc_auc_score"), (ACCURACY, "accuracy_score")],
 )
 def test_mean_of_columns(metric, score):
     """The mean of scikit-learn's scores; its influence has the variance of a jackknife, and counts give the scores of calls."""
+    from sklearn import metrics
+
+    score = getattr(metrics, score)
     random = np.random.RandomState(0)
     answers_RC = random.randint(0, 2, (60, 3))
     predictions_RC = np.clip(answers_RC * 0.4 + random.uniform(size=(60, 3)) * 0.6, 0.01, 0.99)
@@ -298,5 +302,7 @@ def test_metric_of_a_user(tmp_path, write):
     task = prepare_task(write("outputs", more=more), raw=None, reward="grade", folder=tmp_path / "task")
     ids = read(task.public_dir / "test.csv")["id"]
     table = guesses("outputs", ids)
+    from sklearn.metrics import mean_absolute_error
+
     wanted = mean_absolute_error(truth().loc[ids, "width"], table["width"])
     assert task.grade(csv(ids, table)).score == pytest.approx(wanted, abs=1e-5)
