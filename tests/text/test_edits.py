@@ -1,5 +1,6 @@
 """Edits: blocks are found, applied in order, and refused with the reason and the number of the block."""
 
+import itertools
 import re
 import time
 
@@ -41,17 +42,26 @@ def within_word(text, index):
     return word or (before.isdigit() and after == ".") or (before == "." and after.isdigit())
 
 
-@given(data=st.data(), pieces=st.lists(st.sampled_from(["a", "_b", "1", ".", " ", "=", "\n", "\n  "]), min_size=1, max_size=25))
-def test_a_unique_part_is_replaced_as_by_str_replace(data, pieces):
-    """Unless it ends within a word, or its place has a meaning as whole lines, which other tests cover."""
-    program, new = "".join(pieces), data.draw(st.sampled_from(["", "c", "c\n d", " "]))
-    start = data.draw(st.integers(0, len(program) - 1))
-    end = data.draw(st.integers(start + 1, len(program)))
+def is_unique_part(program, start, end):
+    """Whether this part occurs once, and its place has no meaning as whole lines, which other tests cover."""
     search = program[start:end]
     lines, stripped = search.split("\n"), "\n".join(line.strip() for line in ["", *program.split("\n"), ""])
-    assume(lines[0].strip() and lines[-1].strip() and len(re.findall(f"(?={re.escape(search)})", program)) == 1)
-    assume("\n" + "\n".join(line.strip() for line in lines) + "\n" not in stripped)
-    assume(program[:start].rpartition("\n")[2].strip() or program[:start].endswith("\n") or not start)
+    if not (lines[0].strip() and lines[-1].strip()) or len(re.findall(f"(?={re.escape(search)})", program)) != 1:
+        return False
+    if "\n" + "\n".join(line.strip() for line in lines) + "\n" in stripped:
+        return False
+    return bool(program[:start].rpartition("\n")[2].strip() or program[:start].endswith("\n") or not start)
+
+
+@given(data=st.data(), pieces=st.lists(st.sampled_from(["a", "_b", "1", ".", " ", "=", "\n", "\n  "]), min_size=2, max_size=25))
+def test_a_unique_part_is_replaced_as_by_str_replace(data, pieces):
+    """Unless it ends within a word."""
+    program, new = "".join(pieces), data.draw(st.sampled_from(["", "c", "c\n d", " "]))
+    places = itertools.combinations(range(len(program) + 1), 2)
+    parts = [place for place in places if is_unique_part(program, *place)]
+    assume(parts)
+    start, end = data.draw(st.sampled_from(parts))
+    search = program[start:end]
     result, reason = edited_or_reason(program, block(search, new))
     if within_word(program, start) or within_word(program, end):
         assert "within names or numbers" in reason
