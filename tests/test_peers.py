@@ -24,8 +24,11 @@ def peers():
     return module
 
 
+_SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ("gpt-oss-20b", "qwen3-8b", "llama-3.1-8b")]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shape", ["gpt-oss-20b", "qwen2.5-coder-7b", "qwen3-8b", "llama-3.1-8b"])
+@pytest.mark.parametrize("shape", ["qwen2.5-coder-7b", *_SLOW])
 def test_the_peer_of_each_family_has_its_sizes(peers, monkeypatch, shape):
     monkeypatch.setattr(peers, "DEVICE", "meta")
     sizes, model = SHAPES[shape], peers.build(shape, 2)
