@@ -22,7 +22,7 @@ from phrase_model import EDIT_FOLLOWERS, EDIT_PHRASES, write_phrase_model
 from remainders_problem import SEED_PROGRAM
 
 from discover_jax import config as settings
-from discover_jax import main, stages
+from discover_jax import main, preparation, stages
 from discover_jax.apprentice.preset import apprentice_on_cpu
 from discover_jax.archive.selectors import SELECTORS
 from discover_jax.execution import sandbox
@@ -392,14 +392,14 @@ def check_continuing_one_competition(results, monkeypatch, folder, name, id, con
     """Continues one of a run's competitions, with its archive, journal, adapter and optimiser."""
     source, journal, _, _ = results(name)
     stands = []
-    restore = main.restore
+    restore = preparation.restore
 
     def restore_and_keep(*arguments, **options):
         stand = restore(*arguments, **options)
         stands.append(jax.tree.map(np.array, stand.train_state))  # the update donates the arrays
         return stand
 
-    monkeypatch.setattr(main, "restore", restore_and_keep)
+    monkeypatch.setattr(preparation, "restore", restore_and_keep)
     further, metrics, _ = run(folder, config, **{"train.resume_from": str(source), "train.steps": 1, **changes})
     new = further[len(journal) :]
     assert further[: len(journal)] == journal

@@ -1,0 +1,177 @@
+"""Prepares a run for its first step: data, sandboxes, seed programs, weights, and the state of the last checkpoint."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from discover_jax import __version__, stages
+from discover_jax import config as settings
+from discover_jax.archive.frontier import Frontier
+from discover_jax.archive.journal import Journal
+from discover_jax.engine import build_optimizer, build_sampler, build_update
+from discover_jax.exceptions import ConfigError
+from discover_jax.execution.cache import packages
+from discover_jax.execution.executor import Executor
+from discover_jax.hosts.processes import Processes, least
+from discover_jax.learning.train_state import init_train_state
+from discover_jax.machines import device_memory
+from discover_jax.policy import Policy, load_chat, load_policy
+from discover_jax.runs.attempts import SEED_PROGRAMS
+from discover_jax.runs.checkpoints import Checkpoints
+from discover_jax.runs.console import Console
+from discover_jax.runs.disclosure import Isolation, write_disclosure
+from discover_jax.runs.outputs import Outputs
+from discover_jax.runs.recorder import NullRecorder, RunRecorder
+from discover_jax.runs.rerun import rerun_script
+from discover_jax.runs.restore import RunState, restore
+from discover_jax.runs.source import Source, find_source
+from discover_jax.runs.summary import Result, opening_lines, scale_warning
+from discover_jax.runs.tracking import Trackers
+from discover_jax.runs.workdir import Workdir
+from discover_jax.stages import Run
+from discover_jax.tasks.configured import prepare_tasks
+from discover_jax.tasks.prepare import AnyTask
+from discover_jax.tasks.prepared_folder import is_stratified
+from discover_jax.tasks.retests import prepare_retests
+from discover_jax.types import RunKind, State, Verdict
+
+
+@contextlib.contextmanager
+def prepared(
+    config: Any, workdir: Workdir, processes: Processes, kind: RunKind, console: Console, trackers: Trackers
+) -> Iterator[tuple[Run, Policy, Mapping[str, Frontier]]]:
+    """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
+    tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
+    stages.check_objective(config.train, tasks)
+    stages.check_ranking(config.reuse.score, tasks)
+    stages.check_copies(config.diversity.copies, tasks)
+    retests = processes.first_then_others(lambda: _retests(config, tasks, workdir))
+    all_tasks = [*tasks, *(each for of_task in retests.values() for each in of_task)]
+    processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
+    source = find_source(config.train.resume_from, tasks, workdir, processes)
+    with _executor(config, all_tasks, workdir, processes) as executor:
+        unusable = stages.unusable_packages(config, tasks, executor)
+        own = {"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe(), "unusable": unusable}
+        hosts = processes.gather(own)
+        unusable = {name: error for host in hosts for name, error in host["unusable"].items()}
+        ways = tuple(dict.fromkeys(host["way"] for host in hosts if host["slots"]))
+        if processes.leads:
+            _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
+
+        outputs = Outputs(workdir.outputs_dir)
+        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / SEED_PROGRAMS, outputs)
+        # Before the weights, which take minutes.
+        chat, prompt_settings = load_chat(config), stages.prompt_settings(config, unusable, all_tasks)
+        stages.check_prompts(tasks, seeds, prompt_settings, chat)
+        policy = load_policy(config, console.loading, chat)
+        optimizer = build_optimizer(config)
+        memory = least(processes, device_memory())
+        sampler = build_sampler(
+            config, policy.model, policy.stop_ids, stages.second_phase(config, policy.chat), memory=memory, learn=kind.learns
+        )
+
+        journal = Journal(workdir.journal_path)
+        checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every, processes=processes)
+        fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
+        scripts = {
+            task.id: rerun_script(stages.rerun_settings(config, number, stratified=is_stratified(task.settings)))
+            for number, task in enumerate(tasks)
+        }
+        sources = (source, scripts, console.note, processes)
+        starts = stages.start_frontiers(config.reuse, tasks, seeds)
+        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, starts=starts)
+        policy = dataclasses.replace(policy, train_state=state.train_state)
+        last_step = state.first_step + config.train.steps
+        recorder = NullRecorder()
+        if processes.leads:
+
+            def run_again(task: AnyTask, state: State) -> Verdict:
+                return executor.submit(state.code, tasks.index(task)).result()
+
+            options = {"kind": kind, "seed": config.seed, "last_step": last_step}
+            parts = (workdir, journal, console, trackers, tasks, policy.tokenizer, scripts, state, run_again)
+            recorder = RunRecorder(*parts, **options)
+            recorder.begin(config.name, _opening_lines(config, workdir, tasks, ways, policy, state))
+            if kind.learns and (warning := scale_warning(tasks, config.train.advantage)):
+                recorder.note(warning)
+            for name, error in unusable.items():
+                recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")
+        slots_H = [host["slots"] for host in hosts]
+        updater = build_update(config, policy.model, optimizer)
+        numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
+        parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)
+        yield Run(config, kind, processes, *parts, first_step=state.step, last_step=last_step), policy, state.frontiers
+
+
+def _retests(config: Any, tasks: Sequence[AnyTask], workdir: Workdir) -> Mapping[str, Sequence[AnyTask]]:
+    """The retests of each competition; empty without finalists."""
+    if not config.finalists.count:
+        return {}
+    found = {
+        task.id: prepare_retests(task, config.finalists.retests, folder=workdir.retests_dir / task.id, seed=config.seed) for task in tasks
+    }
+    if not any(found.values()):
+        raise ConfigError(
+            f"config.finalists.count = {config.finalists.count}: {', '.join(found)} cannot be tested again, because scores do not vary"
+            " between evaluations, or because programs read what their parents returned. Set it to 0. For a problem, noisy=True in its"
+            " definition and config.task.reuse_output = 'off' allow it."
+        )
+    return found
+
+
+def check_agreement(processes: Processes, config: Any, kind: RunKind) -> None:
+    """Checks that all processes are about to run the same. A difference would otherwise show only as a hang, or not at all."""
+    for what, value, remedy in (
+        ("their config", {"kind": kind.value, **settings.flatten(config)}, "Start all by the same command, except for --process_id."),
+        ("their versions of Python or packages", [__version__, *packages()], "Install the same on all hosts: scores depend on them."),
+    ):
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        processes.agree(f"{what} (SHA-256)", digest, remedy)
+
+
+def _executor(config: Any, tasks: Sequence[AnyTask], workdir: Workdir, processes: Processes) -> Executor:
+    return Executor(
+        tasks,
+        stages.program_limits(config, tasks),
+        workers=config.execution.workers,
+        cache_dir=config.execution.cache or workdir.cache_dir,
+        backend=config.execution.backend,
+        allow_weaker=config.execution.allow_weaker,
+        ray_address=config.execution.ray_address,
+        leads=processes.leads,
+    )
+
+
+def _disclose(config: Any, kind: RunKind, workdir: Workdir, tasks: Sequence[AnyTask], source: Source | None, isolation: Isolation) -> None:
+    """Writes disclosure.json: what reaches the search, and how programs are isolated."""
+    search = {
+        "learned": kind.learns,
+        "advantage": config.train.advantage if kind.learns else None,
+        "reuse": config.reuse.sampler,
+    }
+    goes_on_from = None
+    if source is not None:
+        isolation, goes_on_from = source.isolation.after(isolation), source.disclosed()
+    write_disclosure(workdir, tasks, search=search, isolation=isolation, goes_on_from=goes_on_from)
+
+
+def _opening_lines(
+    config: Any, workdir: Workdir, tasks: Sequence[AnyTask], ways: Sequence[str], policy: Policy, state: RunState
+) -> list[str]:
+    sizes = policy.model.config
+    frontiers = [(task, state.frontiers[task.id]) for task in tasks]
+    where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
+    if (count := jax.process_count()) > 1:
+        where += f" of {count} processes"
+    return [
+        f"model    {config.model.weights}: {sizes.describe()}, {where}",
+        f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {state.origin}",
+        *(f"programs {way}" for way in ways),
+        *opening_lines([Result(task, frontier.best, None, seed_score=frontier.seed.score) for task, frontier in frontiers], workdir),
+        f"folder   {workdir.path}",
+    ]
