@@ -184,7 +184,8 @@ def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
     values = {attempt.id: _value(attempt.score, sign) for attempt in Journal(source / "journal.jsonl").read()}
     values[SEED.id] = _value(seed_state(source).score, sign)
     best = max(values.values())
-    own = [(_value(attempt.score, sign), attempt.parent_id) for attempt in attempts if attempt.step == rows[0]["step"]]
+    attempts = [attempt for attempt in attempts if attempt.step == rows[0]["step"]]
+    own = [(_value(attempt.score, sign), attempt.parent_id) for attempt in attempts]
     return {
         "problem": problem,
         "seed": int(seed),
@@ -192,7 +193,7 @@ def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
         "valid": rows[0]["outcome/ok"] / rows[0]["rollouts/count"],
         "mean": round(rows[0]["reward/mean"], 6),
         "copies": _rounded(rows[0].get("diversity/copy_frac")),
-        "different": _different([attempt for attempt in attempts if attempt.step == rows[0]["step"]]),
+        "different": _different(attempts),
         "better": sum(value > values[parent] for value, parent in own) / len(own),
         "gain": round(max(0.0, max(value for value, _ in own) - best), 6),
     }

@@ -20,8 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from discover_jax.kernels.dot_pallas import dot
+
 LANES = 128
 CORES = 2
+_HEADS = (0,)
+"""The axis of key/value heads: each has products of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Pages:
 
     Attributes:
       pages: pages of a group.
-      buffers: groups in the chip's memory, of which all but one are being copied.
+      buffers: groups in the chip's memory: one is used while the others are copied.
       tokens: consecutive tokens of a row that are queries.
       memory: limit on a core's vector memory, bytes.
       interpret: as for `pallas_call`.
@@ -46,13 +50,6 @@ class Pages:
 def flipped(head_size: int) -> bool:
     """Whether pages are [K, H, s] instead of [K, s, H]."""
     return head_size < LANES
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """One product per key/value head, with float32 sums. Inputs of float32 are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = ((contract[:1], contract[1:]), ((0,), (0,)))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _attend(
@@ -90,7 +87,7 @@ def _attend(
     def add(g: jax.Array, slot: jax.Array, *, masked: bool) -> None:
         row, before = row_g[g], group_g[g] * size
         k, v = k_buffers[slot], v_buffers[slot]
-        scores = _dot(q_buffers[slot], k, (2, 1 if across else 2)) * head_size**-0.5
+        scores = dot(q_buffers[slot], k, (2, 1 if across else 2), _HEADS) * head_size**-0.5
         if masked:
             at = before + lax.broadcasted_iota(jnp.int32, scores.shape, 2)
             token = lax.rem(lax.broadcasted_iota(jnp.int32, scores.shape, 1), settings.tokens)
@@ -102,7 +99,7 @@ def _attend(
         higher = jnp.maximum(highest[...], scores.max(axis=2, keepdims=True))
         shrink, weights = jnp.exp(highest[...] - higher), jnp.exp(scores - higher)
         total[...] = total[...] * shrink + weights.sum(axis=2, keepdims=True)
-        sums[...] = sums[...] * shrink + _dot(weights.astype(v.dtype), v, (2, 2 if across else 1))
+        sums[...] = sums[...] * shrink + dot(weights.astype(v.dtype), v, (2, 2 if across else 1), _HEADS)
         highest[...] = higher
 
     def step(g: jax.Array, sent: jax.Array) -> jax.Array:

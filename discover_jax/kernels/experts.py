@@ -8,7 +8,11 @@ import jax.numpy as jnp
 
 def gated(h_xF2: jax.Array, *, limit: float, alpha: float) -> jax.Array:
     """gpt-oss's activation [..., 2F] -> [..., F]: even columns gate, odd columns up; (up + 1) gate sigmoid(alpha gate), both clamped."""
-    gate, up = h_xF2[..., 0::2], h_xF2[..., 1::2]
+    return activate(h_xF2[..., 0::2], h_xF2[..., 1::2], limit=limit, alpha=alpha)
+
+
+def activate(gate: jax.Array, up: jax.Array, *, limit: float, alpha: float) -> jax.Array:
+    """`gated` of separate gates and ups of one shape. May be called inside a Pallas kernel."""
     gate = jnp.minimum(gate, limit)
     up = jnp.clip(up, -limit, limit)
     return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)

@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from discover_jax.kernels.dot_pallas import dot
+from discover_jax.kernels.experts import activate
 from discover_jax.kernels.mxfp4_lanes import INPUTS
 from discover_jax.kernels.mxfp4_tiles import BLOCK
 
@@ -49,8 +51,14 @@ class Settings:
     interpret: Any = False
 
 
+def exponents_of(powers: jax.Array) -> jax.Array:
+    """(scale - 1) << 7 in both halves of int32, for scales uint8."""
+    exponents = (powers.astype(jnp.int32) - 1) << 7
+    return exponents | exponents << 16
+
+
 def unpack(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """[8, n] words to [64, n] bfloat16. `first`, `second`: int32 [8, n], (scale - 1) << 7 in both halves, for 32 inputs each."""
+    """[8, n] words to [64, n] bfloat16. `first`, `second`: int32 [8, n], the `exponents_of` the scales of 32 inputs each."""
     pairs = [
         (words << 6) & MASK,
         (words << 2) & MASK,
@@ -66,20 +74,12 @@ def _scale(pair: jax.Array, factor: jax.Array) -> jax.Array:
     return pltpu.bitcast(jnp.where((codes & 0x01C0) == 0x0040, jnp.int16(0), bits), jnp.bfloat16)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """A product with float32 sums. Inputs of float32 are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b.astype(a.dtype), dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _multiply(x_iRw: Any, first: Any, words_pKN: Any, powers_psN: Any, factors_s8N: Any, sums_pRN: Any, dtype: Any) -> None:
     """Adds to the sums the product of all rows and one piece of a matrix. `first`: the first of the piece's chunks."""
     parts, height, width = words_pKN.shape
     groups = x_iRw.shape[2] // INPUTS
     for part in range(parts):
-        exponents = (powers_psN[part].astype(jnp.int32) - 1) << 7
-        exponents |= exponents << 16
+        exponents = exponents_of(powers_psN[part])
         for row in range(height * 8 // BLOCK):
             factors_s8N[row] = jnp.broadcast_to(exponents[row : row + 1], factors_s8N.shape[1:])
 
@@ -92,16 +92,16 @@ def _multiply(x_iRw: Any, first: Any, words_pKN: Any, powers_psN: Any, factors_s
                     g = i * groups + group
                     words = words_pKN[part, pl.ds(pl.multiple_of(8 * g, 8), 8), at]
                     tiles.append(unpack(words, factors_s8N[2 * g, :, at], factors_s8N[2 * g + 1, :, at]))
-                sums_pRN[part, :, at] += _dot(x_Rw, jnp.concatenate(tiles, axis=0))
+                sums_pRN[part, :, at] += dot(x_Rw, jnp.concatenate(tiles, axis=0).astype(dtype))
 
         lax.fori_loop(0, height // (8 * groups), add, None)
 
 
 def _adapt(x_iRw: Any, a_irw: Any, b_prN: Any, sums_pRN: Any, scale: float, dtype: Any) -> None:
     """Adds the adapter's product, rounded between its two products as in the reference."""
-    low = sum((_dot(x_iRw[i].astype(dtype), a_irw[i], (1, 1)) for i in range(x_iRw.shape[0])), jnp.float32(0))
+    low = sum((dot(x_iRw[i].astype(dtype), a_irw[i].astype(dtype), (1, 1)) for i in range(x_iRw.shape[0])), jnp.float32(0))
     for part in range(sums_pRN.shape[0]):
-        sums_pRN[part] += _dot((scale * low).astype(dtype), b_prN[part])
+        sums_pRN[part] += dot((scale * low).astype(dtype), b_prN[part].astype(dtype))
 
 
 def _kernel(
@@ -136,9 +136,8 @@ def _kernel(
     def _() -> None:
         if settings.scales is not None:
             _adapt(x_iRw, adapters[0], adapters[1], h_pRN, settings.scales[0], dtype)
-        gate = jnp.minimum(h_pRN[0] + gate_up_bias[0:1], settings.limit)
-        up = jnp.clip(h_pRN[1] + gate_up_bias[1:2], -settings.limit, settings.limit)
-        y = ((up + 1) * gate * jax.nn.sigmoid(settings.alpha * gate)).astype(dtype).astype(jnp.float32)
+        gate, up = h_pRN[0] + gate_up_bias[0:1], h_pRN[1] + gate_up_bias[1:2]
+        y = activate(gate, up, limit=settings.limit, alpha=settings.alpha).astype(dtype).astype(jnp.float32)
         for i in range(y_iRw.shape[0]):
             y_iRw[i] = y[:, i * y_iRw.shape[2] : (i + 1) * y_iRw.shape[2]]
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import experts_update_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
-from discover_jax.kernels.experts import ExpertMatrix, moe_reference
+from discover_jax.kernels.experts import ExpertMatrix, activate, moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
@@ -282,12 +282,10 @@ def _backward(limit: float, alpha: float, tiling: GroupedTiling, kept: Any, d_ou
 def _activation_gradient(both_RF2: jax.Array, d_active_RF: jax.Array, limit: float, alpha: float) -> jax.Array:
     """The gradient of kernels.experts.gated in gates and ups, [R, 2 F] in their dtype; zero where they are clamped."""
 
-    def gated(both_RF2: jax.Array) -> jax.Array:
-        gate, up = jnp.split(both_RF2.astype(jnp.float32), 2, axis=1)
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+    def in_float32(both_RF2: jax.Array) -> jax.Array:
+        return activate(*jnp.split(both_RF2.astype(jnp.float32), 2, axis=1), limit=limit, alpha=alpha)
 
-    _, pull = jax.vjp(gated, both_RF2)
+    _, pull = jax.vjp(in_float32, both_RF2)
     return pull(d_active_RF)[0]
 
 

@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
+from discover_jax.kernels.experts import activate
+from discover_jax.kernels.experts_decode_pallas import exponents_of
 from discover_jax.kernels.experts_decode_pallas import unpack as unpack_words
 from discover_jax.kernels.mxfp4_lanes import INPUTS
 
@@ -87,7 +89,7 @@ def _unpack(packed: Any, scales: Any, out: Any) -> None:
     powers_gn = lax.bitcast_convert_type(scales_gn << 23, jnp.float32)  # 2^(scale - 127)
 
     def bits(nibbles_hn: jax.Array) -> jax.Array:
-        """The weights of these nibbles as float32 bits, of which bfloat16 has the upper half and the lower half is 0."""
+        """The bits of these nibbles' weights in float32. The upper half is the weight in bfloat16, and the lower half is 0."""
         code = nibbles_hn & 7
         doubled = jnp.where(code < 4, code, (2 | (code & 1)) << ((code >> 1) - 1))  # 0, 1, 2, 3, 4, 6, 8, 12
         values_hn = jnp.where(nibbles_hn < 8, 0.5, -0.5) * doubled.astype(jnp.float32)
@@ -126,8 +128,7 @@ def unpack_lanes(lanes: jax.Array, powers: jax.Array, part: int, width: int, til
 
 
 def _unpack_lanes(words: Any, powers: Any, out: Any) -> None:
-    exponents_sn = (powers[...].astype(jnp.int32) - 1) << 7
-    exponents_sn |= exponents_sn << 16
+    exponents_sn = exponents_of(powers[...])
     for group in range(words.shape[0] // 8):
         first, second = (jnp.broadcast_to(exponents_sn[s : s + 1], (8, words.shape[1])) for s in (2 * group, 2 * group + 1))
         out[INPUTS * group : INPUTS * (group + 1), :] = unpack_words(words[8 * group : 8 * (group + 1), :], first, second)
@@ -178,7 +179,7 @@ def _grouped(_experts, rows_b, *refs: Any, factors: int, transposed: bool, biase
 
 
 def _optional(refs: Sequence[Any], *, biased: bool) -> Any:
-    """The sum of what is there of bias and adapter."""
+    """The sum of the bias and the adapter's product. Either may be missing; without both, it is 0."""
     sums: Any = refs[0][...] if biased else 0.0
     if low := refs[1 if biased else 0 :]:
         sums += dot(low[0][...], low[1][...])
@@ -219,8 +220,7 @@ def _activation(_experts, rows_b, x, *refs: Any, limit: float, alpha: float) -> 
     def _() -> None:
         gate, up = (_optional(own[1:], biased=True) + dot(x[...], own[0][...].astype(x.dtype)) for own in (inputs[:half], inputs[half:]))
         gates[...], ups[...] = gate.astype(gates.dtype), up.astype(ups.dtype)
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        active[...] = ((up + 1) * gate * jax.nn.sigmoid(alpha * gate)).astype(active.dtype)
+        active[...] = activate(gate, up, limit=limit, alpha=alpha).astype(active.dtype)
 
     @pl.when(rows_b[pl.program_id(1)] == 0)
     def _() -> None:

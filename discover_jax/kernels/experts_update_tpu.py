@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from discover_jax.kernels.expert_rows import cut_blocks
-from discover_jax.kernels.experts import ExpertMatrix, moe_reference
+from discover_jax.kernels.experts import ExpertMatrix, activate, moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation, grouped, outer, unpack, unpack_lanes
 from discover_jax.kernels.fallback import warn_reference
 
@@ -271,12 +271,10 @@ def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
 def _activation_gradient(gates_PF: jax.Array, ups_PF: jax.Array, d_active_PF: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
     """The gradient of kernels.experts.gated in gates and ups, in their dtype; zero where they are clamped."""
 
-    def gated(gates_PF: jax.Array, ups_PF: jax.Array) -> jax.Array:
-        gate = jnp.minimum(gates_PF.astype(jnp.float32), layer.limit)
-        up = jnp.clip(ups_PF.astype(jnp.float32), -layer.limit, layer.limit)
-        return (up + 1) * gate * jax.nn.sigmoid(layer.alpha * gate)
+    def in_float32(gates_PF: jax.Array, ups_PF: jax.Array) -> jax.Array:
+        return activate(gates_PF.astype(jnp.float32), ups_PF.astype(jnp.float32), limit=layer.limit, alpha=layer.alpha)
 
-    _, pull = jax.vjp(gated, gates_PF, ups_PF)
+    _, pull = jax.vjp(in_float32, gates_PF, ups_PF)
     return pull(d_active_PF)
 
 

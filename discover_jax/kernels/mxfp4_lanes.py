@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.kernels.mxfp4_tiles import BITS, BLOCK
+from discover_jax.kernels.mxfp4_tiles import BITS, BLOCK, check_range
 
 INPUTS = 64
 """Inputs of eight rows of words."""
@@ -58,12 +58,7 @@ def check_scales(scales: jax.Array) -> None:
     Raises:
       ConfigError: a scale is not between LOWEST and HIGHEST.
     """
-    lowest, highest = int(scales.min()), int(scales.max())
-    if lowest < LOWEST or highest > HIGHEST:
-        raise ConfigError(
-            f"MXFP4 scales are between {lowest} and {highest}; TPU kernels support {LOWEST} to {HIGHEST}"
-            f" (2^{LOWEST - 127} to 2^{HIGHEST - 127}). Check the checkpoint, or use the reference kernel."
-        )
+    check_range(scales, LOWEST, HIGHEST, "TPU kernels support")
 
 
 def _pieces(into: int) -> int:

@@ -115,10 +115,19 @@ def check_scales(scales: jax.Array) -> None:
     Raises:
       ConfigError: a scale is not between LOWEST and HIGHEST.
     """
+    check_range(scales, LOWEST, HIGHEST, "tiles hold")
+
+
+def check_range(scales: jax.Array, least: int, most: int, limit: str) -> None:
+    """Checks that scales are within the range of a layout, which `limit` names in the message.
+
+    Raises:
+      ConfigError: a scale is not between `least` and `most`.
+    """
     lowest, highest = int(scales.min()), int(scales.max())
-    if lowest < LOWEST or highest > HIGHEST:
+    if lowest < least or highest > most:
         raise ConfigError(
-            f"MXFP4 scales are between {lowest} and {highest}; tiles hold {LOWEST} to {HIGHEST} (2^{LOWEST - 127} to 2^{HIGHEST - 127})."
+            f"MXFP4 scales are between {lowest} and {highest}; {limit} {least} to {most} (2^{least - 127} to 2^{most - 127})."
             " Check the checkpoint, or use the reference kernel."
         )
 

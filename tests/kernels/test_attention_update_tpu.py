@@ -1,11 +1,9 @@
 """The TPU kernels of the update's attention, interpreted on a CPU and compared with the references, and compiled for TPUs without one."""
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from absl import logging
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import attention_update_tpu
 from discover_jax.kernels.attention_update_pallas import Blocks
@@ -171,15 +170,11 @@ def test_what_the_kernels_do_not_support_uses_the_reference_and_is_logged(monkey
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@needs_libtpu
+@of_all_chips
 def test_they_compile_for_tpus_and_memory_is_bounded(topology):
     """One layer of gpt-oss with the longest row of the report's third run: less than 1.5 GiB, where the scores would take 150 GB."""
-    program = Path(__file__).parent / "tpu_compile_program.py"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # the query would not return without a TPU
-    done = subprocess.run([sys.executable, program, topology, "attention"], capture_output=True, text=True, timeout=900, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    temporaries = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("temporaries")]
+    printed = compiled("tpu_compile_program.py", topology, "attention", seconds=900)
+    temporaries = [int(line.split()[-1]) for line in printed.splitlines() if line.startswith("temporaries")]
     assert len(temporaries) == 8
     assert max(temporaries) < 1.5 * 2**30

@@ -2,12 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +10,7 @@ import numpy as np
 import pytest
 from absl import logging
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import experts_decode_tpu
 from discover_jax.kernels.experts import moe_reference, route_top
@@ -84,7 +80,7 @@ def _compare(problem, tolerance, *, adapted=True, layer=0, interpret: bool | plt
 
 
 def test_rows_that_fill_no_block_and_an_expert_that_needs_two():
-    """23 tokens, of which most choose the last two of four experts; the adapters; the second layer of a stack."""
+    """23 tokens with adapters, in the second layer of a stack. Most of them choose the last two of the four experts."""
     problem = _problem(23, skew=3.0, layers=2)
     counts = np.bincount(np.asarray(problem[1]).ravel(), minlength=4)
     assert counts.max() > 16
@@ -205,16 +201,12 @@ def test_a_step_of_gpt_oss_120b_reads_little_more_than_the_least(held, skew):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@needs_libtpu
+@of_all_chips
 def test_the_decoding_kernels_compile_for_tpus_in_place(topology):
     """Neither pools nor packed experts are copied or padded by XLA: see the program."""
-    program = Path(__file__).parent / "tpu_decode_program.py"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # the query would not return without a TPU
-    done = subprocess.run([sys.executable, program, topology], capture_output=True, text=True, timeout=1800, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    lines = [re.search(r"arguments (\d+), with padding (\d+), temporaries: (\d+)", line) for line in done.stdout.splitlines()]
+    printed = compiled("tpu_decode_program.py", topology, seconds=1800)
+    lines = [re.search(r"arguments (\d+), with padding (\d+), temporaries: (\d+)", line) for line in printed.splitlines()]
     sizes = [[int(number) for number in line.groups()] for line in lines if line]
     assert len(sizes) == 7
     for held, padded, temporaries in sizes:

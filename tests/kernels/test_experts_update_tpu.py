@@ -1,11 +1,6 @@
 """The TPU kernels of the update's experts, interpreted on a CPU and compared with the reference, and compiled for TPUs without one."""
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +8,7 @@ import numpy as np
 import pytest
 from absl import logging
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import experts_update_tpu, mxfp4_lanes
 from discover_jax.kernels.expert_rows import sort_rows
@@ -302,16 +298,11 @@ def test_what_the_kernels_do_not_support_uses_the_reference_and_is_logged(monkey
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `tpu`)")
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@needs_libtpu
+@of_all_chips
 def test_they_compile_for_tpus_and_memory_is_bounded(topology):
     """A layer of gpt-oss, forward and backward, with the longest row of the report's third run on each device."""
-    program = Path(__file__).parent / "tpu_compile_program.py"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # the query would not return without a TPU
-    command = [sys.executable, program, topology, "experts"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    temporaries = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("temporaries")]
+    printed = compiled("tpu_compile_program.py", topology, "experts", seconds=3000)
+    temporaries = [int(line.split()[-1]) for line in printed.splitlines() if line.startswith("temporaries")]
     assert len(temporaries) == 2
     assert max(temporaries) < 16 * 2**30
