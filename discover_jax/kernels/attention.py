@@ -1,4 +1,4 @@
-"""Attention of new tokens to cached keys in pages: the plain-JAX references, exact for any lengths."""
+"""Attention of new tokens to cached keys in pages and rings: the plain-JAX references, exact for any lengths."""
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,7 @@ def prefill_attention_reference(
     groups = heads // kv_heads
     at_once = min(max(1, PLACES // size), pages_BM.shape[1])
     pages_BM = jnp.clip(jnp.pad(pages_BM, ((0, 0), (0, -pages_BM.shape[1] % at_once))), 0, pool - 1)
-    # The queries of one key/value head are the rows of one matrix, R = G T.
-    q_BKRH = q_BTNH.reshape(batch, tokens, kv_heads, groups, head_size).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
+    q_BKRH, start = _start(q_BTNH, sinks_N, kv_heads)
     last_BR = jnp.tile(lengths_B[:, None] + jnp.arange(tokens), (1, groups))  # the last position that each of them sees
 
     def add(i: jax.Array | int, sums: Softmax) -> Softmax:
@@ -69,17 +68,75 @@ def prefill_attention_reference(
         places_S = i * at_once * size + jnp.arange(at_once * size)
         return add_block(sums, q_BKRH, k_BKSH, v_BKSH, places_S <= last_BR[:, :, None])
 
-    sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(kv_heads, groups), tokens, axis=1)[..., None]
-    sinks_BKR1 = jnp.broadcast_to(sinks_KR1, (batch, *sinks_KR1.shape))
-    sums = (sinks_BKR1, jnp.ones_like(sinks_BKR1), jnp.zeros(q_BKRH.shape, jnp.float32))
     blocks = pages_BM.shape[1] // at_once
     if blocks == 1:
-        _, total, out_BKRH = add(0, sums)
+        sums = add(0, start)
     else:
         in_use = -(-(lengths_B.max() + tokens) // (at_once * size))
-        _, total, out_BKRH = lax.fori_loop(0, jnp.minimum(in_use, blocks), add, sums)  # the padding of a chunk may exceed the row
-    out = (out_BKRH / total).reshape(batch, kv_heads, groups, tokens, head_size).transpose(0, 3, 1, 2, 4)
-    return out.reshape(q_BTNH.shape).astype(values_LPKsH.dtype)
+        sums = lax.fori_loop(0, jnp.minimum(in_use, blocks), add, start)  # the padding of a chunk may exceed the row
+    return _end(sums, q_BTNH.shape).astype(values_LPKsH.dtype)
+
+
+def _start(q_BTNH: jax.Array, sinks_N: jax.Array, kv_heads: int) -> tuple[jax.Array, Softmax]:
+    """The queries of each key/value head as the rows of one matrix, R = G T, and their sums before the first key: those of the sinks."""
+    batch, tokens, heads, head_size = q_BTNH.shape
+    groups = heads // kv_heads
+    q_BKRH = q_BTNH.reshape(batch, tokens, kv_heads, groups, head_size).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
+    sinks_KR1 = jnp.repeat(sinks_N.astype(jnp.float32).reshape(kv_heads, groups), tokens, axis=1)[..., None]
+    sinks_BKR1 = jnp.broadcast_to(sinks_KR1, (batch, *sinks_KR1.shape))
+    return q_BKRH, (sinks_BKR1, jnp.ones_like(sinks_BKR1), jnp.zeros(q_BKRH.shape, jnp.float32))
+
+
+def _end(sums: Softmax, shape: tuple[int, ...]) -> jax.Array:
+    """The attention output of this shape [B, T, N, H]."""
+    _, total, out_BKRH = sums
+    batch, tokens, heads, head_size = shape
+    kv_heads = out_BKRH.shape[1]
+    out = (out_BKRH / total).reshape(batch, kv_heads, heads // kv_heads, tokens, head_size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(shape)
+
+
+def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:
+    """The position at each place of a ring that holds the last tokens of so many, [B, W]: place p mod W has position p. Negative: none."""
+    last_B1 = lengths_B[:, None] - 1
+    return last_B1 - (last_B1 - jnp.arange(window)) % window
+
+
+def prefill_windowed_attention_reference(
+    q_BTNH: jax.Array,
+    ring_k_BKWH: jax.Array,
+    ring_v_BKWH: jax.Array,
+    k_BCKH: jax.Array,
+    v_BCKH: jax.Array,
+    lengths_B: jax.Array,
+    first: jax.Array | int,
+    sinks_N: jax.Array,
+) -> jax.Array:
+    """`prefill_attention_reference` for sliding layers: token t sees the last W positions up to its own, lengths + first + t.
+
+    Args:
+      q_BTNH: queries of T consecutive tokens of a chunk.
+      ring_k_BKWH, ring_v_BKWH: the last W positions before the chunk; see `ring_positions`.
+      k_BCKH, v_BCKH: keys and values of the chunk's C tokens.
+      lengths_B: int32, tokens of each row before the chunk.
+      first: int32, the index of the first of the T tokens in the chunk.
+      sinks_N: see `prefill_attention_reference`.
+
+    Returns:
+      [B, T, N, H] in the dtype of the values.
+    """
+    tokens, heads = q_BTNH.shape[1:3]
+    kv_heads, window = ring_k_BKWH.shape[1:3]
+    k_BKSH, v_BKSH = (
+        jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in ((ring_k_BKWH, k_BCKH), (ring_v_BKWH, v_BCKH))
+    )
+    chunk_BC = lengths_B[:, None] + jnp.arange(k_BCKH.shape[1])
+    places_BS = jnp.concatenate([ring_positions(lengths_B, window), chunk_BC], axis=1)
+    distance_BTS = (lengths_B[:, None] + first + jnp.arange(tokens))[:, :, None] - places_BS[:, None]
+    seen_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (places_BS >= 0)[:, None]
+    q_BKRH, start = _start(q_BTNH, sinks_N, kv_heads)
+    sums = add_block(start, q_BKRH, k_BKSH, v_BKSH, jnp.tile(seen_BTS, (1, heads // kv_heads, 1)))
+    return _end(sums, q_BTNH.shape).astype(v_BCKH.dtype)
 
 
 def paged_attention_reference(

@@ -114,7 +114,7 @@ def merge(
     lse_ptr,  # float32 [shares, N]
     spans_ptr,  # int32 [2, B]
     sinks_ptr,  # [N]
-    out_ptr,  # bf16 [B, N, H]
+    out_ptr,  # [B, N, H]
     B: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
@@ -138,4 +138,4 @@ def merge(
         total = total * shrink + tl.sum(weights, axis=0)
         out = out * shrink + tl.sum(weights[:, None] * parts, axis=0)
         highest = higher
-    tl.store(out_ptr + (row * N + head) * H + h, (out / total).to(tl.bfloat16))
+    tl.store(out_ptr + (row * N + head) * H + h, (out / total).to(out_ptr.dtype.element_ty))

@@ -15,7 +15,11 @@ import jax
 from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
-from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
+from discover_jax.kernels.attention import (
+    paged_attention_reference,
+    prefill_attention_reference,
+    prefill_windowed_attention_reference,
+)
 from discover_jax.kernels.experts import MixtureOfExperts, moe_reference
 from discover_jax.kernels.fallback import SLOWER
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
@@ -35,7 +39,7 @@ class KernelSet:
 
     Attributes:
       write_token, paged_attention: one token a row.
-      write_pages, prefill_attention: several tokens a row.
+      write_pages, prefill_attention, prefill_windowed_attention: several tokens a row.
       copy_page: one page of the cache.
       packed_attention, windowed_attention, experts: whole sequences; differentiable.
       decode_experts, decode_projections: one token a row, or a chunk of a prompt.
@@ -49,6 +53,7 @@ class KernelSet:
     copy_page: Write
     paged_attention: Attend
     prefill_attention: Attend
+    prefill_windowed_attention: Attend
     packed_attention: Attend
     windowed_attention: Attend
     experts: MixtureOfExperts
@@ -64,6 +69,7 @@ REFERENCE = KernelSet(
     copy_page=copy_page,
     paged_attention=paged_attention_reference,
     prefill_attention=prefill_attention_reference,
+    prefill_windowed_attention=prefill_windowed_attention_reference,
     packed_attention=packed_attention_reference,
     windowed_attention=windowed_attention_reference,
     experts=moe_reference,
@@ -99,6 +105,8 @@ PLATFORMS = {
         "jax_triton",  # its import also fails if jax has no support for CUDA
         {
             "paged_attention": ("discover_jax.kernels.attention_decode", "paged_attention"),
+            "prefill_attention": ("discover_jax.kernels.attention_prefill", "prefill_attention"),
+            "prefill_windowed_attention": ("discover_jax.kernels.attention_prefill", "prefill_windowed_attention"),
             "packed_attention": ("discover_jax.kernels.attention_update", "packed_attention"),
             "windowed_attention": ("discover_jax.kernels.attention_update", "windowed_attention"),
             "experts": ("discover_jax.kernels.experts_update", "moe_update"),

@@ -104,6 +104,24 @@ def spread_prefill_attention(attend: Callable, mesh: Mesh) -> Callable:
     return spread
 
 
+def spread_prefill_windowed_attention(attend: Callable, mesh: Mesh) -> Callable:
+    """For prompts in sliding layers: every device has their rings and all keys of the chunk, but only its own tokens."""
+
+    def spread(q_BTNH: jax.Array, *arguments: jax.Array) -> jax.Array:
+        split = rows_axes(q_BTNH.shape[1], mesh)
+
+        def of_device(q: jax.Array, *rest: jax.Array) -> jax.Array:
+            *keys_and_values, lengths, first, sinks = rest
+            before = q.shape[1] * lax.axis_index(split) if split else 0
+            return attend(q, *keys_and_values, lengths, first + before, sinks)
+
+        heads, rings, keys = (PartitionSpec(None, *axes) for axes in ((split, _TENSOR), (_TENSOR,), (None, _TENSOR)))
+        specs = (heads, rings, rings, keys, keys, PartitionSpec(), PartitionSpec(), PartitionSpec(_TENSOR))
+        return _on_devices(of_device, mesh, specs, heads)(q_BTNH, *arguments)
+
+    return spread
+
+
 def _spread_write(write: Callable, mesh: Mesh, *specs: PartitionSpec) -> Callable:
     """Each device writes into its own pages. `specs` are the specs of the arguments after the layer, pages first."""
 
@@ -195,6 +213,7 @@ _BY_HEADS: dict[str, Callable[[Callable, Mesh], Callable]] = {
     "windowed_attention": spread_attention,
     "paged_attention": spread_paged_attention,
     "prefill_attention": spread_prefill_attention,
+    "prefill_windowed_attention": spread_prefill_windowed_attention,
     "write_token": spread_write_token,
     "write_pages": spread_write_pages,
     "copy_page": spread_copy_page,

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
+from discover_jax.kernels.attention import ring_positions
 from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set
 from discover_jax.kernels.mxfp4_tiles import SLABS
 from discover_jax.kernels.packed_attention import ATTENTION
@@ -223,12 +224,9 @@ class Model:
                 layer: Layer = getattr(repeat, kind)
                 q, k, v = self._project_chunk(layer.attention, x_BCD, at.positions_BC, stacked, adapted=adapted)
                 if kind == "sliding":
-                    assert at.seen_BCS is not None, "the model has sliding layers"
                     assert at.kept_BW is not None, "the model has sliding layers"
-                    kept_B1W1 = at.kept_BW[:, None, :, None]
-                    keys, values = (jnp.concatenate([ring, x.transpose(0, 2, 1, 3)], axis=2) for ring, x in zip(rings, (k, v), strict=True))
-                    rings = tuple(jnp.take_along_axis(x, kept_B1W1, axis=2) for x in (keys, values))
-                    x_BCD += layer.attention.attend(q, keys, values, at.seen_BCS, stacked, adapted=adapted)
+                    x_BCD += layer.attention.attend_window(q, rings, k, v, cache.lengths_B, stacked, adapted=adapted)
+                    rings = tuple(_keep(ring, x, at.kept_BW) for ring, x in zip(rings, (k, v), strict=True))
                 else:
                     pool = Pool(*self.kernels.write_pages(pool.keys_LPKsH, pool.values_LPKsH, index, at.pages_Bm, k, v))
                     x_BCD += layer.attention.attend_chunk(q, pool, index, cache.pages_BM, cache.lengths_B, stacked, adapted=adapted)
@@ -341,18 +339,17 @@ class Model:
 
 
 class _Chunk(NamedTuple):
-    """Where a chunk of C tokens a row is, in pages of s places: m pages. W: places of a ring; S = W + C keys.
+    """Where a chunk of C tokens a row is, in pages of s places: m pages. W: places of a ring.
 
     Attributes:
       positions_BC: positions of the tokens.
       pages_Bm: pages to write; on a mesh, those of all devices. The pages of padding are out of range, so they are not written.
-      seen_BCS: whether a token of a sliding layer sees a key of the ring before the chunk or of the chunk; None without sliding layers.
-      kept_BW: for each place of the ring after the chunk, the index among these S keys; None without sliding layers.
+      kept_BW: for each place of the ring after the chunk, the index among its W places before the chunk and the C tokens; None without
+        sliding layers.
     """
 
     positions_BC: jax.Array
     pages_Bm: jax.Array
-    seen_BCS: jax.Array | None
     kept_BW: jax.Array | None
 
 
@@ -364,7 +361,7 @@ def _locate_chunk(cache: Cache, counts_B: jax.Array, chunk: int, window: int | N
             f"A chunk of {chunk} tokens cannot be read into rows of {row_pages} pages of {size} tokens. It must be whole pages, and no more"
             " than a row has."
         )
-    lengths_B, last_B = cache.lengths_B, cache.lengths_B + counts_B - 1
+    lengths_B = cache.lengths_B
     positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
     firsts_m = jnp.arange(0, chunk, size)
     # The pages differ between devices; the places in them do not.
@@ -373,14 +370,14 @@ def _locate_chunk(cache: Cache, counts_B: jax.Array, chunk: int, window: int | N
     pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
     pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
     if window is None:
-        return _Chunk(positions_BC, pages_Bm, None, None)
-    # Place w of a ring has the last position congruent to w, if there is one.
-    before_BW, after_BW = (last[:, None] - (last[:, None] - jnp.arange(window)) % window for last in (lengths_B - 1, last_B))
-    keys_at_BS = jnp.concatenate([before_BW, positions_BC], axis=1)
-    distance_BCS = positions_BC[:, :, None] - keys_at_BS[:, None]
-    seen_BCS = (distance_BCS >= 0) & (distance_BCS < window) & (keys_at_BS >= 0)[:, None]
-    kept_BW = jnp.where(after_BW >= lengths_B[:, None], window + after_BW - lengths_B[:, None], jnp.arange(window))
-    return _Chunk(positions_BC, pages_Bm, seen_BCS, kept_BW)
+        return _Chunk(positions_BC, pages_Bm, None)
+    after_BW, before_B1 = ring_positions(lengths_B + counts_B, window), lengths_B[:, None]
+    return _Chunk(positions_BC, pages_Bm, jnp.where(after_BW >= before_B1, window + after_BW - before_B1, jnp.arange(window)))
+
+
+def _keep(ring_BKWH: jax.Array, x_BCKH: jax.Array, kept_BW: jax.Array) -> jax.Array:
+    """The ring after a chunk; see `_Chunk.kept_BW`."""
+    return jnp.take_along_axis(jnp.concatenate([ring_BKWH, x_BCKH.transpose(0, 2, 1, 3)], axis=2), kept_BW[:, None, :, None], axis=2)
 
 
 class _Places(NamedTuple):

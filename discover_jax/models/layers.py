@@ -167,42 +167,14 @@ class Attention(nnx.Module):
             q, k = (rms_norm(x, norm[...], c.rms_eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         return rotate(q, positions_BT, c), rotate(k, positions_BT, c), v
 
-    def attend(
-        self,
-        q_BTNH: jax.Array,
-        k_BKSH: jax.Array,
-        v_BKSH: jax.Array,
-        seen_BTS: jax.Array,
-        layer: jax.Array | None = None,
-        *,
-        adapted: bool,
-    ) -> jax.Array:
-        """Attention to the keys for which `seen_BTS` is true, then the output projection: float32 [B, T, D].
-
-        o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink); scores and softmax are in float32.
-        """
-        c = self.config
-        b, t = q_BTNH.shape[:2]
-        groups = c.num_heads // c.num_kv_heads
-        q_BKGTH = q_BTNH.reshape(b, t, c.num_kv_heads, groups, c.head_size).transpose(0, 2, 3, 1, 4)
-        # All queries of a key/value head are rows of one matrix: [G T, H] x [H, S].
-        q_BKRH = q_BKGTH.reshape(b, c.num_kv_heads, groups * t, c.head_size)
-        scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32) * c.head_size**-0.5
-        scores = scores.reshape(b, c.num_kv_heads, groups, t, -1)
-        scores = jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
-        sinks = self.sinks_N.astype(jnp.float32).reshape(1, c.num_kv_heads, groups, 1, 1)
-        highest = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - highest)
-        rows = weights.reshape(b, c.num_kv_heads, groups * t, -1).astype(v_BKSH.dtype)
-        out_BKRH = jnp.einsum("bkrs,bksh->bkrh", rows, v_BKSH, preferred_element_type=jnp.float32)
-        out = out_BKRH.reshape(b, c.num_kv_heads, groups, t, c.head_size) / total
-        return self._out(out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1), layer, adapted=adapted)
-
     def attend_packed(
         self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, window: int | None, *, adapted: bool
     ) -> jax.Array:
-        """`attend` for packed rows: a query sees its own and earlier keys of its segment, at most the last `window`. Differentiable."""
+        """Attention in packed rows, then the output projection: float32 [B, T, D]. Differentiable.
+
+        o = sum_j e^{l_j} v_j / (sum_j e^{l_j} + e^sink); scores and softmax are in float32. A query sees its own and earlier keys of its
+        segment, at most the last `window`.
+        """
         if window is None:
             out_BTNH = self.kernels.packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, self.sinks_N)
         else:
@@ -220,7 +192,7 @@ class Attention(nnx.Module):
         *,
         adapted: bool,
     ) -> jax.Array:
-        """`attend` for one query a row, which sees the first `counts_B` positions of the row's pages: float32 [B, 1, D]."""
+        """The same for one query a row, which sees the first `counts_B` positions of the row's pages: float32 [B, 1, D]."""
         arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks_N
         out_BNH = self.kernels.paged_attention(*arguments)
         return self._out(out_BNH.reshape(*q_B1NH.shape[:2], -1), layer, adapted=adapted)
@@ -236,9 +208,24 @@ class Attention(nnx.Module):
         *,
         adapted: bool,
     ) -> jax.Array:
-        """`attend` for a chunk of C queries from position `lengths_B`. A query sees its own and earlier positions: float32 [B, C, D]."""
+        """The same for a chunk of C queries from position `lengths_B`. A query sees its own and earlier positions: float32 [B, C, D]."""
         arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks_N
         out_BCNH = self.kernels.prefill_attention(*arguments)
+        return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
+
+    def attend_window(
+        self,
+        q_BCNH: jax.Array,
+        rings: tuple[jax.Array, ...],
+        k_BCKH: jax.Array,
+        v_BCKH: jax.Array,
+        lengths_B: jax.Array,
+        layer: jax.Array | None,
+        *,
+        adapted: bool,
+    ) -> jax.Array:
+        """`attend_chunk` for a sliding layer: the rings [B, K, W, H] have the last W positions before the chunk."""
+        out_BCNH = self.kernels.prefill_windowed_attention(q_BCNH, *rings, k_BCKH, v_BCKH, lengths_B, jnp.int32(0), self.sinks_N)
         return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
 
     def _out(self, out: jax.Array, layer: jax.Array | None, *, adapted: bool) -> jax.Array:

@@ -90,6 +90,8 @@ def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
     q, k, v = (jnp.tile(draw(1, 12, heads, head_size), (copies, 1, 1, 1)) for heads in (4, kv_heads, kv_heads))
     keys, values = jax.jit(kernels.write_pages)(pool, pool, layer, prompt_R3, k, v)
     read = jax.jit(kernels.prefill_attention)(q, keys, values, layer, prompt_R3, jnp.zeros(copies, jnp.int32), sinks)
+    ring = [jnp.tile(draw(1, kv_heads, 5, head_size), (copies, 1, 1, 1)) for _ in range(2)]
+    slid = jax.jit(kernels.prefill_windowed_attention)(q, *ring, k, v, jnp.full(copies, 7), jnp.int32(0), sinks)
     # Rows of two pages and a partial one. A row without a place writes nothing.
     pages_BM = jnp.asarray([[(row // own) * own * each + (row % own) * 3 % (own * each - 3) + i for i in range(3)] for row in range(rows)])
     starts = jnp.arange(rows)
@@ -100,7 +102,7 @@ def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
     counts_B = jnp.asarray([1, 9, 5, 1, 8, 9, 4, 3], jnp.int32)
     table_BM = pages_BM.at[3].set((3 // own) * own * each + own * each - 3).astype(jnp.int32)  # this row reads the prompt's first page
     out = jax.jit(kernels.paged_attention)(draw(rows, 4, head_size), keys, values, layer, table_BM, counts_B, sinks)
-    return [np.asarray(x) for x in (read[:1], out)]
+    return [np.asarray(x) for x in (read[:1], slid[:1], out)]
 
 
 def main() -> None:
