@@ -22,6 +22,8 @@ from discover_jax.execution.bytecode import write_bytecode
 from discover_jax.execution.sandbox import PRELOAD
 
 _FLAGS = ["--xla_backend_optimization_level=0"]
+# On a GPU, XLA otherwise compiles and times many variants of each product of the references.
+_FLAGS.append("--xla_gpu_autotune_level=0")
 if version("jaxlib").startswith("0.10."):  # later versions abort at unknown flags
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # compiles a third faster
     _FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # compiles with a fifth less CPU time
@@ -71,8 +73,14 @@ def random_weights():
     return draw
 
 
-def pytest_collection_modifyitems(items):
-    """Runs the files of whole runs first: they take longest, and at the end they would leave other workers idle."""
+def pytest_collection_modifyitems(config, items):
+    """Runs the files of whole runs first: they take longest, and at the end they would leave other workers idle.
+
+    `-m accelerator` leaves out slow tests, so that it ends within ten minutes. `-m "slow and accelerator"` runs them.
+    """
+    if config.option.markexpr == "accelerator":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     here = pathlib.Path(__file__).parent
     whole_runs = (here, here / "faults", here / "execution", here / "kernels")
     items.sort(key=lambda item: whole_runs.index(item.path.parent) if item.path.parent in whole_runs else len(whole_runs))

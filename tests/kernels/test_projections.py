@@ -1,6 +1,8 @@
 """Projections from stacked layers: the reference against numpy, the kernels in Triton's interpreter and on a GPU, and the fallback."""
 
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded_launches import record
 
 from discover_jax.kernels.projections import Stack, project_reference
 
@@ -88,22 +91,74 @@ def test_kernels_lower_for_an_absent_gpu():
         assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call") == 1
 
 
+GPU_ROWS, GPU_RANKS = (1, 7, 64, 128, 256), (0, 32)
+GPU_WIDTHS = {
+    "gpt-oss qkv": (2880, (4096, 512, 512), True),
+    "gpt-oss o": (4096, (2880,), True),
+    "small": (320, (48, 16), True),
+    "qwen qkv": (1536, (1536, 256, 256), True),
+    "qwen o": (1536, (1536,), False),
+    "qwen gate up": (896, (4864, 4864), False),
+}
+GPU_FEW = {
+    *((1, "gpt-oss qkv", 32), (1, "qwen gate up", 32)),
+    *((7, "gpt-oss o", 0), (7, "qwen gate up", 0), (7, "qwen o", 0)),
+    *((64, "small", 32), (64, "qwen gate up", 32)),
+    *((128, "gpt-oss qkv", 0), (128, "gpt-oss o", 32)),
+    *((256, "small", 0), (256, "qwen qkv", 32), (256, "qwen o", 32)),
+}
+"""Every pair of the kernel's branches; see `test_few_cases_have_every_pair_of_branches`. The other cases are slow."""
+GPU_CASES = tuple(itertools.product(GPU_ROWS, GPU_WIDTHS, GPU_RANKS))
+
+
+def _launch(monkeypatch, rows, name, rank):
+    from discover_jax.kernels import projections_decode
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    width, outs, biased = GPU_WIDTHS[name]
+    adapters = [(shape(LAYERS, rank, width), shape(LAYERS, out, rank)) if rank else () for out in outs]
+    stacks = [
+        Stack(shape(LAYERS, out, width), shape(LAYERS, out) if biased else None, *adapter)
+        for out, adapter in zip(outs, adapters, strict=True)
+    ]
+    project = functools.partial(projections_decode.project, scale=SCALE)
+    (launch,) = record(monkeypatch, projections_decode, project, shape(rows, width), stacks, shape(dtype=jnp.int32))
+    return launch
+
+
+def _branches(launch, rows):
+    c = launch.constants
+    outs = [c[f"OUT{i}"] for i in range(3)]
+    return {
+        "left operand": c["ROWS_LEFT"],
+        "rows": "several blocks" if rows > c["N"] else "a whole block" if rows == c["N"] else "a part of a block",
+        "projections": sum(out > 0 for out in outs),
+        "bias": c["BIAS"],
+        "adapter": c["RANK"] > 0,
+        "parts": "one" if c["PARTS"] == 1 else "equal" if c["K"] // 64 % c["PARTS"] == 0 else "unequal",
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra `parity` or `kernels`)")
+def test_few_cases_have_every_pair_of_branches(monkeypatch):
+    def pairs(cases):
+        found = (_branches(_launch(monkeypatch, *case), case[0]) for case in cases)
+        return {pair for branches in found for pair in itertools.combinations(branches.items(), 2)}
+
+    assert set(GPU_CASES) >= GPU_FEW
+    assert pairs(GPU_CASES) == pairs(GPU_FEW)
+    assert len(GPU_FEW) == 12
+
+
 @pytest.mark.accelerator
 @on_gpu
-@pytest.mark.parametrize("rows", [1, 7, 64, 128, 256])
 @pytest.mark.parametrize(
-    ("width", "outs", "biased"),
-    [
-        (2880, (4096, 512, 512), True),
-        (4096, (2880,), True),
-        (320, (48, 16), True),
-        (1536, (1536, 256, 256), True),
-        (1536, (1536,), False),
-        (896, (4864, 4864), False),
-    ],
+    ("rows", "name", "rank"), [pytest.param(*case, marks=[] if case in GPU_FEW else pytest.mark.slow) for case in GPU_CASES]
 )
-@pytest.mark.parametrize("rank", [0, 32])
-def test_kernels_in_a_scan_match_the_reference(rows, width, outs, biased, rank):
+def test_kernels_in_a_scan_match_the_reference(rows, name, rank):
+    width, outs, biased = GPU_WIDTHS[name]
     from discover_jax.kernels.projections_decode import project
 
     x, stacks = _problem(rows, width, outs, rank, biased=biased)
