@@ -1,15 +1,16 @@
 """The data that flows through a step: parents, prompts, rollouts, executions, evaluations, grades, attempts.
 
 All types are immutable. Arrays are numpy on the host, and their names list the axes (P prompt tokens, T generated tokens).
-This module does not import jax, so that the workers that run programs start quickly.
+This module imports neither jax nor numpy, so that the processes that run and grade programs start quickly.
 """
 
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 PARENT_OUTPUT = "parent_output.json"
 """The file in a program's working directory with the value that its parent returned (`Problem.reuse_output`)."""
@@ -72,7 +73,7 @@ class Prompt:
     group: int
     parent_id: str
     text: str
-    tokens_P: np.ndarray  # int32
+    tokens_P: "np.ndarray"  # int32
 
 
 class StopReason(enum.Enum):
@@ -103,13 +104,13 @@ class Rollout:
 
     group: int
     index: int
-    prompt_tokens_P: np.ndarray
-    tokens_T: np.ndarray
-    logprobs_T: np.ndarray
-    chosen_T: np.ndarray
+    prompt_tokens_P: "np.ndarray"
+    tokens_T: "np.ndarray"
+    logprobs_T: "np.ndarray"
+    chosen_T: "np.ndarray"
     stop: StopReason
     temperature: float = 1.0
-    routes_SLX: np.ndarray | None = None
+    routes_SLX: "np.ndarray | None" = None
 
 
 RolloutKey = tuple[int, int]

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def borrowed(free: queue.SimpleQueue[T]) -> Iterator[T]:
+def borrowed(free: queue.SimpleQueue[T] | queue.Queue[T]) -> Iterator[T]:
     """Takes an item from the queue, waiting if it is empty. Puts it back when the context ends."""
     one = free.get()
     try:

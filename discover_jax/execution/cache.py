@@ -7,6 +7,7 @@ this user. Its content must match its checksum, its key and the types of a verdi
 import base64
 import contextlib
 import dataclasses
+import email
 import hashlib
 import importlib.metadata
 import json
@@ -38,8 +39,17 @@ def packages(path: Sequence[str] | None = None) -> list[str]:
     Args:
       path: folders to search; None: this process's sys.path.
     """
-    found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions(path=sys.path if path is None else list(path))}
-    return [platform.python_version(), platform.machine(), *sorted(found)]
+    found = map(_name_and_version, importlib.metadata.distributions(path=sys.path if path is None else list(path)))
+    return [platform.python_version(), platform.machine(), *sorted(set(found))]
+
+
+def _name_and_version(package: importlib.metadata.Distribution) -> str:
+    """As `package.name` and `package.version` say, which parse the whole description each time."""
+    text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
+    headers = email.message_from_string(text.partition("\n\n")[0])
+    if "Name" in headers and "Version" in headers:
+        return f"{headers['Name']}=={headers['Version']}"
+    return f"{package.name}=={package.version}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,6 +179,16 @@ class Children:
             free.put(slot)
         return free
 
+    def slots_on_demand(self, count: int, kind: str, target: Callable[..., None], *arguments: Any) -> "queue.LifoQueue[ChildSlot]":
+        """This many such slots for `backend.borrowed`. One child starts without being waited for, another one only if all are in use."""
+        free: queue.LifoQueue[ChildSlot] = queue.LifoQueue()  # so that a slot that was in use comes before those that never were
+        for number in reversed(range(count)):
+            slot = self.slot(kind, f"{kind}-{number}", target, *arguments)
+            if number == 0:
+                slot.warm()
+            free.put(slot)
+        return free
+
     def start(self, slot: ChildSlot, make: Callable[[], Child]) -> None:
         """Starts the child of a slot. Raises OSError if no process can be started, SandboxError after `close`."""
 

@@ -122,16 +122,17 @@ class Graders:
     """Processes that grade for many threads."""
 
     def __init__(self, tasks_bytes: bytes, *, slots: int, seconds: float) -> None:
-        """Starts the processes without waiting for them.
+        """Starts one process without waiting for it. The others start if as many submissions are graded at once.
 
         Args:
           tasks_bytes: the pickled tasks whose submissions are graded.
-          slots: number of programs that run at once. The number of processes is the minimum of this and this machine's cores.
+          slots: number of programs that run at once. There are at most this many processes, and at most one for each of this machine's
+            cores.
           seconds: limit for a submission, and for the process to become ready.
         """
         self._children = children.Children()
         self._seconds = seconds
-        self._free = self._children.warm_slots(min(slots, len(os.sched_getaffinity(0))), "grading", main, tasks_bytes)
+        self._free = self._children.slots_on_demand(min(slots, len(os.sched_getaffinity(0))), "grading", main, tasks_bytes)
 
     def verdict(self, task: int, execution: Execution, earlier: Sequence[Grade]) -> Verdict:
         """The verdict on one of a program's runs; for the last run, on the program. `earlier`: the grades of the runs before.

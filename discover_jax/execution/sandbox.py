@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import bubblewrap, claims, memory, values
+from discover_jax.execution import bubblewrap, claims, memory
 from discover_jax.execution.claims import DETAIL_CHARACTERS, HEADER_BYTES, Claim, Expected
 from discover_jax.execution.harness import PREPARE
 from discover_jax.execution.limits import CORE_BYTES, GIB, MIB, ResourceLimits
@@ -92,6 +92,12 @@ def _own_limits(spec: SandboxSpec) -> dict[str, int]:
     # mappings can need minutes to end.
     limits["RLIMIT_AS"] = spec.limits.memory_bytes * (1 if spec.cgroups is None else _RESERVED)
     return limits
+
+
+def _encoded(value: list) -> bytes:
+    from discover_jax.execution import values  # imports numpy, which a slot needs only for calls
+
+    return values.encode(value, _REQUEST_BYTES)
 
 
 def _pipe() -> tuple[int, int]:
@@ -410,7 +416,7 @@ class Sandbox:
         """
         self._cpu_since_last_call()  # what the imports took is not the program's
         self._send_program(program, parent_output)
-        return self.call(PREPARE, values.encode([], _REQUEST_BYTES), seconds)
+        return self.call(PREPARE, _encoded([]), seconds)
 
     def call(self, name: str, arguments: bytes, seconds: float) -> Answer:
         """Calls a function of the program. If the answer is not OK, the sandbox has ended.
@@ -430,7 +436,7 @@ class Sandbox:
             outcome, value, detail = self._ended_early
             return Answer(outcome, value, detail, 0.0, 0.0)
         expected = Expected("value", secrets.token_hex(8), f"{name}() returned" if name else "it was loaded")
-        self._send(values.encode([expected.key, name], _REQUEST_BYTES))
+        self._send(_encoded([expected.key, name]))
         self._send(arguments)
         started = time.monotonic()  # before the program can read the arguments
         end = self._watch(started + seconds, seconds, until=lambda: claims.answered(self._answer))
@@ -558,4 +564,4 @@ def start(spec: SandboxSpec) -> Sandbox:
         "calls": spec.calls,
         "parent_output": PARENT_OUTPUT,
     }
-    return Sandbox(spec, here.with_name("harness.py"), options, beside=[Path(values.__file__)])
+    return Sandbox(spec, here.with_name("harness.py"), options, beside=[here.with_name("values.py")])

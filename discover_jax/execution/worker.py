@@ -1,6 +1,7 @@
 """The process of one slot: keeps a warm sandbox and runs programs one at a time.
 
-It never executes a program outside a sandbox, has no answers, and imports neither jax nor pandas. Its sandboxes die with it.
+It never executes a program outside a sandbox, has no answers, and imports neither jax nor pandas, and numpy only for calls. Its sandboxes
+die with it.
 """
 
 import dataclasses

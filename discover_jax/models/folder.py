@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ READ_BYTES = 1 << 27
 _NO_ADAPTER = LoraConfig(0, 0, 0)
 _FLOATS = ("BF16", "F16", "F32")
 _MAX_NAMED = 5
+_AT_ONCE_BYTES = 64 << 20
+"""A device's part of all layers of a parameter, up to which the host reads all of them before it sends them."""
 """Names that an error message lists before it only counts them."""
 
 
@@ -210,7 +212,8 @@ def load_folder(
     """Reads a folder as the frozen tree of `Model(config, dtype=dtype, experts=experts, mesh=mesh)`.
 
     All names, shapes and types are checked first. Then one tensor of one layer at a time goes from disk to the devices, and only the parts
-    that belong on this process's devices. The host therefore needs memory for one such tensor, and briefly for two.
+    that belong on this process's devices. The host therefore needs memory for one such tensor, and briefly for two. Only of small tensors
+    are all layers read at once, which needs no compiled function for each shape.
 
     Raises:
       WeightsError: a file or tensor is missing, damaged, or has a wrong shape or type; the message names it.
@@ -231,8 +234,10 @@ def load_folder(
         if path[0] != config.stack:
             return reader.read(path, None)
         _, kind, *param = path
-        layers = range(config.pattern.index(kind), config.num_layers, len(config.pattern))
-        return _stack_layers(struct, (reader.read_layer(tuple(param), layer, dtype) for layer in layers))
+        param, layers = tuple(param), range(config.pattern.index(kind), config.num_layers, len(config.pattern))
+        if param in structs and _local_bytes(struct) <= _AT_ONCE_BYTES:
+            return reader.read_stack(param, layers, struct)
+        return _stack_layers(struct, (reader.read_layer(param, layer, dtype) for layer in layers))
 
     abstract = Model(config, _NO_ADAPTER, dtype=dtype, experts=experts, mesh=mesh).abstract_frozen()
     return config, jax.tree_util.tree_map_with_path(lambda path, struct: leaf(tuple(key.key for key in path), struct), abstract)
@@ -257,6 +262,18 @@ class _Reader:
             struct.shape, _sharding(struct), lambda index: source.read(index or ()).astype(struct.dtype, copy=False)
         )
         self._progress.add(_local_bytes(struct))
+        return array
+
+    def read_stack(self, param: ParamPath, layers: Sequence[int], struct: jax.ShapeDtypeStruct) -> jax.Array:
+        """A parameter of several layers, as it is stored except for its type, as one array like `struct`."""
+        sources = [self._stored[param, layer] for layer in layers]
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            some, *rest = index or (slice(None),)
+            return np.stack([source.read(tuple(rest)).astype(struct.dtype, copy=False) for source in sources[some]])
+
+        array = jax.make_array_from_callback(struct.shape, _sharding(struct), part)
+        self._progress.add(len(sources) * _local_bytes(self._structs[param]))
         return array
 
     def read_layer(self, param: ParamPath, layer: int, dtype: Any) -> jax.Array:

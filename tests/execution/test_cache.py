@@ -1,13 +1,14 @@
 """What a file of the cache keeps of a submission, and files of earlier versions."""
 
 import base64
+import importlib.metadata
 import json
 import zlib
 from pathlib import Path
 
 import pytest
 
-from discover_jax.execution.cache import VerdictCache, _checksum, verdict_of, verdict_row
+from discover_jax.execution.cache import VerdictCache, _checksum, packages, verdict_of, verdict_row
 from discover_jax.execution.limits import MIB
 from discover_jax.types import Execution, Grade, Outcome, Verdict
 
@@ -73,3 +74,21 @@ def test_damaged_results_are_refused(monkeypatch, packed):
     row["execution"]["packed"] = base64.b64encode(packed).decode()
     with pytest.raises(ValueError, match="cannot be unpacked"):
         verdict_of(row, cached=True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "text"),
+    [
+        ("a-1.dist-info", "METADATA", "Metadata-Version: 2.1\nName: A.b_c\nVersion: 1.0+local\n\nName: other\nVersion: 2\n"),
+        ("a-1.dist-info", "METADATA", "metadata-version: 2.1\nname: a\nSummary: two\n lines\nVERSION: 1\n"),
+        ("a-1.dist-info", "METADATA", "Metadata-Version: 2.1\r\nName: a\r\nVersion: 1\r\n\r\nVersion: 2\r\n"),
+        ("a-1.egg-info", "PKG-INFO", "Metadata-Version: 1.0\nName: a\nVersion: 1\nName: b\n"),
+        ("a-1.egg-info", "", "Metadata-Version: 1.0\nName: a\nVersion: 1\n"),
+    ],
+)
+def test_packages_have_the_names_and_versions_of_their_metadata(tmp_path, folder, file, text):
+    path = tmp_path / folder / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text.encode())
+    (package,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    assert packages([str(tmp_path)])[2:] == [f"{package.name}=={package.version}"]

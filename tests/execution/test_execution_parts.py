@@ -1,6 +1,8 @@
 """Small parts of execution: limits, truncated output, links to the interpreter."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,11 @@ def test_links_on_the_way_to_the_interpreter(tmp_path):
 def test_escape_sequences_within_a_path_do_not_hide_it():
     assert normalised("/sand\x1b[mbox/a.py", ["/sandbox"]) == "a.py"
     assert "/home" not in without_host_paths("/ho\x1b[1mme/user\x1b[m/run", [("/home/user/run", "RUN")])
+
+
+def test_the_processes_of_slots_and_graders_import_little():
+    """There may be a hundred of them, and each would wait for these packages."""
+    heavy = {"numpy", "pandas", "jax", "discover_jax.execution.executor"}
+    code = f"import sys, discover_jax.execution.worker, discover_jax.execution.grading; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

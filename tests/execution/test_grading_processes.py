@@ -1,5 +1,6 @@
 """No submission can end a run by its grading: it exceeds limits, ends the process or makes the grading fail, and is invalid."""
 
+import multiprocessing
 import pickle
 import re
 
@@ -7,6 +8,7 @@ import pytest
 from tiny_competition import BrokenGrading, FragileGrading, LostAnswers, TinyTask
 
 from discover_jax.exceptions import GradingError
+from discover_jax.execution.backend import borrowed
 from discover_jax.execution.grading import Graders, memory_for
 from discover_jax.execution.limits import GIB, MIB
 from discover_jax.types import Execution, Outcome, Verdict
@@ -74,3 +76,24 @@ def test_answers_that_cannot_be_loaded_are_never_the_submissions_fault(lost):
 def test_memory_grows_with_the_submission():
     assert memory_for(bytes(100)) == 4 * GIB
     assert memory_for(bytes(128 * MIB)) == 8 * GIB
+
+
+def test_further_processes_start_when_submissions_are_graded_at_once(task, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
+    before = set(multiprocessing.active_children())
+    graders = Graders(pickle.dumps([FragileGrading(task.public_dir)]), slots=8, seconds=60.0)
+
+    def names() -> list[str]:
+        return sorted(child.name for child in set(multiprocessing.active_children()) - before)
+
+    try:
+        for _ in range(2):
+            assert verdict_on(graders, b"good").grade.score == 1.0
+            assert names() == ["grading-0"]
+        with borrowed(graders._free):
+            verdict_on(graders, b"good")
+            assert names() == ["grading-0", "grading-1"]
+        assert graders._free.qsize() == 3
+    finally:
+        graders.close()
+        graders.release()

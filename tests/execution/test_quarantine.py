@@ -17,7 +17,7 @@ import pytest
 from tiny_competition import LIMITS
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import memory, quarantine, sandbox, worker
+from discover_jax.execution import memory, quarantine, sandbox, values, worker
 from discover_jax.execution.backend import End, Execute, Load, ShownTask
 from discover_jax.execution.children import Children
 from discover_jax.execution.local import LocalSlot, lent
@@ -228,9 +228,9 @@ def test_program_that_has_answered_keeps_its_answer(spec, undead):
     try:
         box.wait_ready()
         assert box.load("def f():\n    return 3\ndef g():\n    1 / 0\n", b"", 20.0).outcome is Outcome.OK
-        assert box.call("f", sandbox.values.encode([], 99), 20.0).outcome is Outcome.OK
+        assert box.call("f", values.encode([], 99), 20.0).outcome is Outcome.OK
         with undead():
-            failed = box.call("g", sandbox.values.encode([], 99), 20.0)
+            failed = box.call("g", values.encode([], 99), 20.0)
             assert (failed.outcome, "ZeroDivisionError" in failed.detail) == (Outcome.EXCEPTION, True)
             assert box.survivor is not None
     finally:

@@ -102,6 +102,16 @@ def test_reading_in_parts_gives_equal_values(folder, monkeypatch, size):
     _assert_equal(load_folder(folder, experts="packed")[1], expected)
 
 
+def test_layers_read_one_by_one_and_all_at_once_are_equal(folder, monkeypatch):
+    expected = load_folder(folder, experts="packed")[1]
+    monkeypatch.setattr(folders, "_AT_ONCE_BYTES", 5000)  # some stacks are larger
+    stacked = []
+    stack = folders._stack_layers
+    monkeypatch.setattr(folders, "_stack_layers", lambda struct, layers: stacked.append(struct.shape) or stack(struct, layers))
+    _assert_equal(load_folder(folder, experts="packed")[1], expected)
+    assert 0 < len(stacked) < len(jax.tree.leaves(expected["pairs"]))
+
+
 @pytest.mark.parametrize("experts", ["packed", "dense"])
 def test_saving_and_loading_is_exact(folder, tmp_path, experts):
     """Also for dense experts, which are rounded to MXFP4: their values come from MXFP4."""
@@ -175,7 +185,7 @@ def test_wrong_shapes_and_types_are_named_before_any_weight_is_read(copy, monkey
                 tensors[name] = array[:-1]
 
     _edit(copy, change)
-    monkeypatch.setattr(folders, "_stack_layers", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(folders, "_Reader", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(WeightsError) as caught:
         load_folder(copy)
     text = str(caught.value)
@@ -286,13 +296,14 @@ for layout in ("huggingface", "original"):
         write_synthetic(path, config, seed=1, layout=layout)
         for experts in ("packed", "dense"):
             _, whole = load_folder(path, experts=experts)
-            folders._StoredParameter.read, largest = recorded, {}
-            _, parts = load_folder(path, experts=experts, mesh=mesh)
-            folders._StoredParameter.read = read
             expected = Model(config, experts=experts, mesh=mesh).abstract_frozen()
-            jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, parts)
-            jax.tree.map(lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else 1 / 0, parts, expected)
-            assert all(part <= 0.25 for name, part in largest.items() if "mlp1_weight.blocks" in name or "gate_up_proj_blocks" in name)
-            assert len(largest) > 20
+            for folders._AT_ONCE_BYTES in (1 << 20, 0):
+                folders._StoredParameter.read, largest = recorded, {}
+                _, parts = load_folder(path, experts=experts, mesh=mesh)
+                folders._StoredParameter.read = read
+                jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, parts)
+                jax.tree.map(lambda a, b: None if a.sharding.is_equivalent_to(b.sharding, a.ndim) else 1 / 0, parts, expected)
+                assert all(part <= 0.25 for name, part in largest.items() if "mlp1_weight.blocks" in name or "gate_up_proj_blocks" in name)
+                assert len(largest) > 20
 print("equal")
 """
