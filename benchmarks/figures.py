@@ -30,7 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CSV, TEMPLATES = HERE / "measurements.csv", HERE / "tables.md"
 PAGES = [HERE.parent / "README.md", HERE.parent / "BUILD_NOTES.md", *sorted((HERE.parent / "docs").glob("*.md"))]
-PACKAGES = ("jax", "jax-triton", "triton", "torch", "transformers", "peft")
+PACKAGES = ("jax", "libtpu", "jax-triton", "triton", "torch", "transformers", "peft")
 """Packages whose versions are recorded if the benchmark imported them."""
 
 _ID = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*")

@@ -1,6 +1,6 @@
 """Compares the predictions of `discover_jax.costs` with measurements.csv.
 
-    python benchmarks/predictions.py    # every measurement; docs/scaling.md shows the summary
+    python benchmarks/predictions.py    # every measurement, and the memory by tpu_memory.py; docs/scaling.md shows the summary
 
 This runs no model. The constants in costs.py were fitted to the `fitted` measurements, so those agree by construction. No constant was
 fitted to the `held out` measurements.
@@ -21,6 +21,7 @@ from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that loads this file by its path
 import figures
+import tpu_memory
 
 FITTED, PARTLY, HELD_OUT = "fitted", "its prompts fitted", "held out"
 LORA = LoraConfig()
@@ -220,12 +221,13 @@ def _interval(errors: list[float]) -> str:
     return " to ".join(f"{error:+.1%}" for error in dict.fromkeys((*errors[:1], *errors[-1:])))
 
 
-TABLES = {"predictions": summary}
+TABLES = {"predictions": summary, "tpu_memory": tpu_memory.table}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     print(comparison())
+    print(f"\nMemory on TPUs, GB\n\n{tpu_memory.table()}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,19 @@ def needs(
     Raises:
       ShardingError: a size is not divisible by its axis of the mesh.
     """
+    return list(each_need(config, sizes, machine, learn=learn, on_compile=on_compile))
+
+
+def each_need(
+    config: Any,
+    sizes: ModelConfig,
+    machine: Machine,
+    *,
+    learn: bool = True,
+    functions: Container[str] = (),
+    on_compile: Callable[[str], None] = print,
+) -> Iterator[Need]:
+    """`needs`, one after another. `functions`: names of those to compile; by default all."""
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.tensor, machine.devices)
     model = build_model(config, sizes, mesh, machine.platform)
     optimizer = build_optimizer(config)
@@ -85,7 +98,7 @@ def needs(
     }
     rows, length = microbatch_rows(config), row_tokens(config)
 
-    def functions() -> Iterator[tuple[str, LoweredFunction]]:
+    def lowered() -> Iterator[tuple[str, LoweredFunction]]:
         for function in sampler.lowered_functions(frozen, lora, config.groups, config.groups * config.group_size):
             yield "sampling", function
         if state is not None:
@@ -95,14 +108,14 @@ def needs(
             for function in update.lowered_measuring_functions(frozen, lora, rows, length):
                 yield "measuring", function
 
-    found = []
-    for phase, function in functions():
+    for phase, function in lowered():
+        if functions and function.name not in functions:
+            continue
         on_compile(f"compiling {phase}: {function.name}")
         live = {name: local_bytes(arrays) for name, arrays in function.live.items()}
         activations, complaint = _compile(function, machine)
         parts = dict.fromkeys(PARTS, 0) | resident | live | {"activations": activations}
-        found.append(Need(phase, function.name, parts, complaint))
-    return found
+        yield Need(phase, function.name, parts, complaint)
 
 
 def remat_totals(

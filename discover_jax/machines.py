@@ -241,6 +241,17 @@ def speeds_of(name: str, node: int = NODE) -> Speeds | None:
     return None
 
 
+def memory_of(name: str) -> int:
+    """Bytes that a device of this TPU slice gives to an executable.
+
+    Raises:
+      ConfigError: the name is unknown.
+    """
+    if match := _SLICE.fullmatch(_SLICES.get(name, name)):
+        return _TPUS[match[1]].memory
+    raise ConfigError(f"{name!r} is not a TPU slice; allowed: names such as v5e:2x4 or v5p-16 (TPU kinds: {', '.join(_TPUS)}).")
+
+
 def _check_count(name: str, count: int, needed: int) -> None:
     if not 0 < needed <= count:
         raise ConfigError(f"config.mesh asks for {needed} devices, but {name} has {count}. Choose a larger machine or a smaller mesh.")

@@ -1,9 +1,10 @@
 """The mixture of experts in the update, on a TPU: grouped products of sorted rows, with derivatives.
 
-Exact and dropless for any routing, with the rounding points of the GPU's kernels. Rows are sorted by expert into blocks that each belong to
-one expert. A loop computes some blocks at a time, until all rows of this device's experts are done. So memory does not grow with the number
-of devices whose tokens this one sees. A layer's MXFP4 is unpacked to bfloat16 in the forward pass and again in the backward pass, and never
-kept. The backward pass keeps only the inputs. It recomputes gates and ups, but not the output.
+Exact and dropless for any routing, with the rounding points of the GPU's kernels. Devices that share the experts exchange their tokens in
+chunks. In a chunk, rows are sorted by expert into blocks that each belong to one expert. A loop computes some blocks at a time, until all
+rows of this device's experts are done. So memory does not grow with the number of devices. A layer's MXFP4 is unpacked to bfloat16 once in
+the forward pass and once in the backward pass, and never kept. The backward pass keeps only the inputs of this device. It recomputes gates
+and ups, but not the output.
 
 The kernels were compiled for TPUs and interpreted on a CPU. No TPU has run them.
 
@@ -12,6 +13,7 @@ Dimensions: R choices of experts of all tokens, P rows of a loop's blocks, F wid
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from discover_jax.kernels.exchange import Exchange, exchanged
 from discover_jax.kernels.expert_rows import cut_blocks
 from discover_jax.kernels.experts import ExpertMatrix, activate, moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation, grouped, outer, unpack, unpack_lanes
@@ -27,13 +30,25 @@ from discover_jax.kernels.fallback import warn_reference
 ROWS = (512, 256, 128)
 """Possible rows of a block. Larger ones read weights less often, and waste more: half a block per expert."""
 ROWS_AT_ONCE = 16_384
-"""Rows of all blocks that the loop computes at once. Their arrays take about 1 GB at gpt-oss's width."""
+"""Most rows of all blocks that the loop computes at once. Their arrays take about 1 GB at gpt-oss's width."""
+TOKENS_AT_ONCE = 49_152
+"""Most tokens of all devices that are exchanged at once. Their arrays take 1.1 GB in the backward pass at gpt-oss's width."""
+UNEVEN = 1.1
+"""Rows that a device may have over its share before the loop takes one more turn."""
 
 
-def choose_tiles(choices: int, experts: int) -> Tiles:
-    """The largest blocks that padding enlarges by about an eighth or less, for this many choices among all devices' experts."""
+def choose_tiles(choices: int, experts: int, own: int) -> Tiles:
+    """The largest blocks that padding enlarges by about an eighth or less, and as many at once as fill the turns of the loop.
+
+    Args:
+      choices: of all tokens, among the experts of all devices.
+      experts, own: number of experts of all devices, and of this one.
+    """
     rows = next((rows for rows in ROWS if choices >= 4 * rows * experts), ROWS[-1])
-    return Tiles(rows=rows, blocks=ROWS_AT_ONCE // rows)
+    most = choices // rows + own  # if all choices are of own experts
+    expected = most if own == experts else min(most, math.ceil(UNEVEN * own * (choices / experts / rows + 0.5)))
+    turns = -(-expected * rows // ROWS_AT_ONCE)
+    return Tiles(rows=rows, blocks=-(-expected // turns))
 
 
 Arrays = dict[str, jax.Array]
@@ -44,13 +59,15 @@ Adapter = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The constants of a layer: limit and alpha of the activation, scales of the adapters of both matrices, and the tiles."""
+    """The constants of a layer: limit and alpha of the activation, scales of the adapters of both matrices, the tiles, and the exchange of
+    tokens with other devices."""
 
     limit: float
     alpha: float
     scale_up: float
     scale_down: float
     tiles: Tiles
+    exchange: Exchange = Exchange()  # noqa: RUF009 - frozen
 
 
 def _unpacked(matrix: Arrays, tiles: Tiles, part: int = 0, parts: int = 1) -> jax.Array:
@@ -191,23 +208,53 @@ def moe_sorted(
     """`moe_reference`'s sum, [T, D] float32, differentiable in `x_TD`, `weights_TX` and `adapters`.
 
     Args:
-      x_TD: activations.
-      weights_TX, index_TX: the experts of each token, all different, and their weights. The number of experts on this device stands for
-        an expert on another device; rows of such choices are never computed.
+      x_TD: activations of this device's tokens.
+      weights_TX, index_TX: the experts of each token, all different, and their weights. Without an exchange, the number of experts on this
+        device stands for an expert on another device; rows of such choices are never computed. With one, the numbers are among the experts
+        of all devices.
       adapters: of gate_up and of down, or None.
-      gate_up, down: of one layer.
+      gate_up, down: this device's matrices of one layer.
       layer: constants.
     """
-    matrices, tiles = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles
+    matrices, tiles, experts = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles, down["bias"].shape[0]
 
-    def turn(rows: _Rows, total_TD: jax.Array) -> jax.Array:
-        (active_PF, _, _), _ = matrices.activate(rows.of_tokens(x_TD), rows.owners)
-        low_Pr = matrices.low(layer.scale_down, [(active_PF, matrices.a_down)], rows.owners)
-        adapter = matrices.second(low_Pr, matrices.b_down)
-        y_PD = grouped([(active_PF, matrices.down)], rows.owners, tiles, bias=matrices.bias_down, adapter=adapter)
-        return rows.added(total_TD, rows.weights(weights_TX) * y_PD)
+    def of_chunk(chunk: _Chunk) -> jax.Array:
+        def turn(rows: _Rows, total_GD: jax.Array) -> jax.Array:
+            (active_PF, _, _), _ = matrices.activate(rows.of_tokens(chunk.x_GD), rows.owners)
+            low_Pr = matrices.low(layer.scale_down, [(active_PF, matrices.a_down)], rows.owners)
+            adapter = matrices.second(low_Pr, matrices.b_down)
+            y_PD = grouped([(active_PF, matrices.down)], rows.owners, tiles, bias=matrices.bias_down, adapter=adapter)
+            return rows.added(total_GD, rows.weights(chunk.weights_GX) * y_PD)
 
-    return _over_rows(index_TX, down["bias"].shape[0], tiles, jnp.zeros(x_TD.shape, jnp.float32), turn)
+        start = jnp.zeros(chunk.x_GD.shape, jnp.float32)
+        return layer.exchange.scatter(_over_rows(chunk.index_GX, experts, tiles, start, turn))
+
+    chunks = _cut(x_TD, weights_TX, index_TX, layer.exchange)
+    y_ntD = lax.map(lambda own: of_chunk(_gathered(own, experts, layer.exchange)), chunks)
+    return layer.exchange.join(y_ntD, x_TD.shape[0])
+
+
+class _Chunk(NamedTuple):
+    """Tokens G of a chunk on all devices.
+
+    Attributes:
+      x_GD, weights_GX: activations, and weights of the choices.
+      index_GX: the choices, relative to this device's experts.
+    """
+
+    x_GD: jax.Array
+    weights_GX: jax.Array
+    index_GX: jax.Array
+
+
+def _cut(x_TD: jax.Array, weights_TX: jax.Array, index_TX: jax.Array, exchange: Exchange) -> tuple[jax.Array, ...]:
+    """This device's tokens in chunks: activations, weights and choices. Padding chooses no expert."""
+    return exchange.split(x_TD), exchange.split(weights_TX), exchange.split(index_TX, -1)
+
+
+def _gathered(own: tuple[jax.Array, ...], experts: int, exchange: Exchange) -> _Chunk:
+    x_GD, weights_GX, index_GX = map(exchange.gather, own)
+    return _Chunk(x_GD, weights_GX, exchange.own(index_GX, experts))
 
 
 def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
@@ -217,12 +264,41 @@ def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
 def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
     """Does not need the output of `down`: with y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b."""
     x_TD, weights_TX, adapters, index_TX, gate_up, down = kept
-    matrices, tiles, experts = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles, down["bias"].shape[0]
-    d_rounded_TD = d_out_TD.astype(x_TD.dtype)
+    matrices, exchange, experts = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.exchange, down["bias"].shape[0]
+
+    def add_chunk(d_adapters: Any, chunk: tuple[tuple[jax.Array, ...], jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        own, d_out_tD = chunk
+        of_all = _gathered(own, experts, exchange)
+        # Rounding before the exchange gives the same numbers as rounding after it, with half of the bytes.
+        d_x_GD, d_weights_GX, d_adapters = _chunk_gradients(
+            matrices, layer, of_all, exchange.gather(d_out_tD.astype(x_TD.dtype)), d_adapters
+        )
+        return d_adapters, (exchange.scatter(d_x_GD.astype(x_TD.dtype)), exchange.scatter(d_weights_GX))
+
+    start = None
+    if adapters is not None:
+        like = matrices.a_up, matrices.b_gates, matrices.b_ups, matrices.a_down, matrices.b_down
+        start = [jnp.zeros(one.shape, jnp.float32) for one in like]
+    chunks = _cut(x_TD, weights_TX, index_TX, exchange), exchange.split(d_out_TD)
+    found, (d_x_ntD, d_weights_ntX) = lax.scan(add_chunk, start, chunks)
+    d_adapters = None
+    if adapters is not None:
+        a_up, b_gates, b_ups, a_down, b_down = found
+        found = (a_up, _alternating(b_gates, b_ups)), (a_down, b_down.swapaxes(1, 2))
+        d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), found, adapters)
+    d_x_TD, d_weights_TX = (exchange.join(x_nt, x_TD.shape[0]) for x_nt in (d_x_ntD, d_weights_ntX))
+    return d_x_TD, d_weights_TX.astype(weights_TX.dtype), d_adapters, None, None, None
+
+
+def _chunk_gradients(
+    matrices: _Matrices, layer: Layer, chunk: _Chunk, d_out_GD: jax.Array, d_adapters: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The gradients in activations and weights of a chunk, float32 [G, D] and [G, X], and `d_adapters` with those of the chunk added."""
+    tiles, experts = layer.tiles, matrices.bias_down.shape[0]
 
     def turn(rows: _Rows, totals: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
-        d_x_TD, d_weights_R, d_adapters = totals
-        x_PD, d_PD, weights_P1 = rows.of_tokens(x_TD), rows.of_tokens(d_rounded_TD), rows.weights(weights_TX)
+        d_x_GD, d_weights_R, d_adapters = totals
+        x_PD, d_PD, weights_P1 = rows.of_tokens(chunk.x_GD), rows.of_tokens(d_out_GD), rows.weights(chunk.weights_GX)
         (active_PF, gates_PF, ups_PF), low_up_Pr = matrices.activate(x_PD, rows.owners)
         # First the gradients of `down` for outputs with weight 1.
         d_low_down_Pr = matrices.low(layer.scale_down, [(d_PD, matrices.b_down)], rows.owners)
@@ -232,16 +308,16 @@ def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
             tiles,
             transposed=True,
             adapter=matrices.second(d_low_down_Pr, matrices.a_down),
-            dtype=x_TD.dtype,
+            dtype=d_PD.dtype,
         ).astype(jnp.float32)
         d_weights_P = jnp.sum(d_active_PF * active_PF.astype(jnp.float32), axis=1)
-        d_weights_P += jnp.sum(d_PD.astype(jnp.float32) * rows.of_experts(matrices.bias_down.astype(x_TD.dtype)), axis=1)
+        d_weights_P += jnp.sum(d_PD.astype(jnp.float32) * rows.of_experts(matrices.bias_down.astype(d_PD.dtype)), axis=1)
         d_gates_PF, d_ups_PF = _activation_gradient(gates_PF, ups_PF, weights_P1 * d_active_PF, layer)
         d_low_up_Pr = matrices.low(layer.scale_up, [(d_gates_PF, matrices.b_gates), (d_ups_PF, matrices.b_ups)], rows.owners)
         adapter = matrices.second(d_low_up_Pr, matrices.a_up)
         factors = [(d_gates_PF, matrices.gates), (d_ups_PF, matrices.ups)]
         d_x_PD = grouped(factors, rows.owners, tiles, transposed=True, adapter=adapter)
-        if adapters is not None:
+        if d_adapters is not None:
             low_down_Pr = matrices.low(layer.scale_down, [(active_PF, matrices.a_down)], rows.owners)
             pairs = (
                 (d_low_up_Pr, x_PD),
@@ -252,20 +328,11 @@ def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
             )
             of_rows = [outer(jnp.where(rows.live_P1, v_Pr, 0), u_PN, experts, rows.owners, tiles) for v_Pr, u_PN in pairs]
             d_adapters = jax.tree.map(jnp.add, d_adapters, of_rows)
-        return rows.added(d_x_TD, d_x_PD), d_weights_R.at[rows.slots_P].set(d_weights_P, mode="drop"), d_adapters
+        return rows.added(d_x_GD, d_x_PD), d_weights_R.at[rows.slots_P].set(d_weights_P, mode="drop"), d_adapters
 
-    start = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(index_TX.size, jnp.float32), None
-    if adapters is not None:
-        like = matrices.a_up, matrices.b_gates, matrices.b_ups, matrices.a_down, matrices.b_down
-        start = *start[:2], [jnp.zeros(one.shape, jnp.float32) for one in like]
-    d_x_TD, d_weights_R, found = _over_rows(index_TX, experts, tiles, start, turn)
-    d_adapters = None
-    if adapters is not None:
-        a_up, b_gates, b_ups, a_down, b_down = found
-        found = (a_up, _alternating(b_gates, b_ups)), (a_down, b_down.swapaxes(1, 2))
-        d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), found, adapters)
-    d_weights_TX = d_weights_R.reshape(index_TX.shape).astype(weights_TX.dtype)
-    return d_x_TD.astype(x_TD.dtype), d_weights_TX, d_adapters, None, None, None
+    start = jnp.zeros(chunk.x_GD.shape, jnp.float32), jnp.zeros(chunk.index_GX.size, jnp.float32), d_adapters
+    d_x_GD, d_weights_R, d_adapters = _over_rows(chunk.index_GX, experts, tiles, start, turn)
+    return d_x_GD, d_weights_R.reshape(chunk.index_GX.shape), d_adapters
 
 
 def _activation_gradient(gates_PF: jax.Array, ups_PF: jax.Array, d_active_PF: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
@@ -294,18 +361,24 @@ def moe_update(
     alpha: float,
     layer: jax.Array | None = None,
     elsewhere: int = 0,
+    axis: str = "",
 ) -> jax.Array:
     """`MixtureOfExperts` by the kernels, for packed experts in both layouts (`lanes` or `blocks`) or dense ones (`weight`); differentiable.
 
-    If the kernels do not support the arguments, uses the reference and logs the reason once.
+    If `axis` names a mesh axis, tokens are exchanged along it: x, choices and weights are those of this device's tokens, and choices are
+    numbers among the experts of all devices. If the kernels do not support the arguments, uses the reference and logs the reason once.
     """
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     if reason := _reason_against(x_TD, arrays, layer):
         warn_reference("experts", reason, "tpu")
         options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}
-        return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)
+        moe = functools.partial(exchanged, moe_reference, axis) if axis else moe_reference
+        return moe(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
-    constants = Layer(limit, alpha, gate_up.scale, down.scale, choose_tiles(index_TX.size, experts + elsewhere))
+    exchange = Exchange(axis, TOKENS_AT_ONCE)
+    choices = exchange.gathered(index_TX.shape[0]) * index_TX.shape[1]
+    tiles = choose_tiles(choices, experts + elsewhere, experts)
+    constants = Layer(limit, alpha, gate_up.scale, down.scale, tiles, exchange)
     return moe_sorted(x_TD, weights_TX, adapters, index_TX, *arrays, constants)
 
 

@@ -25,7 +25,7 @@ from discover_jax.kernels.fallback import SLOWER
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.pages import copy_page, write_pages, write_token
 from discover_jax.kernels.projections import project_reference
-from discover_jax.kernels.spread import SPREAD, can_spread
+from discover_jax.kernels.spread import SPREAD, can_spread, spread_exchanging_experts
 from discover_jax.kernels.triton_call import refusal
 
 AnyMesh = Mesh | AbstractMesh
@@ -91,6 +91,7 @@ class Platform:
       refusal: why this process's device cannot run the kernels; empty if it can.
       extra: this package's extra that installs what the kernels need.
       experts: the form of packed experts that the kernel of `decode_experts` reads, see models.decoder.Model.
+      exchanging: operations on experts whose kernel exchanges the tokens itself, see spread.spread_exchanging_experts.
     """
 
     package: str
@@ -98,6 +99,7 @@ class Platform:
     refusal: Callable[[], str] = lambda: ""
     extra: str = "cuda"
     experts: str = "tiled"
+    exchanging: frozenset[str] = frozenset()
 
 
 PLATFORMS = {
@@ -130,6 +132,7 @@ PLATFORMS = {
         },
         extra="tpu",
         experts="lanes",
+        exchanging=frozenset({"experts"}),
     ),
 }
 """jax's platform name -> its kernels. Other platforms use the references."""
@@ -174,13 +177,14 @@ def _over(mesh: AnyMesh | None) -> AnyMesh | None:
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
-def _gather(kernels: Mapping[str, Callable[..., Any]], mesh: AnyMesh | None) -> KernelSet:
+def _gather(kernels: Mapping[str, Callable[..., Any]], mesh: AnyMesh | None, exchanging: frozenset[str] = frozenset()) -> KernelSet:
     """These kernels, and the references of the other operations. XLA splits the references that cannot be spread."""
     functions: dict[str, Any] = {}
     for operation in OPERATIONS:
         function = kernels.get(operation, getattr(REFERENCE, operation))
         if mesh is not None and can_spread(operation, mesh):
-            function = Spread(SPREAD[operation], function, mesh)
+            spread = spread_exchanging_experts if operation in exchanging and operation in kernels else SPREAD[operation]
+            function = Spread(spread, function, mesh)
         functions[operation] = function
     return KernelSet(**functions, mesh=mesh, kernels=frozenset(kernels))
 
@@ -190,9 +194,19 @@ def reference_set(mesh: AnyMesh | None = None) -> KernelSet:
     return _gather({}, _over(mesh))
 
 
+def _name(operation: str, platform: str) -> str:
+    module, function = PLATFORMS[platform].functions[operation]
+    return f"{module.removeprefix('discover_jax.kernels.')}.{function}"
+
+
+def _why(reason: str) -> str:
+    return f"reference, because {reason or 'this platform has no kernel of it'}"
+
+
 @functools.cache
 def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
-    """The fastest implementations for a platform and a mesh. The log names each of them, with the reason where a kernel is not used.
+    """The fastest implementations for a platform and a mesh. The log (`--verbosity=0`) names each of them, with the reason for a reference.
+    A kernel that cannot be used is also a warning.
 
     Args:
       platform: as jax names it: "cpu", "gpu", "tpu".
@@ -209,7 +223,7 @@ def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
             kernels[operation] = kernel
         elif reason:
             without[reason].append(operation)
-        logging.info("kernel of %s on %s: %s", operation, platform, "reference" if kernel is None else platform)
+        logging.info("kernel of %s on %s: %s", operation, platform, _name(operation, platform) if kernel is not None else _why(reason))
     for reason, operations in without.items():
         logging.warning("kernel of %s on %s: %s, because %s", ", ".join(operations), platform, SLOWER, reason)
-    return _gather(kernels, mesh)
+    return _gather(kernels, mesh, PLATFORMS[platform].exchanging if platform in PLATFORMS else frozenset())

@@ -1,8 +1,8 @@
 """Kernels on a mesh: each device runs them on its own part (`jax.shard_map`), with collectives where parts depend on each other.
 
 Rows and tokens are split over the axes `data` and `expert` together if divisible, so that nothing is computed twice. Experts are
-split over `expert`. Every device gathers the tokens along `expert`, computes its own experts for them, and receives the sum for its own
-tokens: exact and dropless for any routing. If the number of tokens is not divisible, all devices compute on all tokens.
+split over `expert`, and tokens exchanged along it (see `exchange`). If the number of tokens is not divisible, all devices compute on all
+tokens.
 
 In decoding, a row, its ring and its pages are on one device, so attention needs no collectives. Page numbers are global: each device
 holds a contiguous range. All devices read every prompt, each into its own pages. Heads are split over `tensor`.
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from discover_jax.kernels.exchange import exchanged, own_experts
 from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.projections import Stack
 
@@ -174,6 +175,16 @@ class _Own:
 
 def spread_experts(moe: Callable, mesh: Mesh) -> Callable:
     """Each device computes its own experts. `moe` must skip the number `experts`, which stands for experts on other devices."""
+    return _spread_experts(moe, functools.partial(exchanged, moe, _EXPERT), mesh)
+
+
+def spread_exchanging_experts(moe: Callable, mesh: Mesh) -> Callable:
+    """`spread_experts` for a `moe` that exchanges the tokens itself, along the mesh axis that it gets as `axis`."""
+    return _spread_experts(moe, functools.partial(moe, axis=_EXPERT), mesh)
+
+
+def _spread_experts(moe: Callable, exchanging: Callable, mesh: Mesh) -> Callable:
+    """`moe` computes this device's experts, for tokens that all devices have. `exchanging` exchanges them if each device has its own."""
     parts = mesh.shape[_EXPERT]
 
     def spread(
@@ -192,13 +203,11 @@ def spread_experts(moe: Callable, mesh: Mesh) -> Callable:
         tokens = PartitionSpec(split)
 
         def of_device(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, arrays: tuple, layer: jax.Array | None) -> jax.Array:
-            if _EXPERT in split:
-                x_TD, index_TX, weights_TX = (lax.all_gather(x, _EXPERT, tiled=True) for x in (x_TD, index_TX, weights_TX))
-            local_TX = index_TX - own * lax.axis_index(_EXPERT)
-            local_TX = jnp.where((local_TX >= 0) & (local_TX < own), local_TX, own)
             matrices = (_Own(matrix, part) for matrix, part in zip((gate_up, down), arrays, strict=True))
-            y_TD = moe(x_TD, local_TX, weights_TX, *matrices, experts=own, elsewhere=experts - own, adapted=adapted, layer=layer, **options)
-            return lax.psum_scatter(y_TD, _EXPERT, tiled=True) if _EXPERT in split else lax.psum(y_TD, _EXPERT)
+            more: dict[str, Any] = {"experts": own, "elsewhere": experts - own, "adapted": adapted, "layer": layer, **options}
+            if _EXPERT in split:
+                return exchanging(x_TD, index_TX, weights_TX, *matrices, **more)
+            return lax.psum(moe(x_TD, own_experts(index_TX, own, _EXPERT), weights_TX, *matrices, **more), _EXPERT)
 
         arrays = (gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted))
         held = PartitionSpec(_EXPERT) if layer is None else PartitionSpec(None, _EXPERT)

@@ -11,9 +11,10 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
 from discover_jax.kernels import experts_update_tpu  # noqa: E402
+from discover_jax.kernels.exchange import Exchange  # noqa: E402
 from discover_jax.kernels.experts_update_pallas import Tiles  # noqa: E402
 from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set  # noqa: E402
-from discover_jax.kernels.spread import row_devices, spread_experts  # noqa: E402
+from discover_jax.kernels.spread import row_devices, spread_exchanging_experts  # noqa: E402
 from discover_jax.models.sharding import make_mesh  # noqa: E402
 
 EXPERTS, ACTIVE, WIDTH = 8, 2, 16
@@ -21,16 +22,18 @@ MESHES = [(1, 4, 1), (2, 2, 1), (2, 1, 2)]
 
 
 class Matrix:
-    scale = 0.0
+    scale = 0.5
 
-    def __init__(self, weight: jax.Array):
+    def __init__(self, weight: jax.Array, adapter: tuple[jax.Array, jax.Array] | None = None):
         self.own = {"weight": weight, "bias": jnp.ones(weight.shape[:2])}
+        self.own |= {} if adapter is None else dict(zip(("lora_a", "lora_b"), adapter, strict=True))
 
     def arrays(self, *, adapted: bool) -> dict[str, jax.Array]:
         return self.own
 
     def apply(self, x_Ti: jax.Array, one: dict[str, jax.Array]) -> jax.Array:
-        return x_Ti @ one["weight"].T + one["bias"]
+        low = self.scale * (x_Ti @ one["lora_a"].T) @ one["lora_b"].T if "lora_a" in one else 0
+        return x_Ti @ one["weight"].T + one["bias"] + low
 
 
 def experts(moe: Any, tokens: int) -> list[np.ndarray]:
@@ -48,14 +51,37 @@ def experts(moe: Any, tokens: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(passes)(*(jnp.asarray(x, jnp.float32) for x in draw)))]
 
 
-def tpu_experts(mesh: Any, tokens: int) -> list[np.ndarray]:
-    """Output, and derivatives of activations and weights, by the TPU's kernels, interpreted in float32."""
+def adapted_experts(moe: Any, tokens: int) -> list[np.ndarray]:
+    """As `experts`, with adapters, and with their derivatives instead of those of the weights."""
+    rng = np.random.default_rng(tokens)
+    index = np.stack([np.full(tokens, EXPERTS - 2), rng.integers(0, EXPERTS - 2, tokens)], axis=1).astype(np.int32)
+    up, low = (jnp.asarray(rng.normal(size=(EXPERTS, out, WIDTH)), jnp.float32) for out in (2 * WIDTH, WIDTH))
+    shapes = [(tokens, WIDTH), (tokens, ACTIVE), *[(EXPERTS, *sizes) for sizes in ((3, WIDTH), (2 * WIDTH, 3), (3, WIDTH), (WIDTH, 3))]]
+    leaves = [jnp.asarray(0.5 * rng.normal(size=shape), jnp.float32) for shape in shapes]
+    d_out = jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.float32)
 
-    def moe(x: Any, index: Any, weights: Any, up: Any, low: Any, *, limit: float, alpha: float, **_: Any) -> Any:
-        layer = experts_update_tpu.Layer(limit, alpha, 0.0, 0.0, Tiles(rows=16, blocks=2, interpret=True))
-        return experts_update_tpu.moe_sorted(x, weights, None, index, *(one.arrays(adapted=False) for one in (up, low)), layer)
+    def passes(*leaves: Any) -> Any:
+        def run(x: Any, weights: Any, *adapters: Any) -> jax.Array:
+            options = {"experts": EXPERTS, "adapted": True, "limit": 7.0, "alpha": 1.7}
+            return moe(x, jnp.asarray(index), weights, Matrix(up, adapters[:2]), Matrix(low, adapters[2:]), **options)
 
-    return experts(spread_experts(moe, mesh), tokens)[:3]
+        out, pull = jax.vjp(run, *leaves)
+        return out, *pull(d_out)
+
+    return [np.asarray(leaf) for leaf in jax.jit(passes)(*leaves)]
+
+
+def tpu_experts(mesh: Any, tokens: int, most: int) -> list[np.ndarray]:
+    """By the TPU's kernels, interpreted in float32, with at most this many tokens exchanged at once."""
+
+    def moe(x: Any, index: Any, weights: Any, up: Any, low: Any, *, limit: float, alpha: float, axis: str = "", **_: Any) -> Any:
+        tiles = Tiles(rows=16, blocks=2, interpret=True)
+        layer = experts_update_tpu.Layer(limit, alpha, up.scale, low.scale, tiles, Exchange(axis, most))
+        arrays = [dict(one.arrays(adapted=True)) for one in (up, low)]
+        adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays)
+        return experts_update_tpu.moe_sorted(x, weights, adapters, index, *arrays, layer)
+
+    return adapted_experts(spread_exchanging_experts(moe, mesh), tokens)
 
 
 def attention(attend: Any, rows: int) -> list[np.ndarray]:
@@ -114,7 +140,10 @@ def main() -> None:
                 spread = getattr(reference_set(make_mesh(*shape)), operation)
                 found[f"{name} of {count} on {shape}"] = worst(run(spread, count), expected)
     for shape in MESHES[:2]:  # kernels of experts do not support `tensor`
-        found[f"TPU experts on {shape}"] = worst(tpu_experts(make_mesh(*shape), 12), experts(REFERENCE.experts, 12)[:3])
+        for tokens, most in ((12, 100), (12, 5), (5, 5)):  # at once, in chunks that padding fills up, and tokens that do not divide evenly
+            found[f"TPU experts of {tokens} on {shape}, {most} at once"] = worst(
+                tpu_experts(make_mesh(*shape), tokens, most), adapted_experts(REFERENCE.experts, tokens)
+            )
     for shape in MESHES:
         mesh = make_mesh(*shape)
         parts = row_devices(mesh)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from absl import logging
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import experts_update_tpu, mxfp4_lanes
+from discover_jax.kernels.exchange import Exchange
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, grouped, outer, unpack
@@ -22,6 +24,7 @@ from discover_jax.models.mxfp4 import dequantise
 LIMIT, ALPHA, SCALES = 2.0, 1.702, (0.5, 0.25)
 SMALL = Tiles(rows=16, columns=128, blocks=2, interpret=True)
 EXPERTS, TOKENS, SHARE = 4, 24, 2
+NO_EXCHANGE = Exchange()
 
 
 class Matrix:
@@ -62,10 +65,10 @@ def _problem(tokens=TOKENS, share=SHARE, experts=EXPERTS, *, width=64, hidden=32
     return (x, weights, adapters), matrices, d_out
 
 
-@functools.partial(jax.jit, static_argnames=("tiles", "dtype"))
-def _by_kernels(leaves, index, matrices, d_out, *, tiles=SMALL, dtype=jnp.float32):
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "exchange"))
+def _by_kernels(leaves, index, matrices, d_out, *, tiles=SMALL, dtype=jnp.float32, exchange=NO_EXCHANGE):
     """The output and its gradients in the leaves."""
-    layer = Layer(LIMIT, ALPHA, *SCALES, tiles)
+    layer = Layer(LIMIT, ALPHA, *SCALES, tiles, exchange)
     out, pull = jax.vjp(lambda x, weights, adapters: moe_sorted(x.astype(dtype), weights, adapters, index, *matrices, layer), *leaves)
     return out, pull(d_out)
 
@@ -126,6 +129,21 @@ def test_devices_without_rows_add_nothing():
     (x, *more), matrices, d_out = _problem()
     for found in jax.tree.leaves(_by_kernels((x, *more), jnp.full((TOKENS, SHARE), EXPERTS, jnp.int32), matrices, d_out)):
         assert not np.any(found)
+
+
+@pytest.mark.parametrize("most", [TOKENS, 10])  # one chunk, and three that one token of padding fills up
+def test_chunks_of_tokens_change_no_digit_of_a_token(most):
+    """A mesh of one device exchanges tokens with itself. Only the sums over all tokens, the adapters' gradients, change their order."""
+    (x, weights, adapters), matrices, d_out = _problem(TOKENS - 1)
+    index, mesh = jnp.asarray(_random(TOKENS - 1), jnp.int32), jax.make_mesh((1,), ("expert",))
+    run = functools.partial(_by_kernels, exchange=Exchange("expert", most))
+    spread = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    arguments = (x, weights, adapters), index, matrices, d_out
+    (out, (d_x, d_weights, found)), (out_1, (d_x_1, d_weights_1, expected)) = spread(*arguments), _by_kernels(*arguments)
+    for one, same in ((out, out_1), (d_x, d_x_1), (d_weights, d_weights_1)):
+        np.testing.assert_array_equal(one, same)
+    for one, close in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, close, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -220,7 +238,7 @@ def test_operations_over_those_needed_with_full_rematerialisation(tokens, expert
     logits = (rng.gumbel(size=(tokens, experts)) + 2 * skew * rng.normal(size=experts)).astype(np.float32)
     counts = np.bincount(np.argpartition(-logits, 4, axis=1)[:, :4].reshape(-1), minlength=experts).reshape(parts, own)
     counts = counts[counts.sum(axis=1).argmax()]
-    tiles = choose_tiles(4 * tokens, experts)
+    tiles = choose_tiles(4 * tokens, experts, own)
     blocks = np.ceil(counts / tiles.rows).sum()
 
     def of(*shape, dtype=jnp.bfloat16):
@@ -246,7 +264,7 @@ def test_operations_over_those_needed_with_full_rematerialisation(tokens, expert
 
 @pytest.mark.parametrize(("choices", "experts", "rows"), [(4 * 34_192, 32, 512), (4 * 34_192, 128, 256), (100, 128, 128)])
 def test_blocks_are_small_where_experts_have_few_rows(choices, experts, rows):
-    assert choose_tiles(choices, experts).rows == rows
+    assert choose_tiles(choices, experts, experts).rows == rows
 
 
 def test_slots_are_sorted_as_on_other_platforms():

@@ -61,6 +61,27 @@ def test_sets_of_one_platform_and_mesh_are_equal(logged, mesh):
     assert sets[0] != reference_set(_mesh(4, 1, 1))
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
+def test_the_log_names_the_kernel_of_each_operation_or_why_it_is_the_reference(logged, monkeypatch, platform, shape):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    found = kernel_set(platform, _mesh(*shape))
+    assert len(lines) == len(OPERATIONS)
+    for operation, line in zip(OPERATIONS, lines, strict=True):
+        start, said = line.split(": ", 1)
+        assert start == f"kernel of {operation} on {platform}"
+        if operation in found.kernels:
+            assert (
+                said == f"{getattr(found, operation).function.__module__.rpartition('.')[2]}.{getattr(found, operation).function.__name__}"
+            )
+        else:
+            expected = "config.mesh.tensor = 2" if platform == "tpu" and shape[2] == 2 and "experts" in operation else "no kernel of it"
+            assert said.startswith("reference, because")
+            assert expected in said
+    assert bool(found.kernels) == (platform == "tpu")
+
+
 def test_operations_that_a_mesh_splits_use_the_reference_and_are_logged(logged, monkeypatch):
     functions = dict.fromkeys(("experts", "windowed_attention"), ("discover_jax.kernels.experts", "gated"))
     monkeypatch.setitem(PLATFORMS, "tpu", Platform("jax", functions))

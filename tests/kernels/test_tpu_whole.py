@@ -1,0 +1,31 @@
+"""The whole jitted sampler and update compile for TPU slices that this machine does not have."""
+
+import re
+
+import pytest
+from tpu_compiler import compiled, needs_libtpu
+
+from discover_jax.kernels.kernel_set import OPERATIONS, PLATFORMS
+
+FUNCTIONS = {"prefill", "decode", "put", "set aside", "shrink", "base", "gradient", "apply"}
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("v5p:2x2x1", "gpt-oss-20b", "1", "4"),
+        ("v5p:2x2x2", "gpt-oss-120b", "1", "8"),
+        ("v6e:4x4", "gpt-oss-120b", "1", "16"),
+        ("tpu7x:2x2x1", "qwen2.5-coder-1.5b", "8", "1"),
+    ],
+)
+def test_every_function_of_a_step_compiles(case):
+    """One repeat of the layers' pattern, with the prompts and rollouts of the default config."""
+    printed = compiled("tpu_whole_program.py", *case, seconds=3000)
+    assert set(re.findall(r"^compiled (.+): [\d.]+ GB $", printed, re.MULTILINE)) == FUNCTIONS
+    kernels = dict(re.findall(r"^kernel of (\w+) on tpu: (.+)$", printed, re.MULTILINE))
+    assert set(kernels) == set(OPERATIONS)
+    for operation, kernel in kernels.items():
+        assert kernel.startswith("reference, because") == (operation not in PLATFORMS["tpu"].functions)
