@@ -10,8 +10,8 @@ Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `be
 `chosen_unseen` is the program that the retests chose (finalists.json, see retest.py) on these rows, and `chosen_retested` its score in
 the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and `valid_last` are shares of valid
 programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all programs that score better than
-their parent. When the runs of the problem `space` ran, `diversity/copy_frac` counted valid programs with the results of their parent or
-of an earlier program of the group. Now it counts those with the results of any archived program.
+their parent. `space` are the earlier runs on Spaceship Titanic. In these, `diversity/copy_frac` counted valid programs with the results of
+their parent or of an earlier program of the group. Now it counts those with the results of any archived program.
 In steps.csv, `different` is the number of different results of the step's valid programs, and `trait` the share of its programs with the
 problem's trait (TRAITS).
 The folders of `--same_prompts` are named PROBLEM-adapter-SEED and PROBLEM-base-SEED. Each has one step that continues the training run of
@@ -53,6 +53,7 @@ RUNS = (
     "better",
 )
 TRAITS = {
+    "spaceship": "RandomForest",
     "space": "RandomForest",
     "circles": r"\b(minimize|linprog|basinhopping|differential_evolution|dual_annealing|shgo|root|fsolve|least_squares)\(",
 }
@@ -205,7 +206,8 @@ def _rounded(value: float | None, digits: int = 6) -> float | None:
 
 def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
     """Training and search on one problem, and their paired differences, as Markdown."""
-    measures = MEASURES if problem == "space" else MEASURES | {"best_grade": "best program"}
+    of_rows = any(row["problem"] == problem and row["best_unseen"] != "" for row in rows)
+    measures = MEASURES if of_rows else MEASURES | {"best_grade": "best program"}
     return _compared(rows, problem, {"search": "search", "train": "training"}, measures)
 
 

@@ -31,6 +31,7 @@ def output(*command: str) -> str:
         ("experiments/evidence.py", "--csv=experiments/objectives", "--differences"),
         ("experiments/evidence.py", "--csv=experiments/objectives/digits", "--differences"),
         ("experiments/real_model.py",),
+        ("experiments/replay.py", "--csv=experiments/real_model/choices.csv"),
         ("experiments/replay.py", "--csv=experiments/selection/replay.csv"),
         ("experiments/replay.py", "--csv=experiments/objectives/replay.csv"),
         ("experiments/replay.py", "--csv=experiments/objectives/digits/replay.csv"),
