@@ -9,7 +9,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
-def _at(values, index, e):
+def at_index(values, index, e):
     """values[index], where e holds the index of each value."""
     return tl.sum(tl.where(index[:, None] == e[None, :], values[None, :], 0), axis=1)
 
@@ -39,13 +39,13 @@ def sort(
         earlier += ((index[None, :] == mine[:, None]) & (row[None, :] < own[:, None])).to(tl.int32)
     counts = tl.sum(hits, axis=0)
     firsts = tl.cumsum(counts, axis=0) - counts
-    tl.store(slots_ptr + _at(firsts, mine, e) + tl.sum(earlier, axis=1), own, mask=(own < routed) & (mine < E))
+    tl.store(slots_ptr + at_index(firsts, mine, e) + tl.sum(earlier, axis=1), own, mask=(own < routed) & (mine < E))
 
     needed = (counts + BLOCK - 1) // BLOCK
     ends = tl.cumsum(needed, axis=0)
     expert = tl.minimum(tl.sum((ends[None, :] <= own[:, None]).to(tl.int32), axis=1), E - 1)
-    before = (own - _at(ends - needed, expert, e)) * BLOCK  # rows of the expert's blocks before this one
-    rows = tl.minimum(tl.maximum(_at(counts, expert, e) - before, 0), BLOCK)
+    before = (own - at_index(ends - needed, expert, e)) * BLOCK  # rows of the expert's blocks before this one
+    rows = tl.minimum(tl.maximum(at_index(counts, expert, e) - before, 0), BLOCK)
     tl.store(blocks_ptr + own, tl.load(layer_ptr) * E + expert, mask=own < most)
-    tl.store(blocks_ptr + most + own, _at(firsts, expert, e) + before, mask=own < most)
+    tl.store(blocks_ptr + most + own, at_index(firsts, expert, e) + before, mask=own < most)
     tl.store(blocks_ptr + 2 * most + own, rows, mask=own < most)

@@ -5,6 +5,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from discover_jax.kernels.expert_rows import Blocks
+
 
 def gated(h_xF2: jax.Array, *, limit: float, alpha: float) -> jax.Array:
     """gpt-oss's activation [..., 2F] -> [..., F]: even columns gate, odd columns up; (up + 1) gate sigmoid(alpha gate), both clamped."""
@@ -22,6 +24,15 @@ def route_top(logits_TE: jax.Array, experts_per_token: int) -> tuple[jax.Array, 
     """Each token's experts, int32 [T, X], and their weights [T, X] float32: a softmax over the largest logits."""
     top_TX, index_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), experts_per_token)
     return index_TX, jax.nn.softmax(top_TX, axis=-1)
+
+
+def route_reference(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks | None]:
+    """`route_top` in decoding, and None: the experts' kernel sorts the choices itself.
+
+    A kernel that also sorts them returns the rows instead, for this layer of a stack; see `expert_rows_decode.sort_rows_of_layer`.
+    """
+    del layer
+    return *route_top(logits_TE, experts_per_token), None
 
 
 def route_along(logits_TE: jax.Array, index_TX: jax.Array) -> jax.Array:

@@ -147,6 +147,7 @@ def moe_routed(
     alpha: float,
     layer: jax.Array | None = None,
     elsewhere: int = 0,
+    rows: Blocks | None = None,
     chosen: ExpertsTiling | None = None,
 ) -> jax.Array:
     """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Not differentiable.
@@ -160,11 +161,12 @@ def moe_routed(
       layer: int32 scalar, the layer to use if the matrices are stacks of layers. The kernels read its weights in place: XLA would copy a
         slice of the stack before passing it to a kernel.
       elsewhere: number of experts on other devices.
+      rows: the choices sorted by expert, in blocks of `choose_tiling`'s rows, if they are known.
       chosen: tiles to use instead of `choose_tiling`'s.
     """
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0 if layer is None else 1]
     chosen = chosen or choose_tiling(tokens * share * experts // (experts + elsewhere), experts)
-    rows = sort_rows_of_layer(index_TX, experts, chosen.rows, 0 if layer is None else layer)
+    rows = rows or sort_rows_of_layer(index_TX, experts, chosen.rows, 0 if layer is None else layer)
     if layer is not None:
         gate_up, down = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), (gate_up, down))
     options = {"block": chosen.rows, "limit": limit, "alpha": alpha}
@@ -189,10 +191,11 @@ def moe_decode(
     alpha: float,
     layer: jax.Array | None = None,
     elsewhere: int = 0,
+    rows: Blocks | None = None,
 ) -> jax.Array:
     """`MixtureOfExperts` by the kernels if both matrices have tiles (arrays `words` and `factors`); not differentiable.
 
-    Otherwise it uses the reference and logs a warning once.
+    Otherwise it uses the reference and logs a warning once. `rows`: see `moe_routed`.
     """
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
@@ -206,4 +209,4 @@ def moe_decode(
         warn_reference("decode_experts", reason)
         return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
     tiled = (TiledMatrix(**arrays, scale=matrix.scale) for matrix, arrays in ((gate_up, up), (down, low)))
-    return moe_routed(x_TD, index_TX, weights_TX, *tiled, **options)
+    return moe_routed(x_TD, index_TX, weights_TX, *tiled, rows=rows, **options)

@@ -20,7 +20,8 @@ from discover_jax.kernels.attention import (
     prefill_attention_reference,
     prefill_windowed_attention_reference,
 )
-from discover_jax.kernels.experts import MixtureOfExperts, moe_reference
+from discover_jax.kernels.expert_rows import Blocks
+from discover_jax.kernels.experts import MixtureOfExperts, moe_reference, route_reference
 from discover_jax.kernels.fallback import SLOWER
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.pages import copy_page, write_pages, write_token
@@ -42,7 +43,7 @@ class KernelSet:
       write_pages, prefill_attention, prefill_windowed_attention: several tokens a row.
       copy_page: one page of the cache.
       packed_attention, windowed_attention, experts: whole sequences; differentiable.
-      decode_experts, decode_projections: one token a row, or a chunk of a prompt.
+      decode_routing, decode_experts, decode_projections: one token a row, or a chunk of a prompt.
         Models without experts or windows do not call those operations.
       mesh: devices over which the operations are spread; None for one device.
       kernels: operations that do not use the reference.
@@ -58,6 +59,7 @@ class KernelSet:
     windowed_attention: Attend
     experts: MixtureOfExperts
     decode_projections: Callable[..., list[jax.Array]]
+    decode_routing: Callable[..., tuple[jax.Array, jax.Array, Blocks | None]]
     decode_experts: MixtureOfExperts
     mesh: AnyMesh | None = None
     kernels: frozenset[str] = frozenset()
@@ -74,6 +76,7 @@ REFERENCE = KernelSet(
     windowed_attention=windowed_attention_reference,
     experts=moe_reference,
     decode_projections=project_reference,
+    decode_routing=route_reference,
     decode_experts=moe_reference,
 )
 """Plain JAX on one device. It works on every platform; tests compare the kernels with it."""

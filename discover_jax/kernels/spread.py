@@ -163,6 +163,18 @@ def spread_projections(project: Callable, mesh: Mesh) -> Callable:
     return spread
 
 
+def spread_routing(route: Callable, mesh: Mesh) -> Callable:
+    """Each device chooses the experts of its own tokens. It does not sort them: the experts' kernel has those of other devices too."""
+
+    def spread(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, None]:
+        tokens = PartitionSpec(rows_axes(logits_TE.shape[0], mesh))
+        del layer  # of the sorted rows
+        own = _on_devices(lambda logits_TE: route(logits_TE, experts_per_token, 0)[:2], mesh, (tokens,), (tokens, tokens))
+        return *own(logits_TE), None
+
+    return spread
+
+
 class _Own:
     """A matrix of one device's experts."""
 
@@ -230,6 +242,7 @@ _BY_HEADS: dict[str, Callable[[Callable, Mesh], Callable]] = {
 _WHOLE: dict[str, Callable[[Callable, Mesh], Callable]] = {
     "experts": spread_experts,
     "decode_experts": spread_experts,
+    "decode_routing": spread_routing,
     "decode_projections": spread_projections,
 }
 SPREAD = _BY_HEADS | _WHOLE

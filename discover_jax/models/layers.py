@@ -6,6 +6,7 @@ y = x W^T + b + (alpha / rank) (x A^T) B^T.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -350,12 +351,15 @@ class Experts(nnx.Module):
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
         # Logits stay in float32: rounded ones would often tie, and then tiny differences between sampler and update change the experts.
         logits_TE = self.router(x_TD, adapted=False, out_dtype=jnp.float32)
-        if routes_BTX is None:
+        options: dict[str, Any] = {"experts": c.num_experts, "adapted": adapted, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha}
+        if layer is not None:
+            index_TX, weights_TX, rows = self.kernels.decode_routing(logits_TE, c.experts_per_token, layer)
+            options |= {"layer": layer} if rows is None else {"layer": layer, "rows": rows}
+        elif routes_BTX is None:
             index_TX, weights_TX = route_top(logits_TE, c.experts_per_token)
         else:
             index_TX = routes_BTX.reshape(-1, c.experts_per_token).astype(jnp.int32)
             weights_TX = route_along(logits_TE, index_TX)
-        options = {"experts": c.num_experts, "adapted": adapted, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha, "layer": layer}
         out_TD = moe(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options)
         return out_TD.reshape(x_BTD.shape), index_TX.reshape(*x_BTD.shape[:-1], -1)
 

@@ -51,6 +51,13 @@ def experts(moe: Any, tokens: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(passes)(*(jnp.asarray(x, jnp.float32) for x in draw)))]
 
 
+def routing(route: Any, tokens: int) -> list[np.ndarray]:
+    logits = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, EXPERTS)), jnp.float32)
+    index, weights, rows = jax.jit(lambda x: route(x, ACTIVE, jnp.int32(1)))(logits)
+    assert rows is None
+    return [np.asarray(index), np.asarray(weights)]
+
+
 def adapted_experts(moe: Any, tokens: int) -> list[np.ndarray]:
     """As `experts`, with adapters, and with their derivatives instead of those of the weights."""
     rng = np.random.default_rng(tokens)
@@ -134,7 +141,11 @@ def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
 def main() -> None:
     found = {}
     for count in (12, 5):
-        for name, run, operation in (("experts", experts, "experts"), ("attention", attention, "windowed_attention")):
+        for name, run, operation in (
+            ("experts", experts, "experts"),
+            ("attention", attention, "windowed_attention"),
+            ("routing", routing, "decode_routing"),
+        ):
             expected = run(getattr(REFERENCE, operation), count)
             for shape in MESHES:
                 spread = getattr(reference_set(make_mesh(*shape)), operation)

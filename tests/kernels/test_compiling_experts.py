@@ -22,7 +22,7 @@ WIDTH = 2880
 CHOSEN, RANK, TOKENS = 4, 8, 4096
 ROWS_DECODED = (1, 8, 16, 128, 1024)
 """Rows whose launches differ, with 32 or with 128 experts."""
-KERNELS = ("sort", "times_a", "matmul", "unpack", "grouped", "outer")
+KERNELS = ("sort", "route", "times_a", "matmul", "unpack", "grouped", "outer")
 TENSOR_MEMORY = 512
 """Columns of a Blackwell GPU's tensor memory."""
 LIMIT, ALPHA = 7.0, 1.702
@@ -55,6 +55,15 @@ def _decode(monkeypatch, experts, rows, rank):
     return record(monkeypatch, (experts_decode, expert_rows_decode), decode, *arguments)
 
 
+def _route(monkeypatch, experts, rows):
+    from discover_jax.kernels import route_decode
+
+    def route(logits, layer):
+        return route_decode.route_sorted(logits, CHOSEN, layer)[:2]
+
+    return record(monkeypatch, route_decode, route, _shape(rows, experts, dtype=jnp.float32), _shape(dtype=jnp.int32))
+
+
 def _update(monkeypatch, experts, rank):
     from discover_jax.kernels import experts_update
 
@@ -77,6 +86,7 @@ def _launches(monkeypatch, rank) -> list[Recorded]:
     launches = []
     for experts in EXPERTS.values():
         launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank) for rows in ROWS_DECODED)
+        launches += itertools.chain.from_iterable(_route(monkeypatch, experts, rows) for rows in ROWS_DECODED)
         launches += _update(monkeypatch, experts, rank)
     return list({repr(launch): launch for launch in launches}.values())
 

@@ -1,0 +1,49 @@
+"""The choice of experts in decoding and its sorting, on a GPU, in one launch for few tokens. Needs the extra `cuda`."""
+
+import jax
+import jax.numpy as jnp
+
+from discover_jax.kernels import route_triton
+from discover_jax.kernels.expert_rows import Blocks, most_blocks
+from discover_jax.kernels.experts import route_reference
+from discover_jax.kernels.experts_decode import choose_tiling
+from discover_jax.kernels.triton_call import call_kernel, power_of_two
+
+MOST_LOGITS = 2**14
+"""Limit on tokens times experts, each rounded up to a power of two: one kernel instance holds all of them in registers."""
+STEP = 64
+"""Blocks that the kernel describes at once."""
+
+
+def route_sorted(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks | None]:
+    """`route_reference` by the kernel, with the choices sorted for `experts_decode.moe_routed`; for more logits, the reference."""
+    tokens, experts = logits_TE.shape
+    padded, width = max(2, power_of_two(tokens)), max(2, power_of_two(experts))
+    if padded * width > MOST_LOGITS:
+        return route_reference(logits_TE, experts_per_token, layer)
+    routed = tokens * experts_per_token
+    block = choose_tiling(routed, experts).rows
+    most = most_blocks(routed, experts, block)
+    shapes = [
+        ((tokens, experts_per_token), jnp.int32),
+        ((tokens, experts_per_token), jnp.float32),
+        ((routed,), jnp.int32),
+        ((3, most), jnp.int32),
+    ]
+    index_TX, weights_TX, slots, blocks = call_kernel(
+        route_triton.route,
+        *(logits_TE.astype(jnp.float32), jnp.asarray(layer, jnp.int32).reshape(1), tokens, most),
+        out=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        grid=(1,),
+        warps=max(4, padded * width // 1024),
+        stages=1,
+        constants={
+            "E": experts,
+            "EXPERTS": width,
+            "X": experts_per_token,
+            "TOKENS": padded,
+            "BLOCK": block,
+            "STEP": min(STEP, max(2, power_of_two(most))),
+        },
+    )
+    return index_TX, weights_TX, Blocks(slots, blocks)
