@@ -49,7 +49,7 @@ def prepared(
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
     stages.check_objective(config.train, tasks)
     stages.check_ranking(config.reuse.score, tasks)
-    stages.check_copies(config.diversity.copies, tasks)
+    stages.check_copies(config.diversity.copies, config.diversity.copy_tolerance, tasks)
     retests = processes.first_then_others(lambda: _retests(config, tasks, workdir))
     all_tasks = [*tasks, *(each for of_task in retests.values() for each in of_task)]
     processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")

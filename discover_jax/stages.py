@@ -218,12 +218,21 @@ def _without_rows(tasks: Sequence[AnyTask]) -> list[str]:
     return [task.id for task in tasks if task.noisy and not task.has_row_results]
 
 
-def check_copies(copies: str, tasks: Sequence[AnyTask]) -> None:
+def check_copies(copies: str, tolerance: float, tasks: Sequence[AnyTask]) -> None:
     """Checks that copies can be told from other programs, if config.diversity.copies lets them count as failures.
 
+    Args:
+      copies, tolerance: config.diversity.copies and config.diversity.copy_tolerance.
+
     Raises:
-      ConfigError: equal scores of a competition do not mean equal predictions, or the score of a problem varies from run to run.
+      ConfigError: equal scores of a competition do not mean equal predictions, or the score of a problem varies from run to run; or no
+        task has scores to which the tolerance applies.
     """
+    if tolerance and all(task.has_row_results for task in tasks):
+        raise ConfigError(
+            f"config.diversity.copy_tolerance = {tolerance} has no effect: copies are found by the results of single rows, which"
+            f" {', '.join(task.id for task in tasks)} has. Remove it; it is for problems."
+        )
     if copies == "keep":
         return
     if blind := _without_rows(tasks):
@@ -367,7 +376,7 @@ def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], fro
         )
         for number, group in enumerate(groups)
     ]
-    means = Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies)
+    means = Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies, diversity.copy_tolerance)
     estimates = estimate_step(graded, objective=objective, diversity=means)
     if run.kind.learns and estimates.too_few:
         run.recorder.note(

@@ -252,6 +252,7 @@ def test_additions_to_the_method_are_off_in_the_reports_and_the_papers_runs(run)
         "diversity.novelty_bonus": 0.0,
         "diversity.duplicates": "keep",
         "diversity.copies": "keep",
+        "diversity.copy_tolerance": 0.0,
         "reuse.distinct": False,
         "reuse.fresh": 0.0,
         "sampling.temperature_spread": 0.0,

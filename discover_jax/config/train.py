@@ -273,4 +273,12 @@ DIVERSITY: dict[str, Any] = {
         " and, for competitions, the same results of the rows. `keep`: each counts like others; `fail`: each gets the signal of a failure",
         choices=("keep", "fail"),
     ),
+    "copy_tolerance": Setting(
+        0.0,
+        "scores of a problem are the same, for copies, if they differ by at most this much",
+        unit="score",
+        low=0.0,
+        high=1e12,
+        only_with=("diversity.copies", ("fail",)),
+    ),
 }

@@ -1,7 +1,7 @@
 """The advantages of a step: the signals of each group, then the estimator, then one advantage for each rollout in the update."""
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class GradedGroup:
 
     attempts_K: Sequence[Attempt]
     to_signals: Callable[[Sequence[float]], list[float]] = list
-    known: Container[Results] = ()
+    known: Collection[Results] = ()
     failure_reward: float = 0.0
     best: float | None = None
 
@@ -103,7 +103,8 @@ def estimate_step(groups: Sequence[GradedGroup], *, objective: Objective, divers
         if estimated is not None
         for index, value in zip(np.flatnonzero(signals.included_K), estimated.values_K, strict=True)
     }
-    metrics = advantage_metrics(estimated_G) | objective.metrics() | diversity_metrics(attempts_GK, [group.known for group in groups])
+    measured = diversity_metrics(attempts_GK, [group.known for group in groups], copy_tolerance=diversity.copy_tolerance)
+    metrics = advantage_metrics(estimated_G) | objective.metrics() | measured
     return Estimates(advantages, groups_with_too_few(signals_G, objective.estimator, objective.k), metrics)
 
 

@@ -5,8 +5,9 @@ Advantages are computed from signals. All options are off by default, as in the 
 which gives no gradient. The last keeps failures from drowning the differences of valid programs.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Diversity:
         layout.
       copies: "keep" or "fail". With "fail", copies get the signal of a failure. A copy is a valid program with the results of a known
         program (see `group_signals`), or of an earlier one in its group: the same score, and for competitions the same results of the rows.
+      copy_tolerance: scores that have no results of rows are the same if they differ by at most this much.
 
     Raises:
       ConfigError: a value is not allowed.
@@ -47,6 +49,7 @@ class Diversity:
     novelty_bonus: float = 0.0
     duplicates: str = "keep"
     copies: str = "keep"
+    copy_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.novelty_bonus < float("inf"):
@@ -55,6 +58,8 @@ class Diversity:
             raise ConfigError(f"duplicates = {self.duplicates!r} is unknown; allowed: {', '.join(DUPLICATES)}.")
         if self.copies not in COPIES:
             raise ConfigError(f"copies = {self.copies!r} is unknown; allowed: {', '.join(COPIES)}.")
+        if not 0.0 <= self.copy_tolerance < float("inf"):
+            raise ConfigError(f"copy_tolerance must be finite and at least 0; got {self.copy_tolerance!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,7 @@ def group_signals(
     transform: Callable[[Sequence[float]], list[float]],
     diversity: Diversity,
     *,
-    known: Container[Results] = (),
+    known: Collection[Results] = (),
     failure_reward: float = 0.0,
 ) -> Signals:
     """The signals of a group.
@@ -111,7 +116,9 @@ def group_signals(
       known: results of the task's archived programs and of its seed program, for copies.
       failure_reward: the task's reward of a failure, for copies that count as failures.
     """
-    copies_K = _copies(attempts_K, known) if diversity.copies == "fail" else np.zeros(len(attempts_K), bool)
+    copies_K = np.zeros(len(attempts_K), bool)
+    if diversity.copies == "fail":
+        copies_K = _copies(attempts_K, known, diversity.copy_tolerance)
     failed_K = copies_K | np.array([attempt.outcome is not Outcome.OK for attempt in attempts_K], bool)
     rewards_K = np.where(copies_K, failure_reward, [attempt.reward for attempt in attempts_K])
     values_K = np.asarray(transform(rewards_K.tolist()), np.float64)
@@ -154,19 +161,22 @@ def place_failures(signals_G: Sequence[Signals], attempts_GK: Sequence[Sequence[
     return placed
 
 
-def diversity_metrics(groups: Sequence[Sequence[Attempt]], known_G: Sequence[Container[Results]]) -> dict[str, float | None]:
+def diversity_metrics(
+    groups: Sequence[Sequence[Attempt]], known_G: Sequence[Collection[Results]], *, copy_tolerance: float = 0.0
+) -> dict[str, float | None]:
     """The `diversity/` metrics of a step: how different its programs are.
 
     Args:
       groups: the attempts of each group.
       known_G: for each group, the results of its task's archived programs and of its seed program.
+      copy_tolerance: see `Diversity`.
     """
     programs = [[attempt for attempt in group if attempt.code is not None] for group in groups]
     count = sum(map(len, programs))
     distances = [value for group in programs for value in _distances(group)[np.triu_indices(len(group), k=1)].tolist()]
     distinct = len({structure_key(attempt.code or "") for group in programs for attempt in group})
     valid = sum(attempt.outcome is Outcome.OK for group in groups for attempt in group)
-    copies = sum(int(_copies(group, known).sum()) for group, known in zip(groups, known_G, strict=True))
+    copies = sum(int(_copies(group, known, copy_tolerance).sum()) for group, known in zip(groups, known_G, strict=True))
     return {
         "diversity/copy_frac": copies / valid if valid else None,
         "diversity/duplicate_frac": sum(int(_repeated(group).sum()) for group in programs) / count if count else None,
@@ -187,15 +197,23 @@ def _repeated(attempts_K: Sequence[Attempt]) -> np.ndarray:
     return repeated_K
 
 
-def _copies(attempts_K: Sequence[Attempt], known: Container[Results]) -> np.ndarray:
-    """bool [K]: whether a valid program has known results, or those of an earlier one in the group."""
-    seen: set[Results] = set()
+def _copies(attempts_K: Sequence[Attempt], known: Collection[Results], tolerance: float) -> np.ndarray:
+    """bool [K]: whether a valid program has known results, or those of an earlier one in the group.
+
+    Earlier copies count, too, so that programs cannot drift away from a known result by steps below the tolerance within a group.
+    """
+    seen = set(known)
+    scores = sorted(score for score, rows in known if score is not None and not rows) if tolerance else []
     copies_K = np.zeros(len(attempts_K), bool)
     for index, attempt in enumerate(attempts_K):
         if attempt.outcome is Outcome.OK:
-            results = results_of(attempt)
-            copies_K[index] = results in known or results in seen
+            score, rows = results = results_of(attempt)
+            copies_K[index] = results in seen
             seen.add(results)
+            if tolerance and score is not None and not rows:
+                place = bisect.bisect_left(scores, score - tolerance)
+                copies_K[index] |= place < len(scores) and scores[place] <= score + tolerance
+                bisect.insort(scores, score)
     return copies_K
 
 

@@ -43,6 +43,7 @@ _LATER_SETTINGS = {
     "train.failures": "reward",
     "train.failure_spread": 1.0,
     "diversity.copies": "keep",
+    "diversity.copy_tolerance": 0.0,
     "execution.result_mib": 0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""

@@ -134,11 +134,18 @@ def test_copies_of_noisy_scores_without_row_results_cannot_be_recognised():
     tasks = [
         types.SimpleNamespace(id=id, noisy=noisy, has_row_results=rows) for id, noisy, rows in (("a", True, True), ("b", False, False))
     ]
-    stages.check_copies("fail", tasks)
+    stages.check_copies("fail", 0.0, tasks)
     blind = types.SimpleNamespace(id="houses", noisy=True, has_row_results=False)
-    stages.check_copies("keep", [*tasks, blind])
+    stages.check_copies("keep", 0.0, [*tasks, blind])
     with pytest.raises(ConfigError, match=r"diversity\.copies.*houses"):
-        stages.check_copies("fail", [*tasks, blind])
+        stages.check_copies("fail", 0.0, [*tasks, blind])
+
+
+def test_a_tolerance_for_copies_needs_a_task_without_results_of_rows():
+    boats, circles = (types.SimpleNamespace(id=id, noisy=rows, has_row_results=rows) for id, rows in (("boats", True), ("circles", False)))
+    stages.check_copies("fail", 1e-6, [boats, circles])
+    with pytest.raises(ConfigError, match=r"diversity\.copy_tolerance.*boats"):
+        stages.check_copies("fail", 1e-6, [boats])
 
 
 def test_a_copy_gets_the_failure_reward_of_its_own_competition_and_only_its_own_archive_counts():

@@ -89,6 +89,26 @@ def test_a_problem_has_no_rows_so_equal_scores_make_a_copy():
     assert diversity_metrics([group], [{(0.5, "")}])["diversity/copy_frac"] == pytest.approx(2 / 3)
 
 
+def test_scores_within_the_tolerance_are_copies():
+    """A packing with a smaller rounding margin is the same packing. Each is compared with all before it, copies included."""
+    scores = (2.0 + 3e-7, 1.0, 1.0 + 9e-7, 1.0 + 18e-7, 2.0 - 2e-6, 1.5)
+    group = [attempt(index, A, score) for index, score in enumerate(scores)]
+    diversity = Diversity(copies="fail", copy_tolerance=1e-6)
+    signals = group_signals(group, list, diversity, known={(2.0, ""), (1.5, "bits: a"), (None, "")}, failure_reward=-1.0)
+    assert signals.failed_K.tolist() == [True, False, True, True, False, False]
+    known = [{(2.0, ""), (1.5, "bits: a")}]
+    assert diversity_metrics([group], known, copy_tolerance=1e-6)["diversity/copy_frac"] == 0.5
+    assert diversity_metrics([group], known)["diversity/copy_frac"] == 0.0
+    of_rows = [dataclasses.replace(one, rows=f"bits: {index}") for index, one in enumerate(group)]
+    assert not group_signals(of_rows, list, diversity, known={(2.0, "bits: z")}).failed_K.any()  # rows decide, however close the scores
+
+
+@pytest.mark.parametrize("tolerance", [-1e-9, float("inf"), float("nan")])
+def test_refuses_tolerances_that_mean_nothing(tolerance):
+    with pytest.raises(ConfigError, match="copy_tolerance"):
+        Diversity(copy_tolerance=tolerance)
+
+
 @pytest.mark.parametrize(("others", "used"), [([B], False), ([B, C], True)])
 def test_groups_with_too_few_distinct_programs_have_no_signal_for_the_adaptive_estimator(others, used):
     """Seven copies and one other program leave two rollouts, which would get advantages of -1 and 1e12."""
