@@ -134,6 +134,19 @@ def test_a_context_is_split_only_to_fill_the_gpu(heads, kv_heads, head_size, row
     assert choose_prefill(rows, tokens * heads // kv_heads, kv_heads, head_size, places).shares == shares
 
 
+def test_kernels_lower_for_an_absent_gpu():
+    pytest.importorskip("jax_triton", reason="needs the extra `kernels` and jax's plugin for CUDA", exc_type=ImportError)
+    kernels = kernel_set("gpu")
+    for heads, kv_heads, head_size, calls in ((64, 8, 64, 1), (12, 2, 128, 2)):  # the second merges shares of the context
+        q = jnp.zeros((1, 512, heads, head_size), jnp.bfloat16)
+        pool, ring = (jnp.zeros(shape, jnp.bfloat16) for shape in ((1, 8, kv_heads, 128, head_size), (1, kv_heads, 128, head_size)))
+        new, lengths, sinks = jnp.zeros((1, 512, kv_heads, head_size), jnp.bfloat16), jnp.zeros(1, jnp.int32), jnp.zeros(heads)
+        pages = jax.jit(kernels.prefill_attention).trace(q, pool, pool, jnp.int32(0), jnp.zeros((1, 8), jnp.int32), lengths, sinks)
+        assert pages.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call") == calls
+        window = jax.jit(kernels.prefill_windowed_attention).trace(q, ring, ring, new, new, lengths, jnp.int32(0), sinks)
+        assert window.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call") == 1
+
+
 @pytest.mark.accelerator
 @on_gpu
 @pytest.mark.parametrize(
