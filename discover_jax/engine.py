@@ -19,7 +19,7 @@ from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
-from discover_jax.sampling.sampler import Sampler, most_pages, rows_of
+from discover_jax.sampling.sampler import Sampler, most_pages, most_read, rows_of
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
@@ -119,6 +119,7 @@ def build_sampler(
         second_phase=second_phase,
         pages=cache_pages(config, model, memory, learn=learn),
         record_routes=config.train.replay_routing and model.config.num_experts > 0,
+        draft_tokens=config.sampling.draft_tokens,
     )
 
 
@@ -152,7 +153,7 @@ def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool) -> 
         "adapter and optimiser": local_bytes(state),
         "adapter's copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
         "rings": local_bytes(abstract_rows(model, rows)),
-        "logits": _LOGITS * rows // devices * model.config.vocab_size * 4,
+        "logits": _LOGITS * max(rows, most_read(rows, config.sampling.draft_tokens)) // devices * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
     }
 

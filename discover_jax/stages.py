@@ -476,6 +476,8 @@ def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verd
     return {
         "sample/utilisation": sampled.progress.utilisation,
         "sample/set_aside": sampled.progress.set_aside,
+        "sample/draft_accepted_frac": _ratio(sampled.progress.accepted, sampled.progress.drafted),
+        "sample/draft_tokens_per_pass": _ratio(sampled.progress.passes + sampled.progress.accepted, sampled.progress.passes),
         "sample/cache_tokens": sampled.progress.pages * PAGE,
         "sample/compilations": run.sampler.compilations,
         "sample/forced_frac": sum(not rollout.chosen_T.all() for rollout in sampled.rollouts.values()) / sampled.total,
@@ -483,6 +485,10 @@ def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verd
         "programs/retried": sampled.executions.retried,
         "programs/cached_frac": sum(execution.cached for execution in executions) / max(len(executions), 1),
     }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def second_phase(config: Any, chat: ChatFormat) -> SecondPhase | None:

@@ -73,11 +73,22 @@ def results(folder: Path, config: ModelConfig, mesh):
     sampler = Sampler(model, slots=4, max_prompt_tokens=140, max_new_tokens=100, temperature=1.0, stop_ids=(3,), pages=pages)
     prompts = [Prompt(group, "seed", "", TOKENS.reshape(-1)[: 130 - 100 * group]) for group in range(2)]
     rollouts = sorted(sampler.sample(frozen, lora, prompts, 4, seed=5, step=2), key=lambda r: (r.group, r.index))
+    rollouts += repeated(model, frozen, lora)
     optimizer = adam(1e-3, max_grad_norm=1.0)
     update = Update(model, optimizer, kl_coefficient=0.1, measure_kl=True)
-    batches = pack(rollouts, np.linspace(-1, 1, len(rollouts)), row_tokens=240, rows=8)
+    batches = pack(rollouts[:8], np.linspace(-1, 1, 8), row_tokens=240, rows=8)
     state, metrics = update.update(frozen, init_train_state(lora, optimizer), batches)
     return model, fetch(logits), rollouts, state, metrics
+
+
+def repeated(model: Model, frozen, lora):
+    """Rollouts that repeat themselves: on a mesh with drafts, without a mesh without them."""
+    drafts, seen = 3 * (model.mesh is not None), []
+    settings = {"slots": 4, "max_prompt_tokens": 140, "max_new_tokens": 60, "temperature": 0.02, "stop_ids": (3,), "draft_tokens": drafts}
+    prompts = [Prompt(group, "seed", "", np.resize(TOKENS[0, :7], 120 - 100 * group)) for group in range(2)]
+    rollouts = list(Sampler(model, **settings).sample(frozen, lora, prompts, 4, seed=5, step=3, on_progress=seen.append))
+    check((seen[-1].accepted > 20) == bool(drafts), f"{seen[-1].accepted} draft tokens were accepted")
+    return sorted(rollouts, key=lambda r: (r.group, r.index))
 
 
 def compare(name: str, one: tuple, many: tuple) -> None:

@@ -73,6 +73,7 @@ RUNS = {
         "train.loss": "truncated_importance_sampling",
         "train.reduction": "sequence_mean",
         "sampling.temperature_spread": 0.3,
+        "sampling.draft_tokens": 3,
         "diversity.novelty_bonus": 0.1,
         "diversity.duplicates": "drop",
         "diversity.copies": "fail",
@@ -251,6 +252,7 @@ def test_runs_use_every_choice():
     )
     off_by_default = ("sampling.thinking_tokens", "sampling.temperature_spread", "prompt.ideas", "reuse.fresh", "reuse.distinct")
     off_by_default += ("train.kl_coefficient", "train.max_grad_norm", "diversity.novelty_bonus", "prompt.inspirations")
+    off_by_default += ("sampling.draft_tokens",)
     for name in off_by_default:
         assert not known[name].default
         assert any(changes.get(name) for changes in RUNS.values())
@@ -278,6 +280,7 @@ def test_runs_end_to_end(results, name):
         assert "kl_base/mean" not in metrics[0]
     if "reuse.fresh" in RUNS[name]:
         assert {row["parent_id"] for row in journal if row["group"] == 1} == {"seed"}
+    assert all((row.get("sample/draft_tokens_per_pass") is not None) == ("sampling.draft_tokens" in RUNS[name]) for row in metrics)
     # The apprentice needs three tokens to start an answer, so two are never enough.
     assert {row["sample/forced_frac"] for row in metrics} == {1.0 if "sampling.thinking_tokens" in RUNS[name] else 0.0}
 

@@ -50,6 +50,14 @@ SAMPLING: dict[str, Any] = {
     "slots": Setting(
         128, "maximum number of rollouts decoded at the same time; a waiting rollout takes the slot of a finished one", low=1, high=4096
     ),
+    "draft_tokens": Setting(
+        0,
+        "tokens copied from an earlier place of the rollout or its prompt, as a draft of the next ones that one pass checks; 0: no drafts."
+        " Drafts are used while a pass reads at most 128 tokens with them. They do not change the distribution",
+        unit="tokens",
+        low=0,
+        high=15,
+    ),
     "cache_tokens": Setting(
         0,
         "capacity of the KV cache, for all slots together; 0: derived, what the slots can use, limited by the device's memory. When the"

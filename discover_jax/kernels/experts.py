@@ -78,13 +78,14 @@ class MixtureOfExperts(Protocol):
         Args:
           x_TD: activations.
           index_TX, weights_TX: the experts of each token, all different, and their weights. The number `experts` stands for an expert on
-            another device; it may occur several times and adds nothing.
+            another device, or for none; it may occur several times and adds nothing.
           gate_up, down: the matrices of all experts on this device.
           experts: number of experts on this device.
           adapted: whether to apply the adapters.
           limit, alpha: of the activation, see `gated`.
           layer: int32 scalar, the layer to use if the matrices' arrays are stacks [L, E, ...].
-          elsewhere: number of experts on other devices. Kernels estimate from it how many choices are for this device.
+          elsewhere: number of experts on other devices, at least 1 if `index_TX` has the number `experts`. Kernels estimate from it how
+            many choices are for this device.
         """
         ...
 

@@ -11,6 +11,8 @@ def write_token(
     places_B: jax.Array,
     k_BKH: jax.Array,
     v_BKH: jax.Array,
+    *,
+    tokens: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """The stacks of pools after writing one token per row.
 
@@ -19,7 +21,9 @@ def write_token(
       layer: int32 scalar, the index into the stack.
       pages_B, places_B: int32, the page of each row's token and its place in the page. Numbers that are not pages are skipped.
       k_BKH, v_BKH: keys and values of the tokens.
+      tokens: number of consecutive rows that may write to the same page, to different places. All other rows have pages of their own.
     """
+    del tokens  # any number of rows may write to a page
 
     def write(pool: jax.Array, new_BKH: jax.Array) -> jax.Array:
         return pool.at[layer, pages_B, :, places_B].set(new_BKH, mode="drop")

@@ -35,13 +35,15 @@ def write_token(
     places_B: jax.Array,
     k_BKH: jax.Array,
     v_BKH: jax.Array,
+    *,
+    tokens: int = 1,
 ) -> Pools:
     """`pages.write_token` by the kernel. If it does not support the arguments, uses the reference and logs the reason once."""
     arguments = (keys_LPKsH, values_LPKsH, layer, pages_B, places_B, k_BKH, v_BKH)
     if reason := pool_refusal(keys_LPKsH, values_LPKsH):
         warn_reference("write_token", reason, "tpu")
-        return pages.write_token(*arguments)
-    return put_tokens(*arguments)
+        return pages.write_token(*arguments, tokens=tokens)
+    return put_tokens(*arguments, tokens=tokens)
 
 
 def write_pages(
@@ -147,9 +149,15 @@ def put_tokens(
     k_BKH: jax.Array,
     v_BKH: jax.Array,
     *,
+    tokens: int = 1,
     interpret: Any = False,
 ) -> Pools:
-    """`pages.write_token` by the kernel. No two rows may write to the same page. `interpret`: as for `pallas_call`."""
+    """`pages.write_token` by the kernel. `interpret`: as for `pallas_call`."""
+    if tokens > 1:  # rows that write together would overwrite each other's tiles
+        for first in range(tokens):
+            some = (x[first::tokens] for x in (pages_B, places_B, k_BKH, v_BKH))
+            keys_LPKsH, values_LPKsH = put_tokens(keys_LPKsH, values_LPKsH, layer, *some, interpret=interpret)
+        return keys_LPKsH, values_LPKsH
     kv_heads, head_size = k_BKH.shape[1:]
     if flipped(head_size):
         inputs = tuple(jnp.pad(x.transpose(1, 2, 0), [(0, 0), (0, 0), (0, -len(x) % LANES)]) for x in (k_BKH, v_BKH))

@@ -126,10 +126,13 @@ def spread_prefill_windowed_attention(attend: Callable, mesh: Mesh) -> Callable:
 def _spread_write(write: Callable, mesh: Mesh, *specs: PartitionSpec) -> Callable:
     """Each device writes into its own pages. `specs` are the specs of the arguments after the layer, pages first."""
 
-    def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
-        return write(keys, values, layer, _to_write(pages, keys), *rest)
+    def spread(*arguments: jax.Array, **options: Any) -> Any:
+        def of_device(keys: jax.Array, values: jax.Array, layer: jax.Array, pages: jax.Array, *rest: jax.Array) -> Any:
+            return write(keys, values, layer, _to_write(pages, keys), *rest, **options)
 
-    return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), *specs), (_POOL, _POOL))
+        return _on_devices(of_device, mesh, (_POOL, _POOL, PartitionSpec(), *specs), (_POOL, _POOL))(*arguments)
+
+    return spread
 
 
 def spread_write_token(write: Callable, mesh: Mesh) -> Callable:
@@ -209,6 +212,7 @@ def _spread_experts(moe: Callable, exchanging: Callable, mesh: Mesh) -> Callable
         experts: int,
         adapted: bool,
         layer: jax.Array | None = None,
+        elsewhere: int = 0,
         **options: Any,
     ) -> jax.Array:
         own, split = experts // parts, rows_axes(x_TD.shape[0], mesh)
@@ -216,7 +220,7 @@ def _spread_experts(moe: Callable, exchanging: Callable, mesh: Mesh) -> Callable
 
         def of_device(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, arrays: tuple, layer: jax.Array | None) -> jax.Array:
             matrices = (_Own(matrix, part) for matrix, part in zip((gate_up, down), arrays, strict=True))
-            more: dict[str, Any] = {"experts": own, "elsewhere": experts - own, "adapted": adapted, "layer": layer, **options}
+            more: dict[str, Any] = {"experts": own, "elsewhere": experts - own + elsewhere, "adapted": adapted, "layer": layer, **options}
             if _EXPERT in split:
                 return exchanging(x_TD, index_TX, weights_TX, *matrices, **more)
             return lax.psum(moe(x_TD, own_experts(index_TX, own, _EXPERT), weights_TX, *matrices, **more), _EXPERT)

@@ -19,6 +19,7 @@ from discover_jax.kernels.packed_attention import ATTENTION
 from discover_jax.kernels.spread import can_spread, row_devices, rows_axes
 from discover_jax.models.cache import Cache, Pool, copy_page
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
+from discover_jax.models.drafts import keep_in_rings, locate_drafts, windows_of
 from discover_jax.models.layers import Attention, Decoder, Layer, Repeat, rms_norm
 from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
 from discover_jax.models.sharding import sharding_for, shardings
@@ -256,10 +257,7 @@ class Model:
         Raises:
           ShardingError: the number of rows is not a multiple of the number of devices that share them.
         """
-        if tokens_B.shape[0] % row_devices(self.mesh):
-            raise ShardingError(
-                f"Cannot split {tokens_B.shape[0]} rows over {row_devices(self.mesh)} devices. Use a multiple of this number."
-            )
+        self._check_rows(tokens_B.shape[0])
         c, adapted = self.config, lora is not None
         lengths_B = cache.lengths_B
         at = {"full": _locate_in_pages(cache), "sliding": _locate_in_rings(cache, c.sliding_window)}
@@ -294,6 +292,74 @@ class Model:
         rings = pools["sliding"]
         cache = Cache(pools["full"], rings.keys_LPKsH, rings.values_LPKsH, cache.pages_BM, lengths_B + 1)
         return x_BD, cache, self._routes_of_token(routes)[:, 0]
+
+    def decode_drafts(
+        self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache, tuple[jax.Array, jax.Array] | None, jax.Array]:
+        """Reads T tokens of each row at once, from position `cache.lengths_B`. `keep_drafts` then keeps the first of them.
+
+        The row must have pages for them; on a mesh, on the row's device.
+
+        Args:
+          tokens_BT: the next tokens of each row.
+          counts_B: int32, number of tokens of each row to read. Nothing is computed for the others, nor for rows of length 0; their
+            outputs are undefined.
+
+        Returns:
+          The residual stream after the final norm [B, T, D]; the cache, in which only the pages have changed; keys and values of the
+          sliding layers, each [L, B, T, K, H], for `keep_drafts`, or None without such layers; and the chosen experts [B, T, L, X].
+
+        Raises:
+          ShardingError: the number of rows is not a multiple of the number of devices that share them.
+        """
+        self._check_rows(tokens_BT.shape[0])
+        c, adapted, tokens = self.config, lora is not None, tokens_BT.shape[1]
+        at = locate_drafts(cache, counts_B, tokens, c.sliding_window)
+        windows_n1 = jnp.arange(tokens_BT.size)[:, None]
+        (frozen_layers, frozen_stacks), (lora_layers, lora_stacks) = map(self._split, (frozen[c.stack], (lora or {}).get(c.stack, {})))
+
+        def flat(x_BTkh: jax.Array) -> jax.Array:
+            return x_BTkh.reshape(-1, 1, *x_BTkh.shape[2:])
+
+        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree]):
+            x_BTD, pool = carry
+            index, frozen_repeat, lora_repeat = parameters
+            repeat = self._bind_repeat(_join(frozen_repeat, frozen_stacks), _join(lora_repeat, lora_stacks))
+            stacked, routes, new = index if self._stacked else None, [], None
+            for kind in c.pattern:
+                layer: Layer = getattr(repeat, kind)
+                q, k, v = layer.attention.project(x_BTD, at.positions_BT, stacked, adapted=adapted)
+                if kind == "sliding":
+                    new, rings = (k, v), (cache.ring_k_LBKWH, cache.ring_v_LBKWH)
+                    read = Pool(*(windows_of(ring[index], x, at.positions_BT) for ring, x in zip(rings, new, strict=True)))
+                    places = read, jnp.int32(0), windows_n1, at.window_counts
+                else:
+                    written = at.pages, at.places, flat(k)[:, 0], flat(v)[:, 0]
+                    pool = Pool(*self.kernels.write_token(pool.keys_LPKsH, pool.values_LPKsH, index, *written, tokens=tokens))
+                    places = pool, index, at.table, at.counts
+                attended = layer.attention.attend_cached(flat(q), *places, stacked, adapted=adapted)
+                x_BTD += attended.reshape(x_BTD.shape)
+                y_BTD, routes_BTX = layer.decode_feed_forward(x_BTD, index, stacked, adapted=adapted, valid_BT=at.valid_BT)
+                x_BTD += y_BTD
+                routes.append(routes_BTX)
+            return (x_BTD, pool), (new, self._routes_of_repeat(routes))
+
+        x_BTD = frozen["embedding"][tokens_BT].astype(jnp.float32)
+        inputs = (jnp.arange(c.num_repeats), frozen_layers, lora_layers)
+        (x_BTD, pool), (new, routes) = jax.lax.scan(step, (x_BTD, cache.pool), inputs)
+        x_BTD = rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
+        return x_BTD, dataclasses.replace(cache, pool=pool), new, self._routes_of_token(routes)
+
+    def keep_drafts(self, cache: Cache, new: tuple[jax.Array, jax.Array] | None, kept_B: jax.Array) -> Cache:
+        """The cache after the first `kept_B` of the tokens that `decode_drafts` has read. `new` is its result of that name."""
+        ring_k, ring_v = cache.ring_k_LBKWH, cache.ring_v_LBKWH
+        if new is not None:
+            ring_k, ring_v = (keep_in_rings(ring, x, cache.lengths_B, kept_B) for ring, x in zip((ring_k, ring_v), new, strict=True))
+        return Cache(cache.pool, ring_k, ring_v, cache.pages_BM, cache.lengths_B + kept_B)
+
+    def _check_rows(self, rows: int) -> None:
+        if rows % row_devices(self.mesh):
+            raise ShardingError(f"Cannot split {rows} rows over {row_devices(self.mesh)} devices. Use a multiple of this number.")
 
     def _init(self, state: nnx.State, abstract: Tree, key: jax.Array) -> Tree:
         return jax.jit(lambda key: init_tree(state, key, self.mesh), out_shardings=shardings(abstract))(key)

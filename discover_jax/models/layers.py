@@ -340,12 +340,22 @@ class Experts(nnx.Module):
         """The output for whole sequences; differentiable. `routes_BTX` are the experts to use; None for those with the largest logits."""
         return self._moe(self.kernels.experts, x_BTD, routes_BTX, adapted=adapted)[0]
 
-    def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool) -> tuple[jax.Array, jax.Array]:
-        """The output and the chosen experts [B, T, X] for a few tokens a row. Matrices are stacked over pairs; `pair` selects one."""
-        return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=pair)
+    def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool, valid_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The output and the chosen experts [B, T, X] for a few tokens a row. Matrices are stacked over pairs; `pair` selects one.
+
+        Tokens that are not in `valid_BT` get no experts, and their output is 0.
+        """
+        return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=pair, valid_BT=valid_BT)
 
     def _moe(
-        self, moe: MixtureOfExperts, x_BTD: jax.Array, routes_BTX: jax.Array | None = None, *, adapted: bool, layer: jax.Array | None = None
+        self,
+        moe: MixtureOfExperts,
+        x_BTD: jax.Array,
+        routes_BTX: jax.Array | None = None,
+        *,
+        adapted: bool,
+        layer: jax.Array | None = None,
+        valid_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         x_TD = rms_norm(x_BTD, self.norm[...], c.rms_eps, self.dtype).reshape(-1, c.width)
@@ -353,14 +363,20 @@ class Experts(nnx.Module):
         logits_TE = self.router(x_TD, adapted=False, out_dtype=jnp.float32)
         options: dict[str, Any] = {"experts": c.num_experts, "adapted": adapted, "limit": c.swiglu_limit, "alpha": c.swiglu_alpha}
         if layer is not None:
+            options |= {"layer": layer}
+        if layer is not None and valid_BT is None:
             index_TX, weights_TX, rows = self.kernels.decode_routing(logits_TE, c.experts_per_token, layer)
-            options |= {"layer": layer} if rows is None else {"layer": layer, "rows": rows}
+            options |= {} if rows is None else {"rows": rows}
         elif routes_BTX is None:
             index_TX, weights_TX = route_top(logits_TE, c.experts_per_token)
         else:
             index_TX = routes_BTX.reshape(-1, c.experts_per_token).astype(jnp.int32)
             weights_TX = route_along(logits_TE, index_TX)
-        out_TD = moe(x_TD, index_TX, weights_TX, self.gate_up, self.down, **options)
+        computed_TX = index_TX
+        if valid_BT is not None:
+            computed_TX = jnp.where(valid_BT.reshape(-1, 1), index_TX, c.num_experts)
+            options |= {"elsewhere": 1}  # one more number, that of no expert
+        out_TD = moe(x_TD, computed_TX, weights_TX, self.gate_up, self.down, **options)
         return out_TD.reshape(x_BTD.shape), index_TX.reshape(*x_BTD.shape[:-1], -1)
 
 
@@ -413,16 +429,23 @@ class Layer(nnx.Module):
         return part(x_BTD, routes_BTX, adapted=adapted)
 
     def decode_feed_forward(
-        self, x_BTD: jax.Array, repeat: jax.Array, layer: jax.Array | None, *, adapted: bool
+        self,
+        x_BTD: jax.Array,
+        repeat: jax.Array,
+        layer: jax.Array | None,
+        *,
+        adapted: bool,
+        valid_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The output and the chosen experts [B, T, X] for a few tokens a row.
 
         Args:
           repeat: index of this layer in the stacks of the experts' matrices.
           layer: the same, if the dense projections are stacked too; otherwise None.
+          valid_BT: tokens whose output is needed; None for all. No expert computes the others.
         """
         if hasattr(self, "experts"):
-            return self.experts.decode(x_BTD, repeat, adapted=adapted)
+            return self.experts.decode(x_BTD, repeat, adapted=adapted, valid_BT=valid_BT)
         return self.mlp.decode(x_BTD, layer, adapted=adapted)
 
 

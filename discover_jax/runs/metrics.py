@@ -84,6 +84,8 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "sample/forced_frac": ("fraction", "rollouts whose thinking was ended by sampling.thinking_tokens"),
     "sample/utilisation": ("fraction", "decoding slots that were busy while rollouts waited for a slot; 1 if none waited"),
     "sample/set_aside": ("rollouts", "how often a rollout was moved to host memory because the KV cache was full"),
+    "sample/draft_accepted_frac": ("fraction", "draft tokens that were accepted (sampling.draft_tokens); null without drafts"),
+    "sample/draft_tokens_per_pass": ("tokens", "tokens that a rollout got in a pass with drafts, mean; null without drafts"),
     "sample/cache_tokens": ("tokens", "peak use of the KV cache, in whole pages, summed over devices"),
     "sample/compilations": ("", "functions that the sampler compiled since the start; constant after the first steps"),
     "sample/tokens_per_s": ("tokens/s", "tokens generated in the step / time/sample_s"),

@@ -45,6 +45,7 @@ _LATER_SETTINGS = {
     "diversity.copies": "keep",
     "diversity.copy_tolerance": 0.0,
     "execution.result_mib": 0,
+    "sampling.draft_tokens": 0,
 }
 """Settings that earlier versions lack, with the values that their runs had in effect."""
 _SETTINGS_OF_NEW_RUNS = ("task.stratified",)

@@ -71,6 +71,8 @@ class Rows:
 
 Drawn = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Tokens, their log-probabilities, whether the policy chose them, and the experts that they were routed to [..., L, X]."""
+Taken = tuple[jax.Array, jax.Array, jax.Array]
+"""The same without the experts."""
 
 
 def _axis(name: str) -> int:
@@ -159,6 +161,35 @@ def _force(phase: SecondPhase | None, rows: Rows, tokens_B: jax.Array, logprobs_
     return tokens_B, jnp.where(forcing_B, 0.0, logprobs_B), opened_B, forcing_B
 
 
+def take_tokens(
+    rows: Rows,
+    tokens_B: jax.Array,
+    logprobs_B: jax.Array,
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    second_phase: SecondPhase | None,
+) -> tuple[Rows, Taken]:
+    """Adds a sampled token to each row, or the forced one instead.
+
+    Returns:
+      The rows with new `counts_B`, `alive_B`, `opened_B` and `forcing_B`, and the tokens. Those of rows that were not alive are undefined.
+    """
+    tokens_B, logprobs_B, opened_B, forcing_B = _force(second_phase, rows, tokens_B, logprobs_B)
+    counts_B = rows.counts_B + rows.alive_B
+    stops = jnp.asarray(stop_ids, jnp.int32)
+    alive_B = rows.alive_B & ~((tokens_B[:, None] == stops).any(axis=-1) | (counts_B >= max_new_tokens))
+    rows = dataclasses.replace(rows, counts_B=counts_B, alive_B=alive_B, opened_B=opened_B, forcing_B=forcing_B)
+    return rows, (tokens_B, logprobs_B, ~forcing_B)
+
+
+def empty_drawn(model: Model, shape: tuple[int, int], *, record_routes: bool) -> Drawn:
+    """Arrays of this shape for the tokens of a launch. Without routes, theirs has zero layers."""
+    routes = model.routes.shape if record_routes else (0, 0)
+    zeros = jnp.zeros((*shape, *routes), model.routes.dtype)
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool), zeros
+
+
 def decode_launch(
     model: Model,
     frozen: Any,
@@ -195,11 +226,8 @@ def decode_launch(
     """
     lora = model.cast(lora)  # cast once instead of in each layer for each token
     keys_B = rollout_keys(seed, step, rows.groups_B, rows.indices_B)
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    shape = launch_steps, len(rows.alive_B)
-    routes = model.routes.shape if record_routes else (0, 0)
-    routes_TBLX = jnp.zeros((*shape, *routes), model.routes.dtype)
-    drawn_TB = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool), routes_TBLX
+    drawn_TB = empty_drawn(model, (launch_steps, len(rows.alive_B)), record_routes=record_routes)
+    layers, chosen = drawn_TB[3].shape[2:]
 
     def going(carry: tuple[jax.Array, Pool, Rows, Drawn]) -> jax.Array:
         i, _, rows, _ = carry
@@ -207,25 +235,19 @@ def decode_launch(
 
     def one(carry: tuple[jax.Array, Pool, Rows, Drawn]) -> tuple[jax.Array, Pool, Rows, Drawn]:
         i, pool, rows, drawn_TB = carry
-        tokens_B, logprobs_B = draw_tokens(keys_B, rows.counts_B, model.logits(frozen, lora, rows.hidden_BD), rows.temperatures_B)
-        tokens_B, logprobs_B, opened_B, forcing_B = _force(second_phase, rows, tokens_B, logprobs_B)
-        counts_B = rows.counts_B + rows.alive_B
-        alive_B = rows.alive_B & ~((tokens_B[:, None] == stops).any(axis=-1) | (counts_B >= max_new_tokens))
+        sampled_B = draw_tokens(keys_B, rows.counts_B, model.logits(frozen, lora, rows.hidden_BD), rows.temperatures_B)
         cache = Cache(pool, rows.ring_k_LBKWH, rows.ring_v_LBKWH, pages_BM, rows.lengths_B)
-        hidden_BD, cache, routes_BLX = model.decode(frozen, lora, tokens_B, cache)
+        rows, taken = take_tokens(rows, *sampled_B, max_new_tokens=max_new_tokens, stop_ids=stop_ids, second_phase=second_phase)
+        hidden_BD, cache, routes_BLX = model.decode(frozen, lora, taken[0], cache)
         rows = dataclasses.replace(
             rows,
             ring_k_LBKWH=cache.ring_k_LBKWH,
             ring_v_LBKWH=cache.ring_v_LBKWH,
             # A finished row becomes empty, so attention no longer reads its tokens, and its pages no longer change.
-            lengths_B=jnp.where(alive_B, cache.lengths_B, 0),
+            lengths_B=jnp.where(rows.alive_B, cache.lengths_B, 0),
             hidden_BD=hidden_BD,
-            counts_B=counts_B,
-            alive_B=alive_B,
-            opened_B=opened_B,
-            forcing_B=forcing_B,
         )
-        new_B = tokens_B, logprobs_B, ~forcing_B, routes_BLX[:, : routes[0], : routes[1]]
+        new_B = *taken, routes_BLX[:, :layers, :chosen]
         return i + 1, cache.pool, rows, jax.tree.map(lambda into_TB, new_B: into_TB.at[i].set(new_B), drawn_TB, new_B)
 
     _, pool, rows, drawn_TB = jax.lax.while_loop(going, one, (jnp.int32(0), pool, rows, drawn_TB))

@@ -5,7 +5,7 @@ Decoding runs in launches. A launch is one jitted loop over up to a fixed number
 repeats it.
 
 Few shapes are compiled: one chunk of a prompt, and a decode loop for each batch size (all slots, then half as many, and so on for the
-tail). The cache always has its full capacity; attention reads only the pages in use.
+tail), for small batches with drafts instead (see `drafts`). The cache always has its full capacity; attention reads only the pages in use.
 """
 
 import functools
@@ -24,11 +24,18 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
+from discover_jax.sampling.drafts import draft_launch
 from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Progress, SamplerFunctions, Schedule, ScheduleLimits, half_of, pages_of
 from discover_jax.types import LoweredFunction, Prompt, Rollout
 
 PROMPT_CHUNK = 512
 """Most prompt tokens that one prefill reads; a multiple of the page size."""
+MOST_READ = 128
+"""Most tokens that a pass with drafts reads, of all rows. With more, arithmetic limits it, and drafts cost what they save."""
+MOST_DRAFT = 15
+"""Limit on the tokens of a draft: the smallest batch of the tail, 8 rows, reads `MOST_READ` tokens."""
+LAUNCH_TOKENS = 4
+"""Tokens per row of a launch with drafts, relative to one without: a row whose drafts are accepted needs fewer passes."""
 _COLLECTIVES_IN_GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES"}
 """XLA's default list plus COLLECTIVES. By default XLA ends a CUDA graph at each collective, and decoding has two per layer. On two H200s,
 the 120b with 128 rows loses 0.8 of 15.6 ms per decoding step to this."""
@@ -40,10 +47,25 @@ def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
 
 
+def most_read(slots: int, draft_tokens: int) -> int:
+    """Most tokens, of all rows, that a pass with drafts reads if the batch begins with this many rows; 0 without drafts."""
+    return min(slots, draft_rows(draft_tokens)) * (draft_tokens + 1)
+
+
+def draft_rows(draft_tokens: int) -> int:
+    """Most rows of a batch that is decoded with drafts of this many tokens; 0 without drafts."""
+    return MOST_READ // (draft_tokens + 1) if draft_tokens else 0
+
+
 def _check_at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1; got {value!r}.")
+
+
+def _check_drafts(draft_tokens: int) -> None:
+    if not 0 <= draft_tokens <= MOST_DRAFT:
+        raise ConfigError(f"draft_tokens must be from 0 to {MOST_DRAFT}; got {draft_tokens!r}.")
 
 
 def _check_temperatures(temperature: float, spread: float) -> None:
@@ -102,6 +124,8 @@ class Sampler:
       pages: pages of `PAGE` tokens in the cache, for all slots, rounded down to equal parts per device. None: as many as the slots can
         need.
       record_routes: whether rollouts record which experts each token was routed to, so that the update can repeat the routing.
+      draft_tokens: tokens of a draft (see `drafts`); 0 for no drafts. They are used while the batch has at most
+        `draft_rows(draft_tokens)` rows.
 
     Raises:
       ConfigError: a number is out of range, or the second phase does not fit the budget.
@@ -123,8 +147,10 @@ class Sampler:
         launch_steps: int = 32,
         pages: int | None = None,
         record_routes: bool = True,
+        draft_tokens: int = 0,
     ):
         _check_at_least_one(slots=slots, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, launch_steps=launch_steps)
+        _check_drafts(draft_tokens)
         _check_temperatures(temperature, temperature_spread)
         _check_ends(stop_ids, second_phase, max_new_tokens)
         self._row_devices = row_devices(model.mesh)
@@ -141,21 +167,26 @@ class Sampler:
         self._launch_steps = launch_steps
         self._given_pages = pages
         self._record_routes = record_routes
+        self._draft_tokens = draft_tokens
         self.compilations = 0
         """Number of compilations so far. It must not grow after the first steps of a run."""
 
-        launch = functools.partial(
-            decode_launch,
-            model,
-            launch_steps=launch_steps,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self._stop_ids,
-            second_phase=second_phase,
-            record_routes=record_routes,
-        )
-        self._jit_functions(launch)
+        options: dict[str, Any] = {
+            "launch_steps": launch_steps,
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": self._stop_ids,
+            "second_phase": second_phase,
+            "record_routes": record_routes,
+        }
+        ahead = functools.partial(draft_launch, model, draft_tokens=draft_tokens, launch_tokens=self._launch_tokens, **options)
+        self._jit_functions(functools.partial(decode_launch, model, **options), ahead)
 
-    def _jit_functions(self, launch: Callable) -> None:
+    @property
+    def _launch_tokens(self) -> int:
+        """Most tokens of a row in a launch with drafts."""
+        return max(LAUNCH_TOKENS * self._launch_steps, self._draft_tokens + 1)
+
+    def _jit_functions(self, launch: Callable, ahead: Callable) -> None:
         """Jits the functions of a launch. On a mesh, every array keeps its layout, and arrays that the host reads are replicated."""
         model = self._model
         whole, pool = replicated(model.mesh), shardings(model.abstract_pool(self._row_devices, PAGE))
@@ -163,6 +194,7 @@ class Sampler:
         read: Any = Cache(pool, one.ring_k_LBKWH, one.ring_v_LBKWH, *(whole, whole))  # type: ignore[arg-type] # layouts, not arrays
         self._prefill = self._jit(model.prefill, "prefill", (whole, read, whole), "cache", taken=(None, None, whole, whole, read))
         self._launch = self._jit(launch, "decode", (pool, rows, whole), "pool", "rows")
+        self._draft_launch = self._jit(ahead, "decode with drafts", (pool, rows, whole, whole), "pool", "rows")
         self._put_row = self._jit(functools.partial(_put, model), "put_row", (pool, rows), "pool", "rows")
         self._take_rows = self._jit(take_rows, "take_rows", rows)
         self._take_row = self._jit(take_rows, "take_row", one)
@@ -210,6 +242,7 @@ class Sampler:
             empty_rows=functools.partial(empty_rows, self._model),
             prefill=functools.partial(self._prefill, frozen, lora),
             launch=lambda *batch: self._launch(frozen, lora, *batch, seed_array, step_array),
+            draft_launch=lambda *batch: self._draft_launch(frozen, lora, *batch, seed_array, step_array),
             put_row=self._put_row,
             take_rows=self._take_rows,
             take_row=self._take_row,
@@ -243,10 +276,24 @@ class Sampler:
         yield LoweredFunction("prefill", self._prefill.lower(frozen, lora, ids(1, limits.chunk), ids(1), cache), live)
         pages, scalar = ids(batch, limits.row_pages), ids(dtype=jnp.uint32)
         yield LoweredFunction("decode", self._launch.lower(frozen, lora, pool, rows, pages, ids(), scalar, scalar), live)
+        yield from self._lowered_drafts(frozen, lora, limits, pool)
         yield LoweredFunction("put", self._put_row.lower(pool, rows, one, ids(), ids(), ids()), live)
         yield LoweredFunction("set aside", self._take_pages.lower(pool, ids(MOVED_PAGES)), live)
         if fewer := half_of(batch, limits.row_devices):
             yield LoweredFunction("shrink", self._take_rows.lower(rows, ids(fewer)), live)
+
+    def _lowered_drafts(self, frozen: Any, lora: Any, limits: ScheduleLimits, pool: Any) -> Iterator[LoweredFunction]:
+        """The launch with drafts for the largest batch that uses it, if one does."""
+        batch = limits.slots
+        while batch > limits.draft_rows and (half := half_of(batch, limits.row_devices)):
+            batch = half
+        if batch > limits.draft_rows:
+            return
+        rows = abstract_rows(self._model, batch)
+        pages, history = (jax.ShapeDtypeStruct((batch, count), jnp.int32) for count in (limits.row_pages, limits.row_pages * PAGE))
+        enough, scalar = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.uint32))
+        lowered = self._draft_launch.lower(frozen, lora, pool, rows, pages, history, enough, scalar, scalar)
+        yield LoweredFunction("decode with drafts", lowered, {"cache": (pool, rows)})
 
     def _limits(self, rollouts: int) -> ScheduleLimits:
         slots = rows_of(self._slots, rollouts, self._row_devices)
@@ -260,6 +307,8 @@ class Sampler:
             row_pages=pages_of(self._max_prompt + self._max_new),
             new_tokens=self._max_new,
             launch_steps=self._launch_steps,
+            draft_rows=draft_rows(self._draft_tokens),
+            draft_launch_tokens=self._launch_tokens,
             chunk=min(PROMPT_CHUNK, PAGE * pages_of(self._max_prompt)),
             stop_ids=self._stop_ids,
             record_routes=self._record_routes,

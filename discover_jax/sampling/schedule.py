@@ -56,6 +56,8 @@ class Progress:
       utilisation: fraction of decoded slots that were live, counted only while rollouts waited for a slot; 1 if none waited.
       set_aside: number of times that a rollout was set aside.
       pages: most pages in use at once.
+      passes: of a live row in launches with drafts, summed over rows.
+      drafted, accepted: draft tokens, and those of them that were accepted. With drafts, a row got (passes + accepted) tokens.
     """
 
     finished: int
@@ -65,6 +67,9 @@ class Progress:
     utilisation: float = 1.0
     set_aside: int = 0
     pages: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,7 @@ class SamplerFunctions:
     empty_rows: Callable[[int], Rows]
     prefill: Callable[[ArrayLike, ArrayLike, Cache], tuple[jax.Array, Cache, jax.Array]]
     launch: Callable[[Pool, Rows, ArrayLike, ArrayLike], tuple[Pool, Rows, Drawn]]
+    draft_launch: Callable[[Pool, Rows, ArrayLike, ArrayLike, ArrayLike], tuple[Pool, Rows, Drawn, jax.Array]]
     put_row: Callable[[Pool, Rows, Rows, int, int, int], tuple[Pool, Rows]]
     take_rows: Callable[[Rows, ArrayLike], Rows]
     take_row: Callable[[Rows, ArrayLike], Rows]
@@ -93,6 +99,8 @@ class ScheduleLimits:
       row_pages: most pages of one row.
       new_tokens: token budget of a rollout.
       launch_steps: most tokens that one launch decodes per row.
+      draft_rows: most rows of a batch that is decoded with drafts; 0: no batch is.
+      draft_launch_tokens: most tokens that one launch with drafts decodes per row.
       chunk: prompt tokens that one prefill reads.
       stop_ids: tokens that end a rollout.
       record_routes: whether rollouts record the experts that tokens were routed to.
@@ -104,6 +112,8 @@ class ScheduleLimits:
     row_pages: int
     new_tokens: int
     launch_steps: int
+    draft_rows: int
+    draft_launch_tokens: int
     chunk: int
     stop_ids: tuple[int, ...]
     record_routes: bool
@@ -175,11 +185,14 @@ class Schedule:
         self._rows = functions.empty_rows(len(self._slots))
         self._nobody = functions.empty_rows(1)
         self._busy = self._offered = self._set_asides = 0
+        self._drafts = False
+        self._draft_sums_3 = np.zeros(3, np.int64)
 
     def run(self, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Rollout]:
         """Yields each rollout as soon as it is finished."""
         start, tokens, finished = time.monotonic(), 0, 0
         while finished < self._total:
+            self._drafts = self._halved() <= self._limits.draft_rows
             self._give_pages()
             self._fill_slots()
             self._shrink()
@@ -188,7 +201,8 @@ class Schedule:
             if on_progress is not None:
                 utilisation = self._busy / self._offered if self._offered else 1.0
                 seconds, pages = time.monotonic() - start, sum(allocator.most_in_use for allocator in self._allocators)
-                on_progress(Progress(finished, self._total, tokens, seconds, utilisation, self._set_asides, pages))
+                counts = (self._set_asides, pages, *self._draft_sums_3.tolist())
+                on_progress(Progress(finished, self._total, tokens, seconds, utilisation, *counts))
             yield from done
 
     # Pages
@@ -198,7 +212,8 @@ class Schedule:
 
     def _needed(self, rollout: _Open, launches: int = 1) -> int:
         """Pages that the rollout needs for the next `launches` launches."""
-        return min(pages_of(self._length(rollout) + launches * self._limits.launch_steps), self._most(rollout))
+        tokens = self._limits.draft_launch_tokens if self._drafts else self._limits.launch_steps
+        return min(pages_of(self._length(rollout) + launches * tokens), self._most(rollout))
 
     def _most(self, rollout: _Open) -> int:
         """Most pages that the rollout can need."""
@@ -372,7 +387,7 @@ class Schedule:
         waiting = self._waiting()
         for slot, rollout in live:
             pages_BM[slot, : len(rollout.pages)] = rollout.pages
-        self._pool, self._rows, drawn = self._do.launch(self._pool, self._rows, pages_BM, np.int32(self._enough(len(live))))
+        drawn = self._launch(pages_BM, np.int32(self._enough(len(live))))
         alive_B, counts_B, drawn_BT = jax.device_get((self._rows.alive_B, self._rows.counts_B, drawn))
         done, grown = [], []
         for slot, rollout in live:
@@ -389,6 +404,20 @@ class Schedule:
             self._busy += sum(grown)
             self._offered += len(self._slots) * max(grown)
         return done, sum(grown)
+
+    def _launch(self, pages_BM: np.ndarray, enough: np.int32) -> Drawn:
+        # Rows have pages for drafts only if `_drafts`. The batch is larger than planned if a rollout was set aside and now waits.
+        if not self._drafts or len(self._slots) > self._limits.draft_rows:
+            self._pool, self._rows, drawn = self._do.launch(self._pool, self._rows, pages_BM, enough)
+            return drawn
+        history_BS = np.zeros((len(self._slots), self._limits.row_pages * PAGE), np.int32)
+        for slot, rollout in enumerate(self._slots):
+            if rollout is not None:
+                tokens = np.concatenate([self._prompts[rollout.prompt_index].tokens_P, *rollout.tokens])
+                history_BS[slot, : len(tokens)] = tokens
+        self._pool, self._rows, drawn, sums_3 = self._do.draft_launch(self._pool, self._rows, pages_BM, history_BS, enough)
+        self._draft_sums_3 += jax.device_get(sums_3)
+        return drawn
 
     def _enough(self, live: int) -> int:
         """Number of live rows at which a launch ends early: a quarter can be refilled or, in the tail, the batch can be halved."""

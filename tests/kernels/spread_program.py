@@ -131,7 +131,10 @@ def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
     for place in range(9):
         page_B = jnp.where(starts == 3, rows * each, pages_BM[:, place // size])
         options = (jnp.full(rows, place % size), draw(rows, kv_heads, head_size), draw(rows, kv_heads, head_size))
-        keys, values = jax.jit(kernels.write_token)(keys, values, layer, page_B.astype(jnp.int32), *options)
+        tokens = 1 if place else 2  # an option reaches the implementation
+        keys, values = jax.jit(kernels.write_token, static_argnames="tokens")(
+            keys, values, layer, page_B.astype(jnp.int32), *options, tokens=tokens
+        )
     counts_B = jnp.asarray([1, 9, 5, 1, 8, 9, 4, 3], jnp.int32)
     table_BM = pages_BM.at[3].set((3 // own) * own * each + own * each - 3).astype(jnp.int32)  # this row reads the prompt's first page
     out = jax.jit(kernels.paged_attention)(draw(rows, 4, head_size), keys, values, layer, table_BM, counts_B, sinks)

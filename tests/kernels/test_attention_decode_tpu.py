@@ -143,6 +143,17 @@ def test_tokens_are_written_where_the_reference_writes_them(size, places):
         np.testing.assert_array_equal(found, expected)
 
 
+def test_tokens_of_a_row_are_written_to_one_page():
+    """Two rows with three tokens each, around the ends of tiles and of a page; one is not written."""
+    rng, pools = _pools(128, 32)
+    rows = jnp.array([3, 3, 3, 5, 5, 1]), jnp.array([14, 15, 16, 30, 31, 0])
+    rows = rows[0].at[1].set(7), rows[1]
+    new = [jnp.asarray(rng.normal(size=(6, 2, 128)), jnp.float32) for _ in range(2)]
+    got = jax.jit(functools.partial(pages_tpu.put_tokens, tokens=3, interpret=SIMULATED))(*pools, jnp.int32(1), *rows, *new)
+    for found, expected in zip(got, pages.write_token(*pools, jnp.int32(1), *rows, *new, tokens=3), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "places"), [(64, 128), (128, 16)])
 def test_pages_are_written_and_copied_as_by_the_reference(size, places):

@@ -8,133 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chains import LOGITS, STOP, Memory, by_key, long_prompts, prompts_of, sampler_of
 from scipy import special
 
 from discover_jax.exceptions import CapacityError, ConfigError
-from discover_jax.models.cache import Pool, copy_page
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.sampling.decoding import SecondPhase
-from discover_jax.sampling.sampler import Sampler
 from discover_jax.types import Prompt, StopReason
-
-STOP = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """A model whose next token depends only on the last one. `frozen` is the table of logits [V, V]; the cache only counts tokens."""
-
-    vocab: int = 5
-    width: int = 1
-    dtype: type = jnp.float32
-
-    @property
-    def config(self):
-        return self
-
-    mesh = None
-    routes = jax.ShapeDtypeStruct((2, 3), jnp.uint8)
-
-    @staticmethod
-    def _routes(tokens):
-        """Expert numbers that identify the token and the layer."""
-        return (tokens[..., None, None] + jnp.arange(2)[:, None] * 10 + jnp.zeros(3)).astype(jnp.uint8)
-
-    def init_pool(self, pages, page_size):
-        return Pool(*(jnp.zeros((1, pages, 1, page_size, 1)) for _ in range(2)))
-
-    def abstract_pool(self, pages, page_size):
-        return jax.eval_shape(lambda: self.init_pool(pages, page_size))
-
-    def init_rings(self, batch):
-        return tuple(jnp.zeros((1, batch, 1, 1, 1)) for _ in range(2))
-
-    def cast(self, lora):
-        return lora
-
-    def copy_page(self, pool, source, target):
-        return copy_page(pool, source, target)
-
-    def prefill(self, frozen, lora, tokens_BC, counts_B, cache):
-        last_B = jnp.take_along_axis(tokens_BC, counts_B[:, None] - 1, axis=1)
-        return last_B.astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + counts_B), self._routes(tokens_BC)
-
-    def decode(self, frozen, lora, tokens_B, cache):
-        return tokens_B[:, None].astype(jnp.float32), dataclasses.replace(cache, lengths_B=cache.lengths_B + 1), self._routes(tokens_B)
-
-    def logits(self, frozen, lora, hidden_BD):
-        return frozen[hidden_BD[:, 0].astype(jnp.int32)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory(Chain):
-    """A chain whose state is the sum over all tokens so far, each times a factor of its position, modulo V. It is read from the cache.
-
-    Every token is written to its page, so a lost, swapped or overwritten page changes the state. Pages store token + 1; 0 means empty. Rows
-    and pages are split equally over `devices`; a row must not use a page of another device.
-    """
-
-    devices: int = 1
-
-    def _state(self, cache, lengths_B):
-        stored_BS = cache.pool.keys_LPKsH[0, cache.pages_BM, 0, :, 0].reshape(len(cache.pages_BM), -1)
-        positions_S, rows = jnp.arange(stored_BS.shape[1]), len(cache.pages_BM)
-        seen_BS = positions_S < lengths_B[:, None]
-        here_BM = cache.pages_BM * self.devices // cache.pool.pages == (jnp.arange(rows) * self.devices // rows)[:, None]
-        broken_B = (seen_BS & ((stored_BS < 1) | ~jnp.repeat(here_BM, cache.pool.page_size, axis=1))).any(axis=1)
-        state_B = jnp.where(seen_BS, (stored_BS - 1) * (1 + positions_S % 7), 0).sum(axis=1) % self.vocab
-        return jnp.where(broken_B, jnp.nan, state_B)[:, None]
-
-    def prefill(self, frozen, lora, tokens_BC, counts_B, cache):
-        size = cache.pool.page_size
-        pages_Bm = jnp.take_along_axis(cache.pages_BM, (cache.lengths_B[:, None] + jnp.arange(0, tokens_BC.shape[1], size)) // size, 1)
-        pages_Bm = jnp.where(jnp.arange(0, tokens_BC.shape[1], size) < counts_B[:, None], pages_Bm, cache.pool.pages)
-        values = (tokens_BC + 1.0).reshape(len(tokens_BC), -1, 1, size, 1)
-        keys = cache.pool.keys_LPKsH.at[0, pages_Bm].set(values, mode="drop")
-        cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=cache.lengths_B + counts_B)
-        state_R1 = self._state(cache, cache.lengths_B)  # read from the pages of each device
-        return jnp.where(jnp.all(state_R1 == state_R1[0]), state_R1[:1], jnp.nan), cache, self._routes(tokens_BC)
-
-    def decode(self, frozen, lora, tokens_B, cache):
-        size, lengths_B = cache.pool.page_size, cache.lengths_B
-        pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, 1, mode="clip")[:, 0]
-        pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)
-        keys = cache.pool.keys_LPKsH.at[0, pages_B, :, lengths_B % size].set(tokens_B[:, None, None] + 1.0, mode="drop")
-        cache = dataclasses.replace(cache, pool=Pool(keys, cache.pool.values_LPKsH), lengths_B=lengths_B + 1)
-        return self._state(cache, cache.lengths_B), cache, self._routes(tokens_B)
-
-    @staticmethod
-    def expected(table, rollout, temperature):
-        """Log-probabilities of a rollout's tokens, computed only from the tokens."""
-        tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T]).astype(np.int64)
-        sums = np.cumsum(tokens * (1 + np.arange(len(tokens)) % 7)) % len(table)
-        before = sums[len(rollout.prompt_tokens_P) - 1 : -1]
-        return special.log_softmax(table.astype(np.float64) / temperature, axis=1)[before, rollout.tokens_T]
-
-
-CHAIN = Chain()
-LOGITS = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
-LOGITS[:, STOP] -= 1.0
-
-
-def _sampler(model=CHAIN, **settings):
-    defaults = {"slots": 8, "max_prompt_tokens": 16, "max_new_tokens": 20, "temperature": 1.0, "stop_ids": (STOP,), "launch_steps": 4}
-    return Sampler(model, **(defaults | settings))
-
-
-def _prompts(count, length=3):
-    return [Prompt(group, "seed", "", np.full(length, 1 + group % 4, np.int32)) for group in range(count)]
-
-
-def _by_key(rollouts):
-    return {(r.group, r.index): r for r in rollouts}
-
-
-def _long_prompts(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [Prompt(group, "seed", "", rng.integers(1, 5, length).astype(np.int32)) for group, length in enumerate(lengths)]
-
 
 LENGTHS = (700, 128, 1, 300, 512, 129)
 RARE_STOP = LOGITS - 3.5 * (np.arange(5) == STOP)  # long rollouts of very different lengths
@@ -143,8 +24,8 @@ RARE_STOP = LOGITS - 3.5 * (np.arange(5) == STOP)  # long rollouts of very diffe
 @functools.cache
 def _with_room():
     """The rollouts of LENGTHS from a cache in which everything fits, by key."""
-    sampler = _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=300, launch_steps=16, slots=30)
-    return _by_key(sampler.sample(RARE_STOP, None, _long_prompts(LENGTHS), 5, seed=4, step=1))
+    sampler = sampler_of(Memory(), max_prompt_tokens=700, max_new_tokens=300, launch_steps=16, slots=30)
+    return by_key(sampler.sample(RARE_STOP, None, long_prompts(LENGTHS), 5, seed=4, step=1))
 
 
 # On several devices: everything fits; rollouts wait on each device; the batch is halved once on each.
@@ -164,8 +45,8 @@ def test_rollouts_do_not_depend_on_the_number_of_pages(pages, slots, devices, mo
     monkeypatch.setattr("discover_jax.sampling.sampler.row_devices", lambda mesh: devices)
     settings = {"max_prompt_tokens": 700, "max_new_tokens": 300, "launch_steps": 16, "slots": slots, "pages": pages}
     seen = []
-    sampler = _sampler(Memory(devices=devices), **settings)
-    rollouts = list(sampler.sample(RARE_STOP, None, _long_prompts(LENGTHS), 5, seed=4, step=1, on_progress=seen.append))
+    sampler = sampler_of(Memory(devices=devices), **settings)
+    rollouts = list(sampler.sample(RARE_STOP, None, long_prompts(LENGTHS), 5, seed=4, step=1, on_progress=seen.append))
     assert sorted((r.group, r.index) for r in rollouts) == [(g, i) for g in range(6) for i in range(5)]
     for r in rollouts:
         np.testing.assert_allclose(r.logprobs_T, Memory.expected(RARE_STOP, r, 1.0), atol=1e-5)
@@ -177,14 +58,14 @@ def test_rollouts_do_not_depend_on_the_number_of_pages(pages, slots, devices, mo
     else:
         assert seen[-1].pages <= pages
         assert (seen[-1].set_aside > 0) == (slots > 1)
-    for key, r in _by_key(rollouts).items():
+    for key, r in by_key(rollouts).items():
         np.testing.assert_array_equal(r.tokens_T, free[key].tokens_T)
 
 
 def test_routes_are_recorded_only_if_requested():
-    without = list(_sampler(record_routes=False).sample(LOGITS, None, _prompts(2), 3, seed=0, step=0))
+    without = list(sampler_of(record_routes=False).sample(LOGITS, None, prompts_of(2), 3, seed=0, step=0))
     assert {r.routes_SLX for r in without} == {None}
-    recorded = list(_sampler().sample(LOGITS, None, _prompts(2), 3, seed=0, step=0))
+    recorded = list(sampler_of().sample(LOGITS, None, prompts_of(2), 3, seed=0, step=0))
     for r, other in zip(recorded, without, strict=True):
         np.testing.assert_array_equal(r.tokens_T, other.tokens_T)
         assert r.routes_SLX.shape == (len(r.prompt_tokens_P) + len(r.tokens_T) - 1, 2, 3)
@@ -194,26 +75,26 @@ def test_routes_are_recorded_only_if_requested():
 def test_a_group_shares_its_prompts_pages():
     """The prompt fills five pages and part of a sixth. Six rollouts have up to 2 pages each. The prompt's sixth page is freed last."""
     seen = []
-    sampler = _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=200, slots=6)
-    list(sampler.sample(RARE_STOP, None, _long_prompts([650]), 6, seed=0, step=0, on_progress=seen.append))
+    sampler = sampler_of(Memory(), max_prompt_tokens=700, max_new_tokens=200, slots=6)
+    list(sampler.sample(RARE_STOP, None, long_prompts([650]), 6, seed=0, step=0, on_progress=seen.append))
     assert 5 + 6 + 1 <= seen[-1].pages <= 5 + 6 * 2 + 1
 
 
 def test_slots_are_used_until_the_tail():
     seen = []
-    sampler = _sampler(Memory(), max_prompt_tokens=128, max_new_tokens=300, slots=4, launch_steps=8, pages=16)
-    list(sampler.sample(RARE_STOP, None, _long_prompts([100] * 6), 8, seed=0, step=0, on_progress=seen.append))
+    sampler = sampler_of(Memory(), max_prompt_tokens=128, max_new_tokens=300, slots=4, launch_steps=8, pages=16)
+    list(sampler.sample(RARE_STOP, None, long_prompts([100] * 6), 8, seed=0, step=0, on_progress=seen.append))
     assert 0.9 <= seen[-1].utilisation <= 1
     assert seen[-1].finished == 48
 
 
 def test_a_cache_too_small_for_one_rollout_is_refused():
     with pytest.raises(CapacityError, match=r"1,792.*config\.sampling\.cache_tokens"):
-        _sampler(Memory(), max_prompt_tokens=700, max_new_tokens=300, pages=8)
+        sampler_of(Memory(), max_prompt_tokens=700, max_new_tokens=300, pages=8)
 
 
 def test_every_rollout_comes_once_and_ends_at_a_stop_token_or_its_budget():
-    rollouts = list(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=0, step=0))
+    rollouts = list(sampler_of().sample(LOGITS, None, prompts_of(5), 7, seed=0, step=0))
     assert collections.Counter((r.group, r.index) for r in rollouts) == {(g, i): 1 for g in range(5) for i in range(7)}
     ends = collections.Counter(r.stop for r in rollouts)
     assert set(ends) == {StopReason.STOP_TOKEN, StopReason.MAX_TOKENS}
@@ -223,13 +104,13 @@ def test_every_rollout_comes_once_and_ends_at_a_stop_token_or_its_budget():
         assert len(r.tokens_T) == 20 if r.stop is StopReason.MAX_TOKENS else len(r.tokens_T) <= 20
         assert r.chosen_T.all()
         assert len(r.logprobs_T) == len(r.tokens_T) == len(r.chosen_T)
-        np.testing.assert_array_equal(r.prompt_tokens_P, _prompts(5)[r.group].tokens_P)
+        np.testing.assert_array_equal(r.prompt_tokens_P, prompts_of(5)[r.group].tokens_P)
 
 
 @functools.cache
 def _usual():
     """The rollouts of five prompts with the usual slots and launches, by key."""
-    return _by_key(_sampler().sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
+    return by_key(sampler_of().sample(LOGITS, None, prompts_of(5), 7, seed=3, step=2))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +125,7 @@ def _usual():
 )
 def test_draws_do_not_depend_on_slots_and_launches(settings):
     expected = _usual()
-    got = _by_key(_sampler(**settings).sample(LOGITS, None, _prompts(5), 7, seed=3, step=2))
+    got = by_key(sampler_of(**settings).sample(LOGITS, None, prompts_of(5), 7, seed=3, step=2))
     assert got.keys() == expected.keys()
     for key, rollout in got.items():
         np.testing.assert_array_equal(rollout.tokens_T, expected[key].tokens_T)
@@ -252,11 +133,11 @@ def test_draws_do_not_depend_on_slots_and_launches(settings):
 
 
 def test_draws_depend_on_seed_step_group_and_index():
-    sampler = _sampler()
+    sampler = sampler_of()
 
     def draw(**change):
         arguments = {"seed": 0, "step": 0} | change
-        return [tuple(r.tokens_T) for r in _by_key(sampler.sample(LOGITS, None, _prompts(1), 8, **arguments)).values()]
+        return [tuple(r.tokens_T) for r in by_key(sampler.sample(LOGITS, None, prompts_of(1), 8, **arguments)).values()]
 
     assert draw() == draw()
     assert draw() != draw(seed=1)
@@ -268,7 +149,7 @@ def test_frequencies_and_log_probabilities_match_the_chain():
     from scipy import stats  # a second that only the worker of this test needs
 
     temperature = 0.7
-    rollouts = list(_sampler(slots=64, temperature=temperature, launch_steps=16).sample(LOGITS, None, _prompts(4), 250, seed=1, step=0))
+    rollouts = list(sampler_of(slots=64, temperature=temperature, launch_steps=16).sample(LOGITS, None, prompts_of(4), 250, seed=1, step=0))
     expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))
     counts = np.zeros((5, 5))
     for r in rollouts:
@@ -282,22 +163,22 @@ def test_frequencies_and_log_probabilities_match_the_chain():
 
 def test_temperatures_are_spread_over_a_group():
     """Each rollout records its temperature and has log-probabilities at that temperature."""
-    rollouts = list(_sampler(temperature=0.8, temperature_spread=0.5).sample(LOGITS, None, _prompts(3), 5, seed=1, step=0))
+    rollouts = list(sampler_of(temperature=0.8, temperature_spread=0.5).sample(LOGITS, None, prompts_of(3), 5, seed=1, step=0))
     expected = np.linspace(0.4, 1.2, 5)
     for r in rollouts:
         assert r.temperature == pytest.approx(expected[r.index])
         before = np.concatenate([r.prompt_tokens_P[-1:], r.tokens_T[:-1]])
         log_softmax = special.log_softmax(LOGITS.astype(np.float64) / expected[r.index], axis=1)
         np.testing.assert_allclose(r.logprobs_T, log_softmax[before, r.tokens_T], atol=1e-5)
-    alone = list(_sampler(temperature=0.8, temperature_spread=0.5).sample(LOGITS, None, _prompts(3), 1, seed=1, step=0))
+    alone = list(sampler_of(temperature=0.8, temperature_spread=0.5).sample(LOGITS, None, prompts_of(3), 1, seed=1, step=0))
     assert [r.temperature for r in alone] == pytest.approx([0.8] * 3)
 
 
 def test_finished_rollouts_come_before_longer_ones_finish():
     """Their programs can then run while other rollouts are sampled."""
     seen = []
-    sampler = _sampler(launch_steps=1)
-    rollouts = list(sampler.sample(LOGITS, None, _prompts(2), 4, seed=0, step=0, on_progress=seen.append))
+    sampler = sampler_of(launch_steps=1)
+    rollouts = list(sampler.sample(LOGITS, None, prompts_of(2), 4, seed=0, step=0, on_progress=seen.append))
     lengths = [len(r.tokens_T) for r in rollouts]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 2
@@ -307,11 +188,11 @@ def test_finished_rollouts_come_before_longer_ones_finish():
 
 
 def test_later_steps_compile_nothing():
-    sampler = _sampler()
-    list(sampler.sample(LOGITS, None, _prompts(5), 7, seed=0, step=0))
+    sampler = sampler_of()
+    list(sampler.sample(LOGITS, None, prompts_of(5), 7, seed=0, step=0))
     compiled = sampler.compilations
     for step in range(1, 4):
-        list(sampler.sample(LOGITS, None, _prompts(5), 7, seed=0, step=step))
+        list(sampler.sample(LOGITS, None, prompts_of(5), 7, seed=0, step=step))
     assert sampler.compilations == compiled
 
 
@@ -320,15 +201,15 @@ def test_later_steps_compile_nothing():
 )
 def test_invalid_settings_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
-        _sampler(**change)
+        sampler_of(**change)
 
 
 def test_prompts_that_do_not_fit_are_refused_at_the_call():
     with pytest.raises(CapacityError, match=r"\b17\b.*max_prompt_tokens"):
-        _sampler().sample(LOGITS, None, _prompts(1, 17), 1, seed=0, step=0)
+        sampler_of().sample(LOGITS, None, prompts_of(1, 17), 1, seed=0, step=0)
     with pytest.raises(CapacityError, match=r"group 0 .*\b0 "):
-        _sampler().sample(LOGITS, None, _prompts(1, 0), 1, seed=0, step=0)
-    assert list(_sampler().sample(LOGITS, None, [], 3, seed=0, step=0)) == []
+        sampler_of().sample(LOGITS, None, prompts_of(1, 0), 1, seed=0, step=0)
+    assert list(sampler_of().sample(LOGITS, None, [], 3, seed=0, step=0)) == []
 
 
 PHASE = SecondPhase(after=6, opening=(3, 4), forced=(2, 2, 1, 3, 4))
@@ -340,8 +221,8 @@ def _first_opening(tokens):
 
 
 def test_a_second_phase_is_forced_only_on_rollouts_that_have_not_begun_their_answer():
-    free = _by_key(_sampler(max_new_tokens=30).sample(LOGITS, None, _prompts(8), 6, seed=2, step=0))
-    forced = _by_key(_sampler(max_new_tokens=30, second_phase=PHASE).sample(LOGITS, None, _prompts(8), 6, seed=2, step=0))
+    free = by_key(sampler_of(max_new_tokens=30).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
+    forced = by_key(sampler_of(max_new_tokens=30, second_phase=PHASE).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
     seen = collections.Counter()
     for key, r in forced.items():
         before = free[key].tokens_T
@@ -369,7 +250,7 @@ def test_an_opening_is_recognised_after_a_false_start():
     for now, then in ((1, 3), (3, 4), (4, 4)):
         logits[now, then] = 0.0
     logits[3, 3] = 0.0
-    sampler = _sampler(max_new_tokens=30, second_phase=SecondPhase(8, (3, 4), (1, 3, 4)))
+    sampler = sampler_of(max_new_tokens=30, second_phase=SecondPhase(8, (3, 4), (1, 3, 4)))
     for r in sampler.sample(logits, None, [Prompt(0, "seed", "", np.full(3, 1, np.int32))], 40, seed=0, step=0):
         begun = _first_opening(r.tokens_T[:8]) is not None
         assert r.chosen_T.all() == begun
@@ -381,12 +262,12 @@ _OF_PHASE = {"max_new_tokens": 24, "second_phase": PHASE}
 @functools.cache
 def _usual_with_phase():
     """The rollouts of four prompts with a second phase and the usual slots and launches, by key."""
-    return _by_key(_sampler(**_OF_PHASE).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
+    return by_key(sampler_of(**_OF_PHASE).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
 
 
 @pytest.mark.parametrize("settings", [{"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64, "slots": 64}])
 def test_a_second_phase_depends_on_neither_slots_nor_launches(settings):
-    got = _by_key(_sampler(**_OF_PHASE | settings).sample(LOGITS, None, _prompts(4), 5, seed=1, step=3))
+    got = by_key(sampler_of(**_OF_PHASE | settings).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
     for key, r in _usual_with_phase().items():
         np.testing.assert_array_equal(got[key].tokens_T, r.tokens_T)
         np.testing.assert_array_equal(got[key].chosen_T, r.chosen_T)
@@ -402,9 +283,9 @@ def test_invalid_second_phases_are_refused():
         with pytest.raises(ConfigError, match=rf"^{setting}\b"):
             dataclasses.replace(PHASE, **change)
     with pytest.raises(ConfigError, match=r"max_new_tokens.*\b12\b"):
-        _sampler(max_new_tokens=11, second_phase=PHASE)
+        sampler_of(max_new_tokens=11, second_phase=PHASE)
     with pytest.raises(ConfigError, match="second_phase"):
-        _sampler(second_phase=dataclasses.replace(PHASE, forced=(STOP, 3, 4)))
+        sampler_of(second_phase=dataclasses.replace(PHASE, forced=(STOP, 3, 4)))
 
 
 def test_log_probabilities_equal_a_full_forward_of_gpt_oss(random_weights):
@@ -415,7 +296,7 @@ def test_log_probabilities_equal_a_full_forward_of_gpt_oss(random_weights):
     rng = np.random.default_rng(0)
     lora = jax.tree.map(lambda x: np.float32(0.1 * rng.normal(size=x.shape)), model.abstract_lora())
     prompts = [Prompt(g, "seed", "", rng.integers(2, 61, n).astype(np.int32)) for g, n in enumerate((3, 15, 16, 17, 40))]
-    sampler = _sampler(model, slots=4, max_prompt_tokens=40, max_new_tokens=24, stop_ids=(1,), launch_steps=8)
+    sampler = sampler_of(model, slots=4, max_prompt_tokens=40, max_new_tokens=24, stop_ids=(1,), launch_steps=8)
 
     @functools.partial(jax.jit)
     def logprobs(tokens_1T):
