@@ -155,7 +155,17 @@ def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool) -> 
         "rings": local_bytes(abstract_rows(model, rows)),
         "logits": _LOGITS * max(rows, most_read(rows, config.sampling.draft_tokens)) // devices * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
+        "copies in other layouts": tpu_copies(model) if model.experts == "lanes" else 0,
     }
+
+
+def tpu_copies(model: Model) -> int:
+    """Bytes on one device of what a TPU's compiler copies into another layout for decoding: the embedding, and the scales of the experts.
+
+    The copies are in the compiled programs of the 120b on v6e:4x4 and v5p:2x2x2 (libtpu 0.0.42.1).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(model.abstract_frozen())
+    return sum(local_bytes(leaf) for path, leaf in leaves if path[-1].key in ("embedding", "scales", "powers"))
 
 
 def build_optimizer(config: Any) -> optax.GradientTransformation:

@@ -29,13 +29,16 @@ MEASURED = "bfloat16", "packed"
 """config.model.dtype and experts, for which the formulas were compared with measurements."""
 FILLED = 0.95
 """Fraction of the update's positions that are not padding (docs/performance.md, Packing)."""
-ROUTED, ROUTED_REFERENCE, ROUTED_TPU = 25, 45, 16
+ROUTED, ROUTED_REFERENCE = 25, 45
 """Bytes of temporary arrays of the update's experts, per unit of expert width, token and expert that reads the token.
 
 Kernels: measured 116.2 GB with one row of 32,768 tokens, and 85.2 GB with one row on each of two devices of `expert`. References: the TPU
 compiler (libtpu 0.0.42) reported 86.0 GB on a v5p with one row of 4,096 tokens on each of eight devices of `expert`, before the update had
-kernels there. A TPU's kernels: the factor is per token, not per expert that reads it. The compiler reports 8.25 GB for a layer of the 120b
-and 6.81 GB for one of the 20b, with a row of 34,192 tokens on each of four devices of `expert`."""
+kernels there."""
+TPU_TOKEN, TPU_AT_ONCE = 125, 22 * 16_384 + 10 * 49_152
+"""Bytes of temporary arrays of the update on a TPU, per unit of width: of each token, and of the rows and tokens that the experts' kernels
+compute and exchange at once (experts_update_tpu). Fitted to the TPU compiler's figures for whole gradients (benchmarks/tpu_memory.py). The
+compiler takes more memory where there is room: for the 120b on v6e:4x4 it needs 14.5 GB of temporary arrays, and takes 21.9."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,21 +192,22 @@ def activation_bytes(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: st
         # Measured: 6.0 GB for the 7B and 2.4 GB for the 1.5B, with 16,384 tokens and "layers".
         each = {"layers": layers * stream, "pairs": layers // 2 * stream, "none": layers * (stream + attention + 8 * sizes.mlp_width)}
         return (each[remat] if learn else stream) * tokens
-    # A device gets the tokens of all devices along `expert`. In the references, all of its experts read all of these tokens; if `tensor`
-    # splits the experts, all experts do. A TPU's kernels read some rows at a time.
+    # On a GPU, a device gets the tokens of all devices along `expert`. In the references, all of its experts read all of these tokens; if
+    # `tensor` splits the experts, all experts do. A TPU's kernels exchange and compute some tokens at a time.
     if kernels == "tpu":
-        read = ROUTED_TPU * mesh.expert
+        routed = (TPU_TOKEN * tokens + TPU_AT_ONCE) * sizes.width
     else:
         read = ROUTED * sizes.experts_per_token * mesh.expert if kernels else ROUTED_REFERENCE * sizes.num_experts // mesh.tensor
-    routed = read * sizes.mlp_width * tokens
+        routed = read * sizes.mlp_width * tokens
     kept = {"layers": layers * (stream + attention), "pairs": layers // 2 * stream, "none": 0}[remat] * tokens
     unpacked = 2 * costs.expert_weights(sizes) * (sizes.num_experts // mesh.expert if kernels else 1)
     if mesh.tensor > 1 and mesh.expert > 1:
         unpacked += sizes.num_experts // mesh.tensor * costs.expert_bytes(sizes)  # the gathered experts of one layer
     if not learn:
         return stream * tokens + routed + unpacked
-    if remat == "none":  # a TPU's kernels keep only the gathered inputs
-        routed = routed + layers * 2 * sizes.width * mesh.expert * tokens if kernels == "tpu" else layers * routed
+    if remat == "none":  # a TPU's kernels keep only the inputs
+        kept_inputs = layers * (3 * stream + attention) * tokens
+        routed = routed + kept_inputs if kernels == "tpu" else layers * routed
     return kept + routed + unpacked
 
 
