@@ -1,7 +1,7 @@
 """The sampler on random weights of a published shape: decoding steps compared with the device's bandwidth, or a whole call.
 
     python benchmarks/sampling.py steps --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--unread] [--new=256] [--profile]
-        [--fused_routing]
+        [--separate_routing]
     python benchmarks/sampling.py call --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
         [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--temperature=1] [--measure=0]
 
@@ -12,8 +12,8 @@ prompt and prefill is skipped, so that long contexts cost nothing: keys and valu
 whole launches after those that compile, with every row live. The floor of a step is the time that a large plain copy takes for the bytes
 that the step must read: all weights except the experts' matrices; the matrices of the experts that uniform routing would choose; the
 adapter likewise, in the model's dtype; and keys and values up to the mean context. On a mesh, it is the floor of one device, without
-communication. `--profile` also prints a launch's device time by function. `--fused_routing` chooses and sorts experts in one kernel, which
-is off by default.
+communication. `--profile` also prints a launch's device time by function. `--separate_routing` chooses and sorts
+experts by plain JAX instead of one kernel.
 
 call: the time that a run waits, with prefill. All prompts differ. A rollout ends at its budget, unless `--stop_every` sets a mean length:
 then lengths differ, slots are refilled, and with a small `--cache_tokens` rollouts wait. `--contexts` also prints speed and floor at these
@@ -40,6 +40,7 @@ from measuring import SHOWN, add_mesh, copy_bytes_per_s, mesh_of, set_mesh, trac
 
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_sampler
+from discover_jax.kernels.kernel_set import REFERENCE
 from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.logprobs import token_logprobs
 from discover_jax.learning.packing import pack
@@ -133,10 +134,8 @@ def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: 
     config = config_of_steps(arguments, rows)
     sizes = shape_of(arguments.shape, arguments.layers)
     model = build_model(config, sizes, mesh_of(config))
-    if arguments.fused_routing:
-        from discover_jax.kernels.route_decode import route_sorted  # needs the extra `cuda`
-
-        model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, decode_routing=route_sorted))
+    if arguments.separate_routing:
+        model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, decode_routing=REFERENCE.decode_routing))
     # Only the last id stops, so almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     if arguments.unread:
@@ -412,7 +411,7 @@ def main() -> None:
     steps.add_argument("--unread", action="store_true", help="give each row its own prompt and skip prefill")
     steps.add_argument("--new", type=int, default=256, help="tokens of a rollout")
     steps.add_argument("--profile", action="store_true")
-    steps.add_argument("--fused_routing", action="store_true", help="choose and sort experts in one kernel; one device")
+    steps.add_argument("--separate_routing", action="store_true", help="choose and sort experts by plain JAX; one device")
     steps.add_argument("--keep_trace", default="", help="folder for the trace and the compiled function")
     call.add_argument("--groups", type=int, default=128)
     call.add_argument("--group_size", type=int, default=1)

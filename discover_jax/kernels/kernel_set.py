@@ -116,6 +116,7 @@ PLATFORMS = {
             "windowed_attention": ("discover_jax.kernels.attention_update", "windowed_attention"),
             "experts": ("discover_jax.kernels.experts_update", "moe_update"),
             "decode_projections": ("discover_jax.kernels.projections_decode", "project"),
+            "decode_routing": ("discover_jax.kernels.route_decode", "route_sorted"),
             "decode_experts": ("discover_jax.kernels.experts_decode", "moe_decode"),
         },
         refusal,

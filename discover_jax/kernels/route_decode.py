@@ -9,8 +9,9 @@ from discover_jax.kernels.experts import route_reference
 from discover_jax.kernels.experts_decode import choose_tiling
 from discover_jax.kernels.triton_call import call_kernel, power_of_two
 
-MOST_LOGITS = 2**14
-"""Limit on tokens times experts, each rounded up to a power of two: one kernel instance holds all of them in registers."""
+MOST_LOGITS = 2**12
+"""Limit on tokens times experts, each rounded up to a power of two. One kernel instance holds all of them in registers. On an H200, it is
+faster than plain JAX up to this limit, and slower with four times as many (benchmarks/kernels_routing.py)."""
 STEP = 64
 """Blocks that the kernel describes at once."""
 

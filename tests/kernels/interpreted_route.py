@@ -57,12 +57,12 @@ FEW = {
 CASES = FEW | {
     "one token of many experts": (1, 128, 4, 2),
     "128 rows of the 20b": (128, 32, 4, 3),
-    "128 rows of the 120b": (128, 128, 4, 35),
-    "128 rows of the 120b, ties": (128, 128, 4, 1, "ties"),
+    "32 rows of the 120b": (32, 128, 4, 35),
+    "32 rows of the 120b, ties": (32, 128, 4, 1, "ties"),
     "many tokens of few experts": (500, 8, 2, 1),
     "every expert": (9, 4, 4, 1, "ties"),
     "two tokens": (2, 128, 4, 1, "special"),
-    "tokens not a power of two": (100, 128, 4, 1, "one expert"),
+    "tokens not a power of two": (25, 128, 4, 1, "one expert"),
 }
 
 
