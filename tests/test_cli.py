@@ -38,7 +38,8 @@ for line in sys.stdin:
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(os.path.join(sys.argv[1], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv[1:] = json.loads(line)
-        launch(run)
+        with_dry_run = any(argument.startswith("--machine") for argument in sys.argv)
+        launch(run, (lambda *_: True) if with_dry_run else None)
         sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -107,6 +108,13 @@ def test_mistakes_are_one_message_that_names_them(run, arguments, message):
     assert done.stdout == ""
 
 
+def test_machine_requires_a_dry_run(run):
+    done = run("--config=configs/quickstart.py", "--machine=h200")
+    assert done.returncode == 2
+    assert re.search(r"--machine=.?h200\b.*--dry_run", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort"])
 def test_help_prints_flags_main_settings_and_where_to_find_the_rest(run, flag):
     done = run(flag)
@@ -131,7 +139,9 @@ def test_commands_that_start_runs_explain_their_flags(command):
     done = subprocess.run([sys.executable, "-m", f"discover_jax.{command}", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"discover_jax.{command}" in done.stdout
-    assert all(f"  --{flag}" in done.stdout for flag in ("dry_run", "machine", "coordinator"))
+    used_by_launch_scripts = {"workdir", "distributed", "coordinator", "num_processes", "process_id"}
+    shown = set(re.findall(r"^  --([a-z_]+)", done.stdout, re.MULTILINE))
+    assert {"dry_run", "machine", *used_by_launch_scripts} <= shown
     assert "--config.train.steps=10" in done.stdout
 
 

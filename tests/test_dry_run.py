@@ -292,10 +292,3 @@ def test_unknown_machines_and_too_few_devices_are_refused(machine, data, message
     config.mesh.data = data
     with pytest.raises(DiscoverError, match=message):
         dry_run.run(config, machine)
-
-
-def test_machine_requires_a_dry_run():
-    done = _command("--config=configs/quickstart.py", "--machine=h200")
-    assert done.returncode == 2
-    assert re.search(r"--machine=.?h200\b.*--dry_run", done.stderr)
-    assert "Traceback" not in done.stderr

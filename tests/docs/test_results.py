@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +18,18 @@ ROOT = Path(__file__).parents[2]
 TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n'
 
 
-def output(*command: str) -> str:
-    """What a script prints."""
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def output(monkeypatch, capsys):
+    """Runs a script and returns what it prints. In a process of its own, it would take longer to import than to print."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -38,19 +46,14 @@ def output(*command: str) -> str:
     ],
     ids=lambda command: "-".join(Path(argument).name for argument in command),
 )
-def test_page_shows_the_measurements(command, monkeypatch, capsys):
-    script, *arguments = command
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    runpy.run_path(script, run_name="__main__")  # a process of its own would take longer to import than to print
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+def test_page_shows_the_measurements(command, output):
+    rows = [line for line in output(*command).splitlines() if line.startswith("|")]
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
     assert len(rows) >= 5
     assert [row for row in rows if row not in page] == []
 
 
-def test_measures_by_hand(tmp_path):
+def test_measures_by_hand(tmp_path, output):
     """Two steps of two programs; step 1 has the better program of step 0 as its parent."""
     scores = {"greedy-none-3": [(0.5, 0.6), (0.7, None)], "greedy-entropic-3": [(0.5, 0.6), (0.61, 0.5)]}
     for name, steps in scores.items():
@@ -61,8 +64,7 @@ def test_measures_by_hand(tmp_path):
                 changes = {"outcome": Outcome.TIMEOUT, "private_score": None} if score is None else {"private_score": score - 0.1}
                 attempts.append(attempt(step, 0, index, parent, code, score, **changes))
         write_run(tmp_path / "runs" / name, attempts)
-    command = [sys.executable, "experiments/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = output("experiments/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}")
     runs = {row["setting"]: row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
     expected = {
         "greedy-none": {"last_two_mean": (0.55 + 0.35) / 2, "best": 0.7, "private": 0.6, "better": 0.5, "broken": 0.5, "timeouts": 1},
@@ -83,7 +85,7 @@ def finalists(id, retested):
     return json.dumps([{"competition": "spaceship-titanic", "chosen": id, "finalists": [{"id": id, "retested_score": retested}]}])
 
 
-def test_measures_of_a_real_model_by_hand(tmp_path):
+def test_measures_of_a_real_model_by_hand(tmp_path, output):
     """Two steps of two programs, from a seed program with a score of 0.5. Only training has a better program in the second step."""
     scores = {"space-search-7": [(0.6, None), (None, 0.55)], "space-train-7": [(0.6, None), (0.7, 0.4)], "space-train-8": [(0.6, 0.7)] * 2}
     for name, steps in scores.items():
@@ -113,7 +115,7 @@ def test_measures_of_a_real_model_by_hand(tmp_path):
     assert "| best program, on the reward's rows | 0.6000 +- nan | 0.7000 +- nan | +0.1000 +- nan |" in printed
 
 
-def test_same_prompts_of_a_real_model_by_hand(tmp_path):
+def test_same_prompts_of_a_real_model_by_hand(tmp_path, output):
     """The training run has a best program of 0.7. The adapter finds a better one, and a copy of another; the base model finds neither."""
     runs, same, tables = (tmp_path / name for name in ("runs", "same", "csv"))
     rows = [attempt(0, 0, index, "seed", "minimize(f)" if index else "pass", score) for index, score in enumerate((0.7, 0.6))]
@@ -143,7 +145,7 @@ def test_same_prompts_of_a_real_model_by_hand(tmp_path):
     assert float(step["trait"]) == 0.5
 
 
-def test_choices_of_the_best_program_by_hand(tmp_path):
+def test_choices_of_the_best_program_by_hand(tmp_path, output):
     """The highest score is 0.3 too high with seed 1, and 0.1 or 0.3 with seed 2. The retests choose a better program in the first run."""
     for name, seed, unseen, winner in (("a", 1, 0.4, "0000-000-001"), ("b", 2, 0.6, "0000-000-000"), ("c", 2, 0.4, "0000-000-000")):
         results = [{"private_score": unseen + index / 10, "rows": encode(np.arange(10) < 7 - index, share=True)} for index in (0, 1)]

@@ -53,6 +53,7 @@ def executor(tmp_path_factory):
         patch.setattr(sandbox, "PRELOAD", (PRELOADED,))
         with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
             yield executor
+            assert executor.submit(f"{RIGHT}# after all tests\n").result(timeout=120).grade.score == 2.0
 
 
 def verdict_on(executor: Executor, program: str, task: int = SQUARES) -> Verdict:
@@ -99,7 +100,7 @@ def test_time_is_measured_outside(executor):
     ids=["wrong", "missing", "load", "type", "exit", "time", "memory", "size", "signal"],
 )
 def test_failures_have_their_outcome_and_reason(executor, program, outcome, reason):
-    verdict = verdict_on(executor, program)
+    verdict = executor.submit(program).result(timeout=120)
     assert verdict.outcome is outcome
     assert reason in (verdict.execution.detail or verdict.grade.reason)
     assert not verdict.grade.valid

@@ -276,7 +276,8 @@ def raise_a_reward(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_all_checkpoints, r"(?s)Cannot restore any checkpoint.*checkpoint 3: "),
+        # Slow, because test_no_valid_checkpoint_is_an_error_and_deletes_nothing covers it without a run.
+        pytest.param(damage_all_checkpoints, r"(?s)Cannot restore any checkpoint.*checkpoint 3: ", marks=pytest.mark.slow),
         (delete_all_checkpoints, r"journal\b.*\b4 steps\b.*\bno checkpoint\b"),
         (raise_a_reward, r"journal\b.*altered since the checkpoint.*\b24 rows\b"),
     ],

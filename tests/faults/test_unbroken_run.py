@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from phrase_config import get_config
 from tiny_run import STEPS, command, environment, unbroken
 
+from discover_jax import main
+from discover_jax.config import validate
+from discover_jax.exceptions import DataError
+from discover_jax.runs.console import QuietConsole
 from discover_jax.tasks.prepare import prepare_task
 
 GROUPS, SIZE = 2, 3
@@ -80,6 +85,8 @@ def test_mistakes_are_one_clear_error_and_damage_nothing(root, workdir, tmp_path
     assert "5" in done.stderr
     assert "Traceback" not in done.stderr
     assert (workdir / "journal.jsonl").read_bytes() == before
-    done = start(root, tmp_path / "run", "--config.task.raw=/nowhere/train.csv", code=2)
-    assert "/nowhere/train.csv" in done.stderr
-    assert "Traceback" not in done.stderr
+    config = get_config(str(root / "model"))
+    config.task.raw = "/nowhere/train.csv"
+    with pytest.raises(DataError, match=r"/nowhere/train\.csv"):
+        main.run(validate(config), tmp_path / "run", console=QuietConsole())
+    assert not (tmp_path / "run" / "journal.jsonl").exists()

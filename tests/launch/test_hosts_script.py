@@ -13,18 +13,6 @@ _LAUNCH = Path(__file__).parents[2] / "launch"
 _FAULTS = Path(__file__).parents[1] / "faults"
 
 
-def test_all_flags_of_the_scripts_exist():
-    done = subprocess.run(
-        [sys.executable, "-m", "discover_jax.main", "--helpfull"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    for flag in ("coordinator", "num_processes", "process_id", "distributed", "workdir"):
-        assert re.search(rf"^  --{flag}\b", done.stdout, re.MULTILINE), flag
-
-
 @pytest.mark.slow
 def test_hosts_script_runs_two_local_processes(tmp_path):
     sys.path.insert(0, str(_FAULTS))

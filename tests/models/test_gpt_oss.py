@@ -51,12 +51,20 @@ def _tokens(rows, length, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None):
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    if segments_BT is None:
-        segments_BT = jnp.ones_like(positions_BT)
+def _full(model, frozen, lora, tokens_BT, positions_BT, segments_BT):
     return model.logits(frozen, lora, model.hidden(frozen, lora, tokens_BT, positions_BT, segments_BT))
+
+
+def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None):
+    """The logits of all tokens. Padding after them and further rows change nothing, and so one shape is compiled for most tests."""
+    rows, length = tokens_BT.shape
+    if positions_BT is None:
+        positions_BT = np.broadcast_to(np.arange(length), tokens_BT.shape)
+    if segments_BT is None:
+        segments_BT = np.ones_like(positions_BT)
+    padding = (0, max(0, 3 - rows)), (0, max(0, 50 - length))
+    padded = (np.pad(np.asarray(each, np.int32), padding) for each in (tokens_BT, positions_BT, segments_BT))
+    return _full(model, frozen, lora, *padded)[:rows, :length]
 
 
 _prefill = jax.jit(MODEL.prefill)
@@ -167,10 +175,9 @@ def test_packed_sequences_do_not_see_each_other(frozen, lora):
     packed = np.concatenate([first, second, np.zeros((1, 4), np.int32)], axis=1)
     positions = np.concatenate([np.arange(15), np.arange(11), np.zeros(4, int)])[None]
     segments = np.repeat([1, 2, 0], [15, 11, 4])[None]
-    got = _logits(MODEL, frozen, lora, packed, jnp.asarray(positions), jnp.asarray(segments))
+    got = _logits(MODEL, frozen, lora, packed, positions, segments)
     np.testing.assert_allclose(got[:, :15], _logits(MODEL, frozen, lora, first), atol=1e-4, rtol=0)
-    padded = np.pad(second, ((0, 0), (0, 4)))  # tokens at the end change nothing before them, and the function is already compiled
-    np.testing.assert_allclose(got[:, 15:26], _logits(MODEL, frozen, lora, padded)[:, :11], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got[:, 15:26], _logits(MODEL, frozen, lora, second), atol=1e-4, rtol=0)
     assert np.isfinite(got).all()
 
 

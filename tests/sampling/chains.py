@@ -1,6 +1,7 @@
 """Models whose probabilities are known exactly, and samplers of them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,9 @@ LOGITS = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
 LOGITS[:, STOP] -= 1.0
 
 
+@functools.cache
 def sampler_of(model=CHAIN, **settings):
+    """A sampler; the same one for equal arguments, since each compiles its own functions."""
     defaults = {"slots": 8, "max_prompt_tokens": 16, "max_new_tokens": 20, "temperature": 1.0, "stop_ids": (STOP,), "launch_steps": 4}
     return Sampler(model, **(defaults | settings))
 
