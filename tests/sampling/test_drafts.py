@@ -96,7 +96,10 @@ def test_rollouts_are_those_without_drafts(drafts, settings, monkeypatch):
     assert (last.set_aside > 0) == (settings.get("pages") == 10)
 
 
-@pytest.mark.parametrize("phase", [None, SecondPhase(after=6, opening=(3, 4), forced=(2, 2, 1, 3, 4))])
+_NO_PHASE = pytest.param(None, marks=pytest.mark.slow)  # rollouts that end before the second phase cover it
+
+
+@pytest.mark.parametrize("phase", [_NO_PHASE, SecondPhase(after=6, opening=(3, 4), forced=(2, 2, 1, 3, 4))])
 def test_ends_and_forced_tokens_are_those_without_drafts(phase):
     """Stop tokens, budgets and a second phase, all of which fall into drafts of this length."""
     settings = {"max_new_tokens": 24, "second_phase": phase}
