@@ -37,8 +37,9 @@ compiler (libtpu 0.0.42) reported 86.0 GB on a v5p with one row of 4,096 tokens 
 kernels there."""
 TPU_TOKEN, TPU_AT_ONCE = 125, 22 * 16_384 + 10 * 49_152
 """Bytes of temporary arrays of the update on a TPU, per unit of width: of each token, and of the rows and tokens that the experts' kernels
-compute and exchange at once (experts_update_tpu). Fitted to the TPU compiler's figures for whole gradients (benchmarks/tpu_memory.py). The
-compiler takes more memory where there is room: for the 120b on v6e:4x4 it needs 14.5 GB of temporary arrays, and takes 21.9."""
+compute and exchange at once (experts_update_tpu). Fitted to the TPU compiler's figure for a gradient of the 120b on v6e:4x4; the one on
+v5p:2x2x2 is 5% below (benchmarks/tpu_memory.py). The compiler takes more memory where there is room: on v6e:4x4 it needs 14.5 GB of
+temporary arrays, and takes 21.9."""
 
 
 @dataclasses.dataclass(frozen=True)
