@@ -21,7 +21,7 @@ from discover_jax.sampling.sampler import most_pages, rows_of
 from discover_jax.sampling.schedule import PAGE
 
 ACCURACY = (
-    "within 3% of the peaks measured on H200s with gpt-oss, and within 10% of the TPU compiler's. Arrays that exist only while a token is"
+    "for gpt-oss within 3% of the peaks measured on H200s, and within 10% of the TPU compiler's. Arrays that exist only while a token is"
     " drawn are estimated"
 )
 
