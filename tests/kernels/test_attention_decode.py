@@ -59,12 +59,12 @@ def _problem(counts, page=128, heads=64, kv_heads=8, head_size=64, spare=1, dtyp
     for row, own in enumerate(np.split(rng.permutation(used.sum() + 2), np.cumsum(used))[:-1]):
         pages[row, : used[row]] = own
         seen[own] = (np.arange(used[row] * page) < counts[row]).reshape(-1, page)
-    keys = jax.random.split(jax.random.key(len(counts)), 4)
-    pools = (jax.random.normal(k, (LAYERS, len(seen), kv_heads, page, head_size), dtype) for k in keys[:2])
-    pools = (jnp.where(seen[None, :, None, :, None], pool, jnp.nan) for pool in pools)
-    q = 3 * jax.random.normal(keys[2], (len(counts), heads, head_size), dtype)
-    sinks = jax.random.normal(keys[3], (heads,), dtype) if sink is None else jnp.full(heads, sink, dtype)
-    return q, *pools, jnp.asarray(pages), jnp.array(counts, jnp.int32), sinks
+    pools = (rng.standard_normal((LAYERS, len(seen), kv_heads, page, head_size), np.float32) for _ in range(2))
+    pools = (np.where(seen[None, :, None, :, None], pool, np.float32(np.nan)) for pool in pools)
+    q = 3 * rng.standard_normal((len(counts), heads, head_size), np.float32)
+    sinks = rng.standard_normal(heads, np.float32) if sink is None else np.full(heads, sink, np.float32)
+    q, keys, values, sinks = (jnp.asarray(x.astype(dtype)) for x in (q, *pools, sinks))
+    return q, keys, values, jnp.asarray(pages), jnp.array(counts, jnp.int32), sinks
 
 
 def _float32(problem):
@@ -153,8 +153,9 @@ def test_unsupported_shapes_use_the_reference_and_are_logged(logged, given, said
 
     warn_reference.cache_clear()
     q, keys, values, *rest = _problem([20, 3], heads=4, kv_heads=2, **given)
-    for _ in range(2):
-        got = attention_decode.paged_attention(q, keys, values, jnp.int32(1), *rest)
-    np.testing.assert_array_equal(got, paged_attention_reference(q, keys, values, jnp.int32(1), *rest))
+    functions = (attention_decode.paged_attention, attention_decode.paged_attention, paged_attention_reference)
+    found = jax.jit(lambda *arguments: [function(*arguments) for function in functions])(q, keys, values, jnp.int32(1), *rest)
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[2])
     (line,) = logged
     assert re.search(f"paged_attention .* {said}", line)

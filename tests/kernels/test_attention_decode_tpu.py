@@ -32,15 +32,15 @@ def _problem(counts, tokens=1, heads=6, kv_heads=2, size=64, page=128, spare=1, 
             filled = min(page, counts[row] - j * page)
             keys[:, number, :, :filled], values[:, number, :, :filled] = rng.normal(size=(2, LAYERS, kv_heads, filled, size))
     q = 3 * rng.normal(size=(len(counts), tokens, heads, size))
-    q, keys, values = (jnp.asarray(x, dtype) for x in (q, keys, values))
-    return q, keys, values, jnp.int32(1), jnp.asarray(table), jnp.array(counts, jnp.int32) - tokens, jnp.asarray(rng.normal(size=heads))
+    q, keys, values = (x.astype(dtype) for x in (q, keys, values))
+    return q, keys, values, np.int32(1), table, np.array(counts, np.int32) - tokens, rng.normal(size=heads).astype(np.float32)
 
 
 def _compare(problem, tolerance, interpret=SIMULATED, **options):
     got = jax.jit(functools.partial(attend_pages, interpret=interpret, **options))(*problem)
     with jax.default_matmul_precision("highest"):
-        expected = prefill_attention_reference(*problem)
-    expected = jnp.where((problem[5] + problem[0].shape[1] > 0)[:, None, None, None], expected, 0)
+        expected = jax.jit(prefill_attention_reference)(*problem)
+    expected = np.where((problem[5] + problem[0].shape[1] > 0)[:, None, None, None], np.asarray(expected), 0)
     assert got.dtype == problem[2].dtype
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=tolerance)
 
@@ -99,7 +99,7 @@ def test_a_simulated_tpu_finds_no_races(capfd):
     [([300, 1, 0, 128, 400], 4), ([0, 0], 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (([900], 8), ([1, 1, 1], 1)))],
 )
 def test_groups_cover_each_row_once_and_a_row_is_on_one_core(counts, most):
-    bounds, rows, numbers = (np.asarray(x) for x in groups_of(jnp.array(counts), most, 128))
+    bounds, rows, numbers = (np.asarray(x) for x in jax.jit(groups_of, static_argnums=(1, 2))(np.array(counts), most, 128))
     needed = [-(-count // 128) for count in counts]
     found = list(zip(rows[: bounds[2]].tolist(), numbers[: bounds[2]].tolist(), strict=True))
     assert found == [(row, number) for row, groups in enumerate(needed) for number in range(groups)]
@@ -127,7 +127,7 @@ def test_a_step_of_gpt_oss_moves_little_more_than_the_least():
 
 def _pools(size, places, dtype=jnp.float32):
     rng = np.random.default_rng(size)
-    return rng, [jnp.asarray(rng.normal(size=(LAYERS, 7, 2, places, size)), dtype) for _ in range(2)]
+    return rng, [rng.normal(size=(LAYERS, 7, 2, places, size)).astype(dtype) for _ in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -136,22 +136,25 @@ def _pools(size, places, dtype=jnp.float32):
 def test_tokens_are_written_where_the_reference_writes_them(size, places):
     """Several groups of rows, numbers that are not pages, and a NaN that must stay in its row."""
     rng, pools = _pools(size, places)
-    rows = jnp.array([3, 7, 0, 5, 9, 6, 1, 2, 4, 7]), jnp.asarray(rng.integers(0, places, 10))
-    new = [jnp.asarray(rng.normal(size=(10, 2, size)), jnp.float32).at[2].set(jnp.nan) for _ in range(2)]
-    got = jax.jit(functools.partial(pages_tpu.put_tokens, interpret=SIMULATED))(*pools, jnp.int32(1), *rows, *new)
-    for found, expected in zip(got, pages.write_token(*pools, jnp.int32(1), *rows, *new), strict=True):
+    rows = np.array([3, 7, 0, 5, 9, 6, 1, 2, 4, 7], np.int32), rng.integers(0, places, 10).astype(np.int32)
+    new = rng.normal(size=(2, 10, 2, size)).astype(np.float32)
+    new[:, 2] = np.nan
+    _compare_written(pools, rows, new)
+
+
+def _compare_written(pools, rows, new, **options):
+    arguments = (*pools, np.int32(1), *rows, *new)
+    got = jax.jit(functools.partial(pages_tpu.put_tokens, interpret=SIMULATED, **options))(*arguments)
+    for found, expected in zip(got, jax.jit(functools.partial(pages.write_token, **options))(*arguments), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_tokens_of_a_row_are_written_to_one_page():
+def test_tokens_of_a_row_are_written_to_one_page(monkeypatch):
     """Two rows with three tokens each, around the ends of tiles and of a page; one is not written."""
+    monkeypatch.setattr(pages_tpu, "AT_ONCE", 2)  # the kernel repeats its code for each of them
     rng, pools = _pools(128, 32)
-    rows = jnp.array([3, 3, 3, 5, 5, 1]), jnp.array([14, 15, 16, 30, 31, 0])
-    rows = rows[0].at[1].set(7), rows[1]
-    new = [jnp.asarray(rng.normal(size=(6, 2, 128)), jnp.float32) for _ in range(2)]
-    got = jax.jit(functools.partial(pages_tpu.put_tokens, tokens=3, interpret=SIMULATED))(*pools, jnp.int32(1), *rows, *new)
-    for found, expected in zip(got, pages.write_token(*pools, jnp.int32(1), *rows, *new, tokens=3), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    rows = np.array([3, 7, 3, 5, 5, 1], np.int32), np.array([14, 15, 16, 30, 31, 0], np.int32)
+    _compare_written(pools, rows, rng.normal(size=(2, 6, 2, 128)).astype(np.float32), tokens=3)
 
 
 @pytest.mark.slow

@@ -62,15 +62,17 @@ class Tiled:
         return y
 
 
-def _matrix(key, experts, out, into, paired):
-    keys = jax.random.split(key, 5)
-    blocks = jax.random.bits(keys[0], (experts, out, into // 32, 16), jnp.uint8)
-    scales = jax.random.randint(keys[1], (experts, out, into // 32), 119, 123).astype(jnp.uint8)
+def _normal(rng, *shape):
+    """Numbers that bfloat16 holds."""
+    return jnp.asarray(rng.standard_normal(shape).astype(jnp.bfloat16).astype(np.float32))
+
+
+def _matrix(rng, experts, out, into, paired):
+    blocks = jnp.asarray(rng.integers(0, 256, (experts, out, into // 32, 16), np.uint8))
+    scales = jnp.asarray(rng.integers(119, 123, (experts, out, into // 32), np.uint8))
     words, factors = lay_out(blocks, scales, SLABS["gate_up" if paired else "down"])
     shapes = {"bias": (experts, out), "lora_a": (experts, 8, into), "lora_b": (experts, out, 8)}
-    rest = {name: 0.1 * jax.random.normal(k, shape) for (name, shape), k in zip(shapes.items(), keys[2:], strict=True)}
-    rest = {name: array.astype(jnp.bfloat16).astype(jnp.float32) for name, array in rest.items()}
-    return Tiled({"words": words, "factors": factors, **rest}, paired)
+    return Tiled({"words": words, "factors": factors} | {name: 0.125 * _normal(rng, *shape) for name, shape in shapes.items()}, paired)
 
 
 EXPERTS, WIDTH, HIDDEN, ACTIVE = 8, 192, 128, 3
@@ -78,11 +80,10 @@ OPTIONS = {"experts": EXPERTS, "limit": 7.0, "alpha": 1.702}
 
 
 def _problem(tokens, skew):
-    keys = jax.random.split(jax.random.key(tokens), 4)
-    gate_up, down = _matrix(keys[0], EXPERTS, 2 * HIDDEN, WIDTH, True), _matrix(keys[1], EXPERTS, WIDTH, HIDDEN, False)
-    x_TD = jax.random.normal(keys[2], (tokens, WIDTH)).astype(jnp.bfloat16).astype(jnp.float32)
-    logits_TE = jax.random.normal(keys[3], (tokens, EXPERTS)) + skew * jnp.arange(EXPERTS)
-    return x_TD, *route_top(logits_TE, ACTIVE), gate_up, down
+    rng = np.random.default_rng(tokens)
+    gate_up, down = _matrix(rng, EXPERTS, 2 * HIDDEN, WIDTH, True), _matrix(rng, EXPERTS, WIDTH, HIDDEN, False)
+    logits_TE = (rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS)).astype(np.float32)
+    return _normal(rng, tokens, WIDTH), *jax.jit(route_top, static_argnums=1)(logits_TE, ACTIVE), gate_up, down
 
 
 def _relative(got, expected):
@@ -152,9 +153,11 @@ def test_untiled_weights_use_the_reference_and_are_logged(logged):
     dense = [dataclasses.replace(m, held={k: v for k, v in m.held.items() if k != "words"}) for m in (gate_up, down)]
     for matrix in dense:
         object.__setattr__(matrix, "apply", lambda x, one: x[:, :1] + one["bias"])
-    for _ in range(2):
-        got = experts_decode.moe_decode(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS)
-    np.testing.assert_array_equal(got, moe_reference(x_TD, index_TX, weights_TX, *dense, adapted=False, **OPTIONS))
+    functions = (experts_decode.moe_decode, experts_decode.moe_decode, moe_reference)
+    run = jax.jit(lambda *arguments: [function(*arguments, *dense, adapted=False, **OPTIONS) for function in functions])
+    found = run(x_TD, index_TX, weights_TX)
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[2])
     (line,) = logged
     assert "decode_experts" in line
     assert "tiles" in line

@@ -45,12 +45,12 @@ class Matrix:
 
 
 def _matrix(rng, layers, experts, out, into, parts, rank):
-    blocks = jnp.asarray(rng.integers(0, 256, (layers * experts, out, into // 32, 16)), jnp.uint8)
-    scales = jnp.asarray(rng.integers(118, 123, (layers * experts, out, into // 32)), jnp.uint8)
+    blocks = rng.integers(0, 256, (layers * experts, out, into // 32, 16)).astype(np.uint8)
+    scales = rng.integers(118, 123, (layers * experts, out, into // 32)).astype(np.uint8)
     shapes = {"bias": (out,), "lora_a": (rank, into), "lora_b": (out, rank)}
-    held = {name: jnp.asarray(0.1 * rng.normal(size=(layers, experts, *shape)), jnp.float32) for name, shape in shapes.items()}
+    held = {name: (0.1 * rng.normal(size=(layers, experts, *shape))).astype(np.float32) for name, shape in shapes.items()}
     for name, array in (("lanes", lay_out_blocks(blocks, parts)), ("powers", lay_out_scales(scales, parts))):
-        held[name] = array.reshape(layers, experts, *array.shape[1:])
+        held[name] = np.asarray(array).reshape(layers, experts, *array.shape[1:])
     return held
 
 
@@ -60,9 +60,13 @@ def _problem(tokens, experts=4, share=2, *, skew=0.0, layers=1, dtype=jnp.float3
         Matrix(_matrix(rng, layers, experts, out, into, parts, rank), out)
         for out, into, parts in ((2 * hidden, width, 2), (width, hidden, 1))
     )
-    x = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
-    logits = jnp.asarray(rng.normal(size=(tokens, experts)) + skew * np.arange(experts), jnp.float32)
-    return x, *route_top(logits, share), gate_up, down
+    x = rng.normal(size=(tokens, width)).astype(dtype)
+    return x, *_routing(rng, tokens, experts, share, skew), gate_up, down
+
+
+def _routing(rng, tokens, experts, share, skew):
+    logits = (rng.normal(size=(tokens, experts)) + skew * np.arange(experts)).astype(np.float32)
+    return jax.jit(route_top, static_argnums=1)(logits, share)
 
 
 def _compare(problem, tolerance, *, adapted=True, layer=0, interpret: bool | pltpu.InterpretParams = True, **options):
@@ -73,10 +77,11 @@ def _compare(problem, tolerance, *, adapted=True, layer=0, interpret: bool | plt
         x, index, weights, gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
     )
     with jax.default_matmul_precision("highest"):
-        expected = moe_reference(x, index, weights, gate_up, down, experts=experts, adapted=adapted, layer=jnp.int32(layer), **common)
+        reference = functools.partial(moe_reference, experts=experts, adapted=adapted, layer=jnp.int32(layer), **common)
+        expected = np.asarray(jax.jit(lambda *arguments: reference(*arguments, gate_up, down))(x, index, weights), np.float32)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, atol=tolerance * max(1, float(jnp.abs(expected).max())))
-    assert float(jnp.abs(expected).max()) > 0.1
+    np.testing.assert_allclose(got, expected, atol=tolerance * max(1, np.abs(expected).max()))
+    assert np.abs(expected).max() > 0.1
 
 
 def test_rows_that_fill_no_block_and_an_expert_that_needs_two():
@@ -135,8 +140,9 @@ def test_a_simulated_tpu_finds_no_races(capfd):
     [(50, 8, 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 8, 0.0), (50, 8, 100.0), (128, 16, 1.0)))],
 )
 def test_each_routed_row_is_in_one_step_and_steps_without_rows_read_nothing_new(tokens, experts, skew):
-    _, index, weights, *_ = _problem(tokens, experts, 4, skew=skew, width=64, hidden=64)
-    expert, first, rows, token, weight, stack = (np.asarray(x) for x in steps_of(index, weights, experts, 16, 3))
+    index, weights = _routing(np.random.default_rng(tokens), tokens, experts, 4, skew)
+    steps = jax.jit(steps_of, static_argnums=(2, 3, 4))(index, weights, experts, 16, 3)
+    expert, first, rows, token, weight, stack = (np.asarray(x) for x in steps)
     seen = []
     for step in np.flatnonzero(rows):
         for row in range(first[step], first[step] + rows[step]):
@@ -175,10 +181,11 @@ def test_other_layouts_use_the_reference_and_are_logged(monkeypatch):
 
     plain = [Plain(own, one.out) for own, one in zip(held, (gate_up, down), strict=True)]
     options = {"experts": 4, "adapted": False, "limit": 7.0, "alpha": 1.702}
-    for _ in range(2):
-        got = experts_decode_tpu.moe_decode(x, index, weights, *plain, **options)
+    functions = (experts_decode_tpu.moe_decode, experts_decode_tpu.moe_decode, moe_reference)
+    found = jax.jit(lambda *arguments: [function(*arguments, *plain, **options) for function in functions])(x, index, weights)
     warn_reference.cache_clear()
-    np.testing.assert_array_equal(got, moe_reference(x, index, weights, *plain, **options))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[2])
     (line,) = lines
     assert "decode_experts on tpu" in line
     assert "layout" in line

@@ -44,9 +44,9 @@ class Matrix:
 
 
 def _packed(rng, experts, out, into):
-    blocks = jnp.asarray(rng.integers(0, 256, (experts, out, into // 32, 16), dtype=np.uint8))
-    scales = jnp.asarray(rng.integers(121, 124, (experts, out, into // 32), dtype=np.uint8))
-    bias = jnp.asarray(0.3 * rng.normal(size=(experts, out)), jnp.bfloat16).astype(jnp.float32)
+    blocks = rng.integers(0, 256, (experts, out, into // 32, 16), dtype=np.uint8)
+    scales = rng.integers(121, 124, (experts, out, into // 32), dtype=np.uint8)
+    bias = (0.3 * rng.normal(size=(experts, out))).astype(jnp.bfloat16).astype(np.float32)
     return {"blocks": blocks, "scales": scales, "bias": bias}
 
 
@@ -55,10 +55,10 @@ def _problem(tokens=TOKENS, share=SHARE, experts=EXPERTS, *, width=64, hidden=32
     rng = np.random.default_rng(tokens)
 
     def exact(*shape, scale=0.3):
-        return jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)
+        return (scale * rng.normal(size=shape)).astype(jnp.bfloat16).astype(np.float32)
 
     x, d_out = exact(tokens, width, scale=0.5), exact(tokens, width)
-    weights = jnp.asarray(rng.uniform(0.1, 1, size=(tokens, share)), jnp.float32)
+    weights = rng.uniform(0.1, 1, size=(tokens, share)).astype(np.float32)
     shapes = ((experts, rank, width), (experts, 2 * hidden, rank)), ((experts, rank, hidden), (experts, width, rank))
     adapters = tuple(tuple(exact(*shape) for shape in pair) for pair in shapes) if rank else None
     matrices = _packed(rng, experts, 2 * hidden, width), _packed(rng, experts, width, hidden)
@@ -180,32 +180,33 @@ def test_a_simulated_tpu_finds_no_races(capfd):
 def test_unpacking_is_exact(groups, width):
     rng = np.random.default_rng(groups)
     blocks, scales = rng.integers(0, 256, (2, width, groups, 16), dtype=np.uint8), rng.integers(4, 250, (2, width, groups), dtype=np.uint8)
-    packed = jnp.asarray(blocks.transpose(0, 2, 3, 1).reshape(2, -1, width))
-    found = unpack(packed, jnp.asarray(scales.swapaxes(1, 2)), SMALL)
-    np.testing.assert_array_equal(found, dequantise(jnp.asarray(blocks), jnp.asarray(scales)).swapaxes(1, 2))
+    packed = blocks.transpose(0, 2, 3, 1).reshape(2, -1, width)
+    found = jax.jit(unpack, static_argnums=2)(packed, scales.swapaxes(1, 2), SMALL)
+    np.testing.assert_array_equal(found, np.asarray(jax.jit(dequantise)(blocks, scales)).swapaxes(1, 2))
 
 
 @pytest.mark.parametrize(("parts", "groups", "width"), [pytest.param(1, 2, 24, marks=pytest.mark.slow), (2, 6, 130)])
 def test_unpacking_the_layout_of_decoding_is_exact(parts, groups, width):
     rng = np.random.default_rng(groups)
-    blocks = jnp.asarray(rng.integers(0, 256, (2, parts * width, groups, 16), dtype=np.uint8))
-    scales = jnp.asarray(rng.integers(4, 250, (2, parts * width, groups), dtype=np.uint8))
-    bias = jnp.zeros((2, parts * width))
+    blocks = rng.integers(0, 256, (2, parts * width, groups, 16), dtype=np.uint8)
+    scales = rng.integers(4, 250, (2, parts * width, groups), dtype=np.uint8)
+    bias = np.zeros((2, parts * width), np.float32)
     laid_out = {"lanes": mxfp4_lanes.lay_out_blocks(blocks, parts), "powers": mxfp4_lanes.lay_out_scales(scales, parts), "bias": bias}
-    for part in range(parts):
-        found = [experts_update_tpu._unpacked(one, SMALL, part, parts) for one in (laid_out, {"blocks": blocks, "scales": scales})]
-        np.testing.assert_array_equal(*found)
+    unpacked = jax.jit(lambda one: [experts_update_tpu._unpacked(one, SMALL, part, parts) for part in range(parts)])
+    for found, expected in zip(unpacked(laid_out), unpacked({"blocks": blocks, "scales": scales}), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_bfloat16_products_have_float32_sums():
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((32, 96), (3, 96, 200)))
-    owners = Owners(jnp.asarray([2, 2], jnp.int32), jnp.asarray([16, 3], jnp.int32))
+    x, w = (rng.normal(size=size).astype(jnp.bfloat16) for size in ((32, 96), (3, 96, 200)))
+    owners = Owners(np.array([2, 2], np.int32), np.array([16, 3], np.int32))
     exact = np.asarray(x, np.float32) @ np.asarray(w[2], np.float32)
-    np.testing.assert_allclose(grouped([(x, w)], owners, SMALL), exact, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(lambda x, w: grouped([(x, w)], owners, SMALL))(x, w), exact, atol=1e-4)
     sums = np.einsum("pr,pn->rn", exact[:, :5].astype(jnp.bfloat16), np.asarray(x, np.float32))
-    np.testing.assert_allclose(outer(exact[:, :5], x, 3, owners, SMALL)[2], sums, rtol=1e-5, atol=1e-2)
-    assert not outer(exact[:, :5], x, 3, owners, SMALL)[:2].any()
+    found = np.asarray(jax.jit(lambda left, x: outer(left, x, 3, owners, SMALL))(exact[:, :5], x))
+    np.testing.assert_allclose(found[2], sums, rtol=1e-5, atol=1e-2)
+    assert not found[:2].any()
 
 
 def _flops_of_a_block(jaxpr, grid=1):
@@ -269,8 +270,9 @@ def test_blocks_are_small_where_experts_have_few_rows(choices, experts, rows):
 
 def test_slots_are_sorted_as_on_other_platforms():
     for seed, tokens in enumerate((24, 1_100)):
-        index = jnp.asarray(np.where(np.arange(tokens)[:, None] % 5 == 0, EXPERTS, _random(tokens, seed=seed)), jnp.int32)
-        np.testing.assert_array_equal(experts_update_tpu._sorted_slots(index, EXPERTS), sort_rows(index, EXPERTS, 16).slots)
+        index = np.where(np.arange(tokens)[:, None] % 5 == 0, EXPERTS, _random(tokens, seed=seed)).astype(np.int32)
+        found, expected = jax.jit(lambda x: (experts_update_tpu._sorted_slots(x, EXPERTS), sort_rows(x, EXPERTS, 16).slots))(index)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_the_platform_has_them():
@@ -283,9 +285,13 @@ def test_models_call_them_with_packed_and_with_dense_experts(monkeypatch, form):
     (x, weights, adapters), matrices, _ = _problem()
     seen = []
     monkeypatch.setattr(experts_update_tpu, "moe_sorted", lambda x, *rest: seen.append(rest) or jnp.zeros(x.shape, jnp.float32))
-    exact = [dequantise(one["blocks"], one["scales"]) if form == "dense" else None for one in matrices]
-    both = (Matrix(*one) for one in zip(matrices, SCALES, adapters, exact, strict=True))
-    moe_update(x.astype(jnp.bfloat16), jnp.asarray(_random()), weights, *both, experts=EXPERTS, adapted=True, limit=LIMIT, alpha=ALPHA)
+
+    def update(x, weights, matrices):
+        exact = [dequantise(one["blocks"], one["scales"]) if form == "dense" else None for one in matrices]
+        both = (Matrix(*one) for one in zip(matrices, SCALES, adapters, exact, strict=True))
+        return moe_update(x, _random(), weights, *both, experts=EXPERTS, adapted=True, limit=LIMIT, alpha=ALPHA)
+
+    jax.eval_shape(update, x.astype(jnp.bfloat16), weights, matrices)
     ((_, given, _, gate_up, _, layer),) = seen
     assert jax.tree.structure(given) == jax.tree.structure(adapters)
     assert set(gate_up) == ({"weight", "bias"} if form == "dense" else {"blocks", "scales", "bias"})

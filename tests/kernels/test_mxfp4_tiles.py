@@ -1,6 +1,6 @@
 """Tiles, compared with the unpacking of the packed form and, in numpy, with the bit formulas of the kernels."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +14,7 @@ EXPERTS, OUT, INTO = 2, 192, 128
 def _packed(low=LOWEST, high=HIGHEST, out=OUT, into=INTO):
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (EXPERTS, out, into // 32, 16), dtype=np.uint8)
-    return jnp.asarray(blocks), jnp.asarray(rng.integers(low, high + 1, (EXPERTS, out, into // 32), dtype=np.uint8))
+    return blocks, rng.integers(low, high + 1, (EXPERTS, out, into // 32), dtype=np.uint8)
 
 
 def _unpacked(words, factors, paired):
@@ -52,13 +52,14 @@ def test_tiles_have_the_layout_that_the_kernels_read(rows, paired):
     assert words.shape == (EXPERTS, OUT // rows, INTO // 64, rows // 16, 128)
     assert words.shape[1:] == words_shape(OUT, INTO, Slab(rows, paired))
     assert words.nbytes + factors.nbytes == blocks.nbytes + scales.nbytes
-    np.testing.assert_array_equal(_unpacked(words, factors, paired), np.asarray(dequantise(blocks, scales, jnp.float32)))
+    np.testing.assert_array_equal(_unpacked(words, factors, paired), np.asarray(jax.jit(dequantise)(blocks, scales), np.float32))
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_restoring_returns_the_same_bytes(paired):
     packed = _packed()
-    for restored, original in zip(restore(*lay_out(*packed, Slab(64, paired)), paired=paired), packed, strict=True):
+    restoring = jax.jit(restore, static_argnames="paired")
+    for restored, original in zip(restoring(*lay_out(*packed, Slab(64, paired)), paired=paired), packed, strict=True):
         np.testing.assert_array_equal(restored, original)
 
 

@@ -28,7 +28,7 @@ def _problem(rows, width, outs, rank, dtype=jnp.bfloat16, biased=True):
     rng = np.random.default_rng(rows)
 
     def draw(*shape):
-        return jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, dtype)
+        return jnp.asarray((rng.normal(size=shape) * shape[-1] ** -0.5).astype(dtype))
 
     def adapter(out):
         return (draw(LAYERS, rank, width), draw(LAYERS, out, rank)) if rank else ()
@@ -68,7 +68,8 @@ def test_unsupported_inputs_use_the_reference(rows, width, outs, dtype):
     from discover_jax.kernels.projections_decode import project
 
     x, stacks = _problem(rows, width, outs, 4, dtype)
-    for got, expected in zip(project(x, stacks, 1, SCALE), project_reference(x, stacks, jnp.int32(1), SCALE), strict=True):
+    both = jax.jit(lambda *arguments: [function(*arguments, 1, SCALE) for function in (project, project_reference)])
+    for got, expected in zip(*both(x, stacks), strict=True):
         np.testing.assert_array_equal(got, expected)
 
 

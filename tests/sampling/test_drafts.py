@@ -74,10 +74,10 @@ def _plain():
     [
         pytest.param(3, {}, marks=pytest.mark.slow),
         pytest.param(15, {}, marks=pytest.mark.slow),
-        (4, {"launch_steps": 1}),
+        pytest.param(4, {"launch_steps": 1}, marks=pytest.mark.slow),
         pytest.param(1, {"slots": 3}, marks=pytest.mark.slow),
-        (2, {"slots": 8, "pages": 10}),  # rollouts are set aside
-        (5, {"slots": 8, "pages": 24, "devices": 2}),
+        (2, {"launch_steps": 1, "pages": 10}),  # rollouts are set aside
+        (5, {"pages": 24, "devices": 2}),
     ],
     ids=str,
 )
@@ -157,7 +157,7 @@ def test_frequencies_are_those_of_the_chain():
     from scipy import stats  # a second that only the worker of this test needs
 
     temperature, seen = 0.7, []
-    sampler = sampler_of(slots=16, temperature=temperature, draft_tokens=7, launch_steps=16)
+    sampler = sampler_of(temperature=temperature, draft_tokens=7)
     rollouts = list(sampler.sample(LOGITS, None, prompts_of(4), 250, seed=1, step=0, on_progress=seen.append))
     assert seen[-1].accepted > 1000
     expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))

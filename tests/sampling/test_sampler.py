@@ -24,7 +24,7 @@ RARE_STOP = LOGITS - 3.5 * (np.arange(5) == STOP)  # long rollouts of very diffe
 @functools.cache
 def _with_room():
     """The rollouts of LENGTHS from a cache in which everything fits, by key."""
-    sampler = sampler_of(Memory(), max_prompt_tokens=700, max_new_tokens=300, launch_steps=16, slots=30)
+    sampler = sampler_of(Memory(), max_prompt_tokens=700, max_new_tokens=300, launch_steps=16)
     return by_key(sampler.sample(RARE_STOP, None, long_prompts(LENGTHS), 5, seed=4, step=1))
 
 
@@ -149,7 +149,7 @@ def test_frequencies_and_log_probabilities_match_the_chain():
     from scipy import stats  # a second that only the worker of this test needs
 
     temperature = 0.7
-    rollouts = list(sampler_of(slots=64, temperature=temperature, launch_steps=16).sample(LOGITS, None, prompts_of(4), 250, seed=1, step=0))
+    rollouts = list(sampler_of(temperature=temperature).sample(LOGITS, None, prompts_of(4), 250, seed=1, step=0))
     expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))
     counts = np.zeros((5, 5))
     for r in rollouts:
@@ -213,6 +213,7 @@ def test_prompts_that_do_not_fit_are_refused_at_the_call():
 
 
 PHASE = SecondPhase(after=6, opening=(3, 4), forced=(2, 2, 1, 3, 4))
+_OF_PHASE = {"max_new_tokens": 30, "second_phase": PHASE}
 
 
 def _first_opening(tokens):
@@ -222,7 +223,7 @@ def _first_opening(tokens):
 
 def test_a_second_phase_is_forced_only_on_rollouts_that_have_not_begun_their_answer():
     free = by_key(sampler_of(max_new_tokens=30).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
-    forced = by_key(sampler_of(max_new_tokens=30, second_phase=PHASE).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
+    forced = by_key(sampler_of(**_OF_PHASE).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
     seen = collections.Counter()
     for key, r in forced.items():
         before = free[key].tokens_T
@@ -256,16 +257,16 @@ def test_an_opening_is_recognised_after_a_false_start():
         assert r.chosen_T.all() == begun
 
 
-_OF_PHASE = {"max_new_tokens": 24, "second_phase": PHASE}
-
-
 @functools.cache
 def _usual_with_phase():
     """The rollouts of four prompts with a second phase and the usual slots and launches, by key."""
     return by_key(sampler_of(**_OF_PHASE).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
 
 
-@pytest.mark.parametrize("settings", [{"slots": 3}, {"launch_steps": 1}, {"launch_steps": 64, "slots": 64}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"launch_steps": 64, "slots": 3}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"launch_steps": 1}, {"slots": 64}))],
+)
 def test_a_second_phase_depends_on_neither_slots_nor_launches(settings):
     got = by_key(sampler_of(**_OF_PHASE | settings).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
     for key, r in _usual_with_phase().items():
