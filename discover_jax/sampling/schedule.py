@@ -196,6 +196,9 @@ class Schedule:
             self._give_pages()
             self._fill_slots()
             self._shrink()
+            if not self._drafts and len(self._slots) <= self._limits.draft_rows:  # the last waiting rollout has begun
+                self._drafts = True
+                self._give_pages()
             done, new = self._decode()
             finished, tokens = finished + len(done), tokens + new
             if on_progress is not None:
@@ -406,8 +409,9 @@ class Schedule:
         return done, sum(grown)
 
     def _launch(self, pages_BM: np.ndarray, enough: np.int32) -> Drawn:
-        # Rows have pages for drafts only if `_drafts`. The batch is larger than planned if a rollout was set aside and now waits.
-        if not self._drafts or len(self._slots) > self._limits.draft_rows:
+        # Batches of a size are always decoded in the same way, so that no further functions are compiled. The batch is larger than planned
+        # if a rollout was set aside and now waits.
+        if len(self._slots) > self._limits.draft_rows:
             self._pool, self._rows, drawn = self._do.launch(self._pool, self._rows, pages_BM, enough)
             return drawn
         history_BS = np.zeros((len(self._slots), self._limits.row_pages * PAGE), np.int32)

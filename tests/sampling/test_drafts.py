@@ -138,6 +138,20 @@ def test_drafts_are_for_small_batches(slots, all_of_them):
     assert (seen[-1].passes + seen[-1].accepted == seen[-1].tokens) == all_of_them
 
 
+def test_a_batch_size_is_launched_either_with_drafts_or_without(monkeypatch):
+    """Few rollouts fit the cache, so when the last one begins, few are live, and the batch is halved at once."""
+    sampler, plain, drafting = sampler_of(Memory(), slots=16, max_prompt_tokens=128, max_new_tokens=128, pages=6, draft_tokens=15), [], []
+
+    def recorded(launch, sizes):
+        return lambda frozen, lora, pool, rows, *rest: sizes.append(len(rows.alive_B)) or launch(frozen, lora, pool, rows, *rest)
+
+    monkeypatch.setattr(sampler, "_launch", recorded(sampler._launch, plain))
+    monkeypatch.setattr(sampler, "_draft_launch", recorded(sampler._draft_launch, drafting))
+    assert len(list(sampler.sample(RARE_STOP, None, prompts_of(1, 128), 16, seed=0, step=0))) == 16
+    assert set(plain) == {16}
+    assert set(drafting) == {8}
+
+
 def test_later_steps_compile_nothing():
     sampler = sampler_of.__wrapped__(draft_tokens=3)  # its own: others may have compiled functions of later steps
     list(sampler.sample(LOGITS, None, prompts_of(5), 7, seed=0, step=0))
