@@ -39,7 +39,7 @@ def why_not(config: Any, sizes: ModelConfig, machine: Machine) -> str:
     if (config.model.dtype, config.model.experts) != MEASURED:
         return "the formulas require config.model.dtype='bfloat16' and config.model.experts='packed'"
     mesh = _mesh(config)
-    return unmeasured(sizes, mesh, kernels=kernels_run(config, sizes, machine.platform, mesh))
+    return unmeasured(sizes, mesh, kernels=machine.platform == "gpu" and kernels_run(config, sizes, machine.platform, mesh))
 
 
 def parts(config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool) -> dict[tuple[str, str], dict[str, int]]:

@@ -123,7 +123,10 @@ def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape)
 
 
 def unmeasured(sizes: ModelConfig, mesh: MeshShape, *, kernels: bool) -> str:
-    """Why the formulas do not apply to this model on this mesh; empty if they do."""
+    """Why the formulas do not apply to this model on this mesh; empty if they do. `kernels`: whether it runs with a GPU's kernels.
+
+    On a TPU, the update of a dense model takes three times what the formula says (28.9 GB for the 1.5B on TPU7x).
+    """
     if sizes.num_experts or (mesh.size == mesh.data and kernels):
         return ""
     return f"of dense models, {'only meshes along `data`' if kernels else 'only GPU kernels'} have been measured"
@@ -144,7 +147,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
     split = mesh.data * mesh.expert
     rows = max(-(-config.train.rows // split), 1) * split
-    if why := unmeasured(sizes, mesh, kernels=kernels):
+    if why := unmeasured(sizes, mesh, kernels=kernels and machine.platform == "gpu"):
         return Prediction(mesh, kernels, rows, obstacle=f"not predicted: {why}")
     abstract: Any = AbstractMesh(mesh, MESH_AXES)  # a layout needs no devices
     model = Model(sizes, lora, config.model.dtype, config.model.experts, abstract, config.model.remat)
