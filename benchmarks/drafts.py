@@ -62,23 +62,25 @@ def read_rollouts(folders: list[Path], tokenizer: Path, count: int) -> list[Pair
 
 
 def sums_of(pairs: list[Pair], longest: int, shortest: int) -> dict[int, np.ndarray]:
-    """For each length of drafts: tokens, passes, passes with a draft, draft tokens, and accepted ones."""
-    size = -(-max(len(prompt) + len(reply) for prompt, reply in pairs) // 256) * 256
-    rows = 64
-    propose = jax.jit(lambda history, lengths: drafts.propose(history, lengths, max(LENGTHS), longest=longest, shortest=shortest))
+    """For each length of drafts: tokens, passes, passes with a draft, draft tokens, and accepted ones. Matches are those of `propose`."""
     sums = {length: np.zeros(5, np.int64) for length in LENGTHS}
     for prompt, reply in pairs:
         tokens, begin, end = np.concatenate([prompt, reply]), len(prompt), len(prompt) + len(reply)
-        history = np.broadcast_to(np.pad(tokens, (0, size - end)), (rows, size))
-        found = [propose(history, np.minimum(first + np.arange(rows), end)) for first in range(begin + 1, end, rows)]
-        drafted, matched = (np.concatenate([np.asarray(part[i]) for part in found]) for i in range(2)) if found else (None, None)
+        ends = np.arange(end)
+        # For each last token: where its longest match ends, or -1. A match that ends at `last` is that of the token before, and one more.
+        matched, found = np.zeros(end, np.int64), np.full(end, -1)
+        for last in range(end):
+            matched = np.where((tokens == tokens[last]) & (ends < last), np.concatenate([[0], matched[:-1]]) + 1, 0)
+            clipped = np.minimum(matched, longest)
+            if (best := int((clipped * end + ends).argmax())) < last and clipped[best] >= shortest:
+                found[last] = best
         for length in LENGTHS:
             at, passes, with_draft, offered, accepted = begin, 0, 0, 0, 0
             while at < end:
                 passes, at = passes + 1, at + 1  # the token that was drawn in the pass before
-                if at == end or drafted is None or matched is None or not matched[at - begin - 1]:
+                if at == end or (match := found[at - 1]) < 0:
                     continue
-                draft = drafted[at - begin - 1, :length][: end - at]
+                draft = tokens[match + 1 + np.arange(min(length, end - at)) % (at - 1 - match)]
                 same = int(np.cumprod(draft == tokens[at : at + len(draft)]).sum())
                 with_draft, offered, accepted, at = with_draft + 1, offered + len(draft), accepted + same, at + same
             sums[length] += (len(reply), passes, with_draft, offered, accepted)
