@@ -1,4 +1,4 @@
-"""Compares the predictions of `discover_jax.costs` with measurements.csv.
+"""Compares the predictions of `discover_jax.costs` with measurements.csv, and prints those for TPUs, which nothing has measured.
 
     python benchmarks/predictions.py    # every measurement, and the memory by tpu_memory.py; docs/scaling.md shows the summary
 
@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from discover_jax import costs
+from discover_jax import costs, meshes
+from discover_jax.config import default_config
 from discover_jax.costs import MeshShape
-from discover_jax.machines import Speeds, speeds_of
+from discover_jax.machines import Speeds, machine_of_slice, speeds_of
+from discover_jax.meshes import Lengths
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
 
@@ -221,7 +223,36 @@ def _interval(errors: list[float]) -> str:
     return " to ".join(f"{error:+.1%}" for error in dict.fromkeys((*errors[:1], *errors[-1:])))
 
 
-TABLES = {"predictions": summary, "tpu_memory": tpu_memory.table}
+TPUS = ("v5p-16", "v6e-16", "v6e-64", "tpu7x-8", "v5p-128")
+"""Slices in docs/scaling.md."""
+RUN3_LENGTHS = Lengths(1_500, 8_000)
+
+
+def tpus() -> str:
+    """The table of docs/scaling.md: run 3 on the recommended mesh of each slice, and the roofline's share of the predicted time."""
+    lines = ["| `--machine` | data x expert | sampling, tokens/s | roofline; limit | update, tokens/s | roofline; limit | a step, s |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in TPUS:
+        one = _run3_on(name)
+        predicted = {"decoding": sum(one.sampling.values()) - one.sampling["prompts"], "update": sum(one.update.values())}
+        limits = {phase: max(least.items(), key=lambda item: item[1]) for phase, least in one.rooflines.items()}
+        shares = [f"{limits[phase][1] / predicted[phase]:.0%}; {limits[phase][0]}" for phase in ("decoding", "update")]
+        speeds = [one.sampled / sum(one.sampling.values()), one.learned / sum(one.update.values())]
+        cells = [f"{float(f'{speed:.3g}'):,.0f} | {share}" for speed, share in zip(speeds, shares, strict=True)]
+        lines.append(f"| `{name}` | {one.mesh.data} x {one.mesh.expert} | {' | '.join(cells)} | {one.seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _run3_on(name: str) -> meshes.Prediction:
+    """The fastest mesh for the report's run 3 with the 120b, by formulas only: no compiler is asked."""
+    config = default_config()
+    config.groups, config.group_size = 16, 8
+    config.sampling.max_new_tokens, config.lora.attention_rank = 26_000, 32
+    config.model.remat = "pairs" if name.startswith("v6e") else "layers"
+    return meshes.recommend(config, GPT_OSS_120B, machine_of_slice(name), RUN3_LENGTHS)[0]
+
+
+TABLES = {"predictions": summary, "predictions_tpu": tpus, "tpu_memory": tpu_memory.table}
 
 
 def main() -> None:

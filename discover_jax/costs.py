@@ -132,7 +132,7 @@ def network(speeds: Speeds, mesh: MeshShape, axis: str) -> tuple[float, float]:
     return min(speeds.link, inside * speeds.network), speeds.network_latency
 
 
-def _collective_seconds(speeds: Speeds, mesh: MeshShape, axis: str, size: float, times: float) -> float:
+def collective_seconds(speeds: Speeds, mesh: MeshShape, axis: str, size: float, times: float) -> float:
     """Seconds of `times` collectives along an axis after which each device has all `size` bytes."""
     parts = getattr(mesh, axis)
     bandwidth, latency = network(speeds, mesh, axis)
@@ -207,15 +207,15 @@ def _expert_axis_seconds(
 ) -> float:
     """Seconds to exchange `sent` bytes of activations along `expert`; if `tensor` > 1, to gather packed experts `gathers` times instead."""
     if mesh.tensor == 1:
-        return _collective_seconds(speeds, mesh, "expert", sent, times * sizes.num_layers)
+        return collective_seconds(speeds, mesh, "expert", sent, times * sizes.num_layers)
     packed = sizes.num_layers * sizes.num_experts / mesh.tensor * expert_bytes(sizes, lora.expert_rank)
-    return _collective_seconds(speeds, mesh, "expert", gathers * packed, gathers * 11 * sizes.num_layers)  # 11 arrays a layer
+    return collective_seconds(speeds, mesh, "expert", gathers * packed, gathers * 11 * sizes.num_layers)  # 11 arrays a layer
 
 
 def _tensor_axis_seconds(sizes: ModelConfig, speeds: Speeds, mesh: MeshShape, tokens: float, passes: float) -> float:
     """Seconds of the sums over `tensor`: one for each expert and one for attention's output, each of float32 [tokens, width]."""
     sums = passes * sizes.num_layers * (sizes.num_experts + 1)
-    return 2 * _collective_seconds(speeds, mesh, "tensor", sums * tokens * 4 * sizes.width, sums / 2)
+    return 2 * collective_seconds(speeds, mesh, "tensor", sums * tokens * 4 * sizes.width, sums / 2)
 
 
 def decode_step(
@@ -248,7 +248,7 @@ def prefill(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, tokens: float,
 # ---------------------------------------------------------------------- the update
 
 
-class _Passes(NamedTuple):
+class Passes(NamedTuple):
     """Counts of the passes over whole sequences: forward only, or with the gradient.
 
     Attributes:
@@ -267,7 +267,7 @@ class _Passes(NamedTuple):
     sums: float
 
 
-_FORWARD, _GRADIENT = _Passes(2, 1, 1, 6, 1), _Passes(6, 4.5, 2, 14, 3)
+FORWARD, GRADIENT = Passes(2, 1, 1, 6, 1), Passes(6, 4.5, 2, 14, 3)
 _SEQUENCE_COLLECTIVES = 6  # per layer
 
 
@@ -297,12 +297,12 @@ def microbatch(
       remat: `config.model.remat`.
       adapter: bytes of the adapter's gradient on a device, which is summed over `data`.
     """
-    passes, layers, weights, t = _GRADIENT if gradient else _FORWARD, sizes.num_layers, expert_weights(sizes), mesh.tensor
+    passes, layers, weights, t = GRADIENT if gradient else FORWARD, sizes.num_layers, expert_weights(sizes), mesh.tensor
     dense = passes.products * (layers * layer_weights(sizes) + sizes.vocab_size * sizes.width) + passes.attention * attention_operations(
         sizes, length
     )
     if not sizes.num_experts:
-        collectives = 2 * _collective_seconds(speeds, mesh, "data", adapter, 1) if gradient else 0.0
+        collectives = 2 * collective_seconds(speeds, mesh, "data", adapter, 1) if gradient else 0.0
         factor = REMAT_FACTORS[remat] if gradient else 1.0
         return {"products": factor * dense * tokens / (UPDATE_PRODUCT_FRACTION * speeds.product), "collectives": collectives}
     device_experts = layers * _experts_per_device(sizes, mesh)
@@ -321,7 +321,7 @@ def microbatch(
     collectives += _tensor_axis_seconds(sizes, speeds, mesh, tokens, passes.sums)
     if gradient:
         products *= REMAT_FACTORS[remat]
-        collectives += 2 * _collective_seconds(speeds, mesh, "data", adapter, 1)
+        collectives += 2 * collective_seconds(speeds, mesh, "data", adapter, 1)
     return {"products": products, "unpacking": unpacking, "collectives": collectives}
 
 

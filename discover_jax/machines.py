@@ -23,6 +23,35 @@ _FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION") 
 
 
 @dataclasses.dataclass(frozen=True)
+class TpuPeaks:
+    """The vendor's figures of one device of a TPU, and what the compiler's schedule says of our kernels. `costs_tpu` uses them.
+
+    Attributes:
+      product: dense bfloat16 FLOP/s.
+      bandwidth: bytes/s of the memory.
+      link: bytes/s of one link to another chip, in one direction.
+      unpack: seconds in which decoding unpacks a byte of MXFP4, see `_UNPACK`.
+      torus: chips along each dimension of the slice; empty if unknown.
+      devices_of_chip: jax devices per chip.
+    """
+
+    product: float
+    bandwidth: float
+    link: float
+    unpack: float
+    torus: tuple[int, ...] = ()
+    devices_of_chip: int = 1
+
+    def links(self, devices: int) -> int:
+        """Links by which a device receives in a group of consecutive devices: one per dimension that the group spans, at least one."""
+        spanned, links = self.devices_of_chip, 0
+        for chips in self.torus:
+            if spanned < devices and chips > 1:
+                spanned, links = spanned * chips, links + 1
+        return max(links, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Speeds:
     """Speeds of a device and its links. `costs` predicts a run's speed from them.
 
@@ -35,6 +64,7 @@ class Speeds:
       latency, network_latency: seconds of a small collective, including its kernel launch, within a node and between nodes.
       node: devices per node; 0 if all links are equal.
       assumed: names of the values above that were not measured in this project.
+      tpu: further figures of a TPU; None for other devices.
     """
 
     platform: str
@@ -46,6 +76,7 @@ class Speeds:
     network_latency: float
     node: int
     assumed: tuple[str, ...]
+    tpu: TpuPeaks | None = None
 
 
 # Achieved fractions of the data sheets' figures. Measured: 790 of 989 TFLOP/s and 4.2 of 4.8 TB/s on an H200, 3.01 of 3.35 TB/s on an H100
@@ -89,7 +120,7 @@ class _Gpu:
     def speeds(self, node: int) -> Speeds:
         reached = {"product": _PRODUCT * self.flops, "copy": _COPY * self.bandwidth, "link": _LINK * self.nvlink}
         reached |= {"network": _LINK * self.network, "latency": _NVLINK_LATENCY, "network_latency": _NETWORK_LATENCY}
-        return Speeds("gpu", **(reached | self.measured), node=node, assumed=tuple(reached.keys() - self.measured.keys()))
+        return Speeds("gpu", **(reached | self.measured), node=node, assumed=tuple(reached.keys() - self.measured.keys()), tpu=None)
 
     def target(self) -> str:
         """XLA's description of the target, in protobuf's text format."""
@@ -133,6 +164,7 @@ class _Tpu:
       bandwidth: bytes/s of the memory.
       link: bytes/s of one link, in one direction.
       kind: jax's name of the device.
+      unpack: see `TpuPeaks`, for one device.
       devices_of_chip: jax devices per chip.
     """
 
@@ -141,26 +173,37 @@ class _Tpu:
     bandwidth: float
     link: float
     kind: str
+    unpack: float
     devices_of_chip: int = 1
 
-    def speeds(self) -> Speeds:
-        # An axis of the mesh may use only one link, so only one link per device counts.
+    def speeds(self, torus: tuple[int, ...] = ()) -> Speeds:
+        # An axis of the mesh may use only one link, so only one link per device counts, except in `costs_tpu`.
         chip = {"product": _PRODUCT * self.flops, "copy": _COPY * self.bandwidth, "link": _LINK * self.link}
         reached = {name: value / self.devices_of_chip for name, value in chip.items()} | {"latency": _ICI_LATENCY}
-        return Speeds("tpu", **reached, network=0.0, network_latency=0.0, node=0, assumed=tuple(reached))
+        each = self.devices_of_chip
+        peaks = TpuPeaks(self.flops / each, self.bandwidth / each, self.link / each, self.unpack, torus, each)
+        return Speeds("tpu", **reached, network=0.0, network_latency=0.0, node=0, assumed=tuple(reached), tpu=peaks)
 
 
+# Seconds of a core per byte of MXFP4, from the bundles that the compiler (libtpu 0.0.42.1) schedules for decoding's kernel of experts with
+# 32 rows, at 1.75 GHz: 2.1 (v5p) and 1.5 times (v6e) as long as reading it at the vendor's bandwidth. The two cores of a v5p chip share the
+# work. Not known for v5e and TPU7x: their cores are taken to need as many seconds as the v5p's and the v6e's.
+_UNPACK_V5P, _UNPACK_V6E = 2 * 2.1 / 2765e9, 1.5 / 1638e9
 # The memory is the limit in libtpu 0.0.52's error for an executable that is too large.
 _TPUS = {
-    "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite"),
-    "v5p": _Tpu(int(95.73 * _GIB), 459e12, 2765e9, 100e9, "TPU v5"),
-    "v6e": _Tpu(int(31.24 * _GIB), 918e12, 1638e9, 100e9, "TPU v6 lite"),
-    "tpu7x": _Tpu(int(94.74 * _GIB), 2307e12, 7370e9, 100e9, "TPU7x", 2),
+    "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite", _UNPACK_V5P),
+    "v5p": _Tpu(int(95.73 * _GIB), 459e12, 2765e9, 100e9, "TPU v5", _UNPACK_V5P / 2),
+    "v6e": _Tpu(int(31.24 * _GIB), 918e12, 1638e9, 100e9, "TPU v6 lite", _UNPACK_V6E),
+    "tpu7x": _Tpu(int(94.74 * _GIB), 2307e12, 7370e9, 100e9, "TPU7x", _UNPACK_V6E, 2),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-# Cloud TPU's names of slices. Those of v5p count cores, and a chip has two cores.
+# Cloud TPU's names of slices. Those of v5p and TPU7x count cores, and a chip has two cores.
 _SLICES = {f"{tpu}-{chips}": f"{tpu}:{shape}" for tpu in ("v5e", "v6e") for chips, shape in _FLAT.items()}
-_SLICES |= {f"v5p-{2 * 4 * n}": f"v5p:{shape}" for n, shape in {1: "2x2x1", 2: "2x2x2", 4: "2x2x4", 8: "2x4x4", 16: "4x4x4"}.items()}
+_SLICES |= {
+    f"{tpu}-{2 * 4 * n}": f"{tpu}:{shape}"
+    for n, shape in {1: "2x2x1", 2: "2x2x2", 4: "2x2x4", 8: "2x4x4", 16: "4x4x4"}.items()
+    for tpu in ("v5p", "tpu7x")
+}
 _SLICE = re.compile(rf"({'|'.join(_TPUS)}):(\d+(?:x\d+){{1,2}})")
 _NODES = re.compile(rf"(?:(\d+)x)?({'|'.join(_GPUS)})x(\d+)")
 NODE = 8
@@ -227,10 +270,18 @@ def find_machine(name: str, devices: int) -> Machine:
         _check_count(name, nodes * each, devices)
         return _gpus(_GPUS[match[2]], nodes, each)
     if match := _SLICE.fullmatch(_SLICES.get(name, name)):
-        tpu, chips = _TPUS[match[1]], math.prod(map(int, match[2].split("x")))
-        _check_count(name, chips * tpu.devices_of_chip, devices)
-        return _tpus(match[0], tpu, chips, devices)
+        tpu, torus = _TPUS[match[1]], tuple(map(int, match[2].split("x")))
+        _check_count(name, math.prod(torus) * tpu.devices_of_chip, devices)
+        return _tpus(match[0], tpu, torus, devices)
     raise ConfigError(f"--machine={name!r} is unknown; allowed: {NAMES}. Omit --machine for this machine.")
+
+
+def machine_of_slice(name: str) -> Machine:
+    """A TPU slice by Cloud TPU's name, such as "v5p-16", for predictions only: its devices are None, and nothing can be compiled for it."""
+    kind, shape = _SLICES[name].split(":")
+    tpu, torus = _TPUS[kind], tuple(map(int, shape.split("x")))
+    devices = [None] * (math.prod(torus) * tpu.devices_of_chip)
+    return Machine(name, devices, tpu.memory, "the compiler's limit", "tpu", exact=False, speeds=tpu.speeds(torus))
 
 
 def speeds_of(name: str, node: int = NODE) -> Speeds | None:
@@ -288,8 +339,8 @@ def _gpus(gpu: _Gpu, nodes: int, each: int) -> Machine:
     return Machine(f"{count} x {gpu.kind}", devices, int(fraction * gpu.memory), note, "gpu", exact, options, gpu.speeds(each))
 
 
-def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
-    count = chips * tpu.devices_of_chip
+def _tpus(name: str, tpu: _Tpu, torus: tuple[int, ...], needed: int) -> Machine:
+    count = math.prod(torus) * tpu.devices_of_chip
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the query would not return without a TPU
     try:
         devices, exact = topologies.get_topology_desc(name, "tpu").devices, True
@@ -298,7 +349,7 @@ def _tpus(name: str, tpu: _Tpu, chips: int, needed: int) -> Machine:
             raise ConfigError(f"--machine={name!r} is not a slice that the TPU compiler supports: {error}. Choose another.") from error
         devices, exact = _cpus(count), False
     note = f"{needed} of {count} devices in use" if count > needed else "the compiler's limit"
-    return Machine(name, devices, tpu.memory, note, "tpu", exact, speeds=tpu.speeds())
+    return Machine(name, devices, tpu.memory, note, "tpu", exact, speeds=tpu.speeds(torus))
 
 
 def _cpus(count: int) -> Sequence[Any]:

@@ -10,13 +10,13 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from discover_jax import costs
+from discover_jax import costs, costs_tpu
 from discover_jax.costs import MeshShape
 from discover_jax.engine import build_optimizer, cache_pages, check_tiles, row_tokens
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.kernels.kernel_set import PLATFORMS
 from discover_jax.learning.train_state import abstract_train_state
-from discover_jax.machines import Machine
+from discover_jax.machines import Machine, Speeds
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import MESH_AXES, local_bytes
@@ -87,6 +87,7 @@ class Prediction:
       sampling, update: seconds of a step, by part.
       sampled: tokens that a step samples.
       learned: tokens that the update reads, including prompts.
+      rooflines: on a TPU, what each phase of a step needs at least at the vendor's peak: seconds of each resource (see `costs_tpu`).
       obstacle: why the mesh cannot be used; empty if it can.
     """
 
@@ -99,6 +100,7 @@ class Prediction:
     update: costs.Cost = dataclasses.field(default_factory=dict)
     sampled: int = 0
     learned: int = 0
+    rooflines: dict[str, costs.Cost] = dataclasses.field(default_factory=dict)
     obstacle: str = ""
 
     @property
@@ -167,25 +169,104 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     if needed > machine.memory:
         return dataclasses.replace(taken, obstacle=f"the update needs about {needed / 1e9:.0f} GB")
 
-    count, options = config.groups * config.group_size, {"mesh": mesh, "kernels": kernels}
-    of_model = sizes, lora, machine.speeds
+    count = config.groups * config.group_size
     # A group shares its prompt's pages on one device, but may be spread over several. On average a live rollout has half of its tokens.
     shared = lengths.prompt / (config.group_size if split == 1 else 1)
     room = math.inf if pages is None else pages * PAGE // (shared + lengths.rollout / 2)
     live = max(1, int(min(config.sampling.slots, count, room)))
-    step = costs.decode_step(*of_model, live, lengths.prompt + lengths.rollout / 2, **options)
-    sampling = {part: count / live * lengths.rollout * seconds for part, seconds in step.items()}
-    sampling["prompts"] = config.groups * costs.prefill(*of_model, lengths.prompt, **options)
-
     learned = count * lengths.both
     microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5)  # the shortest rows have half of the length
     base = config.train.measure_kl or config.train.kl_coefficient > 0
-    options |= {"remat": config.model.remat, "adapter": adapter}
-    passes = [costs.microbatch(*of_model, tokens, lengths.both, gradient=False, **options)] * (base or not learn)
-    passes += [costs.microbatch(*of_model, tokens, lengths.both, gradient=True, **options)] * learn
-    update = {part: microbatches * sum(one[part] for one in passes) for part in passes[0]}
+    step = _Step(
+        (sizes, lora),
+        machine.speeds,
+        mesh,
+        lengths,
+        live=live,
+        tokens=tokens,
+        decodings=count / live * lengths.rollout,
+        prompts=config.groups,
+        microbatches=microbatches,
+        passes=(False,) * (base or not learn) + (True,) * learn,
+        remat=config.model.remat,
+        adapter=adapter,
+    )
+    of_tpu = kernels and machine.speeds.tpu is not None
+    sampling, update, rooflines = _on_tpu(step, learned) if of_tpu else _with_costs(step, kernels=kernels)
     update["optimiser"] = config.train.num_substeps * costs.apply(machine.speeds, adapter)
-    return dataclasses.replace(taken, live=live, sampling=sampling, update=update, sampled=count * lengths.rollout, learned=learned)
+    tokens_of_step = {"sampled": count * lengths.rollout, "learned": learned}
+    return dataclasses.replace(taken, live=live, sampling=sampling, update=update, rooflines=rooflines, **tokens_of_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What a step computes.
+
+    Attributes:
+      model: sizes of the model and of the adapter.
+      speeds, mesh, lengths: see `predict`.
+      live: rollouts decoded at the same time.
+      tokens: of a microbatch on each device.
+      decodings, prompts, microbatches: decoding steps, prompts and microbatches of a step.
+      passes: for each pass over a microbatch, whether it computes the gradient.
+      remat: `config.model.remat`.
+      adapter: its bytes on a device.
+    """
+
+    model: tuple[ModelConfig, LoraConfig]
+    speeds: Speeds
+    mesh: MeshShape
+    lengths: Lengths
+    live: int
+    tokens: int
+    decodings: float
+    prompts: int
+    microbatches: float
+    passes: tuple[bool, ...]
+    remat: str
+    adapter: int
+
+    @property
+    def context(self) -> float:
+        """Mean tokens of a live rollout, with its prompt."""
+        return self.lengths.prompt + self.lengths.rollout / 2
+
+
+def _with_costs(step: _Step, *, kernels: bool) -> tuple[costs.Cost, costs.Cost, dict[str, costs.Cost]]:
+    """Seconds of sampling and of the update by `costs`, which has no roofline."""
+    options: dict[str, Any] = {"mesh": step.mesh, "kernels": kernels}
+    of_model = *step.model, step.speeds
+    one = costs.decode_step(*of_model, step.live, step.context, **options)
+    sampling = {part: step.decodings * seconds for part, seconds in one.items()}
+    sampling["prompts"] = step.prompts * costs.prefill(*of_model, step.lengths.prompt, **options)
+    options |= {"remat": step.remat, "adapter": step.adapter}
+    passes = [costs.microbatch(*of_model, step.tokens, step.lengths.both, gradient=gradient, **options) for gradient in step.passes]
+    return sampling, {part: step.microbatches * sum(one[part] for one in passes) for part in passes[0]}, {}
+
+
+def _on_tpu(step: _Step, learned: int) -> tuple[costs.Cost, costs.Cost, dict[str, costs.Cost]]:
+    """Seconds of sampling and of the update by `costs_tpu`, and the rooflines of their phases. `learned`: tokens of the update."""
+    of_model, prompt, both, mesh = (*step.model, step.speeds), step.lengths.prompt, step.lengths.both, step.mesh
+    decoding = costs_tpu.decode_step(*of_model, step.live, step.context, mesh)
+    sampling = {part: step.decodings * seconds for part, seconds in decoding.items() if seconds}
+    sampling["prompts"] = step.prompts * sum(costs_tpu.prefill(*of_model, prompt, mesh).values())
+    passes = [
+        costs_tpu.microbatch(*of_model, step.tokens, both, mesh, gradient=gradient, remat=step.remat, adapter=step.adapter)
+        for gradient in step.passes
+    ]
+    update = {part: step.microbatches * sum(one[part] for one in passes) for part in passes[0]}
+    # The roofline has no padding: the update reads as many tokens as there are.
+    filled = learned / (step.tokens * mesh.data * mesh.expert)
+    whole = costs_tpu.NOTHING
+    for gradient in step.passes:
+        whole = whole.plus(costs_tpu.microbatch_needs(*step.model, step.tokens, both, mesh, gradient=gradient, remat=step.remat))
+    needs = {
+        "decoding": costs_tpu.decode_needs(*step.model, step.live, step.context, mesh).times(step.decodings),
+        "prompts": costs_tpu.prefill_needs(*step.model, prompt, mesh).times(step.prompts),
+        "update": whole.times(filled),
+    }
+    assert step.speeds.tpu is not None
+    return sampling, update, {phase: of_phase.seconds(step.speeds.tpu, mesh) for phase, of_phase in needs.items()}
 
 
 def activation_bytes(sizes: ModelConfig, mesh: MeshShape, tokens: int, remat: str, *, learn: bool, kernels: str) -> int:
@@ -249,6 +330,7 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
     )
     if usable:
         yield f"Recommended: {_settings(usable[0])}. Time of a step: {_parts(usable[0])}"
+        yield from _roofline_lines(usable[0])
     else:
         least = min(found, key=lambda one: one.bytes or math.inf)
         yield (
@@ -284,6 +366,20 @@ def _parts(one: Prediction) -> str:
     return f"{line('sampling', one.sampling)}, {line('update', one.update)}"
 
 
+def _roofline_lines(one: Prediction) -> Iterator[str]:
+    """A table of the phases: predicted seconds, those of the roofline, and the resource that limits it."""
+    if not one.rooflines:
+        return
+    predicted = {"decoding": sum(one.sampling.values()) - one.sampling["prompts"], "prompts": one.sampling["prompts"]}
+    predicted["update"] = sum(one.update.values())
+    yield "Roofline of its phases: what a device needs at least at the vendor's peak, in seconds. The longest is the limit"
+    yield f"    {'phase':<10}{'bytes':>9}{'operations':>12}{'exchange':>10}{'predicted':>11}{'roofline / predicted':>22}  limit"
+    for phase, least in one.rooflines.items():
+        limit = max(least, key=lambda resource: least[resource])
+        cells = f"{least['bytes']:>9,.1f}{least['operations']:>12,.1f}{least['exchange']:>10,.1f}{predicted[phase]:>11,.1f}"
+        yield f"    {phase:<10}{cells}{least[limit] / predicted[phase]:>22.0%}  {limit}"
+
+
 def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> Iterator[str]:
     """Lines on what the predictions exclude or assume."""
     assert machine.speeds is not None
@@ -305,8 +401,8 @@ def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> I
             f"references: {why} there are no kernels of experts, and every expert computes every row. The efficiency of the references was"
             " measured only on one GPU with few tokens, so these figures are only an order of magnitude."
         )
-    if any(one.kernels for one in shown) and machine.platform == "tpu":
-        yield "The kernels have not run on a TPU. The prediction assumes the efficiency that other kernels reach on an H200."
+    if any(one.rooflines for one in shown):
+        yield from costs_tpu.assumptions(machine.speeds)
     if any(one.kernels for one in shown) and len(machine.devices) > 1 and not dense and machine.platform == "gpu":
         yield (
             "Kernels: their efficiency was measured on one H200. On 2 and 4 H200s of one node, sampling and update were within 10% of the"

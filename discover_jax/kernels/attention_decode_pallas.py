@@ -139,15 +139,17 @@ def groups_of(counts_B: jax.Array, most: int, size: int) -> tuple[jax.Array, jax
       most: groups of the longest row.
       size: keys of a group.
     """
-    needed_B = -(-counts_B // size)
-    ends_B = jnp.cumsum(needed_B)
+    # Comparisons with sums are few operations on a TPU, unlike a cumulative sum and gathers of scalars.
+    needed_B, rows = -(-counts_B // size), jnp.arange(len(counts_B), dtype=jnp.int32)
+    ends_B = jnp.sum(jnp.where(rows[None] <= rows[:, None], needed_B[None], 0), axis=1)
     group_g = jnp.arange(len(counts_B) * most, dtype=jnp.int32)
     row_g = jnp.minimum(jnp.sum(ends_B[None] <= group_g[:, None], axis=1), len(counts_B) - 1)
-    total = ends_B[-1]
+    first_g = jnp.sum(jnp.where(rows[None] == row_g[:, None], (ends_B - needed_B)[None], 0), axis=1)
+    total = jnp.sum(needed_B)
     # A row is on one core: the first core has the rows that end in the first half.
     middle = jnp.max(jnp.where(ends_B <= -(-total // CORES), ends_B, 0))
     bounds = jnp.stack([jnp.zeros_like(middle), middle, total])
-    return bounds.astype(jnp.int32), row_g.astype(jnp.int32), (group_g - (ends_B - needed_B)[row_g]).astype(jnp.int32)
+    return bounds.astype(jnp.int32), row_g.astype(jnp.int32), (group_g - first_g).astype(jnp.int32)
 
 
 def attend(

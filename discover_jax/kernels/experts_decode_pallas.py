@@ -22,8 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
 from discover_jax.kernels.experts import activate
-from discover_jax.kernels.mxfp4_lanes import INPUTS
-from discover_jax.kernels.mxfp4_tiles import BLOCK
+from discover_jax.kernels.mxfp4_lanes import INPUTS, LANES
 
 CORES = 2
 MASK = 0x81C081C0 - (1 << 32)
@@ -58,7 +57,7 @@ def exponents_of(powers: jax.Array) -> jax.Array:
 
 
 def unpack(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """[8, n] words to [64, n] bfloat16. `first`, `second`: int32 [8, n], the `exponents_of` the scales of 32 inputs each."""
+    """[8, n] words to [64, n] bfloat16. `first`, `second`: int32 [8, n] or [1, n], the `exponents_of` the scales of 32 inputs each."""
     pairs = [
         (words << 6) & MASK,
         (words << 2) & MASK,
@@ -69,19 +68,31 @@ def unpack(words: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _scale(pair: jax.Array, factor: jax.Array) -> jax.Array:
-    """[8, n] pairs to [16, n] bfloat16. The code with the lowest magnitude bit alone is zero."""
+    """[8, n] pairs to [16, n] bfloat16. The code with the lowest magnitude bit alone is zero; there is no negative zero."""
     codes, bits = pltpu.bitcast(pair, jnp.int16), pltpu.bitcast(pair + factor, jnp.int16)
-    return pltpu.bitcast(jnp.where((codes & 0x01C0) == 0x0040, jnp.int16(0), bits), jnp.bfloat16)
+    return pltpu.bitcast(jnp.where(codes == 0x0040, jnp.int16(0), bits), jnp.bfloat16)
 
 
-def _multiply(x_iRw: Any, first: Any, words_pKN: Any, powers_psN: Any, factors_s8N: Any, sums_pRN: Any, dtype: Any) -> None:
+def _row(factors_nsl: Any, row: jax.Array, at: slice, interpret: Any) -> jax.Array:
+    """A row of factors in all sublanes, [8, n]. A load with stride 0 costs no vector operation, unlike a broadcast."""
+
+    def tile(number: int) -> jax.Array:
+        if interpret:  # Pallas does not interpret such loads
+            return jnp.broadcast_to(factors_nsl[number, pl.ds(row, 1)], (8, LANES))
+        return factors_nsl[number, pl.ds(row, 8, stride=0)]
+
+    return jnp.concatenate([tile(number) for number in range(at.start // LANES, at.stop // LANES)], axis=1)
+
+
+def _multiply(
+    x_iRw: Any, first: Any, words_pKN: Any, powers_psN: Any, factors_nsl: Any, sums_pRN: Any, dtype: Any, interpret: Any = False
+) -> None:
     """Adds to the sums the product of all rows and one piece of a matrix. `first`: the first of the piece's chunks."""
     parts, height, width = words_pKN.shape
     groups = x_iRw.shape[2] // INPUTS
     for part in range(parts):
-        exponents = exponents_of(powers_psN[part])
-        for row in range(height * 8 // BLOCK):
-            factors_s8N[row] = jnp.broadcast_to(exponents[row : row + 1], factors_s8N.shape[1:])
+        for tile in range(width // LANES):
+            factors_nsl[tile] = exponents_of(powers_psN[part, :, tile * LANES : (tile + 1) * LANES])
 
         def add(i: jax.Array, _: None, part: int = part) -> None:
             x_Rw = x_iRw[first + i].astype(dtype)
@@ -91,7 +102,7 @@ def _multiply(x_iRw: Any, first: Any, words_pKN: Any, powers_psN: Any, factors_s
                 for group in range(groups):
                     g = i * groups + group
                     words = words_pKN[part, pl.ds(pl.multiple_of(8 * g, 8), 8), at]
-                    tiles.append(unpack(words, factors_s8N[2 * g, :, at], factors_s8N[2 * g + 1, :, at]))
+                    tiles.append(unpack(words, *(_row(factors_nsl, 2 * g + n, at, interpret) for n in range(2))))
                 sums_pRN[part, :, at] += dot(x_Rw, jnp.concatenate(tiles, axis=0).astype(dtype))
 
         lax.fori_loop(0, height // (8 * groups), add, None)
@@ -105,17 +116,20 @@ def _adapt(x_iRw: Any, a_irw: Any, b_prN: Any, sums_pRN: Any, scale: float, dtyp
 
 
 def _kernel(
-    expert_S, first_S, rows_S, tokens_R, weights_R, stack_S, x_iTw, gate_up, gate_up_powers, gate_up_bias, down, down_powers, down_bias,
-    *rest, pieces: tuple[int, int], settings: Settings, dtype: Any,
+    expert_S, first_S, rows_S, tokens_R, weights_R, stack_S, x_TD, gate_up, gate_up_powers, gate_up_bias, down, down_powers, down_bias,
+    *rest, pieces: tuple[int, int], settings: Settings,
 ) -> None:  # fmt: skip
     del expert_S, stack_S  # only for the index maps
-    *adapters, out_TM, x_iRw, y_iRw, h_pRN, sum_pRM, factors_s8N, factors_s8M = rest
+    *adapters, out_TM, x_iTw, x_iRw, y_iRw, h_pRN, sum_pRM, factors_nsl, factors_msl = rest
+    dtype = x_TD.dtype
     step, j, (ups, downs) = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(2), pieces
     first, rows = first_S[step], rows_S[step]
 
     @pl.when((pl.program_id(1) == 0) & (j == 0))
     def _() -> None:
         out_TM[...] = jnp.zeros_like(out_TM)
+        for i in range(x_iTw.shape[0]):  # XLA would need several passes over the tokens
+            x_iTw[i] = x_TD[:, i * x_iTw.shape[2] : (i + 1) * x_iTw.shape[2]].astype(jnp.float32)
 
     @pl.when((rows > 0) & (j == 0))
     def _() -> None:
@@ -130,7 +144,7 @@ def _kernel(
 
     @pl.when((rows > 0) & (j < ups))
     def _() -> None:
-        _multiply(x_iRw, j * (x_iRw.shape[0] // ups), gate_up, gate_up_powers, factors_s8N, h_pRN, dtype)
+        _multiply(x_iRw, j * (x_iRw.shape[0] // ups), gate_up, gate_up_powers, factors_nsl, h_pRN, dtype, settings.interpret)
 
     @pl.when((rows > 0) & (j == ups - 1))
     def _() -> None:
@@ -143,7 +157,7 @@ def _kernel(
 
     @pl.when((rows > 0) & (j >= ups))
     def _() -> None:
-        _multiply(y_iRw, (j - ups) * (y_iRw.shape[0] // downs), down, down_powers, factors_s8M, sum_pRM, dtype)
+        _multiply(y_iRw, (j - ups) * (y_iRw.shape[0] // downs), down, down_powers, factors_msl, sum_pRM, dtype, settings.interpret)
 
     @pl.when((rows > 0) & (j == ups + downs - 1))
     def _() -> None:
@@ -177,45 +191,44 @@ def _matrix_spec(shape: tuple[int, ...], begin: int) -> pl.BlockSpec:
 
 
 def _expert_spec(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """An expert's slice of a small array [E, ...]."""
+    """An expert's slice of a stack of small arrays [stack, ...]."""
     return pl.BlockSpec(
-        (None, *shape[1:]), lambda core, s, j, expert_S, *_: (expert_S[core * pl.num_programs(1) + s],) + (0,) * (len(shape) - 1)
+        (None, *shape[1:]), lambda core, s, j, *scalars: (scalars[-1][core * pl.num_programs(1) + s],) + (0,) * (len(shape) - 1)
     )
 
 
 def multiply(
     steps: tuple[jax.Array, ...],
-    x_iTw: jax.Array,
+    x_TD: jax.Array,
     gate_up: tuple[jax.Array, ...],
     down: tuple[jax.Array, ...],
-    chunk: int,
+    chunks: tuple[int, int],
     settings: Settings,
-    dtype: Any,
 ) -> jax.Array:
     """The sum over routed rows of weight * down(act(gate_up(x))): float32 [CORES, T, M], to be summed over the first axis.
 
     Args:
       steps: of each block in the order of the grid, int32 [S]: expert, first row, number of rows. Then of each sorted row: token,
         int32 [R], and weight, float32 [R]. Then the index of each block's expert in the stacks, int32 [S]. S is a multiple of CORES.
-      x_iTw: float32, chunks of the tokens' inputs.
-      gate_up, down: words and scales (see mxfp4_lanes) of a stack of experts; bias float32 [E, 2, N], [E, 1, M]; with adapters also
-        A [E, i, r, w] and B [E, parts, r, N or M].
-      chunk: inputs of a chunk of `down`.
+      x_TD: the tokens' inputs, bfloat16 or float32, which is also the type of the products' inputs.
+      gate_up, down: of a stack of experts: words and scales (see mxfp4_lanes); bias float32 [stack, 2, N], [stack, 1, M]; with adapters
+        also A [stack, i, r, w] and B [stack, parts, r, N or M].
+      chunks: inputs of a chunk of `gate_up` and of `down`.
       settings: constants.
-      dtype: of the products, bfloat16 or float32.
     """
-    (count, tokens, width), lanes, out = x_iTw.shape, gate_up[0].shape[-1], down[0].shape[-1]
+    (tokens, width), lanes, out = x_TD.shape, gate_up[0].shape[-1], down[0].shape[-1]
+    count, wide = width // chunks[0], chunks[0]
     ups, downs, inputs = gate_up[0].shape[2], down[0].shape[2], down[0].shape[2] * down[0].shape[3] * 8
     rows = settings.rows
     of = {"gate_up": gate_up, "down": down}
-    specs = [pl.BlockSpec((count, tokens, width), lambda *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))]
+    specs = [pl.BlockSpec((tokens, width), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))]
     for matrix, begin in ((of["gate_up"], 0), (of["down"], ups)):
         specs += [_matrix_spec(matrix[0].shape, begin), _matrix_spec(matrix[1].shape, begin), _expert_spec(matrix[2].shape)]
     adapters = [*gate_up[3:], *down[3:]]
-    scratch = [(count, rows, width), (inputs // chunk, rows, chunk), (2, rows, lanes), (1, rows, out)]
-    factors = [pltpu.VMEM((matrix[1].shape[3], 8, matrix[1].shape[4]), jnp.int32) for matrix in (gate_up, down)]
+    scratch = [(count, tokens, wide), (count, rows, wide), (inputs // chunks[1], rows, chunks[1]), (2, rows, lanes), (1, rows, out)]
+    factors = [pltpu.VMEM((matrix[1].shape[4] // LANES, matrix[1].shape[3], LANES), jnp.int32) for matrix in (gate_up, down)]
     return pl.pallas_call(
-        functools.partial(_kernel, pieces=(ups, downs), settings=settings, dtype=dtype),
+        functools.partial(_kernel, pieces=(ups, downs), settings=settings),
         out_shape=jax.ShapeDtypeStruct((CORES, tokens, out), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(steps),
@@ -227,4 +240,4 @@ def multiply(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=settings.memory),
         interpret=settings.interpret,
         name="experts_decode",
-    )(*steps, x_iTw, *gate_up[:3], *down[:3], *adapters)
+    )(*steps, x_TD, *gate_up[:3], *down[:3], *adapters)

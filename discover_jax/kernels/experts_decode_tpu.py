@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from discover_jax.kernels import experts_decode_pallas
-from discover_jax.kernels.expert_rows import sort_rows
+from discover_jax.kernels.expert_rows import most_blocks, sort_rows
 from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_decode_pallas import CORES, Settings
 from discover_jax.kernels.fallback import warn_reference
@@ -21,6 +21,9 @@ MOST_GROUPS = 5
 """Limit on the groups of 64 inputs that are unpacked together."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Rows of a block. A block's rows are unpacked for together, so a block should hold all rows of most experts."""
+
+MOST_COMPARED = 2048
+"""Choices up to which all pairs are compared to sort them."""
 
 
 def choose_rows(routed: int, experts: int) -> int:
@@ -36,21 +39,47 @@ def chunk_inputs(lanes: jax.Array) -> int:
     return INPUTS * next(n for n in range(MOST_GROUPS, 0, -1) if groups % n == 0)
 
 
+def _sorted(index_R: jax.Array, weights_R: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The place of each sorted row among the choices, and its weight; as `expert_rows.sort_rows`."""
+    rows = index_R.shape[0]
+    if rows > MOST_COMPARED:
+        slots_R = sort_rows(index_R, experts, 1).slots
+        return slots_R, weights_R[slots_R]
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    keys_R = index_R * rows + numbers
+    place_R = jnp.sum(keys_R[:, None] > keys_R[None], axis=1)
+    # Sums of one term each. On a TPU, scatters and gathers of scalars are many small operations.
+    here = place_R[None] == numbers[:, None]
+    return jnp.sum(jnp.where(here, numbers[None], 0), axis=1), jnp.sum(jnp.where(here, weights_R[None], 0), axis=1)
+
+
 def steps_of(index_TX: jax.Array, weights_TX: jax.Array, experts: int, rows: int, layer: jax.Array | int) -> tuple[jax.Array, ...]:
-    """What the kernel needs to know of each step and row, see `experts_decode_pallas.multiply`. Half of the blocks are for each core."""
-    (_, share), slots_R = index_TX.shape, (sorted_rows := sort_rows(index_TX, experts, rows)).slots
-    expert_b, first_b, rows_b = sorted_rows.blocks
-    used = jnp.sum(rows_b > 0)
-    half = -(-used // CORES)
-    steps = -(-rows_b.shape[0] // CORES)
-    block = jnp.arange(CORES)[:, None] * half + jnp.arange(steps)
-    last = jnp.minimum((jnp.arange(CORES)[:, None] + 1) * half, used)
-    empty = (block >= last).reshape(-1)
-    block = jnp.clip(jnp.minimum(block, last - 1), 0, rows_b.shape[0] - 1).reshape(-1)
-    expert_S = expert_b[block]
-    per_step = expert_S, first_b[block], jnp.where(empty, 0, rows_b[block])
-    stack_S = expert_S + experts * jnp.asarray(layer, jnp.int32)
-    return *per_step, slots_R // share, weights_TX.reshape(-1)[slots_R].astype(jnp.float32), stack_S
+    """What the kernel needs to know of each step and row, see `experts_decode_pallas.multiply`. Half of the blocks are for each core.
+
+    Blocks are those of `expert_rows.cut_blocks`. In each layer, XLA runs this in few operations: comparisons with sums, no gathers.
+    """
+    (_, share), index_R = index_TX.shape, index_TX.reshape(-1).astype(jnp.int32)
+    slots_R, weights_R = _sorted(index_R, weights_TX.reshape(-1).astype(jnp.float32), experts)
+    numbers = jnp.arange(experts, dtype=jnp.int32)
+    first_E = jnp.sum(index_R[None] < numbers[:, None], axis=1)
+    count_E = jnp.sum(index_R[None] == numbers[:, None], axis=1)
+    needed_E = -(-count_E // rows)
+    end_E = jnp.sum(jnp.where(numbers[None] <= numbers[:, None], needed_E[None], 0), axis=1)
+    used = jnp.sum(needed_E)
+    half, steps = -(-used // CORES), -(-most_blocks(index_R.shape[0], experts, rows) // CORES)
+    core_S, step_S = jnp.repeat(jnp.arange(CORES), steps), jnp.tile(jnp.arange(steps), CORES)
+    block_S, last_S = core_S * half + step_S, jnp.minimum((core_S + 1) * half, used)
+    empty_S = block_S >= last_S
+    block_S = jnp.maximum(jnp.minimum(block_S, last_S - 1), 0)
+    expert_S = jnp.minimum(jnp.sum(end_E[None] <= block_S[:, None], axis=1), experts - 1).astype(jnp.int32)
+
+    def of_expert(x_E: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(expert_S[:, None] == numbers[None], x_E[None], 0), axis=1)
+
+    before_S = (block_S - of_expert(end_E - needed_E)) * rows
+    rows_S = jnp.where(empty_S, 0, jnp.clip(of_expert(count_E) - before_S, 0, rows))
+    per_step = (x_S.astype(jnp.int32) for x_S in (expert_S, of_expert(first_E) + before_S, rows_S))
+    return *per_step, slots_R // share, weights_R, expert_S + experts * jnp.asarray(layer, jnp.int32)
 
 
 def _by_parts(x_Eo: jax.Array, parts: int, width: int) -> jax.Array:
@@ -59,22 +88,54 @@ def _by_parts(x_Eo: jax.Array, parts: int, width: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
-def _prepare(arrays: dict[str, jax.Array], layer: jax.Array | None, chunk: int) -> tuple[jax.Array, ...]:
-    """A matrix for the kernel. Its words and scales stay in the stack; the layer's small arrays are copied into their layouts."""
-    lanes, powers = arrays["lanes"], arrays["powers"]
-    small = {name: array for name, array in arrays.items() if name not in ("lanes", "powers")}
-    if layer is None:
-        lanes, powers = lanes[None], powers[None]
-    else:
-        small = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), small)
-    parts, width = lanes.shape[2], lanes.shape[-1]
-    prepared = [stack.reshape(-1, *stack.shape[2:]) for stack in (lanes, powers)]
-    prepared.append(_by_parts(small["bias"].astype(jnp.float32), parts, width))
-    if "lora_a" in small:
-        experts, rank, _ = small["lora_a"].shape
-        prepared.append(small["lora_a"].reshape(experts, rank, -1, chunk).swapaxes(1, 2))
-        prepared.append(_by_parts(small["lora_b"].swapaxes(1, 2), parts, width).swapaxes(1, 2))
-    return tuple(prepared)
+def lay_out_small(small: dict[str, jax.Array], lanes: jax.Array) -> dict[str, jax.Array]:
+    """`bias`, `lora_a` and `lora_b` of a matrix, or of a stack of them, in the layouts that the kernel reads.
+
+    Args:
+      small: any of these arrays, [E, ...] or [L, E, ...].
+      lanes: the matrix's words, [E, ...] or [L, E, ...].
+
+    Returns:
+      `bias` float32 [..., E, parts, N], `lora_a` [..., E, i, r, w] and `lora_b` [..., E, parts, r, N], see `multiply`.
+    """
+    parts, width, chunk = lanes.shape[-4], lanes.shape[-1], chunk_inputs(lanes)
+    found = {}
+    for name, array in small.items():
+        if name == "bias":
+            found[name] = _by_parts(array.astype(jnp.float32), parts, width)
+        elif name == "lora_a":
+            found[name] = array.reshape(*array.shape[:-1], -1, chunk).swapaxes(-3, -2)
+        elif name == "lora_b":
+            found[name] = _by_parts(array.swapaxes(-1, -2), parts, width).swapaxes(-2, -3)
+    return found
+
+
+Tree = dict[str, Any]
+
+
+def lay_out_trees(frozen: Tree, lora: Tree) -> tuple[Tree, Tree]:
+    """Two trees of parameters with `lay_out_small` of each matrix that has `lanes`. `lora` may lack nodes."""
+    if "lanes" in frozen:
+        return frozen | lay_out_small({"bias": frozen["bias"]}, frozen["lanes"]), lay_out_small(lora, frozen["lanes"])
+    frozen, lora = dict(frozen), dict(lora)
+    for name, node in frozen.items():
+        if isinstance(node, dict):
+            frozen[name], laid_out = lay_out_trees(node, lora.get(name, {}))
+            if name in lora:
+                lora[name] = laid_out
+    return frozen, lora
+
+
+def _prepare(arrays: dict[str, jax.Array], layer: jax.Array | None) -> tuple[jax.Array, ...]:
+    """A matrix for the kernel, which selects a layer's experts itself: words, scales, bias and adapter of all layers, [stack, ...].
+
+    The small arrays are laid out here unless `lay_out_trees` has done so.
+    """
+    lanes, small = arrays["lanes"], {name: arrays[name] for name in ("bias", "lora_a", "lora_b") if name in arrays}
+    if small["bias"].ndim == lanes.ndim - 3:
+        small = lay_out_small(small, lanes)
+    stacks = [lanes, arrays["powers"], *small.values()]
+    return tuple(stacks if layer is None else [stack.reshape(-1, *stack.shape[2:]) for stack in stacks])
 
 
 def moe_lanes(
@@ -99,7 +160,7 @@ def moe_lanes(
       x_TD: activations, bfloat16 or float32.
       index_TX, weights_TX, experts, limit, alpha, layer, elsewhere: see `MixtureOfExperts`.
       gate_up, down: `lanes` and `powers` (see mxfp4_lanes), `bias`, and with adapters `lora_a` and `lora_b`: [E, ...], or stacks
-        [L, E, ...].
+        [L, E, ...]. The last three as they are declared, or by `lay_out_trees`.
       scales: alpha / rank of both adapters.
       rows: rows of a block instead of `choose_rows`'s; a multiple of 16.
       interpret: as for `pallas_call`.
@@ -122,12 +183,11 @@ def moe_lanes(
         return of_part.reshape(parts * size, -1)[:tokens]
     chosen = rows or choose_rows(tokens * index_TX.shape[1] * experts // (experts + elsewhere), experts)
     chunks = chunk_inputs(gate_up["lanes"]), chunk_inputs(down["lanes"])
-    up, low = (_prepare(arrays, layer, chunk) for arrays, chunk in zip((gate_up, down), chunks, strict=True))
+    up, low = _prepare(gate_up, layer), _prepare(down, layer)
     settings = Settings(chosen, limit, alpha, scales if "lora_a" in gate_up else None, interpret=interpret)
-    x_iTw = jnp.pad(x_TD.astype(jnp.float32), [(0, -tokens % 8), (0, 0)]).reshape(-1, width // chunks[0], chunks[0]).swapaxes(0, 1)
     steps = steps_of(index_TX, weights_TX, experts, chosen, 0 if layer is None else layer)
-    out = experts_decode_pallas.multiply(steps, x_iTw, up, low, chunks[1], settings, x_TD.dtype)
-    return out.sum(axis=0)[:tokens, :width]
+    out = experts_decode_pallas.multiply(steps, x_TD, up, low, chunks, settings)
+    return out.sum(axis=0)[:, :width]
 
 
 def moe_decode(

@@ -5,9 +5,10 @@ A word holds eight inputs of one output. Eight rows of words are 64 inputs: half
 those of pairs 2 and 3 the next. `mxfp4_tiles.BITS` gives the bits of each pair, and that module's docstring the operations that move them
 to bits 15 (sign), 8, 7 and 6 of each half.
 
-A code is a nibble of the checkpoint, except that the codes of 0 and 0.5 are exchanged. Then adding (scale - 1) << 7 to the four bits gives
-the bfloat16 of the weight exactly, for all codes but that of 0, which the kernel replaces. Without the exchange, 0.5 would need a
-subnormal number, and TPUs flush those to zero.
+A code is a nibble of the checkpoint, except that the codes of 0 and 0.5 are exchanged, and -0 has the code of 0. Then adding
+(scale - 1) << 7 to the four bits gives the bfloat16 of the weight exactly, for all codes but that of 0, which the kernel replaces. Without
+the exchange, 0.5 would need a subnormal number, and TPUs flush those to zero. With a code for -0, finding zeros would take one more vector
+operation for each pair.
 """
 
 import functools
@@ -26,6 +27,7 @@ MOST_PIECES = 3
 """Limit on the pieces of the inputs that a kernel reads one after another."""
 LOWEST, HIGHEST = 2, 252
 """Scales for which every weight is a normal bfloat16: they represent weights between 2^-126 and 2^127."""
+_NEGATIVE_ZERO = 8
 PARTS = {"gate_up": 2, "down": 1}
 """Matrices whose rows alternate in one matrix of the checkpoint: gates and ups."""
 
@@ -100,6 +102,7 @@ def lay_out_blocks(blocks: jax.Array, parts: int) -> jax.Array:
     def one(packed: jax.Array) -> jax.Array:
         out, groups, _ = packed.shape
         nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(out, groups * BLOCK)
+        nibbles = jnp.where(nibbles == _NEGATIVE_ZERO, jnp.zeros_like(nibbles), nibbles)
         codes = _by_outputs(_exchange(nibbles).astype(jnp.uint32), parts, _pieces(groups * BLOCK))
         codes = codes.reshape(*codes.shape[:2], -1, 4, 8, 2, codes.shape[-1])  # part, piece, 64 inputs, pair, row, half, output
         words = jnp.zeros((*codes.shape[:3], 8, codes.shape[-1]), jnp.uint32)
@@ -126,7 +129,7 @@ def lay_out_scales(scales: jax.Array, parts: int) -> jax.Array:
 
 
 def restore(lanes: jax.Array, powers: jax.Array, out: int) -> tuple[jax.Array, jax.Array]:
-    """The exact inverse of both: `blocks` and `scales` of [E, out, in]. May be called inside jit, also on one expert's slice."""
+    """The inverse of both: `blocks` and `scales` of [E, out, in], with 0 for -0. May be called inside jit, also on one expert's slice."""
     experts, parts, pieces, rows, _ = lanes.shape
     words = jax.lax.bitcast_convert_type(lanes, jnp.uint32)[..., : out // parts]
     words = words.reshape(experts, parts, pieces, rows // 8, 8, -1)

@@ -224,7 +224,7 @@ def decode_launch(
       Pool, rows, and `Drawn` with arrays [B, launch_steps, ...]. A row's new tokens come first; their number is the increase of
       `counts_B`.
     """
-    lora = model.cast(lora)  # cast once instead of in each layer for each token
+    frozen, lora = model.lay_out(frozen, model.cast(lora))  # once instead of in each layer for each token
     keys_B = rollout_keys(seed, step, rows.groups_B, rows.indices_B)
     drawn_TB = empty_drawn(model, (launch_steps, len(rows.alive_B)), record_routes=record_routes)
     layers, chosen = drawn_TB[3].shape[2:]

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import experts_decode_tpu
+from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import moe_reference, route_top
 from discover_jax.kernels.experts_decode_tpu import choose_rows, moe_lanes, steps_of
 from discover_jax.kernels.fallback import warn_reference
@@ -161,6 +162,43 @@ def test_each_routed_row_is_in_one_step_and_steps_without_rows_read_nothing_new(
         assert half[:used].all()
         own = expert.reshape(2, -1)[number]
         assert (own[used:] == own[max(used - 1, 0)]).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_small_arrays_that_are_laid_out_before_give_the_same_operands(layers):
+    """`lay_out_trees` runs once in a launch; without it, the kernel's wrapper lays them out in each layer."""
+    *_, gate_up, down = _problem(3, layers=layers)
+    declared = {"gate_up": gate_up.held, "down": down.held}
+    frozen = {"norm": jnp.ones(2), "experts": {name: {k: v for k, v in held.items() if "lora" not in k} for name, held in declared.items()}}
+    lora = {
+        "experts": {name: {k: v for k, v in held.items() if "lora" in k} for name, held in declared.items()},
+        "head": {"lora_a": jnp.ones(3)},
+    }
+    laid_out, adapter = experts_decode_tpu.lay_out_trees(frozen, lora)
+    assert laid_out["norm"] is frozen["norm"]
+    assert adapter["head"] is lora["head"]
+    for name, held in declared.items():
+        arrays = laid_out["experts"][name] | adapter["experts"][name]
+        assert arrays["bias"].ndim == held["bias"].ndim + 1
+        for found, expected in zip(*(experts_decode_tpu._prepare(one, jnp.int32(0)) for one in (arrays, held)), strict=True):
+            assert found.shape[0] == layers * 4
+            np.testing.assert_array_equal(found, expected)
+    assert set(experts_decode_tpu.lay_out_trees(frozen, {})[1]) == set()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "held", "share", "rows"), [(1, 4, 2, 2, 16), (37, 8, 8, 3, 16), (128, 128, 16, 4, 32)])
+def test_steps_are_those_of_sorted_blocks(tokens, experts, held, share, rows):
+    """Comparisons with sums, against `expert_rows.sort_rows`. The number `held` stands for experts elsewhere."""
+    rng = np.random.default_rng(tokens)
+    index, weights = route_top(jnp.asarray(rng.normal(size=(tokens, experts)), jnp.float32), share)
+    index = jnp.minimum(index, held)
+    expert, first, count, token, weight, stack = steps_of(index, weights, held, rows, 3)
+    slots, blocks = sort_rows(index, held, rows)
+    np.testing.assert_array_equal(token, slots // share)
+    np.testing.assert_array_equal(weight, weights.reshape(-1)[slots])
+    used = count > 0
+    np.testing.assert_array_equal(jnp.stack([expert, first, count])[:, used], blocks[:, blocks[2] > 0])
+    np.testing.assert_array_equal(stack, expert + 3 * held)
 
 
 def test_a_block_holds_the_rows_of_most_experts():

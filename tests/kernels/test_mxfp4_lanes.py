@@ -23,12 +23,15 @@ def _packed(out, into):
 
 
 @pytest.mark.parametrize(("out", "into", "parts"), CASES)
-def test_restoring_returns_the_same_bytes(out, into, parts):
+def test_restoring_returns_the_same_bytes_but_for_negative_zeros(out, into, parts):
     blocks, scales = _packed(out, into)
     lanes, powers = lay_out_blocks(blocks, parts), lay_out_scales(scales, parts)
     assert lanes.shape[1:] == words_shape(out, into, parts)
     assert powers.shape[1:] == powers_shape(out, into, parts)
-    for found, given in zip(jax.jit(restore, static_argnums=2)(lanes, powers, out), (blocks, scales), strict=True):
+    nibbles = [np.asarray(blocks) & 15, np.asarray(blocks) >> 4]
+    assert all((nibble == 8).any() for nibble in nibbles)
+    low, high = (np.where(nibble == 8, 0, nibble) for nibble in nibbles)
+    for found, given in zip(jax.jit(restore, static_argnums=2)(lanes, powers, out), (low | high << 4, scales), strict=True):
         np.testing.assert_array_equal(found, given)
 
 

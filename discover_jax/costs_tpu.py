@@ -1,0 +1,275 @@
+"""Predicted seconds of sampling and of the update on TPUs, and the roofline to compare them with.
+
+No TPU has run this package. Bytes, operations and exchanges are those of the kernels and of compiled programs; how fast a chip does them is
+assumed. Each constant says where it comes from. Nothing is compiled here. These formulas are for meshes with `tensor` = 1, since only they
+have kernels.
+
+The *roofline* of a phase is what a device needs at least, at the vendor's peak: the longest of bytes (each weight that is used, and each
+key and value, read once), operations (those of the update with rematerialisation) and exchange (activations gathered in bfloat16, and sums
+returned in float32, once). The prediction adds up its parts as if none overlapped.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from discover_jax.costs import (
+    DECODE_BANDWIDTH_FRACTION,
+    FORWARD,
+    GRADIENT,
+    ONE,
+    REMAT_FACTORS,
+    UPDATE_PRODUCT_FRACTION,
+    UPDATE_UNPACK_FRACTION,
+    Cost,
+    MeshShape,
+    attention_operations,
+    cached_bytes,
+    expert_bytes,
+    expert_weights,
+    layer_weights,
+    other_bytes,
+)
+from discover_jax.kernels.experts_update_tpu import TOKENS_AT_ONCE, choose_tiles
+from discover_jax.machines import Speeds, TpuPeaks
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.sampling.sampler import PROMPT_CHUNK
+
+EXPERT_BYTES_FACTOR, CACHE_BYTES_FACTOR = 1.08, 1.06
+"""Bytes that the kernels of decoding move over the least: experts of the 120b on 8 devices; keys and values of 128 rows with 8k tokens
+(docs/performance.md, Kernels for TPUs)."""
+PRODUCT_FRACTION = 0.45
+"""Fraction of the vendor's bandwidth at which XLA's products read weights in decoding. XLA itself estimates 0.45 for the projections of
+attention and 0.61 for the head (cycles in the compiled program: v5p, 16 rows of the 120b, libtpu 0.0.42.1)."""
+LAYER_SECONDS, DENSE_LAYER_SECONDS, STEP_SECONDS = 97e-6, 80e-6, 480e-6
+"""Seconds of a decoding layer, of one of a dense model, and of a step, in operations that are neither kernels nor products of weights nor
+exchanges. By XLA's estimates of the same program at 1.75 GHz: most of it are small operations, each of which XLA takes to need 1.2 us. Of a
+step's, 0.34 ms are copies of the embedding and of projections into other layouts, once in a launch of 32 steps."""
+LAYER_COLLECTIVES, STEP_COLLECTIVES = 4, 4
+"""Collectives of a layer and of a step of decoding: a layer gathers activations, experts and their weights, and adds the sums."""
+SUMS_FACTOR = 2
+"""Bytes of decoding's sums over the least: XLA compiles their scattered sum as an all-reduce."""
+UPDATE_KERNEL_FACTOR, UPDATE_PADDING = 0.94, 0.8
+"""Operations of the update's kernels over those needed: the first for blocks without padding, since the backward pass does not repeat the
+last product; plus the second times a block over the rows of an expert in a chunk. From the counts in docs/performance.md."""
+SENT_FORWARD, SENT_GRADIENT = 6, 12
+"""Bytes along `expert` per value of a token. Forward: 2 of inputs (bfloat16) and 4 of sums. Backward, in bfloat16: the inputs again, the
+gradients of sums, and those of inputs."""
+
+
+class Needs(NamedTuple):
+    """What one device needs at least: bytes of its memory, floating point operations, bytes from other devices."""
+
+    bytes: float
+    operations: float
+    sent: float
+
+    def times(self, count: float) -> "Needs":
+        return Needs(*(count * value for value in self))
+
+    def plus(self, other: "Needs") -> "Needs":
+        return Needs(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    def seconds(self, peaks: TpuPeaks, mesh: MeshShape) -> Cost:
+        """Seconds of each resource at the vendor's peak. The largest is the roofline."""
+        return {
+            "bytes": self.bytes / peaks.bandwidth,
+            "operations": self.operations / peaks.product,
+            "exchange": self.sent / (peaks.link * peaks.links(mesh.expert)),
+        }
+
+
+NOTHING = Needs(0.0, 0.0, 0.0)
+
+
+def _peaks(speeds: Speeds) -> TpuPeaks:
+    assert speeds.tpu is not None, "the speeds are a TPU's"
+    return speeds.tpu
+
+
+def _received(mesh: MeshShape, size: float) -> float:
+    """Bytes that a device receives along `expert` in a collective after which it has `size` bytes."""
+    return (mesh.expert - 1) / mesh.expert * size
+
+
+def _exchange_seconds(speeds: Speeds, mesh: MeshShape, size: float, times: float) -> float:
+    link = speeds.link * _peaks(speeds).links(mesh.expert)
+    return 0.0 if mesh.expert == 1 else _received(mesh, size) / link + times * speeds.latency
+
+
+class _Shares(NamedTuple):
+    """Rows or tokens of a device (own), those that its experts see, and the fraction of its experts that some of them choose."""
+
+    own: float
+    seen: float
+    hit: float
+
+
+def _shares(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> _Shares:
+    seen = tokens / mesh.data
+    share = sizes.experts_per_token / sizes.num_experts if sizes.num_experts else 0.0
+    return _Shares(tokens / (mesh.data * mesh.expert), seen, 1 - (1 - share) ** seen)
+
+
+def _packed_bytes(sizes: ModelConfig, lora: LoraConfig, mesh: MeshShape, hit: float) -> float:
+    """Bytes of the experts that a device reads in all layers."""
+    return hit * sizes.num_layers * sizes.num_experts / mesh.expert * expert_bytes(sizes, lora.expert_rank) if sizes.num_experts else 0.0
+
+
+def _token_operations(sizes: ModelConfig) -> float:
+    """Weights that one token uses."""
+    experts = sizes.experts_per_token * expert_weights(sizes) if sizes.num_experts else 0
+    return sizes.num_layers * (layer_weights(sizes) + experts) + sizes.vocab_size * sizes.width
+
+
+# ---------------------------------------------------------------------- sampling
+
+
+def _pass_needs(sizes: ModelConfig, lora: LoraConfig, mesh: MeshShape, tokens: float, cached: float, scores: float) -> Needs:
+    """What one pass over `tokens` needs. A device reads `cached` bytes of keys and values, and attention takes `scores` operations."""
+    own, seen, hit = _shares(sizes, mesh, tokens)
+    read = _packed_bytes(sizes, lora, mesh, hit) + other_bytes(sizes, lora) + cached
+    sent = sizes.num_layers * seen * 6 * sizes.width if sizes.num_experts else 0.0
+    return Needs(read, own * 2 * _token_operations(sizes) + scores, _received(mesh, sent))
+
+
+def decode_needs(sizes: ModelConfig, lora: LoraConfig, rows: float, context: float, mesh: MeshShape = ONE) -> Needs:
+    """What one token for each of `rows` rows needs; arguments as for `costs.decode_step`."""
+    own = rows / (mesh.data * mesh.expert)
+    position = 2 * 2 * sizes.num_kv_heads * sizes.head_size
+    scores = cached_bytes(sizes, context) / position * 4 * sizes.num_heads * sizes.head_size
+    return _pass_needs(sizes, lora, mesh, rows, own * cached_bytes(sizes, context), own * scores)
+
+
+def prefill_needs(sizes: ModelConfig, lora: LoraConfig, tokens: float, mesh: MeshShape = ONE) -> Needs:
+    """What one prompt needs, in chunks as the sampler reads it."""
+    chunk = min(PROMPT_CHUNK, tokens)
+    own = chunk / (mesh.data * mesh.expert)
+    one = _pass_needs(sizes, lora, mesh, chunk, cached_bytes(sizes, tokens / 2), own * attention_operations(sizes, tokens))
+    return one.times(tokens / chunk)
+
+
+def _pass_cost(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, mesh: MeshShape, tokens: float, needs: Needs, cached: float) -> Cost:
+    """Seconds of one pass that needs `needs`, `cached` bytes of them for keys and values."""
+    peaks, layers, (own, seen, hit) = _peaks(speeds), sizes.num_layers, _shares(sizes, mesh, tokens)
+    packed = EXPERT_BYTES_FACTOR * _packed_bytes(sizes, lora, mesh, hit)
+    fast = DECODE_BANDWIDTH_FRACTION * speeds.copy
+    other = other_bytes(sizes, lora)
+    cost = {
+        # Copies run while the block before is unpacked. Larger blocks of rows cost products.
+        "experts": max(
+            packed / fast, packed * peaks.unpack, 2 * own * layers * sizes.experts_per_token * expert_weights(sizes) / speeds.product
+        ),
+        "other weights": max(other / (PRODUCT_FRACTION * peaks.bandwidth), other * own / speeds.product),
+        "keys and values": max(
+            CACHE_BYTES_FACTOR * cached / fast, (needs.operations - 2 * own * _token_operations(sizes)) / speeds.product
+        ),
+        "small operations": layers * (LAYER_SECONDS if sizes.num_experts else DENSE_LAYER_SECONDS) + STEP_SECONDS,
+        "exchange": 0.0,
+    }
+    if not sizes.num_experts:
+        return cost | {"experts": 0.0}
+    sent = layers * seen * (2 * sizes.width + 8 * sizes.experts_per_token + SUMS_FACTOR * 4 * sizes.width)
+    return cost | {"exchange": _exchange_seconds(speeds, mesh, sent, layers * LAYER_COLLECTIVES + STEP_COLLECTIVES)}
+
+
+def decode_step(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, rows: float, context: float, mesh: MeshShape = ONE) -> Cost:
+    """Seconds of one token for each of `rows` rows; arguments as for `costs.decode_step`."""
+    cached = rows / (mesh.data * mesh.expert) * cached_bytes(sizes, context)
+    return _pass_cost(sizes, lora, speeds, mesh, rows, decode_needs(sizes, lora, rows, context, mesh), cached)
+
+
+def prefill(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, tokens: float, mesh: MeshShape = ONE) -> Cost:
+    """Seconds to read one prompt in chunks. The tokens of a chunk are split over the devices; each has all keys and values."""
+    chunk = min(PROMPT_CHUNK, tokens)
+    needs = prefill_needs(sizes, lora, tokens, mesh).times(chunk / tokens)
+    one = _pass_cost(sizes, lora, speeds, mesh, chunk, needs, cached_bytes(sizes, tokens / 2))
+    return {part: tokens / chunk * seconds for part, seconds in one.items()}
+
+
+# ---------------------------------------------------------------------- the update
+
+
+def microbatch_needs(
+    sizes: ModelConfig, lora: LoraConfig, tokens: float, length: float, mesh: MeshShape = ONE, *, gradient: bool, remat: str = "layers"
+) -> Needs:
+    """What a microbatch's gradient needs, or one forward pass; arguments as for `costs.microbatch`. `tokens` are those of a device."""
+    passes = GRADIENT if gradient else FORWARD
+    operations = passes.products * _token_operations(sizes) + passes.attention * attention_operations(sizes, length)
+    read = passes.sums * (_packed_bytes(sizes, lora, mesh, 1.0) + other_bytes(sizes, lora))
+    sent = (
+        sizes.num_layers * tokens * mesh.expert * (SENT_GRADIENT if gradient else SENT_FORWARD) * sizes.width if sizes.num_experts else 0.0
+    )
+    return Needs(read, tokens * operations * (REMAT_FACTORS[remat] if gradient else 1.0), _received(mesh, sent))
+
+
+def microbatch(
+    sizes: ModelConfig,
+    lora: LoraConfig,
+    speeds: Speeds,
+    tokens: float,
+    length: float,
+    mesh: MeshShape = ONE,
+    *,
+    gradient: bool,
+    remat: str = "layers",
+    adapter: float = 0.0,
+) -> Cost:
+    """Seconds of a microbatch's gradient, or of one forward pass; arguments as for `costs.microbatch`."""
+    passes = GRADIENT if gradient else FORWARD
+    needs = microbatch_needs(sizes, lora, tokens, length, mesh, gradient=gradient, remat=remat)
+    weights = sizes.num_layers * sizes.num_experts / mesh.expert * expert_weights(sizes)
+    unpacked = passes.unpackings * (_packed_bytes(sizes, lora, mesh, 1.0) + 2 * weights)
+    exchange = _exchange_seconds(speeds, mesh, needs.sent * mesh.expert / max(mesh.expert - 1, 1), 6 * sizes.num_layers)
+    if gradient and mesh.data > 1:
+        exchange += 2 * (mesh.data - 1) / mesh.data * adapter / speeds.link + speeds.latency
+    return {
+        "products": _kernel_factor(sizes, mesh, tokens) * needs.operations / (UPDATE_PRODUCT_FRACTION * speeds.product),
+        "unpacking": unpacked / (UPDATE_UNPACK_FRACTION * speeds.copy),
+        "rows of experts": _rows_seconds(sizes, speeds, tokens, gradient=gradient),
+        "exchange": exchange,
+    }
+
+
+def _kernel_factor(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> float:
+    """Operations of the update's kernels over those needed."""
+    if not sizes.num_experts:
+        return 1.0
+    gathered = tokens * mesh.expert
+    chunk = math.ceil(gathered / math.ceil(gathered / TOKENS_AT_ONCE))
+    choices = chunk * sizes.experts_per_token
+    rows = choose_tiles(choices, sizes.num_experts, sizes.num_experts // mesh.expert).rows
+    return UPDATE_KERNEL_FACTOR + UPDATE_PADDING * rows * sizes.num_experts / choices
+
+
+def _rows_seconds(sizes: ModelConfig, speeds: Speeds, tokens: float, *, gradient: bool) -> float:
+    """Seconds in which XLA gathers the rows of the experts and adds their sums, per device with balanced routing.
+
+    A choice of an expert reads and writes a row of bfloat16, and reads, adds and writes one of float32; the backward pass gathers two rows.
+    """
+    values = sizes.num_layers * tokens * sizes.experts_per_token * sizes.width if sizes.num_experts else 0
+    return values * ((2 * 4 + 12) + (3 * 4 + 12) * gradient) / speeds.copy
+
+
+def assumptions(speeds: Speeds) -> Iterator[str]:
+    """Lines that say what the predictions assume, and from where."""
+    peaks = _peaks(speeds)
+    read, product = DECODE_BANDWIDTH_FRACTION * speeds.copy / peaks.bandwidth, UPDATE_PRODUCT_FRACTION * speeds.product / peaks.product
+    unpack = UPDATE_UNPACK_FRACTION * speeds.copy / peaks.bandwidth
+    yield "Nothing of this was ever run on a TPU. Bytes, operations and exchanges are counted; their speeds are assumed:"
+    yield (
+        f"    as this project's GPU kernels on an H200: decoding's kernels read at {read:.0%} of the vendor's bandwidth, and the update"
+        f" computes at {product:.0%} of the vendor's FLOP/s and unpacks at {unpack:.0%} of the bandwidth"
+    )
+    yield (
+        f"    by the compiler's schedule of the kernel: decoding unpacks experts in {peaks.unpack * peaks.bandwidth:.1f} times the time of"
+        " reading them at the vendor's bandwidth"
+    )
+    yield (
+        f"    by XLA's own estimates for a compiled program of the 120b: decoding reads other weights at {PRODUCT_FRACTION:.0%} of the"
+        f" bandwidth, and small operations of a layer take {(LAYER_SECONDS * 1e6):.0f} us"
+    )
+    yield (
+        f"    guessed: links reach {speeds.link / peaks.link:.0%} of the vendor's speed, one for each dimension of the slice that `expert`"
+        f" spans; a small collective takes {speeds.latency * 1e6:.0f} us; nothing overlaps; all experts have the same load"
+    )
