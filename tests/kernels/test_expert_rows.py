@@ -15,6 +15,7 @@ import pytest
 from discover_jax.kernels.expert_rows import most_blocks, sort_rows
 
 EXPERTS = 6
+_sorted = jax.jit(sort_rows, static_argnums=(1, 2))
 
 
 def _index(tokens, active, skew):
@@ -29,7 +30,7 @@ def _index(tokens, active, skew):
 @pytest.mark.parametrize("here", [EXPERTS, EXPERTS // 2])
 def test_each_row_is_in_one_block_of_its_expert(tokens, active, skew, block, here):
     index = np.minimum(_index(tokens, active, skew), here)  # the other experts are on other devices
-    slots, blocks = jax.jit(lambda index: sort_rows(index, here, block))(jnp.asarray(index, jnp.int32))
+    slots, blocks = _sorted(index.astype(np.int32), here, block)
     slots, blocks = np.asarray(slots), np.asarray(blocks)
     assert blocks.shape == (3, most_blocks(tokens * active, here, block))
     found = []

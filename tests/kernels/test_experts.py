@@ -3,11 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from discover_jax.kernels.experts import gated, moe_reference, route_top
+
+_route = jax.jit(route_top, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def test_activation_clamps_the_gate_above_and_the_up_values_on_both_sides():
 @pytest.mark.parametrize("active", [1, 2, 5])
 def test_routing_is_a_softmax_over_the_largest(active):
     logits = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
-    index, weights = map(np.asarray, route_top(logits, active))
+    index, weights = map(np.asarray, _route(logits, active))
     for row, chosen, out in zip(logits.astype(np.float64), index, weights, strict=True):
         top = np.argsort(row)[::-1][:active]
         np.testing.assert_array_equal(chosen, top)
@@ -45,9 +46,15 @@ def test_routing_is_a_softmax_over_the_largest(active):
 
 
 def test_ties_still_choose_different_experts():
-    index, weights = map(np.asarray, route_top(np.zeros((3, 6), np.float32), 2))
+    index, weights = map(np.asarray, _route(np.zeros((3, 6), np.float32), 2))
     assert (index[:, 0] != index[:, 1]).all()
     np.testing.assert_allclose(weights, 0.5, rtol=1e-6)
+
+
+@jax.jit
+def _mixture(index, x, weights, up, down, layer):
+    experts, options = up.shape[-3], {"adapted": False, "limit": 7.0, "alpha": 1.702}
+    return moe_reference(x, index, weights, Dense(up), Dense(down), experts=experts, layer=layer, **options)
 
 
 @pytest.mark.parametrize("layer", [None, 0, 2])
@@ -58,15 +65,9 @@ def test_mixture_drops_no_token_for_any_routing(skew, layer):
     x = rng.normal(size=(tokens, width))
     up, down = rng.normal(size=(experts, width, 2 * hidden)), rng.normal(size=(experts, hidden, width))
     logits = rng.normal(size=(tokens, experts)) + skew * np.arange(experts)  # a large skew sends every token to the same two
-    index, weights = map(np.asarray, route_top(logits, 2))
-    options = {"experts": experts, "adapted": False, "limit": 7.0, "alpha": 1.702}
+    index, weights = map(np.asarray, _route(logits, 2))
     stacks = [a if layer is None else np.stack([a if i == layer else rng.normal(size=a.shape) for i in range(3)]) for a in (up, down)]
-
-    @jax.jit
-    def moe(x, weights, up, down, layer):
-        return moe_reference(x, index, weights, Dense(up), Dense(down), layer=layer, **options)
-
-    out = moe(*(jnp.asarray(a, jnp.float32) for a in (x, weights, *stacks)), layer)
+    out = _mixture(index, *(np.asarray(a, np.float32) for a in (x, weights, *stacks)), layer)
     expected = np.zeros((tokens, width))
     for t, j in np.ndindex(tokens, 2):
         e = index[t, j]

@@ -23,7 +23,7 @@ from discover_jax.models.mxfp4 import dequantise
 
 LIMIT, ALPHA, SCALES = 2.0, 1.702, (0.5, 0.25)
 SMALL = Tiles(rows=16, columns=128, blocks=2, interpret=True)
-EXPERTS, TOKENS, SHARE = 4, 24, 2
+EXPERTS, TOKENS, SHARE = 4, 23, 2
 NO_EXCHANGE = Exchange()
 
 
@@ -131,13 +131,14 @@ def test_devices_without_rows_add_nothing():
         assert not np.any(found)
 
 
-@pytest.mark.parametrize("most", [TOKENS, 10])  # one chunk, and three that one token of padding fills up
+@pytest.mark.parametrize("most", [pytest.param(TOKENS, marks=pytest.mark.slow), 10])
 def test_chunks_of_tokens_change_no_digit_of_a_token(most):
-    """A mesh of one device exchanges tokens with itself. Only the sums over all tokens, the adapters' gradients, change their order."""
-    (x, weights, adapters), matrices, d_out = _problem(TOKENS - 1)
-    index, mesh = jnp.asarray(_random(TOKENS - 1), jnp.int32), jax.make_mesh((1,), ("expert",))
+    """One chunk, and three that a token of padding fills up. A mesh of one device exchanges tokens with itself. Only the sums over all
+    tokens, the adapters' gradients, change their order."""
+    (x, weights, adapters), matrices, d_out = _problem()
+    index, mesh = jnp.asarray(_random(), jnp.int32), jax.make_mesh((1,), ("expert",))
     run = functools.partial(_by_kernels, exchange=Exchange("expert", most))
-    spread = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    spread = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False))
     arguments = (x, weights, adapters), index, matrices, d_out
     (out, (d_x, d_weights, found)), (out_1, (d_x_1, d_weights_1, expected)) = spread(*arguments), _by_kernels(*arguments)
     for one, same in ((out, out_1), (d_x, d_x_1), (d_weights, d_weights_1)):

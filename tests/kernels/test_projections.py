@@ -40,9 +40,9 @@ def _problem(rows, width, outs, rank, dtype=jnp.bfloat16, biased=True):
 def test_reference_matches_the_formula_for_each_layer(rank, biased):
     x, stacks = _problem(5, 12, (7, 4), rank, jnp.float32, biased)
     for got, stack in zip(jax.jit(project_reference)(x, stacks, jnp.int32(2), SCALE), stacks, strict=True):
-        weight, bias = np.asarray(stack.weight[2], np.float64), np.asarray(stack.bias[2]) if biased else 0
+        weight, bias = np.asarray(stack.weight, np.float64)[2], np.asarray(stack.bias)[2] if biased else 0
         if rank:
-            weight = weight + SCALE * np.asarray(stack.lora_b[2], np.float64) @ np.asarray(stack.lora_a[2], np.float64)
+            weight = weight + SCALE * np.asarray(stack.lora_b, np.float64)[2] @ np.asarray(stack.lora_a, np.float64)[2]
         np.testing.assert_allclose(got, np.asarray(x, np.float64) @ weight.T + bias, rtol=1e-5, atol=1e-5)
 
 
@@ -68,9 +68,13 @@ def test_unsupported_inputs_use_the_reference(rows, width, outs, dtype):
     from discover_jax.kernels.projections_decode import project
 
     x, stacks = _problem(rows, width, outs, 4, dtype)
-    both = jax.jit(lambda *arguments: [function(*arguments, 1, SCALE) for function in (project, project_reference)])
-    for got, expected in zip(*both(x, stacks), strict=True):
+    for got, expected in zip(*_both(project, x, stacks), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def _both(project, x, stacks):
+    """What `project` and the reference return for layer 1."""
+    return jax.jit(lambda *arguments: [function(*arguments, 1, SCALE) for function in (project, project_reference)])(x, stacks)
 
 
 def test_a_large_rank_uses_the_reference_and_says_so(caplog):
@@ -78,7 +82,7 @@ def test_a_large_rank_uses_the_reference_and_says_so(caplog):
     from discover_jax.kernels.projections_decode import MOST_RANK, project
 
     x, stacks = _problem(2, 64, (32,), MOST_RANK + 1)
-    (got,), (expected,) = project(x, stacks, 1, SCALE), project_reference(x, stacks, jnp.int32(1), SCALE)
+    (got,), (expected,) = _both(project, x, stacks)
     np.testing.assert_array_equal(got, expected)
     assert str(MOST_RANK + 1) in caplog.text
 

@@ -213,7 +213,6 @@ def test_prompts_that_do_not_fit_are_refused_at_the_call():
 
 
 PHASE = SecondPhase(after=6, opening=(3, 4), forced=(2, 2, 1, 3, 4))
-_OF_PHASE = {"max_new_tokens": 30, "second_phase": PHASE}
 
 
 def _first_opening(tokens):
@@ -222,8 +221,8 @@ def _first_opening(tokens):
 
 
 def test_a_second_phase_is_forced_only_on_rollouts_that_have_not_begun_their_answer():
-    free = by_key(sampler_of(max_new_tokens=30).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
-    forced = by_key(sampler_of(**_OF_PHASE).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
+    free = by_key(sampler_of().sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
+    forced = by_key(sampler_of(second_phase=PHASE).sample(LOGITS, None, prompts_of(8), 6, seed=2, step=0))
     seen = collections.Counter()
     for key, r in forced.items():
         before = free[key].tokens_T
@@ -251,7 +250,7 @@ def test_an_opening_is_recognised_after_a_false_start():
     for now, then in ((1, 3), (3, 4), (4, 4)):
         logits[now, then] = 0.0
     logits[3, 3] = 0.0
-    sampler = sampler_of(max_new_tokens=30, second_phase=SecondPhase(8, (3, 4), (1, 3, 4)))
+    sampler = sampler_of(second_phase=SecondPhase(8, (3, 4), (1, 3, 4)))
     for r in sampler.sample(logits, None, [Prompt(0, "seed", "", np.full(3, 1, np.int32))], 40, seed=0, step=0):
         begun = _first_opening(r.tokens_T[:8]) is not None
         assert r.chosen_T.all() == begun
@@ -260,7 +259,7 @@ def test_an_opening_is_recognised_after_a_false_start():
 @functools.cache
 def _usual_with_phase():
     """The rollouts of four prompts with a second phase and the usual slots and launches, by key."""
-    return by_key(sampler_of(**_OF_PHASE).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
+    return by_key(sampler_of(second_phase=PHASE).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +267,7 @@ def _usual_with_phase():
     [{"launch_steps": 64, "slots": 3}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"launch_steps": 1}, {"slots": 64}))],
 )
 def test_a_second_phase_depends_on_neither_slots_nor_launches(settings):
-    got = by_key(sampler_of(**_OF_PHASE | settings).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
+    got = by_key(sampler_of(second_phase=PHASE, **settings).sample(LOGITS, None, prompts_of(4), 5, seed=1, step=3))
     for key, r in _usual_with_phase().items():
         np.testing.assert_array_equal(got[key].tokens_T, r.tokens_T)
         np.testing.assert_array_equal(got[key].chosen_T, r.chosen_T)
