@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python tests/kernels/interpreted_route.py [--all]
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from interpreter import interpret
@@ -30,9 +31,9 @@ def same(tokens: int, experts: int, share: int, layer: int, kind: str = "normal"
     elif kind == "special":
         logits = rng.choice(SPECIAL, size=(tokens, experts))
     index_TX, weights_TX, rows = route_sorted(jnp.asarray(logits), share, jnp.int32(layer))
-    right_TX, right_weights_TX = route_top(jnp.asarray(logits), share)
+    right_TX, right_weights_TX = jax.jit(route_top, static_argnums=1)(logits, share)
     assert rows is not None
-    expected = sort_rows(right_TX, experts, choose_tiling(tokens * share, experts).rows)
+    expected = jax.jit(sort_rows, static_argnums=(1, 2))(right_TX, experts, choose_tiling(tokens * share, experts).rows)
     used = np.asarray(expected.blocks[2]) > 0
     experts_b, *rest = np.asarray(rows.blocks)
     right = [

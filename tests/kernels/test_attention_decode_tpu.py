@@ -164,12 +164,12 @@ def test_pages_are_written_and_copied_as_by_the_reference(size, places):
     new = [jnp.asarray(rng.normal(size=(3, 2 * places, 2, size)), jnp.bfloat16) for _ in range(2)]
     own = jnp.array([[3, 7], [0, 5], [9, 1]])
     got = jax.jit(functools.partial(pages_tpu.put_pages, interpret=SIMULATED))(*pools, jnp.int32(1), own, *new)
-    for found, expected in zip(got, pages.write_pages(*pools, jnp.int32(1), own, *new), strict=True):
+    for found, expected in zip(got, jax.jit(pages.write_pages)(*pools, jnp.int32(1), own, *new), strict=True):
         np.testing.assert_array_equal(found, expected)
     copy = jax.jit(functools.partial(pages_tpu.put_copy, interpret=SIMULATED))
     for source, target in ((1, 3), (1, 7), (2, 2)):
         got = copy(*pools, jnp.int32(source), jnp.int32(target))
-        for found, expected in zip(got, pages.copy_page(*pools, jnp.int32(source), jnp.int32(target)), strict=True):
+        for found, expected in zip(got, jax.jit(pages.copy_page)(*pools, jnp.int32(source), jnp.int32(target)), strict=True):
             np.testing.assert_array_equal(found, expected)
 
 

@@ -15,18 +15,19 @@ import pytest
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import route_reference, route_top
 
+_sorted = jax.jit(sort_rows, static_argnums=(1, 2))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra `parity` or `kernels`)")
 
 
+@pytest.mark.slow  # test_interpreted.py has a few of the cases
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
-@pytest.mark.parametrize(("options", "count"), [([], 4), pytest.param(["--all"], 12, marks=pytest.mark.slow)])
-def test_kernel_chooses_and_sorts_like_plain_jax(options, count):
+def test_kernel_chooses_and_sorts_like_plain_jax():
     script = Path(__file__).with_name("interpreted_route.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, "--all"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     same = json.loads(done.stdout.splitlines()[-1])
-    assert len(same) == count
+    assert len(same) == 12
     assert all(same.values()), same
 
 
@@ -46,10 +47,11 @@ def test_given_rows_are_not_sorted_again(monkeypatch):
 
     used = []
     monkeypatch.setattr(experts_decode, "multiply", lambda x, matrix, rows, *_, share, **__: used.append(rows) or jnp.zeros((12, 8)))
-    monkeypatch.setattr(experts_decode, "sort_rows_of_layer", lambda index, experts, block, layer: sort_rows(index, experts, block))
-    index, weights = route_top(jax.random.normal(jax.random.key(0), (4, 6)), 3)
+    monkeypatch.setattr(experts_decode, "sort_rows_of_layer", lambda index, experts, block, layer: _sorted(index, experts, block))
+    logits = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    index, weights = jax.jit(route_top, static_argnums=1)(logits, 3)
     matrix = experts_decode.TiledMatrix(jnp.zeros((6, 1)), jnp.zeros((6, 1)), jnp.zeros((6, 1)))
-    rows = sort_rows(index, 6, experts_decode.choose_tiling(12, 6).rows)
+    rows = _sorted(index, 6, experts_decode.choose_tiling(12, 6).rows)
     for given in (None, rows):
         experts_decode.moe_routed(jnp.zeros((4, 8)), index, weights, matrix, matrix, limit=7.0, alpha=1.7, rows=given)
     assert used[2] is used[3] is rows
