@@ -61,8 +61,8 @@ def _window_problem(lengths, chunk, window, heads, kv_heads, head_size=8, dtype=
             rings[:, b, :, place % window] = rows[b][:, place]
     chunks = np.stack([row[:, length:] for row, length in zip(rows, lengths, strict=True)], axis=1)
     q = 2 * rng.normal(size=(len(lengths), chunk, heads, head_size))
-    arrays = [jnp.asarray(x, dtype) for x in (q, *rings, *chunks)]
-    return arrays, rows, jnp.array(lengths, jnp.int32), jnp.asarray(rng.normal(size=heads), dtype)
+    arrays = [x.astype(dtype) for x in (q, *rings, *chunks)]
+    return arrays, rows, np.array(lengths, np.int32), rng.normal(size=heads).astype(dtype)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,8 @@ def _window_problem(lengths, chunk, window, heads, kv_heads, head_size=8, dtype=
 )
 def test_windowed_reference_matches_the_softmax(lengths, chunk, window, heads, kv_heads):
     (q, *keys_and_values), rows, lengths_B, sinks = _window_problem(lengths, chunk, window, heads, kv_heads)
-    got = jax.jit(prefill_windowed_attention_reference)(q, *keys_and_values, lengths_B, 0, sinks)
+    attend = jax.jit(prefill_windowed_attention_reference)
+    got = np.asarray(attend(q, *keys_and_values, lengths_B, 0, sinks))
     for b, t, n in np.ndindex(len(lengths), chunk, heads):
         place = lengths[b] + t
         k, v = rows[b][:, max(0, place - window + 1) : place + 1, n // (heads // kv_heads)]
@@ -79,7 +80,7 @@ def test_windowed_reference_matches_the_softmax(lengths, chunk, window, heads, k
         np.testing.assert_allclose(got[b, t, n], weights @ v / (weights.sum() + np.exp(float(sinks[n]))), atol=1e-5)
     # Any tokens of the chunk have the same results alone.
     for first, last in ((0, 1), (chunk // 2, chunk)):
-        part = jax.jit(prefill_windowed_attention_reference)(q[:, first:last], *keys_and_values, lengths_B, first, sinks)
+        part = attend(q[:, first:last], *keys_and_values, lengths_B, first, sinks)
         np.testing.assert_allclose(part, got[:, first:last], atol=1e-6)
 
 
@@ -101,18 +102,18 @@ def test_unsupported_shapes_use_the_reference_and_are_logged(monkeypatch, given,
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     warn_reference.cache_clear()
     shape = {"page": 16, "head_size": 64, "dtype": jnp.bfloat16, "window": 0} | given
-    draw = jax.random.normal
-    q = draw(jax.random.key(0), (1, 4, 4, shape["head_size"]), shape["dtype"])
     if shape["window"]:
         (q, *rest), _, lengths, sinks = _window_problem((9,), 4, 16, 4, 2, shape["head_size"], shape["dtype"])
         arguments = (q, *rest, lengths, 0, sinks)
         kernel, reference = attention_prefill.prefill_windowed_attention, prefill_windowed_attention_reference
     else:
-        pools = [draw(jax.random.key(i), (1, 4, 2, shape["page"], shape["head_size"]), shape["dtype"]) for i in (1, 2)]
-        arguments = (q, *pools, jnp.int32(0), jnp.array([[2, 0]]), jnp.array([3]), jnp.zeros(4, shape["dtype"]))
+        rng, sizes = np.random.default_rng(0), ((1, 4, 4), (1, 4, 2, shape["page"]), (1, 4, 2, shape["page"]))
+        arrays = [rng.normal(size=(*size, shape["head_size"])).astype(shape["dtype"]) for size in sizes]
+        arguments = (*arrays, np.int32(0), np.array([[2, 0]]), np.array([3]), np.zeros(4, shape["dtype"]))
         kernel, reference = attention_prefill.prefill_attention, prefill_attention_reference
-    for _ in range(2):
-        np.testing.assert_array_equal(kernel(*arguments), reference(*arguments))
+    found = jax.jit(lambda *arguments: [function(*arguments) for function in (kernel, kernel, reference)])(*arguments)
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[2])
     (line,) = lines
     assert re.search(said, line)
 
