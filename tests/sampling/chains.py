@@ -47,6 +47,9 @@ class Chain:
     def cast(self, lora):
         return lora
 
+    def lay_out(self, frozen, lora):
+        return frozen, lora
+
     def copy_page(self, pool, source, target):
         return copy_page(pool, source, target)
 
