@@ -190,14 +190,15 @@ def test_small_arrays_that_are_laid_out_before_give_the_same_operands(layers):
 def test_steps_are_those_of_sorted_blocks(tokens, experts, held, share, rows):
     """Comparisons with sums, against `expert_rows.sort_rows`. The number `held` stands for experts elsewhere."""
     rng = np.random.default_rng(tokens)
-    index, weights = route_top(jnp.asarray(rng.normal(size=(tokens, experts)), jnp.float32), share)
-    index = jnp.minimum(index, held)
-    expert, first, count, token, weight, stack = steps_of(index, weights, held, rows, 3)
-    slots, blocks = sort_rows(index, held, rows)
+    index, weights = (np.asarray(x) for x in _routing(rng, tokens, experts, share, 0.0))
+    index = np.minimum(index, held)
+    steps = jax.jit(steps_of, static_argnums=(2, 3, 4))(index, weights, held, rows, 3)
+    expert, first, count, token, weight, stack = (np.asarray(x) for x in steps)
+    slots, blocks = (np.asarray(x) for x in jax.jit(sort_rows, static_argnums=(1, 2))(index, held, rows))
     np.testing.assert_array_equal(token, slots // share)
     np.testing.assert_array_equal(weight, weights.reshape(-1)[slots])
     used = count > 0
-    np.testing.assert_array_equal(jnp.stack([expert, first, count])[:, used], blocks[:, blocks[2] > 0])
+    np.testing.assert_array_equal(np.stack([expert, first, count])[:, used], blocks[:, blocks[2] > 0])
     np.testing.assert_array_equal(stack, expert + 3 * held)
 
 
