@@ -65,33 +65,32 @@ def _problem(tokens=TOKENS, share=SHARE, experts=EXPERTS, *, width=64, hidden=32
     return (x, weights, adapters), matrices, d_out
 
 
-@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "exchange"))
-def _by_kernels(leaves, index, matrices, d_out, *, tiles=SMALL, dtype=jnp.float32, exchange=NO_EXCHANGE):
+@functools.partial(jax.jit, static_argnames=("tiles", "dtype", "exchange", "limit"))
+def _by_kernels(leaves, index, matrices, d_out, *, tiles=SMALL, dtype=jnp.float32, exchange=NO_EXCHANGE, limit=LIMIT):
     """The output and its gradients in the leaves."""
-    layer = Layer(LIMIT, ALPHA, *SCALES, tiles, exchange)
+    layer = Layer(limit, ALPHA, *SCALES, tiles, exchange)
     out, pull = jax.vjp(lambda x, weights, adapters: moe_sorted(x.astype(dtype), weights, adapters, index, *matrices, layer), *leaves)
     return out, pull(d_out)
 
 
-@jax.jit
-def _by_reference(leaves, index, matrices, d_out):
+@functools.partial(jax.jit, static_argnames="limit")
+def _by_reference(leaves, index, matrices, d_out, *, limit=LIMIT):
     def reference(x, weights, adapters):
         exact = [dequantise(one["blocks"], one["scales"], jnp.float32) for one in matrices]
         both = zip(matrices, SCALES, adapters or (None, None), exact, strict=True)
-        options = {"experts": matrices[0]["bias"].shape[0], "adapted": adapters is not None, "limit": LIMIT, "alpha": ALPHA}
+        options = {"experts": matrices[0]["bias"].shape[0], "adapted": adapters is not None, "limit": limit, "alpha": ALPHA}
         return moe_reference(x, index, weights, *(Matrix(*one) for one in both), **options)
 
     out, pull = jax.vjp(reference, *leaves)
     return out, pull(d_out)
 
 
-def _compare(problem, index, tolerance, **options):
-    """The output and the gradients of x, weights and the adapters' four matrices, relative to the norm of each. In bfloat16, a gate next to
-    its limit may be clamped in one of them only, so that one row's gradient differs."""
+def _compare(problem, index, tolerance, *, limit=LIMIT, **options):
+    """The output and the gradients of x, weights and the adapters' four matrices, relative to the norm of each."""
     leaves, matrices, d_out = problem
     index = jnp.asarray(index, jnp.int32)
     found, expected = (
-        jax.tree.leaves(f(leaves, index, matrices, d_out, **more)) for f, more in ((_by_kernels, options), (_by_reference, {}))
+        jax.tree.leaves(f(leaves, index, matrices, d_out, limit=limit, **more)) for f, more in ((_by_kernels, options), (_by_reference, {}))
     )
     assert len(found) == len(expected) == (7 if leaves[2] else 3)
     for number, (got, want) in enumerate(zip(found, expected, strict=True)):
@@ -153,17 +152,21 @@ def test_without_adapters(routing):
     _compare(_problem(rank=0), _ROUTINGS[routing], 1e-5)
 
 
+ROUNDED = {"tolerance": 6e-3, "dtype": jnp.bfloat16, "limit": 1e3}
+"""bfloat16 has 8 bits. With the other limit, rounding moves many gates of these problems across it, and a clamped gate has no gradient."""
+
+
 @pytest.mark.slow
 def test_bfloat16_within_its_rounding():
-    _compare(_problem(), _random(), 2e-2, dtype=jnp.bfloat16)
+    _compare(_problem(), _random(), **ROUNDED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_larger_sizes(dtype, tolerance):
+@pytest.mark.parametrize("options", [{"tolerance": 1e-5}, ROUNDED], ids=["float32", "bfloat16"])
+def test_larger_sizes(options):
     """Widths that fill no whole number of columns, several parts of unpacking, and experts of several blocks."""
     problem = _problem(700, 4, 9, width=704, hidden=416, rank=8)
-    _compare(problem, _random(700, 4, 9), tolerance, tiles=Tiles(rows=128, columns=256, blocks=4, interpret=True), dtype=dtype)
+    _compare(problem, _random(700, 4, 9), tiles=Tiles(rows=128, columns=256, blocks=4, interpret=True), **options)
 
 
 @pytest.mark.slow
