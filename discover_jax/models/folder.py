@@ -35,9 +35,9 @@ READ_BYTES = 1 << 27
 _NO_ADAPTER = LoraConfig(0, 0, 0)
 _FLOATS = ("BF16", "F16", "F32")
 _MAX_NAMED = 5
-_AT_ONCE_BYTES = 64 << 20
-"""A device's part of all layers of a parameter, up to which the host reads all of them before it sends them."""
 """Names that an error message lists before it only counts them."""
+_AT_ONCE_BYTES = 64 << 20
+"""Largest part of a parameter's layers, on one device, that the host reads as a whole before it sends it."""
 
 
 # ---------------------------------------------------------------------- contents of a folder

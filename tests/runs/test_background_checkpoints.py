@@ -121,6 +121,15 @@ def test_failure_surfaces_when_the_next_one_begins(slow):
         slow.checkpoints.begin(2, None, {"step": 2})
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, even if the tests run in a shell's background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_wait_but_not_the_checkpoint(slow):
     slow.checkpoints.begin(1, None, {"step": 1})
     threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
