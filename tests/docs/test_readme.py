@@ -1,9 +1,10 @@
-"""README.md keeps its order, length and figures; CITATION.cff names the paper; docs/architecture.md shows the import contract."""
+"""README.md keeps its order, length and figures; links have targets; CITATION.cff names the paper; docs/architecture.md shows the imports."""
 
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,21 @@ def test_measured_figures_match_the_results():
         assert any(difference in line for line in of_both), row
 
 
-def test_links_point_to_files():
-    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", README):
-        assert (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as mkdocs and GitHub name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "BUILD_NOTES.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_point_to_files_and_headings(page):
+    """mkdocs checks the site's pages, too, but the default tests do not install it."""
+    source = ROOT / page
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", source.read_text()):
+        file = (source.parent / target) if target else source
+        assert file.exists(), target
+        assert not anchor or file.suffix != ".md" or anchor in anchors(file), f"{target}#{anchor}"
 
 
 def test_citation_names_the_paper():
