@@ -1,4 +1,4 @@
-"""README.md keeps its order, length and figures; links have targets; CITATION.cff names the paper; docs/architecture.md shows the imports."""
+"""README.md keeps its order, length and figures; links have targets; CITATION.cff names the paper; architecture.md shows the imports."""
 
 import re
 import tomllib
