@@ -35,7 +35,7 @@ _OUTCOMES = {
     Outcome.TIMEOUT: "program exceeded the time limit",
     Outcome.OUT_OF_MEMORY: "program exceeded the memory limit",
     Outcome.OUTPUT_FLOOD: "program printed more than 1 GiB",
-    Outcome.RESULT_TOO_BIG: "submission or returned value was larger than 8 MiB",
+    Outcome.RESULT_TOO_BIG: "submission or returned value was larger than the limit (`execution.result_mib`)",
     Outcome.KILLED: "program was killed by a signal",
     Outcome.SANDBOX_ERROR: "always 0: host faults are retried (programs/retried) or stop the run",
 }
