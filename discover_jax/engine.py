@@ -151,12 +151,19 @@ def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool) -> 
     return {
         "weights": local_bytes(model.abstract_frozen()),
         "adapter and optimiser": local_bytes(state),
-        "adapter's copy for sampling": local_bytes(jax.eval_shape(model.cast, state.lora)) if state is not None else 0,
+        "adapter's copy for sampling": _cast_bytes(model, state.lora) if state is not None else 0,
         "rings": local_bytes(abstract_rows(model, rows)),
         "logits": _LOGITS * max(rows, most_read(rows, config.sampling.draft_tokens)) // devices * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
         "copies in other layouts": tpu_copies(model) if model.experts == "lanes" else 0,
     }
+
+
+def _cast_bytes(model: Model, lora: Any) -> int:
+    """Bytes on one device of the adapter in the model's dtype. jax 0.10's `eval_shape` does not keep the layouts of its arguments."""
+    kinds = jax.eval_shape(model.cast, lora)
+    each = zip(jax.tree.leaves(lora), jax.tree.leaves(kinds), strict=True)
+    return sum(local_bytes(leaf) * kind.dtype.itemsize // leaf.dtype.itemsize for leaf, kind in each)
 
 
 def tpu_copies(model: Model) -> int:

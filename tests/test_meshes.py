@@ -115,7 +115,7 @@ def test_memory_of_decoding_on_tpus_is_close_to_the_compilers(expert, memory, co
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens, config.groups, config.group_size = 8_192, 26_000, 16, 8
     machine = Machine("a slice", (), int(memory * 2**30), "", "tpu", exact=False)
     parts = formulas.parts(config, GPT_OSS_120B, machine, learn=True)["sampling", "decode"]
-    assert sum(parts.values()) / 1e9 == pytest.approx(compiled, rel=0.03)
+    assert sum(parts.values()) / 1e9 == pytest.approx(compiled, rel=0.08)
 
 
 def test_the_cache_of_a_tpu_leaves_room_for_copies_in_other_layouts():
