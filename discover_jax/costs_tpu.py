@@ -43,8 +43,8 @@ PRODUCT_FRACTION = 0.45
 attention and 0.61 for the head (cycles in the compiled program: v5p, 16 rows of the 120b, libtpu 0.0.42.1)."""
 LAYER_SECONDS, DENSE_LAYER_SECONDS, STEP_SECONDS = 97e-6, 80e-6, 480e-6
 """Seconds of a decoding layer, of one of a dense model, and of a step, in operations that are neither kernels nor products of weights nor
-exchanges. By XLA's estimates of the same program at 1.75 GHz: most of it are small operations, each of which XLA takes to need 1.2 us. Of a
-step's, 0.34 ms are copies of the embedding and of projections into other layouts, once in a launch of 32 steps."""
+exchanges. These are XLA's estimates for the same program at 1.75 GHz. Small operations take most of this time; XLA assumes 1.2 us for each.
+The time of a step includes 0.34 ms for copies of the embedding and of projections into other layouts, once in a launch of 32 steps."""
 LAYER_COLLECTIVES, STEP_COLLECTIVES = 4, 4
 """Collectives of a layer and of a step of decoding: a layer gathers activations, experts and their weights, and adds the sums."""
 SUMS_FACTOR = 2
@@ -116,7 +116,7 @@ def _packed_bytes(sizes: ModelConfig, lora: LoraConfig, mesh: MeshShape, hit: fl
     return hit * sizes.num_layers * sizes.num_experts / mesh.expert * expert_bytes(sizes, lora.expert_rank) if sizes.num_experts else 0.0
 
 
-def _token_operations(sizes: ModelConfig) -> float:
+def _token_weights(sizes: ModelConfig) -> float:
     """Weights that one token uses."""
     experts = sizes.experts_per_token * expert_weights(sizes) if sizes.num_experts else 0
     return sizes.num_layers * (layer_weights(sizes) + experts) + sizes.vocab_size * sizes.width
@@ -129,8 +129,8 @@ def _pass_needs(sizes: ModelConfig, lora: LoraConfig, mesh: MeshShape, tokens: f
     """What one pass over `tokens` needs. A device reads `cached` bytes of keys and values, and attention takes `scores` operations."""
     own, seen, hit = _shares(sizes, mesh, tokens)
     read = _packed_bytes(sizes, lora, mesh, hit) + other_bytes(sizes, lora) + cached
-    sent = sizes.num_layers * seen * 6 * sizes.width if sizes.num_experts else 0.0
-    return Needs(read, own * 2 * _token_operations(sizes) + scores, _received(mesh, sent))
+    sent = sizes.num_layers * seen * SENT_FORWARD * sizes.width if sizes.num_experts else 0.0
+    return Needs(read, own * 2 * _token_weights(sizes) + scores, _received(mesh, sent))
 
 
 def decode_needs(sizes: ModelConfig, lora: LoraConfig, rows: float, context: float, mesh: MeshShape = ONE) -> Needs:
@@ -161,9 +161,7 @@ def _pass_cost(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, mesh: MeshS
             packed / fast, packed * peaks.unpack, 2 * own * layers * sizes.experts_per_token * expert_weights(sizes) / speeds.product
         ),
         "other weights": max(other / (PRODUCT_FRACTION * peaks.bandwidth), other * own / speeds.product),
-        "keys and values": max(
-            CACHE_BYTES_FACTOR * cached / fast, (needs.operations - 2 * own * _token_operations(sizes)) / speeds.product
-        ),
+        "keys and values": max(CACHE_BYTES_FACTOR * cached / fast, (needs.operations - 2 * own * _token_weights(sizes)) / speeds.product),
         "small operations": layers * (LAYER_SECONDS if sizes.num_experts else DENSE_LAYER_SECONDS) + STEP_SECONDS,
         "exchange": 0.0,
     }
@@ -195,7 +193,7 @@ def microbatch_needs(
 ) -> Needs:
     """What a microbatch's gradient needs, or one forward pass; arguments as for `costs.microbatch`. `tokens` are those of a device."""
     passes = GRADIENT if gradient else FORWARD
-    operations = passes.products * _token_operations(sizes) + passes.attention * attention_operations(sizes, length)
+    operations = passes.products * _token_weights(sizes) + passes.attention * attention_operations(sizes, length)
     read = passes.sums * (_packed_bytes(sizes, lora, mesh, 1.0) + other_bytes(sizes, lora))
     sent = (
         sizes.num_layers * tokens * mesh.expert * (SENT_GRADIENT if gradient else SENT_FORWARD) * sizes.width if sizes.num_experts else 0.0

@@ -96,10 +96,10 @@ def _end(sums: Softmax, shape: tuple[int, ...]) -> jax.Array:
     return out.reshape(shape)
 
 
-def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:
-    """The position at each place of a ring that holds the last tokens of so many, [B, W]: place p mod W has position p. Negative: none."""
-    last_B1 = lengths_B[:, None] - 1
-    return last_B1 - (last_B1 - jnp.arange(window)) % window
+def ring_positions(lengths: jax.Array, window: int) -> jax.Array:
+    """The position at each place of a ring that holds the last W of so many tokens, [..., W]: place p mod W has position p. Negative: none."""
+    last = lengths[..., None] - 1
+    return last - (last - jnp.arange(window)) % window
 
 
 def prefill_windowed_attention_reference(

@@ -97,6 +97,22 @@ def attend_pages(
     )
 
 
+def refusal(keys: jax.Array, values: jax.Array) -> str:
+    """Why the kernels do not support these keys and values [..., H]; empty if they do."""
+    if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
+        return f"keys and values are {keys.dtype} and {values.dtype}; the kernel supports bfloat16"
+    if (head_size := keys.shape[-1]) not in HEAD_SIZES:
+        return f"the head size is {head_size}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
+    return ""
+
+
+def pool_refusal(keys_LPKsH: jax.Array, values_LPKsH: jax.Array) -> str:
+    """Why the kernels do not support this pool; empty if they do."""
+    size = keys_LPKsH.shape[3]
+    paged = "" if size % 16 == 0 else f"pages have {size} tokens; the kernel supports multiples of 16"
+    return refusal(keys_LPKsH, values_LPKsH) or paged
+
+
 def paged_attention(
     q_BNH: jax.Array,
     keys_LPKsH: jax.Array,
@@ -107,16 +123,8 @@ def paged_attention(
     sinks_N: jax.Array,
 ) -> jax.Array:
     """`paged_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
-    size, head_size = keys_LPKsH.shape[3:]
     arguments = (q_BNH, keys_LPKsH, values_LPKsH, layer, pages_BM, counts_B, sinks_N)
-    reason = None
-    if keys_LPKsH.dtype != jnp.bfloat16 or values_LPKsH.dtype != jnp.bfloat16:
-        reason = f"keys and values are {keys_LPKsH.dtype} and {values_LPKsH.dtype}; the kernel supports bfloat16"
-    elif size % 16:
-        reason = f"pages have {size} tokens; the kernel supports multiples of 16"
-    elif head_size not in HEAD_SIZES:
-        reason = f"the head size is {head_size}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
-    if reason is not None:
+    if reason := pool_refusal(keys_LPKsH, values_LPKsH):
         warn_reference("paged_attention", reason)
         return paged_attention_reference(*arguments)
-    return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1], head_size))
+    return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1], keys_LPKsH.shape[4]))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import attention_prefill_triton, attention_triton
 from discover_jax.kernels.attention import prefill_attention_reference, prefill_windowed_attention_reference
-from discover_jax.kernels.attention_decode import HEAD_SIZES
+from discover_jax.kernels.attention_decode import pool_refusal, refusal
 from discover_jax.kernels.attention_update import Launch, choose_tiling
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.triton_call import call_kernel, compute_capability, multiprocessors, power_of_two
@@ -42,7 +42,7 @@ class PrefillTiling:
 def choose_prefill(batch: int, queries: int, kv_heads: int, head_size: int, places: int) -> PrefillTiling:
     """The tiles for these shapes.
 
-    They are those of the update's forward pass, which has the same loop. No GPU has measured them here.
+    They are those of the update's forward pass, which has the same loop. Others were not tried.
 
     Args:
       batch: number of rows.
@@ -142,16 +142,6 @@ def attend_window(
     )
 
 
-def _refusal(head_size: int, *keys_and_values: jax.Array) -> str:
-    """Why the kernels do not support these keys and values; empty if they do."""
-    if any(array.dtype != jnp.bfloat16 for array in keys_and_values):
-        given = " and ".join(str(array.dtype) for array in keys_and_values)
-        return f"keys and values are {given}; the kernel supports bfloat16"
-    if head_size not in HEAD_SIZES:
-        return f"the head size is {head_size}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
-    return ""
-
-
 def prefill_attention(
     q_BTNH: jax.Array,
     keys_LPKsH: jax.Array,
@@ -164,10 +154,7 @@ def prefill_attention(
     """`prefill_attention_reference` by the kernel. If it does not support the arguments, uses the reference and logs the reason once."""
     (batch, tokens, heads, _), (kv_heads, size, head_size) = q_BTNH.shape, keys_LPKsH.shape[2:]
     arguments = (q_BTNH, keys_LPKsH, values_LPKsH, layer, pages_BM, lengths_B, sinks_N)
-    reason = _refusal(head_size, keys_LPKsH, values_LPKsH)
-    if not reason and size % 16:
-        reason = f"pages have {size} tokens; the kernel supports multiples of 16"
-    if reason:
+    if reason := pool_refusal(keys_LPKsH, values_LPKsH):
         warn_reference("prefill_attention", reason)
         return prefill_attention_reference(*arguments)
     chosen = choose_prefill(batch, tokens * heads // kv_heads, kv_heads, head_size, pages_BM.shape[1] * size)
@@ -187,7 +174,7 @@ def prefill_windowed_attention(
     """`prefill_windowed_attention_reference` by the kernel. If it does not support the arguments, uses the reference and logs the reason
     once."""
     arguments = (q_BTNH, ring_k_BKWH, ring_v_BKWH, k_BCKH, v_BCKH, lengths_B, first, sinks_N)
-    if reason := _refusal(q_BTNH.shape[3], ring_k_BKWH, v_BCKH):
+    if reason := refusal(ring_k_BKWH, v_BCKH):
         warn_reference("prefill_windowed_attention", reason)
         return prefill_windowed_attention_reference(*arguments)
     launch = choose_tiling(q_BTNH.shape[3], windowed=True, capability=compute_capability()).forward

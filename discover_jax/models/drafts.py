@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from discover_jax.kernels.attention import ring_positions
 from discover_jax.models.cache import Cache
 
 
@@ -51,15 +52,10 @@ def locate_drafts(cache: Cache, counts_B: jax.Array, tokens: int, window: int) -
     )
 
 
-def _last_at(last: jax.Array, window: int) -> jax.Array:
-    """The last position up to `last` that each place of a ring of `window` places can hold, [..., W]."""
-    return last[..., None] - (last[..., None] - jnp.arange(window)) % window
-
-
 def windows_of(ring_BKWH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """The ring as it would be after each of T new tokens, as pages of one row each: [1, B T, K, W, H]."""
     batch, tokens = positions_BT.shape
-    at_BTW = _last_at(positions_BT, ring_BKWH.shape[2])
+    at_BTW = ring_positions(positions_BT + 1, ring_BKWH.shape[2])
     windows = jnp.broadcast_to(ring_BKWH[:, None], (batch, tokens, *ring_BKWH.shape[1:]))
     for t in range(tokens):  # selects are fused, and a gather is not
         here = (at_BTW == positions_BT[:, t, None, None])[:, :, None, :, None]
@@ -69,7 +65,7 @@ def windows_of(ring_BKWH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Arra
 
 def keep_in_rings(ring_LBKWH: jax.Array, new_LBTKH: jax.Array, lengths_B: jax.Array, kept_B: jax.Array) -> jax.Array:
     """The rings after the first `kept_B` of T new tokens, which are at positions from `lengths_B`."""
-    at_BW = _last_at(lengths_B + kept_B - 1, ring_LBKWH.shape[3])
+    at_BW = ring_positions(lengths_B + kept_B, ring_LBKWH.shape[3])
     for t in range(new_LBTKH.shape[2]):
         here = (at_BW == lengths_B[:, None] + t)[None, :, None, :, None]
         ring_LBKWH = jnp.where(here, new_LBTKH[:, :, t, :, None], ring_LBKWH)

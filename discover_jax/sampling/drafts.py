@@ -83,7 +83,7 @@ def draft_launch(
     second_phase: SecondPhase | None,
     record_routes: bool,
 ) -> tuple[Pool, Rows, Drawn, jax.Array]:
-    """`decode_launch` with drafts: up to `launch_steps` passes, each of which yields 1 to `draft_tokens` + 1 tokens for every live row.
+    """`decode_launch` with drafts. It has up to `launch_steps` passes. A pass yields 1 to `draft_tokens` + 1 tokens for every live row.
 
     Args:
       model, frozen, lora, pool, rows, enough, seed, step, max_new_tokens, stop_ids, second_phase, record_routes: see `decode_launch`.
@@ -105,7 +105,7 @@ def draft_launch(
     ends: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "second_phase": second_phase}
 
     def draw(hidden_BTD: jax.Array, counts_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The token that follows each of these hidden states, the first of which is that of a row's token `counts_B`."""
+        """The next token after each hidden state. `counts_B`: the number of sampled tokens before the first one drawn."""
         shape = hidden_BTD.shape[:2]
         logits = model.logits(frozen, lora, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
         counts_BT = counts_B[:, None] + jnp.arange(shape[1], dtype=jnp.int32)

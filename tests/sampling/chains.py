@@ -152,3 +152,18 @@ def by_key(rollouts):
 def long_prompts(lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [Prompt(group, "seed", "", rng.integers(1, 5, length).astype(np.int32)) for group, length in enumerate(lengths)]
+
+
+def check_frequencies(rollouts, temperature):
+    """Rollouts of LOGITS have the chain's log-probabilities, and the next tokens of each state its frequencies (chi-square)."""
+    from scipy import stats  # a second that only the workers of these tests need
+
+    expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))
+    counts = np.zeros((5, 5))
+    for r in rollouts:
+        before = np.concatenate([r.prompt_tokens_P[-1:], r.tokens_T[:-1]])
+        np.testing.assert_allclose(r.logprobs_T, expected[before, r.tokens_T], atol=1e-5)
+        np.add.at(counts, (before, r.tokens_T), 1)
+    for state in range(1, 5):
+        assert counts[state].sum() > 500
+        assert stats.chisquare(counts[state], np.exp(expected[state]) * counts[state].sum()).pvalue > 1e-4

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chains import LOGITS, STOP, Memory, by_key, long_prompts, prompts_of, sampler_of
+from chains import LOGITS, STOP, Memory, by_key, check_frequencies, long_prompts, prompts_of, sampler_of
 from scipy import special
 
 from discover_jax.exceptions import CapacityError, ConfigError
@@ -146,19 +146,9 @@ def test_draws_depend_on_seed_step_group_and_index():
 
 
 def test_frequencies_and_log_probabilities_match_the_chain():
-    from scipy import stats  # a second that only the worker of this test needs
-
     temperature = 0.7
     rollouts = list(sampler_of(temperature=temperature).sample(LOGITS, None, prompts_of(4), 250, seed=1, step=0))
-    expected = np.log(special.softmax(LOGITS.astype(np.float64) / temperature, axis=1))
-    counts = np.zeros((5, 5))
-    for r in rollouts:
-        before = np.concatenate([r.prompt_tokens_P[-1:], r.tokens_T[:-1]])
-        np.testing.assert_allclose(r.logprobs_T, expected[before, r.tokens_T], atol=1e-5)
-        np.add.at(counts, (before, r.tokens_T), 1)
-    for state in range(1, 5):
-        assert counts[state].sum() > 500
-        assert stats.chisquare(counts[state], np.exp(expected[state]) * counts[state].sum()).pvalue > 1e-4
+    check_frequencies(rollouts, temperature)
 
 
 def test_temperatures_are_spread_over_a_group():
