@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from discover_jax import config as settings
+from discover_jax import formulas, machines, meshes
+from discover_jax.models.families import SHAPES
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
 _SCHEMAS = Path(__file__).with_name("schemas")
@@ -85,6 +87,19 @@ def _flags(container: dict) -> dict[str, str]:
     return dict(part.removeprefix("--").split("=", 1) for part in container["args"] if "=" in part)
 
 
+def _config(flags: dict[str, str]) -> Any:
+    file, argument = flags["config"].split(":")
+    config = runpy.run_path(str(_LAUNCH.parent / file))["get_config"](argument)
+    for flag, value in flags.items():
+        if flag.startswith("config."):
+            *path, last = flag.removeprefix("config.").split(".")
+            section = config
+            for part in path:
+                section = section[part]
+            section[last] = type(section[last])(value)
+    return config
+
+
 @pytest.mark.parametrize("name", [*_GPU, *_TPU])
 def test_jobset_restarts_all_after_a_loss_and_ends_after_an_error(name):
     jobset, job, pod, container = _pod(name)
@@ -108,16 +123,7 @@ def test_pods_use_the_images_entrypoint_with_valid_flags(name):
     assert "command" not in container  # the image's entrypoint runs the preflight, then the run
     flags = _flags(container)
     assert flags["workdir"].startswith("/shared/")
-    file, argument = flags["config"].split(":")
-    config = runpy.run_path(str(_LAUNCH.parent / file))["get_config"](argument)
-    for flag, value in flags.items():
-        if flag.startswith("config."):
-            *path, last = flag.removeprefix("config.").split(".")
-            section = config
-            for part in path:
-                section = section[part]
-            section[last] = type(section[last])(value)
-    settings.validate(config, for_run=False)
+    settings.validate(_config(flags), for_run=False)
     volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
     containers = [*pod["spec"].get("initContainers", []), container]
     assert {mount["name"] for each in containers for mount in each["volumeMounts"]} == volumes
@@ -140,6 +146,28 @@ def test_mesh_has_all_devices_and_rows_for_each_share(name):
     assert "LOCKED_MEMORY" in [entry["name"] for entry in container["env"]]
     assert limits["google.com/tpu"] == 4 == _CHIPS[topology] / hosts
     assert data * expert * tensor == _CHIPS[topology] * (2 if "7x" in name else 1)  # jax counts two devices per chip of TPU7x
+
+
+@pytest.mark.parametrize("name", _TPU)
+def test_tpu_slices_have_the_recommended_mesh_and_the_documented_memory(name, monkeypatch):
+    monkeypatch.setattr(machines, "_cpus", lambda count: [None] * count)
+    _, _, pod, container = _pod(name)
+    slice = f"{name.removeprefix('gke-').removeprefix('tpu-').removesuffix('.yaml')}:"
+    slice += pod["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    config = _config(_flags(container))
+    shape = Path(config.model.weights).name
+    config.model.weights, config.model.shape = "random", shape
+    machine = machines.find_machine(slice, 1)
+    lengths = meshes.Lengths(config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    best = meshes.recommend(config, SHAPES[shape], machine, lengths)[0]
+    assert (best.mesh, best.rows) == ((config.mesh.data, config.mesh.expert, config.mesh.tensor), config.train.rows)
+    assert best.kernels
+    parts = formulas.parts(config, SHAPES[shape], machine, learn=True)
+    largest = max(sum(part.values()) for part in parts.values()) / 1e9
+    text, page = ((_LAUNCH.parent / path).read_text() for path in (f"launch/{name}", "docs/clusters.md"))
+    said = rf"{largest:.0f}\s+(?:# )?of\s+(?:# )?{machine.memory / 1e9:.0f} GB"
+    assert re.search(said, text)
+    assert re.search(rf"`{re.escape(name)}`.*{shape.removeprefix('gpt-oss-')}, `expert` {config.mesh.expert}\b.*{said}", page)
 
 
 @pytest.mark.parametrize("name", _GPU)
