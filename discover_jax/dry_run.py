@@ -17,7 +17,7 @@ import jax
 
 from discover_jax import config as settings
 from discover_jax import formulas, meshes
-from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens
+from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens, unused_drafts
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import REMAT, ModelConfig
@@ -189,6 +189,8 @@ def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True
         print(line, flush=True)
 
     show("\n".join([*meshes.report(config, sizes, machine, expected, learn=learn), ""]))
+    if warning := unused_drafts(config):
+        show(f"{warning}\n")
     missing = formulas.what_is_missing(machine) if machine_name else ""
     if not missing:
         found = needs(config, sizes, machine, learn=learn, on_compile=show)

@@ -19,7 +19,8 @@ from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
-from discover_jax.sampling.sampler import Sampler, most_pages, most_read, rows_of
+from discover_jax.sampling.draft_sizes import drafts_warning, most_read, rows_of
+from discover_jax.sampling.sampler import Sampler, most_pages
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
@@ -121,6 +122,12 @@ def build_sampler(
         record_routes=config.train.replay_routing and model.config.num_experts > 0,
         draft_tokens=config.sampling.draft_tokens,
     )
+
+
+def unused_drafts(config: Any) -> str | None:
+    """A warning if `config.sampling.draft_tokens` has no effect; None otherwise."""
+    settings, mesh = config.sampling, config.mesh
+    return drafts_warning(settings.slots, config.groups * config.group_size, mesh.data * mesh.expert, settings.draft_tokens)
 
 
 def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:

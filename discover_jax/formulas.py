@@ -17,7 +17,8 @@ from discover_jax.meshes import GRADIENTS, MEASURED, activation_bytes, kernels_r
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import MESH_AXES, local_bytes
-from discover_jax.sampling.sampler import most_pages, rows_of
+from discover_jax.sampling.draft_sizes import rows_of
+from discover_jax.sampling.sampler import most_pages
 from discover_jax.sampling.schedule import PAGE
 
 ACCURACY = (

@@ -13,7 +13,7 @@ from discover_jax import __version__, stages
 from discover_jax import config as settings
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
-from discover_jax.engine import build_optimizer, build_sampler, build_update
+from discover_jax.engine import build_optimizer, build_sampler, build_update, unused_drafts
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution.cache import packages
 from discover_jax.execution.executor import Executor
@@ -98,6 +98,8 @@ def prepared(
             recorder = RunRecorder(*parts, **options)
             recorder.begin(config.name, _opening_lines(config, workdir, tasks, ways, policy, state))
             if kind.learns and (warning := scale_warning(tasks, config.train.advantage)):
+                recorder.note(warning)
+            if warning := unused_drafts(config):
                 recorder.note(warning)
             for name, error in unusable.items():
                 recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")

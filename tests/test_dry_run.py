@@ -279,6 +279,16 @@ def test_dry_run_accepts_meshes_of_other_machines(tmp_path):
     assert "optimiser" in done.stdout
 
 
+@pytest.mark.parametrize(("slots", "said"), [(12, True), (8, False)])
+def test_drafts_without_effect_are_named(monkeypatch, capsys, slots, said):
+    monkeypatch.setattr(formulas, "what_is_missing", lambda machine: "the GPU compiler is not installed")  # formulas are faster
+    config = _config()
+    config.model.weights, config.model.shape = "random", "gpt-oss-120b"
+    config.groups, config.sampling.slots, config.sampling.draft_tokens = 8, slots, 15
+    dry_run.run(config, "h200")
+    assert ("config.sampling.draft_tokens = 15 has no effect" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(
     ("machine", "data", "message"),
     [

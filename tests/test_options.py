@@ -57,6 +57,8 @@ RUNS = {
     USERS: {
         "task.competition": "negated.py, inverse.py, ranked.py, hopeless.py",
         "groups": 4,
+        "sampling.slots": 12,
+        "sampling.draft_tokens": 15,  # no batch is small enough
         "prompt.style": "full",
         "prompt.ideas": 2,
         "prompt.error_chars": 600,
@@ -264,7 +266,7 @@ def test_runs_use_every_choice():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_end_to_end(results, name):
-    _, journal, metrics, _ = results(name)
+    _, journal, metrics, notes = results(name)
     assert len(journal) == 2 * 3 * RUNS[name].get("groups", 2)
     assert [row["step"] for row in metrics] == [0, 1]
     assert all(row["logprob_gap/mean"] < 1e-5 for row in metrics)
@@ -280,7 +282,9 @@ def test_runs_end_to_end(results, name):
         assert "kl_base/mean" not in metrics[0]
     if "reuse.fresh" in RUNS[name]:
         assert {row["parent_id"] for row in journal if row["group"] == 1} == {"seed"}
-    assert all((row.get("sample/draft_tokens_per_pass") is not None) == ("sampling.draft_tokens" in RUNS[name]) for row in metrics)
+    drafts = 0 < RUNS[name].get("sampling.draft_tokens", 0) < 15
+    assert all((row.get("sample/draft_tokens_per_pass") is not None) == drafts for row in metrics)
+    assert any("draft_tokens = 15 has no effect" in note for note in notes) == (name == USERS)
     # The apprentice needs three tokens to start an answer, so two are never enough.
     assert {row["sample/forced_frac"] for row in metrics} == {1.0 if "sampling.thinking_tokens" in RUNS[name] else 0.0}
 

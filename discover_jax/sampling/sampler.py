@@ -24,16 +24,13 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import replicated, shardings
 from discover_jax.sampling.decoding import Rows, SecondPhase, abstract_rows, decode_launch, empty_rows, put_row, take_rows
+from discover_jax.sampling.draft_sizes import MOST_DRAFT, draft_rows, largest_with_drafts, rows_of
 from discover_jax.sampling.drafts import draft_launch
 from discover_jax.sampling.schedule import MOVED_PAGES, PAGE, Progress, SamplerFunctions, Schedule, ScheduleLimits, half_of, pages_of
 from discover_jax.types import LoweredFunction, Prompt, Rollout
 
 PROMPT_CHUNK = 512
 """Most prompt tokens that one prefill reads; a multiple of the page size."""
-MOST_READ = 128
-"""Most tokens that a pass with drafts reads, of all rows. With more, arithmetic limits it, and drafts cost what they save."""
-MOST_DRAFT = 15
-"""Limit on the tokens of a draft: the smallest batch of the tail, 8 rows, reads `MOST_READ` tokens."""
 LAUNCH_TOKENS = 4
 """Tokens per row of a launch with drafts, relative to one without: a row whose drafts are accepted needs fewer passes."""
 _COLLECTIVES_IN_GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES"}
@@ -45,16 +42,6 @@ def most_pages(slots: int, max_prompt_tokens: int, max_new_tokens: int) -> int:
     """Pages of a device with which its `slots` never wait for a page. With `most_pages(1, ...)` it can sample one rollout at a time."""
     # The prompt keeps its own pages until all rollouts of its group have begun.
     return slots * pages_of(max_prompt_tokens + max_new_tokens) + pages_of(max_prompt_tokens)
-
-
-def most_read(slots: int, draft_tokens: int) -> int:
-    """Most tokens, of all rows, that a pass with drafts reads if the batch begins with this many rows; 0 without drafts."""
-    return min(slots, draft_rows(draft_tokens)) * (draft_tokens + 1)
-
-
-def draft_rows(draft_tokens: int) -> int:
-    """Most rows of a batch that is decoded with drafts of this many tokens; 0 without drafts."""
-    return MOST_READ // (draft_tokens + 1) if draft_tokens else 0
 
 
 def _check_at_least_one(**values: int) -> None:
@@ -101,11 +88,6 @@ def _check_pages(pages: int, devices: int, max_prompt_tokens: int, max_new_token
 
 def _put(model: Model, pool: Pool, rows: Rows, one: Rows, slot: jax.Array, source: jax.Array, target: jax.Array) -> tuple[Pool, Rows]:
     return model.copy_page(pool, source, target), put_row(rows, slot, one)
-
-
-def rows_of(slots: int, rollouts: int, devices: int) -> int:
-    """Rows of the batch: the smaller of slots and rollouts, rounded up to a multiple of the devices."""
-    return -(-min(slots, rollouts) // devices) * devices
 
 
 class Sampler:
@@ -284,10 +266,8 @@ class Sampler:
 
     def _lowered_drafts(self, frozen: Any, lora: Any, limits: ScheduleLimits, pool: Any) -> Iterator[LoweredFunction]:
         """The launch with drafts for the largest batch that uses it, if one does."""
-        batch = limits.slots
-        while batch > limits.draft_rows and (half := half_of(batch, limits.row_devices)):
-            batch = half
-        if batch > limits.draft_rows:
+        batch = largest_with_drafts(limits.slots, limits.row_devices, limits.draft_rows)
+        if not batch:
             return
         rows = abstract_rows(self._model, batch)
         pages, history = (jax.ShapeDtypeStruct((batch, count), jnp.int32) for count in (limits.row_pages, limits.row_pages * PAGE))
