@@ -1,9 +1,8 @@
 """A decoder-only model as pure functions of two pytrees: `frozen` (base weights) and `lora` (adapter). Safe to call inside jit."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +10,21 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
-from discover_jax.kernels.attention import ring_positions
+from discover_jax.exceptions import ConfigError, ShardingError
 from discover_jax.kernels.experts_decode_tpu import lay_out_trees
 from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set
 from discover_jax.kernels.mxfp4_tiles import SLABS
 from discover_jax.kernels.packed_attention import ATTENTION
 from discover_jax.kernels.spread import can_spread, row_devices, rows_axes
+from discover_jax.models.attention import Attention
+from discover_jax.models.binding import Declared, bind, declared, join, split_matrices
 from discover_jax.models.cache import Cache, Pool, copy_page
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
 from discover_jax.models.drafts import keep_in_rings, locate_drafts, windows_of
-from discover_jax.models.layers import Attention, Decoder, Layer, Repeat, rms_norm
-from discover_jax.models.parameters import Frozen, Lora, Tree, abstract_tree, init_tree
+from discover_jax.models.layers import Layer, Repeat
+from discover_jax.models.parameters import Tree, abstract_tree, init_tree
+from discover_jax.models.places import TokenPlaces, keep_chunk, locate_chunk, locate_in_pages, locate_in_rings
+from discover_jax.models.projection import rms_norm
 from discover_jax.models.sharding import sharding_for, shardings
 
 EXPERTS = ("packed", "tiled", "lanes", "dense")
@@ -76,19 +78,19 @@ class Model:
 
     def abstract_frozen(self) -> Tree:
         """Shapes and types of the base weights; with shardings if there is a mesh."""
-        return abstract_tree(_declared(self).frozen, self.mesh)
+        return abstract_tree(self._declared.frozen, self.mesh)
 
     def abstract_lora(self) -> Tree:
         """Shapes and types of the adapter; with shardings if there is a mesh."""
-        return abstract_tree(_declared(self).lora, self.mesh)
+        return abstract_tree(self._declared.lora, self.mesh)
 
     def init_frozen(self, key: jax.Array) -> Tree:
         """Random base weights, created on the devices."""
-        return self._init(_declared(self).frozen, self.abstract_frozen(), key)
+        return self._init(self._declared.frozen, self.abstract_frozen(), key)
 
     def init_lora(self, key: jax.Array) -> Tree:
         """A new adapter. Its products are zero, so the policy equals the base model exactly."""
-        return self._init(_declared(self).lora, self.abstract_lora(), key)
+        return self._init(self._declared.lora, self.abstract_lora(), key)
 
     def cast(self, lora: Tree | None) -> Tree | None:
         """The adapter in the model's type. Products round it to this type anyway, so results are bit-identical."""
@@ -157,7 +159,7 @@ class Model:
 
     def logits(self, frozen: Tree, lora: Tree | None, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        head = self._bind({"head": frozen.get("head", {})}, lora and {"head": lora.get("head", {})}).head
+        head = bind(self._declared, {"head": frozen.get("head", {})}, lora and {"head": lora.get("head", {})}).head
         weight = frozen["embedding"] if self.config.tied else None
         return head(hidden, adapted=lora is not None, out_dtype=jnp.float32, weight_oi=weight)
 
@@ -225,13 +227,13 @@ class Model:
         """
         c, adapted = self.config, lora is not None
         frozen, lora = self.lay_out(frozen, lora)
-        at = _locate_chunk(cache, counts_B, tokens_BC.shape[1], c.sliding_window if c.num_sliding else None)
-        (frozen_layers, frozen_stacks), (lora_layers, lora_stacks) = map(self._split, (frozen[c.stack], (lora or {}).get(c.stack, {})))
+        at = locate_chunk(cache, counts_B, tokens_BC.shape[1], c.sliding_window if c.num_sliding else None)
+        layers, bind_repeat = self._scanned(frozen, lora)
 
-        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree, Any]):
+        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, tuple[Tree, Tree], Any]):
             x_BCD, pool = carry
-            index, frozen_repeat, lora_repeat, rings = parameters
-            repeat = self._bind_repeat(_join(frozen_repeat, frozen_stacks), _join(lora_repeat, lora_stacks))
+            index, slices, rings = parameters
+            repeat = bind_repeat(slices)
             stacked = index if self._stacked else None
             routes = []
             for kind in c.pattern:
@@ -240,7 +242,7 @@ class Model:
                 if kind == "sliding":
                     assert at.kept_BW is not None, "the model has sliding layers"
                     x_BCD += layer.attention.attend_window(q, rings, k, v, cache.lengths_B, stacked, adapted=adapted)
-                    rings = tuple(_keep(ring, x, at.kept_BW) for ring, x in zip(rings, (k, v), strict=True))
+                    rings = tuple(keep_chunk(ring, x, at.kept_BW) for ring, x in zip(rings, (k, v), strict=True))
                 else:
                     pool = Pool(*self.kernels.write_pages(pool.keys_LPKsH, pool.values_LPKsH, index, at.pages_Bm, k, v))
                     x_BCD += layer.attention.attend_chunk(q, pool, index, cache.pages_BM, cache.lengths_B, stacked, adapted=adapted)
@@ -251,7 +253,7 @@ class Model:
 
         x_BCD = frozen["embedding"][tokens_BC].astype(jnp.float32)
         rings = (cache.ring_k_LBKWH, cache.ring_v_LBKWH) if c.num_sliding else None
-        inputs = (jnp.arange(c.num_repeats), frozen_layers, lora_layers, rings)
+        inputs = (jnp.arange(c.num_repeats), layers, rings)
         (x_BCD, pool), (rings, routes) = jax.lax.scan(step, (x_BCD, cache.pool), inputs)
         x_BD = jnp.take_along_axis(x_BCD, (counts_B - 1)[:, None, None], axis=1)[:, 0]
         x_BD = rms_norm(x_BD, frozen["norm"], c.rms_eps, self.dtype)
@@ -273,12 +275,11 @@ class Model:
         self._check_rows(tokens_B.shape[0])
         c, adapted = self.config, lora is not None
         lengths_B = cache.lengths_B
-        at = {"full": _locate_in_pages(cache), "sliding": _locate_in_rings(cache, c.sliding_window)}
+        at = {"full": locate_in_pages(cache), "sliding": locate_in_rings(cache, c.sliding_window)}
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
-        # The loop does not slice large arrays: kernels would get copies of the slices.
-        (frozen_layers, frozen_stacks), (lora_layers, lora_stacks) = map(self._split, (frozen[c.stack], (lora or {}).get(c.stack, {})))
+        layers, bind_repeat = self._scanned(frozen, lora)
 
-        def read(layer: Layer, x_BTD: jax.Array, pool: Pool, index: jax.Array, at: _Places) -> tuple[jax.Array, Pool, jax.Array]:
+        def read(layer: Layer, x_BTD: jax.Array, pool: Pool, index: jax.Array, at: TokenPlaces) -> tuple[jax.Array, Pool, jax.Array]:
             stacked = index if self._stacked else None
             q, k_B1KH, v_B1KH = layer.attention.project(x_BTD, lengths_B[:, None], stacked, adapted=adapted)
             new = index, at.pages_B, at.places_B, k_B1KH[:, 0], v_B1KH[:, 0]
@@ -288,10 +289,10 @@ class Model:
             return x_BTD + y_BTD, pool, routes_BTX
 
         # The caches are the loop's carry, so that each step writes one place instead of copying them.
-        def step(carry: tuple[jax.Array, dict[str, Pool]], parameters: tuple[jax.Array, Tree, Tree]):
+        def step(carry: tuple[jax.Array, dict[str, Pool]], parameters: tuple[jax.Array, tuple[Tree, Tree]]):
             x_BTD, pools = carry
-            index, frozen_repeat, lora_repeat = parameters
-            repeat = self._bind_repeat(_join(frozen_repeat, frozen_stacks), _join(lora_repeat, lora_stacks))
+            index, slices = parameters
+            repeat = bind_repeat(slices)
             routes = []
             for kind in c.pattern:
                 x_BTD, pool, routes_BTX = read(getattr(repeat, kind), x_BTD, pools[kind], index, at[kind])
@@ -300,7 +301,7 @@ class Model:
             return (x_BTD, pools), self._routes_of_repeat(routes)
 
         pools = {"full": cache.pool, "sliding": Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH)}
-        (x_BTD, pools), routes = jax.lax.scan(step, (x_BTD, pools), (jnp.arange(c.num_repeats), frozen_layers, lora_layers))
+        (x_BTD, pools), routes = jax.lax.scan(step, (x_BTD, pools), (jnp.arange(c.num_repeats), layers))
         x_BD = rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps, self.dtype)
         rings = pools["sliding"]
         cache = Cache(pools["full"], rings.keys_LPKsH, rings.values_LPKsH, cache.pages_BM, lengths_B + 1)
@@ -329,15 +330,15 @@ class Model:
         c, adapted, tokens = self.config, lora is not None, tokens_BT.shape[1]
         at = locate_drafts(cache, counts_B, tokens, c.sliding_window)
         windows_n1 = jnp.arange(tokens_BT.size)[:, None]
-        (frozen_layers, frozen_stacks), (lora_layers, lora_stacks) = map(self._split, (frozen[c.stack], (lora or {}).get(c.stack, {})))
+        layers, bind_repeat = self._scanned(frozen, lora)
 
         def flat(x_BTkh: jax.Array) -> jax.Array:
             return x_BTkh.reshape(-1, 1, *x_BTkh.shape[2:])
 
-        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, Tree, Tree]):
+        def step(carry: tuple[jax.Array, Pool], parameters: tuple[jax.Array, tuple[Tree, Tree]]):
             x_BTD, pool = carry
-            index, frozen_repeat, lora_repeat = parameters
-            repeat = self._bind_repeat(_join(frozen_repeat, frozen_stacks), _join(lora_repeat, lora_stacks))
+            index, slices = parameters
+            repeat = bind_repeat(slices)
             stacked, routes, new = index if self._stacked else None, [], None
             for kind in c.pattern:
                 layer: Layer = getattr(repeat, kind)
@@ -358,7 +359,7 @@ class Model:
             return (x_BTD, pool), (new, self._routes_of_repeat(routes))
 
         x_BTD = frozen["embedding"][tokens_BT].astype(jnp.float32)
-        inputs = (jnp.arange(c.num_repeats), frozen_layers, lora_layers)
+        inputs = (jnp.arange(c.num_repeats), layers)
         (x_BTD, pool), (new, routes) = jax.lax.scan(step, (x_BTD, cache.pool), inputs)
         x_BTD = rms_norm(x_BTD, frozen["norm"], c.rms_eps, self.dtype)
         return x_BTD, dataclasses.replace(cache, pool=pool), new, self._routes_of_token(routes)
@@ -401,126 +402,28 @@ class Model:
         """Whether the projections of attention and of a dense MLP stay stacked too, because their kernel reads them from the stack."""
         return self.mesh is None or can_spread("decode_projections", self.mesh)
 
-    def _split(self, tree: Tree) -> tuple[Tree, Tree]:
+    @property
+    def _declared(self) -> Declared:
+        return declared(self.config, self.lora, self.dtype, self.kernels, self.experts)
+
+    def _scanned(self, frozen: Tree, lora: Tree | None) -> tuple[tuple[Tree, Tree], Callable[[tuple[Tree, Tree]], Repeat]]:
+        """The layers that a loop over the repeats slices, and a function from these slices to the module of a repeat.
+
+        The loop does not slice large matrices: their kernels would get copies of the slices. They stay stacked.
+        """
         names = tuple(SLABS) if self.config.num_experts else ()
         if self._stacked:
             names += ("q", "k", "v", "o", "gate", "up", "down")
-        return _split_matrices(tree, names)
+        stack = self.config.stack
+        frozen_layers, frozen_stacks = split_matrices(frozen[stack], names)
+        lora_layers, lora_stacks = split_matrices((lora or {}).get(stack, {}), names)
 
-    def _bind(self, frozen: Tree, lora: Tree | None) -> Decoder:
-        """The module with these arrays. Parameters that are not in the trees stay declarations."""
-        return _merge(_declared(self), frozen, lora)
+        def bind_repeat(slices: tuple[Tree, Tree]) -> Repeat:
+            return self._bind_repeat(join(slices[0], frozen_stacks), join(slices[1], lora_stacks))
+
+        return (frozen_layers, lora_layers), bind_repeat
 
     def _bind_repeat(self, frozen: Tree, lora: Tree) -> Repeat:
         """One repeat of the layers' pattern with its slices of the stacks; without the adapter if `lora` is empty."""
         stack = self.config.stack
-        return getattr(self._bind({stack: frozen}, {stack: lora} if lora else None), stack)
-
-
-class _Chunk(NamedTuple):
-    """Where a chunk of C tokens a row is, in pages of s places: m pages. W: places of a ring.
-
-    Attributes:
-      positions_BC: positions of the tokens.
-      pages_Bm: pages to write; on a mesh, those of all devices. The pages of padding are out of range, so they are not written.
-      kept_BW: for each place of the ring after the chunk, the index among its W places before the chunk and the C tokens; None without
-        sliding layers.
-    """
-
-    positions_BC: jax.Array
-    pages_Bm: jax.Array
-    kept_BW: jax.Array | None
-
-
-def _locate_chunk(cache: Cache, counts_B: jax.Array, chunk: int, window: int | None) -> _Chunk:
-    """See `Model.prefill`, whose errors it raises."""
-    batch, size, row_pages = len(counts_B), cache.pool.page_size, cache.pages_BM.shape[1]
-    if chunk % size or chunk > row_pages * size:
-        raise CapacityError(
-            f"A chunk of {chunk} tokens cannot be read into rows of {row_pages} pages of {size} tokens. It must be whole pages, and no more"
-            " than a row has."
-        )
-    lengths_B = cache.lengths_B
-    positions_BC = lengths_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)
-    firsts_m = jnp.arange(0, chunk, size)
-    # The pages differ between devices; the places in them do not.
-    pages_RBM, places_Bm = cache.pages_BM.reshape(-1, batch, row_pages), (lengths_B[:, None] + firsts_m) // size
-    pages_RBm = jnp.take_along_axis(pages_RBM, places_Bm[None], axis=2, mode="clip")
-    pages_RBm = jnp.where(firsts_m < counts_B[:, None], pages_RBm, cache.pool.pages)  # pages of padding are not written
-    pages_Bm = pages_RBm.reshape(-1, len(firsts_m))
-    if window is None:
-        return _Chunk(positions_BC, pages_Bm, None)
-    after_BW, before_B1 = ring_positions(lengths_B + counts_B, window), lengths_B[:, None]
-    return _Chunk(positions_BC, pages_Bm, jnp.where(after_BW >= before_B1, window + after_BW - before_B1, jnp.arange(window)))
-
-
-def _keep(ring_BKWH: jax.Array, x_BCKH: jax.Array, kept_BW: jax.Array) -> jax.Array:
-    """The ring after a chunk; see `_Chunk.kept_BW`."""
-    return jnp.take_along_axis(jnp.concatenate([ring_BKWH, x_BCKH.transpose(0, 2, 1, 3)], axis=2), kept_BW[:, None, :, None], axis=2)
-
-
-class _Places(NamedTuple):
-    """Where the next token of each row is written, and where its keys are: `counts_B` places of the pages in `table_BM`."""
-
-    pages_B: jax.Array
-    places_B: jax.Array
-    table_BM: jax.Array
-    counts_B: jax.Array
-
-
-def _locate_in_pages(cache: Cache) -> _Places:
-    size, lengths_B = cache.pool.page_size, cache.lengths_B
-    pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
-    pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # past the last page, so the write is dropped
-    return _Places(pages_B, lengths_B % size, cache.pages_BM, lengths_B + 1)
-
-
-def _locate_in_rings(cache: Cache, window: int) -> _Places:
-    """A ring is one page per row, filled from its first place."""
-    rows_B = jnp.arange(len(cache.lengths_B))
-    return _Places(rows_B, cache.lengths_B % max(window, 1), rows_B[:, None], jnp.minimum(cache.lengths_B + 1, window))
-
-
-def _split_matrices(tree: Tree, names: tuple[str, ...]) -> tuple[Tree, Tree]:
-    """The tree of layers without the nodes of these names, and a tree with only those nodes."""
-    rest: Tree = {}
-    matrices: Tree = {}
-    for name, node in tree.items():
-        if name in names:
-            matrices[name] = node
-        elif isinstance(node, dict):
-            rest[name], matrices[name] = _split_matrices(node, names)
-        else:
-            rest[name] = node
-    return rest, matrices
-
-
-def _join(first: Tree, second: Tree) -> Tree:
-    """The union of two trees without common leaves."""
-    shared = {name: _join(first[name], second[name]) for name in first.keys() & second.keys()}
-    return {**first, **second, **shared}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Declared:
-    """A model's nnx module without arrays, split into graph and states."""
-
-    graph: nnx.GraphDef
-    frozen: nnx.State
-    lora: nnx.State
-
-
-@functools.cache
-def _declared(model: Model) -> _Declared:
-    module = Decoder(model.config, model.lora, model.dtype, model.kernels, form=model.experts)
-    return _Declared(*nnx.split(module, Frozen, Lora))
-
-
-def _merge(declared: _Declared, frozen: Tree, lora: Tree | None) -> Decoder:
-    def bound(state: nnx.State, tree: Tree | None) -> nnx.State:
-        bound = nnx.map_state(lambda _, variable: variable.copy(), state)
-        if tree:
-            nnx.replace_by_pure_dict(bound, tree)
-        return bound
-
-    return nnx.merge(declared.graph, bound(declared.frozen, frozen), bound(declared.lora, lora))
+        return getattr(bind(self._declared, {stack: frozen}, {stack: lora} if lora else None), stack)
