@@ -27,7 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from discover_jax.execution import Executor, ResourceLimits, memory, sandbox
+from discover_jax.execution import Executor, ResourceLimits, memory, sandbox_spec
 from discover_jax.execution.limits import MIB
 from discover_jax.tasks.prepare import prepare_task
 from discover_jax.types import Outcome, Verdict
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--growth_mib", type=int, default=16, help="allowed growth of a process's memory")
     arguments = parser.parse_args()
     if arguments.preload == "none":
-        sandbox.PRELOAD = ()
+        sandbox_spec.PRELOAD = ()
     # This limit on a result is on the command line of its sandboxes and unique to this run, so they can be found anywhere.
     limits = ResourceLimits(seconds=30, cores=1, memory_bytes=1024 * MIB, flood_bytes=16 * MIB, result_bytes=8 * MIB + os.getpid())
     mark = f'"result_bytes": {limits.result_bytes}'

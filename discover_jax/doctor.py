@@ -25,13 +25,14 @@ from discover_jax.execution.limits import GIB
 from discover_jax.kernels.kernel_set import PLATFORMS, find_kernel
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
-from discover_jax.stages import check_prompts, packages_in_prompts, program_limits, prompt_settings
+from discover_jax.task_checks import check_prompts
 from discover_jax.tasks.configured import prepare_tasks, seed_programs
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.tasks.task import Task
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import installed_packages
+from discover_jax.typed_settings import packages_in_prompts, program_limits, prompt_settings
 from discover_jax.types import SEED, Grade, Outcome, Verdict
 from discover_jax.untrusted_text import printable
 

@@ -5,23 +5,26 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from discover_jax import __version__, stages
+from discover_jax import __version__, task_checks, typed_settings
 from discover_jax import config as settings
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
+from discover_jax.archive.ranking import Ranking
 from discover_jax.engine import build_optimizer, build_sampler, build_update, unused_drafts
 from discover_jax.exceptions import ConfigError
-from discover_jax.execution.cache import packages
+from discover_jax.execution.cache import packages, verdict_row
 from discover_jax.execution.executor import Executor
+from discover_jax.files import write_atomic
 from discover_jax.hosts.processes import Processes, least
 from discover_jax.learning.train_state import init_train_state
 from discover_jax.machines import device_memory
 from discover_jax.policy import Policy, load_chat, load_policy
-from discover_jax.runs.attempts import SEED_PROGRAMS
+from discover_jax.runs.attempts import SEED_PROGRAMS, seed_of, seed_verdicts, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import Console
 from discover_jax.runs.disclosure import Isolation, write_disclosure
@@ -34,11 +37,11 @@ from discover_jax.runs.summary import Result, opening_lines, scale_warning
 from discover_jax.runs.tracking import Trackers
 from discover_jax.runs.workdir import Workdir
 from discover_jax.stages import Run
-from discover_jax.tasks.configured import prepare_tasks
+from discover_jax.tasks.configured import prepare_tasks, seed_programs
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.prepared_folder import is_stratified
 from discover_jax.tasks.retests import prepare_retests
-from discover_jax.types import RunKind, State, Verdict
+from discover_jax.types import SEED, RunKind, State, Verdict, children_read
 
 
 @contextlib.contextmanager
@@ -47,15 +50,15 @@ def prepared(
 ) -> Iterator[tuple[Run, Policy, Mapping[str, Frontier]]]:
     """Everything that the loop needs, restored to where the run stands. The workers that run programs end with the context."""
     tasks = processes.first_then_others(lambda: prepare_tasks(config.task, folder=workdir.task_dir, seed=config.seed))
-    stages.check_objective(config.train, tasks)
-    stages.check_ranking(config.reuse.score, tasks)
-    stages.check_copies(config.diversity.copies, config.diversity.copy_tolerance, tasks)
+    task_checks.check_objective(config.train, tasks)
+    task_checks.check_ranking(config.reuse.score, tasks)
+    task_checks.check_copies(config.diversity.copies, config.diversity.copy_tolerance, tasks)
     retests = processes.first_then_others(lambda: _retests(config, tasks, workdir))
     all_tasks = [*tasks, *(each for of_task in retests.values() for each in of_task)]
     processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
     source = find_source(config.train.resume_from, tasks, workdir, processes)
     with _executor(config, all_tasks, workdir, processes) as executor:
-        unusable = stages.unusable_packages(config, tasks, executor)
+        unusable = typed_settings.unusable_packages(config, tasks, executor)
         own = {"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe(), "unusable": unusable}
         hosts = processes.gather(own)
         unusable = {name: error for host in hosts for name, error in host["unusable"].items()}
@@ -64,26 +67,26 @@ def prepared(
             _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
 
         outputs = Outputs(workdir.outputs_dir)
-        seeds = stages.run_seed_programs(config.task, tasks, executor, processes, workdir.path / SEED_PROGRAMS, outputs)
+        seeds = run_seed_programs(config.task, tasks, executor, processes, workdir.path / SEED_PROGRAMS, outputs)
         # Before the weights, which take minutes.
-        chat, prompt_settings = load_chat(config), stages.prompt_settings(config, unusable, all_tasks)
-        stages.check_prompts(tasks, seeds, prompt_settings, chat)
+        chat, prompt_settings = load_chat(config), typed_settings.prompt_settings(config, unusable, all_tasks)
+        task_checks.check_prompts(tasks, seeds, prompt_settings, chat)
         policy = load_policy(config, console.loading, chat)
         optimizer = build_optimizer(config)
         memory = least(processes, device_memory())
         sampler = build_sampler(
-            config, policy.model, policy.stop_ids, stages.second_phase(config, policy.chat), memory=memory, learn=kind.learns
+            config, policy.model, policy.stop_ids, typed_settings.second_phase(config, policy.chat), memory=memory, learn=kind.learns
         )
 
         journal = Journal(workdir.journal_path)
         checkpoints = Checkpoints(workdir.checkpoints_dir, keep=config.checkpoint.keep, every=config.checkpoint.every, processes=processes)
         fresh = init_train_state(policy.init_lora(config.seed), optimizer) if kind.learns else None
         scripts = {
-            task.id: rerun_script(stages.rerun_settings(config, number, stratified=is_stratified(task.settings)))
+            task.id: rerun_script(typed_settings.rerun_settings(config, number, stratified=is_stratified(task.settings)))
             for number, task in enumerate(tasks)
         }
         sources = (source, scripts, console.note, processes)
-        starts = stages.start_frontiers(config.reuse, tasks, seeds)
+        starts = start_frontiers(config.reuse, tasks, seeds)
         state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, starts=starts)
         policy = dataclasses.replace(policy, train_state=state.train_state)
         last_step = state.first_step + config.train.steps
@@ -126,6 +129,61 @@ def _retests(config: Any, tasks: Sequence[AnyTask], workdir: Workdir) -> Mapping
     return found
 
 
+def run_seed_programs(
+    section: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path, outputs: Outputs
+) -> dict[str, State]:
+    """Where the search of each competition starts, if not from nothing: a seed program and its verdict, by competition id.
+
+    The first process runs the programs and stores them with their verdicts, so that a resumed run starts from the same.
+
+    Args:
+      section: config.task.
+      file: in the run directory.
+      outputs: gets the values that the programs returned, if their children may read them.
+
+    Raises:
+      ConfigError: a seed program has no score, or its reward is that of a failure.
+      RunError: the stored programs cannot be read, or the seed programs differ from them.
+    """
+    if not section.seed_program and not any(task.calls for task in tasks):
+        return {}
+
+    def rows() -> list[dict[str, Any]]:
+        programs = {task.id: program for task, program in zip(tasks, seed_programs(section, tasks), strict=True) if program}
+        if file.exists():
+            return stored_seeds(file, programs)
+        numbers = {task.id: number for number, task in enumerate(tasks)}
+        futures = {id: executor.submit(program, numbers[id]) for id, program in programs.items()}
+        verdicts = {id: future.result() for id, future in futures.items()}
+        for id, verdict in verdicts.items():  # a program without a score is not stored: it can be corrected
+            seed_of(by_id[id], programs[id], verdict)
+        found = [{"task": id, "program": programs[id], "verdict": verdict_row(verdict)} for id, verdict in verdicts.items()]
+        write_atomic(file, json.dumps(found).encode())
+        return found
+
+    by_id = {task.id: task for task in tasks}
+    seeds = {}
+    for id, program, verdict in seed_verdicts(file, processes.from_first(rows)):
+        seeds[id] = seed_of(by_id[id], program, verdict)
+        if processes.leads and children_read(seeds[id].output):
+            outputs.put(verdict.execution.result or b"")
+    return seeds
+
+
+def start_frontiers(reuse: Any, tasks: Sequence[AnyTask], seeds: Mapping[str, State]) -> dict[str, Frontier]:
+    """The frontier of each competition before the first step.
+
+    Args:
+      reuse: config.reuse.
+      seeds: seed programs by competition id; the others start from nothing.
+    """
+
+    def ranking(task: AnyTask) -> Ranking | None:
+        return None if reuse.score == "raw" else Ranking(reuse.score, task.metric.higher_is_better, task.reward, task.has_row_results)
+
+    return {task.id: Frontier.start(reuse.capacity, seed=seeds.get(task.id, SEED), ranking=ranking(task)) for task in tasks}
+
+
 def check_agreement(processes: Processes, config: Any, kind: RunKind) -> None:
     """Checks that all processes are about to run the same. A difference would otherwise show only as a hang, or not at all."""
     for what, value, remedy in (
@@ -139,7 +197,7 @@ def check_agreement(processes: Processes, config: Any, kind: RunKind) -> None:
 def _executor(config: Any, tasks: Sequence[AnyTask], workdir: Workdir, processes: Processes) -> Executor:
     return Executor(
         tasks,
-        stages.program_limits(config, tasks),
+        typed_settings.program_limits(config, tasks),
         workers=config.execution.workers,
         cache_dir=config.execution.cache or workdir.cache_dir,
         backend=config.execution.backend,

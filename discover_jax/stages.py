@@ -4,61 +4,39 @@ The stages unpack the config: each passes plain values to the folder that does t
 """
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from discover_jax.archive.frontier import Frontier, states_of
-from discover_jax.archive.ranking import Ranking
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
 from discover_jax.engine import microbatch_rows, row_tokens
-from discover_jax.exceptions import ConfigError
-from discover_jax.execution.cache import verdict_row
 from discover_jax.execution.executor import Executor
-from discover_jax.execution.limits import ResourceLimits, resource_limits
-from discover_jax.files import write_atomic
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
 from discover_jax.learning.advantages import least_rollouts
-from discover_jax.learning.best_of_k import k_of_step, weight_of_step
-from discover_jax.learning.estimates import Estimates, GradedGroup, Objective, estimate_step
+from discover_jax.learning.estimates import Estimates, GradedGroup, estimate_step
 from discover_jax.learning.packing import Batch, pack, pack_substeps
-from discover_jax.learning.signals import Diversity, FailureHandling, results_of
+from discover_jax.learning.signals import Diversity, results_of
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
-from discover_jax.runs.attempts import attempt_of, seed_of, seed_verdicts, stored_seeds
+from discover_jax.runs.attempts import attempt_of
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import StepProgress
 from discover_jax.runs.finalists import Choice, choose
 from discover_jax.runs.outputs import Outputs
 from discover_jax.runs.recorder import Recorder
-from discover_jax.runs.rerun import RerunSettings
-from discover_jax.sampling.decoding import SecondPhase
 from discover_jax.sampling.sampler import Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
-from discover_jax.tasks.configured import named_competitions, seed_programs
 from discover_jax.tasks.prepare import AnyTask
-from discover_jax.tasks.rewards import TRANSFORMS
-from discover_jax.tasks.submission_size import MIB, result_bytes, stated_bytes
-from discover_jax.text.chat import ChatFormat
 from discover_jax.text.code import entry_names
-from discover_jax.text.prompts import (
-    PACKAGES,
-    PromptSettings,
-    asks_for_edits,
-    build_prompt,
-    check_prompt,
-    choose_inspirations,
-    installed_packages,
-    program_fits,
-)
+from discover_jax.text.prompts import PromptSettings, asks_for_edits, build_prompt, choose_inspirations, program_fits
 from discover_jax.text.reply import Extracted, extracted
-from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict, children_read
+from discover_jax.typed_settings import objective_of_step
+from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,110 +131,6 @@ class Graded:
     verdicts: Mapping[RolloutKey, Verdict]
 
 
-def run_seed_programs(
-    settings: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes, file: Path, outputs: Outputs
-) -> dict[str, State]:
-    """Where the search of each competition starts, if not from nothing: a seed program and its verdict, by competition id.
-
-    The first process runs the programs and stores them with their verdicts, so that a resumed run starts from the same.
-
-    Args:
-      settings: config.task.
-      file: in the run directory.
-      outputs: gets the values that the programs returned, if their children may read them.
-
-    Raises:
-      ConfigError: a seed program has no score, or its reward is that of a failure.
-      RunError: the stored programs cannot be read, or the seed programs differ from them.
-    """
-    if not settings.seed_program and not any(task.calls for task in tasks):
-        return {}
-
-    def rows() -> list[dict[str, Any]]:
-        programs = {task.id: program for task, program in zip(tasks, seed_programs(settings, tasks), strict=True) if program}
-        if file.exists():
-            return stored_seeds(file, programs)
-        numbers = {task.id: number for number, task in enumerate(tasks)}
-        futures = {id: executor.submit(program, numbers[id]) for id, program in programs.items()}
-        verdicts = {id: future.result() for id, future in futures.items()}
-        for id, verdict in verdicts.items():  # a program without a score is not stored: it can be corrected
-            seed_of(by_id[id], programs[id], verdict)
-        found = [{"task": id, "program": programs[id], "verdict": verdict_row(verdict)} for id, verdict in verdicts.items()]
-        write_atomic(file, json.dumps(found).encode())
-        return found
-
-    by_id = {task.id: task for task in tasks}
-    seeds = {}
-    for id, program, verdict in seed_verdicts(file, processes.from_first(rows)):
-        seeds[id] = seed_of(by_id[id], program, verdict)
-        if processes.leads and children_read(seeds[id].output):
-            outputs.put(verdict.execution.result or b"")
-    return seeds
-
-
-def check_ranking(rule: str, tasks: Sequence[AnyTask]) -> None:
-    """Checks that programs can be ranked by config.reuse.score.
-
-    Raises:
-      ConfigError: the scores of a competition have no results of single rows, or no competition's scores are measured on rows.
-    """
-    if rule == "raw":
-        return
-    if blind := _without_rows(tasks):
-        raise ConfigError(
-            f"config.reuse.score = {rule!r} needs the results of single rows, which the scores of {', '.join(blind)} do not have. Set it to"
-            " 'raw'. Or give the competition's metric an `influence` (docs/competitions.md)."
-        )
-    if not any(task.has_row_results for task in tasks):
-        raise ConfigError(
-            f"config.reuse.score = {rule!r} has no effect: the scores of {', '.join(task.id for task in tasks)} are exact. Set it to 'raw'."
-        )
-
-
-def _without_rows(tasks: Sequence[AnyTask]) -> list[str]:
-    """Ids of the tasks whose scores are noisy and have no results of single rows."""
-    return [task.id for task in tasks if task.noisy and not task.has_row_results]
-
-
-def check_copies(copies: str, tolerance: float, tasks: Sequence[AnyTask]) -> None:
-    """Checks that copies can be told from other programs, if config.diversity.copies lets them count as failures.
-
-    Args:
-      copies, tolerance: config.diversity.copies and config.diversity.copy_tolerance.
-
-    Raises:
-      ConfigError: equal scores of a competition do not mean equal predictions, or the score of a problem varies from run to run; or no
-        task has scores to which the tolerance applies.
-    """
-    if tolerance and all(task.has_row_results for task in tasks):
-        raise ConfigError(
-            f"config.diversity.copy_tolerance = {tolerance} has no effect: copies are found by the results of single rows, which"
-            f" {', '.join(task.id for task in tasks)} has. Remove it; it is for problems."
-        )
-    if copies == "keep":
-        return
-    if blind := _without_rows(tasks):
-        raise ConfigError(
-            f"config.diversity.copies = {copies!r} cannot recognise copies of programs for {', '.join(blind)}. The score of a noisy problem"
-            " varies between equal programs, and a competition needs the results of single rows. Set it to 'keep'. For a competition, you"
-            " can give its metric an `influence` (docs/competitions.md)."
-        )
-
-
-def start_frontiers(reuse: Any, tasks: Sequence[AnyTask], seeds: Mapping[str, State]) -> dict[str, Frontier]:
-    """The frontier of each competition before the first step.
-
-    Args:
-      reuse: config.reuse.
-      seeds: seed programs by competition id; the others start from nothing.
-    """
-
-    def ranking(task: AnyTask) -> Ranking | None:
-        return None if reuse.score == "raw" else Ranking(reuse.score, task.metric.higher_is_better, task.reward, task.has_row_results)
-
-    return {task.id: Frontier.start(reuse.capacity, seed=seeds.get(task.id, SEED), ranking=ranking(task)) for task in tasks}
-
-
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:
     """The competition and the parent of each group. Competitions take turns across steps, so that all get equally many groups."""
     config = run.config
@@ -272,18 +146,6 @@ def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> li
         others = choose_inspirations(frontier.archive.states, parent, config.prompt.inspirations)
         groups.append(Group(task, parent, frontier.failures(parent), others, values.get(parent.output, b"")))
     return groups
-
-
-def check_prompts(tasks: Sequence[AnyTask], seeds: Mapping[str, State], settings: PromptSettings, chat: ChatFormat) -> dict[str, int]:
-    """Checks that the first prompts of a run fit, so that it fails before it loads weights. Returns their tokens by competition id.
-
-    Args:
-      seeds: seed programs by competition id; the others start from nothing.
-
-    Raises:
-      CapacityError: a prompt is too long even without output of programs.
-    """
-    return {task.id: check_prompt(task, seeds.get(task.id, SEED), settings, chat) for task in tasks}
 
 
 def write_prompts(run: Run, policy: Policy, groups: Sequence[Group], step: int) -> list[Prompt]:
@@ -335,30 +197,6 @@ def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, s
         program, verdict = sampled.programs[key], verdicts.get(key)
         attempts.append(attempt_of(group.task, step, group.parent, rollout, program.code, verdict, adapter_step, program.reason))
     return Graded(attempts, verdicts)
-
-
-def objective_of_step(train: Any, step: int) -> Objective:
-    """The objective in a step of the run, from the section `train` of the config and the number of the step in this run, from 0."""
-    k_steps = train.max_at_k_steps or train.steps
-    k = k_of_step(step, first=train.max_at_k, last=train.max_at_k_last or train.max_at_k, steps=k_steps)
-    weight = weight_of_step(step, start=train.frontier_start, steps=train.frontier_steps or train.steps - train.frontier_start)
-    return Objective(train.advantage, train.beta, k, weight, FailureHandling(train.failures, train.failure_spread))
-
-
-def check_objective(train: Any, tasks: Sequence[AnyTask]) -> None:
-    """Checks that the best reward so far can be compared with the signals of each competition, if the estimator uses it.
-
-    Raises:
-      ConfigError: it cannot.
-    """
-    if train.advantage != "frontier" or train.frontier_base != "best":
-        return
-    ranked = [task.id for task in tasks if TRANSFORMS[task.transform].in_group]
-    if ranked:
-        raise ConfigError(
-            f"config.train.frontier_base = 'best' compares rewards with the best reward so far, but {', '.join(ranked)} uses ranks within a"
-            " group (transform 'rank_in_group'). Set config.train.frontier_base = 'group', or use another transform."
-        )
 
 
 def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], frontiers: Mapping[str, Frontier], step: int) -> Estimates:
@@ -489,70 +327,3 @@ def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verd
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def second_phase(config: Any, chat: ChatFormat) -> SecondPhase | None:
-    """The second phase, which ends the thinking of a rollout that thinks too long; None if config.sampling.thinking_tokens is 0."""
-    if not config.sampling.thinking_tokens:
-        return None
-    return SecondPhase(config.sampling.thinking_tokens, chat.answer_opening(), chat.answer_forced(config.sampling.thinking_closing))
-
-
-def packages_in_prompts(tasks: Sequence[AnyTask]) -> list[str]:
-    """Names for pip of the packages that prompts for these tasks name where they are installed."""
-    return list(dict.fromkeys(name for task in tasks for name in task.packages or PACKAGES))
-
-
-def unusable_packages(config: Any, tasks: Sequence[AnyTask], executor: Executor) -> dict[str, str]:
-    """Packages that prompts must not name, since programs cannot import them here, with the errors. Brief prompts name none."""
-    return {} if config.prompt.style == "brief" else executor.unusable_packages(packages_in_prompts(tasks))
-
-
-def program_limits(config: Any, tasks: Sequence[AnyTask]) -> ResourceLimits:
-    """The limits of a program.
-
-    Args:
-      tasks: of the executor.
-
-    Raises:
-      ConfigError: see `tasks.submission_size.result_bytes`.
-    """
-    execution = config.execution
-    return resource_limits(execution.seconds, execution.cores, execution.memory_gib, result_bytes(tasks, execution.result_mib))
-
-
-def prompt_settings(config: Any, unusable: Collection[str] = (), tasks: Sequence[AnyTask] = ()) -> PromptSettings:
-    """The settings of prompts.
-
-    Args:
-      unusable: packages that programs cannot import, on any host.
-      tasks: of the executor, for the limit of submissions.
-    """
-    return PromptSettings(
-        style=config.prompt.style,
-        answer=config.prompt.answer,
-        max_tokens=config.sampling.max_prompt_tokens,
-        seconds=config.execution.seconds,
-        cores=config.execution.cores,
-        memory_gib=config.execution.memory_gib,
-        result_mib=stated_bytes(tasks, config.execution.result_mib) / MIB if tasks else 0,
-        packages=installed_packages(unusable=unusable),
-        unusable=frozenset(unusable),
-        ideas_shown=config.prompt.ideas,
-        stdout_chars=config.prompt.stdout_chars,
-        error_chars=config.prompt.error_chars,
-    )
-
-
-def rerun_settings(config: Any, number: int, *, stratified: bool) -> RerunSettings:
-    """The settings of best/rerun.sh for the competition with this number in config.task.
-
-    Args:
-      stratified: whether its rows were drawn so. Runs of earlier versions keep their rows whatever the config says.
-    """
-    name, raw = named_competitions(config.task)[number]
-    rows_of, execution = config.task, config.execution
-    rows = (rows_of.reward, rows_of.holdout_fraction, rows_of.holdout_folds, rows_of.selection_fraction)
-    grading = (rows_of.grader, rows_of.reuse_output, config.seed)
-    limits = (execution.seconds, execution.cores, execution.memory_gib, execution.backend, execution.allow_weaker, execution.result_mib)
-    return RerunSettings(name, raw, *rows, *grading, *limits, stratified=stratified)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from discover_jax.execution.bytecode import write_bytecode
-from discover_jax.execution.sandbox import PRELOAD
+from discover_jax.execution.sandbox_spec import PRELOAD
 
 _FLAGS = ["--xla_backend_optimization_level=0"]
 # On a GPU, XLA otherwise compiles and times many variants of each product of the references.
@@ -86,8 +86,9 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: whole_runs.index(item.path.parent) if item.path.parent in whole_runs else len(whole_runs))
 
 
-TORCH = 'importorskip("torch"'
-"""What a file with tests that need torch says. One worker runs them all: importing torch and transformers takes 10 s of CPU time."""
+TORCH = ('importorskip("torch"', 'usefixtures("torch"')
+"""A file with tests that need torch says one of these. One worker runs all these files: importing torch and transformers takes 10 s of CPU
+time."""
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
@@ -106,7 +107,7 @@ def pytest_xdist_make_scheduler(config, log):
             return "torch" if file in with_torch else file
 
     files = (file for file in here.rglob("test_*.py") if file != whole_run)
-    with_torch = {file.relative_to(root).as_posix() for file in files if TORCH in file.read_text()}
+    with_torch = {file.relative_to(root).as_posix() for file in files if any(said in file.read_text() for said in TORCH)}
     return Scheduling(config, log)
 
 

@@ -9,16 +9,18 @@ import os
 import re
 import runpy
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from absl import flags, logging
 
 from discover_jax import config as settings
 from discover_jax import doctor
 from discover_jax.config import validate
 from discover_jax.exceptions import ConfigError, DataError, RunError
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.models import folder as folders
 from discover_jax.models.synthetic import write_synthetic
 from discover_jax.policy import APPRENTICE
@@ -62,6 +64,46 @@ def test_dependent_checks_are_skipped_and_the_exit_code_is_1(tmp_path, capsys):
     assert marks["weights"] == marks["data"] == "FIX"
     assert marks["tokenizer"] == marks["disk"] == marks["grader"] == marks["sandbox"] == "--"
     assert str(tmp_path / "nowhere") in printed
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs `python -m discover_jax.doctor` and returns its exit code.
+
+    It runs in this process, since a new one would import jax and orbax for seconds. Afterwards, absl is as before.
+    """
+    known, verbosity = set(flags.FLAGS), logging.get_verbosity()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("discover_jax.doctor", run_name="__main__")
+        return ended.value.code
+
+    yield run
+    flags.FLAGS.unparse_flags()
+    for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+    logging.set_verbosity(verbosity)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "error"),
+    [
+        # Neither data nor weights, so that nothing slow is checked.
+        (["--config.model.weights=/nowhere", "--config.task.raw=/nowhere"], 1, "Fix the items marked FIX and run the doctor again.", ""),
+        (["--config.groups=0"], 2, "", "config.groups must be at least 1"),
+    ],
+)
+def test_the_command_ends_with_a_code(command, tmp_path, capsys, arguments, code, out, error):
+    assert command(f"--config={ROOT / 'configs' / 'spaceship.py'}:run1", f"--workdir={tmp_path / 'run'}", *arguments) == code
+    said = capsys.readouterr()
+    marks = {line.split()[1]: line.split()[0] for line in said.out.splitlines()[:-1]}
+    assert marks == ({} if error else dict.fromkeys(NAMES, "--") | {"packages": "ok", "devices": "ok", "weights": "FIX", "data": "FIX"})
+    assert said.out.rstrip().endswith(out)
+    assert error in said.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_and_tokenizer_that_do_not_match(tmp_path, monkeypatch):
@@ -111,7 +153,7 @@ def test_wrong_grader_is_detected(tmp_path, monkeypatch):
 
 
 def test_sandbox_with_a_wrong_score_is_detected(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     monkeypatch.setattr(doctor, "packages_in_prompts", lambda tasks: [])  # a program for each would import it
     monkeypatch.setattr(doctor, "_PROGRAM", "def run():\n    raise ValueError('no')\n")
     found = _findings(tmp_path)

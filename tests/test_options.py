@@ -22,10 +22,10 @@ from phrase_model import EDIT_FOLLOWERS, EDIT_PHRASES, write_phrase_model
 from remainders_problem import SEED_PROGRAM
 
 from discover_jax import config as settings
-from discover_jax import main, preparation, stages
+from discover_jax import main, preparation, typed_settings
 from discover_jax.apprentice.preset import apprentice_on_cpu
 from discover_jax.archive.selectors import SELECTORS
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.learning.advantages import ESTIMATORS, SCALE_FREE
 from discover_jax.learning.estimates import groups_with_too_few
 from discover_jax.learning.losses import LOSSES, REDUCTIONS
@@ -172,7 +172,7 @@ def users_config(root):
     tasks = prepare_tasks(config.task, folder=root / "tasks", seed=0)
     chat = Harmony(load_tokenizer(root / "model"), config.prompt.reasoning_effort)
     config.sampling.max_prompt_tokens = 100_000
-    first = [build_prompt(task, SEED, (), stages.prompt_settings(config), chat, group=0, step=0) for task in tasks]
+    first = [build_prompt(task, SEED, (), typed_settings.prompt_settings(config), chat, group=0, step=0) for task in tasks]
     config.sampling.max_prompt_tokens = max(len(prompt.tokens_P) for prompt in first) + 350
     return config
 
@@ -205,7 +205,7 @@ def rows(path):
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
 
 
 @pytest.fixture(scope="module")

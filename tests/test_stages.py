@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).with_name("faults")))
 from remainders_problem import ROWS, SEED_PROGRAM
 
 from discover_jax import config as settings
-from discover_jax import stages
+from discover_jax import preparation, stages, typed_settings
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
-from discover_jax.execution import Executor, sandbox
+from discover_jax.execution import Executor, sandbox_spec
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.hosts.processes import ALONE
 from discover_jax.policy import APPRENTICE, Policy
@@ -81,7 +81,7 @@ def steps(tmp_path_factory):
     policy = Policy(None, None, chat)
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PRELOAD", ())
+        patch.setattr(sandbox_spec, "PRELOAD", ())
         tasks = prepare_tasks(config.task, folder=folder / "task", seed=0)
         limits = ResourceLimits(seconds=60, cores=1, memory_bytes=900 * MIB)
         with Executor(tasks, limits, workers=1, cache_dir=folder / "cache") as executor:
@@ -96,10 +96,10 @@ def steps(tmp_path_factory):
             }
             outputs = Outputs(folder / "outputs")
             run = stages.Run(
-                config, RunKind.SEARCH, ALONE, tasks, slots_H=[1], prompt_settings=stages.prompt_settings(config), outputs=outputs,
+                config, RunKind.SEARCH, ALONE, tasks, slots_H=[1], prompt_settings=typed_settings.prompt_settings(config), outputs=outputs,
                 first_step=0, last_step=len(REPLIES), **parts,
             )  # fmt: skip
-            seeds = stages.run_seed_programs(config.task, tasks, executor, ALONE, folder / "seeds.json", outputs)
+            seeds = preparation.run_seed_programs(config.task, tasks, executor, ALONE, folder / "seeds.json", outputs)
             frontiers = {"labels": Frontier(Archive((), 100), seed=seeds["labels"])}
             journal = Journal(folder / "journal.jsonl")
             for step, replies in enumerate(REPLIES):

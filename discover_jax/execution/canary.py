@@ -8,7 +8,8 @@ from typing import Any
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution.bubblewrap import SCRATCH, WRITABLE, Host, environment
-from discover_jax.execution.sandbox import Sandbox, SandboxSpec
+from discover_jax.execution.sandbox import Sandbox
+from discover_jax.execution.sandbox_spec import SandboxSpec
 from discover_jax.types import Outcome
 
 

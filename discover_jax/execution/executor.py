@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self, cast
 
 from discover_jax.exceptions import ConfigError, RunError, SandboxError
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.execution.backend import Backend, End, Execute, Load, NoSlots, RunTask, ShownTask
 from discover_jax.execution.cache import VerdictCache, packages
 from discover_jax.execution.evaluating import EvaluatedTask, Evaluators
@@ -25,7 +25,7 @@ from discover_jax.types import Answer, Execution, Grade, Outcome, Verdict
 
 _TRIES = 3  # after a failure of the host, a program runs up to two more times, each time in a fresh sandbox
 BACKENDS = {"bubblewrap": "bubblewrap", "ray": "bubblewrap", "unsafe-subprocess": "unsafe-subprocess"}
-"""Backends and their isolation (one of sandbox.BACKENDS)."""
+"""Backends and their isolation (one of sandbox_spec.BACKENDS)."""
 GRACE_SECONDS = 600.0
 """Time for warming up and grading, in addition to the program's own; after that, a worker counts as hung."""
 _log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Executor:
         if backend == "ray":
             from discover_jax.execution.cluster import RayBackend  # ray is an extra
 
-            ray_settings = {"workers": workers, "address": ray_address, "preload": sandbox.PRELOAD, "grace_seconds": grace_seconds}
+            ray_settings = {"workers": workers, "address": ray_address, "preload": sandbox_spec.PRELOAD, "grace_seconds": grace_seconds}
             self._backend = RayBackend(shown, limits, **ray_settings) if leads else NoSlots()
         else:
             self._backend = LocalBackend(
@@ -103,7 +103,7 @@ class Executor:
                 workers=workers,
                 isolation=BACKENDS[backend],
                 hidden=[cache_dir],
-                preload=sandbox.PRELOAD,
+                preload=sandbox_spec.PRELOAD,
                 grace_seconds=grace_seconds,
             )
         competitions = sum(not task.calls for task in tasks)
@@ -179,7 +179,7 @@ class Executor:
         Raises:
           SandboxError: the host failed.
         """
-        imported = {"numpy", "pandas", "scipy", *(module.partition(".")[0] for module in sandbox.PRELOAD)}
+        imported = {"numpy", "pandas", "scipy", *(module.partition(".")[0] for module in sandbox_spec.PRELOAD)}
         modules = {}
         for name in names if self._backend.slots else ():
             try:

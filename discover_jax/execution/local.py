@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import bubblewrap, canary, memory, quarantine, sandbox, summary, worker
+from discover_jax.execution import bubblewrap, canary, memory, quarantine, summary, worker
 from discover_jax.execution.admission import Admission
 from discover_jax.execution.backend import End, Execute, Load, Request, ShownTask
 from discover_jax.execution.bytecode import write_bytecode
 from discover_jax.execution.children import Children, ChildSlot
 from discover_jax.execution.leases import lease_cores, lease_uids
 from discover_jax.execution.limits import ResourceLimits
+from discover_jax.execution.sandbox_spec import SandboxSpec
 
 
 class LocalBackend:
@@ -38,7 +39,7 @@ class LocalBackend:
           shown: what programs see of each task.
           limits: of each program.
           workers: number of slots; None or 0: as many as the machine's cores allow.
-          isolation: one of sandbox.BACKENDS.
+          isolation: one of sandbox_spec.BACKENDS.
           hidden: paths that programs must not see, in addition to the siblings of the public folders.
           preload: modules that a sandbox imports before it gets a program.
           grace_seconds: a worker that exceeds a program's time limit by more than this counts as hung and is replaced.
@@ -59,7 +60,7 @@ class LocalBackend:
             if host is not None and host.root:
                 uids = held.enter_context(lease_uids(len(cores_of_slots)))
             specs = [
-                sandbox.SandboxSpec(isolation, host, self._cgroups, shown[0].folders[0], limits, slot, cores, uid, tuple(preload))
+                SandboxSpec(isolation, host, self._cgroups, shown[0].folders[0], limits, slot, cores, uid, tuple(preload))
                 for slot, (cores, uid) in enumerate(zip(cores_of_slots, uids, strict=True))
             ]
             if host is not None:
@@ -88,7 +89,7 @@ class LocalBackend:
             self._free.put(slot)
 
     @property
-    def specs(self) -> Sequence[sandbox.SandboxSpec]:
+    def specs(self) -> Sequence[SandboxSpec]:
         """The sandbox spec of each slot."""
         return self._summary[0]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from discover_jax.execution.admission import memory_limit
 from discover_jax.execution.limits import GIB, ResourceLimits
-from discover_jax.execution.sandbox import SandboxSpec
+from discover_jax.execution.sandbox_spec import SandboxSpec
 
 
 def describe(specs: Sequence[SandboxSpec], limits: ResourceLimits, runs: int, cpus: int) -> str:

@@ -15,6 +15,7 @@ from discover_jax.exceptions import SandboxError
 from discover_jax.execution import children, sandbox
 from discover_jax.execution.backend import Call, End, Execute, Load, Request, ShownTask
 from discover_jax.execution.quarantine import Survivor
+from discover_jax.execution.sandbox_spec import SandboxSpec
 from discover_jax.types import Answer, Execution, Outcome
 
 
@@ -31,7 +32,7 @@ class Reply:
     survivor: Survivor | None
 
 
-def main(connection: Connection, parent: int, spec: sandbox.SandboxSpec, shown: Sequence[ShownTask]) -> None:
+def main(connection: Connection, parent: int, spec: SandboxSpec, shown: Sequence[ShownTask]) -> None:
     """Serves requests until the connection closes: receives a Request and sends a Reply.
 
     Args:
@@ -65,7 +66,7 @@ _LOOK_SECONDS = 0.1
 """Time between two looks at the memory of a program that waits for its next call."""
 
 
-def _spec_for(task: ShownTask, folder: Path, spec: sandbox.SandboxSpec) -> sandbox.SandboxSpec:
+def _spec_for(task: ShownTask, folder: Path, spec: SandboxSpec) -> SandboxSpec:
     """The spec of a task's sandboxes. Those of problems preload nothing: their programs seldom need packages for tables, whose imports
     would take most of the time of a call that starts the program again (`fresh=True`)."""
     return dataclasses.replace(spec, public=folder, calls=task.calls, preload=() if task.calls else spec.preload)
@@ -74,7 +75,7 @@ def _spec_for(task: ShownTask, folder: Path, spec: sandbox.SandboxSpec) -> sandb
 class _Boxes:
     """The sandbox that is in use, and spares. While one runs, the sandbox that is probably needed next warms up on the same cores."""
 
-    def __init__(self, spec: sandbox.SandboxSpec, shown: Sequence[ShownTask]) -> None:
+    def __init__(self, spec: SandboxSpec, shown: Sequence[ShownTask]) -> None:
         self._specs = [[_spec_for(task, folder, spec) for folder in task.folders] for task in shown]
         self._spares: dict[tuple[int, int], sandbox.Sandbox | None] = {}  # by task and run
         self._running: sandbox.Sandbox | None = None

@@ -11,7 +11,7 @@ from discover_jax.execution import bubblewrap, canary, memory
 from discover_jax.execution.executor import BACKENDS
 from discover_jax.execution.leases import lease_cores, lease_uids
 from discover_jax.execution.limits import resource_limits
-from discover_jax.execution.sandbox import SandboxSpec
+from discover_jax.execution.sandbox_spec import SandboxSpec
 from discover_jax.files import storage_remedy
 from discover_jax.preflight.findings import Finding, Level
 

@@ -10,7 +10,7 @@ import pytest
 from discover_jax import doctor
 from discover_jax.config import validate
 from discover_jax.exceptions import DataError
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.tasks.prepare import prepare_task
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def test_missing_raw_data_is_an_error_that_names_the_setting(tmp_path):
 
 
 def test_doctor_checks_the_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
     config.task.competition = str(PROBLEM)
     found = {finding.name: finding for finding in doctor.examine(validate(config), tmp_path / "run")}

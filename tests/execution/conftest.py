@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_competition import GOOD, GOOD_SCORE, LIMITS, TinyTask, make
 
-from discover_jax.execution import Executor, bubblewrap, leases, memory, sandbox
+from discover_jax.execution import Executor, bubblewrap, leases, memory, sandbox, sandbox_spec
 from discover_jax.types import Execution, Outcome, Verdict
 
 
@@ -23,7 +23,7 @@ from discover_jax.types import Execution, Outcome, Verdict
 def light_sandboxes():
     """Sandboxes that preload only numpy, which saves a second each; `full_spec` preloads everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PRELOAD", ())
+        patch.setattr(sandbox_spec, "PRELOAD", ())
         yield
 
 
@@ -79,7 +79,7 @@ def ask(pool: Executor, beside):
 def run_with(beside):
     """Runs one program in a sandbox with its own limits, next to a neighbour in the pool."""
 
-    def run(spec: sandbox.SandboxSpec, program: str, **limits) -> Execution:
+    def run(spec: sandbox_spec.SandboxSpec, program: str, **limits) -> Execution:
         with beside():
             box = sandbox.start(dataclasses.replace(spec, limits=dataclasses.replace(spec.limits, **limits)))
             try:
@@ -92,19 +92,19 @@ def run_with(beside):
 
 
 @pytest.fixture(scope="session")
-def spec(task: TinyTask) -> sandbox.SandboxSpec:
+def spec(task: TinyTask) -> sandbox_spec.SandboxSpec:
     """The spec of a single sandbox, for tests below the executor."""
     cores = tuple(sorted(os.sched_getaffinity(0)))[:1]
     host, uid = (
         bubblewrap.inspect_host(),
         leases.UIDS[-1] if os.geteuid() == 0 else None,
     )  # the last one; no executor of these tests uses it
-    return sandbox.SandboxSpec("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
+    return sandbox_spec.SandboxSpec("bubblewrap", host, memory.find_cgroups(), task.public_dir, LIMITS, 7, cores, uid, ())
 
 
 @pytest.fixture(scope="session")
-def full_spec(spec: sandbox.SandboxSpec) -> sandbox.SandboxSpec:
+def full_spec(spec: sandbox_spec.SandboxSpec) -> sandbox_spec.SandboxSpec:
     """The same with everything that a real run preloads."""
     return dataclasses.replace(
-        spec, preload=next(field.default for field in dataclasses.fields(sandbox.SandboxSpec) if field.name == "preload")
+        spec, preload=next(field.default for field in dataclasses.fields(sandbox_spec.SandboxSpec) if field.name == "preload")
     )

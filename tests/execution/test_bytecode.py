@@ -10,7 +10,7 @@ import pytest
 
 from discover_jax.execution import bytecode
 from discover_jax.execution.bytecode import packages_without_bytecode, write_bytecode
-from discover_jax.execution.sandbox import SandboxSpec
+from discover_jax.execution.sandbox_spec import SandboxSpec
 
 # Imports its arguments and prints the top-level packages of all modules that Python has compiled from a folder of packages.
 _IMPORTED = """

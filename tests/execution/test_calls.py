@@ -10,7 +10,7 @@ import pytest
 from tiny_problem import HIDDEN, Echo, Forgetful, Naive, Paused, Squares, Sums
 
 from discover_jax.exceptions import GradingError, SandboxError
-from discover_jax.execution import Executor, memory, sandbox, values
+from discover_jax.execution import Executor, memory, sandbox_spec, values
 from discover_jax.execution.backend import Call, End
 from discover_jax.execution.children import EndedError, HungError
 from discover_jax.execution.evaluating import Evaluators
@@ -50,7 +50,7 @@ def executor(tmp_path_factory):
     tasks = [Squares(public), Squares(public, "fresh", fresh=True), Naive(public), Squares(public, "hiding", hidden_inputs=True)]
     tasks += [Naive(public, "positive", least_score=0.0), Sums(public, "sums"), Echo(public), Paused(public)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PRELOAD", (PRELOADED,))
+        patch.setattr(sandbox_spec, "PRELOAD", (PRELOADED,))
         with Executor(tasks, LIMITS, workers=1, cache_dir=folder / "cache") as executor:
             yield executor
             assert executor.submit(f"{RIGHT}# after all tests\n").result(timeout=120).grade.score == 2.0

@@ -16,7 +16,8 @@ from tiny_competition import LIMITS
 
 from discover_jax.exceptions import SandboxError
 from discover_jax.execution import Executor, canary
-from discover_jax.execution.sandbox import Sandbox, SandboxSpec
+from discover_jax.execution.sandbox import Sandbox
+from discover_jax.execution.sandbox_spec import SandboxSpec
 
 pytestmark = pytest.mark.sandbox
 

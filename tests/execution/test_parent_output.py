@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_problem import Squares
 
-from discover_jax.execution import Executor, sandbox, values
+from discover_jax.execution import Executor, sandbox_spec, values
 from discover_jax.execution import cache as cache_module
 from discover_jax.execution.cache import VerdictCache
 from discover_jax.execution.limits import MIB, ResourceLimits
@@ -40,7 +40,7 @@ def executor(tmp_path_factory):
     for path in (folder, public):
         path.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PRELOAD", ())
+        patch.setattr(sandbox_spec, "PRELOAD", ())
         limits = ResourceLimits(seconds=20.0, cores=1, memory_bytes=500 * MIB)
         with Executor([Says(public, fresh=True), Says(public, "once")], limits, workers=1, cache_dir=folder / "cache") as executor:
             yield executor

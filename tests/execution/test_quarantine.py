@@ -17,7 +17,7 @@ import pytest
 from tiny_competition import LIMITS
 
 from discover_jax.exceptions import SandboxError
-from discover_jax.execution import memory, quarantine, sandbox, values, worker
+from discover_jax.execution import memory, quarantine, sandbox, sandbox_process, values, worker
 from discover_jax.execution.backend import End, Execute, Load, ShownTask
 from discover_jax.execution.children import Children
 from discover_jax.execution.local import LocalSlot, lent
@@ -194,10 +194,10 @@ def undead(monkeypatch):
     @contextlib.contextmanager
     def context():
         with monkeypatch.context() as patch:
-            patch.setattr(sandbox.signal, "pidfd_send_signal", lambda *_: None)
+            patch.setattr(sandbox_process.signal, "pidfd_send_signal", lambda *_: None)
             patch.setattr(memory.Group, "kill", lambda self: None)
-            patch.setattr(sandbox, "_END_SECONDS", 0.3)
-            patch.setattr(sandbox, "_LATER_SECONDS", 0.05)
+            patch.setattr(sandbox_process, "END_SECONDS", 0.3)
+            patch.setattr(sandbox_process, "_LATER_SECONDS", 0.05)
             yield
 
     return context

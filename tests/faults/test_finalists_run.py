@@ -11,7 +11,7 @@ from phrase_model import write_phrase_model
 from discover_jax import config as settings
 from discover_jax import main
 from discover_jax.exceptions import ConfigError
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.runs.console import QuietConsole
 from discover_jax.tasks import holdout
 
@@ -40,7 +40,7 @@ def _run(folder: Path, model: Path, **changes) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     monkeypatch.setattr(holdout, "LEAST_ROWS", 3)
 
 

@@ -15,7 +15,7 @@ from tiny_run import unbroken
 from discover_jax import config as settings
 from discover_jax import main, preparation
 from discover_jax.exceptions import CapacityError, RunError
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.runs.console import QuietConsole
 
 
@@ -35,7 +35,7 @@ def start(root: Path, workdir: Path, source: Path, **task) -> None:
 
 @pytest.mark.parametrize("folds", [1, 2])
 def test_holdout_cannot_continue_from_private_scores(root, graded, tmp_path, monkeypatch, folds):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     monkeypatch.setattr(preparation, "load_policy", lambda *_: pytest.fail("weights were loaded before the run was refused"))
     with pytest.raises(RunError, match=r"remainders\b.*config\.task\.reward\b.*'grade'.*'holdout'(?s:.)*config\.train\.resume_from\b"):
         start(root, tmp_path / "run", graded, reward="holdout", holdout_folds=folds)
@@ -46,7 +46,7 @@ def test_holdout_cannot_continue_from_private_scores(root, graded, tmp_path, mon
 
 def test_source_with_an_altered_checkpoint_is_refused(root, graded, tmp_path, monkeypatch):
     """The checksum of the checkpoint covers its record of the reward's rows."""
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     source = Path(shutil.copytree(graded, tmp_path / "source"))
     for path in (source / "checkpoints").glob("*/host/metadata"):
         content = json.loads(path.read_text())
@@ -57,7 +57,7 @@ def test_source_with_an_altered_checkpoint_is_refused(root, graded, tmp_path, mo
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(root, graded, tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     monkeypatch.setattr(preparation, "load_policy", lambda *_: pytest.fail("weights were loaded before the prompt was checked"))
     config = get_config(str(root / "model"))
     config.sampling.max_prompt_tokens = 2

@@ -11,7 +11,7 @@ import time
 
 from discover_jax import cli, dry_run, main
 from discover_jax.exceptions import RunError
-from discover_jax.execution import sandbox
+from discover_jax.execution import sandbox_spec
 from discover_jax.runs.console import PlainConsole
 
 
@@ -37,5 +37,5 @@ def slow_disk(seconds: float, event: str, arguments: tuple) -> None:
 if __name__ == "__main__":
     if seconds := float(os.environ.get("DISCOVER_TEST_SLOW_DISK", "0")):
         sys.addaudithook(functools.partial(slow_disk, seconds))
-    sandbox.PRELOAD = ()
+    sandbox_spec.PRELOAD = ()
     cli.launch(functools.partial(main.run, console=Announcing()), dry_run.run)

@@ -1,27 +1,19 @@
 """The kernels of paged attention: in Triton's interpreter, on a GPU against float32, and the fallback to the reference."""
 
-import importlib.util
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.attention import paged_attention_reference
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.kernel_set import kernel_set
 
-interpreted = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
-)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 LAYERS = 3
@@ -35,14 +27,10 @@ DENSE = [
 
 @pytest.fixture(scope="module", params=[[], ["--all"]])
 def errors(request):
-    script = Path(__file__).with_name("interpreted_attention.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script, *request.param], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of("interpreted_attention.py", *request.param)[-1]
 
 
-@interpreted
+@needs_interpreter
 @pytest.mark.slow
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
     assert len(errors) in (4, 9)

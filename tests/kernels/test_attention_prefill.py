@@ -4,39 +4,28 @@
 """
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.attention import prefill_attention_reference, prefill_windowed_attention_reference, ring_positions
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.kernel_set import kernel_set
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra `parity` or `kernels`)")
-interpreted = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
-)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 ROUNDING = {"float32": 1e-5, "bfloat16": 1.2e-2}
 
 
 @pytest.mark.slow  # test_interpreted.py has a few of them
-@interpreted
+@needs_interpreter
 def test_kernels_match_float64():
-    script = Path(__file__).with_name("interpreted_prefill.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script, "--all"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors = results_of("interpreted_prefill.py", "--all")[-1]
     assert len(errors) == 16
     for name, error in errors.items():
         assert error < ROUNDING["bfloat16" if "bfloat16" in name else "float32"], name  # false for NaN

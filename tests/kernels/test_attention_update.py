@@ -1,29 +1,21 @@
 """The update's attention: in Triton's interpreter, its kernels match the reference's outputs and gradients for any packing."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
 
 
 @pytest.mark.slow  # run it after changing the kernels
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
+@needs_interpreter
 @pytest.mark.parametrize("options", [[], ["--all"]])
 def test_interpreted_kernels_match_the_reference_gradients(options):
-    script = Path(__file__).with_name("interpreted_attention_update.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = results_of("interpreted_attention_update.py", *options)[-1]
     assert len(found) == (13 if options else 7)
     for case, errors in found.items():
         assert set(errors) == {"output", "q", "k", "v"}

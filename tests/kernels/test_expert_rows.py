@@ -1,16 +1,10 @@
 """Compact rows: every routed row is in one block of its own expert for any routing, and the kernel sorts like plain JAX."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.expert_rows import most_blocks, sort_rows
 
@@ -57,14 +51,10 @@ def test_bound_on_blocks_is_tight(block):
 
 
 @pytest.mark.slow  # run it after changing the kernels
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
+@needs_interpreter
 @pytest.mark.parametrize("options", [[], ["--all"]])
 def test_kernel_sorts_like_plain_jax(options):
-    script = Path(__file__).with_name("interpreted_expert_rows.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    same = json.loads(done.stdout.splitlines()[-1])
+    same = results_of("interpreted_expert_rows.py", *options)[-1]
     assert len(same) == (8 if options else 4)
     assert all(same.values()), same
 

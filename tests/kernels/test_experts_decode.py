@@ -1,18 +1,13 @@
 """The decoding kernels: in Triton's interpreter on the CPU, on a GPU against float32, and the fallback to the reference."""
 
 import dataclasses
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.experts import moe_reference, route_top
 from discover_jax.kernels.fallback import warn_reference
@@ -20,23 +15,16 @@ from discover_jax.kernels.kernel_set import kernel_set
 from discover_jax.kernels.mxfp4_tiles import SLABS, lay_out, restore
 from discover_jax.models.mxfp4 import dequantise
 
-interpreted = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
-)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
 def errors():
-    script = Path(__file__).with_name("interpreted_experts.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of("interpreted_experts.py")[-1]
 
 
 @pytest.mark.slow  # run it after changing the kernels
-@interpreted
+@needs_interpreter
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
     assert len(errors) == 5
     for name, error in errors.items():

@@ -3,23 +3,16 @@
 import functools
 import importlib.util
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded_launches import record
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.projections import Stack, project_reference
 
-interpreted = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch (extra `parity`)"
-)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 LAYERS, SCALE = 3, 0.5
 
@@ -47,13 +40,9 @@ def test_reference_matches_the_formula_for_each_layer(rank, biased):
 
 
 @pytest.mark.slow  # run it after changing the kernels
-@interpreted
+@needs_interpreter
 def test_kernels_are_accurate_to_bfloat16_rounding():
-    script = Path(__file__).with_name("interpreted_projections.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors = results_of("interpreted_projections.py")[-1]
     assert len(errors) == 6
     for name, error in errors.items():
         assert error < 4e-3, name  # false for NaN, from an output that was not written

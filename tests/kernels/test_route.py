@@ -1,16 +1,12 @@
 """The choice of experts in decoding: the kernel that also sorts matches plain JAX, in Triton's interpreter and on a GPU."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import route_reference, route_top
@@ -20,13 +16,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @pytest.mark.slow  # test_interpreted.py has a few of the cases
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("triton", "torch")), reason="needs triton and torch")
+@needs_interpreter
 def test_kernel_chooses_and_sorts_like_plain_jax():
-    script = Path(__file__).with_name("interpreted_route.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script, "--all"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    same = json.loads(done.stdout.splitlines()[-1])
+    same = results_of("interpreted_route.py", "--all")[-1]
     assert len(same) == 12
     assert all(same.values()), same
 

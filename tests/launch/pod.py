@@ -50,9 +50,9 @@ def _check_sandbox(folder: Path) -> int:
     from tiny_competition import LIMITS, make
 
     from discover_jax.exceptions import SandboxError
-    from discover_jax.execution import Executor, sandbox
+    from discover_jax.execution import Executor, sandbox_spec
 
-    sandbox.PRELOAD = ()  # saves seconds
+    sandbox_spec.PRELOAD = ()  # saves seconds
     try:
         with Executor([make(folder)], LIMITS, workers=1, cache_dir=folder / "cache") as executor:
             print(f"isolated: {executor.describe()}")

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from discover_jax import config as settings
-from discover_jax import stages
+from discover_jax import stages, task_checks, typed_settings
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.exceptions import ConfigError
@@ -53,7 +53,7 @@ def values(estimates, group=0):
 
 
 def test_the_default_objective_is_the_reports_to_the_bit():
-    objective = stages.objective_of_step(train(), 3)
+    objective = typed_settings.objective_of_step(train(), 3)
     assert (objective.estimator, objective.beta, objective.failures) == ("entropic", 2.0, FailureHandling("reward"))
     group = [0.2, 0.9, None, 0.5]
     estimates = estimate_step([GradedGroup(attempts(group), best=5.0)], objective=objective, diversity=Diversity())
@@ -63,12 +63,12 @@ def test_the_default_objective_is_the_reports_to_the_bit():
 
 def test_k_and_weight_follow_the_step():
     section = train(advantage="max_at_k", max_at_k=1, max_at_k_last=3, max_at_k_steps=5, steps=10)
-    assert [stages.objective_of_step(section, step).k for step in range(7)] == [1, 2, 2, 3, 3, 3, 3]
-    assert {stages.objective_of_step(train(advantage="max_at_k", steps=10), step).k for step in range(10)} == {4}
+    assert [typed_settings.objective_of_step(section, step).k for step in range(7)] == [1, 2, 2, 3, 3, 3, 3]
+    assert {typed_settings.objective_of_step(train(advantage="max_at_k", steps=10), step).k for step in range(10)} == {4}
     section = train(advantage="frontier", frontier_start=2, steps=5)
-    assert [stages.objective_of_step(section, step).weight for step in range(5)] == [0, 0, 0, 0.5, 1]
+    assert [typed_settings.objective_of_step(section, step).weight for step in range(5)] == [0, 0, 0, 0.5, 1]
     section = train(advantage="frontier", frontier_start=2, frontier_steps=1, steps=5)
-    assert [stages.objective_of_step(section, step).weight for step in range(5)] == [0, 0, 1, 1, 1]
+    assert [typed_settings.objective_of_step(section, step).weight for step in range(5)] == [0, 0, 1, 1, 1]
 
 
 def test_metrics_name_what_the_schedule_set():
@@ -134,18 +134,18 @@ def test_copies_of_noisy_scores_without_row_results_cannot_be_recognised():
     tasks = [
         types.SimpleNamespace(id=id, noisy=noisy, has_row_results=rows) for id, noisy, rows in (("a", True, True), ("b", False, False))
     ]
-    stages.check_copies("fail", 0.0, tasks)
+    task_checks.check_copies("fail", 0.0, tasks)
     blind = types.SimpleNamespace(id="houses", noisy=True, has_row_results=False)
-    stages.check_copies("keep", 0.0, [*tasks, blind])
+    task_checks.check_copies("keep", 0.0, [*tasks, blind])
     with pytest.raises(ConfigError, match=r"diversity\.copies.*houses"):
-        stages.check_copies("fail", 0.0, [*tasks, blind])
+        task_checks.check_copies("fail", 0.0, [*tasks, blind])
 
 
 def test_a_tolerance_for_copies_needs_a_task_without_results_of_rows():
     boats, circles = (types.SimpleNamespace(id=id, noisy=rows, has_row_results=rows) for id, rows in (("boats", True), ("circles", False)))
-    stages.check_copies("fail", 1e-6, [boats, circles])
+    task_checks.check_copies("fail", 1e-6, [boats, circles])
     with pytest.raises(ConfigError, match=r"diversity\.copy_tolerance.*boats"):
-        stages.check_copies("fail", 1e-6, [boats])
+        task_checks.check_copies("fail", 1e-6, [boats])
 
 
 def test_a_copy_gets_the_failure_reward_of_its_own_competition_and_only_its_own_archive_counts():
@@ -182,11 +182,11 @@ def test_groups_that_are_too_small_for_k_are_reported_with_the_number():
 
 def test_ranks_cannot_be_compared_with_the_best_so_far():
     tasks = [types.SimpleNamespace(id="boats", transform="identity"), types.SimpleNamespace(id="houses", transform="rank_in_group")]
-    stages.check_objective(train(advantage="frontier"), tasks[:1])
-    stages.check_objective(train(advantage="frontier", frontier_base="group"), tasks)
-    stages.check_objective(train(), tasks)
+    task_checks.check_objective(train(advantage="frontier"), tasks[:1])
+    task_checks.check_objective(train(advantage="frontier", frontier_base="group"), tasks)
+    task_checks.check_objective(train(), tasks)
     with pytest.raises(ConfigError, match=r"frontier_base.*houses"):
-        stages.check_objective(train(advantage="frontier"), tasks)
+        task_checks.check_objective(train(advantage="frontier"), tasks)
 
 
 def test_earlier_runs_had_the_defaults_of_the_new_settings():

@@ -8,7 +8,7 @@ import pytest
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
-from discover_jax.execution import Executor, ResourceLimits, sandbox
+from discover_jax.execution import Executor, ResourceLimits, sandbox_spec
 from discover_jax.execution.limits import MIB
 from discover_jax.policy import APPRENTICE
 from discover_jax.runs.attempts import STDOUT_CHARS, attempt_of
@@ -46,7 +46,7 @@ def task(tmp_path_factory):
 def verdicts(task, tmp_path_factory):
     """The verdict of each program, from real sandboxes and the real grader."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PRELOAD", ())
+        patch.setattr(sandbox_spec, "PRELOAD", ())
         limits = ResourceLimits(seconds=60, cores=1, memory_bytes=900 * MIB)
         with Executor([task], limits, workers=1, cache_dir=tmp_path_factory.mktemp("cache") / "cache") as executor:
             futures = {code: executor.submit(code) for code in (VALID, *REASONS, RAISES, HOSTILE)}

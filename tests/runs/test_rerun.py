@@ -13,8 +13,8 @@ from discover_jax.runs.best import grade_of, write_best
 from discover_jax.runs.disclosure import Isolation, write_disclosure
 from discover_jax.runs.rerun import rerun_script
 from discover_jax.runs.workdir import open_workdir
-from discover_jax.stages import rerun_settings
 from discover_jax.tasks.prepare import prepare_task
+from discover_jax.typed_settings import rerun_settings
 from discover_jax.types import Execution, Outcome, State, Verdict
 
 CODE = """import pandas as pd

@@ -8,14 +8,14 @@ import types
 import numpy as np
 import pytest
 
-from discover_jax import stages
+from discover_jax import preparation, stages
 from discover_jax.archive.archive import Archive
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import from_json, to_json
 from discover_jax.archive.ranking import NO_MEASUREMENTS
 from discover_jax.config import default_config
 from discover_jax.exceptions import ConfigError, RunError
-from discover_jax.execution import Executor, sandbox, values
+from discover_jax.execution import Executor, sandbox_spec, values
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.hosts.processes import ALONE
 from discover_jax.runs.best import grade_of, read_best, write_best
@@ -115,7 +115,7 @@ class Keeper:
 @pytest.mark.sandbox
 def test_scores_climb_over_steps_and_a_resumed_search_repeats_them(tmp_path, monkeypatch):
     task = prepared(tmp_path)
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
     replies = [Extracted(LONGER), Extracted(f"{LONGER}# 1\n")]
     monkeypatch.setattr(stages, "extracted", lambda rollout, chat, edits_of, names: replies[rollout.index])
     config = default_config()
@@ -125,7 +125,7 @@ def test_scores_climb_over_steps_and_a_resumed_search_repeats_them(tmp_path, mon
     with Executor([task], limits, workers=1, cache_dir=tmp_path / "cache") as executor:
 
         def loop(outputs):
-            seeds = stages.run_seed_programs(config.task, [task], executor, ALONE, outputs.parent / "seeds.json", Outputs(outputs))
+            seeds = preparation.run_seed_programs(config.task, [task], executor, ALONE, outputs.parent / "seeds.json", Outputs(outputs))
             parts = {"config": config, "tasks": [task], "executor": executor, "slots_H": [1], "processes": ALONE, "sampler": Scripted()}
             parts["checkpoints"] = Checkpoints(outputs.parent / "checkpoints", keep=1, every=0)
             settings = PromptSettings("full", 20_000)

@@ -23,8 +23,8 @@ from discover_jax.runs.restore import RunState, restore
 from discover_jax.runs.reward_rows import check_reward_rows, reward_rows
 from discover_jax.runs.source import find_source
 from discover_jax.runs.workdir import open_workdir
-from discover_jax.stages import rerun_settings
 from discover_jax.tasks.prepare import prepare_task
+from discover_jax.typed_settings import rerun_settings
 from discover_jax.types import Attempt, Outcome, StopReason
 
 BESIDE = {"disclosure": b"{}\n", "rerun": "#!/bin/sh\n"}

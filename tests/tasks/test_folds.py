@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.execution import Executor, sandbox
+from discover_jax.execution import Executor, sandbox_spec
 from discover_jax.execution.limits import MIB, ResourceLimits
 from discover_jax.tasks.interval import wilson_interval
 from discover_jax.tasks.prepare import prepare_task
@@ -167,7 +167,7 @@ def run():
 
 @pytest.fixture
 def light(monkeypatch):
-    monkeypatch.setattr(sandbox, "PRELOAD", ())
+    monkeypatch.setattr(sandbox_spec, "PRELOAD", ())
 
 
 def test_program_runs_once_per_fold_and_sees_only_that_fold(folded, tmp_path, light):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from discover_jax import config as settings
-from discover_jax import stages
+from discover_jax import typed_settings
 from discover_jax.exceptions import ConfigError
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.tasks.prepare import prepare_task
@@ -62,13 +62,13 @@ def test_limit_of_several_tasks_is_that_of_the_largest(task_with):
 def test_setting_overrides_the_derived_limit_and_prompts_state_it(task_with):
     task = task_with(40)
     config = settings.default_config()
-    assert stages.program_limits(config, [task]) == ResourceLimits()  # also the key of cached verdicts
-    prompt = _contract(task, stages.prompt_settings(config, (), [task]), edits=False)
+    assert typed_settings.program_limits(config, [task]) == ResourceLimits()  # also the key of cached verdicts
+    prompt = _contract(task, typed_settings.prompt_settings(config, (), [task]), edits=False)
     assert "MiB" not in prompt
     config.execution.result_mib = 64
-    assert stages.program_limits(config, [task]).result_bytes == 64 * MIB
+    assert typed_settings.program_limits(config, [task]).result_bytes == 64 * MIB
     assert "no GPU, no network, a submission of at most 64 MiB as CSV.\n" in _contract(
-        task, stages.prompt_settings(config, (), [task]), edits=False
+        task, typed_settings.prompt_settings(config, (), [task]), edits=False
     )
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from programs import InProcess, page_of
 
-from discover_jax.execution import Executor, sandbox, values
+from discover_jax.execution import Executor, sandbox_spec, values
 from discover_jax.execution.limits import ResourceLimits
 from discover_jax.tasks.loading import load_definition, locate_definition
 from discover_jax.tasks.prepare import prepare_task
@@ -27,7 +27,7 @@ def verdicts(tmp_path_factory, request):
     folder, ids = tmp_path_factory.mktemp("problems"), [id for id in EVERY if id in asked]
     tasks = [prepare_task(id, raw=None, reward="grade", folder=folder / id) for id in ids]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "PRELOAD", ())
+        patch.setattr(sandbox_spec, "PRELOAD", ())
         with Executor(tasks, ResourceLimits(seconds=100.0, cores=1), workers=1, cache_dir=folder / "cache") as executor:
             futures = [executor.submit(task.problem.seed_program, number) for number, task in enumerate(tasks)]
             return dict(zip(ids, [future.result(timeout=300) for future in futures], strict=True))
