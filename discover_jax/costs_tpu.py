@@ -30,6 +30,7 @@ from discover_jax.costs import (
     layer_weights,
     other_bytes,
 )
+from discover_jax.kernels.exchange import chunk_of
 from discover_jax.kernels.experts_update_tpu import TOKENS_AT_ONCE, choose_tiles
 from discover_jax.machines import Speeds, TpuPeaks
 from discover_jax.models.config import LoraConfig, ModelConfig
@@ -233,8 +234,7 @@ def _kernel_factor(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> float:
     """Operations of the update's kernels over those needed."""
     if not sizes.num_experts:
         return 1.0
-    gathered = tokens * mesh.expert
-    chunk = math.ceil(gathered / math.ceil(gathered / TOKENS_AT_ONCE))
+    chunk = chunk_of(math.ceil(tokens), mesh.expert, TOKENS_AT_ONCE) * mesh.expert
     choices = chunk * sizes.experts_per_token
     rows = choose_tiles(choices, sizes.num_experts, sizes.num_experts // mesh.expert).rows
     return UPDATE_KERNEL_FACTOR + UPDATE_PADDING * rows * sizes.num_experts / choices

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import attention_triton
 from discover_jax.kernels.attention import paged_attention_reference
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import attention_refusal, warn_reference
 from discover_jax.kernels.triton_call import call_kernel
 
 HEAD_SIZES = (64, 128)
@@ -99,11 +99,7 @@ def attend_pages(
 
 def refusal(keys: jax.Array, values: jax.Array) -> str:
     """Why the kernels do not support these keys and values [..., H]; empty if they do."""
-    if keys.dtype != jnp.bfloat16 or values.dtype != jnp.bfloat16:
-        return f"keys and values are {keys.dtype} and {values.dtype}; the kernel supports bfloat16"
-    if (head_size := keys.shape[-1]) not in HEAD_SIZES:
-        return f"the head size is {head_size}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
-    return ""
+    return attention_refusal("keys and values", (keys, values), (jnp.bfloat16,), HEAD_SIZES)
 
 
 def pool_refusal(keys_LPKsH: jax.Array, values_LPKsH: jax.Array) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from discover_jax.kernels import attention_decode_pallas
 from discover_jax.kernels.attention import paged_attention_reference, prefill_attention_reference
 from discover_jax.kernels.attention_decode_pallas import LANES, Pages, flipped
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import attention_refusal, warn_reference
 
 HEAD_SIZES = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -40,15 +40,10 @@ def choose_pages(columns: int, page_bytes: int, queries: int, places: int, token
 
 def pool_refusal(keys: jax.Array, values: jax.Array) -> str:
     """Why the kernels do not support these pools; empty if they do."""
-    (places, head_size), dtypes = keys.shape[3:], (keys.dtype, values.dtype)
-    if dtypes[0] != dtypes[1] or dtypes[0] not in DTYPES:
-        return f"keys and values are {dtypes[0]} and {dtypes[1]}; the kernel supports bfloat16 or float32, the same for both"
-    if head_size not in HEAD_SIZES:
-        return f"the head size is {head_size}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
+    places, head_size = keys.shape[3:]
     least = LANES if flipped(head_size) else 16
-    if places % least:
-        return f"pages have {places} tokens; the kernel supports multiples of {least}"
-    return ""
+    paged = f"pages have {places} tokens; the kernel supports multiples of {least}" if places % least else ""
+    return attention_refusal("keys and values", (keys, values), DTYPES, HEAD_SIZES) or paged
 
 
 def paged_attention(

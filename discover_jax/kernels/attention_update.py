@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from discover_jax.kernels import attention_update_triton
 from discover_jax.kernels.attention_decode import HEAD_SIZES
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import attention_refusal, warn_reference
 from discover_jax.kernels.packed_attention import ATTENTION, beginnings, packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.triton_call import call_kernel, compute_capability
 
@@ -82,14 +82,9 @@ def windowed_attention(
 
 def _refused(operation: str, *arrays: jax.Array) -> bool:
     """Whether the kernels do not support these queries, keys and values. Logs the reason."""
-    reason = None
-    if any(array.dtype != jnp.bfloat16 for array in arrays):
-        reason = f"queries, keys and values are {', '.join(str(array.dtype) for array in arrays)}; the kernel supports bfloat16"
-    elif arrays[0].shape[-1] not in HEAD_SIZES:
-        reason = f"the head size is {arrays[0].shape[-1]}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
-    if reason is not None:
+    if reason := attention_refusal("queries, keys and values", arrays, (jnp.bfloat16,), HEAD_SIZES):
         warn_reference(operation, reason)
-    return reason is not None
+    return bool(reason)
 
 
 def attend(

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from discover_jax.kernels import attention_update_pallas
 from discover_jax.kernels.attention_update_pallas import Blocks
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import attention_refusal, warn_reference
 from discover_jax.kernels.packed_attention import ATTENTION, beginnings, packed_attention_reference, windowed_attention_reference
 
 BLOCK = 512
@@ -41,15 +41,9 @@ def windowed_attention(
 
 def _refused(operation: str, *arrays: jax.Array) -> bool:
     """Whether the kernels do not support these queries, keys and values. Logs the reason."""
-    dtypes, reason = [array.dtype for array in arrays], None
-    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
-        given = ", ".join(map(str, dtypes))
-        reason = f"queries, keys and values are {given}; the kernel supports bfloat16 or float32, the same for all three"
-    elif arrays[0].shape[-1] not in HEAD_SIZES:
-        reason = f"the head size is {arrays[0].shape[-1]}; the kernel supports {' or '.join(map(str, HEAD_SIZES))}"
-    if reason is not None:
+    if reason := attention_refusal("queries, keys and values", arrays, DTYPES, HEAD_SIZES):
         warn_reference(operation, reason, "tpu")
-    return reason is not None
+    return bool(reason)
 
 
 def attend(

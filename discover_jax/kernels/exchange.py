@@ -54,6 +54,12 @@ def exchanged(
     return lax.psum_scatter(y_TD, axis, tiled=True)
 
 
+def chunk_of(tokens: int, devices: int, most: int) -> int:
+    """A device's tokens in a chunk. Its chunks are equal; those of `devices` devices have `most` tokens together, but for rounding."""
+    chunks = -(-tokens * devices // most)
+    return -(-tokens // chunks)
+
+
 @dataclasses.dataclass(frozen=True)
 class Exchange:
     """An exchange in chunks of tokens, so that its memory does not grow with the number of devices.
@@ -68,8 +74,7 @@ class Exchange:
 
     def chunk(self, tokens: int) -> int:
         """This device's tokens in each chunk: equal numbers, so that the last chunk is not mostly padding."""
-        chunks = -(-tokens * self._devices() // self.most) if self.axis else 1
-        return -(-tokens // chunks)
+        return chunk_of(tokens, self._devices(), self.most) if self.axis else tokens
 
     def gathered(self, tokens: int) -> int:
         """All devices' tokens in each chunk."""

@@ -18,7 +18,7 @@ from discover_jax.kernels import experts_update_triton
 from discover_jax.kernels.expert_rows import Blocks, sort_rows
 from discover_jax.kernels.experts import ExpertMatrix, activate, moe_reference
 from discover_jax.kernels.experts_decode import TiledMatrix
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import experts_update_refusal, warn_reference
 from discover_jax.kernels.mxfp4_tiles import COLUMNS, ROWS
 from discover_jax.kernels.triton_call import call_kernel, compute_capability, power_of_two, shared_kib
 
@@ -313,18 +313,12 @@ def moe_update(
     del elsewhere  # one tiling suits any number of rows
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     rank = max((own["lora_a"].shape[-2] for own in arrays if "lora_a" in own), default=0)
-    reason = None
-    if x_TD.dtype != jnp.bfloat16:
-        reason = f"activations are {x_TD.dtype}; the kernel supports bfloat16"
-    elif any("words" not in own for own in arrays):
+    reason = experts_update_refusal(x_TD, arrays, layer)
+    if not reason and any("words" not in own for own in arrays):
         reason = "the experts are not laid out in tiles"
-    elif layer is not None:
-        reason = "the kernel supports the weights of one layer, not of a stack"
-    elif ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
-        reason = "only one of the experts' two matrices has an adapter"
-    elif rank > most_rank():
+    elif not reason and rank > most_rank():
         reason = f"the adapter's rank {rank} is above {most_rank()}, the most that fits this GPU's shared memory"
-    if reason is not None:
+    if reason:
         warn_reference("experts", reason)
         options: dict[str, Any] = {"experts": experts, "adapted": adapted, "limit": limit, "alpha": alpha, "layer": layer}
         return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, **options)

@@ -25,7 +25,7 @@ from discover_jax.kernels.exchange import Exchange, exchanged
 from discover_jax.kernels.expert_rows import cut_blocks
 from discover_jax.kernels.experts import ExpertMatrix, activate, moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation, grouped, outer, unpack, unpack_lanes
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import experts_update_refusal, warn_reference
 
 ROWS = (512, 256, 128)
 """Possible rows of a block. Larger ones read weights less often, and waste more: half a block per expert."""
@@ -384,14 +384,8 @@ def moe_update(
 
 def _reason_against(x_TD: jax.Array, arrays: list[Arrays], layer: jax.Array | None) -> str:
     """Why the kernels do not support these arguments; empty if they do."""
-    if x_TD.dtype != jnp.bfloat16:
-        return f"activations are {x_TD.dtype}; the kernel supports bfloat16"
     if any(own.keys().isdisjoint(("lanes", "blocks", "weight")) for own in arrays):
         return "the experts are neither packed nor dense"
     if any(own["weight"].dtype != jnp.bfloat16 for own in arrays if "weight" in own):
         return "the experts' weights are not bfloat16"
-    if layer is not None:
-        return "the kernel supports the weights of one layer, not of a stack"
-    if ("lora_a" in arrays[0]) != ("lora_a" in arrays[1]):
-        return "only one of the experts' two matrices has an adapter"
-    return ""
+    return experts_update_refusal(x_TD, arrays, layer)
