@@ -1,6 +1,6 @@
 """Tables of the runs with a real language model, from their folders, and the comparison of training with search.
 
-  python experiments/real_model.py --runs=DIR --steps=N          # writes runs.csv and steps.csv
+  python experiments/real_model.py --runs=DIR --steps=N          # writes runs.csv, steps.csv and replies.csv
   python experiments/real_model.py --runs=DIR --same_prompts=DIR # also writes same_prompts.csv
   python experiments/real_model.py [--plots=docs/images]         # prints the tables; draws (extra `plots`)
 
@@ -10,13 +10,18 @@ Columns of runs.csv: `best_grade` is the highest score on the reward's rows, `be
 `chosen_unseen` is the program that the retests chose (finalists.json, see retest.py) on these rows, and `chosen_retested` its score in
 the retests; `mean_last` is the mean reward of the last step, failures included; `valid_first` and `valid_last` are shares of valid
 programs; `copies_last` is the metric `diversity/copy_frac` of the last step; `better` is the share of all programs that score better than
-their parent. `space` are the earlier runs on Spaceship Titanic. In these, `diversity/copy_frac` counted valid programs with the results of
-their parent or of an earlier program of the group. Now it counts those with the results of any archived program.
+their parent. With the reward `grade`, no rows are unseen. `space` are the earlier runs on Spaceship Titanic. In these,
+`diversity/copy_frac` counted valid programs with the results of their parent or of an earlier program of the group. Now it counts those
+with the results of any archived program.
 In steps.csv, `different` is the number of different results of the step's valid programs, and `trait` the share of its programs with the
 problem's trait (TRAITS).
 The folders of `--same_prompts` are named PROBLEM-adapter-SEED and PROBLEM-base-SEED. Each has one step that continues the training run of
 its seed, with and without the adapter. In same_prompts.csv, `mean` is the mean reward, and `gain` is the best score of the step minus the
 best score of the training run, or 0 if that is higher.
+replies.csv has a row for each part of a run, `first` and `last` for its first and last two steps, and for each step on the same prompts
+(`same`). `cut` is the share of replies that reached `sampling.max_new_tokens`, `valid` the share of valid programs, and `valid_complete`
+this share among the replies that were not cut. `tokens` is the mean length of a reply, and `parent` that of the parents' programs in
+characters. `--replies` prints its tables.
 """
 
 import argparse
@@ -34,7 +39,7 @@ from retest import direction, seed_state
 from discover_jax.archive.journal import Journal
 from discover_jax.runs.finalists import NAME
 from discover_jax.runs.metrics import read_metrics
-from discover_jax.types import SEED, Attempt
+from discover_jax.types import SEED, Attempt, Outcome, StopReason
 
 TABLES = Path(__file__).with_suffix("")
 RUNS = (
@@ -54,6 +59,7 @@ RUNS = (
 )
 TRAITS = {
     "spaceship": "RandomForest",
+    "spaceship-grade": "RandomForest",
     "space": "RandomForest",
     "circles": r"\b(minimize|linprog|basinhopping|differential_evolution|dual_annealing|shgo|root|fsolve|least_squares)\(",
 }
@@ -75,6 +81,7 @@ STEPS = (
     "update_s",
 )
 SAME_PROMPTS = ("problem", "seed", "arm", "valid", "mean", "copies", "different", "better", "gain")
+REPLIES = ("problem", "seed", "arm", "part", "cut", "valid", "valid_complete", "tokens", "parent")
 MEASURES = {
     "valid_last": "valid programs, last step",
     "copies_last": "copies among them",
@@ -92,6 +99,15 @@ SAME_PROMPTS_MEASURES = {
     "different": "different results of the 64 programs",
     "better": "programs better than their parent",
     "gain": "best score over that of the training run",
+}
+
+
+REPLIES_MEASURES = {
+    "cut": "replies that reach the token limit",
+    "valid": "valid programs",
+    "valid_complete": "valid programs among the other replies",
+    "tokens": "tokens of a reply",
+    "parent": "characters of the parent",
 }
 
 
@@ -118,7 +134,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
         "programs": len(attempts),
         "best_grade": best.score,
         "best_unseen": best.private_score if _has_unseen_rows(folder) else None,
-        "chosen_unseen": by_id[winner["id"]].private_score if winner else None,
+        "chosen_unseen": by_id[winner["id"]].private_score if winner and _has_unseen_rows(folder) else None,
         "chosen_retested": round(winner["retested_score"], 6) if winner else None,
         "mean_last": round(metrics[-1]["reward/mean"], 6),
         "valid_first": valid[0],
@@ -146,9 +162,9 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
 
 
 def _has_unseen_rows(folder: Path) -> bool:
-    """Whether the private scores of a run are of rows that no reward saw. Problems have no rows."""
+    """Whether the private scores of a run are of rows that no reward saw. With the reward `grade`, they are the reward's."""
     (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
-    return disclosed["reward"]["source"] != "evaluate"
+    return disclosed["reward"]["source"] == "holdout"
 
 
 def _value(score: float | None, sign: float) -> float:
@@ -200,13 +216,55 @@ def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
     }
 
 
+def replies(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """The rows of a run in replies.csv: of the first and of the last two of its first `steps` steps."""
+    attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
+    programs = _programs(folder)
+    parts = {"first": range(2), "last": range(steps - 2, steps)}
+    return [_of_replies(folder, part, [a for a in attempts if a.step in chosen], programs) for part, chosen in parts.items()]
+
+
+def replies_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
+    """The row in replies.csv of a step that continues a training run below `runs`."""
+    problem, _, seed = folder.name.rsplit("-", 2)
+    attempts = Journal(folder / "journal.jsonl").read()
+    (row,) = read_metrics(folder / "metrics.jsonl")
+    mine = [attempt for attempt in attempts if attempt.step == row["step"]]
+    return _of_replies(folder, "same", mine, _programs(runs / f"{problem}-train-{seed}"))
+
+
+def _programs(folder: Path) -> dict[str, str]:
+    """The programs of a run by id, the seed program included."""
+    return {SEED.id: seed_state(folder).code} | {each.id: each.code or "" for each in Journal(folder / "journal.jsonl").read()}
+
+
+def _of_replies(folder: Path, part: str, attempts: Sequence[Attempt], programs: dict[str, str]) -> dict[str, Any]:
+    problem, arm, seed = folder.name.rsplit("-", 2)
+    complete = [attempt for attempt in attempts if attempt.stop is not StopReason.MAX_TOKENS]
+    return {
+        "problem": problem,
+        "seed": int(seed),
+        "arm": arm,
+        "part": part,
+        "cut": 1 - len(complete) / len(attempts),
+        "valid": _valid(attempts),
+        "valid_complete": _rounded(_valid(complete)) if complete else None,
+        "tokens": round(statistics.mean(attempt.tokens for attempt in attempts), 1),
+        "parent": round(statistics.mean(len(programs[attempt.parent_id]) for attempt in attempts), 1),
+    }
+
+
+def _valid(attempts: Sequence[Attempt]) -> float:
+    return sum(attempt.outcome is Outcome.OK for attempt in attempts) / len(attempts)
+
+
 def _rounded(value: float | None, digits: int = 6) -> float | None:
     return None if value is None else round(value, digits)
 
 
 def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
     """Training and search on one problem, and their paired differences, as Markdown."""
-    of_rows = any(row["problem"] == problem and row["best_unseen"] != "" for row in rows)
+    of_rows = any(row["problem"] == problem and (row["best_unseen"] != "" or row["chosen_retested"] != "") for row in rows)
     measures = MEASURES if of_rows else MEASURES | {"best_grade": "best program"}
     return _compared(rows, problem, {"search": "search", "train": "training"}, measures)
 
@@ -214,6 +272,13 @@ def table(rows: list[dict[str, Any]], problem: str) -> list[str]:
 def table_of_same_prompts(rows: list[dict[str, Any]], problem: str) -> list[str]:
     """The base model and the adapter on the same prompts, and their paired differences, as Markdown."""
     return _compared(rows, problem, {"base": "base", "adapter": "adapter"}, SAME_PROMPTS_MEASURES)
+
+
+def table_of_replies(rows: list[dict[str, Any]], problem: str, part: str) -> list[str]:
+    """Lengths of replies, and how the limit affects valid programs, in a part of the runs or on the same prompts, as Markdown."""
+    of_part = [row for row in rows if row["part"] == part]
+    names = {"base": "base", "adapter": "adapter"} if part == "same" else {"search": "search", "train": "training"}
+    return _compared(of_part, problem, names, REPLIES_MEASURES)
 
 
 def _compared(rows: list[dict[str, Any]], problem: str, names: dict[str, str], measures: dict[str, str]) -> list[str]:
@@ -230,11 +295,11 @@ def _compared(rows: list[dict[str, Any]], problem: str, names: dict[str, str], m
         pairs = [(of_first[seed][name], of_second[seed][name]) for seed in seeds]
         found = (mean_and_half_width(values) for values in ([a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]))
         a, b, difference = found
-        lines.append(f"| {told} | {_shown(a)} | {_shown(b)} | {_shown(difference, '+')} |")
+        lines.append(f"| {told} | {shown(a)} | {shown(b)} | {shown(difference, '+')} |")
     return lines
 
 
-def _shown(found: tuple[float, float], sign: str = "") -> str:
+def shown(found: tuple[float, float], sign: str = "") -> str:
     return f"{found[0]:{sign}.4f} +- {found[1]:.4f}"
 
 
@@ -281,15 +346,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="number of steps of each run to use")
     parser.add_argument("--csv", type=Path, default=TABLES, help="folder of the tables")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
+    parser.add_argument(
+        "--replies", action="store_true", help="also print the lengths of replies in the last two steps, and on the same prompts"
+    )
     options = parser.parse_args()
     if options.same_prompts is not None and options.runs is None:
         parser.error("--same_prompts needs --runs, the folder of the training runs that it continues.")
     if options.runs is not None:
-        found = [measures(folder, options.steps) for folder in _folders(options.runs)]
+        found = [measures(folder, options.steps) for folder in folders(options.runs)]
         merge(options.csv / "runs.csv", RUNS, [run for run, _ in found])
         merge(options.csv / "steps.csv", STEPS, [step for _, steps in found for step in steps])
+        of_replies = [row for folder in folders(options.runs) for row in replies(folder, options.steps)]
+        if options.same_prompts is not None:
+            of_replies += [replies_on_same_prompts(folder, options.runs) for folder in folders(options.same_prompts)]
+        merge(options.csv / "replies.csv", REPLIES, of_replies)
     if options.same_prompts is not None:
-        rows = [measures_on_same_prompts(folder, options.runs) for folder in _folders(options.same_prompts)]
+        rows = [measures_on_same_prompts(folder, options.runs) for folder in folders(options.same_prompts)]
         merge(options.csv / "same_prompts.csv", SAME_PROMPTS, rows)
     rows, same = read(options.csv / "runs.csv"), options.csv / "same_prompts.csv"
     for problem in dict.fromkeys(row["problem"] for row in rows):
@@ -299,9 +371,17 @@ def main() -> None:
     for_same = read(same) if same.exists() else []
     for problem in dict.fromkeys(row["problem"] for row in for_same):
         print("\n".join(table_of_same_prompts(for_same, problem)))
+    if options.replies:
+        _print_replies(options.csv / "replies.csv")
 
 
-def _folders(parent: Path) -> list[Path]:
+def _print_replies(file: Path) -> None:
+    rows = read(file)
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        print("\n".join([*table_of_replies(rows, problem, "last"), "", *table_of_replies(rows, problem, "same")]))
+
+
+def folders(parent: Path) -> list[Path]:
     """The run folders in `parent`."""
     return sorted(folder for folder in parent.iterdir() if (folder / "journal.jsonl").exists())
 

@@ -3,8 +3,6 @@
 import copy
 import csv
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +10,12 @@ import pytest
 from synthetic_run import DISCLOSURE, attempt, write_run, write_seed_program
 
 from discover_jax.row_results import encode
-from discover_jax.types import Outcome
+from discover_jax.types import Outcome, StopReason
 
 ROOT = Path(__file__).parents[2]
+HOLDOUT = copy.deepcopy(DISCLOSURE)
+HOLDOUT["competitions"][0]["reward"]["source"] = "holdout"
 TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticRegression())\n'
-
-
-@pytest.fixture
-def output(monkeypatch, capsys):
-    """Runs a script and returns what it prints. In a process of its own, it would take longer to import than to print."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-
-    def run(script: str, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(script, run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -94,7 +80,7 @@ def test_measures_of_a_real_model_by_hand(tmp_path, output):
             for step, pair in enumerate(steps)
             for index, score in enumerate(pair)
         ]
-        run = write_run(tmp_path / "runs" / name, attempts)
+        run = write_run(tmp_path / "runs" / name, attempts, disclosure=HOLDOUT)
         write_seed_program(run, "spaceship-titanic", 0.5)
         (run / "finalists.json").write_text(finalists("0000-000-000", 0.58))
     losses = copy.deepcopy(DISCLOSURE)
@@ -113,6 +99,38 @@ def test_measures_of_a_real_model_by_hand(tmp_path, output):
     assert "training minus search (1 seeds)" in printed  # seed 8 has no search
     assert "loss: no seed has both arms" in printed
     assert "| best program, on the reward's rows | 0.6000 +- nan | 0.7000 +- nan | +0.1000 +- nan |" in printed
+
+
+def test_rows_that_gave_the_reward_are_not_unseen(tmp_path, output):
+    """With the reward `grade`, the private score is the reward's. The retests are on other rows."""
+    for arm in ("search", "train"):
+        run = write_run(tmp_path / "runs" / f"spaceship-grade-{arm}-7", [attempt(0, 0, 0, "seed", "pass", 0.6)])
+        write_seed_program(run, "spaceship-titanic", 0.5)
+        (run / "finalists.json").write_text(finalists("0000-000-000", 0.58))
+    (tmp_path / "csv").mkdir()
+    printed = output("experiments/real_model.py", f"--runs={tmp_path / 'runs'}", "--steps=1", f"--csv={tmp_path / 'csv'}")
+    rows = list(csv.DictReader((tmp_path / "csv" / "runs.csv").open()))
+    assert {row["problem"] for row in rows} == {"spaceship-grade"}
+    assert {(row["best_unseen"], row["chosen_unseen"], row["chosen_retested"]) for row in rows} == {("", "", "0.58")}
+    assert "| best program, on the reward's rows |" in printed
+    assert "unseen" not in printed
+
+
+def test_replies_of_a_real_model_by_hand(tmp_path, output):
+    """In the last two steps, one of search's four replies is cut, and its program is valid. Two of the others are."""
+    cut = {"stop": StopReason.MAX_TOKENS}
+    for arm, more in (("search", cut), ("train", {})):
+        rows = [attempt(0, 0, index, "seed", "pass", 0.6) for index in (0, 1)]
+        rows += [attempt(1, 0, 0, "seed", "x" * 90, 0.6, tokens=900, **more), attempt(1, 0, 1, "seed", "pass", None, tokens=500)]
+        rows += [attempt(2, 0, index, "0001-000-000", "pass", 0.6, tokens=300) for index in (0, 1)]
+        write_seed_program(write_run(tmp_path / "runs" / f"spaceship-{arm}-7", rows), "spaceship-titanic", 0.5)
+    (tmp_path / "csv").mkdir()
+    printed = output("experiments/real_model.py", f"--runs={tmp_path / 'runs'}", "--steps=3", f"--csv={tmp_path / 'csv'}", "--replies")
+    rows = {(row["arm"], row["part"]): row for row in csv.DictReader((tmp_path / "csv" / "replies.csv").open())}
+    expected = {"cut": 0.25, "valid": 0.75, "valid_complete": 2 / 3, "tokens": 500, "parent": (90 + len("def run():\n    return 1\n")) / 2}
+    assert {name: float(rows["search", "last"][name]) for name in expected} == pytest.approx(expected)
+    assert float(rows["train", "last"]["cut"]) == 0
+    assert "| valid programs among the other replies | 0.6667 +- nan | 0.7500 +- nan | +0.0833 +- nan |" in printed
 
 
 def test_same_prompts_of_a_real_model_by_hand(tmp_path, output):
@@ -134,13 +152,16 @@ def test_same_prompts_of_a_real_model_by_hand(tmp_path, output):
         "gain": "0.0",
     }
     (tables / "same_prompts.csv").write_text(f"{','.join(other)}\n{','.join(other.values())}\n")
-    command = ("experiments/real_model.py", f"--runs={runs}", f"--same_prompts={same}", "--steps=1", f"--csv={tables}")
+    command = ("experiments/real_model.py", f"--runs={runs}", f"--same_prompts={same}", "--steps=1", f"--csv={tables}", "--replies")
     printed = output(*command)
     kept, *found = csv.DictReader((tables / "same_prompts.csv").open())
     assert {name: kept[name] for name in other} == other  # rows of other problems stay
     values = {row["arm"]: [float(row[name]) for name in ("valid", "different", "better", "gain")] for row in found}
     assert values == {"adapter": pytest.approx([0.75, 2, 0.25, 0.05]), "base": pytest.approx([0.25, 1, 0, 0])}
     assert "| best score over that of the training run | 0.0000 +- nan | 0.0500 +- nan | +0.0500 +- nan |" in printed
+    assert "| valid programs among the other replies | 0.2500 +- nan | 0.7500 +- nan | +0.5000 +- nan |" in printed
+    replies = {row["arm"]: row for row in csv.DictReader((tables / "replies.csv").open()) if row["part"] == "same"}
+    assert float(replies["base"]["parent"]) == len("minimize(f)")  # of the training run
     (step,) = csv.DictReader((tables / "steps.csv").open())
     assert float(step["trait"]) == 0.5
 
