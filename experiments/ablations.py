@@ -7,11 +7,11 @@ A run's folder is named PROBLEM-ARM-SEED. The first N steps of each run are used
 with fewer steps are left out and named. Rows of problems that DIR does not have stay in the table.
 Columns: `best_grade` is the best score of all steps, and `better` the share of all programs that beat their parent, by more than rounding.
 The others are means over the last two of the N steps: `valid` is the share of valid programs and `mean` the mean reward, failures included.
-The rest measure collapse. `different` is the number of different
-results, divided by the number of programs. `structures` is the same for different structures (names and layout do not count). `repeats`
-is the share of valid programs that have the result of an earlier program or of the seed program. `as_parent` is the share of programs with
-the structure or the result of their parent. `families` is the effective number of families of programs, exp(entropy); a family is a set of
-models or optimisers that its programs name (FAMILIES). `constant` is the share of groups with equal signals.
+The rest measure collapse. `results` is the number of different results, divided by the number of programs. `structures` is the same for
+different structures (names and layout do not count). `repeats` is the share of valid programs that have the result of an earlier program
+or of the seed program. `as_parent` is the share of programs with the structure or the result of their parent. `families` is the effective
+number of families of programs, exp(entropy); a family is a set of models or optimisers that its programs name (FAMILIES). `constant` is
+the share of groups with equal signals.
 A result is a score, rounded to six digits, and for competitions also the results of the rows. So these measures do not depend on the
 settings of copies, unlike the metric `diversity/copy_frac`.
 """
@@ -45,7 +45,7 @@ ABLATIONS = (
     "better",
     "valid",
     "mean",
-    "different",
+    "results",
     "structures",
     "repeats",
     "as_parent",
@@ -57,7 +57,7 @@ MEASURES = {
     "mean": "mean reward",
     "best_grade": "best score",
     "better": "better than their parent, all steps",
-    "different": "different results",
+    "results": "different results",
     "structures": "different structures",
     "repeats": "repeated results among valid programs",
     "as_parent": "programs like their parent",
@@ -93,7 +93,7 @@ def ablation(folder: Path, steps: int) -> dict[str, Any]:
         "better": sum(_is_better(attempt, results, direction(folder)) for attempt in attempts) / len(attempts),
         "valid": sum(attempt.score is not None for attempt in last) / len(last),
         "mean": statistics.mean(row["reward/mean"] for row in rows),
-        "different": statistics.mean(_distinct([results[attempt.id] for attempt in mine]) / len(mine) for mine in by_step),
+        "results": statistics.mean(_distinct([results[attempt.id] for attempt in mine]) / len(mine) for mine in by_step),
         "structures": statistics.mean(
             _distinct([structures[attempt.id] if attempt.code else None for attempt in mine]) / len(mine) for mine in by_step
         ),
@@ -217,7 +217,7 @@ def draw(rows: Sequence[dict[str, Any]], problem: str, base: str, file: Path) ->
 
     arms = arms_of(rows, problem, base)
     others = [arm for arm in arms if arm != base]
-    drawn = ("valid", "mean", "best_grade", "different", "as_parent")
+    drawn = ("valid", "mean", "best_grade", "results", "as_parent")
     figure, axes = plt.subplots(1, len(drawn), figsize=(14, 1 + 0.4 * len(others)), sharey=True, constrained_layout=True)
     for axis, name in zip(axes, drawn, strict=True):
         axis.axvline(0, color="0.8", zorder=0)

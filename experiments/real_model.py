@@ -339,6 +339,19 @@ def _whole(row: dict[str, Any]) -> dict[str, Any]:
     return {name: int(value) if name in counts and value != "" else value for name, value in row.items()}
 
 
+def _collect(tables: Path, runs: Path, same_prompts: Path | None, steps: int) -> None:
+    """Writes the tables of the runs in a folder, and of the steps on the same prompts in another."""
+    found = [measures(folder, steps) for folder in folders(runs)]
+    merge(tables / "runs.csv", RUNS, [run for run, _ in found])
+    merge(tables / "steps.csv", STEPS, [step for _, of_run in found for step in of_run])
+    of_replies = [row for folder in folders(runs) for row in replies(folder, steps)]
+    if same_prompts is not None:
+        same = folders(same_prompts)
+        merge(tables / "same_prompts.csv", SAME_PROMPTS, [measures_on_same_prompts(folder, runs) for folder in same])
+        of_replies += [replies_on_same_prompts(folder, runs) for folder in same]
+    merge(tables / "replies.csv", REPLIES, of_replies)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of the runs to collect")
@@ -353,16 +366,7 @@ def main() -> None:
     if options.same_prompts is not None and options.runs is None:
         parser.error("--same_prompts needs --runs, the folder of the training runs that it continues.")
     if options.runs is not None:
-        found = [measures(folder, options.steps) for folder in folders(options.runs)]
-        merge(options.csv / "runs.csv", RUNS, [run for run, _ in found])
-        merge(options.csv / "steps.csv", STEPS, [step for _, steps in found for step in steps])
-        of_replies = [row for folder in folders(options.runs) for row in replies(folder, options.steps)]
-        if options.same_prompts is not None:
-            of_replies += [replies_on_same_prompts(folder, options.runs) for folder in folders(options.same_prompts)]
-        merge(options.csv / "replies.csv", REPLIES, of_replies)
-    if options.same_prompts is not None:
-        rows = [measures_on_same_prompts(folder, options.runs) for folder in folders(options.same_prompts)]
-        merge(options.csv / "same_prompts.csv", SAME_PROMPTS, rows)
+        _collect(options.csv, options.runs, options.same_prompts, options.steps)
     rows, same = read(options.csv / "runs.csv"), options.csv / "same_prompts.csv"
     for problem in dict.fromkeys(row["problem"] for row in rows):
         print("\n".join(table(rows, problem)))

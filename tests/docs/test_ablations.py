@@ -40,7 +40,7 @@ def test_measures_by_hand(tmp_path, output):
         "better": 2 / 8,  # a gain of 1e-9 is rounding
         "valid": 5 / 8,
         "mean": (1.1 + 1.9) / 8,
-        "different": (2 / 4 + 2 / 4) / 2,
+        "results": (2 / 4 + 2 / 4) / 2,
         "structures": (3 / 4 + 4 / 4) / 2,
         "repeats": 3 / 5,  # of the seed program, and twice of the first program
         "as_parent": 3 / 8,
@@ -71,6 +71,19 @@ def test_arms_are_compared_seed_by_seed(tmp_path, output, capsys):
     assert f"| +0.1500 +- {half:.4f} |" in against
     assert against.split(" | ")[1] == "2"
     assert "0 of 10 intervals of differences exclude 0; by chance, about 0.5 would." in printed
+
+
+def test_rows_of_other_problems_stay(tmp_path, output):
+    for problem in ("circles", "spaceship"):
+        rows = [[("seed", SCIPY, 0.6), ("seed", None, None)]] * 2
+        write_circles(tmp_path / problem / f"{problem}-base-1", rows)
+        (tmp_path / "csv").mkdir(exist_ok=True)
+        output("experiments/ablations.py", f"--runs={tmp_path / problem}", "--steps=2", f"--csv={tmp_path / 'csv'}")
+    rows = list(csv.DictReader((tmp_path / "csv" / "ablations.csv").open()))
+    assert [(row["problem"], row["seed"], row["programs"], row["results"]) for row in rows] == [
+        ("circles", "1", "4", "0.5"),
+        ("spaceship", "1", "4", "0.5"),
+    ]
 
 
 def test_plots_need_a_base(tmp_path, output):
