@@ -190,21 +190,24 @@ def tables(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]
     head = [f"| {problem} | seeds | {' | '.join(MEASURES[name] for name in names)} |", "|---" * (len(names) + 2) + "|"]
     means, against, intervals = list(head), list(head), []
     for arm, runs in arms.items():
-        cells = [_cell([row[name] for row in runs.values() if row[name] != ""]) for name in names]
+        cells = [_cell([row[name] for row in runs.values() if row[name] != ""], len(runs)) for name in names]
         means.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
         if arm == base:
             continue
         values = {name: differences(arms, base, arm, name) for name in names}
         intervals += [mean_and_half_width(found) for found in values.values() if len(found) > 1]
         count = len(runs.keys() & arms[base].keys())
-        against.append(f"| {arm} minus {base} | {count} | {' | '.join(_cell(values[name], '+') for name in names)} |")
+        against.append(f"| {arm} minus {base} | {count} | {' | '.join(_cell(values[name], count, '+') for name in names)} |")
     clear = sum(abs(mean) > half for mean, half in intervals)
     count = f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would."
     return [*means, "", *against, "", count]
 
 
-def _cell(values: list[float], sign: str = "") -> str:
-    return shown(mean_and_half_width(values), sign) if values else ""
+def _cell(values: list[float], count: int, sign: str = "") -> str:
+    """A mean with its interval, and the number of seeds if some of `count` lack the measure."""
+    if not values:
+        return ""
+    return shown(mean_and_half_width(values), sign) + ("" if len(values) == count else f" ({len(values)} seeds)")
 
 
 def draw(rows: Sequence[dict[str, Any]], problem: str, base: str, file: Path) -> None:

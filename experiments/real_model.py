@@ -123,7 +123,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     if len(metrics) < steps:
         raise ValueError(f"{folder.name} has {len(metrics)} steps; {steps} are needed. Set --steps.")
     attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
-    best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward)
+    best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward, default=None)
     by_id = {attempt.id: attempt for attempt in attempts}
     sign = direction(folder)
     values = {attempt.id: _value(attempt.score, sign) for attempt in attempts} | {SEED.id: _value(seed_state(folder).score, sign)}
@@ -132,8 +132,8 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
     valid = [row["outcome/ok"] / row["rollouts/count"] for row in metrics]
     run = names | {
         "programs": len(attempts),
-        "best_grade": best.score,
-        "best_unseen": best.private_score if _has_unseen_rows(folder) else None,
+        "best_grade": best.score if best else None,
+        "best_unseen": best.private_score if best and _has_unseen_rows(folder) else None,
         "chosen_unseen": by_id[winner["id"]].private_score if winner and _has_unseen_rows(folder) else None,
         "chosen_retested": round(winner["retested_score"], 6) if winner else None,
         "mean_last": round(metrics[-1]["reward/mean"], 6),

@@ -86,6 +86,16 @@ def test_rows_of_other_problems_stay(tmp_path, output):
     ]
 
 
+def test_a_run_without_valid_programs(tmp_path, output):
+    """It has no best score and no repeats. Differences of these leave its seed out."""
+    for name, score in {"base-1": 0.6, "base-2": 0.6, "base-3": 0.6, "puct-1": None, "puct-2": 0.7, "puct-3": 0.8}.items():
+        write_circles(tmp_path / "runs" / f"circles-{name}", [[("seed", SCIPY, score)]] * 2)
+    printed, rows = collected(tmp_path, output)
+    assert [rows["puct", "1"][name] for name in ("best_grade", "repeats", "valid", "results")] == ["", "", "0.0", "0.0"]
+    (against,) = (line for line in printed.splitlines() if line.startswith("| puct minus base |"))
+    assert f"| +0.1500 +- {12.706204736 * 0.05:.4f} (2 seeds) |" in against
+
+
 def test_plots_need_a_base(tmp_path, output):
     write_circles(tmp_path / "runs" / "circles-keep-1", [[("seed", PLAIN, 0.6)]] * 2)
     with pytest.raises(ValueError, match=r"arm 'base'; its arms are keep. Set --base"):
