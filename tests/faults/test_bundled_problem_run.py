@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import tiny_run
 from phrase_model import PACKING_FOLLOWERS, PACKING_PHRASES, write_phrase_model
-from tiny_run import finish, results
+from tiny_run import finish, kill_after_first_step, results
 
 from discover_jax.execution import values
 
@@ -70,14 +68,7 @@ def test_scores_are_sums_of_radii_and_rejections_say_why(unbroken):
 
 def test_kill_9_and_resume_gives_the_same_results(root, unbroken):
     workdir = root / "killed"
-    process = start(root, workdir)
-    deadline = time.monotonic() + 200
-    while not (workdir / "metrics.jsonl").exists() or b"\n" not in (workdir / "metrics.jsonl").read_bytes():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_after_first_step(start(root, workdir), workdir)
     finish(start(root, workdir))
     assert results(workdir) == results(unbroken[0])
 

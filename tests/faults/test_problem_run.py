@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +11,7 @@ import pytest
 import tiny_run
 from phrase_model import write_phrase_model
 from remainders_problem import ROWS, SEED_PROGRAM
-from tiny_run import finish
+from tiny_run import finish, kill_after_first_step
 
 from discover_jax.execution import values
 
@@ -83,14 +81,7 @@ def test_the_first_groups_improve_the_seed_program(unbroken):
 
 def test_kill_9_and_resume_gives_the_same_journal(root, unbroken):
     workdir = root / "killed"
-    process = start(root, workdir)
-    deadline = time.monotonic() + 200
-    while not (workdir / "metrics.jsonl").exists() or b"\n" not in (workdir / "metrics.jsonl").read_bytes():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_after_first_step(start(root, workdir), workdir)
     finish(start(root, workdir))
     for name in ("journal.jsonl", "best/labels/returned.value", "best/labels/grade.json"):
         assert (workdir / name).read_bytes() == (unbroken[0] / name).read_bytes()

@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny_run
 from growing_problem import RETURNED, ROWS
 from phrase_model import write_phrase_model
-from tiny_run import finish
+from tiny_run import finish, kill_after_first_step
 
 pytestmark = pytest.mark.slow  # three runs
 
@@ -50,14 +48,7 @@ def test_scores_climb_and_the_values_are_stored(unbroken):
 
 def test_kill_9_and_resume_gives_the_same_journal(root, unbroken):
     workdir = root / "killed"
-    process = start(root, workdir)
-    deadline = time.monotonic() + 200
-    while not (workdir / "metrics.jsonl").exists() or b"\n" not in (workdir / "metrics.jsonl").read_bytes():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_after_first_step(start(root, workdir), workdir)
     finish(start(root, workdir))
     for name in ("journal.jsonl", "best/returned.value", "best/parent_output.value", "best/grade.json"):
         assert (workdir / name).read_bytes() == (unbroken / name).read_bytes()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def finish(process: subprocess.Popen[str]) -> str:
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     return said
+
+
+def kill_after_first_step(process: subprocess.Popen[str], workdir: Path) -> None:
+    """Kills a run by SIGKILL as soon as the metrics of its first step are written."""
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists() or b"\n" not in metrics.read_bytes():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
 
 
 def unbroken(root: Path, steps: int = STEPS) -> Path:
