@@ -23,8 +23,9 @@ from jax.typing import ArrayLike
 from discover_jax.models.cache import Cache, Pool
 from discover_jax.models.sharding import fetch
 from discover_jax.sampling.decoding import Drawn, Rows, new_rows
+from discover_jax.sampling.open_rollout import OpenRollout
 from discover_jax.sampling.pages import PageAllocator
-from discover_jax.types import Prompt, Rollout, StopReason
+from discover_jax.types import Prompt, Rollout
 
 PAGE = 128
 """Tokens per page."""
@@ -128,35 +129,6 @@ class _Prefix:
     routes: list[jax.Array]
 
 
-@dataclasses.dataclass(eq=False)
-class _Open:
-    """An unfinished rollout.
-
-    Attributes:
-      prompt_index: position of its prompt in the call.
-      index: its index in the group.
-      temperature: sampling temperature.
-      began: number of rollouts that began before it; -1 before it begins.
-      count: number of tokens so far; `tokens`, `logprobs`, `chosen` and `routes` have one array per launch.
-      prompt_routes: routes of its prompt, by chunk.
-      pages: pages of its prompt and its own pages, while it has a slot.
-      aside: its row and pages while it is set aside.
-    """
-
-    prompt_index: int
-    index: int
-    temperature: float
-    began: int = -1
-    count: int = 0
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    chosen: list[np.ndarray] = dataclasses.field(default_factory=list)
-    routes: list[np.ndarray] = dataclasses.field(default_factory=list)
-    prompt_routes: list[jax.Array] = dataclasses.field(default_factory=list)
-    pages: list[int] = dataclasses.field(default_factory=list)
-    aside: tuple[Rows, list[Pool]] | None = None
-
-
 class Schedule:
     """The state of one call.
 
@@ -170,17 +142,17 @@ class Schedule:
     def __init__(self, functions: SamplerFunctions, limits: ScheduleLimits, prompts: Sequence[Prompt], temperatures_K: Sequence[float]):
         self._do, self._limits, self._prompts = functions, limits, prompts
         self._queue = collections.deque(
-            _Open(prompt_index, index, temperature)
-            for prompt_index in range(len(prompts))
+            OpenRollout(prompt, prompt_index, index, temperature)
+            for prompt_index, prompt in enumerate(prompts)
             for index, temperature in enumerate(temperatures_K)
         )
         self._total = len(self._queue)
-        self._aside: list[_Open] = []
+        self._aside: list[OpenRollout] = []
         self._begun = 0
         self._prefixes: dict[int, _Prefix] = {}
         each = limits.pages // limits.row_devices
         self._allocators = [PageAllocator(each, device * each) for device in range(limits.row_devices)]
-        self._slots: list[_Open | None] = [None] * limits.slots
+        self._slots: list[OpenRollout | None] = [None] * limits.slots
         self._pool = functions.empty_pool(limits.pages)
         self._rows = functions.empty_rows(len(self._slots))
         self._nobody = functions.empty_rows(1)
@@ -210,22 +182,19 @@ class Schedule:
 
     # Pages
 
-    def _length(self, rollout: _Open) -> int:
-        return len(self._prompts[rollout.prompt_index].tokens_P) + rollout.count
-
-    def _needed(self, rollout: _Open, launches: int = 1) -> int:
+    def _needed(self, rollout: OpenRollout, launches: int = 1) -> int:
         """Pages that the rollout needs for the next `launches` launches."""
         tokens = self._limits.draft_launch_tokens if self._drafts else self._limits.launch_steps
-        return min(pages_of(self._length(rollout) + launches * tokens), self._most(rollout))
+        return min(pages_of(rollout.length + launches * tokens), self._most(rollout))
 
-    def _most(self, rollout: _Open) -> int:
+    def _most(self, rollout: OpenRollout) -> int:
         """Most pages that the rollout can need."""
-        return pages_of(len(self._prompts[rollout.prompt_index].tokens_P) + self._limits.new_tokens)
+        return pages_of(len(rollout.prompt.tokens_P) + self._limits.new_tokens)
 
     def _device(self, slot: int) -> int:
         return slot * self._limits.row_devices // len(self._slots)
 
-    def _live(self, device: int) -> list[_Open]:
+    def _live(self, device: int) -> list[OpenRollout]:
         """The live rollouts of a device, oldest first."""
         live = [rollout for slot, rollout in enumerate(self._slots) if rollout is not None and self._device(slot) == device]
         return sorted(live, key=lambda rollout: rollout.began)
@@ -257,10 +226,10 @@ class Schedule:
                 else:
                     self._set_aside(live.pop())
 
-    def _set_aside(self, rollout: _Open) -> None:
+    def _set_aside(self, rollout: OpenRollout) -> None:
         slot = self._slots.index(rollout)
         row = self._do.take_row(self._rows, np.array([slot], np.int32))
-        used = rollout.pages[: pages_of(self._length(rollout))]
+        used = rollout.pages[: pages_of(rollout.length)]
         parts = [self._do.take_pages(self._pool, ids) for ids in self._in_parts(used)]
         rollout.aside = fetch((row, parts))
         self._allocators[self._device(slot)].release(rollout.pages)
@@ -300,14 +269,14 @@ class Schedule:
             return self._bring_back(slot, self._aside[0], spare_R)
         return bool(self._queue) and self._begin(slot, self._queue[0], spare_R)
 
-    def _bring_back(self, slot: int, rollout: _Open, spare_R: list[int]) -> bool:
+    def _bring_back(self, slot: int, rollout: OpenRollout, spare_R: list[int]) -> bool:
         device, needed = self._device(slot), self._needed(rollout)
         if not self._make_room(device, needed + spare_R[device]):
             return False
         rollout.pages = self._take(device, needed)
         assert rollout.aside is not None, "the rollout was not set aside"
         row, parts = rollout.aside
-        used = rollout.pages[: pages_of(self._length(rollout))]
+        used = rollout.pages[: pages_of(rollout.length)]
         for ids, part in zip(self._in_parts(used), parts, strict=True):
             self._pool = self._do.put_pages(self._pool, ids, part)
         self._put(slot, row)
@@ -315,8 +284,8 @@ class Schedule:
         self._slots[slot] = self._aside.pop(0)
         return True
 
-    def _begin(self, slot: int, rollout: _Open, spare_R: list[int]) -> bool:
-        device, prompt_index, length = self._device(slot), rollout.prompt_index, self._length(rollout)
+    def _begin(self, slot: int, rollout: OpenRollout, spare_R: list[int]) -> bool:
+        device, prompt_index, length = self._device(slot), rollout.prompt_index, rollout.length
         shared = length // PAGE
         own = self._needed(rollout) - shared
         to_read = 0 if prompt_index in self._prefixes else pages_of(length)
@@ -394,13 +363,9 @@ class Schedule:
         alive_B, counts_B, drawn_BT = jax.device_get((self._rows.alive_B, self._rows.counts_B, drawn))
         done, grown = [], []
         for slot, rollout in live:
-            new = int(counts_B[slot]) - rollout.count
-            grown.append(new)
-            rollout.count += new
-            for kept, x_BT in zip((rollout.tokens, rollout.logprobs, rollout.chosen, rollout.routes), drawn_BT, strict=True):
-                kept.append(x_BT[slot, :new].copy())  # a view would keep the whole launch's arrays in memory
+            grown.append(rollout.extend(drawn_BT, slot, int(counts_B[slot])))
             if not alive_B[slot]:
-                done.append(self._close(rollout))
+                done.append(rollout.finished(self._limits.stop_ids, record_routes=self._limits.record_routes))
                 self._allocators[self._device(slot)].release(rollout.pages)
                 self._slots[slot] = None
         if waiting:
@@ -417,7 +382,7 @@ class Schedule:
         history_BS = np.zeros((len(self._slots), self._limits.row_pages * PAGE), np.int32)
         for slot, rollout in enumerate(self._slots):
             if rollout is not None:
-                tokens = np.concatenate([self._prompts[rollout.prompt_index].tokens_P, *rollout.tokens])
+                tokens = np.concatenate([rollout.prompt.tokens_P, *rollout.tokens])
                 history_BS[slot, : len(tokens)] = tokens
         self._pool, self._rows, drawn, sums_3 = self._do.draft_launch(self._pool, self._rows, pages_BM, history_BS, enough)
         self._draft_sums_3 += jax.device_get(sums_3)
@@ -429,23 +394,3 @@ class Schedule:
             return live - max(1, live // 4)
         half = half_of(len(self._slots), self._limits.row_devices)
         return half if half < live else 0  # 0 if the rows would fit half a batch, but one device has too many of them
-
-    def _close(self, rollout: _Open) -> Rollout:
-        tokens_T = np.concatenate(rollout.tokens).astype(np.int32)
-        prompt = self._prompts[rollout.prompt_index]
-        return Rollout(
-            group=prompt.group,
-            index=rollout.index,
-            prompt_tokens_P=np.asarray(prompt.tokens_P, np.int32),
-            tokens_T=tokens_T,
-            logprobs_T=np.concatenate(rollout.logprobs).astype(np.float32),
-            chosen_T=np.concatenate(rollout.chosen),
-            stop=StopReason.STOP_TOKEN if int(tokens_T[-1]) in self._limits.stop_ids else StopReason.MAX_TOKENS,
-            temperature=rollout.temperature,
-            routes_SLX=self._routes(rollout) if self._limits.record_routes else None,
-        )
-
-    def _routes(self, rollout: _Open) -> np.ndarray:
-        """Routes of the prompt and of the generated tokens, except the last, which the model never reads."""
-        prompt = np.concatenate([np.asarray(routes_1CLX)[0] for routes_1CLX in rollout.prompt_routes])
-        return np.concatenate([prompt[: len(self._prompts[rollout.prompt_index].tokens_P)], *rollout.routes])[:-1]
