@@ -221,7 +221,7 @@ def _main(
     if processes is None:
         with _sigterm_as_interrupt():
             run(config, folder)
-    else:  # jax takes SIGTERM: the run goes on until it is killed, in case the scheduler only announces the end
+    else:  # jax takes SIGTERM: the run continues until it is killed: the scheduler may only be announcing the end
         _run_as_one_of_several(run, config, folder, processes)
 
 

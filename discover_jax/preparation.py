@@ -58,18 +58,14 @@ def prepared(
     processes.agree("the prepared tables and answers", [task.fingerprint for task in all_tasks], "Give all hosts the same raw data.")
     source = find_source(config.train.resume_from, tasks, workdir, processes)
     with _executor(config, all_tasks, workdir, processes) as executor:
-        unusable = typed_settings.unusable_packages(config, tasks, executor)
-        own = {"slots": executor.slots, "isolated": executor.isolated, "way": executor.describe(), "unusable": unusable}
-        hosts = processes.gather(own)
-        unusable = {name: error for host in hosts for name, error in host["unusable"].items()}
-        ways = tuple(dict.fromkeys(host["way"] for host in hosts if host["slots"]))
+        hosts = _gather_hosts(config, tasks, executor, processes)
         if processes.leads:
-            _disclose(config, kind, workdir, tasks, source, Isolation(all(host["isolated"] for host in hosts), ways))
+            _disclose(config, kind, workdir, tasks, source, hosts.isolation)
 
         outputs = Outputs(workdir.outputs_dir)
         seeds = run_seed_programs(config.task, tasks, executor, processes, workdir.path / SEED_PROGRAMS, outputs)
         # Before the weights, which take minutes.
-        chat, prompt_settings = load_chat(config), typed_settings.prompt_settings(config, unusable, all_tasks)
+        chat, prompt_settings = load_chat(config), typed_settings.prompt_settings(config, hosts.unusable, all_tasks)
         task_checks.check_prompts(tasks, seeds, prompt_settings, chat)
         policy = load_policy(config, console.loading, chat)
         optimizer = build_optimizer(config)
@@ -85,9 +81,8 @@ def prepared(
             task.id: rerun_script(typed_settings.rerun_settings(config, number, stratified=is_stratified(task.settings)))
             for number, task in enumerate(tasks)
         }
-        sources = (source, scripts, console.note, processes)
         starts = start_frontiers(config.reuse, tasks, seeds)
-        state = restore(tasks, workdir, checkpoints, journal, fresh, *sources, starts=starts)
+        state = restore(tasks, workdir, checkpoints, journal, fresh, source, scripts, console.note, processes, starts=starts)
         policy = dataclasses.replace(policy, train_state=state.train_state)
         last_step = state.first_step + config.train.steps
         recorder = NullRecorder()
@@ -96,21 +91,58 @@ def prepared(
             def run_again(task: AnyTask, state: State) -> Verdict:
                 return executor.submit(state.code, tasks.index(task)).result()
 
-            options = {"kind": kind, "seed": config.seed, "last_step": last_step}
-            parts = (workdir, journal, console, trackers, tasks, policy.tokenizer, scripts, state, run_again)
-            recorder = RunRecorder(*parts, **options)
-            recorder.begin(config.name, _opening_lines(config, workdir, tasks, ways, policy, state))
+            run_of = {"kind": kind, "seed": config.seed, "last_step": last_step}
+            recorder = RunRecorder(workdir, journal, console, trackers, tasks, policy.tokenizer, scripts, state, run_again, **run_of)
+            recorder.begin(config.name, _opening_lines(config, workdir, tasks, hosts.isolation.lines, policy, state))
             if kind.learns and (warning := scale_warning(tasks, config.train.advantage)):
                 recorder.note(warning)
             if warning := unused_drafts(config):
                 recorder.note(warning)
-            for name, error in unusable.items():
+            for name, error in hosts.unusable.items():
                 recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")
-        slots_H = [host["slots"] for host in hosts]
-        updater = build_update(config, policy.model, optimizer)
-        numbers = {id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()}
-        parts = (tasks, all_tasks, numbers, executor, slots_H, sampler, updater, prompt_settings, checkpoints, recorder, outputs)
-        yield Run(config, kind, processes, *parts, first_step=state.step, last_step=last_step), policy, state.frontiers
+        run = Run(
+            config=config,
+            kind=kind,
+            processes=processes,
+            tasks=tasks,
+            all_tasks=all_tasks,
+            retests={id: [all_tasks.index(each) for each in of_task] for id, of_task in retests.items()},
+            executor=executor,
+            slots_H=hosts.slots_H,
+            sampler=sampler,
+            updater=build_update(config, policy.model, optimizer),
+            prompt_settings=prompt_settings,
+            checkpoints=checkpoints,
+            recorder=recorder,
+            outputs=outputs,
+            first_step=state.step,
+            last_step=last_step,
+        )
+        yield run, policy, state.frontiers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hosts:
+    """How the hosts of a run execute programs.
+
+    Attributes:
+      slots_H: number of programs that each host runs at the same time.
+      isolation: of the programs of all hosts.
+      unusable: packages that programs cannot import on some host, with the errors.
+    """
+
+    slots_H: list[int]
+    isolation: Isolation
+    unusable: Mapping[str, str]
+
+
+def _gather_hosts(config: Any, tasks: Sequence[AnyTask], executor: Executor, processes: Processes) -> _Hosts:
+    """Collects from every host how its executor runs programs. All processes must call it."""
+    unusable = typed_settings.unusable_packages(config, tasks, executor)
+    hosts = processes.gather({"slots": executor.slots, "isolated": executor.isolated, "line": executor.describe(), "unusable": unusable})
+    lines = tuple(dict.fromkeys(host["line"] for host in hosts if host["slots"]))
+    isolation = Isolation(all(host["isolated"] for host in hosts), lines)
+    return _Hosts([host["slots"] for host in hosts], isolation, {name: error for host in hosts for name, error in host["unusable"].items()})
 
 
 def _retests(config: Any, tasks: Sequence[AnyTask], workdir: Workdir) -> Mapping[str, Sequence[AnyTask]]:

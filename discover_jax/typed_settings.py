@@ -82,7 +82,7 @@ def rerun_settings(config: Any, number: int, *, stratified: bool) -> RerunSettin
     """The settings of best/rerun.sh for the competition with this number in config.task.
 
     Args:
-      stratified: whether its rows were drawn so. Runs of earlier versions keep their rows whatever the config says.
+      stratified: whether its held-out rows were stratified. A run of an earlier version keeps its rows even if the config differs.
     """
     name, raw = named_competitions(config.task)[number]
     rows_of, execution = config.task, config.execution

@@ -13,10 +13,11 @@ _HIDDEN = re.compile(
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _VARIATION = re.compile("[\ufe00-\ufe0f]+")
-# A C1 control is more often text in a wrong encoding than part of an escape sequence. So it only begins one that nothing else looks like.
+# A C1 control is more often text in a wrong encoding than part of an escape sequence. So it begins a sequence only where the
+# text after it cannot be ordinary text.
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b(?=[\d;?]))(?P<number>\d{0,4})(?:;(?P<second>\d{1,4}))?[\d;:<=>?]*[ -/]*(?P<command>[@-~])"  # such as a colour
-    # A string on one line, such as a window's title or a link. No opener is part of it, so that searching its end takes linear time.
+    # A string on one line, such as a window's title or a link. It contains no other opener, so the search for its end takes linear time.
     r"|(?:\x1b[\]P^_X](?=[^\r\n\x07\x1b\x90\x98\x9c-\x9f]*+(?:\x07|\x1b\\|\x9c))"
     r"|[\x9d\x90\x9e\x9f\x98](?=[^\r\n\x07\x1b\x90\x98\x9c-\x9f]*+(?:\x07|\x1b\\)))[^\x07\x1b\x9c]*+(?:\x07|\x1b\\|\x9c)"
     r"|\x1b(?P<cursor>[78])"

@@ -69,7 +69,7 @@ def greedy(
     """
     del exploration, expansions
     states = _ranked(archive, seed)
-    # Every group takes the same number of draws whatever they come to, so that epsilon changes no other group's choice.
+    # Every group takes the same number of draws in either case, so that epsilon changes no other group's choice.
     explore_G = rng.random(groups) < epsilon
     choice_G = rng.integers(max(len(states), 1), size=groups)
     if not states:

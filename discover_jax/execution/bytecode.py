@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import logging
 
-# A module that cannot be imported is reported on standard error. The others are imported all the same.
+# A module that cannot be imported is reported on standard error. The others are still imported.
 _IMPORT = """import importlib, sys, traceback
 for name in sys.argv[1:]:
     try:

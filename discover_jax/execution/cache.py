@@ -53,7 +53,7 @@ def _name_and_version(package: importlib.metadata.Distribution) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ran:
+class _StoredExecution:
     """An execution as stored in a file.
 
     Attributes:
@@ -185,7 +185,7 @@ def verdict_row(verdict: Verdict) -> dict[str, Any]:
     execution = verdict.execution
     kept = execution.result if verdict.outcome is Outcome.OK else None
     packed = "" if kept is None else base64.b64encode(zlib.compress(kept, _LEVEL)).decode()
-    ran = _Ran(execution.outcome, None, execution.stdout, execution.detail, execution.seconds, packed)
+    ran = _StoredExecution(execution.outcome, None, execution.stdout, execution.detail, execution.seconds, packed)
     return {
         "outcome": verdict.outcome.value,
         "grade": dataclasses.asdict(verdict.grade),
@@ -201,7 +201,7 @@ def verdict_of(row: Any, *, cached: bool) -> Verdict:
     """
     if not isinstance(row, dict) or row.keys() != {"outcome", "grade", "execution"}:
         raise ValueError("the verdict is not an object of outcome, grade and execution")
-    ran = from_row(_Ran, row["execution"])
+    ran = from_row(_StoredExecution, row["execution"])
     result = None if ran.csv is None else base64.b64decode(ran.csv, validate=True)
     if ran.packed:
         result = _unpacked(base64.b64decode(ran.packed, validate=True))

@@ -61,7 +61,7 @@ class EvaluatedTask(RunTask, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _CallRequest:
     """A call that `evaluate` asks for; see `Program.call`."""
 
     name: str
@@ -106,7 +106,7 @@ class _RemoteProgram:
             data = values.encode(list(arguments), _ARGUMENT_BYTES)
         except ValueError as error:  # perhaps values that the program has returned
             raise Rejection(f"evaluate() cannot send the arguments of {name}(): {error}") from error
-        answer = self._ask(_Asked(str(name), data, math.inf if seconds is None else float(seconds), fresh))
+        answer = self._ask(_CallRequest(str(name), data, math.inf if seconds is None else float(seconds), fresh))
         if answer.outcome is Outcome.OK and answer.value is not None:
             try:
                 return Timed(values.decode(answer.value), answer.wall_s, answer.cpu_s)
@@ -115,16 +115,16 @@ class _RemoteProgram:
         self._failed = _FailedCall(answer)
         raise self._failed
 
-    def _ask(self, asked: _Asked) -> Answer:
+    def _ask(self, request: _CallRequest) -> Answer:
         """The answer of the process at the other end.
 
         If this fails midway, the stream is out of step: bytes of the program could be taken for a message and unpickled. So the process
-        ends at once, whatever `evaluate` would catch. Memory is not limited meanwhile.
+        ends at once, before `evaluate` can catch the error. Memory is not limited meanwhile.
         """
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         try:
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-            self._connection.send(asked)
+            self._connection.send(request)
             answer: Answer = self._connection.recv()
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         except BaseException:
@@ -180,7 +180,7 @@ def _rejected(reason: str) -> _Result:
 def main(connection: Connection, parent: int, tasks_bytes: bytes) -> None:
     """Checks until the connection closes. Receives a task's index, or None, which it sends back.
 
-    For a task, it sends any number of _Asked, each followed by an Answer, then a _Result or a GradingError.
+    For a task, it sends any number of _CallRequest, each followed by an Answer, then a _Result or a GradingError.
     """
     children.begin(parent)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -317,18 +317,18 @@ class _Session:
         self._value: bytes | None = None
         self._stdout = ""
 
-    def answer(self, asked: _Asked) -> Answer:
+    def answer(self, request: _CallRequest) -> Answer:
         """The program's answer to a call.
 
         Raises:
           SandboxError: the host failed.
         """
-        if asked.fresh or not self._loaded:
+        if request.fresh or not self._loaded:
             loaded = self._served(lambda seconds: Load(self.number, self._program, self._parent_output, seconds), self._left)
             if loaded.outcome is not Outcome.OK:
                 return loaded
             self._loaded = True
-        answer = self._served(lambda seconds: Call(asked.name, asked.arguments, seconds), asked.seconds)
+        answer = self._served(lambda seconds: Call(request.name, request.arguments, seconds), request.seconds)
         if answer.outcome is Outcome.OK:
             self._value = answer.value
         return answer
@@ -363,8 +363,8 @@ class _Session:
     def verdict(self, result: _Result) -> Verdict:
         """Ends the program, and returns the verdict on it.
 
-        If a signal killed the program, that is the verdict, whatever `evaluate` made of it: the executor then decides whether to run it
-        again.
+        If a signal killed the program, the verdict says so, also if `evaluate` returned a result: the executor then decides whether to
+        run the program again.
         """
         self.end()
         seconds = self._limit - self._left

@@ -148,7 +148,7 @@ class _Calls:
     def keep(self, parent_output: bytes, path: str) -> None:
         """Writes the value that the parent returned to a file, for the program.
 
-        The parent's process may have sent anything: of what is not a value, or needs too much memory, there is no file.
+        The parent's process may have sent anything. If the bytes are not a value, or need too much memory, no file is written.
         """
         try:
             text = self._values.to_json(self._values.decode(parent_output))

@@ -53,12 +53,12 @@ def without_host_paths(text: str, paths: Iterable[tuple[str, str]]) -> str:
 
     Args:
       text: output or traceback of a program.
-      paths: absolute paths, and what stands in their place.
+      paths: absolute paths, each with its replacement.
     """
     text = as_on_terminal(text)  # first, so that nothing within a path hides it
     for path, name in paths:
         parts = path.strip("/").split("/")
-        for start in range(len(parts) - 1):  # the last part alone may stand for something else
+        for start in range(len(parts) - 1):  # the last part alone may be an ordinary word
             text = text.replace("/" + "/".join(parts[start:]), name)
     return text
 

@@ -34,7 +34,7 @@ def _own_limits(spec: SandboxSpec) -> dict[str, int]:
     limits = {"RLIMIT_NOFILE": 1024, "RLIMIT_FSIZE": spec.limits.file_bytes, "RLIMIT_SIGPENDING": 512}
     if spec.backend == "bubblewrap":  # counted per user namespace; without one it would count all processes of the user
         limits["RLIMIT_NPROC"] = spec.limits.processes
-    # With a control group, packages may reserve address space that they never use. It is bounded all the same: a process with terabytes of
+    # With a control group, packages may reserve address space that they never use. It still has a limit: a process with terabytes of
     # mappings can need minutes to end.
     limits["RLIMIT_AS"] = spec.limits.memory_bytes * (1 if spec.cgroups is None else _RESERVED)
     return limits

@@ -43,23 +43,23 @@ def main(connection: Connection, parent: int, spec: SandboxSpec, shown: Sequence
     """
     children.begin(parent)
     os.sched_setaffinity(0, spec.cores)
-    boxes = _Boxes(spec, shown)
+    sandboxes = _Sandboxes(spec, shown)
     try:
         while True:
             try:
-                while boxes.running and not connection.poll(_LOOK_SECONDS):
-                    boxes.look()
+                while sandboxes.running and not connection.poll(_LOOK_SECONDS):
+                    sandboxes.look()
                 request: Request = connection.recv()
             except EOFError:
                 return
             try:
-                reply = boxes.serve(request)
+                reply = sandboxes.serve(request)
             except SandboxError as error:
-                boxes.end()
+                sandboxes.end()
                 reply = error
-            connection.send(Reply(reply, boxes.survivor))
+            connection.send(Reply(reply, sandboxes.survivor))
     finally:
-        boxes.close()
+        sandboxes.close()
 
 
 _LOOK_SECONDS = 0.1
@@ -72,7 +72,7 @@ def _spec_for(task: ShownTask, folder: Path, spec: SandboxSpec) -> SandboxSpec:
     return dataclasses.replace(spec, public=folder, calls=task.calls, preload=() if task.calls else spec.preload)
 
 
-class _Boxes:
+class _Sandboxes:
     """The sandbox that is in use, and spares. While one runs, the sandbox that is probably needed next warms up on the same cores."""
 
     def __init__(self, spec: SandboxSpec, shown: Sequence[ShownTask]) -> None:

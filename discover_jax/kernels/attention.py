@@ -97,7 +97,7 @@ def _end(sums: Softmax, shape: tuple[int, ...]) -> jax.Array:
 
 
 def ring_positions(lengths: jax.Array, window: int) -> jax.Array:
-    """The position at each place of a ring that holds the last W of so many tokens, [..., W]. Place p mod W has position p.
+    """The position at each place of a ring that holds the last W of `lengths` tokens, [..., W]. Place p mod W has position p.
 
     Negative: the place is empty.
     """

@@ -58,7 +58,7 @@ def choose_prefill(batch: int, queries: int, kv_heads: int, head_size: int, plac
 
 
 def _fit(launch: Launch, queries: int) -> Launch:
-    """The launch with no more queries in a tile than so many need, and a warp for at least 16 of them."""
+    """The launch for this many queries: its tiles are no larger than they need, and each warp has at least 16 queries."""
     queries = min(launch.queries, max(16, power_of_two(queries)))
     return dataclasses.replace(launch, queries=queries, warps=min(launch.warps, queries // 16))
 

@@ -22,7 +22,7 @@ MOST_RANK = 128
 """Rank limit of the kernel: each instance computes x A^T of its columns for itself."""
 MOST_STACKS = 3
 FEW_ROWS = 32
-"""Up to so many rows, the weights are the left operand."""
+"""Up to this many rows, the weights are the left operand."""
 LONG = 24
 """Iterations of a part that is long enough for two instances per multiprocessor."""
 
@@ -41,7 +41,7 @@ class Launch:
 def choose_launch(rows: int, width: int, outs: Sequence[int]) -> Launch:
     """The launch parameters for this many rows and columns, and for these outputs, measured on an H100 at Qwen2.5's 1.5B and 7B.
 
-    The columns have so many parts that each multiprocessor has one instance, or two if they are small or long.
+    The columns are split into parts until each multiprocessor has one instance, or two if instances are small or long.
     """
     large = rows > FEW_ROWS and all(out % 128 == 0 for out in outs)
     outputs, tiles = 128 if large else 64, width // COLUMNS
@@ -54,7 +54,7 @@ def choose_launch(rows: int, width: int, outs: Sequence[int]) -> Launch:
 
 
 def _stages(most: int, lines: int) -> int:
-    """At most this many iterations in flight: as many as fit the GPU's shared memory, with tiles of so many lines in total."""
+    """At most this many iterations in flight: as many as fit the GPU's shared memory, with tiles of `lines` lines in total."""
     return max(1, min(most, shared_kib(compute_capability()) * 1024 // (lines * COLUMNS * 2)))
 
 

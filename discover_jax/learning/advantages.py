@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from discover_jax.exceptions import ConfigError, LearningError
-from discover_jax.learning.best_of_k import contributions, with_less_without
+from discover_jax.learning.best_of_k import best_with_minus_without, contributions
 from discover_jax.learning.tables import Table
 
 
@@ -190,7 +190,7 @@ def entropic_adaptive(
 
 
 def max_at_k(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: float | None = None, weight: float = 1.0) -> Advantages:
-    """A_i = k (mean best of the subsets of k rollouts with i - mean best of those without i); see `best_of_k.with_less_without`.
+    """A_i = k (mean best of the subsets of k rollouts with i - mean best of those without i); see `best_of_k.best_with_minus_without`.
 
     The mean of A_i x grad log p_i over a group is an unbiased estimate of the gradient of E[best of k rollouts] (PKPO, arXiv 2505.15201,
     with a leave-one-out baseline; RSPO, arXiv 2508.01174, has the same objective). k = 1 is r_i minus the mean of the others. The sum is
@@ -201,7 +201,7 @@ def max_at_k(rewards_K: npt.ArrayLike, *, beta: float = 2.0, k: int = 1, best: f
     """
     del beta, best, weight
     rewards = _finite_rewards(rewards_K)
-    values = np.zeros(1) if rewards.size == 1 and k == 1 else with_less_without(rewards, k)
+    values = np.zeros(1) if rewards.size == 1 and k == 1 else best_with_minus_without(rewards, k)
     return Advantages(values, beta=None, saturated=False)
 
 

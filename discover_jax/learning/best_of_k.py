@@ -25,7 +25,7 @@ def expected_best(rewards_K: npt.ArrayLike, k: int) -> float:
     return float(rewards[-1] - np.sum(np.diff(rewards) * _best_within(rewards.size, k)[1:-1]))
 
 
-def with_less_without(rewards_K: npt.ArrayLike, k: int) -> np.ndarray:
+def best_with_minus_without(rewards_K: npt.ArrayLike, k: int) -> np.ndarray:
     """k times the difference: expected best of the subsets of k with rollout i, less that of the subsets of k without it. float64 [K].
 
     With J = E[max of k rollouts], the mean of max(subset) x sum of grad log p over its members, over all subsets of k, is an unbiased

@@ -99,7 +99,7 @@ def grade(submission: bytes, answers: Answers, competition: Competition) -> Grad
         return Grade(valid=False, reason=str(invalid)[:_MAX_REASON], score=None, private_score=None)
     except MemoryError:
         raise
-    except Exception as error:  # pandas and numpy raise many types for tables that nobody has thought of
+    except Exception as error:  # pandas and numpy raise many types for unforeseen tables
         _log.warning("A submission is rejected because grading it failed.", exc_info=True)
         return Grade(valid=False, reason=f"Grading the submission failed: {_text(error)}"[:_MAX_REASON], score=None, private_score=None)
     counting = private if answers.private_counts else scored

@@ -37,7 +37,7 @@ from discover_jax.exceptions import DiscoverError
 from discover_jax.text.structure import parses
 
 MOST_EDITS = 100
-"""Blocks of an answer. More are an error: an answer with so many should be a whole program."""
+"""Most blocks in an answer. An answer with more should be a whole program, so it is an error."""
 _MOST_DIVIDERS = 8
 """Lines ======= of a block."""
 _MOST_ITEMS, _OTHER = 10**6, chr(0x10FFFF)

@@ -211,7 +211,7 @@ class _Parser:
 
 
 def _is_answer(channel: str) -> bool:
-    """Whether a text in such a channel may be an answer: it is not thinking, also not with a slip of the pen."""
+    """Whether a text in such a channel may be an answer: its name is neither that of thinking nor a misspelling of it."""
     return difflib.get_close_matches(channel.lower(), (*_THINKING, "commentary", "final"), 1) not in [[word] for word in _THINKING]
 
 

@@ -171,7 +171,7 @@ class _Box:
 def test_worker_starts_no_sandbox_beside_one_that_is_dying(spec, monkeypatch, request_):
     monkeypatch.setattr(sandbox, "start", _Box)
     monkeypatch.setattr(_Box, "made", [])
-    boxes: Any = worker._Boxes(spec, [ShownTask([spec.public, spec.public])])
+    boxes: Any = worker._Sandboxes(spec, [ShownTask([spec.public, spec.public])])
     first = boxes.serve(request_)
     assert first is TIMEOUT or first.outcome is Outcome.OK
     assert boxes.serve(End()) in ("", "said")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from discover_jax.exceptions import ConfigError, LearningError
 from discover_jax.learning.advantages import advantage_metrics, estimate_groups, frontier, least_rollouts, max_at_k
-from discover_jax.learning.best_of_k import contributions, expected_best, k_of_step, weight_of_step, with_less_without
+from discover_jax.learning.best_of_k import best_with_minus_without, contributions, expected_best, k_of_step, weight_of_step
 
 rewards_and_k = st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=2, max_size=7).flatmap(
     lambda rewards: st.tuples(st.just(rewards), st.integers(1, len(rewards) - 1))
@@ -41,7 +41,7 @@ def test_equals_the_enumeration_of_all_subsets(case):
     best = {subset: max(rewards[i] for i in subset) for subset in subsets}
     assert expected_best(rewards, k) == pytest.approx(float(mean(best.values())), abs=1e-12)
     expected = [k * (mean(best[s] for s in subsets if i in s) - mean(best[s] for s in subsets if i not in s)) for i in range(len(rewards))]
-    np.testing.assert_allclose(with_less_without(rewards, k), [float(value) for value in expected], atol=1e-12)
+    np.testing.assert_allclose(best_with_minus_without(rewards, k), [float(value) for value in expected], atol=1e-12)
 
 
 @given(rewards_and_k, st.integers(-10, 10))
@@ -83,7 +83,7 @@ def test_the_gradient_is_unbiased(n, k):
 def test_large_groups_are_safe(k):
     n = 1024
     rewards = np.random.default_rng(k).normal(size=n)
-    values = with_less_without(rewards, k)
+    values = best_with_minus_without(rewards, k)
     assert np.isfinite(values).all()
     assert abs(values.sum()) < 1e-9 * np.abs(values).sum()
     ordered, last = np.sort(rewards), math.comb(n, k)

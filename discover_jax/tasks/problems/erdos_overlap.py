@@ -19,7 +19,7 @@ from discover_jax.tasks.problem import Evaluation, Problem, Program, Record, Rej
 from discover_jax.tasks.problems.exact import checked_floats, convolution, float_at_least, scaled_integers
 
 MAX_PIECES = 30_000
-"""The check of so many heights takes less than a second for usual ones, and about 10 s if they span all exponents of doubles."""
+"""Checking this many heights takes less than a second, or about 10 s if they span all exponents of doubles."""
 
 
 def check_step_function(value: Any) -> Evaluation:
