@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from discover_jax.exceptions import SandboxError
@@ -222,6 +222,35 @@ def environment(cores: int, scratch: str) -> dict[str, str]:
     }
 
 
+def _mounts(host: Host, script: str, beside: Sequence[str], public: Path, scratch_bytes: int, source: Callable[[str], str]) -> list[str]:
+    """bubblewrap's arguments for all file systems of a sandbox, in their order.
+
+    Args:
+      host, script, beside, public: see `command`.
+      scratch_bytes: size of the working directory.
+      source: where bubblewrap finds a path of the host.
+    """
+    args = _system_mounts()
+    # These come before the mounts below them.
+    args += ["--size", str(256 * MIB), "--tmpfs", "/tmp", "--size", str(scratch_bytes), "--tmpfs", SCRATCH]
+    for root in host.roots:
+        args += ["--ro-bind", source(root), root]
+    for path, target in host.links:
+        args += ["--symlink", target, path]
+    for folder in host.masked:
+        args += ["--tmpfs", folder, "--remount-ro", folder]
+    args += ["--ro-bind", source(_INIT_SOURCE), _INIT, "--ro-bind", source(script), _HARNESS]
+    args += ["--ro-bind", source(str(public)), f"{SCRATCH}/data"]
+    for path in beside:
+        args += ["--ro-bind", source(path), f"/{os.path.basename(path)}"]
+    # Cover the sandbox's own /proc/sys, which is partly writable, with the host's, read-only.
+    args += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev", "--size", str(64 * MIB), "--tmpfs", "/dev/shm"]
+    # All sandboxes of the machine share a limit on pseudo-terminals. The kernel's command line may hold secrets: a device node on a mount
+    # without devices cannot be opened.
+    args += ["--tmpfs", "/dev/pts", "--remount-ro", "/dev/pts", "--ro-bind", "/dev/null", "/proc/cmdline"]
+    return [*args, "--remount-ro", "/dev", "--remount-ro", "/"]
+
+
 def command(
     host: Host,
     *,
@@ -281,25 +310,8 @@ def command(
     ]
     args += ["--die-with-parent", "--as-pid-1", "--new-session", "--clearenv", "--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
     args += ["--cap-drop", "ALL", "--json-status-fd", str(status_fd), "--seccomp", str(filter_fd)]
-    args += _system_mounts()
-    # These come before the mounts below them.
-    args += ["--size", str(256 * MIB), "--tmpfs", "/tmp", "--size", str(limits.scratch_bytes), "--tmpfs", SCRATCH]
-    for root in host.roots:
-        args += ["--ro-bind", source(root), root]
-    for path, target in host.links:
-        args += ["--symlink", target, path]
-    for folder in host.masked:
-        args += ["--tmpfs", folder, "--remount-ro", folder]
-    args += ["--ro-bind", source(_INIT_SOURCE), _INIT, "--ro-bind", source(script), _HARNESS]
-    args += ["--ro-bind", source(str(public)), f"{SCRATCH}/data"]
-    for path in beside:
-        args += ["--ro-bind", source(path), f"/{os.path.basename(path)}"]
-    # Cover the sandbox's own /proc/sys, which is partly writable, with the host's, read-only.
-    args += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev", "--size", str(64 * MIB), "--tmpfs", "/dev/shm"]
-    # All sandboxes of the machine share a limit on pseudo-terminals. The kernel's command line may hold secrets: a device node on a mount
-    # without devices cannot be opened.
-    args += ["--tmpfs", "/dev/pts", "--remount-ro", "/dev/pts", "--ro-bind", "/dev/null", "/proc/cmdline"]
-    args += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", SCRATCH]
+    args += _mounts(host, script, beside, public, limits.scratch_bytes, source)
+    args += ["--chdir", SCRATCH]
     for name, value in environment(cores, SCRATCH).items():
         args += ["--setenv", name, value]
     return Command(

@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         self,
         q_B1NH: jax.Array,
         pool: Pool,
-        pair: jax.Array,
+        repeat: jax.Array,
         pages_BM: jax.Array,
         counts_B: jax.Array,
         layer: jax.Array | None,
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         adapted: bool,
     ) -> jax.Array:
         """The same for one query a row, which sees the first `counts_B` positions of the row's pages: float32 [B, 1, D]."""
-        arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, counts_B, self.sinks_N
+        arguments = q_B1NH[:, 0], pool.keys_LPKsH, pool.values_LPKsH, repeat, pages_BM, counts_B, self.sinks_N
         out_BNH = self.kernels.paged_attention(*arguments)
         return self._out(out_BNH.reshape(*q_B1NH.shape[:2], -1), layer, adapted=adapted)
 
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         self,
         q_BCNH: jax.Array,
         pool: Pool,
-        pair: jax.Array,
+        repeat: jax.Array,
         pages_BM: jax.Array,
         lengths_B: jax.Array,
         layer: jax.Array | None,
@@ -99,7 +99,7 @@ class Attention(nnx.Module):
         adapted: bool,
     ) -> jax.Array:
         """The same for a chunk of C queries from position `lengths_B`. A query sees its own and earlier positions: float32 [B, C, D]."""
-        arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, pair, pages_BM, lengths_B, self.sinks_N
+        arguments = q_BCNH, pool.keys_LPKsH, pool.values_LPKsH, repeat, pages_BM, lengths_B, self.sinks_N
         out_BCNH = self.kernels.prefill_attention(*arguments)
         return self._out(out_BCNH.reshape(*q_BCNH.shape[:2], -1), layer, adapted=adapted)
 

@@ -123,12 +123,14 @@ class Experts(nnx.Module):
         """The output for whole sequences; differentiable. `routes_BTX` are the experts to use; None for those with the largest logits."""
         return self._moe(self.kernels.experts, x_BTD, routes_BTX, adapted=adapted)[0]
 
-    def decode(self, x_BTD: jax.Array, pair: jax.Array, *, adapted: bool, valid_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """The output and the chosen experts [B, T, X] for a few tokens a row. Matrices are stacked over pairs; `pair` selects one.
+    def decode(
+        self, x_BTD: jax.Array, repeat: jax.Array, *, adapted: bool, valid_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The output and the chosen experts [B, T, X] for a few tokens a row. Matrices are stacked over repeats; `repeat` selects one.
 
         Tokens that are not in `valid_BT` get no experts, and their output is 0.
         """
-        return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=pair, valid_BT=valid_BT)
+        return self._moe(self.kernels.decode_experts, x_BTD, adapted=adapted, layer=repeat, valid_BT=valid_BT)
 
     def _moe(
         self,

@@ -26,7 +26,16 @@ class Chunk(NamedTuple):
 
 
 def locate_chunk(cache: Cache, counts_B: jax.Array, chunk: int, window: int | None) -> Chunk:
-    """See `Model.prefill`, whose errors it raises."""
+    """The places of a chunk's tokens.
+
+    Args:
+      cache, counts_B: as for `Model.prefill`.
+      chunk: number of tokens of a row, padding included.
+      window: of the sliding layers; None without such layers.
+
+    Raises:
+      CapacityError: the chunk is not whole pages, or exceeds the pages of a row.
+    """
     batch, size, row_pages = len(counts_B), cache.pool.page_size, cache.pages_BM.shape[1]
     if chunk % size or chunk > row_pages * size:
         raise CapacityError(
@@ -62,6 +71,7 @@ class TokenPlaces(NamedTuple):
 
 
 def locate_in_pages(cache: Cache) -> TokenPlaces:
+    """The places of each row's next token in the pages of full layers. Nothing is written for rows of length 0."""
     size, lengths_B = cache.pool.page_size, cache.lengths_B
     pages_B = jnp.take_along_axis(cache.pages_BM, lengths_B[:, None] // size, axis=1, mode="clip")[:, 0]
     pages_B = jnp.where(lengths_B > 0, pages_B, cache.pool.pages)  # past the last page, so the write is dropped
@@ -69,6 +79,6 @@ def locate_in_pages(cache: Cache) -> TokenPlaces:
 
 
 def locate_in_rings(cache: Cache, window: int) -> TokenPlaces:
-    """A ring is one page per row, filled from its first place."""
+    """The places of each row's next token in the rings of sliding layers: a ring is one page per row, filled from its first place."""
     rows_B = jnp.arange(len(cache.lengths_B))
     return TokenPlaces(rows_B, cache.lengths_B % max(window, 1), rows_B[:, None], jnp.minimum(cache.lengths_B + 1, window))
