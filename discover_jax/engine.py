@@ -173,13 +173,23 @@ def _cast_bytes(model: Model, lora: Any) -> int:
     return sum(local_bytes(leaf) * kind.dtype.itemsize // leaf.dtype.itemsize for leaf, kind in each)
 
 
-def tpu_copies(model: Model) -> int:
-    """Bytes on one device of what a TPU's compiler copies into another layout for decoding: the embedding, and the scales of the experts.
+def tpu_copies(model: Model, *, large_tiles: bool = False) -> int:
+    """Bytes on one device of what a TPU's compiler copies into another layout for decoding.
 
-    The copies are in the compiled programs of the 120b on v6e:4x4 and v5p:2x2x2 (libtpu 0.0.42.1).
+    Found in compiled programs (libtpu 0.0.42.1). On v5p and v6e, it copies of gpt-oss the embedding, the scales of the experts, and the
+    weights of queries, keys and values, and of a dense model nothing large. On TPU7x, whose tiles have 16 rows (`large_tiles`), it copies
+    the embedding, the scales and all matrices of plain products.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract_frozen())
-    return sum(local_bytes(leaf) for path, leaf in leaves if path[-1].key in ("embedding", "scales", "powers"))
+
+    def copied(path: tuple[Any, ...]) -> bool:
+        *_, parent, name = ("", *(key.key for key in path))
+        if name == "weight":
+            return large_tiles or parent in ("q", "k", "v")
+        return name in ("embedding", "scales", "powers")
+
+    if not model.config.num_experts and not large_tiles:
+        return 0
+    return sum(local_bytes(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_frozen()) if copied(path))
 
 
 def build_optimizer(config: Any) -> optax.GradientTransformation:

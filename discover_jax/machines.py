@@ -239,6 +239,11 @@ class Machine:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     speeds: Speeds | None = None
 
+    @property
+    def large_tiles(self) -> bool:
+        """Whether it has TPUs whose compiler lays out bfloat16 matrices in tiles of 16 rows instead of 8, and copies them for it."""
+        return "tpu7x" in self.name.lower()
+
 
 def take_gpu_memory() -> None:
     """Lets jax use `GPU_FRACTION` of each GPU, unless the environment sets a fraction. Call it before jax initialises its devices."""
@@ -345,6 +350,11 @@ def _tpus(name: str, tpu: _Tpu, torus: tuple[int, ...], needed: int) -> Machine:
     try:
         devices, exact = topologies.get_topology_desc(name, "tpu").devices, True
     except RuntimeError as error:
+        if "lockfile" in str(error):
+            raise ConfigError(
+                f"--machine={name!r}: the TPU compiler (libtpu) is in use by another process of this machine ({error}). Wait until it ends."
+                " If it only compiles, as a dry run does, you may set ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment of both."
+            ) from error
         if "not installed" not in str(error):
             raise ConfigError(f"--machine={name!r} is not a slice that the TPU compiler supports: {error}. Choose another.") from error
         devices, exact = _cpus(count), False

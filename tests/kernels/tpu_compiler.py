@@ -14,7 +14,9 @@ of_all_chips = pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu
 
 def compiled(program: str, *arguments: str, seconds: float) -> str:
     """What a program of this folder prints. It must end without an error within `seconds`."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # the query would not return without a TPU
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["TPU_SKIP_MDS_QUERY"] = "1"  # the query would not return without a TPU
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # otherwise tests that run at the same time fail
     command = [sys.executable, Path(__file__).parent / program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
