@@ -36,9 +36,9 @@ from discover_jax.machines import Speeds, TpuPeaks
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.sampling.sampler import PROMPT_CHUNK
 
-EXPERT_BYTES_FACTOR, CACHE_BYTES_FACTOR = 1.08, 1.06
+EXPERT_BYTES_FACTOR, CACHE_BYTES_FACTOR = 1.06, 1.07
 """Bytes that the kernels of decoding move over the least: experts of the 120b on 8 devices; keys and values of 128 rows with 8k tokens
-(docs/performance.md, Kernels for TPUs)."""
+(benchmarks/tpu_counts.py)."""
 PRODUCT_FRACTION = 0.45
 """Fraction of the vendor's bandwidth at which XLA's products read weights in decoding. XLA itself estimates 0.45 for the projections of
 attention and 0.61 for the head (cycles in the compiled program: v5p, 16 rows of the 120b, libtpu 0.0.42.1)."""

@@ -213,60 +213,6 @@ def test_bfloat16_products_have_float32_sums():
     assert not found[:2].any()
 
 
-def _flops_of_a_block(jaxpr, grid=1):
-    """Floating point operations of all products of kernels, for one block of rows. The first axis of a kernel's grid is its columns."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            ((axis,), _), _ = eqn.params["dimension_numbers"]
-            total += 2 * grid * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[axis]
-        within = eqn.params["grid_mapping"].grid[0] if eqn.primitive.name == "pallas_call" else grid
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                total += _flops_of_a_block(getattr(inner, "jaxpr", inner), within)
-    return total
-
-
-@pytest.mark.parametrize(
-    ("tokens", "experts", "parts", "skew", "most"),
-    [
-        (34_192, 32, 1, 0.0, 1.08),  # the 20b, the longest row of the report's third run
-        pytest.param(8 * 34_192, 128, 8, 0.0, 1.04, marks=pytest.mark.slow),  # the 120b, such a row on each of eight devices
-        pytest.param(8 * 34_192, 128, 8, 1.0, 1.12, marks=pytest.mark.slow),  # experts whose load differs by orders of magnitude
-        pytest.param(16 * 4_096, 128, 16, 0.0, 1.2, marks=pytest.mark.slow),
-    ],
-)
-def test_operations_over_those_needed_with_full_rematerialisation(tokens, experts, parts, skew, most):
-    """The kernels' own products on the busiest device, by their grids, with padding of rows and of columns. Needed: a forward pass, its
-    repetition, and the gradients of activations and adapters."""
-    width, rank, own, rng = 2_880, 8, experts // parts, np.random.default_rng(0)
-    logits = (rng.gumbel(size=(tokens, experts)) + 2 * skew * rng.normal(size=experts)).astype(np.float32)
-    counts = np.bincount(np.argpartition(-logits, 4, axis=1)[:, :4].reshape(-1), minlength=experts).reshape(parts, own)
-    counts = counts[counts.sum(axis=1).argmax()]
-    tiles = choose_tiles(4 * tokens, experts, own)
-    blocks = np.ceil(counts / tiles.rows).sum()
-
-    def of(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    adapters = ((of(own, rank, width), of(own, 2 * width, rank)), (of(own, rank, width), of(own, width, rank)))
-    matrices = [
-        {"blocks": of(own, out, 90, 16, dtype=jnp.uint8), "scales": of(own, out, 90, dtype=jnp.uint8), "bias": of(own, out)}
-        for out in (2 * width, width)
-    ]
-    layer = Layer(7.0, 1.702, 4.0, 4.0, tiles)
-
-    def both(x, weights, adapters, index, matrices, d_out):
-        out, pull = jax.vjp(lambda *leaves: moe_sorted(*leaves, index, *matrices, layer), x, weights, adapters)
-        return out, pull(d_out)
-
-    shapes = of(tokens, width), of(tokens, 4), adapters, of(tokens, 4, dtype=jnp.int32), matrices, of(tokens, width, dtype=jnp.float32)
-    done = blocks * _flops_of_a_block(jax.make_jaxpr(both)(*shapes).jaxpr)
-    needed = 2 * counts.sum() * (3 * 3 * width**2 + 4 * 5 * width * rank)
-    print(f"{done / needed:.3f} of the needed operations; padding of rows {blocks * tiles.rows / counts.sum():.3f}, {tiles}")
-    assert 0.85 < done / needed < most
-
-
 @pytest.mark.parametrize(("choices", "experts", "rows"), [(4 * 34_192, 32, 512), (4 * 34_192, 128, 256), (100, 128, 128)])
 def test_blocks_are_small_where_experts_have_few_rows(choices, experts, rows):
     assert choose_tiles(choices, experts, experts).rows == rows
