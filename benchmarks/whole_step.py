@@ -1,7 +1,7 @@
 """The time of each part of a step: runs `discover_jax.main.run` on random weights of a published shape.
 
     python benchmarks/whole_step.py --shape=gpt-oss-120b [--layers=0] [--groups=16] [--group_size=8] [--prompt=3072] [--new=2048]
-        [--row_tokens=0] [--rows=1] [--steps=2] [--until=0] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
+        [--row_tokens=0] [--rows=1] [--waves=1] [--steps=2] [--until=0] [--data=1] [--expert=1] [--competition=digits-parity] [--raw=FILE]
         [--workdir=DIR [--resume]] [--json=FILE]
 
 The loop, the kernels and the model's sizes are real: parents, prompts, sampling, sandboxed programs and their grades, advantages,
@@ -49,9 +49,9 @@ from discover_jax.text.reply import Extracted, extracted
 from discover_jax.types import Rollout
 
 
-def recorded_program(rollout: Rollout, chat: ChatFormat, edits_of: str = "") -> Extracted:
+def recorded_program(rollout: Rollout, chat: ChatFormat, edits_of: str = "", entries: Sequence[str] = ("run",)) -> Extracted:
     """A program that runs, determined by the rollout's tokens. The reply is still parsed, so that parsing costs its time."""
-    extracted(rollout, chat, edits_of)
+    extracted(rollout, chat, edits_of, entries)
     return Extracted(programs.render(programs.sample(random.Random(zlib.crc32(rollout.tokens_T.tobytes())))))
 
 
@@ -134,7 +134,7 @@ def configured(arguments: argparse.Namespace) -> Any:
     config.task.competition, config.task.raw = arguments.competition, arguments.raw
     config.groups, config.group_size, config.train.steps = arguments.groups, arguments.group_size, arguments.steps
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens = arguments.prompt, arguments.new
-    config.train.row_tokens, config.train.rows = arguments.row_tokens, arguments.rows
+    config.train.row_tokens, config.train.rows, config.train.waves = arguments.row_tokens, arguments.rows, arguments.waves
     config.execution.cores = arguments.cores
     set_mesh(config, arguments)
     if arguments.unsafe:
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=2048, help="tokens of a rollout")
     parser.add_argument("--row_tokens", type=int, default=0, help="length of a packed row of the update; 0: longest prompt + rollout")
     parser.add_argument("--rows", type=int, default=1, help="packed rows in a microbatch")
+    parser.add_argument("--waves", type=int, default=1, help="waves of the update (config.train.waves)")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--until", type=int, default=0, help="stop after this many steps, so that --resume can continue")
     add_mesh(parser)

@@ -24,6 +24,7 @@ from discover_jax.runs.recorder import StepRecord
 from discover_jax.runs.tracking import WandbSettings, open_trackers
 from discover_jax.runs.workdir import open_shared_workdir
 from discover_jax.stages import (
+    Graded,
     Run,
     archive_attempts,
     begin_checkpoint,
@@ -31,13 +32,15 @@ from discover_jax.stages import (
     estimate,
     finish_checkpoint,
     grade,
+    join_estimates,
     sample_and_submit,
     select_parents,
     stage_metrics,
-    update,
+    waves,
     write_prompts,
 )
 from discover_jax.types import RunKind
+from discover_jax.waves import add_wave, begin_update, finish_update
 
 
 def run(config: Any, folder: Path, processes: Processes = ALONE, *, kind: RunKind = RunKind.TRAIN, console: Console | None = None) -> None:
@@ -90,10 +93,15 @@ def _run_steps(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> N
         groups = select_parents(run, frontiers, step)
         prompts = write_prompts(run, policy, groups, step)
         sampled = sample_and_submit(run, policy, groups, prompts, step)  # programs start while others are written
-        graded = grade(run, policy, groups, sampled, step)
-        estimates = estimate(run, groups, graded.attempts, frontiers, step)
         written = finish_checkpoint(run)  # of the step before: it was written during this step's sampling
-        policy, learned = update(run, policy, sampled.rollouts, estimates)
+        update = begin_update(run, policy, sampled.rollouts)
+        graded_W, estimates_W = [], []
+        for wave in waves(run, len(groups)):  # one by default; with several, the programs of later ones run during the update
+            graded_W.append(grade(run, groups, sampled, step, wave))
+            estimates_W.append(estimate(run, groups, graded_W[-1].attempts, frontiers, step, wave))
+            add_wave(run, update, sampled.rollouts, estimates_W[-1].advantages)
+        graded, estimates = Graded.joined(graded_W), join_estimates(run, estimates_W)
+        policy, learned = finish_update(run, policy, update, sampled.rollouts)
         frontiers = archive_attempts(run, policy, frontiers, graded.attempts)
         recorder.record(
             StepRecord(

@@ -185,7 +185,8 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     room = math.inf if pages is None else pages * PAGE // (shared + lengths.rollout / 2)
     live = max(1, int(min(config.sampling.slots, count, room)))
     learned = count * lengths.both
-    microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5)  # the shortest rows have half of the length
+    # The shortest rows have half of the length. Each wave has rows of its own.
+    microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5 * (config.train.waves if learn else 1))
     base = config.train.measure_kl or config.train.kl_coefficient > 0
     step = _Step(
         (sizes, lora),

@@ -13,13 +13,11 @@ import jax
 from discover_jax.archive.frontier import Frontier, states_of
 from discover_jax.archive.selectors import ReuseSettings, kept_children, step_rng
 from discover_jax.archive.selectors import select_parents as selected_parents
-from discover_jax.engine import microbatch_rows, row_tokens
 from discover_jax.execution.executor import Executor
 from discover_jax.hosts.executions import StepExecutions
 from discover_jax.hosts.processes import Processes
 from discover_jax.learning.advantages import least_rollouts
 from discover_jax.learning.estimates import Estimates, GradedGroup, estimate_step
-from discover_jax.learning.packing import Batch, pack, pack_substeps
 from discover_jax.learning.signals import Diversity, results_of
 from discover_jax.learning.update import Update
 from discover_jax.policy import Policy
@@ -104,6 +102,7 @@ class Sampled:
     Attributes:
       total: number of rollouts that the step samples.
       executions: executions of the programs, over all hosts.
+      adapter_step: optimiser steps that the adapter had seen.
       rollouts: finished rollouts.
       programs: the program of each finished rollout, or why it has none.
       progress: the sampler's last progress.
@@ -111,6 +110,7 @@ class Sampled:
 
     total: int
     executions: StepExecutions[RolloutKey]
+    adapter_step: int
     rollouts: dict[RolloutKey, Rollout] = dataclasses.field(default_factory=dict)
     programs: dict[RolloutKey, Extracted] = dataclasses.field(default_factory=dict)
     progress: Progress | None = None
@@ -125,10 +125,16 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """The graded rollouts: `attempts` in the order of their keys, and the verdict on each program."""
+    """The graded rollouts of a step, or of one of its waves: `attempts` in the order of their keys, and the verdict on each program."""
 
     attempts: Sequence[Attempt]
     verdicts: Mapping[RolloutKey, Verdict]
+
+    @classmethod
+    def joined(cls, waves: "Sequence[Graded]") -> "Graded":
+        """Those of a step from those of its waves, in order."""
+        verdicts = {key: verdict for wave in waves for key, verdict in wave.verdicts.items()}
+        return cls([attempt for wave in waves for attempt in wave.attempts], verdicts)
 
 
 def select_parents(run: Run, frontiers: Mapping[str, Frontier], step: int) -> list[Group]:
@@ -163,10 +169,11 @@ def write_prompts(run: Run, policy: Policy, groups: Sequence[Group], step: int) 
 
 
 def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts: Sequence[Prompt], step: int) -> Sampled:
-    """Samples all rollouts. Each program is submitted as soon as its rollout ends."""
+    """Samples all rollouts. Each program is submitted as soon as its rollout ends; those of earlier waves of the update start first."""
     run.recorder.phase("sampling")
     executions = StepExecutions[RolloutKey](run.executor, run.slots_H, run.processes)
-    sampled = Sampled(len(prompts) * run.config.group_size, executions)
+    sampled = Sampled(len(prompts) * run.config.group_size, executions, policy.optimizer_steps)
+    wave_of = {group: number for number, wave in enumerate(waves(run, len(groups))) for group in wave}
 
     def follow(progress: Progress) -> None:
         run.checkpoints.check()  # rather than sample on for an hour
@@ -182,25 +189,37 @@ def sample_and_submit(run: Run, policy: Policy, groups: Sequence[Group], prompts
         edits_of = group.parent.code if asks_for_edits(run.prompt_settings, group.parent) else ""
         sampled.programs[key] = program = extracted(rollout, policy.chat, edits_of, entry_names(group.task.interface))
         if program.code is not None:
-            executions.submit(key, program.code, run.tasks.index(group.task), group.parent_output)
+            executions.submit(key, program.code, run.tasks.index(group.task), group.parent_output, wave_of[rollout.group])
     return sampled
 
 
-def grade(run: Run, policy: Policy, groups: Sequence[Group], sampled: Sampled, step: int) -> Graded:
-    """Waits for the programs and their grades."""
+def waves(run: Run, groups: int) -> list[range]:
+    """The numbers of the groups in each wave of the update, in order. The sizes differ by at most one; larger waves come first.
+
+    A search run, which has no update, has one wave.
+    """
+    count = run.config.train.waves if run.kind.learns else 1
+    sizes = [groups // count + (wave < groups % count) for wave in range(count)]
+    return [range(sum(sizes[:wave]), sum(sizes[: wave + 1])) for wave in range(count)]
+
+
+def grade(run: Run, groups: Sequence[Group], sampled: Sampled, step: int, wave: Sequence[int]) -> Graded:
+    """Waits for the programs of the groups of a wave, and for their grades. All processes must call this for the same waves in order."""
     run.recorder.phase("running programs")
-    verdicts = sampled.executions.verdicts(while_waiting=lambda: run.recorder.progress(sampled.shown()))
-    adapter_step = policy.optimizer_steps  # read from the device once, not for each attempt
+    keys = {key for key in sampled.rollouts if key[0] in wave}
+    verdicts = sampled.executions.verdicts(lambda: run.recorder.progress(sampled.shown()), keys)
     attempts = []
-    for key, rollout in sorted(sampled.rollouts.items()):
-        group = groups[rollout.group]
+    for key in sorted(keys):
+        group, rollout = groups[key[0]], sampled.rollouts[key]
         program, verdict = sampled.programs[key], verdicts.get(key)
-        attempts.append(attempt_of(group.task, step, group.parent, rollout, program.code, verdict, adapter_step, program.reason))
+        attempts.append(attempt_of(group.task, step, group.parent, rollout, program.code, verdict, sampled.adapter_step, program.reason))
     return Graded(attempts, verdicts)
 
 
-def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], frontiers: Mapping[str, Frontier], step: int) -> Estimates:
-    """The advantages of the rollouts. `frontiers` are those before the step."""
+def estimate(
+    run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], frontiers: Mapping[str, Frontier], step: int, wave: range
+) -> Estimates:
+    """The advantages of the rollouts of a wave, from its attempts. `frontiers` are those before the step."""
     train, diversity = run.config.train, run.config.diversity
     objective = objective_of_step(train, step - (run.last_step - train.steps))
     known = {id: {results_of(state) for state in (frontier.seed, *frontier.archive.states)} for id, frontier in frontiers.items()}
@@ -212,14 +231,20 @@ def estimate(run: Run, groups: Sequence[Group], attempts: Sequence[Attempt], fro
             group.task.failure_reward,
             _best_value(frontiers[group.task.id]) if train.frontier_base == "best" else None,
         )
-        for number, group in enumerate(groups)
+        for number, group in ((number, groups[number]) for number in wave)
     ]
     means = Diversity(diversity.novelty_bonus, diversity.duplicates, diversity.copies, diversity.copy_tolerance)
-    estimates = estimate_step(graded, objective=objective, diversity=means)
+    return estimate_step(graded, objective=objective, diversity=means, first=wave.start)
+
+
+def join_estimates(run: Run, waves: Sequence[Estimates]) -> Estimates:
+    """The estimates of a step from those of its waves. Notes the groups that are too small."""
+    estimates = Estimates.joined(waves)
     if run.kind.learns and estimates.too_few:
+        name, k = estimates.objective.estimator, estimates.objective.k
         run.recorder.note(
-            f"{estimates.too_few} of {len(groups)} groups have too few different programs for config.train.advantage ="
-            f" {train.advantage!r}, which needs at least {least_rollouts(train.advantage, objective.k)}. The update skips them."
+            f"{estimates.too_few} of {len(estimates.groups)} groups have too few different programs for config.train.advantage ="
+            f" {name!r}, which needs at least {least_rollouts(name, k)}. The update skips them."
         )
     return estimates
 
@@ -228,33 +253,6 @@ def _best_value(frontier: Frontier) -> float | None:
     """The best reward so far, as measured, of the seed program or of an attempt; None before the first."""
     states = [frontier.best, frontier.seed] if frontier.ranking is None else [each.state for each in frontier.measurements.programs]
     return max((state.value for state in states if state is not None and state.value is not None), default=None)
-
-
-def update(run: Run, policy: Policy, rollouts: Mapping[RolloutKey, Rollout], estimates: Estimates) -> tuple[Policy, dict[str, float]]:
-    """Updates the adapter on the groups that carry a signal. Returns the new policy, and metrics.
-
-    A search run, or a step without any signal, changes nothing and measures the log-probability gap on all rollouts.
-    """
-    config, advantages = run.config, estimates.advantages
-    shape = {"row_tokens": row_tokens(config), "rows": microbatch_rows(config), "lengths": config.train.row_lengths}
-    if policy.train_state is not None and advantages:
-        keys = sorted(advantages)
-        substeps = pack_substeps(
-            [rollouts[key] for key in keys], [advantages[key] for key in keys], substeps=config.train.num_substeps, **shape
-        )
-        run.recorder.phase("learning", _batches_line(len(keys), [batch for batches in substeps for batch in batches]))
-        train_state, metrics = run.updater.update_in_substeps(policy.frozen, policy.train_state, substeps, run.recorder.passes)
-        return dataclasses.replace(policy, train_state=train_state), metrics
-    batches = pack([rollouts[key] for key in sorted(rollouts)], [0.0] * len(rollouts), **shape)
-    run.recorder.phase("learning" if run.kind.learns else "measuring", _batches_line(len(rollouts), batches))
-    return policy, run.updater.measure(policy.frozen, policy.lora, batches, run.recorder.passes) | {"update/skipped": 1.0}
-
-
-def _batches_line(rollouts: int, batches: Sequence[Batch]) -> str:
-    if not batches:
-        return "no rollouts"
-    rows, length = batches[0].mask_BT.shape
-    return f"{rollouts} rollouts in {len(batches)} microbatch{'es' if len(batches) > 1 else ''} of {rows} x {length:,} tokens"
 
 
 def archive_attempts(run: Run, policy: Policy, frontiers: Mapping[str, Frontier], attempts: Sequence[Attempt]) -> dict[str, Frontier]:
@@ -322,7 +320,15 @@ def stage_metrics(run: Run, sampled: Sampled, verdicts: Mapping[RolloutKey, Verd
         "programs/seconds": sum(execution.seconds for execution in executions if not execution.cached),
         "programs/retried": sampled.executions.retried,
         "programs/cached_frac": sum(execution.cached for execution in executions) / max(len(executions), 1),
+        **_waits(sampled.executions),
     }
+
+
+def _waits(executions: StepExecutions[RolloutKey]) -> dict[str, float | None]:
+    """How long the update waited for programs; empty without waves, where `time/execute_s` says all."""
+    if len(executions.waits) == 1:
+        return {}
+    return {"time/execute_first_s": executions.waits[0], "time/programs_s": executions.tail_seconds}
 
 
 def _ratio(part: int, whole: int) -> float | None:

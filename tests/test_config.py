@@ -121,6 +121,7 @@ def test_unknown_key_is_refused_with_the_nearest_name():
         ("train.clip_high", 0.3, ("config.train.loss",)),
         ("train.truncate", 5.0, ("config.train.loss",)),
         ("train.num_substeps", 1000, ("config.groups = 4", "config.group_size = 8")),
+        ("train.waves", 5, ("config.groups = 4", "Lower it")),
         ("sampling.temperature_spread", 0.99, ("0.95",)),
         ("prompt.ideas", 2, ("config.prompt.style",)),
         ("prompt.stdout_chars", 100, ("config.prompt.style",)),
@@ -144,6 +145,27 @@ def test_error_names_the_setting_its_value_and_the_allowed_ones(name, value, all
     assert problems.keys() == {name}
     assert repr(value) in problems[name]
     assert all(text in problems[name] for text in allowed), problems[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({"num_substeps": 3}, ("config.train.num_substeps = 3", "multiple")),
+        ({"failures": "spread"}, ("config.train.failures = 'spread'", "programs of all groups", "config.train.failures = 'reward'")),
+        ({"num_substeps": 4}, ()),
+        ({"num_substeps": 2, "kl_coefficient": 0.1, "measure_kl": True}, ()),
+        ({"reduction": "token_mean", "advantage": "frontier"}, ()),
+    ],
+)
+def test_waves_are_refused_where_a_wave_cannot_be_learnt_by_itself(changes, allowed):
+    config = _load("configs/quickstart.py")
+    config.train.update({"waves": 4, **changes})
+    if allowed:
+        problems = problems_of(config)
+        assert problems.keys() == {"train.waves"}
+        assert all(text in problems["train.waves"] for text in allowed)
+        config.train.waves = 1
+    settings.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class Loop(NullRecorder):
         self.run.first_step, self.run.last_step = 0, STEPS
         graded = types.SimpleNamespace(attempts=[], verdicts={})
         estimates = types.SimpleNamespace(advantages={}, metrics={})
+        monkeypatch.setattr(main.Graded, "joined", lambda graded: graded[0])
         sampled = types.SimpleNamespace(rollouts={})
         fakes = {
             "select_parents": lambda *_: [],
@@ -49,7 +50,10 @@ class Loop(NullRecorder):
             "sample_and_submit": lambda *_: self._stage("sample") or sampled,
             "grade": lambda *_: self._stage("grade") or graded,
             "estimate": lambda *_: estimates,
-            "update": self._update,
+            "join_estimates": lambda *_: estimates,
+            "begin_update": lambda *_: None,
+            "add_wave": lambda *_: None,
+            "finish_update": self._update,
             "archive_attempts": lambda *_: {},
             "stage_metrics": lambda *_: {},
             "choose_best": lambda *_: {},
@@ -72,7 +76,7 @@ class Loop(NullRecorder):
             assert self.error is not None
             threading.Timer(0.1, self.go.set).start()
             raise self.error
-        if name == "grade":
+        if name == "sample":
             threading.Timer(0.05, self.go.set).start()
 
     def _write(self, step, **options):
@@ -113,7 +117,7 @@ def test_each_checkpoint_is_complete_before_the_next_update(monkeypatch, tmp_pat
     loop.discover()
     expected = ["sample 0", "grade 0", "update 0", "record 0"]
     for step in (1, 2):
-        expected += [f"sample {step}", f"grade {step}", f"checkpoint {step - 1}", f"update {step}", f"record {step}"]
+        expected += [f"sample {step}", f"checkpoint {step - 1}", f"grade {step}", f"update {step}", f"record {step}"]
     assert loop.events == [*expected, "checkpoint 2", "finish"]
     restored, host = loop.checkpoints.restore(2, init_train_state({"A": jnp.zeros((4, 2))}, adam()))
     assert host == {"step": 2}
@@ -133,7 +137,7 @@ def test_a_run_that_ends_early_finishes_its_checkpoint(monkeypatch, tmp_path, er
 
 
 def test_another_error_of_the_checkpoint_is_logged_and_does_not_hide_the_first(monkeypatch, tmp_path, caplog):
-    loop = Loop(monkeypatch, tmp_path, "grade 1", LearningError("not finite"))
+    loop = Loop(monkeypatch, tmp_path, "sample 1", LearningError("not finite"))
     loop._save = lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is gone"))
     monkeypatch.setattr(main.logging, "error", lambda text, *arguments: loop.events.append(text % arguments))
     with pytest.raises(LearningError, match="not finite"):
@@ -175,8 +179,9 @@ def test_failed_checkpoint_ends_the_sampling_of_the_next_step(tmp_path):
 
     sampler = types.SimpleNamespace(sample=sample)
     parts = {"sampler": sampler, "executor": types.SimpleNamespace(retries=0), "slots_H": [1], "processes": ALONE}
-    run = types.SimpleNamespace(config=default_config(), recorder=NullRecorder(), checkpoints=checkpoints, **parts)
-    policy = types.SimpleNamespace(frozen=None, lora=None)
+    parts |= {"kind": RunKind.TRAIN, "recorder": NullRecorder(), "checkpoints": checkpoints}
+    run = types.SimpleNamespace(config=default_config(), **parts)
+    policy = types.SimpleNamespace(frozen=None, lora=None, optimizer_steps=0)
     with pytest.raises(RunError, match=r"(?s)Cannot write checkpoint 0.*the disk is gone"):
         stages.sample_and_submit(run, policy, [], [], 1)  # pyright: ignore
 
@@ -186,4 +191,4 @@ def test_failed_checkpoint_ends_the_run_before_the_next_update(monkeypatch, tmp_
     loop._save = lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is gone"))
     with pytest.raises(RunError, match=r"(?s)Cannot write checkpoint 0.*the disk is gone.*resumes at the beginning"):
         loop.discover()
-    assert loop.events[-1] == "grade 1"
+    assert loop.events[-1] == "sample 1"

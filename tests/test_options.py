@@ -52,7 +52,7 @@ PAPER = {
     "train.num_substeps": 2,
 }
 RUNS = {
-    SEVERAL: {"task.competition": "digits-parity, breast-cancer, diabetes", "sampling.thinking_tokens": 2, **PAPER},
+    SEVERAL: {"task.competition": "digits-parity, breast-cancer, diabetes", "sampling.thinking_tokens": 2, "train.waves": 2, **PAPER},
     PHRASES: {"task.competition": "negated.py, inverse.py, ranked.py", **PAPER},
     USERS: {
         "task.competition": "negated.py, inverse.py, ranked.py, hopeless.py",
@@ -79,6 +79,7 @@ RUNS = {
         "diversity.novelty_bonus": 0.1,
         "diversity.duplicates": "drop",
         "diversity.copies": "fail",
+        "train.waves": 2,
     },
     "the best of k": {"train.advantage": "max_at_k", "train.max_at_k": 1, "train.max_at_k_last": 2},
     "the frontier": {"train.advantage": "frontier", "train.max_at_k": 2, "train.failures": "spread"},
@@ -258,6 +259,7 @@ def test_runs_use_every_choice():
     for name in off_by_default:
         assert not known[name].default
         assert any(changes.get(name) for changes in RUNS.values())
+    assert any(changes.get("train.waves", 1) > 1 for changes in RUNS.values())
     for name in ("train.replay_routing", "train.measure_kl"):
         assert known[name].default
         assert any(changes.get(name) is False for changes in RUNS.values())

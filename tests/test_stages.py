@@ -106,7 +106,7 @@ def steps(tmp_path_factory):
                 groups = stages.select_parents(run, frontiers, step)
                 prompts = stages.write_prompts(run, policy, groups, step)
                 sampled = stages.sample_and_submit(run, policy, groups, prompts, step)
-                graded = stages.grade(run, policy, groups, sampled, step)
+                graded = stages.grade(run, groups, sampled, step, range(1))
                 journal.append(graded.attempts)
                 frontiers = stages.archive_attempts(run, policy, frontiers, graded.attempts)
                 found.append((prompts[0].text, journal.read()[-len(replies) :], sampled.shown()))

@@ -194,6 +194,33 @@ TRAIN: dict[str, Any] = {
             ),
         ),
     ),
+    "waves": Setting(
+        1,
+        "parts of the groups, in order, that the update takes one after another, each as soon as its programs have ended. With 1, the"
+        " update begins when the last program has ended (docs/performance.md)",
+        low=1,
+        high=4096,
+        rules=(
+            Rule(
+                "must be at most `groups`, since each wave has whole groups",
+                lambda config: config.train.waves <= config.groups,
+                uses=("groups",),
+                fix="Lower it, or raise config.groups.",
+            ),
+            Rule(
+                "must be 1 or a multiple of `train.num_substeps`, since each optimiser step takes whole waves",
+                lambda config: config.train.waves == 1 or config.train.waves % config.train.num_substeps == 0,
+                uses=("train.num_substeps",),
+                fix="Set it to 1 or to a multiple.",
+            ),
+            Rule(
+                "must be 1 with `train.failures` = `spread`, since the signal of a failure may then depend on programs of all groups",
+                lambda config: config.train.waves == 1 or config.train.failures == "reward",
+                uses=("train.failures",),
+                fix="Set it to 1, or set config.train.failures = 'reward'.",
+            ),
+        ),
+    ),
     "reduction": Setting(
         "sum", "how the losses of tokens combine into one loss (docs/algorithm.md)", choices=("sum", "token_mean", "sequence_mean")
     ),

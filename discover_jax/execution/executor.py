@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import logging
+import math
 import pickle
 import queue
 import signal
@@ -38,6 +40,7 @@ class _Job:
     program: str
     parent_output: bytes
     futures: list[Future[Verdict]]
+    priority: int = 0
     running: bool = False
 
 
@@ -117,7 +120,8 @@ class Executor:
         self._lock = threading.Lock()
         self._closed = False
         self._retries = 0
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.PriorityQueue[tuple[float, int, _Job | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._in_flight: dict[str, _Job] = {}
         self._threads = [
             threading.Thread(target=self._serve, name=f"execution-{number}", daemon=True) for number in range(self._backend.slots)
@@ -131,8 +135,8 @@ class Executor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, program: str, task: int = 0, parent_output: bytes = b"") -> Future[Verdict]:
-        """Queues a program; returns at once.
+    def submit(self, program: str, task: int = 0, parent_output: bytes = b"", priority: int = 0) -> Future[Verdict]:
+        """Queues a program; returns at once. Programs start in the order of their priorities, lowest first, then of submission.
 
         The cache answers for a program that ran before with the same data and settings. A program that is already queued or running does
         not run twice. Both set `execution.cached`.
@@ -142,6 +146,7 @@ class Executor:
           task: index of its task.
           parent_output: the value that its parent returned (see `execution.values`), which it can read from a file; empty for none. Only
             for programs whose functions are called.
+          priority: see above. A program that is submitted several times gets the lowest of its priorities.
 
         Returns:
           A future of the verdict. It raises SandboxError if the host failed three times, GradingError if the task's grading failed, and
@@ -159,13 +164,20 @@ class Executor:
                 if job.running:
                     future.set_running_or_notify_cancel()
                 job.futures.append(future)
+                if priority < job.priority and not job.running:  # its earlier entry in the queue finds it running or finished
+                    self._queue(job, priority)
                 return future
             if (verdict := self._caches[task].get(key)) is None:
                 self._in_flight[key] = job = _Job(key, task, program, parent_output, [future])
-                self._jobs.put(job)
+                self._queue(job, priority)
                 return future
         future.set_result(verdict)
         return future
+
+    def _queue(self, job: _Job, priority: int) -> None:
+        """Queues a job. The caller holds the lock."""
+        job.priority = priority
+        self._jobs.put((priority, next(self._numbers), job))
 
     def unusable_packages(self, names: Sequence[str]) -> dict[str, str]:
         """Those of the packages that are installed but that a program cannot import, with the error.
@@ -239,7 +251,7 @@ class Executor:
             for future in job.futures:
                 future.cancel()
         for _ in self._threads:
-            self._jobs.put(None)
+            self._jobs.put((-math.inf, next(self._numbers), None))
         self._backend.close()
         self._graders.close()
         self._evaluators.close()
@@ -250,9 +262,9 @@ class Executor:
         self._evaluators.release()
 
     def _begin(self, job: _Job) -> bool:
-        """Marks a job as running; False if no caller waits for it any more."""
+        """Marks a job as running; False if no caller waits for it any more, or if it was queued twice and is running or finished."""
         with self._lock:
-            if self._in_flight.get(job.key) is not job:
+            if self._in_flight.get(job.key) is not job or job.running:
                 return False
             job.futures = [future for future in job.futures if future.set_running_or_notify_cancel()]
             job.running = bool(job.futures)
@@ -280,7 +292,7 @@ class Executor:
 
     def _serve(self) -> None:
         """Runs queued programs one at a time; there is one such thread per slot."""
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()[2]) is not None:
             if self._begin(job):
                 try:
                     reply = self._execute(job)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from discover_jax.learning.advantages import advantage_metrics, estimate_groups, is_constant, least_rollouts
+from discover_jax.learning.advantages import Advantages, advantage_metrics, estimate_groups, is_constant, least_rollouts
 from discover_jax.learning.signals import Diversity, FailureHandling, Results, Signals, diversity_metrics, group_signals, place_failures
 from discover_jax.types import Attempt, RolloutKey
 
@@ -59,26 +59,53 @@ class GradedGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Estimates:
-    """The advantages of a step.
+    """The advantages of a step, or of one of its waves.
 
     Attributes:
       advantages: of the rollouts in the update. Dropped duplicates and rollouts of groups without a signal are absent.
       too_few: number of groups whose rewards differ, but that have too few rollouts for the estimator after duplicates were dropped.
-      metrics: see `metrics.SCHEMA`.
+      groups: from which they were estimated.
+      estimated_G: result of `estimate_groups`.
+      objective, diversity: see `estimate_step`.
     """
 
     advantages: Mapping[RolloutKey, float]
     too_few: int
-    metrics: dict[str, float | None]
+    groups: Sequence[GradedGroup]
+    estimated_G: Sequence[Advantages | None]
+    objective: Objective
+    diversity: Diversity
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """See `metrics.SCHEMA`."""
+        attempts_GK, known_G = [group.attempts_K for group in self.groups], [group.known for group in self.groups]
+        measured = diversity_metrics(attempts_GK, known_G, copy_tolerance=self.diversity.copy_tolerance)
+        return advantage_metrics(self.estimated_G) | self.objective.metrics() | measured
+
+    @classmethod
+    def joined(cls, waves: "Sequence[Estimates]") -> "Estimates":
+        """The estimates of a step from those of its waves, in order."""
+        return cls(
+            {key: value for wave in waves for key, value in wave.advantages.items()},
+            sum(wave.too_few for wave in waves),
+            [group for wave in waves for group in wave.groups],
+            [estimated for wave in waves for estimated in wave.estimated_G],
+            waves[0].objective,
+            waves[0].diversity,
+        )
 
 
-def estimate_step(groups: Sequence[GradedGroup], *, objective: Objective, diversity: Diversity) -> Estimates:
-    """Computes the advantages of a step.
+def estimate_step(groups: Sequence[GradedGroup], *, objective: Objective, diversity: Diversity, first: int = 0) -> Estimates:
+    """Computes the advantages of a step, or of one of its waves.
+
+    Only `FailureHandling.kind` "spread" depends on the other groups of a step; the advantages of a group are otherwise its own.
 
     Args:
-      groups: of the step, in order.
+      groups: in order.
       objective: estimator, its parameters in this step, and the signals of failures.
       diversity: novelty bonus, duplicates and copies.
+      first: number of the first group.
 
     Raises:
       ConfigError, LearningError: see `estimate_groups`.
@@ -99,13 +126,12 @@ def estimate_step(groups: Sequence[GradedGroup], *, objective: Objective, divers
     )
     advantages = {
         (group, int(index)): float(value)
-        for group, (signals, estimated) in enumerate(zip(signals_G, estimated_G, strict=True))
+        for group, (signals, estimated) in enumerate(zip(signals_G, estimated_G, strict=True), first)
         if estimated is not None
         for index, value in zip(np.flatnonzero(signals.included_K), estimated.values_K, strict=True)
     }
-    measured = diversity_metrics(attempts_GK, [group.known for group in groups], copy_tolerance=diversity.copy_tolerance)
-    metrics = advantage_metrics(estimated_G) | objective.metrics() | measured
-    return Estimates(advantages, groups_with_too_few(signals_G, objective.estimator, objective.k), metrics)
+    too_few = groups_with_too_few(signals_G, objective.estimator, objective.k)
+    return Estimates(advantages, too_few, groups, estimated_G, objective, diversity)
 
 
 def groups_with_too_few(signals_G: Sequence[Signals], estimator: str, k: int = 1) -> int:

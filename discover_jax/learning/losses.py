@@ -117,37 +117,54 @@ LIMITED: dict[str, Callable[[jax.Array, jax.Array, RatioLimits], jax.Array]] = {
 """For the losses that limit ratios: (ratio, advantage, limits) -> bool, whether the limit acts on a token."""
 
 
-def _sum(batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Weight 1 for every chosen token, so long rollouts and large batches weigh more (as in the reference code)."""
-    return [batch.mask_BT.astype(np.float32) for batch in batches]
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How the losses of tokens combine into the loss of an optimiser step: their weighted sum.
+
+    The host computes the weights. They depend on the rollouts, but not on packing or the number of microbatches.
+
+    Attributes:
+      units: number that the sum over these batches is divided by; 0 if it is not divided. The units of parts add up to those of the whole.
+      divided: (batch, divisor) -> weights_BT of its tokens, 0 where masked.
+    """
+
+    units: Callable[[Sequence[Batch]], int]
+    divided: Callable[[Batch, int], np.ndarray]
+
+    def __call__(self, batches: Sequence[Batch], units: int | None = None) -> list[np.ndarray]:
+        """weights_BT of each batch, float32. `units`: of the optimiser step; by default, the batches are all that it has."""
+        divisor = max(self.units(batches) if units is None else units, 1)
+        return [self.divided(batch, divisor).astype(np.float32) for batch in batches]
 
 
-def _token_mean(batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Mean over all chosen tokens of all batches."""
-    tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
-    return [(batch.mask_BT / max(tokens, 1)).astype(np.float32) for batch in batches]
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(int(batch.mask_BT.sum()) for batch in batches)
 
 
-def _sequence_mean(batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Mean over rollouts of the mean over each rollout's chosen tokens, so that all rollouts weigh the same."""
-    tokens_of_segment_BT, rollouts = [], 0
-    for batch in batches:
-        tokens_BT = np.ones(batch.mask_BT.shape)
-        for row, (mask_T, segments_T) in enumerate(zip(batch.mask_BT, batch.segments_BT, strict=True)):
-            tokens_of_segment = np.bincount(segments_T[mask_T], minlength=segments_T.max() + 1)
-            rollouts += np.count_nonzero(tokens_of_segment)
-            tokens_BT[row] = np.maximum(tokens_of_segment, 1)[segments_T]
-        tokens_of_segment_BT.append(tokens_BT)
-    return [
-        (batch.mask_BT / (tokens_BT * max(rollouts, 1))).astype(np.float32)
-        for batch, tokens_BT in zip(batches, tokens_of_segment_BT, strict=True)
-    ]
+def _tokens_of_segments(batch: Batch) -> list[np.ndarray]:
+    """Number of chosen tokens of each segment of each row; segment 0 is padding."""
+    each = zip(batch.mask_BT, batch.segments_BT, strict=True)
+    return [np.bincount(segments_T[mask_T], minlength=segments_T.max() + 1) for mask_T, segments_T in each]
 
 
-Reduction = Callable[[Sequence[Batch]], list[np.ndarray]]
-"""All batches of one optimiser step -> weights_BT of the token losses of each batch, float32, 0 where masked. The loss is the weighted sum.
+def _rollouts(batches: Sequence[Batch]) -> int:
+    return sum(int(np.count_nonzero(tokens_S)) for batch in batches for tokens_S in _tokens_of_segments(batch))
 
-The host computes the weights from all batches together, so packing and the number of microbatches do not change the result.
-"""
 
-REDUCTIONS: Table[Reduction] = Table("reduction", {"sum": _sum, "token_mean": _token_mean, "sequence_mean": _sequence_mean})
+def _each_rollout(batch: Batch, divisor: int) -> np.ndarray:
+    each = zip(_tokens_of_segments(batch), batch.segments_BT, strict=True)
+    tokens_BT = np.stack([np.maximum(tokens_S, 1)[segments_T] for tokens_S, segments_T in each])
+    return batch.mask_BT / (tokens_BT * divisor)
+
+
+REDUCTIONS: Table[Reduction] = Table(
+    "reduction",
+    {
+        # Weight 1 for every chosen token, so long rollouts and large batches weigh more (as in the reference code).
+        "sum": Reduction(lambda batches: 0, lambda batch, divisor: batch.mask_BT),
+        # Mean over all chosen tokens.
+        "token_mean": Reduction(_tokens, lambda batch, divisor: batch.mask_BT / divisor),
+        # Mean over rollouts of the mean over each rollout's chosen tokens, so that all rollouts weigh the same.
+        "sequence_mean": Reduction(_rollouts, _each_rollout),
+    },
+)

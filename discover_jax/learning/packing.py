@@ -142,7 +142,50 @@ def _fill(sizes: Sequence[int], row_tokens: int, rows: int, lengths: int) -> tup
     return min(fillings, key=lambda filling: -(-len(filling[1]) // rows) * filling[0])  # ties: the first, which is the longest
 
 
-def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: int, rows: int, lengths: int = 1) -> list[Batch]:
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where the inputs of a rollout are: from `start` in this row of this batch. `segment` counts the rollouts of a row from 1."""
+
+    rollout: int
+    batch: int
+    row: int
+    segment: int
+    start: int
+
+
+def _places(rollouts: Sequence[Rollout], row_tokens: int, rows: int, lengths: int) -> tuple[int, list[_Place]]:
+    """The row length, and the place of each rollout with a chosen token, batch by batch. They depend only on the rollouts' lengths."""
+    kept = [index for index, rollout in enumerate(rollouts) if rollout.chosen_T.any()]
+    length, bins = _fill([_inputs(rollouts[index]) for index in kept], row_tokens, rows, lengths)
+    places = []
+    for number, members in enumerate(bins):
+        start = 0
+        for segment, member in enumerate(members, start=1):
+            places.append(_Place(kept[member], number // rows, number % rows, segment, start))
+            start += _inputs(rollouts[kept[member]])
+    return length, places
+
+
+def _float32(rollouts: Sequence[Rollout], advantages: Sequence[npt.ArrayLike] | np.ndarray) -> list[np.ndarray]:
+    """Checked advantages, float32."""
+    if len(advantages) != len(rollouts):
+        raise LearningError(f"There must be one advantage for each of {len(rollouts)} rollouts; got {len(advantages)}.")
+    with np.errstate(over="ignore"):
+        values = [np.asarray(value, np.float64).astype(np.float32) for value in advantages]
+    for rollout, value, given in zip(rollouts, values, advantages, strict=True):
+        if value.shape not in ((), rollout.tokens_T.shape):
+            raise LearningError(
+                f"Advantages must be one number for a rollout, or one for each of its {len(rollout.tokens_T)} tokens; got shape"
+                f" {value.shape}."
+            )
+        if not np.isfinite(value).all():
+            raise LearningError(f"Advantages must be finite in float32; got {np.asarray(given)[~np.isfinite(value)].tolist()}.")
+    return values
+
+
+def pack(
+    rollouts: Sequence[Rollout], advantages: Sequence[npt.ArrayLike] | np.ndarray, *, row_tokens: int, rows: int, lengths: int = 1
+) -> list[Batch]:
     """Packs rollouts and their advantages into batches of one shape [rows, length]. The last batch is padded with empty rows.
 
     The length is the one of `row_lengths` that leaves the least padding. With only one length, rollouts slightly longer than a third of a
@@ -152,7 +195,7 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
 
     Args:
       rollouts: the rollouts of the update.
-      advantages: one finite number for each rollout.
+      advantages: for each rollout, a finite number, or one for each of its tokens.
       row_tokens: length of the longest row.
       rows: rows of a microbatch.
       lengths: number of row lengths to choose from. The update is compiled once for each length that is used.
@@ -164,39 +207,44 @@ def pack(rollouts: Sequence[Rollout], advantages: npt.ArrayLike, *, row_tokens: 
     """
     if min(row_tokens, rows, lengths) < 1:
         raise ConfigError(f"row_tokens, rows and lengths must be at least 1; got {row_tokens}, {rows} and {lengths}.")
-    with np.errstate(over="ignore"):
-        advantage_of = np.asarray(advantages, np.float64).astype(np.float32)
-    if advantage_of.shape != (len(rollouts),):
-        raise LearningError(f"There must be one advantage for each of {len(rollouts)} rollouts; got shape {advantage_of.shape}.")
-    if not np.isfinite(advantage_of).all():
-        wrong = np.asarray(advantages)[~np.isfinite(advantage_of)].tolist()
-        raise LearningError(f"Advantages must be finite in float32; got {wrong}.")
+    values = _float32(rollouts, advantages)
     for rollout in rollouts:
         _check(rollout, row_tokens)
 
-    kept = [(rollout, advantage) for rollout, advantage in zip(rollouts, advantage_of, strict=True) if rollout.chosen_T.any()]
-    length, bins = _fill([_inputs(rollout) for rollout, _ in kept], row_tokens, rows, lengths)
-    routes = _routes([rollout for rollout, _ in kept])
-    batches = [empty_batch(rows, length, routes) for _ in range(-(-len(bins) // rows))]
-    for number, members in enumerate(bins):
-        batch, row, start = batches[number // rows], number % rows, 0
-        for segment, member in enumerate(members, start=1):
-            rollout, advantage = kept[member]
-            tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
-            end = start + _inputs(rollout)
-            batch.tokens_BT[row, start:end] = tokens[:-1]
-            batch.targets_BT[row, start:end] = tokens[1:]
-            batch.positions_BT[row, start:end] = np.arange(end - start)
-            batch.segments_BT[row, start:end] = segment
-            batch.temperatures_BT[row, start:end] = rollout.temperature
-            if batch.routes_BTLX is not None:
-                batch.routes_BTLX[row, start:end] = rollout.routes_SLX
-            generated = slice(end - len(rollout.tokens_T), end)
-            batch.mask_BT[row, generated] = rollout.chosen_T
-            batch.sampler_logprobs_BT[row, generated] = np.where(rollout.chosen_T, rollout.logprobs_T, 0.0)
-            batch.advantages_BT[row, generated] = np.where(rollout.chosen_T, advantage, 0.0)
-            start = end
+    length, places = _places(rollouts, row_tokens, rows, lengths)
+    routes = _routes([rollouts[place.rollout] for place in places])
+    batches = [empty_batch(rows, length, routes) for _ in range(places[-1].batch + 1 if places else 0)]
+    for place in places:
+        batch, row, rollout, start = batches[place.batch], place.row, rollouts[place.rollout], place.start
+        tokens = np.concatenate([rollout.prompt_tokens_P, rollout.tokens_T])
+        end = start + _inputs(rollout)
+        batch.tokens_BT[row, start:end] = tokens[:-1]
+        batch.targets_BT[row, start:end] = tokens[1:]
+        batch.positions_BT[row, start:end] = np.arange(end - start)
+        batch.segments_BT[row, start:end] = place.segment
+        batch.temperatures_BT[row, start:end] = rollout.temperature
+        if batch.routes_BTLX is not None:
+            batch.routes_BTLX[row, start:end] = rollout.routes_SLX
+        generated = slice(end - len(rollout.tokens_T), end)
+        batch.mask_BT[row, generated] = rollout.chosen_T
+        batch.sampler_logprobs_BT[row, generated] = np.where(rollout.chosen_T, rollout.logprobs_T, 0.0)
+        batch.advantages_BT[row, generated] = np.where(rollout.chosen_T, values[place.rollout], 0.0)
     return batches
+
+
+def values_of_tokens(
+    rollouts: Sequence[Rollout], values: Sequence[np.ndarray], *, row_tokens: int, rows: int, lengths: int = 1
+) -> list[np.ndarray]:
+    """The values [T] of each rollout's generated tokens, from those [B, T] of the batches that `pack` makes of the rollouts.
+
+    Rollouts without a chosen token, which are in no batch, get zeros.
+    """
+    found = [np.zeros(len(rollout.tokens_T), np.float32) for rollout in rollouts]
+    for place in _places(rollouts, row_tokens, rows, lengths)[1]:
+        rollout = rollouts[place.rollout]
+        end = place.start + _inputs(rollout)
+        found[place.rollout] = np.asarray(values[place.batch])[place.row, end - len(rollout.tokens_T) : end]
+    return found
 
 
 def filled_frac(batches: Sequence[Batch]) -> float:

@@ -20,6 +20,10 @@ class Passes:
         self._finished = 0
         self._queued: Any = None
 
+    def expect(self, more: int) -> None:
+        """There will be this many more passes in total."""
+        self._total += more
+
     def queued(self, result: Any) -> None:
         """Registers a pass that was queued. `result` is any array that it computes."""
         if self._on_pass is None:

@@ -4,9 +4,11 @@ All microbatches of an optimiser step have one shape. One jitted function adds t
 the sum. A third, compiled only if the KL to the base model is measured, runs the forward pass without the adapter.
 
 The weights of the reduction come from all microbatches of the optimiser step (see `losses`). Up to the order of float32 sums, the result
-depends neither on how rollouts are packed nor on the number of microbatches.
+depends neither on how rollouts are packed nor on the number of microbatches. If the microbatches arrive in waves (see `step_update`), the
+sum is divided at the end instead.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +26,7 @@ from discover_jax.learning.losses import DEFAULT_LIMITS, LIMITED, LOSSES, REDUCT
 from discover_jax.learning.objective import Objective
 from discover_jax.learning.packing import Batch, empty_batch, filled_frac
 from discover_jax.learning.passes import UNCOUNTED, OnPass, Passes
-from discover_jax.learning.statistics import joined_metrics, metrics_of
+from discover_jax.learning.statistics import Statistics, joined_metrics, metrics_of
 from discover_jax.learning.train_state import TrainState, abstract_train_state
 from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
@@ -32,9 +34,26 @@ from discover_jax.models.sharding import lay_out, replicated, sharding_for, shar
 from discover_jax.types import LoweredFunction
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientSum:
+    """The gradient of the microbatches of an optimiser step so far.
+
+    Attributes:
+      gradient: of the weighted sum of token losses, a tree like the adapter. The next microbatch takes its buffers.
+      statistics: of each microbatch, on the devices.
+    """
+
+    gradient: Any
+    statistics: Sequence[Statistics] = ()
+
+
 def _norm(tree: Any) -> jax.Array:
     """Euclidean norm of all leaves taken as one vector."""
     return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.float32(0)))
+
+
+def _divided(tree: Any, divisor: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf / divisor, tree)
 
 
 def _chosen(batches: Sequence[Batch]) -> int:
@@ -76,7 +95,7 @@ class Update:
         if not 0 <= kl_coefficient < float("inf"):
             raise ConfigError(f"kl_coefficient must be finite and at least 0; got {kl_coefficient!r}.")
         self._optimizer = optimizer
-        self._weights = REDUCTIONS[reduction]
+        self._reduction = REDUCTIONS[reduction]
         self._kl_coefficient = kl_coefficient
         self._knows_kl = measure_kl or kl_coefficient > 0
         self._mesh = model.mesh
@@ -91,6 +110,7 @@ class Update:
         self._apply = jax.jit(self._applied, donate_argnums=0, out_shardings=layouts)
         self._base_gap = jit(objective.base_gap, out_shardings=replicated(self._mesh))  # read by the host of every process
         self._norm = jax.jit(_norm)
+        self._divided = jax.jit(_divided, donate_argnums=0, out_shardings=layouts.lora)
         self._forward = jit(objective.measure)
 
     def _applied(self, state: TrainState, gradient: Any) -> TrainState:
@@ -114,15 +134,46 @@ class Update:
         Returns:
           A tree like `lora`, and the metrics of `update` except `kl_base/mean` and `update/skipped`.
         """
-        gradient = jax.tree.map(jnp.zeros_like, lora)
-        statistics = []
-        for batch, weights_BT in zip(batches, self._weights(batches), strict=True):
+        return self.read(self.add(frozen, lora, self.zero(lora), batches, passes), 1, passes)
+
+    def zero(self, lora: Any) -> GradientSum:
+        """The sum over no microbatch."""
+        return GradientSum(jax.tree.map(jnp.zeros_like, lora))
+
+    def units(self, batches: Sequence[Batch]) -> int:
+        """See `losses.Reduction`."""
+        return self._reduction.units(batches)
+
+    def add(
+        self, frozen: Any, lora: Any, total: GradientSum, batches: Sequence[Batch], passes: Passes = UNCOUNTED, *, units: int | None = None
+    ) -> GradientSum:
+        """Queues the gradient of microbatches and returns its sum with `total`, which must not be used again.
+
+        Args:
+          units: number that the weights are divided by; None: the units of these batches, which are the whole optimiser step.
+        """
+        gradient, statistics = total.gradient, list(total.statistics)
+        for batch, weights_BT in zip(batches, self._reduction(batches, units), strict=True):
             gradient, of_batch = self._accumulate(gradient, lora, frozen, *self._place((batch, weights_BT)))
             statistics.append(of_batch)
             passes.queued(of_batch)
-        norm, statistics = jax.device_get((self._norm(gradient), statistics))
+        return GradientSum(gradient, statistics)
+
+    def read(self, total: GradientSum, units: int, passes: Passes = UNCOUNTED) -> tuple[Any, dict[str, float]]:
+        """Gradient and metrics of a sum, as `gradient` returns them. At least one token must be chosen.
+
+        Args:
+          total: must not be used again.
+          units: number that the sum is still to be divided by; 0 or 1 leaves it as it is.
+        """
+        divided = units > 1
+        gradient = self._divided(total.gradient, np.float32(units)) if divided else total.gradient
+        norm, statistics = jax.device_get((self._norm(gradient), list(total.statistics)))
         passes.read()
-        return gradient, metrics_of(statistics) | {"grad_norm": float(norm)}
+        metrics = metrics_of(statistics) | {"grad_norm": float(norm)}
+        if divided:
+            metrics["loss"] /= units
+        return gradient, metrics
 
     def shape(
         self, frozen: Any, substeps: Sequence[Sequence[Batch]], passes: Passes = UNCOUNTED
@@ -135,11 +186,21 @@ class Update:
         if not self._knows_kl:
             return [list(batches) for batches in substeps], {}
         batches = [batch for batches in substeps for batch in batches]
-        shaped, mean = shape_advantages(batches, self._base_gaps(frozen, batches, passes), self._kl_coefficient)
+        shaped, mean = shape_advantages(batches, self.base_gaps(frozen, batches, passes), self._kl_coefficient)
         remaining = iter(shaped)
         return [[next(remaining) for _ in batches] for batches in substeps], {"kl_base/mean": mean}
 
-    def _base_gaps(self, frozen: Any, batches: Sequence[Batch], passes: Passes) -> list[np.ndarray]:
+    @property
+    def knows_kl(self) -> bool:
+        """Whether the KL to the base model is measured."""
+        return self._knows_kl
+
+    @property
+    def kl_coefficient(self) -> float:
+        return self._kl_coefficient
+
+    def base_gaps(self, frozen: Any, batches: Sequence[Batch], passes: Passes = UNCOUNTED) -> list[np.ndarray]:
+        """log p_sampler - log p_base of each token of each batch [B, T], in nats; 0 where masked."""
         return passes.gather(self._base_gap(frozen, self._place(batch)) for batch in batches)
 
     def update(self, frozen: Any, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, dict[str, float]]:
@@ -201,7 +262,14 @@ class Update:
     def _optimizer_step(
         self, frozen: Any, state: TrainState, batches: Sequence[Batch], passes: Passes
     ) -> tuple[TrainState, dict[str, float]]:
-        gradient, metrics = self.gradient(frozen, state.lora, batches, passes)
+        return self.apply(state, *self.gradient(frozen, state.lora, batches, passes))
+
+    def apply(self, state: TrainState, gradient: Any, metrics: dict[str, float]) -> tuple[TrainState, dict[str, float]]:
+        """One optimiser step with a gradient and its metrics. The buffers of `state` are donated.
+
+        Raises:
+          LearningError: the loss or the gradient is not finite; `state` is still valid.
+        """
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             raise LearningError(
                 f"The loss or gradient of optimiser step {int(state.step)} is not finite: loss {metrics['loss']}, gradient norm"

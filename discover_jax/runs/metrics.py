@@ -94,6 +94,11 @@ SCHEMA: dict[str, tuple[str, str]] = {
     "programs/cached_frac": ("fraction", "programs whose verdict came from an identical earlier one"),
     "time/sample_s": ("s", "from the start of the step to the last rollout; programs run meanwhile"),
     "time/execute_s": ("s", "waiting for programs after the last rollout"),
+    "time/execute_first_s": ("s", "part of time/execute_s before the first wave of the update; only if train.waves is above 1"),
+    "time/programs_s": (
+        "s",
+        "from the last rollout until the last program ended; only if train.waves is above 1. The update hid the part above time/execute_s",
+    ),
     "time/update_s": ("s", "advantages, packing and optimiser steps; if there is no update, measuring the log-probability gap"),
     "time/save_s": ("s", "writing the journal, best/ and rollouts"),
     "time/checkpoint_wait_s": ("s", "waiting, before the update, until the previous step's checkpoint is complete"),

@@ -21,6 +21,7 @@ class Pace:
         self._earlier: deque[dict[str, float]] = deque(maxlen=_RECENT)
         self._compiled = False
         self._done: dict[str, float] = {}
+        self._recurring: set[str] = set()
         self._phase: str | None = None
         self._step_began = self._phase_began = 0.0
         self._steps_later = 0
@@ -38,7 +39,7 @@ class Pace:
         self._steps_later = steps - step - 1
 
     def phase(self, name: str) -> None:
-        """Ends the current phase and starts the next one."""
+        """Ends the current phase and starts the next one. A phase may recur within a step; its times add up."""
         if self._phase is not None:
             self._end_phase()
             self._phase = name
@@ -46,7 +47,9 @@ class Pace:
     def _end_phase(self) -> None:
         now = self._clock()
         assert self._phase is not None
-        self._done[self._phase] = now - self._phase_began
+        if self._phase in self._done:
+            self._recurring.add(self._phase)
+        self._done[self._phase] = self._done.get(self._phase, 0.0) + now - self._phase_began
         self._phase_began = now
 
     @property
@@ -69,10 +72,11 @@ class Pace:
             return f"~{duration(at_this_rate)} of {self._phase} left" if at_this_rate else ""
         names = dict.fromkeys(name for phases in self._earlier for name in phases)
         usual = {name: statistics.median(phases.get(name, 0.0) for phases in self._earlier) for name in names}
-        of_phase = usual.get(self._phase, 0.0) - passed
+        of_phase = usual.get(self._phase, 0.0) - self._done.get(self._phase, 0.0) - passed
         if of_phase <= 0:  # longer than usual
             of_phase = at_this_rate
-        of_step = of_phase + sum(seconds for name, seconds in usual.items() if name != self._phase and name not in self._done)
+        later = (name for name in usual if name != self._phase and (name not in self._done or name in self._recurring))
+        of_step = of_phase + sum(max(usual[name] - self._done.get(name, 0.0), 0.0) for name in later)
         return f"~{duration(of_step)} left, run {duration(of_step + self._steps_later * sum(usual.values()))}"
 
 

@@ -40,6 +40,7 @@ _LATER_SETTINGS = {
     "train.frontier_base": "best",
     "train.frontier_start": 0,
     "train.frontier_steps": 0,
+    "train.waves": 1,
     "train.failures": "reward",
     "train.failure_spread": 1.0,
     "diversity.copies": "keep",

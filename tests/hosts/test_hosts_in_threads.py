@@ -23,7 +23,7 @@ class Imitated:
     def __init__(self, host: int):
         self.host, self.retries, self.ran = host, 0, []
 
-    def submit(self, program, task, parent_output=b""):
+    def submit(self, program, task, parent_output=b"", priority=0):
         future = concurrent.futures.Future()
         cached = (task, program) in self.ran
         self.ran.append((task, program))
@@ -130,7 +130,7 @@ def test_single_host_returns_its_executors_verdicts():
 def test_outcomes_are_available_as_programs_end():
     futures = {name: concurrent.futures.Future() for name in ("a", "b", "c", "broken", "cancelled")}
     executor = Imitated(0)
-    executor.submit = lambda program, task, parent_output: futures[program]
+    executor.submit = lambda program, task, parent_output, priority: futures[program]
     step = StepExecutions(executor, [2], ALONE)
     for name in futures:
         step.submit(name, name, 0)

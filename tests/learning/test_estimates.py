@@ -112,11 +112,11 @@ def test_the_frontier_is_the_best_of_the_groups_own_competition_before_the_step(
     seeded = Frontier(Archive((), 10), seed=State("seed", None, "program", 0.8, 0.8, "", -1, 0))
     frontiers = {"boats": Frontier(Archive((), 10), best=state(0.4)), "houses": Frontier(Archive((), 10)), "trees": seeded}
     rows = [row for group, task in enumerate(one.tasks) for row in attempts(REWARDS, group, task.id)]
-    estimates = stages.estimate(one, groups, rows, frontiers, step=10)
+    estimates = stages.estimate(one, groups, rows, frontiers, 10, range(len(groups)))
     for group, best in enumerate([0.4, None, 0.8]):
         np.testing.assert_array_equal(values(estimates, group), frontier(REWARDS, k=1, best=best).values_K)
     section = train(advantage="frontier", max_at_k=2, frontier_steps=1, steps=4, frontier_base="group")
-    estimates = stages.estimate(run(section), groups[:1], rows[:4], frontiers, step=10)
+    estimates = stages.estimate(run(section), groups[:1], rows[:4], frontiers, 10, range(1))
     np.testing.assert_array_equal(values(estimates), frontier(REWARDS, k=2).values_K)
 
 
@@ -125,7 +125,7 @@ def test_copies_of_archived_programs_and_of_the_seed_count_as_failures_if_asked(
     one.config.diversity.copies = "fail"
     seed = State("seed", None, "program", 0.2, 0.2, "", -1, 0)
     frontiers = {"boats": Frontier(Archive((state(0.5),), 10), seed=seed)}
-    estimates = stages.estimate(one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), frontiers, step=10)
+    estimates = stages.estimate(one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), frontiers, 10, range(1))
     np.testing.assert_allclose(values(estimates), np.array([0.0, 0.9, 0.0, 0.0]) - 0.9 / 4)
     assert estimates.metrics["diversity/copy_frac"] == 0.75
 
@@ -155,7 +155,7 @@ def test_a_copy_gets_the_failure_reward_of_its_own_competition_and_only_its_own_
     groups = [types.SimpleNamespace(task=task) for task in one.tasks]
     rows = [row for group, task in enumerate(one.tasks) for row in attempts([0.2, 0.9, 0.6, 0.4], group, task.id)]
     frontiers = {"boats": Frontier(Archive((state(0.2),), 10)), "houses": Frontier(Archive((state(0.9),), 10))}
-    estimates = stages.estimate(one, groups, rows, frontiers, step=10)
+    estimates = stages.estimate(one, groups, rows, frontiers, 10, range(len(groups)))
     for group, rewards in enumerate(([0.0, 0.9, 0.6, 0.4], [0.2, -3.0, 0.6, 0.4])):
         np.testing.assert_allclose(values(estimates, group), np.array(rewards) - np.mean(rewards))
 
@@ -166,7 +166,7 @@ def test_the_schedule_counts_the_steps_of_this_run():
     one = run(section)
     for step, k in ((10, 1), (11, 2), (12, 3)):
         estimates = stages.estimate(
-            one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, step
+            one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, step, range(1)
         )
         np.testing.assert_array_equal(values(estimates), max_at_k(REWARDS, k=k).values_K)
 
@@ -174,8 +174,9 @@ def test_the_schedule_counts_the_steps_of_this_run():
 def test_groups_that_are_too_small_for_k_are_reported_with_the_number():
     one = run(train(advantage="max_at_k", max_at_k=4, steps=3))
     estimates = stages.estimate(
-        one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, 10
+        one, [types.SimpleNamespace(task=one.tasks[0])], attempts(REWARDS), {"boats": Frontier(Archive((), 10))}, 10, range(1)
     )
+    stages.join_estimates(one, [estimates])
     assert not estimates.advantages
     assert "at least 5" in one.recorder.notes[0]
 

@@ -72,3 +72,23 @@ def test_second_step_uses_the_first(pace, now):
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
+
+
+def test_phases_that_recur_within_a_step_add_up(pace, now):
+    """As the waves of an update: waiting for programs, then learning, twice."""
+    for step in range(4):
+        pace.step(step, 6)
+        for name, seconds in (("sampling", 100), ("programs", 6), ("learning", 20), ("programs", 4), ("learning", 30), ("saving", 5)):
+            pace.phase(name)
+            now[0] += seconds
+    pace.step(4, 6)
+    for name, seconds in (("sampling", 100), ("programs", 6), ("learning", 12)):
+        pace.phase(name)
+        now[0] += seconds
+    assert lefts(pace.left(0.6)) == ["47 s", duration(47 + 165)]  # 50 - 12 of learning, 10 - 6 of programs, and 5
+    pace.phase("programs")
+    assert lefts(pace.left(0.0)) == ["47 s", duration(47 + 165)]
+    now[0] += 4
+    pace.phase("learning")
+    now[0] += 30
+    assert lefts(pace.left(0.5)) == ["13 s", duration(13 + 165)]  # 50 - 42, and 5

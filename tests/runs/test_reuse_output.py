@@ -28,7 +28,7 @@ from discover_jax.tasks.prepare import prepare_task
 from discover_jax.text.chat import Rendered
 from discover_jax.text.prompts import PromptSettings, build_prompt
 from discover_jax.text.reply import Extracted
-from discover_jax.types import PARENT_OUTPUT, SEED, Execution, Grade, Outcome, Rollout, StopReason, Verdict
+from discover_jax.types import PARENT_OUTPUT, SEED, Execution, Grade, Outcome, Rollout, RunKind, StopReason, Verdict
 
 PROBLEM = """\
 from discover_jax.tasks.problem import Evaluation, Problem, Rejection
@@ -93,7 +93,7 @@ class Loop:
         groups = stages.select_parents(self.run, {task.id: self.frontier}, step)
         prompts = stages.write_prompts(self.run, policy, groups, step)
         sampled = stages.sample_and_submit(self.run, policy, groups, prompts, step)
-        graded = stages.grade(self.run, policy, groups, sampled, step)
+        graded = stages.grade(self.run, groups, sampled, step, range(len(groups)))
         self.frontier = stages.archive_attempts(self.run, policy, {task.id: self.frontier}, graded.attempts)[task.id]
         self.journal += map(to_json, graded.attempts)
         recorder.keep(self.frontier, graded)
@@ -129,7 +129,9 @@ def test_scores_climb_over_steps_and_a_resumed_search_repeats_them(tmp_path, mon
             parts = {"config": config, "tasks": [task], "executor": executor, "slots_H": [1], "processes": ALONE, "sampler": Scripted()}
             parts["checkpoints"] = Checkpoints(outputs.parent / "checkpoints", keep=1, every=0)
             settings = PromptSettings("full", 20_000)
-            run = types.SimpleNamespace(**parts, recorder=NullRecorder(), outputs=Outputs(outputs), prompt_settings=settings)
+            run = types.SimpleNamespace(
+                **parts, kind=RunKind.SEARCH, recorder=NullRecorder(), outputs=Outputs(outputs), prompt_settings=settings
+            )
             return Loop(run, Frontier(Archive((), 10), seed=seeds[task.id]), [])
 
         (tmp_path / "unbroken").mkdir()
