@@ -87,8 +87,9 @@ def ablation(folder: Path, steps: int) -> dict[str, Any]:
     by_step = [[attempt for attempt in attempts if attempt.step == row["step"]] for row in rows]
     results: dict[str, Any] = {SEED.id: _result(seed.score, seed.rows)}
     results |= {attempt.id: _result(attempt.score, attempt.rows) for attempt in attempts}
-    structures = {SEED.id: structure_key(seed.code)} | {attempt.id: structure_key(attempt.code or "") for attempt in attempts}
     last = [attempt for mine in by_step for attempt in mine]
+    programs = {SEED.id: seed.code} | {attempt.id: attempt.code or "" for attempt in attempts}
+    structures = {id: structure_key(programs[id]) for id in {each for attempt in last for each in (attempt.id, attempt.parent_id)}}
     return {name: run[name] for name in ("problem", "seed", "arm", "programs", "best_grade")} | {
         "better": sum(_is_better(attempt, results, direction(folder)) for attempt in attempts) / len(attempts),
         "valid": sum(attempt.score is not None for attempt in last) / len(last),
