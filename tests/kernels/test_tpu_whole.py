@@ -26,7 +26,7 @@ FUNCTIONS = {"sampler": {"prefill", "decode", "put", "set aside", "shrink"}, "up
 def test_every_function_of_a_step_compiles(case, part):
     """One repeat of the layers' pattern, with the prompts and rollouts of the default config.
 
-    A sampler takes about a minute of a core (57 s for the 1.5B), an update about 5 to 15 minutes, most of them for the gradient (estimated
+    A sampler takes 1 (1.5B) to 2.4 minutes (20b) of a core, an update about 5 to 15 minutes, most of them for the gradient (estimated
     from whole models). The limit of 50 minutes is for machines with other work.
     """
     functions = FUNCTIONS[part]
