@@ -1,9 +1,10 @@
-"""From a router's logits to rows sorted by expert, in decoding on a GPU: plain JAX and the sorting kernel, beside one kernel for both.
+"""From a router's logits to rows sorted by expert, in decoding on a GPU: plain JAX and the sorting kernel, beside kernels for both.
 
     python benchmarks/kernels_routing.py [--rows=1,128] [--experts=32,128]
 
 It also takes --json=FILE and --record=PREFIX, and needs a GPU and the extra `cuda`. A layer's time is measured in a scan over 36 layers.
-The number of kernels of a layer is from a trace, and includes those that make the next layer depend on this one.
+The number of kernels of a layer is from a trace, and includes those that make the next layer depend on this one. "fused" is one kernel for
+few logits; "parts" is the same, but two kernels for more logits.
 `python benchmarks/sampling.py steps --fused_routing` measures whole decoding steps.
 """
 
@@ -24,7 +25,7 @@ from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import route_top
 from discover_jax.kernels.experts_decode import choose_tiling
-from discover_jax.kernels.route_decode import route_sorted
+from discover_jax.kernels.route_decode import route_parts, route_sorted
 
 LAYERS, CHOSEN = 36, 4
 Route = Callable[[jax.Array, int, jax.Array], tuple[jax.Array, jax.Array, Blocks | None]]
@@ -64,7 +65,10 @@ def main() -> None:
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, **versions, "rows": {}}
     print(", ".join(f"{name} {result[name]}" for name in ("device", *versions)), flush=True)
     sizes = itertools.product(*(map(int, text.split(",")) for text in (arguments.experts, arguments.rows)))
-    for (experts, rows), (label, route) in itertools.product(sizes, {"separate": separate, "fused": route_sorted}.items()):
+    tried = {"separate": separate, "fused": route_sorted, "parts": lambda logits_TE, *rest: route_parts(logits_TE[None], *rest)}
+    for (experts, rows), (label, route) in itertools.product(sizes, tried.items()):
+        if label == "fused" and route is route_sorted and route(jnp.zeros((rows, experts)), CHOSEN, 0)[2] is None:
+            continue  # plain JAX
         logits_TE = jax.random.normal(jax.random.key(rows), (rows, experts))
         layers = layers_of(route)
         spent = seconds(layers, logits_TE) / LAYERS

@@ -1,7 +1,7 @@
 """The sampler on random weights of a published shape: decoding steps compared with the device's bandwidth, or a whole call.
 
     python benchmarks/sampling.py steps --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--unread] [--new=256] [--profile]
-        [--separate_routing]
+        [--separate_routing] [--fuse='norm,rotation;norm,rotation,router,adapter']
     python benchmarks/sampling.py call --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
         [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--temperature=1] [--measure=0]
 
@@ -13,7 +13,8 @@ whole launches after those that compile, with every row live. The floor of a ste
 that the step must read: all weights except the experts' matrices; the matrices of the experts that uniform routing would choose; the
 adapter likewise, in the model's dtype; and keys and values up to the mean context. On a mesh, it is the floor of one device, without
 communication. `--profile` also prints a launch's device time by function. `--separate_routing` chooses and sorts
-experts by plain JAX instead of one kernel.
+experts by plain JAX instead of one kernel. `--fuse` also measures these sets of fusions (FUSIONS in `kernels/layer_decode.py`) beside the
+separate kernels; semicolons separate sets.
 
 call: the time that a run waits, with prefill. All prompts differ. A rollout ends at its budget, unless `--stop_every` sets a mean length:
 then lengths differ, slots are refilled, and with a small `--cache_tokens` rollouts wait. `--contexts` also prints speed and floor at these
@@ -129,13 +130,19 @@ def leave_prompts_unread(sampler: Any, model: Model) -> None:
     sampler._prefill = unread
 
 
-def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: Any, spent: _Compilations, copy: float) -> dict[str, Any]:
-    """One row of the table."""
+def measured_steps(
+    arguments: argparse.Namespace, rows: int, fusions: str, frozen: Any, lora: Any, spent: _Compilations, copy: float
+) -> dict[str, Any]:
+    """One row of the table. `fusions`: names, separated by commas; empty for the separate kernels."""
     config = config_of_steps(arguments, rows)
     sizes = shape_of(arguments.shape, arguments.layers)
     model = build_model(config, sizes, mesh_of(config))
     if arguments.separate_routing:
         model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, decode_routing=REFERENCE.decode_routing))
+    if fusions:
+        from discover_jax.kernels.layer_decode import fused  # needs the extra `cuda`
+
+        model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, layer=fused(fusions.split(","))))
     # Only the last id stops, so almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     if arguments.unread:
@@ -160,6 +167,7 @@ def measured_steps(arguments: argparse.Namespace, rows: int, frozen: Any, lora: 
     floor = sum(needed.values()) / copy
     result = {
         "batch": rows,
+        "fusions": fusions,
         "mean_context": round(context),
         "compile_s": round(compiling, 1),
         "launches_ms_a_step": [round(1e3 * (b - a) * rows / (n - m), 2) for (a, m), (b, n) in itertools.pairwise(seen)],
@@ -236,19 +244,20 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     print(f"{result['device']}, jax {result['jax']}: copy {copy / 1e12:.2f} TB/s, {arguments.shape} {model.experts}", flush=True)
     print(f"weights {result['weights_bytes'] / 1e9:.2f} GB, adapter {result['adapter_bytes'] / 1e9:.2f} GB, {result['init_s']} s")
     print("batch context |  step       floor    tokens/s    floor      | of floor  compile")
-    for rows in map(int, arguments.batch.split(",")):
-        row = measured_steps(arguments, rows, frozen, lora, spent, copy)
+    variants = ["", *filter(None, arguments.fuse.split(";"))]
+    for rows, fusions in itertools.product(map(int, arguments.batch.split(",")), variants):
+        row = measured_steps(arguments, rows, fusions, frozen, lora, spent, copy)
         result["rows"].append(row)
         print(
             f"{rows:5d} {row['mean_context']:7d} | {row['step_ms']:7.2f} ms {row['floor_ms']:6.2f} ms {row['tokens_per_s']:9.1f}"
-            f" {row['floor_tokens_per_s']:9.1f}     | {row['of_floor']:6.1%} {row['compile_s']:8.1f} s",
+            f" {row['floor_tokens_per_s']:9.1f}     | {row['of_floor']:6.1%} {row['compile_s']:8.1f} s {fusions}",
             flush=True,
         )
         if arguments.profile:
             _show(row["profile"])
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1))
-        name = f"b{rows}_ctx{row['mean_context']}"
+        name = f"b{rows}_ctx{row['mean_context']}" + (f"_fused_{fusions.replace(',', '_')}" if fusions else "")
         values = {
             "tokens_per_s": (row["tokens_per_s"], "tokens/s"),
             "step": (row["step_ms"], "ms"),
@@ -412,6 +421,7 @@ def main() -> None:
     steps.add_argument("--new", type=int, default=256, help="tokens of a rollout")
     steps.add_argument("--profile", action="store_true")
     steps.add_argument("--separate_routing", action="store_true", help="choose and sort experts by plain JAX; one device")
+    steps.add_argument("--fuse", default="", help="sets of fusions to measure too, separated by semicolons; one device")
     steps.add_argument("--keep_trace", default="", help="folder for the trace and the compiled function")
     call.add_argument("--groups", type=int, default=128)
     call.add_argument("--group_size", type=int, default=1)

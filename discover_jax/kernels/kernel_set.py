@@ -23,6 +23,7 @@ from discover_jax.kernels.attention import (
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.experts import MixtureOfExperts, moe_reference, route_reference
 from discover_jax.kernels.fallback import SLOWER
+from discover_jax.kernels.layer_parts import LayerKernels
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.pages import copy_page, write_pages, write_token
 from discover_jax.kernels.projections import project_reference
@@ -47,6 +48,8 @@ class KernelSet:
         Models without experts or windows do not call those operations.
       mesh: devices over which the operations are spread; None for one device.
       kernels: operations that do not use the reference.
+      layer: kernels of a whole decoding layer of experts, which replace most of the operations of one token a row; None for the separate
+        operations. No platform has them by default, since no GPU has measured them (benchmarks/sampling.py steps --fuse).
     """
 
     write_token: Write
@@ -63,6 +66,7 @@ class KernelSet:
     decode_experts: MixtureOfExperts
     mesh: AnyMesh | None = None
     kernels: frozenset[str] = frozenset()
+    layer: LayerKernels | None = None
 
 
 REFERENCE = KernelSet(
@@ -81,7 +85,7 @@ REFERENCE = KernelSet(
 )
 """Plain JAX on one device. It works on every platform; tests compare the kernels with it."""
 
-OPERATIONS = tuple(field.name for field in dataclasses.fields(KernelSet) if field.name not in ("mesh", "kernels"))
+OPERATIONS = tuple(field.name for field in dataclasses.fields(KernelSet) if field.name not in ("mesh", "kernels", "layer"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,3 +50,8 @@ def project_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array
         return y + product((scale * product(x_Ti, own.lora_a)).astype(x_Ti.dtype), own.lora_b)
 
     return [one(stack) for stack in stacks]
+
+
+def parts_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float) -> jax.Array:
+    """`project_reference` for a caller that adds the parts of a kernel: float32 [1, T, all outputs]."""
+    return jnp.concatenate(project_reference(x_Ti, stacks, layer, scale), axis=1)[None]

@@ -4,6 +4,7 @@ In a loop over layers, XLA copies the layer's matrices before its own products, 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import projections_triton
 from discover_jax.kernels.fallback import warn_reference
-from discover_jax.kernels.projections import Stack, project_reference
+from discover_jax.kernels.projections import Stack, parts_reference
 from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
 from discover_jax.kernels.triton_call import call_kernel, compute_capability, multiprocessors, power_of_two, shared_kib
 
@@ -73,12 +74,18 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
     Args:
       chosen: launch parameters to use instead of `choose_launch`'s.
     """
+    ends = list(itertools.accumulate(stack.weight.shape[1] for stack in stacks))
+    return jnp.split(project_parts(x_Ti, stacks, layer, scale, chosen).sum(axis=0), ends[:-1], axis=1)
+
+
+def project_parts(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> jax.Array:
+    """`project` before its last sum: float32 [parts, T, all outputs]."""
     if not _applies(x_Ti, stacks):
-        return project_reference(x_Ti, stacks, layer, scale)
+        return parts_reference(x_Ti, stacks, layer, scale)
     rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
     if rank > MOST_RANK:
         warn_reference("decode_projections", f"the adapter's rank {rank} is above {MOST_RANK}")
-        return project_reference(x_Ti, stacks, layer, scale)
+        return parts_reference(x_Ti, stacks, layer, scale)
     rows, width = x_Ti.shape
     outs = [stack.weight.shape[1] for stack in stacks]
     chosen = chosen or choose_launch(rows, width, outs)
@@ -92,7 +99,7 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
     sizes = {f"OUT{i}": outs[i] if i < len(outs) else 0 for i in range(MOST_STACKS)}
     stages = _stages(chosen.stages, outputs + block + (max(16, power_of_two(rank)) if rank else 0))
     cuts = {"M": outputs, "N": block, "ROWS_LEFT": rows > FEW_ROWS, "PARTS": chosen.parts, "STAGES": stages}
-    parts_PTo = call_kernel(
+    return call_kernel(
         projections_triton.project,
         *(x_Ti, *(stack.weight for stack in three), *biases, *adapters, jnp.asarray(layer, jnp.int32).reshape(1), rows),
         out=jax.ShapeDtypeStruct((chosen.parts, rows, sum(outs)), jnp.float32),
@@ -101,5 +108,3 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
         stages=stages,
         constants={"K": width, **sizes, **cuts, "BIAS": stacks[0].bias is not None, "RANK": rank, "SCALE": scale},
     )
-    ends = [sum(outs[: i + 1]) for i in range(len(outs))]
-    return jnp.split(parts_PTo.sum(axis=0), ends[:-1], axis=1)

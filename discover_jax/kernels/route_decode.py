@@ -1,10 +1,11 @@
-"""The choice of experts in decoding and its sorting, on a GPU, in one launch for few tokens. Needs the extra `cuda`."""
+"""The choice of experts in decoding and its sorting, on a GPU, in one launch for few tokens or in two. Needs the extra `cuda`."""
 
 import jax
 import jax.numpy as jnp
 
 from discover_jax.kernels import route_triton
 from discover_jax.kernels.expert_rows import Blocks, most_blocks
+from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import route_reference
 from discover_jax.kernels.experts_decode import choose_tiling
 from discover_jax.kernels.triton_call import call_kernel, power_of_two
@@ -14,14 +15,48 @@ MOST_LOGITS = 2**12
 faster than plain JAX up to this limit, and slower with four times as many (benchmarks/kernels_routing.py)."""
 STEP = 64
 """Blocks that the kernel describes at once."""
+TOKENS = 4
+"""Tokens per kernel instance that only chooses."""
 
 
 def route_sorted(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks | None]:
     """`route_reference` by the kernel, with the choices sorted for `experts_decode.moe_routed`; for more logits, the reference."""
-    tokens, experts = logits_TE.shape
-    padded, width = max(2, power_of_two(tokens)), max(2, power_of_two(experts))
-    if padded * width > MOST_LOGITS:
+    if not _fits(*logits_TE.shape):
         return route_reference(logits_TE, experts_per_token, layer)
+    return _in_one_launch(logits_TE[None], experts_per_token, layer)
+
+
+def route_parts(parts_PTE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks]:
+    """`route_sorted` of the sum of the logits' parts, float32. For more logits, two kernels choose and sort, instead of plain JAX."""
+    if _fits(*parts_PTE.shape[1:]):
+        return _in_one_launch(parts_PTE, experts_per_token, layer)
+    return _in_two_launches(parts_PTE, experts_per_token, layer)
+
+
+def _fits(tokens: int, experts: int) -> bool:
+    return max(2, power_of_two(tokens)) * max(2, power_of_two(experts)) <= MOST_LOGITS
+
+
+def _in_two_launches(parts_PTE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks]:
+    parts, tokens, experts = parts_PTE.shape
+    own = min(TOKENS, max(2, power_of_two(tokens)))
+    shape = (tokens, experts_per_token)
+    index_TX, weights_TX = call_kernel(
+        route_triton.choose,
+        *(parts_PTE.astype(jnp.float32), tokens),
+        out=[jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)],
+        grid=(-(-tokens // own),),
+        warps=1,
+        stages=1,
+        constants={"E": experts, "EXPERTS": max(2, power_of_two(experts)), "X": experts_per_token, "TOKENS": own, "PARTS": parts},
+    )
+    block = choose_tiling(tokens * experts_per_token, experts).rows
+    return index_TX, weights_TX, sort_rows_of_layer(index_TX, experts, block, layer)
+
+
+def _in_one_launch(parts_PTE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks]:
+    parts, tokens, experts = parts_PTE.shape
+    padded, width = max(2, power_of_two(tokens)), max(2, power_of_two(experts))
     routed = tokens * experts_per_token
     block = choose_tiling(routed, experts).rows
     most = most_blocks(routed, experts, block)
@@ -33,7 +68,7 @@ def route_sorted(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array 
     ]
     index_TX, weights_TX, slots, blocks = call_kernel(
         route_triton.route,
-        *(logits_TE.astype(jnp.float32), jnp.asarray(layer, jnp.int32).reshape(1), tokens, most),
+        *(parts_PTE.astype(jnp.float32), jnp.asarray(layer, jnp.int32).reshape(1), tokens, most),
         out=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=(1,),
         warps=max(4, padded * width // 1024),
@@ -45,6 +80,7 @@ def route_sorted(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array 
             "TOKENS": padded,
             "BLOCK": block,
             "STEP": min(STEP, max(2, power_of_two(most))),
+            "PARTS": parts,
         },
     )
     return index_TX, weights_TX, Blocks(slots, blocks)

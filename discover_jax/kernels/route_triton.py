@@ -1,7 +1,8 @@
-"""A Triton kernel that chooses the experts of a few tokens and sorts the choices by expert, in one launch and one kernel instance.
+"""Triton kernels that choose the experts of a few tokens.
 
-In plain JAX this takes about ten small kernels, which take longer to start than to run. The choice is that of `jax.lax.top_k`: logits in
-the total order of their bits, the lower expert first among equal ones.
+`route` also sorts the choices by expert, in one launch and one kernel instance. `choose` only chooses, in many instances. In plain JAX this
+takes about ten small kernels, which take longer to start than to run. The choice is that of `jax.lax.top_k`: logits in the total order of
+their bits, the lower expert first among equal ones. Both add the logits' parts, see `projections_triton`.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -19,8 +20,60 @@ def _ordered(bits):
 
 
 @triton.jit
+def _load(logits_ptr, t, e, tokens, E: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of the parts for these tokens and experts, and which of them are real."""
+    real = (e < E)[None, :] & (t < tokens)[:, None]
+    at = logits_ptr + t[:, None] * E + e[None, :]
+    logits = tl.load(at, mask=real, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        logits += tl.load(at + part * tokens * E, mask=real, other=0.0)
+    return logits, real
+
+
+@triton.jit
+def _best(logits, real, e, EXPERTS: tl.constexpr, X: tl.constexpr):
+    """The experts of each token and their logits, largest first, and a matrix with 1 where a token chose an expert."""
+    # A rank is the logit's order in the upper half, and in the lower half a number that is larger for lower experts: no two are equal.
+    ranks = (_ordered(logits.to(tl.int32, bitcast=True)).to(tl.int64) << 32) + (EXPERTS - e)[None, :]
+    ranks = tl.where(real, ranks, NONE)
+    taken = real.to(tl.int32) * 0
+    chosen, values = (), ()
+    for _ in tl.static_range(X):
+        best = tl.max(ranks, axis=1)
+        here = (ranks == best[:, None]) & real
+        taken += here.to(tl.int32)
+        ranks = tl.where(here, NONE, ranks)
+        chosen = chosen + (EXPERTS - (best & 0xFFFFFFFF).to(tl.int32),)  # noqa: RUF005 - Triton has no unpacking
+        values = values + (_ordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True),)  # noqa: RUF005
+    return chosen, values, taken
+
+
+@triton.jit
+def choose(
+    logits_ptr,  # float32 [PARTS, T, E]
+    tokens,  # T
+    index_ptr,  # int32 [T, X]: the experts of each token, the largest logit first
+    weights_ptr,  # float32 [T, X]: the softmax of their logits
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two, at least E
+    X: tl.constexpr,
+    TOKENS: tl.constexpr,  # per kernel instance
+    PARTS: tl.constexpr,
+):
+    t, e = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
+    logits, real = _load(logits_ptr, t, e, tokens, E, PARTS)
+    chosen, values, _ = _best(logits, real, e, EXPERTS, X)
+    total = tl.zeros([TOKENS], tl.float32)
+    for x in tl.static_range(X):
+        total += tl.exp(values[x] - values[0])
+    for x in tl.static_range(X):
+        tl.store(index_ptr + t * X + x, chosen[x], mask=t < tokens)
+        tl.store(weights_ptr + t * X + x, tl.exp(values[x] - values[0]) / total, mask=t < tokens)
+
+
+@triton.jit
 def route(
-    logits_ptr,  # float32 [T, E]
+    logits_ptr,  # float32 [PARTS, T, E]
     layer_ptr,  # int32 [1]: E times this is added to the experts of blocks
     tokens,  # T
     most,  # number of blocks
@@ -34,23 +87,12 @@ def route(
     TOKENS: tl.constexpr,  # a power of two, at least T
     BLOCK: tl.constexpr,  # rows per block
     STEP: tl.constexpr,  # blocks described at once
+    PARTS: tl.constexpr,
 ):
     t, e = tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
-    live, real = t < tokens, (e < E)[None, :] & (t < tokens)[:, None]
-    logits = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=real, other=0.0)
-    # A rank is the logit's order in the upper half, and in the lower half a number that is larger for lower experts: no two are equal.
-    ranks = (_ordered(logits.to(tl.int32, bitcast=True)).to(tl.int64) << 32) + (EXPERTS - e)[None, :]
-    ranks = tl.where(real, ranks, NONE)
-    taken = tl.zeros([TOKENS, EXPERTS], tl.int32)
-    chosen, values = (), ()
-    for _ in tl.static_range(X):
-        best = tl.max(ranks, axis=1)
-        here = (ranks == best[:, None]) & real
-        taken += here.to(tl.int32)
-        ranks = tl.where(here, NONE, ranks)
-        chosen = chosen + (EXPERTS - (best & 0xFFFFFFFF).to(tl.int32),)  # noqa: RUF005 - Triton has no unpacking
-        values = values + (_ordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True),)  # noqa: RUF005
-
+    live = t < tokens
+    logits, real = _load(logits_ptr, t, e, tokens, E, PARTS)
+    chosen, values, taken = _best(logits, real, e, EXPERTS, X)
     total = tl.zeros([TOKENS], tl.float32)
     for x in tl.static_range(X):
         total += tl.exp(values[x] - values[0])

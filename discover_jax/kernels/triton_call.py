@@ -8,7 +8,8 @@ of 5.2 ms with one row, and 22.7 instead of 23.5 ms with 128 rows.
 
 import functools
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,17 +76,28 @@ def _prepare() -> Any:
     return jax_triton
 
 
-def call_kernel(kernel: Any, *arguments: Any, out: Any, grid: tuple[int, ...], warps: int, stages: int, constants: dict[str, Any]) -> Any:
+def call_kernel(
+    kernel: Any,
+    *arguments: Any,
+    out: Any,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    constants: dict[str, Any],
+    aliases: Mapping[int, int] = types.MappingProxyType({}),
+) -> Any:
     """Calls a kernel. Its parameters are the inputs, followed by the outputs.
 
     Args:
-      arguments: arrays, passed as pointers, and numbers.
+      arguments: arrays, passed as pointers, then numbers.
       out: a ShapeDtypeStruct, or a list of them.
       grid: kernel instances along each axis.
       constants: the kernel's constants by name.
+      aliases: outputs that share the memory of an argument: its index -> the output's. What the kernel does not write keeps its value.
     """
     capability = None if jax.default_backend() == "gpu" else HOPPER
     options = {"num_warps": warps, "num_stages": stages, "compute_capability": capability}
+    options["input_output_aliases"] = dict(aliases)
     return _prepare().triton_call(*arguments, kernel=kernel, out_shape=out, grid=grid, **options, **constants)
 
 

@@ -21,10 +21,12 @@ from discover_jax.models.binding import Declared, bind, declared, join, split_ma
 from discover_jax.models.cache import Cache, Pool, copy_page
 from discover_jax.models.config import REMAT, LoraConfig, ModelConfig
 from discover_jax.models.drafts import keep_in_rings, locate_drafts, windows_of
+from discover_jax.models.fused_layer import STACKED, check_fusable, decode_fused
 from discover_jax.models.layers import Layer, Repeat
 from discover_jax.models.parameters import Tree, abstract_tree, init_tree
 from discover_jax.models.places import TokenPlaces, keep_chunk, locate_chunk, locate_in_pages, locate_in_rings
 from discover_jax.models.projection import rms_norm
+from discover_jax.models.rope import turns_of
 from discover_jax.models.sharding import sharding_for, shardings
 
 EXPERTS = ("packed", "tiled", "lanes", "dense")
@@ -67,6 +69,8 @@ class Model:
             raise ConfigError(f"remat must be one of {', '.join(REMAT)}; got {self.remat!r}.")
         if self.kernels == REFERENCE:
             object.__setattr__(self, "kernels", reference_set(self.mesh))
+        if self.kernels.layer is not None:
+            check_fusable(self.config, self.kernels.mesh)
         if self.kernels.mesh != reference_set(self.mesh).mesh:
             raise ConfigError(
                 f"The kernels were built for mesh {self.kernels.mesh}, but the model for {self.mesh}. Build both with the same mesh."
@@ -277,6 +281,13 @@ class Model:
         lengths_B = cache.lengths_B
         at = {"full": locate_in_pages(cache), "sliding": locate_in_rings(cache, c.sliding_window)}
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
+        pools = {"full": cache.pool, "sliding": Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH)}
+        if self.kernels.layer is not None:
+            scanned = self._scanned(frozen, lora, STACKED)
+            turns = turns_of(lengths_B, c)
+            stream, pools, routes = decode_fused(c, *scanned, x_BTD[:, 0], pools, at, turns, self.kernels, self.dtype, adapted=adapted)
+            _, x_BD = self.kernels.layer.add_and_norm(*stream, frozen["norm"][None], jnp.int32(0), c.rms_eps, self.dtype)
+            return x_BD, self._after(cache, pools), self._routes_of_token(routes.astype(self.routes.dtype))[:, 0]
         layers, bind_repeat = self._scanned(frozen, lora)
 
         def read(layer: Layer, x_BTD: jax.Array, pool: Pool, index: jax.Array, at: TokenPlaces) -> tuple[jax.Array, Pool, jax.Array]:
@@ -300,12 +311,15 @@ class Model:
                 routes.append(routes_BTX)
             return (x_BTD, pools), self._routes_of_repeat(routes)
 
-        pools = {"full": cache.pool, "sliding": Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH)}
         (x_BTD, pools), routes = jax.lax.scan(step, (x_BTD, pools), (jnp.arange(c.num_repeats), layers))
         x_BD = rms_norm(x_BTD[:, 0], frozen["norm"], c.rms_eps, self.dtype)
+        return x_BD, self._after(cache, pools), self._routes_of_token(routes)[:, 0]
+
+    @staticmethod
+    def _after(cache: Cache, pools: dict[str, Pool]) -> Cache:
+        """The cache after one token a row, which the pools have."""
         rings = pools["sliding"]
-        cache = Cache(pools["full"], rings.keys_LPKsH, rings.values_LPKsH, cache.pages_BM, lengths_B + 1)
-        return x_BD, cache, self._routes_of_token(routes)[:, 0]
+        return Cache(pools["full"], rings.keys_LPKsH, rings.values_LPKsH, cache.pages_BM, cache.lengths_B + 1)
 
     def decode_drafts(
         self, frozen: Tree, lora: Tree | None, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache
@@ -406,12 +420,15 @@ class Model:
     def _declared(self) -> Declared:
         return declared(self.config, self.lora, self.dtype, self.kernels, self.experts)
 
-    def _scanned(self, frozen: Tree, lora: Tree | None) -> tuple[tuple[Tree, Tree], Callable[[tuple[Tree, Tree]], Repeat]]:
+    def _scanned(
+        self, frozen: Tree, lora: Tree | None, stacked: tuple[str, ...] = ()
+    ) -> tuple[tuple[Tree, Tree], Callable[[tuple[Tree, Tree]], Repeat]]:
         """The layers that a loop over the repeats slices, and a function from these slices to the module of a repeat.
 
-        The loop does not slice large matrices: their kernels would get copies of the slices. They stay stacked.
+        The loop does not slice large matrices: their kernels would get copies of the slices. They stay stacked, and so do the parameters
+        in `stacked`.
         """
-        names = tuple(SLABS) if self.config.num_experts else ()
+        names = stacked + tuple(SLABS) if self.config.num_experts else ()
         if self._stacked:
             names += ("q", "k", "v", "o", "gate", "up", "down")
         stack = self.config.stack

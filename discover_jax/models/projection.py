@@ -89,17 +89,20 @@ class Projection(nnx.Module):
         return y.astype(x.dtype if out_dtype is None else out_dtype)
 
 
+def stack_of(projection: Projection, *, adapted: bool) -> Stack:
+    """The arrays of a projection whose stacks are bound."""
+    lora_a, lora_b = projection.lora_a, projection.lora_b
+    adapter = (lora_a[...], lora_b[...]) if adapted and lora_a is not None and lora_b is not None else ()
+    assert projection.weight is not None, "only the head is tied"
+    return Stack(projection.weight[...], None if projection.bias is None else projection.bias[...], *adapter)
+
+
 def project_stacked(
     project: Callable[..., list[jax.Array]], projections: list[Projection], x: jax.Array, layer: jax.Array, *, adapted: bool
 ) -> list[jax.Array]:
     """Projects x [..., in] by one layer of stacked weights with the kernel `project`. Returns float32 [..., out] for each projection."""
-
-    def stack(one: Projection) -> Stack:
-        adapter = (one.lora_a[...], one.lora_b[...]) if adapted and one.lora_a is not None and one.lora_b is not None else ()
-        assert one.weight is not None, "only the head is tied"
-        return Stack(one.weight[...], None if one.bias is None else one.bias[...], *adapter)
-
-    ys = project(x.reshape(-1, x.shape[-1]), [stack(one) for one in projections], layer, projections[0].scale)
+    stacks = [stack_of(one, adapted=adapted) for one in projections]
+    ys = project(x.reshape(-1, x.shape[-1]), stacks, layer, projections[0].scale)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 

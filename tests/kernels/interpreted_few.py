@@ -1,13 +1,15 @@
-"""Runs the few cases of prompts and of routing in one process, since importing torch and Triton takes longer than they do.
+"""Runs the few cases of prompts, of routing and of a layer's small kernels in one process: importing torch and Triton takes longer.
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted_few.py
 
-Prints two lines of JSON: what `interpreted_prefill.py` prints, and what `interpreted_route.py` prints.
+Prints three lines of JSON: what `interpreted_prefill.py`, `interpreted_route.py` and `interpreted_layer.py` print.
 """
 
+import interpreted_layer
 import interpreted_prefill
 import interpreted_route
 
 if __name__ == "__main__":
     interpreted_prefill.main()
     interpreted_route.main()
+    interpreted_layer.main()

@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from interpreter import interpret
 
-from discover_jax.kernels import route_decode
+from discover_jax.kernels import expert_rows_decode, route_decode
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import route_top
 from discover_jax.kernels.experts_decode import choose_tiling
-from discover_jax.kernels.route_decode import route_sorted
+from discover_jax.kernels.route_decode import route_parts, route_sorted
 
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0], np.float32)
 
 
-def same(tokens: int, experts: int, share: int, layer: int, kind: str = "normal") -> bool:
-    """Whether choices, sorted rows and used blocks are equal, and weights up to rounding."""
+def same(tokens: int, experts: int, share: int, layer: int, kind: str = "normal", parts: int = 1) -> bool:
+    """Whether choices, sorted rows and used blocks are equal, and weights up to rounding.
+
+    With `parts`, the logits come in parts. All numbers are multiples of 1/64, so that their sum is exact.
+    """
     rng = np.random.default_rng(tokens)
     logits = rng.normal(size=(tokens, experts)).astype(np.float32)
     if kind == "ties":
@@ -30,7 +33,12 @@ def same(tokens: int, experts: int, share: int, layer: int, kind: str = "normal"
         logits += 1e3 * (np.arange(experts) < share)
     elif kind == "special":
         logits = rng.choice(SPECIAL, size=(tokens, experts))
-    index_TX, weights_TX, rows = route_sorted(jnp.asarray(logits), share, jnp.int32(layer))
+    if parts == 1:
+        index_TX, weights_TX, rows = route_sorted(jnp.asarray(logits), share, jnp.int32(layer))
+    else:
+        parts_PTE = np.round(64 * rng.normal(size=(parts, tokens, experts))) / 64
+        logits = parts_PTE.sum(axis=0).astype(np.float32)
+        index_TX, weights_TX, rows = route_parts(jnp.asarray(parts_PTE, jnp.float32), share, jnp.int32(layer))
     right_TX, right_weights_TX = jax.jit(route_top, static_argnums=1)(logits, share)
     assert rows is not None
     expected = jax.jit(sort_rows, static_argnums=(1, 2))(right_TX, experts, choose_tiling(tokens * share, experts).rows)
@@ -53,6 +61,8 @@ FEW = {
     "ties": (13, 12, 3, 5, "ties"),
     "all choose the same": (37, 32, 4, 1, "one expert"),
     "NaN, infinities, zeros of both signs, subnormals": (20, 12, 4, 1, "special"),
+    "parts, in one launch": (5, 12, 3, 2, "normal", 3),
+    "parts, in two launches": (37, 100, 4, 1, "normal", 2),
 }
 """Cases without --all: the interpreter is slow."""
 CASES = FEW | {
@@ -64,11 +74,13 @@ CASES = FEW | {
     "every expert": (9, 4, 4, 1, "ties"),
     "two tokens": (2, 128, 4, 1, "special"),
     "tokens not a power of two": (25, 128, 4, 1, "one expert"),
+    "128 rows of the 120b, parts": (128, 128, 4, 35, "normal", 15),
+    "one more token than an instance has": (129, 128, 4, 0, "normal", 5),
 }
 
 
 def main() -> None:
-    route_decode.call_kernel = interpret
+    route_decode.call_kernel = expert_rows_decode.call_kernel = interpret
     print(json.dumps({name: bool(same(*case)) for name, case in (CASES if "--all" in sys.argv else FEW).items()}))
 
 

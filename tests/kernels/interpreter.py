@@ -23,11 +23,13 @@ def _torch(argument: Any) -> Any:
     return torch.from_numpy(np.array(argument))
 
 
-def interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any) -> Any:
+def interpret(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: Any, aliases: Any = None) -> Any:
     """Has the signature of `discover_jax.kernels.triton_call.call_kernel`."""
     dtypes = {jnp.dtype(jnp.bfloat16): torch.bfloat16, jnp.dtype(jnp.float32): torch.float32, jnp.dtype(jnp.int32): torch.int32}
     shapes, tree = jax.tree.flatten(out)
     results = [torch.full(o.shape, UNWRITTEN if o.dtype == jnp.int32 else float("nan"), dtype=dtypes[o.dtype]) for o in shapes]
+    for argument, result in (aliases or {}).items():
+        results[result] = _torch(arguments[argument])
     kernel[grid](*map(_torch, arguments), *results, **constants)
     arrays = [
         jnp.asarray(r.float().numpy() if r.dtype == torch.bfloat16 else r.numpy(), o.dtype) for r, o in zip(results, shapes, strict=True)

@@ -29,7 +29,10 @@ def record(monkeypatch: Any, modules: Any, function: Callable[..., Any], *shapes
     """The launches of a function whose kernels this module calls, or these modules. Nothing is computed."""
     launches = []
 
-    def call(kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: dict[str, Any]) -> Any:
+    def call(
+        kernel: Any, *arguments: Any, out: Any, grid: Any, warps: int, stages: int, constants: dict[str, Any], aliases: Any = None
+    ) -> Any:
+        del aliases  # no code depends on them
         arrays = [*arguments, *jax.tree.leaves(out)]
         types = tuple(POINTERS[jnp.dtype(array.dtype)] if hasattr(array, "dtype") else "i32" for array in arrays)
         launches.append(Recorded(kernel, types, warps, stages, constants))

@@ -22,7 +22,7 @@ WIDTH = 2880
 CHOSEN, RANK, TOKENS = 4, 8, 4096
 ROWS_DECODED = (1, 8, 16, 128, 1024)
 """Rows whose launches differ, with 32 or with 128 experts."""
-KERNELS = ("sort", "route", "times_a", "matmul", "unpack", "grouped", "outer")
+KERNELS = ("sort", "route", "choose", "add_and_norm", "rotate_and_write", "times_a", "matmul", "unpack", "grouped", "outer")
 TENSOR_MEMORY = 512
 """Columns of a Blackwell GPU's tensor memory."""
 LIMIT, ALPHA = 7.0, 1.702
@@ -43,11 +43,11 @@ def _tiled(name, experts, rank, layers=()):
     return TiledMatrix(words, factors, _shape(*first, out), *adapter, scale=2.0)
 
 
-def _decode(monkeypatch, experts, rows, rank):
+def _decode(monkeypatch, experts, rows, rank, *, with_a=False):
     from discover_jax.kernels import expert_rows_decode, experts_decode
 
     def decode(x, index, weights, gate_up, down, layer):
-        return experts_decode.moe_routed(x, index, weights, gate_up, down, limit=LIMIT, alpha=ALPHA, layer=layer)
+        return experts_decode.moe_routed(x, index, weights, gate_up, down, limit=LIMIT, alpha=ALPHA, layer=layer, with_a=with_a)
 
     choices = (_shape(rows, CHOSEN, dtype=jnp.int32), _shape(rows, CHOSEN, dtype=jnp.float32))
     matrices = (_tiled(name, experts, rank, (2,)) for name in SLABS)
@@ -55,13 +55,32 @@ def _decode(monkeypatch, experts, rows, rank):
     return record(monkeypatch, (experts_decode, expert_rows_decode), decode, *arguments)
 
 
-def _route(monkeypatch, experts, rows):
-    from discover_jax.kernels import route_decode
+def _route(monkeypatch, experts, rows, parts):
+    from discover_jax.kernels import expert_rows_decode, route_decode
 
     def route(logits, layer):
-        return route_decode.route_sorted(logits, CHOSEN, layer)[:2]
+        return route_decode.route_parts(logits, CHOSEN, layer)
 
-    return record(monkeypatch, route_decode, route, _shape(rows, experts, dtype=jnp.float32), _shape(dtype=jnp.int32))
+    arguments = _shape(parts, rows, experts, dtype=jnp.float32), _shape(dtype=jnp.int32)
+    return record(monkeypatch, (route_decode, expert_rows_decode), route, *arguments)
+
+
+def _layer(monkeypatch, rows):
+    """The small kernels of a layer: norms after both branches, and rotation."""
+    from discover_jax.kernels import layer_decode
+    from discover_jax.kernels.layer_parts import Branch, HeadSizes
+
+    float32, int32 = (functools.partial(_shape, dtype=kind) for kind in (jnp.float32, jnp.int32))
+    sizes = HeadSizes(64, 8, 64)
+
+    def small(x, parts, routed, weights, scale, layer, qkv, turn, pool, places):
+        for branch in (Branch(parts), Branch(routed, weights)):
+            x, _ = layer_decode.add_and_norm(x, branch, scale, layer, 1e-5, jnp.bfloat16)
+        return x, layer_decode.rotate_and_write(qkv, (turn, turn), pool, pool, layer, places, places, sizes)
+
+    shapes = [float32(rows, WIDTH), float32(5, rows, 1, WIDTH), float32(1, rows, CHOSEN, WIDTH), float32(rows, CHOSEN)]
+    shapes += [_shape(2, WIDTH), int32(), float32(3, rows, 80 * 64), float32(rows, 32), _shape(2, 100, 8, 128, 64), int32(rows)]
+    return record(monkeypatch, layer_decode, small, *shapes)
 
 
 def _update(monkeypatch, experts, rank):
@@ -86,7 +105,11 @@ def _launches(monkeypatch, rank) -> list[Recorded]:
     launches = []
     for experts in EXPERTS.values():
         launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank) for rows in ROWS_DECODED)
-        launches += itertools.chain.from_iterable(_route(monkeypatch, experts, rows) for rows in ROWS_DECODED)
+        launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank, with_a=True) for rows in ROWS_DECODED)
+        launches += itertools.chain.from_iterable(
+            _route(monkeypatch, experts, rows, parts) for rows, parts in itertools.product(ROWS_DECODED, (1, 15))
+        )
+        launches += _layer(monkeypatch, 128)
         launches += _update(monkeypatch, experts, rank)
     return list({repr(launch): launch for launch in launches}.values())
 
@@ -138,7 +161,9 @@ def test_the_largest_adapter_fits_the_card(monkeypatch, tmp_path, card):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(experts_update, "compute_capability", lambda: card)
-    launches = _update(monkeypatch, 4, experts_update.most_rank()) + _decode(monkeypatch, 4, 128, experts_decode.MOST_RANK)
+    launches = _update(monkeypatch, 4, experts_update.most_rank())
+    for with_a in (False, True):
+        launches += _decode(monkeypatch, 4, 128, experts_decode.MOST_RANK, with_a=with_a)
     for launch in {repr(launch): launch for launch in launches}.values():
         if launch.name not in ("sort", "unpack"):
             _check(launch, card)

@@ -1,0 +1,135 @@
+"""The parts of a decoding layer on a GPU, in fewer and larger kernels than XLA makes of `layer_parts`. Needs the extra `cuda`."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.kernels import layer_parts, layer_triton
+from discover_jax.kernels.expert_rows import Blocks
+from discover_jax.kernels.experts import ExpertMatrix
+from discover_jax.kernels.experts_decode import TiledMatrix, moe_parts
+from discover_jax.kernels.layer_parts import Branch, HeadSizes, LayerKernels
+from discover_jax.kernels.projections import Stack, parts_reference
+from discover_jax.kernels.projections_decode import project_parts
+from discover_jax.kernels.route_decode import route_parts, route_sorted
+from discover_jax.kernels.triton_call import call_kernel, power_of_two
+
+FUSIONS = ("norm", "rotation", "router", "adapter")
+"""What one kernel computes. norm: sums of parts, residual and norm. rotation: sums of parts, rotation and writing. router: the projections'
+kernel computes the logits, and the choice adds their parts. adapter: the experts' kernels compute the adapter's first product."""
+HEADS = 8
+"""Limit on the heads that one kernel instance rotates."""
+
+
+def _vector(layer: jax.Array) -> jax.Array:
+    return jnp.asarray(layer, jnp.int32).reshape(1)
+
+
+def add_and_norm(
+    x_TD: jax.Array, branch: Branch, scale_LD: jax.Array, layer: jax.Array, eps: float, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """`layer_parts.add_and_norm` by the kernel."""
+    (tokens, width), (parts, _, share, _) = x_TD.shape, branch.parts_PTXD.shape
+    block = power_of_two(width)
+    weights = x_TD if branch.weights_TX is None else branch.weights_TX.astype(jnp.float32)
+    sizes = {"D": width, "BLOCK": block, "PARTS": parts, "X": share}
+    return call_kernel(
+        layer_triton.add_and_norm,
+        *(x_TD, branch.parts_PTXD, weights, scale_LD, _vector(layer), tokens),
+        out=[jax.ShapeDtypeStruct(x_TD.shape, jnp.float32), jax.ShapeDtypeStruct(x_TD.shape, dtype)],
+        grid=(tokens,),
+        warps=max(1, min(8, block // 256)),
+        stages=1,
+        constants={**sizes, "WEIGHTED": branch.weights_TX is not None, "EPS": eps},
+    )
+
+
+def rotate_and_write(
+    parts_PTo: jax.Array,
+    turns: tuple[jax.Array, jax.Array],
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_T: jax.Array,
+    places_T: jax.Array,
+    sizes: HeadSizes,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`layer_parts.rotate_and_write` by the kernel, in the pools' memory, for pools of bfloat16; else by plain JAX."""
+    arguments = parts_PTo, turns, keys_LPKsH, values_LPKsH, layer, pages_T, places_T, sizes
+    if keys_LPKsH.dtype != jnp.bfloat16 or sizes.size & (sizes.size - 1):
+        return layer_parts.rotate_and_write(*arguments)
+    parts, tokens, _ = parts_PTo.shape
+    _, pool, kv_heads, page, size = keys_LPKsH.shape
+    each = math.gcd(sizes.heads, kv_heads, HEADS)
+    constants = {"N": sizes.heads, "K": kv_heads, "H": size, "HEADS": each, "PARTS": parts, "POOL": pool, "PAGE": page}
+    q_TNH = jax.ShapeDtypeStruct((tokens, sizes.heads, size), jnp.bfloat16)
+    pools = keys_LPKsH, values_LPKsH
+    return call_kernel(
+        layer_triton.rotate_and_write,
+        *(parts_PTo, *turns, *pools, _vector(layer), pages_T, places_T, tokens),
+        out=(q_TNH, *(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in pools)),
+        grid=(tokens, (sizes.heads + 2 * kv_heads) // each),
+        warps=1,
+        stages=1,
+        constants=constants,
+        aliases={3: 1, 4: 2},
+    )
+
+
+def route(x_TD: jax.Array, router: Stack, experts_per_token: int, layer: jax.Array) -> tuple[jax.Array, jax.Array, Blocks]:
+    """`layer_parts.route` in two or three kernels, which also sort the choices."""
+    return route_parts(project_parts(x_TD, [router], layer, 0.0), experts_per_token, layer)
+
+
+def route_separately(
+    x_TD: jax.Array, router: Stack, experts_per_token: int, layer: jax.Array
+) -> tuple[jax.Array, jax.Array, Blocks | None]:
+    """`layer_parts.route` as without the fusion: XLA computes the logits, and a kernel chooses and sorts where it is faster."""
+    return route_sorted(parts_reference(x_TD, [router], layer, 0.0)[0], experts_per_token, layer)
+
+
+def experts(
+    x_TD: jax.Array,
+    index_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    adapted: bool,
+    layer: jax.Array,
+    limit: float,
+    alpha: float,
+    rows: Blocks | None,
+    with_a: bool = False,
+    **_: Any,
+) -> Branch:
+    """`layer_parts.experts` by the kernels for matrices in tiles; the caller weighs and adds the experts of a token."""
+    tiled = (TiledMatrix(**matrix.arrays(adapted=adapted), scale=matrix.scale) for matrix in (gate_up, down))
+    options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "rows": rows, "with_a": with_a}
+    return Branch(moe_parts(x_TD, index_TX, *tiled, **options), weights_TX)
+
+
+def experts_with_a(*arguments: Any, **options: Any) -> Branch:
+    """`experts`, whose kernels compute the first product of the adapter themselves."""
+    return experts(*arguments, **options, with_a=True)
+
+
+def fused(names: Collection[str] = FUSIONS) -> LayerKernels:
+    """The kernels with these of the `FUSIONS`. Projections and experts always use their kernels.
+
+    Raises:
+      ConfigError: a name is unknown.
+    """
+    if unknown := set(names) - set(FUSIONS):
+        raise ConfigError(f"Unknown fusions: {', '.join(sorted(unknown))}; allowed: {', '.join(FUSIONS)}.")
+    kernels = LayerKernels(project=project_parts, experts=experts_with_a if "adapter" in names else experts)
+    chosen: dict[str, Any] = {"norm": {"add_and_norm": add_and_norm}, "rotation": {"rotate_and_write": rotate_and_write}}
+    kernels = dataclasses.replace(kernels, route=route if "router" in names else route_separately)
+    for name in sorted(set(names) & chosen.keys()):
+        kernels = dataclasses.replace(kernels, **chosen[name])
+    return kernels

@@ -1,0 +1,77 @@
+"""Decoding by the kernels of a whole layer equals decoding by separate operations, and is refused for models that they do not support."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from discover_jax.exceptions import ConfigError
+from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
+from discover_jax.kernels.layer_parts import LayerKernels
+from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.models.decoder import Model
+
+LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=8.0)
+
+
+def _decoded(model, frozen, lora, prompt=10):
+    """Hidden states, routes and cache after a prompt, one row empty, and four tokens."""
+    tokens_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, prompt + 4)).astype(np.int32)
+    cache = model.init_cache(4, 128 * 2, page_size=prompt if prompt < 16 else 16)
+    _, cache, _ = jax.jit(model.prefill)(frozen, lora, tokens_BT[:, :prompt], jnp.array([prompt, 3, 1, 2]), cache)
+    cache = dataclasses.replace(cache, lengths_B=cache.lengths_B.at[3].set(0))
+    decode, seen = jax.jit(model.decode), []
+    for position in range(prompt, prompt + 4):
+        hidden_BD, cache, routes_BLX = decode(frozen, lora, tokens_BT[:, position], cache)
+        cache = dataclasses.replace(cache, lengths_B=cache.lengths_B.at[3].set(0))
+        seen.append((hidden_BD[:3], routes_BLX[:3]))
+    return jax.tree.map(
+        lambda x: np.asarray(x, np.float32), (seen, cache.pool, [x[:, :3] for x in (cache.ring_k_LBKWH, cache.ring_v_LBKWH)])
+    )
+
+
+def _random_lora(model):
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype), model.abstract_lora())
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_references_of_a_layer_decode_like_separate_operations(adapted):
+    model = Model(ModelConfig(4, 32, 4, 2, 8, 4, 2, 16, 97, sliding_window=8), LORA)
+    fused = dataclasses.replace(model, kernels=dataclasses.replace(REFERENCE, layer=LayerKernels()))
+    frozen, lora = model.init_frozen(jax.random.key(0)), _random_lora(model) if adapted else None
+    expected = _decoded(model, frozen, lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), _decoded(fused, frozen, lora), expected)
+    assert np.abs(expected[0][-1][0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (ModelConfig(2, 32, 4, 2, 8, 0, 0, 64, 97, family="qwen2"), "without experts"),
+        (ModelConfig(2, 32, 4, 2, 8, 0, 0, 64, 97, family="qwen3", qk_norm=True), "norms of queries and keys"),
+    ],
+)
+def test_unsupported_models_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        Model(sizes, LoraConfig(4, 0, 0, 8.0), kernels=dataclasses.replace(REFERENCE, layer=LayerKernels()))
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("names", ["norm", "rotation", "router", "adapter", "norm,rotation,router,adapter"])
+def test_fused_kernels_on_a_gpu_decode_like_separate_ones(names):
+    from discover_jax.kernels.layer_decode import fused
+
+    sizes = ModelConfig(4, 256, 8, 2, 64, 16, 4, 128, 97, sliding_window=128)
+    kernels = kernel_set("gpu")
+    model = Model(sizes, LORA, dtype="bfloat16", experts="tiled", kernels=kernels)
+    frozen, lora = model.init_frozen(jax.random.key(0)), model.cast(_random_lora(model))
+    other = dataclasses.replace(model, kernels=dataclasses.replace(kernels, layer=fused(names.split(","))))
+    got, expected = (_decoded(one, frozen, lora, prompt=16) for one in (other, model))
+    for (hidden, routes), (right, right_routes) in zip(got[0], expected[0], strict=True):
+        same = (routes == right_routes).all(axis=(1, 2))  # rounding may change an expert between nearly tied ones
+        assert same.any()
+        assert np.linalg.norm(hidden[same] - right[same]) < 0.03 * np.linalg.norm(right[same])
