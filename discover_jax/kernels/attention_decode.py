@@ -69,7 +69,10 @@ def attend_pages(
     *,
     chosen: PagedTiling,
 ) -> jax.Array:
-    """`paged_attention_reference` by the kernels with these tiles. Needs bfloat16 pools, pages of 16 n tokens, and one of HEAD_SIZES."""
+    """`paged_attention_reference` by the kernels with these tiles. Needs bfloat16 pools, pages of 16 n tokens, and one of HEAD_SIZES.
+
+    `sinks_N` may be those of all layers, [L, N].
+    """
     _, pool, kv_heads, size, head_size = keys_LPKsH.shape
     (batch, heads, _), columns = q_BNH.shape, pages_BM.shape[1]
     block = math.gcd(size, chosen.block)
@@ -77,8 +80,9 @@ def attend_pages(
     most = slots * chosen.waves
     sizes = {"B": batch, "M": columns, "POOL": pool, "K": kv_heads, "GROUP": heads // kv_heads, "PAGE": size, "H": head_size}
     cuts = {"BLOCK": block, "STAGES": chosen.stages, "WHOLE": columns == 1, "SLOTS": slots, "MOST": most, "LEAST": chosen.least}
-    arguments = (q_BNH.astype(jnp.bfloat16), keys_LPKsH, values_LPKsH, jnp.asarray(layer, jnp.int32), pages_BM, counts_B, sinks_N)
-    options: dict[str, Any] = {"warps": chosen.warps, "stages": chosen.stages, "constants": {**sizes, **cuts}}
+    layer, stacked = jnp.asarray(layer, jnp.int32), {"STACKED": sinks_N.ndim == 2}
+    arguments = (q_BNH.astype(jnp.bfloat16), keys_LPKsH, values_LPKsH, layer, pages_BM, counts_B, sinks_N)
+    options: dict[str, Any] = {"warps": chosen.warps, "stages": chosen.stages, "constants": {**sizes, **cuts, **stacked}}
     result = jax.ShapeDtypeStruct(q_BNH.shape, jnp.bfloat16)
     unused, spans = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((2, batch), jnp.int32)
     if columns == 1:
@@ -88,12 +92,12 @@ def attend_pages(
     merged = call_kernel(attention_triton.attend, *arguments, out=[parts, lse, spans], grid=(kv_heads, shares), **options)
     return call_kernel(
         attention_triton.merge,
-        *(*merged, sinks_N),
+        *(*merged, sinks_N, layer),
         out=result,
         grid=(heads, batch),
         warps=1,
         stages=1,
-        constants={"B": batch, "N": heads, "H": head_size, "STEP": 16},
+        constants={"B": batch, "N": heads, "H": head_size, "STEP": 16, **stacked},
     )
 
 

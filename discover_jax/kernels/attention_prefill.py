@@ -105,12 +105,12 @@ def attend_pages(
     spans = jnp.stack([jnp.arange(count) * shares, jnp.full(count, shares)]).astype(jnp.int32)
     return call_kernel(
         attention_triton.merge,
-        *(result, lse, spans, sinks_N),
+        *(result, lse, spans, sinks_N, jnp.asarray(layer, jnp.int32)),
         out=jax.ShapeDtypeStruct(q_BTNH.shape, values_LPKsH.dtype),
         grid=(heads, count),
         warps=1,
         stages=1,
-        constants={"B": count, "N": heads, "H": head_size, "STEP": MERGED},
+        constants={"B": count, "N": heads, "H": head_size, "STEP": MERGED, "STACKED": False},
     )
 
 

@@ -21,7 +21,7 @@ def attend(
     layer_ptr,  # int32: index into L
     pages_ptr,  # int32 [B, M]
     counts_ptr,  # int32 [B]
-    sinks_ptr,  # [K GROUP]
+    sinks_ptr,  # [K GROUP], or [L, K GROUP]
     out_ptr,  # WHOLE: bf16 [B, K GROUP, H]; else float32 [shares, K GROUP, H], the separate result of each share, without the sink
     lse_ptr,  # not WHOLE: float32 [shares, K GROUP], log2 of the share's sum of exponentials
     spans_ptr,  # not WHOLE: int32 [2, B], the first share and the number of shares of each row
@@ -38,6 +38,7 @@ def attend(
     SLOTS: tl.constexpr,  # number of shares that keeps the GPU busy
     MOST: tl.constexpr,  # maximum number of shares, plus one per row
     LEAST: tl.constexpr,  # minimum number of blocks per share, unless that leaves SLOTS empty
+    STACKED: tl.constexpr,  # whether sinks are those of all layers
 ):
     head, share = tl.program_id(0), tl.program_id(1)
     if WHOLE:
@@ -70,6 +71,8 @@ def attend(
     g, h, s = tl.arange(0, ROWS), tl.arange(0, H), tl.arange(0, BLOCK)
     n = head * GROUP + g
     q = tl.load(q_ptr + (row * K * GROUP + n)[:, None] * H + h[None, :], mask=(g < GROUP)[:, None], other=0.0)
+    if STACKED:
+        sinks_ptr += tl.load(layer_ptr) * K * GROUP
     if WHOLE:
         highest = tl.load(sinks_ptr + n, mask=g < GROUP, other=0.0).to(tl.float32) * LOG2E
         total = tl.full([ROWS], 1.0, tl.float32)
@@ -113,17 +116,21 @@ def merge(
     parts_ptr,  # float32 [shares, N, H]
     lse_ptr,  # float32 [shares, N]
     spans_ptr,  # int32 [2, B]
-    sinks_ptr,  # [N]
+    sinks_ptr,  # [N], or [L, N]
+    layer_ptr,  # int32
     out_ptr,  # [B, N, H]
     B: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     STEP: tl.constexpr,  # shares per iteration
+    STACKED: tl.constexpr,  # whether sinks are those of all layers
 ):
     """Shares weighted by their sums of exponentials. The sink counts as one more share, with the value 0."""
     head, row = tl.program_id(0), tl.program_id(1)
     first, shares = tl.load(spans_ptr + row), tl.load(spans_ptr + B + row)
     i, h = tl.arange(0, STEP), tl.arange(0, H)
+    if STACKED:
+        sinks_ptr += tl.load(layer_ptr) * N
     highest = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
     total = 1.0
     out = tl.zeros([H], tl.float32)

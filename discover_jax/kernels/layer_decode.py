@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import layer_parts, layer_triton
+from discover_jax.kernels.attention_decode import attend_pages, choose_tiling, pool_refusal
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.experts_decode import TiledMatrix, moe_parts
+from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.layer_parts import Branch, HeadSizes, LayerKernels
 from discover_jax.kernels.projections import Stack, parts_reference
 from discover_jax.kernels.projections_decode import project_parts
@@ -93,6 +95,23 @@ def route_separately(
     return route_sorted(parts_reference(x_TD, [router], layer, 0.0)[0], experts_per_token, layer)
 
 
+def attend(
+    q_TNH: jax.Array,
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_TM: jax.Array,
+    counts_T: jax.Array,
+    sinks: jax.Array,
+) -> jax.Array:
+    """`layer_parts.attend` by the kernels; for other pools and heads than theirs, by plain JAX."""
+    arguments = q_TNH, keys_LPKsH, values_LPKsH, layer, pages_TM, counts_T, sinks
+    if reason := pool_refusal(keys_LPKsH, values_LPKsH):
+        warn_reference("paged_attention", reason)
+        return layer_parts.attend(*arguments)
+    return attend_pages(*arguments, chosen=choose_tiling(pages_TM.shape[1], keys_LPKsH.shape[4]))
+
+
 def experts(
     x_TD: jax.Array,
     index_TX: jax.Array,
@@ -120,14 +139,14 @@ def experts_with_a(*arguments: Any, **options: Any) -> Branch:
 
 
 def fused(names: Collection[str] = FUSIONS) -> LayerKernels:
-    """The kernels with these of the `FUSIONS`. Projections and experts always use their kernels.
+    """The kernels with these of the `FUSIONS`. Projections, attention and experts always use their kernels.
 
     Raises:
       ConfigError: a name is unknown.
     """
     if unknown := set(names) - set(FUSIONS):
         raise ConfigError(f"Unknown fusions: {', '.join(sorted(unknown))}; allowed: {', '.join(FUSIONS)}.")
-    kernels = LayerKernels(project=project_parts, experts=experts_with_a if "adapter" in names else experts)
+    kernels = LayerKernels(project=project_parts, attend=attend, experts=experts_with_a if "adapter" in names else experts)
     chosen: dict[str, Any] = {"norm": {"add_and_norm": add_and_norm}, "rotation": {"rotate_and_write": rotate_and_write}}
     kernels = dataclasses.replace(kernels, route=route if "router" in names else route_separately)
     for name in sorted(set(names) & chosen.keys()):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from discover_jax.kernels.attention import paged_attention_reference
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.experts import ExpertMatrix, moe_reference, route_top
 from discover_jax.kernels.pages import write_token
@@ -83,6 +84,20 @@ def rotate_and_write(
     return rotate(q_TNH), *pools
 
 
+def attend(
+    q_TNH: jax.Array,
+    keys_LPKsH: jax.Array,
+    values_LPKsH: jax.Array,
+    layer: jax.Array,
+    pages_TM: jax.Array,
+    counts_T: jax.Array,
+    sinks: jax.Array,
+) -> jax.Array:
+    """`attention.paged_attention_reference` with the sinks of all layers, [L, N]; or of this layer, [N], if the model has none."""
+    sinks_N = sinks if sinks.ndim == 1 else jax.lax.dynamic_index_in_dim(sinks, layer, keepdims=False)
+    return paged_attention_reference(q_TNH, keys_LPKsH, values_LPKsH, layer, pages_TM, counts_T, sinks_N)
+
+
 def route(x_TD: jax.Array, router: Stack, experts_per_token: int, layer: jax.Array) -> tuple[jax.Array, jax.Array, Blocks | None]:
     """Router and choice: see `experts.route_reference`."""
     logits_TE = parts_reference(x_TD, [router], layer, 0.0)[0]
@@ -111,5 +126,6 @@ class LayerKernels:
     add_and_norm: Callable[..., tuple[jax.Array, jax.Array]] = add_and_norm
     project: Callable[[jax.Array, Sequence[Stack], jax.Array, float], jax.Array] = parts_reference
     rotate_and_write: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = rotate_and_write
+    attend: Callable[..., jax.Array] = attend
     route: Callable[..., tuple[jax.Array, jax.Array, Blocks | None]] = route
     experts: Callable[..., Branch] = experts

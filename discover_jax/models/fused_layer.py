@@ -15,7 +15,7 @@ from discover_jax.models.layers import Layer, Repeat
 from discover_jax.models.places import TokenPlaces
 from discover_jax.models.projection import Projection, stack_of
 
-STACKED = ("norm", "router")
+STACKED = ("norm", "router", "sinks")
 """Parameters that stay stacked over the repeats, because kernels read a layer of them in place."""
 
 
@@ -114,7 +114,7 @@ def _attend(
     parts_PTo = _parts(kernels, normed_TD, [attention.q, attention.k, attention.v], index, adapted=adapted)
     places = index, at.pages_B, at.places_B
     q_TNH, *written = kernels.layer.rotate_and_write(parts_PTo, turns, pool.keys_LPKsH, pool.values_LPKsH, *places, sizes)
-    out_TNH = kernels.paged_attention(q_TNH, *written, index, at.table_BM, at.counts_B, attention.sinks_N)
+    out_TNH = kernels.layer.attend(q_TNH, *written, index, at.table_BM, at.counts_B, attention.sinks_N)
     out_PTD = _parts(kernels, out_TNH.reshape(len(x_TD), -1).astype(dtype), [attention.o], index, adapted=adapted)
     return Stream(x_TD, Branch(out_PTD[:, :, None])), Pool(*written)
 

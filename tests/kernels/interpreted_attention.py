@@ -25,6 +25,7 @@ class Case:
     """Token counts of the rows, and shapes. The table has `spare` more pages per row than the longest row needs.
 
     `no_sinks` is the dtype of sinks of -1e30, with which attention must equal a softmax without sinks. None: random sinks.
+    `stacked`: the kernel gets the sinks of all layers.
     """
 
     counts: tuple[int, ...]
@@ -35,6 +36,7 @@ class Case:
     head_size: int = 64
     spare: int = 0
     no_sinks: Any = None
+    stacked: bool = False
 
 
 def error(case: Case) -> float:
@@ -65,12 +67,16 @@ def error(case: Case) -> float:
             expected[b, n] = weights @ v[kv] / (weights.sum() + of_sinks[n])
     low = [jnp.asarray(x, jnp.bfloat16) for x in (q, keys, values)]
     numbers = (jnp.int32(LAYER), jnp.asarray(pages), jnp.array(case.counts, jnp.int32))
+    if case.stacked:
+        sinks = jnp.stack([sinks + 3.0] * LAYER + [sinks] + [sinks - 3.0] * (LAYERS - LAYER - 1))
     got = attend_pages(*low, *numbers, sinks, chosen=case.chosen)
     return float(np.abs(np.asarray(got, np.float64) - expected).max() / np.abs(expected).max())
 
 
 # With 132 processors, `resident` and `waves` of 1 give 66 slots for two kv heads and 132 for one.
 CASES = {
+    "rings, sinks of all layers": Case((16, 1), PagedTiling(16, 1, 1), page=16, stacked=True),
+    "shares, sinks of all layers": Case((70, 17), PagedTiling(16, 1, 2, resident=1, waves=1, least=1), page=16, stacked=True),
     "rings": Case((128, 1, 77), PagedTiling(128, 1, 1)),
     "a row in many shares": Case((700, 1, 129), PagedTiling(32, 1, 2, resident=1, waves=1, least=2), spare=1),
     "more places than slots": Case((2080, 33, 64), PagedTiling(16, 1, 2, resident=1, waves=1, least=1), page=32, heads=2),

@@ -33,7 +33,7 @@ def errors(request):
 @needs_interpreter
 @pytest.mark.slow
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
-    assert len(errors) in (4, 9)
+    assert len(errors) in (4, 11)
     for name, error in errors.items():
         assert error < 1.2e-2, name  # false for NaN, from an unused place that was read or an output that was not written
 
