@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from discover_jax.config import default_config
+from discover_jax.kernels.kernel_set import kernel_set
 from discover_jax.learning.packing import pack
 from discover_jax.learning.train_state import adam
 from discover_jax.learning.update import Update
@@ -53,6 +54,26 @@ def test_on_a_gpu_fused_and_packed_experts_agree():
     gaps = gaps_of_forms()
     assert gaps["packed"] > 0
     assert gaps["tiled"] < 1.5 * gaps["packed"] + 1e-3
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_on_a_gpu_the_fused_kernels_of_a_layer_have_the_gap_of_separate_ones():
+    pytest.importorskip("jax_triton", reason="needs the extra `kernels`")
+    from discover_jax.kernels.layer_decode import fused
+
+    sizes, kernels = ModelConfig(4, 256, 8, 2, 64, 8, 2, 128, 211, sliding_window=128), kernel_set("gpu")
+    separate = Model(sizes, LoraConfig(4, 8, 4, 8.0), dtype="bfloat16", experts="tiled", kernels=kernels)
+    models = {"separate": separate, "fused": dataclasses.replace(separate, kernels=dataclasses.replace(kernels, layer=fused()))}
+    rng, frozen = np.random.default_rng(0), separate.init_frozen(jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: np.float32(0.03 * rng.normal(size=leaf.shape)), separate.abstract_lora())
+    prompts = [Prompt(0, "seed", "", rng.integers(0, 211, 9).astype(np.int32))]
+    update, gaps = Update(separate, adam()), {}
+    for name, model in models.items():
+        sampler = Sampler(model, slots=16, max_prompt_tokens=16, max_new_tokens=64, temperature=1.0, stop_ids=[1])
+        batches = pack(list(sampler.sample(frozen, lora, prompts, 16, seed=0, step=0)), np.ones(16), row_tokens=96, rows=4)
+        gaps[name] = update.measure(frozen, lora, batches)["logprob_gap/mean"]
+    assert 0 < gaps["fused"] < 1.3 * gaps["separate"] + 5e-4
 
 
 def gaps_of_forms():
