@@ -39,13 +39,15 @@ from discover_jax.sampling.sampler import PROMPT_CHUNK
 EXPERT_BYTES_FACTOR, CACHE_BYTES_FACTOR = 1.06, 1.07
 """Bytes that the kernels of decoding move over the least: experts of the 120b on 8 devices; keys and values of 128 rows with 8k tokens
 (benchmarks/tpu_counts.py)."""
-PRODUCT_FRACTION = 0.45
-"""Fraction of the vendor's bandwidth at which XLA's products read weights in decoding. XLA itself estimates 0.45 for the projections of
-attention and 0.61 for the head (cycles in the compiled program: v5p, 16 rows of the 120b, libtpu 0.0.42.1)."""
-LAYER_SECONDS, DENSE_LAYER_SECONDS, STEP_SECONDS = 97e-6, 80e-6, 480e-6
+HEAD_FRACTION = 0.55
+"""Fraction of the vendor's bandwidth at which XLA's product reads the output head in decoding: XLA's own estimate (cycles in the compiled
+program: v5p, 16 rows of the 120b, libtpu 0.0.42.1). A kernel reads the projections of the layers."""
+LAYER_SECONDS, DENSE_LAYER_SECONDS, STEP_SECONDS = 70e-6, 80e-6, 390e-6
 """Seconds of a decoding layer, of one of a dense model, and of a step, in operations that are neither kernels nor products of weights nor
-exchanges. These are XLA's estimates for the same program at 1.75 GHz. Small operations take most of this time; XLA assumes 1.2 us for each.
-The time of a step includes 0.34 ms for copies of the embedding and of projections into other layouts, once in a launch of 32 steps."""
+exchanges. These are XLA's estimates for the same program at 1.75 GHz; XLA assumes 1.2 us for each small operation. A layer includes 3 us
+for the kernel that sorts rows by expert and for the start of the projections' kernels. The figure of dense models is older than these
+kernels. The time of a step includes 0.25 ms for copies of the embedding and of adapters into other layouts, once in a launch of 32
+steps."""
 LAYER_COLLECTIVES, STEP_COLLECTIVES = 4, 4
 """Collectives of a layer and of a step of decoding: a layer gathers activations, experts and their weights, and adds the sums."""
 SUMS_FACTOR = 2
@@ -156,12 +158,13 @@ def _pass_cost(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, mesh: MeshS
     packed = EXPERT_BYTES_FACTOR * _packed_bytes(sizes, lora, mesh, hit)
     fast = DECODE_BANDWIDTH_FRACTION * speeds.copy
     other = other_bytes(sizes, lora)
+    head = 2 * (sizes.vocab_size * sizes.width + lora.head_rank * (sizes.vocab_size + sizes.width))
     cost = {
         # Copies run while the block before is unpacked. Larger blocks of rows cost products.
         "experts": max(
             packed / fast, packed * peaks.unpack, 2 * own * layers * sizes.experts_per_token * expert_weights(sizes) / speeds.product
         ),
-        "other weights": max(other / (PRODUCT_FRACTION * peaks.bandwidth), other * own / speeds.product),
+        "other weights": max((other - head) / fast + head / (HEAD_FRACTION * peaks.bandwidth), other * own / speeds.product),
         "keys and values": max(CACHE_BYTES_FACTOR * cached / fast, (needs.operations - 2 * own * _token_weights(sizes)) / speeds.product),
         "small operations": layers * (LAYER_SECONDS if sizes.num_experts else DENSE_LAYER_SECONDS) + STEP_SECONDS,
         "exchange": 0.0,
@@ -264,7 +267,7 @@ def assumptions(speeds: Speeds) -> Iterator[str]:
         " reading them at the vendor's bandwidth"
     )
     yield (
-        f"    by XLA's own estimates for a compiled program of the 120b: decoding reads other weights at {PRODUCT_FRACTION:.0%} of the"
+        f"    by XLA's own estimates for a compiled program of the 120b: decoding reads the output head at {HEAD_FRACTION:.0%} of the"
         f" bandwidth, and small operations of a layer take {(LAYER_SECONDS * 1e6):.0f} us"
     )
     yield (

@@ -186,9 +186,9 @@ class _Tpu:
 
 
 # Seconds of a core per byte of MXFP4, from the bundles that the compiler (libtpu 0.0.42.1) schedules for decoding's kernel of experts with
-# 32 rows, at 1.75 GHz: 2.1 (v5p) and 1.5 times (v6e) as long as reading it at the vendor's bandwidth. The two cores of a v5p chip share the
-# work. Not known for v5e and TPU7x: their cores are taken to need as many seconds as the v5p's and the v6e's.
-_UNPACK_V5P, _UNPACK_V6E = 2 * 2.1 / 2765e9, 1.5 / 1638e9
+# 32 rows, at 1.75 GHz: 1.93 (v5p) and 1.33 times (v6e) as long as reading it at the vendor's bandwidth. The two cores of a v5p chip share
+# the work. Not known for v5e and TPU7x: their cores are taken to need as many seconds as the v5p's and the v6e's.
+_UNPACK_V5P, _UNPACK_V6E = 2 * 1.93 / 2765e9, 1.33 / 1638e9
 # The memory is the limit in libtpu 0.0.52's error for an executable that is too large.
 _TPUS = {
     "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite", _UNPACK_V5P),

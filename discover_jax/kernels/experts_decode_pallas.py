@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
+from discover_jax.kernels.expert_steps_tpu import FIRST, ROWS, STACK, TOKEN
 from discover_jax.kernels.experts import activate
 from discover_jax.kernels.mxfp4_lanes import INPUTS, LANES
 
@@ -116,14 +117,13 @@ def _adapt(x_iRw: Any, a_irw: Any, b_prN: Any, sums_pRN: Any, scale: float, dtyp
 
 
 def _kernel(
-    expert_S, first_S, rows_S, tokens_R, weights_R, stack_S, x_TD, gate_up, gate_up_powers, gate_up_bias, down, down_powers, down_bias,
+    table, weights_1R, x_TD, gate_up, gate_up_powers, gate_up_bias, down, down_powers, down_bias,
     *rest, pieces: tuple[int, int], settings: Settings,
 ) -> None:  # fmt: skip
-    del expert_S, stack_S  # only for the index maps
     *adapters, out_TM, x_iTw, x_iRw, y_iRw, h_pRN, sum_pRM, factors_nsl, factors_msl = rest
     dtype = x_TD.dtype
     step, j, (ups, downs) = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(2), pieces
-    first, rows = first_S[step], rows_S[step]
+    first, rows = table[FIRST, step], table[ROWS, step]
 
     @pl.when((pl.program_id(1) == 0) & (j == 0))
     def _() -> None:
@@ -136,7 +136,7 @@ def _kernel(
         h_pRN[...], sum_pRM[...] = jnp.zeros_like(h_pRN), jnp.zeros_like(sum_pRM)
 
         def take(row: jax.Array, _: None) -> None:
-            token = tokens_R[first + row]
+            token = table[TOKEN, first + row]
             for i in range(x_iTw.shape[0]):
                 x_iRw[i, pl.ds(row, 1)] = x_iTw[i, pl.ds(token, 1)]
 
@@ -166,8 +166,8 @@ def _kernel(
         sum_pRM[0] += down_bias[...]
 
         def give(row: jax.Array, _: None) -> None:
-            at = pl.ds(tokens_R[first + row], 1)
-            out_TM[at] += weights_R[first + row] * sum_pRM[0, pl.ds(row, 1)]
+            at = pl.ds(table[TOKEN, first + row], 1)
+            out_TM[at] += weights_1R[0, first + row] * sum_pRM[0, pl.ds(row, 1)]
 
         lax.fori_loop(0, rows, give, None)
 
@@ -180,12 +180,12 @@ def _matrix_spec(shape: tuple[int, ...], begin: int) -> pl.BlockSpec:
     """
     _, parts, pieces, rows, width = shape
 
-    def at(core: Any, s: Any, j: Any, expert_S: Any, first_S: Any, rows_S: Any, tokens_R: Any, weights_R: Any, stack_S: Any) -> tuple:
-        del expert_S, first_S, tokens_R, weights_R
+    def at(core: Any, s: Any, j: Any, table: Any, weights_1R: Any) -> tuple:
+        del weights_1R
         step = core * pl.num_programs(1) + s
         early = (j < begin) & (s > 0)
-        piece = jnp.where((rows_S[step] == 0) | early, pieces - 1, jnp.clip(j - begin, 0, pieces - 1))
-        return stack_S[jnp.where(early, step - 1, step)], 0, piece, 0, 0
+        piece = jnp.where((table[ROWS, step] == 0) | early, pieces - 1, jnp.clip(j - begin, 0, pieces - 1))
+        return table[STACK, jnp.where(early, step - 1, step)], 0, piece, 0, 0
 
     return pl.BlockSpec((None, parts, None, rows, width), at)
 
@@ -193,12 +193,13 @@ def _matrix_spec(shape: tuple[int, ...], begin: int) -> pl.BlockSpec:
 def _expert_spec(shape: tuple[int, ...]) -> pl.BlockSpec:
     """An expert's slice of a stack of small arrays [stack, ...]."""
     return pl.BlockSpec(
-        (None, *shape[1:]), lambda core, s, j, *scalars: (scalars[-1][core * pl.num_programs(1) + s],) + (0,) * (len(shape) - 1)
+        (None, *shape[1:]), lambda core, s, j, table, weights_1R: (table[STACK, core * pl.num_programs(1) + s],) + (0,) * (len(shape) - 1)
     )
 
 
 def multiply(
-    steps: tuple[jax.Array, ...],
+    steps: int,
+    order: tuple[jax.Array, jax.Array],
     x_TD: jax.Array,
     gate_up: tuple[jax.Array, ...],
     down: tuple[jax.Array, ...],
@@ -208,8 +209,8 @@ def multiply(
     """The sum over routed rows of weight * down(act(gate_up(x))): float32 [CORES, T, M], to be summed over the first axis.
 
     Args:
-      steps: of each block in the order of the grid, int32 [S]: expert, first row, number of rows. Then of each sorted row: token,
-        int32 [R], and weight, float32 [R]. Then the index of each block's expert in the stacks, int32 [S]. S is a multiple of CORES.
+      steps: blocks, a multiple of CORES, in the order of the grid.
+      order: table and weights of the sorted rows, see expert_steps_tpu.
       x_TD: the tokens' inputs, bfloat16 or float32, which is also the type of the products' inputs.
       gate_up, down: of a stack of experts: words and scales (see mxfp4_lanes); bias float32 [stack, 2, N], [stack, 1, M]; with adapters
         also A [stack, i, r, w] and B [stack, parts, r, N or M].
@@ -231,8 +232,8 @@ def multiply(
         functools.partial(_kernel, pieces=(ups, downs), settings=settings),
         out_shape=jax.ShapeDtypeStruct((CORES, tokens, out), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(steps),
-            grid=(CORES, steps[0].shape[0] // CORES, ups + downs),
+            num_scalar_prefetch=len(order),
+            grid=(CORES, steps // CORES, ups + downs),
             in_specs=[*specs, *(_expert_spec(array.shape) for array in adapters)],
             out_specs=pl.BlockSpec((None, tokens, out), lambda core, *_: (core, 0, 0)),
             scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in scratch), *factors],
@@ -240,4 +241,4 @@ def multiply(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=settings.memory),
         interpret=settings.interpret,
         name="experts_decode",
-    )(*steps, x_TD, *gate_up[:3], *down[:3], *adapters)
+    )(*order, x_TD, *gate_up[:3], *down[:3], *adapters)

@@ -133,6 +133,7 @@ PLATFORMS = {
             "copy_page": ("discover_jax.kernels.pages_tpu", "copy_page"),
             "paged_attention": ("discover_jax.kernels.attention_decode_tpu", "paged_attention"),
             "prefill_attention": ("discover_jax.kernels.attention_decode_tpu", "prefill_attention"),
+            "decode_projections": ("discover_jax.kernels.projections_tpu", "project"),
             "decode_experts": ("discover_jax.kernels.experts_decode_tpu", "moe_decode"),
             "packed_attention": ("discover_jax.kernels.attention_update_tpu", "packed_attention"),
             "windowed_attention": ("discover_jax.kernels.attention_update_tpu", "windowed_attention"),
