@@ -1,5 +1,6 @@
 """The final choice of a run: the best programs are tested again, and the winner goes to best/. See `archive.finalists`."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +32,14 @@ class Choice:
       finalists: best first; the first one is the chosen program.
       verdicts: of the finalists' original runs, by state id.
       runs: number of further runs of programs that the choice took.
+      left_out: number of retests that do not count, because all of their programs failed.
     """
 
     task: AnyTask
     finalists: Sequence[Finalist]
     verdicts: Mapping[str, Verdict]
     runs: int
+    left_out: int = 0
 
     @property
     def chosen(self) -> Finalist:
@@ -48,6 +51,7 @@ class Choice:
             "competition": self.task.id,
             "chosen": self.chosen.state.id,
             "runs": self.runs,
+            "retests_left_out": self.left_out,
             "finalists": [*map(self.row, self.finalists)],
         }
 
@@ -82,7 +86,19 @@ class Choice:
         interval = "no interval" if bounds is None else f"95% interval {self._digits(bounds[0])} to {self._digits(bounds[1])}"
         where = f"{row['retested_rows']:,} rows that gave no reward" if not self.task.calls else f"{len(row['scores'])} more evaluations"
         tested = f"best of {len(self.finalists)} finalists, {self.runs} more program runs"
-        return f"{self._digits(row['retested_score'])}, {interval} ({where}); {tested}"
+        return f"{self._digits(row['retested_score'])}, {interval} ({where}); {tested}{self._failures()}"
+
+    def _failures(self) -> str:
+        """How much the choice lost: programs that ran in time once can run out of time in the retests of a busy machine."""
+        kinds = collections.Counter(each.failure.split(":")[0].replace("_", " ") for each in self.finalists if each.failure)
+        named = ", ".join(f"{count} by {kind}" for kind, count in kinds.most_common())
+        failed = f"; {kinds.total()} failed in a retest ({named})" if kinds else ""
+        noted = (
+            f"{self.left_out} retests do not count, because all of their"
+            if self.left_out > 1
+            else "1 retest does not count, because all of its"
+        )
+        return failed + (f"; {noted} programs failed" if self.left_out else "")
 
 
 def _quantile(degrees: int | None) -> float:
@@ -136,7 +152,7 @@ def _choose(
     verdicts = {finalist.state.id: verdict for finalist, verdict in zip(finalists, originals, strict=True)}
     if task.selection_rows:
         finalists = [_with_selection(finalist, verdicts[finalist.state.id], task.selection_rows) for finalist in finalists]
-    runs = 0
+    runs = left_out = 0
     for retest, kept in zip(retests, rounds(len(finalists), len(retests)), strict=True):
         ordered = best_first(finalists, higher_is_better=task.metric.higher_is_better) if runs else finalists
         playing = [finalist for finalist in ordered[:kept] if not finalist.failure]
@@ -147,12 +163,13 @@ def _choose(
         }
         if all(each.failure for each in results.values()):
             results = {}  # a retest in which all fail, such as one without a row of a class, says nothing about any of them
+            left_out += 1
         finalists = [results.get(finalist.state.id, finalist) for finalist in ordered]
     ranked = best_first(finalists, higher_is_better=task.metric.higher_is_better)
     if ranked[0].failure:  # all failed: no retest says anything against the highest reward
         best = best_of(finalist.state for finalist in ranked)
         ranked.sort(key=lambda finalist: finalist.state is not best)
-    return Choice(task, ranked, verdicts, runs)
+    return Choice(task, ranked, verdicts, runs, left_out)
 
 
 def _with_selection(finalist: Finalist, verdict: Verdict, rows: int) -> Finalist:
