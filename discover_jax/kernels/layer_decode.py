@@ -64,6 +64,9 @@ def rotate_and_write(
     """`layer_parts.rotate_and_write` by the kernel, in the pools' memory, for pools of bfloat16; else by plain JAX."""
     arguments = parts_PTo, turns, keys_LPKsH, values_LPKsH, layer, pages_T, places_T, sizes
     if keys_LPKsH.dtype != jnp.bfloat16 or sizes.size & (sizes.size - 1):
+        warn_reference(
+            "rotate_and_write", f"keys are {keys_LPKsH.dtype} and heads have {sizes.size} values; it needs bfloat16 and a power of 2"
+        )
         return layer_parts.rotate_and_write(*arguments)
     parts, tokens, _ = parts_PTo.shape
     _, pool, kv_heads, page, size = keys_LPKsH.shape
