@@ -9,7 +9,7 @@ Results are recorded in measurements.csv, except with `--dry`.
 
 `bytes`: 128 rows with 8,192 tokens, without shared prompts. XLA's operations are counted from the compiled text (hlo_counts); a launch of
 several steps shares what is outside of the loop over steps. The experts' kernel reads an expert once for each block of its rows, and the
-attention kernel reads whole pages: both are counted from what the kernels are told. The least is that of `costs_tpu.decode_needs`.
+attention kernel reads whole pages. Both are counted from the kernels' arguments. The minimum comes from `costs_tpu.decode_needs`.
 
 `update`: products in the compiled text and, from their grids, those of the attention kernels, with a row of 34,192 tokens on each device.
 The adapter's products are included, and not in what is needed (`costs_tpu.microbatch_needs`). The loops of gpt-oss's experts depend on

@@ -8,6 +8,7 @@ are float32. Queries, the weights of the values, and the result are rounded to b
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,10 +122,11 @@ def paged_attention(
     pages_BM: jax.Array,
     counts_B: jax.Array,
     sinks_N: jax.Array,
+    reference: Callable[..., jax.Array] = paged_attention_reference,
 ) -> jax.Array:
-    """`paged_attention_reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
+    """`reference` by the kernels. If they do not support the arguments, uses the reference and logs the reason once."""
     arguments = (q_BNH, keys_LPKsH, values_LPKsH, layer, pages_BM, counts_B, sinks_N)
     if reason := pool_refusal(keys_LPKsH, values_LPKsH):
         warn_reference("paged_attention", reason)
-        return paged_attention_reference(*arguments)
+        return reference(*arguments)
     return attend_pages(*arguments, chosen=choose_tiling(pages_BM.shape[1], keys_LPKsH.shape[4]))

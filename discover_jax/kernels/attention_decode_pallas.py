@@ -34,7 +34,7 @@ class Pages:
 
     Attributes:
       pages: pages of a group.
-      buffers: groups in the chip's memory. One is used while the others are copied.
+      buffers: number of groups in the chip's memory. The kernel computes with one group while the next ones are copied.
       tokens: consecutive tokens of a row that are queries.
       memory: limit on a core's vector memory, bytes.
       interpret: as for `pallas_call`.

@@ -1,6 +1,5 @@
 """The parts of a decoding layer on a GPU, in fewer and larger kernels than XLA makes of `layer_parts`. Needs the extra `cuda`."""
 
-import dataclasses
 import math
 from collections.abc import Collection
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import layer_parts, layer_triton
-from discover_jax.kernels.attention_decode import attend_pages, choose_tiling, pool_refusal
+from discover_jax.kernels.attention_decode import paged_attention
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.experts_decode import TiledMatrix, moe_parts
@@ -98,21 +97,9 @@ def route_separately(
     return route_sorted(parts_reference(x_TD, [router], layer, 0.0)[0], experts_per_token, layer)
 
 
-def attend(
-    q_TNH: jax.Array,
-    keys_LPKsH: jax.Array,
-    values_LPKsH: jax.Array,
-    layer: jax.Array,
-    pages_TM: jax.Array,
-    counts_T: jax.Array,
-    sinks: jax.Array,
-) -> jax.Array:
+def attend(*arguments: jax.Array) -> jax.Array:
     """`layer_parts.attend` by the kernels; for other pools and heads than theirs, by plain JAX."""
-    arguments = q_TNH, keys_LPKsH, values_LPKsH, layer, pages_TM, counts_T, sinks
-    if reason := pool_refusal(keys_LPKsH, values_LPKsH):
-        warn_reference("paged_attention", reason)
-        return layer_parts.attend(*arguments)
-    return attend_pages(*arguments, chosen=choose_tiling(pages_TM.shape[1], keys_LPKsH.shape[4]))
+    return paged_attention(*arguments, reference=layer_parts.attend)
 
 
 def experts(
@@ -149,9 +136,11 @@ def fused(names: Collection[str] = FUSIONS) -> LayerKernels:
     """
     if unknown := set(names) - set(FUSIONS):
         raise ConfigError(f"Unknown fusions: {', '.join(sorted(unknown))}; allowed: {', '.join(FUSIONS)}.")
-    kernels = LayerKernels(project=project_parts, attend=attend, experts=experts_with_a if "adapter" in names else experts)
-    chosen: dict[str, Any] = {"norm": {"add_and_norm": add_and_norm}, "rotation": {"rotate_and_write": rotate_and_write}}
-    kernels = dataclasses.replace(kernels, route=route if "router" in names else route_separately)
-    for name in sorted(set(names) & chosen.keys()):
-        kernels = dataclasses.replace(kernels, **chosen[name])
-    return kernels
+    return LayerKernels(
+        add_and_norm=add_and_norm if "norm" in names else layer_parts.add_and_norm,
+        project=project_parts,
+        rotate_and_write=rotate_and_write if "rotation" in names else layer_parts.rotate_and_write,
+        attend=attend,
+        route=route if "router" in names else route_separately,
+        experts=experts_with_a if "adapter" in names else experts,
+    )

@@ -117,7 +117,7 @@ def test_rows_that_gave_the_reward_are_not_unseen(tmp_path, output):
 
 
 def test_replies_of_a_real_model_by_hand(tmp_path, output):
-    """In the last two steps, one of search's four replies is cut, and its program is valid. Two of the others are."""
+    """The last two steps of search have four replies. One is cut, but valid; of the other three, two are valid."""
     cut = {"stop": StopReason.MAX_TOKENS}
     for arm, more in (("search", cut), ("train", {})):
         rows = [attempt(0, 0, index, "seed", "pass", 0.6) for index in (0, 1)]
