@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -39,6 +40,15 @@ def test_constraints_satisfy_the_extras(constraints):
         for name, requirement in required(extra).items():
             if name in pins:
                 assert requirement.specifier.contains(pins[name]), (extra, name)
+
+
+@pytest.mark.parametrize("constraints", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+def test_what_the_tests_need_has_a_pin_or_an_upper_bound(constraints):
+    pins = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", constraints.read_text(), re.MULTILINE)}
+    for extra in ("dev", "parity"):
+        for name, requirement in required(extra).items():
+            bounded = canonicalize_name(name) in pins or "<" in str(requirement.specifier)
+            assert bounded, f"a new version of {name} can break the tests at any time"
 
 
 def test_documents_need_no_other_extra_for_the_kernels():

@@ -87,7 +87,7 @@ def rotate_and_write(
         tl.store(q_at + H // 2, second.to(tl.bfloat16))
     else:
         page = tl.load(pages_ptr + t)
-        written = (page < POOL) & (h >= 0)[None, :]
+        written = page + tl.zeros_like(h)[None, :] < POOL
         page = tl.load(layer_ptr).to(tl.int64) * POOL + page
         if cut < (N + K) // HEADS:
             key_at = keys_out_ptr + ((page * K + head - N)[:, None] * PAGE + tl.load(places_ptr + t)) * H + h[None, :]
