@@ -39,7 +39,7 @@ class Finalist:
     Attributes:
       state: of the program, with the score that made it a finalist.
       measurements: in order. Programs that were left out early have fewer.
-      failure: why it has no score in its last retest; empty if it has one.
+      failure: why it has no score in its last run; empty if it has one.
     """
 
     state: State

@@ -18,6 +18,7 @@ from discover_jax.types import Outcome, Verdict
 
 NAME = "finalists.json"
 """The file in the run directory with all finalists and their retests."""
+_REASON_CHARACTERS = 480
 
 RunPrograms = Callable[[Sequence[tuple[str, int]]], Sequence[Verdict]]
 """Runs (program, number of its task in the executor) and returns the verdicts in this order, the same in all processes of a run."""
@@ -147,15 +148,16 @@ def _choose(
 ) -> Choice:
     assert frontier.best is not None, "the caller has checked"
     finalists = first_finalists([frontier.best, *frontier.archive.states], count)
-    # From the cache of verdicts, with the scores on rows for selection.
+    # From the cache of verdicts, with the scores on rows for selection. Without it, they run again, and best/ needs what they return.
     originals = run_programs([(finalist.state.code, number) for finalist in finalists])
     verdicts = {finalist.state.id: verdict for finalist, verdict in zip(finalists, originals, strict=True)}
-    if task.selection_rows:
-        finalists = [_with_selection(finalist, verdicts[finalist.state.id], task.selection_rows) for finalist in finalists]
+    finalists = [_original(finalist, verdicts[finalist.state.id], task.selection_rows) for finalist in finalists]
     runs = left_out = 0
     for retest, kept in zip(retests, rounds(len(finalists), len(retests)), strict=True):
         ordered = best_first(finalists, higher_is_better=task.metric.higher_is_better) if runs else finalists
         playing = [finalist for finalist in ordered[:kept] if not finalist.failure]
+        if not playing:
+            break
         found = run_programs([(finalist.state.code, retest) for finalist in playing])
         runs += len(playing) * (1 if task.calls else len(all_tasks[retest].public_dirs))
         results = {
@@ -172,21 +174,28 @@ def _choose(
     return Choice(task, ranked, verdicts, runs, left_out)
 
 
-def _with_selection(finalist: Finalist, verdict: Verdict, rows: int) -> Finalist:
-    """A finalist with its score on the rows for selection."""
-    if verdict.outcome is not Outcome.OK or verdict.grade.selection_score is None:
+def _original(finalist: Finalist, verdict: Verdict, selection_rows: int) -> Finalist:
+    """A finalist after its original run, with its score on the rows for selection, if there are any."""
+    if verdict.outcome is not Outcome.OK:
+        return _failed(finalist, verdict)
+    if not selection_rows or verdict.grade.selection_score is None:
         return finalist
-    measurement = Measurement(verdict.grade.selection_score, rows, _variance(verdict.grade.selection_rows))
+    measurement = Measurement(verdict.grade.selection_score, selection_rows, _variance(verdict.grade.selection_rows))
     return dataclasses.replace(finalist, measurements=(measurement,))
 
 
 def _measured(finalist: Finalist, verdict: Verdict, retest: AnyTask) -> Finalist:
     """A finalist after a retest."""
     if verdict.outcome is not Outcome.OK or verdict.grade.score is None:
-        failure = f"{verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason}"
-        return dataclasses.replace(finalist, failure=failure[-500:])
+        return _failed(finalist, verdict)
     measurement = Measurement(verdict.grade.score, retest.score_rows or 1, _variance(verdict.grade.rows))
     return dataclasses.replace(finalist, measurements=(*finalist.measurements, measurement))
+
+
+def _failed(finalist: Finalist, verdict: Verdict) -> Finalist:
+    """A finalist after a run without a score. The outcome comes first; of a traceback, the end says most."""
+    reason = (verdict.execution.detail or verdict.grade.reason)[-_REASON_CHARACTERS:]
+    return dataclasses.replace(finalist, failure=f"{verdict.outcome.value}: {reason}")
 
 
 def _variance(rows: str) -> float | None:

@@ -28,7 +28,7 @@ from discover_jax.runs.tracking import Trackers
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.text.tokenizer import Tokenizer
-from discover_jax.types import Attempt, Prompt, Rollout, RolloutKey, RunKind, State, Verdict, children_read
+from discover_jax.types import Attempt, Outcome, Prompt, Rollout, RolloutKey, RunKind, State, Verdict, children_read
 
 PHASES = {
     "sampling": "time/sample_s",
@@ -272,7 +272,13 @@ class RunRecorder:
     def _write_best(
         self, task: AnyTask, best: State, verdict: Verdict, parent_output: bytes, *, retested: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes the bundle of a program."""
+        """Writes the bundle of a program. If the cache lost its verdict, so that it had to run again, and it failed, keeps the old one."""
+        if verdict.outcome is not Outcome.OK:
+            self.note(
+                f"The cache of verdicts has no result of {best.id}, the best program of {task.id}, and when it ran again, it failed"
+                f" ({verdict.outcome.value.replace('_', ' ')}). best/ keeps the program before; the journal has this one."
+            )
+            return
         write_best(
             bundle_dir(self._workdir.best_dir, task.id, alone=len(self._tasks) == 1),
             lineage=lineage(self._journal.read(), best.id),
