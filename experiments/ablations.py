@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from estimators import mean_and_half_width
-from evidence import read
-from real_model import TABLES, folders, measures, merge, shown
+from evidence import differences, read
+from real_model import TABLES, best_of, cell, folders, merge, names_of
 from retest import direction, seed_state
 
 from discover_jax.archive.journal import Journal
@@ -80,8 +80,10 @@ def ablation(folder: Path, steps: int) -> dict[str, Any]:
     Raises:
       ValueError: the run has fewer steps.
     """
-    run, _ = measures(folder, steps)
-    rows = read_metrics(folder / "metrics.jsonl")[max(0, steps - LAST) : steps]
+    names, rows = names_of(folder), read_metrics(folder / "metrics.jsonl")[:steps]
+    if len(rows) < steps:
+        raise ValueError(f"{folder.name} has {len(rows)} steps; {steps} are needed. Set --steps.")
+    rows = rows[-LAST:]
     attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
     seed = seed_state(folder)
     by_step = [[attempt for attempt in attempts if attempt.step == row["step"]] for row in rows]
@@ -90,7 +92,10 @@ def ablation(folder: Path, steps: int) -> dict[str, Any]:
     last = [attempt for mine in by_step for attempt in mine]
     programs = {SEED.id: seed.code} | {attempt.id: attempt.code or "" for attempt in attempts}
     structures = {id: structure_key(programs[id]) for id in {each for attempt in last for each in (attempt.id, attempt.parent_id)}}
-    return {name: run[name] for name in ("problem", "seed", "arm", "programs", "best_grade")} | {
+    best = best_of(attempts)
+    return names | {
+        "programs": len(attempts),
+        "best_grade": best.score if best else None,
         "better": sum(_is_better(attempt, results, direction(folder)) for attempt in attempts) / len(attempts),
         "valid": sum(attempt.score is not None for attempt in last) / len(last),
         "mean": statistics.mean(row["reward/mean"] for row in rows),
@@ -100,7 +105,7 @@ def ablation(folder: Path, steps: int) -> dict[str, Any]:
         ),
         "repeats": _repeats(attempts, last, results),
         "as_parent": sum(_is_like_parent(attempt, results, structures) for attempt in last) / len(last),
-        "families": effective_number(last, run["problem"]),
+        "families": effective_number(last, names["problem"]),
         "constant": statistics.mean(row["groups/constant_frac"] for row in rows),
     }
 
@@ -177,13 +182,6 @@ def arms_of(rows: Sequence[dict[str, Any]], problem: str, base: str) -> dict[str
     return arms
 
 
-def differences(arms: dict[str, dict[float, dict[str, Any]]], base: str, arm: str, name: str) -> list[float]:
-    """An arm's measure minus the base's, for each seed with both."""
-    seeds = sorted(arms[arm].keys() & arms[base].keys())
-    pairs = [(arms[arm][seed][name], arms[base][seed][name]) for seed in seeds]
-    return [mine - other for mine, other in pairs if "" not in (mine, other)]
-
-
 def tables(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]:
     """The mean of each arm and its differences from the base as Markdown, and the number of comparisons."""
     arms = arms_of(rows, problem, base)
@@ -191,24 +189,17 @@ def tables(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]
     head = [f"| {problem} | seeds | {' | '.join(MEASURES[name] for name in names)} |", "|---" * (len(names) + 2) + "|"]
     means, against, intervals = list(head), list(head), []
     for arm, runs in arms.items():
-        cells = [_cell([row[name] for row in runs.values() if row[name] != ""], len(runs)) for name in names]
+        cells = [cell([row[name] for row in runs.values() if row[name] != ""], len(runs)) for name in names]
         means.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
         if arm == base:
             continue
-        values = {name: differences(arms, base, arm, name) for name in names}
+        values = {name: differences(runs, arms[base], name) for name in names}
         intervals += [mean_and_half_width(found) for found in values.values() if len(found) > 1]
         count = len(runs.keys() & arms[base].keys())
-        against.append(f"| {arm} minus {base} | {count} | {' | '.join(_cell(values[name], count, '+') for name in names)} |")
+        against.append(f"| {arm} minus {base} | {count} | {' | '.join(cell(values[name], count, '+') for name in names)} |")
     clear = sum(abs(mean) > half for mean, half in intervals)
     count = f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would."
     return [*means, "", *against, "", count]
-
-
-def _cell(values: list[float], count: int, sign: str = "") -> str:
-    """A mean with its interval, and the number of seeds if some of `count` lack the measure."""
-    if not values:
-        return ""
-    return shown(mean_and_half_width(values), sign) + ("" if len(values) == count else f" ({len(values)} seeds)")
 
 
 def draw(rows: Sequence[dict[str, Any]], problem: str, base: str, file: Path) -> None:
@@ -226,7 +217,8 @@ def draw(rows: Sequence[dict[str, Any]], problem: str, base: str, file: Path) ->
     for axis, name in zip(axes, drawn, strict=True):
         axis.axvline(0, color="0.8", zorder=0)
         for place, arm in enumerate(others):
-            values = differences(arms, base, arm, name)
+            if not (values := differences(arms[arm], arms[base], name)):
+                continue
             mean, half = mean_and_half_width(values)
             axis.scatter(values, [place] * len(values), color="0.7", s=12)
             axis.errorbar([mean], [place], xerr=[half], color="C1" if abs(mean) > half else "C0", marker="o", markersize=5, capsize=3)

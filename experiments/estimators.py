@@ -125,6 +125,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder / "metrics.jsonl")
 
 
+def complete_runs(arguments: argparse.Namespace, name: str) -> dict[int, list[dict[str, Any]]]:
+    """The metrics of the first `--steps` steps of a setting's runs, by seed; of runs that have as many."""
+    runs = {seed: rows(folder_of(arguments, name, seed))[: arguments.steps] for seed in seeds(arguments)}
+    return {seed: run for seed, run in runs.items() if len(run) == arguments.steps}
+
+
 def seeds(arguments: argparse.Namespace) -> range:
     """The seeds of each cell."""
     return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
@@ -189,11 +195,10 @@ def run_all(todo: Iterable[Run], arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Results by setting, of complete runs only; lists are ordered by seed."""
+    """Results by setting, of complete runs only; lists are ordered by seed. None: a run has no valid program, or no two programs."""
     result = {}
     for name in cells(arguments):
-        runs = {seed: rows(folder_of(arguments, name, seed)) for seed in seeds(arguments)}
-        runs = {seed: run for seed, run in runs.items() if len(run) >= arguments.steps}
+        runs = complete_runs(arguments, name)
         steps = [row for run in runs.values() for row in run]
         result[name] = {
             "seeds": list(runs),
@@ -202,12 +207,18 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
             "last_two_mean": [sum(row["reward/mean"] for row in run[-2:]) / 2 for run in runs.values()],
             "constant_frac": [sum(constant(row) for row in run[1:]) / (len(run) - 1) for run in runs.values()],
             "collapsed_by": [next((i for i, row in enumerate(run, 1) if constant(row) >= 0.5), None) for run in runs.values()],
-            "distance": [sum(row["diversity/distance"] or 0.0 for row in run[-2:]) / 2 for run in runs.values()],
+            "distance": [mean_of_known([row.get("diversity/distance") for row in run[-2:]]) for run in runs.values()],
             "programs": sum(row["rollouts/count"] for row in steps),
             "valid": sum(row["outcome/ok"] for row in steps),
             "timeouts": sum(row["outcome/timeout"] for row in steps),
         }
     return result
+
+
+def mean_of_known(found: list[float | None]) -> float | None:
+    """The mean of the values that are not None; None if all are."""
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def constant(row: dict[str, Any]) -> float:
@@ -218,7 +229,7 @@ def constant(row: dict[str, Any]) -> float:
 def paired(found: dict[str, Any], name: str, other: str, key: str) -> str:
     """The paired difference to another setting, with its interval."""
     mine, theirs = (dict(zip(found[one]["seeds"], found[one][key], strict=True)) for one in (name, other))
-    both = sorted(mine.keys() & theirs.keys())
+    both = [seed for seed in sorted(mine.keys() & theirs.keys()) if mine[seed] is not None and theirs[seed] is not None]
     return interval([mine[seed] - theirs[seed] for seed in both], signed=True) if both else ""
 
 
@@ -233,7 +244,8 @@ def show(found: dict[str, Any], arguments: argparse.Namespace) -> None:
     for name, values in found.items():
         if not values["seeds"]:
             continue
-        columns = [name, str(len(values["seeds"])), interval(values["best"])]
+        best = [score for score in values["best"] if score is not None]
+        columns = [name, str(len(values["seeds"])), interval(best) if best else "no valid program"]
         if arguments.diversity:
             columns += [interval(values["last_two_mean"]), interval(values["constant_frac"])]
             columns.append(", ".join("never" if step is None else str(step) for step in values["collapsed_by"]))
@@ -290,10 +302,8 @@ def write_csv(arguments: argparse.Namespace) -> None:
         writer = csv.writer(file)
         writer.writerow(["setting", "seed", "step", *columns])
         for name in cells(arguments):
-            for seed in seeds(arguments):
-                run = rows(folder_of(arguments, name, seed))
-                if len(run) >= arguments.steps:
-                    writer.writerows([name, seed, row["step"] + 1, *(row[column] for column in columns)] for row in run)
+            for seed, run in complete_runs(arguments, name).items():
+                writer.writerows([name, seed, row["step"] + 1, *(row.get(column) for column in columns)] for row in run)
 
 
 if __name__ == "__main__":

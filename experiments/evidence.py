@@ -103,7 +103,7 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
             of_children = children(attempts, {row["step"]})
             columns = [row.get(column) for column in COLUMNS]
             tables["steps"].append([setting, seed, row["step"] + 1, *columns, private[row["step"]], *of_children])
-        tables["runs"].append([setting, seed, *measured(rows, attempts, private, chosen_program(path))])
+        tables["runs"].append([setting, seed, *measured(rows, attempts, private, chosen_program(path, attempts))])
         for step, shares in shares_by_step(attempts).items():
             tables["traits"] += [[setting, seed, step + 1, trait, round(share, 4)] for trait, share in sorted(shares.items())]
     for policy, seed, path in runs_in(folder / "same_prompts"):
@@ -123,16 +123,19 @@ def collect(folder: Path, csv_folder: Path, steps: int | None) -> None:
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def chosen_program(folder: Path) -> str | None:
-    """The id of the program that the retests chose; None without finalists."""
-    file = folder / "finalists.json"
-    return json.loads(file.read_bytes())[0]["chosen"] if file.exists() else None
+def chosen_program(folder: Path, attempts: list[Attempt]) -> str | None:
+    """The id of the program that the retests chose; None without finalists, or if programs of later steps took part."""
+    if not (file := folder / "finalists.json").exists():
+        return None
+    (found,) = json.loads(file.read_bytes())
+    known = {attempt.id for attempt in attempts}
+    return found["chosen"] if all(row["id"] in known for row in found["finalists"]) else None
 
 
 def measured(rows: list[dict[str, Any]], attempts: list[Attempt], private: dict[int, float], chosen: str | None) -> list[Any]:
     """A run's columns of runs.csv, from its metrics, its journal, the means on the private answers and the id of the chosen program."""
     scored = [(one.score, one.private_score) for one in attempts if one.score is not None]
-    best, private_score = max(scored, key=lambda pair: pair[0])  # the earliest of equal scores
+    best, private_score = max(scored, key=lambda pair: pair[0], default=(None, None))  # the earliest of equal scores
     last = [row["step"] for row in rows[-2:]]
     last_two = [row["reward/mean"] for row in rows[-2:]], [private[step] for step in last]
     late = children(attempts, {row["step"] for row in rows[len(rows) // 2 :]})
@@ -201,9 +204,15 @@ def by_setting(table: Path) -> dict[str, dict[float, dict[str, Any]]]:
     return found
 
 
+def known_pairs(one: dict[float, dict[str, Any]], other: dict[float, dict[str, Any]], measure: str) -> list[tuple[float, float]]:
+    """A measure of two settings, seed by seed, of the seeds with both."""
+    pairs = [(one[seed].get(measure, ""), other[seed].get(measure, "")) for seed in sorted(one.keys() & other.keys())]
+    return [pair for pair in pairs if "" not in pair]
+
+
 def differences(runs: dict[float, dict[str, Any]], base: dict[float, dict[str, Any]], measure: str) -> list[float]:
     """The differences of a measure between a setting and the base, seed by seed."""
-    return [runs[seed][measure] - base[seed][measure] for seed in sorted(runs.keys() & base.keys())]
+    return [mine - other for mine, other in known_pairs(runs, base, measure)]
 
 
 def comparisons(csv_folder: Path, base: str) -> Iterator[tuple[dict[str, dict[float, dict[str, Any]]], str, dict[str, str]]]:
@@ -213,9 +222,9 @@ def comparisons(csv_folder: Path, base: str) -> Iterator[tuple[dict[str, dict[fl
         yield by_setting(same_prompts), "base", SAME_PROMPTS
 
 
-def known(found: dict[str, dict[float, dict[str, Any]]], measure: str) -> bool:
-    """Whether all runs have the measure. Without reuse, no child has a parent; without finalists, no program is chosen by retests."""
-    return all(row.get(measure, "") != "" for runs in found.values() for row in runs.values())
+def known_values(runs: dict[float, dict[str, Any]], measure: str) -> list[float]:
+    """A measure of the runs that have it. Without reuse, no child has a parent; without finalists, no program is chosen by retests."""
+    return [row[measure] for row in runs.values() if row.get(measure, "") != ""]
 
 
 def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: dict[str, str], only_differences: bool) -> None:
@@ -226,12 +235,18 @@ def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: 
     print(f"\n| | {' | '.join([*shown, *(f'{name} minus {base} ({count} seeds)' for name, count in pairs.items())])} |")
     print("|---" * (1 + len(shown) + len(others)) + "|")
     for measure, told in measures.items():
-        if not known(found, measure):
+        if not any(known_values(runs, measure) for runs in found.values()):
             continue
-        cells = [interval([row[measure] for row in found[name].values()]) for name in shown]
-        for name in others:
-            cells.append(interval(differences(found[name], found[base], measure), signed=True))
+        cells = [_cell(known_values(found[name], measure), len(found[name])) for name in shown]
+        cells += [_cell(differences(found[name], found[base], measure), pairs[name], signed=True) for name in others]
         print(f"| {told} | {' | '.join(cells)} |")
+
+
+def _cell(values: list[float], count: int, *, signed: bool = False) -> str:
+    """A mean with its interval, and the number of seeds if some of `count` lack the measure."""
+    if not values:
+        return ""
+    return interval(values, signed=signed) + ("" if len(values) == count else f" ({len(values)} seeds)")
 
 
 def draw(csv_folder: Path, base: str, plots: Path) -> None:
@@ -253,8 +268,8 @@ def _draw_differences(plt: Any, csv_folder: Path, base: str) -> Any:
     for found, other, measures in reversed(list(comparisons(csv_folder, base))):
         for measure in ACCURACIES:
             for name in found:
-                if measure in measures and name != other and known(found, measure):
-                    lines.append((f"{name} minus {other}: {measures[measure]}", differences(found[name], found[other], measure)))
+                if measure in measures and name != other and (gaps := differences(found[name], found[other], measure)):
+                    lines.append((f"{name} minus {other}: {measures[measure]}", gaps))
     figure, axis = plt.subplots(figsize=(10, 0.5 + 0.4 * len(lines)), constrained_layout=True)
     axis.axvline(0, color="0.8", zorder=0)
     for place, (_, values) in enumerate(lines):

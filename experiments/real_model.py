@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from estimators import mean_and_half_width
-from evidence import known, read, write
-from retest import direction, seed_state
+from evidence import known_pairs, read, write
+from retest import direction, seed_state, winner
 
 from discover_jax.archive.journal import Journal
 from discover_jax.runs.finalists import NAME
@@ -111,31 +111,41 @@ REPLIES_MEASURES = {
 }
 
 
+def names_of(folder: Path) -> dict[str, Any]:
+    """Problem, seed and arm of a run, from its folder's name.
+
+    Raises:
+      ValueError: it is not a name of this form.
+    """
+    parts = folder.name.rsplit("-", 2)
+    if len(parts) < 3 or not parts[2].isdecimal():
+        raise ValueError(f"The folder {folder} of a run must be named PROBLEM-ARM-SEED, with a whole number as seed. Rename or move it.")
+    return {"problem": parts[0], "seed": int(parts[2]), "arm": parts[1]}
+
+
 def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The row of a run, and those of its first `steps` steps.
 
     Raises:
-      ValueError: the run has fewer steps.
+      ValueError: the run has fewer steps, or its folder has another name.
+      RunError: see `retest.winner`.
     """
-    problem, arm, seed = folder.name.rsplit("-", 2)
-    names = {"problem": problem, "seed": int(seed), "arm": arm}
+    names = names_of(folder)
     metrics = read_metrics(folder / "metrics.jsonl")[:steps]
     if len(metrics) < steps:
         raise ValueError(f"{folder.name} has {len(metrics)} steps; {steps} are needed. Set --steps.")
     attempts = [attempt for attempt in Journal(folder / "journal.jsonl").read() if attempt.step < steps]
-    best = max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward, default=None)
-    by_id = {attempt.id: attempt for attempt in attempts}
+    best = best_of(attempts)
     sign = direction(folder)
     values = {attempt.id: _value(attempt.score, sign) for attempt in attempts} | {SEED.id: _value(seed_state(folder).score, sign)}
-    file = folder / NAME
-    winner = json.loads(file.read_bytes())[0]["finalists"][0] if file.exists() else None
+    chosen, retested = winner(file, attempts) if (file := folder / NAME).exists() else (None, None)
     valid = [row["outcome/ok"] / row["rollouts/count"] for row in metrics]
     run = names | {
         "programs": len(attempts),
         "best_grade": best.score if best else None,
         "best_unseen": best.private_score if best and _has_unseen_rows(folder) else None,
-        "chosen_unseen": by_id[winner["id"]].private_score if winner and _has_unseen_rows(folder) else None,
-        "chosen_retested": round(winner["retested_score"], 6) if winner else None,
+        "chosen_unseen": chosen.private_score if chosen and _has_unseen_rows(folder) else None,
+        "chosen_retested": _rounded(retested),
         "mean_last": round(metrics[-1]["reward/mean"], 6),
         "valid_first": valid[0],
         "valid_last": valid[-1],
@@ -150,7 +160,7 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
             "copies": _rounded(row.get("diversity/copy_frac")),
             "mean": round(row["reward/mean"], 6),
             "best": row["best/score"],
-            **_of_programs([attempt for attempt in attempts if attempt.step == row["step"]], problem),
+            **_of_programs([attempt for attempt in attempts if attempt.step == row["step"]], names["problem"]),
             "step_s": _rounded(row.get("time/step_s"), 1),
             "sample_s": _rounded(row.get("time/sample_s"), 1),
             "programs_s": _rounded(row.get("time/execute_s"), 1),
@@ -159,6 +169,11 @@ def measures(folder: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, A
         for row, share in zip(metrics, valid, strict=True)
     ]
     return run, of_steps
+
+
+def best_of(attempts: Sequence[Attempt]) -> Attempt | None:
+    """The attempt with the highest reward among those with a score, the first of equals."""
+    return max((attempt for attempt in attempts if attempt.score is not None), key=lambda attempt: attempt.reward, default=None)
 
 
 def _has_unseen_rows(folder: Path) -> bool:
@@ -191,11 +206,10 @@ def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
     Raises:
       ValueError: the folder has another number of steps than one.
     """
-    problem, arm, seed = folder.name.rsplit("-", 2)
     rows = read_metrics(folder / "metrics.jsonl")
     if len(rows) != 1:
         raise ValueError(f"{folder.name} has {len(rows)} steps; one is needed.")
-    source = runs / f"{problem}-train-{seed}"
+    source = _source(folder, runs)
     sign = direction(source)
     attempts = Journal(folder / "journal.jsonl").read()
     values = {attempt.id: _value(attempt.score, sign) for attempt in Journal(source / "journal.jsonl").read()}
@@ -203,10 +217,7 @@ def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
     best = max(values.values())
     attempts = [attempt for attempt in attempts if attempt.step == rows[0]["step"]]
     own = [(_value(attempt.score, sign), attempt.parent_id) for attempt in attempts]
-    return {
-        "problem": problem,
-        "seed": int(seed),
-        "arm": arm,
+    return names_of(folder) | {
         "valid": rows[0]["outcome/ok"] / rows[0]["rollouts/count"],
         "mean": round(rows[0]["reward/mean"], 6),
         "copies": _rounded(rows[0].get("diversity/copy_frac")),
@@ -214,6 +225,12 @@ def measures_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
         "better": sum(value > values[parent] for value, parent in own) / len(own),
         "gain": round(max(0.0, max(value for value, _ in own) - best), 6),
     }
+
+
+def _source(folder: Path, runs: Path) -> Path:
+    """The training run below `runs` that a step on the same prompts continues."""
+    _, _, seed = folder.name.rsplit("-", 2)
+    return runs / f"{names_of(folder)['problem']}-train-{seed}"
 
 
 def replies(folder: Path, steps: int) -> list[dict[str, Any]]:
@@ -226,11 +243,10 @@ def replies(folder: Path, steps: int) -> list[dict[str, Any]]:
 
 def replies_on_same_prompts(folder: Path, runs: Path) -> dict[str, Any]:
     """The row in replies.csv of a step that continues a training run below `runs`."""
-    problem, _, seed = folder.name.rsplit("-", 2)
     attempts = Journal(folder / "journal.jsonl").read()
     (row,) = read_metrics(folder / "metrics.jsonl")
     mine = [attempt for attempt in attempts if attempt.step == row["step"]]
-    return _of_replies(folder, "same", mine, _programs(runs / f"{problem}-train-{seed}"))
+    return _of_replies(folder, "same", mine, _programs(_source(folder, runs)))
 
 
 def _programs(folder: Path) -> dict[str, str]:
@@ -239,12 +255,8 @@ def _programs(folder: Path) -> dict[str, str]:
 
 
 def _of_replies(folder: Path, part: str, attempts: Sequence[Attempt], programs: dict[str, str]) -> dict[str, Any]:
-    problem, arm, seed = folder.name.rsplit("-", 2)
     complete = [attempt for attempt in attempts if attempt.stop is not StopReason.MAX_TOKENS]
-    return {
-        "problem": problem,
-        "seed": int(seed),
-        "arm": arm,
+    return names_of(folder) | {
         "part": part,
         "cut": 1 - len(complete) / len(attempts),
         "valid": _valid(attempts),
@@ -290,17 +302,30 @@ def _compared(rows: list[dict[str, Any]], problem: str, names: dict[str, str], m
         return [f"{problem}: no seed has both arms, so there is nothing to compare."]
     lines = [f"| | {names[first]} | {names[second]} | {names[second]} minus {names[first]} ({len(seeds)} seeds) |", "|---|---|---|---|"]
     for name, told in measures.items():
-        if not known({arm: {seed: runs[seed] for seed in seeds} for arm, runs in arms.items()}, name):
+        pairs = known_pairs(of_first, of_second, name)
+        if not pairs:
             continue
-        pairs = [(of_first[seed][name], of_second[seed][name]) for seed in seeds]
-        found = (mean_and_half_width(values) for values in ([a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]))
-        a, b, difference = found
-        lines.append(f"| {told} | {shown(a)} | {shown(b)} | {shown(difference, '+')} |")
+        a, b, difference = [a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]
+        lines.append(f"| {told} | {cell(a, len(pairs))} | {cell(b, len(pairs))} | {cell(difference, len(seeds), '+')} |")
     return lines
+
+
+def cell(values: list[float], count: int, sign: str = "") -> str:
+    """A mean with its interval, and the number of seeds if some of `count` lack the measure."""
+    if not values:
+        return ""
+    return shown(mean_and_half_width(values), sign) + ("" if len(values) == count else f" ({len(values)} seeds)")
 
 
 def shown(found: tuple[float, float], sign: str = "") -> str:
     return f"{found[0]:{sign}.4f} +- {found[1]:.4f}"
+
+
+def mean_by_step(rows: Sequence[dict[str, Any]], column: str) -> dict[float, float]:
+    """The mean of a column for each step in which every run has it: before its first valid program, a run has no best score."""
+    numbers = sorted({row["step"] for row in rows})
+    values = {number: [row[column] for row in rows if row["step"] == number] for number in numbers}
+    return {number: statistics.mean(found) for number, found in values.items() if "" not in found}
 
 
 def draw(steps: list[dict[str, Any]], problem: str, file: Path) -> None:
@@ -316,11 +341,11 @@ def draw(steps: list[dict[str, Any]], problem: str, file: Path) -> None:
     for axis, (column, title) in zip(axes, columns, strict=True):
         for colour, arm in (("C0", "search"), ("C1", "train")):
             of_arm = [row for row in steps if row["problem"] == problem and row["arm"] == arm]
-            numbers = sorted({row["step"] for row in of_arm})
             for seed in sorted({row["seed"] for row in of_arm}):
-                axis.plot(numbers, [row[column] for row in of_arm if row["seed"] == seed], color=colour, alpha=0.3, linewidth=0.8)
-            means = [statistics.mean(row[column] for row in of_arm if row["step"] == number) for number in numbers]
-            axis.plot(numbers, means, color=colour, label={"search": "search", "train": "training"}[arm])
+                mine = mean_by_step([row for row in of_arm if row["seed"] == seed], column)
+                axis.plot(mine.keys(), mine.values(), color=colour, alpha=0.3, linewidth=0.8)
+            means = mean_by_step(of_arm, column)
+            axis.plot(means.keys(), means.values(), color=colour, label={"search": "search", "train": "training"}[arm])
         axis.set(title=title, xlabel="step")
     axes[0].legend()
     figure.savefig(file, metadata={"Date": None})

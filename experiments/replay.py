@@ -14,14 +14,14 @@ over seeds.
 
 import argparse
 import collections
-import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from estimators import mean_and_half_width
 from evidence import read, write
-from retest import POSTERIOR_NAME, direction, ranked_frontier, run_seed
+from retest import POSTERIOR_NAME, direction, ranked_frontier, run_seed, winner
 
 from discover_jax.archive.archive import best_of
 from discover_jax.archive.frontier import states_of
@@ -29,7 +29,7 @@ from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import RunError
 from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
 from discover_jax.runs.finalists import NAME
-from discover_jax.types import SEED
+from discover_jax.types import SEED, Attempt
 
 COLUMNS = ("run", "seed", "choice", "program", "estimate", "unseen", "gap")
 SEED_PROGRAM = "seed program"
@@ -44,7 +44,7 @@ def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
       steps: number of steps of the run to use, as in the retests; None: all.
 
     Raises:
-      RunError: the journal cannot be read or has several competitions, or finalists.json is missing.
+      RunError: the journal cannot be read or has several competitions; or see `retest.winner`.
     """
     attempts = [each for each in Journal(folder / "journal.jsonl").read() if steps is None or each.step < steps]
     tasks = {attempt.task for attempt in attempts}
@@ -56,9 +56,13 @@ def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
         return []
     sign, shrunk = direction(folder), ranked_frontier(folder, attempts).best
     assert shrunk is not None, "there is a program with a score"
-    chosen = {"raw": (raw.id, raw.score), "posterior": (shrunk.id, sign * (shrunk.value or 0.0)), "finalists": _winner(folder / NAME)}
+    chosen = {
+        "raw": (raw.id, raw.score),
+        "posterior": (shrunk.id, sign * (shrunk.value or 0.0)),
+        "finalists": _chosen(folder / NAME, attempts),
+    }
     if (folder / POSTERIOR_NAME).exists():
-        chosen["both"] = _winner(folder / POSTERIOR_NAME)
+        chosen["both"] = _chosen(folder / POSTERIOR_NAME, attempts)
     if (folder / SEED_PROGRAMS).exists():
         ((_, _, verdict),) = stored_verdicts(folder / SEED_PROGRAMS)
         chosen[SEED_PROGRAM], private[SEED.id] = (SEED.id, verdict.grade.score), verdict.grade.private_score
@@ -77,14 +81,9 @@ def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def _winner(file: Path) -> tuple[str, float | None]:
-    try:
-        (found,) = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{file} cannot be read ({error}). Write it by retest.py, or set config.finalists.count and finish the run."
-        ) from error
-    return found["finalists"][0]["id"], found["finalists"][0]["retested_score"]
+def _chosen(file: Path, attempts: Sequence[Attempt]) -> tuple[str, float | None]:
+    best, retested = winner(file, attempts)
+    return best.id, retested
 
 
 def interval(values: list[float], *, signed: bool = False) -> str:
@@ -103,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for rule in [rule for rule in RULES if any(row["choice"] == rule for row in rows)]:
         by_seed = collections.defaultdict(list)
         for row in rows:
-            if row["choice"] == rule:
+            if row["choice"] == rule and row["run"] in base:
                 of_raw = base[row["run"]]
                 gain, narrower = row["unseen"] - of_raw["unseen"], row["gap"] - of_raw["gap"]
                 by_seed[row["seed"]].append((row["estimate"], row["unseen"], gain, row["gap"], narrower))

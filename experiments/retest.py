@@ -8,6 +8,7 @@ ranked by `reuse.score` = posterior. replay.py reads both. Runs need the reward 
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from discover_jax import config as settings
 from discover_jax.archive.frontier import Frontier
 from discover_jax.archive.journal import Journal
 from discover_jax.archive.ranking import Ranking
+from discover_jax.exceptions import RunError
 from discover_jax.execution import Executor
 from discover_jax.execution.limits import resource_limits
 from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
@@ -61,6 +63,29 @@ def direction(folder: Path) -> float:
     return 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
 
 
+def winner(file: Path, attempts: Sequence[Attempt]) -> tuple[Attempt, float | None]:
+    """The program that the retests of a file chose, and its score in them; None if it has none.
+
+    Args:
+      attempts: of the steps that are compared.
+
+    Raises:
+      RunError: the file cannot be read, or programs of later steps took part in its choice.
+    """
+    by_id = {attempt.id: attempt for attempt in attempts}
+    try:
+        (found,) = json.loads(file.read_bytes())
+        finalists = {row["id"]: row["retested_score"] for row in found["finalists"]}
+        best = next(iter(finalists))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise RunError(
+            f"{file} cannot be read ({error!r}). Write it by retest.py, or set config.finalists.count and finish the run."
+        ) from error
+    if later := [id for id in finalists if id not in by_id]:
+        raise RunError(f"{file} has finalists of later steps: {', '.join(later)}. Use all steps, or write it again by retest.py --steps=N.")
+    return by_id[best], finalists[best]
+
+
 def frontier_of(attempts: Sequence[Attempt], *, seed: State = SEED, ranking: Ranking | None = None, capacity: int = 1024) -> Frontier:
     """All programs of the journal's rows, ranked by their rewards if there is no ranking."""
     frontier, ids = Frontier.start(capacity, seed=seed, ranking=ranking), {attempt.id for attempt in attempts}
@@ -76,9 +101,11 @@ def ranked_frontier(folder: Path, attempts: Sequence[Attempt]) -> Frontier:
 
 
 def retest(folder: Path, raw: str, *, steps: int | None, workers: int | None, seconds: float | None) -> dict[str, Choice]:
-    """The choices from the first `steps` steps of a run, by the file to write; None: all steps."""
+    """The choices from the first `steps` steps of a run, by the file to write; None: all steps. Empty if no program has a score."""
     config = run_config(folder, raw)
     attempts = [each for each in Journal(folder / "journal.jsonl").read() if steps is None or each.step < steps]
+    if all(attempt.score is None for attempt in attempts):
+        return {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         (task,) = prepare_tasks(config.task, folder=work / "task", seed=config.seed)
@@ -112,6 +139,8 @@ def main() -> None:
     options = parser.parse_args()
     for folder in options.runs:
         found = retest(folder, options.raw, steps=options.steps, workers=options.workers, seconds=options.seconds)
+        if not found:
+            print(f"left out: {folder.name} has no program with a score", file=sys.stderr)
         for file, choice in found.items():
             (folder / file).write_text(json.dumps([choice.to_json()], indent=1) + "\n")
             print(f"{folder.name} {file}: {choice.text}", flush=True)

@@ -1,5 +1,6 @@
 """The tables in docs/results.md match those that the scripts in experiments/ print from the data there."""
 
+import argparse
 import copy
 import csv
 import json
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from synthetic_run import DISCLOSURE, attempt, write_run, write_seed_program
 
+from discover_jax.exceptions import RunError
 from discover_jax.row_results import encode
 from discover_jax.types import Outcome, StopReason
 
@@ -99,6 +101,110 @@ def test_measures_of_a_real_model_by_hand(tmp_path, output):
     assert "training minus search (1 seeds)" in printed  # seed 8 has no search
     assert "loss: no seed has both arms" in printed
     assert "| best program, on the reward's rows | 0.6000 +- nan | 0.7000 +- nan | +0.1000 +- nan |" in printed
+
+
+def collected(tmp_path, output, steps):
+    """The table of the runs on one problem, and the rows of runs.csv by arm and seed."""
+    (tmp_path / "csv").mkdir()
+    printed = output("experiments/real_model.py", f"--runs={tmp_path / 'runs'}", f"--steps={steps}", f"--csv={tmp_path / 'csv'}")
+    return printed, {(row["arm"], row["seed"]): row for row in csv.DictReader((tmp_path / "csv" / "runs.csv").open())}
+
+
+def test_measures_that_some_runs_lack(tmp_path, output):
+    """Search with seed 7 has no valid program, and with seed 8 no retest has a score. The other seeds are compared and counted."""
+    scores = {("search", 7): None, ("search", 8): 0.5, ("search", 9): 0.5, ("train", 7): 0.6, ("train", 8): 0.6, ("train", 9): 0.7}
+    for (arm, seed), score in scores.items():
+        run = write_run(tmp_path / "runs" / f"circles-{arm}-{seed}", [attempt(0, 0, 0, "seed", "pass", score)])
+        write_seed_program(run, "spaceship-titanic", 0.4)
+        if score is not None:
+            (run / "finalists.json").write_text(finalists("0000-000-000", None if (arm, seed) == ("search", 8) else score))
+    printed, rows = collected(tmp_path, output, 1)
+    assert (rows["search", "7"]["best_grade"], rows["search", "8"]["chosen_retested"]) == ("", "")
+    half = 12.706204736 * 0.05  # the two differences are 0.1 and 0.2
+    assert f"| best program, on the reward's rows | 0.5000 +- 0.0000 | 0.6500 +- {half:.4f} | +0.1500 +- {half:.4f} (2 seeds) |" in printed
+    assert "| chosen program, in the retests | 0.5000 +- nan | 0.7000 +- nan | +0.2000 +- nan (1 seeds) |" in printed
+    assert "| valid programs, last step | 0.6667 +- 1.4342 | 1.0000 +- 0.0000 | +0.3333 +- 1.4342 |" in printed
+
+
+@pytest.mark.parametrize("script", ["real_model", "replay", "evidence"])
+def test_finalists_of_later_steps_are_not_compared(tmp_path, output, script):
+    """The retests of the whole run chose among programs of two steps; only the first step is compared."""
+    results = [encode(np.arange(10) < right, share=True) for right in (4, 5, 6)]
+    rows = [attempt(step, 0, 0, "seed", f"{step}", 0.5 + step / 10, private_score=0.5, rows=results[1 + step]) for step in (0, 1)]
+    run = write_run(tmp_path / "runs" / "space-none-7", rows, disclosure=HOLDOUT)
+    write_seed_program(run, "spaceship-titanic", 0.4, rows=results[0])
+    found = json.loads(finalists("0000-000-000", 0.55))
+    found[0]["finalists"].append({"id": "0001-000-000", "retested_score": 0.5})
+    (run / "finalists.json").write_text(json.dumps(found))
+    if script == "evidence":
+        output("experiments/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path}", "--steps=1", "--base=space-none")
+        (row,) = csv.DictReader((tmp_path / "runs.csv").open())
+        assert (row["best"], row["chosen_private"]) == ("0.5", "")
+        return
+    runs = (f"--runs={run.parent}", f"--csv={tmp_path}") if script == "real_model" else (str(run), f"--csv={tmp_path / 'choices.csv'}")
+    with pytest.raises(RunError, match=r"later steps: 0001-000-000\. .*retest\.py --steps=N"):
+        output(f"experiments/{script}.py", *runs, "--steps=1")
+
+
+def test_the_name_of_a_run_folder(tmp_path, output):
+    write_run(tmp_path / "runs" / "space-train", [attempt(0, 0, 0, "seed", "pass", 0.5)])
+    with pytest.raises(ValueError, match=r"space-train.* must be named PROBLEM-ARM-SEED"):
+        collected(tmp_path, output, 1)
+
+
+def test_scores_are_drawn_from_the_first_step_in_which_all_runs_have_one(output, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import real_model
+
+    rows = [{"step": step, "seed": seed, "best": best} for step, seed, best in ((1, 1, 0.5), (1, 2, ""), (2, 1, 0.5), (2, 2, 0.7))]
+    assert real_model.mean_by_step(rows, "best") == {2: pytest.approx(0.6)}
+    assert real_model.mean_by_step(rows[::2], "best") == {1: 0.5, 2: 0.5}
+
+
+def test_settings_without_a_shared_seed_or_a_valid_program(tmp_path, output):
+    for name, score in {"greedy-none-1": 0.5, "greedy-none-2": None, "puct-none-3": 0.6, "fixed-none-2": 0.7}.items():
+        write_run(tmp_path / "runs" / name, [attempt(0, 0, 0, "seed", "pass", score)])
+    printed = output("experiments/evidence.py", f"--runs={tmp_path / 'runs'}", f"--csv={tmp_path / 'csv'}", "--base=greedy-none")
+    assert "fixed-none minus greedy-none (1 seeds) | puct-none minus greedy-none (0 seeds)" in printed
+    assert "| best program, on the reward's rows | 0.7000 | 0.5000 (1 seeds) | 0.6000 |  |  |" in printed
+
+
+def test_longer_runs_are_compared_at_equal_numbers_of_programs(tmp_path, monkeypatch, capsys):
+    """Both runs have two steps. The second has a third one, with a better program; a third run has no valid program."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import estimators
+
+    for seed, steps in ((0, [0.5, 0.6]), (1, [0.5, 0.6, 0.9]), (2, [None, None])):
+        rows = [attempt(step, 0, 0, "seed", f"{step}", score) for step, score in enumerate(steps)]
+        write_run(tmp_path / f"fixed-none-{seed}", rows)
+    arguments = argparse.Namespace(
+        out=tmp_path, steps=2, first_seed=0, seeds=3, reuse="fixed", learning="none", diversity=False, csv=tmp_path / "c"
+    )
+    found = estimators.table(arguments)
+    assert found["fixed/none"]["best"] == [0.6, 0.6, None]
+    assert found["fixed/none"]["programs"] == 6
+    assert found["fixed/none"]["distance"] == [None] * 3  # no group has two programs
+    estimators.show(found, arguments)
+    assert "| fixed/none | 3 | 0.6000 +- 0.0000 |" in capsys.readouterr().out
+    assert estimators.paired(found, "fixed/none", "fixed/none", "best") == "+0.0000 +- 0.0000"
+    estimators.write_csv(arguments)
+    assert len(list(csv.DictReader((tmp_path / "c").open()))) == 6
+
+
+def test_a_run_without_a_valid_program_has_no_finalists(tmp_path, output, capsys):
+    run = write_run(tmp_path / "space-train-7", [attempt(0, 0, 0, "seed", "pass", None)])
+    output("experiments/retest.py", str(run), "--raw=train.csv")
+    assert not (run / "finalists.json").exists()
+
+
+def test_choices_without_a_choice_by_score(tmp_path, monkeypatch):
+    """A program whose private score is unknown has no row; what is compared with it has none, either."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import replay
+
+    row = {"seed": 1, "estimate": 0.6, "unseen": 0.5, "gap": 0.1}
+    rows = [row | {"run": run, "choice": choice} for run, choice in (("a", "raw"), ("a", "finalists"), ("b", "finalists"))]
+    assert [line.split(" | ")[0] for line in replay.table(rows)[2:]] == ["| raw", "| finalists"]
 
 
 def test_rows_that_gave_the_reward_are_not_unseen(tmp_path, output):
