@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from estimators import mean_and_half_width
-from evidence import differences, read
-from real_model import TABLES, best_of, cell, folders, merge, names_of
+from evidence import cell, differences, known_values, read
+from real_model import TABLES, best_of, folders, merge, names_of
 from retest import direction, seed_state
 
 from discover_jax.archive.journal import Journal
@@ -185,18 +185,18 @@ def arms_of(rows: Sequence[dict[str, Any]], problem: str, base: str) -> dict[str
 def tables(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]:
     """The mean of each arm and its differences from the base as Markdown, and the number of comparisons."""
     arms = arms_of(rows, problem, base)
-    names = [name for name in MEASURES if any(row[name] != "" for runs in arms.values() for row in runs.values())]
+    names = [name for name in MEASURES if any(known_values(runs, name) for runs in arms.values())]
     head = [f"| {problem} | seeds | {' | '.join(MEASURES[name] for name in names)} |", "|---" * (len(names) + 2) + "|"]
     means, against, intervals = list(head), list(head), []
     for arm, runs in arms.items():
-        cells = [cell([row[name] for row in runs.values() if row[name] != ""], len(runs)) for name in names]
+        cells = [cell(known_values(runs, name), len(runs)) for name in names]
         means.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
         if arm == base:
             continue
         values = {name: differences(runs, arms[base], name) for name in names}
         intervals += [mean_and_half_width(found) for found in values.values() if len(found) > 1]
         count = len(runs.keys() & arms[base].keys())
-        against.append(f"| {arm} minus {base} | {count} | {' | '.join(cell(values[name], count, '+') for name in names)} |")
+        against.append(f"| {arm} minus {base} | {count} | {' | '.join(cell(values[name], count, signed=True) for name in names)} |")
     clear = sum(abs(mean) > half for mean, half in intervals)
     count = f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would."
     return [*means, "", *against, "", count]

@@ -237,12 +237,12 @@ def compare(found: dict[str, dict[float, dict[str, Any]]], base: str, measures: 
     for measure, told in measures.items():
         if not any(known_values(runs, measure) for runs in found.values()):
             continue
-        cells = [_cell(known_values(found[name], measure), len(found[name])) for name in shown]
-        cells += [_cell(differences(found[name], found[base], measure), pairs[name], signed=True) for name in others]
+        cells = [cell(known_values(found[name], measure), len(found[name])) for name in shown]
+        cells += [cell(differences(found[name], found[base], measure), pairs[name], signed=True) for name in others]
         print(f"| {told} | {' | '.join(cells)} |")
 
 
-def _cell(values: list[float], count: int, *, signed: bool = False) -> str:
+def cell(values: list[float], count: int, *, signed: bool = False) -> str:
     """A mean with its interval, and the number of seeds if some of `count` lack the measure."""
     if not values:
         return ""

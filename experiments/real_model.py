@@ -32,8 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from estimators import mean_and_half_width
-from evidence import known_pairs, read, write
+from evidence import cell, known_pairs, read, write
 from retest import direction, seed_state, winner
 
 from discover_jax.archive.journal import Journal
@@ -306,19 +305,8 @@ def _compared(rows: list[dict[str, Any]], problem: str, names: dict[str, str], m
         if not pairs:
             continue
         a, b, difference = [a for a, _ in pairs], [b for _, b in pairs], [b - a for a, b in pairs]
-        lines.append(f"| {told} | {cell(a, len(pairs))} | {cell(b, len(pairs))} | {cell(difference, len(seeds), '+')} |")
+        lines.append(f"| {told} | {cell(a, len(pairs))} | {cell(b, len(pairs))} | {cell(difference, len(seeds), signed=True)} |")
     return lines
-
-
-def cell(values: list[float], count: int, sign: str = "") -> str:
-    """A mean with its interval, and the number of seeds if some of `count` lack the measure."""
-    if not values:
-        return ""
-    return shown(mean_and_half_width(values), sign) + ("" if len(values) == count else f" ({len(values)} seeds)")
-
-
-def shown(found: tuple[float, float], sign: str = "") -> str:
-    return f"{found[0]:{sign}.4f} +- {found[1]:.4f}"
 
 
 def mean_by_step(rows: Sequence[dict[str, Any]], column: str) -> dict[float, float]:

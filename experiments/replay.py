@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from estimators import mean_and_half_width
+from estimators import interval
 from evidence import read, write
 from retest import POSTERIOR_NAME, direction, ranked_frontier, run_seed, winner
 
@@ -84,12 +84,6 @@ def choices(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
 def _chosen(file: Path, attempts: Sequence[Attempt]) -> tuple[str, float | None]:
     best, retested = winner(file, attempts)
     return best.id, retested
-
-
-def interval(values: list[float], *, signed: bool = False) -> str:
-    """The mean and the half width of its 95% interval by Student's t."""
-    mean, half = mean_and_half_width(values)
-    return f"{mean:{'+' if signed else ''}.4f} +- {half:.4f}"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
