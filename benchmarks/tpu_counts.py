@@ -93,7 +93,7 @@ def compiled_decoding(config: Any, sizes: ModelConfig, machine: Machine) -> str:
     mesh = make_mesh(config.mesh.data, config.mesh.expert, 1, machine.devices)
     model = build_model(config, sizes, mesh, machine.platform)
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config))
-    sampler = build_sampler(config, model, stop_ids=(0,), memory=machine.memory)
+    sampler = build_sampler(config, model, stop_ids=(0,), memory=machine.memory, large_tiles=machine.large_tiles)
     functions = sampler.lowered_functions(model.abstract_frozen(), state.lora, config.groups, ROWS)
     decode = next(function for function in functions if function.name == "decode")
     return decode.lowered.compile(compiler_options=machine.options or None).as_text()

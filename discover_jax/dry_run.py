@@ -86,7 +86,7 @@ def each_need(
     optimizer = build_optimizer(config)
     # Stop tokens do not affect the memory.
     memory = machine.memory if machine.platform != "cpu" else None
-    sampler = build_sampler(config, model, stop_ids=(0,), memory=memory, learn=learn)
+    sampler = build_sampler(config, model, stop_ids=(0,), memory=memory, learn=learn, large_tiles=machine.large_tiles)
     update = build_update(config, model, optimizer)
     frozen = model.abstract_frozen()
     state = abstract_train_state(model.abstract_lora(), optimizer) if learn else None
@@ -255,13 +255,14 @@ def report(
         "",
         f"GB (10^9 bytes) on one device while a function runs; {_LETTERS_LEGEND}",
     ]
-    lines.append(f"{'phase':<10}{'function':<10}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}")
+    width = max(10, *(len(need.function) + 2 for need in found))
+    lines.append(f"{'phase':<10}{'function':<{width}}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>10}")
     phases = list(dict.fromkeys(need.phase for need in found))
     peaks = {phase: max((n for n in found if n.phase == phase), key=lambda n: (bool(n.complaint), n.total)) for phase in phases}
     for need in found:
         parts = "".join(f"{_gb(need.parts[part]) if need.parts[part] else '-':>12}" for part in PARTS)
         mark = " <- peak" if need is peaks[need.phase] else ""
-        lines.append(f"{need.phase:<10}{need.function:<10}{parts}{_gb(need.total):>10}{mark}")
+        lines.append(f"{need.phase:<10}{need.function:<{width}}{parts}{_gb(need.total):>10}{mark}")
     lines.append("")
     for phase, need in peaks.items():
         lines.append(

@@ -94,6 +94,7 @@ def build_sampler(
     *,
     memory: int | None = None,
     learn: bool = True,
+    large_tiles: bool = False,
 ) -> Sampler:
     """The sampler of a run.
 
@@ -104,6 +105,7 @@ def build_sampler(
       second_phase: see `SecondPhase`.
       memory: bytes available on one device, or None if unknown. The cache uses at most what weights and buffers leave free.
       learn: whether adapter and optimiser also need memory.
+      large_tiles: see `tpu_copies`.
 
     Raises:
       ConfigError: the sampler does not support a setting.
@@ -118,7 +120,7 @@ def build_sampler(
         temperature_spread=config.sampling.temperature_spread,
         stop_ids=stop_ids,
         second_phase=second_phase,
-        pages=cache_pages(config, model, memory, learn=learn),
+        pages=cache_pages(config, model, memory, learn=learn, large_tiles=large_tiles),
         record_routes=config.train.replay_routing and model.config.num_experts > 0,
         draft_tokens=config.sampling.draft_tokens,
     )
@@ -130,7 +132,7 @@ def unused_drafts(config: Any) -> str | None:
     return drafts_warning(settings.slots, config.groups * config.group_size, mesh.data * mesh.expert, settings.draft_tokens)
 
 
-def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -> int | None:
+def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool, large_tiles: bool = False) -> int | None:
     """Pages of the cache: as configured, or as many as the memory has room for; None if there is no limit."""
     if config.sampling.cache_tokens:
         return config.sampling.cache_tokens // PAGE
@@ -138,7 +140,7 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
         return None
     devices = row_devices(model.mesh)
     page, pages_of_1 = model.abstract_pool(devices, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
-    taken = beside_the_cache(config, model, memory, learn=learn)
+    taken = beside_the_cache(config, model, memory, learn=learn, large_tiles=large_tiles)
     pages = (memory - sum(taken.values())) // local_bytes(page)
     if pages < pages_of_1:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
@@ -150,8 +152,8 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool) -
     return devices * pages
 
 
-def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool) -> dict[str, int]:
-    """Bytes on one device that sampling needs beside the pages of the cache, by part."""
+def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool, large_tiles: bool = False) -> dict[str, int]:
+    """Bytes on one device that sampling needs beside the pages of the cache, by part. `large_tiles`: see `tpu_copies`."""
     devices = row_devices(model.mesh)
     rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
@@ -162,7 +164,7 @@ def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool) -> 
         "rings": local_bytes(abstract_rows(model, rows)),
         "logits": _LOGITS * max(rows, most_read(rows, config.sampling.draft_tokens)) // devices * model.config.vocab_size * 4,
         "temporary arrays": int(_TEMPORARY * memory),
-        "copies in other layouts": tpu_copies(model) if model.experts == "lanes" else 0,
+        "copies in other layouts": tpu_copies(model, large_tiles=large_tiles) if large_tiles or model.experts == "lanes" else 0,
     }
 
 

@@ -5,18 +5,16 @@ Other code than the run's own would say little: the references of the kernels ne
 
 from typing import Any
 
-from jax.sharding import AbstractMesh
-
 from discover_jax.costs import MeshShape
-from discover_jax.engine import beside_the_cache, build_optimizer, cache_pages, microbatch_rows, row_tokens, tpu_copies
+from discover_jax.engine import beside_the_cache, build_optimizer, cache_pages, microbatch_rows, row_tokens
 from discover_jax.kernels.kernel_set import find_kernel
 from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine
-from discover_jax.meshes import GRADIENTS, MEASURED, activation_bytes, kernels_run, unmeasured
-from discover_jax.models.config import LoraConfig, ModelConfig
+from discover_jax.meshes import GRADIENTS, MEASURED, abstract_model, activation_bytes, kernels_run, unmeasured
+from discover_jax.models.config import ModelConfig
 from discover_jax.models.decoder import Model
-from discover_jax.models.sharding import MESH_AXES, local_bytes
+from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.draft_sizes import rows_of
 from discover_jax.sampling.sampler import most_pages
 from discover_jax.sampling.schedule import PAGE
@@ -58,22 +56,20 @@ def parts(config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool) -> 
     """
     mesh = _mesh(config)
     kernels = machine.platform if kernels_run(config, sizes, machine.platform, mesh) else ""
-    abstract: Any = AbstractMesh(mesh, MESH_AXES)
-    model = Model(sizes, LoraConfig(**config.lora).of_model(sizes), config.model.dtype, config.model.experts, abstract, config.model.remat)
+    model = abstract_model(config, sizes, machine.platform, mesh, kernels=bool(kernels))
     state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
     adapter = local_bytes(state.lora) if state is not None else 0
     resident = {"weights": local_bytes(model.abstract_frozen()), "adapter": adapter, "optimiser": local_bytes(state) - adapter}
     tokens = _tokens(config)
     activations = activation_bytes(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
     page = local_bytes(model.abstract_pool(row_devices(model.mesh), PAGE))
-    beside = beside_the_cache(config, model, machine.memory, learn=learn)
-    copies = tpu_copies(model, large_tiles=machine.large_tiles) if kernels == "tpu" else 0
+    beside = beside_the_cache(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
     update = ("update", "gradient") if learn else ("measuring", "base")
     return {
         ("sampling", "decode"): resident
         | {
-            "cache": beside["rings"] + _pages(config, model, machine.memory, learn=learn) * page,
-            "activations": beside["adapter's copy for sampling"] + beside["logits"] + copies,
+            "cache": beside["rings"] + _pages(config, model, machine, learn=learn) * page,
+            "activations": beside["adapter's copy for sampling"] + beside["logits"] + beside["copies in other layouts"],
         },
         update: resident | {"gradient": GRADIENTS * adapter, "activations": activations},
     }
@@ -100,10 +96,10 @@ def _tokens(config: Any) -> int:
     return max(-(-microbatch_rows(config) // split), 1) * row_tokens(config)
 
 
-def _pages(config: Any, model: Model, memory: int, *, learn: bool) -> int:
+def _pages(config: Any, model: Model, machine: Machine, *, learn: bool) -> int:
     """Pages of the cache on one device."""
     devices = row_devices(model.mesh)
     rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
     most = most_pages(rows // devices, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
-    pages = cache_pages(config, model, memory, learn=learn)
+    pages = cache_pages(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
     return most if pages is None else min(most, pages // devices)

@@ -241,8 +241,17 @@ class Machine:
 
     @property
     def large_tiles(self) -> bool:
-        """Whether it has TPUs whose compiler lays out bfloat16 matrices in tiles of 16 rows instead of 8, and copies them for it."""
-        return "tpu7x" in self.name.lower()
+        """See `has_large_tiles`."""
+        return has_large_tiles(self.name)
+
+
+def has_large_tiles(kind: str) -> bool:
+    """Whether these are TPUs whose compiler lays out bfloat16 matrices in tiles of 16 rows instead of 8, and copies them for it.
+
+    Args:
+      kind: of devices, as jax names it, or a text that has it.
+    """
+    return "tpu7x" in kind.lower()
 
 
 def take_gpu_memory() -> None:

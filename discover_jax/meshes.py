@@ -130,6 +130,13 @@ def kernels_run(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape)
     return "decode_experts" in kernels and "experts" in kernels and config.model.experts == "packed"
 
 
+def abstract_model(config: Any, sizes: ModelConfig, platform: str, mesh: MeshShape, *, kernels: bool) -> Model:
+    """The run's model on a mesh of absent devices, which a layout does not need. `kernels`: see `kernels_run`."""
+    abstract: Any = AbstractMesh(mesh, MESH_AXES)
+    experts = PLATFORMS[platform].experts if kernels and sizes.num_experts else config.model.experts
+    return Model(sizes, LoraConfig(**config.lora).of_model(sizes), config.model.dtype, experts, abstract, config.model.remat)
+
+
 def unmeasured(sizes: ModelConfig, mesh: MeshShape, machine: Machine, *, kernels: bool) -> str:
     """Why the formulas do not apply to this model on this mesh; empty if they do. `kernels`: whether it runs with kernels.
 
@@ -156,17 +163,16 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
       learn: False for a search run, which measures instead of updating.
     """
     assert machine.speeds is not None
-    lora, kernels = LoraConfig(**config.lora), kernels_run(config, sizes, machine.platform, mesh)
+    kernels = kernels_run(config, sizes, machine.platform, mesh)
     split = mesh.data * mesh.expert
     rows = max(-(-config.train.rows // split), 1) * split
     if why := unmeasured(sizes, mesh, machine, kernels=kernels):
         return Prediction(mesh, kernels, rows, obstacle=f"not predicted: {why}")
-    abstract: Any = AbstractMesh(mesh, MESH_AXES)  # a layout needs no devices
-    model = Model(sizes, lora, config.model.dtype, config.model.experts, abstract, config.model.remat)
+    model = abstract_model(config, sizes, machine.platform, mesh, kernels=kernels)
     try:
         frozen = local_bytes(model.abstract_frozen())
         state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
-        pages = cache_pages(config, model, machine.memory, learn=learn)
+        pages = cache_pages(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
     except CapacityError:
         return Prediction(mesh, kernels, rows, obstacle="weights and adapter leave no room for the KV cache of one rollout")
     except ShardingError as error:
@@ -185,11 +191,8 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     room = math.inf if pages is None else pages * PAGE // (shared + lengths.rollout / 2)
     live = max(1, int(min(config.sampling.slots, count, room)))
     learned = count * lengths.both
-    # The shortest rows have half of the length. Each wave has rows of its own.
-    microbatches = max(learned / FILLED / (rows * row_tokens(config)), 0.5 * (config.train.waves if learn else 1))
-    base = config.train.measure_kl or config.train.kl_coefficient > 0
     step = _Step(
-        (sizes, lora),
+        (sizes, model.lora),
         machine.speeds,
         mesh,
         lengths,
@@ -197,8 +200,7 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
         tokens=tokens,
         decodings=count / live * lengths.rollout,
         prompts=config.groups,
-        microbatches=microbatches,
-        passes=(False,) * (base or not learn) + (True,) * learn,
+        passes=_passes(config, learned / FILLED / (rows * row_tokens(config)), learn=learn),
         remat=config.model.remat,
         adapter=adapter,
     )
@@ -210,6 +212,33 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
 
 
 @dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A pass over the rollouts of a step: whether it computes the gradient, and its microbatches, of rows of the full length."""
+
+    gradient: bool
+    microbatches: float
+
+
+def _passes(config: Any, microbatches: float, *, learn: bool) -> tuple[_Pass, ...]:
+    """The passes of a step. `microbatches`: as many as the rollouts fill.
+
+    Each optimiser step and each wave has rows of its own, and thus at least one microbatch, of rows of the shortest length. With waves,
+    the base model reads all rollouts at once.
+    """
+    train = config.train
+    least = 0.5 if train.row_lengths > 1 else 1.0
+
+    def over(parts: int, *, gradient: bool) -> _Pass:
+        return _Pass(gradient, max(microbatches, least * parts))
+
+    if not learn:
+        return (over(1, gradient=False),)
+    base = (over(1 if train.waves > 1 else train.num_substeps, gradient=False),)
+    measures = train.measure_kl or train.kl_coefficient > 0
+    return (*(base if measures else ()), over(max(train.waves, train.num_substeps), gradient=True))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Step:
     """What a step computes.
 
@@ -218,8 +247,8 @@ class _Step:
       speeds, mesh, lengths: see `predict`.
       live: rollouts decoded at the same time.
       tokens: of a microbatch on each device.
-      decodings, prompts, microbatches: decoding steps, prompts and microbatches of a step.
-      passes: for each pass over a microbatch, whether it computes the gradient.
+      decodings, prompts: decoding steps and prompts of a step.
+      passes: over its rollouts.
       remat: `config.model.remat`.
       adapter: its bytes on a device.
     """
@@ -232,8 +261,7 @@ class _Step:
     tokens: int
     decodings: float
     prompts: int
-    microbatches: float
-    passes: tuple[bool, ...]
+    passes: tuple[_Pass, ...]
     remat: str
     adapter: int
 
@@ -251,8 +279,14 @@ def _with_costs(step: _Step, *, kernels: bool) -> tuple[costs.Cost, costs.Cost, 
     sampling = {part: step.decodings * seconds for part, seconds in one.items()}
     sampling["prompts"] = step.prompts * costs.prefill(*of_model, step.lengths.prompt, **options)
     options |= {"remat": step.remat, "adapter": step.adapter}
-    passes = [costs.microbatch(*of_model, step.tokens, step.lengths.both, gradient=gradient, **options) for gradient in step.passes]
-    return sampling, {part: step.microbatches * sum(one[part] for one in passes) for part in passes[0]}, {}
+    passes = [costs.microbatch(*of_model, step.tokens, step.lengths.both, gradient=one.gradient, **options) for one in step.passes]
+    return sampling, _of_passes(step, passes), {}
+
+
+def _of_passes(step: _Step, microbatch: Sequence[costs.Cost]) -> costs.Cost:
+    """Seconds of a step's passes from those of one microbatch of each."""
+    pairs = list(zip(step.passes, microbatch, strict=True))
+    return {part: sum(each.microbatches * one[part] for each, one in pairs) for part in microbatch[0]}
 
 
 def _on_tpu(step: _Step, learned: int) -> tuple[costs.Cost, costs.Cost, dict[str, costs.Cost]]:
@@ -262,15 +296,15 @@ def _on_tpu(step: _Step, learned: int) -> tuple[costs.Cost, costs.Cost, dict[str
     sampling = {part: step.decodings * seconds for part, seconds in decoding.items() if seconds}
     sampling["prompts"] = step.prompts * sum(costs_tpu.prefill(*of_model, prompt, mesh).values())
     passes = [
-        costs_tpu.microbatch(*of_model, step.tokens, both, mesh, gradient=gradient, remat=step.remat, adapter=step.adapter)
-        for gradient in step.passes
+        costs_tpu.microbatch(*of_model, step.tokens, both, mesh, gradient=one.gradient, remat=step.remat, adapter=step.adapter)
+        for one in step.passes
     ]
-    update = {part: step.microbatches * sum(one[part] for one in passes) for part in passes[0]}
+    update = _of_passes(step, passes)
     # The roofline has no padding: the update reads as many tokens as there are.
     filled = learned / (step.tokens * mesh.data * mesh.expert)
     whole = costs_tpu.NOTHING
-    for gradient in step.passes:
-        whole = whole.plus(costs_tpu.microbatch_needs(*step.model, step.tokens, both, mesh, gradient=gradient, remat=step.remat))
+    for one in step.passes:
+        whole = whole.plus(costs_tpu.microbatch_needs(*step.model, step.tokens, both, mesh, gradient=one.gradient, remat=step.remat))
     needs = {
         "decoding": costs_tpu.decode_needs(*step.model, step.live, step.context, mesh).times(step.decodings),
         "prompts": costs_tpu.prefill_needs(*step.model, prompt, mesh).times(step.prompts),

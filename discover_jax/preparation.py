@@ -22,7 +22,7 @@ from discover_jax.execution.executor import Executor
 from discover_jax.files import write_atomic
 from discover_jax.hosts.processes import Processes, least
 from discover_jax.learning.train_state import init_train_state
-from discover_jax.machines import device_memory
+from discover_jax.machines import device_memory, has_large_tiles
 from discover_jax.policy import Policy, load_chat, load_policy
 from discover_jax.runs.attempts import SEED_PROGRAMS, seed_of, seed_verdicts, stored_seeds
 from discover_jax.runs.checkpoints import Checkpoints
@@ -69,9 +69,14 @@ def prepared(
         task_checks.check_prompts(tasks, seeds, prompt_settings, chat)
         policy = load_policy(config, console.loading, chat)
         optimizer = build_optimizer(config)
-        memory = least(processes, device_memory())
         sampler = build_sampler(
-            config, policy.model, policy.stop_ids, typed_settings.second_phase(config, policy.chat), memory=memory, learn=kind.learns
+            config,
+            policy.model,
+            policy.stop_ids,
+            typed_settings.second_phase(config, policy.chat),
+            memory=least(processes, device_memory()),
+            learn=kind.learns,
+            large_tiles=has_large_tiles(jax.devices()[0].device_kind),
         )
 
         journal = Journal(workdir.journal_path)

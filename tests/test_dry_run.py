@@ -101,6 +101,15 @@ def test_cache_fits_in_the_remaining_memory(random_weights):
     assert pages() == pages(memory=memory) == 30
 
 
+def test_the_columns_of_long_names_are_aligned():
+    found = [dry_run.Need("sampling", name, dict.fromkeys(dry_run.PARTS, 10**9)) for name in ("put", "decode with drafts")]
+    lines = dry_run.report(_config(), _SIZES, find_machine("", 1), found)
+    rows = [line for line in lines if line.startswith(("phase ", "sampling  put", "sampling  decode"))]
+    ends = [[match.end() for match in re.finditer(r"\S+", line.replace(" <- peak", ""))][-7:] for line in rows]
+    assert len(ends) == 3
+    assert ends[0] == ends[1] == ends[2]
+
+
 def test_phases_and_functions_have_the_order_of_a_step(found):
     assert [(need.phase, need.function) for need in found] == [
         ("sampling", "prefill"),

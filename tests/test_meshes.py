@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from discover_jax import formulas, machines, meshes
 from discover_jax.config import default_config
-from discover_jax.costs import MeshShape, expert_weights, layer_weights
+from discover_jax.costs import MeshShape, expert_weights, layer_weights, microbatch
 from discover_jax.engine import beside_the_cache, tpu_copies
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.kernel_set import PLATFORMS, Platform
@@ -150,6 +150,24 @@ def test_the_cache_of_a_tpu_leaves_room_for_copies_in_other_layouts():
     assert tpu_copies(packed) < tpu_copies(lanes) < 1.1 * tpu_copies(packed)  # lanes are padded
     assert beside_the_cache(config, packed, 10**11, learn=True)["copies in other layouts"] == 0
     assert beside_the_cache(config, lanes, 10**11, learn=True)["copies in other layouts"] == tpu_copies(lanes)
+    large = beside_the_cache(config, lanes, 10**11, learn=True, large_tiles=True)
+    assert large["copies in other layouts"] == tpu_copies(lanes, large_tiles=True) > tpu_copies(lanes)
+
+
+@pytest.mark.parametrize(
+    ("slice", "shape"),
+    [("v6e:4x4", "gpt-oss-120b"), ("v5p:2x2x2", "gpt-oss-20b"), ("tpu7x:2x2x1", "gpt-oss-120b"), ("tpu7x:2x2x1", "qwen2.5-coder-7b")],
+)
+def test_a_cache_that_takes_all_memory_of_a_tpu_fits(slice, shape):
+    """With more slots than a device has room for, the cache takes what weights, adapter and copies in other layouts leave."""
+    sizes, devices = SHAPES[shape], 16 if slice == "v6e:4x4" else 8
+    axis = "mesh__expert" if sizes.num_experts else "mesh__data"
+    config = _config(train__rows=devices, sampling__slots=4_096, sampling__max_new_tokens=26_000, **{axis: devices})
+    config.groups, config.group_size = 128, 32
+    config.lora.mlp_rank = 0 if sizes.num_experts else 8
+    machine = Machine(slice, (), memory_of(slice), "", "tpu", exact=False)
+    parts = formulas.parts(config, sizes, machine, learn=True)["sampling", "decode"]
+    assert 0.95 * machine.memory < sum(parts.values()) <= 0.98 * machine.memory
 
 
 def test_tpus_with_large_tiles_copy_all_matrices_of_plain_products():
@@ -215,6 +233,34 @@ def test_search_has_neither_optimiser_nor_gradient():
     assert search.bytes < run.bytes - 9e9
     assert search.update["optimiser"] == 0
     assert sum(search.update.values()) < 0.5 * sum(run.update.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "base", "gradient"),
+    [
+        ({}, 0.5, 0.5),  # the shortest rows have half of the length
+        ({"waves": 6}, 0.5, 3.0),  # the base model reads all rollouts at once
+        ({"waves": 6, "num_substeps": 3}, 0.5, 3.0),
+        ({"num_substeps": 4}, 2.0, 2.0),
+        ({"num_substeps": 4, "row_lengths": 1}, 4.0, 4.0),
+        ({"row_lengths": 1}, 1.0, 1.0),
+        ({"waves": 2, "measure_kl": False}, 0.0, 1.0),
+    ],
+    ids=str,
+)
+def test_waves_and_optimiser_steps_have_rows_of_their_own(settings, base, gradient):
+    """A step of few short rollouts, which a tenth of a microbatch would hold. Times of a pass are those of `costs.microbatch`."""
+    config = _config()
+    config.groups, config.group_size = 6, 2
+    config.train.update(settings)
+    lengths = Lengths(30, 30)
+    one = meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), lengths)
+    tokens = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+
+    def products(gradient):
+        return microbatch(GPT_OSS_120B, LoraConfig(**config.lora), speeds_of("h200"), tokens, lengths.both, gradient=gradient)["products"]
+
+    assert one.update["products"] == pytest.approx(base * products(gradient=False) + gradient * products(gradient=True))
 
 
 def _report(config, machine, sizes=GPT_OSS_120B):
