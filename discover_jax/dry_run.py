@@ -251,7 +251,7 @@ def report(
         f"model    {sizes.describe()}",
         f"machine  {machine.name}; mesh {mesh}",
         f"memory   {_gb(machine.memory)} GB per device ({machine.note})",
-        "figures  " + (_estimate(machine, missing) if missing else "from the machine's own compiler"),
+        "figures  " + (_estimate(config, sizes, machine, missing) if missing else "from the machine's own compiler"),
         "",
         f"GB (10^9 bytes) on one device while a function runs; {_LETTERS_LEGEND}",
     ]
@@ -298,8 +298,8 @@ def _bar(need: Need, machine: Machine) -> str:
     return bar[:_BAR].ljust(_BAR, ".") if len(bar) <= _BAR else bar[:_BAR] + "|" + bar[_BAR:] + ("..." if end > 2 * _BAR else "")
 
 
-def _estimate(machine: Machine, missing: str) -> str:
-    return f"estimates by formulas, since {missing}: {formulas.ACCURACY}. {_for_exact_figures(machine)}"
+def _estimate(config: Any, sizes: ModelConfig, machine: Machine, missing: str) -> str:
+    return f"estimates by formulas, since {missing}: {formulas.accuracy(config, sizes, machine)}. {_for_exact_figures(machine)}"
 
 
 def _for_exact_figures(machine: Machine) -> str:

@@ -19,10 +19,22 @@ from discover_jax.sampling.draft_sizes import rows_of
 from discover_jax.sampling.sampler import most_pages
 from discover_jax.sampling.schedule import PAGE
 
-ACCURACY = (
+_WHILE_DRAWING = "Arrays that exist only while a token is drawn are estimated"
+_OF_KERNELS = (
     "for gpt-oss within 3% of the peaks measured on H200s, and on TPUs within 3% of the compiler's figures for decoding and 10% for the"
-    " update. Arrays that exist only while a token is drawn are estimated"
+    " update"
 )
+_OF_DENSE = "for dense models, activations are fitted to the measured ones of two models on a GPU, and to the compiler's of one on a TPU"
+_OF_REFERENCES = (
+    "the experts run without kernels on this mesh. Only one figure of a compiler was compared there, so activations are only an order of"
+    " magnitude"
+)
+
+
+def accuracy(config: Any, sizes: ModelConfig, machine: Machine) -> str:
+    """How well the formulas agree with measurements for a run."""
+    known = _OF_KERNELS if kernels_run(config, sizes, machine.platform, _mesh(config)) else _OF_REFERENCES
+    return f"{known if sizes.num_experts else _OF_DENSE}. {_WHILE_DRAWING}"
 
 
 def what_is_missing(machine: Machine) -> str:

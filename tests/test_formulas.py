@@ -110,6 +110,22 @@ def test_no_verdict_where_no_formula_was_measured(run, config):
     assert "activations" not in text
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (_config(), r"gpt-oss within 3%"),
+        (_config("qwen2.5-coder-7b", mesh__data=2, train__rows=2), r"dense models, activations are fitted"),
+        (_config("gpt-oss-20b", mesh__tensor=2), r"without kernels on this mesh.*order of magnitude"),
+    ],
+    ids=["kernels", "dense", "references"],
+)
+def test_the_accuracy_is_that_of_the_mesh_and_model(run, config, said):
+    _, text = run(config, _machine(devices=2))
+    (figures,) = (line for line in text.splitlines() if line.startswith("figures"))
+    assert re.search(said, figures)
+    assert ("within 3%" in figures) == ("within 3%" in said)
+
+
 def test_no_room_for_one_rollout():
     with pytest.raises(CapacityError, match=r"max_new_tokens"):
         formulas.parts(_config(), SHAPES["gpt-oss-120b"], _machine(memory=70 * 10**9), learn=True)
