@@ -37,15 +37,16 @@ compiler (libtpu 0.0.42) reported 86.0 GB on a v5p with one row of 4,096 tokens 
 kernels there."""
 TPU_TOKEN, TPU_AT_ONCE = 125, 22 * 16_384 + 10 * 49_152
 """Bytes of temporary arrays of the update on a TPU, per unit of width: of each token, and of the rows and tokens that the experts' kernels
-compute and exchange at once (experts_update_tpu). Fitted to the TPU compiler's figure for a gradient of the 120b on v6e:4x4; the one on
-v5p:2x2x2 is 5% below (benchmarks/tpu_memory.py). The compiler takes more memory where there is room: on v6e:4x4 it needs 14.5 GB of
-temporary arrays, and takes 21.9."""
+compute and exchange at once (experts_update_tpu). Fitted to the TPU compiler's figure for a gradient of the 120b on v6e:4x4. For three
+others of the 120b the formula is 2 to 6% too high, for four of the 20b 10 to 15% (benchmarks/tpu_memory.py). The compiler takes more memory
+where there is room: on v6e:4x4 it needs 14.5 GB of temporary arrays, and takes 21.9."""
 
 
 TPU_DENSE_HIDDEN, TPU_DENSE_TOKEN = 3 * 4 + 5 * 2, 59
 """Bytes of temporary arrays of a dense model's update on a TPU, per token and unit of MLP width and of width. In the compiled program, a
 layer's backward pass makes three float32 and five bfloat16 arrays of the MLP's width. The second number is fitted to the compiler's 22.8 GB
-for a gradient of Qwen2.5-Coder-1.5B on v5p:2x2x2; no other gradient of a dense model was compiled for a v5p or v6e."""
+for a gradient of Qwen2.5-Coder-1.5B on v5p:2x2x2; those on v5p:2x2x1 and v6e:4x4 are equal. No other dense model was
+compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
