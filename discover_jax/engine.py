@@ -20,7 +20,7 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
 from discover_jax.sampling.draft_sizes import drafts_warning, most_read, rows_of
-from discover_jax.sampling.sampler import Sampler, most_pages
+from discover_jax.sampling.sampler import Sampler, check_pages, most_pages
 from discover_jax.sampling.schedule import PAGE
 
 _LOGITS = 4
@@ -133,13 +133,18 @@ def unused_drafts(config: Any) -> str | None:
 
 
 def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool, large_tiles: bool = False) -> int | None:
-    """Pages of the cache: as configured, or as many as the memory has room for; None if there is no limit."""
+    """Pages of the cache: as configured, or as many as the memory has room for; None if there is no limit.
+
+    Raises:
+      CapacityError: there is no room for one rollout.
+    """
+    devices, longest = row_devices(model.mesh), (config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
     if config.sampling.cache_tokens:
+        check_pages(config.sampling.cache_tokens // PAGE, devices, *longest)
         return config.sampling.cache_tokens // PAGE
     if memory is None:
         return None
-    devices = row_devices(model.mesh)
-    page, pages_of_1 = model.abstract_pool(devices, PAGE), most_pages(1, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    page, pages_of_1 = model.abstract_pool(devices, PAGE), most_pages(1, *longest)
     taken = beside_the_cache(config, model, memory, learn=learn, large_tiles=large_tiles)
     pages = (memory - sum(taken.values())) // local_bytes(page)
     if pages < pages_of_1:
@@ -150,6 +155,22 @@ def cache_pages(config: Any, model: Model, memory: int | None, *, learn: bool, l
             " max_prompt_tokens or slots, or the adapter's ranks (config.lora). --dry_run shows the memory of each part."
         )
     return devices * pages
+
+
+def sampling_bytes(config: Any, model: Model, memory: int, *, learn: bool, large_tiles: bool = False) -> dict[str, int]:
+    """Bytes on one device during sampling, by part: `beside_the_cache`, without the reserve, and the `pages` of the cache.
+
+    Raises:
+      CapacityError: see `cache_pages`.
+    """
+    devices = row_devices(model.mesh)
+    rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
+    most = most_pages(rows // devices, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
+    given = cache_pages(config, model, memory, learn=learn, large_tiles=large_tiles)
+    taken = beside_the_cache(config, model, memory, learn=learn, large_tiles=large_tiles)
+    del taken["temporary arrays"]
+    pages = most if given is None else min(most, given // devices)
+    return taken | {"pages": pages * local_bytes(model.abstract_pool(devices, PAGE))}
 
 
 def beside_the_cache(config: Any, model: Model, memory: int, *, learn: bool, large_tiles: bool = False) -> dict[str, int]:

@@ -6,18 +6,13 @@ Other code than the run's own would say little: the references of the kernels ne
 from typing import Any
 
 from discover_jax.costs import MeshShape
-from discover_jax.engine import beside_the_cache, build_optimizer, cache_pages, microbatch_rows, row_tokens
+from discover_jax.engine import build_optimizer, microbatch_rows, row_tokens, sampling_bytes
 from discover_jax.kernels.kernel_set import find_kernel
-from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine
 from discover_jax.meshes import GRADIENTS, MEASURED, abstract_model, activation_bytes, kernels_run, unmeasured
 from discover_jax.models.config import ModelConfig
-from discover_jax.models.decoder import Model
 from discover_jax.models.sharding import local_bytes
-from discover_jax.sampling.draft_sizes import rows_of
-from discover_jax.sampling.sampler import most_pages
-from discover_jax.sampling.schedule import PAGE
 
 _WHILE_DRAWING = "Arrays that exist only while a token is drawn are estimated"
 _OF_KERNELS = (
@@ -74,14 +69,13 @@ def parts(config: Any, sizes: ModelConfig, machine: Machine, *, learn: bool) -> 
     resident = {"weights": local_bytes(model.abstract_frozen()), "adapter": adapter, "optimiser": local_bytes(state) - adapter}
     tokens = _tokens(config)
     activations = activation_bytes(sizes, mesh, tokens, config.model.remat, learn=learn, kernels=kernels)
-    page = local_bytes(model.abstract_pool(row_devices(model.mesh), PAGE))
-    beside = beside_the_cache(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
+    sampling = sampling_bytes(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
     update = ("update", "gradient") if learn else ("measuring", "base")
     return {
         ("sampling", "decode"): resident
         | {
-            "cache": beside["rings"] + _pages(config, model, machine, learn=learn) * page,
-            "activations": beside["adapter's copy for sampling"] + beside["logits"] + beside["copies in other layouts"],
+            "cache": sampling["rings"] + sampling["pages"],
+            "activations": sampling["adapter's copy for sampling"] + sampling["logits"] + sampling["copies in other layouts"],
         },
         update: resident | {"gradient": GRADIENTS * adapter, "activations": activations},
     }
@@ -106,12 +100,3 @@ def _tokens(config: Any) -> int:
     """Tokens of a microbatch on each device: as `meshes` recommends, a whole row at least."""
     split = config.mesh.data * config.mesh.expert
     return max(-(-microbatch_rows(config) // split), 1) * row_tokens(config)
-
-
-def _pages(config: Any, model: Model, machine: Machine, *, learn: bool) -> int:
-    """Pages of the cache on one device."""
-    devices = row_devices(model.mesh)
-    rows = rows_of(config.sampling.slots, config.groups * config.group_size, devices)
-    most = most_pages(rows // devices, config.sampling.max_prompt_tokens, config.sampling.max_new_tokens)
-    pages = cache_pages(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
-    return most if pages is None else min(most, pages // devices)

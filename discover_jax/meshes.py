@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from discover_jax import costs, costs_tpu
 from discover_jax.costs import MeshShape
-from discover_jax.engine import build_optimizer, cache_pages, check_tiles, row_tokens
+from discover_jax.engine import build_optimizer, cache_pages, check_tiles, row_tokens, sampling_bytes
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.kernels.kernel_set import PLATFORMS
 from discover_jax.learning.train_state import abstract_train_state
@@ -174,8 +174,9 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
         frozen = local_bytes(model.abstract_frozen())
         state = abstract_train_state(model.abstract_lora(), build_optimizer(config)) if learn else None
         pages = cache_pages(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles)
+        sampling_needs = sum(sampling_bytes(config, model, machine.memory, learn=learn, large_tiles=machine.large_tiles).values())
     except CapacityError:
-        return Prediction(mesh, kernels, rows, obstacle="weights and adapter leave no room for the KV cache of one rollout")
+        return Prediction(mesh, kernels, rows, obstacle="the KV cache has no room for one rollout")
     except ShardingError as error:
         return Prediction(mesh, kernels, rows, obstacle=str(error))
     adapter = local_bytes(state.lora) if state is not None else 0
@@ -185,6 +186,8 @@ def predict(config: Any, sizes: ModelConfig, machine: Machine, mesh: MeshShape, 
     taken = Prediction(mesh, kernels, rows, bytes=needed)
     if needed > machine.memory:
         return dataclasses.replace(taken, obstacle=f"the update needs about {needed / 1e9:.0f} GB")
+    if sampling_needs > machine.memory:
+        return Prediction(mesh, kernels, rows, obstacle=f"sampling with config.sampling.cache_tokens needs {sampling_needs / 1e9:.0f} GB")
 
     count = config.groups * config.group_size
     # A group shares its prompt's pages on one device, but may be spread over several. On average a live rollout has half of its tokens.

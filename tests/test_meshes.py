@@ -240,6 +240,16 @@ def test_cache_limits_concurrent_rollouts():
     assert one.live < 512 <= eight.live
 
 
+@pytest.mark.parametrize(("tokens", "obstacle"), [(128 * 1_000, ""), (128 * 20, "no room for one rollout"), (10**8, "cache_tokens needs")])
+def test_a_cache_of_a_given_size_is_checked(tokens, obstacle):
+    """Of 10^8 tokens, one device has 512 rollouts of up to 10,240 tokens: more than its memory."""
+    config = _config(sampling__cache_tokens=tokens, sampling__slots=512)
+    config.groups, config.group_size = 8, 64
+    one = meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS)
+    assert obstacle in one.obstacle
+    assert bool(one.obstacle) == bool(obstacle)
+
+
 def test_search_has_neither_optimiser_nor_gradient():
     config = _config()
     search, run = (meshes.predict(config, GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS, learn=learn) for learn in (False, True))

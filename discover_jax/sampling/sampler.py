@@ -76,7 +76,12 @@ def _check_ends(stop_ids: Sequence[int], second_phase: SecondPhase | None, max_n
         raise ConfigError(f"The forced tokens of second_phase must not contain stop tokens; got {sorted(forbidden)}.")
 
 
-def _check_pages(pages: int, devices: int, max_prompt_tokens: int, max_new_tokens: int) -> None:
+def check_pages(pages: int, devices: int, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Checks that the cache has room for one rollout on each device that has rows.
+
+    Raises:
+      CapacityError: it has not.
+    """
     if pages < (fewest := devices * most_pages(1, max_prompt_tokens, max_new_tokens)):
         on_each = f" on each of {devices} devices" if devices > 1 else ""
         raise CapacityError(
@@ -140,7 +145,7 @@ class Sampler:
         on_gpus = model.mesh is not None and jax.default_backend() == "gpu" and jax.process_count() == 1
         self._compiler_options = EXACT_ROUNDING | (_COLLECTIVES_IN_GRAPHS if on_gpus else {})
         if pages is not None:
-            _check_pages(pages, self._row_devices, max_prompt_tokens, max_new_tokens)
+            check_pages(pages, self._row_devices, max_prompt_tokens, max_new_tokens)
         self._model = model
         self._slots = slots
         self._max_prompt, self._max_new = max_prompt_tokens, max_new_tokens
