@@ -37,6 +37,13 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
+def test_pages_have_no_control_characters():
+    """A script that reflows lines once left placeholders in place of operators."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")]:
+        found = [f"line {n}: {line}" for n, line in enumerate(page.read_text().split("\n"), 1) if re.search(r"[\x00-\x1f\x7f-\x9f]", line)]
+        assert not found, page
+
+
 @pytest.mark.parametrize("page", ["README.md", "BUILD_NOTES.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_point_to_files_and_headings(page):
     """mkdocs checks the site's pages, too, but the default tests do not install it."""
