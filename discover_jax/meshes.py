@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from discover_jax import costs, costs_tpu
 from discover_jax.costs import MeshShape
-from discover_jax.engine import build_optimizer, cache_pages, check_tiles, row_tokens, sampling_bytes
+from discover_jax.engine import build_optimizer, cache_pages, check_tiles, microbatch_rows, row_tokens, sampling_bytes
 from discover_jax.exceptions import CapacityError, ConfigError, ShardingError
 from discover_jax.kernels.kernel_set import PLATFORMS
 from discover_jax.learning.train_state import abstract_train_state
@@ -381,6 +381,11 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
         "    ->: recommended; *: this config; rows: packed rows per microbatch (config.train.rows); live: rollouts decoded at the same"
         f" time; GB: approximate peak of the update on a device. {len(found) - len(usable)} of {len(found)} meshes cannot be used"
     )
+    if (given := microbatch_rows(config)) != own.rows:
+        yield (
+            f"The line with * is for config.train.rows = {own.rows}. This config has {given}, which the devices along `data` and `expert`"
+            " cannot share evenly, so its update is slower."
+        )
     if usable:
         yield f"Recommended: {_settings(usable[0])}. Time of a step: {_parts(usable[0])}"
         yield from _roofline_lines(usable[0])

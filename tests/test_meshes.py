@@ -302,6 +302,14 @@ def test_report_lists_recommendations_and_assumptions():
     assert "tensor above 1" in _report(_config(mesh__tensor=8), _machine(8))
 
 
+@pytest.mark.parametrize(("rows", "told"), [(0, "8. This config has 1,"), (4, "8. This config has 4,"), (8, ""), (16, "")])
+def test_report_says_for_which_rows_the_configs_mesh_is_predicted(rows, told):
+    """By default, a microbatch has `mesh.data` rows. Predictions are for a multiple of data x expert."""
+    text = _report(_config(mesh__expert=8, train__rows=rows), _machine(8))
+    assert ("The line with * is for config.train.rows = " in text) == bool(told)
+    assert told in text
+
+
 def test_report_says_that_no_tpu_has_run_the_kernels():
     text = _report(_config(), _machine(8, "v5p", int(95.73 * 2**30)))
     assert "Nothing of this was ever run on a TPU" in text
