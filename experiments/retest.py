@@ -21,7 +21,7 @@ from discover_jax.archive.ranking import Ranking
 from discover_jax.exceptions import RunError
 from discover_jax.execution import Executor
 from discover_jax.execution.limits import resource_limits
-from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
+from discover_jax.runs.attempts import stored_seed_states
 from discover_jax.runs.finalists import NAME, Choice, choose
 from discover_jax.tasks.configured import prepare_tasks
 from discover_jax.tasks.retests import prepare_retests
@@ -49,12 +49,8 @@ def run_seed(folder: Path) -> int:
 
 def seed_state(folder: Path) -> State:
     """The seed program of a run with its score as value, or the empty seed."""
-    file = folder / SEED_PROGRAMS
-    if not file.exists():
-        return SEED
-    ((_, program, verdict),) = stored_verdicts(file)
-    score, rows = verdict.grade.score, verdict.grade.rows
-    return State(SEED.id, None, program, value=score, score=score, stdout="", step=-1, adapter_step=0, rows=rows)
+    (state,) = stored_seed_states(folder).values() or [SEED]
+    return state
 
 
 def direction(folder: Path) -> float:

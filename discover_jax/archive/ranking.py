@@ -139,9 +139,12 @@ def _measured(state: State, programs: list[Measured], parent: int) -> Measured:
     return Measured(state, parent, variance, _paired(state, programs[parent].state), anchor if tied else place)
 
 
-def gains_over_parents(states: Iterable[State]) -> tuple[int, int] | None:
+def gains_over_parents(states: Iterable[State], *, higher_is_better: bool) -> tuple[int, int] | None:
     """The number of programs with a better score than their parent, and how many of these gains are beyond the noise of the rows: outside
     the 95% interval of the paired difference.
+
+    Args:
+      states: in the order of the journal, after the seed program, if there is one. Only their scores count, not their values.
 
     Returns:
       None if no program has results of single rows: scores are then exact, or from an earlier version.
@@ -149,10 +152,10 @@ def gains_over_parents(states: Iterable[State]) -> tuple[int, int] | None:
     Raises:
       RunError: the results of a pair's rows cannot be compared.
     """
-    by_id, better, beyond = {}, 0, 0
+    by_id, better, beyond, sign = {}, 0, 0, 1.0 if higher_is_better else -1.0
     for state in states:
         parent = by_id.get(state.parent_id)
-        if parent is not None and parent.rows and state.rows and _value(state) > _value(parent):
+        if parent is not None and parent.rows and state.rows and sign * _score(state) > sign * _score(parent):
             better += 1
             beyond += not is_tie(_score(state) - _score(parent), _paired(state, parent))
         by_id[state.id] = state

@@ -35,7 +35,8 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
     best = bests[-1] if bests else None
     means = [_mean([a.score for a in mine if a.score is not None]) for mine in by_step]
     grade = record.grades.get(competition, {})
-    states = [state for attempt in attempts if (state := attempt.state()) is not None]
+    states, seed = [state for attempt in attempts if (state := attempt.state()) is not None], record.seeds.get(competition)
+    known = [*([seed] if seed is not None and seed.score is not None else []), *states]
     return {
         "id": competition,
         "disclosed": _disclosed_json(disclosed),
@@ -44,7 +45,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "best": [state.score if state is not None else None for state in bests],
         "best_id": [state.id if state is not None else None for state in bests],
         "best_interval": [_interval(state.score if state is not None else None, disclosed) for state in bests],
-        "seed": record.seeds.get(competition),
+        "seed": seed.score if seed is not None else None,
         "mean": means,
         "mean_interval": [_interval(mean, disclosed) for mean in means],
         "top": [_top(mine) for mine in by_step],
@@ -55,7 +56,7 @@ def progress_of(record: RunRecord, competition: str) -> dict[str, Any]:
         "lineage": [state.id for state in lineage(attempts, best.id)] if best is not None else [],
         "grade": {name: grade.get(name) for name in _GRADE} if best is not None and grade.get("id") == best.id else None,
         "chosen": _chosen(grade),
-        "gains": gains_over_parents(states),
+        "gains": gains_over_parents(known, higher_is_better=disclosed.higher_is_better) if disclosed is not None else None,
     }
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from discover_jax.archive.journal import JournalReader
 from discover_jax.exceptions import RunError
 from discover_jax.records import from_row, parse_json
-from discover_jax.runs.attempts import SEED_PROGRAMS, stored_verdicts
+from discover_jax.runs.attempts import stored_seed_states
 from discover_jax.runs.best import bundle_dir
 from discover_jax.runs.disclosure import NAME as DISCLOSURE
 from discover_jax.runs.disclosure import read_disclosure
 from discover_jax.runs.metrics import read_metrics
-from discover_jax.types import Attempt
+from discover_jax.types import Attempt, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunRecord:
       isolated: whether no program could reach the answers; None if unknown.
       goes_on_from: the run that this one continues and whose journal it took over; None if there is none.
       grades: grade.json of the best programs, by competition id.
-      seeds: scores of the seed programs, by competition id.
+      seeds: the seed programs, by competition id; none in runs of earlier versions.
       missing: what is missing, one sentence each.
     """
 
@@ -77,7 +77,7 @@ class RunRecord:
     isolated: bool | None
     goes_on_from: Mapping[str, Any] | None
     grades: Mapping[str, Mapping[str, Any]]
-    seeds: Mapping[str, float]
+    seeds: Mapping[str, State]
     missing: tuple[str, ...]
 
     @property
@@ -135,7 +135,7 @@ def read_record(folder: Path, journal: JournalReader | None = None) -> RunRecord
         isolated=isolation.get("isolated"),
         goes_on_from=goes_on_from if isinstance(goes_on_from, dict) else None,
         grades=grades,
-        seeds=_seeds(folder / SEED_PROGRAMS),
+        seeds=stored_seed_states(folder),
         missing=tuple(missing),
     )
 
@@ -188,13 +188,6 @@ def _row(competition: Mapping[str, Any]) -> dict[str, Any]:
         "source": leaderboard["source"],
         "note": leaderboard["note"],
     }
-
-
-def _seeds(file: Path) -> dict[str, float]:
-    """The scores of the seed programs; empty if the run has none, as those of earlier versions."""
-    if not file.exists():
-        return {}
-    return {id: verdict.grade.score for id, _, verdict in stored_verdicts(file) if verdict.grade.score is not None}
 
 
 def _is_number(value: Any) -> bool:

@@ -114,6 +114,21 @@ def stored_verdicts(file: Path) -> Iterator[tuple[str, str, Verdict]]:
     return seed_verdicts(file, rows)
 
 
+def stored_seed_states(folder: Path) -> dict[str, State]:
+    """The seed programs of the run in a directory, with their scores as values, by competition id; empty if it has none.
+
+    Raises:
+      RunError: the file is damaged.
+    """
+    if not (file := folder / SEED_PROGRAMS).exists():
+        return {}
+    states = {}
+    for id, program, verdict in stored_verdicts(file):
+        score = verdict.grade.score
+        states[id] = dataclasses.replace(SEED, code=program, task=id, value=score, score=score, rows=verdict.grade.rows)
+    return states
+
+
 def stored_seeds(file: Path, programs: Mapping[str, str]) -> list[dict[str, Any]]:
     """The seed programs of a run and the rows of their verdicts, as the run stored them; see `seed_verdicts`.
 

@@ -49,10 +49,13 @@ def test_gains_beyond_noise_by_hand():
     """The gains of `test_ties_by_hand` over the parent, beside a loss, a copy, and a parent that is not in the journal."""
     changes = {"b": ("a", 0, 3), "c": ("a", 0, 12), "d": ("c", 12, 0), "e": ("a", 0, 0), "f": ("lost", 0, 40)}
     states = [_state("a", "seed", BASE), *(_state(id, parent, _flipped(BASE, *flips)) for id, (parent, *flips) in changes.items())]
-    assert gains_over_parents(states) == (2, 1)
+    assert gains_over_parents(states, higher_is_better=True) == (2, 1)
     losses = [dataclasses.replace(state, score=1 - state.score, value=state.score - 1) for state in states]
-    assert gains_over_parents(losses) == (2, 1)
-    assert gains_over_parents([dataclasses.replace(state, rows="") for state in states]) is None
+    assert gains_over_parents(losses, higher_is_better=False) == (2, 1)
+    assert gains_over_parents([dataclasses.replace(state, rows="") for state in states], higher_is_better=True) is None
+    # With a seed program, which is the parent of the first one; its value is not a reward.
+    seed = dataclasses.replace(_state("seed", "", _flipped(BASE, 40, 0)), value=-100.0)
+    assert gains_over_parents([seed, *states], higher_is_better=True) == (3, 2)
 
 
 def test_a_copy_has_the_value_of_the_first():

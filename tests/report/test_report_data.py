@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_run import DISCLOSURE, PROBLEM, attempt, edited, searched, write_run, write_seed_program
 
@@ -17,6 +18,7 @@ from discover_jax.report.page import NAME, ReportWriter, page_data, write_report
 from discover_jax.report.program_table import pack
 from discover_jax.report.progress import progress_of, tree_of
 from discover_jax.report.record import read_record
+from discover_jax.row_results import encode
 from discover_jax.runs.attempts import SEED_PROGRAMS
 from discover_jax.types import Outcome
 
@@ -153,6 +155,16 @@ def test_missing_data_is_reported(tmp_path):
     assert len({panel["absent"] for panel in run_data["panels"]}) > 1  # reasons: no metrics, or a search run
     tree = tree_of(record, "spaceship-titanic")
     assert (tree["parent"], tree["lost"]) == ([-1, -1], [False, True])
+
+
+def test_gains_over_the_seed_program_count(tmp_path):
+    """It is the parent of all programs of a first step. One of them has all rows right, and the seed program half of them."""
+    results = {share: encode(np.arange(100) < 100 * share, share=True) for share in (0.4, 0.5, 1.0)}
+    programs = [attempt(0, 0, index, "seed", f"{index}", score, rows=results[score]) for index, score in enumerate((0.4, 1.0, 0.5))]
+    run = write_run(tmp_path / "run", programs)
+    assert progress_of(read_record(run), "spaceship-titanic")["gains"] == (0, 0)  # without it, nothing is known of their parent
+    write_seed_program(run, "spaceship-titanic", 0.5, rows=results[0.5])
+    assert progress_of(read_record(run), "spaceship-titanic")["gains"] == (1, 1)
 
 
 def test_a_damaged_file_of_seed_programs_is_refused(tmp_path):
