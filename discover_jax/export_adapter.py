@@ -6,7 +6,6 @@ It uses the CPU and only reads the run directory, so it can be used during a run
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from discover_jax.models.families import SHAPES
 from discover_jax.models.folder import read_config
 from discover_jax.models.parameters import Tree
 from discover_jax.policy import weights_folder
+from discover_jax.records import parse_json
 from discover_jax.runs.checkpoints import Checkpoints
 
 
@@ -91,7 +91,7 @@ def _restore_adapter(run: Path, step: int | None, abstract_lora: Tree, optimizer
 def _read_run_config(run: Path) -> Any:
     """The settings of a run, as a ConfigDict."""
     try:
-        flat = json.loads((run / "config.json").read_text())["config"]
+        flat = parse_json((run / "config.json").read_text())["config"]
         config = ml_collections.ConfigDict()
         for name, value in flat.items():
             *groups, key = name.split(".")

@@ -15,7 +15,6 @@ only the first N steps of every run.
 import argparse
 import collections
 import csv
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 from estimators import interval, mean_and_half_width
 
 from discover_jax.archive.journal import Journal
+from discover_jax.records import parse_json
 from discover_jax.runs.metrics import read_metrics
 from discover_jax.types import Attempt
 
@@ -127,7 +127,7 @@ def chosen_program(folder: Path, attempts: list[Attempt]) -> str | None:
     """The id of the program that the retests chose; None without finalists, or if programs of later steps took part."""
     if not (file := folder / "finalists.json").exists():
         return None
-    (found,) = json.loads(file.read_bytes())
+    (found,) = parse_json(file.read_bytes())
     known = {attempt.id for attempt in attempts}
     return found["chosen"] if all(row["id"] in known for row in found["finalists"]) else None
 

@@ -25,7 +25,6 @@ characters. `--replies` prints its tables.
 """
 
 import argparse
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from evidence import cell, known_pairs, read, write
 from retest import direction, seed_state, winner
 
 from discover_jax.archive.journal import Journal
+from discover_jax.records import parse_json
 from discover_jax.runs.finalists import NAME
 from discover_jax.runs.metrics import read_metrics
 from discover_jax.types import SEED, Attempt, Outcome, StopReason
@@ -177,7 +177,7 @@ def best_of(attempts: Sequence[Attempt]) -> Attempt | None:
 
 def _has_unseen_rows(folder: Path) -> bool:
     """Whether the private scores of a run are of rows that no reward saw. With the reward `grade`, they are the reward's."""
-    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
+    (disclosed,) = parse_json((folder / "disclosure.json").read_bytes())["competitions"]
     return disclosed["reward"]["source"] == "holdout"
 
 

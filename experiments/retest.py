@@ -21,6 +21,7 @@ from discover_jax.archive.ranking import Ranking
 from discover_jax.exceptions import RunError
 from discover_jax.execution import Executor
 from discover_jax.execution.limits import resource_limits
+from discover_jax.records import parse_json
 from discover_jax.runs.attempts import stored_seed_states
 from discover_jax.runs.finalists import NAME, Choice, choose
 from discover_jax.tasks.configured import prepare_tasks
@@ -35,7 +36,7 @@ def run_config(folder: Path, raw: str) -> Any:
     """The config of a run, with the raw data at `raw`."""
     config = settings.default_config()
     known = settings.flatten(config)
-    stored = json.loads((folder / "config.json").read_bytes())["config"]
+    stored = parse_json((folder / "config.json").read_bytes())["config"]
     config.update_from_flattened_dict({name: value for name, value in stored.items() if name in known})
     config.task.stratified = stored.get("task.stratified", False)  # runs of earlier versions drew their rows from all classes alike
     config.task.raw = raw
@@ -44,7 +45,7 @@ def run_config(folder: Path, raw: str) -> Any:
 
 def run_seed(folder: Path) -> int:
     """The random seed of a run, which draws the rows of its rewards."""
-    return json.loads((folder / "config.json").read_bytes())["config"]["seed"]
+    return parse_json((folder / "config.json").read_bytes())["config"]["seed"]
 
 
 def seed_state(folder: Path) -> State:
@@ -55,7 +56,7 @@ def seed_state(folder: Path) -> State:
 
 def direction(folder: Path) -> float:
     """1 if a higher score of the run's only competition or problem is better, otherwise -1."""
-    (disclosed,) = json.loads((folder / "disclosure.json").read_bytes())["competitions"]
+    (disclosed,) = parse_json((folder / "disclosure.json").read_bytes())["competitions"]
     return 1.0 if disclosed["metric"]["higher_is_better"] else -1.0
 
 
@@ -70,7 +71,7 @@ def winner(file: Path, attempts: Sequence[Attempt]) -> tuple[Attempt, float | No
     """
     by_id = {attempt.id: attempt for attempt in attempts}
     try:
-        (found,) = json.loads(file.read_bytes())
+        (found,) = parse_json(file.read_bytes())
         finalists = {row["id"]: row["retested_score"] for row in found["finalists"]}
         best = next(iter(finalists))
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:

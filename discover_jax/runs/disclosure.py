@@ -8,6 +8,7 @@ from typing import Any
 
 from discover_jax.exceptions import RunError
 from discover_jax.files import write_atomic
+from discover_jax.records import parse_json
 from discover_jax.runs.workdir import Workdir
 from discover_jax.tasks.prepare import AnyTask
 
@@ -113,7 +114,7 @@ def read_disclosure(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if not isinstance(content["isolation"]["isolated"], bool) or not all(
             isinstance(line, str) for line in content["isolation"]["lines"]
         ):

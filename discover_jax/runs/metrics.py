@@ -11,6 +11,7 @@ from typing import Any
 
 from discover_jax.exceptions import ConfigError, RunError
 from discover_jax.files import append_synced, storage_remedy, write_atomic
+from discover_jax.records import parse_json
 from discover_jax.types import Outcome
 
 REQUIRED: tuple[str, ...] = (
@@ -184,7 +185,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             row["step"]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"Line {number} of {path} is not a metrics row ({error!r}). Delete the line and start again.") from error

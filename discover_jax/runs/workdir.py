@@ -12,6 +12,7 @@ from typing import Any
 from discover_jax.exceptions import HostError, RunError
 from discover_jax.files import storage_remedy, write_atomic
 from discover_jax.hosts.processes import Processes
+from discover_jax.records import parse_json
 from discover_jax.runs import lock
 
 _CONFIG, _TOKEN = "config.json", ".hosts"
@@ -195,7 +196,7 @@ def _refuse_strangers(path: Path) -> None:
 def _compare(path: Path, given: dict[str, Any]) -> None:
     """Refuses a directory whose run has another config."""
     try:
-        found = json.loads((path / _CONFIG).read_bytes())
+        found = parse_json((path / _CONFIG).read_bytes())
         found_all = {"kind": found["kind"], **found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from discover_jax.exceptions import DataError
 from discover_jax.files import storage_remedy
+from discover_jax.records import parse_json
 
 _RECORD = "prepared.json"
 HELPERS = "helpers_sha256"
@@ -94,7 +95,7 @@ def _read_record(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The record of a prepared folder, after checking its settings and files."""
     again = f"Delete {folder} to prepare it again, or choose another folder."
     try:
-        record = json.loads((folder / _RECORD).read_text())
+        record = parse_json((folder / _RECORD).read_text())
         recorded, files = record["settings"], record["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / _RECORD} is not a record of a prepared task ({error}). {again}") from error
