@@ -12,25 +12,14 @@ import numpy.typing as npt
 from discover_jax.exceptions import LearningError
 
 
-def expected_best(rewards_K: npt.ArrayLike, k: int) -> float:
-    """The mean, over all subsets of k rollouts, of the best reward: an unbiased estimate of the expected best of k new rollouts.
-
-    sum_i r_i C(i - 1, k - 1) / C(n, k) over sorted rewards (Chen et al., arXiv 2107.03374, for binary rewards; PKPO, arXiv 2505.15201).
-
-    Raises:
-      LearningError: k is not between 1 and the number of rewards.
-    """
-    rewards = np.sort(np.asarray(rewards_K, np.float64))
-    _check_k(k, rewards.size, rewards.size)
-    return float(rewards[-1] - np.sum(np.diff(rewards) * _best_within(rewards.size, k)[1:-1]))
-
-
 def best_with_minus_without(rewards_K: npt.ArrayLike, k: int) -> np.ndarray:
     """k times the difference: expected best of the subsets of k with rollout i, less that of the subsets of k without it. float64 [K].
 
-    With J = E[max of k rollouts], the mean of max(subset) x sum of grad log p over its members, over all subsets of k, is an unbiased
-    estimate of grad J (PKPO). Rollout i then has the weight (k / n) E[best | i is in]. A baseline that does not depend on rollout i keeps
-    the estimate unbiased; leaving i out gives (k / n) E[best | i is out]. Times n, so that k = 1 is r_i minus the mean of the others:
+    The expected best is the mean, over all subsets of k rollouts, of the best reward: sum_i r_i C(i - 1, k - 1) / C(n, k) over sorted
+    rewards (Chen et al., arXiv 2107.03374, for binary rewards). With J = E[max of k rollouts], the mean of max(subset) x sum of grad log p
+    over its members, over all subsets of k, is an unbiased estimate of grad J (PKPO, arXiv 2505.15201). Rollout i then has the weight
+    (k / n) E[best | i is in]. A baseline that does not depend on rollout i keeps the estimate unbiased; leaving i out gives
+    (k / n) E[best | i is out]. Times n, so that k = 1 is r_i minus the mean of the others:
 
       A_i = k (E[best | i in] - E[best | i out])
           = n k / (n - k) (sum_{m < i} g_m F(m) - sum_{m >= i} g_m F(m) (n - m) / m)
