@@ -21,8 +21,7 @@ _OF_KERNELS = (
 )
 _OF_DENSE = "for dense models, activations are fitted to the measured ones of two models on a GPU, and to the compiler's of one on a TPU"
 _OF_REFERENCES = (
-    "the experts run without kernels on this mesh. Only one figure of a compiler was compared there, so activations are only an order of"
-    " magnitude"
+    "the experts run without kernels. Only one figure of a compiler was compared there, so activations are only an order of magnitude"
 )
 
 

@@ -453,8 +453,10 @@ def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> I
     if machine.speeds.assumed:
         assumed = ", ".join(sorted(machine.speeds.assumed)).replace("_", " ")
         yield f"Assumed for this machine, not measured: {assumed} (discover_jax/machines.py)."
-    if not all(one.kernels for one in shown) and not dense:
-        why = "with tensor above 1" if machine.platform in PLATFORMS else f"on a {machine.platform.upper()}"
+    if (without := [one for one in shown if not one.kernels]) and not dense:
+        why = "with tensor above 1" if all(one.mesh.tensor > 1 for one in without) else "for experts of these sizes"
+        if machine.platform not in PLATFORMS:
+            why = f"on a {machine.platform.upper()}"
         yield (
             f"references: {why} there are no kernels of experts, and every expert computes every row. The efficiency of the references was"
             " measured only on one GPU with few tokens, so these figures are only an order of magnitude."

@@ -115,7 +115,7 @@ def test_no_verdict_where_no_formula_was_measured(run, config):
     [
         (_config(), r"gpt-oss within 3%"),
         (_config("qwen2.5-coder-7b", mesh__data=2, train__rows=2), r"dense models, activations are fitted"),
-        (_config("gpt-oss-20b", mesh__tensor=2), r"without kernels on this mesh.*order of magnitude"),
+        (_config("gpt-oss-20b", mesh__tensor=2), r"without kernels\..*order of magnitude"),
     ],
     ids=["kernels", "dense", "references"],
 )

@@ -300,6 +300,8 @@ def test_report_lists_recommendations_and_assumptions():
     assert re.search(r"\blink, network, network latency\b", text)  # assumed speeds
     assert "tensor above 1" not in text
     assert "tensor above 1" in _report(_config(mesh__tensor=8), _machine(8))
+    narrow = dataclasses.replace(GPT_OSS_20B, mlp_width=2880 + 32)  # no kernel has tiles of this size
+    assert re.search(r"references: for experts of these sizes\b", _report(_config(), _machine(1), narrow))
 
 
 @pytest.mark.parametrize(("rows", "told"), [(0, "8. This config has 1,"), (4, "8. This config has 4,"), (8, ""), (16, "")])
