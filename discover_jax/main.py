@@ -88,6 +88,8 @@ def discover(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> Non
 
 def _run_steps(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> None:
     recorder = run.recorder
+    if run.first_step > run.last_step - run.config.train.steps and _chooses_after(run, run.first_step - 1):
+        recorder.choose(choose_best(run, frontiers))  # a kill may have come before or within it
     for step in range(run.first_step, run.last_step):
         recorder.begin_step(step)
         groups = select_parents(run, frontiers, step)
@@ -118,13 +120,18 @@ def _run_steps(run: Run, policy: Policy, frontiers: Mapping[str, Frontier]) -> N
         )
         begin_checkpoint(run, policy, frontiers, step)
         recorder.end_step()
-        every = run.config.finalists.every
-        if every and (step + 1) % every == 0 and step + 1 < run.last_step:
+        if _chooses_after(run, step):
             finish_checkpoint(run)
             recorder.choose(choose_best(run, frontiers))
     finish_checkpoint(run)
     recorder.choose(choose_best(run, frontiers))
     recorder.finish()
+
+
+def _chooses_after(run: Run, step: int) -> bool:
+    """Whether the best program is chosen by retests after this step, besides the choice at the end of the run."""
+    every = run.config.finalists.every
+    return every > 0 and (step + 1) % every == 0 and step + 1 < run.last_step
 
 
 def _finish_last_checkpoint(run: Run) -> None:

@@ -192,3 +192,41 @@ def test_failed_checkpoint_ends_the_run_before_the_next_update(monkeypatch, tmp_
     with pytest.raises(RunError, match=r"(?s)Cannot write checkpoint 0.*the disk is gone.*resumes at the beginning"):
         loop.discover()
     assert loop.events[-1] == "sample 1"
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "every", "chosen_at"),
+    [
+        (0, 6, 2, [2, 4, 6]),
+        (1, 6, 2, [2, 4, 6]),
+        (2, 6, 2, [2, 4, 6]),  # killed after step 2, before or within its choice
+        (4, 6, 2, [4, 6]),
+        (6, 6, 2, [6]),
+        (4, 2, 2, [6]),  # continues another run from its fourth step: nothing of its own to choose yet
+        (4, 6, 0, [6]),
+    ],
+)
+def test_a_resumed_run_makes_the_choice_that_a_kill_prevented(monkeypatch, first, steps, every, chosen_at):
+    done, chosen = [first], []
+    recorder = NullRecorder()
+    recorder.choose = chosen.append
+    config = default_config()
+    config.train.steps, config.finalists.every = steps, every
+    run = types.SimpleNamespace(config=config, recorder=recorder, first_step=first, last_step=6)
+    nothing = types.SimpleNamespace(rollouts={}, attempts=[], verdicts={}, advantages={}, metrics={})
+    names = ("select_parents", "write_prompts", "waves")
+    fakes = {name: lambda *_: [] for name in names} | {
+        "sample_and_submit": lambda *_: nothing,
+        "finish_checkpoint": lambda *_: {},
+        "begin_update": lambda *_: None,
+        "join_estimates": lambda *_: nothing,
+        "finish_update": lambda *_: (None, {}),
+        "archive_attempts": lambda *_: {},
+        "stage_metrics": lambda *_: {},
+        "begin_checkpoint": lambda *arguments: done.append(arguments[-1] + 1),
+        "choose_best": lambda *_: done[-1],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(main, name, fake)
+    main._run_steps(run, None, {})  # pyright: ignore[reportArgumentType]
+    assert chosen == chosen_at
