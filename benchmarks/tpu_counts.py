@@ -9,7 +9,8 @@ Results are recorded in measurements.csv, except with `--dry`.
 
 `bytes`: 128 rows with 8,192 tokens, without shared prompts. XLA's operations are counted from the compiled text (hlo_counts); a launch of
 several steps shares what is outside of the loop over steps. The experts' kernel reads an expert once for each block of its rows, and the
-attention kernel reads whole pages. Both are counted from the kernels' arguments. The minimum comes from `costs_tpu.decode_needs`.
+attention kernel reads whole pages. The kernels of projections, head, norms and router read each weight once, and of biases and norms those
+of all layers of a stack. These are counted from the kernels' arguments. The minimum comes from `costs_tpu.decode_needs`.
 
 `update`: products in the compiled text and, from their grids, those of the attention kernels, with a row of 34,192 tokens on each device.
 The adapter's products are included, and not in what is needed (`costs_tpu.microbatch_needs`). The loops of gpt-oss's experts depend on
@@ -20,7 +21,6 @@ Needed are a forward pass, its repetition (full rematerialisation), and the grad
 """
 
 import argparse
-import inspect
 import math
 import re
 import sys
@@ -47,7 +47,7 @@ from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.families import SHAPES
 from discover_jax.models.sharding import make_mesh
-from discover_jax.sampling.sampler import Sampler
+from discover_jax.sampling.sampler import LAUNCH_STEPS
 from discover_jax.sampling.schedule import PAGE
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that loads this file by its path
@@ -56,7 +56,6 @@ import hlo_counts
 import tpu_memory
 
 ROWS, CONTEXT = 128, 8_192
-LAUNCH_STEPS = inspect.signature(Sampler).parameters["launch_steps"].default
 
 
 class Decoding(NamedTuple):
@@ -128,6 +127,22 @@ def cache_factor(sizes: ModelConfig, rows: int = ROWS, context: int = CONTEXT) -
     return float((read + written).sum() / (sizes.num_full * counts + sizes.num_sliding * window).sum())
 
 
+def other_kernel_bytes(sizes: ModelConfig, lora: LoraConfig, own: float) -> float:
+    """Bytes that the kernels of projections, head, norms and router move for `own` rows: weights, and activations that they read and
+    write."""
+    heads, kv = sizes.num_heads * sizes.head_size, sizes.num_kv_heads * sizes.head_size
+    into, out = sizes.width + heads, heads + 2 * kv + sizes.width
+    lines = (heads + 2 * kv) * sizes.qkv_bias + sizes.width * sizes.o_bias
+    if sizes.num_experts:  # norms and the router with what it sends
+        lines += 2 * sizes.width + sizes.num_experts
+        into, out = into + 2 * 2 * sizes.width, out + 3 * sizes.width
+    else:
+        into, out = into + sizes.width + sizes.mlp_width, out + 2 * sizes.mlp_width + sizes.width
+    repeats = sizes.num_layers // len(sizes.pattern)
+    activations = sizes.num_layers * own * (4 * into + 4 * out) + own * (2 * sizes.width + 4 * sizes.vocab_size)
+    return costs.other_bytes(sizes, lora) + sizes.num_layers * (repeats - 1) * 2 * lines + activations
+
+
 def decoding_bytes(sizes: ModelConfig, lora: LoraConfig, mesh: MeshShape, text: str) -> dict[str, float]:
     """Bytes that a device moves in a step, by part, and under `least` the least possible.
 
@@ -146,6 +161,7 @@ def decoding_bytes(sizes: ModelConfig, lora: LoraConfig, mesh: MeshShape, text: 
         held = sizes.num_experts // mesh.expert
         chosen = hit * sizes.num_layers * held * costs.expert_bytes(sizes, lora.expert_rank)
         moved["experts"] = experts_factor(sizes, held) * chosen
+    moved["other weights"] = other_kernel_bytes(sizes, lora, own)
     moved["keys and values"] = cache_factor(sizes) * own * costs.cached_bytes(sizes, CONTEXT)
     return moved | {"least": costs_tpu.decode_needs(sizes, lora, ROWS, CONTEXT, mesh).bytes}
 

@@ -31,25 +31,37 @@ from discover_jax.costs import (
     other_bytes,
 )
 from discover_jax.kernels.exchange import chunk_of
+from discover_jax.kernels.expert_steps_tpu import LANES, packed_column
 from discover_jax.kernels.experts_update_tpu import TOKENS_AT_ONCE, choose_tiles
 from discover_jax.machines import Speeds, TpuPeaks
 from discover_jax.models.config import LoraConfig, ModelConfig
-from discover_jax.sampling.sampler import PROMPT_CHUNK
+from discover_jax.sampling.sampler import LAUNCH_STEPS, PROMPT_CHUNK
 
 EXPERT_BYTES_FACTOR, CACHE_BYTES_FACTOR = 1.06, 1.07
 """Bytes that the kernels of decoding move over the least: experts of the 120b on 8 devices; keys and values of 128 rows with 8k tokens
 (benchmarks/tpu_counts.py)."""
-HEAD_FRACTION = 0.55
-"""Fraction of the vendor's bandwidth at which XLA's product reads the output head in decoding: XLA's own estimate (cycles in the compiled
-program: v5p, 16 rows of the 120b, libtpu 0.0.42.1). A kernel reads the projections of the layers."""
-LAYER_SECONDS, DENSE_LAYER_SECONDS, STEP_SECONDS = 70e-6, 80e-6, 390e-6
-"""Seconds of a decoding layer, of one of a dense model, and of a step, in operations that are neither kernels nor products of weights nor
-exchanges. These are XLA's estimates for the same program at 1.75 GHz; XLA assumes 1.2 us for each small operation. A layer includes 3 us
-for the kernel that sorts rows by expert and for the start of the projections' kernels. The figure of dense models is older than these
-kernels. The time of a step includes 0.25 ms for copies of the embedding and of adapters into other layouts, once in a launch of 32
-steps."""
-LAYER_COLLECTIVES, STEP_COLLECTIVES = 4, 4
-"""Collectives of a layer and of a step of decoding: a layer gathers activations, experts and their weights, and adds the sums."""
+SMALL = 2122 / 1.75e9
+"""Seconds of the smallest operation by XLA's estimate: 2,122 cycles at 1.75 GHz. The start of a kernel is counted as one."""
+LAYER_SECONDS, DENSE_LAYER_SECONDS = 31e-6, 92e-6
+"""Seconds of a decoding layer of experts, and of a dense one, in operations that are neither reading kernels nor exchanges.
+
+They are the compiler's, not measured (v5p, libtpu 0.0.42.1). Experts, for the 120b with 16 rows on each of 8 chips: 14,500 cycles of XLA's
+operations by its estimates, one operation without an estimate, and the starts of 9 kernels, counted as `SMALL` each; 12,000 cycles that the
+kernels of norms, routing, sorting, rotation and writing take by their schedules; 1,300 in which attention does not read; and `SMALL` for
+each 8 rows that are written, which wait for copies. Dense, for Qwen2.5-Coder-1.5B with 128 rows on a chip: 106,000 cycles of XLA's
+operations, the starts of 6 kernels, and 23 us for writing."""
+DRAW_SECONDS = 48e-12
+"""Seconds per logit to draw tokens, and for the other operations of a step: XLA's estimates, 265,000 cycles for 16 rows of the 120b and
+1.65 million for 128 rows of the 1.5B."""
+LAUNCH_SECONDS, DENSE_LAUNCH_SECONDS = 7.2e-3, 0.3e-3
+"""Seconds to copy the embedding and adapters into other layouts and types, once in a launch or a prompt's chunk: XLA's estimates, 12.5
+million cycles for the 120b on 8 chips and 0.5 million for the 1.5B."""
+SEPARATE_LAYER_SECONDS = 70e-6
+"""The same for a layer of experts of a prompt's chunk, which uses the separate operations; by XLA's estimates in decoding, before the
+kernels of a layer."""
+LAYER_COLLECTIVES, SEPARATE_COLLECTIVES, STEP_COLLECTIVES = 2, 4, 4
+"""Collectives of a layer of decoding, of a layer of a prompt's chunk, and of a step. In decoding, a layer gathers activations together with
+experts and their weights, and adds the sums. The separate operations gather these three one by one."""
 SUMS_FACTOR = 2
 """Bytes of decoding's sums over the least: XLA compiles their scattered sum as an all-reduce."""
 UPDATE_KERNEL_FACTOR, UPDATE_PADDING = 0.94, 0.8
@@ -152,40 +164,46 @@ def prefill_needs(sizes: ModelConfig, lora: LoraConfig, tokens: float, mesh: Mes
     return one.times(tokens / chunk)
 
 
-def _pass_cost(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, mesh: MeshShape, tokens: float, needs: Needs, cached: float) -> Cost:
-    """Seconds of one pass that needs `needs`, `cached` bytes of them for keys and values."""
+def _pass_cost(
+    sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, mesh: MeshShape, tokens: float, needs: Needs, cached: float, *, decoding: bool
+) -> Cost:
+    """Seconds of one pass that needs `needs`, `cached` bytes of them for keys and values. `decoding`: each row draws a token."""
     peaks, layers, (own, seen, hit) = _peaks(speeds), sizes.num_layers, _shares(sizes, mesh, tokens)
     packed = EXPERT_BYTES_FACTOR * _packed_bytes(sizes, lora, mesh, hit)
     fast = DECODE_BANDWIDTH_FRACTION * speeds.copy
     other = other_bytes(sizes, lora)
-    head = 2 * (sizes.vocab_size * sizes.width + lora.head_rank * (sizes.vocab_size + sizes.width))
+    layer_seconds = (LAYER_SECONDS if decoding else SEPARATE_LAYER_SECONDS) if sizes.num_experts else DENSE_LAYER_SECONDS
+    once = (LAUNCH_SECONDS if sizes.num_experts else DENSE_LAUNCH_SECONDS) / (LAUNCH_STEPS if decoding else 1)
+    logits = own * sizes.vocab_size if decoding else sizes.vocab_size
     cost = {
         # Copies run while the block before is unpacked. Larger blocks of rows cost products.
         "experts": max(
             packed / fast, packed * peaks.unpack, 2 * own * layers * sizes.experts_per_token * expert_weights(sizes) / speeds.product
         ),
-        "other weights": max((other - head) / fast + head / (HEAD_FRACTION * peaks.bandwidth), other * own / speeds.product),
+        "other weights": max(other / fast, other * own / speeds.product),
         "keys and values": max(CACHE_BYTES_FACTOR * cached / fast, (needs.operations - 2 * own * _token_weights(sizes)) / speeds.product),
-        "small operations": layers * (LAYER_SECONDS if sizes.num_experts else DENSE_LAYER_SECONDS) + STEP_SECONDS,
+        "small operations": layers * layer_seconds + logits * DRAW_SECONDS + once,
         "exchange": 0.0,
     }
     if not sizes.num_experts:
         return cost | {"experts": 0.0}
-    sent = layers * seen * (2 * sizes.width + 8 * sizes.experts_per_token + SUMS_FACTOR * 4 * sizes.width)
-    return cost | {"exchange": _exchange_seconds(speeds, mesh, sent, layers * LAYER_COLLECTIVES + STEP_COLLECTIVES)}
+    chosen = 2 * (packed_column(sizes.width) + LANES - sizes.width) if decoding else 8 * sizes.experts_per_token
+    sent = layers * seen * (2 * sizes.width + chosen + SUMS_FACTOR * 4 * sizes.width)
+    collectives = layers * (LAYER_COLLECTIVES if decoding else SEPARATE_COLLECTIVES) + STEP_COLLECTIVES
+    return cost | {"exchange": _exchange_seconds(speeds, mesh, sent, collectives)}
 
 
 def decode_step(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, rows: float, context: float, mesh: MeshShape = ONE) -> Cost:
     """Seconds of one token for each of `rows` rows; arguments as for `costs.decode_step`."""
     cached = rows / (mesh.data * mesh.expert) * cached_bytes(sizes, context)
-    return _pass_cost(sizes, lora, speeds, mesh, rows, decode_needs(sizes, lora, rows, context, mesh), cached)
+    return _pass_cost(sizes, lora, speeds, mesh, rows, decode_needs(sizes, lora, rows, context, mesh), cached, decoding=True)
 
 
 def prefill(sizes: ModelConfig, lora: LoraConfig, speeds: Speeds, tokens: float, mesh: MeshShape = ONE) -> Cost:
     """Seconds to read one prompt in chunks. The tokens of a chunk are split over the devices; each has all keys and values."""
     chunk = min(PROMPT_CHUNK, tokens)
     needs = prefill_needs(sizes, lora, tokens, mesh).times(chunk / tokens)
-    one = _pass_cost(sizes, lora, speeds, mesh, chunk, needs, cached_bytes(sizes, tokens / 2))
+    one = _pass_cost(sizes, lora, speeds, mesh, chunk, needs, cached_bytes(sizes, tokens / 2), decoding=False)
     return {part: tokens / chunk * seconds for part, seconds in one.items()}
 
 
@@ -267,8 +285,8 @@ def assumptions(speeds: Speeds) -> Iterator[str]:
         " reading them at the vendor's bandwidth"
     )
     yield (
-        f"    by XLA's own estimates for a compiled program of the 120b: decoding reads the output head at {HEAD_FRACTION:.0%} of the"
-        f" bandwidth, and small operations of a layer take {(LAYER_SECONDS * 1e6):.0f} us"
+        f"    by the compiler's estimates for a program of the 120b with 128 rows, and {SMALL * 1e6:.1f} us for the start of each kernel:"
+        f" small operations of a layer take {LAYER_SECONDS * 1e6:.0f} us in decoding"
     )
     yield (
         f"    guessed: links reach {speeds.link / peaks.link:.0%} of the vendor's speed, one for each dimension of the slice that `expert`"

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.exceptions import CapacityError, ConfigError
 from discover_jax.kernels import mxfp4_lanes, mxfp4_tiles
-from discover_jax.kernels.kernel_set import PLATFORMS, KernelSet, kernel_set
+from discover_jax.kernels.kernel_set import PLATFORMS, KernelSet, kernel_set, with_layer
+from discover_jax.kernels.layer_parts import HeadSizes
 from discover_jax.kernels.spread import can_spread, row_devices
 from discover_jax.learning.losses import RatioLimits
 from discover_jax.learning.train_state import abstract_train_state, adam
@@ -52,6 +54,9 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
     kernels = kernel_set(platform, mesh)
     reads_tiles = config.model.experts == "packed" and sizes.num_experts > 0 and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
     experts = PLATFORMS[platform].experts if reads_tiles else config.model.experts
+    if sizes.num_experts and not sizes.qk_norm:
+        heads = HeadSizes(sizes.num_heads, sizes.num_kv_heads, sizes.head_size)
+        kernels = with_layer(kernels, platform, heads, sizes.experts_per_token, experts, jnp.dtype(config.model.dtype))
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
     return Model(sizes, lora, mesh=mesh, kernels=kernels, **form)
 

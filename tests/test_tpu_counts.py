@@ -165,6 +165,10 @@ def test_a_step_moves_the_program_and_what_the_kernels_read(counts):
     assert found["program"] == 3 * 4_096 + 12 * 2 * 4_096  # a step, and 12 pairs of layers
     assert found["keys and values"] / (32 * costs.cached_bytes(sizes, 8_192)) == pytest.approx(1.07, abs=0.01)
     assert found["least"] == pytest.approx(11.61e9, rel=1e-3)
+    # Biases of 12 layers instead of one, two norms and the router's bias; and activations of 32 rows, the logits last.
+    lines = 24 * 11 * 2 * (4_096 + 2 * 512 + 2_880 + 2 * 2_880 + 32)
+    activations = 24 * 32 * 4 * ((2_880 + 4_096 + 4 * 2_880) + (4_096 + 2 * 512 + 2_880 + 3 * 2_880)) + 32 * (2 * 2_880 + 4 * 201_088)
+    assert found["other weights"] == costs.other_bytes(sizes, lora) + lines + activations
     with pytest.raises(ValueError, match="loops 0 deep"):
         counts.decoding_bytes(sizes, lora, mesh, _module([P, f"ROOT %n = {F} negate(%p)"]))
 

@@ -4,9 +4,9 @@ The kernel goes through the groups of pages of all rows, one group after another
 from HBM, also across the end of a row. So rows of any lengths keep the memory busy, and pages without seen keys are not read. It is an
 online softmax (Milakov and Gimelshein, arXiv 1805.02867) that starts with the sink. Sums are float32. Queries, the weights of the values,
 and the result are rounded to the values' dtype, as in the reference. The grid is for chips with two cores: each has about half of the
-groups, and whole rows.
+groups, and whole rows. It counts the groups itself: in XLA, that would be 13 small operations a layer.
 
-Dimensions: g groups of all rows, R queries of one key/value head (its heads times the row's tokens, padded), S keys of a group, s places of
+Dimensions: S lines of sinks, R queries of one key/value head (its heads times the row's tokens, padded), s places of
 a page. Where a head is smaller than a TPU's lanes, pages are [K, H, s]: XLA stores them in this order, which has no padding.
 """
 
@@ -52,60 +52,107 @@ def flipped(head_size: int) -> bool:
     return head_size < LANES
 
 
+def _each(count: int, body: Any, start: Any) -> Any:
+    """A loop over the integers below `count`."""
+    return lax.fori_loop(0, count, body, start)
+
+
+def rows_of_core(core: Any, rows: int, groups_of: Any) -> tuple[Any, Any]:
+    """The first row of a core, and its number of groups: the first core has the rows that end in the first half of the groups.
+
+    Args:
+      core: 0 or 1.
+      rows: number of rows.
+      groups_of: the number of groups of a row, at least 1.
+    """
+    total = _each(rows, lambda row, total: total + groups_of(row), jnp.int32(0))
+
+    def add(row: Any, found: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        end, before, groups = found
+        end += groups_of(row)
+        inside = end <= lax.div(total + 1, 2)
+        return end, jnp.where(inside, row + 1, before), jnp.where(inside, end, groups)
+
+    _, before, groups = _each(rows, add, (jnp.int32(0),) * 3)
+    return jnp.where(core == 0, 0, before), jnp.where(core == 0, groups, total - groups)
+
+
 def _attend(
-    layer_1, bounds_3, row_g, group_g, pages_BM, counts_B, held_B, sinks_KR1, q_BKRH, keys, values, out_BKRH,
-    q_buffers, k_buffers, v_buffers, out_buffer, highest, total, sums, sems, out_sem, *, head_size: int, places: int, settings: Pages,
+    layer_1, line_1, first_page_1, pages_BM, ends_B, sinks_SN, q_BKRH, keys, values, out_BKRH,
+    q_buffers, k_buffers, v_buffers, out_buffer, sinks_KR1, highest, total, sums, sems, out_sem,
+    *, head_size: int, places: int, count: int, settings: Pages,
 ) -> None:  # fmt: skip
     # Integers are divided by lax: their `//` and `%` compile only where there is a TPU.
-    core, layer, across = pl.program_id(0), layer_1[0], flipped(head_size)
-    begin, end = bounds_3[core], bounds_3[core + 1]
-    size, share = settings.pages * places, counts_B.shape[0] // pages_BM.shape[0]
+    layer, first_page, across = layer_1[0], first_page_1[0], flipped(head_size)
+    (batch, columns), rows = pages_BM.shape, q_BKRH.shape[0]
+    size, share = settings.pages * places, rows // batch
+    _lay_out_sinks(sinks_SN, line_1[0], sinks_KR1, settings.tokens)
 
-    def each(g: jax.Array, slot: jax.Array, act: Any) -> None:
+    def seen_by(row: Any) -> tuple[Any, Any]:
+        """Keys that the last token of a row sees, and those that the row has."""
+        end = ends_B[lax.div(row, share)]
+        seen = end - count + (lax.rem(row, share) + 1) * settings.tokens
+        return seen, jnp.minimum(jnp.minimum(seen, end), columns * places)
+
+    def groups_of(row: Any) -> Any:
+        """An empty row has one group, which gives 0."""
+        return jnp.maximum(lax.div(seen_by(row)[1] + size - 1, size), 1)
+
+    def after(row: Any, group: Any) -> tuple[Any, Any]:
+        last = group + 1 >= groups_of(jnp.minimum(row, rows - 1))
+        return jnp.where(last, row + 1, row), jnp.where(last, 0, group + 1)
+
+    begin, groups = rows_of_core(pl.program_id(0), rows, groups_of)
+
+    def each(row: Any, group: Any, slot: Any, act: Any) -> None:
         """Starts the copies of a group, or waits for them."""
-        row, first = row_g[g], group_g[g] * settings.pages
+        held = seen_by(row)[1]
         act(pltpu.make_async_copy(q_BKRH.at[row], q_buffers.at[slot], sems.at[slot]))
         for i in range(settings.pages):
+            number = group * settings.pages + i
 
-            @pl.when((first + i) * places < held_B[row])
-            def _(i: int = i) -> None:
-                page = pages_BM[lax.div(row, share), first + i]
+            @pl.when(number * places < held)
+            def _(i: int = i, number: Any = number) -> None:
+                page = jnp.clip(pages_BM[lax.div(row, share), number] - first_page, 0, keys.shape[1] - 1)
                 at = pl.ds(i * places, places)
                 for pool, buffers in ((keys, k_buffers), (values, v_buffers)):
                     target = buffers.at[slot, :, :, at] if across else buffers.at[slot, :, at]
                     act(pltpu.make_async_copy(pool.at[layer, page], target, sems.at[slot]))
 
-    def start(g: jax.Array, slot: jax.Array) -> None:
-        pl.when(g < end)(lambda: each(g, slot, lambda copy: copy.start()))
+    def start(g: Any, ahead: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Starts the copies of group g, at `ahead`. Returns the place of the next group."""
+        row, group = ahead
+        pl.when(g < groups)(lambda: each(row, group, lax.rem(g, settings.buffers), lambda copy: copy.start()))
+        return after(row, group)
 
+    ahead = begin, jnp.int32(0)
     for i in range(settings.buffers - 1):
-        start(begin + i, jnp.int32(i))
+        ahead = start(jnp.int32(i), ahead)
 
     def result(row: jax.Array) -> Any:
         return pltpu.make_async_copy(out_buffer, out_BKRH.at[row], out_sem.at[0])
 
-    def add(g: jax.Array, slot: jax.Array, *, masked: bool) -> None:
-        row, before = row_g[g], group_g[g] * size
+    def add(row: Any, group: Any, slot: Any, *, masked: bool) -> None:
+        before, (seen, held) = group * size, seen_by(row)
         k, v = k_buffers[slot], v_buffers[slot]
         scores = dot(q_buffers[slot], k, (2, 1 if across else 2), _HEADS) * head_size**-0.5
         if masked:
             at = before + lax.broadcasted_iota(jnp.int32, scores.shape, 2)
             token = lax.rem(lax.broadcasted_iota(jnp.int32, scores.shape, 1), settings.tokens)
-            last = counts_B[row] - settings.tokens + token
-            scores = jnp.where((at <= last) & (at < held_B[row]), scores, -jnp.inf)
+            scores = jnp.where((at <= seen - settings.tokens + token) & (at < held), scores, -jnp.inf)
             # Unused places may hold NaN, and 0 * NaN is NaN.
-            seen = before + lax.broadcasted_iota(jnp.int32, v.shape, 2 if across else 1) < held_B[row]
-            v = jnp.where(seen, v, jnp.zeros_like(v))
+            used = before + lax.broadcasted_iota(jnp.int32, v.shape, 2 if across else 1) < held
+            v = jnp.where(used, v, jnp.zeros_like(v))
         higher = jnp.maximum(highest[...], scores.max(axis=2, keepdims=True))
         shrink, weights = jnp.exp(highest[...] - higher), jnp.exp(scores - higher)
         total[...] = total[...] * shrink + weights.sum(axis=2, keepdims=True)
         sums[...] = sums[...] * shrink + dot(weights.astype(v.dtype), v, (2, 2 if across else 1), _HEADS)
         highest[...] = higher
 
-    def step(g: jax.Array, sent: jax.Array) -> jax.Array:
-        row, group = row_g[g], group_g[g]
-        slot = lax.rem(g - begin, settings.buffers)
-        start(g + settings.buffers - 1, lax.rem(g - begin + settings.buffers - 1, settings.buffers))
+    def step(g: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        row, group, ahead, sent = carry
+        (seen, held), slot = seen_by(row), lax.rem(g, settings.buffers)
+        ahead = start(g + settings.buffers - 1, ahead)
 
         @pl.when(group == 0)
         def _() -> None:
@@ -113,11 +160,11 @@ def _attend(
             total[...] = jnp.ones_like(total)
             sums[...] = jnp.zeros_like(sums)
 
-        each(g, slot, lambda copy: copy.wait())
-        masked = (group + 1) * size > jnp.minimum(held_B[row], counts_B[row] - settings.tokens + 1)
-        pl.when(masked)(functools.partial(add, g, slot, masked=True))
-        pl.when(jnp.logical_not(masked))(functools.partial(add, g, slot, masked=False))
-        done = (group + 1) * size >= held_B[row]
+        each(row, group, slot, lambda copy: copy.wait())
+        masked = (group + 1) * size > jnp.minimum(held, seen - settings.tokens + 1)
+        pl.when(masked)(functools.partial(add, row, group, slot, masked=True))
+        pl.when(jnp.logical_not(masked))(functools.partial(add, row, group, slot, masked=False))
+        done = (group + 1) * size >= held
 
         @pl.when(done)
         def _() -> None:
@@ -125,31 +172,24 @@ def _attend(
             out_buffer[...] = (sums[...] / total[...]).astype(out_buffer.dtype)
             result(row).start()
 
-        return sent + done.astype(jnp.int32)
+        return *after(row, group), ahead, sent + done.astype(jnp.int32)
 
-    sent = lax.fori_loop(begin, end, step, jnp.int32(0))
+    *_, sent = _each(groups, step, (begin, jnp.int32(0), ahead, jnp.int32(0)))
     pl.when(sent > 0)(lambda: result(jnp.int32(0)).wait())
 
 
-def groups_of(counts_B: jax.Array, most: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where each core begins and ends, int32 [CORES + 1], and each group's row and number in its row, int32 [B most].
-
-    Args:
-      counts_B: keys of each row.
-      most: groups of the longest row.
-      size: keys of a group.
-    """
-    # Comparisons with sums are few operations on a TPU, unlike a cumulative sum and gathers of scalars.
-    needed_B, rows = -(-counts_B // size), jnp.arange(len(counts_B), dtype=jnp.int32)
-    ends_B = jnp.sum(jnp.where(rows[None] <= rows[:, None], needed_B[None], 0), axis=1)
-    group_g = jnp.arange(len(counts_B) * most, dtype=jnp.int32)
-    row_g = jnp.minimum(jnp.sum(ends_B[None] <= group_g[:, None], axis=1), len(counts_B) - 1)
-    first_g = jnp.sum(jnp.where(rows[None] == row_g[:, None], (ends_B - needed_B)[None], 0), axis=1)
-    total = jnp.sum(needed_B)
-    # A row is on one core: the first core has the rows that end in the first half.
-    middle = jnp.max(jnp.where(ends_B <= -(-total // CORES), ends_B, 0))
-    bounds = jnp.stack([jnp.zeros_like(middle), middle, total])
-    return bounds.astype(jnp.int32), row_g.astype(jnp.int32), (group_g - first_g).astype(jnp.int32)
+def _lay_out_sinks(sinks_SN: Any, line: Any, sinks_KR1: Any, tokens: int) -> None:
+    """One line of the sinks, for each query of each key/value head; 0 for padding."""
+    (kv_heads, queries, _), (lines, heads) = sinks_KR1.shape, sinks_SN.shape
+    own = lax.broadcasted_iota(jnp.int32, (lines, heads), 0) == line
+    sinks_1N = jnp.sum(jnp.where(own, sinks_SN[...].astype(jnp.float32), 0.0), axis=0, keepdims=True)
+    shape = queries, heads
+    head = lax.div(lax.broadcasted_iota(jnp.int32, shape, 0), tokens)
+    group = heads // kv_heads
+    number = jnp.where(head < group, head, heads)  # among those of the key/value head
+    for k in range(kv_heads):
+        here = lax.broadcasted_iota(jnp.int32, shape, 1) == number + k * group
+        sinks_KR1[k] = jnp.sum(jnp.where(here, sinks_1N, 0.0), axis=1, keepdims=True)
 
 
 def attend(
@@ -158,39 +198,45 @@ def attend(
     values: jax.Array,
     layer: jax.Array,
     pages_BM: jax.Array,
-    counts_B: jax.Array,
-    held_B: jax.Array,
-    sinks_KR1: jax.Array,
+    ends_B: jax.Array,
+    sinks_SN: jax.Array,
     settings: Pages,
+    *,
+    count: int = 1,
+    line: jax.Array | int = 0,
+    first_page: jax.Array | int = 0,
 ) -> jax.Array:
-    """The attention of each query row, [B, K, R, H] in the dtype of the values. That of rows without keys is undefined.
+    """The attention of each query row, [rows, K, R, H] in the dtype of the values; 0 for rows without keys.
 
     Args:
       q_BKRH: queries in the dtype of the values. R counts heads of one key/value head times `settings.tokens`, tokens last; padding
-        follows. R is a multiple of 8.
+        follows. R is a multiple of 8. Equally many consecutive query rows share a row of the table.
       keys, values: [L, P, K, s, H], or [L, P, K, H, s] if `flipped`.
       layer: int32 scalar.
-      pages_BM: int32, valid page numbers. Consecutive query rows may share a row of the table: B is a multiple of its rows.
-      counts_B, held_B: int32. Token t sees the first count - tokens + t + 1 keys of its row, but at most `held`, which is at most M s. They
-        differ where tokens are padding.
-      sinks_KR1: float32, finite.
+      pages_BM: int32 page numbers. Those of unused places may be invalid.
+      ends_B: int32, keys of a row up to its last query. Query row r of a row has tokens from r * `settings.tokens`. A token sees its own
+        and earlier keys.
+      sinks_SN: finite sinks, a line for each layer or one for all.
       settings: see `Pages`. A group has at most M pages.
+      count: tokens of a row that are not padding of its last query row.
+      line: int32 scalar, the line of the sinks.
+      first_page: int32 scalar, the number of page 0 of `keys`.
     """
     _, kv_heads, queries, head_size = q_BKRH.shape
     places = keys.shape[4 if flipped(head_size) else 3]
     size = settings.pages * places
-    groups = groups_of(held_B, -(-pages_BM.shape[1] // settings.pages), size)
-    scalars = (jnp.asarray(layer, jnp.int32).reshape(1), *groups, pages_BM, counts_B, held_B)
+    # Kernels get numbers of rows and pages as they are: in each layer, XLA would need several small operations to prepare them.
+    scalars = (*(jnp.asarray(x, jnp.int32).reshape(1) for x in (layer, line, first_page)), pages_BM, ends_B)
     buffer = (settings.buffers, kv_heads, *((head_size, size) if flipped(head_size) else (size, head_size)))
-    sums = [pltpu.VMEM((kv_heads, queries, last), jnp.float32) for last in (1, 1, head_size)]
+    sums = [pltpu.VMEM((kv_heads, queries, last), jnp.float32) for last in (1, 1, 1, head_size)]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        functools.partial(_attend, head_size=head_size, places=places, settings=settings),
+        functools.partial(_attend, head_size=head_size, places=places, count=count, settings=settings),
         out_shape=jax.ShapeDtypeStruct(q_BKRH.shape, values.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(CORES,),
-            in_specs=[pl.BlockSpec(sinks_KR1.shape, lambda *_: (0, 0, 0)), anywhere, anywhere, anywhere],
+            in_specs=[pl.BlockSpec(sinks_SN.shape, lambda *_: (0, 0)), anywhere, anywhere, anywhere],
             out_specs=anywhere,
             scratch_shapes=[
                 pltpu.VMEM((settings.buffers, kv_heads, queries, head_size), q_BKRH.dtype),
@@ -205,4 +251,4 @@ def attend(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=settings.memory),
         interpret=settings.interpret,
         name="attention_pages",
-    )(*scalars, sinks_KR1, q_BKRH, keys, values)
+    )(*scalars, sinks_SN, q_BKRH, keys, values)

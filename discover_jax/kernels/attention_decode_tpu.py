@@ -101,7 +101,7 @@ def attend_pages(
       chosen: groups and buffers instead of `choose_pages`'s.
       interpret: as for `pallas_call`.
     """
-    _, pool, kv_heads, places, head_size = keys_LPKsH.shape
+    *_, kv_heads, places, head_size = keys_LPKsH.shape
     (batch, count, heads, _), columns = q_BTNH.shape, pages_BM.shape[1]
     tokens = min(tokens, count)
     rows, group = -(-count // tokens), heads // kv_heads
@@ -110,9 +110,6 @@ def attend_pages(
     q = q.reshape(batch, rows, tokens, kv_heads, group, head_size).transpose(0, 1, 3, 4, 2, 5)
     q = q.reshape(batch * rows, kv_heads, group * tokens, head_size)
     q = jnp.pad(q, [(0, 0), (0, 0), (0, queries - group * tokens), (0, 0)])
-    sinks = jnp.repeat(sinks_N.astype(jnp.float32).reshape(kv_heads, group), tokens, axis=1)
-    sinks = jnp.pad(sinks, [(0, 0), (0, queries - group * tokens)])[..., None]
-    ends = lengths_B[:, None] + (jnp.arange(rows) + 1) * tokens
     page_bytes = 2 * kv_heads * places * head_size * keys_LPKsH.dtype.itemsize
     settings = chosen or choose_pages(columns, page_bytes, kv_heads * queries, places, tokens)
     if flipped(head_size):  # XLA stores them in this order, so nothing is moved
@@ -122,12 +119,11 @@ def attend_pages(
         keys_LPKsH,
         values_LPKsH,
         layer,
-        jnp.clip(pages_BM, 0, pool - 1),
-        ends.reshape(-1).astype(jnp.int32),
-        jnp.minimum(ends, jnp.minimum(lengths_B + count, columns * places)[:, None]).reshape(-1).astype(jnp.int32),
-        sinks,
+        pages_BM.astype(jnp.int32),
+        lengths_B.astype(jnp.int32) + count,
+        sinks_N[None],
         dataclasses.replace(settings, tokens=tokens, interpret=interpret),
+        count=count,
     )
     out = out[:, :, : group * tokens].reshape(batch, rows, kv_heads, group, tokens, head_size).transpose(0, 1, 4, 2, 3, 5)
-    out = out.reshape(batch, rows * tokens, heads, head_size)[:, :count]
-    return jnp.where((lengths_B + count > 0)[:, None, None, None], out, 0)
+    return out.reshape(batch, rows * tokens, heads, head_size)[:, :count]

@@ -7,7 +7,7 @@ Dimensions: R choices, padded to whole lanes; E experts; S steps, padded to whol
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,57 @@ def table_of(steps: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     return table, jnp.pad(weights_R, (0, _padded(weights_R.size) - weights_R.size))[None]
 
 
+# ---------------------------------------------------------------------- choices next to the tokens' inputs
+
+_PIECES = 3
+"""Numbers with 8 significant bits whose sum is a float32."""
+
+
+def packed_column(width: int) -> int:
+    """The column at which a token's choices begin, after its `width` inputs."""
+    return _padded(width)
+
+
+def put_choices(index_T1: Sequence[jax.Array], weights_T1: Sequence[jax.Array]) -> jax.Array:
+    """Each token's X experts and their weights, as exact sums of numbers that bfloat16 holds: float32 [T, LANES].
+
+    So devices send them along with the tokens' inputs, in one collective. May be called in a kernel.
+
+    Args:
+      index_T1: int32 [T, 1], of each choice the number of the expert, below 2^16.
+      weights_T1: float32 [T, 1].
+    """
+    lines = [*(index & 255 for index in index_T1), *(index >> 8 for index in index_T1)]
+    rest, pieces = list(weights_T1), []
+    for _ in range(_PIECES):
+        heads = [_without_low_bits(weight) for weight in rest]
+        rest = [weight - head for weight, head in zip(rest, heads, strict=True)]
+        pieces += heads
+    lines = [*(line.astype(jnp.float32) for line in lines), *pieces]
+    assert len(lines) <= LANES, "the choices of a token fit the lanes"
+    lane_TL = lax.broadcasted_iota(jnp.int32, (lines[0].shape[0], LANES), 1)
+    out_TL = jnp.zeros(lane_TL.shape, jnp.float32)
+    for lane, line in enumerate(lines):
+        out_TL = jnp.where(lane_TL == lane, line, out_TL)
+    return out_TL
+
+
+def _without_low_bits(x: jax.Array) -> jax.Array:
+    """A float32 cut to a bfloat16. A conversion would round, and compilers may leave out its way back."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16)), jnp.float32)
+
+
+def take_choices(choices_TL: jax.Array, share: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The inverse of `put_choices` for `share` experts per token. May be called in a kernel."""
+    column = [choices_TL[:, lane : lane + 1].astype(jnp.float32) for lane in range((2 + _PIECES) * share)]
+    index = [(column[x] + 256 * column[share + x]).astype(jnp.int32) for x in range(share)]
+    pieces = [column[(2 + piece) * share : (3 + piece) * share] for piece in range(_PIECES)]
+    return index, [first + (second + third) for first, second, third in zip(*pieces, strict=True)]
+
+
+# ---------------------------------------------------------------------- kernel
+
+
 def _ones(condition: jax.Array) -> jax.Array:
     return jnp.where(condition, 1, 0)
 
@@ -51,35 +102,37 @@ def _count(condition: jax.Array, axis: int) -> jax.Array:
 
 
 def _kernel(
-    layer_1: Any, index_1R: Any, weights_1R: Any, table: Any, sorted_1R: Any, sums_RL: Any, columns: Any,
+    layer_1: Any, first_1: Any, choices_TL: Any, table: Any, sorted_1R: Any, sums_RL: Any, index_1R: Any, columns: Any,
     *, experts: int, share: int, rows: int, steps: int, cores: int,
 ) -> None:  # fmt: skip
     """`columns`: of each choice its expert, place and weight. `sums_RL`: for sums over lanes. `steps`: those of a core."""
-    choices = index_1R.shape[1]
+    choices, tokens = sums_RL.shape[0], choices_TL.shape[0]
     number_R1 = lax.broadcasted_iota(jnp.int32, (choices, 1), 0)
     lane_1L = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     index_R1, place_R1, weights_R1 = columns
+    index_R1[...], weights_R1[...] = jnp.full_like(index_R1, experts + 1), jnp.zeros_like(weights_R1)  # padding is after all choices
+    for x, (index_T1, weights_T1) in enumerate(zip(*take_choices(choices_TL[...], share), strict=True)):
+        own_T1 = index_T1 - first_1[0]
+        index_R1[x * tokens : (x + 1) * tokens] = jnp.where((own_T1 >= 0) & (own_T1 < experts), own_T1, experts)
+        weights_R1[x * tokens : (x + 1) * tokens] = weights_T1
 
     def over(body: Callable[[Any, jax.Array], None]) -> None:
         """Calls `body` with the choices of each register, and their numbers."""
         lax.fori_loop(0, choices // LANES, lambda c, _: body(pl.ds(pl.multiple_of(c * LANES, LANES), LANES), c * LANES + lane_1L), None)
 
-    def sum_over(term_of: Callable[[Any, jax.Array], jax.Array], column_R1: Any) -> None:
-        """The sum over all choices along the lanes."""
-        sums_RL[...] = jnp.zeros_like(sums_RL)
+    def turn(at: Any, number_1L: jax.Array) -> None:
+        index_1R[:, at] = jnp.sum(jnp.where(number_R1 == number_1L, index_R1[...], 0), axis=0, keepdims=True)
 
-        def add(at: Any, number_1L: jax.Array) -> None:
-            sums_RL[...] += term_of(at, number_1L)
-
-        over(add)
-        column_R1[...] = jnp.sum(sums_RL[...], axis=1, keepdims=True).astype(column_R1.dtype)
-
-    # float32 is exact for these numbers.
-    sum_over(lambda at, number: jnp.where(number_R1 == number, index_1R[:, at].astype(jnp.float32), 0.0), index_R1)
-    sum_over(lambda at, number: jnp.where(number_R1 == number, weights_1R[:, at], 0.0), weights_R1)
+    over(turn)
     key_R1 = index_R1[...] * choices + number_R1
-    sum_over(lambda at, number: jnp.where(key_R1 > index_1R[:, at] * choices + number, 1.0, 0.0), place_R1)
-    token_R1 = ((number_R1.astype(jnp.float32) + 0.5) * (1 / share)).astype(jnp.int32)
+    sums_RL[...] = jnp.zeros_like(sums_RL)
+
+    def count(at: Any, number_1L: jax.Array) -> None:
+        sums_RL[...] += jnp.where(key_R1 > index_1R[:, at] * choices + number_1L, 1.0, 0.0)  # float32 is exact for these numbers
+
+    over(count)
+    place_R1[...] = jnp.sum(sums_RL[...], axis=1, keepdims=True).astype(jnp.int32)
+    token_R1 = number_R1 - ((number_R1.astype(jnp.float32) + 0.5) * (1 / tokens)).astype(jnp.int32) * tokens
 
     def give(at: Any, number_1L: jax.Array) -> None:
         here = place_R1[...] == number_1L
@@ -129,40 +182,60 @@ def sort_steps(
     *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
+    """`sort_choices` of experts and weights. `experts` stands for an expert on another device."""
+    share = index_TX.shape[1]
+    columns = ([x[:, i : i + 1] for i in range(share)] for x in (index_TX.astype(jnp.int32), weights_TX.astype(jnp.float32)))
+    return sort_choices(put_choices(*columns), share, experts, rows, layer, cores, interpret=interpret)
+
+
+def sort_choices(
+    choices_TW: jax.Array,
+    share: int,
+    experts: int,
+    rows: int,
+    layer: jax.Array | int,
+    cores: int,
+    *,
+    first: jax.Array | int = 0,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
     """The steps of decoding's experts: the table int32 [8, `table_width`], and the weights of the sorted rows, float32 [1, R].
 
+    Choice x of token t has the number x T + t.
+
     Args:
-      index_TX, weights_TX: the experts of each token, and their weights. `experts` stands for an expert on another device.
+      choices_TW: bfloat16 or float32. The last LANES columns are those of `put_choices`.
+      share: experts per token.
       experts: number of experts on this device.
       rows: rows of a block, a power of two.
       layer: index of the layer in the stacks of experts.
       cores: parts of the steps with equally many blocks, a power of two.
+      first: number of the first expert on this device.
       interpret: as for `pallas_call`.
     """
     assert rows & (rows - 1) == 0 == cores & (cores - 1), "rows of a block, and cores, are powers of two"
-    choices, share = index_TX.size, index_TX.shape[1]
+    tokens, width = choices_TW.shape
+    choices = share * tokens
     wide, steps = _padded(choices), -(-most_blocks(choices, experts, rows) // cores)
-    # Padding is after all choices.
-    index = jnp.pad(index_TX.astype(jnp.int32).reshape(1, choices), ((0, 0), (0, wide - choices)), constant_values=experts + 1)
-    weights = jnp.pad(weights_TX.astype(jnp.float32).reshape(1, choices), ((0, 0), (0, wide - choices)))
-    width = table_width(choices, steps * cores)
+    table = table_width(choices, steps * cores)
 
     def whole(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *_: (0, 0))
 
     return pl.pallas_call(
         functools.partial(_kernel, experts=experts, share=share, rows=rows, steps=steps, cores=cores),
-        out_shape=(jax.ShapeDtypeStruct((_LINES, width), jnp.int32), jax.ShapeDtypeStruct((1, wide), jnp.float32)),
+        out_shape=(jax.ShapeDtypeStruct((_LINES, table), jnp.int32), jax.ShapeDtypeStruct((1, wide), jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(1,),
-            in_specs=[whole(1, wide)] * 2,
-            out_specs=(whole(_LINES, width), whole(1, wide)),
+            in_specs=[pl.BlockSpec((tokens, LANES), lambda *_: (0, width // LANES - 1))],
+            out_specs=(whole(_LINES, table), whole(1, wide)),
             scratch_shapes=[
                 pltpu.VMEM((wide, LANES), jnp.float32),
+                pltpu.VMEM((1, wide), jnp.int32),
                 [pltpu.VMEM((wide, 1), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)],
             ],
         ),
         interpret=interpret,
         name="expert_steps",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), index, weights)
+    )(*(jnp.asarray(x, jnp.int32).reshape(1) for x in (layer, first)), choices_TW)

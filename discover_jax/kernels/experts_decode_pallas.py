@@ -211,14 +211,14 @@ def multiply(
     Args:
       steps: blocks, a multiple of CORES, in the order of the grid.
       order: table and weights of the sorted rows, see expert_steps_tpu.
-      x_TD: the tokens' inputs, bfloat16 or float32, which is also the type of the products' inputs.
+      x_TD: the tokens' inputs, bfloat16 or float32, which is also the type of the products' inputs. More columns may follow.
       gate_up, down: of a stack of experts: words and scales (see mxfp4_lanes); bias float32 [stack, 2, N], [stack, 1, M]; with adapters
         also A [stack, i, r, w] and B [stack, parts, r, N or M].
       chunks: inputs of a chunk of `gate_up` and of `down`.
       settings: constants.
     """
     (tokens, width), lanes, out = x_TD.shape, gate_up[0].shape[-1], down[0].shape[-1]
-    count, wide = width // chunks[0], chunks[0]
+    count, wide = gate_up[0].shape[2] * gate_up[0].shape[3] * 8 // chunks[0], chunks[0]
     ups, downs, inputs = gate_up[0].shape[2], down[0].shape[2], down[0].shape[2] * down[0].shape[3] * 8
     rows = settings.rows
     of = {"gate_up": gate_up, "down": down}

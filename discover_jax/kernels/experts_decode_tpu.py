@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from discover_jax.kernels import experts_decode_pallas
 from discover_jax.kernels.expert_rows import most_blocks, sort_rows
-from discover_jax.kernels.expert_steps_tpu import sort_steps, table_of
+from discover_jax.kernels.expert_steps_tpu import sort_choices, sort_steps, table_of
 from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_decode_pallas import CORES, Settings
 from discover_jax.kernels.fallback import warn_reference
@@ -60,8 +60,8 @@ def steps_of(index_TX: jax.Array, weights_TX: jax.Array, experts: int, rows: int
 
     Blocks are those of `expert_rows.cut_blocks`. In each layer, XLA runs this in few operations: comparisons with sums, no gathers.
     """
-    (_, share), index_R = index_TX.shape, index_TX.reshape(-1).astype(jnp.int32)
-    slots_R, weights_R = _sorted(index_R, weights_TX.reshape(-1).astype(jnp.float32), experts)
+    tokens, index_R = len(index_TX), index_TX.T.reshape(-1).astype(jnp.int32)
+    slots_R, weights_R = _sorted(index_R, weights_TX.T.reshape(-1).astype(jnp.float32), experts)
     numbers = jnp.arange(experts, dtype=jnp.int32)
     first_E = jnp.sum(index_R[None] < numbers[:, None], axis=1)
     count_E = jnp.sum(index_R[None] == numbers[:, None], axis=1)
@@ -81,7 +81,7 @@ def steps_of(index_TX: jax.Array, weights_TX: jax.Array, experts: int, rows: int
     before_S = (block_S - of_expert(end_E - needed_E)) * rows
     rows_S = jnp.where(empty_S, 0, jnp.clip(of_expert(count_E) - before_S, 0, rows))
     per_step = (x_S.astype(jnp.int32) for x_S in (expert_S, of_expert(first_E) + before_S, rows_S))
-    return *per_step, slots_R // share, weights_R, expert_S + experts * jnp.asarray(layer, jnp.int32)
+    return *per_step, slots_R % tokens, weights_R, expert_S + experts * jnp.asarray(layer, jnp.int32)
 
 
 def _by_parts(x_Eo: jax.Array, parts: int, width: int) -> jax.Array:
@@ -184,17 +184,65 @@ def moe_lanes(
         of_part = jax.lax.map(one, (x, index, weights))
         return of_part.reshape(parts * size, -1)[:tokens]
     chosen = rows or choose_rows(tokens * index_TX.shape[1] * experts // (experts + elsewhere), experts)
+    number = jnp.int32(0) if layer is None else layer
+    if index_TX.size > MOST_COMPARED or chosen & (chosen - 1):
+        order = table_of(steps_of(index_TX, weights_TX, experts, chosen, number))
+    else:
+        order = sort_steps(index_TX, weights_TX, experts, chosen, number, CORES, interpret=interpret)
+    out = _multiply(x_TD, order, index_TX.size, experts, chosen, gate_up, down, scales, limit, alpha, layer, interpret)
+    return out.sum(axis=0)[:, :width]
+
+
+def _multiply(
+    x_TW: jax.Array,
+    order: tuple[jax.Array, jax.Array],
+    choices: int,
+    experts: int,
+    rows: int,
+    gate_up: dict[str, jax.Array],
+    down: dict[str, jax.Array],
+    scales: tuple[float, float],
+    limit: float,
+    alpha: float,
+    layer: jax.Array | None,
+    interpret: Any,
+) -> jax.Array:
+    """Parts of the experts' sum, float32 [CORES, T, M]. M may be padded. Columns after the matrices' inputs are not read."""
     chunks = chunk_inputs(gate_up["lanes"]), chunk_inputs(down["lanes"])
     up, low = _prepare(gate_up, layer), _prepare(down, layer)
-    settings = Settings(chosen, limit, alpha, scales if "lora_a" in gate_up else None, interpret=interpret)
-    routing, number = (index_TX, weights_TX, experts, chosen), jnp.int32(0) if layer is None else layer
-    if index_TX.size > MOST_COMPARED or chosen & (chosen - 1):
-        order = table_of(steps_of(*routing, number))
-    else:
-        order = sort_steps(*routing, number, CORES, interpret=interpret)
-    steps = CORES * -(-most_blocks(index_TX.size, experts, chosen) // CORES)
-    out = experts_decode_pallas.multiply(steps, order, x_TD, up, low, chunks, settings)
-    return out.sum(axis=0)[:, :width]
+    settings = Settings(rows, limit, alpha, scales if "lora_a" in gate_up else None, interpret=interpret)
+    steps = CORES * -(-most_blocks(choices, experts, rows) // CORES)
+    return experts_decode_pallas.multiply(steps, order, x_TW, up, low, chunks, settings)
+
+
+def moe_packed(
+    sent_TW: jax.Array,
+    share: int,
+    gate_up: dict[str, jax.Array],
+    down: dict[str, jax.Array],
+    *,
+    experts: int,
+    scales: tuple[float, float],
+    limit: float,
+    alpha: float,
+    layer: jax.Array,
+    first: jax.Array | int = 0,
+    elsewhere: int = 0,
+    interpret: Any = False,
+) -> jax.Array:
+    """Parts of `moe_lanes`, float32 [CORES, T, M], whose sum over CORES is its result and padding of the columns.
+
+    Args:
+      sent_TW: inputs of the tokens and their choices, see `expert_steps_tpu.put_choices`; at most MOST_COMPARED choices.
+      share: experts per token.
+      gate_up, down, experts, scales, limit, alpha, layer, elsewhere: see `moe_lanes`.
+      first: number of the first expert on this device.
+      interpret: as for `pallas_call`.
+    """
+    choices = share * len(sent_TW)
+    rows = choose_rows(choices * experts // (experts + elsewhere), experts)
+    order = sort_choices(sent_TW, share, experts, rows, layer, CORES, first=first, interpret=interpret)
+    return _multiply(sent_TW, order, choices, experts, rows, gate_up, down, scales, limit, alpha, layer, interpret)
 
 
 def moe_decode(

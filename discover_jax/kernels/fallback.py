@@ -1,4 +1,4 @@
-"""Why a kernel does not support its arguments, and the warning that it uses the reference instead."""
+"""Why a kernel does not support its arguments, and log messages that it uses the reference instead."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,12 @@ SLOWER = "reference, which is many times slower"
 def warn_reference(operation: str, reason: str, platform: str = "gpu") -> None:
     """Logs once that an operation uses the reference although it has a kernel, and why."""
     logging.warning("kernel of %s on %s: %s, because %s", operation, platform, SLOWER, reason)
+
+
+@functools.cache
+def note_reference(operation: str, reason: str, platform: str = "gpu") -> None:
+    """Logs once (`--verbosity=0`) that some calls of an operation use the reference, because it is as fast or faster there."""
+    logging.info("kernel of %s on %s: reference for some calls, because %s", operation, platform, reason)
 
 
 def attention_refusal(what: str, arrays: Sequence[jax.Array], dtypes: Sequence[Any], head_sizes: Sequence[int]) -> str:

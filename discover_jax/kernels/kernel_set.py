@@ -23,11 +23,11 @@ from discover_jax.kernels.attention import (
 from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.experts import MixtureOfExperts, moe_reference, route_reference
 from discover_jax.kernels.fallback import SLOWER
-from discover_jax.kernels.layer_parts import LayerKernels
+from discover_jax.kernels.layer_parts import HeadSizes, LayerKernels
 from discover_jax.kernels.packed_attention import packed_attention_reference, windowed_attention_reference
 from discover_jax.kernels.pages import copy_page, write_pages, write_token
-from discover_jax.kernels.projections import project_reference
-from discover_jax.kernels.spread import SPREAD, can_spread, spread_exchanging_experts
+from discover_jax.kernels.projections import head_reference, project_reference
+from discover_jax.kernels.spread import SPREAD, SPREAD_LAYER, can_spread, spread_exchanging_experts
 from discover_jax.kernels.triton_call import refusal
 
 AnyMesh = Mesh | AbstractMesh
@@ -46,10 +46,12 @@ class KernelSet:
       packed_attention, windowed_attention, experts: whole sequences; differentiable.
       decode_routing, decode_experts, decode_projections: one token a row, or a chunk of a prompt.
         Models without experts or windows do not call those operations.
+      decode_head: logits of one token a row, or of drafts. Without a kernel, the model multiplies as for whole sequences.
       mesh: devices over which the operations are spread; None for one device.
       kernels: operations that do not use the reference.
       layer: kernels of a whole decoding layer of experts, which replace most of the operations of one token a row; None for the separate
-        operations. No platform has them by default, since no GPU has measured them (benchmarks/sampling.py steps --fuse).
+        operations. TPUs have them by default, see `with_layer`. GPUs do not, since no GPU has measured them (benchmarks/sampling.py
+        steps --fuse).
     """
 
     write_token: Write
@@ -62,6 +64,7 @@ class KernelSet:
     windowed_attention: Attend
     experts: MixtureOfExperts
     decode_projections: Callable[..., list[jax.Array]]
+    decode_head: Callable[..., jax.Array]
     decode_routing: Callable[..., tuple[jax.Array, jax.Array, Blocks | None]]
     decode_experts: MixtureOfExperts
     mesh: AnyMesh | None = None
@@ -80,6 +83,7 @@ REFERENCE = KernelSet(
     windowed_attention=windowed_attention_reference,
     experts=moe_reference,
     decode_projections=project_reference,
+    decode_head=head_reference,
     decode_routing=route_reference,
     decode_experts=moe_reference,
 )
@@ -98,6 +102,7 @@ class Platform:
       refusal: why this process's device cannot run the kernels; empty if it can.
       extra: this package's extra that installs what the kernels need.
       experts: the form of packed experts that the kernel of `decode_experts` reads, see models.decoder.Model.
+      layer: module of the kernels of a whole decoding layer, with `KERNELS`, `layer_refusal` and `most_rows`; empty if there are none.
       exchanging: operations on experts whose kernel exchanges the tokens itself, see spread.spread_exchanging_experts.
     """
 
@@ -106,6 +111,7 @@ class Platform:
     refusal: Callable[[], str] = lambda: ""
     extra: str = "cuda"
     experts: str = "tiled"
+    layer: str = ""
     exchanging: frozenset[str] = frozenset()
 
 
@@ -134,6 +140,7 @@ PLATFORMS = {
             "paged_attention": ("discover_jax.kernels.attention_decode_tpu", "paged_attention"),
             "prefill_attention": ("discover_jax.kernels.attention_decode_tpu", "prefill_attention"),
             "decode_projections": ("discover_jax.kernels.projections_tpu", "project"),
+            "decode_head": ("discover_jax.kernels.projections_tpu", "project_head"),
             "decode_experts": ("discover_jax.kernels.experts_decode_tpu", "moe_decode"),
             "packed_attention": ("discover_jax.kernels.attention_update_tpu", "packed_attention"),
             "windowed_attention": ("discover_jax.kernels.attention_update_tpu", "windowed_attention"),
@@ -141,6 +148,7 @@ PLATFORMS = {
         },
         extra="tpu",
         experts="lanes",
+        layer="discover_jax.kernels.layer_tpu",
         exchanging=frozenset({"experts"}),
     ),
 }
@@ -236,3 +244,32 @@ def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
     for reason, operations in without.items():
         logging.warning("kernel of %s on %s: %s, because %s", ", ".join(operations), platform, SLOWER, reason)
     return _gather(kernels, mesh, PLATFORMS[platform].exchanging if platform in PLATFORMS else frozenset())
+
+
+def with_layer(kernels: KernelSet, platform: str, heads: HeadSizes, experts_per_token: int, form: str, dtype: Any) -> KernelSet:
+    """The kernels, with those of a whole decoding layer if the platform has them and they support the model. The log says which.
+
+    Args:
+      kernels: of the platform.
+      platform: as for `kernel_set`.
+      heads: sizes of the model's heads.
+      experts_per_token: those that its router chooses.
+      form, dtype: of the model, see `models.decoder.Model`.
+    """
+    named = PLATFORMS[platform].layer if platform in PLATFORMS else ""
+    separate = {"write_token", "paged_attention", "decode_projections", "decode_experts"}
+    if not named or not separate <= kernels.kernels:  # `kernel_set` has logged why
+        return kernels
+    module = importlib.import_module(named)
+    reason = module.layer_refusal(heads, experts_per_token, form, dtype)
+    name = named.removeprefix("discover_jax.kernels.")
+    said = f"separate operations, because {reason}" if reason else f"{name}.KERNELS"
+    logging.info("kernels of a decoding layer on %s: %s", platform, said)
+    if reason:
+        return kernels
+    layer, mesh = module.KERNELS, kernels.mesh
+    if mesh is not None:
+        parts: dict[str, Any] = {part: Spread(spread, getattr(layer, part), mesh) for part, spread in SPREAD_LAYER.items()}
+        layer = LayerKernels(**parts, mesh=mesh)
+    most = module.most_rows(experts_per_token, 1 if mesh is None else mesh.shape["expert"])
+    return dataclasses.replace(kernels, layer=dataclasses.replace(layer, most_rows=most))

@@ -121,11 +121,18 @@ def experts(
 
 @dataclasses.dataclass(frozen=True)
 class LayerKernels:
-    """One implementation of each part of a decoding layer. The defaults are the references."""
+    """One implementation of each part of a decoding layer. The defaults are the references.
+
+    What `route` returns after the experts of each token is for `experts`, in a form that both know.
+    `mesh` has the devices over which the parts are spread; None for one device. `most_rows` is the limit on the rows of a device. For
+    more rows, the separate operations are used.
+    """
 
     add_and_norm: Callable[..., tuple[jax.Array, jax.Array]] = add_and_norm
     project: Callable[[jax.Array, Sequence[Stack], jax.Array, float], jax.Array] = parts_reference
     rotate_and_write: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = rotate_and_write
     attend: Callable[..., jax.Array] = attend
-    route: Callable[..., tuple[jax.Array, jax.Array, Blocks | None]] = route
+    route: Callable[..., tuple[jax.Array, Any, Any]] = route
     experts: Callable[..., Branch] = experts
+    mesh: Any = None
+    most_rows: int = 2**30

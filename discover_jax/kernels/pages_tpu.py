@@ -5,7 +5,7 @@ interpreted on a CPU. No TPU has run them.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,53 +65,86 @@ def copy_page(keys_LPKsH: jax.Array, values_LPKsH: jax.Array, source: jax.Array,
     return put_copy(keys_LPKsH, values_LPKsH, source, target)
 
 
-def _in_place(
-    kernel: Callable, name: str, scalars: tuple, inputs: tuple, specs: list, pools: Pools, scratch: list, interpret: Any
-) -> Pools:
-    """Calls a kernel on a flat list of scalars, inputs, pools, pools again as outputs, and scratch. The outputs take the pools' memory."""
+def call_in_place(
+    kernel: Callable,
+    name: str,
+    scalars: tuple,
+    inputs: tuple,
+    specs: list,
+    pools: Pools,
+    scratch: list,
+    interpret: Any,
+    more: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = (),
+) -> tuple[list[jax.Array], Pools]:
+    """Calls a kernel on a flat list of scalars, inputs, pools, outputs, pools again as outputs, and scratch.
+
+    Returns the outputs in `more`, and the pools, which take the memory of the given ones.
+    """
     across = flipped(pools[0].shape[-1])
     held = [pool.swapaxes(3, 4) if across else pool for pool in pools]  # XLA stores them in this order, so nothing is moved
-    before = len(scalars) + len(inputs)
-    out = pl.pallas_call(
+    before, after = len(scalars) + len(inputs), len(more)
+    *out, keys, values = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in held],
+        out_shape=[*(shape for shape, _ in more), *(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in held)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars), grid=(1,), in_specs=[*specs, _HBM, _HBM], out_specs=[_HBM, _HBM], scratch_shapes=scratch
+            num_scalar_prefetch=len(scalars),
+            grid=(1,),
+            in_specs=[*specs, _HBM, _HBM],
+            out_specs=[*(spec for _, spec in more), _HBM, _HBM],
+            scratch_shapes=scratch,
         ),
-        input_output_aliases={before: 0, before + 1: 1},
+        input_output_aliases={before: after, before + 1: after + 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), has_side_effects=True),
         interpret=interpret,
         name=name,
     )(*scalars, *inputs, *held)
-    keys, values = (pool.swapaxes(3, 4) if across else pool for pool in out)
-    return keys, values
+    return out, tuple(pool.swapaxes(3, 4) if across else pool for pool in (keys, values))
 
 
-def _write_token(layer_1, pages_B, places_B, k_new, v_new, _keys, _values, keys, values, buffers, loaded, stored) -> None:
-    """Reads the tiles of a page that have a token's place, replaces the place, and writes them back, for AT_ONCE rows together."""
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of an array in words of 32 bits, in which two of its rows share one."""
+    return pltpu.bitcast(x, jnp.int32)
+
+
+def _of_words(words: jax.Array, dtype: Any) -> jax.Array:
+    return pltpu.bitcast(words, dtype)
+
+
+def _write_token(layer_1, pages_B, places_B, k_new, v_new, _keys, _values, *rest) -> None:
+    write_tokens(layer_1[0], 0, pages_B, places_B, k_new, v_new, *rest)
+
+
+def write_tokens(layer, first_page, pages_B, places_B, k_new, v_new, keys, values, buffers, loaded, stored) -> None:
+    """Reads the tiles of a page that have a token's place, replaces the place, and writes them back, for AT_ONCE rows together.
+
+    To be called in a kernel. `first_page` is the number of page 0 of the pools. `k_new` and `v_new` are [K, H, B], padded, for pages
+    [K, H, s], else [B, K, 1, H].
+    """
     rows, (_, pool, *_), across = pages_B.shape[0], keys.shape, buffers.shape[-1] == LANES and buffers.shape[-2] != SUBLANES
 
     def copies(row: jax.Array, i: int) -> list:
         step = LANES if across else SUBLANES
         at = pl.ds(pl.multiple_of(lax.div(places_B[row], step) * step, step), step)
-        page = jnp.clip(pages_B[row], 0, pool - 1)
-        tiles = [x.at[layer_1[0], page, :, :, at] if across else x.at[layer_1[0], page, :, at] for x in (keys, values)]
+        page = jnp.clip(pages_B[row] - first_page, 0, pool - 1)
+        tiles = [x.at[layer, page, :, :, at] if across else x.at[layer, page, :, at] for x in (keys, values)]
         return [(tile, buffers.at[i, n]) for n, tile in enumerate(tiles)]
 
     def valid(row: jax.Array) -> jax.Array:
-        return (row < rows) & (pages_B[jnp.minimum(row, rows - 1)] >= 0) & (pages_B[jnp.minimum(row, rows - 1)] < pool)
+        page = pages_B[jnp.minimum(row, rows - 1)] - first_page
+        return (row < rows) & (page >= 0) & (page < pool)
 
     def replace(row: jax.Array, i: int) -> None:
         for n, new in enumerate((k_new, v_new)):
             tile = buffers[i, n]
-            if across:  # [K, H, B]: a row's token is one lane
-                own = lax.broadcasted_iota(jnp.int32, new.shape, 2) == row
-                token = jnp.where(own, new[...].astype(jnp.float32), 0.0).sum(axis=2, keepdims=True).astype(tile.dtype)
-                here = lax.broadcasted_iota(jnp.int32, tile.shape, 2) == lax.rem(places_B[row], LANES)
+            if across:  # [K, H, B]: a row's token is one lane, which moves to the lane of its place
+                at, place = pl.multiple_of(lax.div(row, LANES) * LANES, LANES), lax.rem(places_B[row], LANES)
+                moved = pltpu.roll(_words(new[:, :, pl.ds(at, LANES)]), lax.rem(place + LANES - lax.rem(row, LANES), LANES), 2)
+                here = lax.broadcasted_iota(jnp.int32, moved.shape, 2) == place
+                buffers[i, n] = _of_words(jnp.where(here, moved, _words(tile)), tile.dtype)
             else:
                 token = new[row]
                 here = lax.broadcasted_iota(jnp.int32, tile.shape, 1) == lax.rem(places_B[row], SUBLANES)
-            buffers[i, n] = jnp.where(here, token, tile)
+                buffers[i, n] = jnp.where(here, token, tile)
 
     def some(chunk: jax.Array, _: None) -> None:
         def each(act: Callable) -> None:
@@ -171,7 +204,7 @@ def put_tokens(
     semaphores = [pltpu.SemaphoreType.DMA((AT_ONCE,))] * 2
     scratch = [pltpu.VMEM((AT_ONCE, 2, *tile), keys_LPKsH.dtype), *semaphores]
     pools = keys_LPKsH, values_LPKsH
-    return _in_place(_write_token, "write_token", scalars, inputs, [whole, whole], pools, scratch, interpret)
+    return call_in_place(_write_token, "write_token", scalars, inputs, [whole, whole], pools, scratch, interpret)[1]
 
 
 def _copy_some(count: int, copies: Callable[[jax.Array], list], valid: Callable[[jax.Array], jax.Array]) -> None:
@@ -215,7 +248,9 @@ def put_pages(
     paged = [x.reshape(-1, places, kv_heads, head_size).transpose(order).astype(keys_LPKsH.dtype) for x in (k_BCKH, v_BCKH)]
     scalars = jnp.asarray(layer, jnp.int32).reshape(1), pages_Bm.reshape(-1).astype(jnp.int32)
     scratch = [pltpu.SemaphoreType.DMA((1,))]
-    return _in_place(_write_pages, "write_pages", scalars, tuple(paged), [_HBM, _HBM], (keys_LPKsH, values_LPKsH), scratch, interpret)
+    return call_in_place(_write_pages, "write_pages", scalars, tuple(paged), [_HBM, _HBM], (keys_LPKsH, values_LPKsH), scratch, interpret)[
+        1
+    ]
 
 
 def _copy_page(source_1, target_1, _keys, _values, keys, values, sem) -> None:
@@ -233,4 +268,4 @@ def put_copy(keys_LPKsH: jax.Array, values_LPKsH: jax.Array, source: jax.Array, 
     """`pages.copy_page` by the kernel. `interpret`: as for `pallas_call`."""
     scalars = tuple(jnp.asarray(x, jnp.int32).reshape(1) for x in (source, target))
     scratch = [pltpu.SemaphoreType.DMA((1,))]
-    return _in_place(_copy_page, "copy_page", scalars, (), [], (keys_LPKsH, values_LPKsH), scratch, interpret)
+    return call_in_place(_copy_page, "copy_page", scalars, (), [], (keys_LPKsH, values_LPKsH), scratch, interpret)[1]

@@ -52,6 +52,11 @@ def project_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array
     return [one(stack) for stack in stacks]
 
 
+def head_reference(x_Ti: jax.Array, head: Stack, scale: float) -> jax.Array:
+    """`project_reference` of the output head, given as a stack of one layer: the logits, float32 [T, V]."""
+    return project_reference(x_Ti, [head], jnp.int32(0), scale)[0]
+
+
 def parts_reference(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float) -> jax.Array:
     """`project_reference` for a caller that adds the parts of a kernel: float32 [1, T, all outputs]."""
     return jnp.concatenate(project_reference(x_Ti, stacks, layer, scale), axis=1)[None]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from discover_jax.kernels import projections_triton
-from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.fallback import note_reference, warn_reference
 from discover_jax.kernels.projections import Stack, parts_reference
 from discover_jax.kernels.projections_triton import COLUMNS as _COLUMNS
 from discover_jax.kernels.triton_call import call_kernel, compute_capability, multiprocessors, power_of_two, shared_kib
@@ -59,15 +59,24 @@ def _stages(most: int, lines: int) -> int:
     return max(1, min(most, shared_kib(compute_capability()) * 1024 // (lines * COLUMNS * 2)))
 
 
-def _applies(x_Ti: jax.Array, stacks: Sequence[Stack]) -> bool:
-    same = {(stack.bias is None, None if stack.lora_a is None else stack.lora_a.shape[1:]) for stack in stacks}
-    bfloat16 = all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((x_Ti, list(stacks))))
-    divide = x_Ti.shape[1] % COLUMNS == 0 and all(stack.weight.shape[1] % 16 == 0 for stack in stacks)
-    return bfloat16 and divide and len(same) == 1 and len(stacks) <= MOST_STACKS and len(x_Ti) <= MOST_ROWS
+def projections_refusal(x_Ti: jax.Array, stacks: Sequence[Stack]) -> str:
+    """Why the kernel does not support these projections, for any number of rows; empty if it does."""
+    if other := {str(leaf.dtype) for leaf in jax.tree.leaves((x_Ti, list(stacks)))} - {"bfloat16"}:
+        return f"rows or weights are {', '.join(sorted(other))}; the kernel supports bfloat16"
+    outs = [stack.weight.shape[1] for stack in stacks]
+    if x_Ti.shape[1] % COLUMNS or any(out % 16 for out in outs):
+        return f"matrices have {x_Ti.shape[1]} inputs and {outs} outputs; the kernel supports multiples of {COLUMNS} and of 16"
+    ranks = {0 if stack.lora_a is None else stack.lora_a.shape[1] for stack in stacks}
+    if len({stack.bias is None for stack in stacks}) > 1 or len(ranks) > 1 or len(stacks) > MOST_STACKS:
+        return (
+            f"there are {len(stacks)} projections; the kernel supports {MOST_STACKS}, with biases of all or none and adapters of one rank"
+        )
+    return f"the adapter's rank {max(ranks)} is above {MOST_RANK}" if max(ranks) > MOST_RANK else ""
 
 
 def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> list[jax.Array]:
-    """`project_reference` by the kernel for few bfloat16 rows and divisible widths, else by the reference. Not differentiable.
+    """`project_reference` by the kernel. For arguments that it does not support, or many rows, uses the reference and logs the reason once.
+    Not differentiable.
 
     The result of an adapter's first product is rounded in parts instead of once.
 
@@ -80,12 +89,13 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
 
 def project_parts(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> jax.Array:
     """`project` before its last sum: float32 [parts, T, all outputs]."""
-    if not _applies(x_Ti, stacks):
+    if reason := projections_refusal(x_Ti, stacks):
+        warn_reference("decode_projections", reason)
+        return parts_reference(x_Ti, stacks, layer, scale)
+    if len(x_Ti) > MOST_ROWS:
+        note_reference("decode_projections", f"{len(x_Ti)} rows are above {MOST_ROWS}: XLA's own product is faster")
         return parts_reference(x_Ti, stacks, layer, scale)
     rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
-    if rank > MOST_RANK:
-        warn_reference("decode_projections", f"the adapter's rank {rank} is above {MOST_RANK}")
-        return parts_reference(x_Ti, stacks, layer, scale)
     rows, width = x_Ti.shape
     outs = [stack.weight.shape[1] for stack in stacks]
     chosen = chosen or choose_launch(rows, width, outs)

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
-from discover_jax.kernels.projections import Stack, project_reference
+from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.projections import Stack, head_reference, project_reference
 
 LANES = 128
 OUTPUTS = (512, 256, 128)
@@ -30,7 +31,7 @@ MOST_ROWS = 512
 _MEMORY = 64 * 2**20
 
 
-def _outputs_along_lanes(out: int, into: int) -> bool:
+def outputs_along_lanes(out: int, into: int) -> bool:
     """Whether a TPU stores a matrix [out, in] with the outputs along the lanes. The default is the inputs."""
     return into % LANES != 0 and out % LANES == 0
 
@@ -62,18 +63,47 @@ def _kernel(layer_1: Any, x_Ti: Any, *arrays: Any, kinds: tuple[tuple[bool, ...]
             y_Tn[...] = y
 
 
+def projections_refusal(rows: int, outs: Sequence[int]) -> str:
+    """Why the kernel does not support projections of so many rows to these outputs; empty if it does."""
+    if rows > MOST_ROWS:
+        return f"a device has {rows} rows; the kernel supports at most {MOST_ROWS}"
+    if not choose_outputs(outs):
+        return f"projections have {', '.join(map(str, outs))} outputs; the kernel supports multiples of {OUTPUTS[-1]}, or one projection"
+    return ""
+
+
 def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, *, interpret: Any = False) -> list[jax.Array]:
-    """`project_reference` by the kernel; for many rows, or outputs that no block divides, by the reference. Not differentiable.
+    """`project_reference` by the kernel. If it does not support the arguments, uses the reference and logs the reason once. Not
+    differentiable.
 
     Args:
       x_Ti, stacks, layer, scale: see `project_reference`.
       interpret: as for `pallas_call`.
     """
+    outs = [stack.weight.shape[1] for stack in stacks]
+    if reason := projections_refusal(len(x_Ti), outs):
+        warn_reference("decode_projections", reason, "tpu")
+        return project_reference(x_Ti, stacks, layer, scale)
+    y_To = project_together(x_Ti, stacks, layer, scale, interpret=interpret)
+    return jnp.split(y_To, list(itertools.accumulate(outs))[:-1], axis=1)
+
+
+def project_head(x_Ti: jax.Array, head: Stack, scale: float, *, interpret: Any = False) -> jax.Array:
+    """`head_reference` by the kernel. If it does not support the arguments, uses the reference and logs the reason once.
+
+    XLA's own product reads the output head at half of the memory's bandwidth, by its estimate.
+    """
+    if reason := projections_refusal(len(x_Ti), [head.weight.shape[1]]):
+        warn_reference("decode_head", reason, "tpu")
+        return head_reference(x_Ti, head, scale)
+    return project_together(x_Ti, [head], jnp.int32(0), scale, interpret=interpret)
+
+
+def project_together(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, *, interpret: Any = False) -> jax.Array:
+    """`project` with the outputs side by side, for arguments that `projections_refusal` does not refuse."""
     rows, width = x_Ti.shape
     outs = [stack.weight.shape[1] for stack in stacks]
     block = choose_outputs(outs)
-    if rows > MOST_ROWS or not block:
-        return project_reference(x_Ti, stacks, layer, scale)
     ends = tuple(itertools.accumulate(-(-out // block) for out in outs))
     arrays, specs, kinds = [x_Ti], [pl.BlockSpec((rows, width), lambda *_: (0, 0))], []
     for stack, out, (begin, end) in zip(stacks, outs, itertools.pairwise((0, *ends)), strict=True):
@@ -88,7 +118,7 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
         def lines(block_of: Any = block_of) -> pl.BlockSpec:
             return pl.BlockSpec((None, block, width), lambda step, layer_1: (layer_1[0], block_of(step), 0))
 
-        along_lanes = _outputs_along_lanes(out, width)
+        along_lanes = outputs_along_lanes(out, width)
         arrays.append(stack.weight.swapaxes(1, 2) if along_lanes else stack.weight)
         specs.append(columns(width) if along_lanes else lines())
         if stack.bias is not None:
@@ -99,7 +129,7 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
             arrays += [stack.lora_a, stack.lora_b.swapaxes(1, 2)]
             specs += [pl.BlockSpec((None, rank, width), lambda step, layer_1: (layer_1[0], 0, 0)), columns(rank)]
         kinds.append((along_lanes, stack.bias is not None, stack.lora_a is not None))
-    y_To = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, kinds=tuple(kinds), ends=ends, scale=scale),
         out_shape=jax.ShapeDtypeStruct((rows, sum(outs)), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -112,4 +142,3 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
         interpret=interpret,
         name="projections_decode",
     )(jnp.asarray(layer, jnp.int32).reshape(1), *arrays)
-    return jnp.split(y_To, list(itertools.accumulate(outs))[:-1], axis=1)

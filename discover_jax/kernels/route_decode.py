@@ -8,6 +8,7 @@ from discover_jax.kernels.expert_rows import Blocks, most_blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import route_reference
 from discover_jax.kernels.experts_decode import choose_tiling
+from discover_jax.kernels.fallback import note_reference
 from discover_jax.kernels.triton_call import call_kernel, power_of_two
 
 MOST_LOGITS = 2**12
@@ -22,6 +23,7 @@ TOKENS = 4
 def route_sorted(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks | None]:
     """`route_reference` by the kernel, with the choices sorted for `experts_decode.moe_routed`; for more logits, the reference."""
     if not _fits(*logits_TE.shape):
+        note_reference("decode_routing", f"{' x '.join(map(str, logits_TE.shape))} logits are above {MOST_LOGITS}: plain JAX is faster")
         return route_reference(logits_TE, experts_per_token, layer)
     return _in_one_launch(logits_TE[None], experts_per_token, layer)
 

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from discover_jax.kernels.exchange import exchanged, own_experts
 from discover_jax.kernels.experts import ExpertMatrix
+from discover_jax.kernels.layer_parts import Branch
 from discover_jax.kernels.projections import Stack
 
 ROWS = ("data", "expert")
@@ -166,6 +167,16 @@ def spread_projections(project: Callable, mesh: Mesh) -> Callable:
     return spread
 
 
+def spread_head(project: Callable, mesh: Mesh) -> Callable:
+    """Each device computes the logits of its own tokens."""
+
+    def spread(x_Ti: jax.Array, head: Stack, scale: float) -> jax.Array:
+        tokens = PartitionSpec(rows_axes(x_Ti.shape[0], mesh))
+        return _on_devices(functools.partial(project, scale=scale), mesh, (tokens, PartitionSpec()), tokens)(x_Ti, head)
+
+    return spread
+
+
 def spread_routing(route: Callable, mesh: Mesh) -> Callable:
     """Each device chooses the experts of its own tokens. It does not sort them: the experts' kernel has those of other devices too."""
 
@@ -233,6 +244,105 @@ def _spread_experts(moe: Callable, exchanging: Callable, mesh: Mesh) -> Callable
     return spread
 
 
+# ---------------------------------------------------------------------- kernels of a whole decoding layer
+
+
+def _spread_add_and_norm(add_and_norm: Callable, mesh: Mesh) -> Callable:
+    def spread(x_TD: jax.Array, branch: Branch, scale_LD: jax.Array, layer: jax.Array, eps: float, dtype: Any) -> Any:
+        rows, whole = PartitionSpec(ROWS), PartitionSpec()
+        own = functools.partial(add_and_norm, eps=eps, dtype=dtype)
+        return _on_devices(own, mesh, (rows, PartitionSpec(None, ROWS), whole, whole), (rows, rows))(x_TD, branch, scale_LD, layer)
+
+    return spread
+
+
+def _spread_parts(project: Callable, mesh: Mesh) -> Callable:
+    def spread(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float) -> jax.Array:
+        rows, whole, out = PartitionSpec(ROWS), PartitionSpec(), PartitionSpec(None, ROWS)
+        return _on_devices(functools.partial(project, scale=scale), mesh, (rows, whole, whole), out)(x_Ti, list(stacks), layer)
+
+    return spread
+
+
+def _first_page(keys_LPKsH: jax.Array) -> jax.Array:
+    return keys_LPKsH.shape[1] * lax.axis_index(ROWS)
+
+
+def _spread_rotate_and_write(rotate_and_write: Callable, mesh: Mesh) -> Callable:
+    def spread(*arguments: Any) -> Any:
+        *arrays, sizes = arguments
+
+        def of_device(parts: jax.Array, turns: Any, keys: jax.Array, *rest: jax.Array) -> Any:
+            return rotate_and_write(parts, turns, keys, *rest, sizes, first_page=_first_page(keys))
+
+        rows = PartitionSpec(ROWS)
+        specs = (PartitionSpec(None, ROWS), rows, _POOL, _POOL, PartitionSpec(), rows, rows)
+        return _on_devices(of_device, mesh, specs, (rows, _POOL, _POOL))(*arrays)
+
+    return spread
+
+
+def _spread_attend(attend: Callable, mesh: Mesh) -> Callable:
+    def of_device(q: jax.Array, keys: jax.Array, *rest: jax.Array) -> jax.Array:
+        return attend(q, keys, *rest, first_page=_first_page(keys))
+
+    rows, whole = PartitionSpec(ROWS), PartitionSpec()
+    return _on_devices(of_device, mesh, (rows, _POOL, _POOL, whole, rows, rows, whole), rows)
+
+
+def _spread_route(route: Callable, mesh: Mesh) -> Callable:
+    def spread(x_TD: jax.Array, router: Stack, experts_per_token: int, layer: jax.Array) -> tuple[jax.Array, None, jax.Array]:
+        def of_device(x_TD: jax.Array, router: Stack, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+            index_TX, _, sent_TW = route(x_TD, router, experts_per_token, layer)
+            return index_TX, sent_TW
+
+        rows, whole = PartitionSpec(ROWS), PartitionSpec()
+        index_TX, sent_TW = _on_devices(of_device, mesh, (rows, whole, whole), (rows, rows))(x_TD, router, layer)
+        return index_TX, None, sent_TW
+
+    return spread
+
+
+def _spread_layer_experts(experts: Callable, mesh: Mesh) -> Callable:
+    parts = mesh.shape[_EXPERT]
+
+    def spread(
+        x_TD: jax.Array,
+        index_TX: jax.Array,
+        weights_TX: None,
+        gate_up: ExpertMatrix,
+        down: ExpertMatrix,
+        *,
+        adapted: bool,
+        layer: jax.Array,
+        rows: jax.Array,
+        **options: Any,
+    ) -> Branch:
+        options |= {"experts": options["experts"] // parts, "adapted": adapted, "axis": _EXPERT if parts > 1 else ""}
+
+        def of_device(x_TD: jax.Array, index_TX: jax.Array, rows: jax.Array, arrays: tuple, layer: jax.Array) -> jax.Array:
+            matrices = (_Own(matrix, part) for matrix, part in zip((gate_up, down), arrays, strict=True))
+            return experts(x_TD, index_TX, weights_TX, *matrices, layer=layer, rows=rows, **options).parts_PTXD
+
+        arrays = (gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted))
+        own = PartitionSpec(ROWS)
+        specs = (own, own, own, PartitionSpec(None, _EXPERT), PartitionSpec())
+        return Branch(_on_devices(of_device, mesh, specs, PartitionSpec(None, ROWS))(x_TD, index_TX, rows, arrays, layer))
+
+    return spread
+
+
+SPREAD_LAYER: dict[str, Callable[[Callable, Mesh], Callable]] = {
+    "add_and_norm": _spread_add_and_norm,
+    "project": _spread_parts,
+    "rotate_and_write": _spread_rotate_and_write,
+    "attend": _spread_attend,
+    "route": _spread_route,
+    "experts": _spread_layer_experts,
+}
+"""Part of a decoding layer -> function that spreads its kernel over a mesh with `tensor` = 1. Each device has whole rows and their
+pages."""
+
 _BY_HEADS: dict[str, Callable[[Callable, Mesh], Callable]] = {
     "packed_attention": spread_attention,
     "windowed_attention": spread_attention,
@@ -248,6 +358,7 @@ _WHOLE: dict[str, Callable[[Callable, Mesh], Callable]] = {
     "decode_experts": spread_experts,
     "decode_routing": spread_routing,
     "decode_projections": spread_projections,
+    "decode_head": spread_head,
 }
 SPREAD = _BY_HEADS | _WHOLE
 """Operation -> function that spreads its implementation over a mesh."""

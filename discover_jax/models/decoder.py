@@ -15,6 +15,7 @@ from discover_jax.kernels.experts_decode_tpu import lay_out_trees
 from discover_jax.kernels.kernel_set import REFERENCE, KernelSet, reference_set
 from discover_jax.kernels.mxfp4_tiles import SLABS
 from discover_jax.kernels.packed_attention import ATTENTION
+from discover_jax.kernels.projections import Stack
 from discover_jax.kernels.spread import can_spread, row_devices, rows_axes
 from discover_jax.models.attention import Attention
 from discover_jax.models.binding import Declared, bind, declared, join, split_matrices
@@ -70,7 +71,7 @@ class Model:
         if self.kernels == REFERENCE:
             object.__setattr__(self, "kernels", reference_set(self.mesh))
         if self.kernels.layer is not None:
-            check_fusable(self.config, self.kernels.mesh)
+            check_fusable(self.config, self.kernels)
         if self.kernels.mesh != reference_set(self.mesh).mesh:
             raise ConfigError(
                 f"The kernels were built for mesh {self.kernels.mesh}, but the model for {self.mesh}. Build both with the same mesh."
@@ -166,6 +167,15 @@ class Model:
         head = bind(self._declared, {"head": frozen.get("head", {})}, lora and {"head": lora.get("head", {})}).head
         weight = frozen["embedding"] if self.config.tied else None
         return head(hidden, adapted=lora is not None, out_dtype=jnp.float32, weight_oi=weight)
+
+    def decode_logits(self, frozen: Tree, lora: Tree | None, hidden_TD: jax.Array) -> jax.Array:
+        """`logits` in decoding, by the kernel that reads the head, if there is one: float32 [T, V]."""
+        if "decode_head" not in self.kernels.kernels:
+            return self.logits(frozen, lora, hidden_TD)
+        head = bind(self._declared, {"head": frozen.get("head", {})}, lora and {"head": lora.get("head", {})}).head
+        arrays = head.arrays(adapted=lora is not None, weight_oi=frozen["embedding"] if self.config.tied else None)
+        stack = Stack(**{name: array[None] for name, array in arrays.items()})
+        return self.kernels.decode_head(hidden_TD, stack, head.scale)
 
     # Token by token
 
@@ -282,7 +292,7 @@ class Model:
         at = {"full": locate_in_pages(cache), "sliding": locate_in_rings(cache, c.sliding_window)}
         x_BTD = frozen["embedding"][tokens_B][:, None].astype(jnp.float32)
         pools = {"full": cache.pool, "sliding": Pool(cache.ring_k_LBKWH, cache.ring_v_LBKWH)}
-        if self.kernels.layer is not None:
+        if self.kernels.layer is not None and len(tokens_B) <= self.kernels.layer.most_rows * row_devices(self.mesh):
             scanned = self._scanned(frozen, lora, STACKED)
             turns = turns_of(lengths_B, c)
             stream, pools, routes = decode_fused(c, *scanned, x_BTD[:, 0], pools, at, turns, self.kernels, self.dtype, adapted=adapted)

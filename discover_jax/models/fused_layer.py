@@ -26,7 +26,7 @@ class Stream(NamedTuple):
     branch: Branch
 
 
-def check_fusable(config: ModelConfig, mesh: Any) -> None:
+def check_fusable(config: ModelConfig, kernels: KernelSet) -> None:
     """Checks that the kernels of a layer support a model.
 
     Raises:
@@ -34,7 +34,7 @@ def check_fusable(config: ModelConfig, mesh: Any) -> None:
     """
     reasons = [] if config.num_experts else ["models without experts"]
     reasons += ["norms of queries and keys"] if config.qk_norm else []
-    reasons += ["meshes of several devices"] if mesh is not None else []
+    reasons += ["meshes of several devices"] if kernels.layer is not None and kernels.layer.mesh != kernels.mesh else []
     if reasons:
         raise ConfigError(f"KernelSet.layer does not support {', '.join(reasons)}. Use None for this model.")
 

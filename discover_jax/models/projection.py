@@ -88,13 +88,19 @@ class Projection(nnx.Module):
             y += adapter_product(x, self.lora_a[...], self.lora_b[...], self.scale)
         return y.astype(x.dtype if out_dtype is None else out_dtype)
 
+    def arrays(self, *, adapted: bool, weight_oi: jax.Array | None = None) -> dict[str, jax.Array]:
+        """The arrays of a `kernels.projections.Stack` that the projection has. `weight_oi`: of a tied projection."""
+        weight = weight_oi if self.weight is None else self.weight[...]
+        assert weight is not None, "a tied projection needs the weight"
+        found = {"weight": weight} | ({} if self.bias is None else {"bias": self.bias[...]})
+        if adapted and self.lora_a is not None and self.lora_b is not None:
+            found |= {"lora_a": self.lora_a[...], "lora_b": self.lora_b[...]}
+        return found
+
 
 def stack_of(projection: Projection, *, adapted: bool) -> Stack:
     """The arrays of a projection whose stacks are bound."""
-    lora_a, lora_b = projection.lora_a, projection.lora_b
-    adapter = (lora_a[...], lora_b[...]) if adapted and lora_a is not None and lora_b is not None else ()
-    assert projection.weight is not None, "only the head is tied"
-    return Stack(projection.weight[...], None if projection.bias is None else projection.bias[...], *adapter)
+    return Stack(**projection.arrays(adapted=adapted))
 
 
 def project_stacked(

@@ -235,7 +235,7 @@ def decode_launch(
 
     def one(carry: tuple[jax.Array, Pool, Rows, Drawn]) -> tuple[jax.Array, Pool, Rows, Drawn]:
         i, pool, rows, drawn_TB = carry
-        sampled_B = draw_tokens(keys_B, rows.counts_B, model.logits(frozen, lora, rows.hidden_BD), rows.temperatures_B)
+        sampled_B = draw_tokens(keys_B, rows.counts_B, model.decode_logits(frozen, lora, rows.hidden_BD), rows.temperatures_B)
         cache = Cache(pool, rows.ring_k_LBKWH, rows.ring_v_LBKWH, pages_BM, rows.lengths_B)
         rows, taken = take_tokens(rows, *sampled_B, max_new_tokens=max_new_tokens, stop_ids=stop_ids, second_phase=second_phase)
         hidden_BD, cache, routes_BLX = model.decode(frozen, lora, taken[0], cache)

@@ -107,7 +107,7 @@ def draft_launch(
     def draw(hidden_BTD: jax.Array, counts_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The next token after each hidden state. `counts_B`: the number of sampled tokens before the first one drawn."""
         shape = hidden_BTD.shape[:2]
-        logits = model.logits(frozen, lora, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        logits = model.decode_logits(frozen, lora, hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
         counts_BT = counts_B[:, None] + jnp.arange(shape[1], dtype=jnp.int32)
         flat = (jnp.broadcast_to(x_B[:, None], shape).reshape(-1) for x_B in (keys_B, rows.temperatures_B))
         keys, temperatures = flat

@@ -31,6 +31,8 @@ from discover_jax.types import LoweredFunction, Prompt, Rollout
 
 PROMPT_CHUNK = 512
 """Most prompt tokens that one prefill reads; a multiple of the page size."""
+LAUNCH_STEPS = 32
+"""Default limit on the tokens per row of a launch."""
 LAUNCH_TOKENS = 4
 """Tokens per row of a launch with drafts, relative to one without: a row whose drafts are accepted needs fewer passes."""
 _COLLECTIVES_IN_GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES"}
@@ -131,7 +133,7 @@ class Sampler:
         temperature_spread: float = 0.0,
         stop_ids: Sequence[int],
         second_phase: SecondPhase | None = None,
-        launch_steps: int = 32,
+        launch_steps: int = LAUNCH_STEPS,
         pages: int | None = None,
         record_routes: bool = True,
         draft_tokens: int = 0,

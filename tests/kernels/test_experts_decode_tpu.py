@@ -194,9 +194,9 @@ def test_steps_are_those_of_sorted_blocks(tokens, experts, held, share, rows):
     index = np.minimum(index, held)
     steps = jax.jit(steps_of, static_argnums=(2, 3, 4))(index, weights, held, rows, 3)
     expert, first, count, token, weight, stack = (np.asarray(x) for x in steps)
-    slots, blocks = (np.asarray(x) for x in jax.jit(sort_rows, static_argnums=(1, 2))(index, held, rows))
-    np.testing.assert_array_equal(token, slots // share)
-    np.testing.assert_array_equal(weight, weights.reshape(-1)[slots])
+    slots, blocks = (np.asarray(x) for x in jax.jit(sort_rows, static_argnums=(1, 2))(index.T, held, rows))
+    np.testing.assert_array_equal(token, slots % tokens)
+    np.testing.assert_array_equal(weight, weights.T.reshape(-1)[slots])
     used = count > 0
     np.testing.assert_array_equal(np.stack([expert, first, count])[:, used], blocks[:, blocks[2] > 0])
     np.testing.assert_array_equal(stack, expert + 3 * held)

@@ -3,13 +3,15 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import logging
 from jax.sharding import AbstractMesh
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import triton_call
-from discover_jax.kernels.kernel_set import OPERATIONS, PLATFORMS, REFERENCE, Platform, find_kernel, kernel_set, reference_set
+from discover_jax.kernels.kernel_set import OPERATIONS, PLATFORMS, REFERENCE, Platform, find_kernel, kernel_set, reference_set, with_layer
+from discover_jax.kernels.layer_parts import HeadSizes
 from discover_jax.kernels.spread import SPREAD
 from discover_jax.models.config import ModelConfig
 from discover_jax.models.decoder import Model
@@ -78,7 +80,7 @@ def test_the_log_names_the_kernel_of_each_operation_or_why_it_is_the_reference(l
         else:
             expected = (
                 "config.mesh.tensor = 2"
-                if platform == "tpu" and shape[2] == 2 and ("experts" in operation or operation == "decode_projections")
+                if platform == "tpu" and shape[2] == 2 and ("experts" in operation or operation in ("decode_projections", "decode_head"))
                 else "no kernel of it"
             )
             assert said.startswith("reference, because")
@@ -141,3 +143,31 @@ def test_models_with_equal_sets_share_compilations():
         _clear()
         jitted(Model(SIZES, kernels=kernel_set("cpu")), 1.0)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 1)])
+def test_tpus_have_kernels_of_a_whole_decoding_layer(monkeypatch, shape):
+    """Over a mesh, equal ones compare equal. The log names them."""
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    kernels = kernel_set("tpu", None if shape is None else _mesh(*shape))
+    supported = HeadSizes(64, 8, 64), 4, "lanes", jnp.dtype("bfloat16")
+    found = with_layer(kernels, "tpu", *supported)
+    assert lines[-1] == "kernels of a decoding layer on tpu: layer_tpu.KERNELS"
+    assert found == with_layer(kernels, "tpu", *supported)
+    assert hash(found) == hash(with_layer(kernels, "tpu", *supported))
+    assert found.layer is not None
+    assert found.layer.mesh == kernels.mesh
+    assert found.layer.most_rows == (512 if shape is None else 256)  # 2,048 choices of the devices that exchange them
+
+
+@pytest.mark.parametrize(
+    ("platform", "heads", "said"), [("tpu", HeadSizes(64, 8, 128), "the head size is 128"), ("cpu", HeadSizes(64, 8, 64), "")]
+)
+def test_other_models_and_platforms_use_separate_operations(monkeypatch, platform, heads, said):
+    lines = []
+    kernels = kernel_set(platform)
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    assert with_layer(kernels, platform, heads, 4, "lanes", jnp.dtype("bfloat16")) is kernels
+    assert len(lines) == bool(said)
+    assert all("separate operations, because" in line and said in line for line in lines)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from recorded_launches import record
 from triton_interpreter import needs_interpreter, results_of
 
+from discover_jax.kernels.fallback import note_reference, warn_reference
 from discover_jax.kernels.projections import Stack, project_reference
 
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -49,16 +51,29 @@ def test_kernels_are_accurate_to_bfloat16_rounding():
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "outs", "dtype"),
-    [(2, 64, (32,), jnp.float32), (2, 96, (32,), jnp.bfloat16), (2, 64, (32, 24), jnp.bfloat16), (300, 64, (32,), jnp.bfloat16)],
+    ("rows", "width", "outs", "dtype", "level", "said"),
+    [
+        (2, 64, (32,), jnp.float32, "warning", "float32"),
+        (2, 96, (32,), jnp.bfloat16, "warning", "96 inputs"),
+        (2, 64, (32, 24), jnp.bfloat16, "warning", "[32, 24] outputs"),
+        (2, 64, (32, 32, 32, 32), jnp.bfloat16, "warning", "4 projections"),
+        (300, 64, (32,), jnp.bfloat16, "info", "300 rows"),
+    ],
 )
-def test_unsupported_inputs_use_the_reference(rows, width, outs, dtype):
+def test_unsupported_inputs_use_the_reference_and_are_logged(monkeypatch, rows, width, outs, dtype, level, said):
     pytest.importorskip("triton", reason="needs the extra `kernels`")
     from discover_jax.kernels.projections_decode import project
 
+    lines = []
+    monkeypatch.setattr(logging, level, lambda text, *values: lines.append(text % values))
+    warn_reference.cache_clear()
+    note_reference.cache_clear()
     x, stacks = _problem(rows, width, outs, 4, dtype)
     for got, expected in zip(*_both(project, x, stacks), strict=True):
         np.testing.assert_array_equal(got, expected)
+    (line,) = lines
+    assert line.startswith("kernel of decode_projections on gpu: reference")
+    assert said in line
 
 
 def _both(project, x, stacks):

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from jax.experimental.pallas import tpu as pltpu
 from test_projections import SCALE, _problem
 
 from discover_jax.kernels import projections_tpu
-from discover_jax.kernels.projections import project_reference
-from discover_jax.kernels.projections_tpu import choose_outputs, project
+from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.projections import head_reference, project_reference
+from discover_jax.kernels.projections_tpu import choose_outputs, project, project_head
 
 
 def _compare(problem, tolerance, interpret: bool | pltpu.InterpretParams = True):
@@ -56,12 +58,37 @@ def test_a_simulated_tpu_finds_no_races(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-def test_sizes_that_the_kernel_does_not_support_use_the_reference(monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "outs", "said"), [(5, (128,), "a device has 5 rows"), (2, (128, 96), "128, 96 outputs"), (2, (64, 128, 128), "64, 128, 128")]
+)
+def test_sizes_that_the_kernel_does_not_support_use_the_reference_and_are_logged(monkeypatch, rows, outs, said):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     monkeypatch.setattr(projections_tpu, "MOST_ROWS", 4)
-    for problem in (_problem(5, 128, (128,), 2), _problem(2, 128, (128, 96), 2)):
+    warn_reference.cache_clear()
+    for problem in [_problem(rows, 128, outs, 2)] * 2:  # the second time, nothing is logged
         found, expected = (jax.jit(lambda *a, f=f: f(*a, SCALE))(*problem, jnp.int32(1)) for f in (project, project_reference))
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
+    (line,) = lines
+    assert line.startswith("kernel of decode_projections on tpu: reference")
+    assert said in line
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_head_is_a_projection_of_one_layer(monkeypatch, rank):
+    x, (stack,) = _problem(5, 128, (200,), rank, jnp.float32, biased=False)
+    head = jax.tree.map(lambda leaf: leaf[:1], stack)
+    with jax.default_matmul_precision("highest"):
+        expected = head_reference(x, head, SCALE)
+    found = project_head(x, head, SCALE, interpret=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    monkeypatch.setattr(projections_tpu, "MOST_ROWS", 4)
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    warn_reference.cache_clear()
+    np.testing.assert_array_equal(project_head(x, head, SCALE), head_reference(x, head, SCALE))
+    assert "decode_head" in lines[0]
 
 
 def test_blocks_divide_all_projections_of_a_call():

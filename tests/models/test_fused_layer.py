@@ -1,25 +1,30 @@
 """Decoding by the kernels of a whole layer equals decoding by separate operations, and is refused for models that they do not support."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.exceptions import ConfigError
-from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
+from discover_jax.kernels import layer_tpu
+from discover_jax.kernels.kernel_set import REFERENCE, Spread, kernel_set
 from discover_jax.kernels.layer_parts import LayerKernels
+from discover_jax.kernels.spread import SPREAD_LAYER
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
+from discover_jax.models.sharding import make_mesh
 
 LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=8.0)
 
 
-def _decoded(model, frozen, lora, prompt=10):
+def _decoded(model, frozen, lora, prompt=10, page=None):
     """Hidden states, routes and cache after a prompt, one row empty, and four tokens."""
     tokens_BT = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, prompt + 4)).astype(np.int32)
-    cache = model.init_cache(4, 128 * 2, page_size=prompt if prompt < 16 else 16)
+    cache = model.init_cache(4, 128 * 2, page_size=page or (prompt if prompt < 16 else 16))
     _, cache, _ = jax.jit(model.prefill)(frozen, lora, tokens_BT[:, :prompt], jnp.array([prompt, 3, 1, 2]), cache)
     cache = dataclasses.replace(cache, lengths_B=cache.lengths_B.at[3].set(0))
     decode, seen = jax.jit(model.decode), []
@@ -45,6 +50,51 @@ def test_references_of_a_layer_decode_like_separate_operations(adapted):
     expected = _decoded(model, frozen, lora)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), _decoded(fused, frozen, lora), expected)
     assert np.abs(expected[0][-1][0]).max() > 0.1
+
+
+TPU_SIZES = ModelConfig(2, 64, 4, 2, 64, 8, 4, 64, 97, sliding_window=128)
+
+
+def _interpreted():
+    """The TPU kernels of a layer, in Pallas's interpreter."""
+    parts = {field.name: getattr(layer_tpu.KERNELS, field.name) for field in dataclasses.fields(LayerKernels)}
+    options = {"interpret": pltpu.InterpretParams(uninitialized_memory="nan")}
+    return {name: functools.partial(part, **options) for name, part in parts.items() if callable(part)}
+
+
+@pytest.mark.parametrize("expert", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tpu_kernels_of_a_layer_decode_like_separate_operations(expert):
+    """Also over two devices, which exchange their tokens. The adapter of experts is laid out within the step."""
+    mesh = make_mesh(1, expert, 1, jax.devices()[:expert]) if expert > 1 else None
+    model = Model(TPU_SIZES, LORA, experts="lanes", mesh=mesh)
+    parts = _interpreted()
+    if mesh is not None:
+        parts = {name: Spread(spread, parts[name], mesh) for name, spread in SPREAD_LAYER.items()} | {"mesh": mesh}
+    fused = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, layer=LayerKernels(**parts)))
+    frozen, lora = model.init_frozen(jax.random.key(0)), _random_lora(model)
+    expected = _decoded(model, frozen, lora, prompt=128, page=128)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), _decoded(fused, frozen, lora, prompt=128, page=128), expected
+    )
+    assert np.abs(expected[0][-1][0]).max() > 0.1
+
+
+def test_more_rows_than_a_layer_supports_use_separate_operations():
+    def refuse(*_, **__):
+        raise AssertionError("the layer's kernels were called")
+
+    model = Model(ModelConfig(2, 32, 4, 2, 8, 4, 2, 16, 97, sliding_window=8), LORA)
+    refusing = dict.fromkeys(SPREAD_LAYER, refuse)
+    frozen, tokens = model.init_frozen(jax.random.key(0)), jnp.zeros(3, jnp.int32)
+    for most, called in ((2, False), (3, True)):
+        layer = LayerKernels(**refusing, most_rows=most)
+        fused = dataclasses.replace(model, kernels=dataclasses.replace(REFERENCE, layer=layer))
+        decode = functools.partial(jax.eval_shape, fused.decode, frozen, None, tokens, fused.init_cache(3, 16, 16))
+        if called:
+            with pytest.raises(AssertionError, match="were called"):
+                decode()
+        else:
+            decode()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Chain:
     def keep_drafts(self, cache, new, kept_B):
         return dataclasses.replace(cache, lengths_B=cache.lengths_B + kept_B)
 
-    def logits(self, frozen, lora, hidden_BD):
+    def decode_logits(self, frozen, lora, hidden_BD):
         return frozen[hidden_BD[:, 0].astype(jnp.int32)]
 
 
