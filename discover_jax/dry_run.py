@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from discover_jax import config as settings
-from discover_jax import formulas, meshes
+from discover_jax import formulas, mesh_report, meshes
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens, unused_drafts
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
@@ -188,7 +188,7 @@ def run(config: Any, machine_name: str, lengths: str = "", *, learn: bool = True
     def show(line: str) -> None:
         print(line, flush=True)
 
-    show("\n".join([*meshes.report(config, sizes, machine, expected, learn=learn), ""]))
+    show("\n".join([*mesh_report.report(config, sizes, machine, expected, learn=learn), ""]))
     if warning := unused_drafts(config):
         show(f"{warning}\n")
     missing = formulas.what_is_missing(machine) if machine_name else ""

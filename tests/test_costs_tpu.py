@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from discover_jax import costs, costs_tpu, machines, meshes
+from discover_jax import costs, costs_tpu, machines, mesh_report, meshes
 from discover_jax.config import default_config
 from discover_jax.costs import MeshShape
 from discover_jax.machines import Machine, speeds_of
@@ -139,7 +139,7 @@ def test_slices_are_found_by_cloud_tpus_names(monkeypatch, name, chips, devices)
 
 def test_dry_run_shows_the_limit_of_each_phase_and_its_assumptions():
     def report(machine):
-        return "\n".join(meshes.report(_config(), GPT_OSS_120B, machine, _LENGTHS))
+        return "\n".join(mesh_report.report(_config(), GPT_OSS_120B, machine, _LENGTHS))
 
     text = report(_machine("v5p", _V5P_MEMORY))
     assert re.search(r"Recommended: --config\.mesh\.data=1 --config\.mesh\.expert=8", text)

@@ -7,7 +7,7 @@ import re
 import pytest
 from jax.sharding import AbstractMesh
 
-from discover_jax import formulas, machines, meshes
+from discover_jax import formulas, machines, mesh_report, meshes
 from discover_jax.config import default_config
 from discover_jax.costs import MeshShape, expert_weights, layer_weights, microbatch
 from discover_jax.engine import beside_the_cache, tpu_copies
@@ -287,7 +287,7 @@ def test_waves_and_optimiser_steps_have_rows_of_their_own(settings, base, gradie
 
 
 def _report(config, machine, sizes=GPT_OSS_120B):
-    return "\n".join(meshes.report(config, sizes, machine, _LENGTHS))
+    return "\n".join(mesh_report.report(config, sizes, machine, _LENGTHS))
 
 
 def test_report_lists_recommendations_and_assumptions():
