@@ -36,7 +36,7 @@ from discover_jax import costs, costs_tpu
 from discover_jax.config import default_config
 from discover_jax.costs import MeshShape
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens
-from discover_jax.kernels.attention_update_tpu import packed_attention
+from discover_jax.kernels.attention_update_tpu import BLOCK, packed_attention
 from discover_jax.kernels.experts import route_top
 from discover_jax.kernels.experts_decode_tpu import choose_rows, steps_of
 from discover_jax.kernels.experts_update_tpu import Layer, choose_tiles, moe_sorted
@@ -186,8 +186,9 @@ ROUTINGS = {
 }
 
 
-def kernel_operations(jaxpr: Any, axes: int | None = None, turns: int = 1) -> int:
-    """Floating point operations of all products of kernels, over the first `axes` of each kernel's grid, or over all.
+def kernel_operations(jaxpr: Any, axes: int | None = None, turns: int = 1, pairs: int = 0) -> int:
+    """Floating point operations of all products of kernels, over the first `axes` of each kernel's grid, or over all. An axis whose size is
+    known at run time has `pairs` steps.
 
     A step of a grid runs one of a kernel's conditional parts that have products: in attention, with the mask or without.
     """
@@ -196,9 +197,10 @@ def kernel_operations(jaxpr: Any, axes: int | None = None, turns: int = 1) -> in
         if eqn.primitive.name == "dot_general":
             ((axis,), _), _ = eqn.params["dimension_numbers"]
             total += 2 * turns * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[axis]
-        within = math.prod(eqn.params["grid_mapping"].grid[:axes]) if eqn.primitive.name == "pallas_call" else turns
+        grid = eqn.params["grid_mapping"].grid[:axes] if eqn.primitive.name == "pallas_call" else ()
+        within = math.prod(size if isinstance(size, int) else pairs for size in grid) if grid else turns
         parts = [leaf for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
-        inner = sum(kernel_operations(getattr(part, "jaxpr", part), axes, within) for part in parts)
+        inner = sum(kernel_operations(getattr(part, "jaxpr", part), axes, within, pairs) for part in parts)
         if eqn.primitive.name == "cond":
             most = max(most, inner)
         else:
@@ -249,7 +251,7 @@ UPDATES = {"qwen2.5-coder-1.5b": tpu_memory.Case("v5p:2x2x2", "qwen2.5-coder-1.5
 
 
 def attention_operations(sizes: ModelConfig, tokens: int) -> int:
-    """Floating point operations of the kernels of a full layer's attention, forward and backward, for one row."""
+    """Floating point operations of the kernels of a full layer's attention, forward and backward, for a row with one segment."""
 
     def of(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -260,7 +262,8 @@ def attention_operations(sizes: ModelConfig, tokens: int) -> int:
 
     q, k = (of(1, tokens, heads, sizes.head_size) for heads in (sizes.num_heads, sizes.num_kv_heads))
     shapes = q, k, k, of(1, tokens, dtype=jnp.int32), of(sizes.num_heads, dtype=jnp.float32), q
-    return kernel_operations(jax.make_jaxpr(both)(*shapes).jaxpr)
+    count = -(-tokens // BLOCK)
+    return kernel_operations(jax.make_jaxpr(both)(*shapes).jaxpr, pairs=count * (count + 1) // 2)
 
 
 def compiled_gradient(config: Any, sizes: ModelConfig, machine: Machine) -> str:

@@ -19,7 +19,6 @@ from discover_jax.costs import (
     GRADIENT,
     ONE,
     REMAT_FACTORS,
-    UPDATE_PRODUCT_FRACTION,
     UPDATE_UNPACK_FRACTION,
     Cost,
     MeshShape,
@@ -30,9 +29,10 @@ from discover_jax.costs import (
     layer_weights,
     other_bytes,
 )
+from discover_jax.kernels.attention_update_tpu import BLOCK
 from discover_jax.kernels.exchange import chunk_of
 from discover_jax.kernels.expert_steps_tpu import LANES, packed_column
-from discover_jax.kernels.experts_update_tpu import TOKENS_AT_ONCE, choose_tiles
+from discover_jax.kernels.experts_update_tpu import TOKEN_TILE, TOKENS_AT_ONCE, choose_tiles
 from discover_jax.machines import Speeds, TpuPeaks
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.sampling.sampler import LAUNCH_STEPS, PROMPT_CHUNK
@@ -63,13 +63,27 @@ LAYER_COLLECTIVES, SEPARATE_COLLECTIVES, STEP_COLLECTIVES = 2, 4, 4
 """Collectives of a layer of decoding, of a layer of a prompt's chunk, and of a step. In decoding, a layer gathers activations together with
 experts and their weights, and adds the sums. The separate operations gather these three one by one."""
 SUMS_FACTOR = 2
-"""Bytes of decoding's sums over the least: XLA compiles their scattered sum as an all-reduce."""
-UPDATE_KERNEL_FACTOR, UPDATE_PADDING = 0.94, 0.8
-"""Operations of the update's kernels over those needed: the first for blocks without padding, since the backward pass does not repeat the
-last product; plus the second times a block over the rows of an expert in a chunk. From the counts in docs/performance.md."""
+"""Bytes of sums over the least: XLA compiles a scattered sum as an all-reduce (v5p 2x2x2 and v6e 4x4, libtpu 0.0.42.1)."""
+PASSES = {False: FORWARD, True: GRADIENT._replace(attention=3.5)}
+"""Without and with the gradient. Attention's backward pass has five products: scores, the gradients of scores, queries, keys and values."""
+SCHEDULE_ALLOWANCE = 1.25
+"""Time of the update's kernels and products over that of the compiler's schedule, which shows neither late copies, conflicts in memory nor
+the start of kernels. This is a judgement, not a measurement. Copies take at most half of a step, but nearly all of it where the next block
+has another expert, whose matrices are then read within one step. That is one block in six with run 3's chunks."""
+EXPERTS_SMALL_SECONDS, EXPERTS_SMALL_SECONDS_GRADIENT = 0.34e-6, 1.15e-6
+"""Seconds of a token and layer of gpt-oss in XLA's operations around the kernels of the experts: casts, zeros, gradients of the activation,
+copies. XLA's estimates for v5p at 1.75 GHz, in a compiled layer of the 120b with 34,192 tokens on each of 8 devices
+(tests/kernels/tpu_compile_program.py). XLA assumes a fifth to a quarter of the bandwidth for the largest. Other chips are scaled by their
+bandwidth."""
+_V5P_BANDWIDTH, _SMALL_WIDTH = 2765e9, 2_880
+LAYER_BYTES, LAYER_BYTES_GRADIENT = 60, 210
+"""Bytes that a layer's other operations read and write per token and value of its width: norms, sums, rotation, layouts of queries and
+outputs. Counted by hand, as if each was fused; no whole program was counted."""
 SENT_FORWARD, SENT_GRADIENT = 6, 12
 """Bytes along `expert` per value of a token. Forward: 2 of inputs (bfloat16) and 4 of sums. Backward, in bfloat16: the inputs again, the
 gradients of sums, and those of inputs."""
+SUMS_FORWARD, SUMS_GRADIENT = 4, 6
+"""Bytes among those that are sums."""
 
 
 class Needs(NamedTuple):
@@ -214,7 +228,7 @@ def microbatch_needs(
     sizes: ModelConfig, lora: LoraConfig, tokens: float, length: float, mesh: MeshShape = ONE, *, gradient: bool, remat: str = "layers"
 ) -> Needs:
     """What a microbatch's gradient needs, or one forward pass; arguments as for `costs.microbatch`. `tokens` are those of a device."""
-    passes = GRADIENT if gradient else FORWARD
+    passes = PASSES[gradient]
     operations = passes.products * _token_weights(sizes) + passes.attention * attention_operations(sizes, length)
     read = passes.sums * (_packed_bytes(sizes, lora, mesh, 1.0) + other_bytes(sizes, lora))
     sent = (
@@ -236,29 +250,57 @@ def microbatch(
     adapter: float = 0.0,
 ) -> Cost:
     """Seconds of a microbatch's gradient, or of one forward pass; arguments as for `costs.microbatch`."""
-    passes = GRADIENT if gradient else FORWARD
-    needs = microbatch_needs(sizes, lora, tokens, length, mesh, gradient=gradient, remat=remat)
+    passes, peaks = PASSES[gradient], _peaks(speeds)
     weights = sizes.num_layers * sizes.num_experts / mesh.expert * expert_weights(sizes)
     unpacked = passes.unpackings * (_packed_bytes(sizes, lora, mesh, 1.0) + 2 * weights)
-    exchange = _exchange_seconds(speeds, mesh, needs.sent * mesh.expert / max(mesh.expert - 1, 1), 6 * sizes.num_layers)
+    sent, sums = (SENT_GRADIENT, SUMS_GRADIENT) if gradient else (SENT_FORWARD, SUMS_FORWARD)
+    values = sizes.num_layers * tokens * mesh.expert * sizes.width if sizes.num_experts else 0.0
+    exchange = _exchange_seconds(speeds, mesh, values * (sent + (SUMS_FACTOR - 1) * sums), 6 * sizes.num_layers)
     if gradient and mesh.data > 1:
         exchange += 2 * (mesh.data - 1) / mesh.data * adapter / speeds.link + speeds.latency
-    return {
-        "products": _kernel_factor(sizes, mesh, tokens) * needs.operations / (UPDATE_PRODUCT_FRACTION * speeds.product),
+    of_experts = sizes.num_layers * sizes.experts_per_token * expert_weights(sizes) if sizes.num_experts else 0
+    reached = peaks.schedule
+    per_token = {  # operations, with padding, at the scheduled speed
+        "projections": passes.products * (_token_weights(sizes) - of_experts) / reached.plain,
+        "experts": passes.products
+        * of_experts
+        * _padding(sizes, mesh, tokens)
+        / (reached.experts_gradient if gradient else reached.experts),
+        "attention": passes.attention
+        * attention_in_blocks(sizes, length)
+        / (reached.attention_gradient if gradient else reached.attention),
+    }
+    again = REMAT_FACTORS[remat] if gradient else 1.0
+    return {part: SCHEDULE_ALLOWANCE * again * tokens * each / peaks.product for part, each in per_token.items()} | {
         "unpacking": unpacked / (UPDATE_UNPACK_FRACTION * speeds.copy),
         "rows of experts": _rows_seconds(sizes, speeds, tokens, gradient=gradient),
+        "small operations": _small_seconds(sizes, speeds, tokens, gradient=gradient),
         "exchange": exchange,
     }
 
 
-def _kernel_factor(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> float:
-    """Operations of the update's kernels over those needed."""
+def _padding(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> float:
+    """Rows of the experts' blocks over those that tokens fill: half a block of each expert in a chunk is padding."""
     if not sizes.num_experts:
         return 1.0
-    chunk = chunk_of(math.ceil(tokens), mesh.expert, TOKENS_AT_ONCE) * mesh.expert
+    chunk = chunk_of(math.ceil(tokens), mesh.expert, TOKENS_AT_ONCE, TOKEN_TILE) * mesh.expert
     choices = chunk * sizes.experts_per_token
     rows = choose_tiles(choices, sizes.num_experts, sizes.num_experts // mesh.expert).rows
-    return UPDATE_KERNEL_FACTOR + UPDATE_PADDING * rows * sizes.num_experts / choices
+    return 1 + rows * sizes.num_experts / (2 * choices)
+
+
+def attention_in_blocks(sizes: ModelConfig, length: float) -> float:
+    """`costs.attention_operations`, for whole blocks of queries and keys. A rollout begins anywhere in a block."""
+    blocks = length / BLOCK + 1
+
+    def pairs(seen: float) -> float:
+        """Pairs of blocks, if a block sees at most `seen` of them, its own included."""
+        seen = min(seen, blocks)
+        return seen * blocks - seen * (seen - 1) / 2
+
+    window = 1 + -(-(sizes.sliding_window - 1) // BLOCK) if sizes.num_sliding else 0
+    of_layers = sizes.num_full * pairs(blocks) + sizes.num_sliding * pairs(window)
+    return 4 * sizes.num_heads * sizes.head_size * of_layers * BLOCK**2 / length
 
 
 def _rows_seconds(sizes: ModelConfig, speeds: Speeds, tokens: float, *, gradient: bool) -> float:
@@ -270,25 +312,42 @@ def _rows_seconds(sizes: ModelConfig, speeds: Speeds, tokens: float, *, gradient
     return values * ((2 * 4 + 12) + (3 * 4 + 12) * gradient) / speeds.copy
 
 
+def _small_seconds(sizes: ModelConfig, speeds: Speeds, tokens: float, *, gradient: bool) -> float:
+    """Seconds of XLA's operations that are neither products nor kernels, rows of experts nor exchange."""
+    values = sizes.num_layers * tokens * sizes.width
+    seconds = values * (LAYER_BYTES_GRADIENT if gradient else LAYER_BYTES) / speeds.copy
+    if sizes.num_experts:
+        each = (EXPERTS_SMALL_SECONDS_GRADIENT if gradient else EXPERTS_SMALL_SECONDS) * _V5P_BANDWIDTH / _peaks(speeds).bandwidth
+        seconds += values / _SMALL_WIDTH * each
+    return seconds
+
+
 def assumptions(speeds: Speeds) -> Iterator[str]:
     """Lines that say what the predictions assume, and from where."""
     peaks = _peaks(speeds)
-    read, product = DECODE_BANDWIDTH_FRACTION * speeds.copy / peaks.bandwidth, UPDATE_PRODUCT_FRACTION * speeds.product / peaks.product
+    read = DECODE_BANDWIDTH_FRACTION * speeds.copy / peaks.bandwidth
     unpack = UPDATE_UNPACK_FRACTION * speeds.copy / peaks.bandwidth
     yield "Nothing of this was ever run on a TPU. Bytes, operations and exchanges are counted; their speeds are assumed:"
     yield (
         f"    as this project's GPU kernels on an H200: decoding's kernels read at {read:.0%} of the vendor's bandwidth, and the update"
-        f" computes at {product:.0%} of the vendor's FLOP/s and unpacks at {unpack:.0%} of the bandwidth"
+        f" unpacks at {unpack:.0%}"
     )
     yield (
-        f"    by the compiler's schedule of the kernel: decoding unpacks experts in {peaks.unpack * peaks.bandwidth:.1f} times the time of"
-        " reading them at the vendor's bandwidth"
+        f"    by the compiler's schedule of the kernels: decoding unpacks experts in {peaks.unpack * peaks.bandwidth:.1f} times the time of"
+        f" reading them at the vendor's bandwidth; in the update, experts reach {peaks.schedule.experts_gradient:.0%} and attention"
+        f" {peaks.schedule.attention_gradient:.0%} of the vendor's FLOP/s in both passes, in blocks with padding; the prediction adds"
+        f" {SCHEDULE_ALLOWANCE - 1:.0%} for stalls"
     )
     yield (
         f"    by the compiler's estimates for a program of the 120b with 128 rows, and {SMALL * 1e6:.1f} us for the start of each kernel:"
         f" small operations of a layer take {LAYER_SECONDS * 1e6:.0f} us in decoding"
     )
     yield (
+        f"    by XLA's own estimates for programs of the 120b: the update's plain products reach {peaks.schedule.plain:.0%} of the vendor's"
+        f" FLOP/s, and small operations of its experts take {EXPERTS_SMALL_SECONDS_GRADIENT * 1e6:.2f} us a token and layer on a v5p"
+    )
+    yield (
         f"    guessed: links reach {speeds.link / peaks.link:.0%} of the vendor's speed, one for each dimension of the slice that `expert`"
-        f" spans; a small collective takes {speeds.latency * 1e6:.0f} us; nothing overlaps; all experts have the same load"
+        f" spans; a small collective takes {speeds.latency * 1e6:.0f} us; all experts have the same load. Nothing overlaps, as in"
+        " the compiled programs"
     )

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -22,6 +22,23 @@ GPU_FRACTION = 0.9
 _FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 
 
+class Schedule(NamedTuple):
+    """Fractions of the vendor's FLOP/s that the update's products reach in the compiler's schedule, for gpt-oss-120b's sizes
+    (benchmarks/tpu_schedule.py).
+
+    Attributes:
+      plain: of a plain product, by XLA's own estimate.
+      experts, experts_gradient: of a forward pass over the experts, and of a forward and a backward pass with full rematerialisation.
+      attention, attention_gradient: the same of attention, for pairs of blocks of 512 queries and keys, with heads of 64.
+    """
+
+    plain: float
+    experts: float
+    experts_gradient: float
+    attention: float
+    attention_gradient: float
+
+
 @dataclasses.dataclass(frozen=True)
 class TpuPeaks:
     """The vendor's figures of one device of a TPU, and what the compiler's schedule says of our kernels. `costs_tpu` uses them.
@@ -31,6 +48,7 @@ class TpuPeaks:
       bandwidth: bytes/s of the memory.
       link: bytes/s of one link to another chip, in one direction.
       unpack: seconds in which decoding unpacks a byte of MXFP4, see `_UNPACK`.
+      schedule: of the update's kernels.
       torus: chips along each dimension of the slice; empty if unknown.
       devices_of_chip: jax devices per chip.
     """
@@ -39,6 +57,7 @@ class TpuPeaks:
     bandwidth: float
     link: float
     unpack: float
+    schedule: Schedule
     torus: tuple[int, ...] = ()
     devices_of_chip: int = 1
 
@@ -164,7 +183,7 @@ class _Tpu:
       bandwidth: bytes/s of the memory.
       link: bytes/s of one link, in one direction.
       kind: jax's name of the device.
-      unpack: see `TpuPeaks`, for one device.
+      unpack, schedule: see `TpuPeaks`, for one device.
       devices_of_chip: jax devices per chip.
     """
 
@@ -174,6 +193,7 @@ class _Tpu:
     link: float
     kind: str
     unpack: float
+    schedule: Schedule
     devices_of_chip: int = 1
 
     def speeds(self, torus: tuple[int, ...] = ()) -> Speeds:
@@ -181,7 +201,7 @@ class _Tpu:
         chip = {"product": _PRODUCT * self.flops, "copy": _COPY * self.bandwidth, "link": _LINK * self.link}
         reached = {name: value / self.devices_of_chip for name, value in chip.items()} | {"latency": _ICI_LATENCY}
         each = self.devices_of_chip
-        peaks = TpuPeaks(self.flops / each, self.bandwidth / each, self.link / each, self.unpack, torus, each)
+        peaks = TpuPeaks(self.flops / each, self.bandwidth / each, self.link / each, self.unpack, self.schedule, torus, each)
         return Speeds("tpu", **reached, network=0.0, network_latency=0.0, node=0, assumed=tuple(reached), tpu=peaks)
 
 
@@ -189,12 +209,15 @@ class _Tpu:
 # 32 rows, at 1.75 GHz: 1.93 (v5p) and 1.33 times (v6e) as long as reading it at the vendor's bandwidth. The two cores of a v5p chip share
 # the work. Not known for v5e and TPU7x: their cores are taken to need as many seconds as the v5p's and the v6e's.
 _UNPACK_V5P, _UNPACK_V6E = 2 * 1.93 / 2765e9, 1.33 / 1638e9
+# By benchmarks/tpu_schedule.py. The v5e has the v5p's matrix units, of 128 x 128. The TPU7x has units of 256 x 256, as the v6e.
+_SCHEDULE_V5P = Schedule(plain=0.948, experts=0.790, experts_gradient=0.865, attention=0.257, attention_gradient=0.375)
+_SCHEDULE_V6E = Schedule(plain=0.839, experts=0.556, experts_gradient=0.574, attention=0.074, attention_gradient=0.077)
 # The memory is the limit in libtpu 0.0.52's error for an executable that is too large.
 _TPUS = {
-    "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite", _UNPACK_V5P),
-    "v5p": _Tpu(int(95.73 * _GIB), 459e12, 2765e9, 100e9, "TPU v5", _UNPACK_V5P / 2),
-    "v6e": _Tpu(int(31.24 * _GIB), 918e12, 1638e9, 100e9, "TPU v6 lite", _UNPACK_V6E),
-    "tpu7x": _Tpu(int(94.74 * _GIB), 2307e12, 7370e9, 100e9, "TPU7x", _UNPACK_V6E, 2),
+    "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite", _UNPACK_V5P, _SCHEDULE_V5P),
+    "v5p": _Tpu(int(95.73 * _GIB), 459e12, 2765e9, 100e9, "TPU v5", _UNPACK_V5P / 2, _SCHEDULE_V5P),
+    "v6e": _Tpu(int(31.24 * _GIB), 918e12, 1638e9, 100e9, "TPU v6 lite", _UNPACK_V6E, _SCHEDULE_V6E),
+    "tpu7x": _Tpu(int(94.74 * _GIB), 2307e12, 7370e9, 100e9, "TPU7x", _UNPACK_V6E, _SCHEDULE_V6E, 2),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 # Cloud TPU's names of slices. Those of v5p and TPU7x count cores, and a chip has two cores.

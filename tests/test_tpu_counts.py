@@ -200,10 +200,41 @@ def test_operations_over_those_needed_with_full_rematerialisation(counts, name, 
     assert 0.85 < counts.operations_ratio(counts.ROUTINGS[name]) < most
 
 
+@pytest.fixture(scope="module")
+def schedule():
+    return _load("tpu_schedule")
+
+
+def _bundles(*lengths_and_operations):
+    """A schedule whose parts have this many cycles, the last of each a branch, after a prologue of two."""
+    lines = ["     0   :  { %1 = vmov 0 }", "   0x1   :  {}"]
+    for number, (length, operation) in enumerate(lengths_and_operations):
+        last = [f" 0x{number}0 PF: > {{ %3 = sbr.rel (%p1) target = $region{number} }}"]
+        lines += [f" 0x{number}1 {'LB' if not number else '  '}: > {{ %2 = {operation} }}", *["  0xff   : > {}"] * (length - 2), *last]
+    return "\n".join(["= control target key start", "LB: loop body", *lines])
+
+
+def test_a_step_has_the_longest_of_its_parts_with_products(schedule):
+    text = _bundles((10, "vadd"), (100, "vmatmul.bf16.gmra.mxu0"), (120, "vmatmul.bf16.gmra.mxu0"), (30, "vst"))
+    assert schedule.cycles_of(text) == 10 + 120 + 30
+    once_for_a_row = _bundles((400, "vst")).replace("LB", "PB")
+    assert schedule.cycles_of(f"{text}\n{once_for_a_row}") == 10 + 120 + 30
+    with pytest.raises(ValueError, match="no loop"):
+        schedule.cycles_of("     0   :  { %1 = vmov 0 }")
+
+
+def test_needed_operations_of_scheduled_kernels(schedule):
+    """Blocks of 256 rows by 2,880 x 2,880: gates and ups, then down. Attention: two products of 512 x 512 x 64."""
+    needed = {kernel.name: kernel.needed for kernel in schedule.kernels()}
+    assert needed["experts_activation"] == needed["experts_d_inputs"] == 2 * needed["experts_down"] == 2 * 2 * 256 * 2_880**2
+    assert needed["attention_forward"] == 4 * 512 * 512 * 64
+    assert all(set(one.kernels) <= set(needed) for one in schedule.PASSES.values())
+
+
 def test_an_update_needs_the_products_of_text_and_kernels(counts):
-    """Attention of 1,024 tokens: three of four pairs of blocks of 512, with two products forward, and three and four backward."""
+    """Attention of 1,024 tokens: three of four pairs of blocks of 512, with two products forward and five backward."""
     sizes = SHAPES["qwen2.5-coder-1.5b"]
-    kernels = 9 * 3 * 2 * 512 * 512 * 128 * 12
+    kernels = 7 * 3 * 2 * 512 * 512 * 128 * 12
     assert counts.attention_operations(sizes, 1_024) == kernels
     text = _module([P, "ROOT %d = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"])
     needed = costs_tpu.microbatch_needs(sizes, LoraConfig(), 1_024, 1_024, gradient=True).operations

@@ -1,22 +1,23 @@
 """Pallas kernels for TPUs of the update's attention: packed rows, softmax with sinks, forward and backward.
 
 A query sees an interval of keys. The interval ends at the query's own position and begins at `first`. So one rule covers segments and
-windows. The grid has one step for each pair of a block of queries and a block of keys that the causal mask and the window allow. Pairs
-that segments exclude cost a step, but neither arithmetic nor a read. The forward pass is an online softmax (Milakov and Gimelshein, arXiv
-1805.02867; Dao et al., arXiv 2205.14135) that starts with the sink. The backward pass recomputes probabilities from the log-sum-exp, which
-includes the sink. One kernel sums the gradient of the queries and another those of keys and values, each in the chip's memory, so there
-are no partial sums per block. The order of every sum is the same in each run.
+windows. The grid has one step for each pair of a block of queries and a block of keys in which a query sees a key. These pairs depend on
+the segments, so they are listed at run time; of several rows, the one with most pairs sets the number of steps. The forward pass is an
+online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) that starts with the sink. The backward pass
+recomputes probabilities from the log-sum-exp, which includes the sink. Its sums are in the chip's vector memory, so there are no partial
+sums per block. One kernel computes all gradients if those of the keys and values of a whole row fit there. Otherwise, one kernel computes
+the gradient of the queries, and another those of keys and values. The order of every sum is the same in each run.
 
-Scores are transposed, keys x queries, and queries, outputs and their gradients are [H, T]. Thus each product is one that the chip computes
+Scores are transposed, keys x queries; queries, outputs and all gradients are [H, T]. Thus each product is one that the chip computes
 without transposition, what belongs to a query is a row of lanes, and arrays with heads of 64 are not padded to 128 lanes.
 
-Dimensions: P pairs of blocks, I blocks of a row, S keys of a block, t queries of a block.
+Dimensions: P pairs of blocks that causal mask and window allow, I blocks of a row, S keys of a block, t queries of a block.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
+
+VECTOR_MEMORY = 60 * 2**20
+"""Bytes of a chip's vector memory that a kernel may use. A v5p core and a TPU7x core have 64 MiB, a v6e 128 MiB."""
+ROW_MEMORY = 45 * 2**20
+"""Part of it for the gradients of a row's keys and values. The rest is for blocks and their products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +50,6 @@ class Blocks:
     window: int | None = None
     interpret: Any = False
 
-    def last_queries(self, j: Any) -> Any:
-        """The last block of queries that may see keys of block `j`."""
-        if self.window is None:
-            return self.count - 1
-        return jnp.minimum(self.count - 1, (j * self.size + self.size + self.window - 2) // self.size)
-
-    def first_keys(self, i: Any) -> Any:
-        """The first block of keys that queries of block `i` may see."""
-        return 0 * i if self.window is None else jnp.maximum(0, i * self.size - (self.window - 1)) // self.size
-
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Blocks of queries and of keys of all pairs that causal mask and window allow, int32 [P], in the order of the queries."""
         i, j = np.tril_indices(self.count)
@@ -68,6 +64,35 @@ def reach(first_BT: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     return (first_BIt.min(axis=2) // blocks.size).reshape(-1), (-(-first_BIt.max(axis=2) // blocks.size)).reshape(-1)
 
 
+class _Pairs(NamedTuple):
+    """The pairs of blocks in which a query sees a key, in the order in which a kernel computes them. All arrays are int32.
+
+    Attributes:
+      counts_B: number of pairs of each row.
+      i_BP, j_BP: blocks of queries and of keys, flat. After the pairs of a row, its last pair is repeated.
+      steps: the most pairs of a row.
+    """
+
+    counts_B: jax.Array
+    i_BP: jax.Array
+    j_BP: jax.Array
+    steps: jax.Array
+
+
+def _seen_pairs(reach_BI: jax.Array, blocks: Blocks, *, by_keys: bool = False) -> _Pairs:
+    """The pairs in the order of the queries or of the keys."""
+    i_P, j_P = blocks.pairs()
+    if by_keys:
+        order = np.lexsort((i_P, j_P))
+        i_P, j_P = i_P[order], j_P[order]
+    seen_BP = j_P >= reach_BI.reshape(-1, blocks.count)[:, i_P]
+    place_BP = jnp.where(seen_BP, jnp.arange(i_P.size, dtype=jnp.int32), i_P.size)
+    last_B1 = jnp.max(jnp.where(seen_BP, place_BP, 0), axis=1, keepdims=True)
+    place_BP = jnp.minimum(lax.sort(place_BP, dimension=1, is_stable=False), last_B1)
+    counts_B = jnp.sum(seen_BP, axis=1, dtype=jnp.int32)
+    return _Pairs(counts_B, jnp.asarray(i_P)[place_BP].reshape(-1), jnp.asarray(j_P)[place_BP].reshape(-1), jnp.max(counts_B))
+
+
 def _scores(q_Ht: Any, k_SH: Any, first_1t: Any, i: jax.Array, j: jax.Array, *, masked: bool) -> jax.Array:
     """[S, t], -inf where unseen."""
     scores_St = dot(k_SH[...], q_Ht[...]) * q_Ht.shape[0] ** -0.5
@@ -79,35 +104,54 @@ def _scores(q_Ht: Any, k_SH: Any, first_1t: Any, i: jax.Array, j: jax.Array, *, 
     return jnp.where((keys_St >= first_1t[...]) & (keys_St <= queries_St), scores_St, -jnp.inf)
 
 
-def _when_seen(i: jax.Array, j: jax.Array, at: jax.Array, reach_BI: Any, whole_BI: Any, add: Callable[[bool], None]) -> None:
-    """Calls `add` with a mask, or without one, or not at all."""
-    whole = (j >= whole_BI[at]) & (j < i)
-    pl.when((j >= reach_BI[at]) & jnp.logical_not(whole))(functools.partial(add, True))
-    pl.when(whole)(functools.partial(add, False))
+class _Step(NamedTuple):
+    """A step of a kernel's grid: its row, pair and blocks, and whether it computes; it does not after the last pair of a row."""
+
+    row: jax.Array
+    i: jax.Array
+    j: jax.Array
+    live: jax.Array
+
+    def when(self, condition: jax.Array) -> Callable:
+        """Decorates a part of the kernel that runs if the step computes and the condition holds."""
+        return pl.when(self.live & condition)
+
+    def add(self, whole_BI: Any, count: int, add: Callable[[bool], None]) -> None:
+        """Calls `add` with a mask, or without one where all queries see all keys."""
+        whole = (self.j >= whole_BI[self.row * count + self.i]) & (self.j < self.i)
+        self.when(jnp.logical_not(whole))(functools.partial(add, True))
+        self.when(whole)(functools.partial(add, False))
+
+
+def _step(counts_B: Any, i_BP: Any, j_BP: Any, pair_axis: int = 2) -> _Step:
+    row, pair = pl.program_id(0), pl.program_id(pair_axis)
+    at = row * (i_BP.shape[0] // counts_B.shape[0]) + pair
+    return _Step(row, i_BP[at], j_BP[at], pair < counts_B[row])
 
 
 def _forward(
-    i_P, j_P, reach_BI, whole_BI, sinks_N, q_Ht, k_SH, v_HS, first_1t, out_Ht, lse_1t, sum_Ht, highest_1t, total_1t, *, blocks: Blocks
+    counts_B, i_BP, j_BP, reach_BI, whole_BI, sinks_N, q_Ht, k_SH, v_HS, first_1t, out_Ht, lse_1t, sum_Ht, highest_1t, total_1t,
+    *, blocks: Blocks,
 ) -> None:  # fmt: skip
-    i, j, head = i_P[pl.program_id(2)], j_P[pl.program_id(2)], pl.program_id(1)
+    step, head = _step(counts_B, i_BP, j_BP), pl.program_id(1)
 
-    @pl.when(j == blocks.first_keys(i))
+    @step.when(step.j == reach_BI[step.row * blocks.count + step.i])
     def _() -> None:
         highest_1t[...] = jnp.full_like(highest_1t, sinks_N[head])
         total_1t[...] = jnp.ones_like(total_1t)
         sum_Ht[...] = jnp.zeros_like(sum_Ht)
 
     def add(masked: bool) -> None:
-        scores_St = _scores(q_Ht, k_SH, first_1t, i, j, masked=masked)
+        scores_St = _scores(q_Ht, k_SH, first_1t, step.i, step.j, masked=masked)
         higher_1t = jnp.maximum(highest_1t[...], scores_St.max(axis=0, keepdims=True))
         shrink_1t, weights_St = jnp.exp(highest_1t[...] - higher_1t), jnp.exp(scores_St - higher_1t)
         total_1t[...] = total_1t[...] * shrink_1t + weights_St.sum(axis=0, keepdims=True)
         sum_Ht[...] = sum_Ht[...] * shrink_1t + dot(v_HS[...], weights_St.astype(v_HS.dtype))
         highest_1t[...] = higher_1t
 
-    _when_seen(i, j, pl.program_id(0) * blocks.count + i, reach_BI, whole_BI, add)
+    step.add(whole_BI, blocks.count, add)
 
-    @pl.when(j == i)
+    @step.when(step.j == step.i)
     def _() -> None:
         out_Ht[...] = (sum_Ht[...] / total_1t[...]).astype(out_Ht.dtype)
         lse_1t[...] = highest_1t[...] + jnp.log(total_1t[...])
@@ -120,53 +164,88 @@ def _d_scores(weights_St: jax.Array, d_out_Ht: Any, v_SH: Any, delta_1t: Any) ->
 
 
 def _backward_queries(
-    i_P, j_P, reach_BI, whole_BI, q_Ht, k_SH, k_HS, v_SH, first_1t, d_out_Ht, lse_1t, delta_1t, dq_Ht, sum_Ht, *, blocks: Blocks
+    counts_B, i_BP, j_BP, reach_BI, whole_BI, q_Ht, k_SH, k_HS, v_SH, first_1t, d_out_Ht, lse_1t, delta_1t, dq_Ht, sum_Ht, *, blocks: Blocks
 ) -> None:  # fmt: skip
-    i, j = i_P[pl.program_id(2)], j_P[pl.program_id(2)]
+    step = _step(counts_B, i_BP, j_BP)
 
-    @pl.when(j == blocks.first_keys(i))
+    @step.when(step.j == reach_BI[step.row * blocks.count + step.i])
     def _() -> None:
         sum_Ht[...] = jnp.zeros_like(sum_Ht)
 
     def add(masked: bool) -> None:
-        weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, i, j, masked=masked) - lse_1t[...])
+        weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, step.i, step.j, masked=masked) - lse_1t[...])
         sum_Ht[...] += dot(k_HS[...], _d_scores(weights_St, d_out_Ht, v_SH, delta_1t))
 
-    _when_seen(i, j, pl.program_id(0) * blocks.count + i, reach_BI, whole_BI, add)
+    step.add(whole_BI, blocks.count, add)
 
-    @pl.when(j == i)
+    @step.when(step.j == step.i)
     def _() -> None:
         dq_Ht[...] = sum_Ht[...].astype(dq_Ht.dtype)
 
 
 def _backward_keys(
-    i_P, j_P, reach_BI, whole_BI, last_BI, q_Ht, k_SH, v_SH, first_1t, d_out_Ht, lse_1t, delta_1t, dk_SH, dv_SH, k_sum_SH, v_sum_SH,
+    counts_B, i_BP, j_BP, last_BI, whole_BI, q_Ht, k_SH, v_SH, first_1t, d_out_Ht, lse_1t, delta_1t, dk_HS, dv_HS, k_sum_HS, v_sum_HS,
     *, blocks: Blocks,
 ) -> None:  # fmt: skip
-    del last_BI  # only for the index maps
-    i, j, head, last_head = i_P[pl.program_id(2)], j_P[pl.program_id(2)], pl.program_id(3), pl.num_programs(3) - 1
+    step, head, last_head = _step(counts_B, i_BP, j_BP), pl.program_id(3), pl.num_programs(3) - 1
 
-    @pl.when((i == j) & (head == 0))
+    @step.when((step.i == step.j) & (head == 0))
     def _() -> None:
-        k_sum_SH[...], v_sum_SH[...] = jnp.zeros_like(k_sum_SH), jnp.zeros_like(v_sum_SH)
+        k_sum_HS[...], v_sum_HS[...] = jnp.zeros_like(k_sum_HS), jnp.zeros_like(v_sum_HS)
 
     def add(masked: bool) -> None:
-        weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, i, j, masked=masked) - lse_1t[...])
-        v_sum_SH[...] += dot(weights_St.astype(q_Ht.dtype), d_out_Ht[...], (1, 1))
-        k_sum_SH[...] += dot(_d_scores(weights_St, d_out_Ht, v_SH, delta_1t), q_Ht[...], (1, 1))
+        weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, step.i, step.j, masked=masked) - lse_1t[...])
+        v_sum_HS[...] += dot(d_out_Ht[...], weights_St.astype(q_Ht.dtype), (1, 1))
+        k_sum_HS[...] += dot(q_Ht[...], _d_scores(weights_St, d_out_Ht, v_SH, delta_1t), (1, 1))
 
-    _when_seen(i, j, pl.program_id(0) * blocks.count + i, reach_BI, whole_BI, add)
+    step.add(whole_BI, blocks.count, add)
 
-    @pl.when((i == blocks.last_queries(j)) & (head == last_head))
+    @step.when((step.i == last_BI[step.row * blocks.count + step.j]) & (head == last_head))
     def _() -> None:
-        dk_SH[...], dv_SH[...] = k_sum_SH[...].astype(dk_SH.dtype), v_sum_SH[...].astype(dv_SH.dtype)
+        dk_HS[...], dv_HS[...] = k_sum_HS[...].astype(dk_HS.dtype), v_sum_HS[...].astype(dv_HS.dtype)
+
+
+def _backward_row(
+    counts_B, i_BP, j_BP, reach_BI, whole_BI, q_Ht, k_SH, k_HS, v_SH, first_1t, d_out_Ht, lse_1t, delta_1t, dq_Ht, dk_HT, dv_HT, sum_Ht,
+    k_sum_HT, v_sum_HT, *, blocks: Blocks,
+) -> None:  # fmt: skip
+    """All gradients, for the query heads of a key head and the pairs of a row."""
+    step, head, pair = _step(counts_B, i_BP, j_BP, pair_axis=3), pl.program_id(2), pl.program_id(3)
+
+    @pl.when((head == 0) & (pair == 0))
+    def _() -> None:
+        k_sum_HT[...], v_sum_HT[...] = jnp.zeros_like(k_sum_HT), jnp.zeros_like(v_sum_HT)
+
+    @step.when(step.j == reach_BI[step.row * blocks.count + step.i])
+    def _() -> None:
+        sum_Ht[...] = jnp.zeros_like(sum_Ht)
+
+    def add(masked: bool) -> None:
+        weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, step.i, step.j, masked=masked) - lse_1t[...])
+        d_scores_St, keys = (
+            _d_scores(weights_St, d_out_Ht, v_SH, delta_1t),
+            pl.ds(pl.multiple_of(step.j * blocks.size, blocks.size), blocks.size),
+        )
+        sum_Ht[...] += dot(k_HS[...], d_scores_St)
+        v_sum_HT[:, keys] += dot(d_out_Ht[...], weights_St.astype(q_Ht.dtype), (1, 1))
+        k_sum_HT[:, keys] += dot(q_Ht[...], d_scores_St, (1, 1))
+
+    step.add(whole_BI, blocks.count, add)
+
+    @step.when(step.j == step.i)
+    def _() -> None:
+        dq_Ht[...] = sum_Ht[...].astype(dq_Ht.dtype)
+
+    @pl.when((head == pl.num_programs(2) - 1) & (pair == pl.num_programs(3) - 1))
+    def _() -> None:
+        dk_HT[...], dv_HT[...] = k_sum_HT[...].astype(dk_HT.dtype), v_sum_HT[...].astype(dv_HT.dtype)
 
 
 def _call(
     kernel: Callable,
     name: str,
     blocks: Blocks,
-    grid: tuple[int, ...],
+    grid: tuple[Any, ...],
     specs: tuple,
     out: Any,
     scratch: list,
@@ -180,45 +259,72 @@ def _call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=grid, in_specs=specs[0], out_specs=specs[1], scratch_shapes=scratch
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(grid) - 2)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(grid) - 2), vmem_limit_bytes=VECTOR_MEMORY
+        ),
         interpret=blocks.interpret,
         name=name,
     )(*scalars, *arrays)
 
 
-def _by_queries(blocks: Blocks, group: int, size: int) -> dict[str, pl.BlockSpec]:
-    """The blocks of arrays in a grid of rows, query heads and pairs. Unseen keys are not read: the next seen block is."""
+def _specs(blocks: Blocks, size: int, at: Callable[..., tuple], key_head: Callable[..., Any]) -> dict[str, pl.BlockSpec]:
+    """The blocks of arrays. `at` and `key_head` get the axes of the grid; `at` returns row, query head, and place in the flat pairs."""
 
-    def of_query(b: Any, n: Any, p: Any, i_P: Any, *_: Any) -> tuple:
-        return b, n, 0, i_P[p]
+    def query(*of: Any) -> tuple:
+        b, n, p, i_BP, _ = at(*of)
+        return b, n, 0, i_BP[p]
 
-    def seen(b: Any, p: Any, i_P: Any, j_P: Any, reach_BI: Any) -> Any:
-        return jnp.maximum(j_P[p], reach_BI[b * blocks.count + i_P[p]])
+    def key(*of: Any) -> tuple[Any, Any, Any]:
+        b, _, p, _, j_BP = at(*of)
+        return b, key_head(*of), j_BP[p]
+
+    def keys(*of: Any) -> tuple:
+        b, k, j = key(*of)
+        return b, k, j, 0
+
+    def transposed(*of: Any) -> tuple:
+        b, k, j = key(*of)
+        return b, k, 0, j
+
+    def first(*of: Any) -> tuple:
+        b, _, _, i = query(*of)
+        return b, 0, i
 
     return {
-        "Ht": pl.BlockSpec((None, None, size, blocks.size), of_query),
-        "1t": pl.BlockSpec((None, None, 1, blocks.size), of_query),
-        "first": pl.BlockSpec((None, 1, blocks.size), lambda b, n, p, i_P, *_: (b, 0, i_P[p])),
-        "SH": pl.BlockSpec((None, None, blocks.size, size), lambda b, n, p, i, j, r, *_: (b, n // group, seen(b, p, i, j, r), 0)),
-        "HS": pl.BlockSpec((None, None, size, blocks.size), lambda b, n, p, i, j, r, *_: (b, n // group, 0, seen(b, p, i, j, r))),
+        "Ht": pl.BlockSpec((None, None, size, blocks.size), query),
+        "1t": pl.BlockSpec((None, None, 1, blocks.size), query),
+        "first": pl.BlockSpec((None, 1, blocks.size), first),
+        "SH": pl.BlockSpec((None, None, blocks.size, size), keys),
+        "HS": pl.BlockSpec((None, None, size, blocks.size), transposed),
     }
 
 
-def _by_keys(blocks: Blocks, group: int, size: int) -> dict[str, pl.BlockSpec]:
-    """The blocks of arrays in a grid of rows, key heads, pairs and the query heads of one key head."""
+def _by_queries(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
+    """In a grid of rows, query heads and pairs, of which a row has space for `most`."""
 
-    def seeing(b: Any, p: Any, i_P: Any, j_P: Any, last_BI: Any) -> Any:
-        return jnp.minimum(i_P[p], last_BI[b * blocks.count + j_P[p]])
+    def at(b: Any, n: Any, p: Any, _counts: Any, i_BP: Any, j_BP: Any, *_: Any) -> tuple:
+        return b, n, b * most + p, i_BP, j_BP
 
-    def of_query(b: Any, k: Any, p: Any, g: Any, i_P: Any, j_P: Any, _reach: Any, _whole: Any, last_BI: Any) -> tuple:
-        return b, k * group + g, 0, seeing(b, p, i_P, j_P, last_BI)
+    return _specs(blocks, size, at, lambda _b, n, *_: n // group)
 
-    return {
-        "Ht": pl.BlockSpec((None, None, size, blocks.size), of_query),
-        "1t": pl.BlockSpec((None, None, 1, blocks.size), of_query),
-        "first": pl.BlockSpec((None, 1, blocks.size), lambda b, k, p, g, i, j, _r, _w, last: (b, 0, seeing(b, p, i, j, last))),
-        "SH": pl.BlockSpec((None, None, blocks.size, size), lambda b, k, p, g, i_P, j_P, *_: (b, k, j_P[p], 0)),
-    }
+
+def _by_rows(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
+    """In a grid of rows, key heads, the query heads of one key head, and pairs."""
+
+    def at(b: Any, k: Any, g: Any, p: Any, _counts: Any, i_BP: Any, j_BP: Any, *_: Any) -> tuple:
+        return b, k * group + g, b * most + p, i_BP, j_BP
+
+    whole = pl.BlockSpec((None, None, size, blocks.size * blocks.count), lambda b, k, *_: (b, k, 0, 0))
+    return _specs(blocks, size, at, lambda _b, k, *_: k) | {"HT": whole}
+
+
+def _by_keys(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
+    """In a grid of rows, key heads, pairs and the query heads of one key head."""
+
+    def at(b: Any, k: Any, p: Any, g: Any, _counts: Any, i_BP: Any, j_BP: Any, *_: Any) -> tuple:
+        return b, k * group + g, b * most + p, i_BP, j_BP
+
+    return _specs(blocks, size, at, lambda _b, k, *_: k)
 
 
 def forward(
@@ -233,16 +339,18 @@ def forward(
       blocks: how rows are cut. `first_BT` must respect its window.
     """
     batch, heads, size, tokens = q_BNHT.shape
-    spec, (i_P, j_P) = _by_queries(blocks, heads // k_BKTH.shape[1], size), blocks.pairs()
+    reach_BI, whole_BI = reach(first_BT, blocks)
+    pairs = _seen_pairs(reach_BI, blocks)
+    spec = _by_queries(blocks, heads // k_BKTH.shape[1], size, pairs.i_BP.size // batch)
     return _call(
         _forward,
         "attention_forward",
         blocks,
-        (batch, heads, len(i_P)),
+        (batch, heads, pairs.steps),
         ([spec["Ht"], spec["SH"], spec["HS"], spec["first"]], [spec["Ht"], spec["1t"]]),
         [jax.ShapeDtypeStruct(q_BNHT.shape, q_BNHT.dtype), jax.ShapeDtypeStruct((batch, heads, 1, tokens), jnp.float32)],
         [pltpu.VMEM((rows, blocks.size), jnp.float32) for rows in (size, 1, 1)],
-        (i_P, j_P, *reach(first_BT, blocks), sinks_N),
+        (*pairs[:3], reach_BI, whole_BI, sinks_N),
         (q_BNHT, k_BKTH, v_BKTH.swapaxes(2, 3), first_BT[:, None]),
     )
 
@@ -257,7 +365,7 @@ def backward(
     delta_BN1T: jax.Array,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of queries, keys and values, in their layouts and dtypes.
+    """The gradients of queries, keys and values, in their dtypes: [B, N, H, T], [B, K, H, T] and [B, K, H, T].
 
     Args:
       q_BNHT, k_BKTH, v_BKTH, first_BT, blocks: as for `forward`.
@@ -265,34 +373,58 @@ def backward(
       lse_BN1T: the second result of `forward`.
       delta_BN1T: float32, output times its gradient, summed over H.
     """
-    batch, heads, size, _ = q_BNHT.shape
+    batch, heads, size, tokens = q_BNHT.shape
     kv_heads = k_BKTH.shape[1]
-    group, (i_P, j_P), (reach_BI, whole_BI) = heads // kv_heads, blocks.pairs(), reach(first_BT, blocks)
-    spec, sums = _by_queries(blocks, group, size), pltpu.VMEM((blocks.size, size), jnp.float32)
+    group, (reach_BI, whole_BI) = heads // kv_heads, reach(first_BT, blocks)
+    pairs, sums = _seen_pairs(reach_BI, blocks), pltpu.VMEM((size, blocks.size), jnp.float32)
+    most, of_keys = pairs.i_BP.size // batch, [jax.ShapeDtypeStruct((batch, kv_heads, size, tokens), x.dtype) for x in (k_BKTH, v_BKTH)]
+    of_queries = ("Ht", "SH", "HS", "SH", "first", "Ht", "1t", "1t")
+    arrays = q_BNHT, k_BKTH, k_BKTH.swapaxes(2, 3), v_BKTH, first_BT[:, None], d_out_BNHT, lse_BN1T, delta_BN1T
+    if _row_fits(size, tokens, k_BKTH.dtype.itemsize):
+        spec, row = _by_rows(blocks, group, size, most), pltpu.VMEM((size, tokens), jnp.float32)
+        return tuple(
+            _call(
+                _backward_row,
+                "attention_backward",
+                blocks,
+                (batch, kv_heads, group, pairs.steps),
+                ([spec[key] for key in of_queries], [spec["Ht"], spec["HT"], spec["HT"]]),
+                [jax.ShapeDtypeStruct(q_BNHT.shape, q_BNHT.dtype), *of_keys],
+                [sums, row, row],
+                (*pairs[:3], reach_BI, whole_BI),
+                arrays,
+            )
+        )
+    spec = _by_queries(blocks, group, size, most)
     dq_BNHT = _call(
         _backward_queries,
         "attention_backward_queries",
         blocks,
-        (batch, heads, len(i_P)),
-        ([spec[key] for key in ("Ht", "SH", "HS", "SH", "first", "Ht", "1t", "1t")], spec["Ht"]),
+        (batch, heads, pairs.steps),
+        ([spec[key] for key in of_queries], spec["Ht"]),
         jax.ShapeDtypeStruct(q_BNHT.shape, q_BNHT.dtype),
-        [pltpu.VMEM((size, blocks.size), jnp.float32)],
-        (i_P, j_P, reach_BI, whole_BI),
-        (q_BNHT, k_BKTH, k_BKTH.swapaxes(2, 3), v_BKTH, first_BT[:, None], d_out_BNHT, lse_BN1T, delta_BN1T),
+        [sums],
+        (*pairs[:3], reach_BI, whole_BI),
+        arrays,
     )
-    spec, order = _by_keys(blocks, group, size), np.lexsort((i_P, j_P))
-    dk_BKTH, dv_BKTH = _call(
+    spec, pairs = _by_keys(blocks, group, size, most), _seen_pairs(reach_BI, blocks, by_keys=True)
+    dk_BKHT, dv_BKHT = _call(
         _backward_keys,
         "attention_backward_keys",
         blocks,
-        (batch, kv_heads, len(i_P), group),
-        ([spec[key] for key in ("Ht", "SH", "SH", "first", "Ht", "1t", "1t")], [spec["SH"], spec["SH"]]),
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BKTH, v_BKTH)],
+        (batch, kv_heads, pairs.steps, group),
+        ([spec[key] for key in ("Ht", "SH", "SH", "first", "Ht", "1t", "1t")], [spec["HS"], spec["HS"]]),
+        of_keys,
         [sums, sums],
-        (i_P[order], j_P[order], reach_BI, whole_BI, _last_seeing(reach_BI, blocks)),
+        (*pairs[:3], _last_seeing(reach_BI, blocks), whole_BI),
         (q_BNHT, k_BKTH, v_BKTH, first_BT[:, None], d_out_BNHT, lse_BN1T, delta_BN1T),
     )
-    return dq_BNHT, dk_BKTH, dv_BKTH
+    return dq_BNHT, dk_BKHT, dv_BKHT
+
+
+def _row_fits(size: int, tokens: int, itemsize: int) -> bool:
+    """Whether the gradients of keys and values of a whole row fit in the vector memory: float32 sums, and results in two buffers."""
+    return 2 * size * tokens * (4 + 2 * itemsize) <= ROW_MEMORY
 
 
 def _last_seeing(reach_BI: jax.Array, blocks: Blocks) -> jax.Array:

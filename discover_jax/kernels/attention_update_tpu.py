@@ -105,11 +105,11 @@ def _backward(blocks: Blocks, kept: tuple, d_out_BTNH: jax.Array) -> tuple:
     delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32), axis=-1)
     delta_BN1T = delta_BTN.transpose(0, 2, 1)[:, :, None]
     keys, d_out_BNHT = (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)), _to_lanes(d_out_BTNH.astype(q_BTNH.dtype))
-    dq_BNHT, dk_BKTH, dv_BKTH = attention_update_pallas.backward(
+    dq_BNHT, dk_BKHT, dv_BKHT = attention_update_pallas.backward(
         _to_lanes(q_BTNH), *keys, first_BT, d_out_BNHT, lse_BN1T, delta_BN1T, blocks
     )
     d_sinks_N = -jnp.sum(jnp.exp(sinks_N[:, None, None] - lse_BN1T) * delta_BN1T, axis=(0, 2, 3))
-    return dq_BNHT.transpose(0, 3, 1, 2), dk_BKTH.swapaxes(1, 2), dv_BKTH.swapaxes(1, 2), None, d_sinks_N
+    return (*(x.transpose(0, 3, 1, 2) for x in (dq_BNHT, dk_BKHT, dv_BKHT)), None, d_sinks_N)
 
 
 _attention.defvjp(_forward, _backward)

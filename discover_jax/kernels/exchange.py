@@ -54,10 +54,11 @@ def exchanged(
     return lax.psum_scatter(y_TD, axis, tiled=True)
 
 
-def chunk_of(tokens: int, devices: int, most: int) -> int:
-    """A device's tokens in a chunk. Its chunks are equal; those of `devices` devices have `most` tokens together, but for rounding."""
+def chunk_of(tokens: int, devices: int, most: int, tile: int = 1) -> int:
+    """A device's tokens in a chunk, a multiple of `tile`. Its chunks are equal; those of `devices` devices have `most` tokens together, but
+    for rounding up."""
     chunks = -(-tokens * devices // most)
-    return -(-tokens // chunks)
+    return -(-tokens // (chunks * tile)) * tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,16 @@ class Exchange:
     Attributes:
       axis: name of the mesh axis; empty if this device's tokens are all that it reads. Then there is one chunk.
       most: largest number of tokens of all devices in a chunk.
+      tile: tokens of a device's chunk are a multiple of this.
     """
 
     axis: str = ""
     most: int = 1
+    tile: int = 1
 
     def chunk(self, tokens: int) -> int:
         """This device's tokens in each chunk: equal numbers, so that the last chunk is not mostly padding."""
-        return chunk_of(tokens, self._devices(), self.most) if self.axis else tokens
+        return chunk_of(tokens, self._devices(), self.most, self.tile) if self.axis else tokens
 
     def gathered(self, tokens: int) -> int:
         """All devices' tokens in each chunk."""

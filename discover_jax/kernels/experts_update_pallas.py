@@ -267,19 +267,27 @@ class _Call:
                 in_specs=self._specs,
                 out_specs=[pl.BlockSpec((self._tiles.rows, self._columns), lambda n, b, *_: (b, n))] * len(dtypes),
             ),
-            compiler_params=_PARAMS,
+            # A v5p chip splits one axis over its two cores.
+            compiler_params=_params(
+                "parallel" if width > self._columns else "arbitrary", "arbitrary" if width > self._columns else "parallel"
+            ),
             interpret=self._tiles.interpret,
             name=name,
         )(*self._owners, *self._arrays)
 
 
-_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VECTOR_MEMORY)
+def _params(*semantics: Any) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VECTOR_MEMORY)
+
+
+OUTER_COLUMNS = 3
+"""Columns that a grid step of `outer` computes, over those of other products: it has few rows, so small blocks cost mostly their start."""
 
 
 def outer(v_Pr: jax.Array, u_PN: jax.Array, experts: int, owners: Owners, tiles: Tiles) -> jax.Array:
     """For each expert the sum over its rows of v u^T: float32 [E, r, N], zero for experts without rows. Rows of padding must be 0 in v."""
     (rank, width), blocks = (v_Pr.shape[1], u_PN.shape[1]), owners.rows_b.shape[0]
-    columns = min(tiles.columns, width)
+    columns = min(OUTER_COLUMNS * tiles.columns, width)
     sums = pl.pallas_call(
         _outer,
         out_shape=jax.ShapeDtypeStruct((experts, rank, width), jnp.float32),
@@ -292,7 +300,7 @@ def outer(v_Pr: jax.Array, u_PN: jax.Array, experts: int, owners: Owners, tiles:
             ],
             out_specs=pl.BlockSpec((None, rank, columns), lambda n, b, experts_b, _: (experts_b[b], 0, n)),
         ),
-        compiler_params=_PARAMS,
+        compiler_params=_params("parallel", "arbitrary"),
         interpret=tiles.interpret,
         name="experts_outer",
     )(*owners, v_Pr.astype(u_PN.dtype).T, u_PN)

@@ -33,6 +33,9 @@ ROWS_AT_ONCE = 16_384
 """Most rows of all blocks that the loop computes at once. Their arrays take about 1 GB at gpt-oss's width."""
 TOKENS_AT_ONCE = 49_152
 """Most tokens of all devices that are exchanged at once. Their arrays take 1.1 GB in the backward pass at gpt-oss's width."""
+TOKEN_TILE = 16
+"""Tokens of a chunk on a device are a multiple of this. A TPU stores 16 rows of bfloat16 together; XLA copies other chunks into another
+layout before and after it gathers them."""
 UNEVEN = 1.1
 """Rows that a device may have over its share before the loop takes one more turn."""
 
@@ -375,7 +378,7 @@ def moe_update(
         moe = functools.partial(exchanged, moe_reference, axis) if axis else moe_reference
         return moe(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
-    exchange = Exchange(axis, TOKENS_AT_ONCE)
+    exchange = Exchange(axis, TOKENS_AT_ONCE, TOKEN_TILE)
     choices = exchange.gathered(index_TX.shape[0]) * index_TX.shape[1]
     tiles = choose_tiles(choices, experts + elsewhere, experts)
     constants = Layer(limit, alpha, gate_up.scale, down.scale, tiles, exchange)

@@ -13,8 +13,8 @@ from absl import logging
 from jax.experimental.pallas import tpu as pltpu
 from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
-from discover_jax.kernels import attention_update_tpu
-from discover_jax.kernels.attention_update_pallas import Blocks
+from discover_jax.kernels import attention_update_pallas, attention_update_tpu
+from discover_jax.kernels.attention_update_pallas import Blocks, _seen_pairs, reach
 from discover_jax.kernels.attention_update_tpu import attend
 from discover_jax.kernels.fallback import warn_reference
 from discover_jax.kernels.kernel_set import OPERATIONS, find_kernel, kernel_set
@@ -71,6 +71,21 @@ def test_three_heads_of_one_key_head_with_a_window_across_the_edges_of_blocks():
     _compare(_problem(*ROWS[1], heads=3, kv_heads=1), 4, 8, 1e-5)
 
 
+@pytest.mark.parametrize("window", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_rows_whose_gradients_of_keys_do_not_fit_use_two_kernels(monkeypatch, window):
+    monkeypatch.setattr(attention_update_pallas, "ROW_MEMORY", 0)
+    names = []
+    monkeypatch.setattr(attention_update_pallas, "_call", lambda *a, call=attention_update_pallas._call: names.append(a[1]) or call(*a))
+    _compare(_problem(*ROWS[1], heads=3, kv_heads=1), window, 8, 1e-5)
+    assert names == ["attention_forward", "attention_backward_queries", "attention_backward_keys"]
+
+
+@pytest.mark.parametrize(("size", "tokens", "fits"), [(64, 34_304, True), (64, 50_000, False), (128, 20_480, True), (128, 34_304, False)])
+def test_longest_rows_whose_gradients_of_keys_fit(size, tokens, fits):
+    """Bytes in bfloat16: two sums of 4, and two results of 2 in two buffers."""
+    assert attention_update_pallas._row_fits(size, tokens, 2) == fits == (16 * size * tokens <= 45 * 2**20)
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"),
     [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 1, 8), (16, 2, 64), (12, 2, 128), (7, 7, 64))],
@@ -95,9 +110,10 @@ def test_full_attention_has_the_rounding_points_of_its_reference():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [None, 100])
-def test_a_simulated_tpu_finds_no_races(window, capfd):
+@pytest.mark.parametrize(("window", "memory"), [(None, 45 * 2**20), (100, 45 * 2**20), (None, 0), (100, 0)])
+def test_a_simulated_tpu_finds_no_races(window, memory, capfd, monkeypatch):
     """The simulator has the chip's memories and copies, two cores, and NaN where nothing was written. It prints the races."""
+    monkeypatch.setattr(attention_update_pallas, "ROW_MEMORY", memory)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
     _compare(_problem([[150, 120]], 300, 2, 1, 64), window, 128, 1e-5, interpret)
     assert "RACE" not in capfd.readouterr().out
@@ -128,9 +144,29 @@ def test_blocks_that_no_query_may_see_are_not_in_the_grid(window, pairs):
     assert len(queries) == pairs
     seen = {(i, j) for i in range(4) for j in range(4) if i >= j and (window is None or (i - j) * 8 - 7 < window)}
     assert set(zip(queries.tolist(), keys.tolist(), strict=True)) == seen
-    for i, j in seen:
-        assert int(blocks.first_keys(i)) == min(key for query, key in seen if query == i)
-        assert int(blocks.last_queries(j)) == max(query for query, key in seen if key == j)
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_grid_has_only_pairs_in_which_a_query_sees_a_key(window, by_keys):
+    """Rows with several segments, one of them as long as the row, and with padding."""
+    blocks, lengths = Blocks(8, 5, window), [[13, 3, 17, 2], [40], [5], []]
+    rows = [np.repeat(range(len(row) + 1), [*row, 40 - sum(row)]) for row in lengths]
+    places = np.arange(40)
+    expected, first_BT = [], np.zeros((len(rows), 40), np.int32)
+    for number, row in enumerate(rows):
+        same = (row[:, None] == row) & (places[:, None] >= places) & (row < len(lengths[number]))[:, None]
+        same &= places[:, None] - places < (window or 40)
+        pairs = {(t // 8, s // 8) for t, s in zip(*np.nonzero(same), strict=True)} | {(i, i) for i in range(5)}  # outputs of padding are 0
+        expected.append(sorted(pairs, key=lambda pair: pair[::-1] if by_keys else pair))
+        first_BT[number] = np.where(same.any(1), same.argmax(1), places + 1)
+    found = _seen_pairs(reach(jnp.asarray(first_BT), blocks)[0], blocks, by_keys=by_keys)
+    assert found.counts_B.tolist() == [len(pairs) for pairs in expected]
+    assert int(found.steps) == max(map(len, expected))
+    listed = np.stack([found.i_BP, found.j_BP], -1).reshape(len(rows), -1, 2)
+    for number, pairs in enumerate(expected):
+        assert listed[number, : len(pairs)].tolist() == list(map(list, pairs))
+        assert (listed[number, len(pairs) :] == pairs[-1]).all()  # so that no other block is written
 
 
 def test_the_platform_has_these_kernels_and_the_log_names_them(monkeypatch):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import experts_update_tpu, mxfp4_lanes
-from discover_jax.kernels.exchange import Exchange
+from discover_jax.kernels.exchange import Exchange, chunk_of
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, grouped, outer, unpack
@@ -130,13 +130,21 @@ def test_devices_without_rows_add_nothing():
         assert not np.any(found)
 
 
-@pytest.mark.parametrize("most", [pytest.param(TOKENS, marks=pytest.mark.slow), 10])
-def test_chunks_of_tokens_change_no_digit_of_a_token(most):
-    """One chunk, and three that a token of padding fills up. A mesh of one device exchanges tokens with itself. Only the sums over all
-    tokens, the adapters' gradients, change their order."""
+@pytest.mark.parametrize(("tokens", "devices", "chunk"), [(34_192, 8, 5_712), (34_192, 16, 2_864), (4_096, 16, 2_048), (5, 8, 16)])
+def test_chunks_of_devices_are_whole_tiles(tokens, devices, chunk):
+    """Six chunks of 5,699 tokens, twelve of 2,850, two that need no rounding, and one that is mostly padding."""
+    assert chunk_of(tokens, devices, 49_152, experts_update_tpu.TOKEN_TILE) == chunk
+
+
+@pytest.mark.parametrize(
+    ("most", "tile"), [pytest.param(TOKENS, 1, marks=pytest.mark.slow), (10, 1), pytest.param(10, 5, marks=pytest.mark.slow)]
+)
+def test_chunks_of_tokens_change_no_digit_of_a_token(most, tile):
+    """One chunk, three that a token of padding fills up, and three with seven tokens of padding. A mesh of one device exchanges tokens with
+    itself. Only the sums over all tokens, the adapters' gradients, change their order."""
     (x, weights, adapters), matrices, d_out = _problem()
     index, mesh = jnp.asarray(_random(), jnp.int32), jax.make_mesh((1,), ("expert",))
-    run = functools.partial(_by_kernels, exchange=Exchange("expert", most))
+    run = functools.partial(_by_kernels, exchange=Exchange("expert", most, tile))
     spread = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False))
     arguments = (x, weights, adapters), index, matrices, d_out
     (out, (d_x, d_weights, found)), (out_1, (d_x_1, d_weights_1, expected)) = spread(*arguments), _by_kernels(*arguments)
