@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from discover_jax.kernels import layer_tpu
 from discover_jax.kernels.experts_decode_tpu import moe_lanes
 from discover_jax.kernels.kernel_set import kernel_set
+from discover_jax.kernels.layer_parts import Branch, HeadSizes
 from discover_jax.kernels.mxfp4_lanes import powers_shape, words_shape
+from discover_jax.kernels.projections import Stack
 
 LAYERS, PAGE = 3, 128
 WIDTH, EXPERTS, RANK = 2_880, 128, 8
@@ -45,6 +48,29 @@ def cache_function(kernels, tokens):
 
         (q, *pools), _ = jax.lax.scan(step, (q, keys, values), jnp.arange(LAYERS))
         return q, *kernels.copy_page(*pools, pages[0, 0], pages[1, 0])
+
+    return run
+
+
+def layer_function(kernels, sizes):
+    """One token a row through the layers: norms, projections, rotation with writing, attention, and the router with its choice."""
+
+    def run(x, keys, values, pages, counts, to, places, turns, stacks):
+        norm, qkv, out, router, sinks = stacks
+        zero = Branch(jnp.zeros((1, len(x), 1, x.shape[1]), jnp.float32))
+
+        def step(carry, layer):
+            x, *pools = carry
+            x, normed = kernels.add_and_norm(x, zero, norm, layer, 1e-5, jnp.bfloat16)
+            parts = kernels.project(normed, qkv, layer, 1.0)
+            q, *pools = kernels.rotate_and_write(parts, turns, *pools, layer, to, places, sizes)
+            attended = kernels.attend(q, *pools, layer, pages, counts, sinks)
+            branch = Branch(kernels.project(attended.reshape(len(x), -1), [out], layer, 1.0)[:, :, None])
+            x, normed = kernels.add_and_norm(x, branch, norm, layer, 1e-5, jnp.bfloat16)
+            index, _, sent = kernels.route(normed, router, 4, layer)
+            return (x + sent[:, : x.shape[1]], *pools), index
+
+        return jax.lax.scan(step, (x, keys, values), jnp.arange(LAYERS))
 
     return run
 
@@ -87,6 +113,18 @@ def main(topology):
         sinks = shape(heads, dtype=jnp.float32)
         arguments = shape(*of_row, heads, size), *pools, int32(rows, columns), int32(rows), sinks, *new, to, int32(rows)
         compile_one(name, cache_function(kernels, tokens), arguments, (1, 2), "attention_pages", f"{LAYERS},{pool},{kv_heads}")
+
+    for rows in (16, 128):
+        heads, kv_heads, size, pool = 64, 8, 64, 1_024
+        pools = [shape(LAYERS, pool, kv_heads, PAGE, size)] * 2
+        turns = (shape(rows, size // 2, dtype=jnp.float32),) * 2
+        qkv = [Stack(shape(LAYERS, n * size, WIDTH), shape(LAYERS, n * size)) for n in (heads, kv_heads, kv_heads)]
+        router = Stack(shape(LAYERS, EXPERTS, WIDTH), shape(LAYERS, EXPERTS))
+        stacks = shape(LAYERS, WIDTH), qkv, Stack(shape(LAYERS, WIDTH, heads * size)), router, shape(LAYERS, heads)
+        arguments = shape(rows, WIDTH, dtype=jnp.float32), *pools, int32(rows, 68), *[int32(rows)] * 3, turns, stacks
+        function = layer_function(layer_tpu.KERNELS, HeadSizes(heads, kv_heads, size))
+        in_place = f"{LAYERS},({pool},{kv_heads}|{EXPERTS},{WIDTH}|{heads * size},{WIDTH})"
+        compile_one(f"a layer of gpt-oss, {rows} rows", function, arguments, (1, 2), "rotate_and_write", in_place)
 
     def matrix(experts, out, parts):
         words, powers = words_shape(out, WIDTH, parts), powers_shape(out, WIDTH, parts)

@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels import layer_tpu
-from discover_jax.kernels.kernel_set import REFERENCE, Spread, kernel_set
+from discover_jax.kernels.kernel_set import REFERENCE, kernel_set
 from discover_jax.kernels.layer_parts import LayerKernels
 from discover_jax.kernels.spread import SPREAD_LAYER
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
-from discover_jax.models.sharding import make_mesh
 
 LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=8.0)
 
@@ -62,21 +66,28 @@ def _interpreted():
     return {name: functools.partial(part, **options) for name, part in parts.items() if callable(part)}
 
 
-@pytest.mark.parametrize("expert", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_tpu_kernels_of_a_layer_decode_like_separate_operations(expert):
-    """Also over two devices, which exchange their tokens. The adapter of experts is laid out within the step."""
-    mesh = make_mesh(1, expert, 1, jax.devices()[:expert]) if expert > 1 else None
-    model = Model(TPU_SIZES, LORA, experts="lanes", mesh=mesh)
-    parts = _interpreted()
-    if mesh is not None:
-        parts = {name: Spread(spread, parts[name], mesh) for name, spread in SPREAD_LAYER.items()} | {"mesh": mesh}
-    fused = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, layer=LayerKernels(**parts)))
+@pytest.mark.slow
+def test_tpu_kernels_of_a_layer_decode_like_separate_operations():
+    """The adapter of experts is laid out within the step."""
+    model = Model(TPU_SIZES, LORA, experts="lanes")
+    fused = dataclasses.replace(model, kernels=dataclasses.replace(REFERENCE, layer=LayerKernels(**_interpreted())))
     frozen, lora = model.init_frozen(jax.random.key(0)), _random_lora(model)
-    expected = _decoded(model, frozen, lora, prompt=128, page=128)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), _decoded(fused, frozen, lora, prompt=128, page=128), expected
-    )
+    found, expected = (_decoded(one, frozen, lora, prompt=128, page=128) for one in (fused, model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
     assert np.abs(expected[0][-1][0]).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1 2", "2 2"])
+def test_parts_of_a_layer_spread_over_devices_decode_like_separate_operations(mesh):
+    """Rows with and without tokens, pages of each device, and experts that exchange their tokens."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, str(Path(__file__).with_name("tpu_layer_program.py")), *mesh.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["difference"] < 1e-4
+    assert found["largest"] > 0.1
 
 
 def test_more_rows_than_a_layer_supports_use_separate_operations():
