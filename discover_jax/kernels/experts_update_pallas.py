@@ -267,10 +267,8 @@ class _Call:
                 in_specs=self._specs,
                 out_specs=[pl.BlockSpec((self._tiles.rows, self._columns), lambda n, b, *_: (b, n))] * len(dtypes),
             ),
-            # A v5p chip splits one axis over its two cores.
-            compiler_params=_params(
-                "parallel" if width > self._columns else "arbitrary", "arbitrary" if width > self._columns else "parallel"
-            ),
+            # A v5p chip splits the columns over its two cores, or the blocks if there is one block of columns.
+            compiler_params=_params("parallel", "arbitrary" if width > self._columns else "parallel"),
             interpret=self._tiles.interpret,
             name=name,
         )(*self._owners, *self._arrays)
