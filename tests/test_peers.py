@@ -24,11 +24,9 @@ def peers():
     return module
 
 
-_SLOW = [pytest.param(shape, marks=pytest.mark.slow) for shape in ("gpt-oss-20b", "qwen3-8b", "llama-3.1-8b")]
-
-
+@pytest.mark.slow  # importing these models of transformers takes 20 seconds, and only a benchmark needs them
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shape", ["qwen2.5-coder-7b", *_SLOW])
+@pytest.mark.parametrize("shape", ["qwen2.5-coder-7b", "gpt-oss-20b", "qwen3-8b", "llama-3.1-8b"])
 def test_the_peer_of_each_family_has_its_sizes(peers, monkeypatch, shape):
     monkeypatch.setattr(peers, "DEVICE", "meta")
     sizes, model = SHAPES[shape], peers.build(shape, 2)

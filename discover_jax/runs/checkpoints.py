@@ -158,7 +158,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a failing disk as ValueError
             raise RunError(
                 f"Cannot write checkpoint {step} to {self._directory}: {error}\nEarlier checkpoints are unchanged. {storage_remedy(error)}"
-                f" Then start the same command again: it resumes {'at the beginning' if latest is None else f'after step {latest + 1}'}."
+                f" Then start the same command again: it resumes {'at the beginning' if latest is None else f'at checkpoint {latest}'}."
             ) from error
 
     def _write_alone(self, step: int, train_state: TrainState | None, host: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_failure_surfaces_once_and_changes_nothing(slow, tmp_path, error, way):
     checkpoints.begin(1, state_of(1), {"step": 1})
     slow.go.set()
     assert checkpoints._writing.work._ended.wait(60)
-    with pytest.raises(RunError, match=rf"(?s)Cannot write checkpoint 1 to .*{error.args[-1]}.*resumes after step 1\."):
+    with pytest.raises(RunError, match=rf"(?s)Cannot write checkpoint 1 to .*{error.args[-1]}.*resumes at checkpoint 0\."):
         getattr(checkpoints, way)()
     checkpoints.check()
     assert checkpoints.writing is checkpoints.finish() is None

@@ -123,7 +123,7 @@ def test_too_little_disk_space_is_reported_before_writing(tmp_path, monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500_000))
-        with pytest.raises(RunError, match=r"\b1\.\d MB\b.*\b0\.5 MB\b(?s:.)*\bstep 1\b"):
+        with pytest.raises(RunError, match=r"\b1\.\d MB\b.*\b0\.5 MB\b(?s:.)*resumes at checkpoint 1\."):
             checkpoints.save(2, train_state(2.0), HOST)
     assert sorted(tmp_path.rglob("*")) == before
     checkpoints.save(2, train_state(2.0), HOST)
@@ -152,7 +152,7 @@ def test_failing_disk_keeps_earlier_checkpoints(tmp_path):
     ended = subprocess.run([sys.executable, "-c", _FAILING_WRITER, str(tmp_path)], capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
     assert "heckpoint 2" in ended.stderr
-    assert "step 1" in ended.stderr  # the step at which the run resumes
+    assert "resumes at checkpoint 1." in ended.stderr
     assert "_SignalingThread" not in ended.stderr  # orbax's traceback for each array
     again = Checkpoints(tmp_path, keep=2, every=0)
     assert again.latest() == 1
