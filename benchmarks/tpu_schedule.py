@@ -156,12 +156,12 @@ def cycles_of(text: str) -> int:
     Raises:
       ValueError: the text has no loop.
     """
-    bundles = [line for line in text.splitlines() if _BUNDLE.match(line)]
-    start = next((at for at, line in enumerate(bundles) if "LB" in _BUNDLE.match(line)[1]), None)  # type: ignore[index]
+    bundles = [(found[1], line) for line in text.splitlines() if (found := _BUNDLE.match(line))]
+    start = next((at for at, (marks, _) in enumerate(bundles) if "LB" in marks), None)
     if start is None:
         raise ValueError("the schedule has no loop: it must be that of a kernel with a grid of several steps")
     parts, part, products = [], 0, False
-    for line in bundles[start:]:
+    for _, line in bundles[start:]:
         part, products = part + 1, products or "vmatmul" in line
         if "sbr.rel" in line:
             parts.append((part, products))

@@ -120,7 +120,7 @@ def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> I
         if machine.platform not in PLATFORMS:
             why = f"on a {machine.platform.upper()}"
         yield (
-            f"references: {why} there are no kernels of experts, and every expert computes every row. The efficiency of the references was"
+            f"references: {why} there are no kernels of experts. Every expert then computes every row. The efficiency of the references was"
             " measured only on one GPU with few tokens, so these figures are only an order of magnitude."
         )
     if any(one.rooflines for one in shown):

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
+from discover_jax.kernels.parts_pallas import line_of, scalar, whole
 
 LANES = 128
 CORES = 2
@@ -180,10 +181,8 @@ def _attend(
 
 def _lay_out_sinks(sinks_SN: Any, line: Any, sinks_KR1: Any, tokens: int) -> None:
     """One line of the sinks, for each query of each key/value head; 0 for padding."""
-    (kv_heads, queries, _), (lines, heads) = sinks_KR1.shape, sinks_SN.shape
-    own = lax.broadcasted_iota(jnp.int32, (lines, heads), 0) == line
-    sinks_1N = jnp.sum(jnp.where(own, sinks_SN[...].astype(jnp.float32), 0.0), axis=0, keepdims=True)
-    shape = queries, heads
+    (kv_heads, queries, _), heads = sinks_KR1.shape, sinks_SN.shape[1]
+    sinks_1N, shape = line_of(sinks_SN, line), (queries, heads)
     head = lax.div(lax.broadcasted_iota(jnp.int32, shape, 0), tokens)
     group = heads // kv_heads
     number = jnp.where(head < group, head, heads)  # among those of the key/value head
@@ -226,7 +225,7 @@ def attend(
     places = keys.shape[4 if flipped(head_size) else 3]
     size = settings.pages * places
     # Kernels get numbers of rows and pages as they are: in each layer, XLA would need several small operations to prepare them.
-    scalars = (*(jnp.asarray(x, jnp.int32).reshape(1) for x in (layer, line, first_page)), pages_BM, ends_B)
+    scalars = (*map(scalar, (layer, line, first_page)), pages_BM, ends_B)
     buffer = (settings.buffers, kv_heads, *((head_size, size) if flipped(head_size) else (size, head_size)))
     sums = [pltpu.VMEM((kv_heads, queries, last), jnp.float32) for last in (1, 1, 1, head_size)]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -236,7 +235,7 @@ def attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(CORES,),
-            in_specs=[pl.BlockSpec(sinks_SN.shape, lambda *_: (0, 0)), anywhere, anywhere, anywhere],
+            in_specs=[whole(*sinks_SN.shape), anywhere, anywhere, anywhere],
             out_specs=anywhere,
             scratch_shapes=[
                 pltpu.VMEM((settings.buffers, kv_heads, queries, head_size), q_BKRH.dtype),

@@ -300,7 +300,7 @@ def _specs(blocks: Blocks, size: int, at: Callable[..., tuple], key_head: Callab
 
 
 def _by_queries(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
-    """In a grid of rows, query heads and pairs, of which a row has space for `most`."""
+    """In a grid of rows, query heads and pairs. `most`: places for pairs of a row in the flat arrays."""
 
     def at(b: Any, n: Any, p: Any, _counts: Any, i_BP: Any, j_BP: Any, *_: Any) -> tuple:
         return b, n, b * most + p, i_BP, j_BP

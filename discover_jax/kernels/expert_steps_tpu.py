@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.expert_rows import most_blocks
+from discover_jax.kernels.parts_pallas import scalar, whole
 
 LANES = 128
 EXPERT, FIRST, ROWS, STACK, TOKEN = range(5)
@@ -219,9 +220,6 @@ def sort_choices(
     wide, steps = _padded(choices), -(-most_blocks(choices, experts, rows) // cores)
     table = table_width(choices, steps * cores)
 
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *_: (0, 0))
-
     return pl.pallas_call(
         functools.partial(_kernel, experts=experts, share=share, rows=rows, steps=steps, cores=cores),
         out_shape=(jax.ShapeDtypeStruct((_LINES, table), jnp.int32), jax.ShapeDtypeStruct((1, wide), jnp.float32)),
@@ -238,4 +236,4 @@ def sort_choices(
         ),
         interpret=interpret,
         name="expert_steps",
-    )(*(jnp.asarray(x, jnp.int32).reshape(1) for x in (layer, first)), choices_TW)
+    )(scalar(layer), scalar(first), choices_TW)

@@ -20,22 +20,13 @@ from discover_jax.kernels.dot_pallas import dot
 from discover_jax.kernels.expert_steps_tpu import packed_column, put_choices
 from discover_jax.kernels.layer_parts import HeadSizes
 from discover_jax.kernels.pages_tpu import AT_ONCE, LANES, call_in_place, write_tokens
+from discover_jax.kernels.parts_pallas import line_of, scalar, whole
 from discover_jax.kernels.projections import Stack
 from discover_jax.kernels.projections_tpu import outputs_along_lanes
 
 ROWS = 128
 """Rows that one step of a grid normalises."""
 _MEMORY = 64 * 2**20
-
-
-def _vector(layer: jax.Array | int) -> jax.Array:
-    return jnp.asarray(layer, jnp.int32).reshape(1)
-
-
-def _line(stack_Ln: Any, layer: Any) -> jax.Array:
-    """One line of small arrays, [1, n] float32. XLA would copy a layer's own line in each step."""
-    own = lax.broadcasted_iota(jnp.int32, stack_Ln.shape, 0) == layer
-    return jnp.sum(jnp.where(own, stack_Ln[...].astype(jnp.float32), 0.0), axis=0, keepdims=True)
 
 
 # ---------------------------------------------------------------------- norm
@@ -46,7 +37,7 @@ def _add_and_norm(layer_1: Any, x_TD: Any, parts_PTD: Any, scale_LD: Any, sum_TD
     x = x_TD[...] + sum((parts_PTD[part, :, :width] for part in range(1, parts_PTD.shape[0])), parts_PTD[0, :, :width])
     sum_TD[...] = x
     normed = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True) + eps)
-    normed_TD[...] = (normed * _line(scale_LD, layer_1[0])).astype(normed_TD.dtype)
+    normed_TD[...] = (normed * line_of(scale_LD, layer_1[0])).astype(normed_TD.dtype)
 
 
 def add_and_norm(
@@ -75,14 +66,14 @@ def add_and_norm(
             in_specs=[
                 own,
                 pl.BlockSpec((parts, rows, wide), lambda block, layer_1: (0, block, 0)),
-                pl.BlockSpec(scale_LD.shape, lambda block, layer_1: (0, 0)),
+                whole(*scale_LD.shape),
             ],
             out_specs=(own, own),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_MEMORY),
         interpret=interpret,
         name="layer_norm",
-    )(_vector(layer), x_TD, parts_PTD, scale_LD)
+    )(scalar(layer), x_TD, parts_PTD, scale_LD)
 
 
 # ---------------------------------------------------------------------- rotation and writing
@@ -168,9 +159,6 @@ def rotate_and_write(
     _, tokens, out = parts_PTo.shape
     padded, queries = -(-tokens // LANES) * LANES, -(-(heads // kv_heads) // 8) * 8
 
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
-
     q = jax.ShapeDtypeStruct((tokens, kv_heads, queries, size), keys_LPKsH.dtype)
     scratch = [
         pltpu.VMEM((padded, out), jnp.float32),
@@ -181,7 +169,7 @@ def rotate_and_write(
     (q,), pools = call_in_place(
         functools.partial(_rotate_and_write, sizes=sizes),
         "rotate_and_write",
-        (_vector(layer), _vector(first_page), pages_T.astype(jnp.int32), places_T.astype(jnp.int32)),
+        (scalar(layer), scalar(first_page), pages_T.astype(jnp.int32), places_T.astype(jnp.int32)),
         (parts_PTo, *turns),
         [whole(*parts_PTo.shape), *(whole(*turn.shape) for turn in turns)],
         (keys_LPKsH, values_LPKsH),
@@ -202,7 +190,7 @@ def _ordered(bits: jax.Array) -> jax.Array:
 
 def _route(layer_1: Any, x_TD: Any, weight: Any, bias_LE: Any, index_XT: Any, sent_TW: Any, *, along_lanes: bool) -> None:
     (tokens, width), experts, share = x_TD.shape, bias_LE.shape[1], index_XT.shape[0]
-    logits = dot(x_TD[...], weight[...].astype(x_TD.dtype), (1, 0) if along_lanes else (1, 1)) + _line(bias_LE, layer_1[0])
+    logits = dot(x_TD[...], weight[...].astype(x_TD.dtype), (1, 0) if along_lanes else (1, 1)) + line_of(bias_LE, layer_1[0])
     least = jnp.int32(-(2**31))
     expert_TE = lax.broadcasted_iota(jnp.int32, (tokens, experts), 1)
     ranks_TE = _ordered(lax.bitcast_convert_type(logits, jnp.int32))
@@ -242,9 +230,6 @@ def route(
     along_lanes = outputs_along_lanes(experts, width)
     weight = router.weight.swapaxes(1, 2) if along_lanes else router.weight
 
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
-
     wide = packed_column(width) + LANES
     index_XT, sent_TW = pl.pallas_call(
         functools.partial(_route, along_lanes=along_lanes),
@@ -262,5 +247,5 @@ def route(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_MEMORY),
         interpret=interpret,
         name="route_decode",
-    )(_vector(layer), x_TD, weight, router.bias)
+    )(scalar(layer), x_TD, weight, router.bias)
     return index_XT.T, sent_TW  # XLA stores the experts of all layers with the tokens along the lanes

@@ -18,6 +18,7 @@ from discover_jax.kernels import pages
 from discover_jax.kernels.attention_decode_pallas import LANES, flipped
 from discover_jax.kernels.attention_decode_tpu import pool_refusal
 from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.parts_pallas import scalar
 
 Pools = tuple[jax.Array, jax.Array]
 SUBLANES = 16
@@ -200,7 +201,7 @@ def put_tokens(
         tile = (kv_heads, SUBLANES, head_size)
     inputs = tuple(x.astype(keys_LPKsH.dtype) for x in inputs)
     whole = pl.BlockSpec(inputs[0].shape, lambda *_: (0,) * inputs[0].ndim)
-    scalars = jnp.asarray(layer, jnp.int32).reshape(1), pages_B.astype(jnp.int32), places_B.astype(jnp.int32)
+    scalars = scalar(layer), pages_B.astype(jnp.int32), places_B.astype(jnp.int32)
     semaphores = [pltpu.SemaphoreType.DMA((AT_ONCE,))] * 2
     scratch = [pltpu.VMEM((AT_ONCE, 2, *tile), keys_LPKsH.dtype), *semaphores]
     pools = keys_LPKsH, values_LPKsH
@@ -246,7 +247,7 @@ def put_pages(
     (*_, kv_heads, places, head_size), across = keys_LPKsH.shape, flipped(keys_LPKsH.shape[-1])
     order = (0, 2, 3, 1) if across else (0, 2, 1, 3)
     paged = [x.reshape(-1, places, kv_heads, head_size).transpose(order).astype(keys_LPKsH.dtype) for x in (k_BCKH, v_BCKH)]
-    scalars = jnp.asarray(layer, jnp.int32).reshape(1), pages_Bm.reshape(-1).astype(jnp.int32)
+    scalars = scalar(layer), pages_Bm.reshape(-1).astype(jnp.int32)
     scratch = [pltpu.SemaphoreType.DMA((1,))]
     return call_in_place(_write_pages, "write_pages", scalars, tuple(paged), [_HBM, _HBM], (keys_LPKsH, values_LPKsH), scratch, interpret)[
         1
@@ -266,6 +267,6 @@ def _copy_page(source_1, target_1, _keys, _values, keys, values, sem) -> None:
 
 def put_copy(keys_LPKsH: jax.Array, values_LPKsH: jax.Array, source: jax.Array, target: jax.Array, *, interpret: Any = False) -> Pools:
     """`pages.copy_page` by the kernel. `interpret`: as for `pallas_call`."""
-    scalars = tuple(jnp.asarray(x, jnp.int32).reshape(1) for x in (source, target))
+    scalars = scalar(source), scalar(target)
     scratch = [pltpu.SemaphoreType.DMA((1,))]
     return call_in_place(_copy_page, "copy_page", scalars, (), [], (keys_LPKsH, values_LPKsH), scratch, interpret)[1]

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
 from discover_jax.kernels.fallback import warn_reference
+from discover_jax.kernels.parts_pallas import scalar
 from discover_jax.kernels.projections import Stack, head_reference, project_reference
 
 LANES = 128
@@ -141,4 +142,4 @@ def project_together(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_MEMORY),
         interpret=interpret,
         name="projections_decode",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), *arrays)
+    )(scalar(layer), *arrays)
