@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from discover_jax.runs import lock
 
 _CONFIG, _TOKEN = "config.json", ".hosts"
 _ABSENT = object()
+_OF_A_START = ("task", "retests", "outputs", "best", "tensorboard", "rollouts", "journal.jsonl", "seed_programs.json", "report.html")
+"""What a start writes before its first step. All of it depends on settings and data. The rest stays: the cache of verdicts, whose keys name
+what they depend on, and disclosure.json, because programs of the cache may have run with weaker isolation."""
 _RUNTIME_SETTINGS = (
     *("mesh.data", "mesh.expert", "mesh.tensor", "train.rows"),
     *("execution.backend", "execution.ray_address", "execution.workers"),
@@ -70,7 +74,7 @@ class Workdir:
       task_dir: the prepared task.
       retests_dir: retests of the tasks, if config.finalists needs them; created by `tasks.retests`.
       cache_dir: verdicts of programs.
-      resumed: whether the directory already held this run.
+      resumed: whether the directory already held steps of this run.
     """
 
     path: Path
@@ -91,11 +95,15 @@ class Workdir:
 def open_workdir(path: Path, config: dict[str, Any], kind: str, tell: Callable[[str], None] = print) -> Iterator[Workdir]:
     """Opens a run directory and locks it against other processes until the context ends.
 
+    As long as no step was recorded, each start begins anew with its own config and data: an earlier one ended because of an error that
+    the user now corrects, or was interrupted.
+
     Args:
       path: created if it does not exist.
       config: every setting by its dotted name, as `config.flatten` returns it; JSON values.
       kind: "train" or "search".
-      tell: called with a line of text while another process holds the lock, which may belong to a dead host: see `lock.hold_lock`.
+      tell: called with a line of text if the config of a start without steps is replaced, and while another process holds the lock, which
+        may belong to a dead host: see `lock.hold_lock`.
 
     Raises:
       RunError: the directory belongs to another run (each difference is listed), is not a run directory, is in use, or cannot be written.
@@ -108,7 +116,7 @@ def open_workdir(path: Path, config: dict[str, Any], kind: str, tell: Callable[[
                 _refuse_strangers(path)
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock.hold_lock(path, tell))
-            workdir = _prepare(path, given)
+            workdir = _prepare(path, given, tell)
         except OSError as error:
             raise RunError(
                 f"Cannot use the run directory {path} ({error}). {storage_remedy(error)} Or give another directory by --workdir."
@@ -153,17 +161,41 @@ def _check_shared(path: Path, processes: Processes) -> None:
         )
 
 
-def _prepare(path: Path, given: dict[str, Any]) -> Workdir:
+def _prepare(path: Path, given: dict[str, Any], tell: Callable[[str], None]) -> Workdir:
     """Compares or writes the config and creates the folders. The caller holds the lock."""
-    resumed = (path / _CONFIG).exists()
-    if resumed:
-        _compare(path, given)
+    found = _read_config(path) if (path / _CONFIG).exists() else None
+    resumed = found is not None and _has_steps(path, found)
+    if found is not None and resumed:
+        _compare(path, found, given)
     else:
+        if found is not None:
+            _begin_anew(path, _differences(found, given), tell)
         write_atomic(path / _CONFIG, (json.dumps(given, indent=2) + "\n").encode())
     workdir = _places(path, resumed)
     for folder in (workdir.rollouts_dir, workdir.checkpoints_dir, workdir.task_dir, workdir.cache_dir):
         folder.mkdir(exist_ok=True)
     return workdir
+
+
+def _has_steps(path: Path, found: dict[str, Any]) -> bool:
+    """Whether anything of a step is there: a checkpoint, rollouts, metrics, attempts or a best program."""
+    names = ["checkpoints", "checkpoints.damaged", "rollouts", "metrics.jsonl", "journal.discarded.jsonl"]
+    if not found.get("train.resume_from"):  # otherwise a start copies the earlier run's
+        names += ["journal.jsonl", "best"]
+    entries = [path / name for name in names]
+    return any(any(entry.iterdir()) if entry.is_dir() else entry.exists() and entry.stat().st_size > 0 for entry in entries)
+
+
+def _begin_anew(path: Path, differences: str, tell: Callable[[str], None]) -> None:
+    """Removes what a start without steps has written, so that nothing of other settings or data stays."""
+    for name in (*_OF_A_START, *(("wandb_id",) if differences else ())):
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    if differences:
+        tell(f"The earlier start in {path} recorded no step, so this run replaces its config:\n{differences}")
 
 
 def _places(path: Path, resumed: bool) -> Workdir:
@@ -193,29 +225,37 @@ def _refuse_strangers(path: Path) -> None:
         )
 
 
-def _compare(path: Path, given: dict[str, Any]) -> None:
-    """Refuses a directory whose run has another config."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """`kind` and every setting of the run in this directory."""
     try:
         found = parse_json((path / _CONFIG).read_bytes())
-        found_all = {"kind": found["kind"], **found["config"]}
+        return {"kind": found["kind"], **found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path / _CONFIG} is not a valid run config ({error!r}), so the run cannot be resumed. Restore the original file, or give"
             " another directory by --workdir."
         ) from error
-    given_all = {"kind": given["kind"], **given["config"]}
-    later = _LATER_SETTINGS | {name: given_all[name] for name in _SETTINGS_OF_NEW_RUNS if name in given_all}
-    found_all |= {name: value for name, value in later.items() if name in given_all and name not in found_all}
-    # Compare the JSON texts, so that True differs from 1 and 1 from 1.0: the type of a setting matters.
-    names = [
-        name for name in {**found_all, **given_all} if name not in _RUNTIME_SETTINGS and _shown(found_all, name) != _shown(given_all, name)
-    ]
-    if names:
-        differences = "\n".join(f"  - {name}: directory has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
+
+
+def _compare(path: Path, found: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses a directory whose run has another config."""
+    if differences := _differences(found, given):
         raise RunError(
             f"The directory {path} holds a run with another config:\n{differences}\nUse the directory's values to resume that run, or give"
             " another directory by --workdir to start a new one."
         )
+
+
+def _differences(found: dict[str, Any], given: dict[str, Any]) -> str:
+    """A line for each setting that affects what a run computes and differs; empty if there is none."""
+    given_all = {"kind": given["kind"], **given["config"]}
+    later = _LATER_SETTINGS | {name: given_all[name] for name in _SETTINGS_OF_NEW_RUNS if name in given_all}
+    found_all = found | {name: value for name, value in later.items() if name in given_all and name not in found}
+    # Compare the JSON texts, so that True differs from 1 and 1 from 1.0: the type of a setting matters.
+    names = [
+        name for name in {**found_all, **given_all} if name not in _RUNTIME_SETTINGS and _shown(found_all, name) != _shown(given_all, name)
+    ]
+    return "\n".join(f"  - {name}: directory has {_shown(found_all, name)}, given {_shown(given_all, name)}" for name in names)
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

@@ -162,6 +162,7 @@ def test_all_hosts_get_the_same_folder(tmp_path):
     assert first == second
     assert not first.resumed
     assert first.task_dir.is_dir()
+    (first.checkpoints_dir / "0").mkdir()
     assert {workdir.resumed for workdir in _on_all(2, lambda processes: _opened(lambda _: tmp_path / "run", processes))} == {True}
 
 

@@ -23,14 +23,15 @@ def test_new_then_resumed(tmp_path):
         assert not first.best_dir.exists()
     assert json.loads((path / "config.json").read_text()) == {"kind": "train", "config": CONFIG}
     before = (path / "config.json").read_bytes()
+    (path / "checkpoints" / "0").mkdir()
     with open_workdir(path, CONFIG, "train") as second:
         assert second.resumed
     assert (path / "config.json").read_bytes() == before
 
 
 def test_every_difference_is_named(tmp_path):
-    with open_workdir(tmp_path / "a", CONFIG, "train"):
-        pass
+    with open_workdir(tmp_path / "a", CONFIG, "train") as opened:
+        opened.journal_path.write_text("{}\n")
     other = {"seed": 1, "lora.alpha": 32.0, "execution.allow_weaker": 0, "name": "ä", "groups": 4}
     with pytest.raises(RunError) as caught, open_workdir(tmp_path / "a", other, "search"):
         pass
@@ -45,6 +46,81 @@ def test_every_difference_is_named(tmp_path):
         assert re.search(line, message), line
     assert "lora.alpha" not in message
     assert "--workdir" in message
+
+
+_STARTED = ("task/public/train.csv", "task/prepared.json", "retests/x/prepared.json", "seed_programs.json", "tensorboard/e", "report.html")
+
+
+def _write(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x\n")
+
+
+@pytest.mark.parametrize("setting", ["train.steps", "name", "lora.alpha"])
+def test_a_corrected_setting_begins_a_run_without_steps_anew(tmp_path, setting):
+    """The start before ended because of an error, such as a wrong path. Nothing that it prepared may stay."""
+    with open_workdir(tmp_path, CONFIG, "train"):
+        _write(tmp_path, *_STARTED, "cache/ab", "disclosure.json", "wandb_id")
+    told = []
+    with open_workdir(tmp_path, CONFIG | {setting: "other"}, "search", told.append) as opened:
+        assert not opened.resumed
+        assert not any((tmp_path / name).exists() for name in (*_STARTED, "wandb_id"))
+        assert opened.task_dir.is_dir()
+        assert (tmp_path / "cache/ab").exists()
+        assert (tmp_path / "disclosure.json").exists(), "programs of the cache may have run with weaker isolation"
+    assert json.loads((tmp_path / "config.json").read_text()) == {"kind": "search", "config": CONFIG | {setting: "other"}}
+    assert len(told) == 1
+    assert re.search(rf"\b{re.escape(setting)}\b.*\bother\b", told[0])
+
+
+def test_corrected_data_begin_a_run_without_steps_anew(tmp_path):
+    with open_workdir(tmp_path, CONFIG, "train"):
+        _write(tmp_path, *_STARTED, "wandb_id")
+    told = []
+    with open_workdir(tmp_path, CONFIG, "train", told.append):
+        assert not any((tmp_path / name).exists() for name in _STARTED)
+        assert (tmp_path / "wandb_id").exists()
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("journal.jsonl", "journal.discarded.jsonl", "metrics.jsonl", "checkpoints/0/host", "checkpoints.damaged/0"),
+        *("rollouts/step-000000.parquet", "best/solution.py"),
+    ],
+)
+def test_anything_of_a_step_keeps_the_config(tmp_path, kept):
+    with open_workdir(tmp_path, CONFIG, "train"):
+        _write(tmp_path, *_STARTED, kept)
+    with pytest.raises(RunError, match=r"\bseed\b"), open_workdir(tmp_path, CONFIG | {"seed": 1}, "train"):
+        pass
+    with open_workdir(tmp_path, CONFIG, "train") as opened:
+        assert opened.resumed
+    assert all((tmp_path / name).exists() for name in (*_STARTED, kept))
+
+
+def test_what_a_continued_run_copies_is_not_a_step(tmp_path):
+    continued = CONFIG | {"train.resume_from": "runs/a"}
+    with open_workdir(tmp_path, continued, "train"):
+        _write(tmp_path, "journal.jsonl", "best/solution.py")
+    with open_workdir(tmp_path, CONFIG, "train") as opened:
+        assert not opened.resumed
+    assert not (tmp_path / "journal.jsonl").exists()
+    assert not (tmp_path / "best").exists()
+
+
+def test_links_are_removed_without_what_they_point_to(tmp_path):
+    _write(tmp_path, "elsewhere/task/a")
+    run = tmp_path / "run"
+    run.mkdir()
+    with open_workdir(run, CONFIG, "train"):
+        (run / "task").rmdir()
+        (run / "task").symlink_to(tmp_path / "elsewhere/task")
+    with open_workdir(run, CONFIG | {"seed": 1}, "train"):
+        pass
+    assert (tmp_path / "elsewhere/task/a").exists()
 
 
 def test_other_folders_are_refused(tmp_path):
@@ -95,8 +171,8 @@ with open_workdir(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), "train"):
     finally:
         holder.kill()
         holder.communicate()
-    with open_workdir(tmp_path / "a", CONFIG, "train") as opened:  # kill -9 releases the lock
-        assert opened.resumed
+    with open_workdir(tmp_path / "a", CONFIG, "train"):  # kill -9 releases the lock
+        pass
 
 
 def test_errors_inside_the_context_pass_through(tmp_path):
