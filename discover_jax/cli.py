@@ -9,7 +9,6 @@ import functools
 import logging as stdlib_logging
 import os
 import re
-import runpy
 import signal
 import sys
 import textwrap
@@ -24,6 +23,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from discover_jax import config as settings
+from discover_jax.config.arguments import check_arguments
 from discover_jax.config.page import settings_help
 from discover_jax.exceptions import ConfigError, DiscoverError, HostError, TemporaryError
 from discover_jax.hosts.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
@@ -35,33 +35,6 @@ from discover_jax.untrusted_text import printable
 
 DOES_NOT_FIT = 1
 """Exit code of a dry run that finds too little memory."""
-
-
-def _check_arguments(argv: list[str]) -> None:
-    """Refuses a missing config file and misspelt overrides before absl parses them, since absl would answer with a traceback.
-
-    Raises:
-      ConfigError: no config file is given, it does not exist, or an override names no setting.
-    """
-    given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
-    if not given or "=" not in given[-1]:
-        raise ConfigError("No config was given. Use --config=configs/quickstart.py, or another file in configs/.")
-    path, *argument = given[-1].split("=", 1)[1].split(":", 1)
-    if not Path(path).is_file():
-        here = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise ConfigError(
-            f"The config file {path!r} does not exist (current directory: {os.getcwd()}). Files in configs/: {', '.join(here) or 'none'}."
-        )
-    # absl hides an error that the file raises behind one of its own. Calling the file first shows the file's error.
-    runpy.run_path(path)["get_config"](*argument)
-    known = settings.settings()
-    for override in argv:
-        if override.startswith("--config."):
-            name = override.removeprefix("--config.").split("=")[0]
-            if name not in known:
-                close = settings.nearest(name)
-                hint = f"Did you mean --config.{close}?" if close else "docs/settings.md lists all settings, and so does --helpfull."
-                raise ConfigError(f"--config.{name} is not a setting. {hint}")
 
 
 _TELLING_SECONDS = JOIN_SECONDS - 10
@@ -178,7 +151,7 @@ def _parse(argv: list[str]) -> list[str]:
     if asked:
         print(_help(full="helpfull" in asked))
         sys.exit()
-    _check_arguments(argv)
+    check_arguments(argv)
     rest = flags.FLAGS(argv)
     if not flags.FLAGS["verbosity"].present:  # libraries log a lot at absl's default, INFO
         logging.set_verbosity(logging.WARNING)

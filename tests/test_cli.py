@@ -63,8 +63,10 @@ def run(tmp_path_factory):
         forking.stdin.close()
 
 
-def test_overrides_and_default_folder(run):
-    done = run("--config=configs/spaceship.py:run3", "--config.train.learning_rate=1e-5", "--config.task.raw=x.csv")
+@pytest.mark.parametrize("form", ["--{}={}", "--{} {}", "-{}={}"])
+def test_overrides_and_default_folder(run, form):
+    given = (("config", "configs/spaceship.py:run3"), ("config.train.learning_rate", "1e-5"), ("config.task.raw", "x.csv"))
+    done = run(*(part for name, value in given for part in form.format(name, value).split()))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["runs/spaceship-run3", "1e-05", "x.csv"]
 
@@ -87,6 +89,32 @@ def test_a_checkpoint_that_is_left_unfinished_ends_at_once(run, workdir, code):
     assert ("same command resumes" if code == 130 else "error: gone") in done.stderr
 
 
+_START = "from discover_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_START + "    config.grops = 3\n    return config\n", r"in line 4: grops is not a setting. Did you mean config.groups\?"),
+        (_START + "    config.groups = '3'\n    return config\n", r"in line 4: TypeError: .*groups"),
+        (_START + "    return config.grops\n", r"in line 4: AttributeError: .*groups"),
+        (_START, r"must return the config .*; it returned NoneType"),
+        ("x = 1\n", r"does not define get_config\(\)"),
+        ("def get_config(:\n", r"in line 1: SyntaxError"),
+        ("import nowhere\n", r"in line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config(size):\n    return size\n", r"get_config\(size\) .* none was given. Give --config=\S+:ARGUMENT"),
+    ],
+)
+def test_mistakes_in_a_config_file_are_one_message_with_their_line(run, tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    done = run(f"--config={tmp_path / 'mine.py'}")
+    assert done.returncode == 2
+    assert str(tmp_path / "mine.py") in done.stderr
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 600
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +125,18 @@ def test_a_checkpoint_that_is_left_unfinished_ends_at_once(run, workdir, code):
         (("--config=configs/quickstart.py", "--config.train.steps=abc"), "config.train.steps"),
         (("--config=configs/quickstart.py", "--config.train.steps=0"), "config.train.steps must be at least 1; got 0"),
         (("--config=configs/quickstart.py", "--wrkdir=x"), "workdir"),
+        (("--config",), "--config=configs/quickstart.py"),
+        (("--config", "--workdir=x"), "--config=configs/quickstart.py"),
+        (("--config", "configs/nope.py"), "configs/nope.py"),
+        (("--config=configs/quickstart.py", "-config.grops=3"), "--config.groups"),
+        (("--config=configs/quickstart.py", "--noconfig.task.stratifed"), "--config.task.stratified"),
+        (("--config=configs/quickstart.py", "--noconfig.groups"), "--config.groups=VALUE"),
+        (("--config=configs/quickstart.py", "--config.groups", "four"), "config.groups must be a whole number, such as 4; got 'four'"),
+        (("--config=configs/quickstart.py", "--config.train.steps=1.5"), "got '1.5'"),
+        (("--config=configs/quickstart.py", "--config.train.beta=2,0"), "config.train.beta must be a number, such as 0.5; got '2,0'"),
+        (("--config=configs/quickstart.py", "--config.task.stratified=maybe"), "config.task.stratified must be True or False; got 'maybe'"),
+        (("--config.groups=4", "--config=configs/quickstart.py"), "Give --config first"),
+        (("--config=configs/quickstart.py:run1",), "--config=configs/quickstart.py, without an argument"),
         (("--config=configs/quickstart.py", "stray"), "stray"),
     ],
 )
