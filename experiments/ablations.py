@@ -1,7 +1,7 @@
 """Ablations with a real language model: each arm changes one setting of the base arm, and is compared with it seed by seed.
 
   python experiments/ablations.py --runs=DIR --steps=N          # writes ablations.csv
-  python experiments/ablations.py [--base=base] [--plots=docs/images] # prints the tables; draws (extra `plots`)
+  python experiments/ablations.py [--base=base] [--plots=docs/images] # prints the table; draws (extra `plots`)
 
 A run's folder is named PROBLEM-ARM-SEED. The first N steps of each run are used, so arms are compared at equal numbers of programs. Runs
 with fewer steps are left out and named. Rows of problems that DIR does not have stay in the table.
@@ -182,24 +182,23 @@ def arms_of(rows: Sequence[dict[str, Any]], problem: str, base: str) -> dict[str
     return arms
 
 
-def tables(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]:
-    """The mean of each arm and its differences from the base as Markdown, and the number of comparisons."""
+def table(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]:
+    """The mean of the base and each arm's differences from it as Markdown, a row a measure, and the number of comparisons."""
     arms = arms_of(rows, problem, base)
-    names = [name for name in MEASURES if any(known_values(runs, name) for runs in arms.values())]
-    head = [f"| {problem} | seeds | {' | '.join(MEASURES[name] for name in names)} |", "|---" * (len(names) + 2) + "|"]
-    means, against, intervals = list(head), list(head), []
-    for arm, runs in arms.items():
-        cells = [cell(known_values(runs, name), len(runs)) for name in names]
-        means.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
-        if arm == base:
+    others = [arm for arm in arms if arm != base]
+    shared = {arm: len(arms[arm].keys() & arms[base].keys()) for arm in others}
+    head = [problem, f"{base} ({len(arms[base])} seeds)", *(f"{arm} minus {base} ({shared[arm]} seeds)" for arm in others)]
+    lines, intervals = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
+    for name, words in MEASURES.items():
+        if not any(known_values(runs, name) for runs in arms.values()):
             continue
-        values = {name: differences(runs, arms[base], name) for name in names}
-        intervals += [mean_and_half_width(found) for found in values.values() if len(found) > 1]
-        count = len(runs.keys() & arms[base].keys())
-        against.append(f"| {arm} minus {base} | {count} | {' | '.join(cell(values[name], count, signed=True) for name in names)} |")
+        found = {arm: differences(arms[arm], arms[base], name) for arm in others}
+        intervals += [mean_and_half_width(values) for values in found.values() if len(values) > 1]
+        cells = [cell(known_values(arms[base], name), len(arms[base]))]
+        cells += [cell(found[arm], shared[arm], signed=True) for arm in others]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
     clear = sum(abs(mean) > half for mean, half in intervals)
-    count = f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would."
-    return [*means, "", *against, "", count]
+    return [*lines, "", f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would."]
 
 
 def draw(rows: Sequence[dict[str, Any]], problem: str, base: str, file: Path) -> None:
@@ -242,7 +241,7 @@ def main() -> None:
         parser.error(f"{file} does not exist. Set --runs to a folder of runs.")
     rows = read(file)
     for problem in dict.fromkeys(row["problem"] for row in rows):
-        print("\n".join(tables(rows, problem, options.base)))
+        print("\n".join(table(rows, problem, options.base)))
         if options.plots is not None:
             draw(rows, problem, options.base, options.plots / f"real-model-ablations-{problem}.svg")
 

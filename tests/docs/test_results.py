@@ -27,6 +27,7 @@ TRAITS = 'def run():\n    X["deck"] = 1\n    return A(XGBClassifier(), LogisticR
         ("experiments/evidence.py", "--csv=experiments/objectives", "--differences"),
         ("experiments/evidence.py", "--csv=experiments/objectives/digits", "--differences"),
         ("experiments/real_model.py",),
+        ("experiments/ablations.py",),
         ("experiments/replay.py", "--csv=experiments/real_model/choices.csv"),
         ("experiments/replay.py", "--csv=experiments/selection/replay.csv"),
         ("experiments/replay.py", "--csv=experiments/objectives/replay.csv"),
