@@ -25,7 +25,7 @@ from discover_jax.execution.limits import GIB
 from discover_jax.kernels.kernel_set import PLATFORMS, find_kernel
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
-from discover_jax.task_checks import check_prompts
+from discover_jax.task_checks import brief_warning, check_prompts
 from discover_jax.tasks.configured import prepare_tasks, seed_programs
 from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.problem_task import ProblemTask
@@ -102,7 +102,8 @@ def _devices() -> tuple[str, None]:
     kernels = _kernels() if backend == "gpu" else ""
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {memory / GIB:.0f} GiB each for jax" if memory else ""
-    return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {jax.process_count()} process(es){each}{kernels}", None
+    count = jax.process_count()
+    return f"{len(devices)} x {devices[0].device_kind} ({backend}), of {count} process{'es' * (count > 1)}{each}{kernels}", None
 
 
 def _kernels() -> str:
@@ -141,7 +142,9 @@ def _prompts(config: Any, tasks: list[AnyTask], chat: ChatFormat) -> tuple[str, 
     }
     lengths = check_prompts(tasks, seeds, prompt_settings(config, (), tasks), chat)
     most = config.sampling.max_prompt_tokens
-    return "; ".join(f"{id}: {length:,} of {most:,} tokens without a program's output" for id, length in lengths.items()), None
+    texts = [f"{id}: {length:,} of {most:,} tokens without a program's output" for id, length in lengths.items()]
+    warning = brief_warning(config.prompt.style, tasks, chat)
+    return "; ".join(texts) + (f". Warning: {warning}" if warning else ""), None
 
 
 def _graders(tasks: list[AnyTask]) -> tuple[str, list[float | None]]:

@@ -31,17 +31,21 @@ def report(config: Any, sizes: ModelConfig, machine: Machine, lengths: Lengths, 
     own = predict(config, sizes, machine, MeshShape(config.mesh.data, config.mesh.expert, config.mesh.tensor), lengths, learn=learn)
     found = recommend(config, sizes, machine, lengths, learn=learn)
     usable = [one for one in found if not one.obstacle]
+    devices = len(machine.devices)
     yield (
         f"Predicted speed of a step with {config.groups} x {config.group_size} rollouts of {lengths.rollout:,} tokens after prompts of"
-        f" {lengths.prompt:,} (set the mean lengths with --lengths), on meshes of {len(machine.devices)} devices"
+        f" {lengths.prompt:,} (set the mean lengths with --lengths), on meshes of {devices} device{'s' * (devices > 1)}"
     )
     yield f"    {'data expert tensor   rows   live':<34}{'GB':>6}{'sampling, tokens/s':>20}{'update, tokens/s':>18}{'step, s':>9}"
     shown = usable[:SHOWN]
-    for one in [*shown, *([] if own.mesh in (each.mesh for each in shown) else [own])]:
+    shown += [] if own.mesh in (each.mesh for each in shown) else [own]
+    for one in shown:
         yield _row(one, recommended=bool(usable) and one is usable[0], own=one.mesh == own.mesh)
     yield (
         "    ->: recommended; *: this config; rows: packed rows per microbatch (config.train.rows); live: rollouts decoded at the same"
-        f" time; GB: approximate peak of the update on a device. {len(found) - len(usable)} of {len(found)} meshes cannot be used"
+        " time; GB: approximate peak of the update on a device"
+        + ("; references: plain JAX instead of kernels" if any(not one.kernels and not one.obstacle for one in shown) else "")
+        + (f". {len(found) - len(usable)} of {len(found)} meshes cannot be used" if len(usable) < len(found) else "")
     )
     if (given := microbatch_rows(config)) != own.rows:
         yield (

@@ -103,6 +103,8 @@ def prepared(
                 recorder.note(warning)
             if warning := unused_drafts(config):
                 recorder.note(warning)
+            if warning := task_checks.brief_warning(config.prompt.style, tasks, chat):
+                recorder.note(warning)
             for name, error in hosts.unusable.items():
                 recorder.note(f"{name} is installed, but programs cannot import it, so prompts do not name it: {error}")
         run = Run(
@@ -262,13 +264,18 @@ def _opening_lines(
 ) -> list[str]:
     sizes = policy.model.config
     frontiers = [(task, state.frontiers[task.id]) for task in tasks]
+    size = f"{_counted(config.groups, 'group')} x {_counted(config.group_size, 'rollout')}"
     where = f"{config.model.dtype} on {len(jax.devices())} x {jax.devices()[0].device_kind}"
     if (count := jax.process_count()) > 1:
         where += f" of {count} processes"
     return [
         f"model    {config.model.weights}: {sizes.describe()}, {where}",
-        f"step     {config.groups} groups x {config.group_size} rollouts, {config.train.steps} steps; {state.origin}",
+        f"step     {size}, {_counted(config.train.steps, 'step')}; {state.origin}",
         *(f"programs {way}" for way in ways),
         *opening_lines([Result(task, frontier.best, None, seed_score=frontier.seed.score) for task, frontier in frontiers], workdir),
         f"folder   {workdir.path}",
     ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import reprlib
 import stat
 from pathlib import Path
@@ -76,7 +77,20 @@ def show(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def snapshot_hint(path: Path) -> str:
+def folder_hint(path: Path) -> str:
+    """Why a path is not a model's folder, and what to do, as sentences after a space; empty for a folder that has only the wrong files."""
+    if path.is_dir():
+        return _snapshot_hint(path)
+    if path.exists():
+        remedy = " Convert it: python -m discover_jax.models.import_gguf --gguf=FILE --out=FOLDER." if path.suffix == ".gguf" else ""
+        return f" This is a file, not a folder.{remedy}"
+    hint = f" There is no such folder (current directory: {os.getcwd()})."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # as models are named on Hugging Face's site
+        hint += f" Nothing is downloaded during a run. To download a published model, run hf download {path} --local-dir FOLDER."
+    return hint
+
+
+def _snapshot_hint(path: Path) -> str:
     """Where the model is if this is a folder of Hugging Face's cache, as a sentence after a space; else empty.
 
     The cache has a folder `models--OWNER--NAME` for each model, with the files of each revision in `snapshots/REVISION/`.
@@ -89,7 +103,8 @@ def snapshot_hint(path: Path) -> str:
         if not models:
             return ""
         shown = ", ".join(models[:5]) + (", ..." if len(models) > 5 else "")
-        return f" This is a cache of Hugging Face with {len(models)} models ({shown}). Name a folder {path}/models--.../snapshots/REVISION."
+        count = f"{len(models)} model{'s' * (len(models) > 1)}"
+        return f" This is a cache of Hugging Face with {count} ({shown}). Name a folder {path}/models--.../snapshots/REVISION."
     if not revisions:
         return f" This is a model in a cache of Hugging Face, but {model / 'snapshots'} is empty. Download the model again."
     main = model / "refs" / "main"

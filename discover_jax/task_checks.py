@@ -8,6 +8,7 @@ from discover_jax.tasks.prepare import AnyTask
 from discover_jax.tasks.rewards import TRANSFORMS
 from discover_jax.text.chat import ChatFormat
 from discover_jax.text.prompts import PromptSettings, check_prompt
+from discover_jax.text.tokenizer import SentencePieceTokenizer
 from discover_jax.types import SEED, State
 
 
@@ -86,3 +87,25 @@ def check_prompts(tasks: Sequence[AnyTask], seeds: Mapping[str, State], settings
       CapacityError: a prompt is too long even without output of programs.
     """
     return {task.id: check_prompt(task, seeds.get(task.id, SEED), settings, chat) for task in tasks}
+
+
+def brief_warning(style: str, tasks: Sequence[AnyTask], chat: ChatFormat) -> str | None:
+    """A warning if the model cannot know its task, because prompts of the brief style lack the description; None otherwise.
+
+    Args:
+      style: config.prompt.style.
+      chat: of the model. Only the apprentice, also one that was trained again, has a SentencePiece tokenizer.
+    """
+    if style != "brief":
+        return None
+    if not isinstance(chat.tokenizer, SentencePieceTokenizer):
+        return (
+            "config.prompt.style = 'brief' omits the description of the task. It is meant for the apprentice, which was trained on it. For"
+            " this model, set config.prompt.style = 'full', or start from configs/qwen.py or configs/spaceship.py."
+        )
+    if problems := [task.id for task in tasks if task.calls]:
+        return (
+            f"The apprentice knows only competitions, so its programs cannot solve {', '.join(problems)}. Use a pretrained model"
+            " (docs/models.md)."
+        )
+    return None

@@ -27,7 +27,7 @@ from discover_jax.models.layouts import Layout, ParamPath, paths_of
 from discover_jax.models.mxfp4 import dequantise
 from discover_jax.models.parameters import Tree
 from discover_jax.models.progress import OnProgress, Progress
-from discover_jax.published import is_there, snapshot_hint, visible_files
+from discover_jax.published import folder_hint, is_there, visible_files
 
 READ_BYTES = 1 << 27
 """Bytes of a tensor that are read at a time."""
@@ -68,7 +68,7 @@ def _open_folder(path: Path) -> _Folder:
     path = find_folder(path)
     if not is_there(path / "config.json"):
         raise WeightsError(
-            f"No weights at {str(path)!r}: config.json is missing.{snapshot_hint(path)} Set config.model.weights to a folder with"
+            f"No weights at {str(path)!r}: config.json is missing.{folder_hint(path)} Set config.model.weights to a folder with"
             " config.json and *.safetensors files, or to 'apprentice' for the small model that ships with the project."
         )
     config = read_model_config(read_json(path / "config.json"))

@@ -52,7 +52,7 @@ def judge_mesh(shape: Sequence[int], all_results: Sequence[Results], names: Sequ
     needed, available = data * expert * tensor, sum(counts)
     asked = f"config.mesh is {data} x {expert} x {tensor} = {needed} devices (data x expert x tensor)"
     each = f"{len(names)} x {counts[0]}" if len(set(counts)) == 1 else " + ".join(map(str, counts))
-    have = f"{len(names)} process(es) have {each} = {available}" if len(names) > 1 else f"this host has {available}"
+    have = f"{len(names)} processes have {each} = {available}" if len(names) > 1 else f"this host has {available}"
     kinds = sorted({each["devices"]["kind"] for each in all_results})
     if needed > available or (len(names) > 1 and needed != available):
         rule = f"Set config.mesh so that the product is {available}, or start {_processes(needed, counts)}."
@@ -65,7 +65,8 @@ def judge_mesh(shape: Sequence[int], all_results: Sequence[Results], names: Sequ
 
 def _processes(needed: int, counts: Sequence[int]) -> str:
     if len(set(counts)) == 1 and needed % counts[0] == 0:
-        return f"{needed // counts[0]} process(es) with {counts[0]} devices each"
+        hosts = needed // counts[0]
+        return f"{hosts} process{'es' * (hosts > 1)} with {counts[0]} device{'s' * (counts[0] > 1)} each"
     return f"processes with {needed} devices"
 
 

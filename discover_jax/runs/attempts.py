@@ -10,6 +10,7 @@ from discover_jax.execution.cache import verdict_of
 from discover_jax.records import parse_json
 from discover_jax.runs.outputs import output_of
 from discover_jax.tasks.prepare import AnyTask
+from discover_jax.tasks.problem_task import ProblemTask
 from discover_jax.text.reply import NO_PROGRAM
 from discover_jax.text.tokenizer import Tokenizer
 from discover_jax.types import SEED, Attempt, Outcome, Prompt, Rollout, RolloutKey, State, Verdict
@@ -83,18 +84,25 @@ def seed_of(task: AnyTask, program: str, verdict: Verdict) -> State:
     score = verdict.grade.score
     if verdict.outcome is not Outcome.OK or score is None:
         raise ConfigError(
-            f"The seed program of {task.id} has no score: {verdict.outcome.value}: {verdict.execution.detail or verdict.grade.reason}"
-            " Correct it, or leave config.task.seed_program empty."
+            f"The seed program of {task.id} has no score ({verdict.outcome.value.replace('_', ' ')}):"
+            f"\n{(verdict.execution.detail or verdict.grade.reason).strip()}\n{_remedy(task, program)}"
         )
     value = task.reward(score)
     if value <= task.failure_reward:
         raise ConfigError(
-            f"The reward of {task.id}'s seed program, {value}, is not above failure_reward = {task.failure_reward}, so failing"
-            " would be as good. Lower failure_reward."
+            f"The seed program of {task.id} scores {score}, and its reward is not above failure_reward = {task.failure_reward}, so failing"
+            " would be as good. Set failure_reward below the reward of every useful solution, or correct the seed program."
         )
     result = {"value": value, "score": score, "stdout": verdict.execution.stdout[-STDOUT_CHARS:], "feedback": verdict.grade.feedback}
     result["rows"] = verdict.grade.rows
     return dataclasses.replace(SEED, code=program, task=task.id, output=output_of(task, verdict), **result)
+
+
+def _remedy(task: AnyTask, program: str) -> str:
+    """What to do about a seed program without a score."""
+    if isinstance(task, ProblemTask) and program == task.problem.seed_program:
+        return f"Correct seed_program or evaluate() in the file that defines {task.id}, or set config.task.seed_program to another."
+    return "Correct the program in config.task.seed_program, or leave the setting empty."
 
 
 SEED_PROGRAMS = "seed_programs.json"

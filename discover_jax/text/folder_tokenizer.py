@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from discover_jax.exceptions import TokenizerError
-from discover_jax.published import check_regular, is_there, read_object, show, snapshot_hint
+from discover_jax.published import check_regular, folder_hint, is_there, read_object, show
 
 _PROBE = "  def run():\n\treturn  1 \r\n\u00e9\U0001f680 <|end|>\n"
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
@@ -160,9 +160,9 @@ def _without(added: Mapping[str, int], backend: Any) -> Any:
 def _load(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     if not is_there(path):
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
+        there = ", ".join(sorted(path.name for path in folder.glob("*"))[:20]) or "nothing"
         raise TokenizerError(
-            f"There is no tokenizer at {path}; found: {there}.{snapshot_hint(folder)} Copy tokenizer.json and tokenizer_config.json there"
+            f"There is no tokenizer at {path}; found: {there}.{folder_hint(folder)} Copy tokenizer.json and tokenizer_config.json there"
             " from where the weights were published, or set config.model.tokenizer to a folder that contains them."
         )
     check_files(folder)

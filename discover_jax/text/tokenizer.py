@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from discover_jax.exceptions import TokenizerError
-from discover_jax.published import snapshot_hint
+from discover_jax.published import folder_hint
 from discover_jax.text.folder_tokenizer import check_files, written_tokens
 
 # Names of OpenAI's harmony chat format (o200k_harmony). A tokenizer must have all of them.
@@ -266,9 +266,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         return HuggingFaceTokenizer(folder / "tokenizer.json")
     if (folder / RANKS_FILE).is_file():
         return O200kTokenizer(folder / RANKS_FILE)
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing" if folder.is_dir() else "no such folder"
+    there = ", ".join(sorted(path.name for path in folder.glob("*"))[:20]) or "nothing"
     raise TokenizerError(
         f"There is no tokenizer in {folder}: looked for tokenizer.model (SentencePiece), tokenizer.json (Hugging Face) and {RANKS_FILE};"
-        f" found: {there}.{snapshot_hint(folder)}"
+        f" found: {there}.{folder_hint(folder)}"
         " Copy one of them there, or set config.model.tokenizer to the folder that holds it."
     )

@@ -20,7 +20,7 @@ from discover_jax.config import settings, validate
 
 LANGUAGES = {"bash", "python", "text"}
 NEEDS = {"gpu", "tpu", "weights", "data", "hosts", "network", "minutes"}
-OTHERS = {"source", "export", "pip", "ray", "tensorboard", "mkdocs", "docker", "kubectl", "gcloud", "sbatch", "sed", "ssh-add"}
+OTHERS = {"source", "export", "pip", "ray", "tensorboard", "mkdocs", "docker", "kubectl", "gcloud", "sbatch", "sed", "ssh-add", "hf"}
 """External programs; their flags are not checked."""
 
 ALL = shell_commands()

@@ -53,3 +53,4 @@ def test_doctor_checks_the_problem(tmp_path, monkeypatch):
     points = np.random.RandomState(0).rand(13, 2)
     distances = [np.hypot(*(a - b)) for number, a in enumerate(points) for b in points[:number]]
     assert f"the seed program scores {min(distances)}" in found["sandbox"].text
+    assert "cannot solve far-apart" in found["prompt"].text

@@ -132,6 +132,27 @@ def test_hidden_files_do_not_decide_where_the_weights_are(folder):
     assert read_config(repository) == CONFIG
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("openai/gpt-oss-20b", r"no such folder \(current directory: .*hf download openai/gpt-oss-20b --local-dir"),
+        ("Qwen/Qwen2.5-Coder-7B-Instruct", r"hf download Qwen/Qwen2\.5-Coder-7B-Instruct --local-dir"),
+        ("gpt-oss-120b", r"no such folder \(current directory: (?!.*download)"),
+        ("/nowhere/gpt-oss-20b", r"no such folder \(current directory: (?!.*download)"),
+        ("model.gguf", r"is a file, not a folder\. .*import_gguf --gguf=FILE --out=FOLDER"),
+        ("model.safetensors", r"is a file, not a folder\. (?!.*import_gguf)"),
+        ("empty", r"(?<=missing\. )Set config\.model\.weights"),
+    ],
+)
+def test_a_path_that_is_not_a_folder_of_weights_says_what_it_is(tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.gguf", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match=rf"^No weights at '{given}': config\.json is missing\. .*{said}"):
+        read_config(given)
+
+
 def test_a_folder_of_the_cache_leads_to_its_snapshot(folder, tmp_path):
     cache = tmp_path / "hub" / "models--openai--gpt-oss-20b"
     (cache / "snapshots").mkdir(parents=True)

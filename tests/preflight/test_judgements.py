@@ -52,7 +52,7 @@ def test_cores_do_not_matter_for_programs_that_run_elsewhere():
     [
         ((2, 8, 1), (8, 8), None),
         ((1, 8, 1), (8, 8), r"= 8 devices .* 2 x 8 = 16\. Set config.mesh so that the product is 16, or start 1 process"),
-        ((4, 8, 1), (8, 8), r"= 32 devices .* 16\. .*or start 4 process\(es\) with 8 devices each"),
+        ((4, 8, 1), (8, 8), r"= 32 devices .* 16\. .*or start 4 processes with 8 devices each"),
         ((2, 8, 1), (1, 1), r"= 16 devices .* 2 x 1 = 2\. .*one GPU a process"),
         ((3, 4, 1), (8, 4), r"different devices: 8 \+ 4"),
         ((1, 4, 1), (8,), None),

@@ -93,7 +93,7 @@ def test_faults_of_one_host_are_found_and_named(tmp_path):
     assert re.search(r"no file locks \(flock: Function not implemented\).*Lustre.*`flock`.*NFS", fixes["lock"])
     assert re.search(r"masks parts of /proc.*docker.*systempaths=unconfined.*Kubernetes.*SYS_ADMIN", fixes["sandbox"])
     assert re.search(rf"does not reach {name} \(process 1\) \(.* port \d+: .*refused.*firewall", fixes["ports"])
-    assert re.search(r"4 x 1 x 1 = 4 devices.*2 process\(es\) have 2 x 1 = 2\. Set config\.mesh .* 2, or start 4 process", fixes["mesh"])
+    assert re.search(r"4 x 1 x 1 = 4 devices.*2 processes have 2 x 1 = 2\. Set config\.mesh .* 2, or start 4 process", fixes["mesh"])
     (row,) = re.findall(rf"^{name} \(process 1\)  .*", said[0], re.MULTILINE)
     assert re.search(r"FIX differ\b.*FIX none\b.*FIX\b", row)
     assert "Fix the items marked FIX" in said[0].splitlines()[-1]

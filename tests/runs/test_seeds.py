@@ -1,6 +1,7 @@
 """Seed programs of a run: their state, and what a resumed run accepts."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -37,11 +38,21 @@ def test_state_of_a_seed_program(task):
 
 
 def test_seed_program_must_be_worth_more_than_a_failure(task):
-    with pytest.raises(ConfigError, match="failure_reward"):
+    with pytest.raises(ConfigError, match=r"scores 10\.0.*failure_reward"):  # the reward itself is raised to failure_reward
         seed_of(task, "x = 1", verdict(10.0))
-    failed = Verdict(Outcome.EXCEPTION, Grade(False, "no", None, None), Execution(Outcome.EXCEPTION, None, "", "no", 1.0))
-    with pytest.raises(ConfigError, match="no score"):
-        seed_of(task, "x = 1", failed)
+
+
+@pytest.mark.parametrize(
+    ("own", "remedy"), [(True, r"^Correct seed_program or evaluate\(\)"), (False, r"^Correct the program in config\.task\.seed_program")]
+)
+def test_seed_program_without_a_score_says_where_to_correct_it(task, own, remedy):
+    detail = 'File "solution.py", line 2\nZeroDivisionError: division by zero\n'
+    failed = Verdict(Outcome.EXCEPTION, Grade(False, "no", None, None), Execution(Outcome.EXCEPTION, None, "", detail, 1.0))
+    with pytest.raises(ConfigError, match="no score") as caught:
+        seed_of(task, task.problem.seed_program if own else "x = 1", failed)
+    *_, shown, said = str(caught.value).splitlines()
+    assert shown == "ZeroDivisionError: division by zero"
+    assert re.search(remedy, said)
 
 
 def test_a_resumed_run_has_the_stored_seed_programs(tmp_path):
