@@ -13,6 +13,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
+# pip only warns of an unknown extra, and the installation would count as done.
+ifneq ($(EXTRAS),)
+UNKNOWN := $(shell $(PYTHON) -c 'import tomllib; known = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  wrong = [e for e in "$(EXTRAS)".split(",") if e not in known]; print(f"unknown: {wrong}. Allowed: {list(known)}" if wrong else "")')
+$(if $(UNKNOWN),$(error EXTRAS=$(EXTRAS) has extras that are $(UNKNOWN), separated by commas without spaces))
+endif
+
 comma := ,
 INSTALLED := $(VENV)/.installed-base$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 DEV := $(VENV)/.installed-dev-$(PARITY)

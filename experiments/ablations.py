@@ -198,7 +198,11 @@ def table(rows: Sequence[dict[str, Any]], problem: str, base: str) -> list[str]:
         cells += [cell(found[arm], shared[arm], signed=True) for arm in others]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     clear = sum(abs(mean) > half for mean, half in intervals)
-    return [*lines, "", f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would."]
+    return [
+        *lines,
+        "",
+        f"{clear} of {len(intervals)} intervals of differences exclude 0; by chance, about {0.05 * len(intervals):.1f} would.",
+    ]
 
 
 def draw(rows: Sequence[dict[str, Any]], problem: str, base: str, file: Path) -> None:

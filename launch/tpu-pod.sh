@@ -42,11 +42,14 @@ fi
 queued=(gcloud compute tpus queued-resources)
 
 on_workers() { # VERB ARGUMENT...: tpu-worker.sh on all workers
-  local settings=()
+  local settings=() code=2
+  if [ "$1" = status ]; then code=0; fi
   [ -z "${MODULE:-}" ] || settings+=("MODULE=$MODULE")
   [ -z "${RESTARTS:-}" ] || settings+=("RESTARTS=$RESTARTS")
   "${tpu_vm[@]}" ssh "$name" --zone="$zone" --worker=all "${tunnel[@]}" \
-    --command="cd $(printf '%q' "$folder") && $(printf '%q ' env "${settings[@]}" launch/tpu-worker.sh "$@")"
+    --command="[ -e $(printf '%q' "$folder/launch/tpu-worker.sh") ] || {
+      echo 'launch/tpu-pod.sh: this worker is not set up. Run launch/tpu-pod.sh setup first.' >&2; exit $code; }
+      cd $(printf '%q' "$folder") && $(printf '%q ' env "${settings[@]}" launch/tpu-worker.sh "$@")"
 }
 
 case "$verb" in
@@ -77,8 +80,9 @@ case "$verb" in
     echo "launch/tpu-pod.sh: started on all workers. launch/tpu-pod.sh status $name $zone shows the preflight and the run."
     ;;
   status)
-    "${queued[@]}" describe "$name" --zone="$zone" --format='value(state.state)'
-    on_workers status
+    state=$("${queued[@]}" describe "$name" --zone="$zone" --format='value(state.state)')
+    echo "$state"
+    if [ "$state" = ACTIVE ]; then on_workers status; fi # before that, there are no workers
     ;;
   stop) on_workers stop ;;
   delete) "${queued[@]}" delete "$name" --zone="$zone" --force ;;

@@ -31,6 +31,10 @@ case "${1:-}" in
   start)
     token=${2:?"usage: launch/tpu-worker.sh start TOKEN FLAG..."}
     shift 2
+    if [ ! -x .venv/bin/python ]; then # otherwise the service would restart in vain
+      echo "launch/tpu-worker.sh: this worker has no environment. Run launch/tpu-pod.sh setup NAME ZONE, and look for its errors." >&2
+      exit 2
+    fi
     # gcloud repeats a command when its connection breaks. The first one may have succeeded.
     if [ "$(cat .run-token 2> /dev/null)" = "$token" ] && systemctl --user --quiet is-active "$unit"; then exit 0; fi
     systemctl --user stop "$unit" 2> /dev/null || true # an old process would hold the TPU and the lock of the run directory

@@ -1,6 +1,8 @@
 """Extras bring what they promise, in the versions of the constraints."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -27,6 +29,16 @@ def required(extra: str) -> dict[str, Requirement]:
 def test_cuda_brings_the_plugin_and_the_kernels():
     assert required("cuda").keys() == {"jax", "jax-triton", "triton"}
     assert required("cuda")["jax"].extras == {"cuda13"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("given", "wrong"), [("cuda,harmony", ""), ("gpu", "gpu"), ("cuda,harmnoy", "harmnoy"), ("cuda, harmony", " harmony")]
+)
+def test_make_refuses_unknown_extras(given, wrong):
+    done = subprocess.run(["make", "-n", "install", f"EXTRAS={given}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == bool(wrong), done.stderr
+    assert (f"unknown: ['{wrong}']" in done.stderr) == bool(wrong)
 
 
 def test_the_older_extra_of_the_kernels_still_exists():

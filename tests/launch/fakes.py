@@ -61,7 +61,7 @@ elif argv[:4] == ["compute", "tpus", "tpu-vm", "ssh"]:
         codes.append(code)
     sys.exit(next((code for code in codes if code), 0))
 elif argv[:4] == ["compute", "tpus", "queued-resources", "describe"]:
-    print("ACTIVE")
+    print(os.environ.get("STATE", "ACTIVE"))
 """
 
 # `start` runs the service's command to its end; the unit counts as active after that.

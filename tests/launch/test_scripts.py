@@ -225,9 +225,19 @@ def pod(tmp_path):
             timeout=60,
         )
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout if code == 0 else done.stderr
 
     return run
+
+
+def test_tpu_pod_before_the_setup(tmp_path, pod):
+    assert pod("status", "slice", "zone-a", STATE="WAITING_FOR_RESOURCES") == "WAITING_FOR_RESOURCES\n"
+    assert not any("ssh" in row["argv"] for row in fakes.records(tmp_path, "gcloud")), "there are no workers yet"
+    assert pod("status", "slice", "zone-a") == "ACTIVE\n"
+    assert pod("run", "slice", "zone-a", "--config=a", code=2).count("is not set up. Run launch/tpu-pod.sh setup first") == 2
+    pod("setup", "slice", "zone-a")
+    (tmp_path / "workers" / "1" / "discover_jax" / ".venv" / "bin" / "python").unlink()  # its installation failed
+    assert "has no environment" in pod("run", "slice", "zone-a", "--config=a", code=2)
 
 
 def test_tpu_pod_from_the_request_to_the_end(tmp_path, pod):
