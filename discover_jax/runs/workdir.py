@@ -241,8 +241,9 @@ def _compare(path: Path, found: dict[str, Any], given: dict[str, Any]) -> None:
     """Refuses a directory whose run has another config."""
     if differences := _differences(found, given):
         raise RunError(
-            f"The directory {path} holds a run with another config:\n{differences}\nUse the directory's values to resume that run, or give"
-            " another directory by --workdir to start a new one."
+            f"The directory {path} holds a run with another config:\n{differences}\nUse the directory's values to resume that run. To"
+            f" continue from its last step with other settings, such as more steps, give another --workdir and set config.train.resume_from"
+            f" = {str(path)!r}. To start a new run, give another --workdir only."
         )
 
 

@@ -46,6 +46,7 @@ def test_every_difference_is_named(tmp_path):
         assert re.search(line, message), line
     assert "lora.alpha" not in message
     assert "--workdir" in message
+    assert f"config.train.resume_from = '{tmp_path / 'a'}'" in message
 
 
 _STARTED = ("task/public/train.csv", "task/prepared.json", "retests/x/prepared.json", "seed_programs.json", "tensorboard/e", "report.html")
