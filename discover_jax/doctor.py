@@ -22,6 +22,7 @@ from discover_jax import cli
 from discover_jax.exceptions import ConfigError, DataError, DiscoverError, RunError
 from discover_jax.execution.executor import Executor
 from discover_jax.execution.limits import GIB
+from discover_jax.extras import install_command
 from discover_jax.kernels.kernel_set import PLATFORMS, find_kernel
 from discover_jax.preflight import all_hosts, requirements
 from discover_jax.runs.attempts import seed_of
@@ -98,7 +99,7 @@ def _devices() -> tuple[str, None]:
     if backend == "cpu" and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         for path, extra in (("/dev/nvidia0", "cuda"), ("/dev/accel0", "tpu")):
             if os.path.exists(path):
-                raise ConfigError(f"{path} exists, but jax sees only the CPU. Install the extra: pip install 'discover_jax[{extra}]'.")
+                raise ConfigError(f"{path} exists, but jax sees only the CPU. Run {install_command(extra)}.")
     kernels = _kernels() if backend == "gpu" else ""
     memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     each = f", {memory / GIB:.0f} GiB each for jax" if memory else ""

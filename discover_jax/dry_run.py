@@ -18,6 +18,7 @@ import jax
 from discover_jax import config as settings
 from discover_jax import formulas, mesh_report, meshes
 from discover_jax.engine import build_model, build_optimizer, build_sampler, build_update, microbatch_rows, row_tokens, unused_drafts
+from discover_jax.extras import install_command
 from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine
 from discover_jax.models.config import REMAT, ModelConfig
@@ -304,7 +305,7 @@ def _estimate(config: Any, sizes: ModelConfig, machine: Machine, missing: str) -
 
 def _for_exact_figures(machine: Machine) -> str:
     extra = "cuda" if machine.platform == "gpu" else "tpu"
-    return f"For exact figures: pip install 'discover_jax[{extra}]'. It works without a {machine.platform.upper()}"
+    return f"For exact figures: {install_command(extra)}. It works without a {machine.platform.upper()}"
 
 
 def _no_verdict(machine: Machine, missing: str, why: str) -> Iterator[str]:

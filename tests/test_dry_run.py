@@ -219,7 +219,7 @@ def test_estimate_is_marked_as_one(found):
     absent = Machine("8 x NVIDIA H200", here.devices, here.memory, "", "gpu", exact=False)
     text = "\n".join(dry_run.report(_config(), _SIZES, absent, found, missing="the GPU compiler is not installed"))
     assert re.search(r"\bestimate[sd]? by formulas\b.*\bGPU compiler\b", text)
-    assert "discover_jax[cuda]" in text
+    assert "-e '.[cuda]'" in text
     assert "formulas" not in _report(found, here)
 
 

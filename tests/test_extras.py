@@ -1,6 +1,7 @@
 """Extras bring what they promise, in the versions of the constraints."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from discover_jax.extras import install_command
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -66,3 +69,19 @@ def test_what_the_tests_need_has_a_pin_or_an_upper_bound(constraints):
 def test_documents_need_no_other_extra_for_the_kernels():
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "launch" / "Dockerfile.cuda"]:
         assert "cuda,kernels" not in page.read_text(), page
+
+
+def test_messages_name_an_installation_of_this_folder():
+    """Not of a package called discover_jax, which others could publish."""
+    words = shlex.split(install_command("cuda").split("`")[1])
+    assert words[:3] == ["pip", "install", "-c"]
+    assert (ROOT / words[3]).is_file()
+    assert words[4:] == ["-e", ".[cuda]"]
+    for file in (ROOT / "discover_jax").rglob("*.py"):
+        assert "install 'discover_jax[" not in file.read_text(), file
+
+
+def test_messages_name_extras_that_exist():
+    used = {name for file in (ROOT / "discover_jax").rglob("*.py") for name in re.findall(r"install_command\('(\w+)'\)", file.read_text())}
+    assert used
+    assert used <= EXTRAS.keys()

@@ -106,7 +106,7 @@ def test_no_verdict_where_no_formula_was_measured(run, config):
     fits, text = run(config, _machine(devices=2))
     assert fits  # the exit code is that of a run that does not fit only if it does not
     assert "Whether the run fits is unknown" in text
-    assert "discover_jax[cuda]" in text
+    assert "-e '.[cuda]'" in text
     assert "activations" not in text
 
 

@@ -18,6 +18,7 @@ from discover_jax.execution.backend import Request, ShownTask, borrowed
 from discover_jax.execution.cache import packages
 from discover_jax.execution.children import Children
 from discover_jax.execution.limits import ResourceLimits
+from discover_jax.extras import install_command
 
 _OPENING_SECONDS = 900.0
 _NAMED = 4
@@ -54,7 +55,7 @@ class RayBackend:
         """
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
-                "config.execution.backend = 'ray', but the package ray is not installed. Install it by `pip install 'discover_jax[ray]'`,"
+                f"config.execution.backend = 'ray', but the package ray is not installed. Run {install_command('ray')},"
                 " here and on all nodes, or use config.execution.backend='bubblewrap' to run programs on this machine."
             )
         self._address = address

@@ -15,6 +15,7 @@ import jax
 from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 
+from discover_jax.extras import install_command
 from discover_jax.kernels.attention import (
     paged_attention_reference,
     prefill_attention_reference,
@@ -166,7 +167,7 @@ def find_kernel(operation: str, platform: str) -> tuple[Callable[..., Any] | Non
         kernel = getattr(importlib.import_module(module), function)
     except ImportError as error:
         missing = error.name or PLATFORMS[platform].package
-        return None, f"the package {missing} cannot be imported ({error}). Install discover_jax[{PLATFORMS[platform].extra}]."
+        return None, f"the package {missing} cannot be imported ({error}). Run {install_command(PLATFORMS[platform].extra)}."
     reason = PLATFORMS[platform].refusal()
     return (None, reason) if reason else (kernel, "")
 

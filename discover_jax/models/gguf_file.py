@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from discover_jax.exceptions import WeightsError
+from discover_jax.extras import install_command
 from discover_jax.published import check_regular
 
 _MAGIC = b"GGUF"
@@ -224,7 +225,7 @@ def _map_tensors(path: Path, size: int, infos: dict[str, _TensorInfo], start: in
     try:
         import gguf
     except ImportError as error:
-        raise WeightsError("Reading GGUF files requires the package gguf. Install it: pip install 'discover_jax[gguf]'.") from error
+        raise WeightsError(f"Reading GGUF files requires the package gguf. Run {install_command('gguf')}.") from error
     mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
     known = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
     tensors = {}

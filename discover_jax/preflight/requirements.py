@@ -15,6 +15,7 @@ import jax
 from packaging.requirements import Requirement
 
 from discover_jax.exceptions import ConfigError, RunError, WeightsError
+from discover_jax.extras import install_command
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
@@ -45,7 +46,7 @@ def check_packages() -> tuple[str, None]:
             problems.append(f"{requirement.name} is {version}; it must be {requirement.specifier}")
         if requirement.name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers"):
             found.append(f"{requirement.name} {version}")
-    optional = ", ".join(installed_packages(_OPTIONAL)) or f"none of {', '.join(_OPTIONAL)} (pip install 'discover_jax[boosters]')"
+    optional = ", ".join(installed_packages(_OPTIONAL)) or f"none of {', '.join(_OPTIONAL)} ({install_command('boosters')})"
     if problems:
         raise ConfigError(f"{'; '.join(problems)}. Install the versions in constraints/, as the Makefile does.")
     return f"Python {platform.python_version()}, {', '.join(found)}; more for programs: {optional}", None

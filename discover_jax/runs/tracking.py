@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from discover_jax.exceptions import ConfigError, RunError
+from discover_jax.extras import install_command
 from discover_jax.files import storage_remedy, write_atomic
 from discover_jax.runs.event_files import EventFile
 from discover_jax.runs.metrics import scalars
@@ -167,8 +168,8 @@ class WandbRun:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
-                f"config.tracking.wandb = {mode!r}, but the package wandb cannot be imported ({error}). Install it by `pip install"
-                f" 'discover_jax[tracking]'`, {instead}"
+                f"config.tracking.wandb = {mode!r}, but the package wandb cannot be imported ({error}). Run"
+                f" {install_command('tracking')}, {instead}"
             ) from error
         if mode == "offline":
             wandb.setup(settings=wandb.Settings(mode=mode))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from discover_jax.exceptions import TokenizerError
+from discover_jax.extras import install_command
 from discover_jax.published import folder_hint
 from discover_jax.text.folder_tokenizer import check_files, written_tokens
 
@@ -208,8 +209,8 @@ class O200kTokenizer:
             import openai_harmony
         except ImportError as error:
             raise TokenizerError(
-                f"Reading {self._path} needs openai-harmony, which is not installed. Run pip install 'discover_jax[harmony]', or give"
-                " the folder with gpt-oss's tokenizer.json."
+                f"Reading {self._path} needs openai-harmony, which is not installed. Run {install_command('harmony')}, or"
+                " give the folder with gpt-oss's tokenizer.json."
             ) from error
         # The package finds the file by this variable and would download it otherwise. It verifies the file's checksum.
         before = os.environ.get(_RANKS_VARIABLE)

@@ -57,7 +57,7 @@ def test_slots_are_distributed_over_the_nodes(slots_N, workers, expected):
 
 def test_a_missing_package_is_an_error(task, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'discover_jax\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"pip install .* '\.\[ray\]'"):
         Executor([task], LIMITS, cache_dir=tmp_path, backend="ray")
 
 

@@ -104,7 +104,7 @@ def test_missing_package_is_logged_once_and_the_references_run(logged, monkeypat
     assert kernel_set("gpu") == kernel_set("gpu") == REFERENCE
     (line,) = logged
     assert "jax_triton" in line
-    assert "discover_jax[cuda]" in line
+    assert "-e '.[cuda]'" in line
     assert all(operation in line for operation in PLATFORMS["gpu"].functions)
 
 

@@ -126,7 +126,7 @@ def test_tracking_does_not_import_torch():
 
 def test_missing_wandb_is_an_error(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"config.tracking.wandb = 'online'.*pip install 'discover_jax\[tracking\]'"):
+    with pytest.raises(ConfigError, match=r"config.tracking.wandb = 'online'.*pip install .* '\.\[tracking\]'"):
         run(workdir, [0], wandb="online")
     assert not workdir.tensorboard_dir.exists()
     run(workdir, [0])  # wandb was not requested
