@@ -77,16 +77,14 @@ def routing(tokens: int, skew: float) -> tuple[np.ndarray, np.ndarray]:
     return index, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def experts_seconds(
-    x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: ExpertsTiling, *, with_a: bool
-) -> float:
-    """A layer, from the chosen experts to the summed output. `with_a`: see `multiply`."""
+def experts_seconds(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatrix, down: TiledMatrix, chosen: ExpertsTiling) -> float:
+    """A layer, from the chosen experts to the summed output."""
 
     @jax.jit
     def layers(x_TD: jax.Array, index_TX: jax.Array, weights_TX: jax.Array, up: TiledMatrix, low: TiledMatrix) -> jax.Array:
         def layer(x_TD: jax.Array, _: None) -> tuple[jax.Array, None]:
             own_TX = index_TX + jnp.isnan(x_TD[0, 0]).astype(jnp.int32)  # keeps the sorting inside the loop
-            out_TD = moe_routed(x_TD, own_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen, with_a=with_a)
+            out_TD = moe_routed(x_TD, own_TX, weights_TX, up, low, limit=LIMIT, alpha=ALPHA, chosen=chosen)
             return (0.5 * x_TD + 1e-3 * out_TD).astype(x_TD.dtype), None
 
         return jax.lax.scan(layer, x_TD, length=EXPERT_LAYERS)[0]
@@ -94,7 +92,7 @@ def experts_seconds(
     return seconds(layers, x_TD, jnp.asarray(index), jnp.asarray(weights), gate_up, down) / EXPERT_LAYERS
 
 
-def multiply_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: ExpertsTiling, *, paired: bool, with_a: bool) -> float:
+def multiply_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: ExpertsTiling, *, paired: bool) -> float:
     """One of the layer's two kernels, with its adapter."""
 
     @jax.jit
@@ -103,7 +101,7 @@ def multiply_seconds(x: jax.Array, index: Any, held: TiledMatrix, chosen: Expert
 
         def call(x: jax.Array, _: None) -> tuple[jax.Array, None]:
             options = {"block": chosen.rows, "paired": paired, "share": ACTIVE if paired else 1, "limit": LIMIT, "alpha": ALPHA}
-            y = multiply(x, held, rows, chosen.gate_up if paired else chosen.down, **options, with_a=with_a)
+            y = multiply(x, held, rows, chosen.gate_up if paired else chosen.down, **options)
             # The next call depends on this result, so that it waits for it.
             return x + (1e-30 * y.reshape(-1)[0]).astype(x.dtype), None
 
@@ -143,20 +141,18 @@ def experts_error(x_TD: jax.Array, index: Any, weights: Any, gate_up: TiledMatri
     return float(np.linalg.norm(found - right) / np.linalg.norm(right))
 
 
-def experts_row(
-    tokens: int, skew: float, gate_up: TiledMatrix, down: TiledMatrix, most: dict[str, float], *, with_a: bool
-) -> dict[str, Any]:
-    """One row of the table. `with_a`: see `multiply`."""
+def experts_row(tokens: int, skew: float, gate_up: TiledMatrix, down: TiledMatrix, most: dict[str, float]) -> dict[str, Any]:
+    """One row of the table."""
     index, weights = routing(tokens, skew)
     counts = np.bincount(index.reshape(-1), minlength=EXPERTS)
     hit, chosen = int((counts > 0).sum()), choose_tiling(tokens * ACTIVE, EXPERTS)
     x_TD = jax.random.normal(jax.random.key(tokens), (tokens, WIDTH)).astype(jnp.bfloat16)
     y_RF = jax.random.normal(jax.random.key(tokens), (tokens * ACTIVE, HIDDEN)).astype(jnp.bfloat16)
     parts = {
-        "gate_up": (multiply_seconds(x_TD, index, gate_up, chosen, paired=True, with_a=with_a), gate_up),
-        "down": (multiply_seconds(y_RF, index, down, chosen, paired=False, with_a=with_a), down),
+        "gate_up": (multiply_seconds(x_TD, index, gate_up, chosen, paired=True), gate_up),
+        "down": (multiply_seconds(y_RF, index, down, chosen, paired=False), down),
     }
-    whole = experts_seconds(x_TD, index, weights, gate_up, down, chosen, with_a=with_a)
+    whole = experts_seconds(x_TD, index, weights, gate_up, down, chosen)
     packed = {name: (held.words.nbytes + held.factors.nbytes) * hit / EXPERTS for name, (_, held) in parts.items()}
     return {
         "tokens": tokens,
@@ -177,13 +173,11 @@ def measure_experts(arguments: argparse.Namespace, most: dict[str, float], keep:
     for rank in sorted({0, arguments.rank}):
         gate_up = matrix(jax.random.key(1), 2 * HIDDEN, WIDTH, rank, paired=True)
         down = matrix(jax.random.key(2), WIDTH, HIDDEN, rank, paired=False)
-        for skew, tokens, with_a in itertools.product(_floats(arguments.skew), _integers(arguments.tokens), (False, True)):
-            if with_a and not (rank and arguments.with_a):
-                continue
-            row = experts_row(tokens, skew, gate_up, down, most, with_a=with_a)
+        for skew, tokens in itertools.product(_floats(arguments.skew), _integers(arguments.tokens)):
+            row = experts_row(tokens, skew, gate_up, down, most)
             parts = "".join(f"  {name} {row[f'{name}_us']:7.1f} us {row[f'{name}_of_copy']:4.0%}" for name in ("gate_up", "down", "layer"))
             told = f"hit {row['experts_hit']:3d}, most rows {row['most_rows']:3d}{parts}  {row['relative_error']:.1e}"
-            keep(row, f"t{tokens}_skew{skew:g}_rank{rank}".replace(".", "") + "_with_a" * with_a, told)
+            keep(row, f"t{tokens}_skew{skew:g}_rank{rank}".replace(".", ""), told)
 
 
 # ---------------------------------------------------------------------- attention
@@ -361,7 +355,6 @@ def main() -> None:
     experts.add_argument("--tokens", default="1,8,32,128,512")
     experts.add_argument("--rank", type=int, default=8, help="rank of the experts' adapters in a second pass; 0: no second pass")
     experts.add_argument("--skew", default="0,1")
-    experts.add_argument("--with_a", action="store_true", help="also let the kernels compute the adapter's first product")
     attention.add_argument("--heads", default="gpt-oss-120b", choices=SHAPES, help="the model whose attention heads are measured")
     attention.add_argument("--launches", action="store_true", help="also try other launch parameters")
     attention.add_argument("--cases", default=",".join(CASES), help="names of CASES, in this module")

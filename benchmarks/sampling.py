@@ -1,7 +1,7 @@
 """The sampler on random weights of a published shape: decoding steps compared with the device's bandwidth, or a whole call.
 
     python benchmarks/sampling.py steps --shape=gpt-oss-120b [--batch=128,1] [--prompt=128] [--unread] [--new=256] [--profile]
-        [--separate_routing] [--fuse='norm,rotation;norm,rotation,router,adapter']
+        [--separate_routing] [--fuse='norm,rotation;norm,rotation,router']
     python benchmarks/sampling.py call --shape=gpt-oss-120b [--groups=128] [--group_size=1] [--prompt=1024] [--new=8192] [--slots=128]
         [--cache_tokens=0] [--stop_every=0] [--contexts=4096,8192] [--temperature=1] [--measure=0]
 

@@ -111,36 +111,27 @@ def multiply(
     paired: bool,
     limit: float,
     alpha: float,
-    with_a: bool = False,
 ) -> jax.Array:
-    """Routed rows times their expert's matrix: bfloat16 activations [R, out/2] if paired, else float32 parts [depth, R, out].
-
-    `with_a`: the kernel computes the adapter's first product itself, and rounds it in `launch.depth` parts instead of once.
-    """
+    """Routed rows times their expert's matrix: bfloat16 activations [R, out/2] if paired, else float32 parts [depth, R, out]."""
     _, slabs, columns, m16, _ = matrix.words.shape
     routed, count, out = rows.slots.shape[0], rows.blocks.shape[1], slabs * m16 * ROWS
     parts, depth = largest_divisor(slabs, launch.parts), largest_divisor(columns, launch.depth)
     step = largest_divisor(columns // depth, launch.step)
     gated_there = paired and depth == 1
-    lora_a = matrix.lora_a if with_a else None
-    if lora_a is None:
-        low, split, rank = _low(x, matrix, rows, block=block, share=share)
-    else:
-        low, split, rank = jnp.zeros(1, jnp.float32), 1, lora_a.shape[-2]
-    placeholders = (low if one is None else one for one in (lora_a, matrix.lora_b))
-    of_adapter = {"RANK": rank, "SPLIT": split, "WITH_A": lora_a is not None, "SCALE": 0.0 if lora_a is None else matrix.scale}
+    low, split, rank = _low(x, matrix, rows, block=block, share=share)
+    lora_b = low if matrix.lora_b is None else matrix.lora_b
     activation = jax.ShapeDtypeStruct((routed, out // 2), jnp.bfloat16)
     sums = jax.ShapeDtypeStruct((depth, routed, out), jnp.float32)
-    sizes = {"K": columns * COLUMNS, "OUT": out, "M16": m16, "N": block, "SHARE": share}
+    sizes = {"K": columns * COLUMNS, "OUT": out, "M16": m16, "N": block, "SHARE": share, "RANK": rank, "SPLIT": split}
     cuts = {"PARTS": parts, "STEP": step, "STAGES": launch.stages, "DEPTH": depth}
     result = call_kernel(
         experts_triton.matmul,
-        *(x, matrix.words, matrix.factors, matrix.bias, rows.slots, low, *placeholders, rows.blocks, count, routed),
+        *(x, matrix.words, matrix.factors, matrix.bias, rows.slots, low, lora_b, rows.blocks, count, routed),
         out=activation if gated_there else sums,
         grid=(slabs // parts, count, depth),
         warps=launch.warps,
         stages=launch.stages,
-        constants={**sizes, **cuts, **of_adapter, "PAIRED": paired, "GATED": gated_there, "LIMIT": limit, "ALPHA": alpha},
+        constants={**sizes, **cuts, "PAIRED": paired, "GATED": gated_there, "LIMIT": limit, "ALPHA": alpha},
     )
     return gated(result.sum(axis=0), limit=limit, alpha=alpha).astype(jnp.bfloat16) if paired and not gated_there else result
 
@@ -158,7 +149,6 @@ def moe_routed(
     elsewhere: int = 0,
     rows: Blocks | None = None,
     chosen: ExpertsTiling | None = None,
-    with_a: bool = False,
 ) -> jax.Array:
     """sum_x weights[t, x] * down_e(act(gate_up_e(x_t))), e = index[t, x]: [T, D] float32. Not differentiable.
 
@@ -173,10 +163,9 @@ def moe_routed(
       elsewhere: number of experts on other devices.
       rows: the choices sorted by expert, in blocks of `choose_tiling`'s rows, if they are known.
       chosen: tiles to use instead of `choose_tiling`'s.
-      with_a: see `multiply`.
     """
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
-    parts_PTXD = moe_parts(x_TD, index_TX, gate_up, down, **options, rows=rows, chosen=chosen, with_a=with_a)
+    parts_PTXD = moe_parts(x_TD, index_TX, gate_up, down, **options, rows=rows, chosen=chosen)
     weighted = parts_PTXD * weights_TX.astype(jnp.float32)[..., None]
     if elsewhere:  # no kernel wrote the rows of experts on other devices
         weighted = jnp.where((index_TX < gate_up.words.shape[0 if layer is None else 1])[..., None], weighted, 0.0)
@@ -195,7 +184,6 @@ def moe_parts(
     elsewhere: int = 0,
     rows: Blocks | None = None,
     chosen: ExpertsTiling | None = None,
-    with_a: bool = False,
 ) -> jax.Array:
     """`moe_routed` before its last sum: float32 [parts, T, X, D], without the weights. Those of experts on other devices are undefined."""
     (tokens, share), experts = index_TX.shape, gate_up.words.shape[0 if layer is None else 1]
@@ -203,7 +191,7 @@ def moe_parts(
     rows = rows or sort_rows_of_layer(index_TX, experts, chosen.rows, 0 if layer is None else layer)
     if layer is not None:
         gate_up, down = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), (gate_up, down))
-    options: dict[str, Any] = {"block": chosen.rows, "limit": limit, "alpha": alpha, "with_a": with_a}
+    options: dict[str, Any] = {"block": chosen.rows, "limit": limit, "alpha": alpha}
     y_RF = multiply(x_TD.astype(jnp.bfloat16), gate_up, rows, chosen.gate_up, share=share, paired=True, **options)
     parts_RD = multiply(y_RF, down, rows, chosen.down, share=1, paired=False, **options)
     return parts_RD.reshape(-1, tokens, share, parts_RD.shape[-1])

@@ -65,8 +65,7 @@ def matmul(
     factors_ptr,  # int32 [E, slabs, K/64, M16, 8]
     bias_ptr,  # [E, OUT]
     slots_ptr,  # int32 [R]: the index of each sorted row among the tokens' choices; row slot // SHARE of x, row slot of everything else
-    low_ptr,  # float32 [SPLIT, R, RANK]: parts of rows times the adapter's A, with its scale; not read if WITH_A
-    lora_a_ptr,  # [E, RANK, K]; only read if WITH_A
+    low_ptr,  # float32 [SPLIT, R, RANK]: parts of rows times the adapter's A, with its scale
     lora_b_ptr,  # [E, OUT, RANK]
     blocks_ptr,  # int32 [3, blocks]: expert, first row and number of rows of each block of rows
     blocks,  # number of blocks
@@ -85,8 +84,6 @@ def matmul(
     SHARE: tl.constexpr,  # routed rows per row of x
     RANK: tl.constexpr,  # of the adapter; 0 for none
     SPLIT: tl.constexpr,  # parts of low
-    WITH_A: tl.constexpr,  # whether each instance computes rows times A of its columns, and rounds it to bfloat16
-    SCALE: tl.constexpr,  # of the adapter
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
 ):
@@ -111,16 +108,9 @@ def matmul(
     sums = ()
     for _ in tl.static_range(PARTS):
         sums = sums + (tl.zeros([M, N], tl.float32),)  # noqa: RUF005 - Triton has no unpacking
-    PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
-    r = tl.arange(0, PADDED)
-    low = tl.zeros([PADDED, N], tl.float32)
-    a_at = lora_a_ptr + (expert * RANK + r)[:, None] * K + deep * HERE * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     for _ in tl.range(0, HERE, STEP, num_stages=STAGES):
         for j in tl.static_range(STEP):
             x = tl.load(x_at + j * COLUMNS)
-            if WITH_A:
-                a = tl.load(a_at + j * COLUMNS, mask=(r < RANK)[:, None], other=0.0)
-                low = dot(a.to(tl.bfloat16), x, low)
             added = ()
             for part in tl.static_range(PARTS):
                 tile = part * SLAB + j * M16
@@ -131,14 +121,13 @@ def matmul(
         words_at += STEP * M16 * 128
         factors_at += STEP * M16 * 8
         x_at += STEP * COLUMNS
-        if WITH_A:
-            a_at += STEP * COLUMNS
 
     target = slot.to(tl.int64)
     m = tl.arange(0, M)
-    if WITH_A:
-        low = low * SCALE
-    elif RANK > 0:
+    PADDED: tl.constexpr = triton.next_power_of_2(max(RANK, 16))
+    r = tl.arange(0, PADDED)
+    low = tl.zeros([PADDED, N], tl.float32)
+    if RANK > 0:
         for i in tl.static_range(SPLIT):
             low += tl.load(low_ptr + (i * routed + slot)[None, :] * RANK + r[:, None], mask=live[None, :] & (r < RANK)[:, None], other=0.0)
     for part in tl.static_range(PARTS):
@@ -150,7 +139,7 @@ def matmul(
         full = sums[part] * UNSHIFT
         if deep == 0:
             full += tl.load(bias_ptr + expert * OUT + out).to(tl.float32)[:, None]
-        if RANK > 0 and (WITH_A or deep == 0):
+        if RANK > 0 and deep == 0:
             b = tl.load(lora_b_ptr + (expert * OUT + out)[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
             full = dot(b.to(tl.bfloat16), low.to(tl.bfloat16), full)
         if GATED:

@@ -20,9 +20,9 @@ from discover_jax.kernels.projections_decode import project_parts
 from discover_jax.kernels.route_decode import route_parts, route_sorted
 from discover_jax.kernels.triton_call import call_kernel, power_of_two
 
-FUSIONS = ("norm", "rotation", "router", "adapter")
+FUSIONS = ("norm", "rotation", "router")
 """What one kernel computes. norm: sums of parts, residual and norm. rotation: sums of parts, rotation and writing. router: the projections'
-kernel computes the logits, and the choice adds their parts. adapter: the experts' kernels compute the adapter's first product."""
+kernel computes the logits, and the choice adds their parts."""
 HEADS = 8
 """Limit on the heads that one kernel instance rotates."""
 
@@ -114,18 +114,12 @@ def experts(
     limit: float,
     alpha: float,
     rows: Blocks | None,
-    with_a: bool = False,
     **_: Any,
 ) -> Branch:
     """`layer_parts.experts` by the kernels for matrices in tiles; the caller weighs and adds the experts of a token."""
     tiled = (TiledMatrix(**matrix.arrays(adapted=adapted), scale=matrix.scale) for matrix in (gate_up, down))
-    options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "rows": rows, "with_a": with_a}
+    options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "rows": rows}
     return Branch(moe_parts(x_TD, index_TX, *tiled, **options), weights_TX)
-
-
-def experts_with_a(*arguments: Any, **options: Any) -> Branch:
-    """`experts`, whose kernels compute the first product of the adapter themselves."""
-    return experts(*arguments, **options, with_a=True)
 
 
 def fused(names: Collection[str] = FUSIONS) -> LayerKernels:
@@ -142,5 +136,5 @@ def fused(names: Collection[str] = FUSIONS) -> LayerKernels:
         rotate_and_write=rotate_and_write if "rotation" in names else layer_parts.rotate_and_write,
         attend=attend,
         route=route if "router" in names else route_separately,
-        experts=experts_with_a if "adapter" in names else experts,
+        experts=experts,
     )

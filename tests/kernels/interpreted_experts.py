@@ -35,7 +35,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adap
     return TiledMatrix(*tiles, *(jnp.asarray(x) for x in (bias, a, b)), SCALE), dense + SCALE * b.astype(np.float64) @ a, bias
 
 
-def error(tokens: int, skew: float, adapted: bool, tiling: ExpertsTiling | None, elsewhere: int = 0, with_a: bool = False) -> float:
+def error(tokens: int, skew: float, adapted: bool, tiling: ExpertsTiling | None, elsewhere: int = 0) -> float:
     """The error of one case. A large skew sends all tokens to the same experts."""
     rng = np.random.default_rng(tokens)
     gate_up, w1, b1 = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True, adapted=adapted)
@@ -44,7 +44,7 @@ def error(tokens: int, skew: float, adapted: bool, tiling: ExpertsTiling | None,
     order = np.argsort(rng.normal(size=(tokens, EXPERTS + elsewhere)) + skew * np.arange(EXPERTS + elsewhere), axis=1)
     index = np.minimum(order[:, :ACTIVE], EXPERTS).astype(np.int32)
     weights = rng.uniform(0.1, 1, size=(tokens, ACTIVE)).astype(np.float32)
-    options = {"limit": LIMIT, "alpha": ALPHA, "chosen": tiling, "elsewhere": elsewhere, "with_a": with_a}
+    options = {"limit": LIMIT, "alpha": ALPHA, "chosen": tiling, "elsewhere": elsewhere}
     got = moe_routed(jnp.asarray(x), jnp.asarray(index), jnp.asarray(weights), gate_up, down, **options)
     expected = np.zeros((tokens, WIDTH))
     for t, j in np.ndindex(tokens, ACTIVE):
@@ -63,9 +63,6 @@ CASES = {
     "any routing, parts": (9, 0.0, True, ExpertsTiling(8, Launch(1, 2, 2, 2), Launch(2, 1, 2, 2))),
     "most experts elsewhere": (9, 0.0, True, None, 8),
     "wide blocks, along the columns": (9, 0.0, True, ExpertsTiling(16, Launch(1, 1, 2, 2, depth=2), Launch(1, 1, 2, 2))),
-    "the adapter's A in the kernel": (9, 0.0, True, ExpertsTiling(8, Launch(1, 2, 2, 2), Launch(2, 1, 2, 2)), 0, True),
-    "the same in parts of the columns": (9, 0.0, True, ExpertsTiling(16, Launch(1, 1, 2, 2, depth=2), Launch(1, 1, 2, 2)), 2, True),
-    "the same without an adapter": (3, 0.0, False, None, 0, True),
 }
 
 

@@ -43,11 +43,11 @@ def _tiled(name, experts, rank, layers=()):
     return TiledMatrix(words, factors, _shape(*first, out), *adapter, scale=2.0)
 
 
-def _decode(monkeypatch, experts, rows, rank, *, with_a=False):
+def _decode(monkeypatch, experts, rows, rank):
     from discover_jax.kernels import expert_rows_decode, experts_decode
 
     def decode(x, index, weights, gate_up, down, layer):
-        return experts_decode.moe_routed(x, index, weights, gate_up, down, limit=LIMIT, alpha=ALPHA, layer=layer, with_a=with_a)
+        return experts_decode.moe_routed(x, index, weights, gate_up, down, limit=LIMIT, alpha=ALPHA, layer=layer)
 
     choices = (_shape(rows, CHOSEN, dtype=jnp.int32), _shape(rows, CHOSEN, dtype=jnp.float32))
     matrices = (_tiled(name, experts, rank, (2,)) for name in SLABS)
@@ -105,7 +105,6 @@ def _launches(monkeypatch, rank) -> list[Recorded]:
     launches = []
     for experts in EXPERTS.values():
         launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank) for rows in ROWS_DECODED)
-        launches += itertools.chain.from_iterable(_decode(monkeypatch, experts, rows, rank, with_a=True) for rows in ROWS_DECODED)
         launches += itertools.chain.from_iterable(
             _route(monkeypatch, experts, rows, parts) for rows, parts in itertools.product(ROWS_DECODED, (1, 15))
         )
@@ -162,8 +161,7 @@ def test_the_largest_adapter_fits_the_card(monkeypatch, tmp_path, card):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(experts_update, "compute_capability", lambda: card)
     launches = _update(monkeypatch, 4, experts_update.most_rank())
-    for with_a in (False, True):
-        launches += _decode(monkeypatch, 4, 128, experts_decode.MOST_RANK, with_a=with_a)
+    launches += _decode(monkeypatch, 4, 128, experts_decode.MOST_RANK)
     for launch in {repr(launch): launch for launch in launches}.values():
         if launch.name not in ("sort", "unpack"):
             _check(launch, card)

@@ -26,7 +26,7 @@ def errors():
 @pytest.mark.slow  # run it after changing the kernels
 @needs_interpreter
 def test_kernels_are_accurate_to_bfloat16_rounding(errors):
-    assert len(errors) == 8
+    assert len(errors) == 5
     for name, error in errors.items():
         assert error < 8e-3, name  # false for NaN, from an output that was not written
 
@@ -90,21 +90,6 @@ def test_any_routing_matches_the_float32_reference(tokens, skew, adapted):
     got = jax.jit(lambda x, index, weights: moe(x, index, weights, gate_up, down, adapted=adapted, **OPTIONS))(x_TD, index_TX, weights_TX)
     with jax.default_matmul_precision("highest"):
         expected = moe_reference(x_TD, index_TX, weights_TX, gate_up, down, adapted=adapted, **OPTIONS)
-    assert _relative(got, expected) < 3e-3
-
-
-@pytest.mark.accelerator
-@on_gpu
-@pytest.mark.parametrize("tokens", [1, 37, 128])
-def test_kernels_with_the_adapters_first_product_match_the_float32_reference(tokens):
-    from discover_jax.kernels.experts_decode import TiledMatrix, moe_routed
-
-    x_TD, index_TX, weights_TX, gate_up, down = _problem(tokens, 0.0)
-    tiled = [TiledMatrix(**matrix.arrays(adapted=True), scale=matrix.scale) for matrix in (gate_up, down)]
-    options = {name: OPTIONS[name] for name in ("limit", "alpha")}
-    got = jax.jit(lambda x, index, weights: moe_routed(x, index, weights, *tiled, with_a=True, **options))(x_TD, index_TX, weights_TX)
-    with jax.default_matmul_precision("highest"):
-        expected = moe_reference(x_TD, index_TX, weights_TX, gate_up, down, adapted=True, **OPTIONS)
     assert _relative(got, expected) < 3e-3
 
 
