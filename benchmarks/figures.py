@@ -22,6 +22,7 @@ import datetime
 import importlib.metadata
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from decimal import Decimal
@@ -147,7 +148,7 @@ def _versions() -> str:
 def _command() -> str:
     script, *rest = sys.argv
     rest = [argument for argument in rest if not argument.startswith(("--record", "--json"))]
-    return " ".join(["python", os.path.relpath(script, HERE.parent), *rest])
+    return shlex.join(["python", os.path.relpath(script, HERE.parent), *rest])
 
 
 # ---------------------------------------------------------------------- pages

@@ -3,9 +3,9 @@
     python benchmarks/kernels_routing.py [--rows=1,128] [--experts=32,128]
 
 It also takes --json=FILE and --record=PREFIX, and needs a GPU and the extra `cuda`. A layer's time is measured in a scan over 36 layers.
-The number of kernels of a layer is from a trace, and includes those that make the next layer depend on this one. "fused" is one kernel for
-few logits; "parts" is the same, but two kernels for more logits.
-`python benchmarks/sampling.py steps --fused_routing` measures whole decoding steps.
+The number of kernels of a layer is from a trace, and includes those that make the next layer depend on this one. "fused" is what
+`route_sorted` launches: one kernel for few logits, "parts" for more: one kernel that chooses and one that sorts.
+`python benchmarks/sampling.py steps` and `--separate_routing` measure whole decoding steps.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from discover_jax.kernels.expert_rows import Blocks
 from discover_jax.kernels.expert_rows_decode import sort_rows_of_layer
 from discover_jax.kernels.experts import route_top
 from discover_jax.kernels.experts_decode import choose_tiling
-from discover_jax.kernels.route_decode import route_parts, route_sorted
+from discover_jax.kernels.route_decode import ONE_LAUNCH, padded_logits, route_sorted
 
 LAYERS, CHOSEN = 36, 4
 Route = Callable[[jax.Array, int, jax.Array], tuple[jax.Array, jax.Array, Blocks | None]]
@@ -65,10 +65,10 @@ def main() -> None:
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, **versions, "rows": {}}
     print(", ".join(f"{name} {result[name]}" for name in ("device", *versions)), flush=True)
     sizes = itertools.product(*(map(int, text.split(",")) for text in (arguments.experts, arguments.rows)))
-    tried = {"separate": separate, "fused": route_sorted, "parts": lambda logits_TE, *rest: route_parts(logits_TE[None], *rest)}
-    for (experts, rows), (label, route) in itertools.product(sizes, tried.items()):
-        if label == "fused" and route is route_sorted and route(jnp.zeros((rows, experts)), CHOSEN, 0)[2] is None:
+    for (experts, rows), route in itertools.product(sizes, (separate, route_sorted)):
+        if route is route_sorted and route(jnp.zeros((rows, experts)), CHOSEN, jnp.int32(0))[2] is None:
             continue  # plain JAX
+        label = "separate" if route is separate else "fused" if padded_logits(rows, experts) <= ONE_LAUNCH else "parts"
         logits_TE = jax.random.normal(jax.random.key(rows), (rows, experts))
         layers = layers_of(route)
         spent = seconds(layers, logits_TE) / LAYERS

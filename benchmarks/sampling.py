@@ -12,9 +12,9 @@ prompt and prefill is skipped, so that long contexts cost nothing: keys and valu
 whole launches after those that compile, with every row live. The floor of a step is the time that a large plain copy takes for the bytes
 that the step must read: all weights except the experts' matrices; the matrices of the experts that uniform routing would choose; the
 adapter likewise, in the model's dtype; and keys and values up to the mean context. On a mesh, it is the floor of one device, without
-communication. `--profile` also prints a launch's device time by function. `--separate_routing` chooses and sorts
-experts by plain JAX instead of one kernel. `--fuse` also measures these sets of fusions (FUSIONS in `kernels/layer_decode.py`) beside the
-separate kernels; semicolons separate sets.
+communication. `--profile` also prints a launch's device time by function. With `--fuse`, it measures a layer's separate kernels and, beside
+them, these sets of fusions (FUSIONS in `kernels/layer_decode.py`) instead of the kernels that a run would use; semicolons separate sets.
+`--separate_routing` uses a layer's separate kernels, but chooses experts by plain JAX.
 
 call: the time that a run waits, with prefill. All prompts differ. A rollout ends at its budget, unless `--stop_every` sets a mean length:
 then lengths differ, slots are refilled, and with a small `--cache_tokens` rollouts wait. `--contexts` also prints speed and floor at these
@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ from measuring import SHOWN, add_mesh, copy_bytes_per_s, mesh_of, set_mesh, trac
 
 from discover_jax.config import default_config
 from discover_jax.engine import build_model, build_sampler
+from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.kernel_set import REFERENCE
 from discover_jax.kernels.spread import row_devices
 from discover_jax.learning.logprobs import token_logprobs
@@ -51,11 +53,15 @@ from discover_jax.models.decoder import Model
 from discover_jax.models.rounding import EXACT_ROUNDING
 from discover_jax.models.sharding import local_bytes
 from discover_jax.models.synthetic import shape_of
-from discover_jax.sampling.sampler import Sampler
+from discover_jax.sampling.sampler import LAUNCH_STEPS, Sampler
 from discover_jax.sampling.schedule import PAGE, Progress
 from discover_jax.types import Prompt, Rollout
 
 MATRICES = ("gate_up", "down")
+LAUNCHES = 2
+"""Launches after which time and tokens are compared."""
+LIVE = 0.98
+"""Fraction of the tokens of all rollouts before which every rollout is live."""
 
 
 def bytes_of_a_step(model: Model, frozen: Any, lora: Any, rows: int, context: float) -> dict[str, float]:
@@ -130,19 +136,49 @@ def leave_prompts_unread(sampler: Any, model: Model) -> None:
     sampler._prefill = unread
 
 
+def layer_of(fusions: str) -> Any:
+    """Kernels of a layer with these fusions; None if there are none of them: the separate kernels.
+
+    Raises:
+      ConfigError: a name is unknown.
+    """
+    from discover_jax.kernels.layer_decode import fused  # needs the extra `cuda`
+
+    return fused(fusions.split(",")) if fusions else None
+
+
+def problem_of_steps(arguments: argparse.Namespace) -> str:
+    """What is wrong with the arguments of `steps`, before anything is loaded or compiled; empty if nothing is."""
+    least = math.floor(LAUNCHES * LAUNCH_STEPS / LIVE) + 1
+    if arguments.new < least:
+        return (
+            f"--new={arguments.new} is too short: the speed is that of the steps between {LAUNCHES} launches of {LAUNCH_STEPS} tokens,"
+            f" before rollouts end. Use --new={least} or more."
+        )
+    if arguments.fuse and arguments.separate_routing:
+        return "--fuse and --separate_routing exclude each other: both choose a layer's kernels."
+    try:
+        for fusions in arguments.fuse.split(";"):
+            if arguments.fuse:
+                layer_of(fusions)
+    except ConfigError as error:
+        return f"--fuse={arguments.fuse}: {error}"
+    return ""
+
+
 def measured_steps(
-    arguments: argparse.Namespace, rows: int, fusions: str, frozen: Any, lora: Any, spent: _Compilations, copy: float
+    arguments: argparse.Namespace, rows: int, fusions: str | None, frozen: Any, lora: Any, spent: _Compilations, copy: float
 ) -> dict[str, Any]:
-    """One row of the table. `fusions`: names, separated by commas; empty for the separate kernels."""
+    """One row of the table. `fusions`: names, separated by commas; empty for the separate kernels; None for those of a run."""
     config = config_of_steps(arguments, rows)
     sizes = shape_of(arguments.shape, arguments.layers)
     model = build_model(config, sizes, mesh_of(config))
+    changes: dict[str, Any] = {}
     if arguments.separate_routing:
-        model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, decode_routing=REFERENCE.decode_routing))
-    if fusions:
-        from discover_jax.kernels.layer_decode import fused  # needs the extra `cuda`
-
-        model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, layer=fused(fusions.split(","))))
+        changes = {"layer": None, "decode_routing": REFERENCE.decode_routing}
+    elif fusions is not None:
+        changes = {"layer": layer_of(fusions)}
+    model = dataclasses.replace(model, kernels=dataclasses.replace(model.kernels, **changes))
     # Only the last id stops, so almost every rollout spends its budget.
     sampler = build_sampler(config, model, stop_ids=(sizes.vocab_size - 1,))
     if arguments.unread:
@@ -156,9 +192,7 @@ def measured_steps(
     sample(sampler, frozen, lora, prompts, config.group_size, step=0, launches=2)
     compiling = spent.seconds - before
     launches = sample(sampler, frozen, lora, prompts, config.group_size, step=1)
-    seen = [(when, tokens) for when, tokens in launches if tokens < rows * arguments.new * 0.98]
-    if len(seen) < 2:
-        sys.exit(f"--new={arguments.new} is too short for two measured launches; use more tokens.")
+    seen = [(when, tokens) for when, tokens in launches if tokens < rows * arguments.new * LIVE]
     (started, first), (ended, last) = seen[0], seen[-1]
     steps = (last - first) / rows
     seconds = (ended - started) / steps
@@ -244,20 +278,21 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     print(f"{result['device']}, jax {result['jax']}: copy {copy / 1e12:.2f} TB/s, {arguments.shape} {model.experts}", flush=True)
     print(f"weights {result['weights_bytes'] / 1e9:.2f} GB, adapter {result['adapter_bytes'] / 1e9:.2f} GB, {result['init_s']} s")
     print("batch context |  step       floor    tokens/s    floor      | of floor  compile")
-    variants = ["", *filter(None, arguments.fuse.split(";"))]
+    labels = {None: "", "": "separate"} | {fusions: f"fused_{fusions}" for fusions in filter(None, arguments.fuse.split(";"))}
+    variants = ["", *filter(None, arguments.fuse.split(";"))] if arguments.fuse else [None]
     for rows, fusions in itertools.product(map(int, arguments.batch.split(",")), variants):
         row = measured_steps(arguments, rows, fusions, frozen, lora, spent, copy)
         result["rows"].append(row)
         print(
             f"{rows:5d} {row['mean_context']:7d} | {row['step_ms']:7.2f} ms {row['floor_ms']:6.2f} ms {row['tokens_per_s']:9.1f}"
-            f" {row['floor_tokens_per_s']:9.1f}     | {row['of_floor']:6.1%} {row['compile_s']:8.1f} s {fusions}",
+            f" {row['floor_tokens_per_s']:9.1f}     | {row['of_floor']:6.1%} {row['compile_s']:8.1f} s {labels[fusions]}",
             flush=True,
         )
         if arguments.profile:
             _show(row["profile"])
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1))
-        name = f"b{rows}_ctx{row['mean_context']}" + (f"_fused_{fusions.replace(',', '_')}" if fusions else "")
+        name = f"b{rows}_ctx{row['mean_context']}" + (f"_{labels[fusions].replace(',', '_')}" if fusions is not None else "")
         values = {
             "tokens_per_s": (row["tokens_per_s"], "tokens/s"),
             "step": (row["step_ms"], "ms"),
@@ -420,8 +455,10 @@ def main() -> None:
     steps.add_argument("--unread", action="store_true", help="give each row its own prompt and skip prefill")
     steps.add_argument("--new", type=int, default=256, help="tokens of a rollout")
     steps.add_argument("--profile", action="store_true")
-    steps.add_argument("--separate_routing", action="store_true", help="choose and sort experts by plain JAX; one device")
-    steps.add_argument("--fuse", default="", help="sets of fusions to measure too, separated by semicolons; one device")
+    steps.add_argument(
+        "--separate_routing", action="store_true", help="a layer's separate kernels, experts chosen by plain JAX; one device"
+    )
+    steps.add_argument("--fuse", default="", help="sets of fusions to measure beside a layer's separate kernels, separated by semicolons")
     steps.add_argument("--keep_trace", default="", help="folder for the trace and the compiled function")
     call.add_argument("--groups", type=int, default=128)
     call.add_argument("--group_size", type=int, default=1)
@@ -443,6 +480,8 @@ def main() -> None:
         add_mesh(command)
         figures.add_record(command)
     arguments = parser.parse_args()
+    if arguments.what == "steps" and (problem := problem_of_steps(arguments)):
+        parser.error(problem)
     take_gpu_memory()
     (measure_steps if arguments.what == "steps" else measure_call)(arguments)
 

@@ -19,6 +19,7 @@ from discover_jax.learning.train_state import abstract_train_state, adam
 from discover_jax.learning.update import Update
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.models.decoder import Model
+from discover_jax.models.fused_layer import kind_refusal
 from discover_jax.models.sharding import local_bytes
 from discover_jax.sampling.decoding import SecondPhase, abstract_rows
 from discover_jax.sampling.draft_sizes import drafts_warning, most_read, rows_of
@@ -54,9 +55,9 @@ def build_model(config: Any, sizes: ModelConfig, mesh: Mesh | None = None, platf
     kernels = kernel_set(platform, mesh)
     reads_tiles = config.model.experts == "packed" and sizes.num_experts > 0 and _kernel_reads_tiles(config, sizes, mesh, platform, kernels)
     experts = PLATFORMS[platform].experts if reads_tiles else config.model.experts
-    if sizes.num_experts and not sizes.qk_norm:
-        heads = HeadSizes(sizes.num_heads, sizes.num_kv_heads, sizes.head_size)
-        kernels = with_layer(kernels, platform, heads, sizes.experts_per_token, experts, jnp.dtype(config.model.dtype))
+    heads = HeadSizes(sizes.num_heads, sizes.num_kv_heads, sizes.head_size)
+    of_model = heads, sizes.experts_per_token, experts, jnp.dtype(config.model.dtype)
+    kernels = with_layer(kernels, platform, *of_model, refusal=kind_refusal(sizes))
     form = {"dtype": config.model.dtype, "experts": experts, "remat": config.model.remat}
     return Model(sizes, lora, mesh=mesh, kernels=kernels, **form)
 

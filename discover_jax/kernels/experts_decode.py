@@ -217,6 +217,14 @@ def moe_decode(
     Otherwise it uses the reference and logs a warning once. `rows`: see `moe_routed`.
     """
     options: dict[str, Any] = {"limit": limit, "alpha": alpha, "layer": layer, "elsewhere": elsewhere}
+    tiled = tiled_matrices(gate_up, down, adapted=adapted)
+    if tiled is None:
+        return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
+    return moe_routed(x_TD, index_TX, weights_TX, *tiled, rows=rows, **options)
+
+
+def tiled_matrices(gate_up: ExpertMatrix, down: ExpertMatrix, *, adapted: bool) -> tuple[TiledMatrix, TiledMatrix] | None:
+    """Both matrices for the kernels. None if the kernels do not support them; then it logs the reason once."""
     up, low = gate_up.arrays(adapted=adapted), down.arrays(adapted=adapted)
     rank = max((own["lora_a"].shape[-2] for own in (up, low) if "lora_a" in own), default=0)
     reason = None
@@ -226,6 +234,5 @@ def moe_decode(
         reason = f"the adapter's rank {rank} is above {MOST_RANK}"
     if reason is not None:
         warn_reference("decode_experts", reason)
-        return moe_reference(x_TD, index_TX, weights_TX, gate_up, down, experts=experts, adapted=adapted, **options)
-    tiled = (TiledMatrix(**arrays, scale=matrix.scale) for matrix, arrays in ((gate_up, up), (down, low)))
-    return moe_routed(x_TD, index_TX, weights_TX, *tiled, rows=rows, **options)
+        return None
+    return TiledMatrix(**up, scale=gate_up.scale), TiledMatrix(**low, scale=down.scale)

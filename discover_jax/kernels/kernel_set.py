@@ -51,8 +51,7 @@ class KernelSet:
       mesh: devices over which the operations are spread; None for one device.
       kernels: operations that do not use the reference.
       layer: kernels of a whole decoding layer of experts, which replace most of the operations of one token a row; None for the separate
-        operations. TPUs have them by default, see `with_layer`. GPUs do not, since no GPU has measured them (benchmarks/sampling.py
-        steps --fuse).
+        operations. See `with_layer`.
     """
 
     write_token: Write
@@ -104,6 +103,7 @@ class Platform:
       extra: this package's extra that installs what the kernels need.
       experts: the form of packed experts that the kernel of `decode_experts` reads, see models.decoder.Model.
       layer: module of the kernels of a whole decoding layer, with `KERNELS`, `layer_refusal` and `most_rows`; empty if there are none.
+      layer_on_mesh: whether these run on several devices.
       exchanging: operations on experts whose kernel exchanges the tokens itself, see spread.spread_exchanging_experts.
     """
 
@@ -113,6 +113,7 @@ class Platform:
     extra: str = "cuda"
     experts: str = "tiled"
     layer: str = ""
+    layer_on_mesh: bool = False
     exchanging: frozenset[str] = frozenset()
 
 
@@ -131,6 +132,7 @@ PLATFORMS = {
             "decode_experts": ("discover_jax.kernels.experts_decode", "moe_decode"),
         },
         refusal,
+        layer="discover_jax.kernels.layer_decode",
     ),
     "tpu": Platform(
         "jax.experimental.pallas.tpu",
@@ -150,6 +152,7 @@ PLATFORMS = {
         extra="tpu",
         experts="lanes",
         layer="discover_jax.kernels.layer_tpu",
+        layer_on_mesh=True,
         exchanging=frozenset({"experts"}),
     ),
 }
@@ -247,8 +250,16 @@ def kernel_set(platform: str, mesh: AnyMesh | None = None) -> KernelSet:
     return _gather(kernels, mesh, PLATFORMS[platform].exchanging if platform in PLATFORMS else frozenset())
 
 
-def with_layer(kernels: KernelSet, platform: str, heads: HeadSizes, experts_per_token: int, form: str, dtype: Any) -> KernelSet:
-    """The kernels, with those of a whole decoding layer if the platform has them and they support the model. The log says which.
+_OF_A_TOKEN = ("write_token", "paged_attention", "decode_projections", "decode_routing", "decode_experts")
+"""Operations that the kernels of a layer replace, or that share code with them."""
+
+
+def with_layer(
+    kernels: KernelSet, platform: str, heads: HeadSizes, experts_per_token: int, form: str, dtype: Any, *, refusal: str = ""
+) -> KernelSet:
+    """The kernels, with those of a whole decoding layer if the platform has them and they support the model and the mesh.
+
+    The log (`--verbosity=0`) names them, or says why the separate operations decode a layer.
 
     Args:
       kernels: of the platform.
@@ -256,21 +267,36 @@ def with_layer(kernels: KernelSet, platform: str, heads: HeadSizes, experts_per_
       heads: sizes of the model's heads.
       experts_per_token: those that its router chooses.
       form, dtype: of the model, see `models.decoder.Model`.
+      refusal: why no kernels of a layer support this kind of model; empty if some may.
     """
-    named = PLATFORMS[platform].layer if platform in PLATFORMS else ""
-    separate = {"write_token", "paged_attention", "decode_projections", "decode_experts"}
-    if not named or not separate <= kernels.kernels:  # `kernel_set` has logged why
-        return kernels
-    module = importlib.import_module(named)
-    reason = module.layer_refusal(heads, experts_per_token, form, dtype)
-    name = named.removeprefix("discover_jax.kernels.")
+    reason = _without_layer(kernels, platform) or refusal
+    if not reason:
+        reason = _layer_module(platform).layer_refusal(heads, experts_per_token, form, dtype)
+    name = PLATFORMS[platform].layer.removeprefix("discover_jax.kernels.") if platform in PLATFORMS else ""
     said = f"separate operations, because {reason}" if reason else f"{name}.KERNELS"
     logging.info("kernels of a decoding layer on %s: %s", platform, said)
     if reason:
         return kernels
-    layer, mesh = module.KERNELS, kernels.mesh
+    module, mesh = _layer_module(platform), kernels.mesh
+    layer = module.KERNELS
     if mesh is not None:
         parts: dict[str, Any] = {part: Spread(spread, getattr(layer, part), mesh) for part, spread in SPREAD_LAYER.items()}
         layer = LayerKernels(**parts, mesh=mesh)
     most = module.most_rows(experts_per_token, 1 if mesh is None else mesh.shape["expert"])
     return dataclasses.replace(kernels, layer=dataclasses.replace(layer, most_rows=most))
+
+
+def _layer_module(platform: str) -> Any:
+    return importlib.import_module(PLATFORMS[platform].layer)
+
+
+def _without_layer(kernels: KernelSet, platform: str) -> str:
+    """Why this platform has no kernels of a layer for any model on this mesh; empty if it has."""
+    if platform not in PLATFORMS or not PLATFORMS[platform].layer:
+        return "this platform has no kernels of a layer"
+    missing = [one for one in _OF_A_TOKEN if one in PLATFORMS[platform].functions and one not in kernels.kernels]
+    if missing:  # `kernel_set` has logged why
+        return f"these use the reference: {', '.join(missing)}"
+    if kernels.mesh is not None and not PLATFORMS[platform].layer_on_mesh:
+        return f"this platform's kernels of a layer run on one device; the mesh has {kernels.mesh.size}"
+    return ""

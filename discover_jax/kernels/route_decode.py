@@ -11,9 +11,12 @@ from discover_jax.kernels.experts_decode import choose_tiling
 from discover_jax.kernels.fallback import note_reference
 from discover_jax.kernels.triton_call import call_kernel, power_of_two
 
-MOST_LOGITS = 2**12
-"""Limit on tokens times experts, each rounded up to a power of two. One kernel instance holds all of them in registers. On an H200, it is
-faster than plain JAX up to this limit, and slower with four times as many (benchmarks/kernels_routing.py)."""
+ONE_LAUNCH = 2**12
+"""Limit of one launch on `padded_logits`. One kernel instance holds all of them in registers. On an H200, it is faster than plain JAX up to
+this limit, and slower with four times as many (benchmarks/kernels_routing.py)."""
+MOST_LOGITS = 2**14
+"""Limit of two launches in `route_sorted`: the most that were measured. Two launches were faster than plain JAX. Chunks of prompts
+have more logits, but spend little of their time on routing."""
 STEP = 64
 """Blocks that the kernel describes at once."""
 TOKENS = 4
@@ -21,22 +24,23 @@ TOKENS = 4
 
 
 def route_sorted(logits_TE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks | None]:
-    """`route_reference` by the kernel, with the choices sorted for `experts_decode.moe_routed`; for more logits, the reference."""
-    if not _fits(*logits_TE.shape):
-        note_reference("decode_routing", f"{' x '.join(map(str, logits_TE.shape))} logits are above {MOST_LOGITS}: plain JAX is faster")
+    """`route_reference` by the kernels, with the choices sorted for `experts_decode.moe_routed`; for many logits, the reference."""
+    if padded_logits(*logits_TE.shape) > MOST_LOGITS:
+        note_reference("decode_routing", f"{' x '.join(map(str, logits_TE.shape))} logits are above {MOST_LOGITS}, the most measured")
         return route_reference(logits_TE, experts_per_token, layer)
-    return _in_one_launch(logits_TE[None], experts_per_token, layer)
+    return route_parts(logits_TE[None], experts_per_token, layer)
 
 
 def route_parts(parts_PTE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks]:
-    """`route_sorted` of the sum of the logits' parts, float32. For more logits, two kernels choose and sort, instead of plain JAX."""
-    if _fits(*parts_PTE.shape[1:]):
+    """`route_sorted` of the sum of the logits' parts, float32, by the kernels for any number of logits."""
+    if padded_logits(*parts_PTE.shape[1:]) <= ONE_LAUNCH:
         return _in_one_launch(parts_PTE, experts_per_token, layer)
     return _in_two_launches(parts_PTE, experts_per_token, layer)
 
 
-def _fits(tokens: int, experts: int) -> bool:
-    return max(2, power_of_two(tokens)) * max(2, power_of_two(experts)) <= MOST_LOGITS
+def padded_logits(tokens: int, experts: int) -> int:
+    """Tokens times experts, each rounded up to a power of two."""
+    return max(2, power_of_two(tokens)) * max(2, power_of_two(experts))
 
 
 def _in_two_launches(parts_PTE: jax.Array, experts_per_token: int, layer: jax.Array | int) -> tuple[jax.Array, jax.Array, Blocks]:

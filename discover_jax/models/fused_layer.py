@@ -26,17 +26,24 @@ class Stream(NamedTuple):
     branch: Branch
 
 
+def kind_refusal(config: ModelConfig) -> str:
+    """Why no kernels of a layer support this kind of model; empty if some may."""
+    reasons = [] if config.num_experts else ["models without experts"]
+    reasons += ["norms of queries and keys"] if config.qk_norm else []
+    return f"kernels of a layer do not support {' and '.join(reasons)}" if reasons else ""
+
+
 def check_fusable(config: ModelConfig, kernels: KernelSet) -> None:
     """Checks that the kernels of a layer support a model.
 
     Raises:
       ConfigError: they do not.
     """
-    reasons = [] if config.num_experts else ["models without experts"]
-    reasons += ["norms of queries and keys"] if config.qk_norm else []
-    reasons += ["meshes of several devices"] if kernels.layer is not None and kernels.layer.mesh != kernels.mesh else []
-    if reasons:
-        raise ConfigError(f"KernelSet.layer does not support {', '.join(reasons)}. Use None for this model.")
+    reason = kind_refusal(config)
+    if not reason and kernels.layer is not None and kernels.layer.mesh != kernels.mesh:
+        reason = "kernels of a layer for one device do not support meshes"
+    if reason:
+        raise ConfigError(f"KernelSet.layer must be None for this model: {reason}.")
 
 
 def decode_fused(

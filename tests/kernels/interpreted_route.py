@@ -63,6 +63,7 @@ FEW = {
     "NaN, infinities, zeros of both signs, subnormals": (20, 12, 4, 1, "special"),
     "parts, in one launch": (5, 12, 3, 2, "normal", 3),
     "parts, in two launches": (37, 100, 4, 1, "normal", 2),
+    "two launches, ties": (37, 100, 4, 1, "ties"),
 }
 """Cases without --all: the interpreter is slow."""
 CASES = FEW | {
@@ -75,6 +76,7 @@ CASES = FEW | {
     "two tokens": (2, 128, 4, 1, "special"),
     "tokens not a power of two": (25, 128, 4, 1, "one expert"),
     "128 rows of the 120b, parts": (128, 128, 4, 35, "normal", 15),
+    "128 rows of the 120b, special": (128, 128, 4, 2, "special"),
     "one more token than an instance has": (129, 128, 4, 0, "normal", 5),
 }
 

@@ -140,6 +140,30 @@ def test_larger_adapters_use_the_reference_and_are_logged(monkeypatch, card, mos
     assert "reference" in line
 
 
+@pytest.mark.parametrize(
+    ("rank", "packed", "said"), [(128, False, ""), (129, False, "rank 129 is above 128"), (8, True, "not laid out in tiles")]
+)
+def test_experts_of_a_layer_use_the_reference_for_the_same_reasons(monkeypatch, rank, packed, said):
+    from discover_jax.kernels import experts_decode, layer_decode, layer_parts
+
+    lines, calls = [], []
+    monkeypatch.setattr(fallback.logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(layer_decode, "moe_parts", lambda *_, **__: calls.append("kernel"))
+    monkeypatch.setattr(layer_parts, "moe_reference", lambda *_, **__: calls.append("reference") or jnp.zeros((2, WIDTH)))
+    fallback.warn_reference.cache_clear()
+    held = [_Held(_tiled(name, 4, rank)) for name in SLABS]
+    if packed:
+        for one in held:
+            one.arrays = lambda *, adapted: {"blocks": None}
+    choices = (_shape(2, CHOSEN, dtype=jnp.int32), _shape(2, CHOSEN, dtype=jnp.float32))
+    options = {"experts": 4, "adapted": True, "limit": LIMIT, "alpha": ALPHA, "layer": 0, "rows": None}
+    branch = layer_decode.experts(_shape(2, WIDTH), *choices, *held, **options)
+    assert calls == (["reference"] if said else ["kernel"])
+    assert (branch.weights_TX is None) == bool(said)  # the reference has weighed the experts
+    assert [said in line for line in lines] == [True] * bool(said)
+    assert experts_decode.MOST_RANK == 128
+
+
 class _Held:
     """An ExpertMatrix that holds the arrays of tiles."""
 

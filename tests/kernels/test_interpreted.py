@@ -11,7 +11,7 @@ def test_few_cases_of_prompts_and_routing():
     assert len(errors) == 5
     for name, error in errors.items():
         assert error < ROUNDING["bfloat16" if "bfloat16" in name else "float32"], name  # false for NaN
-    assert len(same) == 6
+    assert len(same) == 7
     assert all(same.values()), same
     assert len(differences) == 4
     for name, difference in differences.items():

@@ -1,5 +1,6 @@
 """The kernel set of a platform: its kernels, equality of sets, and the log."""
 
+import dataclasses
 import sys
 
 import jax
@@ -161,13 +162,60 @@ def test_tpus_have_kernels_of_a_whole_decoding_layer(monkeypatch, shape):
     assert found.layer.most_rows == (512 if shape is None else 256)  # 2,048 choices of the devices that exchange them
 
 
-@pytest.mark.parametrize(
-    ("platform", "heads", "said"), [("tpu", HeadSizes(64, 8, 128), "the head size is 128"), ("cpu", HeadSizes(64, 8, 64), "")]
-)
-def test_other_models_and_platforms_use_separate_operations(monkeypatch, platform, heads, said):
+GPT_OSS = HeadSizes(64, 8, 64), 4, "tiled", jnp.dtype("bfloat16")
+
+
+def _said(monkeypatch):
     lines = []
-    kernels = kernel_set(platform)
     monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
-    assert with_layer(kernels, platform, heads, 4, "lanes", jnp.dtype("bfloat16")) is kernels
-    assert len(lines) == bool(said)
-    assert all("separate operations, because" in line and said in line for line in lines)
+    return lines
+
+
+def test_gpus_have_kernels_of_a_whole_decoding_layer(monkeypatch, pretended_gpu):
+    from discover_jax.kernels import layer_decode
+
+    kernels, lines = kernel_set("gpu"), _said(monkeypatch)
+    found = with_layer(kernels, "gpu", *GPT_OSS)
+    assert lines == ["kernels of a decoding layer on gpu: layer_decode.KERNELS"]
+    assert found == with_layer(kernels, "gpu", *GPT_OSS)
+    assert hash(found) == hash(with_layer(kernels, "gpu", *GPT_OSS))
+    assert found.layer == dataclasses.replace(layer_decode.fused(("norm", "rotation", "router")), most_rows=256)
+    assert dataclasses.replace(found, layer=None) == kernels
+
+
+@pytest.mark.parametrize(
+    ("mesh", "without", "change", "said"),
+    [
+        ((1, 2, 1), "", {}, "run on one device; the mesh has 2"),
+        (None, "paged_attention", {}, "these use the reference: paged_attention"),
+        (None, "", {0: HeadSizes(8, 8, 96)}, "the head size is 96; the kernels support 64 and 128"),
+        (None, "", {2: "packed"}, "weights are packed"),
+        (None, "", {3: jnp.dtype("float32")}, "activations float32"),
+    ],
+)
+def test_other_meshes_and_models_use_separate_operations_on_a_gpu(monkeypatch, pretended_gpu, mesh, without, change, said):
+    kernels = kernel_set("gpu", mesh and _mesh(*mesh))
+    kernels = dataclasses.replace(kernels, kernels=kernels.kernels - {without})
+    lines = _said(monkeypatch)
+    assert with_layer(kernels, "gpu", *(change.get(i, one) for i, one in enumerate(GPT_OSS))) is kernels
+    (line,) = lines
+    assert line.startswith("kernels of a decoding layer on gpu: separate operations, because ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("platform", "heads", "refusal", "said"),
+    [
+        ("tpu", HeadSizes(64, 8, 128), "", "the head size is 128"),
+        ("tpu", HeadSizes(64, 8, 64), "of its kind", "of its kind"),
+        ("cpu", HeadSizes(64, 8, 64), "", "this platform has no kernels of a layer"),
+        ("another", HeadSizes(64, 8, 64), "", "this platform has no kernels of a layer"),
+    ],
+)
+def test_other_models_and_platforms_use_separate_operations(monkeypatch, platform, heads, refusal, said):
+    kernels = kernel_set(platform)
+    lines = _said(monkeypatch)
+    assert with_layer(kernels, platform, heads, 4, "lanes", jnp.dtype("bfloat16"), refusal=refusal) is kernels
+    (line,) = lines
+    assert line.startswith(f"kernels of a decoding layer on {platform}: separate operations, because ")
+    assert said in line

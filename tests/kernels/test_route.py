@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded_launches import record
 from triton_interpreter import needs_interpreter, results_of
 
 from discover_jax.kernels.expert_rows import sort_rows
@@ -19,15 +20,39 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_interpreter
 def test_kernel_chooses_and_sorts_like_plain_jax():
     same = results_of("interpreted_route.py", "--all")[-1]
-    assert len(same) == 16
+    assert len(same) == 18
     assert all(same.values()), same
 
 
 @needs_triton
-def test_more_logits_than_one_instance_holds_use_the_reference():
+@pytest.mark.parametrize(
+    ("tokens", "experts", "kernels"),
+    [
+        (1, 128, ["route"]),
+        (32, 128, ["route"]),
+        (128, 32, ["route"]),
+        (33, 128, ["choose", "sort"]),
+        (128, 128, ["choose", "sort"]),
+        (512, 32, ["choose", "sort"]),
+        (129, 128, []),
+        (512, 128, []),
+    ],
+)
+def test_the_number_of_logits_decides_which_kernels_run(monkeypatch, tokens, experts, kernels):
+    from discover_jax.kernels import expert_rows_decode, route_decode
+
+    def route(logits):
+        return route_decode.route_sorted(logits, 4, 0)[:2]
+
+    launches = record(monkeypatch, (route_decode, expert_rows_decode), route, jax.ShapeDtypeStruct((tokens, experts), jnp.float32))
+    assert [launch.name for launch in launches] == kernels
+
+
+@needs_triton
+def test_more_logits_than_were_measured_use_the_reference():
     from discover_jax.kernels.route_decode import route_sorted
 
-    logits = jax.random.normal(jax.random.key(0), (33, 128))
+    logits = jax.random.normal(jax.random.key(0), (129, 128))
     for got, expected in zip(route_sorted(logits, 4, 0), route_reference(logits, 4, 0), strict=True):
         assert (got is None and expected is None) or np.array_equal(got, expected)
 
@@ -52,7 +77,7 @@ def test_given_rows_are_not_sorted_again(monkeypatch):
 
 @pytest.mark.accelerator
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 128), (32, 128), (9, 32), (128, 32)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 128), (32, 128), (9, 32), (128, 32), (33, 128), (128, 128)])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_kernel_on_a_gpu_matches_plain_jax(tokens, experts, rounded):
     from discover_jax.kernels.experts_decode import choose_tiling
