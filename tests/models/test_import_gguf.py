@@ -179,7 +179,7 @@ def test_folder_below_a_file_is_an_error(qwen, tmp_path):
 
 def test_missing_package(qwen, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(WeightsError, match=r"requires the package gguf.*discover_jax\[gguf\]"):
+    with pytest.raises(WeightsError, match=r"requires the package gguf.*'\.\[gguf\]'"):
         import_gguf.import_gguf(qwen[0], tmp_path / "out")
 
 
