@@ -89,11 +89,11 @@ def project(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: f
 
 def project_parts(x_Ti: jax.Array, stacks: Sequence[Stack], layer: jax.Array, scale: float, chosen: Launch | None = None) -> jax.Array:
     """`project` before its last sum: float32 [parts, T, all outputs]."""
-    if reason := projections_refusal(x_Ti, stacks):
-        warn_reference("decode_projections", reason)
-        return parts_reference(x_Ti, stacks, layer, scale)
     if len(x_Ti) > MOST_ROWS:
         note_reference("decode_projections", f"{len(x_Ti)} rows are above {MOST_ROWS}: XLA's own product is faster")
+        return parts_reference(x_Ti, stacks, layer, scale)
+    if reason := projections_refusal(x_Ti, stacks):
+        warn_reference("decode_projections", reason)
         return parts_reference(x_Ti, stacks, layer, scale)
     rank = 0 if stacks[0].lora_a is None else stacks[0].lora_a.shape[1]
     rows, width = x_Ti.shape

@@ -58,6 +58,7 @@ def test_kernels_are_accurate_to_bfloat16_rounding():
         (2, 64, (32, 24), jnp.bfloat16, "warning", "[32, 24] outputs"),
         (2, 64, (32, 32, 32, 32), jnp.bfloat16, "warning", "4 projections"),
         (300, 64, (32,), jnp.bfloat16, "info", "300 rows"),
+        (300, 64, (32,), jnp.float32, "info", "300 rows"),  # as in a long chunk of a prompt, whose adapter is float32
     ],
 )
 def test_unsupported_inputs_use_the_reference_and_are_logged(monkeypatch, rows, width, outs, dtype, level, said):
@@ -65,14 +66,15 @@ def test_unsupported_inputs_use_the_reference_and_are_logged(monkeypatch, rows, 
     from discover_jax.kernels.projections_decode import project
 
     lines = []
-    monkeypatch.setattr(logging, level, lambda text, *values: lines.append(text % values))
+    for one in ("info", "warning"):
+        monkeypatch.setattr(logging, one, lambda text, *values, one=one: lines.append(f"{one}: {text % values}"))
     warn_reference.cache_clear()
     note_reference.cache_clear()
     x, stacks = _problem(rows, width, outs, 4, dtype)
     for got, expected in zip(*_both(project, x, stacks), strict=True):
         np.testing.assert_array_equal(got, expected)
     (line,) = lines
-    assert line.startswith("kernel of decode_projections on gpu: reference")
+    assert line.startswith(f"{level}: kernel of decode_projections on gpu: reference")
     assert said in line
 
 
