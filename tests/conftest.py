@@ -14,7 +14,6 @@ from importlib.metadata import version
 
 import hypothesis
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,7 +65,7 @@ def random_weights():
                 values = 1 + 0.1 * values
             else:
                 values *= {"bias": 0.1, "sinks": 1.0, "embedding": 1.0}.get(name, struct.shape[-1] ** -0.5)
-            return jnp.asarray(values, struct.dtype)
+            return jax.device_put(values.astype(struct.dtype))
 
         return jax.tree_util.tree_map_with_path(leaf, abstract)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).with_name("learning")))
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from bigram import Bigram, make_rollouts
@@ -100,7 +100,7 @@ def learn(waves, programs, *, substeps=1, processes=ALONE):
     task = types.SimpleNamespace(id="boats", failure_reward=0.0, reward=float, signals=list, calls=False, reuse_output=False)
     recorder = Recorder()
     run = types.SimpleNamespace(config=config, kind=RunKind.TRAIN, processes=processes, recorder=recorder, updater=UPDATE, last_step=10)
-    table = jnp.asarray(np.random.default_rng(5).normal(size=(7, 7)), jnp.float32)
+    table = jax.device_put(np.random.default_rng(5).normal(size=(7, 7)).astype(np.float32))
     policy = Policy(None, table, None, init_train_state({"table": 0.3 * table}, adam(1e-2)))  # pyright: ignore
     made, _ = make_rollouts(1, GROUPS * GROUP_SIZE)
     sampled = stages.Sampled(len(made), StepExecutions(programs, [2] * processes.count, processes), 7)

@@ -1,6 +1,7 @@
 """The train state: the adapter, the optimiser state and the number of optimiser steps."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ class TrainState:
     step: jax.Array
 
 
+@functools.cache  # one object for equal settings, so that jax traces its `init` once for each shape of adapter
 def adam(
     learning_rate: float = 4e-5, *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, max_grad_norm: float = 0.0
 ) -> optax.GradientTransformation:
@@ -55,7 +57,8 @@ def abstract_train_state(lora: Any, optimizer: optax.GradientTransformation) -> 
     def scalar(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
-    opt_state = jax.eval_shape(optimizer.init, lora)
+    without_layouts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
+    opt_state = jax.eval_shape(optimizer.init, without_layouts)  # traced once for all meshes
     opt_state = optax.tree_utils.tree_map_params(optimizer, moment, opt_state, lora, transform_non_params=scalar)
     return TrainState(lora, opt_state, scalar(jax.ShapeDtypeStruct((), jnp.int32)))
 

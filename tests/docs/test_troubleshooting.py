@@ -6,6 +6,7 @@ all of its settings, and if the module of that string uses an error class that t
 
 import ast
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(word.strip(".-_") for word in re.findall(r"[a-z_.-]{4,}", text.lower()) if len(word.strip(".-_")) >= 4)
 
 
+@functools.cache  # not at import: each test process collects this file, and one runs it
 def _messages() -> list[tuple[frozenset[str], frozenset[str], str]]:
     """Words of each string of the package, the error classes that its module names, and the string."""
     found = []
@@ -67,16 +69,13 @@ def _rows() -> list[Row]:
     return found
 
 
-MESSAGES = _messages()
-
-
 def _closest(row: Row) -> tuple[float, str]:
     """The string that has the largest share of the row's words, and that share. Its module must use one of the row's error classes."""
     words = _words(row.message.replace("...", " "))
     settings = {word for word in words if word.startswith("config.") and "_" in word}
     shares = [
         (len(words & had) / max(1, len(words)), text)
-        for had, classes, text in MESSAGES
+        for had, classes, text in _messages()
         if settings <= had and (classes & row.classes or not row.classes)
     ]
     return max(shares, default=(0.0, ""))

@@ -19,7 +19,10 @@ from discover_jax.runs.checkpoints import Checkpoints
 
 def state_of(step: int) -> TrainState:
     rng = np.random.default_rng(step)
-    lora = {"A": jnp.asarray(rng.normal(size=(50, 40)), jnp.float32), "B": [jnp.asarray(rng.normal(size=300), jnp.bfloat16)]}
+    lora = {
+        "A": jax.device_put(rng.normal(size=(50, 40)).astype(np.float32)),
+        "B": [jax.device_put(rng.normal(size=300).astype(jnp.bfloat16))],
+    }
     return init_train_state(lora, adam())
 
 

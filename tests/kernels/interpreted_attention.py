@@ -43,7 +43,7 @@ def error(case: Case) -> float:
     rng = np.random.default_rng(sum(case.counts))
 
     def exact(*shape: int) -> np.ndarray:
-        return np.array(jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+        return rng.normal(size=shape).astype(jnp.bfloat16).astype(np.float32)
 
     used = [-(-count // case.page) for count in case.counts]
     pages = np.full((len(used), max(used) + case.spare), NO_PAGE, np.int32)

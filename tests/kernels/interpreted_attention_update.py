@@ -70,10 +70,10 @@ def errors(case: Case) -> dict[str, float]:
     real = (segments > 0)[..., None, None]
 
     def draw(heads: int, scale: float = 1.0) -> jax.Array:
-        return jnp.asarray(scale * rng.normal(size=(2, case.tokens, heads, case.head_size)) * real, case.dtype)
+        return jax.device_put((scale * rng.normal(size=(2, case.tokens, heads, case.head_size)) * real).astype(case.dtype))
 
     q, k, v, d_out = draw(case.heads, 2.0), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
-    sinks = jnp.full(case.heads, -1e30, case.dtype) if case.no_sinks else jnp.asarray(rng.normal(size=case.heads), case.dtype)
+    sinks = jnp.full(case.heads, -1e30, case.dtype) if case.no_sinks else jax.device_put(rng.normal(size=case.heads).astype(case.dtype))
     out, pull = jax.vjp(lambda *x: attend(*x, jnp.asarray(segments), sinks, window=case.window, tiling=case.tiling), q, k, v)
     exact = [np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v, sinks, d_out)]
     of_sinks = np.zeros(case.heads) if case.no_sinks else np.exp(exact[3])

@@ -23,7 +23,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool, adap
     """Tiles, and the same matrix in float64 with the adapter merged, and its bias. All values are exact in bfloat16."""
 
     def exact(*shape: int) -> np.ndarray:
-        return np.array(jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+        return (0.3 * rng.normal(size=shape)).astype(jnp.bfloat16).astype(np.float32)
 
     blocks = jnp.asarray(rng.integers(0, 256, (EXPERTS, out, into // 32, 16), dtype=np.uint8))
     scales = jnp.asarray(rng.integers(120, 126, (EXPERTS, out, into // 32), dtype=np.uint8))
@@ -40,7 +40,7 @@ def error(tokens: int, skew: float, adapted: bool, tiling: ExpertsTiling | None,
     rng = np.random.default_rng(tokens)
     gate_up, w1, b1 = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True, adapted=adapted)
     down, w2, b2 = _matrix(rng, WIDTH, HIDDEN, paired=False, adapted=adapted)
-    x = np.array(jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.bfloat16).astype(jnp.float32))
+    x = rng.normal(size=(tokens, WIDTH)).astype(jnp.bfloat16).astype(np.float32)
     order = np.argsort(rng.normal(size=(tokens, EXPERTS + elsewhere)) + skew * np.arange(EXPERTS + elsewhere), axis=1)
     index = np.minimum(order[:, :ACTIVE], EXPERTS).astype(np.int32)
     weights = rng.uniform(0.1, 1, size=(tokens, ACTIVE)).astype(np.float32)

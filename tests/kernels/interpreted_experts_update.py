@@ -42,7 +42,7 @@ def _matrix(rng: np.random.Generator, out: int, into: int, *, paired: bool) -> t
     blocks = jnp.asarray(rng.integers(0, 256, (EXPERTS, out, into // 32, 16), dtype=np.uint8))
     scales = jnp.asarray(rng.integers(121, 124, (EXPERTS, out, into // 32), dtype=np.uint8))
     tiles = lay_out(blocks, scales, SLABS["gate_up" if paired else "down"])
-    bias = jnp.asarray(0.3 * rng.normal(size=(EXPERTS, out)), jnp.bfloat16).astype(jnp.float32)
+    bias = jax.device_put((0.3 * rng.normal(size=(EXPERTS, out))).astype(jnp.bfloat16).astype(np.float32))
     return TiledMatrix(*tiles, bias, scale=SCALE), dequantise(blocks, scales, jnp.float32)
 
 
@@ -65,14 +65,14 @@ def errors(tokens: int, skew: float, adapted: bool, dtype: Any, elsewhere: int =
     rng = np.random.default_rng(tokens)
 
     def exact(*shape: int, scale: float = 0.3) -> jax.Array:
-        return jnp.asarray(scale * rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)
+        return jax.device_put((scale * rng.normal(size=shape)).astype(jnp.bfloat16).astype(np.float32))
 
     (gate_up, w1), (down, w2) = _matrix(rng, 2 * HIDDEN, WIDTH, paired=True), _matrix(rng, WIDTH, HIDDEN, paired=False)
     same = {
         "unpacked gates and ups": unpack(gate_up, paired=True).astype(jnp.float32) - jnp.concatenate([w1[:, 0::2], w1[:, 1::2]], axis=1),
         "unpacked": unpack(down, paired=False).astype(jnp.float32) - w2,
     }
-    x, weights = exact(tokens, WIDTH, scale=0.5), jnp.asarray(rng.uniform(0.1, 1, size=(tokens, ACTIVE)), jnp.float32)
+    x, weights = exact(tokens, WIDTH, scale=0.5), jax.device_put(rng.uniform(0.1, 1, size=(tokens, ACTIVE)).astype(np.float32))
     order = np.argsort(rng.normal(size=(tokens, EXPERTS)) + skew * np.arange(EXPERTS), axis=1)
     if elsewhere:
         order[::elsewhere, 0] = EXPERTS

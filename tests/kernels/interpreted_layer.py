@@ -29,7 +29,7 @@ def norm(tokens: int, width: int, parts: int, share: int, weighted: bool) -> flo
     rng = np.random.default_rng(tokens + width)
 
     def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return jax.device_put(rng.normal(size=shape).astype(np.float32))
 
     branch = Branch(draw(parts, tokens, share, width), draw(tokens, share) if weighted else None)
     arguments = draw(tokens, width), branch, draw(LAYERS, width).astype(jnp.bfloat16), jnp.int32(2), EPS
@@ -47,7 +47,7 @@ def rotation(tokens: int, sizes: HeadSizes, parts: int, page: int) -> float:
     pages = 2 * tokens + 1
 
     def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(np.round(8 * rng.normal(size=shape)) / 8, jnp.float32)  # exact in bfloat16, also in sums
+        return jax.device_put((np.round(8 * rng.normal(size=shape)) / 8).astype(np.float32))  # exact in bfloat16, also in sums
 
     parts_PTo = draw(parts, tokens, (heads + 2 * kv_heads) * size)
     angles = rng.uniform(0, 100, (tokens, size // 2))

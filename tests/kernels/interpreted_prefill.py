@@ -59,7 +59,7 @@ def error(case: Case) -> float:
     rng = np.random.default_rng(sum(case.lengths))
 
     def exact(*shape: int) -> np.ndarray:
-        return np.array(jnp.asarray(rng.normal(size=shape), case.dtype).astype(jnp.float32))
+        return rng.normal(size=shape).astype(case.dtype).astype(np.float32)
 
     q = 2 * exact(len(case.lengths), case.tokens, case.heads, case.head_size)
     sinks = np.full(case.heads, -1e30, np.float32) if case.no_sinks else exact(case.heads)

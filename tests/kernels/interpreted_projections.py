@@ -22,7 +22,7 @@ def error(rows: int, width: int, outs: tuple[int, ...], layer: int, adapted: boo
     rng = np.random.default_rng(rows)
 
     def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(0.3 * rng.normal(size=shape), jnp.bfloat16)
+        return jax.device_put((0.3 * rng.normal(size=shape)).astype(jnp.bfloat16))
 
     def float64(x: jax.Array) -> np.ndarray:
         return np.array(x.astype(jnp.float32), np.float64)

@@ -41,7 +41,7 @@ def experts(moe: Any, tokens: int) -> list[np.ndarray]:
     rng = np.random.default_rng(tokens)
     index = np.stack([np.full(tokens, EXPERTS - 2), rng.integers(0, EXPERTS - 2, tokens)], axis=1).astype(np.int32)
     draw = [rng.normal(size=s) for s in ((tokens, WIDTH), (tokens, ACTIVE), (EXPERTS, 2 * WIDTH, WIDTH), (EXPERTS, WIDTH, WIDTH))]
-    d_out = jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.float32)
+    d_out = jax.device_put(rng.normal(size=(tokens, WIDTH)).astype(np.float32))
 
     def passes(x: Any, weights: Any, up: Any, low: Any) -> Any:
         options = {"experts": EXPERTS, "adapted": False, "limit": 7.0, "alpha": 1.7}
@@ -52,7 +52,7 @@ def experts(moe: Any, tokens: int) -> list[np.ndarray]:
 
 
 def routing(route: Any, tokens: int) -> list[np.ndarray]:
-    logits = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, EXPERTS)), jnp.float32)
+    logits = jax.device_put(np.random.default_rng(tokens).normal(size=(tokens, EXPERTS)).astype(np.float32))
     index, weights, rows = jax.jit(lambda x: route(x, ACTIVE, jnp.int32(1)))(logits)
     assert rows is None
     return [np.asarray(index), np.asarray(weights)]
@@ -62,10 +62,10 @@ def adapted_experts(moe: Any, tokens: int) -> list[np.ndarray]:
     """As `experts`, with adapters, and with their derivatives instead of those of the weights."""
     rng = np.random.default_rng(tokens)
     index = np.stack([np.full(tokens, EXPERTS - 2), rng.integers(0, EXPERTS - 2, tokens)], axis=1).astype(np.int32)
-    up, low = (jnp.asarray(rng.normal(size=(EXPERTS, out, WIDTH)), jnp.float32) for out in (2 * WIDTH, WIDTH))
+    up, low = (jax.device_put(rng.normal(size=(EXPERTS, out, WIDTH)).astype(np.float32)) for out in (2 * WIDTH, WIDTH))
     shapes = [(tokens, WIDTH), (tokens, ACTIVE), *[(EXPERTS, *sizes) for sizes in ((3, WIDTH), (2 * WIDTH, 3), (3, WIDTH), (WIDTH, 3))]]
-    leaves = [jnp.asarray(0.5 * rng.normal(size=shape), jnp.float32) for shape in shapes]
-    d_out = jnp.asarray(rng.normal(size=(tokens, WIDTH)), jnp.float32)
+    leaves = [jax.device_put((0.5 * rng.normal(size=shape)).astype(np.float32)) for shape in shapes]
+    d_out = jax.device_put(rng.normal(size=(tokens, WIDTH)).astype(np.float32))
 
     def passes(*leaves: Any) -> Any:
         def run(x: Any, weights: Any, *adapters: Any) -> jax.Array:
@@ -93,9 +93,9 @@ def tpu_experts(mesh: Any, tokens: int, most: int) -> list[np.ndarray]:
 
 def attention(attend: Any, rows: int) -> list[np.ndarray]:
     rng = np.random.default_rng(rows)
-    q, k, v, d_out = (jnp.asarray(rng.normal(size=(rows, 9, n, 8)), jnp.float32) for n in (4, 2, 2, 4))
-    segments = jnp.asarray(rng.integers(1, 3, (rows, 9)).cumsum(axis=1) // 4 + 1, jnp.int32)
-    sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
+    q, k, v, d_out = (jax.device_put(rng.normal(size=(rows, 9, n, 8)).astype(np.float32)) for n in (4, 2, 2, 4))
+    segments = jax.device_put((rng.integers(1, 3, (rows, 9)).cumsum(axis=1) // 4 + 1).astype(np.int32))
+    sinks = jax.device_put(rng.normal(size=4).astype(np.float32))
 
     def passes(q: Any, k: Any, v: Any) -> Any:
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments, sinks, window=5), q, k, v)
@@ -113,10 +113,10 @@ def cached(kernels: KernelSet, parts: int, copies: int) -> list[np.ndarray]:
     rows, layers, each, size, kv_heads, head_size = 8, 2, 6, 4, 2, 8
     own = rows // parts  # rows of a device; the first page of device d is `d * own * each`
     pool = jnp.full((layers, rows * each, kv_heads, size, head_size), jnp.nan)  # places that were not written must not be read
-    layer, sinks = jnp.int32(1), jnp.asarray(rng.normal(size=4), jnp.float32)
+    layer, sinks = jnp.int32(1), jax.device_put(rng.normal(size=4).astype(np.float32))
 
     def draw(*shape: int) -> Any:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return jax.device_put(rng.normal(size=shape).astype(np.float32))
 
     # One prompt of three pages, the last half full, goes into the last three pages of every device.
     prompt_R3 = jnp.asarray([[(device + 1) * own * each - 3 + i for i in range(3)] for device in range(parts)], jnp.int32)

@@ -38,7 +38,7 @@ def test_unknown_fusions_are_refused():
 
 def _branch(rows, width, parts, share, weighted):
     rng = np.random.default_rng(rows)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jax.device_put(rng.normal(size=shape).astype(np.float32))  # noqa: E731
     return draw(rows, width), Branch(draw(parts, rows, share, width), draw(rows, share) if weighted else None), draw(LAYERS, width)
 
 
@@ -58,16 +58,16 @@ def _write(function):
 
 def _tokens(rows):
     rng = np.random.default_rng(rows)
-    parts_LPTo = jnp.asarray(rng.normal(size=(LAYERS, 3, rows, 80 * 64)), jnp.float32)
+    parts_LPTo = jax.device_put(rng.normal(size=(LAYERS, 3, rows, 80 * 64)).astype(np.float32))
     angles = rng.uniform(0, 1000, (rows, 32))
     turns = tuple(jnp.asarray(turn(angles), jnp.float32) for turn in (np.cos, np.sin))
     pages_T = rng.permutation(PAGES)[:rows].astype(np.int32)
     pages_T[::5] = PAGES  # empty rows
-    return parts_LPTo, turns, jnp.asarray(pages_T), jnp.asarray(rng.integers(0, PAGE, rows), jnp.int32)
+    return parts_LPTo, turns, jnp.asarray(pages_T), jax.device_put(rng.integers(0, PAGE, rows).astype(np.int32))
 
 
 def _pools():
-    return [jnp.asarray(np.random.default_rng(i).normal(size=(LAYERS, PAGES, 8, PAGE, 64)), jnp.bfloat16) for i in range(2)]
+    return [jax.device_put(np.random.default_rng(i).normal(size=(LAYERS, PAGES, 8, PAGE, 64)).astype(jnp.bfloat16)) for i in range(2)]
 
 
 def test_kernels_lower_for_an_absent_gpu_and_write_in_place():

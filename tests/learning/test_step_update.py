@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,7 +25,7 @@ PLAN = UpdatePlan(3, 1, row_tokens=24, rows=2, lengths=3)
 @pytest.fixture(scope="module")
 def tables():
     rng = np.random.default_rng(5)
-    return jnp.asarray(rng.normal(size=(7, 7)), jnp.float32), jnp.asarray(0.3 * rng.normal(size=(7, 7)), jnp.float32)
+    return jax.device_put(rng.normal(size=(7, 7)).astype(np.float32)), jax.device_put((0.3 * rng.normal(size=(7, 7))).astype(np.float32))
 
 
 def groups_of(count, size=3, seed=1):

@@ -22,7 +22,9 @@ from discover_jax.learning.update import Update
 @pytest.fixture
 def tables():
     rng = np.random.default_rng(5)
-    return jnp.asarray(rng.normal(size=(VOCAB, VOCAB)), jnp.float32), jnp.asarray(0.3 * rng.normal(size=(VOCAB, VOCAB)), jnp.float32)
+    return jax.device_put(rng.normal(size=(VOCAB, VOCAB)).astype(np.float32)), jax.device_put(
+        (0.3 * rng.normal(size=(VOCAB, VOCAB))).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "token_mean", "sequence_mean"])

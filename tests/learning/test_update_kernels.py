@@ -72,7 +72,7 @@ def test_gradients_by_kernels_are_within_the_error_of_the_reference(routing, ada
     lora = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), lora)
     rollouts = [_rollout(rng, index, length, routing(rng)) for index, length in enumerate(LENGTHS)]
     (batch,) = pack(rollouts, np.ones(len(rollouts)), row_tokens=1280, rows=1)
-    weights_BT = jnp.asarray(rng.normal(size=batch.mask_BT.shape) * batch.mask_BT, jnp.float32)
+    weights_BT = jax.device_put((rng.normal(size=batch.mask_BT.shape) * batch.mask_BT).astype(np.float32))
 
     def gradient(model):
         def loss(lora, frozen):

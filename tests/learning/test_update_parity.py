@@ -90,7 +90,7 @@ def case(reference, tmp_path_factory):
     config, frozen = load_folder(folder)
     model = Model(config, LORA)
     rng = np.random.default_rng(1)
-    lora = jax.tree.map(lambda leaf: jnp.asarray(0.15 * rng.normal(size=leaf.shape), leaf.dtype), model.abstract_lora())
+    lora = jax.tree.map(lambda leaf: jax.device_put((0.15 * rng.normal(size=leaf.shape)).astype(leaf.dtype)), model.abstract_lora())
     rollouts = []
     for index, (prompt, length) in enumerate([(5, 14), (11, 20), (3, 1), (9, 7), (4, 22)]):
         tokens = rng.integers(3, VOCAB, prompt + length).astype(np.int32)

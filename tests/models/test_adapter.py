@@ -59,7 +59,7 @@ def random_lora(lora: LoraConfig, seed=0, config=SMALL):
     def draw(path, struct):
         fan_in = struct.shape[-1] ** -0.5
         scale = fan_in if path[-1].key == "lora_a" else 0.1 / (lora.alpha * fan_in)
-        return jnp.asarray(scale * rng.standard_normal(struct.shape), jnp.float32)
+        return jax.device_put((scale * rng.standard_normal(struct.shape)).astype(np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, Model(config, lora).abstract_lora())
 

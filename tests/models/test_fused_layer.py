@@ -43,7 +43,7 @@ def _decoded(model, frozen, lora, prompt=10, page=None):
 
 def _random_lora(model):
     rng = np.random.default_rng(7)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype), model.abstract_lora())
+    return jax.tree.map(lambda leaf: jax.device_put((0.05 * rng.normal(size=leaf.shape)).astype(leaf.dtype)), model.abstract_lora())
 
 
 @pytest.mark.parametrize("adapted", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -43,7 +43,7 @@ def frozen(random_weights):
 def lora():
     """An adapter with an effect. (A new one has B = 0.)"""
     rng = np.random.default_rng(7)
-    return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), MODEL.abstract_lora())
+    return jax.tree.map(lambda x: jax.device_put((0.1 * rng.normal(size=x.shape)).astype(x.dtype)), MODEL.abstract_lora())
 
 
 def _tokens(rows, length, seed=0):

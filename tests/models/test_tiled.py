@@ -54,7 +54,7 @@ def frozen():
 @pytest.fixture(scope="module")
 def lora():
     rng = np.random.default_rng(7)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), leaf.dtype), PACKED.abstract_lora())
+    return jax.tree.map(lambda leaf: jax.device_put((0.05 * rng.normal(size=leaf.shape)).astype(leaf.dtype)), PACKED.abstract_lora())
 
 
 def _tokens(rows, length):

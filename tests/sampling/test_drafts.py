@@ -185,7 +185,7 @@ def _model(config, dtype, random_weights):
     model = Model(config, LoraConfig(attention_rank=4, expert_rank=2, head_rank=4, mlp_rank=2), dtype=dtype)
     frozen = random_weights(model.abstract_frozen())
     rng = np.random.default_rng(0)
-    return model, frozen, jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), model.abstract_lora())
+    return model, frozen, jax.tree.map(lambda x: jax.device_put((0.1 * rng.normal(size=x.shape)).astype(x.dtype)), model.abstract_lora())
 
 
 def _long_repeats(count):
