@@ -4,21 +4,25 @@ import dataclasses
 import math
 import re
 
+import jax
+import optax
 import pytest
 from jax.sharding import AbstractMesh
 
 from discover_jax import formulas, machines, mesh_report, meshes
 from discover_jax.config import default_config
 from discover_jax.costs import MeshShape, expert_weights, layer_weights, microbatch
-from discover_jax.engine import beside_the_cache, tpu_copies
+from discover_jax.engine import beside_the_cache, build_optimizer, tpu_copies
 from discover_jax.exceptions import ConfigError
 from discover_jax.kernels.kernel_set import PLATFORMS, Platform
+from discover_jax.learning.train_state import abstract_train_state
 from discover_jax.machines import Machine, find_machine, memory_of, speeds_of
 from discover_jax.meshes import Lengths
 from discover_jax.models.config import LoraConfig
 from discover_jax.models.decoder import Model
 from discover_jax.models.families import SHAPES
 from discover_jax.models.families.gpt_oss import GPT_OSS_20B, GPT_OSS_120B
+from discover_jax.models.sharding import MESH_AXES
 
 _H200_MEMORY = int(0.9 * 143_771 * 2**20)
 
@@ -58,6 +62,24 @@ def test_fastest_mesh_that_fits_is_recommended_first():
     assert all(one.kernels == (one.mesh.tensor == 1) for one in usable)
     one_device = meshes.predict(_config(), GPT_OSS_120B, _machine(1), MeshShape(1, 1), _LENGTHS)
     assert one_device.seconds / 8 < usable[0].seconds < one_device.seconds / 3
+
+
+def test_the_optimiser_is_traced_once_for_all_meshes():
+    """A trace takes longer than the rest of a prediction."""
+    optimizer, traced = build_optimizer(_config()), []
+    assert build_optimizer(_config()) is optimizer
+    assert build_optimizer(_config(train__learning_rate=0.5)) is not optimizer
+
+    def init(lora):
+        traced.extend(leaf for leaf in jax.tree.leaves(lora)[:1] if isinstance(leaf, jax.core.Tracer))
+        return optimizer.init(lora)
+
+    counting = optax.GradientTransformation(init, optimizer.update)
+    for data, expert in ((1, 4), (2, 2), (4, 1)):
+        mesh = AbstractMesh((data, expert, 1), MESH_AXES)
+        state = abstract_train_state(Model(GPT_OSS_20B, LoraConfig(8, 8, 8), mesh=mesh).abstract_lora(), counting)
+        assert {leaf.sharding.mesh for leaf in jax.tree.leaves(state)} == {mesh}
+    assert len(traced) == 1
 
 
 def test_indivisible_and_too_large_meshes_are_excluded_with_the_reason():

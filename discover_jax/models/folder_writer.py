@@ -28,6 +28,10 @@ from discover_jax.models.parameters import Tree
 from discover_jax.models.progress import OnProgress, Progress
 from discover_jax.models.shards import INDEX, name_files, split_into_shards
 
+# They only move bits. Operation by operation, dozens of functions would be compiled.
+_restore_tiles = jax.jit(restore, static_argnames="paired")
+_restore_lanes = jax.jit(mxfp4_lanes.restore, static_argnames="out")
+
 _MAX_NAMED = 5
 """Names that an error message lists."""
 
@@ -49,9 +53,9 @@ def save_folder(path: str | Path, config: ModelConfig, frozen: Tree, *, layout: 
         if "weight" in forms:
             values = quantise(forms["weight"])
         elif "lanes" in forms:
-            values = mxfp4_lanes.restore(**forms, out=leaves["experts", matrix, "bias"].shape[-1])
+            values = _restore_lanes(**forms, out=leaves["experts", matrix, "bias"].shape[-1])
         else:
-            values = restore(**forms, paired=SLABS[matrix].paired)
+            values = _restore_tiles(**forms, paired=SLABS[matrix].paired)
         return dict(zip(("blocks", "scales"), values, strict=True))
 
     def tensor(param: ParamPath, layer: int | None) -> np.ndarray:

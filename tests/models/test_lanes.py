@@ -21,6 +21,9 @@ CONFIG = ModelConfig(4, 128, 4, 2, 32, 4, 2, 64, 97, sliding_window=8)
 LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=8.0)
 PACKED, LANES = (Model(CONFIG, LORA, dtype="bfloat16", experts=form) for form in ("packed", "lanes"))
 
+# Operation by operation, it would compile dozens of functions.
+_restore = jax.jit(restore, static_argnums=2)
+
 
 def _as_packed(tree):
     """Converts a tree with this layout to one with blocks and scales."""
@@ -28,9 +31,9 @@ def _as_packed(tree):
     for name, node in tree.items():
         if isinstance(node, dict) and "lanes" in node:
             out = node["bias"].shape[-1]
-            parts = [restore(*pair, out) for pair in zip(node["lanes"], node["powers"], strict=True)]
+            parts = [_restore(*pair, out) for pair in zip(*map(np.asarray, (node["lanes"], node["powers"])), strict=True)]
             changed[name] = {key: leaf for key, leaf in node.items() if key not in ("lanes", "powers")}
-            changed[name] |= {key: jnp.stack(leaves) for key, leaves in zip(("blocks", "scales"), zip(*parts, strict=True), strict=True)}
+            changed[name] |= {key: np.stack(leaves) for key, leaves in zip(("blocks", "scales"), zip(*parts, strict=True), strict=True)}
         else:
             changed[name] = _as_packed(node) if isinstance(node, dict) else node
     return changed
@@ -40,8 +43,9 @@ def _positive_zeros(tree):
     """The tree with the code of 0 for that of -0 in blocks, as the layout has it."""
     changed = {name: _positive_zeros(node) if isinstance(node, dict) else node for name, node in tree.items()}
     if "blocks" in tree:
-        low, high = (jnp.where(nibble == 8, 0, nibble) for nibble in (tree["blocks"] & 15, tree["blocks"] >> 4))
-        changed["blocks"] = (low | high << 4).astype(jnp.uint8)
+        blocks = np.asarray(tree["blocks"])
+        low, high = (np.where(nibble == 8, 0, nibble) for nibble in (blocks & 15, blocks >> 4))
+        changed["blocks"] = (low | high << 4).astype(np.uint8)
     return changed
 
 

@@ -24,6 +24,9 @@ CONFIG = ModelConfig(4, 128, 4, 2, 32, 4, 2, 64, 97, sliding_window=8)
 LORA = LoraConfig(attention_rank=4, expert_rank=2, head_rank=3, alpha=8.0)
 PACKED, TILED = (Model(CONFIG, LORA, dtype="bfloat16", experts=form) for form in ("packed", "tiled"))
 
+# Operation by operation, it would compile dozens of functions.
+_restore = jax.jit(restore, static_argnames="paired")
+
 
 def _as_packed(tree):
     """Converts a tree with tiles to one with blocks and scales."""
@@ -31,9 +34,11 @@ def _as_packed(tree):
     for name, node in tree.items():
         if isinstance(node, dict) and "words" in node:
             rest = {key: leaf for key, leaf in node.items() if key not in ("words", "factors")}
-            parts = [restore(*pair, paired=SLABS[name].paired) for pair in zip(node["words"], node["factors"], strict=True)]
+            parts = [
+                _restore(*pair, paired=SLABS[name].paired) for pair in zip(*map(np.asarray, (node["words"], node["factors"])), strict=True)
+            ]
             changed[name] = rest | {
-                key: jnp.stack(leaves) for key, leaves in zip(("blocks", "scales"), zip(*parts, strict=True), strict=True)
+                key: np.stack(leaves) for key, leaves in zip(("blocks", "scales"), zip(*parts, strict=True), strict=True)
             }
         else:
             changed[name] = _as_packed(node) if isinstance(node, dict) else node

@@ -33,7 +33,7 @@ class Chain:
     @staticmethod
     def _routes(tokens):
         """Expert numbers that identify the token and the layer."""
-        return (tokens[..., None, None] + jnp.arange(2)[:, None] * 10 + jnp.zeros(3)).astype(jnp.uint8)
+        return (tokens[..., None, None] + np.arange(2, dtype=np.int32)[:, None] * 10 + np.zeros(3, np.int32)).astype(np.uint8)
 
     def init_pool(self, pages, page_size):
         return Pool(*(jnp.zeros((1, pages, 1, page_size, 1)) for _ in range(2)))
