@@ -11,18 +11,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from damage import Payload, contents, flip, largest
-from jax.experimental.compilation_cache import compilation_cache
 from phrase_config import get_config
-from tiny_run import environment, results, unbroken
+from tiny_run import results, unbroken
 
 from discover_jax import config as settings
 from discover_jax import main
 from discover_jax.archive.journal import Journal
 from discover_jax.exceptions import RunError
-from discover_jax.execution import sandbox_spec
 from discover_jax.runs.checkpoints import Checkpoints
 from discover_jax.runs.console import QuietConsole
 from discover_jax.runs.host_state import HostState
@@ -42,21 +39,9 @@ class Noting(QuietConsole):
 
 
 @pytest.fixture(scope="module")
-def whole(root) -> Iterator[Path]:
-    """The folder of the uninterrupted run. Runs in this process reuse its compiled functions."""
-    folder = unbroken(root)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(root).items():
-            patch.setenv(name, value)
-        patch.setattr(sandbox_spec, "PRELOAD", ())
-        before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
-        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        compilation_cache.reset_cache()
-        yield folder
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def whole(root, in_this_process) -> Path:
+    """The folder of the uninterrupted run."""
+    return unbroken(root)
 
 
 @pytest.fixture

@@ -2,17 +2,16 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from phrase_config import get_config
-from tiny_run import STEPS, command, environment, unbroken
+from tiny_run import STEPS, unbroken
 
 from discover_jax import main
 from discover_jax.config import validate
-from discover_jax.exceptions import DataError
+from discover_jax.exceptions import DataError, DiscoverError
 from discover_jax.runs.console import QuietConsole
 from discover_jax.tasks.prepare import prepare_task
 
@@ -26,12 +25,6 @@ def workdir(root) -> Path:
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def start(root: Path, workdir: Path, *extra: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*command(root, workdir), *extra], env=environment(root), capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def test_run_leaves_the_files_of_the_documentation(workdir):
@@ -69,21 +62,23 @@ def test_best_grade_matches_the_tasks_grade(workdir):
     assert task.grade((workdir / "best" / "submission.csv").read_bytes()).score == grade["score"]
 
 
-def test_finished_run_does_nothing_when_it_is_started_again(root, workdir):
+def test_finished_run_does_nothing_when_it_is_started_again(root, workdir, in_this_process, capsys):
     before = (workdir / "journal.jsonl").read_bytes()
-    done = start(root, workdir)
-    assert re.search(rf"\bresume[sd]\b.*\bstep {STEPS}\b", done.stdout)
-    assert str(workdir / "best") in done.stdout
-    assert "\x1b" not in done.stdout  # piped: plain lines
+    main.run(validate(get_config(str(root / "model"))), workdir)
+    said = capsys.readouterr().out
+    assert re.search(rf"\bresume[sd]\b.*\bstep {STEPS}\b", said)
+    assert str(workdir / "best") in said
+    assert "\x1b" not in said  # no terminal: plain lines
     assert (workdir / "journal.jsonl").read_bytes() == before
 
 
 def test_mistakes_are_one_clear_error_and_damage_nothing(root, workdir, tmp_path):
+    """tests/test_cli.py tests that the command prints such an error and ends with code 2."""
     before = (workdir / "journal.jsonl").read_bytes()
-    done = start(root, workdir, "--config.seed=5", code=2)
-    assert "seed" in done.stderr
-    assert "5" in done.stderr
-    assert "Traceback" not in done.stderr
+    config = get_config(str(root / "model"))
+    config.seed = 5
+    with pytest.raises(DiscoverError, match=r"(?s)\bseed\b.*\b5\b"):
+        main.run(validate(config), workdir, console=QuietConsole())
     assert (workdir / "journal.jsonl").read_bytes() == before
     config = get_config(str(root / "model"))
     config.task.raw = "/nowhere/train.csv"
