@@ -55,8 +55,15 @@ def _full(model, frozen, lora, tokens_BT, positions_BT, segments_BT):
     return model.logits(frozen, lora, model.hidden(frozen, lora, tokens_BT, positions_BT, segments_BT))
 
 
-def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None):
-    """The logits of all tokens. Padding after them and further rows change nothing, and so one shape is compiled for most tests."""
+def _logits(*arguments):
+    """The logits of all tokens, in NumPy. Slices of a JAX array would be compiled."""
+    padded, rows, length = _padded_logits(*arguments)
+    return np.asarray(padded)[:rows, :length]
+
+
+def _padded_logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None):
+    """The logits with further rows and tokens, and the numbers of true ones. They change nothing, and so one shape is compiled for most
+    tests."""
     rows, length = tokens_BT.shape
     if positions_BT is None:
         positions_BT = np.broadcast_to(np.arange(length), tokens_BT.shape)
@@ -64,12 +71,14 @@ def _logits(model, frozen, lora, tokens_BT, positions_BT=None, segments_BT=None)
         segments_BT = np.ones_like(positions_BT)
     padding = (0, max(0, 3 - rows)), (0, max(0, 50 - length))
     padded = (np.pad(np.asarray(each, np.int32), padding) for each in (tokens_BT, positions_BT, segments_BT))
-    return _full(model, frozen, lora, *padded)[:rows, :length]
+    return _full(model, frozen, lora, *padded), rows, length
 
 
 _prefill = jax.jit(MODEL.prefill)
 _decode = jax.jit(MODEL.decode)
 _logits_of = jax.jit(MODEL.logits)
+_init_cache = jax.jit(MODEL.init_cache, static_argnums=(0, 1, 2))
+_copy_page, _put_pages, _take_pages = jax.jit(copy_page), jax.jit(put_pages), jax.jit(take_pages)
 
 
 @pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -78,11 +87,11 @@ def test_cached_decoding_equals_the_full_forward(frozen, lora, adapted):
     lora = lora if adapted else None
     tokens_BT = _tokens(3, 40)
     expected = _logits(MODEL, frozen, lora, tokens_BT)
-    lengths_B = jnp.array([1, 7, 19])
-    hidden_BD, cache, _ = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, MODEL.init_cache(3, 40, page_size=4))
+    lengths_B = np.array([1, 7, 19])
+    hidden_BD, cache, _ = _prefill(frozen, lora, tokens_BT[:, :20], lengths_B, _init_cache(3, 40, 4))
     for step in range(20):
         at_B = np.asarray(lengths_B) + step
-        got = _logits_of(frozen, lora, hidden_BD)
+        got = np.asarray(_logits_of(frozen, lora, hidden_BD))
         np.testing.assert_allclose(got, expected[np.arange(3), at_B - 1], atol=1e-4, rtol=0)
         hidden_BD, cache, _ = _decode(frozen, lora, tokens_BT[np.arange(3), at_B], cache)
     assert cache.lengths_B.tolist() == [21, 27, 39]
@@ -96,42 +105,44 @@ def test_prompts_read_in_chunks_give_equal_logits(frozen, lora, length, chunk, p
     """Chunks are longer and shorter than the window, and pages are in random order. Decoding continues token by token."""
     tokens_1T = _tokens(1, 50, seed=length)
     expected = _logits(MODEL, frozen, lora, tokens_1T)[0]
-    cache = MODEL.init_cache(1, 60, page_size)
-    cache = dataclasses.replace(cache, pages_BM=jnp.asarray(np.random.default_rng(0).permutation(cache.pool.pages)[None]))
+    cache = _init_cache(1, 60, page_size)
+    cache = dataclasses.replace(cache, pages_BM=jax.device_put(np.random.default_rng(0).permutation(cache.pool.pages)[None]))
     hidden_BD = None
     for first in range(0, length, chunk):
         part = tokens_1T[:, first : min(first + chunk, length)]
         padded = np.pad(part, ((0, 0), (0, chunk - part.shape[1])), constant_values=3)
-        hidden_BD, cache, _ = _prefill(frozen, lora, padded, jnp.array([part.shape[1]]), cache)
+        hidden_BD, cache, _ = _prefill(frozen, lora, padded, np.array([part.shape[1]]), cache)
     assert cache.lengths_B.tolist() == [length]
     for position in range(length, 50):
-        np.testing.assert_allclose(_logits_of(frozen, lora, hidden_BD)[0], expected[position - 1], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(np.asarray(_logits_of(frozen, lora, hidden_BD))[0], expected[position - 1], atol=1e-4, rtol=0)
         hidden_BD, cache, _ = _decode(frozen, lora, tokens_1T[:, position], cache)
 
 
 def test_replaying_routes_gives_equal_outputs(frozen, lora):
     """Routes come from chunked prefill and from decoding. Replaying them equals free routing; changing one changes later tokens."""
     tokens_1T = _tokens(1, 30, seed=5)
-    cache, read = MODEL.init_cache(1, 60, page_size=4), []  # the shapes of another test, whose compiled functions are used
+    cache, read = _init_cache(1, 60, 4), []  # the shapes of another test, whose compiled functions are used
     for first, count in ((0, 8), (8, 3)):
         padded = np.pad(tokens_1T[:, first : first + count], ((0, 0), (0, 8 - count)))
-        _, cache, routes = _prefill(frozen, lora, padded, jnp.array([count]), cache)
-        read.append(routes[:, :count])
+        _, cache, routes = _prefill(frozen, lora, padded, np.array([count]), cache)
+        read.append(np.asarray(routes)[:, :count])
     for position in range(11, 30):
         _, cache, routes = _decode(frozen, lora, tokens_1T[:, position], cache)
-        read.append(routes[:, None])
-    routes_1TLX = jnp.concatenate(read, axis=1)
+        read.append(np.asarray(routes)[:, None])
+    routes_1TLX = np.concatenate(read, axis=1)
     assert routes_1TLX.shape == (1, 30, *MODEL.routes.shape)
-    assert routes_1TLX.dtype == MODEL.routes.dtype == jnp.uint8
-    positions, ones = jnp.arange(30)[None], jnp.ones((1, 30), jnp.int32)
+    assert routes_1TLX.dtype == MODEL.routes.dtype == np.uint8
+    positions, ones = np.arange(30)[None], np.ones((1, 30), np.int32)
     hidden = jax.jit(MODEL.hidden)
     free = hidden(frozen, lora, tokens_1T, positions, ones)
     np.testing.assert_allclose(hidden(frozen, lora, tokens_1T, positions, ones, routes_1TLX), free, atol=1e-4)
     # Another expert in the last layer at the last token changes only that token; in the first layer at position 7, it changes later ones.
     for position, layer in ((29, 3), (7, 0)):
         others = set(range(CONFIG.num_experts)) - set(routes_1TLX[0, position, layer].tolist())
-        other = hidden(frozen, lora, tokens_1T, positions, ones, routes_1TLX.at[0, position, layer, 1].set(min(others)))
-        changed = np.abs(np.asarray(other - free)).max(axis=(0, 2)) > 1e-3
+        replayed = routes_1TLX.copy()
+        replayed[0, position, layer, 1] = min(others)
+        other = hidden(frozen, lora, tokens_1T, positions, ones, replayed)
+        changed = np.abs(np.asarray(other) - np.asarray(free)).max(axis=(0, 2)) > 1e-3
         assert not changed[:position].any()
         assert changed[position]
 
@@ -139,27 +150,28 @@ def test_replaying_routes_gives_equal_outputs(frozen, lora):
 def test_rows_share_and_copy_pages(frozen):
     """Two rows continue a prompt that fills one page and part of another. Then they do so from pages moved to another pool."""
     tokens_1T = _tokens(1, 6)
-    _, read, _ = _prefill(frozen, None, np.pad(tokens_1T, ((0, 0), (0, 2))), jnp.array([6]), MODEL.init_cache(1, 16, page_size=4))
+    _, read, _ = _prefill(frozen, None, np.pad(tokens_1T, ((0, 0), (0, 2))), np.array([6]), _init_cache(1, 16, 4))
     assert read.pages_BM.tolist() == [[0, 1, 2, 3]]
-    pool = copy_page(read.pool, jnp.int32(1), jnp.int32(3))
-    elsewhere = put_pages(MODEL.init_pool(6, 4), jnp.array([5, 0, 6]), take_pages(pool, jnp.array([0, 3, 9])))  # pages 6 and 9 are invalid
-    np.testing.assert_array_equal(copy_page(pool, jnp.int32(0), jnp.int32(4)).keys_LPKsH, pool.keys_LPKsH)  # page 4 is invalid in this pool
-    ring_k, ring_v = (jnp.repeat(ring, 2, axis=1) for ring in (read.ring_k_LBKWH, read.ring_v_LBKWH))
-    for pages, pages_BM in ((pool, [[0, 1], [0, 3]]), (elsewhere, [[5, 0], [5, 0]])):
-        rows = Cache(pages, ring_k, ring_v, jnp.array(pages_BM), jnp.array([6, 6]))
+    pool = _copy_page(read.pool, np.int32(1), np.int32(3))
+    # Pages 4 and 9 are invalid.
+    elsewhere = _put_pages(_init_cache(1, 16, 4).pool, np.array([2, 0, 4]), _take_pages(pool, np.array([0, 3, 9])))
+    np.testing.assert_array_equal(_copy_page(pool, np.int32(0), np.int32(4)).keys_LPKsH, pool.keys_LPKsH)
+    ring_k, ring_v = (jax.device_put(np.repeat(ring, 2, axis=1)) for ring in (read.ring_k_LBKWH, read.ring_v_LBKWH))
+    for pages, pages_BM in ((pool, [[0, 1], [0, 3]]), (elsewhere, [[2, 0], [2, 0]])):
+        rows = Cache(pages, ring_k, ring_v, jax.device_put(np.array(pages_BM, np.int32)), jax.device_put(np.array([6, 6], np.int32)))
         tokens_B = np.array([5, 7]) if pages is pool else np.array([5, 5])
         hidden_BD, after, _ = _decode(frozen, None, tokens_B, rows)
         for row, token in enumerate(tokens_B):
             expected = _logits(MODEL, frozen, None, np.concatenate([tokens_1T, [[token]]], axis=1))[0, -1]
-            np.testing.assert_allclose(_logits_of(frozen, None, hidden_BD)[row], expected, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(np.asarray(_logits_of(frozen, None, hidden_BD))[row], expected, atol=1e-4, rtol=0)
         assert after.lengths_B.tolist() == [7, 7]
 
 
 def test_empty_rows_write_no_page(frozen):
-    cache = MODEL.init_cache(2, 8, page_size=4)
-    _, cache, _ = _prefill(frozen, None, _tokens(2, 4), jnp.array([4, 4]), cache)
-    emptied = dataclasses.replace(cache, lengths_B=jnp.array([4, 0]))
-    _, after, _ = _decode(frozen, None, jnp.array([5, 6]), emptied)
+    cache = _init_cache(2, 8, 4)
+    _, cache, _ = _prefill(frozen, None, _tokens(2, 4), np.array([4, 4]), cache)
+    emptied = dataclasses.replace(cache, lengths_B=jax.device_put(np.array([4, 0], np.int32)))
+    _, after, _ = _decode(frozen, None, np.array([5, 6]), emptied)
     changed = np.flatnonzero((np.asarray(after.pool.keys_LPKsH) != np.asarray(cache.pool.keys_LPKsH)).any(axis=(0, 2, 3, 4)))
     assert changed.tolist() == [1]
 
@@ -167,7 +179,7 @@ def test_empty_rows_write_no_page(frozen):
 @pytest.mark.parametrize(("chunk", "capacity"), [(6, 16), (12, 8)])
 def test_invalid_chunk_sizes_are_refused(frozen, chunk, capacity):
     with pytest.raises(CapacityError, match=rf"\b{chunk} tokens.*pages"):
-        MODEL.prefill(frozen, None, _tokens(1, chunk), jnp.array([4]), MODEL.init_cache(1, capacity, page_size=4))
+        MODEL.prefill(frozen, None, _tokens(1, chunk), jnp.array([4]), _init_cache(1, capacity, 4))
 
 
 def test_packed_sequences_do_not_see_each_other(frozen, lora):
@@ -198,7 +210,7 @@ def test_unmerged_adapter_equals_merged_weights(frozen, lora):
                 merged[name] = merge(base[name], value)
         if "lora_a" in adapter:
             rank = adapter["lora_a"].shape[-2]
-            merged["weight"] = base["weight"] + 8.0 / rank * adapter["lora_b"] @ adapter["lora_a"]
+            merged["weight"] = base["weight"] + 8.0 / rank * np.asarray(adapter["lora_b"]) @ np.asarray(adapter["lora_a"])
         return merged
 
     tokens_BT = _tokens(2, 20)
@@ -220,7 +232,8 @@ def test_remat_changes_memory_but_not_gradients(frozen, lora):
         model = dataclasses.replace(MODEL, remat=remat)
 
         def loss(lora, model=model):
-            return jnp.sum(jnp.sin(_logits(model, frozen, lora, tokens_BT)))
+            padded, rows, length = _padded_logits(model, frozen, lora, tokens_BT)
+            return jnp.sum(jnp.sin(padded[:rows, :length]))
 
         compiled = jax.jit(jax.grad(loss)).lower(lora).compile()
         gradients.append(compiled(lora))
