@@ -210,7 +210,7 @@ def test_unmerged_adapter_equals_merged_weights(frozen, lora):
                 merged[name] = merge(base[name], value)
         if "lora_a" in adapter:
             rank = adapter["lora_a"].shape[-2]
-            merged["weight"] = base["weight"] + 8.0 / rank * np.asarray(adapter["lora_b"]) @ np.asarray(adapter["lora_a"])
+            merged["weight"] = np.asarray(base["weight"]) + 8.0 / rank * np.asarray(adapter["lora_b"]) @ np.asarray(adapter["lora_a"])
         return merged
 
     tokens_BT = _tokens(2, 20)
