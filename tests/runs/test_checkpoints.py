@@ -136,7 +136,7 @@ import jax.numpy as jnp, numpy as np
 from discover_jax.exceptions import RunError
 from discover_jax.learning.train_state import adam, init_train_state
 from discover_jax.runs.checkpoints import Checkpoints
-state = init_train_state({"a": jax.device_put(np.random.default_rng(0).normal(size=(300, 300)).astype(np.float32))}, adam())
+state = init_train_state({"a": jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)}, adam())
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep=2, every=0)
 checkpoints.save(1, state, {"step": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
