@@ -34,8 +34,9 @@ CLOCK = 1.75e9
 CORES = {"v5p": 2, "v6e": 1}
 SLICES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 EXPERTS, WIDTH, RANK, ROWS, COLUMNS, AT_ONCE = 16, 2_880, 8, 256, 512, 16_384
-ROWS_OF_EXPERT = 8 * 34_192 / 6 * 4 / 128
-"""Rows of an expert in one of six chunks of run 3's longest rows on 8 devices."""
+VISITORS = 34_304
+ROWS_OF_EXPERT = VISITORS * 4 / 128
+"""Rows of an expert in a visit: of one of run 3's longest rows, of 34,192 tokens."""
 HEADS, KV_HEADS, HEAD, TOKENS, BLOCK = 64, 8, 64, 34_304, 512
 
 
@@ -62,6 +63,7 @@ class Kernel(NamedTuple):
 def kernels() -> Iterator[Kernel]:
     """The update's kernels."""
     from discover_jax.kernels import attention_update_pallas as attention
+    from discover_jax.kernels import exchange_ring_pallas as ring
     from discover_jax.kernels import experts_update_pallas as experts
 
     blocks = AT_ONCE // ROWS
@@ -76,11 +78,12 @@ def kernels() -> Iterator[Kernel]:
         halves = [(g, bg, (low, ag)), (u, bu, (low, au))]
         return experts.activation(x, halves, experts.Owners(*owners), tiles, limit=7.0, alpha=1.702)
 
-    def down(x: Any, w: Any, b: Any, low: Any, a: Any, *owners: Any) -> Any:
-        return experts.grouped([(x, w)], experts.Owners(*owners), tiles, bias=b, adapter=(low, a))
+    def down(x: Any, w: Any, b: Any, low: Any, a: Any, weights: Any, *owners: Any) -> Any:
+        return experts.grouped([(x, w)], experts.Owners(*owners), tiles, bias=b, adapter=(low, a), weights_P1=weights)
 
-    def d_active(x: Any, w: Any, low: Any, a: Any, *owners: Any) -> Any:
-        return experts.grouped([(x, w)], experts.Owners(*owners), tiles, transposed=True, adapter=(low, a), dtype=x.dtype)
+    def d_active(x: Any, w: Any, low: Any, a: Any, active: Any, gates: Any, ups: Any, weights: Any, *owners: Any) -> Any:
+        options: dict[str, Any] = {"adapter": (low, a), "limit": 7.0, "alpha": 1.702}
+        return experts.activation_gradient(x, w, (active, gates, ups), weights, experts.Owners(*owners), tiles, **options)
 
     def d_inputs(x: Any, y: Any, w: Any, v: Any, low: Any, a: Any, *owners: Any) -> Any:
         return experts.grouped([(x, w), (y, v)], experts.Owners(*owners), tiles, transposed=True, adapter=(low, a))
@@ -101,8 +104,11 @@ def kernels() -> Iterator[Kernel]:
         2 * product,
         steps * read + 3 * read + 2 * block,
     )
-    yield Kernel("experts_down", down, (x, matrix, bias, low, adapter, *both), steps, product, steps * read + 2 * read + block)
-    yield Kernel("experts_d_active", d_active, (x, matrix, low, adapter, *both), steps, product, steps * read + read + block)
+    weights = "float32", (rows, 1)
+    yield Kernel("experts_down", down, (x, matrix, bias, low, adapter, weights, *both), steps, product, steps * read + 2 * read + block)
+    # It reads the activation, gates and ups, and writes the gradients of gates and ups, and a row of lanes for each row.
+    of_rows = (x, matrix, low, adapter, x, x, x, weights)
+    yield Kernel("experts_d_active", d_active, (*of_rows, *both), steps, product, (steps + 5) * read + steps * 512 * ROWS + block)
     yield Kernel(
         "experts_d_inputs",
         d_inputs,
@@ -113,6 +119,10 @@ def kernels() -> Iterator[Kernel]:
     )
     yield Kernel("experts_to_rank", down_to_rank, (x, adapter, *both), 1, 0.0, read)
     yield Kernel("experts_outer", outer, (("float32", (rows, RANK)), x, *both), many, 0.0, read)
+
+    sent, part = ("float32", (VISITORS // 2, WIDTH)), ("float32", (VISITORS, WIDTH))
+    yield Kernel("exchange_join", lambda x, y: ring.join(x, y, 0), (("", (1, *sent[1])),) * 2, 1, 0.0, 8 * ring.ROWS * WIDTH)
+    yield Kernel("exchange_add", ring.add, (sent, sent, part), 1, 0.0, 32 * ring.ROWS * WIDTH)
 
     cut, half = attention.Blocks(BLOCK, TOKENS // BLOCK), 2.0 * BLOCK * BLOCK * HEAD
     q, k = ("", (1, HEADS, HEAD, TOKENS)), ("", (1, KV_HEADS, TOKENS, HEAD))

@@ -6,7 +6,8 @@ have kernels.
 
 The *roofline* of a phase is what a device needs at least, at the vendor's peak: the longest of bytes (each weight that is used, and each
 key and value, read once), operations (those of the update with rematerialisation) and exchange (activations gathered in bfloat16, and sums
-returned in float32, once). The prediction adds up its parts as if none overlapped.
+returned in float32, once). The prediction adds up its parts as if none overlapped, with one exception: in the compiled program, the
+exchange of an update's tokens around a ring overlaps with the kernels of the experts.
 """
 
 import math
@@ -31,8 +32,9 @@ from discover_jax.costs import (
 )
 from discover_jax.kernels.attention_update_tpu import BLOCK
 from discover_jax.kernels.exchange import chunk_of
+from discover_jax.kernels.exchange_ring import TILE as RING_TILE
 from discover_jax.kernels.expert_steps_tpu import LANES, packed_column
-from discover_jax.kernels.experts_update_tpu import TOKEN_TILE, TOKENS_AT_ONCE, choose_tiles
+from discover_jax.kernels.experts_update_tpu import TOKEN_TILE, TOKENS_AT_ONCE, choose_tiles, use_ring
 from discover_jax.machines import Speeds, TpuPeaks
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.sampling.sampler import LAUNCH_STEPS, PROMPT_CHUNK
@@ -70,11 +72,16 @@ SCHEDULE_ALLOWANCE = 1.25
 """Time of the update's kernels and products over that of the compiler's schedule, which shows neither late copies, conflicts in memory nor
 the start of kernels. This is a judgement, not a measurement. Copies take at most half of a step, but nearly all of it where the next block
 has another expert, whose matrices are then read within one step. That is one block in six with run 3's chunks."""
-EXPERTS_SMALL_SECONDS, EXPERTS_SMALL_SECONDS_GRADIENT = 0.34e-6, 1.15e-6
-"""Seconds of a token and layer of gpt-oss in XLA's operations around the kernels of the experts: casts, zeros, gradients of the activation,
-copies. XLA's estimates for v5p at 1.75 GHz, in a compiled layer of the 120b with 34,192 tokens on each of 8 devices
-(tests/kernels/tpu_compile_program.py). XLA assumes a fifth to a quarter of the bandwidth for the largest. Other chips are scaled by their
-bandwidth."""
+EXPERTS_SMALL = {True: (0.17e-6, 0.36e-6), False: (0.28e-6, 0.84e-6)}
+"""Seconds of a token and layer of gpt-oss in XLA's operations around the kernels of the experts, forward and for the gradient, with a ring
+and without: casts, zeros, copies, also those at the borders of the layer. XLA's estimates for v5p at 1.75 GHz, in a compiled layer of the
+120b with 34,192 tokens on each of 8 devices (tests/kernels/tpu_compile_program.py). XLA assumes a fifth to a quarter of the bandwidth for
+the largest. Without a ring, compiled before the kernel for the gradient of the activation, and less the operations that it replaces. Other
+chips are scaled by their bandwidth."""
+RING_BYTES = 20
+"""Bytes that the kernels of a ring read and write per value of a visitor, forward as well as backward. Forward: joining its halves, 4;
+adding to the sums, 12; zeros, 4. Backward: joining activations and gradients, 8; adding, 8; zeros, 4. By their schedules, they take as long
+as these copies (benchmarks/tpu_schedule.py)."""
 _V5P_BANDWIDTH, _SMALL_WIDTH = 2765e9, 2_880
 LAYER_BYTES, LAYER_BYTES_GRADIENT = 60, 210
 """Bytes that a layer's other operations read and write per token and value of its width: norms, sums, rotation, layouts of queries and
@@ -253,11 +260,6 @@ def microbatch(
     passes, peaks = PASSES[gradient], _peaks(speeds)
     weights = sizes.num_layers * sizes.num_experts / mesh.expert * expert_weights(sizes)
     unpacked = passes.unpackings * (_packed_bytes(sizes, lora, mesh, 1.0) + 2 * weights)
-    sent, sums = (SENT_GRADIENT, SUMS_GRADIENT) if gradient else (SENT_FORWARD, SUMS_FORWARD)
-    values = sizes.num_layers * tokens * mesh.expert * sizes.width if sizes.num_experts else 0.0
-    exchange = _exchange_seconds(speeds, mesh, values * (sent + (SUMS_FACTOR - 1) * sums), 6 * sizes.num_layers)
-    if gradient and mesh.data > 1:
-        exchange += 2 * (mesh.data - 1) / mesh.data * adapter / speeds.link + speeds.latency
     of_experts = sizes.num_layers * sizes.experts_per_token * expert_weights(sizes) if sizes.num_experts else 0
     reached = peaks.schedule
     per_token = {  # operations, with padding, at the scheduled speed
@@ -271,19 +273,65 @@ def microbatch(
         / (reached.attention_gradient if gradient else reached.attention),
     }
     again = REMAT_FACTORS[remat] if gradient else 1.0
-    return {part: SCHEDULE_ALLOWANCE * again * tokens * each / peaks.product for part, each in per_token.items()} | {
+    kernels = {part: SCHEDULE_ALLOWANCE * tokens * each / peaks.product for part, each in per_token.items()}
+    exchange = 0.0
+    if sizes.num_experts:
+        forward = FORWARD.products / passes.products * kernels["experts"]
+        if gradient:
+            forward *= reached.experts_gradient / reached.experts
+        exchange = _exchange_of_update(sizes, speeds, mesh, tokens, forward, kernels["experts"] - forward)
+    if gradient and mesh.data > 1:
+        exchange += 2 * (mesh.data - 1) / mesh.data * adapter / speeds.link + speeds.latency
+    return {part: again * seconds for part, seconds in kernels.items()} | {
         "unpacking": unpacked / (UPDATE_UNPACK_FRACTION * speeds.copy),
         "rows of experts": _rows_seconds(sizes, speeds, tokens, gradient=gradient),
-        "small operations": _small_seconds(sizes, speeds, tokens, gradient=gradient),
+        "small operations": _small_seconds(sizes, speeds, mesh, tokens, gradient=gradient),
         "exchange": exchange,
     }
 
 
+def _around(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> bool:
+    """Whether the tokens of a layer's experts go around a ring of devices."""
+    return bool(sizes.num_experts) and use_ring(mesh.expert, math.ceil(tokens) * sizes.experts_per_token, sizes.num_experts)
+
+
+def _exchange_of_update(sizes: ModelConfig, speeds: Speeds, mesh: MeshShape, tokens: float, forward: float, backward: float) -> float:
+    """Seconds of a microbatch's exchange that do not overlap with the kernels of the experts.
+
+    Args:
+      sizes, speeds, mesh: of the run.
+      tokens: of a device.
+      forward, backward: seconds of these kernels in each pass; `backward` is 0 without a gradient.
+    """
+    layers, values = sizes.num_layers, tokens * sizes.width
+    passes: list[tuple[int, int, float]] = [(SENT_FORWARD, SUMS_FORWARD, forward)]
+    if backward:
+        passes.append((SENT_GRADIENT - SENT_FORWARD, SUMS_GRADIENT - SUMS_FORWARD, backward))
+    if not _around(sizes, mesh, tokens):
+        size = layers * values * mesh.expert * sum(sent + (SUMS_FACTOR - 1) * sums for sent, sums, _ in passes)
+        return _exchange_seconds(speeds, mesh, size, 6 * layers)
+    # Half of the tokens in each direction. Two devices, or a line of chips, have one link for both.
+    links = min(2, _peaks(speeds).links(mesh.expert)) if mesh.expert > 2 else 1
+    link, seconds = links * speeds.link, 0.0
+    for sent, sums, kernels in passes:
+        # Each visit also sends the last visitors on; the first visitors come before any visit.
+        visit, first = values * sent / link + speeds.latency, values * (sent - sums) / link + speeds.latency
+        seconds += layers * (first + mesh.expert * max(0.0, visit - kernels / (layers * mesh.expert)))
+    # All devices gather experts and weights of the choices in each pass, and add the gradients of the weights.
+    choices = layers * tokens * mesh.expert * sizes.experts_per_token * 4
+    return seconds + _exchange_seconds(
+        speeds, mesh, choices * (2 * len(passes) + (SUMS_FACTOR if backward else 0)), 3 * len(passes) * layers
+    )
+
+
 def _padding(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> float:
-    """Rows of the experts' blocks over those that tokens fill: half a block of each expert in a chunk is padding."""
+    """Rows of the experts' blocks over those that tokens fill: half a block of each expert in a chunk, or in a visit, is padding."""
     if not sizes.num_experts:
         return 1.0
-    chunk = chunk_of(math.ceil(tokens), mesh.expert, TOKENS_AT_ONCE, TOKEN_TILE) * mesh.expert
+    if _around(sizes, mesh, tokens):
+        chunk = chunk_of(math.ceil(tokens), 1, TOKENS_AT_ONCE, 2 * RING_TILE)
+    else:
+        chunk = chunk_of(math.ceil(tokens), mesh.expert, TOKENS_AT_ONCE, TOKEN_TILE) * mesh.expert
     choices = chunk * sizes.experts_per_token
     rows = choose_tiles(choices, sizes.num_experts, sizes.num_experts // mesh.expert).rows
     return 1 + rows * sizes.num_experts / (2 * choices)
@@ -312,13 +360,15 @@ def _rows_seconds(sizes: ModelConfig, speeds: Speeds, tokens: float, *, gradient
     return values * ((2 * 4 + 12) + (3 * 4 + 12) * gradient) / speeds.copy
 
 
-def _small_seconds(sizes: ModelConfig, speeds: Speeds, tokens: float, *, gradient: bool) -> float:
-    """Seconds of XLA's operations that are neither products nor kernels, rows of experts nor exchange."""
+def _small_seconds(sizes: ModelConfig, speeds: Speeds, mesh: MeshShape, tokens: float, *, gradient: bool) -> float:
+    """Seconds of XLA's operations that are neither products nor kernels, rows of experts nor exchange; and of a ring's kernels."""
     values = sizes.num_layers * tokens * sizes.width
     seconds = values * (LAYER_BYTES_GRADIENT if gradient else LAYER_BYTES) / speeds.copy
     if sizes.num_experts:
-        each = (EXPERTS_SMALL_SECONDS_GRADIENT if gradient else EXPERTS_SMALL_SECONDS) * _V5P_BANDWIDTH / _peaks(speeds).bandwidth
-        seconds += values / _SMALL_WIDTH * each
+        peaks, around = _peaks(speeds), _around(sizes, mesh, tokens)
+        seconds += values / _SMALL_WIDTH * EXPERTS_SMALL[around][gradient] * _V5P_BANDWIDTH / peaks.bandwidth
+        if around:
+            seconds += SCHEDULE_ALLOWANCE * (1 + gradient) * values * mesh.expert * RING_BYTES / peaks.bandwidth
     return seconds
 
 
@@ -344,10 +394,11 @@ def assumptions(speeds: Speeds) -> Iterator[str]:
     )
     yield (
         f"    by XLA's own estimates for programs of the 120b: the update's plain products reach {peaks.schedule.plain:.0%} of the vendor's"
-        f" FLOP/s, and small operations of its experts take {EXPERTS_SMALL_SECONDS_GRADIENT * 1e6:.2f} us a token and layer on a v5p"
+        f" FLOP/s, and small operations of its experts take {EXPERTS_SMALL[True][True] * 1e6:.2f} us a token and layer on a v5p with"
+        f" a ring, {EXPERTS_SMALL[False][True] * 1e6:.2f} us without"
     )
     yield (
         f"    guessed: links reach {speeds.link / peaks.link:.0%} of the vendor's speed, one for each dimension of the slice that `expert`"
-        f" spans; a small collective takes {speeds.latency * 1e6:.0f} us; all experts have the same load. Nothing overlaps, as in"
-        " the compiled programs"
+        f" spans; a small collective takes {speeds.latency * 1e6:.0f} us; all experts have the same load. Nothing overlaps but,"
+        " as in the compiled programs, the experts' kernels of the update with an exchange around a ring"
     )

@@ -164,9 +164,9 @@ def test_fractions_follow_from_the_predictions():
     assert one.rooflines["update"]["operations"] == pytest.approx(operations / 459e12)
 
 
-@pytest.mark.parametrize(("tokens", "expert", "padding"), [(4_096, 16, 1.125), (34_192, 8, 1.09)])
+@pytest.mark.parametrize(("tokens", "expert", "padding"), [(4_096, 16, 1.125), (34_192, 8, 1.12)])
 def test_experts_compute_half_a_block_of_padding_each(tokens, expert, padding):
-    """In two chunks of 2,048 tokens on 16 devices, and in six of 5,712 tokens on 8. Blocks have 256 rows."""
+    """In two chunks of 2,048 tokens on 16 devices, and in visits of 34,304 tokens around a ring of 8. Blocks have 256 rows."""
     mesh, of = MeshShape(1, expert), (GPT_OSS_120B, LoraConfig())
     seconds = costs_tpu.microbatch(*of, _V5P, tokens, 8192, mesh, gradient=True)["experts"]
     least = tokens * 6 * 36 * 4 * costs.expert_weights(GPT_OSS_120B) / _V5P.tpu.product
@@ -182,7 +182,7 @@ def test_attention_computes_whole_blocks():
     assert found > costs.attention_operations(sizes, 1_024)
 
 
-def test_sums_of_the_update_are_sent_twice():
+def test_sums_of_chunks_are_sent_twice():
     """XLA compiles a scattered sum as an all-reduce: forward 2 + 2 x 4 bytes a value, backward 2 + 2 + 2 x 2."""
     (sent, again) = (
         costs_tpu.microbatch(GPT_OSS_120B, LoraConfig(), _V5P, 8192, 8192, _EIGHT, gradient=gradient)["exchange"]
@@ -191,3 +191,27 @@ def test_sums_of_the_update_are_sent_twice():
     started = 6 * 36 * _V5P.latency
     assert sent - started == pytest.approx(36 * 8192 * 7 * 2880 * 10 / _V5P.link)
     assert again - started == pytest.approx(36 * 8192 * 7 * 2880 * 18 / _V5P.link)
+
+
+def test_a_ring_hides_behind_the_experts():
+    """34,192 tokens of each of 8 devices, half in each direction. The kernels of a visit overlap with what it sends."""
+    tokens, of = 34_192, (GPT_OSS_120B, LoraConfig())
+    found = costs_tpu.microbatch(*of, _TORUS, tokens, 8192, _EIGHT, gradient=False)
+    link = 2 * _TORUS.link  # two of the three that a chip of this torus has
+    visit = tokens * 2880 * (2 + 4) / link + _TORUS.latency
+    kernels = found["experts"] / (36 * 8)
+    assert 0 < visit - kernels < visit
+    first = tokens * 2880 * 2 / link + _TORUS.latency
+    gathered = 7 * tokens * 4 * (4 + 4) / (3 * _TORUS.link) + 3 * _TORUS.latency  # experts and weights of the choices, along three links
+    assert found["exchange"] == pytest.approx(36 * (first + 8 * (visit - kernels) + gathered))
+    # The kernels of the backward pass take longer than what a visit sends: activations and gradients, and sums in bfloat16.
+    both = costs_tpu.microbatch(*of, _TORUS, tokens, 8192, _EIGHT, gradient=True)
+    more = 7 * tokens * 4 * (8 + 8) / (3 * _TORUS.link) + 3 * _TORUS.latency
+    assert both["exchange"] - found["exchange"] == pytest.approx(36 * (2 * first - _TORUS.latency + more), rel=1e-3)
+
+
+def test_two_devices_use_one_link_for_both_directions():
+    free = dataclasses.replace(_TORUS, tpu=dataclasses.replace(_TORUS.tpu, product=1e30))  # kernels take no time
+    seconds = costs_tpu.microbatch(GPT_OSS_120B, LoraConfig(), free, 34_192, 8192, MeshShape(1, 2), gradient=False)["exchange"]
+    sent = 36 * 34_192 * (2880 * (2 + 2 * 6) + 4 * 8) / _TORUS.link
+    assert seconds == pytest.approx(sent + 36 * (1 + 2 + 3) * _TORUS.latency)

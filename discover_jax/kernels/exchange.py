@@ -69,19 +69,24 @@ class Exchange:
       axis: name of the mesh axis; empty if this device's tokens are all that it reads. Then there is one chunk.
       most: largest number of tokens of all devices in a chunk.
       tile: tokens of a device's chunk are a multiple of this.
+      ring: if not empty, a chunk has at most `most` tokens of each device, which go around these devices (see `exchange_ring`). Then `tile`
+        is even.
     """
 
     axis: str = ""
     most: int = 1
     tile: int = 1
+    ring: tuple[int, ...] = ()
 
     def chunk(self, tokens: int) -> int:
         """This device's tokens in each chunk: equal numbers, so that the last chunk is not mostly padding."""
+        if self.ring:
+            return chunk_of(tokens, 1, self.most, self.tile)
         return chunk_of(tokens, self._devices(), self.most, self.tile) if self.axis else tokens
 
     def gathered(self, tokens: int) -> int:
-        """All devices' tokens in each chunk."""
-        return self.chunk(tokens) * self._devices()
+        """Tokens whose experts a device computes at once: all devices' tokens in a chunk, or as many as visit it."""
+        return self.chunk(tokens) * (1 if self.ring else self._devices())
 
     def _devices(self) -> int:
         return lax.axis_size(self.axis) if self.axis else 1

@@ -142,9 +142,9 @@ def grouped(
     transposed: bool = False,
     bias: jax.Array | None = None,
     adapter: tuple[jax.Array, jax.Array] | None = None,
-    dtype: Any = jnp.float32,
+    weights_P1: jax.Array | None = None,
 ) -> jax.Array:
-    """Rows times their expert's matrix, summed over `factors`: [P, N] in `dtype`. Zero in blocks without rows.
+    """Rows times their expert's matrix, summed over `factors`: float32 [P, N]. Zero in blocks without rows.
 
     Args:
       factors: rows [P, K], and matrices [E, K, N], or [E, N, K] if `transposed`.
@@ -152,26 +152,30 @@ def grouped(
       tiles: the tiles.
       bias: float32 [E, N].
       adapter: rows [P, r] and matrices [E, r, N], whose product is added.
+      weights_P1: float32, by which the rows of the result are multiplied.
     """
     width = factors[0][1].shape[1 if transposed else 2]
     call = _Call(tiles, owners, min(tiles.columns, width))
     for x_PK, matrix in factors:
         call.rows(x_PK)
         call.matrix(matrix, transposed=transposed)
+    if weights_P1 is not None:
+        call.rows(weights_P1)
     call.optional(bias, adapter)
-    kernel = functools.partial(_grouped, factors=len(factors), transposed=transposed, biased=bias is not None)
-    return call(kernel, "experts_grouped", width, [dtype])[0]
+    options = {"factors": len(factors), "transposed": transposed, "biased": bias is not None, "weighted": weights_P1 is not None}
+    return call(functools.partial(_grouped, **options), "experts_grouped", width, [jnp.float32])[0]
 
 
-def _grouped(_experts, rows_b, *refs: Any, factors: int, transposed: bool, biased: bool) -> None:
+def _grouped(_experts, rows_b, *refs: Any, factors: int, transposed: bool, biased: bool, weighted: bool) -> None:
     *inputs, out = refs
+    weights, inputs = (inputs[2 * factors], inputs[: 2 * factors] + inputs[2 * factors + 1 :]) if weighted else (None, inputs)
 
     @pl.when(rows_b[pl.program_id(1)] > 0)
     def _() -> None:
         sums, more = _optional(inputs[2 * factors :], biased=biased), inputs[: 2 * factors]
         for x, matrix in zip(more[0::2], more[1::2], strict=True):
             sums += dot(x[...], matrix[...].astype(x.dtype), (1, 1) if transposed else (1, 0))
-        out[...] = sums.astype(out.dtype)
+        out[...] = sums if weights is None else weights[...] * sums
 
     @pl.when(rows_b[pl.program_id(1)] == 0)
     def _() -> None:
@@ -228,6 +232,65 @@ def _activation(_experts, rows_b, x, *refs: Any, limit: float, alpha: float) -> 
             out[...] = jnp.zeros_like(out)
 
 
+def activation_gradient(
+    d_PK: jax.Array,
+    matrix: jax.Array,
+    forward: Sequence[jax.Array],
+    weights_P1: jax.Array,
+    owners: Owners,
+    tiles: Tiles,
+    *,
+    adapter: tuple[jax.Array, jax.Array] | None = None,
+    limit: float,
+    alpha: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of gates and ups, [P, N] in the rows' dtype, and of the rows' weights but for the bias, float32 [P].
+
+    Args:
+      d_PK: gradient of the output, for weights of 1.
+      matrix: of the output, [E, N, K].
+      forward: `activation`'s results.
+      weights_P1: float32 weights of the rows' outputs.
+      owners, tiles, adapter: as for `grouped`.
+      limit, alpha: of the activation.
+    """
+    width = matrix.shape[1]
+    call = _Call(tiles, owners, min(tiles.columns, width))
+    call.rows(d_PK)
+    call.matrix(matrix, transposed=True)
+    for x_PN in forward:
+        call.columns(x_PN)
+    call.rows(weights_P1)
+    call.optional(None, adapter)
+    kernel = functools.partial(_activation_gradient, width=width, limit=limit, alpha=alpha)
+    d_gates, d_ups, parts_nP1 = call(kernel, "experts_gradient", width, [d_PK.dtype] * 2, row_sums=True)
+    return d_gates, d_ups, parts_nP1.sum(axis=(0, 2))
+
+
+def _activation_gradient(
+    _experts, rows_b, d, matrix, active, gates, ups, weights, *refs: Any, width: int, limit: float, alpha: float
+) -> None:
+    (*low, d_gates, d_ups, part), first = refs, pl.program_id(0) * active.shape[1]
+
+    @pl.when(rows_b[pl.program_id(1)] > 0)
+    def _() -> None:
+        sums = dot(d[...], matrix[...].astype(d.dtype), (1, 1)) + _optional(low, biased=False)
+        d_active = sums.astype(d.dtype).astype(jnp.float32)
+        columns = first + lax.broadcasted_iota(jnp.int32, active.shape, 1)
+        of_columns = jnp.where(columns < width, d_active * active[...].astype(jnp.float32), 0.0)
+        part[...] = of_columns.sum(axis=1, keepdims=True)
+        _, pull = jax.vjp(
+            functools.partial(activate, limit=limit, alpha=alpha), gates[...].astype(jnp.float32), ups[...].astype(jnp.float32)
+        )
+        gradients = pull(weights[...] * d_active)
+        d_gates[...], d_ups[...] = (gradient.astype(d_gates.dtype) for gradient in gradients)
+
+    @pl.when(rows_b[pl.program_id(1)] == 0)
+    def _() -> None:
+        for out in (d_gates, d_ups, part):
+            out[...] = jnp.zeros_like(out)
+
+
 class _Call:
     """Collects the arguments of a kernel whose grid is (columns, blocks)."""
 
@@ -243,6 +306,9 @@ class _Call:
     def rows(self, x_PK: jax.Array) -> None:
         self._add(x_PK, (self._tiles.rows, x_PK.shape[1]), lambda _n, b, _e: (b, 0))
 
+    def columns(self, x_PN: jax.Array) -> None:
+        self._add(x_PN, (self._tiles.rows, self._columns), lambda n, b, _e: (b, n))
+
     def matrix(self, matrix: jax.Array, *, transposed: bool) -> None:
         if transposed:
             self._add(matrix, (None, self._columns, matrix.shape[2]), lambda n, _b, e: (e, n, 0))
@@ -256,16 +322,22 @@ class _Call:
             self.rows(adapter[0])
             self.matrix(adapter[1], transposed=False)
 
-    def __call__(self, kernel: Callable, name: str, width: int, dtypes: Sequence[Any]) -> list[jax.Array]:
-        blocks = self._owners.rows_b.shape[0]
+    def __call__(self, kernel: Callable, name: str, width: int, dtypes: Sequence[Any], *, row_sums: bool = False) -> list[jax.Array]:
+        """`row_sums`: also float32 [n, P, 1], of each row and block of columns."""
+        blocks, rows, columns = self._owners.rows_b.shape[0], self._tiles.rows, pl.cdiv(width, self._columns)
+        shapes = [jax.ShapeDtypeStruct((blocks * rows, width), dtype) for dtype in dtypes]
+        specs = [pl.BlockSpec((rows, self._columns), lambda n, b, *_: (b, n))] * len(dtypes)
+        if row_sums:
+            shapes.append(jax.ShapeDtypeStruct((columns, blocks * rows, 1), jnp.float32))
+            specs.append(pl.BlockSpec((None, rows, 1), lambda n, b, *_: (n, b, 0)))
         return pl.pallas_call(
             kernel,
-            out_shape=[jax.ShapeDtypeStruct((blocks * self._tiles.rows, width), dtype) for dtype in dtypes],
+            out_shape=shapes,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
-                grid=(pl.cdiv(width, self._columns), blocks),
+                grid=(columns, blocks),
                 in_specs=self._specs,
-                out_specs=[pl.BlockSpec((self._tiles.rows, self._columns), lambda n, b, *_: (b, n))] * len(dtypes),
+                out_specs=specs,
             ),
             # A v5p chip splits the columns over its two cores, or the blocks if there is one block of columns.
             compiler_params=_params("parallel", "arbitrary" if width > self._columns else "parallel"),

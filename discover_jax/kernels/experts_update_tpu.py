@@ -11,7 +11,6 @@ The kernels were compiled for TPUs and interpreted on a CPU. No TPU has run them
 Dimensions: R choices of experts of all tokens, P rows of a loop's blocks, F width of an expert.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,12 +18,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import lax
 
 from discover_jax.kernels.exchange import Exchange, exchanged
+from discover_jax.kernels.exchange_ring import TILE as RING_TILE
+from discover_jax.kernels.exchange_ring import Ring, Visit, around
+from discover_jax.kernels.expert_matrices_tpu import Adapter, Arrays, Layer, Matrices, alternating
 from discover_jax.kernels.expert_rows import cut_blocks
-from discover_jax.kernels.experts import ExpertMatrix, activate, moe_reference
-from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation, grouped, outer, unpack, unpack_lanes
+from discover_jax.kernels.experts import ExpertMatrix, moe_reference
+from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation_gradient, grouped, outer
 from discover_jax.kernels.fallback import experts_update_refusal, warn_reference
 
 ROWS = (512, 256, 128)
@@ -36,6 +39,8 @@ TOKENS_AT_ONCE = 49_152
 TOKEN_TILE = 16
 """Tokens of a chunk on a device are a multiple of this. A TPU stores 16 rows of bfloat16 together; XLA copies other chunks into another
 layout before and after it gathers them."""
+ROWS_OF_RING = ROWS[1]
+"""Rows of the blocks that a device's tokens must allow, by the rule of `choose_tiles`, to go around a ring."""
 UNEVEN = 1.1
 """Rows that a device may have over its share before the loop takes one more turn."""
 
@@ -52,43 +57,6 @@ def choose_tiles(choices: int, experts: int, own: int) -> Tiles:
     expected = most if own == experts else min(most, math.ceil(UNEVEN * own * (choices / experts / rows + 0.5)))
     turns = -(-expected * rows // ROWS_AT_ONCE)
     return Tiles(rows=rows, blocks=-(-expected // turns))
-
-
-Arrays = dict[str, jax.Array]
-"""Of one matrix: `lanes` and `powers` (see mxfp4_lanes), `blocks` and `scales`, or `weight`; and `bias`; without the adapter."""
-Adapter = tuple[jax.Array, jax.Array]
-"""[E, rank, in] and [E, out, rank]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The constants of a layer: limit and alpha of the activation, scales of the adapters of both matrices, the tiles, and the exchange of
-    tokens with other devices."""
-
-    limit: float
-    alpha: float
-    scale_up: float
-    scale_down: float
-    tiles: Tiles
-    exchange: Exchange = Exchange()  # noqa: RUF009 - frozen
-
-
-def _unpacked(matrix: Arrays, tiles: Tiles, part: int = 0, parts: int = 1) -> jax.Array:
-    """[E, in, out/parts], of every `parts`-th output from `part`: gates or ups if there are two."""
-    if "lanes" in matrix:
-        return unpack_lanes(matrix["lanes"], matrix["powers"], part, matrix["bias"].shape[1] // parts, tiles)
-    if "weight" in matrix:
-        return matrix["weight"][:, part::parts].swapaxes(1, 2)
-    blocks, scales = matrix["blocks"][:, part::parts], matrix["scales"][:, part::parts]
-    # A TPU stores `blocks` with the outputs along its lanes, so this copies nothing.
-    packed = blocks.transpose(0, 2, 3, 1).reshape(blocks.shape[0], -1, blocks.shape[1])
-    return unpack(packed, scales.swapaxes(1, 2), tiles)
-
-
-def _alternating(gates_ErF: jax.Array, ups_ErF: jax.Array) -> jax.Array:
-    """[E, 2 F, r] whose even rows are those of gates."""
-    both_EF2r = jnp.stack([gates_ErF, ups_ErF], axis=2).transpose(0, 3, 2, 1)
-    return both_EF2r.reshape(both_EF2r.shape[0], -1, both_EF2r.shape[3])
 
 
 class _Rows(NamedTuple):
@@ -118,10 +86,6 @@ class _Rows(NamedTuple):
         """The weights of the choices, float32 [P, 1]; 0 at padding."""
         weights_P = weights_TX.astype(jnp.float32).reshape(-1).at[self.slots_P].get(mode="clip")
         return jnp.where(self.live_P1, weights_P[:, None], 0)
-
-    def of_experts(self, x_ED: jax.Array) -> jax.Array:
-        """The row of x of each row's expert."""
-        return jnp.repeat(x_ED[self.owners.experts_b], self.slots_P.shape[0] // self.owners.rows_b.shape[0], axis=0)
 
 
 def _sorted_slots(index_TX: jax.Array, experts: int) -> jax.Array:
@@ -154,50 +118,6 @@ def _over_rows(index_TX: jax.Array, experts: int, tiles: Tiles, start: Any, turn
     return lax.fori_loop(0, turns, lambda number, total: turn(rows_of(number), total), start)
 
 
-class _Matrices:
-    """The unpacked matrices and the adapters of a layer in the layouts of the kernels, for rows of a dtype.
-
-    Attributes:
-      gates, ups: [E, D, F].
-      down: [E, F, D].
-      a_up, a_down: [E, r, D] and [E, r, F]; None without adapters.
-      b_gates, b_ups, b_down: [E, r, F], [E, r, F] and [E, r, D].
-    """
-
-    def __init__(self, adapters: tuple[Adapter, Adapter] | None, gate_up: Arrays, down: Arrays, layer: Layer, dtype: Any) -> None:
-        self._layer, self._dtype = layer, dtype
-        self.gates, self.ups = (_unpacked(gate_up, layer.tiles, part, 2) for part in range(2))
-        self.down = _unpacked(down, layer.tiles)
-        biases = gate_up["bias"][:, 0::2], gate_up["bias"][:, 1::2], down["bias"]
-        self.bias_gates, self.bias_ups, self.bias_down = (bias.astype(jnp.float32) for bias in biases)
-        self.adapted = adapters is not None
-        self.a_up: Any = None
-        self.a_down: Any = None
-        self.b_gates: Any = None
-        self.b_ups: Any = None
-        self.b_down: Any = None
-        if adapters is not None:
-            (self.a_up, b_up), (self.a_down, b_down) = jax.tree.map(lambda x: x.astype(dtype), adapters)
-            self.b_gates, self.b_ups, self.b_down = (b.swapaxes(1, 2) for b in (b_up[:, 0::2], b_up[:, 1::2], b_down))
-
-    def low(self, scale: float, factors: list[tuple[jax.Array, Any]], owners: Owners) -> Any:
-        """Rows times transposed matrices [E, r, K], scaled: float32 [P, r]; None without adapters."""
-        return scale * grouped(factors, owners, self._layer.tiles, transposed=True) if self.adapted else None
-
-    def second(self, low_Pr: Any, matrix: Any) -> Any:
-        """An adapter's second product for the kernels; None without adapters."""
-        return (low_Pr.astype(self._dtype), matrix) if self.adapted else None
-
-    def activate(self, x_PD: jax.Array, owners: Owners) -> tuple[list[jax.Array], Any]:
-        """Activation, gates and ups [P, F], and the adapter's rows [P, r]."""
-        low_Pr = self.low(self._layer.scale_up, [(x_PD, self.a_up)], owners)
-        halves = [
-            (self.gates, self.bias_gates, self.second(low_Pr, self.b_gates)),
-            (self.ups, self.bias_ups, self.second(low_Pr, self.b_ups)),
-        ]
-        return activation(x_PD, halves, owners, self._layer.tiles, limit=self._layer.limit, alpha=self._layer.alpha), low_Pr
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def moe_sorted(
     x_TD: jax.Array,
@@ -219,21 +139,31 @@ def moe_sorted(
       gate_up, down: this device's matrices of one layer.
       layer: constants.
     """
-    matrices, tiles, experts = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles, down["bias"].shape[0]
+    matrices, tiles, experts = Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.tiles, down["bias"].shape[0]
 
-    def of_chunk(chunk: _Chunk) -> jax.Array:
+    def of_tokens(chunk: _Chunk, start_GD: jax.Array) -> jax.Array:
         def turn(rows: _Rows, total_GD: jax.Array) -> jax.Array:
             (active_PF, _, _), _ = matrices.activate(rows.of_tokens(chunk.x_GD), rows.owners)
             low_Pr = matrices.low(layer.scale_down, [(active_PF, matrices.a_down)], rows.owners)
             adapter = matrices.second(low_Pr, matrices.b_down)
-            y_PD = grouped([(active_PF, matrices.down)], rows.owners, tiles, bias=matrices.bias_down, adapter=adapter)
-            return rows.added(total_GD, rows.weights(chunk.weights_GX) * y_PD)
+            weights_P1 = rows.weights(chunk.weights_GX)
+            options: dict[str, Any] = {"bias": matrices.bias_down, "adapter": adapter, "weights_P1": weights_P1}
+            return rows.added(total_GD, grouped([(active_PF, matrices.down)], rows.owners, tiles, **options))
 
-        start = jnp.zeros(chunk.x_GD.shape, jnp.float32)
-        return layer.exchange.scatter(_over_rows(chunk.index_GX, experts, tiles, start, turn))
+        return _over_rows(chunk.index_GX, experts, tiles, start_GD, turn)
 
-    chunks = _cut(x_TD, weights_TX, index_TX, layer.exchange)
-    y_ntD = lax.map(lambda own: of_chunk(_gathered(own, experts, layer.exchange)), chunks)
+    def of_chunk(own: tuple[jax.Array, ...]) -> jax.Array:
+        if not layer.exchange.ring:
+            chunk = _gathered(own, experts, layer.exchange)
+            return layer.exchange.scatter(of_tokens(chunk, jnp.zeros(chunk.x_GD.shape, jnp.float32)))
+        chosen = _Chosen.gathered(own, layer.exchange)
+
+        def compute(_: None, visit: Visit) -> tuple[None, jax.Array]:
+            return None, of_tokens(chosen.chunk(visit, experts), visit.start_tD)
+
+        return around(chosen.ring, own[:1], None, compute, jnp.float32, tiles.interpret)[1]
+
+    y_ntD = lax.map(of_chunk, _cut(x_TD, weights_TX, index_TX, layer.exchange))
     return layer.exchange.join(y_ntD, x_TD.shape[0])
 
 
@@ -260,6 +190,32 @@ def _gathered(own: tuple[jax.Array, ...], experts: int, exchange: Exchange) -> _
     return _Chunk(x_GD, weights_GX, exchange.own(index_GX, experts))
 
 
+class _Chosen(NamedTuple):
+    """The choices of all devices' tokens in a chunk whose activations go around a ring. They are small, so each device gathers them.
+
+    Attributes:
+      exchange: has the ring.
+      weights_ntX, index_ntX: weights of the choices, and experts among those of all devices.
+    """
+
+    exchange: Exchange
+    weights_ntX: jax.Array
+    index_ntX: jax.Array
+
+    @classmethod
+    def gathered(cls, own: tuple[jax.Array, ...], exchange: Exchange) -> "_Chosen":
+        return cls(exchange, *(lax.all_gather(x_tX, exchange.axis) for x_tX in own[1:]))
+
+    @property
+    def ring(self) -> Ring:
+        return Ring(self.exchange.axis, self.exchange.ring)
+
+    def chunk(self, visit: Visit, experts: int) -> _Chunk:
+        """The visitors, for this device's experts."""
+        weights_tX, index_tX = (visit.sources.of(x_ntX) for x_ntX in (self.weights_ntX, self.index_ntX))
+        return _Chunk(visit.arrays[0], weights_tX, self.exchange.own(index_tX, experts))
+
+
 def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
     return moe_sorted(*arguments), arguments[:-1]
 
@@ -267,14 +223,16 @@ def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
 def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
     """Does not need the output of `down`: with y = W active + b, the weight's gradient is d_out y = (W^T d_out) active + d_out b."""
     x_TD, weights_TX, adapters, index_TX, gate_up, down = kept
-    matrices, exchange, experts = _Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.exchange, down["bias"].shape[0]
+    matrices, exchange, experts = Matrices(adapters, gate_up, down, layer, x_TD.dtype), layer.exchange, down["bias"].shape[0]
 
     def add_chunk(d_adapters: Any, chunk: tuple[tuple[jax.Array, ...], jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         own, d_out_tD = chunk
+        if exchange.ring:
+            return _ring_gradients(matrices, layer, own, d_out_tD, d_adapters)
         of_all = _gathered(own, experts, exchange)
         # Rounding before the exchange gives the same numbers as rounding after it, with half of the bytes.
         d_x_GD, d_weights_GX, d_adapters = _chunk_gradients(
-            matrices, layer, of_all, exchange.gather(d_out_tD.astype(x_TD.dtype)), d_adapters
+            matrices, layer, of_all, exchange.gather(d_out_tD.astype(x_TD.dtype)), d_adapters, jnp.zeros(of_all.x_GD.shape, jnp.float32)
         )
         return d_adapters, (exchange.scatter(d_x_GD.astype(x_TD.dtype)), exchange.scatter(d_weights_GX))
 
@@ -287,35 +245,51 @@ def _backward(layer: Layer, kept: Any, d_out_TD: jax.Array) -> tuple:
     d_adapters = None
     if adapters is not None:
         a_up, b_gates, b_ups, a_down, b_down = found
-        found = (a_up, _alternating(b_gates, b_ups)), (a_down, b_down.swapaxes(1, 2))
+        found = (a_up, alternating(b_gates, b_ups)), (a_down, b_down.swapaxes(1, 2))
         d_adapters = jax.tree.map(lambda gradient, own: gradient.astype(own.dtype), found, adapters)
     d_x_TD, d_weights_TX = (exchange.join(x_nt, x_TD.shape[0]) for x_nt in (d_x_ntD, d_weights_ntX))
     return d_x_TD, d_weights_TX.astype(weights_TX.dtype), d_adapters, None, None, None
 
 
+def _ring_gradients(
+    matrices: Matrices, layer: Layer, own: tuple[jax.Array, ...], d_out_tD: jax.Array, d_adapters: Any
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """As `_chunk_gradients`, for this device's tokens of a chunk that goes around a ring. Returns the adapters' gradients first."""
+    chosen, experts, (x_tD, weights_tX, _) = _Chosen.gathered(own, layer.exchange), matrices.bias_down.shape[0], own
+
+    def compute(state: tuple[Any, jax.Array], visit: Visit) -> tuple[tuple[Any, jax.Array], jax.Array]:
+        d_adapters, d_weights_ntX = state
+        d_x_GD, d_weights_GX, d_adapters = _chunk_gradients(
+            matrices, layer, chosen.chunk(visit, experts), visit.arrays[1], d_adapters, visit.start_tD
+        )
+        return (d_adapters, visit.sources.put(d_weights_ntX, d_weights_GX)), d_x_GD
+
+    start = d_adapters, jnp.zeros((len(layer.exchange.ring), *weights_tX.shape), jnp.float32)
+    (d_adapters, d_weights_ntX), d_x_tD = around(
+        chosen.ring, (x_tD, d_out_tD.astype(x_tD.dtype)), start, compute, x_tD.dtype, layer.tiles.interpret
+    )
+    # Each choice has its gradient on one device and 0 on the others.
+    return d_adapters, (d_x_tD, lax.psum_scatter(d_weights_ntX, layer.exchange.axis))
+
+
 def _chunk_gradients(
-    matrices: _Matrices, layer: Layer, chunk: _Chunk, d_out_GD: jax.Array, d_adapters: Any
+    matrices: Matrices, layer: Layer, chunk: _Chunk, d_out_GD: jax.Array, d_adapters: Any, start_GD: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The gradients in activations and weights of a chunk, float32 [G, D] and [G, X], and `d_adapters` with those of the chunk added."""
+    """The gradients in activations and weights of a chunk, float32 [G, D] and [G, X], and `d_adapters` with those of the chunk added.
+
+    `start_GD`: zeros, to which the gradient in activations is added."""
     tiles, experts = layer.tiles, matrices.bias_down.shape[0]
 
     def turn(rows: _Rows, totals: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
         d_x_GD, d_weights_R, d_adapters = totals
         x_PD, d_PD, weights_P1 = rows.of_tokens(chunk.x_GD), rows.of_tokens(d_out_GD), rows.weights(chunk.weights_GX)
-        (active_PF, gates_PF, ups_PF), low_up_Pr = matrices.activate(x_PD, rows.owners)
+        forward, low_up_Pr = matrices.activate(x_PD, rows.owners)
+        active_PF = forward[0]
         # First the gradients of `down` for outputs with weight 1.
-        d_low_down_Pr = matrices.low(layer.scale_down, [(d_PD, matrices.b_down)], rows.owners)
-        d_active_PF = grouped(
-            [(d_PD, matrices.down)],
-            rows.owners,
-            tiles,
-            transposed=True,
-            adapter=matrices.second(d_low_down_Pr, matrices.a_down),
-            dtype=d_PD.dtype,
-        ).astype(jnp.float32)
-        d_weights_P = jnp.sum(d_active_PF * active_PF.astype(jnp.float32), axis=1)
-        d_weights_P += jnp.sum(d_PD.astype(jnp.float32) * rows.of_experts(matrices.bias_down.astype(d_PD.dtype)), axis=1)
-        d_gates_PF, d_ups_PF = _activation_gradient(gates_PF, ups_PF, weights_P1 * d_active_PF, layer)
+        d_low_down_Pr, d_weights_P = matrices.back_through_down(d_PD, rows.owners)
+        options: dict[str, Any] = {"adapter": matrices.second(d_low_down_Pr, matrices.a_down), "limit": layer.limit, "alpha": layer.alpha}
+        d_gates_PF, d_ups_PF, more_P = activation_gradient(d_PD, matrices.down, forward, weights_P1, rows.owners, tiles, **options)
+        d_weights_P += more_P
         d_low_up_Pr = matrices.low(layer.scale_up, [(d_gates_PF, matrices.b_gates), (d_ups_PF, matrices.b_ups)], rows.owners)
         adapter = matrices.second(d_low_up_Pr, matrices.a_up)
         factors = [(d_gates_PF, matrices.gates), (d_ups_PF, matrices.ups)]
@@ -333,19 +307,9 @@ def _chunk_gradients(
             d_adapters = jax.tree.map(jnp.add, d_adapters, of_rows)
         return rows.added(d_x_GD, d_x_PD), d_weights_R.at[rows.slots_P].set(d_weights_P, mode="drop"), d_adapters
 
-    start = jnp.zeros(chunk.x_GD.shape, jnp.float32), jnp.zeros(chunk.index_GX.size, jnp.float32), d_adapters
+    start = start_GD, jnp.zeros(chunk.index_GX.size, jnp.float32), d_adapters
     d_x_GD, d_weights_R, d_adapters = _over_rows(chunk.index_GX, experts, tiles, start, turn)
     return d_x_GD, d_weights_R.reshape(chunk.index_GX.shape), d_adapters
-
-
-def _activation_gradient(gates_PF: jax.Array, ups_PF: jax.Array, d_active_PF: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
-    """The gradient of kernels.experts.gated in gates and ups, in their dtype; zero where they are clamped."""
-
-    def in_float32(gates_PF: jax.Array, ups_PF: jax.Array) -> jax.Array:
-        return activate(gates_PF.astype(jnp.float32), ups_PF.astype(jnp.float32), limit=layer.limit, alpha=layer.alpha)
-
-    _, pull = jax.vjp(in_float32, gates_PF, ups_PF)
-    return pull(d_active_PF)
 
 
 moe_sorted.defvjp(_forward, _backward)
@@ -365,11 +329,13 @@ def moe_update(
     layer: jax.Array | None = None,
     elsewhere: int = 0,
     axis: str = "",
+    ring: tuple[int, ...] = (),
 ) -> jax.Array:
     """`MixtureOfExperts` by the kernels, for packed experts in both layouts (`lanes` or `blocks`) or dense ones (`weight`); differentiable.
 
     If `axis` names a mesh axis, tokens are exchanged along it: x, choices and weights are those of this device's tokens, and choices are
-    numbers among the experts of all devices. If the kernels do not support the arguments, uses the reference and logs the reason once.
+    numbers among the experts of all devices. They go around `ring`, the devices along the axis in this order, if there are enough of them
+    (see `use_ring`). If the kernels do not support the arguments, uses the reference and logs the reason once.
     """
     arrays = [dict(matrix.arrays(adapted=adapted)) for matrix in (gate_up, down)]
     if reason := _reason_against(x_TD, arrays, layer):
@@ -378,11 +344,37 @@ def moe_update(
         moe = functools.partial(exchanged, moe_reference, axis) if axis else moe_reference
         return moe(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
-    exchange = Exchange(axis, TOKENS_AT_ONCE, TOKEN_TILE)
+    if axis and lax.axis_size(axis) > 1:
+        used = use_ring(len(ring), index_TX.size, experts + elsewhere)
+        _note_exchange(lax.axis_size(axis), used)
+        ring = ring if used else ()
+    else:
+        ring = ()
+    exchange = Exchange(axis, TOKENS_AT_ONCE, 2 * RING_TILE if ring else TOKEN_TILE, ring)
     choices = exchange.gathered(index_TX.shape[0]) * index_TX.shape[1]
     tiles = choose_tiles(choices, experts + elsewhere, experts)
     constants = Layer(limit, alpha, gate_up.scale, down.scale, tiles, exchange)
     return moe_sorted(x_TD, weights_TX, adapters, index_TX, *arrays, constants)
+
+
+def use_ring(devices: int, choices: int, experts: int) -> bool:
+    """Whether the tokens of a device go around the ring. Otherwise, chunks of all devices' tokens are gathered.
+
+    A visit computes one device's tokens. If they are few, the blocks of the experts' rows are mostly padding.
+
+    Args:
+      devices: of the ring.
+      choices: of a device's tokens.
+      experts: of all devices.
+    """
+    return devices > 1 and choices >= 4 * ROWS_OF_RING * experts
+
+
+@functools.cache
+def _note_exchange(devices: int, ring: bool) -> None:
+    """Logs once (`--verbosity=0`) how tokens are exchanged."""
+    how = "they go around a ring" if ring else "all devices' tokens are gathered in chunks, because a device's are too few for a ring"
+    logging.info("exchange of the experts' tokens between %d devices in the update: %s", devices, how)
 
 
 def _reason_against(x_TD: jax.Array, arrays: list[Arrays], layer: jax.Array | None) -> str:

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from discover_jax.kernels.exchange import exchanged, own_experts
+from discover_jax.kernels.exchange_ring import ring_along
 from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.layer_parts import Branch
 from discover_jax.kernels.projections import Stack
@@ -205,8 +206,9 @@ def spread_experts(moe: Callable, mesh: Mesh) -> Callable:
 
 
 def spread_exchanging_experts(moe: Callable, mesh: Mesh) -> Callable:
-    """`spread_experts` for a `moe` that exchanges the tokens itself, along the mesh axis that it gets as `axis`."""
-    return _spread_experts(moe, functools.partial(moe, axis=_EXPERT), mesh)
+    """`spread_experts` for a `moe` that exchanges the tokens itself, along the mesh axis that it gets as `axis`, whose devices are in the
+    order `ring` if they form one."""
+    return _spread_experts(moe, functools.partial(moe, axis=_EXPERT, ring=ring_along(mesh, _EXPERT)), mesh)
 
 
 def _spread_experts(moe: Callable, exchanging: Callable, mesh: Mesh) -> Callable:

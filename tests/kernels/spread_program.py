@@ -78,12 +78,15 @@ def adapted_experts(moe: Any, tokens: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.jit(passes)(*leaves)]
 
 
-def tpu_experts(mesh: Any, tokens: int, most: int) -> list[np.ndarray]:
-    """By the TPU's kernels, interpreted in float32, with at most this many tokens exchanged at once."""
+def tpu_experts(mesh: Any, tokens: int, most: int, *, ring: bool) -> list[np.ndarray]:
+    """By the TPU's kernels, interpreted in float32, with at most this many tokens exchanged at once, in chunks or around a ring."""
+    order = {4: (0, 2, 3, 1), 2: (1, 0)}[mesh.shape["expert"]] if ring else ()
 
     def moe(x: Any, index: Any, weights: Any, up: Any, low: Any, *, limit: float, alpha: float, axis: str = "", **_: Any) -> Any:
         tiles = Tiles(rows=16, blocks=2, interpret=True)
-        layer = experts_update_tpu.Layer(limit, alpha, up.scale, low.scale, tiles, Exchange(axis, most))
+        layer = experts_update_tpu.Layer(
+            limit, alpha, up.scale, low.scale, tiles, Exchange(axis, most, 2 if order else 1, order if axis else ())
+        )
         arrays = [dict(one.arrays(adapted=True)) for one in (up, low)]
         adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays)
         return experts_update_tpu.moe_sorted(x, weights, adapters, index, *arrays, layer)
@@ -155,9 +158,11 @@ def main() -> None:
                 found[f"{name} of {count} on {shape}"] = worst(run(spread, count), expected)
     for shape in MESHES[:2]:  # kernels of experts do not support `tensor`
         for tokens, most in ((12, 100), (12, 5), (5, 5)):  # at once, in chunks that padding fills up, and tokens that do not divide evenly
-            found[f"TPU experts of {tokens} on {shape}, {most} at once"] = worst(
-                tpu_experts(make_mesh(*shape), tokens, most), adapted_experts(REFERENCE.experts, tokens)
-            )
+            expected = adapted_experts(REFERENCE.experts, tokens)
+            for ring in (False, True):
+                how = "around a ring" if ring else "at once"
+                got = tpu_experts(make_mesh(*shape), tokens, most, ring=ring)
+                found[f"TPU experts of {tokens} on {shape}, {most} {how}"] = worst(got, expected)
     for shape in MESHES:
         mesh = make_mesh(*shape)
         parts = row_devices(mesh)

@@ -13,6 +13,7 @@ from tpu_compiler import compiled, needs_libtpu, of_all_chips
 
 from discover_jax.kernels import experts_update_tpu, mxfp4_lanes
 from discover_jax.kernels.exchange import Exchange, chunk_of
+from discover_jax.kernels.expert_matrices_tpu import unpacked
 from discover_jax.kernels.expert_rows import sort_rows
 from discover_jax.kernels.experts import moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, grouped, outer, unpack
@@ -204,8 +205,8 @@ def test_unpacking_the_layout_of_decoding_is_exact(parts, groups, width):
     scales = rng.integers(4, 250, (2, parts * width, groups), dtype=np.uint8)
     bias = np.zeros((2, parts * width), np.float32)
     laid_out = {"lanes": mxfp4_lanes.lay_out_blocks(blocks, parts), "powers": mxfp4_lanes.lay_out_scales(scales, parts), "bias": bias}
-    unpacked = jax.jit(lambda one: [experts_update_tpu._unpacked(one, SMALL, part, parts) for part in range(parts)])
-    for found, expected in zip(unpacked(laid_out), unpacked({"blocks": blocks, "scales": scales}), strict=True):
+    both = jax.jit(lambda one: [unpacked(one, SMALL, part, parts) for part in range(parts)])
+    for found, expected in zip(both(laid_out), both({"blocks": blocks, "scales": scales}), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -14,6 +14,6 @@ def test_four_devices_match_one():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 27
+    assert len(found) == 33
     for case, error in found.items():
         assert error < 1e-6, case

@@ -1,9 +1,11 @@
-"""Compiles the update's kernels for a TPU topology that this machine does not have. Prints seconds and bytes of temporaries.
+"""Compiles the update's kernels for a TPU topology that this machine does not have. Prints seconds and bytes of temporaries. Checks that
+the exchange of the experts' tokens overlaps with their kernels.
 
 Usage: JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tpu_compile_program.py v5p:2x2x1 [attention|experts]
 """
 
 import functools
+import re
 import sys
 import time
 
@@ -84,11 +86,25 @@ def compile_experts(mesh, moe, experts):
     return jax.jit(both).lower(x, weights, index, adapters, frozen, d_out).compile()
 
 
+def sent_during_kernels(text):
+    """For each loop over the experts' rows of a visit, the number of permutes that start before it and end after it."""
+    found = []
+    for body in re.split(r"\n\n", text):
+        sent = 0
+        for opcode in re.findall(r" (collective-permute-start|collective-permute-done|while)\(", body) if "%exchange_add" in body else ():
+            sent += {"collective-permute-start": 1, "collective-permute-done": -1, "while": 0}[opcode]
+            found.extend([sent] if opcode == "while" else [])
+    return found
+
+
 def report(topology, said, kernel, compile_one):
     """Compiles, checks that the kernel is used, and prints the figures."""
     start = time.perf_counter()
     compiled = compile_one()
-    assert kernel in compiled.as_text()
+    text = compiled.as_text()
+    assert kernel in text
+    if "experts" in kernel:  # two visits in each loop's body, forward and backward; tokens and sums go both ways
+        assert sent_during_kernels(text) == [4] * 4, sent_during_kernels(text)
     seconds, temporaries = time.perf_counter() - start, compiled.memory_analysis().temp_size_in_bytes
     print(f"temporaries of {topology}, {said}: {seconds:.1f} s, bytes: {temporaries}", flush=True)
 
