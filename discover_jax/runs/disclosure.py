@@ -46,7 +46,7 @@ def write_disclosure(
       search: settings that control how scores are used, such as advantage and reuse, as JSON.
       isolation: of the programs of this run and of the run that it continues. A run resumed on another machine keeps the lines of both
         machines; once it is not isolated, it stays so.
-      goes_on_from: JSON about the run that this one continues; None if there is none, or the file already has it.
+      goes_on_from: JSON about the run that this one continues; None if there is none, or the file of a resumed run already has it.
 
     Raises:
       RunError: an earlier file cannot be read, or the new one cannot be written.
@@ -54,10 +54,12 @@ def write_disclosure(
     earlier = read_disclosure(workdir.path)
     if earlier is not None:
         isolation = _isolation(earlier).after(isolation)
+        if workdir.resumed:  # otherwise, an earlier start without a step may have continued another run
+            goes_on_from = goes_on_from or earlier.get("goes_on_from")
     content = {
         "competitions": [_disclosed(task) for task in tasks],
         "search": search,
-        "goes_on_from": goes_on_from or (earlier or {}).get("goes_on_from"),
+        "goes_on_from": goes_on_from,
         "isolation": {"isolated": isolation.isolated, "lines": list(isolation.lines)},
     }
     write_atomic(workdir.path / NAME, (json.dumps(content, indent=2) + "\n").encode())

@@ -18,7 +18,7 @@ from discover_jax.runs import lock
 
 _CONFIG, _TOKEN = "config.json", ".hosts"
 _ABSENT = object()
-_OF_A_START = ("task", "retests", "outputs", "best", "tensorboard", "rollouts", "journal.jsonl", "seed_programs.json", "report.html")
+_OF_A_START = ("task", "retests", "outputs", "best", "tensorboard", "journal.jsonl", "seed_programs.json", "report.html")
 """What a start writes before its first step. All of it depends on settings and data. The rest stays: the cache of verdicts, whose keys name
 what they depend on, and disclosure.json, because programs of the cache may have run with weaker isolation."""
 _RUNTIME_SETTINGS = (
@@ -180,10 +180,29 @@ def _prepare(path: Path, given: dict[str, Any], tell: Callable[[str], None]) -> 
 def _has_steps(path: Path, found: dict[str, Any]) -> bool:
     """Whether anything of a step is there: a checkpoint, rollouts, metrics, attempts or a best program."""
     names = ["checkpoints", "checkpoints.damaged", "rollouts", "metrics.jsonl", "journal.discarded.jsonl"]
-    if not found.get("train.resume_from"):  # otherwise a start copies the earlier run's
+    source = found.get("train.resume_from")
+    if not (source and _is_copied(path / "journal.jsonl", Path(source).expanduser() / "journal.jsonl")):
         names += ["journal.jsonl", "best"]
-    entries = [path / name for name in names]
-    return any(any(entry.iterdir()) if entry.is_dir() else entry.exists() and entry.stat().st_size > 0 for entry in entries)
+    return any(map(_is_filled, (path / name for name in names)))
+
+
+def _is_filled(entry: Path) -> bool:
+    """Whether a folder or file has content, or may have some: a link may lead to a disk that is not mounted."""
+    if entry.is_dir():
+        return any(entry.iterdir())
+    return entry.is_symlink() or (entry.exists() and entry.stat().st_size > 0)
+
+
+def _is_copied(journal: Path, source: Path) -> bool:
+    """Whether a journal exists and has only attempts that the start of a continued run copies. With others, a step was recorded."""
+    try:
+        with journal.open("rb") as mine, source.open("rb") as theirs:
+            while block := mine.read(1 << 20):
+                if block != theirs.read(len(block)):
+                    return False
+    except FileNotFoundError:  # if the other run was moved, this cannot be known
+        return False
+    return True
 
 
 def _begin_anew(path: Path, differences: str, tell: Callable[[str], None]) -> None:

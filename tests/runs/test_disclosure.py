@@ -186,3 +186,17 @@ def test_lines_of_a_problem_show_the_seed_program_and_small_gains(workdir, tmp_p
     lines = closing_lines([Result(task, best, None, seed_score=2.369796095106739)], rows, workdir=workdir, kind=RunKind.TRAIN)
     assert any("seed program" in line and "2.369796095106739" in line for line in lines)
     assert any("2.6359827 -> 2.6359828   (+1e-07)" in line for line in lines)
+
+
+def test_a_start_that_continued_another_run_and_failed_is_not_disclosed(tmp_path):
+    """Its config was corrected before the first step, so the run began anew."""
+    task = prepare_task("digits-parity", raw=None, reward="grade", folder=tmp_path / "task")
+    shared = {"search": {}, "isolation": Isolation(True, ("bubblewrap 0.11",))}
+    for resumed_from, disclosed in (({"run": "runs/a"}, {"run": "runs/a"}), (None, None), ({"run": "runs/b"}, {"run": "runs/b"})):
+        with open_workdir(tmp_path / "run", {}, "train") as workdir:
+            write_disclosure(workdir, [task], goes_on_from=resumed_from, **shared)
+        assert json.loads((tmp_path / "run" / "disclosure.json").read_text())["goes_on_from"] == disclosed
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with open_workdir(tmp_path / "run", {}, "train") as workdir:
+        write_disclosure(workdir, [task], **shared)
+    assert json.loads((tmp_path / "run" / "disclosure.json").read_text())["goes_on_from"] == {"run": "runs/b"}, "it has steps"

@@ -102,14 +102,63 @@ def test_anything_of_a_step_keeps_the_config(tmp_path, kept):
     assert all((tmp_path / name).exists() for name in (*_STARTED, kept))
 
 
-def test_what_a_continued_run_copies_is_not_a_step(tmp_path):
-    continued = CONFIG | {"train.resume_from": "runs/a"}
-    with open_workdir(tmp_path, continued, "train"):
-        _write(tmp_path, "journal.jsonl", "best/solution.py")
-    with open_workdir(tmp_path, CONFIG, "train") as opened:
+@pytest.mark.parametrize("source", ["x\n", "x\nof a later step\n"])
+def test_what_a_continued_run_copies_is_not_a_step(tmp_path, source):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/journal.jsonl").write_text(source)
+    continued, run = CONFIG | {"train.resume_from": str(tmp_path / "earlier")}, tmp_path / "run"
+    with open_workdir(run, continued, "train"):
+        _write(run, "journal.jsonl", "best/solution.py")
+    with open_workdir(run, CONFIG, "train") as opened:
         assert not opened.resumed
-    assert not (tmp_path / "journal.jsonl").exists()
-    assert not (tmp_path / "best").exists()
+    assert not (run / "journal.jsonl").exists()
+    assert not (run / "best").exists()
+    assert (tmp_path / "earlier/journal.jsonl").read_text() == source
+
+
+@pytest.mark.parametrize("source", ["", "y\n", None])
+def test_attempts_that_the_continued_run_does_not_have_are_kept(tmp_path, source):
+    """A kill in the first step, a user who keeps only the results of an old run, or an earlier run that was moved."""
+    (tmp_path / "earlier").mkdir()
+    if source is not None:
+        (tmp_path / "earlier/journal.jsonl").write_text(source)
+    continued, run = CONFIG | {"train.resume_from": str(tmp_path / "earlier")}, tmp_path / "run"
+    with open_workdir(run, continued, "train"):
+        _write(run, "journal.jsonl", "best/solution.py")
+    with pytest.raises(RunError, match=r"\bresume_from\b"), open_workdir(run, CONFIG, "train"):
+        pass
+    with open_workdir(run, continued, "train") as opened:
+        assert opened.resumed
+    assert (run / "journal.jsonl").read_text() == "x\n"
+    assert (run / "best/solution.py").exists()
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "metrics.jsonl", "best", "rollouts", "checkpoints"])
+def test_a_link_to_a_missing_disk_may_hold_steps(tmp_path, name):
+    """Its folder or file would be replaced, and the run would start again from nothing."""
+    with open_workdir(tmp_path, CONFIG, "train"):
+        _write(tmp_path, "task/prepared.json")
+    if (tmp_path / name).is_dir():
+        (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path / "unmounted" / name)
+    with pytest.raises(RunError, match=rf"\bseed\b|{name}"), open_workdir(tmp_path, CONFIG | {"seed": 1}, "train"):
+        pass
+    assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "task/prepared.json").exists()
+
+
+def test_a_link_to_an_empty_folder_of_steps_stays(tmp_path):
+    """A user may put rollouts and checkpoints on another disk after a start that failed."""
+    (tmp_path / "disk").mkdir()
+    run = tmp_path / "run"
+    with open_workdir(run, CONFIG, "train"):
+        pass
+    for name in ("rollouts", "checkpoints"):
+        (run / name).rmdir()
+        (run / name).symlink_to(tmp_path / "disk")
+    with open_workdir(run, CONFIG, "train") as opened:
+        assert opened.rollouts_dir.is_symlink()
+        assert opened.checkpoints_dir.is_symlink()
 
 
 def test_links_are_removed_without_what_they_point_to(tmp_path):
