@@ -5,12 +5,17 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 from discover_jax import cli
 from discover_jax.config import settings
+from discover_jax.config.arguments import check_arguments
+from discover_jax.exceptions import ConfigError
+
+QUICKSTART = f"--config={Path(__file__).parents[1] / 'configs' / 'quickstart.py'}"
 
 # Forks for each command, because importing takes longer than the command. It writes the files `out` and `err` and prints the exit code.
 _COMMANDS = """
@@ -146,6 +151,28 @@ def test_mistakes_are_one_message_that_names_them(run, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--noconfig.train.measure_kl=False",), "--noconfig.train.measure_kl takes no value; got 'False'"),
+        (("--config.groups",), "--config.groups has no value"),
+        (("--config.groups", "--dry_run"), "--config.groups has no value"),
+        (("--config.name", "--dry_run"), "--config.name has no value"),
+        (("--config.groups=",), "must be a whole number, such as 4; got ''"),
+    ],
+)
+def test_values_that_are_missing_or_not_allowed_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_arguments(["main", QUICKSTART, *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--config.name=",), ("--config.seed", "-1"), ("--noconfig.train.measure_kl",), ("--config.train.measure_kl",)]
+)
+def test_complete_overrides_pass(arguments):
+    check_arguments(["main", QUICKSTART, *arguments])
 
 
 def test_machine_requires_a_dry_run(run):

@@ -37,7 +37,7 @@ def check_arguments(argv: list[str]) -> None:
         if index < place:
             raise ConfigError(f"{text} comes before --config={value}, which would overwrite it. Give --config first.")
         negated, name, rest = override.groups()
-        _check_override(name, rest[1:] if rest else None, _following(argv, index), negated=bool(negated))
+        _check_override(name, None if rest is None else rest[1:], _following(argv, index), negated=bool(negated))
 
 
 def _config_argument(argv: list[str]) -> tuple[int, str]:
@@ -122,10 +122,14 @@ def _check_override(name: str, value: str | None, following: str | None, *, nega
     kind = type(known[name].default)
     if negated and kind is not bool:
         raise ConfigError(f"--noconfig.{name}: only settings that are true or false can be negated. Give --config.{name}=VALUE.")
+    if negated and value is not None:
+        raise ConfigError(f"--noconfig.{name} takes no value; got {value!r}. Give --noconfig.{name}, or --config.{name}=VALUE.")
     if kind is bool and value is not None and value.lower() not in _TRUTH:
         raise ConfigError(f"config.{name} must be True or False; got {value!r} ({known[name].meaning}).")
     value = following if value is None else value
-    if kind in (int, float) and value is not None and not _is_number(value, kind):
+    if kind is not bool and value is None:  # absl would take the next flag for the value
+        raise ConfigError(f"--config.{name} has no value. Give --config.{name}=VALUE ({known[name].meaning}).")
+    if kind in (int, float) and not _is_number(str(value), kind):
         what = "a whole number, such as 4" if kind is int else "a number, such as 0.5"
         raise ConfigError(f"config.{name} must be {what}; got {value!r} ({known[name].meaning}).")
 
