@@ -107,10 +107,16 @@ def experts_factor(sizes: ModelConfig, held: int, rows: int = ROWS, draws: int =
     )
     block = choose_rows(rows * sizes.experts_per_token * held // sizes.num_experts, held)
     rng = np.random.default_rng(held)
+
+    @jax.jit
+    def route(logits_TE: Any) -> tuple[jax.Array, jax.Array]:
+        index_TX, weights_TX = route_top(logits_TE, sizes.experts_per_token)
+        return index_TX, (steps_of(jnp.minimum(index_TX, held), weights_TX, held, block, 0)[2] > 0).sum()
+
     read = chosen = 0
     for _ in range(draws):
-        index_TX, weights_TX = route_top(jnp.asarray(rng.normal(size=(rows, sizes.num_experts)), jnp.float32), sizes.experts_per_token)
-        read += int((steps_of(jnp.minimum(index_TX, held), weights_TX, held, block, 0)[2] > 0).sum())
+        index_TX, steps = route(rng.normal(size=(rows, sizes.num_experts)).astype(np.float32))
+        read += int(steps)
         chosen += len(set(np.asarray(index_TX).ravel().tolist()) & set(range(held)))
     # A row's input and its sum, for both cores of a chip: 2 x (2 + 2 x 4) bytes a value.
     moved = laid_out * read + draws * 20 * rows * sizes.width

@@ -28,8 +28,8 @@ def _problem(lengths_of_rows, tokens, heads=4, kv_heads=2, size=8, dtype=jnp.flo
     for row, lengths in enumerate(lengths_of_rows):
         segments[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
     real = (segments > 0)[..., None, None]
-    q, k, v, d_out = (jnp.asarray(x, dtype) for x in (2 * q, k, v, d_out * real))
-    return q, k, v, jnp.asarray(segments), jnp.asarray(rng.normal(size=heads), jnp.float32), d_out, real
+    q, k, v, d_out = (jax.device_put(x.astype(dtype)) for x in (2 * q, k, v, d_out * real))
+    return q, k, v, jax.device_put(segments), jax.device_put(rng.normal(size=heads).astype(np.float32)), d_out, real
 
 
 def _output_and_gradients(attend, problem):
@@ -160,7 +160,7 @@ def test_the_grid_has_only_pairs_in_which_a_query_sees_a_key(window, by_keys):
         pairs = {(t // 8, s // 8) for t, s in zip(*np.nonzero(same), strict=True)} | {(i, i) for i in range(5)}  # outputs of padding are 0
         expected.append(sorted(pairs, key=lambda pair: pair[::-1] if by_keys else pair))
         first_BT[number] = np.where(same.any(1), same.argmax(1), places + 1)
-    found = _seen_pairs(reach(jnp.asarray(first_BT), blocks)[0], blocks, by_keys=by_keys)
+    found = jax.jit(lambda first_BT: _seen_pairs(reach(first_BT, blocks)[0], blocks, by_keys=by_keys))(first_BT)
     assert found.counts_B.tolist() == [len(pairs) for pairs in expected]
     assert int(found.steps) == max(map(len, expected))
     listed = np.stack([found.i_BP, found.j_BP], -1).reshape(len(rows), -1, 2)
@@ -201,7 +201,7 @@ def test_what_the_kernels_do_not_support_uses_the_reference_and_is_logged(monkey
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     warn_reference.cache_clear()
     q, k, v, segments, sinks, *_ = _problem([[5]], 5, size=size)
-    q, k, v = (x.astype(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip((q, k, v), dtypes, strict=True))
     jax.eval_shape(functools.partial(attention_update_tpu.windowed_attention, window=4), q, k, v, segments, sinks)
     warn_reference.cache_clear()
     (line,) = lines

@@ -26,10 +26,14 @@ CASES = [
 def test_the_kernel_gives_the_steps_of_plain_jax(tokens, experts, held, share, rows, skew):
     """The number `held` stands for experts elsewhere."""
     logits = np.random.default_rng(tokens).normal(size=(tokens, experts)) + skew * np.arange(experts)
-    index, weights = jax.jit(route_top, static_argnums=1)(logits.astype(np.float32), share)
-    index = jnp.minimum(index, held)
-    expected, order = table_of(jax.jit(steps_of, static_argnums=(2, 3, 4))(index, weights, held, rows, 3))
-    found, sorted_weights = jax.jit(lambda index, weights: sort_steps(index, weights, held, rows, 3, CORES, interpret=True))(index, weights)
+
+    @jax.jit
+    def both(logits):
+        index, weights = route_top(logits, share)
+        index = jnp.minimum(index, held)
+        return table_of(steps_of(index, weights, held, rows, 3)), sort_steps(index, weights, held, rows, 3, CORES, interpret=True)
+
+    (expected, order), (found, sorted_weights) = jax.tree.map(np.asarray, both(logits.astype(np.float32)))
     assert found.shape == expected.shape
     steps, choices = CORES * -(-most_blocks(tokens * share, held, rows) // CORES), tokens * share
     np.testing.assert_array_equal(found[:TOKEN, :steps], expected[:TOKEN, :steps])

@@ -169,18 +169,19 @@ def test_small_arrays_that_are_laid_out_before_give_the_same_operands(layers):
     """`lay_out_trees` runs once in a launch; without it, the kernel's wrapper lays them out in each layer."""
     *_, gate_up, down = _problem(3, layers=layers)
     declared = {"gate_up": gate_up.held, "down": down.held}
-    frozen = {"norm": jnp.ones(2), "experts": {name: {k: v for k, v in held.items() if "lora" not in k} for name, held in declared.items()}}
+    frozen = {"norm": np.ones(2), "experts": {name: {k: v for k, v in held.items() if "lora" not in k} for name, held in declared.items()}}
     lora = {
         "experts": {name: {k: v for k, v in held.items() if "lora" in k} for name, held in declared.items()},
-        "head": {"lora_a": jnp.ones(3)},
+        "head": {"lora_a": np.ones(3)},
     }
     laid_out, adapter = experts_decode_tpu.lay_out_trees(frozen, lora)
+    prepare = jax.jit(experts_decode_tpu._prepare)
     assert laid_out["norm"] is frozen["norm"]
     assert adapter["head"] is lora["head"]
     for name, held in declared.items():
         arrays = laid_out["experts"][name] | adapter["experts"][name]
         assert arrays["bias"].ndim == held["bias"].ndim + 1
-        for found, expected in zip(*(experts_decode_tpu._prepare(one, jnp.int32(0)) for one in (arrays, held)), strict=True):
+        for found, expected in zip(*(prepare(one, np.int32(0)) for one in (arrays, held)), strict=True):
             assert found.shape[0] == layers * 4
             np.testing.assert_array_equal(found, expected)
     assert set(experts_decode_tpu.lay_out_trees(frozen, {})[1]) == set()

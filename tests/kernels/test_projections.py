@@ -23,7 +23,7 @@ def _problem(rows, width, outs, rank, dtype=jnp.bfloat16, biased=True):
     rng = np.random.default_rng(rows)
 
     def draw(*shape):
-        return jnp.asarray((rng.normal(size=shape) * shape[-1] ** -0.5).astype(dtype))
+        return jax.device_put((rng.normal(size=shape) * shape[-1] ** -0.5).astype(dtype))
 
     def adapter(out):
         return (draw(LAYERS, rank, width), draw(LAYERS, out, rank)) if rank else ()

@@ -78,16 +78,17 @@ def test_sizes_that_the_kernel_does_not_support_use_the_reference_and_are_logged
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_head_is_a_projection_of_one_layer(monkeypatch, rank):
     x, (stack,) = _problem(5, 128, (200,), rank, jnp.float32, biased=False)
-    head = jax.tree.map(lambda leaf: leaf[:1], stack)
+    head = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], stack)
+    reference = jax.jit(lambda *arguments: head_reference(*arguments, SCALE))
     with jax.default_matmul_precision("highest"):
-        expected = head_reference(x, head, SCALE)
-    found = project_head(x, head, SCALE, interpret=True)
+        expected = reference(x, head)
+    found = jax.jit(lambda *arguments: project_head(*arguments, SCALE, interpret=True))(x, head)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     monkeypatch.setattr(projections_tpu, "MOST_ROWS", 4)
     lines = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     warn_reference.cache_clear()
-    np.testing.assert_array_equal(project_head(x, head, SCALE), head_reference(x, head, SCALE))
+    np.testing.assert_array_equal(jax.jit(lambda *arguments: project_head(*arguments, SCALE))(x, head), reference(x, head))
     assert "decode_head" in lines[0]
 
 
