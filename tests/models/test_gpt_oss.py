@@ -156,6 +156,11 @@ def test_rows_share_and_copy_pages(frozen):
     # Pages 4 and 9 are invalid.
     elsewhere = _put_pages(_init_cache(1, 16, 4).pool, np.array([2, 0, 4]), _take_pages(pool, np.array([0, 3, 9])))
     np.testing.assert_array_equal(_copy_page(pool, np.int32(0), np.int32(4)).keys_LPKsH, pool.keys_LPKsH)
+    larger = _put_pages(_init_cache(1, 24, 4).pool, np.array([5, 0, 6]), _take_pages(pool, np.array([0, 3, 9])))
+    for to, first in ((larger.keys_LPKsH, pool.keys_LPKsH), (larger.values_LPKsH, pool.values_LPKsH)):
+        moved = np.zeros_like(to)
+        moved[:, [5, 0]] = np.asarray(first)[:, [0, 3]]
+        np.testing.assert_array_equal(to, moved)
     ring_k, ring_v = (jax.device_put(np.repeat(ring, 2, axis=1)) for ring in (read.ring_k_LBKWH, read.ring_v_LBKWH))
     for pages, pages_BM in ((pool, [[0, 1], [0, 3]]), (elsewhere, [[2, 0], [2, 0]])):
         rows = Cache(pages, ring_k, ring_v, jax.device_put(np.array(pages_BM, np.int32)), jax.device_put(np.array([6, 6], np.int32)))
