@@ -6,9 +6,9 @@
 Each kernel is compiled at the sizes of the 120b and run 3: 16 experts of 128 on a device, blocks of 256 rows, and attention of a full layer
 in blocks of 512. libtpu writes the scheduled bundles of a kernel, with those that only wait, one line a cycle of a core. *cycles* is one
 step of the kernel's grid: all of its loop, also the parts that run only at the first or the last step of a block. Of several parts with
-products, as attention with and without a mask, the longest counts. A part without products that is longer than this is left out: it runs
-once for a row. If the copies of a step take longer at the vendor's bandwidth, their time counts instead. The schedule does not show stalls:
-copies that are late, conflicts in memory, the start of a kernel.
+products, as attention with and without a mask, the longest counts. A part without products that is longer than the products of one head
+is left out: it runs once for a row. If the copies of a step take longer at the vendor's bandwidth, their time counts instead. The schedule
+does not show stalls: copies that are late, conflicts in memory, the start of a kernel.
 
 *Of peak* is the time at the vendor's FLOP/s of the operations that are needed, over that of the schedule. Needed are products without
 padding and without adapters. A pass over the experts has several kernels; `experts_forward` and `experts_gradient` add them up. A gradient
@@ -19,6 +19,7 @@ clock is assumed: at 1.75 GHz, the cores' matrix units have just the vendor's FL
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -50,6 +51,7 @@ class Kernel(NamedTuple):
       steps: of the grid for one block of rows, or for one pair of blocks and head of attention, divided over the cores.
       needed: floating point operations for it, without padding.
       bytes: that these steps copy from and to the memory.
+      heads: that a step computes.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Kernel(NamedTuple):
     steps: float
     needed: float
     bytes: float
+    heads: int = 1
 
 
 def kernels() -> Iterator[Kernel]:
@@ -135,8 +138,9 @@ def kernels() -> Iterator[Kernel]:
         return attention.backward(*arrays, blocks=cut)
 
     tile = 2 * BLOCK * HEAD
-    yield Kernel("attention_forward", forward, (q, k, k, first, ("float32", (HEADS,))), 1, 2 * half, 2 * tile)
-    yield Kernel("attention_backward", backward, (q, k, k, first, q, of_query, of_query), 1, 0.0, 5 * tile)
+    heads = HEADS // KV_HEADS  # in one step
+    yield Kernel("attention_forward", forward, (q, k, k, first, ("float32", (HEADS,))), 1 / heads, 2 * half, 2 * tile, heads)
+    yield Kernel("attention_backward", backward, (q, k, k, first, q, of_query, of_query), 1 / heads, 0.0, 5 * tile, heads)
 
 
 _FORWARD = {"experts_activation": 1, "experts_down": 1, "experts_to_rank": 2}
@@ -160,8 +164,9 @@ PASSES = {
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+((?:[A-Z]{2} ?)*):")
 
 
-def cycles_of(text: str) -> int:
-    """Cycles of a step of the grid, from a kernel's scheduled bundles (a file `packed-bundles-post-ra` of libtpu).
+def cycles_of(text: str, heads: int = 1) -> int:
+    """Cycles of a step of the grid, which computes `heads` heads, from a kernel's scheduled bundles (a file `packed-bundles-post-ra` of
+    libtpu).
 
     Raises:
       ValueError: the text has no loop.
@@ -177,7 +182,8 @@ def cycles_of(text: str) -> int:
             parts.append((part, products))
             part, products = 0, False
     longest = max((length for length, has_products in parts if has_products), default=0)
-    return part + longest + sum(length for length, has_products in parts if not has_products and (length <= longest or not longest))
+    most = longest / heads if longest else math.inf
+    return part + longest + sum(length for length, has_products in parts if not has_products and length <= most)
 
 
 def scheduled(kernel: Kernel, slice: str, folder: Path) -> int:
@@ -197,7 +203,7 @@ def scheduled(kernel: Kernel, slice: str, folder: Path) -> int:
     schedules = [file for file in new if re.search(rf"\d-{name}\w*[\d.]*-\d+-packed-bundles-post-ra\.txt", file.name)]
     if not schedules:
         raise RuntimeError(f"libtpu wrote no schedule of {kernel.name}; it wrote {len(new)} files")
-    return sum(cycles_of(file.read_text()) for file in schedules)
+    return sum(cycles_of(file.read_text(), kernel.heads) for file in schedules)
 
 
 def plain_product(slice: str) -> tuple[float, float]:

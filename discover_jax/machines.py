@@ -210,8 +210,8 @@ class _Tpu:
 # the work. Not known for v5e and TPU7x: their cores are taken to need as many seconds as the v5p's and the v6e's.
 _UNPACK_V5P, _UNPACK_V6E = 2 * 1.93 / 2765e9, 1.33 / 1638e9
 # By benchmarks/tpu_schedule.py. The v5e has the v5p's matrix units, of 128 x 128. The TPU7x has units of 256 x 256, as the v6e.
-_SCHEDULE_V5P = Schedule(plain=0.948, experts=0.789, experts_gradient=0.820, attention=0.257, attention_gradient=0.375)
-_SCHEDULE_V6E = Schedule(plain=0.839, experts=0.543, experts_gradient=0.527, attention=0.074, attention_gradient=0.077)
+_SCHEDULE_V5P = Schedule(plain=0.948, experts=0.789, experts_gradient=0.820, attention=0.351, attention_gradient=0.507)
+_SCHEDULE_V6E = Schedule(plain=0.839, experts=0.543, experts_gradient=0.527, attention=0.104, attention_gradient=0.159)
 # The memory is the limit in libtpu 0.0.52's error for an executable that is too large.
 _TPUS = {
     "v5e": _Tpu(int(15.75 * _GIB), 197e12, 819e9, 50e9, "TPU v5 lite", _UNPACK_V5P, _SCHEDULE_V5P),

