@@ -32,9 +32,8 @@ from discover_jax.costs import (
 )
 from discover_jax.kernels.attention_update_tpu import BLOCK
 from discover_jax.kernels.exchange import chunk_of
-from discover_jax.kernels.exchange_ring import TILE as RING_TILE
 from discover_jax.kernels.expert_steps_tpu import LANES, packed_column
-from discover_jax.kernels.experts_update_tpu import TOKEN_TILE, TOKENS_AT_ONCE, choose_tiles, use_ring
+from discover_jax.kernels.experts_update_tpu import TOKEN_TILE, TOKENS_AT_ONCE, choose_tiles, chunk_of_ring, use_ring
 from discover_jax.machines import Speeds, TpuPeaks
 from discover_jax.models.config import LoraConfig, ModelConfig
 from discover_jax.sampling.sampler import LAUNCH_STEPS, PROMPT_CHUNK
@@ -71,7 +70,7 @@ PASSES = {False: FORWARD, True: GRADIENT._replace(attention=3.5)}
 SCHEDULE_ALLOWANCE = 1.25
 """Time of the update's kernels and products over that of the compiler's schedule, which shows neither late copies, conflicts in memory nor
 the start of kernels. This is a judgement, not a measurement. Copies take at most half of a step, but nearly all of it where the next block
-has another expert, whose matrices are then read within one step. That is one block in six with run 3's chunks."""
+has another expert, whose matrices are then read within one step. That is one block in five with run 3's visits."""
 EXPERTS_SMALL = {True: (0.17e-6, 0.36e-6), False: (0.28e-6, 0.84e-6)}
 """Seconds of a token and layer of gpt-oss in XLA's operations around the kernels of the experts, forward and for the gradient, with a ring
 and without: casts, zeros, copies, also those at the borders of the layer. XLA's estimates for v5p at 1.75 GHz, in a compiled layer of the
@@ -292,7 +291,7 @@ def microbatch(
 
 def _around(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> bool:
     """Whether the tokens of a layer's experts go around a ring of devices."""
-    return bool(sizes.num_experts) and use_ring(mesh.expert, math.ceil(tokens) * sizes.experts_per_token, sizes.num_experts)
+    return bool(sizes.num_experts) and use_ring(mesh.expert, math.ceil(tokens), sizes.experts_per_token, sizes.num_experts)
 
 
 def _exchange_of_update(sizes: ModelConfig, speeds: Speeds, mesh: MeshShape, tokens: float, forward: float, backward: float) -> float:
@@ -329,7 +328,7 @@ def _padding(sizes: ModelConfig, mesh: MeshShape, tokens: float) -> float:
     if not sizes.num_experts:
         return 1.0
     if _around(sizes, mesh, tokens):
-        chunk = chunk_of(math.ceil(tokens), 1, TOKENS_AT_ONCE, 2 * RING_TILE)
+        chunk = chunk_of_ring(math.ceil(tokens))
     else:
         chunk = chunk_of(math.ceil(tokens), mesh.expert, TOKENS_AT_ONCE, TOKEN_TILE) * mesh.expert
     choices = chunk * sizes.experts_per_token

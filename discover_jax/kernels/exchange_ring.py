@@ -3,7 +3,7 @@
 The tokens of each device visit all others, one after another. Each device computes its own experts for its visitors. The sums follow the
 tokens one visit later, and every device adds its own. So a visit needs only what the previous one sent: XLA sends while it computes. XLA
 makes no other collective of a TPU asynchronous (libtpu 0.0.42.1). Half of the tokens go around in each direction, by links that are
-different if neighbours in the ring are neighbours in the torus (see `ring_of`).
+different if neighbours in the ring are neighbours in the torus (see `ring.ring_of`).
 
 A device's sums are those of its tokens in the order of the ring, so they are the same in each run. They are rounded to `dtype` on each
 device. A device without experts of a token adds 0, which changes no digit.
@@ -16,65 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 
 from discover_jax.kernels.exchange_ring_pallas import add, join
+from discover_jax.kernels.ring import TILE
 
-TILE, _ROWS = 256, 16
-"""Tokens of a half should be a multiple of the first, and are sent as groups of rows. XLA sends an array in the layout with the least
-padding: if the width is not a multiple of 128, it copies tokens into a layout with the tokens along the lanes, and back. In this view, the
-other axes are small, so such a layout would have more padding. A TPU stores 16 rows of bfloat16 together, so the view is free."""
-Place = tuple[int, ...]
-"""Coordinates of a device in the torus; its core on the chip last."""
-
-
-def ring_of(places: Sequence[Place]) -> tuple[int, ...]:
-    """Numbers of devices in an order in which neighbours, the last and the first included, are neighbours in the torus.
-
-    If there is no such order, or if the places fill no box, the order is as good as was found: the devices' own at worst.
-    """
-    box = [sorted({place[axis] for place in places}) for axis in range(len(places[0]))]
-    sizes = [len(values) for values in box]
-    natural = tuple(range(len(places)))
-    if len(set(places)) < len(places) or int(np.prod(sizes)) != len(places):
-        return natural
-    numbers = {tuple(values.index(x) for values, x in zip(box, place, strict=True)): number for number, place in enumerate(places)}
-    even = next((axis for axis, size in enumerate(sizes) if size % 2 == 0), 0)
-    columns = _snake([1 if axis == even else size for axis, size in enumerate(sizes)])
-
-    def at(row: int, column: int) -> int:
-        return numbers[tuple(row if axis == even else x for axis, x in enumerate(columns[column]))]
-
-    rows = sizes[even]
-    if rows % 2 or len(columns) == 1:
-        order = [at(row, column) for row in range(rows) for column in _turned(range(len(columns)), row)]
-    else:  # there through all columns but the first, and back through that one
-        there = [at(row, column) for row in range(rows) for column in _turned(range(1, len(columns)), row)]
-        order = [at(0, 0), *there, *(at(row, 0) for row in range(rows - 1, 0, -1))]
-    return tuple(order)
-
-
-def _turned(steps: range, row: int) -> range:
-    return steps[::-1] if row % 2 else steps
-
-
-def _snake(sizes: Sequence[int]) -> list[Place]:
-    """All places of a box, each a neighbour of the one before."""
-    if not sizes:
-        return [()]
-    inner = _snake(sizes[1:])
-    return [(x, *place) for x in range(sizes[0]) for place in (inner[::-1] if x % 2 else inner)]
-
-
-def ring_along(mesh: Mesh | AbstractMesh, axis: str) -> tuple[int, ...]:
-    """The ring of devices along an axis of a mesh, at the first place of its other axes. Devices without coordinates keep their order."""
-    size = mesh.shape[axis]
-    if isinstance(mesh, AbstractMesh):
-        return tuple(range(size))
-    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(size, -1)[:, 0]
-    if not all(hasattr(device, "coords") for device in devices):
-        return tuple(range(size))
-    return ring_of([(*device.coords, getattr(device, "core_on_chip", 0)) for device in devices])
+_ROWS = 16
+"""Tokens are sent as groups of rows. XLA sends an array in the layout with the least padding: if the width is not a multiple of 128, it
+copies tokens into a layout with the tokens along the lanes, and back. In this view, the other axes are small, so such a layout would have
+more padding. A TPU stores 16 rows of bfloat16 together, so the view is free."""
 
 
 def _halves(x_t: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,26 +21,27 @@ import jax.numpy as jnp
 from absl import logging
 from jax import lax
 
-from discover_jax.kernels.exchange import Exchange, exchanged
-from discover_jax.kernels.exchange_ring import TILE as RING_TILE
+from discover_jax.kernels.exchange import Exchange, chunk_of, exchanged
 from discover_jax.kernels.exchange_ring import Ring, Visit, around
 from discover_jax.kernels.expert_matrices_tpu import Adapter, Arrays, Layer, Matrices, alternating
 from discover_jax.kernels.expert_rows import cut_blocks
 from discover_jax.kernels.experts import ExpertMatrix, moe_reference
 from discover_jax.kernels.experts_update_pallas import Owners, Tiles, activation_gradient, grouped, outer
 from discover_jax.kernels.fallback import experts_update_refusal, warn_reference
+from discover_jax.kernels.ring import TILE as RING_TILE
 
 ROWS = (512, 256, 128)
 """Possible rows of a block. Larger ones read weights less often, and waste more: half a block per expert."""
 ROWS_AT_ONCE = 16_384
 """Most rows of all blocks that the loop computes at once. Their arrays take about 1 GB at gpt-oss's width."""
 TOKENS_AT_ONCE = 49_152
-"""Most tokens of all devices that are exchanged at once. Their arrays take 1.1 GB in the backward pass at gpt-oss's width."""
+"""Most tokens that are exchanged at once: those of all devices, or those of a visit to a device of a ring. Their arrays take 1.1 GB in the
+backward pass at gpt-oss's width."""
 TOKEN_TILE = 16
 """Tokens of a chunk on a device are a multiple of this. A TPU stores 16 rows of bfloat16 together; XLA copies other chunks into another
 layout before and after it gathers them."""
 ROWS_OF_RING = ROWS[1]
-"""Rows of the blocks that a device's tokens must allow, by the rule of `choose_tiles`, to go around a ring."""
+"""Rows of the blocks that a visit's tokens must allow, by the rule of `choose_tiles`, to go around a ring."""
 UNEVEN = 1.1
 """Rows that a device may have over its share before the loop takes one more turn."""
 
@@ -345,7 +346,7 @@ def moe_update(
         return moe(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
     if axis and lax.axis_size(axis) > 1:
-        used = use_ring(len(ring), index_TX.size, experts + elsewhere)
+        used = use_ring(len(ring), *index_TX.shape, experts + elsewhere)
         _note_exchange(lax.axis_size(axis), used)
         ring = ring if used else ()
     else:
@@ -357,23 +358,29 @@ def moe_update(
     return moe_sorted(x_TD, weights_TX, adapters, index_TX, *arrays, constants)
 
 
-def use_ring(devices: int, choices: int, experts: int) -> bool:
+def use_ring(devices: int, tokens: int, experts_per_token: int, experts: int) -> bool:
     """Whether the tokens of a device go around the ring. Otherwise, chunks of all devices' tokens are gathered.
 
-    A visit computes one device's tokens. If they are few, the blocks of the experts' rows are mostly padding.
+    A visit computes a chunk of one device's tokens. If they are few, the blocks of the experts' rows are mostly padding.
 
     Args:
       devices: of the ring.
-      choices: of a device's tokens.
+      tokens: of a device.
+      experts_per_token: those that the router chooses.
       experts: of all devices.
     """
-    return devices > 1 and choices >= 4 * ROWS_OF_RING * experts
+    return devices > 1 and chunk_of_ring(tokens) * experts_per_token >= 4 * ROWS_OF_RING * experts
+
+
+def chunk_of_ring(tokens: int) -> int:
+    """A device's tokens that visit another device at once."""
+    return chunk_of(tokens, 1, TOKENS_AT_ONCE, 2 * RING_TILE)
 
 
 @functools.cache
 def _note_exchange(devices: int, ring: bool) -> None:
     """Logs once (`--verbosity=0`) how tokens are exchanged."""
-    how = "they go around a ring" if ring else "all devices' tokens are gathered in chunks, because a device's are too few for a ring"
+    how = "they go around a ring" if ring else "all devices' tokens are gathered in chunks, because the visits of a ring would have too few"
     logging.info("exchange of the experts' tokens between %d devices in the update: %s", devices, how)
 
 

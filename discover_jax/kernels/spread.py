@@ -19,10 +19,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from discover_jax.kernels.exchange import exchanged, own_experts
-from discover_jax.kernels.exchange_ring import ring_along
 from discover_jax.kernels.experts import ExpertMatrix
 from discover_jax.kernels.layer_parts import Branch
 from discover_jax.kernels.projections import Stack
+from discover_jax.kernels.ring import ring_along
 
 ROWS = ("data", "expert")
 """Axes over which rows of the decode batch are split, and tokens and rows of the update if they are divisible."""

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from discover_jax.kernels.exchange_ring import Ring, around, ring_along, ring_of
+from discover_jax.kernels.exchange_ring import Ring, around
 from discover_jax.kernels.experts_update_tpu import use_ring
+from discover_jax.kernels.ring import ring_along, ring_of
 
 
 def _steps(places, order):
@@ -75,7 +76,16 @@ def test_every_device_adds_its_part_to_the_tokens_of_all(order, tokens, dtype):
 
 @pytest.mark.parametrize(
     ("devices", "tokens", "experts", "used"),
-    [(8, 34_192, 128, True), (4, 8_192, 32, True), (16, 4_096, 128, False), (1, 34_192, 128, False), (0, 34_192, 128, False)],
+    [
+        (8, 34_192, 128, True),
+        (4, 8_192, 32, True),
+        (16, 4_096, 128, False),
+        (1, 34_192, 128, False),
+        (0, 34_192, 128, False),
+        (8, 49_152, 128, True),
+        (8, 50_000, 128, False),  # two chunks of 25,088 tokens
+        (8, 70_000, 128, True),
+    ],
 )
 def test_few_tokens_do_not_go_around(devices, tokens, experts, used):
-    assert use_ring(devices, 4 * tokens, experts) == used
+    assert use_ring(devices, tokens, 4, experts) == used
