@@ -37,9 +37,9 @@ kernels there."""
 TPU_TOKEN, TPU_AT_ONCE = 138, 22 * 16_384 + 10 * 49_152
 """Bytes of temporary arrays of the update on a TPU, per unit of width: of each token, and of the rows and tokens that the experts' kernels
 compute and exchange at once (experts_update_tpu). Fitted to the TPU compiler's figure for a gradient of the 120b on v6e:4x4, with an
-exchange around a ring. On v5p:2x2x2 it is 7% too high. The other figures were compiled without a ring: the formula is 4 to 5% above those
-of the 120b, and 14 to 21% above those of the 20b (benchmarks/tpu_memory.py). The compiler takes more memory where there is room: on
-v6e:4x4 it needed 14.5 GB of temporary arrays, and took 21.9."""
+exchange around a ring. On v5p it is 7% too high for the 120b and 12% for the 20b. The other figures were compiled without a ring: the
+formula is 4 to 5% above those of the 120b, and 14 to 21% above those of the 20b (benchmarks/tpu_memory.py). The compiler takes more memory
+where there is room: on v6e:4x4 it needed 14.5 GB of temporary arrays, and took 21.9."""
 
 
 TPU_DENSE_HIDDEN, TPU_DENSE_TOKEN = 3 * 4 + 5 * 2, 59

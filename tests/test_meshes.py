@@ -115,7 +115,7 @@ def test_memory_of_references_is_close_to_the_tpu_compilers(monkeypatch):
 
 
 _UPDATE_ON_TPUS = [
-    ("v5p:2x2x1", "gpt-oss-20b", 4, 35.03),
+    ("v5p:2x2x1", "gpt-oss-20b", 4, 35.45),
     ("v5p:2x2x1", "gpt-oss-120b", 4, 62.87),
     ("v5p:2x2x1", "qwen2.5-coder-1.5b", 4, 22.82),
     ("v5p:2x2x2", "gpt-oss-20b", 8, 32.89),
