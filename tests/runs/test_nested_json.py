@@ -6,7 +6,7 @@ from discover_jax.exceptions import DiscoverError
 from discover_jax.export_adapter import _read_run_config
 from discover_jax.runs.disclosure import read_disclosure, read_isolation
 from discover_jax.runs.metrics import read_metrics
-from discover_jax.runs.workdir import _compare
+from discover_jax.runs.workdir import _read_config
 from discover_jax.tasks.prepared_folder import _RECORD, _read_record
 
 DEEP = "[" * 100_000
@@ -21,7 +21,7 @@ DEEP = "[" * 100_000
         ("metrics.jsonl", lambda folder: read_metrics(folder / "metrics.jsonl")),
         ("disclosure.json", read_disclosure),
         ("disclosure.json", read_isolation),
-        ("config.json", lambda folder: _compare(folder, {"kind": "train", "config": {}})),
+        ("config.json", _read_config),
         ("config.json", _read_run_config),
         (_RECORD, lambda folder: _read_record(folder, {})),
     ],
