@@ -346,7 +346,7 @@ def moe_update(
         return moe(x_TD, index_TX, weights_TX, gate_up, down, **options)
     adapters: Any = tuple((own.pop("lora_a"), own.pop("lora_b")) for own in arrays) if "lora_a" in arrays[0] else None
     if axis and lax.axis_size(axis) > 1:
-        used = use_ring(len(ring), *index_TX.shape, experts + elsewhere)
+        used = use_ring(len(ring), index_TX.shape[0], index_TX.shape[1], experts + elsewhere)
         _note_exchange(lax.axis_size(axis), used)
         ring = ring if used else ()
     else:
