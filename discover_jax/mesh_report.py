@@ -124,8 +124,8 @@ def _remarks(machine: Machine, shown: Sequence[Prediction], *, dense: bool) -> I
         if machine.platform not in PLATFORMS:
             why = f"on a {machine.platform.upper()}"
         yield (
-            f"references: {why} there are no kernels of experts. Every expert then computes every row. The efficiency of the references was"
-            " measured only on one GPU with few tokens, so these figures are only an order of magnitude."
+            f"references: {why} there are no kernels of experts. Plain JAX then computes every expert for every row. Its speed was measured"
+            " only on one GPU with few tokens, so these figures are only an order of magnitude."
         )
     if any(one.rooflines for one in shown):
         yield from costs_tpu.assumptions(machine.speeds)

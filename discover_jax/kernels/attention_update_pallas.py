@@ -27,9 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from discover_jax.kernels.dot_pallas import dot
+from discover_jax.kernels.parts_pallas import VECTOR_MEMORY
 
-VECTOR_MEMORY = 60 * 2**20
-"""Bytes of a chip's vector memory that a kernel may use. A v5p core and a TPU7x core have 64 MiB, a v6e 128 MiB."""
 MOST_FORWARD, MOST_BACKWARD = 8, 8
 """Most query heads of one key head that a step computes. In the schedule, the products of a head overlap with the softmax of another."""
 ROW_MEMORY = 45 * 2**20

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from discover_jax.kernels.parts_pallas import VECTOR_MEMORY
+
 ROWS = 128
 """Most rows of each half in a block. At gpt-oss's width, a block's arrays take 24 MiB of the vector memory, both buffers included."""
-VECTOR_MEMORY = 60 * 2**20
-"""Bytes of a chip's vector memory that a kernel may use."""
 
 
 def _rows(half: int) -> int:

@@ -23,13 +23,12 @@ from discover_jax.kernels.experts import activate
 from discover_jax.kernels.experts_decode_pallas import exponents_of
 from discover_jax.kernels.experts_decode_pallas import unpack as unpack_words
 from discover_jax.kernels.mxfp4_lanes import INPUTS
+from discover_jax.kernels.parts_pallas import VECTOR_MEMORY
 
 MXFP4 = 32
 """Weights that share a scale."""
 PART = 18
 """Most scales of a column that are unpacked at once."""
-VECTOR_MEMORY = 60 * 2**20
-"""Bytes of a chip's vector memory that a kernel may use. A v5p core and a TPU7x core have 64 MiB, a v6e 128 MiB."""
 
 
 @dataclasses.dataclass(frozen=True)

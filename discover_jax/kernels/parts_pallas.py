@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+VECTOR_MEMORY = 60 * 2**20
+"""Bytes of a chip's vector memory that a kernel of the update may use. A v5p core and a TPU7x core have 64 MiB, a v6e 128 MiB."""
+
 
 def scalar(number: jax.Array | int) -> jax.Array:
     """A number as a kernel prefetches it, int32 [1]."""
